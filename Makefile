@@ -1,0 +1,75 @@
+# `make` alone lists what there is. Everything runs in .venv, which is made on first use; nothing outside this folder changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/install.log
+PYTHON ?=
+ARGS ?=
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format wheel clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=python3.12 is the interpreter of a new .venv, ARGS=\"...\" goes to demo and test, WORKERS=4 to test."
+
+venv: $(STAMP) ## make .venv with the tested versions (once; again when pyproject.toml or constraints.txt change)
+
+demo: $(STAMP) ## train the demo on the CPU: a few minutes, no download (ARGS="seed=1 ...")
+	$(BIN)/python train.py $(ARGS)
+
+test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## format and fix what ruff can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP) ## build dist/vlmcap-*.whl, conf/ included
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove caches and dist/; .venv, data/ and outputs/ stay
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted install is taken up again by the next make.
+$(STAMP): pyproject.toml constraints.txt
+	@set -eu; rm -f $@; \
+	is_usable='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))'; \
+	if ! $(BIN)/python -c "$$is_usable" 2>/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		chosen=; without_venv=; \
+		for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+			"$$python" -c "$$is_usable" 2>/dev/null || continue; \
+			if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then chosen=$$python; break; fi; \
+			without_venv=$${without_venv:-$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')}; \
+		done; \
+		if [ -z "$$chosen" ] && [ -n "$$without_venv" ]; then \
+			echo "$$without_venv cannot make virtual environments; on Debian and Ubuntu: sudo apt install $$without_venv-venv" >&2; exit 1; \
+		elif [ -z "$$chosen" ]; then \
+			echo "vlmcap needs Python 3.11, 3.12 or 3.13, and found" \
+				"$$($(or $(PYTHON),python3) --version 2>/dev/null || echo none); on Debian and Ubuntu:" \
+				"sudo apt install python3.11 python3.11-venv (or make PYTHON=/path/to/python3.12)" >&2; exit 1; \
+		fi; \
+		echo "Making $(VENV) with $$("$$chosen" --version)"; \
+		rm -rf $(VENV); "$$chosen" -m venv $(VENV); \
+	fi; \
+	echo "Installing the versions of constraints.txt (minutes; PyTorch for NVIDIA cards is a download of several GB)"; \
+	{ PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
+		-c constraints.txt -e ".[dev]" 2>&1 && echo INSTALL-DONE; } | tee $(LOG) | { \
+		count=0; \
+		while IFS= read -r line; do case "$$line" in \
+			Obtaining*|Collecting*|Processing*) count=$$((count + 1)); [ $$((count % 20)) -ne 0 ] || echo "  $$count packages found";; \
+			"Installing collected"*) echo "  $$count packages found, installing";; \
+			ERROR*|error:*) echo "  $$line" >&2;; \
+		esac; done; }; \
+	tail -n 1 $(LOG) | grep -q '^INSTALL-DONE$$' || { echo "The installation failed; $(LOG) has the whole story, and make tries again." >&2; exit 1; }
+	@touch $@; echo "$(VENV) is ready."

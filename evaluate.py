@@ -1,0 +1,31 @@
+"""Score a checkpoint: `python evaluate.py checkpoint=outputs/…/checkpoints/best.ckpt data.split=test`."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from vlmcap.compose import config_dir, register_schemas, run_program, with_overrides
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")
+def main(node: DictConfig) -> float:
+    """Takes the checkpoint's own configuration, puts the overrides given here over it, and scores."""
+    from vlmcap.build.checkpoints import read_checkpoint  # heavy, and not needed for --help and --cfg
+    from vlmcap.build.run import evaluate
+    from vlmcap.training.progress import show_scores
+
+    checkpoint = Path(node.checkpoint)
+    saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
+    config = with_overrides(saved, node, HydraConfig.get().overrides.task)
+    scores = evaluate(config, checkpoint)
+    show_scores(scores)
+    print(f"metrics.json and predictions.jsonl: {config.paths.output_dir}")
+    return scores.get(f"{config.data.split.value}/cider", float("nan"))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,127 @@
+"""Sequences are joined part by part: labels are exactly the caption, visual tokens are whole, nothing is lost silently."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+
+from vlmcap.data.collate import Collator
+from vlmcap.types import Batch, Clip, Sample, Skipped
+
+
+@dataclass
+class CharPrompt:
+    """A token a character; padding and end share an id, as in many language models."""
+
+    prefix_ids: list[int] = field(default_factory=lambda: [2, 3])
+    suffix_ids: list[int] = field(default_factory=lambda: [4, 5, 6])
+    end_id: int = 1
+    pad_id: int = 1
+
+    def encode_caption(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
+
+
+def decode(ids: torch.Tensor) -> str:
+    return "".join(chr(i) for i in ids.tolist())
+
+
+def make_sample(name: str, *captions: str, is_cached: bool = False) -> Sample:
+    clip = Clip(name, Path(f"{name}.mp4"), captions)
+    if is_cached:
+        return Sample(clip, features=torch.ones(2, 4, 5))
+    return Sample(clip, frames=torch.ones(2, 3, 4, 4, dtype=torch.uint8))
+
+
+def collate(*items: Sample | Skipped, V: int = 7, limit: int = 20, mode: Literal["train", "generate"] = "train") -> Batch:
+    return pickle.loads(pickle.dumps(Collator(CharPrompt(), V, limit, mode)))(list(items))
+
+
+def test_labels_are_the_caption_and_its_end() -> None:
+    captions = ["해가 뜬다.", "배", "눈이 내리는 궁궐이다."]
+    batch = collate(*(make_sample(str(i), caption, "다른 글") for i, caption in enumerate(captions)))
+    assert batch.labels is not None
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == batch.visual_mask.shape
+    for i, caption in enumerate(captions):
+        counted = batch.labels[i] != -100
+        assert decode(batch.labels[i][counted][:-1]) == caption
+        assert batch.labels[i][counted][-1] == 1
+        assert torch.equal(batch.input_ids[i][counted], batch.labels[i][counted])
+        length = 2 + 7 + 3 + len(caption) + 1
+        assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+        assert batch.input_ids[i, :12].tolist() == [2, 3, *[1] * 7, 4, 5, 6]
+    assert batch.visual_mask.sum(dim=1).tolist() == [7, 7, 7]
+    assert batch.visual_mask[:, 2:9].all()
+    assert batch.num_label_tokens == sum(len(caption) + 1 for caption in captions)
+    assert batch.frames is not None
+    assert batch.frames.shape == (3, 2, 3, 4, 4)
+    assert (batch.num_truncated, batch.features) == (0, None)
+
+
+@pytest.mark.parametrize(("length", "num_truncated", "has_end"), [(8, 0, True), (9, 0, True), (10, 1, False), (500, 1, False)])
+def test_only_captions_are_cut(length: int, num_truncated: int, has_end: bool) -> None:
+    batch = collate(make_sample("x", "가" * length), V=3000, limit=10)
+    assert batch.labels is not None
+    labels = batch.labels[batch.labels != -100].tolist()
+    assert batch.num_truncated == num_truncated
+    assert len(labels) == min(length + 1, 10)
+    assert (labels[-1] == 1) == has_end
+    assert int(batch.visual_mask.sum()) == 3000
+
+
+def test_generation_ends_with_the_prompt() -> None:
+    batch = collate(make_sample("a", "긴 글이다."), make_sample("b"), mode="generate")
+    assert batch.labels is None
+    assert batch.num_label_tokens == 0
+    assert batch.input_ids.tolist() == [[2, 3, *[1] * 7, 4, 5, 6]] * 2
+    assert batch.attention_mask.all()  # whatever would be padding stands on the left, and rows of one length need none
+    assert batch.visual_mask.sum(dim=1).tolist() == [7, 7]
+
+
+def test_samples_without_labels_are_named() -> None:
+    unreadable = Skipped(Clip("bad", Path("bad.mp4"), ("글",)), "broken")
+    batch = collate(make_sample("empty", ""), unreadable, make_sample("good", "글"), make_sample("none"))
+    assert [clip.id for clip in batch.clips] == ["good"]
+    assert {skipped.clip.id: skipped.reason for skipped in batch.skipped} == {
+        "bad": "broken",
+        "empty": "clip empty has no caption to learn from: it is empty or gives no tokens",
+        "none": "clip none has no caption to learn from: it is empty or gives no tokens",
+    }
+
+
+@pytest.mark.parametrize("mode", ["train", "generate"])
+def test_a_batch_of_nothing_is_well_formed(mode: Literal["train", "generate"]) -> None:
+    batch = collate(Skipped(Clip("bad", Path("bad.mp4"), ()), "broken"), mode=mode)
+    assert len(batch) == 0
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.visual_mask.shape == (0, 12)
+    assert (batch.labels is None) == (mode == "generate")
+    assert batch.num_label_tokens == 0
+    assert (batch.frames, batch.features, len(batch.skipped)) == (None, None, 1)
+
+
+def test_cached_features_are_stacked() -> None:
+    batch = collate(make_sample("a", "가", is_cached=True), make_sample("b", "나", is_cached=True))
+    assert batch.frames is None
+    assert batch.features is not None
+    assert batch.features.shape == (2, 2, 4, 5)
+
+
+def test_lightning_moves_a_batch() -> None:
+    moved = move_data_to_device(collate(make_sample("a", "가")), torch.device("meta"))
+    assert isinstance(moved, Batch)
+    assert moved.input_ids.device.type == "meta"
+    assert moved.frames is not None
+    assert moved.frames.device.type == "meta"
+    assert moved.features is None
+
+
+@pytest.mark.parametrize("arguments", [(-1, 5, "train"), (3, 0, "train"), (3, 5, "test")])
+def test_impossible_settings(arguments: tuple[int, int, Literal["train"]]) -> None:
+    with pytest.raises(ValueError):
+        Collator(CharPrompt(), *arguments)

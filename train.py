@@ -1,0 +1,21 @@
+"""Train a captioner: `python train.py`, `python train.py encoder=siglip2 llm=qwen3_8b hardware=l4`, `python train.py --help`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from vlmcap.compose import config_dir, register_schemas, run_program, to_config
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
+def main(node: DictConfig) -> float:
+    """Runs one configuration and returns its objective, for sweeps."""
+    config = to_config(node)
+    from vlmcap.build.run import train  # heavy, and not needed for --help and --cfg
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,25 @@
+"""Korean video captioning: assemble, fine-tune, score and compare vision-language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmcap.models.captioner import VideoCaptioner
+
+__version__ = "0.1.0"
+
+
+def load(checkpoint: str | Path) -> VideoCaptioner:
+    """A captioner from a checkpoint that train.py wrote: `vlmcap.load(path).caption(["clip.mp4"])`.
+
+    Raises:
+        UserError: The checkpoint, or the encoder or language model under it, is missing or is another one.
+    """
+    from vlmcap.build.checkpoints import load_captioner
+
+    return load_captioner(checkpoint)
+
+
+__all__ = ["__version__", "load"]

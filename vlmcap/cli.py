@@ -1,0 +1,97 @@
+"""`vlmcap`: what is done with models beside training them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmcap.errors import UserError
+
+_VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlmcap", description="Korean video captioning: assemble, fine-tune, score and compare.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    caption = commands.add_parser("caption", help="caption video files with a trained checkpoint")
+    caption.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders that are searched for them")
+    caption.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .ckpt file under the checkpoints/ folder of a run")
+    caption.add_argument("--output", metavar="F.jsonl", help="write one JSON object a clip here instead of text to the screen")
+    caption.set_defaults(run=_caption)
+    return parser
+
+
+def _caption(options: argparse.Namespace) -> None:
+    videos = find_videos([Path(path) for path in options.paths])
+    output = Path(options.output) if options.output else None
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output: the folder {output.parent} does not exist")
+    from vlmcap.build.checkpoints import load_captioner
+    from vlmcap.training.progress import progress_reporter
+
+    captioner = load_captioner(options.checkpoint)
+    report = progress_reporter("captioning")
+    captions: list[tuple[Path, str]] = []
+    failed: list[tuple[Path, str]] = []
+    for done, (video, caption) in enumerate(captioner.caption_files(videos), 1):
+        if isinstance(caption, str):
+            captions.append((video, caption))
+        else:
+            failed.append((video, caption.reason))
+        report(done, len(videos))
+    _write(captions, output)
+    if failed:
+        video, reason = failed[0]
+        raise UserError(f"{len(failed)} of {len(videos)} files could not be read, first: {video} ({reason})")
+
+
+def find_videos(paths: Sequence[Path]) -> list[Path]:
+    """Files as given, and the video files below folders, sorted.
+
+    Raises:
+        UserError: A path is not there, or a folder holds no video.
+    """
+    videos: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _VIDEO_ENDINGS and file.is_file())
+            if not found:
+                raise UserError(f"{path} holds no video ({', '.join(sorted(_VIDEO_ENDINGS))})")
+            videos += found
+        elif path.is_file():
+            videos.append(path)
+        else:
+            raise UserError(f"{path} does not exist")
+    return videos
+
+
+def _write(captions: Sequence[tuple[Path, str]], output: Path | None) -> None:
+    if output is None:
+        for video, caption in captions:
+            print(f"{video}\t{caption}")
+        return
+    partial = output.with_name(f".{output.name}.partial")
+    lines = [json.dumps({"video": str(video), "prediction": caption}, ensure_ascii=False) for video, caption in captions]
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(output)
+    print(f"{len(captions)} captions: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""From YAML and overrides to a checked `Config`, and every mistake on the way in one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmcap import config as schema
+from vlmcap.config import Config
+from vlmcap.errors import UserError
+
+_GROUPS = {
+    "encoder": schema.EncoderConfig,
+    "projector": schema.ProjectorConfig,
+    "llm": schema.LlmConfig,
+    "tuning": schema.TuningConfig,
+    "hardware": schema.HardwareConfig,
+    "data": schema.DataConfig,
+    "evaluation": schema.EvaluationConfig,
+    "optim": schema.OptimConfig,
+    "trainer": schema.TrainerConfig,
+    "logger": schema.LoggerConfig,
+}
+
+
+def config_dir() -> str:
+    """The folder of YAML files: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def register_schemas() -> None:
+    """Makes the dataclasses known as `config_schema` and `<group>/<group>_schema`, the first default of each YAML file."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    for group, node in _GROUPS.items():
+        store.store(group=group, name=f"{group}_schema", node=node)
+
+
+def compose(overrides: Sequence[str], *, name: str = "train", resolve: bool = True) -> Config:
+    """The configuration that `train.py` would run with these overrides, for tools and tests."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_schemas()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        node = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+    OmegaConf.set_struct(node, False)
+    hydra_node = node.pop("hydra")
+    if OmegaConf.is_interpolation(node.paths, "output_dir"):
+        node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
+    return to_config(node)
+
+
+def to_config(node: DictConfig) -> Config:
+    """The typed configuration, with interpolations resolved and every check run.
+
+    Raises:
+        UserError: A value is missing, of the wrong type, or against another.
+    """
+    try:
+        found = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    assert isinstance(found, Config)
+    return found
+
+
+def to_plain(config: object) -> Any:
+    """Dictionaries, lists, text and numbers: what goes into files and checkpoints."""
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, dict):
+        return {name: to_plain(value) for name, value in config.items()}
+    if is_dataclass(config) and not isinstance(config, type):
+        return {name: to_plain(value) for name, value in asdict(config).items()}
+    return config
+
+
+def write_yaml(plain: Any, path: Path) -> None:
+    """A YAML file of plain data that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+    partial.replace(path)
+
+
+def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
+    """A saved configuration with the values that a command line gave, taken from where Hydra parsed and checked them.
+
+    Args:
+        base: Of the checkpoint.
+        composed: What Hydra composed, with the schema's types.
+        overrides: As given: `data=aihub` takes the whole group, `data.split=test` one value.
+    """
+    node = from_plain(base)
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if key != "checkpoint":
+            raw = composed._get_node(key) if "." not in key else OmegaConf.select(composed, key)
+            OmegaConf.update(node, key, raw, merge=False)
+    node.paths.output_dir = composed.paths.output_dir
+    return to_config(node)
+
+
+def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> DictConfig:
+    """A node with the schema's types around saved values, and dotted `overrides` over them.
+
+    Raises:
+        UserError: The values do not fit the schema.
+    """
+    try:
+        node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), plain))
+        for key, value in (overrides or {}).items():
+            OmegaConf.update(node, key, value, merge=False)
+        return node
+    except OmegaConfBaseException as error:
+        raise UserError(f"the saved configuration does not fit this version: {explain(error)}") from error
+
+
+def explain(error: Exception) -> str:
+    """One sentence for a configuration error of Hydra or OmegaConf."""
+    text = str(error)
+    key = re.search(r"full_key: (\S+)", text)
+    name = key.group(1) if key else ""
+    first = text.splitlines()[0].strip().rstrip(".")
+    missing_group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    if missing_group:
+        group, choice = missing_group.groups()
+        return f"there is no {group} named '{choice}'; choose {group}= one of {', '.join(_choices(group))}"
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return f"there is no key '{unknown.group(1)}'; {_nearest(unknown.group(1))}"
+    if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
+        return f"{name or first} has no value; set it on the command line: {name}=…"
+    if "Key '" in text and "not in" in text:
+        return f"there is no key '{name}'; {_nearest(name)}"
+    if "ValidationError" in type(error).__name__ and name:
+        return f"{name} has a wrong value: {first}"
+    return first
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+
+
+def _nearest(key: str) -> str:
+    """A hint with the nearest known keys."""
+    from difflib import get_close_matches
+
+    known = list(_paths(OmegaConf.structured(Config), ""))
+    near = get_close_matches(key, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else "`--cfg job` lists them"
+
+
+def _paths(node: DictConfig, prefix: str) -> list[str]:
+    found = []
+    for name in map(str, node):
+        path = f"{prefix}{name}"
+        found.append(path)
+        child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            found += _paths(child, f"{path}.")
+    return found
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """Runs a command-line program: a user's mistake is one line on stderr and exit code 2; Ctrl-C is one line and 130."""
+    from hydra.errors import HydraException
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        cause = error if isinstance(error, UserError) else _innermost(error)
+        sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
+        print(f"Error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _innermost(error: Exception) -> Exception:
+    """The error at the root, when it says more than the wrapper around it."""
+    cause = error.__cause__
+    wrapper = str(error)
+    if isinstance(cause, OmegaConfBaseException) and "Could not override" not in wrapper:
+        return cause
+    return error

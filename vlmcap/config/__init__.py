@@ -1,0 +1,49 @@
+"""Every setting that may be made: its name, type, unit and check. The YAML files under `conf/` give the values.
+
+The first default of each YAML file is one of these schemas, so a typo or a wrong type ends before anything is loaded. Checks that look
+at one group stand in its `__post_init__`, those across groups in `Config`.
+"""
+
+from __future__ import annotations
+
+from vlmcap.config.choices import EncoderFamily, LoggerKind, Precision, ProjectorKind, Quantization, Reducer, Split, Temporal
+from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ProjectorConfig, StageConfig, TuningConfig
+from vlmcap.config.run import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    DemoConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    LoggerConfig,
+    OptimConfig,
+    PathsConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "CacheConfig",
+    "Config",
+    "DataConfig",
+    "DemoConfig",
+    "EncoderConfig",
+    "EncoderFamily",
+    "EvaluationConfig",
+    "HardwareConfig",
+    "LlmConfig",
+    "LoggerConfig",
+    "LoggerKind",
+    "LoraConfig",
+    "OptimConfig",
+    "PathsConfig",
+    "Precision",
+    "ProjectorConfig",
+    "ProjectorKind",
+    "Quantization",
+    "Reducer",
+    "Split",
+    "StageConfig",
+    "Temporal",
+    "TrainerConfig",
+    "TuningConfig",
+]

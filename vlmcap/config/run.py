@@ -1,0 +1,150 @@
+"""Settings of hardware, data, evaluation and the loop, and the whole of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from vlmcap.config.checks import require, require_positive
+from vlmcap.config.choices import LoggerKind, Precision, Quantization, Split
+from vlmcap.config.model import EncoderConfig, LlmConfig, ProjectorConfig, TuningConfig
+
+
+@dataclass
+class HardwareConfig:
+    """A card as plain data that the other groups read."""
+
+    name: str = MISSING
+    accelerator: str = MISSING  # Lightning's: cpu, gpu
+    devices: int = 1
+    memory_gib: float = MISSING
+    precision: Precision = MISSING
+    quantization: Quantization = Quantization["none"]
+    attention: str = "sdpa"
+    batch_size: int = MISSING
+    eval_batch_size: int = MISSING
+    accumulate_grad_batches: int = 1
+    num_frames: int = MISSING
+    frame_stack: int = 1
+    gradient_checkpointing: bool = False
+    num_workers: int = 2
+
+
+@dataclass
+class DemoConfig:
+    """The procedural demo data set."""
+
+    num_train: int = 2000
+    num_val: int = 100
+    num_test: int = 200
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """Where clips and captions are and how they are read."""
+
+    name: str = MISSING
+    root: str = MISSING
+    caption_key: str = "annotation.description_kr"  # dotted path in a label file
+    split: Split = Split.test  # the split that evaluate.py scores
+    num_frames: int = MISSING
+    batch_size: int = MISSING
+    eval_batch_size: int = MISSING
+    num_workers: int = 2
+    align_epochs: int = 1  # that suit its size; the stages of tuning read them
+    tune_epochs: int = 3
+    max_clips: int | None = None  # training clips at most, the first of a seeded order
+    max_bad_fraction: float = 0.02  # unreadable clips above this share stop the run
+    decode_timeout_s: float = 60.0
+    is_demo: bool = False  # made on first use
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, "num_frames", "batch_size", "eval_batch_size")
+        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}")
+
+
+@dataclass
+class CacheConfig:
+    """Features of the frozen encoder, computed once a clip."""
+
+    enabled: bool = False
+    dtype: str = "float16"
+
+
+@dataclass
+class EvaluationConfig:
+    """Captions generated in the loop and their scores."""
+
+    tokenizer: str = "mecab_ko"
+    every_n_epochs: int = 1
+    max_clips: int = 128  # of the validation split while training; the whole split once at the end
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    facts: str | None = None  # JSON file of facts and the phrases that state them
+    swap_videos: bool = False  # score again with the videos exchanged between clips
+    swap_shifts: int = 5
+    num_table_rows: int = 16  # of the W&B table
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; the rates stand in tuning, a stage each."""
+
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's loop."""
+
+    accumulate_grad_batches: int = 1
+    max_steps: int = -1
+    log_every_n_steps: int = 10
+    checkpoint_every_n_steps: int | None = None
+    deterministic: bool = True
+    progress_bar: bool = True
+
+
+@dataclass
+class LoggerConfig:
+    """Metrics beside `metrics.jsonl`."""
+
+    kind: LoggerKind = LoggerKind.csv
+    project: str = "vlmcap"
+    offline: bool = False
+
+
+@dataclass
+class PathsConfig:
+    """Folders."""
+
+    output_dir: str = MISSING
+    cache_dir: str = MISSING  # demo data, base parts, features
+
+
+@dataclass
+class Config:
+    """A whole run, resolved."""
+
+    encoder: EncoderConfig
+    projector: ProjectorConfig
+    llm: LlmConfig
+    tuning: TuningConfig
+    hardware: HardwareConfig
+    data: DataConfig
+    evaluation: EvaluationConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    cache: CacheConfig
+    paths: PathsConfig
+    seed: int = 0
+    objective: str = "val/cider"  # the metric that train.py returns and best.ckpt follows
+    objective_mode: str = "max"
+    checkpoint: str | None = None  # resume: a file, or "last" for this output_dir's last one

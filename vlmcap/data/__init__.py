@@ -1,0 +1,1 @@
+"""Clips and captions on disk into batches: layouts, decoding, feature cache, collation, resumable order."""

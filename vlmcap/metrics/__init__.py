@@ -1,0 +1,27 @@
+"""Caption scores that can be trusted for Korean: no Java, no network, the tokeniser named with every number.
+
+    from vlmcap.metrics import score_captions
+
+    scores = score_captions(["파도가 치는 바다."], [["파도가 밀려오는 바다.", "바다에 파도가 친다."]], metrics=["bleu_4", "rouge_l"])
+
+Importing this package loads no analyser; each is loaded by the first score that needs it.
+"""
+
+from vlmcap.metrics.facts import FactLexicon, fact_accuracy, permutation_expectation, swapped_fact_accuracy
+from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, score_captions, score_each
+from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer, normalize
+
+__all__ = [
+    "METRIC_LABELS",
+    "METRIC_NAMES",
+    "TOKENIZER_NAMES",
+    "FactLexicon",
+    "Tokenizer",
+    "fact_accuracy",
+    "get_tokenizer",
+    "normalize",
+    "permutation_expectation",
+    "score_captions",
+    "score_each",
+    "swapped_fact_accuracy",
+]

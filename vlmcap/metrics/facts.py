@@ -1,0 +1,216 @@
+"""Do captions state the right facts of their own clip? Overlap scores reward style; facts need the video.
+
+A fact (place, direction) has values (sea, mountain), and a value has phrases, any of which in a caption says that value. Beside the
+accuracy stands what the same predictions reach on the wrong clips: a model that ignores the video scores the same on both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from vlmcap.errors import UserError
+from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.tokenizers import normalize
+
+_MEAN = "mean"
+_Values: TypeAlias = list[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class FactLexicon:
+    """The phrases that say each value of each fact.
+
+    Attributes:
+        phrases: For each fact, every normalised phrase with the value it says.
+    """
+
+    phrases: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def from_dict(cls, facts: object, *, source: str = "the fact lexicon") -> FactLexicon:
+        """The lexicon of `{fact: {value: [phrase, ...]}}`.
+
+        Args:
+            facts: The nested mapping, such as `{"place": {"바다": ["바다", "해변"]}}`.
+            source: What to call it in an error.
+
+        Returns:
+            The lexicon.
+
+        Raises:
+            UserError: The shape is another, there is no fact, a fact is called "mean", a phrase is empty or says two values of a fact.
+        """
+        if not isinstance(facts, dict) or not facts:
+            raise UserError(f'{source} must be a non-empty object of the shape {{"fact": {{"value": ["phrase", ...]}}}}.')
+        if _MEAN in facts:
+            raise UserError(f'{source} names a fact "{_MEAN}", which is the key of the mean over facts: rename it.')
+        return cls({fact: _phrases_of(values, f"fact {fact!r} of {source}") for fact, values in facts.items()})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> FactLexicon:
+        """The lexicon in a UTF-8 JSON file of the shape that `from_dict` takes.
+
+        Raises:
+            UserError: The file is missing, is no JSON, or holds another shape.
+        """
+        try:
+            facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"Cannot read the fact lexicon {path}: {error}.") from error
+        return cls.from_dict(facts, source=str(path))
+
+    def extract(self, text: str) -> dict[str, str | None]:
+        """The value that the text states for each fact; None where it states none or more than one.
+
+        Phrases are found anywhere in the normalised text, inside words too, because Korean particles and endings attach to them. A phrase
+        inside a longer phrase of the same fact does not count: "바닷가" does not say what "바닷가 마을" says.
+        """
+        normalized = normalize(text)
+        return {fact: _stated_value(normalized, phrases) for fact, phrases in self.phrases.items()}
+
+
+def fact_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, float]:
+    """The share of clips whose prediction states the same value as the first reference, for each fact, and the mean over facts.
+
+    Args:
+        predictions: One text a clip.
+        references: For each clip one or more texts; the first one decides. A clip counts for a fact only if it states it.
+        lexicon: The facts to look for.
+
+    Returns:
+        A number between 0 and 1 for each fact, NaN for one that no reference states, and under "mean" the mean over the others.
+
+    Raises:
+        UserError: The captions are none, unequal in number, or not texts.
+    """
+    return _per_fact(
+        (fact, _mean([p == r for p, r in zip(predicted, stated, strict=True) if r is not None]))
+        for fact, predicted, stated in _extract_all(predictions, references, lexicon)
+    )
+
+
+def permutation_expectation(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, float]:
+    """The accuracy to expect when every clip gets the prediction of another clip, for each fact, and the mean over facts.
+
+    It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j of which reference j states the
+    fact. With n clips, and counts of each value v among all predictions and among the m references that state the fact, it is
+
+        (sum_v predicted(v) * stated(v)  -  matches on the own clip) / (m (n - 1)),
+
+    which tends to sum_v p_predicted(v) * p_stated(v) for many clips. A model whose accuracy is not above it has not looked at the video.
+
+    Args:
+        predictions: One text a clip.
+        references: For each clip one or more texts; the first one decides.
+        lexicon: The facts to look for.
+
+    Returns:
+        As in `fact_accuracy`; NaN throughout for one clip alone.
+
+    Raises:
+        UserError: The captions are none, unequal in number, or not texts.
+    """
+    return _per_fact(
+        (fact, _other_clip_accuracy(predicted, stated)) for fact, predicted, stated in _extract_all(predictions, references, lexicon)
+    )
+
+
+def swapped_fact_accuracy(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon, shifts: int
+) -> dict[str, float]:
+    """The mean accuracy over `shifts` cyclic shifts of the predictions against the clips, spread evenly over 1..n-1.
+
+    It samples what `permutation_expectation` gives exactly, and equals it when all n - 1 shifts are taken.
+
+    Args:
+        predictions: One text a clip.
+        references: For each clip one or more texts; the first one decides.
+        lexicon: The facts to look for.
+        shifts: How many shifts, at least 1; more than n - 1 mean all of them.
+
+    Returns:
+        As in `fact_accuracy`; NaN throughout for one clip alone.
+
+    Raises:
+        UserError: `shifts` is below 1, or the captions are none, unequal in number, or not texts.
+    """
+    if shifts < 1:
+        raise UserError(f"shifts must be at least 1, got {shifts}.")
+    largest = len(predictions) - 1
+    count = min(shifts, largest)
+    # The middles of `count` equal pieces of 1..n-1: distinct, and never the identity.
+    steps = [1 + (2 * k + 1) * largest // (2 * count) for k in range(count)]
+
+    def shifted(predicted: _Values, stated: _Values) -> float:
+        hits = [
+            predicted[(index + step) % len(predicted)] == value for step in steps for index, value in enumerate(stated) if value is not None
+        ]
+        return _mean(hits)
+
+    return _per_fact((fact, shifted(predicted, stated)) for fact, predicted, stated in _extract_all(predictions, references, lexicon))
+
+
+def _phrases_of(values: object, where: str) -> dict[str, str]:
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"The {where} must be a non-empty object from value to a list of phrases.")
+    phrases: dict[str, str] = {}
+    for value, wordings in values.items():
+        if not isinstance(wordings, list) or not wordings:
+            raise UserError(f"The value {value!r} of {where} must be a non-empty list of phrases.")
+        for wording in wordings:
+            phrase = normalize(wording) if isinstance(wording, str) else ""
+            if not phrase:
+                raise UserError(f"The value {value!r} of {where} has a phrase that is empty or no text.")
+            if phrases.setdefault(phrase, value) != value:
+                raise UserError(f"The phrase {phrase!r} of {where} says both {phrases[phrase]!r} and {value!r}: keep it in one of them.")
+    return phrases
+
+
+def _stated_value(text: str, phrases: Mapping[str, str]) -> str | None:
+    spans = [(start, start + len(phrase), value) for phrase, value in phrases.items() for start in _occurrences(text, phrase)]
+    # A longer phrase takes what lies inside it: only spans that no other span contains are said.
+    values = {value for start, end, value in spans if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)}
+    return values.pop() if len(values) == 1 else None
+
+
+def _occurrences(text: str, phrase: str) -> Iterator[int]:
+    start = text.find(phrase)
+    while start >= 0:
+        yield start
+        start = text.find(phrase, start + 1)
+
+
+def _extract_all(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
+) -> Iterator[tuple[str, _Values, _Values]]:
+    """For each fact the values of all predictions and of all first references."""
+    check_captions(predictions, references)
+    predicted = [lexicon.extract(text) for text in predictions]
+    stated = [lexicon.extract(refs[0]) for refs in references]
+    for fact in lexicon.phrases:
+        yield fact, [values[fact] for values in predicted], [values[fact] for values in stated]
+
+
+def _other_clip_accuracy(predicted: _Values, stated: _Values) -> float:
+    stated_counts = Counter(value for value in stated if value is not None)
+    predicted_counts = Counter(predicted)
+    pairs = stated_counts.total() * (len(predicted) - 1)
+    if pairs == 0:
+        return math.nan
+    own = sum(p == s for p, s in zip(predicted, stated, strict=True) if s is not None)
+    return (sum(predicted_counts[value] * count for value, count in stated_counts.items()) - own) / pairs
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _per_fact(pairs: Iterator[tuple[str, float]]) -> dict[str, float]:
+    scores = dict(pairs)
+    return scores | {_MEAN: _mean([score for score in scores.values() if not math.isnan(score)])}

@@ -1,0 +1,204 @@
+"""The tiny encoder and language model of the demo: real classes, trained from nothing on the demo clips, made once.
+
+They play the part of published checkpoints, so that fine-tuning on a CPU is what it is on a GPU: a frozen encoder that knows pictures,
+a language model that knows Korean and how to use what stands before it, and a projector that must join the two.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmcap.data.dataset import ClipDataset
+from vlmcap.models.encoders import FrameTransform
+from vlmcap.training.schedule import cosine_rate
+from vlmcap.types import Clip, Sample
+
+Progress = Callable[[int, int], None]
+
+LANGUAGE_STEPS, ENCODER_STEPS = 200, 300  # of the demo at full size; about a minute each on two cores
+_VOCABULARY = 640
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 64, 8, 96
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make` unless it is there; a broken or parallel making leaves nothing half-written under its name."""
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        make(partial)
+        if not folder.is_dir():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def train_tokenizer(texts: Sequence[str]) -> Any:
+    """A byte-level BPE tokenizer with a chat template, in transformers' class."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be written, known word or not
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    fast.chat_template = _TEMPLATE
+    return fast
+
+
+def make_language_model(folder: Path, texts: Sequence[str], *, prompt: str, num_steps: int, seed: int, progress: Progress) -> None:
+    """Trains a Qwen3 of 1.7 M parameters on captions alone and saves it with its tokenizer.
+
+    Each example is a chat in which the user's turn holds the caption's words in disorder and with gaps, and the answer is the caption.
+    So the model learns Korean sentences, and to say what its context holds: what projected video will have to speak to.
+
+    Args:
+        folder: Where to save.
+        texts: Captions of the training split.
+        prompt: The question in the user's turn, as in fine-tuning.
+        num_steps: Optimiser steps of 32 examples.
+        seed: Of weights and examples.
+        progress: Called with steps done and steps in all.
+    """
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = train_tokenizer(texts)
+    rng = random.Random(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=192,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                head_dim=32,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.01)
+        for step in range(num_steps):
+            ids, labels = _chat_batch(tokenizer, rng.choices(texts, k=32), prompt, rng)
+            mask = (ids != tokenizer.pad_token_id).long()
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            _step(optimizer, loss, cosine_rate(step, num_steps, peak=3e-3, warmup_steps=30, final_ratio=0.05))
+            progress(step + 1, num_steps)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Ids and labels (B, S) of chats that ask for `texts` from their scattered words; labels are -100 outside the answer."""
+    rows: list[tuple[list[int], list[int]]] = []
+    for text in texts:
+        words = [word for word in text.split() if rng.random() > 0.15]
+        rng.shuffle(words)
+        chat = [{"role": "user", "content": f"{' '.join(words)}\n{prompt}"}]
+        question = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"]
+        rows.append((question, [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]))
+    width = max(len(question) + len(answer) for question, answer in rows)
+    ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
+    labels = torch.full((len(rows), width), -100)
+    for row, (question, answer) in enumerate(rows):
+        end = len(question) + len(answer)
+        ids[row, :end] = torch.tensor(question + answer)
+        labels[row, len(question) : end] = torch.tensor(answer)
+    return ids, labels
+
+
+def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, num_steps: int, seed: int, progress: Progress) -> None:
+    """Trains a CLIP of 0.3 M vision parameters on single frames and captions, and saves its vision tower.
+
+    Source of the objective: Radford et al., https://arxiv.org/abs/2103.00020.
+
+    Args:
+        folder: Where to save.
+        clips: The training split.
+        tokenizer: For the text tower.
+        num_steps: Optimiser steps of 128 pairs.
+        seed: Of weights and pairs.
+        progress: Called with work done and work in all.
+    """
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    total = len(clips) + num_steps
+    frames = _read_frames(clips, lambda done: progress(done, total))
+    encoded = tokenizer([clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95)
+    ids = torch.cat([encoded["input_ids"], torch.full((len(clips), 1), tokenizer.pad_token_id)], dim=1)
+    lengths = encoded["attention_mask"].sum(1)
+    ids[torch.arange(len(clips)), lengths] = tokenizer.eos_token_id  # CLIP reads the caption off its end token
+    mask = torch.arange(ids.shape[1])[None] <= lengths[:, None]
+    shared = {"hidden_size": _WIDTH, "num_attention_heads": 4, "projection_dim": _WIDTH}
+    vision = shared | {"intermediate_size": 288, "num_hidden_layers": 3, "image_size": _IMAGE_SIZE, "patch_size": _PATCH_SIZE}
+    text = shared | {
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": ids.shape[1],
+    }
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.pad_token_id}
+    processor = CLIPImageProcessor(size={"shortest_edge": _IMAGE_SIZE}, crop_size=_IMAGE_SIZE)
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (processor.image_mean, processor.image_std))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=_WIDTH))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.05)
+        for step in range(num_steps):
+            rows = torch.randperm(len(clips))[:128]
+            pixels = (frames[rows, torch.randint(frames.shape[1], rows.shape)].float() - mean) / std
+            loss = model(input_ids=ids[rows], attention_mask=mask[rows].long(), pixel_values=pixels, return_loss=True).loss
+            _step(optimizer, loss, cosine_rate(step, num_steps, peak=1.5e-3, warmup_steps=20, final_ratio=0.0))
+            model.logit_scale.data.clamp_(max=4.6)  # at most 100, as in CLIP
+            progress(len(clips) + step + 1, total)
+    model.vision_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None]) -> Tensor:
+    """Frames of all clips, uint8 (N, F, 3, H, W)."""
+    dataset = ClipDataset(clips, num_frames=8, frame_transform=FrameTransform(_IMAGE_SIZE, is_cropped=True))
+    frames: list[Tensor] = []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert isinstance(sample, Sample), "the demo's own clips decode"
+        assert sample.frames is not None
+        frames.append(sample.frames)
+        progress(index + 1)
+    return torch.stack(frames)
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

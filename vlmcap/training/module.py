@@ -1,0 +1,246 @@
+"""The captioner as a LightningModule: loss, rates, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmcap.config import OptimConfig
+from vlmcap.data.datamodule import CaptionDataModule
+from vlmcap.data.quarantine import Ledger
+from vlmcap.errors import UserError
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.schedule import StagePlan, peak_rate
+from vlmcap.types import Batch
+
+
+class CaptioningModule(L.LightningModule):
+    """Trains a captioner stage by stage.
+
+    Args:
+        captioner: The assembled model, frozen where nothing is trained.
+        plan: Stages and rates.
+        optim: Of AdamW.
+        identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen bases.
+        ledger: Of clips that could not be used.
+        max_label_tokens: Most label tokens of one micro-batch; a constant that keeps loss sums small in half precision.
+    """
+
+    def __init__(
+        self,
+        captioner: VideoCaptioner,
+        plan: StagePlan,
+        optim: OptimConfig,
+        *,
+        identity: Mapping[str, Any],
+        ledger: Ledger,
+        max_label_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.captioner, self.plan, self.optim_config = captioner, plan, optim
+        self.identity, self.ledger, self.loss_unit = dict(identity), ledger, float(max_label_tokens)
+        self.strict_loading = False  # frozen weights are never in a checkpoint; `on_load_checkpoint` checks the rest
+        self.trained = trained_parameters(captioner, plan)
+        self.num_truncated = 0
+        self._window_tokens = 0
+        self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with a group for each part, matrices decayed and vectors not; the rates are set before each step."""
+        groups = []
+        for part, parameters in self.trained.items():
+            for decay, rows in ((self.optim_config.weight_decay, True), (0.0, False)):
+                chosen = [parameter for parameter in parameters.values() if (parameter.ndim >= 2) == rows]
+                if chosen:
+                    groups.append({"params": chosen, "weight_decay": decay, "part": part})
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim_config.beta1, self.optim_config.beta2))
+
+    def train(self, mode: bool = True) -> CaptioningModule:
+        """Training mode for what is trained; a frozen encoder keeps its evaluation mode."""
+        super().train(mode)
+        if self.captioner.encoder is not None:
+            self.captioner.encoder.eval()
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Thaws the parts of the stage that the epoch belongs to, and freezes the others."""
+        stage = self.plan.at_epoch(self.current_epoch).stage
+        for part, parameters in self.trained.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(peak_rate(stage, part) > 0)
+        self._log_time = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Sets the rates of the step to come."""
+        for group in self._adamw().param_groups:
+            group["lr"] = self.plan.rate(group["part"], self.global_step, self.steps_per_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return max(1, -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Summed loss over a constant; `on_before_optimizer_step` turns the sum of the window into a mean over its label tokens."""
+        self._note(batch)
+        if len(batch) == 0:
+            return None
+        loss, num_labels = self.captioner.loss_sum(batch)
+        self._window_tokens += num_labels
+        self._log_loss += float(loss.detach())
+        self._log_labels += num_labels
+        self._log_tokens += int(batch.attention_mask.sum())
+        return loss / self.loss_unit
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides gradients by the label tokens of the whole accumulated batch of all ranks, as one large batch would.
+
+        Lightning divides each micro-batch by their number and averages over ranks, which would be a mean of means.
+        """
+        tokens = self.trainer.strategy.reduce(torch.tensor(float(self._window_tokens), device=self.device), reduce_op="sum")
+        self._window_tokens = 0
+        scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, float(tokens))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Captions of prompts, or summed loss and label tokens of a labelled batch."""
+        self._note(batch)
+        if batch.labels is None:
+            return self.captioner.generate(batch) if len(batch) else []
+        if len(batch) == 0:
+            return 0.0, 0
+        loss, count = self.captioner.loss_sum(batch)
+        return float(loss), count
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Any:
+        """Captions of prompts."""
+        self._note(batch)
+        return self.captioner.generate(batch) if len(batch) else []
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves the tensors of a batch."""
+        return batch.to(device)
+
+    def take_log(self) -> dict[str, float]:
+        """Loss (nats a label token), rates and speed since the last call."""
+        seconds, self._log_time = time.perf_counter() - self._log_time, time.perf_counter()
+        values = {"train/loss": self._log_loss / max(1, self._log_labels), "train/tokens_per_s": self._log_tokens / max(seconds, 1e-9)}
+        values |= {f"train/lr_{group['part']}": float(group["lr"]) for group in self._adamw().param_groups}
+        self._log_loss, self._log_labels, self._log_tokens = 0.0, 0, 0
+        return values
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps trained weights only, and adds identity, random states and the position in the data."""
+        names = {f"captioner.{name}" for parameters in self.trained.values() for name in parameters}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in names}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        is_between = progress.completed >= self.trainer.num_training_batches
+        epoch = self.trainer.current_epoch
+        position = {"epoch": epoch + 1, "batches": 0} if is_between else {"epoch": epoch, "batches": progress.completed}
+        checkpoint["vlmcap"] = self.identity | {"position": position, "random": random_states()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
+
+        Raises:
+            UserError: Trained weights are missing, unknown or of another shape, or a frozen base is another one.
+        """
+        held = checkpoint.get("vlmcap") or {}
+        check_bases(held.get("bases", {}), self.identity.get("bases", {}))
+        check_weights(checkpoint["state_dict"], self.trained)
+        set_random_states(held["random"])
+        position = held["position"]
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, CaptionDataModule):
+            datamodule.resume_at(position["epoch"], position["batches"])
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def _note(self, batch: Batch) -> None:
+        """Counts what could not be used, and stops when it is too much."""
+        self.num_truncated += batch.num_truncated
+        if batch.skipped:
+            for skipped in batch.skipped:
+                self.ledger.add(skipped)
+            self.ledger.check()
+
+
+def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:
+    """Part to the parameters that some stage trains, by their names in `captioner`."""
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.trained_parts()}
+    for name, parameter in captioner.named_parameters():
+        if name.startswith("projector."):
+            part = "projector"
+        elif name.startswith("llm."):
+            part = "adapter" if "lora_" in name else "llm"
+        else:
+            continue
+        if part in parts:
+            parts[part][name] = parameter
+    for part, parameters in parts.items():
+        if not parameters:
+            raise UserError(f"tuning.stages gives the {part} a learning rate, but the model has no such part; check tuning.use_lora")
+    return parts
+
+
+def check_bases(saved: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]) -> None:
+    """`UserError` if a frozen base differs in content from the one that the checkpoint was trained on."""
+    for part, base in saved.items():
+        now = present.get(part)
+        if now is not None and now["sha256"] != base["sha256"]:
+            raise UserError(
+                f"the checkpoint was trained on the {part} {base['name']} (sha256 {base['sha256'][:12]}), "
+                f"but {part}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set {part}.checkpoint to the former"
+            )
+
+
+def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    """`UserError` unless names and shapes of the saved weights are those of the trained parameters."""
+    shapes = {f"captioner.{name}": tuple(p.shape) for parameters in trained.values() for name, p in parameters.items()}
+    for name in sorted(shapes.keys() ^ saved.keys()):
+        where = "the model lacks" if name in saved else "the checkpoint lacks"
+        raise UserError(
+            f"the checkpoint is from another architecture: {where} {name}; use the encoder, projector, llm and tuning of its run"
+        )
+    for name, shape in shapes.items():
+        if tuple(saved[name].shape) != shape:
+            raise UserError(
+                f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} here; "
+                "use the encoder, projector, llm and tuning of its run"
+            )
+
+
+def random_states() -> dict[str, Any]:
+    """State of every random generator, as plain data and tensors."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restores what `random_states` returned."""
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,167 @@
+"""What a run shows: tables of parts and of results, a bar, a line an epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vlmcap.metrics import METRIC_LABELS
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.module import CaptioningModule
+
+
+def part_counts(captioner: VideoCaptioner, trained: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, int]]:
+    """Parameters of each part in all and trained, quantised weights counted by what they stand for."""
+    names = {name for parameters in trained.values() for name in parameters}
+    parts: dict[str, dict[str, int]] = {}
+    for name, parameter in captioner.named_parameters():
+        part = "adapters" if "lora_" in name else name.split(".")[0]
+        # bitsandbytes packs two 4-bit weights into a byte and remembers the shape.
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        entry = parts.setdefault(part, {"parameters": 0, "trained": 0})
+        entry["parameters"] += count
+        entry["trained"] += count if name in names else 0
+    return parts
+
+
+def show_parts(parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int, title: str, notes: Mapping[str, str]) -> None:
+    """Prints what is trained and what is frozen."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("part", "parameters", "trained", ""):
+        table.add_column(column, justify="right" if column in ("parameters", "trained") else "left")
+    for name, entry in parts.items():
+        trained = f"{entry['trained']:,}" if entry["trained"] else "-"
+        table.add_row(name, f"{entry['parameters']:,}", trained, "trained" if entry["trained"] else "frozen")
+    table.caption = f"{num_visual_tokens} visual tokens a clip" + "".join(f" · {key} {value}" for key, value in notes.items())
+    table.caption_justify = "left"
+    Console().print(table)
+
+
+def show_scores(scores: Mapping[str, float]) -> None:
+    """Prints the final scores of each split, and beside them those with swapped videos where there are some."""
+    for split in dict.fromkeys(name.split("/")[0] for name in scores):
+        own = {name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")}
+        table = Table(title=f"{split} split", title_justify="left", title_style="bold")
+        is_swapped = any(name.startswith("swapped/") for name in own)
+        for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
+            table.add_column(column, justify="left" if column == "score" else "right")
+        for name, value in own.items():
+            if name.startswith(("swapped/", "permuted/")):
+                continue
+            others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
+            label = METRIC_LABELS.get(name, name.replace("facts/", "fact: "))
+            table.add_row(label, f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
+        Console().print(table)
+
+
+def progress_reporter(label: str) -> Callable[[int, int], None]:
+    """A function of work done and work in all that draws a bar on a terminal, and in a log says only start and end."""
+    if not sys.stderr.isatty():
+        started = time.perf_counter()
+
+        def report_line(done: int, total: int) -> None:
+            if done == total:
+                print(f"{label}: {total} in {time.perf_counter() - started:.0f} s", flush=True)
+
+        return report_line
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(label, total=None)
+    bar.start()
+
+    def report_bar(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done == total:
+            bar.stop()
+
+    return report_bar
+
+
+class RunProgress(L.Callback):
+    """Logs the loss every few steps and prints a line an epoch.
+
+    Args:
+        log_every_n_steps: Optimiser steps between log lines.
+    """
+
+    def __init__(self, log_every_n_steps: int) -> None:
+        self.log_every_n_steps = log_every_n_steps
+        self._logged_step = -1
+        self._started = 0.0
+        self._first_step = 0
+        self._last: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._started, self._first_step, self._logged_step = time.perf_counter(), trainer.global_step, trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Logs after every few optimiser steps and after the last of an epoch."""
+        assert isinstance(pl_module, CaptioningModule)
+        step = trainer.global_step
+        is_due = step % self.log_every_n_steps == 0 or step % pl_module.steps_per_epoch == 0
+        if step == self._logged_step or not is_due:
+            return
+        self._logged_step = step
+        self._last = pl_module.take_log()
+        for logger in trainer.loggers:
+            logger.log_metrics(self._last | {"epoch": trainer.current_epoch}, step=step)
+        rates = max(value for name, value in self._last.items() if name.startswith("train/lr_"))
+        shown = {"loss": self._last["train/loss"], "lr": rates, "tok/s": self._last["train/tokens_per_s"]}
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+
+    def seconds_left(self, trainer: L.Trainer) -> float:
+        """Expected seconds to the end, from the steps so far."""
+        done = trainer.global_step - self._first_step
+        left = int(trainer.estimated_stepping_batches) - trainer.global_step
+        return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the epoch's line."""
+        assert isinstance(pl_module, CaptioningModule)
+        if not trainer.is_global_zero:
+            return
+        position = pl_module.plan.at_epoch(trainer.current_epoch)
+        number = trainer.current_epoch - position.first_epoch + 1
+        scores = trainer.callback_metrics
+        parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last.get('train/loss', float('nan')):.3f}"]
+        for name, label in (
+            ("val/loss", "val loss"),
+            ("val/cider", "val CIDEr"),
+            ("val/facts/mean", "facts"),
+            ("val/distinct_ratio", "distinct"),
+        ):
+            if name in scores:
+                parts.append(f"{label} {float(scores[name]):.3f}")
+        parts.append(f"{self._last.get('train/tokens_per_s', 0):,.0f} tok/s")
+        left = self.seconds_left(trainer)
+        parts.append("done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+        print("  ".join(parts), flush=True)
+
+
+class TerminalBar(TQDMProgressBar):
+    """Lightning's bar with the time left to the end of the run.
+
+    Args:
+        progress: Knows the time left.
+    """
+
+    def __init__(self, progress: RunProgress) -> None:
+        super().__init__(leave=False)
+        self.progress = progress
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Lightning's numbers without the version, and the minutes left."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if trainer.training:
+            items["left"] = f"{self.progress.seconds_left(trainer) / 60:.1f} min"
+        return items

@@ -1,0 +1,104 @@
+"""Records that travel between data, models and training.
+
+Legend: B batch, F frames, P patches a frame, Dv vision width, S sequence (visual tokens included), H/W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One entry of a data set: a video file and what people said about it.
+
+    Attributes:
+        id: Unique within its split; the label file's stem for AI Hub data.
+        video: Path of the video file.
+        captions: Reference captions, at least one; empty only for captioning without references.
+        category: Free label for break-downs, empty when unknown.
+    """
+
+    id: str
+    video: Path
+    captions: tuple[str, ...]
+    category: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A clip that could not be read, and why: takes the place of its `Sample`."""
+
+    clip: Clip
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One clip ready for the model; exactly one of `frames` and `features` is set.
+
+    Attributes:
+        clip: Where it comes from.
+        frames: uint8 (F, 3, H, W), already resized for the encoder.
+        features: (F, P, Dv), patch features of the frozen encoder out of the cache.
+    """
+
+    clip: Clip
+    frames: Tensor | None = None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch of B clips; ids, labels and masks share one length S, the visual placeholders included.
+
+    Attributes:
+        clips: The B clips, in row order.
+        input_ids: int64 (B, S); placeholder positions hold the padding id.
+        attention_mask: int64 (B, S); 1 on real tokens, 0 on padding.
+        visual_mask: bool (B, S); True where a projected visual token goes.
+        labels: int64 (B, S); -100 outside the caption and its end token; None for generation.
+        frames: uint8 (B, F, 3, H, W) or None.
+        features: (B, F, P, Dv) or None.
+        skipped: Clips of this batch that could not be read.
+        num_truncated: Captions cut to the limit in this batch.
+    """
+
+    clips: tuple[Clip, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    visual_mask: Tensor
+    labels: Tensor | None
+    frames: Tensor | None = None
+    features: Tensor | None = None
+    skipped: tuple[Skipped, ...] = ()
+    num_truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Positions that the loss counts."""
+        return 0 if self.labels is None else int((self.labels != -100).sum())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """The batch with its tensors on `device`; Lightning calls this, as it cannot look into a frozen record."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; the data loader calls this where it was asked to pin."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("input_ids", "attention_mask", "visual_mask", "labels", "frames", "features")
+        changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **changed)
