@@ -6,7 +6,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, register_schemas, run_program, with_overrides
+from vlmcap.compose import config_dir, register_schemas, run_program, told_in_one_sentence, with_overrides
+from vlmcap.errors import UserError
 
 register_schemas()
 
@@ -14,17 +15,20 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")
 def main(node: DictConfig) -> float:
     """Takes the checkpoint's own configuration, puts the overrides given here over it, and scores."""
-    from vlmcap.build.checkpoints import read_checkpoint  # heavy, and not needed for --help and --cfg
-    from vlmcap.build.run import evaluate
-    from vlmcap.training.progress import show_scores
+    with told_in_one_sentence():
+        if node.checkpoint is None:
+            raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
+        from vlmcap.build.checkpoints import read_checkpoint  # heavy, and not needed for --help and --cfg
+        from vlmcap.build.run import evaluate, tokenizer_version
+        from vlmcap.training.progress import show_scores
 
-    checkpoint = Path(node.checkpoint)
-    saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
-    config = with_overrides(saved, node, HydraConfig.get().overrides.task)
-    scores = evaluate(config, checkpoint)
-    show_scores(scores)
-    print(f"metrics.json and predictions.jsonl: {config.paths.output_dir}")
-    return scores.get(f"{config.data.split.value}/cider", float("nan"))
+        checkpoint = Path(node.checkpoint)
+        saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
+        config = with_overrides(saved, node, HydraConfig.get().overrides.task)
+        scores = evaluate(config, checkpoint)
+        show_scores(scores, tokenizer_version(config))
+        print(f"metrics.json and predictions.jsonl: {config.paths.output_dir}")
+        return scores.get(f"{config.data.split.value}/cider", float("nan"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, register_schemas, run_program, to_config
+from vlmcap.compose import config_dir, register_schemas, run_program, to_config, told_in_one_sentence
 
 register_schemas()
 
@@ -11,10 +11,11 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
-    config = to_config(node)
-    from vlmcap.build.run import train  # heavy, and not needed for --help and --cfg
+    with told_in_one_sentence():
+        config = to_config(node)
+        from vlmcap.build.run import train  # heavy, and not needed for --help and --cfg
 
-    return train(config)
+        return train(config)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,22 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 300
-SKIPPED = {"outputs", "multirun", "wandb", "build", "dist"}  # and the hidden ones, and data/ at the top
+SKIPPED = {
+    "outputs",
+    "multirun",
+    "wandb",
+    "build",
+    "dist",
+    "data",
+}  # at the top, and the hidden ones; vlmcap/build and vlmcap/data are code
 MACHINE_PATH = re.compile(r"(?<![\w.:/~$}-])/(?:home|root|work|Users|mnt|media|opt|srv|scratch|workspace|nfs)/\w|\b[A-Z]:\\\w")
 
 
 def project_files(*suffixes: str) -> list[Path]:
     """Files of the checkout with one of the suffixes, without environments, caches, data and runs."""
-    tops = [p for p in sorted(ROOT.iterdir()) if not p.name.startswith(".") and p.name not in SKIPPED | {"data"}]
+    tops = [p for p in sorted(ROOT.iterdir()) if not p.name.startswith(".") and p.name not in SKIPPED]
     files = [f for top in tops for f in (sorted(top.rglob("*")) if top.is_dir() else [top])]
-    return [f for f in files if f.suffix in suffixes and f.is_file() and not SKIPPED & set(f.relative_to(ROOT).parts)]
+    return [f for f in files if f.suffix in suffixes and f.is_file() and "wandb" not in f.parts]
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -41,7 +48,7 @@ def machine_paths(text: str) -> list[str]:
 def test_modules_are_short() -> None:
     lengths = {str(f.relative_to(ROOT)): len(f.read_text(encoding="utf-8").splitlines()) for f in project_files(".py")}
     long = {name: length for name, length in lengths.items() if length >= MAX_LINES}
-    assert "vlmcap/__init__.py" in lengths
+    assert {"vlmcap/__init__.py", "vlmcap/build/run.py", "vlmcap/data/video.py"} <= lengths.keys()
     assert not long, f"split these, {MAX_LINES} lines or more: {long}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmcap.models.captioner import VideoCaptioner
@@ -11,15 +11,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(checkpoint: str | Path) -> VideoCaptioner:
+def load(checkpoint: str | Path, **overrides: Any) -> VideoCaptioner:
     """A captioner from a checkpoint that train.py wrote: `vlmcap.load(path).caption(["clip.mp4"])`.
+
+    Args:
+        checkpoint: The file.
+        overrides: Keys of the configuration to values: `vlmcap.load(path, **{"hardware.accelerator": "cpu"})`.
 
     Raises:
         UserError: The checkpoint, or the encoder or language model under it, is missing or is another one.
     """
     from vlmcap.build.checkpoints import load_captioner
 
-    return load_captioner(checkpoint)
+    return load_captioner(checkpoint, overrides)
 
 
 __all__ = ["__version__", "load"]

@@ -33,6 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders that are searched for them")
     caption.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .ckpt file under the checkpoints/ folder of a run")
     caption.add_argument("--output", metavar="F.jsonl", help="write one JSON object a clip here instead of text to the screen")
+    caption.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="put a value over the checkpoint's configuration, such as hardware.accelerator=cpu; may be repeated",
+    )
     caption.set_defaults(run=_caption)
     return parser
 
@@ -45,7 +52,7 @@ def _caption(options: argparse.Namespace) -> None:
     from vlmcap.build.checkpoints import load_captioner
     from vlmcap.training.progress import progress_reporter
 
-    captioner = load_captioner(options.checkpoint)
+    captioner = load_captioner(options.checkpoint, _read_settings(options.set))
     report = progress_reporter("captioning")
     captions: list[tuple[Path, str]] = []
     failed: list[tuple[Path, str]] = []
@@ -59,6 +66,14 @@ def _caption(options: argparse.Namespace) -> None:
     if failed:
         video, reason = failed[0]
         raise UserError(f"{len(failed)} of {len(videos)} files could not be read, first: {video} ({reason})")
+
+
+def _read_settings(settings: Sequence[str]) -> dict[str, str]:
+    values = dict(setting.partition("=")[::2] for setting in settings)
+    for setting in settings:
+        if "=" not in setting:
+            raise UserError(f"--set {setting} is not KEY=VALUE")
+    return values
 
 
 def find_videos(paths: Sequence[Path]) -> list[Path]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,13 +52,21 @@ def register_schemas() -> None:
 
 
 def compose(overrides: Sequence[str], *, name: str = "train", resolve: bool = True) -> Config:
-    """The configuration that `train.py` would run with these overrides, for tools and tests."""
+    """The configuration that `train.py` would run with these overrides, for tools and tests.
+
+    Raises:
+        UserError: An override names what is not there, or has a wrong value.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.errors import HydraException
 
     register_schemas()
-    with initialize_config_dir(config_dir(), version_base="1.3"):
-        node = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+    try:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            node = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(_innermost(error))) from error
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
@@ -71,7 +81,8 @@ def to_config(node: DictConfig) -> Config:
         UserError: A value is missing, of the wrong type, or against another.
     """
     try:
-        found = OmegaConf.to_object(node)
+        # Hydra lets `+group.key=value` add any key; the schema, merged with plain values, does not.
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(node, resolve=False)))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     except ValueError as error:
@@ -140,7 +151,12 @@ def explain(error: Exception) -> str:
     missing_group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
     if missing_group:
         group, choice = missing_group.groups()
-        return f"there is no {group} named '{choice}'; choose {group}= one of {', '.join(_choices(group))}"
+        choices = ", ".join(_choices(group))
+        return f"there is no {group} named '{choice}'; " + (
+            f"choose {group}= one of {choices}" if choices else f"there are none under {group}/"
+        )
+    if override := getattr(error, "override", None):  # it could not be parsed
+        return f"'{override}' cannot be read as key=value; quote values that hold spaces, commas, brackets or braces"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"there is no key '{unknown.group(1)}'; {_nearest(unknown.group(1))}"
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
@@ -160,37 +176,62 @@ def _nearest(key: str) -> str:
     """A hint with the nearest known keys."""
     from difflib import get_close_matches
 
-    known = list(_paths(OmegaConf.structured(Config), ""))
-    near = get_close_matches(key, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else "`--cfg job` lists them"
+    near = get_close_matches(key, list(_paths(Config)), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else "`python train.py --cfg job` lists them"
 
 
-def _paths(node: DictConfig, prefix: str) -> list[str]:
-    found = []
-    for name in map(str, node):
-        path = f"{prefix}{name}"
-        found.append(path)
-        child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none():
-            found += _paths(child, f"{path}.")
-    return found
+def _paths(schema_class: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a schema, groups included."""
+    hints = get_type_hints(schema_class)
+    for field in fields(schema_class):
+        path, kind = f"{prefix}{field.name}", hints[field.name]
+        yield path
+        if get_origin(kind) is dict:
+            path, kind = f"{path}.<name>", get_args(kind)[1]
+        if is_dataclass(kind):
+            yield from _paths(kind, f"{path}.")
 
 
-def run_program(main: Callable[[], object]) -> None:
-    """Runs a command-line program: a user's mistake is one line on stderr and exit code 2; Ctrl-C is one line and 130."""
+@contextmanager
+def told_in_one_sentence() -> Iterator[None]:
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into one line and 130.
+
+    Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
+    """
     from hydra.errors import HydraException
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
     try:
-        main()
+        yield
+        _remove_unused_folder()  # paths.output_dir may have led elsewhere
     except (UserError, HydraException, OmegaConfBaseException) as error:
         cause = error if isinstance(error, UserError) else _innermost(error)
         sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
+        _remove_unused_folder()
         print(f"Error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """Runs a program of Hydra's; mistakes that Hydra itself finds are told like ours."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
+    with told_in_one_sentence():
+        main()
+
+
+def _remove_unused_folder() -> None:
+    """Removes the folder that Hydra made for a run that came to nothing: one that holds no more than Hydra's own files."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        return
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    own = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
+    if folder.is_dir() and {child.name for child in folder.iterdir()} <= own:
+        shutil.rmtree(folder)
 
 
 def _innermost(error: Exception) -> Exception:

@@ -19,6 +19,7 @@ class EncoderConfig:
     checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout
     revision: str | None = None  # branch, tag or commit on the hub
     feature_layer: int = -1  # index into the hidden states; -1 is after the last block, -2 before it
+    is_cached: bool = False  # keep its features on disk unless cache.enabled says otherwise
     gate: str | None = None  # licence to accept on the hub before the download works
 
 

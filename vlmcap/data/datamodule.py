@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlmcap.data.collate import Collator
@@ -82,6 +83,7 @@ class CaptionDataModule(L.LightningDataModule):
             sampler=sampler,
             collate_fn=collator,
             num_workers=workers,
+            generator=torch.Generator(),  # of workers' seeds: drawn from the global one, they would make a resumed run another
             persistent_workers=workers > 0,
         )
 

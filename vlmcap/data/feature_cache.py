@@ -138,7 +138,7 @@ class FeatureCache:
 
     def _opened(self) -> CacheIndex:
         if not self.is_complete or self._index is None:
-            raise UserError(f"there is no complete feature cache in {self.folder}: build it with `vlmcap cache` or set cache.enabled=false")
+            raise UserError(f"there is no complete feature cache in {self.folder}: set cache.enabled=false, or let train.py build it")
         return self._index
 
 

@@ -41,7 +41,7 @@ class CaptionScorer:
         self.lexicon = FactLexicon.from_json(Path(config.facts)) if config.facts else None
 
     def score(self, predictions: Sequence[Prediction], *, metrics: Sequence[str] | None = None) -> dict[str, float]:
-        """Text scores, `facts/*` where facts are configured, and `swapped/*` where videos are to be swapped.
+        """Text scores, `facts/*` where facts are configured, and `swapped/*` where videos are to be swapped and `metrics` is None.
 
         Swapping exchanges predictions between clips: greedy and beam captions depend on nothing but the video, as the prompt is the
         same for all, so captioning the swapped videos again would give the same texts.
@@ -50,7 +50,7 @@ class CaptionScorer:
         scores = score_captions(texts, references, tokenizer=self.config.tokenizer, metrics=metrics)
         if self.lexicon is not None:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
-        if self.config.swap_videos and len(predictions) > 1:
+        if self.config.swap_videos and metrics is None and len(predictions) > 1:
             scores |= self._swapped(texts, references)
         return scores
 

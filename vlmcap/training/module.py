@@ -51,6 +51,7 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self._window_tokens = 0
         self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
+        self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with a group for each part, matrices decayed and vectors not; the rates are set before each step."""
@@ -69,8 +70,17 @@ class CaptioningModule(L.LightningModule):
             self.captioner.encoder.eval()
         return self
 
+    def on_train_start(self) -> None:
+        """Sets the stage for a run that resumes inside an epoch, where no epoch starts."""
+        self._set_stage()
+
     def on_train_epoch_start(self) -> None:
-        """Thaws the parts of the stage that the epoch belongs to, and freezes the others."""
+        """Sets the stage that the epoch belongs to."""
+        self._set_stage()
+        self.num_truncated = 0  # counted an epoch, as each epoch sees the same captions
+
+    def _set_stage(self) -> None:
+        """Thaws the parts that the stage trains, and freezes the others."""
         stage = self.plan.at_epoch(self.current_epoch).stage
         for part, parameters in self.trained.items():
             for parameter in parameters.values():
@@ -87,11 +97,12 @@ class CaptioningModule(L.LightningModule):
         """Optimiser steps of an epoch."""
         return max(1, -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Summed loss over a constant; `on_before_optimizer_step` turns the sum of the window into a mean over its label tokens."""
         self._note(batch)
-        if len(batch) == 0:
-            return None
+        self.num_truncated += batch.num_truncated
+        if len(batch) == 0:  # a zero with gradients, as other ranks and the scaler of half precision wait for them
+            return torch.stack([p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]).sum()
         loss, num_labels = self.captioner.loss_sum(batch)
         self._window_tokens += num_labels
         self._log_loss += float(loss.detach())
@@ -143,11 +154,17 @@ class CaptioningModule(L.LightningModule):
         """Keeps trained weights only, and adds identity, random states and the position in the data."""
         names = {f"captioner.{name}" for parameters in self.trained.values() for name in parameters}
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in names}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        is_between = progress.completed >= self.trainer.num_training_batches
+        # Not `completed`: Lightning counts a batch as completed only after the callbacks that save on its end.
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = int(progress.processed)
         epoch = self.trainer.current_epoch
-        position = {"epoch": epoch + 1, "batches": 0} if is_between else {"epoch": epoch, "batches": progress.completed}
-        checkpoint["vlmcap"] = self.identity | {"position": position, "random": random_states()}
+        position = {"epoch": epoch, "batches": batches}
+        if batches >= self.trainer.num_training_batches:
+            position = {"epoch": epoch + 1, "batches": 0}
+        else:
+            _mark_unfinished(checkpoint["loops"]["fit_loop"])
+        log = {"loss": self._log_loss, "labels": self._log_labels, "tokens": self._log_tokens, "truncated": self.num_truncated}
+        checkpoint["vlmcap"] = self.identity | {"position": position, "random": random_states(), "log": log}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
@@ -159,6 +176,9 @@ class CaptioningModule(L.LightningModule):
         check_bases(held.get("bases", {}), self.identity.get("bases", {}))
         check_weights(checkpoint["state_dict"], self.trained)
         set_random_states(held["random"])
+        log = held["log"]
+        self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]
+        self.num_truncated = log["truncated"]
         position = held["position"]
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, CaptionDataModule):
@@ -171,11 +191,16 @@ class CaptioningModule(L.LightningModule):
 
     def _note(self, batch: Batch) -> None:
         """Counts what could not be used, and stops when it is too much."""
-        self.num_truncated += batch.num_truncated
         if batch.skipped:
             for skipped in batch.skipped:
                 self.ledger.add(skipped)
             self.ledger.check()
+
+
+def _mark_unfinished(loop: Mapping[str, Any]) -> None:
+    """Undoes, in the state of Lightning's loop, the end of an epoch that it declares when a run stops inside one."""
+    for count in loop["epoch_progress"].values():
+        count["processed"] = count["completed"]
 
 
 def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:

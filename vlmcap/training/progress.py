@@ -17,10 +17,20 @@ from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.module import CaptioningModule
 
 
-def part_counts(captioner: VideoCaptioner, trained: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, int]]:
-    """Parameters of each part in all and trained, quantised weights counted by what they stand for."""
+def part_counts(
+    captioner: VideoCaptioner, trained: Mapping[str, Mapping[str, object]], num_encoder_parameters: int
+) -> dict[str, dict[str, int]]:
+    """Parameters of each part in all and trained, quantised weights counted by what they stand for.
+
+    Args:
+        captioner: The model, its encoder perhaps dropped.
+        trained: Part to trained parameters by name.
+        num_encoder_parameters: Of the encoder.
+    """
     names = {name for parameters in trained.values() for name in parameters}
     parts: dict[str, dict[str, int]] = {}
+    if captioner.encoder is None:
+        parts["encoder"] = {"parameters": num_encoder_parameters, "trained": 0}
     for name, parameter in captioner.named_parameters():
         part = "adapters" if "lora_" in name else name.split(".")[0]
         # bitsandbytes packs two 4-bit weights into a byte and remembers the shape.
@@ -45,11 +55,16 @@ def show_parts(parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int
     Console().print(table)
 
 
-def show_scores(scores: Mapping[str, float]) -> None:
-    """Prints the final scores of each split, and beside them those with swapped videos where there are some."""
+def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
+    """Prints the final scores of each split, and beside them those with swapped videos where there are some.
+
+    Args:
+        scores: Named `split/score`.
+        tokenizer: Name and version; no Korean score means anything without.
+    """
     for split in dict.fromkeys(name.split("/")[0] for name in scores):
         own = {name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")}
-        table = Table(title=f"{split} split", title_justify="left", title_style="bold")
+        table = Table(title=f"{split} split, tokens by {tokenizer}", title_justify="left", title_style="bold")
         is_swapped = any(name.startswith("swapped/") for name in own)
         for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
@@ -90,10 +105,11 @@ class RunProgress(L.Callback):
 
     Args:
         log_every_n_steps: Optimiser steps between log lines.
+        max_steps: At which the run stops, for the time left; -1 for the end of the last epoch.
     """
 
-    def __init__(self, log_every_n_steps: int) -> None:
-        self.log_every_n_steps = log_every_n_steps
+    def __init__(self, log_every_n_steps: int, max_steps: int = -1) -> None:
+        self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
         self._logged_step = -1
         self._started = 0.0
         self._first_step = 0
@@ -121,7 +137,8 @@ class RunProgress(L.Callback):
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Expected seconds to the end, from the steps so far."""
         done = trainer.global_step - self._first_step
-        left = int(trainer.estimated_stepping_batches) - trainer.global_step
+        total = int(trainer.estimated_stepping_batches)
+        left = (min(total, self.max_steps) if self.max_steps >= 0 else total) - trainer.global_step
         return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,12 +1,72 @@
-"""`last.ckpt` and `best.ckpt`, by Lightning's callback."""
+"""`last.ckpt` and `best.ckpt`, by Lightning's callback; whole or not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmcap.config import Config
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: Lightning's own writes in the system's temporary folder, and from there it may be a copy."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves so that `path` holds the old content or the new one, whenever the process dies."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            torch.save(checkpoint, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves every few optimiser steps, and never between the micro-batches of one: their gradients are in no checkpoint."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves if a step is done and due."""
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class StepLimit(Callback):
+    """Stops after some optimiser steps. Lightning's own limit makes it lose count of epochs when such a run is resumed.
+
+    Args:
+        max_steps: In all, those before a resume included; -1 for no limit.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops a resumed run that has nothing left to do."""
+        self._check(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Stops at the limit."""
+        self._check(trainer)
+
+    def _check(self, trainer: L.Trainer) -> None:
+        if 0 <= self.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+
+
+def best_checkpoint(trainer: L.Trainer) -> Path | None:
+    """The best checkpoint that this run saved, or None: a file of an earlier run in the same folder is not ours."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return Path(callback.best_model_path)
+    return None
 
 
 def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
@@ -23,7 +83,7 @@ def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
     callbacks: list[Callback] = [ModelCheckpoint(filename="last", save_top_k=1, save_on_train_epoch_end=True, **common)]  # type: ignore[arg-type]
     if config.trainer.checkpoint_every_n_steps:
         callbacks.append(
-            ModelCheckpoint(filename="last", save_top_k=1, every_n_train_steps=config.trainer.checkpoint_every_n_steps, **common)  # type: ignore[arg-type]
+            StepCheckpoint(filename="last", save_top_k=1, every_n_train_steps=config.trainer.checkpoint_every_n_steps, **common)  # type: ignore[arg-type]
         )
     if config.objective.startswith("val/"):
         callbacks.append(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from vlmcap.data.demo.grammar import FACTS, Scene, describe, draw_scene
+from vlmcap.data.once import make_once
 
 _VERSION = 1  # raise when clips or captions of a seed change
 _HELD_OUT = 8  # one in so many combinations of facts is kept for validation and test
@@ -38,18 +38,12 @@ def make_demo(folder: Path, settings: DemoSettings, progress: Callable[[int, int
         progress: Called with clips done and clips in all.
     """
     key = hashlib.sha256(json.dumps([_VERSION, asdict(settings)]).encode()).hexdigest()[:10]
-    target = folder / f"clips-{key}"
-    if target.is_dir():
-        return target
-    partial = folder / f".clips-{key}.{os.getpid()}"
-    try:
+
+    def write(partial: Path) -> None:
         _write_all(partial, list(_plan(settings)), progress)
         (partial / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False, indent=1), encoding="utf-8")
-        if not target.is_dir():  # another process may have been faster
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+
+    return make_once(folder / f"clips-{key}", write)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]
 SIZE = 128  # pixels a side of a frame
 NUM_FRAMES = 16
 FPS = 8
-_MARGIN = 40  # the background is larger than the frame by this much, for the camera to move in
+_MARGIN = 64  # the background is larger than the frame by this much, for the camera to move in
 _HORIZON = 0.52
 
 _SKY = {  # top, bottom, light on the ground
@@ -26,6 +26,7 @@ _SKY = {  # top, bottom, light on the ground
     "해 질 녘": ((120, 60, 110), (250, 130, 40), 0.6),
     "한밤": ((8, 10, 35), (30, 35, 80), 0.3),
 }
+_DARK, _WHITE, _GLOW = (25, 25, 25), (245, 245, 245), (255, 185, 110)
 _COLOUR = {"빨간": (225, 25, 25), "파란": (25, 60, 230), "노란": (250, 220, 20), "하얀": (250, 250, 250), "초록": (20, 170, 50)}
 
 
@@ -43,7 +44,7 @@ def _sky(scene: Scene, size: int, rng: np.random.Generator) -> Image:
     if scene.time == "한밤" and scene.weather == "맑음":
         sky[rng.random((size, size)) < 0.006] = 230
     if scene.weather == "맑음":  # a sun or a moon
-        cx, cy = rng.uniform(0.25, 0.75), rng.uniform(0.12, 0.22)
+        cx, cy = rng.uniform(0.3, 0.7), rng.uniform(0.22, 0.3)
         disc = (x - cx) ** 2 + (y - cy) ** 2 < 0.06**2
         sky[disc] = (240, 240, 220) if scene.time == "한밤" else (255, 245, 170)
     else:
@@ -119,7 +120,7 @@ def _camera(background: Image, scene: Scene, t: float, pan: int) -> Image:
     if scene.camera == "이동":
         left = _MARGIN * (t if pan > 0 else 1 - t)
     if scene.camera == "확대":
-        crop = total - (total - 84) * t
+        crop = total - (total - 80) * t
         left = top = (total - crop) / 2
     steps = np.arange(SIZE, dtype=np.float32) / SIZE * crop
     rows = np.clip(top + steps, 0, total - 1).astype(np.int64)
@@ -127,30 +128,36 @@ def _camera(background: Image, scene: Scene, t: float, pan: int) -> Image:
     return background[rows[:, None], columns[None, :]].copy()
 
 
-def _object_layers(name: str, u: Image, v: Image) -> tuple[Mask, Mask]:
-    """Where the object is coloured and where it is dark, from coordinates in -1…1 around its centre (u to the right, v down)."""
+def _object_layers(name: str, u: Image, v: Image) -> list[tuple[Mask, tuple[int, int, int] | None]]:
+    """Masks of an object's parts, from back to front, with their colours; None is the colour that the caption names.
+
+    Coordinates run from -1 to 1 around the centre, u to the right and v down; every mask is its own mirror image.
+    """
     across, down = np.abs(u), np.abs(v)
     if name == "풍선":
-        return u**2 + (v + 0.25) ** 2 < 0.55, (across < 0.06) & (v > 0.45) & (v < 1.1)
+        shine = (u**2 * 2 + (v + 0.55) ** 2 * 4) < 0.25
+        return [((across < 0.06) & (v > 0.3) & (v < 1.2), _DARK), (u**2 + (v + 0.25) ** 2 < 0.75, None), (shine, _WHITE)]
     if name == "방패연":
-        square = (across < 0.75) & (down < 0.75)
-        return square, (square & (np.abs(across - down) < 0.13)) | ((np.abs(across - 0.55) < 0.06) & (v > 0.7) & (v < 1.1))
+        inner = (across < 0.62) & (down < 0.62)
+        return [((across < 0.9) & (down < 0.9), _WHITE), (inner, None), (inner & (np.abs(across - down) < 0.14), _DARK)]
     if name == "갈매기":
-        return (np.abs(v - 0.1 + (0.6 - 1.5 * np.abs(across - 0.5))) < 0.27) & (across < 1), np.zeros_like(u, bool)
+        wings = (np.abs(v - 0.1 + (0.6 - 1.2 * np.abs(across - 0.6))) < 0.27) & (across < 1.25)
+        return [(wings, None), (wings & (across > 0.85), _DARK)]
     if name == "드론":
-        rotor = (across - 0.68) ** 2 + (down - 0.62) ** 2 < 0.1
-        return rotor, ((np.abs(0.9 * across - down) < 0.14) & (across < 0.75) & ~rotor) | ((across < 0.28) & (down < 0.22))
-    lantern = (across < 0.6) & (down < 0.95)
-    return lantern, (lantern & (v % 0.38 < 0.14)) | ((across < 0.25) & (down < 1.1) & (down > 0.9))
+        body = (np.abs(0.9 * across - down) < 0.2) & (across < 0.8) | (across < 0.45) & (down < 0.35)
+        return [(body, _DARK), ((across - 0.72) ** 2 + (down - 0.66) ** 2 < 0.1, None)]
+    shell = (across < 0.55) & (down < 0.75)
+    return [(u**2 + v**2 < 1.5, _GLOW), (shell, None), ((across < 0.3) & (down < 0.95) & (down > 0.7), _DARK)]
 
 
 def _draw_object(frame: Image, scene: Scene, cx: float, cy: float, radius: float) -> None:
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     u, v = (x - cx) / radius, (y - cy) / radius
-    frame[_object_layers(scene.object, u * 0.9, v * 0.9)[0]] = (25, 25, 25)  # an outline, so that no sky swallows the colour
-    coloured, dark = _object_layers(scene.object, u, v)
-    frame[coloured] = _COLOUR[scene.colour]
-    frame[dark] = (25, 25, 25)
+    for mask, colour in _object_layers(scene.object, u * 0.9, v * 0.9):
+        if colour is None:
+            frame[mask] = _DARK  # an outline, so that no sky swallows the colour
+    for mask, colour in _object_layers(scene.object, u, v):
+        frame[mask] = _COLOUR[scene.colour] if colour is None else colour
 
 
 def _fall(frame: Image, scene: Scene, drops: NDArray[np.float64], step: int) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlmcap.errors import UserError
 
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processor files hold them
 
@@ -76,6 +78,33 @@ def read_processor(folder: Path, image_size: int, default: Normalization, *, is_
     return transform, Normalization(tuple(mean), tuple(std))
 
 
+def load_tower(tower_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The vision tower in `folder`, every weight out of the checkpoint.
+
+    Args:
+        tower_class: Of transformers.
+        folder: Checkpoint in Hugging Face layout.
+        dtype: Of the weights.
+
+    Raises:
+        UserError: There are no weights, or they are another architecture's; transformers would fill gaps with random numbers.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        tower, loading = tower_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        reason = f"could not be loaded as {tower_class.__name__} ({str(error).splitlines()[0]})"
+        raise UserError(f"encoder.checkpoint {folder} {reason}; check encoder.family, or take a whole checkpoint") from error
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("head."))  # the pooling head is not used
+    if missing:
+        raise UserError(
+            f"encoder.checkpoint {folder} lacks {len(missing)} weights of {tower_class.__name__}, first: {missing[0]}; "
+            "check encoder.family, or take a whole checkpoint"
+        )
+    return cast(nn.Module, tower)
+
+
 class VisionEncoder(nn.Module):
     """A vision tower of transformers behind one interface.
 
@@ -86,6 +115,9 @@ class VisionEncoder(nn.Module):
         grid: (h, w) patches of a frame.
         num_prefix_tokens: CLS and register tokens in front of the patches, dropped.
         feature_layer: Index into the hidden states; -1 is after the last block.
+
+    Raises:
+        UserError: There is no such layer.
     """
 
     mean: Tensor
@@ -105,6 +137,9 @@ class VisionEncoder(nn.Module):
         self.tower, self.transform, self.grid = tower, transform, grid
         self.num_prefix_tokens, self.feature_layer = num_prefix_tokens, feature_layer
         self.embed_dim = int(tower.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        num_layers = int(tower.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+        if not -num_layers - 1 <= feature_layer <= num_layers:
+            raise UserError(f"encoder.feature_layer must be in {-num_layers - 1}…{num_layers} for this encoder, not {feature_layer}")
         self.register_buffer("mean", torch.tensor(normalization.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(normalization.std).view(3, 1, 1) * 255, persistent=False)
 

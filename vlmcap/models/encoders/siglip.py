@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vlmcap.models.encoders.base import Normalization, VisionEncoder, read_processor
+from vlmcap.models.encoders.base import Normalization, VisionEncoder, load_tower, read_processor
 
 _NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -15,7 +16,7 @@ def load_siglip(folder: Path, *, feature_layer: int, dtype: torch.dtype) -> Visi
     """The vision tower of a SigLIP or fixed-resolution SigLIP 2 checkpoint."""
     from transformers import SiglipVisionModel
 
-    tower = SiglipVisionModel.from_pretrained(folder, dtype=dtype)
+    tower: Any = load_tower(SiglipVisionModel, folder, dtype)
     size, patch = int(tower.config.image_size), int(tower.config.patch_size)
     transform, normalization = read_processor(folder, size, _NORMALIZATION, is_cropped=False)
     return VisionEncoder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,19 +41,22 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
         device: Where quantised weights are put while loading, such as "cpu" or "cuda:0".
 
     Raises:
-        UserError: The folder holds no causal language model.
+        UserError: The folder holds no causal language model, or only a part of one.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False, "output_loading_info": True}
     if quantization != "none":
         options |= {"quantization_config": quantization_config(quantization, dtype), "device_map": device}
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (ValueError, KeyError, OSError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {reason}") from error
-    return model.requires_grad_(False).eval()
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+    return cast(nn.Module, model).requires_grad_(False).eval()
 
 
 def context_length(folder: Path) -> int:

@@ -57,12 +57,15 @@ def load_prompt(folder: Path, *, prompt: str, system_prompt: str | None, enable_
     Raises:
         UserError: No tokenizer, no chat template, or no end token.
     """
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {str(error).splitlines()[0]}") from error
+    if not tokenizer("가", add_special_tokens=False)["input_ids"]:  # without files, some classes come up with an empty vocabulary
+        raise UserError(f"llm.checkpoint {folder} holds no tokenizer; put tokenizer.json and tokenizer_config.json there")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer in {folder} has no chat template; take an instruction-tuned checkpoint for llm.checkpoint")
     if tokenizer.eos_token_id is None:
@@ -70,8 +73,13 @@ def load_prompt(folder: Path, *, prompt: str, system_prompt: str | None, enable_
     turns = [{"role": "user", "content": f"{_VISUAL}\n{prompt}"}]
     if system_prompt:
         turns.insert(0, {"role": "system", "content": system_prompt})
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
-    before, _, after = rendered.partition(_VISUAL)
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
+    except TemplateError as error:  # such as: no system turn allowed
+        raise UserError(f"the chat template in {folder} refuses the prompt ({error}); change llm.system_prompt or llm.prompt") from error
+    before, placeholder, after = rendered.partition(_VISUAL)
+    if not placeholder:
+        raise UserError(f"the chat template in {folder} drops the user's text; take another llm.checkpoint")
     end_id = int(tokenizer.eos_token_id)
     return PromptEncoder(
         tokenizer=tokenizer,

@@ -5,42 +5,57 @@ Legend: B batch, F frames, P patches a frame, Dv vision width, V visual tokens a
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vlmcap.models.projectors.mlp import MLPProjector
 from vlmcap.models.projectors.reducers import FrameStack, PoolReducer
-from vlmcap.models.projectors.temporal import FramePosition, TemporalAttention
+from vlmcap.models.projectors.temporal import NormalizedPosition, TemporalAttention
 
 
 class Projector(nn.Module):
-    """Reducers, then the map to Dl, then temporal modelling, then all tokens of a clip in frame order.
+    """Reducers, embeddings of position, the map to Dl, attention along time, then all tokens of a clip in frame order.
 
-    Weights stay in float32 and the input is cast at the edge, so that half precision in the encoder cannot overflow here.
+    Weights stay in float32 and the input is cast at the edge, so that half precision in the encoder cannot overflow here; float16 autocast
+    ends at the same edge, as its largest number is 65 504.
 
     Args:
         reducers: Run in order on (B, F, P, Dv).
         projection: (B, F, P, D) -> (B, F, P, Dl).
-        temporal: (B, F, P, Dl) -> (B, F, P, Dl), or None.
+        before: (B, F, P, D) -> (B, F, P, D) in front of the projection, or None.
+        after: (B, F, P, Dl) -> (B, F, P, Dl) behind it, or None.
     """
 
-    def __init__(self, reducers: list[FrameStack | PoolReducer], projection: nn.Module, temporal: nn.Module | None) -> None:
+    def __init__(
+        self,
+        reducers: list[FrameStack | PoolReducer],
+        projection: nn.Module,
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.reducers = nn.ModuleList(reducers)
-        self.projection, self.temporal = projection, temporal
+        self.projection, self.before, self.after = projection, before, after
 
     def num_tokens(self, num_frames: int, num_patches: int) -> int:
         """V for a clip of F frames with P patches, without running."""
-        return _reduced(self.reducers, num_frames, num_patches)[0] * _reduced(self.reducers, num_frames, num_patches)[1]
+        steps, places = _reduced(self.reducers, num_frames, num_patches)
+        return steps * places
 
     def forward(self, features: Tensor) -> Tensor:
         """Visual tokens, (B, F, P, Dv) -> float32 (B, V, Dl)."""
-        tokens = features.float()
-        for reducer in self.reducers:
-            tokens = reducer(tokens)
-        tokens = self.projection(tokens)
-        if self.temporal is not None:
-            tokens = self.temporal(tokens)
-        return tokens.flatten(1, 2)
+        device = features.device.type
+        is_narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not is_narrow):
+            tokens = features.float()
+            for reducer in self.reducers:
+                tokens = reducer(tokens)
+            if self.before is not None:
+                tokens = self.before(tokens)
+            tokens = self.projection(tokens)
+            if self.after is not None:
+                tokens = self.after(tokens)
+        return tokens.float().flatten(1, 2)
 
 
 def _reduced(reducers: nn.ModuleList | list[FrameStack | PoolReducer], num_frames: int, num_patches: int) -> tuple[int, int]:
@@ -81,14 +96,14 @@ def build_projector(
         reducers.append(PoolReducer(grid, pool_size))
     if frame_stack > 1:
         reducers.append(FrameStack(frame_stack))
-    projection = MLPProjector(in_dim * frame_stack, out_dim, depth=1 if kind == "linear" else depth)
+    stacked_dim = in_dim * frame_stack
     steps, places = _reduced(reducers, num_frames, grid[0] * grid[1])
-    modules = {
-        "none": lambda: None,
-        "position": lambda: FramePosition(out_dim, steps, places),
-        "attention": lambda: TemporalAttention(out_dim, num_heads, steps, places),
-    }
-    return Projector(reducers, projection, modules[temporal]())
+    return Projector(
+        reducers,
+        MLPProjector(stacked_dim, out_dim, depth=1 if kind == "linear" else depth),
+        before=NormalizedPosition(stacked_dim, steps, places) if temporal == "position" else None,
+        after=TemporalAttention(out_dim, num_heads, steps, places) if temporal == "attention" else None,
+    )
 
 
 __all__ = ["Projector", "build_projector"]

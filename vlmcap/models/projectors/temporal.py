@@ -1,4 +1,4 @@
-"""Temporal modelling behind the projector.
+"""Temporal modelling: what tells the frames of a clip apart.
 
 Legend: B batch, F frames, P tokens a frame, Dl language width.
 """
@@ -11,16 +11,41 @@ from torch import Tensor, nn
 
 
 class FramePosition(nn.Module):
-    """Adds a learned embedding of the frame's index and of the token's place in the frame."""
+    """Adds a learned embedding of the frame's index and of the token's place in the frame.
+
+    Args:
+        dim: Width of the tokens.
+        max_frames: Frames, or stacks of frames, of a clip.
+        num_positions: Tokens a frame.
+        std: Of the embeddings at the start.
+    """
+
+    def __init__(self, dim: int, max_frames: int, num_positions: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.frame = nn.Parameter(torch.randn(max_frames, 1, dim) * std)
+        self.place = nn.Parameter(torch.randn(1, num_positions, dim) * std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, F, P, D) -> (B, F, P, D)."""
+        return tokens + self.frame[: tokens.shape[1]] + self.place
+
+
+class NormalizedPosition(nn.Module):
+    """LayerNorm, then `FramePosition`, in front of the projection: `temporal=position`.
+
+    Standing in front, it lets the projector's own layers join what a token shows with where and when it does; from behind they could
+    only be added, and left-and-early would look like right-and-late. The norm gives embeddings of any encoder a common scale.
+    """
 
     def __init__(self, dim: int, max_frames: int, num_positions: int) -> None:
         super().__init__()
-        self.frame = nn.Parameter(torch.randn(max_frames, 1, dim) * 0.02)
-        self.place = nn.Parameter(torch.randn(1, num_positions, dim) * 0.02)
+        self.norm = nn.LayerNorm(dim)
+        self.position = FramePosition(dim, max_frames, num_positions, std=0.3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, F, P, Dl) -> (B, F, P, Dl)."""
-        return tokens + self.frame[: tokens.shape[1]] + self.place
+        """(B, F, P, D) -> (B, F, P, D)."""
+        placed: Tensor = self.position(self.norm(tokens))
+        return placed
 
 
 class TemporalAttention(nn.Module):

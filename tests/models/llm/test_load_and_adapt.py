@@ -1,0 +1,150 @@
+"""Loading, 4-bit weights on the CPU, and adapters that alone are trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlmcap.errors import UserError
+from vlmcap.models.llm.adapt import add_lora, base_model
+from vlmcap.models.llm.load import context_length, load_language_model
+
+
+def load(folder: Path, quantization: str = "none", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+    return load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device="cpu")
+
+
+def with_lora(model: nn.Module, targets: str = "all-linear") -> Any:
+    return add_lora(model, rank=4, alpha=8, dropout=0.0, target_modules=targets)
+
+
+def raw_bytes(model: nn.Module) -> dict[str, Tensor]:
+    """Frozen weights as stored, quantisation constants included."""
+    kept = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            kept[name] = parameter.detach().clone()
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                kept[f"{name}.absmax"] = state.absmax.clone()
+    return kept
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(llm_folder: Path) -> None:
+    model = load(llm_folder, dtype=torch.bfloat16)
+    assert not model.training
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(False, torch.bfloat16)}
+    assert context_length(llm_folder) == 512
+
+
+def test_four_bit_weights_are_really_four_bit(llm_folder: Path) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    plain, model = load(llm_folder), load(llm_folder, "4bit")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantised = {name for name, module in linear.items() if isinstance(module, Linear4bit)}
+    assert set(linear) - quantised == {"lm_head"}
+    for name in quantised:
+        weight, full = linear[name].weight, plain.get_submodule(name).weight
+        assert isinstance(weight, Params4bit)
+        assert weight.dtype == torch.uint8
+        assert weight.numel() * 2 == full.numel()
+        assert weight.quant_state.quant_type == "nf4"
+        assert weight.quant_state.nested  # double quantisation
+        assert weight.quant_state.dtype == torch.float32
+
+
+def test_four_bit_logits_are_near_the_full_ones(llm_folder: Path) -> None:
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        full, quantised = load(llm_folder)(input_ids=ids).logits, load(llm_folder, "4bit")(input_ids=ids).logits
+    cosine = torch.cosine_similarity(full.flatten(), quantised.flatten(), dim=0)
+    assert 0.9 < cosine < 0.99999
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_adapters_learn_and_the_base_stays_bit_identical(llm_folder: Path, quantization: str) -> None:
+    torch.manual_seed(0)
+    model = with_lora(load(llm_folder, quantization, torch.bfloat16))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    before = raw_bytes(model)
+    ids = torch.randint(0, 300, (2, 12))
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    after = raw_bytes(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fresh_adapters_change_nothing(llm_folder: Path) -> None:
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        expected = load(llm_folder)(input_ids=ids).logits
+        adapted = with_lora(load(llm_folder))
+        torch.testing.assert_close(adapted(input_ids=ids).logits, expected)
+        assert base_model(adapted).lm_head is adapted.base_model.model.lm_head
+
+
+def test_all_linear_is_every_layer_but_the_head(llm_folder: Path) -> None:
+    names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in with_lora(load(llm_folder)).named_parameters() if "lora_A" in name}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_chosen_modules(llm_folder: Path) -> None:
+    names = [name for name, _ in with_lora(load(llm_folder), "q_proj, v_proj").named_parameters() if "lora_A" in name]
+    assert len(names) == 4
+    assert all(".q_proj." in name or ".v_proj." in name for name in names)
+
+
+@pytest.mark.parametrize("targets", ["query_proj", "input_layernorm", " , "])
+def test_target_modules_that_do_not_do(llm_folder: Path, targets: str) -> None:
+    with pytest.raises(UserError, match=r"tuning\.lora\.target_modules="):
+        with_lora(load(llm_folder), targets)
+
+
+def test_base_model_of_a_bare_model_is_itself(llm_folder: Path) -> None:
+    model = load(llm_folder)
+    assert base_model(model) is model
+
+
+def test_what_is_no_language_model(siglip_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"llm\.checkpoint .* causal language model") as caught:
+        load(siglip_folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_a_gap_in_the_weights_is_refused(llm_folder: Path, tmp_path: Path, quantization: str) -> None:
+    """transformers would fill it with random numbers."""
+    folder = shutil.copytree(llm_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights, first: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(folder, quantization)
+
+
+def test_broken_weights_and_unknown_attention(llm_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llm_folder, tmp_path / "copy")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"llm\.checkpoint"):
+        load(folder)
+    for attention in ("nonsense", "flash_attention_2"):  # the latter needs a package that is not there
+        with pytest.raises(UserError, match="could not be loaded"):
+            load(llm_folder, attention=attention)

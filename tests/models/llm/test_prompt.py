@@ -1,0 +1,121 @@
+"""The prompt through the chat template, and the labels that come of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmcap.data.collate import IGNORED, Collator
+from vlmcap.errors import UserError
+from vlmcap.models.llm.prompt import PromptEncoder, load_prompt
+from vlmcap.types import Clip, Sample
+
+QUESTION = "이 영상을 설명해 주세요."
+THOUGHT = "<think>\n\n</think>\n\n"
+CAPTIONS = (
+    "푸른 바다 위로 해가 뜬다.",
+    "'서울 2024' 간판이\n보인다… <|im_start|>?",
+    "뷁 쀍 🌊",
+)
+
+
+def prompt_of(folder: Path, *, system: str | None = None, thinking: bool = False) -> PromptEncoder:
+    return load_prompt(folder, prompt=QUESTION, system_prompt=system, enable_thinking=thinking)
+
+
+def sample(caption: str) -> Sample:
+    return Sample(Clip(caption, Path("clip.mp4"), (caption,)), frames=torch.zeros(2, 3, 28, 28, dtype=torch.uint8))
+
+
+def test_the_parts_are_the_rendered_template(llm_folder: Path, tokenizer: Any) -> None:
+    prompt = prompt_of(llm_folder, system="짧게 답한다.")
+    before, after = tokenizer.decode(prompt.prefix_ids), tokenizer.decode(prompt.suffix_ids)
+    assert before == "<|im_start|>system\n짧게 답한다.<|im_end|>\n<|im_start|>user\n"
+    assert after == f"\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{THOUGHT}"
+    assert prompt.num_prompt_tokens == len(prompt.prefix_ids) + len(prompt.suffix_ids)
+
+
+def test_thinking_is_off_unless_asked_for(llm_folder: Path, tokenizer: Any) -> None:
+    assert tokenizer.decode(prompt_of(llm_folder).suffix_ids).endswith(THOUGHT)
+    assert "<think>" not in tokenizer.decode(prompt_of(llm_folder, thinking=True).suffix_ids)
+
+
+def test_special_tokens_are_one_id_each(llm_folder: Path, tokenizer: Any) -> None:
+    prompt = prompt_of(llm_folder)
+    assert prompt.prefix_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert prompt.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert prompt.pad_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert prompt.stop_ids == [prompt.end_id, prompt.pad_id]  # the latter out of generation_config.json
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_labels_decode_to_the_caption_and_its_end_token(llm_folder: Path, tokenizer: Any, caption: str) -> None:
+    prompt = prompt_of(llm_folder)
+    batch = Collator(prompt, num_visual_tokens=5, max_caption_tokens=200)([sample(caption), sample(CAPTIONS[0] * 3)])
+    assert batch.labels is not None
+    labels = batch.labels[0][batch.labels[0] != IGNORED].tolist()
+    assert labels[-1] == prompt.end_id
+    assert tokenizer.decode(labels) == caption + "<|im_end|>"
+    assert tokenizer.decode(labels[:-1]) == caption
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_ids_are_joined_part_by_part(llm_folder: Path, caption: str) -> None:
+    """Even where the tokenizer would merge over the seams, as with a caption that starts with a line break."""
+    prompt = prompt_of(llm_folder)
+    batch = Collator(prompt, num_visual_tokens=3, max_caption_tokens=200)([sample(caption)])
+    expected = [*prompt.prefix_ids, *[prompt.pad_id] * 3, *prompt.suffix_ids, *prompt.encode_caption(caption), prompt.end_id]
+    assert batch.input_ids[0].tolist() == expected
+    assert batch.attention_mask[0].tolist() == [1] * len(expected)
+    first = len(prompt.prefix_ids)
+    assert batch.visual_mask[0].nonzero().flatten().tolist() == [first, first + 1, first + 2]
+
+
+def test_visual_tokens_are_never_cut(llm_folder: Path) -> None:
+    """However short captions are cut: the placeholders stay whole, and the cut is counted."""
+    batch = Collator(prompt_of(llm_folder), num_visual_tokens=64, max_caption_tokens=2)([sample(CAPTIONS[0]), sample(CAPTIONS[1])])
+    assert batch.visual_mask.sum(1).tolist() == [64, 64]
+    assert batch.num_label_tokens == 4
+    assert batch.num_truncated == 2
+
+
+def test_decoding_drops_special_tokens_and_blanks(llm_folder: Path) -> None:
+    prompt = prompt_of(llm_folder)
+    ids = prompt.encode_caption("  바다가 보인다. \n")
+    assert prompt.decode([[*ids, prompt.end_id, prompt.pad_id], ids]) == ["바다가 보인다.", "바다가 보인다."]
+
+
+def copy_without(folder: Path, target: Path, *patterns: str) -> Path:
+    return Path(shutil.copytree(folder, target / "copy", ignore=shutil.ignore_patterns(*patterns)))
+
+
+def test_no_chat_template(llm_folder: Path, tmp_path: Path) -> None:
+    folder = copy_without(llm_folder, tmp_path, "*.jinja")
+    with pytest.raises(UserError, match=r"no chat template; .* llm\.checkpoint"):
+        prompt_of(folder)
+
+
+def test_no_tokenizer(llm_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"llm\.checkpoint .* no tokenizer") as caught:
+        prompt_of(copy_without(llm_folder, tmp_path, "token*"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_refuses_a_system_turn(llm_folder: Path, tmp_path: Path) -> None:
+    folder = copy_without(llm_folder, tmp_path)
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert prompt_of(folder).prefix_ids == []
+    with pytest.raises(UserError, match=r"no system turn.*llm\.system_prompt"):
+        prompt_of(folder, system="짧게")
+
+
+def test_a_template_that_drops_the_text(llm_folder: Path, tmp_path: Path) -> None:
+    folder = copy_without(llm_folder, tmp_path)
+    (folder / "chat_template.jinja").write_text("안녕")
+    with pytest.raises(UserError, match="drops the user's text"):
+        prompt_of(folder)

@@ -1,0 +1,150 @@
+"""Every YAML file composes, and every mistake in an override is one sentence that names the key and the mend."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlmcap.compose import compose, config_dir, from_plain, to_config, to_plain, write_yaml
+from vlmcap.config import Config, LlmConfig, Precision, Quantization
+from vlmcap.errors import UserError
+
+CONF = Path(config_dir())
+GROUPS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
+FILLED = ["data.root=data/clips"]  # the one value that has no default, and only in some files
+
+
+def test_the_groups_were_found() -> None:
+    assert {("encoder", "siglip2"), ("llm", "qwen3_8b"), ("hardware", "l4"), ("data", "aihub")} <= set(GROUPS)
+
+
+def rounds() -> list[list[tuple[str, str]]]:
+    """Every file of every group once, a file a group in each round: composing costs a third of a second."""
+    files = {group: [name for other, name in GROUPS if other == group] for group, _ in GROUPS if group != "experiment"}
+    return [[(group, names[turn % len(names)]) for group, names in files.items()] for turn in range(max(map(len, files.values())))]
+
+
+@pytest.mark.parametrize("chosen", rounds(), ids=lambda chosen: "+".join(name for _, name in chosen))
+def test_every_file_composes(chosen: list[tuple[str, str]]) -> None:
+    config = compose([*(f"{group}={name}" for group, name in chosen), *FILLED])
+    for group, name in chosen:
+        part = getattr(config, group)
+        assert dataclasses.is_dataclass(part)
+        assert getattr(part, "name", name) == name
+
+
+def test_every_experiment_composes() -> None:
+    for name in [name for group, name in GROUPS if group == "experiment"]:
+        assert compose([f"experiment={name}", *FILLED])
+
+
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_every_file_starts_with_its_schema_and_says_what_it_is(group: str, name: str) -> None:
+    """The schema is what refuses a typo; the comment is what a user reads."""
+    text = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    if group != "experiment":
+        assert yaml.safe_load(text)["defaults"][0] == f"{group}_schema"
+
+
+def test_the_programs_files_compose() -> None:
+    assert compose([]).encoder.name == "tiny"
+    assert compose(["checkpoint=best.ckpt"], name="evaluate").checkpoint == "best.ckpt"
+
+
+def test_the_real_combination() -> None:
+    config = compose(["encoder=siglip2", "llm=qwen3_8b", "hardware=l4", "data=aihub", *FILLED])
+    assert config.encoder.checkpoint == "google/siglip2-so400m-patch14-384"
+    assert config.llm.checkpoint == "Qwen/Qwen3-8B"
+    assert not config.llm.enable_thinking
+    assert config.llm.quantization is Quantization["4bit"]
+    assert config.hardware.precision is Precision.bf16
+    assert config.hardware.gradient_checkpointing
+    assert config.data.num_frames == config.hardware.num_frames
+    assert config.tuning.stages["tune"].adapter_lr == config.llm.adapter_lr
+
+
+def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
+    config = compose(["llm=qwen3_4b", "hardware=t4", "hardware.num_frames=6", "hardware.quantization=8bit"])
+    assert (config.data.num_frames, config.llm.quantization.name) == (6, "8bit")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["encoder=siglp2"], ["no encoder named 'siglp2'", "choose encoder= one of clip, siglip2, tiny"]),
+        (["tuning=lroa"], ["no tuning named 'lroa'", "lora"]),
+        (["experiment=nope"], ["no experiment named 'nope'"]),
+        (["encodr=clip"], ["no key 'encodr'", "did you mean encoder"]),
+        (["data.num_frame=8"], ["no key 'data.num_frame'", "did you mean data.num_frames"]),
+        (["tuning.stages.tune.epoch=3"], ["no key 'tuning.stages.tune.epoch'", "tuning.stages.<name>.epochs"]),
+        (["+llm.max_new_token=5"], ["no key 'llm.max_new_token'", "did you mean llm.max_new_tokens"]),
+        (["+surprise=5"], ["no key 'surprise'"]),
+        (["data.num_frames=many"], ["data.num_frames", "'many'", "Integer"]),
+        (["data.num_frames=null"], ["data.num_frames", "not Optional"]),
+        (["llm.quantization=5bit"], ["llm.quantization", "none, 8bit, 4bit"]),
+        (["hardware.precision=bf17"], ["hardware.precision", "fp32, bf16, fp16"]),
+        (["llm.enable_thinking=perhaps"], ["llm.enable_thinking", "bool"]),
+        (["data=aihub"], ["data.root has no value", "data.root=…"]),
+        (["data.root"], ["'data.root' cannot be read as key=value"]),
+        (["llm.prompt={"], ["cannot be read as key=value", "quote"]),
+        (["projector.depth=0"], ["projector.depth must be at least 1, not 0"]),
+        (["data.batch_size=0"], ["data.batch_size must be at least 1"]),
+        (["data.max_bad_fraction=2"], ["data.max_bad_fraction must be in [0, 1]"]),
+        (["tuning.lora.rank=0"], ["tuning.lora.rank"]),
+        (["tuning.lora.dropout=1.5"], ["tuning.lora.dropout"]),
+        (["llm.max_new_tokens=0"], ["llm.max_new_tokens must be at least 1"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_sentence_with_the_key_and_the_mend(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    sentence = str(caught.value)
+    assert all(part in sentence for part in expected), sentence
+    assert "\n" not in sentence
+
+
+def test_a_configuration_survives_plain_data_and_yaml(tmp_path: Path) -> None:
+    config = compose(["encoder=clip", "llm=qwen3_4b", "hardware=h100", "llm.system_prompt='예: 아니오, \"네\"'"])
+    plain = to_plain(config)
+    assert to_config(from_plain(plain)) == config
+    write_yaml(plain, tmp_path / "config.yaml")
+    assert to_config(from_plain(yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8")))) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_saved_configuration_with_overrides() -> None:
+    plain = to_plain(compose([]))
+    config = to_config(from_plain(plain, {"llm.max_new_tokens": 7, "data.split": "val"}))
+    assert (config.llm.max_new_tokens, config.data.split.name) == (7, "val")
+    for bad in ({"llm.max_token": 7}, {"llm.max_new_tokens": "viel"}):
+        with pytest.raises(UserError, match="saved configuration"):
+            from_plain(plain, bad)
+
+
+def test_a_saved_configuration_of_another_version() -> None:
+    plain = to_plain(compose([]))
+    plain["llm"]["colour"] = "blue"
+    with pytest.raises(UserError, match=r"does not fit this version: there is no key 'llm\.colour'"):
+        from_plain(plain)
+
+
+def test_a_saved_configuration_that_lacks_a_value() -> None:
+    plain = to_plain(compose([]))
+    del plain["llm"]["checkpoint"]
+    with pytest.raises(UserError, match=r"llm\.checkpoint has no value"):
+        to_config(from_plain(plain))
+
+
+def test_the_output_folder_is_a_path() -> None:
+    assert compose([]).paths.output_dir.startswith("outputs/")
+    assert compose(["paths.output_dir=here"]).paths.output_dir == "here"
+
+
+def test_schema_defaults_are_what_a_file_leaves_out() -> None:
+    assert compose(["llm=qwen3_4b"]).llm.max_caption_tokens == LlmConfig().max_caption_tokens
+    assert isinstance(compose([]), Config)

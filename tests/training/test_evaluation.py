@@ -1,0 +1,203 @@
+"""Captions are scored as one corpus, each clip once, and exchanging predictions is exchanging videos."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+from vlmcap.build.run import Run
+from vlmcap.build.run import test as run_test
+from vlmcap.config import Config, EvaluationConfig, Split
+from vlmcap.metrics import fact_accuracy, score_captions
+from vlmcap.training.evaluation import CaptionScorer, Prediction, gather, write_predictions
+from vlmcap.types import Batch, Clip
+
+MakeConfig = Callable[..., Config]
+MakeRun = Callable[[Config], Run]
+Read = Callable[[Batch], list[str]]
+
+
+def read_frames(clips: Sequence[Clip], run: Run) -> Read:
+    """Stands for a model that has learned: it says of each video the first two sentences of that video's caption."""
+    known = {}
+    for clip, sample in zip(clips, run.data.make_dataset(clips), strict=True):  # type: ignore[call-overload]
+        known[sample.frames.numpy().tobytes()] = ". ".join(clip.captions[0].split(". ")[:2])
+
+    def generate(batch: Batch) -> list[str]:
+        assert batch.frames is not None
+        return [known[frames.cpu().numpy().tobytes()] for frames in batch.frames]
+
+    return generate
+
+
+def decoding_run(tiny_config: MakeConfig, make_run: MakeRun, folder: Path, *overrides: str) -> Run:
+    return make_run(tiny_config(folder, "cache.enabled=false", *overrides))
+
+
+def test_the_corpus_is_scored_once_whatever_the_batches(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+    scores = []
+    for size in (3, 8):
+        run = decoding_run(tiny_config, make_run, tmp_path / str(size), f"data.eval_batch_size={size}")
+        clips = run.data.clips["test"]
+        generate = read_frames(clips, run)
+        run.module.captioner.generate = generate  # type: ignore[method-assign]
+        scores.append(run_test(run, Split.test))
+    assert scores[0] == scores[1]
+    texts = [row.text for row in run.evaluation.predictions]
+    expected = score_captions(texts, [clip.captions for clip in clips])
+    assert {name: scores[0][f"test/{name}"] for name in expected} == pytest.approx(expected, nan_ok=True)
+    batches = [clips[:3], clips[3:6], clips[6:]]
+    means = [score_captions(texts[3 * i : 3 * i + 3], [clip.captions for clip in rows])["cider"] for i, rows in enumerate(batches)]
+    assert abs(mean(means) - expected["cider"]) > 0.01, "a mean over batches would be another number"
+
+
+def test_exchanged_predictions_score_as_exchanged_videos(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+    run = decoding_run(tiny_config, make_run, tmp_path, "evaluation.swap_videos=true", "evaluation.swap_shifts=7")
+    clips = sorted(run.data.clips["test"], key=lambda clip: clip.id)
+    run.module.captioner.generate = read_frames(clips, run)  # type: ignore[method-assign]
+    claimed = run_test(run, Split.test)
+    lexicon = run.evaluation.scorer.lexicon
+    assert lexicon is not None
+    captioned = []
+    for shift in range(1, 8):
+        exchanged = [replace(clip, video=clips[(index + shift) % 8].video) for index, clip in enumerate(clips)]
+        texts = caption(run, exchanged)
+        references = [clip.captions for clip in clips]
+        facts = {f"facts/{name}": value for name, value in fact_accuracy(texts, references, lexicon).items()}
+        captioned.append(score_captions(texts, references) | facts)
+    for name in ("bleu_4", "cider", "cider_d", "rouge_l", "facts/place", "facts/direction", "facts/mean"):
+        assert claimed[f"test/swapped/{name}"] == pytest.approx(mean(scores[name] for scores in captioned)), name
+    assert claimed["test/cider"] > 3 * claimed["test/swapped/cider"]
+    # Over all shifts the swapped accuracy is the expectation of chance exactly.
+    assert claimed["test/swapped/facts/place"] == pytest.approx(claimed["test/permuted/facts/place"])
+
+
+def test_the_model_says_the_same_of_a_video_under_any_name(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+    run = decoding_run(tiny_config, make_run, tmp_path, "llm.max_new_tokens=12")
+    with torch.no_grad():  # an untrained projector says too little for the model to tell videos apart
+        for parameter in run.module.captioner.projector.parameters():
+            parameter.mul_(8)
+    clips = run.data.clips["test"]
+    exchanged = [replace(clip, video=clips[(index + 3) % 8].video) for index, clip in enumerate(clips)]
+    texts, swapped = caption(run, clips), caption(run, exchanged)
+    assert swapped == texts[3:] + texts[:3]
+    assert len(set(texts)) > 2
+
+
+def caption(run: Run, clips: Sequence[Clip]) -> list[str]:
+    run.module.captioner.eval()
+    dataset = run.data.make_dataset(clips)
+    samples = [dataset[index] for index in range(len(clips))]
+    batches = [run.data.prompt_collator(samples[start : start + 5]) for start in (0, 5)]
+    return [text for batch in batches for text in run.module.captioner.generate(batch)]
+
+
+def test_prediction_files_hold_what_was_said_of_each_clip(straight_run: Path) -> None:
+    names = {path.name for path in (straight_run / "predictions").iterdir()}
+    assert names == {"val-epoch=00.jsonl", "val-epoch=01.jsonl", "val.jsonl", "test.jsonl"}
+    rows = [json.loads(line) for line in (straight_run / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [f"test_{index:05d}" for index in range(8)]
+    for row in rows:
+        assert list(row) == ["id", "video", "prediction", "references", "scores"]
+        assert Path(row["video"]).is_file()
+        assert all(isinstance(text, str) and text for text in row["references"])
+        assert {"bleu_4", "rouge_l"} <= set(row["scores"])
+
+
+def test_scores_of_the_loop_and_of_facts_are_logged(straight_run: Path) -> None:
+    rows = [json.loads(line) for line in (straight_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validations = [row for row in rows if "val/loss" in row]
+    assert [(row["step"], row["epoch"]) for row in validations] == [(4, 0), (8, 1)]
+    for name in ("bleu_1", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "facts/mean", "facts/direction"):
+        assert all(f"val/{name}" in row for row in validations), name
+    assert all(0 < row["val/loss"] < 10 for row in validations)
+
+
+def test_the_validation_loss_is_a_mean_over_label_tokens(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tiny_config(tmp_path, "data.eval_batch_size=3", "llm.max_caption_tokens=96", "evaluation.max_clips=7"))
+    run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    clips = run.data.clips["val"][:7]
+    dataset = run.data.make_dataset(clips)
+    loss, count = run.module.captioner.eval().loss_sum(run.data.train_collator([dataset[index] for index in range(7)]))
+    assert len(run.evaluation.predictions) == 7
+    assert run.evaluation.scores["val/loss"] == pytest.approx(float(loss) / count, rel=1e-5)
+
+
+def test_a_collapsed_model_is_told(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tiny_config(tmp_path))
+    run.module.captioner.generate = lambda batch: ["바다가 보인다."] * len(batch)  # type: ignore[method-assign]
+    scores = run_test(run, Split.test)
+    assert scores["test/distinct_ratio"] == 1 / 8
+    assert "only 12% of the captions differ" in capsys.readouterr().out
+    run.module.captioner.generate = lambda batch: [clip.id for clip in batch.clips]  # type: ignore[method-assign]
+    assert run_test(run, Split.test)["test/distinct_ratio"] == 1
+    assert "captions differ" not in capsys.readouterr().out
+
+
+def make_predictions(names: Sequence[int]) -> list[Prediction]:
+    return [Prediction(Clip(f"{name:03d}", Path(f"{name}.mp4"), (f"글 {name}",)), f"말 {name}") for name in names]
+
+
+def test_one_process_gathers_its_own_sorted() -> None:
+    assert gather(make_predictions([2, 0, 1])) == make_predictions([0, 1, 2])
+    assert gather([]) == []
+
+
+GATHER = """
+import sys
+import torch.distributed as dist
+from pathlib import Path
+from vlmcap.training.evaluation import Prediction, gather
+from vlmcap.types import Clip
+
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+names = [0, 2, 4, 6, 8] if rank == 0 else [1, 3, 8]  # uneven, and one clip twice
+rows = [Prediction(Clip(f"{name:03d}", Path(f"{name}.mp4"), (f"글 {name}",)), f"말 {name}") for name in names]
+print([(row.clip.id, row.text, row.clip.captions) for row in gather(rows)])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_gather_each_clip_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GATHER]
+    root = Path(__file__).resolve().parents[2]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], cwd=root, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=240)[0].strip() for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    expected = gather(make_predictions([0, 1, 2, 3, 4, 6, 8]))
+    assert printed[0] == printed[1] == str([(row.clip.id, row.text, row.clip.captions) for row in expected])
+
+
+def test_a_prediction_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "predictions" / "val.jsonl"
+    write_predictions(target, make_predictions([0, 1]), "char")
+    before = target.read_text(encoding="utf-8")
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_predictions(target, make_predictions([2]), "char")
+    assert target.read_text(encoding="utf-8") == before
+
+
+def test_without_facts_or_swapping_only_the_text_is_scored() -> None:
+    scores = CaptionScorer(EvaluationConfig(tokenizer="char")).score(make_predictions(range(4)))
+    assert "cider" in scores
+    assert not [name for name in scores if name.startswith(("facts/", "swapped/", "permuted/"))]

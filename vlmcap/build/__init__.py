@@ -1,0 +1,1 @@
+"""The composition root: a configuration becomes objects. Heavy imports stand inside the functions."""

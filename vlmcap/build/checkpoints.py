@@ -1,0 +1,101 @@
+"""Checkpoints of ours: read safely, and turned back into a captioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.build.model import Assembly, Sources, assemble, device_of
+from vlmcap.build.quiet import quiet_libraries
+from vlmcap.compose import from_plain, to_config, to_plain
+from vlmcap.config import Config
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.types import Batch
+
+
+def checkpoint_identity(config: Config, sources: Sources) -> dict[str, Any]:
+    """What every checkpoint says of itself, as plain data."""
+    return {"config": to_plain(config), "bases": {part: base.as_dict() for part, base in sources.bases.items()}}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's plain data and tensors; pickled code is refused.
+
+    Raises:
+        UserError: No such file, or not a checkpoint of ours.
+    """
+    import pickle
+
+    import torch
+
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"checkpoint {file} does not exist; give a .ckpt file under the checkpoints/ folder of a run")
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{file} is no checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or "vlmcap" not in content:
+        raise UserError(f"{file} was not written by vlmcap's train.py; give a .ckpt file under the checkpoints/ folder of a run")
+    return content
+
+
+def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config) -> None:
+    """Puts a checkpoint's trained weights into a model of the same configuration.
+
+    Raises:
+        UserError: The model is of another architecture or stands on another base.
+    """
+    from vlmcap.training.module import check_bases, check_weights, trained_parameters
+    from vlmcap.training.schedule import StagePlan
+
+    check_bases(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
+    trained = trained_parameters(assembly.captioner, StagePlan(config.tuning.stages))
+    check_weights(content["state_dict"], trained)
+    own = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
+    assembly.captioner.load_state_dict(own, strict=False)
+
+
+def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None = None) -> VideoCaptioner:
+    """A captioner from a checkpoint alone, ready for `caption(paths)`.
+
+    Args:
+        checkpoint: File that train.py wrote.
+        overrides: Dotted keys to values, such as {"llm.max_new_tokens": 200}.
+
+    Raises:
+        UserError: The checkpoint or one of its bases is missing or is another one.
+    """
+    quiet_libraries()
+    content = read_checkpoint(checkpoint)
+    config = to_config(from_plain(content["vlmcap"]["config"], overrides))
+    assembly = assemble(config)
+    load_weights(assembly, content, config)
+    captioner = assembly.captioner.to(device_of(config)).eval()
+    captioner.prepare = path_batches(config, assembly)
+    return captioner
+
+
+def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]], Iterator[Batch]]:
+    """A function from video files to batches of prompts on the model's device."""
+    from torch.utils.data import DataLoader
+
+    from vlmcap.build.data import decoded_dataset
+    from vlmcap.data.collate import Collator
+    from vlmcap.types import Clip
+
+    collator = Collator(assembly.captioner.prompt, assembly.num_visual_tokens, config.llm.max_caption_tokens, mode="generate")
+
+    def batches(paths: Sequence[Path]) -> Iterator[Batch]:
+        clips = [Clip(id=str(index), video=path, captions=()) for index, path in enumerate(paths)]
+        dataset = decoded_dataset(config, assembly, clips)
+        workers = max(0, min(config.data.num_workers, len(clips) - 1))
+        loader = DataLoader(dataset, batch_size=config.data.eval_batch_size, collate_fn=collator, num_workers=workers)
+        for batch in loader:
+            yield batch.to(assembly.captioner.device)
+
+    return batches

@@ -1,0 +1,75 @@
+"""What the demo makes on first use: its clips and the tiny parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from vlmcap.config import Config
+
+TINY = "tiny"  # the checkpoint name of the parts that are made here
+
+
+def prepare(config: Config) -> Config:
+    """The configuration with the demo's data and tiny parts made and their folders filled in."""
+    data, encoder, llm, evaluation = config.data, config.encoder, config.llm, config.evaluation
+    if data.is_demo:
+        folder = demo_folder(config)
+        data = dataclasses.replace(data, root=str(folder))
+        if evaluation.facts is None:
+            evaluation = dataclasses.replace(evaluation, facts=str(folder / "facts.json"))
+    if TINY in (encoder.checkpoint, llm.checkpoint):
+        parts = tiny_parts(config)
+        if llm.checkpoint == TINY:
+            llm = dataclasses.replace(llm, checkpoint=str(parts["llm"]))
+        if encoder.checkpoint == TINY:
+            encoder = dataclasses.replace(encoder, checkpoint=str(parts["encoder"]))
+    return dataclasses.replace(config, data=data, encoder=encoder, llm=llm, evaluation=evaluation)
+
+
+def demo_folder(config: Config) -> Path:
+    """The demo data set, made on first use."""
+    from vlmcap.data.demo.make import DemoSettings, make_demo
+    from vlmcap.training.progress import progress_reporter
+
+    settings = DemoSettings(**dataclasses.asdict(config.data.demo))
+    return make_demo(Path(config.paths.cache_dir) / "demo", settings, progress_reporter("writing demo clips"))
+
+
+def tiny_parts(config: Config) -> dict[str, Path]:
+    """Folders of the tiny language model and encoder, trained on first use on the demo's training split."""
+    from transformers import AutoTokenizer
+
+    from vlmcap.data.aihub import load_aihub
+    from vlmcap.data.once import make_once
+    from vlmcap.training.base_parts import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_encoder, make_language_model
+    from vlmcap.training.progress import progress_reporter
+
+    folder = demo_folder(config)
+    clips = load_aihub(folder, "train")
+    parts = folder.with_name(folder.name.replace("clips-", f"parts{RECIPE}-"))
+    # A small demo, as tests make it, needs no long training.
+    share = min(1.0, len(clips) / 2000)
+    llm = make_once(
+        parts / "llm",
+        lambda target: make_language_model(
+            target,
+            [clip.captions[0] for clip in clips],
+            prompt="영상을 설명해 주세요.",
+            num_steps=max(2, round(LANGUAGE_STEPS * share)),
+            seed=config.data.demo.seed,
+            progress=progress_reporter("training the tiny language model"),
+        ),
+    )
+    encoder = make_once(
+        parts / "encoder",
+        lambda target: make_encoder(
+            target,
+            clips,
+            AutoTokenizer.from_pretrained(llm),
+            num_steps=max(2, round(ENCODER_STEPS * share)),
+            seed=config.data.demo.seed,
+            progress=progress_reporter("training the tiny encoder"),
+        ),
+    )
+    return {"llm": llm, "encoder": encoder}

@@ -1,0 +1,246 @@
+"""A whole training run and a whole evaluation."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.build.checkpoints import checkpoint_identity, load_weights, read_checkpoint
+from vlmcap.build.data import build_data, load_splits
+from vlmcap.build.demo import prepare
+from vlmcap.build.model import Assembly, assemble, device_of
+from vlmcap.build.quiet import quiet_libraries
+from vlmcap.build.summary import plain_scores, summarize, tokenizer_version
+from vlmcap.compose import to_plain, write_yaml
+from vlmcap.config import Config, Split
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from vlmcap.data.datamodule import CaptionDataModule
+    from vlmcap.training.evaluation import CaptionEvaluation
+    from vlmcap.training.module import CaptioningModule
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The objects of a run."""
+
+    module: CaptioningModule
+    data: CaptionDataModule
+    trainer: L.Trainer
+    evaluation: CaptionEvaluation
+    folder: Path
+
+
+def train(config: Config) -> float:
+    """Trains, scores the best checkpoint on the whole validation and test splits, and returns the objective.
+
+    Raises:
+        UserError: Something in the configuration or the data does not do.
+    """
+    import lightning as L
+
+    from vlmcap.training.saving import best_checkpoint
+
+    started = time.perf_counter()
+    quiet_libraries()
+    L.seed_everything(config.seed, verbose=False)
+    folder = Path(config.paths.output_dir)
+    resumed = find_resume(config)
+    step = None if resumed is None else int(read_checkpoint(resumed)["global_step"])
+    _check_stages(config)
+    _check_objective(config)
+    device_of(config)  # a missing card is said before anything is made
+    if not config.data.is_demo:
+        load_splits(config, [Split.train, Split.val])  # so is bad data
+    config = prepare(config)
+    splits = [Split.train, Split.val] + ([Split.test] if (Path(config.data.root) / "test").is_dir() else [])
+    clips = load_splits(config, splits)  # before the model, which may take minutes, and before the run folder
+    assembly = assemble(config)
+    data = build_data(config, assembly, clips)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(to_plain(config), folder / "config.yaml")
+    L.seed_everything(config.seed, verbose=False)  # whatever was made or found in caches, training starts from the same state
+    run = build_run(config, assembly, data, folder, step)
+    parts = _show_start(config, run, assembly)
+    trained = time.perf_counter()
+    try:
+        run.trainer.fit(run.module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except SystemExit as error:
+        if run.trainer.interrupted:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
+    seconds = {"prepare": trained - started, "fit": time.perf_counter() - trained}
+    scores = dict(run.evaluation.scores)
+    best = best_checkpoint(run.trainer)
+    if best is not None and best.is_file():
+        load_weights(assembly, read_checkpoint(best), config)
+    for split in splits[1:]:
+        scores |= test(run, split)
+    seconds["total"] = time.perf_counter() - started
+    _show_end(config, run, scores, seconds)
+    write_json(folder / "summary.json", summarize(config, run, scores, seconds, parts))
+    if config.objective not in scores:
+        raise UserError(f"objective={config.objective} was not measured; choose one of {', '.join(sorted(scores))}")
+    return scores[config.objective]
+
+
+def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
+    """Scores a checkpoint on `config.data.split`, writing `metrics.json` and `predictions.jsonl` into the output folder."""
+    import lightning as L
+
+    quiet_libraries()
+    L.seed_everything(config.seed, verbose=False)
+    config = prepare(config)
+    split = config.data.split
+    clips = load_splits(config, [split])
+    assembly = assemble(config)
+    load_weights(assembly, read_checkpoint(checkpoint), config)
+    data = build_data(config, assembly, clips)
+    folder = Path(config.paths.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(to_plain(config), folder / "evaluation.yaml")
+    run = build_run(config, assembly, data, folder, None, is_training=False)
+    scores = test(run, split)
+    (folder / "predictions" / f"{split.value}.jsonl").replace(folder / "predictions.jsonl")
+    if not any((folder / "predictions").iterdir()):  # the output folder may be that of the training run
+        (folder / "predictions").rmdir()
+    write_json(folder / "metrics.json", {"checkpoint": str(checkpoint), "tokenizer": tokenizer_version(config), **plain_scores(scores)})
+    return scores
+
+
+def build_run(
+    config: Config, assembly: Assembly, data: CaptionDataModule, folder: Path, step: int | None, *, is_training: bool = True
+) -> Run:
+    """Module, trainer and callbacks around an assembled model."""
+    import lightning as L
+
+    from vlmcap.data.quarantine import Ledger
+    from vlmcap.training.evaluation import CaptionEvaluation, CaptionScorer
+    from vlmcap.training.loggers import WandbTable, make_loggers
+    from vlmcap.training.module import CaptioningModule
+    from vlmcap.training.progress import RunProgress, TerminalBar
+    from vlmcap.training.saving import AtomicCheckpointIO, StepLimit, checkpoint_callbacks
+    from vlmcap.training.schedule import StagePlan
+
+    plan = StagePlan(config.tuning.stages)
+    if config.cache.enabled:
+        assembly.captioner.encoder = None  # its features are on disk
+    module = CaptioningModule(
+        assembly.captioner,
+        plan,
+        config.optim,
+        identity=checkpoint_identity(config, assembly.sources),
+        ledger=Ledger(folder / "quarantine.jsonl", config.data.max_bad_fraction, sum(len(clips) for clips in data.clips.values())),
+        max_label_tokens=config.data.batch_size * config.llm.max_caption_tokens,
+    )
+    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), folder / "predictions", config.evaluation.tokenizer)
+    progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
+    callbacks: list[L.Callback] = [evaluation, WandbTable(evaluation, config.evaluation.num_table_rows), progress]
+    has_bar = config.trainer.progress_bar and sys.stderr.isatty()
+    if has_bar:
+        callbacks.append(TerminalBar(progress))
+    if is_training:
+        callbacks += [StepLimit(config.trainer.max_steps), *checkpoint_callbacks(folder, config)]
+    trainer = L.Trainer(
+        accelerator=config.hardware.accelerator,
+        devices=config.hardware.devices,
+        precision=config.hardware.precision.value,
+        max_epochs=plan.num_epochs,
+        accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+        gradient_clip_val=config.optim.max_grad_norm,
+        check_val_every_n_epoch=config.evaluation.every_n_epochs,
+        num_sanity_val_steps=0,
+        logger=make_loggers(config, to_plain(config), folder, step) if is_training else False,
+        callbacks=callbacks,
+        enable_checkpointing=is_training,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=has_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the data module's own sampler never repeats a clip in evaluation
+        deterministic=config.trainer.deterministic,
+        default_root_dir=folder,
+    )
+    return Run(module, data, trainer, evaluation, folder)
+
+
+def test(run: Run, split: Split) -> dict[str, float]:
+    """Captions and scores of a whole split."""
+    run.evaluation.split = split.value
+    run.data.trainer = run.trainer
+    run.trainer.test(run.module, dataloaders=run.data.prompt_loader(split.value), verbose=False)
+    return dict(run.evaluation.scores)
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint to resume from, if any.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if config.checkpoint is None:
+        return None
+    path = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt" if config.checkpoint == "last" else Path(config.checkpoint)
+    if not path.is_file():
+        raise UserError(f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to resume")
+    return path
+
+
+def write_json(path: Path, values: Any) -> None:
+    """A JSON file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _check_stages(config: Config) -> None:
+    stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
+    if not stages:
+        raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.stages.<name>.epochs")
+    if not config.tuning.use_lora and any(stage.adapter_lr > 0 for stage in stages):
+        raise UserError("tuning.stages gives the adapters a learning rate, but tuning.use_lora=false; set it to true, or adapter_lr to 0")
+
+
+def _check_objective(config: Config) -> None:
+    from vlmcap.training.evaluation import LOOP_METRICS
+
+    split, _, name = config.objective.partition("/")
+    known = ("loss", *LOOP_METRICS)
+    if split not in ("val", "test") or not (name in known or name.startswith(("facts/", "swapped/"))):
+        raise UserError(f"objective={config.objective} is not measured; choose val/ or test/ and one of {', '.join(known)}, facts/<fact>")
+    if config.objective_mode not in ("min", "max"):
+        raise UserError(f"objective_mode={config.objective_mode} must be min or max")
+
+
+def _show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[str, int]]:
+    from vlmcap.training.progress import part_counts, show_parts
+
+    parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
+    notes = {
+        "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
+        "batch": f"{config.data.batch_size} × {config.trainer.accumulate_grad_batches}",
+        "precision": config.hardware.precision.value,
+    }
+    title = f"{config.encoder.name} + {config.projector.name} + {config.llm.name}, {config.tuning.name}, on {config.hardware.name}"
+    show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
+    return parts
+
+
+def _show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[str, float]) -> None:
+    from vlmcap.training.progress import show_scores
+
+    show_scores(scores, tokenizer_version(config))
+    if run.evaluation.predictions:
+        example = run.evaluation.predictions[0]
+        print(f"{example.clip.video}\n  prediction  {example.text}\n  reference   {example.clip.captions[0]}")
+    if run.module.num_truncated:
+        print(f"{run.module.num_truncated} captions were cut to llm.max_caption_tokens.")
+    if len(run.module.ledger):
+        print(f"{len(run.module.ledger)} clips were skipped; {run.module.ledger.path} names them.")
+    print(f"Done in {seconds['total'] / 60:.1f} min ({seconds['fit'] / 60:.1f} min of training): {run.folder}")
