@@ -55,6 +55,7 @@ class DataConfig:
     num_workers: int = 2
     align_epochs: int = 1  # that suit its size; the stages of tuning read them
     tune_epochs: int = 3
+    eval_every_n_epochs: int = 1  # evaluation reads it
     max_clips: int | None = None  # training clips at most, the first of a seeded order
     max_bad_fraction: float = 0.02  # unreadable clips above this share stop the run
     decode_timeout_s: float = 60.0

@@ -100,6 +100,9 @@ def progress_reporter(label: str) -> Callable[[int, int], None]:
     return report_bar
 
 
+_SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "facts", "val/distinct_ratio": "distinct"}
+
+
 class RunProgress(L.Callback):
     """Logs the loss every few steps and prints a line an epoch.
 
@@ -148,14 +151,10 @@ class RunProgress(L.Callback):
             return
         position = pl_module.plan.at_epoch(trainer.current_epoch)
         number = trainer.current_epoch - position.first_epoch + 1
-        scores = trainer.callback_metrics
+        is_scored = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0  # otherwise the metrics are of an earlier epoch
+        scores = trainer.callback_metrics if is_scored else {}
         parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last.get('train/loss', float('nan')):.3f}"]
-        for name, label in (
-            ("val/loss", "val loss"),
-            ("val/cider", "val CIDEr"),
-            ("val/facts/mean", "facts"),
-            ("val/distinct_ratio", "distinct"),
-        ):
+        for name, label in _SHOWN.items():
             if name in scores:
                 parts.append(f"{label} {float(scores[name]):.3f}")
         parts.append(f"{self._last.get('train/tokens_per_s', 0):,.0f} tok/s")

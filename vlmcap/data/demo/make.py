@@ -15,7 +15,7 @@ from pathlib import Path
 from vlmcap.data.demo.grammar import FACTS, Scene, describe, draw_scene
 from vlmcap.data.once import make_once
 
-_VERSION = 1  # raise when clips or captions of a seed change
+_VERSION = 2  # raise when clips or captions of a seed change
 _HELD_OUT = 8  # one in so many combinations of facts is kept for validation and test
 
 

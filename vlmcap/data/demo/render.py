@@ -26,7 +26,7 @@ _SKY = {  # top, bottom, light on the ground
     "해 질 녘": ((120, 60, 110), (250, 130, 40), 0.6),
     "한밤": ((8, 10, 35), (30, 35, 80), 0.3),
 }
-_DARK, _WHITE, _GLOW = (25, 25, 25), (245, 245, 245), (255, 185, 110)
+_DARK, _WHITE, _GLOW, _PINK, _CYAN = (25, 25, 25), (245, 245, 245), (255, 185, 110), (240, 90, 200), (120, 240, 235)
 _COLOUR = {"빨간": (225, 25, 25), "파란": (25, 60, 230), "노란": (250, 220, 20), "하얀": (250, 250, 250), "초록": (20, 170, 50)}
 
 
@@ -135,17 +135,18 @@ def _object_layers(name: str, u: Image, v: Image) -> list[tuple[Mask, tuple[int,
     """
     across, down = np.abs(u), np.abs(v)
     if name == "풍선":
-        shine = (u**2 * 2 + (v + 0.55) ** 2 * 4) < 0.25
-        return [((across < 0.06) & (v > 0.3) & (v < 1.2), _DARK), (u**2 + (v + 0.25) ** 2 < 0.75, None), (shine, _WHITE)]
+        return [((across < 0.06) & (v > 0.3) & (v < 1.4), _DARK), (u**2 + (v + 0.25) ** 2 < 0.75, None)]
     if name == "방패연":
         inner = (across < 0.62) & (down < 0.62)
-        return [((across < 0.9) & (down < 0.9), _WHITE), (inner, None), (inner & (np.abs(across - down) < 0.14), _DARK)]
+        tails = (np.abs(across - 0.5) < 0.14) & (v > 0.8) & (v < 1.7)
+        return [(tails, _PINK), ((across < 0.9) & (down < 0.9), _WHITE), (inner, None), (inner & (np.abs(across - down) < 0.14), _DARK)]
     if name == "갈매기":
         wings = (np.abs(v - 0.1 + (0.6 - 1.2 * np.abs(across - 0.6))) < 0.27) & (across < 1.25)
         return [(wings, None), (wings & (across > 0.85), _DARK)]
     if name == "드론":
         body = (np.abs(0.9 * across - down) < 0.2) & (across < 0.8) | (across < 0.45) & (down < 0.35)
-        return [(body, _DARK), ((across - 0.72) ** 2 + (down - 0.66) ** 2 < 0.1, None)]
+        beam = (v > 0.3) & (v < 1.5) & (across < 0.15 + 0.4 * v)
+        return [(beam, _CYAN), (body, _DARK), ((across - 0.72) ** 2 + (down - 0.66) ** 2 < 0.1, None)]
     shell = (across < 0.55) & (down < 0.75)
     return [(u**2 + v**2 < 1.5, _GLOW), (shell, None), ((across < 0.3) & (down < 0.95) & (down > 0.7), _DARK)]
 
