@@ -151,7 +151,9 @@ class RunProgress(L.Callback):
             return
         position = pl_module.plan.at_epoch(trainer.current_epoch)
         number = trainer.current_epoch - position.first_epoch + 1
-        is_scored = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0  # otherwise the metrics are of an earlier epoch
+        is_scored = (trainer.current_epoch + 1) % (
+            trainer.check_val_every_n_epoch or 1
+        ) == 0  # otherwise the metrics are of an earlier epoch
         scores = trainer.callback_metrics if is_scored else {}
         parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last.get('train/loss', float('nan')):.3f}"]
         for name, label in _SHOWN.items():
