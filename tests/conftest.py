@@ -29,6 +29,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 TINY_RUN = (
     "data.demo.num_train=24",
+    "data.monitor=val/cider",
+    "data.eval_every_n_epochs=1",
     "data.demo.num_val=8",
     "data.demo.num_test=8",
     "data.num_workers=0",

@@ -96,7 +96,7 @@ def test_a_checkpoint_is_there_after_each_epoch_and_each_n_steps(
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
 
 
-def test_the_best_checkpoint_is_that_of_the_best_objective(straight_run: Path) -> None:
+def test_the_best_checkpoint_is_that_of_the_best_monitored_score(straight_run: Path) -> None:
     rows = [json.loads(line) for line in (straight_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validations = [row for row in rows if "val/cider" in row and "val/meteor" not in row]
     assert len(validations) == 2

@@ -210,10 +210,12 @@ def _check_stages(config: Config) -> None:
 def _check_objective(config: Config) -> None:
     from vlmcap.training.evaluation import LOOP_METRICS
 
-    split, _, name = config.objective.partition("/")
     known = ("loss", *LOOP_METRICS)
-    if split not in ("val", "test") or not (name in known or name.startswith(("facts/", "swapped/"))):
-        raise UserError(f"objective={config.objective} is not measured; choose val/ or test/ and one of {', '.join(known)}, facts/<fact>")
+    for key, metric, splits in (("objective", config.objective, ("val", "test")), ("data.monitor", config.data.monitor, ("val",))):
+        split, _, name = metric.partition("/")
+        if split not in splits or not (name in known or name.startswith(("facts/", "swapped/"))):
+            there = "/ or ".join(splits)
+            raise UserError(f"{key}={metric} is not measured; choose {there}/ and one of {', '.join(known)}, facts/<fact>")
     if config.objective_mode not in ("min", "max"):
         raise UserError(f"objective_mode={config.objective_mode} must be min or max")
 

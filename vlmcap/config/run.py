@@ -56,6 +56,7 @@ class DataConfig:
     align_epochs: int = 1  # that suit its size; the stages of tuning read them
     tune_epochs: int = 3
     eval_every_n_epochs: int = 1  # evaluation reads it
+    monitor: str = "val/cider"  # the metric that best.ckpt follows
     max_clips: int | None = None  # training clips at most, the first of a seeded order
     max_bad_fraction: float = 0.02  # unreadable clips above this share stop the run
     decode_timeout_s: float = 60.0
@@ -146,6 +147,6 @@ class Config:
     cache: CacheConfig
     paths: PathsConfig
     seed: int = 0
-    objective: str = "val/cider"  # the metric that train.py returns and best.ckpt follows
+    objective: str = "val/cider"  # the metric that train.py returns, for sweeps
     objective_mode: str = "max"
     checkpoint: str | None = None  # resume: a file, or "last" for this output_dir's last one

@@ -70,13 +70,13 @@ def best_checkpoint(trainer: L.Trainer) -> Path | None:
 
 
 def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
-    """Callbacks that keep the last state, and the best one by `objective`.
+    """Callbacks that keep the last state, and the best one by `data.monitor`.
 
     The last state is saved after each epoch, and within epochs too where `trainer.checkpoint_every_n_steps` is set.
 
     Args:
         folder: Of the run.
-        config: Names the objective.
+        config: Names the metric.
     """
     target = folder / "checkpoints"
     common = {"dirpath": target, "enable_version_counter": False, "auto_insert_metric_name": False}
@@ -85,11 +85,11 @@ def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
         callbacks.append(
             StepCheckpoint(filename="last", save_top_k=1, every_n_train_steps=config.trainer.checkpoint_every_n_steps, **common)  # type: ignore[arg-type]
         )
-    if config.objective.startswith("val/"):
+    if config.data.monitor.startswith("val/"):
         callbacks.append(
             ModelCheckpoint(
                 filename="best",
-                monitor=config.objective,
+                monitor=config.data.monitor,
                 mode=config.objective_mode,
                 save_top_k=1,
                 save_on_train_epoch_end=True,
