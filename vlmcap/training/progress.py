@@ -84,7 +84,7 @@ def progress_reporter(label: str) -> Callable[[int, int], None]:
 
         def report_line(done: int, total: int) -> None:
             if done == total:
-                print(f"{label}: {total} in {time.perf_counter() - started:.0f} s", flush=True)
+                print(f"{label}: {total} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
         return report_line
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
