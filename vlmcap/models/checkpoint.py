@@ -12,7 +12,15 @@ from vlmcap.errors import UserError
 
 # Weights as safetensors only: pickled weights and remote code are never fetched.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_CONTENT = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
+_CONTENT = (
+    "*.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +30,7 @@ class Fingerprint:
     Attributes:
         name: Hub id or folder as configured.
         revision: Commit on the hub; empty for a folder.
-        sha256: Over the content of weights, configuration and tokenizer.
+        sha256: Over the content of weights, configuration, image processor, tokenizer and chat template.
     """
 
     name: str
