@@ -24,6 +24,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
 
+# Tiny checkpoints in true layouts, for tests of more than one folder.
+pytest_plugins = ["tests.checkpoints.encoders", "tests.checkpoints.moe", "tests.checkpoints.pretrained"]
+
 
 # --- a whole tiny run -------------------------------------------------------------------------------------------------------------------
 

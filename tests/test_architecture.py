@@ -21,12 +21,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 Kind = Literal["eager", "lazy", "typing"]
 
-BASE = {"types", "errors"}
+BASE = {"types", "errors", "files"}
 PARTS = {"models", "data", "metrics"}
 WORK = {"training", "planning", "reporting"}
 # What each part of the package may import beside itself; "" is vlmcap/__init__.py, "train" and "evaluate" are the programs.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "config": set(),
     "types": {"errors"},
     **{part: BASE for part in PARTS},

@@ -23,7 +23,8 @@ def test_the_groups_were_found() -> None:
 
 def rounds() -> list[list[tuple[str, str]]]:
     """Every file of every group once, a file a group in each round: composing costs a third of a second."""
-    files = {group: [name for other, name in GROUPS if other == group] for group, _ in GROUPS}
+    groups = {group for group, _ in GROUPS} - {"model", "experiment"}  # they exchange other groups; `own` comes with a whole model
+    files = {group: [name for other, name in GROUPS if other == group and name != "own"] for group in sorted(groups)}
     return [[(group, names[turn % len(names)]) for group, names in files.items()] for turn in range(max(map(len, files.values())))]
 
 
@@ -34,6 +35,45 @@ def test_every_file_composes(chosen: list[tuple[str, str]]) -> None:
         part = getattr(config, group)
         assert dataclasses.is_dataclass(part)
         assert getattr(part, "name", name) == name
+
+
+@pytest.mark.parametrize("name", [name for group, name in GROUPS if group == "model" and name != "assembled"])
+def test_every_whole_model_brings_its_parts(name: str) -> None:
+    config = compose([f"model={name}", "hardware=l4"])
+    assert (config.model.name, config.model.kind.name) != ("assembled", "assembled")
+    assert {config.encoder.name, config.projector.name, config.llm.name} == {"own"}
+    assert config.encoder.checkpoint == config.llm.checkpoint == config.model.checkpoint
+    assert (config.llm.max_new_tokens, config.llm.adapter_lr) == (config.model.max_new_tokens, config.model.adapter_lr)
+    assert config.llm.quantization is Quantization["4bit"]
+
+
+EXPERIMENTS = {
+    "recommended_t4": ("clip", "mlp", "vicuna_7b", "t4", 4),
+    "recommended_l4": ("siglip2", "mlp", "qwen3_8b", "l4", 8),
+    "recommended_a100": ("dinov3_l", "mlp", "qwen3_14b", "a100", 8),
+    "recommended_h100": ("dinov3_hplus", "cross_attention", "qwen3_32b", "h100", 16),
+    "quality_h100": ("dinov3_hplus", "cross_attention", "qwen3_32b", "h100", 16),
+    "efficient_t4": ("own", "own", "own", "t4", 4),
+}
+
+
+def test_no_experiment_was_forgotten() -> None:
+    assert EXPERIMENTS.keys() == {name for group, name in GROUPS if group == "experiment"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_the_combination_of_the_tables(name: str) -> None:
+    config = compose([f"experiment={name}", *FILLED])
+    found = (config.encoder.name, config.projector.name, config.llm.name, config.hardware.name, config.data.num_frames)
+    assert found == EXPERIMENTS[name]
+    assert config.llm.quantization is Quantization["4bit"]
+    if config.projector.name == "cross_attention":
+        assert config.projector.num_layers == 4
+    if name == "quality_h100":
+        assert (config.data.batch_size, config.encoder.image_size) == (8, 448)
+    if name == "efficient_t4":
+        assert (config.model.name, config.data.batch_size) == ("llava_next_video_7b", 1)
+        assert config.hardware.gradient_checkpointing
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)
@@ -53,9 +93,14 @@ def test_the_programs_files_compose() -> None:
 def test_help_names_every_choice() -> None:
     """The list in conf/train.yaml is written by hand, as Hydra's own would offer the schemas as choices."""
     template = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))["hydra"]["help"]["template"]
-    listed = {line.split()[0]: set(line.replace(",", " ").split()[1:]) for line in template.splitlines() if len(line.split()) > 1}
+    listed: dict[str, set[str]] = {}
+    for line in template.splitlines():
+        group, _, names = line.strip().partition(" ")
+        if line.startswith(" " * 12):  # goes on from the line above
+            group, names = list(listed)[-1], line
+        listed.setdefault(group, set()).update(names.replace(",", " ").split())
     for group, name in GROUPS:
-        assert name in listed[group]
+        assert name in listed[group] or name == "own"
 
 
 def test_the_real_combination() -> None:
@@ -78,7 +123,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["encoder=siglp2"], ["no encoder named 'siglp2'", "choose encoder= one of clip, siglip2, tiny"]),
+        (["encoder=siglp2"], ["no encoder named 'siglp2'", "choose encoder= one of clip, dinov3_7b,", "siglip2, siglip2_naflex, tiny"]),
         (["tuning=lroa"], ["no tuning named 'lroa'", "lora"]),
         (["encodr=clip"], ["no key 'encodr'", "did you mean encoder"]),
         (["data.num_frame=8"], ["no key 'data.num_frame'", "did you mean data.num_frames"]),
@@ -99,6 +144,15 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["tuning.lora.rank=0"], ["tuning.lora.rank"]),
         (["tuning.lora.dropout=1.5"], ["tuning.lora.dropout"]),
         (["llm.max_new_tokens=0"], ["llm.max_new_tokens must be at least 1"]),
+        (["encoder.tiling=0"], ["encoder.tiling must be at least 1"]),
+        (["encoder.image_size=0"], ["encoder.image_size must be at least 1"]),
+        (["projector.keep_ratio=0"], ["projector.keep_ratio must be above 0"]),
+        (["evaluation.temperature=0"], ["evaluation.temperature must be above 0"]),
+        (["evaluation.top_p=2"], ["evaluation.top_p must be above 0 and at most 1"]),
+        (["tuning.encoder=lora"], ["tuning.encoder=lora changes the features", "cache.enabled=false"]),
+        (["model=qwen2_vl_7b", "encoder=clip"], ["model=qwen2_vl_7b brings its own encoder", "leave encoder=clip out", "model=assembled"]),
+        (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
+        (["encoder=own"], ["model=assembled has no own encoder", "choose another encoder"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

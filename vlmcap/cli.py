@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap.errors import UserError
+from vlmcap.files import replacing
 
 _VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
 
@@ -101,10 +102,9 @@ def _write(captions: Sequence[tuple[Path, str]], output: Path | None) -> None:
         for video, caption in captions:
             print(f"{video}\t{caption}")
         return
-    partial = output.with_name(f".{output.name}.partial")
     lines = [json.dumps({"video": str(video), "prediction": caption}, ensure_ascii=False) for video, caption in captions]
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial.replace(output)
+    with replacing(output) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(f"{len(captions)} captions: {output}")
 
 

@@ -19,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.errors import UserError
+from vlmcap.files import replacing
 
 _GROUPS = {
+    "model": schema.ModelConfig,
     "encoder": schema.EncoderConfig,
     "projector": schema.ProjectorConfig,
     "llm": schema.LlmConfig,
@@ -104,9 +106,8 @@ def to_plain(config: object) -> Any:
 
 def write_yaml(plain: Any, path: Path) -> None:
     """A YAML file of plain data that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
 
 
 def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
@@ -169,7 +170,8 @@ def explain(error: Exception) -> str:
 
 
 def _choices(group: str) -> list[str]:
-    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+    names = (file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+    return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
 
 
 def _nearest(key: str) -> str:

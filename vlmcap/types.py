@@ -1,19 +1,25 @@
 """Records that travel between data, models and training.
 
-Legend: B batch, F frames, P patches a frame, Dv vision width, S sequence (visual tokens included), H/W pixels.
+Legend: B batch, F frames (tiles of a frame count as frames), P patches a frame, Dv vision width, S sequence (visual tokens included),
+H/W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from torch import Tensor
+
+GridTHW = tuple[int, int, int]
+"""Size of one clip in patches: frames (times tiles), rows, columns."""
+
+VisualLayout = Callable[[GridTHW | None], Sequence[int | Sequence[int]]]
+"""From a clip's size, or None for the encoder's own, to what stands at the place of its video: numbers of placeholders, and ids of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +53,15 @@ class Sample:
 
     Attributes:
         clip: Where it comes from.
-        frames: uint8 (F, 3, H, W), already resized for the encoder.
+        frames: uint8 (F, 3, H, W), already resized for the encoder; (F, P, 3 · p · p), cut into patches, where sizes vary.
         features: (F, P, Dv), patch features of the frozen encoder out of the cache.
+        grid_thw: Frames, patch rows and columns where they vary from clip to clip; None where they are the encoder's own.
     """
 
     clip: Clip
     frames: Tensor | None = None
     features: Tensor | None = None
+    grid_thw: GridTHW | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,9 @@ class Batch:
         attention_mask: int64 (B, S); 1 on real tokens, 0 on padding.
         visual_mask: bool (B, S); True where a projected visual token goes.
         labels: int64 (B, S); -100 outside the caption and its end token; None for generation.
-        frames: uint8 (B, F, 3, H, W) or None.
+        frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) where sizes vary, or None.
         features: (B, F, P, Dv) or None.
+        grid_thw: A clip each, where they vary; frames and features are then padded with zeros at the end of F and of P.
         skipped: Clips of this batch that could not be read.
         num_truncated: Captions cut to the limit in this batch.
     """
@@ -79,6 +88,7 @@ class Batch:
     labels: Tensor | None
     frames: Tensor | None = None
     features: Tensor | None = None
+    grid_thw: tuple[GridTHW, ...] | None = None
     skipped: tuple[Skipped, ...] = ()
     num_truncated: int = 0
 

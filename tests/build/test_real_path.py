@@ -144,7 +144,7 @@ def test_evaluation_from_the_checkpoint_alone(trained: Trained, tmp_path: Path) 
     summary = json.loads((trained.folder / "summary.json").read_text())["scores"]
     assert scores["test/cider"] == pytest.approx(summary["test/cider"])
     assert "test/swapped/cider" in scores
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"metrics.json", "predictions.jsonl"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation.yaml", "metrics.json", "predictions.jsonl"}
     predictions = lines_of(tmp_path / "eval" / "predictions.jsonl")
     assert predictions == lines_of(trained.folder / "predictions" / "test.jsonl")
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["checkpoint"] == str(trained.checkpoint)

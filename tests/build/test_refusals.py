@@ -32,6 +32,8 @@ def refused(overrides: list[str]) -> str:
         ("projector.frame_stack=3", ["projector.frame_stack=3", "data.num_frames=2"]),
         ("encoder.feature_layer=5", ["encoder.feature_layer", "-3…2"]),
         ("encoder.family=clip", ["encoder.checkpoint", "encoder.family"]),
+        ("encoder.image_size=10", ["encoder.image_size=10", "14"]),
+        ("projector.checkpoint=missing", ["projector.checkpoint"]),
         ("+projector.temporal=attention", []),
         ("data.root=missing", ["data.root is missing"]),
         ("data.caption_key=annotation.caption", ["data.caption_key=annotation.caption", "annotation.description_kr"]),
@@ -46,8 +48,11 @@ def refused(overrides: list[str]) -> str:
 )
 def test_settings_that_do_not_do(real_path: list[str], tmp_path: Path, override: str, expected: list[str]) -> None:
     if override == "+projector.temporal=attention":
-        override, expected = "projector.temporal=attention", ["projector.num_heads=3", "width 64"]
-        real_path = [*real_path, "projector.num_heads=3"]
+        override, expected = (
+            "projector.temporal=attention",
+            ["projector.hidden_dim=32", "projector.num_heads (3)", "set projector.hidden_dim=33"],
+        )
+        real_path = [*real_path, "projector.num_heads=3", "projector.hidden_dim=32"]
     sentence = refused([*real_path, override])
     assert all(part in sentence for part in expected), sentence
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from vlmcap.data.collate import Collator
-from vlmcap.types import Batch, Clip, Sample, Skipped
+from vlmcap.types import Batch, Clip, GridTHW, Sample, Skipped
 
 
 @dataclass
@@ -82,6 +82,44 @@ def test_generation_ends_with_the_prompt() -> None:
     assert batch.input_ids.tolist() == [[2, 3, *[1] * 7, 4, 5, 6]] * 2
     assert batch.attention_mask.all()  # whatever would be padding stands on the left, and rows of one length need none
     assert batch.visual_mask.sum(dim=1).tolist() == [7, 7]
+
+
+def layout(grid_thw: GridTHW | None) -> list[int | list[int]]:
+    """A placeholder for each patch, and a word between frames."""
+    assert grid_thw is not None
+    frames, height, width = grid_thw
+    return [part for _ in range(frames) for part in (height * width, [9])]
+
+
+def sized(name: str, grid_thw: GridTHW, is_cached: bool) -> Sample:
+    clip, (frames, height, width) = Clip(name, Path(f"{name}.mp4"), ("배",)), grid_thw
+    tensor = torch.full((frames, height * width, 5), ord(name), dtype=torch.uint8)
+    return Sample(clip, grid_thw=grid_thw, **{"features" if is_cached else "frames": tensor})
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("mode", ["train", "generate"])
+def test_clips_of_their_own_sizes(mode: Literal["train", "generate"], is_cached: bool) -> None:
+    grids: list[GridTHW] = [(2, 1, 3), (1, 2, 2)]
+    batch = Collator(CharPrompt(), layout, 20, mode)([sized(name, grid, is_cached) for name, grid in zip("ab", grids, strict=True)])
+    long, short = [2, 3, 1, 1, 1, 9, 1, 1, 1, 9, 4, 5, 6], [2, 3, 1, 1, 1, 1, 9, 4, 5, 6]
+    caption = [ord("배"), 1] if mode == "train" else []
+    pad = [1] * (len(long) - len(short))
+    rows = [long + caption, (pad if mode == "generate" else []) + short + caption + (pad if mode == "train" else [])]
+    assert batch.input_ids.tolist() == rows
+    assert batch.visual_mask.sum(1).tolist() == [6, 4]
+    assert batch.attention_mask.sum(1).tolist() == [len(long) + len(caption), len(short) + len(caption)]
+    assert batch.attention_mask[1, 0 if mode == "generate" else -1] == 0  # the side that generation does not go on from
+    assert bool((batch.input_ids[batch.visual_mask] == 1).all())
+    if batch.labels is not None:
+        assert [row[row != -100].tolist() for row in batch.labels] == [caption, caption]
+    assert batch.grid_thw == tuple(grids)
+    stacked = batch.features if is_cached else batch.frames
+    assert stacked is not None
+    assert stacked.shape == (2, 2, 4, 5)
+    assert bool((stacked[0, :, :3] == ord("a")).all())
+    assert bool((stacked[0, :, 3:] == 0).all())
+    assert bool((stacked[1, 1] == 0).all())
 
 
 def test_samples_without_labels_are_named() -> None:

@@ -19,7 +19,7 @@ def shrink(frames: Tensor) -> Tensor:
     return frames[:, :, ::4, ::4].contiguous()
 
 
-def encode(frames: Tensor) -> Tensor:
+def encode(frames: Tensor, grids: object = None) -> Tensor:
     """(B, F, 3, H, W) -> (B, F, P, Dv): a fixed random projection of columns of pixels."""
     weights = torch.randn(3 * frames.shape[3], 5, generator=torch.Generator().manual_seed(0))
     return frames.float().div(255).permute(0, 1, 4, 2, 3).flatten(3) @ weights

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmcap.data import feature_cache
 from vlmcap.data.feature_cache import FeatureCache, cache_key, clip_fingerprint, clips_fingerprint, size_bytes
 from vlmcap.errors import UserError
-from vlmcap.types import Clip, Sample, Skipped
+from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 Batches = list[list[Sample | Skipped]]
 
@@ -31,7 +31,7 @@ def make_batches(num_clips: int = 5, batch_size: int = 2) -> Batches:
     return [items[i : i + batch_size] for i in range(0, num_clips, batch_size)]
 
 
-def encode(frames: Tensor) -> Tensor:
+def encode(frames: Tensor, grids: Sequence[GridTHW] | None = None) -> Tensor:
     return frames.float().mean(dim=2).flatten(2, 3)[..., None].expand(-1, -1, -1, 3) / 7  # (B, F, 16, 3)
 
 
@@ -53,10 +53,36 @@ def test_rows_are_the_encoded_clips(tmp_path: Path, dtype: str) -> None:
         cache.read("클립1")
 
 
+def test_clips_of_different_sizes_share_a_cache_without_padding(tmp_path: Path) -> None:
+    """Tiles and native aspect ratios: each clip has its own number of frames and patches."""
+    sizes: list[GridTHW] = [(2, 2, 3), (4, 2, 2), (2, 1, 5)]
+    samples = [
+        Sample(
+            Clip(str(i), Path(f"{i}.mp4"), ()), frames=torch.full((size[0], size[1] * size[2], 3), i + 1, dtype=torch.uint8), grid_thw=size
+        )
+        for i, size in enumerate(sizes)
+    ]
+    given: list[Sequence[GridTHW] | None] = []
+
+    def own(frames: Tensor, grids: Sequence[GridTHW] | None) -> Tensor:
+        given.append(grids)
+        assert frames.shape == (3, 4, 6, 3)  # zeros behind what is smaller
+        return frames.float()
+
+    cache = FeatureCache(tmp_path, "k")
+    cache.build([list(samples)], own, 3)
+    assert given == [sizes]
+    assert cache.shape == (3, 4, 6, 3)
+    for sample, size in zip(samples, sizes, strict=True):
+        assert torch.equal(cache.read(sample.clip.id), sample.frames.half())  # type: ignore[union-attr]
+        assert FeatureCache(tmp_path, "k").grid_thw(sample.clip.id) == size
+    assert (tmp_path / "k" / "features.bin").stat().st_size == sum(f * h * w for f, h, w in sizes) * 3 * 2
+
+
 def test_a_complete_cache_is_not_built_again(tmp_path: Path) -> None:
     FeatureCache(tmp_path, "k").build(make_batches(), encode, 5)
 
-    def refuse(frames: Tensor) -> Tensor:
+    def refuse(frames: Tensor, grids: object) -> Tensor:
         raise AssertionError
 
     FeatureCache(tmp_path, "k").build(make_batches(), refuse, 5)
@@ -125,11 +151,11 @@ def test_a_damaged_cache_counts_as_none_and_is_replaced(tmp_path: Path, damage: 
 def test_features_that_cannot_be_stored(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "k")
     with pytest.raises(UserError, match=r"클립2 overflow cache\.dtype=float16: set cache\.dtype=bfloat16"):
-        cache.build(make_batches(), lambda frames: encode(frames) * 3e5, 5)
+        cache.build(make_batches(), lambda frames, grids: encode(frames) * 3e5, 5)
     with pytest.raises(UserError, match="클립0 are not finite"):
-        cache.build(make_batches(), lambda frames: encode(frames) / 0, 5, "float32")
+        cache.build(make_batches(), lambda frames, grids: encode(frames) / 0, 5, "float32")
     with pytest.raises(UserError, match="cannot share a cache"):
-        cache.build(make_batches(batch_size=1), lambda frames: encode(frames)[:, :, int(frames.max()) :], 5)
+        cache.build(make_batches(batch_size=1), lambda frames, grids: encode(frames)[:, :, int(frames.max()) :], 5)
     with pytest.raises(UserError, match=r"none of 2 clips can be cached: broken"):
         cache.build(
             [[item for item in make_batches()[0] if isinstance(item, Skipped)], [Skipped(Clip("b", Path("b"), ()), "x")]], encode, 2

@@ -12,11 +12,11 @@ from torch import Tensor
 from vlmcap.data.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
-from vlmcap.models.encoders import LOADERS
+from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import load_prompt
-from vlmcap.models.projectors import build_projector
+from vlmcap.models.projectors import ProjectorSpec, build_projector
 from vlmcap.types import Batch, Clip, Sample, Skipped
 
 FRAMES = 2
@@ -28,7 +28,7 @@ SHORT = "산이다."
 @pytest.fixture
 def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
     torch.manual_seed(0)
-    encoder = LOADERS["siglip"](siglip_folder, feature_layer=-1, dtype=torch.float32).requires_grad_(False).eval()
+    encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False).eval()
     llm = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
     llm = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
     with torch.no_grad():
@@ -36,7 +36,7 @@ def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)  # as after some training
     prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
-    projector = build_projector("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES)
+    projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES))
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=12)).eval()
 
 

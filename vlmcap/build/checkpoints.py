@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.build.model import Assembly, Sources, assemble, device_of
+from vlmcap.build.model import Assembly, Sources, assemble
+from vlmcap.build.parts import device_of, dtype_of
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.compose import from_plain, to_config, to_plain
-from vlmcap.config import Config
+from vlmcap.config import Config, Precision
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     load_weights(assembly, content, config)
     captioner = assembly.captioner.to(device_of(config)).eval()
     captioner.prepare = path_batches(config, assembly)
+    if config.hardware.precision is not Precision.fp32:
+        captioner.autocast_dtype = dtype_of(config.hardware.precision)
     return captioner
 
 
@@ -88,7 +91,7 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
     from vlmcap.data.collate import Collator
     from vlmcap.types import Clip
 
-    collator = Collator(assembly.captioner.prompt, assembly.num_visual_tokens, config.llm.max_caption_tokens, mode="generate")
+    collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens, mode="generate")
 
     def batches(paths: Sequence[Path]) -> Iterator[Batch]:
         clips = [Clip(id=str(index), video=path, captions=()) for index, path in enumerate(paths)]

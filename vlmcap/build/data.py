@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.build.model import Assembly, device_of
-from vlmcap.config import Config, Split
+from vlmcap.build.model import Assembly
+from vlmcap.build.parts import device_of
+from vlmcap.config import Config, ModelKind, Split
 
 if TYPE_CHECKING:
     import torch
 
     from vlmcap.data.datamodule import CaptionDataModule
     from vlmcap.data.dataset import ClipDataset
-    from vlmcap.types import Clip
+    from vlmcap.types import Clip, GridTHW
 
 
 def load_clips(config: Config, split: Split) -> list[Clip]:
@@ -49,7 +50,7 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
     from vlmcap.data.collate import Collator
     from vlmcap.data.datamodule import CaptionDataModule, LoaderSettings
 
-    collator = Collator(assembly.captioner.prompt, assembly.num_visual_tokens, config.llm.max_caption_tokens)
+    collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens)
     make_dataset = dataset_maker(config, assembly, clips)
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
@@ -66,7 +67,11 @@ def decoded_dataset(config: Config, assembly: Assembly, clips: Sequence[Clip]) -
     from vlmcap.data.dataset import ClipDataset
 
     return ClipDataset(
-        clips, num_frames=config.data.num_frames, frame_transform=assembly.transform, decode_timeout_s=config.data.decode_timeout_s
+        clips,
+        num_frames=config.data.num_frames,
+        frame_transform=assembly.transform,
+        grid_of=assembly.grid_of,
+        decode_timeout_s=config.data.decode_timeout_s,
     )
 
 
@@ -78,13 +83,14 @@ def dataset_maker(config: Config, assembly: Assembly, clips: Mapping[str, Sequen
 
     if not config.cache.enabled:
         return lambda chosen: decoded_dataset(config, assembly, chosen)
+    base = "encoder" if config.model.kind is ModelKind.assembled else "model"
     caches: list[FeatureCache] = []
     for split, members in clips.items():
         key = cache_key(
-            encoder=assembly.sources.bases["encoder"].sha256,
+            encoder=assembly.sources.bases[base].sha256,
             layer=config.encoder.feature_layer,
             num_frames=config.data.num_frames,
-            transform=dataclasses.asdict(assembly.transform),
+            transform=dataclasses.asdict(assembly.transform),  # type: ignore[call-overload]
             precision=config.hardware.precision.value,
             dtype=config.cache.dtype,
             clips=clips_fingerprint(members),
@@ -116,8 +122,8 @@ def fill_cache(config: Config, assembly: Assembly, cache: Any, dataset: Any, rep
     loader = DataLoader(dataset, batch_size=16, collate_fn=list, num_workers=config.data.num_workers)
 
     @torch.no_grad()
-    def encode(frames: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = encoder(frames.to(device))
+    def encode(frames: torch.Tensor, grid_thw: Sequence[GridTHW] | None) -> torch.Tensor:
+        features: torch.Tensor = encoder(frames.to(device), grid_thw)
         return features
 
     cache.build(loader, encode, len(dataset), config.cache.dtype, progress=report)

@@ -1,64 +1,68 @@
-"""Encoder, projector and language model of a configuration, assembled."""
+"""A configuration's model: its parts joined, or a whole pretrained one."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.config import Config, Precision
+from vlmcap.build.parts import (
+    add_adapters,
+    load_encoder,
+    load_llm,
+    load_prompt_of,
+    load_whole,
+    projector_spec,
+    train_encoder,
+)
+from vlmcap.config import Config, ModelKind
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from collections.abc import Callable, Sequence
 
-    from vlmcap.models.captioner import VideoCaptioner
+    from torch import Tensor, nn
+
+    from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
     from vlmcap.models.checkpoint import Fingerprint
-    from vlmcap.models.encoders import FrameTransform, VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
+    from vlmcap.types import GridTHW, VisualLayout
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the frozen bases are, and what they hold."""
+    """Where the frozen bases are, and what they hold: `encoder` and `llm`, or `model` where one brings both."""
 
-    encoder: Path
-    llm: Path
+    folders: dict[str, Path]
     bases: dict[str, Fingerprint]
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A model and what data needs to know of it."""
+    """A model and what data needs to know of it.
+
+    Attributes:
+        captioner: The model.
+        sources: Of its frozen bases.
+        transform: Frames as they are decoded -> frames as the encoder wants them; a picklable dataclass.
+        grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
+        visual: A clip's size -> placeholders, and text between them; picklable.
+        num_visual_tokens: V, the most that a clip may have.
+        num_encoder_parameters: Of the encoder, which may be dropped when its features are on disk.
+    """
 
     captioner: VideoCaptioner
     sources: Sources
-    transform: FrameTransform
+    transform: Callable[[Tensor], Tensor]
+    grid_of: Callable[[int, int, int], GridTHW | None]
+    visual: VisualLayout
     num_visual_tokens: int
     num_encoder_parameters: int
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
-    """Type of frozen weights and of arithmetic on them."""
-    import torch
-
-    return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[precision]
-
-
-def device_of(config: Config) -> str:
-    """Device of quantised weights while loading."""
-    import torch
-
-    if config.hardware.accelerator == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise UserError(f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the driver")
-    return f"cuda:{torch.cuda.current_device()}"
-
-
 def locate_sources(config: Config) -> Sources:
-    """Finds both bases and takes their fingerprints.
+    """Finds the bases and takes their fingerprints.
 
     Raises:
         UserError: A checkpoint is not there.
@@ -68,14 +72,16 @@ def locate_sources(config: Config) -> Sources:
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
-    for part, settings in (("encoder", config.encoder), ("llm", config.llm)):
-        folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate)
-        bases[part] = fingerprint(folders[part], settings.checkpoint, memo)
-    return Sources(folders["encoder"], folders["llm"], bases)
+    is_whole = config.model.kind is not ModelKind.assembled
+    for part in ("model",) if is_whole else ("encoder", "llm"):
+        settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
+        folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
+        bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
+    return Sources(folders, bases)
 
 
 def assemble(config: Config) -> Assembly:
-    """The model of a configuration, its trained parts fresh.
+    """The model of a configuration, its trained parts fresh or warm-started.
 
     Args:
         config: As `prepare` returned it.
@@ -83,102 +89,88 @@ def assemble(config: Config) -> Assembly:
     Raises:
         UserError: A part is missing or the parts do not fit.
     """
-    from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
-    from vlmcap.models.llm.load import context_length
-    from vlmcap.models.llm.prompt import load_prompt
-    from vlmcap.models.projectors import build_projector
-
     sources = locate_sources(config)
-    encoder, llm_config = load_encoder(config, sources), config.llm
-    if config.data.num_frames % config.projector.frame_stack:
-        raise UserError(
-            f"projector.frame_stack={config.projector.frame_stack} does not divide data.num_frames={config.data.num_frames}; "
-            "set one to a divisor of the other"
-        )
-    prompt = load_prompt(
-        sources.llm, prompt=llm_config.prompt, system_prompt=llm_config.system_prompt, enable_thinking=llm_config.enable_thinking
-    )
-    out_dim, context = text_width(sources.llm), context_length(sources.llm)
-    if config.projector.temporal.value == "attention" and out_dim % config.projector.num_heads:
-        raise UserError(f"projector.num_heads={config.projector.num_heads} does not divide the width {out_dim} of llm={llm_config.name}")
-    projector = build_projector(
-        config.projector.kind.value,
-        in_dim=encoder.embed_dim,
-        out_dim=out_dim,
-        grid=encoder.grid,
-        num_frames=config.data.num_frames,
-        depth=config.projector.depth,
-        pool_size=config.projector.pool_size if config.projector.reducer.value == "pool" else 1,
-        frame_stack=config.projector.frame_stack,
-        temporal=config.projector.temporal.value,
-        num_heads=config.projector.num_heads,
-    )
-    num_visual = projector.num_tokens(config.data.num_frames, encoder.num_patches)
-    check_context(config, num_visual, prompt, context)
-    captioner = VideoCaptioner(
-        encoder,
-        projector,
-        load_llm(config, sources),
-        prompt,
-        GenerationSettings(llm_config.max_new_tokens, config.evaluation.num_beams, config.evaluation.repetition_penalty),
-    )
-    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    return Assembly(captioner, sources, encoder.transform, num_visual, num_parameters)
+    if config.model.kind is ModelKind.assembled:
+        return _assemble_parts(config, sources)
+    return _assemble_whole(config, sources)
 
 
-def text_width(folder: Path) -> int:
-    """Dl, from the configuration alone."""
-    from transformers import AutoConfig
+def _assemble_parts(config: Config, sources: Sources) -> Assembly:
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.models.checkpoint import locate
+    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.llm.load import context_length, text_width
+    from vlmcap.models.projectors import build_projector, load_projector_weights
 
-    return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().hidden_size)
-
-
-def load_encoder(config: Config, sources: Sources) -> VisionEncoder:
-    """The frozen vision encoder."""
-    from vlmcap.models.encoders import LOADERS
-
-    load = LOADERS[config.encoder.family.value]
-    encoder = load(sources.encoder, feature_layer=config.encoder.feature_layer, dtype=dtype_of(config.hardware.precision))
-    encoder.requires_grad_(False).eval()
-    return encoder
-
-
-def load_llm(config: Config, sources: Sources) -> nn.Module:
-    """The language model, frozen, with adapters, or thawed, as tuning says."""
-    from vlmcap.models.llm.adapt import add_lora
-    from vlmcap.models.llm.load import load_language_model
-
-    quantization, stages = config.llm.quantization.value, config.tuning.stages.values()
-    if quantization != "none" and any(stage.llm_lr > 0 for stage in stages):
-        raise UserError(
-            f"tuning={config.tuning.name} trains the language model's own weights, which llm.quantization={quantization} forbids; "
-            "set llm.quantization=none"
-        )
-    llm = load_language_model(
-        sources.llm,
-        dtype=dtype_of(config.hardware.precision),
-        quantization=quantization,
-        attention=config.llm.attention,
-        device=device_of(config),
-    )
-    if config.hardware.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    if any(stage.llm_lr > 0 for stage in stages):
-        llm.float().requires_grad_(True)  # mixed precision wants float32 masters
-    lora = config.tuning.lora
-    if not config.tuning.use_lora:
-        return llm
-    adapted: nn.Module = add_lora(llm, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules)
-    return adapted
+    folder = sources.folders["llm"]
+    encoder = load_encoder(config, sources.folders["encoder"])
+    prompt = load_prompt_of(config, folder)
+    spec = projector_spec(config, encoder, text_width(folder), len(prompt.question_ids))
+    spec.check()
+    grids = encoder.possible_grids(config.data.num_frames)
+    visual = VisualRun(spec.num_tokens, grids[0])
+    num_visual = check_context(config, visual, grids, prompt, context_length(folder))
+    projector = build_projector(spec)
+    if start := config.projector.checkpoint:
+        key = "projector.checkpoint"
+        load_projector_weights(projector, start if Path(start).exists() else locate(start, None, key=key, part="multi_modal_projector"))
+    train_encoder(config, encoder)
+    llm = add_adapters(config, load_llm(config, folder))
+    captioner = VideoCaptioner(encoder, projector, llm, prompt, generation_settings(config))
+    return Assembly(captioner, sources, encoder.transform, encoder.transform.grid_thw, visual, num_visual, _count(encoder))
 
 
-def check_context(config: Config, num_visual_tokens: int, prompt: PromptEncoder, context: int) -> None:
-    """`UserError` if visual tokens, prompt and the longest caption do not fit the language model's positions together."""
-    text = prompt.num_prompt_tokens
+def _assemble_whole(config: Config, sources: Sources) -> Assembly:
+    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.llm.load import context_length
+
+    folder = sources.folders["model"]
+    parts = load_whole(config, folder)
+    prompt = load_prompt_of(config, folder, visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix)
+    grids = parts.encoder.possible_grids(config.data.num_frames)
+    visual = parts.visual_layout or VisualRun(parts.num_tokens, grids[0])
+    num_visual = check_context(config, visual, grids, prompt, context_length(folder))
+    train_encoder(config, parts.encoder)
+    llm = add_adapters(config, parts.llm)
+    captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, generation_settings(config))
+    transform = parts.encoder.transform
+    return Assembly(captioner, sources, transform, transform.grid_thw, visual, num_visual, _count(parts.encoder))
+
+
+def generation_settings(config: Config) -> GenerationSettings:
+    """How captions are decoded."""
+    from vlmcap.models.captioner import GenerationSettings
+
+    known = {field.name for field in dataclasses.fields(GenerationSettings)}
+    chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
+    return GenerationSettings(config.llm.max_new_tokens, **chosen)
+
+
+def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:
+    """Visual tokens of the largest clip; `UserError` if they, the prompt and the longest caption exceed the model's positions.
+
+    Args:
+        config: Of the run.
+        visual: Places of the visual tokens.
+        grids: Sizes that a clip may have.
+        prompt: Text around them.
+        context: Positions of the language model.
+    """
+    layouts = [visual(grid) for grid in grids]
+    num_visual = max(sum(part for part in layout if isinstance(part, int)) for layout in layouts)
+    text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
     longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
-    if num_visual_tokens + text + longest > context:
+    if num_visual + text + longest > context:
+        is_whole = config.model.kind is not ModelKind.assembled
+        name, mend = f"llm={config.llm.name}", "set projector.reducer=pool"
+        if is_whole:
+            name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
         raise UserError(
-            f"{num_visual_tokens} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
-            f"of llm={config.llm.name}; lower data.num_frames, set projector.reducer=pool, "
-            "or lower llm.max_caption_tokens and llm.max_new_tokens"
+            f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
+            f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
         )
+    return num_visual
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from vlmcap.build.checkpoints import checkpoint_identity, load_weights, read_checkpoint
 from vlmcap.build.data import build_data, load_splits
 from vlmcap.build.demo import prepare
-from vlmcap.build.model import Assembly, assemble, device_of
+from vlmcap.build.model import Assembly, assemble
+from vlmcap.build.parts import device_of
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.build.summary import plain_scores, summarize, tokenizer_version
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
+from vlmcap.files import replacing
 
 if TYPE_CHECKING:
     import lightning as L
@@ -57,11 +59,9 @@ def train(config: Config) -> float:
     _check_stages(config)
     _check_objective(config)
     device_of(config)  # a missing card is said before anything is made
-    if not config.data.is_demo:
-        load_splits(config, [Split.train, Split.val])  # so is bad data
+    clips = {} if config.data.is_demo else load_splits(config, find_splits(config))  # so is bad data
     config = prepare(config)
-    splits = [Split.train, Split.val] + ([Split.test] if (Path(config.data.root) / "test").is_dir() else [])
-    clips = load_splits(config, splits)  # before the model, which may take minutes, and before the run folder
+    clips = clips or load_splits(config, find_splits(config))
     assembly = assemble(config)
     data = build_data(config, assembly, clips)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ def train(config: Config) -> float:
     best = best_checkpoint(run.trainer)
     if best is not None and best.is_file():
         load_weights(assembly, read_checkpoint(best), config)
-    for split in splits[1:]:
-        scores |= test(run, split)
+    for split in list(clips)[1:]:
+        scores |= test(run, Split[split])
     seconds["total"] = time.perf_counter() - started
     _show_end(config, run, scores, seconds)
     write_json(folder / "summary.json", summarize(config, run, scores, seconds, parts))
@@ -178,6 +178,11 @@ def test(run: Run, split: Split) -> dict[str, float]:
     return dict(run.evaluation.scores)
 
 
+def find_splits(config: Config) -> list[Split]:
+    """Training and validation split, and the test split where there is one."""
+    return [Split.train, Split.val] + ([Split.test] if (Path(config.data.root) / "test").is_dir() else [])
+
+
 def find_resume(config: Config) -> Path | None:
     """The checkpoint to resume from, if any.
 
@@ -194,9 +199,8 @@ def find_resume(config: Config) -> Path | None:
 
 def write_json(path: Path, values: Any) -> None:
     """A JSON file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_stages(config: Config) -> None:

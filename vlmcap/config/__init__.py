@@ -6,8 +6,20 @@ at one group stand in its `__post_init__`, those across groups in `Config`.
 
 from __future__ import annotations
 
-from vlmcap.config.choices import EncoderFamily, LoggerKind, Precision, ProjectorKind, Quantization, Reducer, Split, Temporal
-from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ProjectorConfig, StageConfig, TuningConfig
+from vlmcap.config.choices import (
+    EncoderFamily,
+    EncoderTuning,
+    LoggerKind,
+    ModelKind,
+    Precision,
+    ProjectorKind,
+    Quantization,
+    Queries,
+    Reducer,
+    Split,
+    Temporal,
+)
+from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
     CacheConfig,
     Config,
@@ -28,18 +40,22 @@ __all__ = [
     "DemoConfig",
     "EncoderConfig",
     "EncoderFamily",
+    "EncoderTuning",
     "EvaluationConfig",
     "HardwareConfig",
     "LlmConfig",
     "LoggerConfig",
     "LoggerKind",
     "LoraConfig",
+    "ModelConfig",
+    "ModelKind",
     "OptimConfig",
     "PathsConfig",
     "Precision",
     "ProjectorConfig",
     "ProjectorKind",
     "Quantization",
+    "Queries",
     "Reducer",
     "Split",
     "StageConfig",

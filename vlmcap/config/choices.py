@@ -5,18 +5,44 @@ from __future__ import annotations
 from enum import Enum
 
 
+class ModelKind(Enum):
+    """Parts joined by us, or a whole pretrained model's class."""
+
+    assembled = "assembled"
+    llava_next_video = "llava_next_video"
+    qwen2_vl = "qwen2_vl"
+    qwen2_5_vl = "qwen2_5_vl"
+    qwen3_vl = "qwen3_vl"
+
+
 class EncoderFamily(Enum):
-    """Which class reads the encoder's checkpoint."""
+    """Which class reads the encoder's checkpoint; `own` is that of a whole model."""
 
     clip = "clip"
     siglip = "siglip"
+    siglip2_naflex = "siglip2_naflex"
+    dinov3 = "dinov3"
+    internvit = "internvit"
+    own = "own"
 
 
 class ProjectorKind(Enum):
-    """The map from vision width to language width."""
+    """The map from vision width to language width; `own` is that of a whole model."""
 
     linear = "linear"
     mlp = "mlp"
+    cross_attention = "cross_attention"
+    perceiver = "perceiver"
+    c_abstractor = "c_abstractor"
+    pixel_shuffle = "pixel_shuffle"
+    own = "own"
+
+
+class Queries(Enum):
+    """What attends to the visual features in `projector.kind=cross_attention`."""
+
+    learned = "learned"
+    prompt = "prompt"
 
 
 class Reducer(Enum):
@@ -24,6 +50,9 @@ class Reducer(Enum):
 
     none = "none"
     pool = "pool"
+    resample = "resample"
+    merge = "merge"
+    saliency = "saliency"
 
 
 class Temporal(Enum):
@@ -32,6 +61,15 @@ class Temporal(Enum):
     none = "none"
     position = "position"
     attention = "attention"
+    local_global = "local_global"
+
+
+class EncoderTuning(Enum):
+    """What is trained of the encoder."""
+
+    none = "none"
+    lora = "lora"
+    full = "full"
 
 
 Quantization = Enum("Quantization", {"none": "none", "8bit": "8bit", "4bit": "4bit"})

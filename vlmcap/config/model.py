@@ -7,20 +7,46 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from vlmcap.config.checks import require, require_positive
-from vlmcap.config.choices import EncoderFamily, ProjectorKind, Quantization, Reducer, Temporal
+from vlmcap.config.choices import EncoderFamily, EncoderTuning, ModelKind, ProjectorKind, Quantization, Queries, Reducer, Temporal
+
+
+@dataclass
+class ModelConfig:
+    """Parts joined by us (`assembled`), or a whole pretrained vision-language model that brings its own."""
+
+    name: str = MISSING
+    kind: ModelKind = MISSING
+    checkpoint: str = ""  # of a whole model: hub id or local folder in Hugging Face layout
+    revision: str | None = None
+    gate: str | None = None
+    licence: str = ""
+    chat_template: str | None = None  # what a whole model's own `llm` settings take over
+    max_caption_tokens: int = 768
+    max_new_tokens: int = 768
+    align_lr: float = 1e-4
+    projector_lr: float = 2e-5
+    adapter_lr: float = 1e-4
 
 
 @dataclass
 class EncoderConfig:
-    """Vision encoder, frozen."""
+    """Vision encoder."""
 
     name: str = MISSING
     family: EncoderFamily = MISSING
-    checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout
+    checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout; a whole model's gives its vision tower
     revision: str | None = None  # branch, tag or commit on the hub
     feature_layer: int = -1  # index into the hidden states; -1 is after the last block, -2 before it
+    image_size: int | None = None  # side of a frame in pixels; null is the checkpoint's own
+    max_patches: int = 256  # patches a frame at most, where frames keep their aspect ratio (siglip2_naflex, Qwen-VL)
+    tiling: int = 1  # tiles a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
     is_cached: bool = False  # keep its features on disk unless cache.enabled says otherwise
     gate: str | None = None  # licence to accept on the hub before the download works
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        require_positive("encoder", self, "max_patches", "tiling")
+        require(self.image_size is None or self.image_size >= 1, f"encoder.image_size must be at least 1, not {self.image_size}")
 
 
 @dataclass
@@ -29,25 +55,42 @@ class ProjectorConfig:
 
     name: str = MISSING
     kind: ProjectorKind = MISSING
+    checkpoint: str | None = None  # start from this projector: a .ckpt of ours, or the folder of a LLaVA or InternVL checkpoint
     depth: int = 2  # linear layers of the MLP
+    use_layer_norm: bool = False  # in front of the MLP
+    hidden_dim: int | None = None  # inner width of what attends or convolves; null is the encoder's width
+    num_layers: int = 2  # attention layers; convolutional blocks on each side of the C-Abstractor's pooling
+    num_heads: int = 8
+    queries: Queries = Queries.learned
+    num_queries: int = 64  # a frame (cross_attention, c_abstractor) or a clip (perceiver)
+    shuffle: int = 2  # patches a side that pixel_shuffle joins
     reducer: Reducer = Reducer.none
     pool_size: int = 2  # patches a side that reducer=pool averages
+    resample_size: int = 12  # patches a side that reducer=resample leaves
+    keep_ratio: float = 0.25  # share of tokens that reducer=merge and saliency leave
     frame_stack: int = 1  # consecutive frames whose features at one position become one token
     temporal: Temporal = Temporal.none
-    num_heads: int = 4  # of temporal=attention
+    window: int = 256  # tokens that temporal=local_global looks at on each side
+    num_global: int = 8  # its global tokens
 
     def __post_init__(self) -> None:
-        require_positive("projector", self, "depth", "frame_stack", "pool_size")
+        names = ("depth", "num_layers", "num_heads", "num_queries", "shuffle", "pool_size", "resample_size", "frame_stack", "window")
+        require_positive("projector", self, *names)
+        require(0 < self.keep_ratio <= 1, f"projector.keep_ratio must be above 0 and at most 1, not {self.keep_ratio}")
+        require(self.num_global >= 0, f"projector.num_global must not be negative, not {self.num_global}")
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on the language model (peft)."""
+    """Low-rank adapters (peft)."""
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    target_modules: str = "all-linear"  # or a comma-separated list of module names
+    target_modules: str = "all-linear"  # or a comma-separated list of module names; of the language model
+    use_dora: bool = False  # weight-decomposed: https://arxiv.org/abs/2402.09353
+    use_rslora: bool = False  # scaled by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732
+    use_experts: bool = False  # on the experts of a mixture-of-experts model too
 
     def __post_init__(self) -> None:
         require_positive("tuning.lora", self, "rank")
@@ -59,10 +102,11 @@ class LlmConfig:
     """Language model, frozen but for its adapters."""
 
     name: str = MISSING
-    checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout
+    checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout; a whole model's gives its language model
     revision: str | None = None
     quantization: Quantization = Quantization["none"]
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # auto (FlashAttention where it is installed and works, else sdpa) or a name of transformers
+    chat_template: str | None = None  # in place of the tokenizer's, for models that carry none
     system_prompt: str | None = None
     prompt: str = "이 영상을 한국어로 자세히 설명해 주세요."
     enable_thinking: bool = False  # passed to the chat template of hybrid-thinking models
@@ -71,7 +115,9 @@ class LlmConfig:
     align_lr: float = 1e-3  # learning rates that suit its size: the projector alone,
     projector_lr: float = 1e-4  # the projector beside adapters,
     adapter_lr: float = 2e-4  # and the adapters; the stages of tuning read them
+    reducer: Reducer = Reducer.none  # projector.reducer reads it: pool where the context is short
     gate: str | None = None
+    licence: str = ""
 
     def __post_init__(self) -> None:
         require_positive("llm", self, "max_caption_tokens", "max_new_tokens")
@@ -82,6 +128,7 @@ class StageConfig:
     """One stage of tuning; a part is trained where its learning rate is above 0."""
 
     epochs: int = MISSING
+    encoder_lr: float = 0.0  # what tuning.encoder names
     projector_lr: float = 0.0
     adapter_lr: float = 0.0  # LoRA on the language model
     llm_lr: float = 0.0  # the language model's own weights
@@ -101,3 +148,10 @@ class TuningConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     use_lora: bool = True
+    encoder: EncoderTuning = EncoderTuning.none
+    encoder_lr: float = 2e-5  # the stages read it
+
+    def __post_init__(self) -> None:
+        if self.encoder is EncoderTuning.none:
+            for stage in self.stages.values():
+                stage.encoder_lr = 0.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from vlmcap.config.checks import require, require_positive
-from vlmcap.config.choices import LoggerKind, Precision, Quantization, Split
-from vlmcap.config.model import EncoderConfig, LlmConfig, ProjectorConfig, TuningConfig
+from vlmcap.config.choices import EncoderFamily, EncoderTuning, LoggerKind, ModelKind, Precision, ProjectorKind, Quantization, Split
+from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
 
 
 @dataclass
@@ -26,6 +26,7 @@ class HardwareConfig:
     eval_batch_size: int = MISSING
     accumulate_grad_batches: int = 1
     num_frames: int = MISSING
+    image_size: int | None = None  # side of a frame in pixels; null is the encoder's own
     frame_stack: int = 1
     gradient_checkpointing: bool = False
     num_workers: int = 2
@@ -84,11 +85,22 @@ class EvaluationConfig:
     every_n_epochs: int = 1
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
     num_beams: int = 1
+    length_penalty: float = 1.0  # of beam search: above 0 favours longer captions
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0  # n-grams of this many tokens come once a caption; 0 lets them repeat
+    do_sample: bool = False
+    temperature: float = 1.0  # of sampling, as are the two below
+    top_p: float = 1.0
+    top_k: int = 50
     facts: str | None = None  # JSON file of facts and the phrases that state them
     swap_videos: bool = False  # score again with the videos exchanged between clips
     swap_shifts: int = 5
     num_table_rows: int = 16  # of the W&B table
+
+    def __post_init__(self) -> None:
+        require_positive("evaluation", self, "num_beams")
+        require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
+        require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
 
 
 @dataclass
@@ -134,6 +146,7 @@ class PathsConfig:
 class Config:
     """A whole run, resolved."""
 
+    model: ModelConfig
     encoder: EncoderConfig
     projector: ProjectorConfig
     llm: LlmConfig
@@ -150,3 +163,20 @@ class Config:
     objective: str = "val/cider"  # the metric that train.py returns, for sweeps
     objective_mode: str = "max"
     checkpoint: str | None = None  # resume: a file, or "last" for this output_dir's last one
+
+    def __post_init__(self) -> None:
+        is_whole = self.model.kind is not ModelKind.assembled
+        own = {
+            "encoder": self.encoder.family is EncoderFamily.own,
+            "projector": self.projector.kind is ProjectorKind.own,
+            "llm": self.llm.name == "own",
+        }
+        for part, is_own in own.items():
+            name = getattr(self, part).name
+            mend = f"leave {part}={name} out, or set model=assembled" if is_whole else f"choose another {part}"
+            what = "brings its own" if is_whole else "has no own"
+            require(is_own == is_whole, f"model={self.model.name} {what} {part}, so {part}={name} does not go with it: {mend}")
+        require(
+            self.tuning.encoder is EncoderTuning.none or not self.cache.enabled,
+            f"tuning.encoder={self.tuning.encoder.name} changes the features that cache.enabled=true keeps; set cache.enabled=false",
+        )

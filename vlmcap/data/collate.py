@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from vlmcap.types import Batch, Clip, Sample, Skipped
+from vlmcap.types import Batch, Clip, GridTHW, Sample, Skipped, VisualLayout
 
 IGNORED = -100  # label of positions that the loss passes over
 
@@ -50,7 +50,12 @@ class _Row:
     """One sequence in its parts; they are joined, never searched for again, so no label can be lost to a tokenisation mismatch."""
 
     sample: Sample
+    prompt: tuple[int, ...]
+    is_visual: tuple[bool, ...]
     caption: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.caption)
 
 
 @dataclass
@@ -58,12 +63,11 @@ class Collator:
     """Turns a list of samples into a `Batch`; picklable if `prompt` is.
 
     Train: prefix, V placeholders, suffix, caption, end token; padded on the right; the first caption of a clip is the target.
-    Generate: prefix, V placeholders, suffix; labels are None. All rows have one length, so every row ends where generation goes on,
-    as left padding would have it.
+    Generate: prefix, V placeholders, suffix; padded on the left, so that every row ends where generation goes on; labels are None.
 
     Attributes:
         prompt: Token ids of the parts.
-        num_visual_tokens: V, never cut.
+        visual: V, never cut; or where clips differ, a function of their size, picklable too.
         max_caption_tokens: Longest caption, end token included; a longer one is cut and keeps no end token, so the model does not
             learn to stop there.
         mode: "train" or "generate".
@@ -73,15 +77,14 @@ class Collator:
     """
 
     prompt: PromptEncoder
-    num_visual_tokens: int
+    visual: int | VisualLayout
     max_caption_tokens: int
     mode: Literal["train", "generate"] = "train"
 
     def __post_init__(self) -> None:
-        if self.num_visual_tokens < 0 or self.max_caption_tokens < 1:
+        if (isinstance(self.visual, int) and self.visual < 0) or self.max_caption_tokens < 1:
             raise ValueError(
-                "num_visual_tokens must be at least 0 and max_caption_tokens at least 1, "
-                f"not {self.num_visual_tokens} and {self.max_caption_tokens}"
+                f"visual must be at least 0 and max_caption_tokens at least 1, not {self.visual} and {self.max_caption_tokens}"
             )
         if self.mode not in ("train", "generate"):
             raise ValueError(f"mode must be 'train' or 'generate', not '{self.mode}'")
@@ -99,16 +102,19 @@ class Collator:
                 skipped.append(Skipped(item.clip, f"clip {item.clip.id} has no caption to learn from: it is empty or gives no tokens"))
                 continue
             num_truncated += len(caption) > self.max_caption_tokens
-            rows.append(_Row(item, caption[: self.max_caption_tokens]))
+            rows.append(_Row(item, *self._prompt(item.grid_thw), caption[: self.max_caption_tokens]))
         ids, attention, visual, labels = self._tensors(rows)
+        grids = [row.sample.grid_thw for row in rows if row.sample.grid_thw is not None]
+        assert len(grids) in (0, len(rows)), "a batch mixes clips with a size of their own and without"
         return Batch(
             clips=tuple(row.sample.clip for row in rows),
             input_ids=ids,
             attention_mask=attention,
             visual_mask=visual,
             labels=labels if self.mode == "train" else None,
-            frames=_stack([row.sample.frames for row in rows]),
-            features=_stack([row.sample.features for row in rows]),
+            frames=stack_padded([row.sample.frames for row in rows]),
+            features=stack_padded([row.sample.features for row in rows]),
+            grid_thw=tuple(grids) or None,
             skipped=tuple(skipped),
             num_truncated=num_truncated,
         )
@@ -120,26 +126,44 @@ class Collator:
         ids = self.prompt.encode_caption(clip.captions[0])
         return (*ids, self.prompt.end_id) if ids else ()
 
+    def _prompt(self, grid_thw: GridTHW | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Ids up to the caption, and which of them are placeholders."""
+        video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw)
+        ids: list[int] = []
+        is_visual: list[bool] = []
+        for part in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
+            own = [self.prompt.pad_id] * part if isinstance(part, int) else list(part)
+            ids += own
+            is_visual += [isinstance(part, int)] * len(own)
+        return tuple(ids), tuple(is_visual)
+
     def _tensors(self, rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids, attention mask, visual mask and labels, each (B, S)."""
-        prefix, suffix, visual_length = list(self.prompt.prefix_ids), list(self.prompt.suffix_ids), self.num_visual_tokens
-        prompt = prefix + [self.prompt.pad_id] * visual_length + suffix
-        width = len(prompt) + max((len(row.caption) for row in rows), default=0)
+        width = max((len(row) for row in rows), default=0) or len(self._prompt(None)[0])
         ids = torch.full((len(rows), width), self.prompt.pad_id, dtype=torch.int64)
         attention = torch.zeros_like(ids)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         labels = torch.full_like(ids, IGNORED)
         for i, row in enumerate(rows):
-            length = len(prompt) + len(row.caption)
-            ids[i, :length] = torch.tensor([*prompt, *row.caption], dtype=torch.int64)
-            attention[i, :length] = 1
-            visual[i, len(prefix) : len(prefix) + visual_length] = True
-            labels[i, len(prompt) : length] = torch.tensor(row.caption, dtype=torch.int64)
+            start = width - len(row) if self.mode == "generate" else 0
+            middle, end = start + len(row.prompt), start + len(row)
+            ids[i, start:end] = torch.tensor([*row.prompt, *row.caption], dtype=torch.int64)
+            attention[i, start:end] = 1
+            visual[i, start:middle] = torch.tensor(row.is_visual, dtype=torch.bool)
+            labels[i, middle:end] = torch.tensor(row.caption, dtype=torch.int64)
         return ids, attention, visual, labels
 
 
-def _stack(tensors: list[Tensor | None]) -> Tensor | None:
-    """(B, ...), or None where the samples carry none."""
+def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:
+    """(B, ...), zeros behind what is smaller than the largest, or None where the samples carry none."""
     present = [tensor for tensor in tensors if tensor is not None]
     assert len(present) in (0, len(tensors)), "a batch mixes decoded and cached clips"
-    return torch.stack(present) if present else None
+    if not present:
+        return None
+    if len({tensor.shape for tensor in present}) == 1:
+        return torch.stack(present)
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in present), strict=True)]
+    stacked = present[0].new_zeros((len(present), *shape))
+    for row, tensor in zip(stacked, present, strict=True):
+        row[tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked

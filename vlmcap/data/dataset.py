@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from vlmcap.data.feature_cache import FeatureCache
 from vlmcap.data.video import VideoError, decode_frames
 from vlmcap.errors import UserError
-from vlmcap.types import Clip, Sample, Skipped
+from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 
 class ClipDataset(Dataset[Sample | Skipped]):
@@ -22,16 +22,24 @@ class ClipDataset(Dataset[Sample | Skipped]):
     Args:
         clips: The clips, in the order of the indices.
         num_frames: F, frames sampled from each clip.
-        frame_transform: uint8 (F, 3, H, W) of any size -> uint8 (F, 3, H, W) as the encoder wants it; picklable for data workers.
+        frame_transform: uint8 (F, 3, H, W) of any size -> uint8 as the encoder wants it; picklable for data workers.
+        grid_of: F, H and W of decoded frames -> the clip's size in patches, or None where it is the encoder's own; picklable too.
         decode_timeout_s: Seconds that one clip may take.
     """
 
     def __init__(
-        self, clips: Sequence[Clip], *, num_frames: int, frame_transform: Callable[[Tensor], Tensor], decode_timeout_s: float = 60.0
+        self,
+        clips: Sequence[Clip],
+        *,
+        num_frames: int,
+        frame_transform: Callable[[Tensor], Tensor],
+        grid_of: Callable[[int, int, int], GridTHW | None] | None = None,
+        decode_timeout_s: float = 60.0,
     ) -> None:
         self.clips = tuple(clips)
         self.num_frames = num_frames
         self.frame_transform = frame_transform
+        self.grid_of = grid_of
         self.decode_timeout_s = decode_timeout_s
 
     def __len__(self) -> int:
@@ -43,7 +51,9 @@ class ClipDataset(Dataset[Sample | Skipped]):
             frames = decode_frames(clip.video, self.num_frames, timeout_s=self.decode_timeout_s)
         except VideoError as error:
             return Skipped(clip, str(error))
-        return Sample(clip, frames=self.frame_transform(frames))
+        height, width = frames.shape[-2:]
+        grid_thw = None if self.grid_of is None else self.grid_of(self.num_frames, height, width)
+        return Sample(clip, frames=self.frame_transform(frames), grid_thw=grid_thw)
 
 
 class FeatureDataset(Dataset[Sample | Skipped]):
@@ -74,4 +84,4 @@ class FeatureDataset(Dataset[Sample | Skipped]):
         clip = self.clips[index]
         if reason := self.features.skipped.get(clip.id):
             return Skipped(clip, reason)
-        return Sample(clip, features=self.features.read(clip.id))
+        return Sample(clip, features=self.features.read(clip.id), grid_thw=self.features.grid_thw(clip.id))

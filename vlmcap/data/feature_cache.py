@@ -2,8 +2,8 @@
 
 Legend: N clips, B batch, F frames, P patches a frame, Dv vision width, H/W pixels.
 
-A cache is a folder with `features.bin` (raw rows, one after the other) and `index.json`. It is written under another name and
-renamed when complete, so that whatever bears its name can be trusted.
+A cache is a folder with `features.bin` (raw rows, one after the other, as long as each clip's grid needs) and `index.json`. It is
+written under another name and renamed when complete, so that whatever bears its name can be trusted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from vlmcap.data.cache_files import DTYPES, CacheIndex, FeatureWriter, read_index, sync, torch_dtype, write_index
 from vlmcap.data.fingerprint import cache_key, clip_fingerprint, clips_fingerprint
 from vlmcap.errors import UserError
-from vlmcap.types import Sample, Skipped
+from vlmcap.types import GridTHW, Sample, Skipped
 
 __all__ = ["DTYPES", "FeatureCache", "cache_key", "clip_fingerprint", "clips_fingerprint", "size_bytes"]
 
@@ -60,9 +60,11 @@ class FeatureCache:
         return self._index is not None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, F, P, Dv), skipped clips not counted."""
-        return self._opened().shape
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, F, P, Dv), skipped clips not counted, F and P those of the largest clip."""
+        index = self._opened()
+        rows = index.rows.values()
+        return len(rows), max(row.num_frames for row in rows), max(row.num_patches for row in rows), index.embed_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,17 +88,20 @@ class FeatureCache:
             KeyError: The cache has no features of this clip.
         """
         index = self._opened()
-        count, dtype = math.prod(index.shape[1:]), torch_dtype(index.dtype)
+        row, dtype = index.rows[clip_id], torch_dtype(index.dtype)
+        shape = (row.num_frames, row.num_patches, index.embed_dim)
         # A plain read: a memory map would count all pages ever touched as memory of each worker.
-        raw = np.fromfile(
-            self.folder / "features.bin", np.uint8, count * dtype.itemsize, offset=index.rows[clip_id] * count * dtype.itemsize
-        )
-        return torch.from_numpy(raw).view(dtype).reshape(index.shape[1:])
+        raw = np.fromfile(self.folder / "features.bin", np.uint8, math.prod(shape) * dtype.itemsize, offset=row.offset * dtype.itemsize)
+        return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+    def grid_thw(self, clip_id: str) -> GridTHW | None:
+        """A clip's size in patches; None where it is the encoder's own."""
+        return self._opened().rows[clip_id].grid_thw
 
     def build(
         self,
         batches: Iterable[list[Sample | Skipped]],
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor, Sequence[GridTHW] | None], Tensor],
         num_clips: int,
         dtype: str = "float16",
         *,
@@ -106,7 +111,7 @@ class FeatureCache:
 
         Args:
             batches: Lists of samples with frames, together all `num_clips` clips, once each.
-            encode: uint8 (B, F, 3, H, W) -> (B, F, P, Dv), floating, on any device; P may not vary.
+            encode: Stacked frames and the clips' sizes, if they have their own -> (B, F, P, Dv), floating, on any device.
             num_clips: N, skipped clips included.
             dtype: A key of `DTYPES`.
             progress: Called with (clips done, `num_clips`) after each batch.

@@ -19,16 +19,31 @@ from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.projectors import Projector
-from vlmcap.types import Batch, Skipped
+from vlmcap.types import Batch, GridTHW, Skipped
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """How captions are decoded; one beam is greedy search."""
+    """How captions are decoded; one beam without sampling is greedy search. Names and ranges are those of transformers."""
 
     max_new_tokens: int
     num_beams: int = 1
+    length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 50
+    use_cache: bool = True
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Arguments of transformers' `generate`, but for the penalty; those of sampling and beams only where they count, or it warns."""
+        names = ["max_new_tokens", "num_beams", "no_repeat_ngram_size", "do_sample", "use_cache"]
+        arguments: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
+        names += ["temperature", "top_p", "top_k"] if self.do_sample else []
+        names += ["length_penalty"] if self.num_beams > 1 else []
+        return arguments | {name: getattr(self, name) for name in names}
 
 
 class VideoCaptioner(nn.Module):
@@ -55,28 +70,48 @@ class VideoCaptioner(nn.Module):
         self.prompt, self.generation = prompt, generation
         # Set by the composition root, as models know nothing of files: paths -> batches for `generate`; a clip's id is its path's index.
         self.prepare: Callable[[Sequence[Path]], Iterable[Batch]] | None = None
+        self.autocast_dtype: torch.dtype | None = None  # set there too: arithmetic of `caption`, as it was in training and evaluation
 
     @property
     def device(self) -> torch.device:
         """Where the projector is."""
         return next(self.projector.parameters()).device
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """Patch features of the frozen encoder, uint8 (B, F, 3, H, W) -> (B, F, P, Dv)."""
+    def encode(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
+        """Patch features, uint8 (B, F, 3, H, W) -> (B, F, P, Dv); with gradients only where the encoder is trained."""
         assert self.encoder is not None, "frames came, but the encoder was not loaded"
-        with torch.no_grad():
-            features: Tensor = self.encoder(frames)
+        is_trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+            features: Tensor = self.encoder(frames, grid_thw)
         return features
+
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """Projected tokens of all clips, one clip after another, float32 (sum of V, Dl)."""
+        features = batch.features if batch.features is not None else self.encode(_required(batch.frames), batch.grid_thw)
+        question = torch.tensor(self.prompt.question_ids, device=features.device, dtype=torch.long)
+        prompt = base_model(self.llm).get_input_embeddings()(question)  # type: ignore[operator]
+        if batch.grid_thw is None:
+            return self.projector(features, prompt=prompt).flatten(0, 1)
+        tokens: dict[int, Tensor] = {}
+        for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size go through the projector together, without their padding
+            rows = [row for row, other in enumerate(batch.grid_thw) if other == grid_thw]
+            num_frames, height, width = grid_thw
+            own = features[rows, :num_frames, : height * width]
+            tokens |= dict(zip(rows, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
+        return torch.cat([tokens[row] for row in range(len(batch))])
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings with the visual tokens in their places, (B, S, Dl)."""
         model: Any = base_model(self.llm)
         embeddings: Tensor = model.get_input_embeddings()(batch.input_ids)
-        features = batch.features if batch.features is not None else self.encode(_required(batch.frames))
-        visual = self.projector(features)
-        assert int(batch.visual_mask.sum()) == visual.shape[0] * visual.shape[1], "placeholders and visual tokens differ in number"
+        visual = self.visual_tokens(batch)
+        assert int(batch.visual_mask.sum()) == visual.shape[0], "placeholders and visual tokens differ in number"
         # By mask, not by position: ids, labels, mask and embeddings keep one length, whatever the padding side.
         return embeddings.masked_scatter(batch.visual_mask.unsqueeze(-1), visual.to(embeddings.dtype))
+
+    def language_inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the language model is called with, in training and for generation."""
+        return {"inputs_embeds": self.embed(batch), "attention_mask": batch.attention_mask}
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """Summed negative log-likelihood of the T label tokens in nats, and T.
@@ -84,7 +119,7 @@ class VideoCaptioner(nn.Module):
         The head runs on label positions only: with a vocabulary of 150 000, logits of visual positions would be most of the memory.
         """
         model: Any = base_model(self.llm)
-        hidden = model.model(inputs_embeds=self.embed(batch), attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+        hidden = model.model(**self.language_inputs(batch), use_cache=False).last_hidden_state
         labels = _required(batch.labels)[:, 1:]
         is_label = labels != -100
         logits = model.lm_head(hidden[:, :-1][is_label])
@@ -93,17 +128,17 @@ class VideoCaptioner(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
         """Captions of a left-padded batch, in row order."""
-        settings, model = self.generation, self.llm
-        ids = model.generate(  # type: ignore[operator]
-            inputs_embeds=self.embed(batch),
-            attention_mask=batch.attention_mask,
-            max_new_tokens=settings.max_new_tokens,
-            num_beams=settings.num_beams,
-            repetition_penalty=settings.repetition_penalty,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+        from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+        # transformers takes a row's left padding off its generated tokens, as if they were the prompt, when it penalises repetition
+        # itself, so a caption would depend on what it is batched with. The 1.0 overrides what a checkpoint may ask for.
+        penalty = self.generation.repetition_penalty
+        processors = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
+        ids = self.llm.generate(  # type: ignore[operator]
+            **self.language_inputs(batch),
+            **self.generation.as_arguments(),
+            repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList(processors),
             eos_token_id=self.prompt.stop_ids,
             pad_token_id=self.prompt.pad_id,
         )
@@ -127,7 +162,8 @@ class VideoCaptioner(nn.Module):
         assert self.prepare is not None, "made by vlmcap.load"
         self.eval()
         for batch in self.prepare(paths):
-            texts = self.generate(batch) if len(batch) else []
+            with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                texts = self.generate(batch) if len(batch) else []
             found: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
             found |= {skipped.clip.id: skipped for skipped in batch.skipped}
             for index in sorted(found, key=int):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from vlmcap.errors import UserError
+from vlmcap.files import replacing
 
-# Weights as safetensors only: pickled weights and remote code are never fetched.
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Neither remote code nor pickles beside the weights, such as training_args.bin, are ever fetched.
+_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SAFE, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 _CONTENT = (
-    "*.safetensors",
     "config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -42,14 +46,15 @@ class Fingerprint:
         return asdict(self)
 
 
-def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None = None) -> Path:
-    """The local folder of `checkpoint`, downloaded when it is a hub id.
+def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, part: str | None = None) -> Path:
+    """The local folder of `checkpoint`, downloaded when it is a hub id; pickled weights only where there are no others.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.
         revision: Branch, tag or commit on the hub.
         key: Configuration key, for the error.
         gate: Licence that the hub wants accepted first.
+        part: Text in the names of the wanted tensors, such as `vision_`; files of a whole model that hold none are not downloaded.
 
     Raises:
         UserError: No such folder and no download.
@@ -59,10 +64,8 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; {key} must name a folder in Hugging Face layout or a hub id")
         return folder
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_PATTERNS))
+        return _download(checkpoint, revision, part)
     except Exception as error:  # the hub client raises a dozen kinds; to the user they are one
         licence = f" and accept its licence there first ({gate})" if gate else ""
         raise UserError(
@@ -71,15 +74,52 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
         ) from error
 
 
-def fingerprint(folder: Path, name: str, memo: Path | None = None) -> Fingerprint:
+def _download(checkpoint: str, revision: str | None, part: str | None) -> Path:
+    """The folder of a snapshot, or of an earlier one where the hub cannot be reached."""
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+
+    try:
+        names = list_repo_files(checkpoint, revision=revision)
+    except Exception as unreachable:
+        try:
+            return Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
+        except Exception:
+            raise unreachable from None  # says more than that there is no snapshot
+    weights = [_weights_pattern(names)]
+    if part is not None and (index := _index_of(weights[0])) in names:
+        weights = _shards(Path(hf_hub_download(checkpoint, index, revision=revision)), part)
+    return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=[*_PATTERNS, *weights]))
+
+
+def _weights_pattern(names: Iterable[str]) -> str:
+    """Which weights to take of a folder's files; a subfolder's, such as another format's, do not count."""
+    return _SAFE if any(fnmatch(name, _SAFE) and "/" not in name for name in names) else _PICKLED
+
+
+def _index_of(pattern: str) -> str:
+    """Name of the file that says which weights stand where."""
+    return f"{pattern.replace('*', '')}.index.json"
+
+
+def _shards(index: Path, part: str) -> list[str]:
+    """Files with a tensor that has `part` in its name; all files where none has, as in a checkpoint of the part alone."""
+    files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
+
+
+def fingerprint(folder: Path, name: str, memo: Path | None = None, part: str | None = None) -> Fingerprint:
     """The identity of the files in `folder`.
 
     Args:
         folder: As `locate` returned it.
         name: The configured name.
         memo: JSON file that remembers hashes by path, size and time of change, as hashing 60 GB takes a minute.
+        part: As for `locate`: the other files of a whole model do not count.
     """
-    files = sorted(file for pattern in _CONTENT for file in folder.glob(pattern))
+    weights = [_SAFE if any(folder.glob(_SAFE)) else _PICKLED]
+    if part is not None and (index := folder / _index_of(weights[0])).is_file():
+        weights = _shards(index, part)
+    files = sorted(file for pattern in (*weights, *_CONTENT) for file in folder.glob(pattern))
     known = _read_memo(memo)
     digest = hashlib.sha256()
     for file in files:
@@ -111,6 +151,5 @@ def _write_memo(memo: Path | None, known: dict[str, str]) -> None:
     if memo is None:
         return
     memo.parent.mkdir(parents=True, exist_ok=True)
-    partial = memo.with_name(f"{memo.name}.{os.getpid()}")
-    partial.write_text(json.dumps(known, indent=1))
-    partial.replace(memo)
+    with replacing(memo) as partial:
+        partial.write_text(json.dumps(known, indent=1))

@@ -13,6 +13,7 @@ import lightning as L
 import torch.distributed as dist
 
 from vlmcap.config import EvaluationConfig
+from vlmcap.files import replacing
 from vlmcap.metrics import FactLexicon, fact_accuracy, permutation_expectation, score_captions, score_each, swapped_fact_accuracy
 from vlmcap.types import Batch, Clip
 
@@ -75,8 +76,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     """One JSON object a line, `id, video, prediction, references, scores`; the file appears whole or not at all."""
     each = score_each([row.text for row in predictions], [row.clip.captions for row in predictions], tokenizer=tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, scores in zip(predictions, each, strict=True):
             plain = {name: None if math.isnan(value) else round(value, 6) for name, value in scores.items()}
             record = {
@@ -87,7 +87,6 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
                 "scores": plain,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def gather(predictions: list[Prediction]) -> list[Prediction]:

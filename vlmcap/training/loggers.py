@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vlmcap.config import Config, LoggerKind
 from vlmcap.data.video import VideoError, decode_frames
+from vlmcap.files import replacing
 from vlmcap.training.evaluation import CaptionEvaluation, Prediction
 
 
@@ -62,9 +63,8 @@ class JsonlLogger(Logger):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: int | None) -> list[Logger]:

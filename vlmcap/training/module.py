@@ -66,7 +66,7 @@ class CaptioningModule(L.LightningModule):
     def train(self, mode: bool = True) -> CaptioningModule:
         """Training mode for what is trained; a frozen encoder keeps its evaluation mode."""
         super().train(mode)
-        if self.captioner.encoder is not None:
+        if self.captioner.encoder is not None and "encoder" not in self.trained:
             self.captioner.encoder.eval()
         return self
 
@@ -206,13 +206,16 @@ def _mark_unfinished(loop: Mapping[str, Any]) -> None:
 def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:
     """Part to the parameters that some stage trains, by their names in `captioner`."""
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.trained_parts()}
-    for name, parameter in captioner.named_parameters():
-        if name.startswith("projector."):
+    named = dict(captioner.named_parameters())
+    has_encoder_adapters = any(name.startswith("encoder.") and "lora_" in name for name in named)
+    for name, parameter in named.items():
+        is_adapter = "lora_" in name
+        if name.startswith("encoder."):
+            part = "encoder" if is_adapter == has_encoder_adapters else ""
+        elif name.startswith("projector."):
             part = "projector"
-        elif name.startswith("llm."):
-            part = "adapter" if "lora_" in name else "llm"
         else:
-            continue
+            part = "adapter" if is_adapter else "llm"
         if part in parts:
             parts[part][name] = parameter
     for part, parameters in parts.items():

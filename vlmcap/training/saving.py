@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from vlmcap.config import Config
+from vlmcap.files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,12 +21,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Saves so that `path` holds the old content or the new one, whenever the process dies."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
+        with replacing(target) as partial:
             torch.save(checkpoint, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class StepCheckpoint(ModelCheckpoint):

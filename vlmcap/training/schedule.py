@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vlmcap.config import StageConfig
 
-PARTS = ("projector", "adapter", "llm")
+PARTS = ("encoder", "projector", "adapter", "llm")
 
 
 def cosine_rate(step: int, num_steps: int, *, peak: float, warmup_steps: int, final_ratio: float) -> float:
@@ -76,4 +76,4 @@ class StagePlan:
 
 def peak_rate(stage: StageConfig, part: str) -> float:
     """The configured rate of a part in a stage; 0 where it is frozen."""
-    return {"projector": stage.projector_lr, "adapter": stage.adapter_lr, "llm": stage.llm_lr}[part]
+    return {"encoder": stage.encoder_lr, "projector": stage.projector_lr, "adapter": stage.adapter_lr, "llm": stage.llm_lr}[part]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm.adapt import add_lora, base_model
-from vlmcap.models.llm.load import context_length, load_language_model
+from vlmcap.models.llm.load import context_length, load_language_model, text_width
 
 
 def load(folder: Path, quantization: str = "none", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
@@ -112,10 +112,105 @@ def test_chosen_modules(llm_folder: Path) -> None:
     assert all(".q_proj." in name or ".v_proj." in name for name in names)
 
 
-@pytest.mark.parametrize("targets", ["query_proj", "input_layernorm", " , "])
-def test_target_modules_that_do_not_do(llm_folder: Path, targets: str) -> None:
-    with pytest.raises(UserError, match=r"tuning\.lora\.target_modules="):
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        ("query_proj", "query_proj"),
+        ("q_proj,v_prj", "v_prj"),
+        ("q_proj,input_layernorm", "input_layernorm"),
+        ("lm_head", "lm_head"),
+        ("q_proj,embed_tokens", "embed_tokens"),
+        (" , ", "names no layer"),
+    ],
+)
+def test_target_modules_that_do_not_do(llm_folder: Path, targets: str, named: str) -> None:
+    with pytest.raises(UserError, match=rf"tuning\.lora\.target_modules=.*: .*{named}|{named}") as caught:
         with_lora(load(llm_folder), targets)
+    assert named in str(caught.value)
+
+
+def adapted_layers(model: nn.Module) -> set[str]:
+    prefix = "base_model.model."
+    return {name.split(".lora_A")[0].removeprefix(prefix) for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+def test_excluded_modules_get_no_adapter(llm_folder: Path) -> None:
+    plain = load(llm_folder)
+    linear = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    adapted = add_lora(plain, rank=2, alpha=4, dropout=0.0, target_modules="all-linear", exclude=[r"model\.layers\.0\."])
+    assert adapted_layers(adapted) == {name for name in linear if not name.startswith("model.layers.0.")}
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_the_router_of_experts_gets_no_adapter(moe_folder: Path, quantization: str) -> None:
+    """peft's own "all-linear" would take it, where it is a linear layer."""
+    adapted = with_lora(load(moe_folder, quantization))
+    assert {name.rsplit(".", 1)[-1] for name in adapted_layers(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(UserError, match="gate fits no layer"):
+        with_lora(load(moe_folder), "q_proj,gate")
+
+
+def test_a_router_that_is_a_linear_layer_is_known_by_its_outputs(moe_folder: Path) -> None:
+    model = load(moe_folder)
+    for layer in model.model.layers:
+        layer.mlp.gate = nn.Linear(64, 8, bias=False)
+    assert not any("gate" in name for name in adapted_layers(with_lora(model)))
+    dense = load(moe_folder)
+    dense.model.layers[0].mlp.gate = nn.Linear(64, 96, bias=False)  # a gate of something else
+    assert "model.layers.0.mlp.gate" in adapted_layers(with_lora(dense))
+
+
+def test_experts_get_adapters_when_asked(moe_folder: Path, llm_folder: Path) -> None:
+    model = add_lora(load(moe_folder, "4bit"), rank=2, alpha=4, dropout=0.0, target_modules="all-linear", use_experts=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert sum(".experts." in name for name in trained) == 3 * 4  # layers, and two factors of two matrices
+    assert adapted_layers(model) > {"model.layers.0.self_attn.q_proj"}
+    with pytest.raises(UserError, match=r"tuning\.lora\.use_experts"):
+        add_lora(load(llm_folder), rank=2, alpha=4, dropout=0.0, target_modules="all-linear", use_experts=True)
+    with pytest.raises(UserError, match=r"tuning\.lora\.use_dora"):
+        add_lora(load(moe_folder), rank=2, alpha=4, dropout=0.0, target_modules="all-linear", use_experts=True, use_dora=True)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+def test_every_kind_learns_and_comes_back(llm_folder: Path, quantization: str, kind: str) -> None:
+    """Saved adapters in a fresh model give the same logits to the bit, on 4-bit weights too."""
+
+    def build() -> Any:
+        base = load(llm_folder, quantization)
+        kinds = {"use_dora": kind == "dora", "use_rslora": kind == "rslora"}
+        return add_lora(base, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", **kinds)
+
+    torch.manual_seed(0)
+    model, ids = build(), torch.arange(12)[None]
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in adapters.values()} == {torch.float32}
+    assert any("magnitude" in name for name in adapters) == (kind == "dora")
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, load(llm_folder, quantization)(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    optimizer = torch.optim.AdamW(adapters.values(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    saved = {name: p.detach().clone() for name, p in adapters.items()}
+    fresh = build()
+    missing, unexpected = fresh.load_state_dict(saved, strict=False)
+    assert not unexpected
+    assert not any("lora_" in name for name in missing)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(input_ids=ids).logits, model(input_ids=ids).logits, atol=0, rtol=0)
+
+
+def test_rank_stabilised_scaling(llm_folder: Path) -> None:
+    for use_rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
+        model: Any = add_lora(load(llm_folder), rank=4, alpha=8, dropout=0.0, target_modules="q_proj", use_rslora=use_rslora)
+        assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
 
 
 def test_base_model_of_a_bare_model_is_itself(llm_folder: Path) -> None:
@@ -145,6 +240,48 @@ def test_broken_weights_and_unknown_attention(llm_folder: Path, tmp_path: Path) 
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"llm\.checkpoint"):
         load(folder)
-    for attention in ("nonsense", "flash_attention_2"):  # the latter needs a package that is not there
-        with pytest.raises(UserError, match="could not be loaded"):
+    for attention in ("nonsense", "flash_attention_2"):  # the latter needs a card that is not there
+        with pytest.raises(UserError, match=rf"llm\.attention={attention}"):
             load(llm_folder, attention=attention)
+
+
+def whole_model(folder: Path) -> Any:
+    """LLaVA-NeXT-Video's class with random weights, in the published layout."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlavaNextVideoForConditionalGeneration(
+        LlavaNextVideoConfig(
+            vision_config=CLIPVisionConfig(num_attention_heads=2, image_size=28, patch_size=14, **size),
+            text_config=LlamaConfig(vocab_size=200, num_attention_heads=4, max_position_embeddings=64, **size),
+            image_grid_pinpoints=[[28, 28]],
+        )
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_the_language_model_is_taken_out_of_a_whole_one(tmp_path: Path, quantization: str) -> None:
+    whole = whole_model(tmp_path)
+    part = load(tmp_path, quantization)
+    assert type(part).__name__ == "LlamaForCausalLM"
+    assert (context_length(tmp_path), text_width(tmp_path)) == (64, 32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected, logits = whole(input_ids=ids).logits, part(input_ids=ids).logits
+    if quantization == "none":
+        torch.testing.assert_close(logits, expected, atol=0, rtol=0)
+    else:
+        assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.9
+
+
+def test_a_gap_in_a_whole_model_is_refused(tmp_path: Path) -> None:
+    whole_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("language_model.lm_head.weight") or name == "lm_head.weight"]
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights, first: lm_head\.weight"):
+        load(tmp_path)

@@ -55,7 +55,7 @@ def test_special_tokens_are_one_id_each(llm_folder: Path, tokenizer: Any) -> Non
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_labels_decode_to_the_caption_and_its_end_token(llm_folder: Path, tokenizer: Any, caption: str) -> None:
     prompt = prompt_of(llm_folder)
-    batch = Collator(prompt, num_visual_tokens=5, max_caption_tokens=200)([sample(caption), sample(CAPTIONS[0] * 3)])
+    batch = Collator(prompt, 5, max_caption_tokens=200)([sample(caption), sample(CAPTIONS[0] * 3)])
     assert batch.labels is not None
     labels = batch.labels[0][batch.labels[0] != IGNORED].tolist()
     assert labels[-1] == prompt.end_id
@@ -67,7 +67,7 @@ def test_labels_decode_to_the_caption_and_its_end_token(llm_folder: Path, tokeni
 def test_ids_are_joined_part_by_part(llm_folder: Path, caption: str) -> None:
     """Even where the tokenizer would merge over the seams, as with a caption that starts with a line break."""
     prompt = prompt_of(llm_folder)
-    batch = Collator(prompt, num_visual_tokens=3, max_caption_tokens=200)([sample(caption)])
+    batch = Collator(prompt, 3, max_caption_tokens=200)([sample(caption)])
     expected = [*prompt.prefix_ids, *[prompt.pad_id] * 3, *prompt.suffix_ids, *prompt.encode_caption(caption), prompt.end_id]
     assert batch.input_ids[0].tolist() == expected
     assert batch.attention_mask[0].tolist() == [1] * len(expected)
@@ -77,7 +77,7 @@ def test_ids_are_joined_part_by_part(llm_folder: Path, caption: str) -> None:
 
 def test_visual_tokens_are_never_cut(llm_folder: Path) -> None:
     """However short captions are cut: the placeholders stay whole, and the cut is counted."""
-    batch = Collator(prompt_of(llm_folder), num_visual_tokens=64, max_caption_tokens=2)([sample(CAPTIONS[0]), sample(CAPTIONS[1])])
+    batch = Collator(prompt_of(llm_folder), 64, max_caption_tokens=2)([sample(CAPTIONS[0]), sample(CAPTIONS[1])])
     assert batch.visual_mask.sum(1).tolist() == [64, 64]
     assert batch.num_label_tokens == 4
     assert batch.num_truncated == 2
@@ -95,8 +95,11 @@ def copy_without(folder: Path, target: Path, *patterns: str) -> Path:
 
 def test_no_chat_template(llm_folder: Path, tmp_path: Path) -> None:
     folder = copy_without(llm_folder, tmp_path, "*.jinja")
-    with pytest.raises(UserError, match=r"no chat template; .* llm\.checkpoint"):
+    with pytest.raises(UserError, match=r"no chat template; set llm\.chat_template.* llm\.checkpoint"):
         prompt_of(folder)
+    assert load_prompt(
+        folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template="{{ messages[-1].content }}<|im_end|>"
+    ).suffix_ids
 
 
 def test_no_tokenizer(llm_folder: Path, tmp_path: Path) -> None:
@@ -117,5 +120,88 @@ def test_a_template_that_refuses_a_system_turn(llm_folder: Path, tmp_path: Path)
 def test_a_template_that_drops_the_text(llm_folder: Path, tmp_path: Path) -> None:
     folder = copy_without(llm_folder, tmp_path)
     (folder / "chat_template.jinja").write_text("안녕")
-    with pytest.raises(UserError, match="drops the user's text"):
+    with pytest.raises(UserError, match=r"drops the user's text.*llm\.chat_template"):
         prompt_of(folder)
+
+
+def test_a_template_made_for_a_processor(llm_folder: Path, tmp_path: Path) -> None:
+    """It expects lists of parts and would drop a string."""
+    folder = copy_without(llm_folder, tmp_path)
+    parts = "{% for m in messages %}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(parts)
+    with pytest.raises(UserError, match=r"llm\.chat_template"):
+        prompt_of(folder)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ messages[0].content + 1 }}", "{{ nothing.at.all }}"])
+def test_a_broken_template(llm_folder: Path, template: str) -> None:
+    with pytest.raises(UserError, match=r"llm\.chat_template") as caught:
+        load_prompt(llm_folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_given_template_goes_before_the_tokenizers(llm_folder: Path, tokenizer: Any) -> None:
+    template = "Q: {{ messages[-1].content }}{% if add_generation_prompt %} A:{% endif %}"
+    prompt = load_prompt(llm_folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=template)
+    assert tokenizer.decode(prompt.prefix_ids) == "Q: "
+    assert tokenizer.decode(prompt.suffix_ids) == f"\n{QUESTION} A:"
+
+
+def test_marks_stand_directly_around_the_visual_tokens(llm_folder: Path, tokenizer: Any) -> None:
+    prompt = load_prompt(
+        llm_folder,
+        prompt=QUESTION,
+        system_prompt=None,
+        enable_thinking=False,
+        visual_prefix="<|im_start|>",
+        visual_suffix="<|endoftext|>",
+    )
+    assert prompt.prefix_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert prompt.suffix_ids[0] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert tokenizer.decode(prompt.suffix_ids[1:]).startswith(QUESTION)  # no line break of ours between, as with Qwen-VL
+
+
+def test_the_question_alone(llm_folder: Path, tokenizer: Any) -> None:
+    assert tokenizer.decode(prompt_of(llm_folder).question_ids) == QUESTION
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|im_start|>"])
+def test_special_tokens_in_a_caption_are_text(llm_folder: Path, tokenizer: Any, token: str) -> None:
+    prompt = prompt_of(llm_folder)
+    ids = prompt.encode_caption(f"간판에 {token} 보인다.")
+    assert not set(ids) & {tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+    assert tokenizer.convert_tokens_to_ids(token) not in ids
+    assert prompt.decode([[*ids, prompt.end_id]]) == [f"간판에 {token} 보인다."]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_an_answer_is_framed_as_the_template_frames_it(llm_folder: Path, tokenizer: Any, thinking: bool) -> None:
+    """The blank before it is the caption's, the special token behind it ends it, whatever the tokenizer calls its end token."""
+    assert prompt_of(llm_folder, thinking=thinking).caption_lead == ""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content }}<|endoftext|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+    prompt = load_prompt(llm_folder, prompt=QUESTION, system_prompt=None, enable_thinking=thinking, chat_template=template)
+    assert prompt.caption_lead == " "
+    assert tokenizer.decode([*prompt.suffix_ids, *prompt.encode_caption("바다")]).endswith(" ASSISTANT: 바다")
+    assert prompt.end_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert prompt.stop_ids == [prompt.end_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path: Path) -> None:
+    """As Llama 3: the beginning token once, whether the template writes it or not."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    folder = copy_without(llm_folder, tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    bos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)])
+    tokenizer.save_pretrained(folder)
+    template = "{{ messages[-1].content }}"
+    for written in ("", "{{ bos_token }}"):
+        prompt = load_prompt(folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=written + template)
+        assert prompt.prefix_ids == [bos]
+        assert bos not in [*prompt.suffix_ids, *prompt.encode_caption("바다"), *prompt.question_ids]

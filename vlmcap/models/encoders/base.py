@@ -1,123 +1,62 @@
 """What every vision encoder does: frames in, patch features out, sizes stated.
 
-Legend: B batch, F frames, P patches a frame (row-major over the grid h × w), Dv vision width, H/W pixels.
+Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches a frame (row-major over the grid h × w),
+Dv vision width, S side of a frame in pixels.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-
-_RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processor files hold them
+from vlmcap.models.encoders.processor import Preprocessing
+from vlmcap.models.encoders.transforms import FrameTransform, TileTransform, Transform, num_tiles
+from vlmcap.types import GridTHW
 
 
 @dataclass(frozen=True, slots=True)
-class FrameTransform:
-    """Resizes frames as the checkpoint's processor does, in uint8; picklable, so that it runs in the data workers.
+class EncoderOptions:
+    """What may be chosen of an encoder.
 
     Attributes:
-        image_size: Side in pixels of the square that comes out.
-        resampling: "bicubic" or "bilinear", antialiased.
-        is_cropped: Resize the shorter side and cut the centre (CLIP) instead of squeezing both sides (SigLIP).
-    """
-
-    image_size: int
-    resampling: str = "bicubic"
-    is_cropped: bool = False
-
-    def __call__(self, frames: Tensor) -> Tensor:
-        """Resized frames, uint8 (F, 3, h, w) -> uint8 (F, 3, image_size, image_size)."""
-        size, (height, width) = self.image_size, frames.shape[-2:]
-        if not self.is_cropped:
-            return self._resize(frames, size, size)
-        short = min(height, width)
-        rows, columns = int(size * height / short), int(size * width / short)
-        resized = self._resize(frames, rows, columns)
-        top, left = (rows - size) // 2, (columns - size) // 2
-        return resized[..., top : top + size, left : left + size].contiguous()
-
-    def _resize(self, frames: Tensor, rows: int, columns: int) -> Tensor:
-        if frames.shape[-2:] == (rows, columns):
-            return frames
-        return F.interpolate(frames, (rows, columns), mode=self.resampling, antialias=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Normalization:
-    """Mean and standard deviation a channel, of pixels in 0…1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def read_processor(folder: Path, image_size: int, default: Normalization, *, is_cropped: bool) -> tuple[FrameTransform, Normalization]:
-    """Transform and normalisation of a checkpoint, from its `preprocessor_config.json` where there is one.
-
-    Args:
-        folder: The checkpoint.
-        image_size: Side that the position embeddings are for.
-        default: The family's values.
-        is_cropped: The family's habit, when the file is silent.
-    """
-    file = folder / "preprocessor_config.json"
-    values: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    transform = FrameTransform(
-        image_size=image_size,
-        resampling=_RESAMPLING.get(values.get("resample", 3), "bicubic"),
-        is_cropped=bool(values.get("do_center_crop", is_cropped)),
-    )
-    mean, std = values.get("image_mean", default.mean), values.get("image_std", default.std)
-    return transform, Normalization(tuple(mean), tuple(std))
-
-
-def load_tower(tower_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The vision tower in `folder`, every weight out of the checkpoint.
-
-    Args:
-        tower_class: Of transformers.
-        folder: Checkpoint in Hugging Face layout.
+        feature_layer: Index into the hidden states that the class of transformers returns, 0 before the first block. -1 is after the
+            last block and before a final norm, except in the families whose features are published normed (DINOv3, InternViT).
         dtype: Of the weights.
-
-    Raises:
-        UserError: There are no weights, or they are another architecture's; transformers would fill gaps with random numbers.
+        image_size: Side of a frame in pixels; None is the checkpoint's own.
+        max_patches: Budget a frame where sizes vary (NaFlex); others ignore it.
+        max_tiles: Tiles that a frame may be cut into, the overview not counted; 1 cuts nothing.
+        attention: Implementation in the words of transformers; "sdpa" where a class has no FlashAttention.
     """
-    from safetensors import SafetensorError
 
-    try:
-        tower, loading = tower_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        reason = f"could not be loaded as {tower_class.__name__} ({str(error).splitlines()[0]})"
-        raise UserError(f"encoder.checkpoint {folder} {reason}; check encoder.family, or take a whole checkpoint") from error
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("head."))  # the pooling head is not used
-    if missing:
-        raise UserError(
-            f"encoder.checkpoint {folder} lacks {len(missing)} weights of {tower_class.__name__}, first: {missing[0]}; "
-            "check encoder.family, or take a whole checkpoint"
-        )
-    return cast(nn.Module, tower)
+    feature_layer: int
+    dtype: torch.dtype
+    image_size: int | None = None
+    max_patches: int = 256
+    max_tiles: int = 1
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        for key, value in (("max_patches", self.max_patches), ("tiling", self.max_tiles)):
+            if value < 1:
+                raise UserError(f"encoder.{key} must be at least 1, not {value}")
 
 
 class VisionEncoder(nn.Module):
     """A vision tower of transformers behind one interface.
 
     Args:
-        tower: Called with `pixel_values` and `output_hidden_states`.
+        tower: Its last hidden state is the chosen one.
         transform: What the data workers apply to frames.
-        normalization: Applied here, on the device.
+        preprocessing: Mean and standard deviation, applied here, on the device.
         grid: (h, w) patches of a frame.
+        feature_layer: As configured.
         num_prefix_tokens: CLS and register tokens in front of the patches, dropped.
-        feature_layer: Index into the hidden states; -1 is after the last block.
-
-    Raises:
-        UserError: There is no such layer.
+        arguments: Further ones of the tower's `forward`.
     """
 
     mean: Tensor
@@ -127,33 +66,138 @@ class VisionEncoder(nn.Module):
         self,
         tower: nn.Module,
         *,
-        transform: FrameTransform,
-        normalization: Normalization,
+        transform: Transform,
+        preprocessing: Preprocessing,
         grid: tuple[int, int],
-        num_prefix_tokens: int,
         feature_layer: int,
+        num_prefix_tokens: int = 0,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.tower, self.transform, self.grid = tower, transform, grid
-        self.num_prefix_tokens, self.feature_layer = num_prefix_tokens, feature_layer
-        self.embed_dim = int(tower.config.hidden_size)  # type: ignore[union-attr,arg-type]
-        num_layers = int(tower.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-        if not -num_layers - 1 <= feature_layer <= num_layers:
-            raise UserError(f"encoder.feature_layer must be in {-num_layers - 1}…{num_layers} for this encoder, not {feature_layer}")
-        self.register_buffer("mean", torch.tensor(normalization.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(normalization.std).view(3, 1, 1) * 255, persistent=False)
+        self.tower, self.transform, self.grid, self.feature_layer = tower, transform, grid, feature_layer
+        self.num_prefix_tokens, self.arguments = num_prefix_tokens, dict(arguments or {})
+        self.embed_dim = int(cast(Any, tower).config.hidden_size)
+        self.max_tiles = transform.max_tiles if isinstance(transform, TileTransform) else 1
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1) * 255, persistent=False)
 
     @property
     def num_patches(self) -> int:
-        """P."""
+        """P, the largest where grids vary."""
         return self.grid[0] * self.grid[1]
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Patch features, uint8 (B, F, 3, H, W) -> (B, F, P, Dv)."""
+    def possible_grids(self, num_frames: int) -> Sequence[GridTHW]:
+        """Every `grid_thw` that a clip of `num_frames` frames may get."""
+        return [(num_frames * num_tiles(cuts), *self.grid) for cuts in range(1, self.max_tiles + 1)]
+
+    def forward(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
+        """Patch features, uint8 (B, F, 3, S, S) -> (B, F, P, Dv).
+
+        Args:
+            frames: As `transform` returned them, padded at the end of F where clips have fewer.
+            grid_thw: A clip each, where they vary; frames behind a clip's last are not computed, and zero in what is returned.
+        """
         batch, num_frames = frames.shape[:2]
-        dtype = next(self.tower.parameters()).dtype
-        pixels = (frames.flatten(0, 1).to(self.mean.dtype) - self.mean) / self.std
-        hidden = self.tower(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states[self.feature_layer]
+        grids = [(num_frames, *self.grid)] * batch if grid_thw is None else grid_thw
+        real = [row * num_frames + frame for row, (count, _, _) in enumerate(grids) for frame in range(count)]
+        sizes = [(height, width) for count, height, width in grids for _ in range(count)]
+        flat = frames.flatten(0, 1)
+        if len(real) == len(flat):
+            return self.encode(flat, sizes).unflatten(0, (batch, num_frames))
+        index = torch.tensor(real, device=frames.device)
+        features = self.encode(flat[index], sizes)
+        padded = features.new_zeros(len(flat), *features.shape[1:]).index_copy(0, index, features)
+        return padded.unflatten(0, (batch, num_frames))
+
+    def encode(self, frames: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Patch features of single frames, uint8 (N, 3, S, S) -> (N, P, Dv).
+
+        Args:
+            frames: None of them padding.
+            sizes: Patch rows and columns of each; here all have the encoder's own.
+        """
+        pixels = (frames.to(self.mean.dtype) - self.mean) / self.std
+        hidden: Tensor = self.tower(pixel_values=pixels.to(self._dtype), **self.arguments).last_hidden_state
         patches = hidden[:, self.num_prefix_tokens :]
         assert patches.shape[1] == self.num_patches, f"{patches.shape[1]} patches, {self.num_patches} expected"
-        return patches.reshape(batch, num_frames, self.num_patches, self.embed_dim)
+        return patches
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.tower.parameters()).dtype
+
+
+class Family:
+    """What sets one family of vision towers apart; the attributes are stated by each.
+
+    Attributes:
+        model_type: Name of its configuration in transformers.
+        other_model_types: Further names that `config_values` understands.
+        preprocessing: Where the checkpoint has no processor file.
+        final_norm: Name of the module behind the last block.
+        is_normed: `feature_layer=-1` is behind that norm.
+        interpolates_on_request: Other image sizes take an argument of `forward`, and any size is possible.
+        is_rotary: Positions are computed, so that the processor file decides on the native size.
+        has_flash: The class runs with FlashAttention.
+    """
+
+    model_type: str
+    other_model_types: tuple[str, ...] = ()
+    preprocessing: Preprocessing
+    final_norm: str
+    is_normed: bool = False
+    interpolates_on_request: bool = False
+    is_rotary: bool = False
+    has_flash: bool = True
+
+    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The vision part of a checkpoint's `config.json` in the words of transformers' class, less what our features need not."""
+        return values
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Names in the tower of a tensor whose name in the checkpoint, the part of a whole model cut off, is `name`."""
+        return (name,)
+
+    def num_prefix_tokens(self, config: Any) -> int:
+        """CLS and register tokens in front of the patches."""
+        return 0
+
+    def assemble(self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing) -> VisionEncoder:
+        """The encoder around a tower.
+
+        Raises:
+            UserError: There can be no such image size.
+        """
+        patch, native = _side(config.patch_size), _side(config.image_size)
+        if self.is_rotary:
+            native = preprocessing.image_size or native
+        size = native if options.image_size is None else options.image_size
+        if size != native:
+            self._check_size(size, patch)
+        grid, transform = (size // patch, size // patch), None
+        if options.max_tiles > 1:
+            transform = TileTransform(size, grid, options.max_tiles, preprocessing.resampling)
+        return VisionEncoder(
+            tower,
+            transform=transform
+            or FrameTransform(size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size)),
+            preprocessing=preprocessing,
+            grid=grid,
+            feature_layer=options.feature_layer,
+            num_prefix_tokens=self.num_prefix_tokens(config),
+            arguments={"interpolate_pos_encoding": True} if self.interpolates_on_request and size != native else None,
+        )
+
+    def _check_size(self, size: int, patch: int) -> None:
+        if size < patch:
+            raise UserError(f"encoder.image_size={size} is less than one patch; the smallest possible is {patch}")
+        if size % patch and not self.interpolates_on_request:
+            below = size // patch * patch
+            raise UserError(f"encoder.image_size={size} is no multiple of the patch of {patch} pixels; take {below} or {below + patch}")
+
+
+def _side(size: Any) -> int:
+    """Of a square that a configuration gives as one number or as two."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    assert len(sides) == 1, "no published checkpoint of these families has another than square frames and patches"
+    return int(sides.pop())

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from vlmcap.models.encoders.base import Normalization, VisionEncoder, load_tower, read_processor
-
-_NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+from vlmcap.models.encoders.base import Family
+from vlmcap.models.encoders.processor import Preprocessing
 
 
-def load_siglip(folder: Path, *, feature_layer: int, dtype: torch.dtype) -> VisionEncoder:
-    """The vision tower of a SigLIP or fixed-resolution SigLIP 2 checkpoint."""
-    from transformers import SiglipVisionModel
+class Siglip(Family):
+    """SigLIP, and SigLIP 2 at a fixed resolution; it has no CLS token."""
 
-    tower: Any = load_tower(SiglipVisionModel, folder, dtype)
-    size, patch = int(tower.config.image_size), int(tower.config.patch_size)
-    transform, normalization = read_processor(folder, size, _NORMALIZATION, is_cropped=False)
-    return VisionEncoder(
-        tower,
-        transform=transform,
-        normalization=normalization,
-        grid=(size // patch, size // patch),
-        num_prefix_tokens=0,  # SigLIP has no CLS
-        feature_layer=feature_layer,
-    )
+    model_type = "siglip_vision_model"
+    preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    final_norm = "post_layernorm"
+    interpolates_on_request = True
+
+    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without the pooling head."""
+        return {**values, "vision_use_head": False}

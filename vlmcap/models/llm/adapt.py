@@ -1,40 +1,70 @@
-"""LoRA adapters on a language model (Hu et al., https://arxiv.org/abs/2106.09685), by peft."""
+"""Low-rank adapters on a language model, by peft.
+
+LoRA (Hu et al., https://arxiv.org/abs/2106.09685), and as options DoRA (Liu et al., https://arxiv.org/abs/2402.09353) and rsLoRA
+(Kalajdzievski, https://arxiv.org/abs/2312.03732).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from vlmcap.errors import UserError
+from vlmcap.models.llm.experts_lora import add_expert_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_KEY = "tuning.lora.target_modules"
 
-def add_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, target_modules: str) -> PeftModel:
-    """`model` with adapters in float32 beside its frozen weights.
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target_modules: str,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    use_experts: bool = False,
+    exclude: Sequence[str] = (),
+) -> PeftModel:
+    """`model` with adapters in float32 beside its frozen weights; head, embeddings and the routers of experts never get one.
 
     Args:
         model: As `load_language_model` returns it; changed in place.
         rank: Of the two factors.
-        alpha: The adapter's output is scaled by alpha / rank.
+        alpha: The adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
         dropout: On the adapter's input.
-        target_modules: "all-linear" (every linear layer but the head), or module names with commas between.
+        target_modules: "all-linear" (every linear layer that may have an adapter), or module names with commas between.
+        use_dora: Learn the length of each weight column beside its direction.
+        use_rslora: Another scale, which lets higher ranks learn more.
+        use_experts: Plain LoRA on the experts of a mixture-of-experts model too.
+        exclude: Regular expressions; a module whose full name begins with a match gets no adapter.
 
     Raises:
-        UserError: No module has one of the names.
+        UserError: A name fits no layer that may have an adapter, or experts are asked for and there are none.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = target_modules
-    if target_modules != "all-linear":
-        targets = [name.strip() for name in target_modules.split(",") if name.strip()]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        adapted = cast(PeftModel, get_peft_model(model, config))
-    except ValueError as error:
-        raise UserError(f"tuning.lora.target_modules={target_modules} matches no linear layer of the language model") from error
+    if use_dora and use_experts:
+        raise UserError("tuning.lora.use_dora=true does not reach experts; set it or tuning.lora.use_experts to false")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=_targets(model, target_modules, exclude),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    adapted = cast("PeftModel", get_peft_model(model, config))
+    if use_experts:
+        add_expert_lora(adapted, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # mixed precision wants float32 masters
@@ -45,3 +75,58 @@ def base_model(model: nn.Module) -> nn.Module:
     """The causal language model under the adapters, with the adapters active in its layers."""
     inner = getattr(model, "get_base_model", None)
     return cast(nn.Module, inner()) if callable(inner) and hasattr(model, "peft_config") else model
+
+
+def _targets(model: nn.Module, wanted: str, exclude: Sequence[str]) -> list[str]:
+    """Full names of the layers to adapt.
+
+    Raises:
+        UserError: Naming the first name that fits none.
+    """
+    linear = [name for name in _linear_layers(model) if not any(re.match(pattern, name) for pattern in exclude)]
+    if wanted == "all-linear":
+        return linear
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{_KEY}={wanted} names no layer; set it to all-linear or to names with commas between")
+    for name in names:
+        if not any(_has_name(layer, name) for layer in linear):
+            known = sorted({layer.rsplit(".", 1)[-1] for layer in linear})
+            raise UserError(
+                f"{_KEY}={wanted}: {name} fits no layer that may have an adapter; choose from {', '.join(known)}, or all-linear"
+            )
+    return [layer for layer in linear if any(_has_name(layer, name) for name in names)]
+
+
+def _has_name(layer: str, name: str) -> bool:
+    return f".{layer}".endswith(f".{name}")
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    """Full names of the linear layers that may have an adapter."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    # PyTorch's own attention reads its inner weights past any adapter; experts have a switch of their own.
+    closed = [
+        name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention) or _is_router(model, name, module)
+    ]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".experts." not in name and not _is_inside(name, closed)
+    ]
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether the module chooses or weighs experts: by its class, or by its name and the number of its outputs."""
+    if "router" in type(module).__name__.lower():
+        return True
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = [getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    experts = [count for count in counts if isinstance(count, int) and count > 0]
+    leaf = name.rsplit(".", 1)[-1]
+    return bool(experts) and leaf in ("gate", "router", "shared_expert_gate") and getattr(module, "out_features", None) in (*experts, 1)

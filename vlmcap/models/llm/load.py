@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,15 @@ import torch
 from torch import nn
 
 from vlmcap.errors import UserError
+from vlmcap.models.llm.attention import check_attention, choose_attention
+from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
+
+# Names of the language model's weights in a whole vision-language model's files, as published and as transformers 5 writes them.
+_OUT_OF_WHOLE = {
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+}
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
@@ -34,34 +44,85 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
     """A causal language model with every parameter frozen.
 
     Args:
-        folder: Checkpoint in Hugging Face layout; its own code is never run.
+        folder: Checkpoint in Hugging Face layout; its own code is never run, and pickled weights may hold nothing but tensors. Of a whole
+            vision-language model its language model is taken.
         dtype: Of unquantised weights, and of the arithmetic on quantised ones.
         quantization: "none", "8bit" or "4bit".
-        attention: transformers' name of the attention implementation.
-        device: Where quantised weights are put while loading, such as "cpu" or "cuda:0".
+        attention: As `choose_attention` takes it.
+        device: Where the model will run, such as "cpu" or "cuda:0"; quantised weights are put there while loading.
 
     Raises:
-        UserError: The folder holds no causal language model, or only a part of one.
+        UserError: The folder holds no causal language model, or only a part of one, or the attention is not to be had.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False, "output_loading_info": True}
+    config, model_class, is_part = _language_config(folder)
+    chosen = choose_attention(attention, device, dtype, model_class)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": chosen}
+    if is_part:
+        options["key_mapping"] = _OUT_OF_WHOLE
     if quantization != "none":
-        options |= {"quantization_config": quantization_config(quantization, dtype), "device_map": device}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {reason}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        options["quantization_config"] = expert_quantization(folder, quantization_config(quantization, dtype))
+        options["device_map"] = device
+    model, missing = _from_pretrained(model_class, folder, options)
+    if missing:  # transformers would fill them with random numbers
         raise UserError(f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
-    return cast(nn.Module, model).requires_grad_(False).eval()
+    check_attention(model, chosen)
+    if quantization == "4bit":
+        check_experts_packed(model)
+    return model.requires_grad_(False).eval()
 
 
 def context_length(folder: Path) -> int:
     """Tokens that the model's positions reach, read from its configuration alone."""
+    return int(_text_config(folder).max_position_embeddings)
+
+
+def text_width(folder: Path) -> int:
+    """Dl, the width of the language model's embeddings, read from its configuration alone."""
+    return int(_text_config(folder).hidden_size)
+
+
+def _text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return int(config.get_text_config().max_position_embeddings)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+
+
+def _language_config(folder: Path) -> tuple[Any, Any, bool]:
+    """The language model's configuration, its class, and whether it is a part of a larger model.
+
+    Raises:
+        UserError: There is no such configuration, or no such class.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = whole.get_text_config()
+        return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
+    except (ValueError, OSError) as error:
+        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+    except KeyError as error:
+        raise UserError(
+            f"llm.checkpoint {folder} holds no causal language model but a {text.model_type}; take another llm, or model= for a whole one"
+        ) from error
+
+
+def _from_pretrained(model_class: Any, folder: Path, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """The model and the names of the weights that it lacks."""
+    from safetensors import SafetensorError
+
+    try:
+        model, loading = model_class.from_pretrained(folder, weights_only=True, output_loading_info=True, **options)
+    except (pickle.UnpicklingError, EOFError) as error:  # torch's message would advise to run the code after all
+        raise UserError(
+            f"llm.checkpoint {folder} has a pytorch_model*.bin that holds more than tensors, or is broken, and was refused, as reading it "
+            "could run foreign code; take a checkpoint with safetensors"
+        ) from error
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+    return cast(nn.Module, model), sorted(loading["missing_keys"])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlmcap.errors import UserError
 
-_VISUAL = "<<vlmcap-visual-tokens>>"  # where the visual tokens go in the rendered template; never reaches the tokenizer
+# Where visual tokens and caption go in the rendered template; neither ever reaches the tokenizer.
+_VISUAL, _ANSWER = "<<vlmcap-visual-tokens>>", "<<vlmcap-caption>>"
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,13 @@ class PromptEncoder:
 
     Attributes:
         tokenizer: Of the language model.
-        prefix_ids: Before the visual tokens.
+        prefix_ids: Before the visual tokens, with the token that begins a sequence where the model wants one.
         suffix_ids: Between them and the caption.
         end_id: Ends the caption.
         pad_id: Fills batches and stands at placeholder positions.
+        stop_ids: Tokens that end generation, `end_id` first.
+        question_ids: The bare prompt text, for projectors that are told the question.
+        caption_lead: Blank that the chat template puts between its own words and an answer.
     """
 
     tokenizer: Any
@@ -30,10 +34,15 @@ class PromptEncoder:
     end_id: int
     pad_id: int
     stop_ids: list[int] = field(default_factory=list)
+    question_ids: list[int] = field(default_factory=list)
+    caption_lead: str = ""
 
     def encode_caption(self, text: str) -> list[int]:
-        """Ids of a caption, without the end token."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Ids of a caption, without the end token; what looks like a special token in it is text like any other."""
+        if not text:
+            return []
+        # A sentencepiece tokenizer puts its word mark in front, lead or not, as in the training of LLaVA.
+        return list(self.tokenizer(self.caption_lead + text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Generated ids to text, special tokens and outer blanks dropped."""
@@ -45,19 +54,57 @@ class PromptEncoder:
         return len(self.prefix_ids) + len(self.suffix_ids)
 
 
-def load_prompt(folder: Path, *, prompt: str, system_prompt: str | None, enable_thinking: bool) -> PromptEncoder:
-    """The prompt of a language model, rendered by its tokenizer's chat template.
+def load_prompt(
+    folder: Path,
+    *,
+    prompt: str,
+    system_prompt: str | None,
+    enable_thinking: bool,
+    chat_template: str | None = None,
+    visual_prefix: str = "",
+    visual_suffix: str = "",
+) -> PromptEncoder:
+    """The prompt of a language model, rendered by its chat template.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
-        prompt: What the user asks about the video; the visual tokens stand in front of it.
+        prompt: What the user asks about the video; the visual tokens stand in front of it, on a line of their own unless a
+            `visual_suffix` parts them.
         system_prompt: None leaves the system turn to the template.
         enable_thinking: Passed to the template; templates that know no thinking ignore it.
+        chat_template: Jinja template in place of the tokenizer's.
+        visual_prefix: Directly before the visual tokens, such as Qwen-VL's <|vision_start|>.
+        visual_suffix: Directly behind them, such as <|vision_end|>.
 
     Raises:
         UserError: No tokenizer, no chat template, or no end token.
     """
-    from jinja2 import TemplateError
+    tokenizer = _load_tokenizer(folder)
+    break_after = visual_suffix or "\n"
+    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{prompt}"}]
+    if system_prompt:
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    template = _Template(tokenizer, folder, chat_template, enable_thinking)
+    rendered = template.render(turns, add_generation_prompt=True)
+    before, placeholder, after = rendered.partition(_VISUAL)
+    if not placeholder:
+        raise UserError(
+            f"the chat template of {folder} drops the user's text, as one made for a processor does; set llm.chat_template to one for text"
+        )
+    lead, end_id = _answer_frame(template, turns, rendered)
+    return PromptEncoder(
+        tokenizer=tokenizer,
+        prefix_ids=_first_ids(tokenizer, before),
+        suffix_ids=_following_ids(tokenizer, after),
+        end_id=end_id,
+        pad_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id),
+        stop_ids=_stop_ids(folder, [end_id, int(tokenizer.eos_token_id)]),
+        question_ids=list(tokenizer(prompt, add_special_tokens=False)["input_ids"]),
+        caption_lead=lead,
+    )
+
+
+def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -66,38 +113,87 @@ def load_prompt(folder: Path, *, prompt: str, system_prompt: str | None, enable_
         raise UserError(f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {str(error).splitlines()[0]}") from error
     if not tokenizer("가", add_special_tokens=False)["input_ids"]:  # without files, some classes come up with an empty vocabulary
         raise UserError(f"llm.checkpoint {folder} holds no tokenizer; put tokenizer.json and tokenizer_config.json there")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer in {folder} has no chat template; take an instruction-tuned checkpoint for llm.checkpoint")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} names no end token (eos_token), so captions would have no end")
-    turns = [{"role": "user", "content": f"{_VISUAL}\n{prompt}"}]
-    if system_prompt:
-        turns.insert(0, {"role": "system", "content": system_prompt})
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A chat template with what it is always given."""
+
+    tokenizer: Any
+    folder: Path
+    text: str | None
+    enable_thinking: bool
+
+    def render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The conversation as text.
+
+        Raises:
+            UserError: There is no template, or it refuses.
+        """
+        from jinja2 import TemplateError
+
+        if not self.text and not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                f"the tokenizer in {self.folder} has no chat template; set llm.chat_template, or take an instruction-tuned llm.checkpoint"
+            )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns,
+                    chat_template=self.text or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=self.enable_thinking,
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # such as: no system turn allowed
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or llm.chat_template"
+            ) from error
+
+
+def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: str) -> tuple[str, int]:
+    """What the template puts directly before an answer, if blank, and the id of the token that it puts behind it."""
+    tokenizer = template.tokenizer
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
-    except TemplateError as error:  # such as: no system turn allowed
-        raise UserError(f"the chat template in {folder} refuses the prompt ({error}); change llm.system_prompt or llm.prompt") from error
-    before, placeholder, after = rendered.partition(_VISUAL)
-    if not placeholder:
-        raise UserError(f"the chat template in {folder} drops the user's text; take another llm.checkpoint")
-    end_id = int(tokenizer.eos_token_id)
-    return PromptEncoder(
-        tokenizer=tokenizer,
-        prefix_ids=list(tokenizer(before, add_special_tokens=False)["input_ids"]),
-        suffix_ids=list(tokenizer(after, add_special_tokens=False)["input_ids"]),
-        end_id=end_id,
-        pad_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id),
-        stop_ids=_stop_ids(folder, end_id),
-    )
+        whole = template.render([*turns, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
+    except UserError:  # made for one question only
+        whole = rendered
+    before, _, after = whole.partition(_ANSWER)
+    lead = before.removeprefix(rendered)
+    end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if after.strip() else []
+    is_special = bool(end) and end[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end[0]].special
+    return lead if lead.isspace() else "", int(end[0] if is_special else tokenizer.eos_token_id)
 
 
-def _stop_ids(folder: Path, end_id: int) -> list[int]:
-    """The end token and whatever else the checkpoint's generation settings stop at."""
+def _first_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of what begins the sequence: with the beginning token once, where the tokenizer puts one of its own accord."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    wants_bos = bos is not None and tokenizer("가")["input_ids"][:1] == [bos]
+    return [bos, *ids] if wants_bos and ids[:1] != [bos] else ids
+
+
+def _following_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of text behind other tokens: a sentencepiece tokenizer puts a word mark at the beginning only."""
+    anchor = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id)
+    if anchor is None or anchor.rstrip:  # it would swallow blanks
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    first, *ids = tokenizer(anchor.content + text, add_special_tokens=False)["input_ids"]
+    assert first == tokenizer.eos_token_id
+    return list(ids)
+
+
+def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
+    """The end tokens and whatever else the checkpoint's generation settings stop at, without doubles."""
     from transformers import GenerationConfig
 
     try:
         stops = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         stops = None
-    listed = [stops] if isinstance(stops, int) else list(stops or [])
-    return [end_id, *(stop for stop in listed if stop != end_id)]
+    return list(dict.fromkeys([*ends, *([stops] if isinstance(stops, int) else stops or [])]))

@@ -1,14 +1,14 @@
-"""Fewer visual tokens in front of the projector.
+"""Fewer visual tokens in front of the projector, still on a grid.
 
 Legend: B batch, F frames, P patches a frame (row-major over a grid h × w), Dv vision width.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlmcap.models.projectors.resampling import Grid, resize_grid
 
 
 class PoolReducer(nn.Module):
@@ -17,48 +17,40 @@ class PoolReducer(nn.Module):
     LLaVA-NeXT-Video pools 2 × 2 so: 576 patches become 144.
 
     Args:
-        grid: (h, w) of the features.
         size: k.
     """
 
-    def __init__(self, grid: tuple[int, int], size: int = 2) -> None:
-        super().__init__()
-        self.grid, self.size = grid, size
-
-    def num_tokens(self, num_frames: int, num_patches: int) -> tuple[int, int]:
-        """Frames and tokens a frame after pooling."""
-        assert num_patches == self.grid[0] * self.grid[1]
-        return num_frames, math.ceil(self.grid[0] / self.size) * math.ceil(self.grid[1] / self.size)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Pooled features, (B, F, P, Dv) -> (B, F, P', Dv)."""
-        batch, frames, _, width = features.shape
-        maps = features.reshape(batch * frames, *self.grid, width).permute(0, 3, 1, 2)
-        pooled = F.avg_pool2d(maps, self.size, ceil_mode=True, count_include_pad=False)
-        return pooled.flatten(2).transpose(1, 2).reshape(batch, frames, -1, width)
-
-
-class FrameStack(nn.Module):
-    """Concatenates the features of `size` consecutive frames at each position into one wider token.
-
-    A token then holds how its place changes in time, which direction of motion needs; the number of visual tokens falls by `size`.
-    Qwen2-VL's temporal patches join two frames in the same way, before the encoder (https://arxiv.org/abs/2409.12191).
-
-    Args:
-        size: Frames a stack; the number of frames must be a multiple of it.
-    """
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = 2) -> None:
         super().__init__()
         self.size = size
 
-    def num_tokens(self, num_frames: int, num_patches: int) -> tuple[int, int]:
-        """Stacks and tokens a stack."""
-        assert num_frames % self.size == 0
-        return num_frames // self.size, num_patches
+    def forward(self, features: Tensor, grid: Grid) -> Tensor:
+        """Pooled features, (B, F, P, Dv) -> (B, F, P', Dv)."""
+        maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
+        pooled = F.avg_pool2d(maps, self.size, ceil_mode=True, count_include_pad=False)
+        return pooled.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Stacked features, (B, F, P, Dv) -> (B, F / size, P, size · Dv)."""
-        batch, frames, patches, width = features.shape
-        groups = features.reshape(batch, frames // self.size, self.size, patches, width)
-        return groups.permute(0, 1, 3, 2, 4).reshape(batch, frames // self.size, patches, self.size * width)
+
+class ResampleReducer(nn.Module):
+    """Brings each frame to a square of size × size tokens by antialiased bilinear interpolation, whatever its grid.
+
+    Args:
+        size: Side of the square.
+    """
+
+    def __init__(self, size: int = 12) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, features: Tensor, grid: Grid) -> Tensor:
+        """Resampled features, (B, F, P, Dv) -> (B, F, size², Dv)."""
+        return resize_grid(features, grid, (self.size, self.size))
+
+
+def stack_frames(features: Tensor, size: int) -> Tensor:
+    """Features of `size` consecutive frames at each place joined into one wider token, (B, F, P, Dv) -> (B, F / size, P, size · Dv).
+
+    A token then holds how its place changes in time, which direction of motion needs; the number of visual tokens falls by `size`.
+    Qwen2-VL's temporal patches join two frames in the same way, before the encoder (https://arxiv.org/abs/2409.12191).
+    """
+    return features.unflatten(1, (-1, size)).transpose(2, 3).flatten(3)

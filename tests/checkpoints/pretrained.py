@@ -1,0 +1,117 @@
+"""Whole vision-language models with random weights in the hub's layout."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+    # windows of 2 × 2 merged patches, so that some are cut at the edge of the test's frames
+    "qwen2_5_vl": {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "num_heads": 2,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    },
+    "qwen3_vl": {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "num_heads": 2,
+        "patch_size": 16,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,  # so that greedy captions depend on what comes before them
+}
+
+
+def rope(kind: str) -> dict[str, Any]:
+    """mRoPE over the 8 frequencies of a head."""
+    if kind == "qwen3_vl":
+        return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(tokenizer: Any) -> Any:
+    """The house tokenizer with the marks of Qwen-VL."""
+    marked = copy.deepcopy(tokenizer)
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    marked.add_special_tokens({"additional_special_tokens": marks})
+    return marked
+
+
+@pytest.fixture(scope="session")
+def qwen_folders(qwen_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each kind."""
+    import transformers
+    from transformers import GenerationConfig
+
+    from vlmcap.models.pretrained.qwen_vl import FAMILIES
+
+    folders = {}
+    mark = qwen_tokenizer.convert_tokens_to_ids
+    tokens = {f"{name}_token_id": mark(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    tokens |= {f"{name}_token_id": mark(f"<|{name}_pad|>") for name in ("image", "video")}
+    for seed, kind in enumerate(VISION):
+        model_class = getattr(transformers, FAMILIES[kind].class_name)
+        text = TEXT | {"vocab_size": len(qwen_tokenizer), "rope_parameters": rope(kind)}
+        if kind == "qwen3_vl":
+            text["head_dim"] = 16
+        vision = VISION[kind] | {"spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2}
+        torch.manual_seed(seed)
+        model = model_class(model_class.config_class(vision_config=vision, text_config=text, **tokens))
+        stops = [qwen_tokenizer.eos_token_id, qwen_tokenizer.pad_token_id]
+        model.generation_config = GenerationConfig(eos_token_id=stops, do_sample=True, temperature=0.1, top_k=1)
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folders[kind])
+        qwen_tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-NeXT-Video: CLIP at 56 × 56 pixels (16 patches), pooled to 4 tokens a frame, LLaMA."""
+    from transformers import CLIPImageProcessor, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("llava_next_video")
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "projection_dim": 16,
+        "initializer_range": 0.2,
+    }
+    size = len(tokenizer) + 2
+    text = {"model_type": "llama", "vocab_size": size, "eos_token_id": tokenizer.eos_token_id, **TEXT}
+    torch.manual_seed(7)
+    config = LlavaNextVideoConfig(vision_config=vision, text_config=text, video_token_index=size - 2, image_token_index=size - 1)
+    LlavaNextVideoForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder)
+    return folder

@@ -1,0 +1,172 @@
+"""Merged weights give the logits that base and adapters give; what cannot be merged is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vlmcap.errors import UserError
+from vlmcap.models.llm import merge as merging
+from vlmcap.models.llm.adapt import add_lora
+from vlmcap.models.llm.load import load_language_model
+from vlmcap.models.llm.merge import load_adapters, merge, merge_adapters
+from vlmcap.models.llm.prompt import load_prompt
+
+KINDS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, quantization: str = "none") -> Any:
+    return load_language_model(folder, dtype=dtype, quantization=quantization, attention="sdpa", device="cpu")
+
+
+def adapter_of(**settings: Any) -> Callable[[nn.Module], nn.Module]:
+    options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear", **settings}
+    return lambda model: add_lora(model, **options)
+
+
+def trained(model: Any) -> Any:
+    """Adapters as after some training."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+            elif "magnitude" in name:
+                parameter.mul_(1.2)
+    return model.eval()
+
+
+def adapters(model: nn.Module) -> dict[str, Tensor]:
+    """As a checkpoint of training names them, with a projector beside them."""
+    named = {f"captioner.llm.{name}": p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    return {**named, "captioner.projector.weight": torch.zeros(1), "captioner.encoder.tower.q.lora_A.default.weight": torch.zeros(1)}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    result: Tensor = model(input_ids=torch.arange(40).view(2, 20)).logits
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_folder_gives_the_logits_of_base_and_adapters(llm_folder: Path, tmp_path: Path, kind: str) -> None:
+    adapt = adapter_of(**KINDS[kind])
+    model = trained(adapt(load(llm_folder)))
+    expected, base = logits(model), logits(load(llm_folder))
+    assert (expected - base).abs().max() > 0.5  # or the test would show nothing
+    difference = merge_adapters(llm_folder, adapters(model), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    assert difference < 1e-5
+    merged = load(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert merged.state_dict().keys() == load(llm_folder).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_sixteen_bit_the_effect_of_the_adapters_survives(llm_folder: Path, tmp_path: Path, kind: str) -> None:
+    adapt = adapter_of(**KINDS[kind])
+    model = trained(adapt(load(llm_folder, torch.bfloat16)))
+    expected, base = logits(model).float(), logits(load(llm_folder, torch.bfloat16)).float()
+    difference = merge_adapters(llm_folder, adapters(model), tmp_path / "merged", adapt=adapt)
+    merged = load(tmp_path / "merged", torch.bfloat16)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert difference < 0.05 < 0.3 < (expected - base).norm() / base.norm()
+    assert (logits(merged).float() - expected).norm() / expected.norm() < 0.05
+
+
+def test_experts_are_merged_too(moe_folder: Path, tmp_path: Path) -> None:
+    adapt = adapter_of(use_experts=True)
+    model = trained(adapt(load(moe_folder)))
+    with torch.no_grad():
+        for module in model.modules():
+            for factor in getattr(module, "lora_B", {}).values() if type(module).__name__ == "FusedExperts" else ():
+                factor.normal_(std=0.2)
+    expected = logits(model)
+    merge_adapters(moe_folder, adapters(model), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == _all_weights(moe_folder).keys()  # the hub's own layout
+
+
+def _all_weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_folder_is_whole(llm_folder: Path, tmp_path: Path) -> None:
+    adapt = adapter_of()
+    merge_adapters(llm_folder, adapters(trained(adapt(load(llm_folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    options: dict[str, Any] = {"prompt": "설명해 주세요.", "system_prompt": None, "enable_thinking": False}
+    old, new = load_prompt(llm_folder, **options), load_prompt(tmp_path / "merged", **options)
+    assert (new.prefix_ids, new.suffix_ids, new.stop_ids) == (old.prefix_ids, old.suffix_ids, old.stop_ids)
+    assert [file.name for file in tmp_path.iterdir()] == ["merged"]
+
+
+def test_settings_that_transformers_would_not_write(llm_folder: Path, tmp_path: Path) -> None:
+    """Vicuna's sampling values without sampling."""
+    folder = shutil.copytree(llm_folder, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}))
+    adapt = adapter_of()
+    merge_adapters(folder, adapters(trained(adapt(load(folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_nothing_is_left_of_a_failed_save(llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapt = adapter_of()
+    weights = adapters(trained(adapt(load(llm_folder))))
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full_disk)  # after the weights were written
+    with pytest.raises(OSError, match="no space"):
+        merge_adapters(llm_folder, weights, tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_not_written_into(llm_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        merge_adapters(llm_folder, {}, tmp_path, adapt=adapter_of())
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantised_weights_are_refused(llm_folder: Path, quantization: str) -> None:
+    model = adapter_of()(load(llm_folder, torch.float32, quantization))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"quantised weights.*llm\.quantization=none"):
+        merge(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_merge_that_changes_the_model_is_refused(llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As merges that lose the adapters would."""
+    from peft import PeftModel
+
+    adapt = adapter_of()
+    weights = adapters(trained(adapt(load(llm_folder))))
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    with pytest.raises(UserError, match="logits differ"):
+        merge_adapters(llm_folder, weights, tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_that_do_not_fit(llm_folder: Path) -> None:
+    weights = adapters(trained(adapter_of()(load(llm_folder))))
+    lacking = dict(list(weights.items())[1:])
+    with pytest.raises(UserError, match=r"is not among the saved ones; tuning\.lora"):
+        load_adapters(adapter_of()(load(llm_folder)), lacking)
+    with pytest.raises(UserError, match=r"has no place in the model; tuning\.lora"):
+        load_adapters(adapter_of(target_modules="q_proj")(load(llm_folder)), weights)
+    with pytest.raises(UserError, match=r"tuning\.lora\.rank"):
+        load_adapters(adapter_of(rank=2)(load(llm_folder)), weights)
+
+
+def test_the_probe_is_shorter_than_any_context() -> None:
+    assert merging._PROBE <= 64

@@ -1,0 +1,163 @@
+"""Whole models: what is refused, quantisation, training, and true sizes on the meta device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmcap.data.collate import Collator
+from vlmcap.errors import UserError
+from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.known import known_config
+from vlmcap.models.layout import VisualRun
+from vlmcap.models.llm.adapt import add_lora
+from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.pretrained import PretrainedParts, build_pretrained, load_pretrained
+from vlmcap.types import Batch, Clip, Sample
+
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
+    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+    return load_pretrained(kind, folder, **options | changes)
+
+
+def adapted(parts: PretrainedParts, folder: Path) -> tuple[VideoCaptioner, Batch]:
+    """The captioner with LoRA on its language part, and a batch of two clips of other sizes."""
+    around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
+    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
+    llm = add_lora(parts.llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4))
+    transform, samples = parts.encoder.transform, []
+    for row, (height, width) in enumerate(((84, 112), (128, 56))):
+        frames = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(row))
+        grid = transform.grid_thw(4, height, width)
+        samples.append(Sample(Clip(str(row), Path("clip.mp4"), ("산이다.",)), frames=transform(frames), grid_thw=grid))
+    visual = parts.visual_layout or VisualRun(parts.num_tokens, (2, *parts.encoder.grid))
+    return captioner, Collator(prompt, visual, 200)(samples)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_folders: dict[str, Path]) -> None:
+    captioner, batch = adapted(load(kind, qwen_folders[kind]), qwen_folders[kind])
+    trained = {name: parameter for name, parameter in captioner.named_parameters() if parameter.requires_grad}
+    frozen = {name: parameter.detach().clone() for name, parameter in captioner.named_parameters() if not parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    assert all(name.startswith("projector.") or (name.startswith("llm.") and "lora_" in name) for name in trained)
+    assert not any("lm_head" in name for name in trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss, count = captioner.loss_sum(batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    now = dict(captioner.named_parameters())
+    assert all(torch.equal(frozen[name], now[name]) for name in frozen)
+    assert [name for name in before if torch.equal(before[name], now[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_the_language_part_alone_is_quantised(kind: str, quantization: str, qwen_folders: dict[str, Path]) -> None:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    parts = load(kind, qwen_folders[kind], quantization=quantization)
+    quantised = (Linear4bit, Linear8bitLt)
+    layers = [module for name, module in parts.llm.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name]
+    assert len(layers) == 3 * 7
+    assert all(isinstance(layer, quantised) for layer in layers)
+    rest = [*parts.encoder.modules(), *parts.projector.modules(), parts.llm.lm_head]
+    assert not any(isinstance(module, quantised) for module in rest)
+    assert all(parameter.dtype == torch.float32 for parameter in parts.projector.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[str, Path]) -> None:
+    parts = load(kind, qwen_folders[kind], quantization="4bit", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in parts.encoder.parameters()} == {torch.bfloat16}
+    captioner, batch = adapted(parts, qwen_folders[kind])
+    captioner.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = captioner.train().loss_sum(batch)
+    loss.backward()
+    learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in learning)
+    captions = captioner.eval().generate(batch)
+    assert len(captions) == 2
+
+
+def test_another_kind_is_refused(qwen_folders: dict[str, Path], llava_folder: Path, llm_folder: Path) -> None:
+    for kind, folder in (("qwen2_vl", qwen_folders["qwen3_vl"]), ("qwen2_5_vl", llava_folder), ("llava_next_video", llm_folder)):
+        with pytest.raises(UserError, match=r"model\.checkpoint .* is of type \w+, not") as caught:
+            load(kind, folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_model_is_refused(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would fill the gap with random numbers."""
+    folder = shutil.copytree(qwen_folders["qwen2_vl"], tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "merger" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights"):
+        load("qwen2_vl", folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"model\.checkpoint"):
+        load("qwen2_vl", folder)
+
+
+def test_a_budget_below_one_token_is_refused(qwen_folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"encoder\.max_patches must be at least 4"):
+        load("qwen2_vl", qwen_folders["qwen2_vl"], max_patches=3)
+
+
+def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen_folders["qwen3_vl"], tmp_path / "copy")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "resample": 2}))
+    parts = load("qwen3_vl", folder)
+    assert parts.encoder.mean.flatten().tolist() == [0, 0, 0]
+    assert parts.encoder.transform.resampling == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "width"),
+    [
+        ("llava_next_video", "llava-hf/LLaVA-NeXT-Video-7B-hf", 1024),
+        ("qwen2_vl", "Qwen/Qwen2-VL-7B-Instruct", 1280),
+        ("qwen2_5_vl", "Qwen/Qwen2.5-VL-7B-Instruct", 1280),
+        ("qwen3_vl", "Qwen/Qwen3-VL-8B-Instruct", 4 * 1152),
+    ],
+)
+def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
+    """The parts have every weight of the whole class, but for the last vision block and the newline, which LLaVA's videos do not use."""
+    import transformers
+
+    config = known_config(checkpoint)
+    assert config is not None
+    with torch.device("meta"):
+        parts = build_pretrained(kind, config, dtype=torch.bfloat16, max_patches=1024)
+        model_class = getattr(transformers, config["architectures"][0])
+        whole = model_class(model_class.config_class.from_dict(config))
+    unused = 0
+    if kind == "llava_next_video":
+        tower = whole.model.vision_tower
+        unused = sum(
+            p.numel() for p in (*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters(), whole.model.image_newline)
+        )
+    modules = (parts.encoder, parts.projector, parts.llm)
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    assert count == total - unused
+    assert total / 1e9 == pytest.approx({"qwen2_vl": 8.29, "qwen2_5_vl": 8.29, "qwen3_vl": 8.77, "llava_next_video": 7.06}[kind], abs=0.01)
+    assert parts.encoder.embed_dim == width
+    assert all(parameter.is_meta for module in modules for parameter in module.parameters())

@@ -1,0 +1,209 @@
+"""Qwen-VL models taken apart and joined again, against transformers' own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmcap.data.collate import Collator
+from vlmcap.models.captioner import GenerationSettings
+from vlmcap.models.layout import VisualRun
+from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.pretrained import PretrainedParts, load_pretrained
+from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
+from vlmcap.models.pretrained.qwen_vl import FAMILIES
+from vlmcap.types import Batch, Clip, Sample
+
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FRAMES = 4
+CAPTIONS = ("푸른 바다 위로 아침 해가 천천히 떠오른다.", "산이다.")
+SIZES = ((84, 112), (128, 56))  # pixels: other grids, other lengths
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A kind's parts joined by us, and its reference."""
+
+    kind: str
+    parts: PretrainedParts
+    captioner: QwenVLCaptioner
+    reference: Any
+
+    def batch(self, mode: str = "train", rows: tuple[int, ...] = (0, 1)) -> Batch:
+        visual = self.parts.visual_layout or VisualRun(self.parts.num_tokens, (FRAMES // 2, *self.parts.encoder.grid))
+        samples = []
+        for row in rows:
+            frames = clip(row)
+            grid = self.parts.encoder.transform.grid_thw(FRAMES, *frames.shape[-2:])
+            own = Sample(Clip(str(row), Path(f"{row}.mp4"), (CAPTIONS[row],)), frames=self.parts.encoder.transform(frames), grid_thw=grid)
+            samples.append(own)
+        return Collator(self.captioner.prompt, visual, 200, mode=mode)(samples)  # type: ignore[arg-type]
+
+    def reference_inputs(self, batch: Batch, rows: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+        """What transformers' processor would give for the same resized frames and text."""
+        ids = batch.input_ids.masked_fill(batch.visual_mask, self.reference.config.video_token_id)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": batch.attention_mask,
+            "mm_token_type_ids": batch.visual_mask.int() * 2,
+            "pixel_values_videos": torch.cat([self.pixels(row) for row in rows]),
+            "video_grid_thw": torch.tensor(batch.grid_thw),
+        }
+        return inputs | ({"second_per_grid_ts": [1.0] * len(rows)} if self.kind == "qwen2_5_vl" else {})
+
+    def pixels(self, row: int) -> Tensor:
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+        transform, values = self.parts.encoder.transform, FAMILIES[self.kind].preprocessing
+        frames = clip(row)
+        _, rows, columns = transform.grid_thw(FRAMES, *frames.shape[-2:])
+        size = (rows * transform.patch_size, columns * transform.patch_size)
+        if frames.shape[-2:] != size:
+            frames = torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (values.mean, values.std))
+        normal = (frames.float() - mean) / std
+        patches, *_ = Qwen3VLVideoProcessor.patchify(None, normal[None], transform.patch_size, 2, 2)
+        first: Tensor = patches[0]
+        return first
+
+
+def clip(row: int) -> Tensor:
+    return torch.randint(0, 256, (FRAMES, 3, *SIZES[row]), dtype=torch.uint8, generator=torch.Generator().manual_seed(row))
+
+
+def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
+    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+    return load_pretrained(kind, folder, **options | changes)
+
+
+def join(parts: PretrainedParts, folder: Path, **settings: Any) -> QwenVLCaptioner:
+    prompt = load_prompt(
+        folder,
+        prompt="설명해 주세요.",
+        system_prompt=None,
+        enable_thinking=False,
+        visual_prefix=parts.visual_prefix,
+        visual_suffix=parts.visual_suffix,
+    )
+    generation = GenerationSettings(max_new_tokens=6, **settings)
+    captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, generation)
+    assert isinstance(captioner, QwenVLCaptioner)
+    return captioner.eval()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def setup(request: pytest.FixtureRequest, qwen_folders: dict[str, Path]) -> Setup:
+    import transformers
+
+    folder = qwen_folders[request.param]
+    parts = load(request.param, folder)
+    reference = getattr(transformers, FAMILIES[request.param].class_name).from_pretrained(folder).eval()
+    return Setup(request.param, parts, join(parts, folder), reference)
+
+
+@torch.no_grad()
+def logits(captioner: QwenVLCaptioner, batch: Batch) -> Tensor:
+    llm: Any = captioner.llm
+    hidden = llm.model(**captioner.language_inputs(batch), use_cache=False).last_hidden_state
+    return llm.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_logits_are_the_references(setup: Setup, record_property: Callable[[str, object], None]) -> None:
+    batch = setup.batch()
+    expected = setup.reference(**setup.reference_inputs(batch)).logits
+    real = batch.attention_mask.bool()
+    ours = logits(setup.captioner, batch)
+    record_property(f"parity:model:{setup.kind}", (ours - expected)[real].abs().max().item())
+    torch.testing.assert_close(ours[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_depend_on_the_video_and_on_its_order(setup: Setup) -> None:
+    """Or parity would say nothing."""
+    batch = setup.batch(rows=(0,))
+    assert batch.frames is not None
+    end = batch.attention_mask.sum() - 1
+    first = logits(setup.captioner, batch)[0, end]
+    for changed in (batch.frames.flip(1), 255 - batch.frames):
+        assert (logits(setup.captioner, replace(batch, frames=changed))[0, end] - first).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_loss_is_the_references(setup: Setup) -> None:
+    batch = setup.batch()
+    loss, count = setup.captioner.loss_sum(batch)
+    expected = setup.reference(**setup.reference_inputs(batch), labels=batch.labels).loss
+    assert count == batch.num_label_tokens
+    assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_captions_are_the_references(setup: Setup, qwen_folders: dict[str, Path], beams: int) -> None:
+    """Rows of unequal length, so padded on the left; the reference sees the raw pixels."""
+    captioner = setup.captioner
+    captioner.generation = replace(captioner.generation, num_beams=beams)
+    batch = setup.batch("generate")
+    assert batch.attention_mask.min() == 0
+    stop = {"eos_token_id": captioner.prompt.stop_ids, "pad_token_id": captioner.prompt.pad_id}
+    arguments = captioner.generation.as_arguments() | stop
+    ours = captioner.llm.generate(**captioner.language_inputs(batch), **arguments)  # type: ignore[operator]
+    theirs = setup.reference.generate(**setup.reference_inputs(batch), **arguments)[:, batch.input_ids.shape[1] :]
+    assert ours.tolist() == theirs.tolist()
+    assert ours[0].tolist() != ours[1].tolist()
+    assert captioner.generate(batch) == captioner.prompt.decode(theirs.tolist())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_captions_of_two_are_those_of_one_and_one(setup: Setup, beams: int) -> None:
+    setup.captioner.generation = replace(setup.captioner.generation, num_beams=beams)
+    both = setup.captioner.generate(setup.batch("generate"))
+    assert both == [setup.captioner.generate(setup.batch("generate", (row,)))[0] for row in (0, 1)]
+
+
+def test_training_after_generation_has_fresh_positions(setup: Setup) -> None:
+    """transformers keeps the offset of the last generation in the model."""
+    before = setup.captioner.loss_sum(setup.batch())[0].item()
+    setup.captioner.generate(setup.batch("generate", (1,)))
+    assert setup.captioner.loss_sum(setup.batch())[0].item() == before
+
+
+def test_visual_tokens_are_encoded_once_for_all_beams(setup: Setup) -> None:
+    calls = []
+    handles = [
+        part.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        for part in (setup.parts.encoder, setup.parts.projector.mergers[0])
+    ]
+    setup.captioner.generation = replace(setup.captioner.generation, num_beams=3)
+    setup.captioner.generate(setup.batch("generate", (0,)))
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 2
+
+
+def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
+    """DeepStack's layers included: they stand behind the last one."""
+    batch = setup.batch()
+    assert batch.frames is not None
+    features = setup.captioner.encode(batch.frames, batch.grid_thw)
+    assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind == "qwen3_vl" else 32)
+    cached = replace(batch, frames=None, features=features)
+    assert setup.captioner.loss_sum(cached)[0].item() == pytest.approx(setup.captioner.loss_sum(batch)[0].item(), rel=1e-6)
+
+
+def test_every_used_weight_is_there_once(setup: Setup) -> None:
+    names = [name for name, _ in setup.captioner.named_parameters(remove_duplicate=False)]
+    assert {name.split(".")[0] for name in names} == {"encoder", "projector", "llm"}
+    count = sum(parameter.numel() for parameter in setup.captioner.parameters())
+    assert len(names) == len(list(setup.reference.parameters()))
+    assert count == sum(parameter.numel() for parameter in setup.reference.parameters())
+    trained = {name.split(".")[0] for name, parameter in setup.captioner.named_parameters() if parameter.requires_grad}
+    assert trained == {"projector"}
+    assert not any("merger" in name for name in names if not name.startswith("projector."))

@@ -1,0 +1,122 @@
+"""Projectors with queries against torch's own attention, and what their queries may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors.attention import CrossAttention
+
+Make = Callable[..., ProjectorSpec]
+
+DV, DL, FRAMES = 6, 8, 4
+
+
+def torch_attention(ours: CrossAttention, feature_dim: int) -> nn.MultiheadAttention:
+    """torch's class with our weights."""
+    dim = ours.query.in_features
+    theirs = nn.MultiheadAttention(dim, ours.num_heads, kdim=feature_dim, vdim=feature_dim, batch_first=True)
+    key, value = ours.key_value.weight.chunk(2)
+    weights = {"q": ours.query.weight, "k": key, "v": value}
+    if theirs.in_proj_weight is not None:  # equal widths share one matrix
+        state = {"in_proj_weight": torch.cat(list(weights.values()))}
+    else:
+        state = {f"{name}_proj_weight": weight for name, weight in weights.items()}
+    state["in_proj_bias"] = torch.cat([ours.query.bias, ours.key_value.bias])
+    theirs.load_state_dict(state | {"out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias})
+    return theirs
+
+
+def test_the_question_attends_to_the_whole_clip_with_residual_and_norm(spec_of: Make) -> None:
+    projector = build_projector(spec_of("cross_attention", queries="prompt", num_layers=3, hidden_dim=12))
+    features, question = torch.randn(2, FRAMES, 16, DV), torch.randn(5, DL)
+    projection: Any = projector.projection
+    words = projection.embed(question).expand(2, -1, -1)
+    for layer in projection.layers:
+        attended, _ = torch_attention(layer.attention, DV)(words, features.flatten(1, 2), features.flatten(1, 2))
+        words = layer.norm(attended + words)
+    torch.testing.assert_close(projector(features, prompt=question), projection.readout(words), atol=1e-6, rtol=1e-5)
+    with pytest.raises(AssertionError, match="embeddings of the question"):
+        projector(features)
+
+
+def test_learned_queries_attend_with_residual_and_feed_forward(spec_of: Make) -> None:
+    projector = build_projector(spec_of("cross_attention", num_layers=2, hidden_dim=12))
+    features = torch.randn(2, FRAMES, 16, DV)
+    projection: Any = projector.projection
+    seen, queries = projection.norm(features).flatten(0, 1), projection.queries.expand(2 * FRAMES, -1, -1)
+    for layer in projection.layers:
+        queries = queries + torch_attention(layer.attention, DV)(layer.norm(queries), seen, seen)[0]
+        queries = queries + layer.feed_forward(queries)
+    torch.testing.assert_close(projector(features), projection.readout(queries).reshape(2, FRAMES * 4, DL), atol=1e-6, rtol=1e-5)
+
+
+def test_latents_attend_to_all_features_and_to_themselves(spec_of: Make) -> None:
+    projector = build_projector(spec_of("perceiver", num_layers=2, hidden_dim=12))
+    features = torch.randn(2, FRAMES, 16, DV)
+    projection: Any = projector.projection
+    seen = projection.enter(projector.before(features, (4, 4)).flatten(1, 2))  # type: ignore[misc]
+    latents = projection.latents.expand(2, -1, -1)
+    for layer in projection.layers:
+        queries = layer.latent_norm(latents)
+        everything = torch.cat([layer.feature_norm(seen), queries], dim=1)
+        latents = latents + torch_attention(layer.attention, 12)(queries, everything, everything)[0]
+        latents = latents + layer.feed_forward(latents)
+    torch.testing.assert_close(projector(features), projection.readout(latents), atol=1e-6, rtol=1e-5)
+
+
+def moved_frames(projector: nn.Module, features: Tensor, frame: int) -> Tensor:
+    """Which of the frames' tokens change when one frame does."""
+    changed = features.clone()
+    changed[:, frame] = torch.randn_like(changed[:, frame])
+    difference = (projector(features) - projector(changed)).abs().amax(-1)
+    return difference.reshape(FRAMES, -1).amax(-1) > 1e-5
+
+
+def test_learned_queries_see_their_own_frame_only(spec_of: Make) -> None:
+    features = torch.randn(1, FRAMES, 16, DV)
+    assert moved_frames(build_projector(spec_of("cross_attention")), features, 1).tolist() == [False, True, False, False]
+
+
+def test_learned_queries_see_the_kept_tokens_of_their_frame(spec_of: Make) -> None:
+    """Behind saliency, frames hold different numbers of tokens; with a frame embedding, each must still read its own."""
+    projector = build_projector(spec_of("cross_attention", reducer="saliency", keep_ratio=0.5))
+    features = torch.randn(1, FRAMES, 16, DV)
+    tokens, layout = projector._prepare(features, (4, 4), None)
+    assert layout.frame_of is not None
+    counts = layout.frame_of[0].bincount(minlength=FRAMES)
+    assert len(set(counts.tolist())) > 1  # or a plain reshape would do
+    alone = [build_alone(projector, tokens[:, :, layout.frame_of[0] == frame]) for frame in range(FRAMES)]
+    torch.testing.assert_close(projector(features), torch.cat(alone, dim=1))
+
+
+def build_alone(projector: Any, tokens: Tensor) -> Tensor:
+    from vlmcap.models.projectors.base import TokenLayout
+
+    projected: Tensor = projector.projection(tokens, TokenLayout((4, 4), 1)).flatten(1, 2)
+    return projected
+
+
+def test_latents_tell_frames_apart(spec_of: Make) -> None:
+    projector = build_projector(spec_of("perceiver"))
+    features = torch.randn(1, FRAMES, 16, DV)
+    assert not torch.allclose(projector(features), projector(features.flip(1)), atol=1e-4)
+    assert torch.allclose(projector(features), projector(features.flip(2)), atol=1e-5)  # places it does not tell apart
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "perceiver"])
+def test_the_inner_width_keeps_true_sizes_small(kind: str) -> None:
+    """DINOv3-H+ to Qwen3-32B with four layers: 17 to 19 GiB of weights and optimiser state at the language model's width."""
+    millions = {}
+    for hidden_dim in (None, 5120):
+        spec = ProjectorSpec(kind, 1280, 5120, (16, 16), 16, num_layers=4, hidden_dim=hidden_dim)
+        with torch.device("meta"):
+            millions[hidden_dim] = sum(weight.numel() for weight in build_projector(spec).parameters()) / 1e6
+    expected = {"cross_attention": (85.4, 1127.8), "perceiver": (87.1, 1291.7)}[kind]
+    assert millions[None] == pytest.approx(expected[0], abs=0.1)
+    assert millions[5120] == pytest.approx(expected[1], abs=0.1)

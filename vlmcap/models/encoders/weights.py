@@ -1,0 +1,99 @@
+"""The tensors of a vision tower, read out of a checkpoint that may hold much more."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmcap.errors import UserError
+
+Names = Callable[[str], tuple[str, ...]]
+"""From a tensor's name in the checkpoint to its names in the tower; several where one tensor holds several, stacked."""
+
+
+def read_weights(folder: Path, shapes: Mapping[str, torch.Size], names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor in `shapes` and no other; files that hold none of them are not opened.
+
+    Args:
+        folder: Checkpoint in Hugging Face layout, of the tower alone or of a whole model.
+        shapes: Of the tower's tensors, by name.
+        names: What the checkpoint's names mean.
+        dtype: Of what is returned.
+
+    Raises:
+        UserError: Weights are missing, unreadable or of another shape; transformers would fill the gaps with random numbers.
+    """
+    from safetensors import SafetensorError
+
+    weights: dict[str, Tensor] = {}
+    try:
+        for key, tensor in _read(folder, lambda key: any(name in shapes for name in names(key))):
+            targets = names(key)
+            parts = tensor.chunk(len(targets))
+            weights |= {
+                # A part of a larger tensor would keep all of it in memory.
+                name: part.to(dtype).clone() if len(targets) > 1 else part.to(dtype)
+                for name, part in zip(targets, parts, strict=True)
+                if name in shapes
+            }
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"encoder.checkpoint {folder} could not be read ({reason}); check encoder.family, or copy it again") from error
+    _check(folder, shapes, weights)
+    return weights
+
+
+def _check(folder: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+    missing = sorted(shapes.keys() - weights.keys())
+    if missing:
+        raise UserError(
+            f"encoder.checkpoint {folder} lacks {len(missing)} weights of the vision tower, first: {missing[0]}; "
+            "check encoder.family, or take a whole checkpoint"
+        )
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise UserError(
+                f"encoder.checkpoint {folder} has {name} of shape {tuple(weights[name].shape)} where its config.json means "
+                f"{tuple(shape)}; take config.json and weights of one checkpoint"
+            )
+
+
+def _read(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Wanted tensors with their names in the checkpoint."""
+    from safetensors import safe_open
+
+    files = _weight_files(folder, "model.safetensors")
+    for file, keys in files.items():
+        if keys is not None and not any(map(is_wanted, keys)):
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            yield from ((key, tensors.get_tensor(key)) for key in tensors.keys() if is_wanted(key))  # noqa: SIM118 - no mapping
+    if files:
+        return
+    files = _weight_files(folder, "pytorch_model.bin")  # what some older revisions on the hub have alone
+    for file, keys in files.items():
+        if keys is not None and not any(map(is_wanted, keys)):
+            continue
+        pickled: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        yield from ((key, tensor) for key, tensor in pickled.items() if is_wanted(key))
+    if not files:
+        raise FileNotFoundError("it has no model.safetensors")
+
+
+def _weight_files(folder: Path, name: str) -> dict[Path, list[str] | None]:
+    """Files of weights with the names in them; None where only the file itself knows."""
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return {folder / name: None} if (folder / name).is_file() else {}
+    files: dict[Path, list[str] | None] = {}
+    for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        keys = files.setdefault(folder / file, [])
+        assert keys is not None
+        keys.append(key)
+    return files

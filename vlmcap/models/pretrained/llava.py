@@ -1,0 +1,71 @@
+"""LLaVA-NeXT-Video taken apart: a layer of CLIP without CLS, average pooling, a two-layer MLP, a language model.
+
+Source: https://llava-vl.github.io/blog/2024-04-30-llava-next-video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmcap.errors import UserError
+from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
+from vlmcap.models.encoders.tower import read_config
+from vlmcap.models.llm.load import load_language_model, text_width
+from vlmcap.models.pretrained.parts import PretrainedParts
+from vlmcap.models.projectors import ProjectorSpec, build_projector, load_projector_weights
+
+# What the published checkpoints do; the class could do more.
+_SETTINGS = {
+    "spatial_pool_mode": "average",
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
+
+
+def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str) -> PretrainedParts:
+    """A LLaVA-NeXT-Video checkpoint, taken apart; arguments as `load_pretrained`'s.
+
+    Raises:
+        UserError: The folder holds only a part of a model, or one that pools or projects in another way.
+    """
+    config = read_config(folder)
+    encoder = load_encoder("clip", folder, _options(config, dtype))
+    spec = _spec(config, encoder, text_width(folder))
+    projector = build_projector(spec)
+    load_projector_weights(projector, folder)
+    llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
+    return PretrainedParts(encoder, projector, llm, spec.num_tokens)
+
+
+def build_llava(config: Mapping[str, Any], *, dtype: torch.dtype) -> PretrainedParts:
+    """The parts of a configuration with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = AutoConfig.for_model(**config["text_config"])
+    encoder = build_encoder("clip", config, _options(config, dtype))
+    spec = _spec(config, encoder, int(text.hidden_size))
+    llm = AutoModelForCausalLM.from_config(text, dtype=dtype).requires_grad_(False).eval()
+    return PretrainedParts(encoder, build_projector(spec), llm, spec.num_tokens)
+
+
+def _options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOptions:
+    layer = config.get("vision_feature_layer", -2)
+    for key, value in _SETTINGS.items():
+        if config.get(key, value) != value:
+            raise UserError(f"model.checkpoint has {key}={config[key]} in its config.json, and only {value} is known; take another one")
+    if not isinstance(layer, int):
+        raise UserError(f"model.checkpoint joins the layers {layer} of its vision tower, and only one layer is known; take another one")
+    return EncoderOptions(feature_layer=layer, dtype=dtype)
+
+
+def _spec(config: Mapping[str, Any], encoder: VisionEncoder, out_dim: int) -> ProjectorSpec:
+    stride = int(config.get("spatial_pool_stride", 2))
+    if any(side % stride for side in encoder.grid):  # the class drops what we average
+        rows, columns = encoder.grid
+        raise UserError(f"model.checkpoint pools {stride} × {stride} of {rows} × {columns} patches, which leaves a rest; take another one")
+    return ProjectorSpec("mlp", encoder.embed_dim, out_dim, encoder.grid, num_frames=1, depth=2, reducer="pool", pool_size=stride)

@@ -1,0 +1,68 @@
+"""The captioner of Qwen-VL models: positions in time, height and width (mRoPE), and DeepStack.
+
+Legend: B batch, S sequence, V visual tokens a clip, Dl language width, n DeepStack layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.llm.adapt import base_model
+from vlmcap.types import Batch
+
+_VIDEO = 2  # transformers' type of a video token, beside 0 for text and 1 for images
+
+
+class QwenVLCaptioner(VideoCaptioner):
+    """Captions of video clips by a Qwen-VL model.
+
+    The language part is the checkpoint's own class without its vision tower; projected tokens reach it as outputs of a vision tower
+    that ran before, so placement, DeepStack, beams and the cache of keys and values are the class's own.
+
+    Args:
+        seconds_per_patch: Time between temporal patches, which Qwen2.5-VL's positions state.
+        **parts: As `VideoCaptioner` takes them.
+    """
+
+    def __init__(self, *parts: Any, seconds_per_patch: float, **named: Any) -> None:
+        super().__init__(*parts, **named)
+        self.seconds_per_patch = seconds_per_patch
+
+    def language_inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the language model is called with, in training and for generation."""
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        model: Any = base_model(self.llm)
+        # The class finds the places of visual tokens by the video token's embedding.
+        ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)
+        embeddings: Tensor = model.get_input_embeddings()(ids)
+        counts = batch.visual_mask.sum(1).tolist()
+        tokens = self.visual_tokens(batch)
+        assert sum(counts) == len(tokens), "placeholders and visual tokens differ in number"
+        first, *deep = tokens.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
+        output = BaseModelOutputWithDeepstackFeatures(
+            pooler_output=list(first.split(counts)), deepstack_features=[list(layer.split(counts)) for layer in deep] or None
+        )
+        return {
+            "inputs_embeds": embeddings,
+            "attention_mask": batch.attention_mask,
+            "position_ids": self.position_ids(batch, ids),
+            "mm_encoder_outputs": {"video": output},
+        }
+
+    def position_ids(self, batch: Batch, ids: Tensor) -> Tensor:
+        """Positions in time, height and width, int64 (3, B, S)."""
+        assert batch.grid_thw is not None, "clips of this model have sizes of their own"
+        model: Any = base_model(self.llm)
+        positions, _ = model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=batch.visual_mask.int() * _VIDEO,
+            video_grid_thw=torch.tensor(batch.grid_thw, device=ids.device),
+            second_per_grid_ts=[self.seconds_per_patch] * len(batch),
+            attention_mask=batch.attention_mask,
+        )
+        return positions

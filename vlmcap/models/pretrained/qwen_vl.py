@@ -1,0 +1,125 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL taken apart into encoder, projector and language model.
+
+Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2511.21631.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmcap.errors import UserError
+from vlmcap.models.encoders.processor import Preprocessing, read_processor
+from vlmcap.models.llm.attention import choose_attention
+from vlmcap.models.llm.load import quantization_config
+from vlmcap.models.pretrained.parts import PretrainedParts
+from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
+from vlmcap.models.pretrained.qwen_encoder import QwenVisionEncoder
+from vlmcap.models.pretrained.qwen_frames import ClipTransform
+from vlmcap.models.pretrained.qwen_layout import VISION_END, VISION_START, TimestampedRuns
+from vlmcap.models.pretrained.qwen_merger import MergerProjector, MergerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QwenFamily:
+    """What tells the three apart.
+
+    Attributes:
+        class_name: Of transformers.
+        preprocessing: Where a checkpoint has no processor file.
+        has_timestamps: The prompt says the time of each temporal patch.
+    """
+
+    class_name: str
+    preprocessing: Preprocessing
+    has_timestamps: bool = False
+
+
+_CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+FAMILIES = {
+    "qwen2_vl": QwenFamily("Qwen2VLForConditionalGeneration", _CLIP),
+    "qwen2_5_vl": QwenFamily("Qwen2_5_VLForConditionalGeneration", _CLIP),
+    "qwen3_vl": QwenFamily("Qwen3VLForConditionalGeneration", Preprocessing((0.5,) * 3, (0.5,) * 3), has_timestamps=True),
+}
+# Whatever a clip's length, its frames count as taken at the rate that the checkpoints' processors sample at: cached features, prompts and
+# plans then know nothing of durations.
+_FRAME_RATE = 2.0
+
+
+def load_qwen_vl(
+    kind: str, folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, max_patches: int
+) -> PretrainedParts:
+    """A Qwen-VL checkpoint, taken apart; arguments as `load_pretrained`'s.
+
+    Raises:
+        UserError: The folder holds only a part of a model, or no tokenizer.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    model_class = getattr(transformers, FAMILIES[kind].class_name)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, model_class)}
+    if quantization != "none":
+        config = quantization_config(quantization, dtype)
+        config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # matched from the start of a name
+        options |= {"quantization_config": config, "device_map": device}
+    try:
+        model, loading = model_class.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {str(error).splitlines()[0]}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+    return split_qwen_vl(kind, model, max_patches=max_patches, processor=read_processor(folder), tokenizer=tokenizer)
+
+
+def build_qwen_vl(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int) -> PretrainedParts:
+    """The parts of a configuration with random weights, without a tokenizer and so without `visual_layout`."""
+    import transformers
+
+    model_class = getattr(transformers, FAMILIES[kind].class_name)
+    model = model_class._from_config(model_class.config_class.from_dict(dict(config)), dtype=dtype)
+    return split_qwen_vl(kind, model, max_patches=max_patches)
+
+
+def split_qwen_vl(
+    kind: str, model: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None, tokenizer: Any = None
+) -> PretrainedParts:
+    """The parts of a model of transformers, which is taken apart in place.
+
+    Args:
+        kind: A key of `FAMILIES`.
+        model: Of its class.
+        max_patches: Patches a frame at most.
+        processor: Content of the checkpoint's processor file.
+        tokenizer: Writes the timestamps of Qwen3-VL.
+
+    Raises:
+        UserError: The budget is below one token a frame.
+    """
+    family, tower = FAMILIES[kind], model.model.visual
+    vision, preprocessing = tower.config, family.preprocessing.updated(processor or {})
+    merge, span = vision.spatial_merge_size, vision.temporal_patch_size
+    if max_patches < merge**2:
+        raise UserError(f"encoder.max_patches must be at least {merge**2} for this model, not {max_patches}")
+    transform = ClipTransform(vision.patch_size, span, merge, max_patches, preprocessing.resampling)
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    encoder = QwenVisionEncoder(tower, transform=transform, preprocessing=preprocessing)
+    spec = MergerSpec(merge, encoder.grid)
+    model.model.visual = None  # the tower's weights are the encoder's now
+    is_timed = family.has_timestamps and tokenizer is not None
+    return PretrainedParts(
+        encoder=encoder.requires_grad_(False).eval(),
+        projector=MergerProjector(mergers, spec).float().requires_grad_(True),
+        llm=model.requires_grad_(False).eval(),
+        num_tokens=spec.num_tokens,
+        captioner_class=partial(QwenVLCaptioner, seconds_per_patch=span / _FRAME_RATE),
+        visual_prefix="" if family.has_timestamps else VISION_START,
+        visual_suffix=VISION_END,
+        visual_layout=TimestampedRuns(spec, tokenizer, _FRAME_RATE, span) if is_timed else None,
+    )

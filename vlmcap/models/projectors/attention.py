@@ -1,0 +1,54 @@
+"""Attention from a set of queries to features of another width.
+
+Legend: B batch, Q queries, K keys, H heads, D inner width, Dk width of the features.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, Q, D) -> (B, H, Q, D / H)."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(heads: Tensor) -> Tensor:
+    """(B, H, Q, D / H) -> (B, Q, D)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to features.
+
+    Args:
+        dim: D, a multiple of `num_heads`.
+        feature_dim: Dk.
+        num_heads: H.
+    """
+
+    def __init__(self, dim: int, feature_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(feature_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the queries found, (B, Q, D) and (B, K, Dk) -> (B, Q, D); `mask` is bool (B, 1, Q, K), True where to look."""
+        query = split_heads(self.query(queries), self.num_heads)
+        key, value = (split_heads(part, self.num_heads) for part in self.key_value(features).chunk(2, dim=-1))
+        attended: Tensor = self.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
+        return attended
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm and two linear layers with GELU, four times as wide inside; without the residual.
+
+    Args:
+        dim: Width of what comes in and goes out.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))

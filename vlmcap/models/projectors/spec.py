@@ -1,0 +1,177 @@
+"""All settings and sizes of a projector, and how many tokens come of them; nothing is built for it.
+
+Legend: F frames (tiles count), P patches a frame on a grid h × w, Dv vision width, V visual tokens a clip, Dl language width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vlmcap.errors import UserError
+from vlmcap.models.projectors.checks import check_spec
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorSpec:
+    """Settings and sizes of a projector.
+
+    Attributes:
+        kind: "linear", "mlp", "cross_attention", "perceiver", "c_abstractor" or "pixel_shuffle".
+        in_dim: Dv.
+        out_dim: Dl.
+        grid: The encoder's own (h, w).
+        num_frames: The most frames of a clip.
+        depth: Linear layers of mlp and pixel_shuffle.
+        use_layer_norm: LayerNorm in front of linear and mlp.
+        hidden_dim: Inner width of attention and convolutions; None is Dv, rounded up to even heads where there are any.
+        num_layers: Of cross_attention and perceiver; convolution blocks on each side of the pooling in c_abstractor.
+        num_heads: Of all attention.
+        queries: What attends in cross_attention: "learned" queries a frame, or the "prompt" a clip.
+        num_queries: Learned queries a frame (cross_attention), latents a clip (perceiver), tokens a frame (c_abstractor, a square).
+        num_prompt_tokens: Length of the question, for queries=prompt.
+        shuffle: Patches a side that pixel_shuffle joins.
+        reducer: "none", "pool", "resample", "merge" or "saliency", in front.
+        pool_size: Patches a side that pool averages.
+        resample_size: Side of the grid that resample gives.
+        keep_ratio: Share of tokens that merge keeps of a frame, saliency of a clip.
+        frame_stack: Consecutive frames joined in one token.
+        temporal: "none", "position" (in front), "attention" or "local_global" (behind).
+        window: Tokens that local_global sees on each side.
+        num_global: Global tokens of local_global.
+    """
+
+    kind: str
+    in_dim: int
+    out_dim: int
+    grid: Grid
+    num_frames: int
+    depth: int = 2
+    use_layer_norm: bool = False
+    hidden_dim: int | None = None
+    num_layers: int = 2
+    num_heads: int = 8
+    queries: str = "learned"
+    num_queries: int = 64
+    num_prompt_tokens: int | None = None
+    shuffle: int = 2
+    reducer: str = "none"
+    pool_size: int = 2
+    resample_size: int = 12
+    keep_ratio: float = 0.25
+    frame_stack: int = 1
+    temporal: str = "none"
+    window: int = 256
+    num_global: int = 8
+
+    def check(self) -> None:
+        """Nothing, or `UserError` with the first setting that cannot be."""
+        check_spec(self)
+        self.num_tokens(self.num_frames)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether any part attends."""
+        return self.kind in ("cross_attention", "perceiver") or self.temporal in ("attention", "local_global")
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether the reducer leaves tokens that stand on no grid."""
+        return self.reducer in ("merge", "saliency")
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether a fixed set of tokens reads the whole clip, so that none belongs to a frame."""
+        return self.kind == "perceiver" or (self.kind == "cross_attention" and self.queries == "prompt")
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of attention and convolutions."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        step = 2 * self.num_heads if self.has_heads else 1  # rotary embeddings turn pairs
+        return math.ceil(self.in_dim / step) * step
+
+    @property
+    def stacked_dim(self) -> int:
+        """Width of a token in front of the projection."""
+        return self.in_dim * self.frame_stack
+
+    def num_steps(self, num_frames: int) -> int:
+        """Frames, or stacks of frames, that the projection sees."""
+        assert num_frames % self.frame_stack == 0, f"{num_frames} frames do not divide into stacks of {self.frame_stack}"
+        return num_frames // self.frame_stack
+
+    def reduced_grid(self, grid: Grid) -> Grid:
+        """Grid of a frame in front of the projection; merge and saliency choose from it later."""
+        if self.reducer == "pool":
+            return math.ceil(grid[0] / self.pool_size), math.ceil(grid[1] / self.pool_size)
+        return (self.resample_size, self.resample_size) if self.reducer == "resample" else grid
+
+    def out_grid(self, grid: Grid) -> Grid:
+        """Places of a frame behind the projection, where frames have any.
+
+        Raises:
+            UserError: pixel_shuffle cannot divide the grid.
+        """
+        if self.kind == "cross_attention":
+            return 1, self.num_queries
+        if self.kind == "c_abstractor":
+            return math.isqrt(self.num_queries), math.isqrt(self.num_queries)
+        rows, columns = self.reduced_grid(grid)
+        if self.kind != "pixel_shuffle":
+            return rows, columns
+        if rows % self.shuffle or columns % self.shuffle:
+            raise UserError(self._indivisible(grid))
+        return rows // self.shuffle, columns // self.shuffle
+
+    def num_tokens(self, num_frames: int, grid: Grid | None = None) -> int:
+        """V of a clip.
+
+        Args:
+            num_frames: F of the clip.
+            grid: Its (h, w); None is the encoder's own.
+
+        Raises:
+            UserError: pixel_shuffle cannot divide the grid.
+        """
+        if self.kind == "perceiver":
+            return self.num_queries
+        if self.reads_clip:
+            assert self.num_prompt_tokens is not None
+            return self.num_prompt_tokens
+        places = math.prod(self.out_grid(grid or self.grid))
+        if self.chooses_tokens and self.kind in ("linear", "mlp"):
+            return num_chosen(self.reducer, self.keep_ratio, num_frames, places)
+        return self.num_steps(num_frames) * places
+
+    def _indivisible(self, grid: Grid) -> str:
+        factor = f"projector.shuffle={self.shuffle} does not divide the grid"
+        if self.reducer == "resample":
+            size = _nearest(self.resample_size, self.shuffle)
+            return f"{factor} of {self.resample_size} × {self.resample_size} patches; set projector.resample_size={size}"
+        pool = self.pool_size if self.reducer == "pool" else 1
+        rows, columns = (_nearest(side, self.shuffle, pool) for side in grid)
+        behind = f", pooled {pool} × {pool}" if pool > 1 else ""
+        return (
+            f"{factor} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × {columns} patches, "
+            "or choose another projector"
+        )
+
+
+def num_chosen(reducer: str, keep_ratio: float, num_frames: int, num_patches: int) -> int:
+    """Tokens of a clip that merge or saliency leaves: a share of each frame, or of the clip with at least one a frame."""
+    if reducer == "merge":
+        return num_frames * _share(keep_ratio, num_patches)
+    return max(num_frames, _share(keep_ratio, num_frames * num_patches))
+
+
+def _share(ratio: float, count: int) -> int:
+    return math.ceil(ratio * count - 1e-9)  # 0.07 · 100 is 7.000000000000001
+
+
+def _nearest(side: int, factor: int, pool: int = 1) -> int:
+    fitting = (n for n in range(1, side + 2 * factor * pool) if math.ceil(n / pool) % factor == 0)
+    return min(fitting, key=lambda n: (abs(n - side), -n))

@@ -1,0 +1,192 @@
+"""The page of every encoder, projector, language model, whole model and card that `conf/` names, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmcap.config import EncoderConfig, EncoderFamily, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
+from vlmcap.models.known import known_model_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.models.projectors import ProjectorSpec
+
+Row = Sequence[str]
+NONE = "–"
+PARITY_HEADER = ("status", "parity test", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One comparison with the reference implementation.
+
+    Attributes:
+        test: `path::name` of the test.
+        error: Largest absolute difference that it measured.
+    """
+
+    test: str
+    error: float
+
+
+def read_parity(file: Path) -> dict[str, Parity]:
+    """What `encoder:clip`, `llm:qwen3` and their like measured; empty without the file."""
+    if not file.is_file():
+        return {}
+    return {key: Parity(**value) for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def markdown_table(header: Row, rows: Iterable[Row]) -> str:
+    """A table whose cells are given as Markdown; a `|` in them is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+ENCODER_HEADER = ("name", "checkpoint", "class", "parameters", "width", "visual tokens a frame", "licence", *PARITY_HEADER)
+
+
+def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
+    """Of one encoder.
+
+    Args:
+        config: Its settings.
+        encoder: Built from them, weights not needed.
+        parity: All measured errors.
+    """
+    whole = known_model_config(config.checkpoint)
+    tower = _without_weights("AutoModel", getattr(whole, "vision_config", whole))
+    up_to = "at most " if config.family is EncoderFamily.siglip2_naflex else ""
+    return (
+        f"`{config.name}`",
+        _link(config.checkpoint),
+        f"`{type(tower).__name__}`",
+        _millions(tower),
+        str(encoder.embed_dim),
+        f"{up_to}{encoder.num_patches}",
+        _licence(config.licence, config.gate),
+        *_parity(parity, f"encoder:{config.family.value}"),
+    )
+
+
+PROJECTOR_HEADER = ("name", "parameters, 1 024 → 4 096", "tokens of 8 frames of 24 × 24 patches", *PARITY_HEADER)
+
+
+def projector_row(config: ProjectorConfig, spec: ProjectorSpec, parity: Mapping[str, Parity]) -> Row:
+    """Of one projector.
+
+    Args:
+        config: Its settings.
+        spec: The same with sizes: widths 1 024 and 4 096, 8 frames of 24 × 24 patches.
+        parity: All measured errors.
+    """
+    from vlmcap.models.projectors import build_projector
+
+    with torch.device("meta"):
+        projector = build_projector(spec)
+    tokens = _thousands(spec.num_tokens(spec.num_frames))
+    return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind.value}"))
+
+
+LLM_HEADER = ("name", "checkpoint", "class", "parameters", "width", "layers", "context", "licence", *PARITY_HEADER)
+
+
+def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
+    """Of one language model."""
+    known = known_model_config(config.checkpoint)
+    model = _without_weights("AutoModelForCausalLM", known)
+    return (
+        f"`{config.name}`",
+        _link(config.checkpoint),
+        f"`{type(model).__name__}`",
+        _millions(model),
+        str(known.hidden_size),
+        str(known.num_hidden_layers),
+        _thousands(known.max_position_embeddings),
+        _licence(config.licence, config.gate),
+        *_parity(parity, f"llm:{known.model_type}"),
+    )
+
+
+MODEL_HEADER = ("name", "checkpoint", "class", "parameters", "visual tokens", "licence", *PARITY_HEADER)
+
+
+def model_row(config: ModelConfig, parity: Mapping[str, Parity]) -> Row:
+    """Of one whole model."""
+    known = known_model_config(config.checkpoint)
+    model = _without_weights("AutoModelForImageTextToText", known)
+    return (
+        f"`{config.name}`",
+        _link(config.checkpoint),
+        f"`{type(model).__name__}`",
+        _millions(model),
+        _whole_model_tokens(known),
+        _licence(config.licence, config.gate),
+        *_parity(parity, f"model:{config.kind.value}"),
+    )
+
+
+HARDWARE_HEADER = ("name", "GiB", "precision", "weights", "attention", "clips a step", "frames", "image size", "checkpointing")
+
+
+def hardware_row(config: HardwareConfig) -> Row:
+    """Of one card."""
+    return (
+        f"`{config.name}`",
+        f"{config.memory_gib:g}",
+        config.precision.name,
+        config.quantization.name,
+        config.attention,
+        f"{config.batch_size} × {config.accumulate_grad_batches}",
+        str(config.num_frames),
+        "the encoder's" if config.image_size is None else str(config.image_size),
+        "yes" if config.gradient_checkpointing else "no",
+    )
+
+
+def _without_weights(auto_class: str, config: Any) -> nn.Module:
+    import transformers
+
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, auto_class).from_config(config)
+    return model
+
+
+def _whole_model_tokens(config: Any) -> str:
+    vision = config.vision_config
+    if hasattr(vision, "spatial_merge_size"):
+        side = vision.patch_size * vision.spatial_merge_size
+        return f"one for {side} × {side} pixels of {vision.temporal_patch_size} frames"
+    side = vision.image_size // vision.patch_size // config.spatial_pool_stride
+    return f"{side * side} a frame"
+
+
+def _parity(parity: Mapping[str, Parity], key: str) -> Row:
+    if found := parity.get(key):
+        return "tested at tiny size", f"`{found.test}`", f"{found.error:.0e}".replace("e-0", "e-")
+    return "tested by its properties" if key.startswith("projector:") else "not compared yet", NONE, NONE
+
+
+def _licence(licence: str, gate: str | None) -> str:
+    name = licence or gate or NONE
+    return f"{name}; gated: accept it on the checkpoint's page" if gate else name
+
+
+def _link(checkpoint: str) -> str:
+    return f"[{checkpoint}](https://huggingface.co/{checkpoint})"
+
+
+def _millions(module: nn.Module) -> str:
+    millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    return f"{millions:.1f} M" if millions < 1000 else f"{_thousands(round(millions))} M"
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
