@@ -9,7 +9,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format wheel clean
+.PHONY: help venv demo test models check format wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -23,6 +23,11 @@ demo: $(STAMP) ## train the demo on the CPU: a few minutes, no download (ARGS="s
 
 test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
+	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
+	$(BIN)/python -m vlmcap.build.model_table --measured .parity.xml
+	@rm -f .parity.xml; echo "docs/models.md is current."
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

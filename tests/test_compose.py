@@ -152,6 +152,8 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["tuning.encoder=lora"], ["tuning.encoder=lora changes the features", "cache.enabled=false"]),
         (["model=qwen2_vl_7b", "encoder=clip"], ["model=qwen2_vl_7b brings its own encoder", "leave encoder=clip out", "model=assembled"]),
         (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
+        (["model=qwen2_vl_7b", "projector.reducer=pool"], ["projector.reducer=pool changes nothing in model=qwen2_vl_7b"]),
+        (["model=qwen2_vl_7b", "encoder.image_size=448"], ["encoder.image_size=448 changes nothing in model=qwen2_vl_7b"]),
         (["encoder=own"], ["model=assembled has no own encoder", "choose another encoder"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

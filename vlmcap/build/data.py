@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.build.model import Assembly
 from vlmcap.build.parts import device_of
-from vlmcap.config import Config, ModelKind, Split
+from vlmcap.config import Config, Split
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def dataset_maker(config: Config, assembly: Assembly, clips: Mapping[str, Sequen
 
     if not config.cache.enabled:
         return lambda chosen: decoded_dataset(config, assembly, chosen)
-    base = "encoder" if config.model.kind is ModelKind.assembled else "model"
+    base = "model" if config.is_whole else "encoder"
     caches: list[FeatureCache] = []
     for split, members in clips.items():
         key = cache_key(

@@ -16,7 +16,7 @@ from vlmcap.build.parts import (
     projector_spec,
     train_encoder,
 )
-from vlmcap.config import Config, ModelKind
+from vlmcap.config import Config
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def locate_sources(config: Config) -> Sources:
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
-    is_whole = config.model.kind is not ModelKind.assembled
-    for part in ("model",) if is_whole else ("encoder", "llm"):
+    for part in ("model",) if config.is_whole else ("encoder", "llm"):
         settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
         folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
         bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
@@ -90,9 +89,7 @@ def assemble(config: Config) -> Assembly:
         UserError: A part is missing or the parts do not fit.
     """
     sources = locate_sources(config)
-    if config.model.kind is ModelKind.assembled:
-        return _assemble_parts(config, sources)
-    return _assemble_whole(config, sources)
+    return _assemble_whole(config, sources) if config.is_whole else _assemble_parts(config, sources)
 
 
 def _assemble_parts(config: Config, sources: Sources) -> Assembly:
@@ -161,9 +158,8 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
     text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
     longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
     if num_visual + text + longest > context:
-        is_whole = config.model.kind is not ModelKind.assembled
         name, mend = f"llm={config.llm.name}", "set projector.reducer=pool"
-        if is_whole:
+        if config.is_whole:
             name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
         raise UserError(
             f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "

@@ -37,6 +37,7 @@ HEAD = """# Models
 Every name that a group takes. Sizes and contexts come from the checkpoints' configurations, built in the class named, without weights
 and without a download. A parity test builds the class with tiny random weights, loads it the way a checkpoint is loaded, and compares
 with the reference implementation; *error* is the largest absolute difference that it measured. Published weights were not run for it.
+Licences are a first hint and were not all checked at the source: read the checkpoint's page before you use one.
 
 """
 NOT_OFFERED = """## Not offered

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.build.checkpoints import checkpoint_identity, load_weights, read_checkpoint
+from vlmcap.build.checks import check_objective, check_stages
 from vlmcap.build.data import build_data, load_splits
 from vlmcap.build.demo import prepare
 from vlmcap.build.model import Assembly, assemble
@@ -56,8 +57,8 @@ def train(config: Config) -> float:
     folder = Path(config.paths.output_dir)
     resumed = find_resume(config)
     step = None if resumed is None else int(read_checkpoint(resumed)["global_step"])
-    _check_stages(config)
-    _check_objective(config)
+    check_stages(config)
+    check_objective(config)
     device_of(config)  # a missing card is said before anything is made
     clips = {} if config.data.is_demo else load_splits(config, find_splits(config))  # so is bad data
     config = prepare(config)
@@ -164,7 +165,7 @@ def build_run(
         enable_progress_bar=has_bar,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module's own sampler never repeats a clip in evaluation
-        deterministic=config.trainer.deterministic,
+        deterministic="warn" if config.trainer.deterministic else False,  # an operation without such a kernel is no reason to lose a run
         default_root_dir=folder,
     )
     return Run(module, data, trainer, evaluation, folder)
@@ -203,27 +204,6 @@ def write_json(path: Path, values: Any) -> None:
         partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_stages(config: Config) -> None:
-    stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
-    if not stages:
-        raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.stages.<name>.epochs")
-    if not config.tuning.use_lora and any(stage.adapter_lr > 0 for stage in stages):
-        raise UserError("tuning.stages gives the adapters a learning rate, but tuning.use_lora=false; set it to true, or adapter_lr to 0")
-
-
-def _check_objective(config: Config) -> None:
-    from vlmcap.training.evaluation import LOOP_METRICS
-
-    known = ("loss", *LOOP_METRICS)
-    for key, metric, splits in (("objective", config.objective, ("val", "test")), ("data.monitor", config.data.monitor, ("val",))):
-        split, _, name = metric.partition("/")
-        if split not in splits or not (name in known or name.startswith(("facts/", "swapped/"))):
-            there = "/ or ".join(splits)
-            raise UserError(f"{key}={metric} is not measured; choose {there}/ and one of {', '.join(known)}, facts/<fact>")
-    if config.objective_mode not in ("min", "max"):
-        raise UserError(f"objective_mode={config.objective_mode} must be min or max")
-
-
 def _show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[str, int]]:
     from vlmcap.training.progress import part_counts, show_parts
 
@@ -233,7 +213,7 @@ def _show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[
         "batch": f"{config.data.batch_size} × {config.trainer.accumulate_grad_batches}",
         "precision": config.hardware.precision.value,
     }
-    title = f"{config.encoder.name} + {config.projector.name} + {config.llm.name}, {config.tuning.name}, on {config.hardware.name}"
+    title = f"{' + '.join(config.part_names.values())}, {config.tuning.name}, on {config.hardware.name}"
     show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
     return parts
 

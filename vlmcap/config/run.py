@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import MISSING
 
@@ -164,8 +164,18 @@ class Config:
     objective_mode: str = "max"
     checkpoint: str | None = None  # resume: a file, or "last" for this output_dir's last one
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a pretrained model stands in place of the three parts."""
+        return self.model.kind is not ModelKind.assembled
+
+    @property
+    def part_names(self) -> dict[str, str]:
+        """What the model is made of, group to name: for titles, tags and groups of runs."""
+        groups = ("model",) if self.is_whole else ("encoder", "projector", "llm")
+        return {group: getattr(self, group).name for group in groups}
+
     def __post_init__(self) -> None:
-        is_whole = self.model.kind is not ModelKind.assembled
         own = {
             "encoder": self.encoder.family is EncoderFamily.own,
             "projector": self.projector.kind is ProjectorKind.own,
@@ -173,10 +183,23 @@ class Config:
         }
         for part, is_own in own.items():
             name = getattr(self, part).name
-            mend = f"leave {part}={name} out, or set model=assembled" if is_whole else f"choose another {part}"
-            what = "brings its own" if is_whole else "has no own"
-            require(is_own == is_whole, f"model={self.model.name} {what} {part}, so {part}={name} does not go with it: {mend}")
+            mend = f"leave {part}={name} out, or set model=assembled" if self.is_whole else f"choose another {part}"
+            what = "brings its own" if self.is_whole else "has no own"
+            require(is_own == self.is_whole, f"model={self.model.name} {what} {part}, so {part}={name} does not go with it: {mend}")
+        if self.is_whole:
+            _refuse_unread("projector", self.projector, ProjectorConfig("own", ProjectorKind.own), self.model.name)
+            fixed = EncoderConfig("own", EncoderFamily.own)
+            fixed = replace(self.encoder, feature_layer=fixed.feature_layer, image_size=fixed.image_size, tiling=fixed.tiling)
+            _refuse_unread("encoder", self.encoder, fixed, self.model.name)
         require(
             self.tuning.encoder is EncoderTuning.none or not self.cache.enabled,
             f"tuning.encoder={self.tuning.encoder.name} changes the features that cache.enabled=true keeps; set cache.enabled=false",
         )
+
+
+def _refuse_unread(part: str, given: object, fixed: object, model: str) -> None:
+    """`ValueError` for a setting of a part that a whole model brings as it is."""
+    for known in fields(given):  # type: ignore[arg-type]
+        value = getattr(given, known.name)
+        key = f"{part}.{known.name}={getattr(value, 'value', value)}"
+        require(value == getattr(fixed, known.name), f"{key} changes nothing in model={model}, which brings its own {part}; leave it out")

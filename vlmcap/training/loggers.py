@@ -84,22 +84,20 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
 
 
 def _wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path) -> Logger:
-    """Runs group by encoder and language model without a click: group, tags and flat config keys say what differs."""
+    """Runs group by encoder and language model, or by whole model, without a click: group, tags and flat config keys say what differs."""
     reason = _offline_reason(config.logger.offline)
     if reason:
         print(f"W&B: offline, {reason}; `wandb sync {folder / 'wandb'}/offline-run-*` uploads the run later.", flush=True)
-    encoder, projector, llm = config.encoder.name, config.projector.name, config.llm.name
+    parts = config.part_names
     return WandbLogger(
         project=config.logger.project,
         save_dir=folder,
         offline=bool(reason),
-        name=f"{encoder}-{projector}-{llm}-{config.tuning.name}-s{config.seed}",
-        group=f"{encoder}+{llm}",
+        name="-".join([*parts.values(), config.tuning.name, f"s{config.seed}"]),
+        group="+".join(name for group, name in parts.items() if group != "projector"),
         job_type="train",
         tags=[
-            f"encoder={encoder}",
-            f"projector={projector}",
-            f"llm={llm}",
+            *(f"{group}={name}" for group, name in parts.items()),
             f"tuning={config.tuning.name}",
             f"hardware={config.hardware.name}",
         ],
