@@ -115,6 +115,19 @@ def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) 
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: VideoCaptioner) -> None:
+    """HyperCLOVA X scales behind the head: without it, training would see logits several times those that captions are decoded from."""
+    from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = HyperCLOVAXConfig(vocab_size=len(captioner.prompt.tokenizer), logits_scaling=0.125, initializer_range=0.5, **sizes)
+    captioner.llm = HyperCLOVAXForCausalLM(config).eval()
+    batch = collate(captioner, samples())
+    loss, count = captioner.loss_sum(batch)
+    output = captioner.llm(inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels)
+    assert (loss / count).item() == pytest.approx(output.loss.item(), rel=1e-5)
+
+
 def test_the_head_sees_label_positions_only(captioner: VideoCaptioner) -> None:
     batch, seen = collate(captioner, samples()), []
     base_model(captioner.llm).lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))  # type: ignore[union-attr,operator]

@@ -21,7 +21,7 @@ def test_a_hub_id_without_network_is_one_sentence() -> None:
     with pytest.raises(UserError) as caught:
         locate("nobody/no-such-model", None, key="encoder.checkpoint", gate="DINOv3 License")
     sentence = str(caught.value)
-    for part in ("'nobody/no-such-model'", "encoder.checkpoint", "accept its licence", "DINOv3 License"):
+    for part in ("'nobody/no-such-model'", "encoder.checkpoint", "accept its licence", "DINOv3 License", "hf auth login"):
         assert part in sentence
     assert "\n" not in sentence
 
@@ -166,6 +166,14 @@ def test_only_the_files_of_the_wanted_part_are_fetched(monkeypatch: pytest.Monke
     assert fake.fetched() == set(fake.names)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/model.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"vision_tower.a": name}}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="not in its own folder"):
+        fingerprint(tmp_path, "a", part="vision_")
+
+
 def test_the_fingerprint_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": WEIGHT_MAP}))
@@ -184,6 +192,12 @@ def test_without_the_hub_an_earlier_snapshot_does(monkeypatch: pytest.MonkeyPatc
     fake.is_reachable = False
     assert locate("lmsys/vicuna-7b-v1.5", None, key="llm.checkpoint") == tmp_path
     assert fake.asked == [{"checkpoint": "lmsys/vicuna-7b-v1.5", "revision": None, "local_files_only": True}]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": WEIGHT_MAP}))
+    for number in (1, 3):
+        (tmp_path / f"model-0000{number}-of-00003.safetensors").write_bytes(b"")
+    assert locate("lmsys/vicuna-7b-v1.5", None, key="encoder.checkpoint", part="vision_") == tmp_path
+    with pytest.raises(UserError, match="ConnectionError"):  # only the vision tower's files are there
+        locate("lmsys/vicuna-7b-v1.5", None, key="llm.checkpoint")
     fake.is_cached = False
     with pytest.raises(UserError, match=r"ConnectionError.*llm\.checkpoint"):
         locate("lmsys/vicuna-7b-v1.5", None, key="llm.checkpoint")

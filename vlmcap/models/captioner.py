@@ -118,11 +118,15 @@ class VideoCaptioner(nn.Module):
 
         The head runs on label positions only: with a vocabulary of 150 000, logits of visual positions would be most of the memory.
         """
-        model: Any = base_model(self.llm)
-        hidden = model.model(**self.language_inputs(batch), use_cache=False).last_hidden_state
         labels = _required(batch.labels)[:, 1:]
         is_label = labels != -100
-        logits = model.lm_head(hidden[:, :-1][is_label])
+        model: Any = base_model(self.llm)
+        # Through the class's own forward, as some scale what the head gives (HyperCLOVA X).
+        handle = model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][is_label],))
+        try:
+            logits = model(**self.language_inputs(batch), use_cache=False).logits
+        finally:
+            handle.remove()
         return F.cross_entropy(logits.float(), labels[is_label], reduction="sum"), int(is_label.sum())
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
     try:
         return _download(checkpoint, revision, part)
     except Exception as error:  # the hub client raises a dozen kinds; to the user they are one
-        licence = f" and accept its licence there first ({gate})" if gate else ""
+        licence = f", accept its licence there ({gate}) and log in with `hf auth login`" if gate else ""
         raise UserError(
             f"checkpoint '{checkpoint}' is neither a folder nor could it be downloaded ({type(error).__name__}): "
             f"set {key} to a local folder in Hugging Face layout, or connect to the hub{licence}"
@@ -82,9 +82,13 @@ def _download(checkpoint: str, revision: str | None, part: str | None) -> Path:
         names = list_repo_files(checkpoint, revision=revision)
     except Exception as unreachable:
         try:
-            return Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
+            folder = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
         except Exception:
             raise unreachable from None  # says more than that there is no snapshot
+        index = folder / _index_of(_SAFE)
+        if index.is_file() and not all((folder / file).is_file() for file in _shards(index, part or "")):
+            raise unreachable from None  # another part of the same model was fetched
+        return folder
     weights = [_weights_pattern(names)]
     if part is not None and (index := _index_of(weights[0])) in names:
         weights = _shards(Path(hf_hub_download(checkpoint, index, revision=revision)), part)
@@ -104,6 +108,8 @@ def _index_of(pattern: str) -> str:
 def _shards(index: Path, part: str) -> list[str]:
     """Files with a tensor that has `part` in its name; all files where none has, as in a checkpoint of the part alone."""
     files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if outside := next((file for file in files.values() if Path(file).name != file), None):
+        raise UserError(f"{index} names {outside}, which is not in its own folder; take the checkpoint from another source")
     return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
 
 

@@ -182,8 +182,14 @@ def test_pickled_weights_only_where_there_are_no_others(checkpoints: dict[str, C
     pickled.write_bytes(b"not opened")
     assert_same_features(checkpoint)
     torch.save({f"vision_model.{name}": tensor for name, tensor in load_file(file).items()}, pickled)
+    weights = torch.load(pickled, weights_only=True)
     file.unlink()
     assert_same_features(checkpoint)
+    torch.save(weights, pickled, _use_new_zipfile_serialization=False)  # as before torch 1.6
+    assert_same_features(checkpoint)
+    pickled.write_bytes(b"")
+    with pytest.raises(UserError, match="could not be read"):
+        checkpoint.load()
     torch.save({"vision_model.embeddings.class_embedding": pytest.raises}, pickled)
     with pytest.raises(UserError, match="could not be read"):
         checkpoint.load()

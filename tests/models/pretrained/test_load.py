@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from vlmcap.data.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.encoders.adapt import add_tower_lora
 from vlmcap.models.known import known_config
 from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.adapt import add_lora
@@ -64,6 +65,23 @@ def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_fo
     now = dict(captioner.named_parameters())
     assert all(torch.equal(frozen[name], now[name]) for name in frozen)
     assert [name for name in before if torch.equal(before[name], now[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[str, Path]) -> None:
+    """Clips of two sizes, so that one is padded; adapters on linear layers alone, not on the convolution that shares a name with one."""
+    parts = load(kind, qwen_folders[kind])
+    if tuning == "lora":
+        add_tower_lora(parts.encoder.tower, rank=2, alpha=4, dropout=0.0)
+    else:
+        parts.encoder.requires_grad_(True)
+    captioner, batch = adapted(parts, qwen_folders[kind])
+    captioner.train().loss_sum(batch)[0].backward()
+    trained = {name: parameter for name, parameter in parts.encoder.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+    assert not any("patch_embed" in name and "lora_" in name for name in trained)
 
 
 @pytest.mark.parametrize("kind", KINDS)

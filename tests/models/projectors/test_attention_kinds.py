@@ -120,3 +120,21 @@ def test_the_inner_width_keeps_true_sizes_small(kind: str) -> None:
     expected = {"cross_attention": (85.4, 1127.8), "perceiver": (87.1, 1291.7)}[kind]
     assert millions[None] == pytest.approx(expected[0], abs=0.1)
     assert millions[5120] == pytest.approx(expected[1], abs=0.1)
+
+
+@pytest.mark.parametrize("queries", ["learned", "prompt"])
+def test_half_precision_keeps_the_features_once_for_all_layers(spec_of: Make, queries: str) -> None:
+    """At true size a copy is a quarter of a GiB."""
+    projector = build_projector(spec_of("cross_attention", queries=queries, num_layers=3, hidden_dim=12))
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype is torch.bfloat16 and tensor.shape[-1] == DV and tensor.numel() == 2 * FRAMES * 16 * DV:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        tokens = projector(torch.randn(2, FRAMES, 16, DV), prompt=torch.randn(5, DL))
+    assert len(kept) == 1
+    tokens.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in projector.parameters())

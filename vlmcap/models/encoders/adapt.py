@@ -23,7 +23,8 @@ def add_tower_lora(tower: nn.Module, *, rank: int, alpha: int, dropout: float, u
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = sorted({name.rsplit(".", 1)[-1] for name, module in tower.named_modules() if isinstance(module, nn.Linear)})
+    # Full names: in Qwen's towers a convolution has the last name of a linear layer (proj), and peft would adapt it too.
+    targets = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not targets:
         raise UserError("tuning.encoder=lora finds no linear layer in this encoder; set tuning.encoder=full or none")
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora, target_modules=targets)

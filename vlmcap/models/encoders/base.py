@@ -116,7 +116,7 @@ class VisionEncoder(nn.Module):
             frames: None of them padding.
             sizes: Patch rows and columns of each; here all have the encoder's own.
         """
-        pixels = (frames.to(self.mean.dtype) - self.mean) / self.std
+        pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)  # in place: large frames
         hidden: Tensor = self.tower(pixel_values=pixels.to(self._dtype), **self.arguments).last_hidden_state
         patches = hidden[:, self.num_prefix_tokens :]
         assert patches.shape[1] == self.num_patches, f"{patches.shape[1]} patches, {self.num_patches} expected"

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def read_weights(folder: Path, shapes: Mapping[str, torch.Size], names: Names, d
                 for name, part in zip(targets, parts, strict=True)
                 if name in shapes
             }
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"encoder.checkpoint {folder} could not be read ({reason}); check encoder.family, or copy it again") from error
     _check(folder, shapes, weights)
@@ -80,7 +81,8 @@ def _read(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str,
     for file, keys in files.items():
         if keys is not None and not any(map(is_wanted, keys)):
             continue
-        pickled: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no zip archives, and only those can be mapped.
+        pickled: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
         yield from ((key, tensor) for key, tensor in pickled.items() if is_wanted(key))
     if not files:
         raise FileNotFoundError("it has no model.safetensors")

@@ -6,8 +6,7 @@ LoRA (Hu et al., https://arxiv.org/abs/2106.09685), and as options DoRA (Liu et 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -31,7 +30,6 @@ def add_lora(
     use_dora: bool = False,
     use_rslora: bool = False,
     use_experts: bool = False,
-    exclude: Sequence[str] = (),
 ) -> PeftModel:
     """`model` with adapters in float32 beside its frozen weights; head, embeddings and the routers of experts never get one.
 
@@ -44,7 +42,6 @@ def add_lora(
         use_dora: Learn the length of each weight column beside its direction.
         use_rslora: Another scale, which lets higher ranks learn more.
         use_experts: Plain LoRA on the experts of a mixture-of-experts model too.
-        exclude: Regular expressions; a module whose full name begins with a match gets no adapter.
 
     Raises:
         UserError: A name fits no layer that may have an adapter, or experts are asked for and there are none.
@@ -57,7 +54,7 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=_targets(model, target_modules, exclude),
+        target_modules=_targets(model, target_modules),
         use_dora=use_dora,
         use_rslora=use_rslora,
         task_type="CAUSAL_LM",
@@ -77,13 +74,13 @@ def base_model(model: nn.Module) -> nn.Module:
     return cast(nn.Module, inner()) if callable(inner) and hasattr(model, "peft_config") else model
 
 
-def _targets(model: nn.Module, wanted: str, exclude: Sequence[str]) -> list[str]:
+def _targets(model: nn.Module, wanted: str) -> list[str]:
     """Full names of the layers to adapt.
 
     Raises:
         UserError: Naming the first name that fits none.
     """
-    linear = [name for name in _linear_layers(model) if not any(re.match(pattern, name) for pattern in exclude)]
+    linear = _linear_layers(model)
     if wanted == "all-linear":
         return linear
     names = [name.strip() for name in wanted.split(",") if name.strip()]

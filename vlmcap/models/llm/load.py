@@ -98,10 +98,11 @@ def _language_config(folder: Path) -> tuple[Any, Any, bool]:
 
     try:
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        text = whole.get_text_config()
-        return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
-    except (ValueError, OSError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+    text = whole.get_text_config()
+    try:
+        return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
     except KeyError as error:
         raise UserError(
             f"llm.checkpoint {folder} holds no causal language model but a {text.model_type}; take another llm, or model= for a whole one"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.models.encoders.processor import Preprocessing
@@ -77,16 +78,19 @@ class QwenVisionEncoder(nn.Module):
     def forward(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
         """Patch features, uint8 (B, T, P, 3 · t · p · p) -> (B, T, P, Dv), zeros where a clip is smaller than the batch."""
         assert grid_thw is not None, "clips of this encoder have sizes of their own"
-        merge = self.transform.merge_size
+        merge, (num_steps, num_patches) = self.transform.merge_size, frames.shape[1:3]
         own = [to_blocks(clip[:steps, : h * w], (h, w), merge) for clip, (steps, h, w) in zip(frames, grid_thw, strict=True)]
-        patches = torch.cat([clip.flatten(0, 1) for clip in own])
-        pixels = (patches.unflatten(-1, (3, -1)).to(self.mean.dtype) - self.mean) / self.std
+        flat = torch.cat([clip.flatten(0, 1) for clip in own])
+        pixels = (flat.unflatten(-1, (3, -1)).to(self.mean.dtype) - self.mean) / self.std
         sizes = torch.tensor(grid_thw, device=frames.device)
         output = self.tower(pixels.flatten(1).to(self.tower.patch_embed.proj.weight.dtype), grid_thw=sizes)
         layers = [output.pooler_output, *(output.deepstack_features if self.num_deep_layers else ())]
         blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(0, 1)  # (4 · N, Dv)
-        features = blocks.new_zeros(*frames.shape[:3], self.embed_dim)
         ends = [steps * h * w for steps, h, w in grid_thw]
-        for row, clip, (steps, h, w) in zip(features, blocks.split(ends), grid_thw, strict=True):
-            row[:steps, : h * w] = from_blocks(clip.reshape(steps, h * w, -1), (h, w), merge)
-        return features
+        # Padded and stacked, not written into zeros: autograd refuses to write into a row of an iterated tensor.
+        return torch.stack(
+            [
+                F.pad(from_blocks(clip.reshape(steps, h * w, -1), (h, w), merge), (0, 0, 0, num_patches - h * w, 0, num_steps - steps))
+                for clip, (steps, h, w) in zip(blocks.split(ends), grid_thw, strict=True)
+            ]
+        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.models.pretrained.qwen_frames import to_blocks
+from vlmcap.models.projectors.precision import wide_autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,7 @@ class MergerProjector(nn.Module):
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None, prompt: Tensor | None = None) -> Tensor:
         """Visual tokens, (B, T, P, Dv) -> float32 (B, V, (1 + n) · Dl); those of the DeepStack layers stand behind the token's own."""
         assert grid is not None, "clips of this projector have sizes of their own"
-        device = features.device.type
-        is_narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not is_narrow):
+        with wide_autocast(features):
             layers = to_blocks(features, grid, self.spec.merge_size).float().chunk(len(self.mergers), dim=-1)
             tokens = [merger(layer.flatten(0, 2).contiguous()) for merger, layer in zip(self.mergers, layers, strict=True)]
         return torch.cat(tokens, dim=-1).float().unflatten(0, (len(features), -1))

@@ -5,6 +5,7 @@ Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, htt
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.processor import Preprocessing, read_processor
-from vlmcap.models.llm.attention import choose_attention
+from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.load import quantization_config
 from vlmcap.models.pretrained.parts import PretrainedParts
 from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
@@ -69,12 +70,16 @@ def load_qwen_vl(
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # matched from the start of a name
         options |= {"quantization_config": config, "device_map": device}
     try:
-        model, loading = model_class.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+        model, loading = model_class.from_pretrained(
+            folder, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {reason}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+    check_attention(model, options["attn_implementation"])
     return split_qwen_vl(kind, model, max_patches=max_patches, processor=read_processor(folder), tokenizer=tokenizer)
 
 

@@ -5,8 +5,11 @@ Legend: B batch, Q queries, K keys, H heads, D inner width, Dk width of the feat
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlmcap.models.projectors.precision import autocast_device
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -17,6 +20,12 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
 def join_heads(heads: Tensor) -> Tensor:
     """(B, H, Q, D / H) -> (B, Q, D)."""
     return heads.transpose(1, 2).flatten(2)
+
+
+def cast_once(features: Tensor) -> Tensor:
+    """The features as autocast would cast them, once for all layers that read them: it keeps a copy a layer for the way back."""
+    device = autocast_device(features)
+    return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 
 
 class CrossAttention(nn.Module):

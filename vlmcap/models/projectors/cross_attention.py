@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlmcap.models.projectors.attention import CrossAttention, FeedForward
+from vlmcap.models.projectors.attention import CrossAttention, FeedForward, cast_once
 from vlmcap.models.projectors.base import Projection, TokenLayout
 
 
@@ -45,6 +45,7 @@ class QueryProjector(Projection):
             features, queries = self.norm(tokens.flatten(1, 2)), self.queries.repeat(frames, 1).expand(batch, -1, -1)
             own_frame = torch.arange(frames, device=tokens.device).repeat_interleave(len(self.queries))
             mask = (own_frame[:, None] == layout.frame_of[:, None, :]).unsqueeze(1)
+        features = cast_once(features)
         for layer in self.layers:
             queries = layer(queries, features, mask)
         projected: Tensor = self.readout(queries)
@@ -86,7 +87,7 @@ class PromptProjector(Projection):
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens of the question, (B, F, P, D) -> (B, 1, N, Dl)."""
         assert layout.prompt is not None, "queries=prompt needs the embeddings of the question"
-        features = tokens.flatten(1, 2)
+        features = cast_once(tokens.flatten(1, 2))
         words: Tensor = self.embed(layout.prompt.float()).expand(len(tokens), -1, -1)
         for layer in self.layers:
             words = layer(words, features)

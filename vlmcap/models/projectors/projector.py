@@ -16,6 +16,7 @@ from vlmcap.models.projectors.local_global import LocalGlobalAttention
 from vlmcap.models.projectors.mlp import MLPProjector
 from vlmcap.models.projectors.perceiver import PerceiverProjector
 from vlmcap.models.projectors.pixel_shuffle import PixelShuffleProjector
+from vlmcap.models.projectors.precision import autocast_device, wide_autocast
 from vlmcap.models.projectors.reducers import PoolReducer, ResampleReducer, stack_frames
 from vlmcap.models.projectors.selection import MergeReducer, SaliencyReducer
 from vlmcap.models.projectors.spec import Grid, ProjectorSpec
@@ -55,11 +56,9 @@ class Projector(nn.Module):
         """
         grid = grid or self.spec.grid
         assert features.shape[2] == grid[0] * grid[1], f"{features.shape[2]} patches are no grid of {grid[0]} × {grid[1]}"
-        device = "cpu" if features.is_meta else features.device.type  # autocast does not know the meta device
-        is_narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(autocast_device(features), enabled=False):
             tokens, layout = self._prepare(features.float(), grid, prompt)
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not is_narrow):
+        with wide_autocast(features):
             tokens = self.projection(tokens, layout)
             if self.after is not None:
                 tokens = self.after(tokens, self.spec.out_grid(grid))
