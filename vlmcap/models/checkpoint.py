@@ -85,8 +85,8 @@ def _download(checkpoint: str, revision: str | None, part: str | None) -> Path:
             folder = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
         except Exception:
             raise unreachable from None  # says more than that there is no snapshot
-        index = folder / _index_of(_SAFE)
-        if index.is_file() and not all((folder / file).is_file() for file in _shards(index, part or "")):
+        listed = folder / _index_of(_SAFE)
+        if listed.is_file() and not all((folder / file).is_file() for file in _shards(listed, part or "")):
             raise unreachable from None  # another part of the same model was fetched
         return folder
     weights = [_weights_pattern(names)]
