@@ -200,6 +200,7 @@ def told_in_one_sentence() -> Iterator[None]:
 
     Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
     """
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
     try:
@@ -209,11 +210,22 @@ def told_in_one_sentence() -> Iterator[None]:
         cause = error if isinstance(error, UserError) else _innermost(error)
         sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
         _remove_unused_folder()
+        if _is_sweep():  # an exit would end the jobs to come as well; Hydra raises this one again when all are done
+            print(f"Error in job {HydraConfig.get().job.num}: {sentence}", file=sys.stderr)
+            raise UserError(f"a job of the sweep was refused, and the others ran: {sentence}") from None
         print(f"Error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_sweep() -> bool:
+    """Whether this is a job of a sweep, and not the program around its jobs."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def run_program(main: Callable[[], object]) -> None:

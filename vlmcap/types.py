@@ -105,7 +105,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; the data loader calls this where it was asked to pin."""
+        """The batch in page-locked memory; the data loader calls this for batches that go to a GPU."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,4 +1,4 @@
-"""Every named combination and every whole model trains, evaluates, resumes and captions: real classes and layouts, tiny weights."""
+"""Every named combination and every whole model trains, scores, captions, and goes on from its checkpoint: real classes, tiny weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 import vlmcap
 from vlmcap.build.checkpoints import read_checkpoint
-from vlmcap.build.run import train
-from vlmcap.compose import compose
+from vlmcap.build.run import evaluate, train
+from vlmcap.compose import compose, from_plain, to_config
 
 EXPERIMENTS = ["recommended_t4", "recommended_l4", "recommended_a100", "recommended_h100", "quality_h100", "efficient_t4"]
 # Model, its kind, and whether the features come from the cache; those of LLaVA are CLIP's, those of Qwen3-VL several layers at once.
@@ -57,7 +57,8 @@ def run(aihub_root: Path, tmp_path: Path) -> Run:
     return make
 
 
-def check(folder: Path, videos: Path) -> None:
+def check(folder: Path, videos: Path, run: Run, *overrides: str) -> None:
+    """The folder is whole, a checkpoint captions as the run did, evaluation gives its scores again, and a resumed run has nothing to do."""
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["parameters"]["projector"]["trained"] > 0
@@ -69,6 +70,11 @@ def check(folder: Path, videos: Path) -> None:
     rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     captions = vlmcap.load(checkpoint).caption(sorted(videos.glob("*.mp4")))
     assert captions == [row["prediction"] for row in rows]
+    saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
+    scores = evaluate(to_config(from_plain(saved, {"paths.output_dir": str(folder / "evaluation"), "data.split": "test"})), checkpoint)
+    assert scores["test/rouge_l"] == pytest.approx(summary["scores"]["test/rouge_l"])
+    run(*overrides, "checkpoint=last")
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -80,7 +86,8 @@ def test_every_experiment_runs(
     if config.model.name == "assembled":
         encoder = checkpoints[config.encoder.family.value].folder
         overrides = [f"encoder.checkpoint={encoder}", f"llm.checkpoint={llm_folder}", "hardware.precision=bf16"]
-    check(run(f"experiment={name}", *overrides), aihub_root / "test" / "videos")
+    overrides = [f"experiment={name}", *overrides]
+    check(run(*overrides), aihub_root / "test" / "videos", run, *overrides)
 
 
 @pytest.mark.parametrize(("name", "kind", "is_cached"), WHOLE)
@@ -89,4 +96,4 @@ def test_every_whole_model_runs(
 ) -> None:
     folder = ({"llava_next_video": llava_folder} | qwen_folders)[kind]
     overrides = [f"model={name}", "hardware=l4", f"model.checkpoint={folder}", f"cache.enabled={is_cached}"]
-    check(run(*overrides), aihub_root / "test" / "videos")
+    check(run(*overrides), aihub_root / "test" / "videos", run, *overrides)

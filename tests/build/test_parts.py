@@ -16,10 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 import vlmcap
+from vlmcap.build.data import build_data, load_splits
 from vlmcap.build.model import assemble
 from vlmcap.build.run import train
 from vlmcap.compose import compose
-from vlmcap.config import Config
+from vlmcap.config import Config, Split
 from vlmcap.data.feature_cache import FeatureCache
 from vlmcap.errors import UserError
 
@@ -78,7 +79,7 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
 ) -> None:
     encoder = ["encoder=siglip2_naflex", f"encoder.checkpoint={naflex.folder}", "encoder.max_patches=24"]
     if kind == "tiling":
-        encoder = ["encoder=clip", f"encoder.checkpoint={checkpoints['clip'].folder}", "encoder.tiling=3"]
+        encoder = ["encoder=clip", f"encoder.checkpoint={checkpoints['clip'].folder}", "encoder.tiling=3", "projector.temporal=none"]
     losses = []
     for name in ("cached", "decoded"):
         folder = tmp_path / name
@@ -129,6 +130,8 @@ def _splits(cache: FeatureCache) -> list[str]:
     [
         (["projector.frame_stack=2"], ["projector.frame_stack=2", "encoder.tiling=3"]),
         (["projector.temporal=attention"], ["projector.temporal=attention", "encoder.tiling=3"]),
+        (["projector.temporal=position"], ["projector.temporal=position", "encoder.tiling=3"]),
+        (["projector.reducer=saliency"], ["projector.reducer=saliency", "encoder.tiling=3"]),
     ],
 )
 def test_tiles_are_not_frames(overrides: list[str], expected: list[str], real_path: list[str]) -> None:
@@ -146,6 +149,28 @@ def narrow_llm(llm_folder: Path, folder: Path) -> Path:
     settings.hidden_size = settings.hidden_size // 2
     Qwen3ForCausalLM(settings).save_pretrained(folder)
     return folder
+
+
+def test_splits_may_share_ids(real_path: list[str], aihub_root: Path, tmp_path: Path) -> None:
+    """`clip0` of the validation split is not `clip0` of the training split, in the cache either."""
+    root = Path(shutil.copytree(aihub_root, tmp_path / "data"))
+    for split in ("train", "val", "test"):
+        for file in [*(root / split).glob("*/*")]:
+            file.rename(file.with_name(file.name.replace(split, "clip")))
+    config = compose([*real_path, f"data.root={root}", "cache.enabled=true"])
+    assembly = assemble(config)
+    data = build_data(config, assembly, load_splits(config, list(Split)))
+    first = {split: data.make_dataset(data.clips[split][:1])[0].features for split in ("train", "val", "test")}
+    for split, features in first.items():
+        assert sum(torch.equal(features, other) for other in first.values()) == 1, split
+
+
+def test_a_run_outlives_the_projector_it_started_from(llava_folder: Path, real_path: list[str], tmp_path: Path) -> None:
+    start = Path(shutil.copytree(llava_folder, tmp_path / "start"))
+    llava = ["encoder.family=clip", "encoder.feature_layer=-2", f"encoder.checkpoint={llava_folder}", f"projector.checkpoint={start}"]
+    train(compose([*real_path, *llava, "data.align_epochs=0", "trainer.max_steps=1"]))
+    shutil.rmtree(start)
+    assert vlmcap.load(tmp_path / "run" / "checkpoints" / "last.ckpt").projector is not None
 
 
 def test_keep_encoder_and_projector_and_swap_the_language_model(

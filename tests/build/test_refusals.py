@@ -40,6 +40,7 @@ def refused(overrides: list[str]) -> str:
         ("llm.checkpoint=Qwen/Qwen3-8B", ["'Qwen/Qwen3-8B'", "set llm.checkpoint to a local folder"]),
         ("tuning.lora.target_modules=query", ["tuning.lora.target_modules=query"]),
         ("tuning.use_lora=false", ["adapters", "tuning.use_lora=false"]),
+        ("tuning.stages.tune.encoder_lr=0 tuning.encoder=lora", ["tuning.encoder=lora", "no stage of tuning=two_stage"]),
         ("objective=val/cidre", ["objective=val/cidre", "cider"]),
         ("objective_mode=up", ["objective_mode=up"]),
         ("checkpoint=last", ["last.ckpt", "paths.output_dir"]),
@@ -53,7 +54,7 @@ def test_settings_that_do_not_do(real_path: list[str], tmp_path: Path, override:
             ["projector.hidden_dim=32", "projector.num_heads (3)", "set projector.hidden_dim=33"],
         )
         real_path = [*real_path, "projector.num_heads=3", "projector.hidden_dim=32"]
-    sentence = refused([*real_path, override])
+    sentence = refused([*real_path, *override.split()])
     assert all(part in sentence for part in expected), sentence
     assert not (tmp_path / "run").exists()
 

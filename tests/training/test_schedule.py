@@ -61,7 +61,7 @@ def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
     peak=st.floats(1e-6, 1e-1),
 )
 def test_neighbouring_rates_are_near_and_never_above_the_peak(num_steps: int, share: float, final_ratio: float, peak: float) -> None:
-    warmup = round(share * num_steps)
+    warmup = min(num_steps - 1, round(share * num_steps))
     rates = [cosine_rate(step, num_steps, peak=peak, warmup_steps=warmup, final_ratio=final_ratio) for step in range(num_steps + 3)]
     assert all(0 <= rate <= peak * (1 + 1e-9) for rate in rates)
     slope = peak * max(1 / max(1, warmup), math.pi / 2 / max(1, num_steps - warmup))

@@ -35,7 +35,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"checkpoint {file} does not exist; give a .ckpt file under the checkpoints/ folder of a run")
+        folder = file if file.is_dir() else file.parent
+        there = sorted(str(found) for found in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})
+        mend = f"there is {', '.join(there)}" if there else "give a .ckpt file under the checkpoints/ folder of a run"
+        raise UserError(f"checkpoint {file} {'is a folder' if file.is_dir() else 'does not exist'}; {mend}")
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -74,7 +77,7 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     quiet_libraries()
     content = read_checkpoint(checkpoint)
     config = to_config(from_plain(content["vlmcap"]["config"], overrides))
-    assembly = assemble(config)
+    assembly = assemble(config, is_fresh=False)
     load_weights(assembly, content, config)
     captioner = assembly.captioner.to(device_of(config)).eval()
     captioner.prepare = path_batches(config, assembly)

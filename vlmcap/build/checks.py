@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmcap.config import Config
+from vlmcap.config import Config, EncoderTuning
 from vlmcap.errors import UserError
 
 
@@ -11,6 +11,12 @@ def check_stages(config: Config) -> None:
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
     if not stages:
         raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.stages.<name>.epochs")
+    tuned = config.tuning.encoder
+    if tuned is not EncoderTuning.none and not any(stage.encoder_lr > 0 for stage in stages):
+        raise UserError(
+            f"tuning.encoder={tuned.name}, but no stage of tuning={config.tuning.name} trains the encoder; "
+            "set tuning.stages.<name>.encoder_lr, or tuning.encoder=none"
+        )
     if not config.tuning.use_lora and any(stage.adapter_lr > 0 for stage in stages):
         raise UserError("tuning.stages gives the adapters a learning rate, but tuning.use_lora=false; set it to true, or adapter_lr to 0")
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vlmcap.types import Clip, GridTHW
 
 
+RECIPE = 1  # of cached features: raise when code that they depend on changes, such as which frames are taken
+FRAMES_A_PASS = 128  # through the encoder when features are cached
+
+
 def load_clips(config: Config, split: Split) -> list[Clip]:
     """The clips of a split.
 
@@ -55,9 +59,11 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
         eval_batch_size=config.data.eval_batch_size,
-        num_workers=0 if config.cache.enabled else config.data.num_workers,
+        # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
+        num_workers=0 if config.cache.enabled and config.encoder.is_cached else config.data.num_workers,
         seed=config.seed,
         max_eval_clips=config.evaluation.max_clips,
+        pin_memory=config.hardware.accelerator != "cpu",
     )
     return CaptionDataModule(clips, make_dataset, collator, dataclasses.replace(collator, mode="generate"), settings)
 
@@ -84,9 +90,11 @@ def dataset_maker(config: Config, assembly: Assembly, clips: Mapping[str, Sequen
     if not config.cache.enabled:
         return lambda chosen: decoded_dataset(config, assembly, chosen)
     base = "model" if config.is_whole else "encoder"
-    caches: list[FeatureCache] = []
+    owner: dict[tuple[str, Path], FeatureCache] = {}  # ids are unique within a split only
     for split, members in clips.items():
         key = cache_key(
+            recipe=RECIPE,
+            kind=type(assembly.transform).__name__,
             encoder=assembly.sources.bases[base].sha256,
             layer=config.encoder.feature_layer,
             num_frames=config.data.num_frames,
@@ -99,13 +107,12 @@ def dataset_maker(config: Config, assembly: Assembly, clips: Mapping[str, Sequen
         if not cache.is_complete:
             report = progress_reporter(f"encoding the {split} split")
             fill_cache(config, assembly, cache, decoded_dataset(config, assembly, members), report)
-        caches.append(cache)
+        owner |= {(clip.id, clip.video): cache for clip in members}
 
     def cached(chosen: Sequence[Clip]) -> FeatureDataset:
-        for cache in caches:
-            if all(clip.id in cache for clip in chosen):
-                return FeatureDataset(chosen, cache)
-        raise AssertionError("clips of no cached split")
+        found = {owner[clip.id, clip.video].key: owner[clip.id, clip.video] for clip in chosen}
+        assert len(found) == 1, "clips of one split"
+        return FeatureDataset(chosen, next(iter(found.values())))
 
     return cached
 
@@ -119,7 +126,8 @@ def fill_cache(config: Config, assembly: Assembly, cache: Any, dataset: Any, rep
     assert encoder is not None
     device = torch.device(device_of(config))
     encoder.to(device)
-    loader = DataLoader(dataset, batch_size=16, collate_fn=list, num_workers=config.data.num_workers)
+    frames = max(frames for frames, _, _ in encoder.possible_grids(config.data.num_frames))
+    loader = DataLoader(dataset, batch_size=max(1, FRAMES_A_PASS // frames), collate_fn=list, num_workers=config.data.num_workers)
 
     @torch.no_grad()
     def encode(frames: torch.Tensor, grid_thw: Sequence[GridTHW] | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vlmcap.build.parts import (
     projector_spec,
     train_encoder,
 )
-from vlmcap.config import Config
+from vlmcap.config import Config, Reducer
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,20 +79,21 @@ def locate_sources(config: Config) -> Sources:
     return Sources(folders, bases)
 
 
-def assemble(config: Config) -> Assembly:
+def assemble(config: Config, *, is_fresh: bool = True) -> Assembly:
     """The model of a configuration, its trained parts fresh or warm-started.
 
     Args:
         config: As `prepare` returned it.
+        is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any more.
 
     Raises:
         UserError: A part is missing or the parts do not fit.
     """
     sources = locate_sources(config)
-    return _assemble_whole(config, sources) if config.is_whole else _assemble_parts(config, sources)
+    return _assemble_whole(config, sources) if config.is_whole else _assemble_parts(config, sources, is_fresh)
 
 
-def _assemble_parts(config: Config, sources: Sources) -> Assembly:
+def _assemble_parts(config: Config, sources: Sources, is_fresh: bool) -> Assembly:
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.checkpoint import locate
     from vlmcap.models.layout import VisualRun
@@ -108,7 +109,7 @@ def _assemble_parts(config: Config, sources: Sources) -> Assembly:
     visual = VisualRun(spec.num_tokens, grids[0])
     num_visual = check_context(config, visual, grids, prompt, context_length(folder))
     projector = build_projector(spec)
-    if start := config.projector.checkpoint:
+    if is_fresh and (start := config.projector.checkpoint):
         key = "projector.checkpoint"
         load_projector_weights(projector, start if Path(start).exists() else locate(start, None, key=key, part="multi_modal_projector"))
     train_encoder(config, encoder)
@@ -158,7 +159,9 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
     text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
     longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
     if num_visual + text + longest > context:
-        name, mend = f"llm={config.llm.name}", "set projector.reducer=pool"
+        name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
+        if config.projector.reducer is Reducer.none:
+            mend = "set projector.reducer=pool"
         if config.is_whole:
             name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
         raise UserError(

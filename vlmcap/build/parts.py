@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.config import Config, EncoderTuning, Precision, ProjectorKind, Temporal
+from vlmcap.config import Config, EncoderTuning, Precision, ProjectorKind, Reducer, Temporal
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,12 +108,17 @@ def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens
 
 
 def _check_tiling(config: Config) -> None:
-    stack, tiling = config.projector.frame_stack, config.encoder.tiling
-    if tiling > 1 and (stack > 1 or config.projector.temporal is Temporal.attention):
-        key = f"frame_stack={stack}" if stack > 1 else "temporal=attention"
+    projector, tiling = config.projector, config.encoder.tiling
+    wrong = {
+        f"frame_stack={projector.frame_stack}": projector.frame_stack > 1,
+        f"temporal={projector.temporal.name}": projector.temporal in (Temporal.attention, Temporal.position),
+        "reducer=saliency": projector.reducer is Reducer.saliency,
+    }
+    key = next((key for key, is_wrong in wrong.items() if is_wrong), None)
+    if tiling > 1 and key:
         raise UserError(
-            f"projector.{key} follows one place through the frames, which encoder.tiling={tiling} cuts into tiles; "
-            "set encoder.tiling=1, or projector.frame_stack=1 and another projector.temporal"
+            f"projector.{key} compares places of frames, which encoder.tiling={tiling} cuts into tiles of their own; "
+            "set encoder.tiling=1, or projector.frame_stack=1, projector.temporal=none and another projector.reducer"
         )
 
 

@@ -12,7 +12,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)

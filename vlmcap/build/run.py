@@ -16,7 +16,7 @@ from vlmcap.build.demo import prepare
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
 from vlmcap.build.quiet import quiet_libraries
-from vlmcap.build.summary import plain_scores, summarize, tokenizer_version
+from vlmcap.build.summary import plain_scores, release_memory, summarize, tokenizer_version
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
@@ -53,6 +53,7 @@ def train(config: Config) -> float:
 
     started = time.perf_counter()
     quiet_libraries()
+    release_memory()
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.paths.output_dir)
     resumed = find_resume(config)
@@ -63,7 +64,7 @@ def train(config: Config) -> float:
     clips = {} if config.data.is_demo else load_splits(config, find_splits(config))  # so is bad data
     config = prepare(config)
     clips = clips or load_splits(config, find_splits(config))
-    assembly = assemble(config)
+    assembly = assemble(config, is_fresh=resumed is None)
     data = build_data(config, assembly, clips)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(to_plain(config), folder / "config.yaml")
@@ -101,7 +102,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     config = prepare(config)
     split = config.data.split
     clips = load_splits(config, [split])
-    assembly = assemble(config)
+    assembly = assemble(config, is_fresh=False)
     load_weights(assembly, read_checkpoint(checkpoint), config)
     data = build_data(config, assembly, clips)
     folder = Path(config.paths.output_dir)
@@ -213,6 +214,8 @@ def _show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[
         "batch": f"{config.data.batch_size} × {config.trainer.accumulate_grad_batches}",
         "precision": config.hardware.precision.value,
     }
+    if config.projector.checkpoint:
+        notes["projector from"] = config.projector.checkpoint
     title = f"{' + '.join(config.part_names.values())}, {config.tuning.name}, on {config.hardware.name}"
     show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
     return parts

@@ -46,6 +46,18 @@ def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
     return {name: None if value != value else value for name, value in scores.items()}
 
 
+def release_memory() -> None:
+    """Frees what an earlier run of this process left, as in a sweep, and counts the device's peak anew; that of a CPU cannot be."""
+    import gc
+
+    import torch
+
+    gc.collect()  # models hold themselves in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _peak_memory_gib() -> float:
     """Of the device, or of this process where there is none."""
     import resource

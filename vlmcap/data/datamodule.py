@@ -24,6 +24,7 @@ class LoaderSettings:
     num_workers: int
     seed: int
     max_eval_clips: int  # of the validation split in the training loop
+    pin_memory: bool = False  # page-locked batches, which go to a GPU while it computes
 
 
 class CaptionDataModule(L.LightningDataModule):
@@ -85,6 +86,7 @@ class CaptionDataModule(L.LightningDataModule):
             num_workers=workers,
             generator=torch.Generator(),  # of workers' seeds: drawn from the global one, they would make a resumed run another
             persistent_workers=workers > 0,
+            pin_memory=self.settings.pin_memory,
         )
 
     def _sampler(self, clips: Sequence[Clip], *, is_training: bool) -> ResumableSampler:

@@ -64,6 +64,8 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; {key} must name a folder in Hugging Face layout or a hub id")
         return folder
+    if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # no hub id looks so
+        raise UserError(f"{folder} does not exist; set {key} to a local folder in Hugging Face layout or a hub id")
     try:
         return _download(checkpoint, revision, part)
     except Exception as error:  # the hub client raises a dozen kinds; to the user they are one

@@ -155,11 +155,12 @@ class RunProgress(L.Callback):
             trainer.check_val_every_n_epoch or 1
         ) == 0  # otherwise the metrics are of an earlier epoch
         scores = trainer.callback_metrics if is_scored else {}
-        parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last.get('train/loss', float('nan')):.3f}"]
+        parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last['train/loss']:.3f}" if self._last else "loss –"]
         for name, label in _SHOWN.items():
             if name in scores:
                 parts.append(f"{label} {float(scores[name]):.3f}")
-        parts.append(f"{self._last.get('train/tokens_per_s', 0):,.0f} tok/s")
+        if self._last:
+            parts.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
         left = self.seconds_left(trainer)
         parts.append("done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
         print("  ".join(parts), flush=True)

@@ -69,7 +69,7 @@ class StagePlan:
             step - position.first_epoch * steps_per_epoch,
             num_steps,
             peak=peak_rate(position.stage, part),
-            warmup_steps=round(position.stage.warmup_ratio * num_steps),
+            warmup_steps=min(num_steps - 1, round(position.stage.warmup_ratio * num_steps)),  # the last step is at the end of the decay
             final_ratio=position.stage.final_lr_ratio,
         )
 

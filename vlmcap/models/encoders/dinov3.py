@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from vlmcap.models.encoders.base import Family
@@ -17,6 +18,10 @@ class Dinov3(Family):
     final_norm = "norm"
     is_normed = True
     is_rotary = True
+
+    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without the random positions of its pre-training, which its class adds in training mode."""
+        return {**values, "pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None}
 
     def names(self, name: str) -> tuple[str, ...]:
         """Files have the blocks at the top, the class has them one level down."""
