@@ -99,7 +99,7 @@ def test_the_run_folder_holds_its_contract(trained: Trained) -> None:
     for epoch in range(2):
         rows = lines_of(trained.folder / "predictions" / f"val-epoch={epoch:02d}.jsonl")
         assert [row["id"] for row in rows] == ["val0", "val1", "val2"]
-        assert all(row.keys() == {"id", "video", "prediction", "references", "scores"} for row in rows)
+        assert all(row.keys() == {"id", "video", "prediction", "references", "scores", "tokenizer"} for row in rows)
         assert all(Path(row["video"]).is_file() for row in rows)
 
 

@@ -13,11 +13,11 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from sacrebleu.metrics import CHRF
 
-from vlmcap.metrics.bleu import corpus_bleu, sentence_bleu
+from tests.metrics import reference
+from vlmcap.metrics.bleu import bleu_from_counts
 from vlmcap.metrics.chrf import corpus_chrf
-from vlmcap.metrics.cider import corpus_cider, sentence_cider
+from vlmcap.metrics.corpus import ClipStatistics, ReferenceCorpus, clip_statistics, corpus_scores
 from vlmcap.metrics.meteor import corpus_meteor, sentence_meteor
-from vlmcap.metrics.rouge import corpus_rouge_l, sentence_rouge_l
 from vlmcap.metrics.tokenizers import get_tokenizer
 
 Corpus = tuple[list[list[str]], list[list[list[str]]]]
@@ -45,24 +45,53 @@ def for_coco(corpus: Corpus) -> tuple[dict[int, list[str]], dict[int, list[str]]
     return truth, {index: [" ".join(tokens)] for index, tokens in enumerate(hypotheses)}
 
 
+def close(expected: object) -> object:
+    return pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def check_against_reference(corpus: Corpus) -> ClipStatistics:
+    """The fast code against the readable one, clip by clip."""
+    statistics = clip_statistics(corpus[0], ReferenceCorpus(corpus[1]))
+    scores, each = corpus_scores(statistics), reference.sentence_cider(*corpus)
+    assert [scores[f"bleu_{order}"] for order in range(1, 5)] == close(reference.corpus_bleu(*corpus))
+    assert bleu_each(statistics) == [close(row) for row in reference.sentence_bleu(*corpus)]
+    assert statistics.cider.tolist() == close([score.cider for score in each])
+    assert statistics.cider_d.tolist() == close([score.cider_d for score in each])
+    assert (scores["cider"], scores["cider_d"]) == close(tuple(reference.corpus_cider(*corpus)))
+    assert statistics.rouge_l.tolist() == close(reference.sentence_rouge_l(*corpus))
+    counted = [reference.bleu_statistics(hypothesis, refs) for hypothesis, refs in zip(*corpus, strict=True)]
+    for name in ("matches", "ngrams", "hypothesis_length", "reference_length"):
+        assert getattr(statistics, name).tolist() == [
+            list(value) if isinstance(value := getattr(c, name), tuple) else value for c in counted
+        ], name
+    return statistics
+
+
+def bleu_each(statistics: ClipStatistics) -> list[list[float]]:
+    s = statistics
+    return bleu_from_counts(s.matches, s.ngrams, s.hypothesis_length, s.reference_length).tolist()
+
+
 def check_against_coco(corpus: Corpus) -> None:
+    statistics = check_against_reference(corpus)
+    scores = corpus_scores(statistics)
     truth, results = for_coco(corpus)
-    bleu, bleu_each = Bleu(4).compute_score(truth, results, verbose=0)
-    assert corpus_bleu(*corpus) == pytest.approx(bleu, rel=1e-9, abs=1e-9)
-    ours = sentence_bleu(*corpus)
-    for order in range(4):
-        assert [scores[order] for scores in ours] == pytest.approx(bleu_each[order], rel=1e-9, abs=1e-9)
+    bleu, bleu_rows = Bleu(4).compute_score(truth, results, verbose=0)
+    assert [scores[f"bleu_{order}"] for order in range(1, 5)] == close(bleu)
+    for order, column in enumerate(zip(*bleu_each(statistics), strict=True)):
+        assert list(column) == close(bleu_rows[order])
 
     cider, cider_each = Cider().compute_score(truth, results)
-    assert corpus_cider(*corpus).cider_d == pytest.approx(cider, rel=1e-9, abs=1e-9)
-    assert [score.cider_d for score in sentence_cider(*corpus)] == pytest.approx(list(cider_each), rel=1e-9, abs=1e-9)
+    assert scores["cider_d"] == close(cider)
+    assert statistics.cider_d.tolist() == close(list(cider_each))
     # An infinite sigma takes the length penalty out of the reference implementation as well.
-    no_penalty, _ = Cider(sigma=1e9).compute_score(truth, results)
-    assert corpus_cider(*corpus).cider == pytest.approx(no_penalty, rel=1e-9, abs=1e-9)
+    no_penalty, no_penalty_each = Cider(sigma=1e9).compute_score(truth, results)
+    assert scores["cider"] == close(no_penalty)
+    assert statistics.cider.tolist() == close(list(no_penalty_each))
 
     rouge, rouge_each = Rouge().compute_score(truth, results)
-    assert corpus_rouge_l(*corpus) == pytest.approx(rouge, rel=1e-9, abs=1e-9)
-    assert sentence_rouge_l(*corpus) == pytest.approx(list(rouge_each), rel=1e-9, abs=1e-9)
+    assert scores["rouge_l"] == close(rouge)
+    assert statistics.rouge_l.tolist() == close(list(rouge_each))
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -104,7 +133,7 @@ def test_chrf_equals_sacrebleu_with_unequal_numbers_of_references() -> None:
     assert one_each != pytest.approx(expected)
 
 
-@pytest.mark.parametrize("score", [corpus_bleu, corpus_rouge_l, corpus_meteor, corpus_cider])
+@pytest.mark.parametrize("score", [reference.corpus_bleu, reference.corpus_rouge_l, corpus_meteor, reference.corpus_cider])
 def test_corpora_of_unequal_length_are_refused(score: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         score([["바다"], ["산"], ["강"]], [[["바다"]], [["산"]]])

@@ -16,8 +16,9 @@ import torch
 
 from vlmcap.build.run import Run
 from vlmcap.build.run import test as run_test
-from vlmcap.config import Config, EvaluationConfig, Split
-from vlmcap.metrics import fact_accuracy, score_captions
+from vlmcap.config import Config, EvaluationBackend, EvaluationConfig, Split
+from vlmcap.metrics import fact_accuracy, get_tokenizer, score_captions
+from vlmcap.metrics.__main__ import main as score_file
 from vlmcap.training.evaluation import CaptionScorer, Prediction, gather, write_predictions
 from vlmcap.types import Batch, Clip
 
@@ -107,10 +108,21 @@ def test_prediction_files_hold_what_was_said_of_each_clip(straight_run: Path) ->
     rows = [json.loads(line) for line in (straight_run / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"] for row in rows] == [f"test_{index:05d}" for index in range(8)]
     for row in rows:
-        assert list(row) == ["id", "video", "prediction", "references", "scores"]
+        assert list(row) == ["id", "video", "prediction", "references", "scores", "tokenizer"]
+        assert row["tokenizer"] == f"mecab_ko ({get_tokenizer('mecab_ko').version})"
         assert Path(row["video"]).is_file()
         assert all(isinstance(text, str) and text for text in row["references"])
         assert {"bleu_4", "rouge_l"} <= set(row["scores"])
+
+
+def test_the_command_says_of_a_prediction_file_what_the_run_said(straight_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((straight_run / "summary.json").read_text(encoding="utf-8"))
+    capsys.readouterr()
+    score_file([str(straight_run / "predictions" / "test.jsonl"), "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["clips"] == 8
+    for name in ("bleu_4", "cider", "rouge_l", "meteor", "chrf"):
+        assert record["scores"][name] == pytest.approx(summary["scores"][f"test/{name}"]), name
 
 
 def test_scores_of_the_loop_and_of_facts_are_logged(straight_run: Path) -> None:
@@ -119,6 +131,7 @@ def test_scores_of_the_loop_and_of_facts_are_logged(straight_run: Path) -> None:
     assert [(row["step"], row["epoch"]) for row in validations] == [(4, 0), (8, 1)]
     for name in ("bleu_1", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "facts/mean", "facts/direction"):
         assert all(f"val/{name}" in row for row in validations), name
+    assert all(row["val/is_collapsed"] in (0.0, 1.0) for row in validations)
     assert all(0 < row["val/loss"] < 10 for row in validations)
 
 
@@ -137,10 +150,11 @@ def test_a_collapsed_model_is_told(tiny_config: MakeConfig, make_run: MakeRun, t
     run.module.captioner.generate = lambda batch: ["바다가 보인다."] * len(batch)  # type: ignore[method-assign]
     scores = run_test(run, Split.test)
     assert scores["test/distinct_ratio"] == 1 / 8
-    assert "only 12% of the captions differ" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("Warning: test: The captions have collapsed: only 12% of 8 are distinct") == 1
     run.module.captioner.generate = lambda batch: [clip.id for clip in batch.clips]  # type: ignore[method-assign]
     assert run_test(run, Split.test)["test/distinct_ratio"] == 1
-    assert "captions differ" not in capsys.readouterr().out
+    assert "collapsed" not in capsys.readouterr().out
 
 
 def make_predictions(names: Sequence[int]) -> list[Prediction]:
@@ -201,3 +215,34 @@ def test_without_facts_or_swapping_only_the_text_is_scored() -> None:
     scores = CaptionScorer(EvaluationConfig(tokenizer="char")).score(make_predictions(range(4)))
     assert "cider" in scores
     assert not [name for name in scores if name.startswith(("facts/", "swapped/", "permuted/"))]
+
+
+@pytest.mark.parametrize("metrics", [None, ("bleu_4", "cider", "cider_d")])
+def test_the_reference_packages_scorers_may_stand_in(metrics: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pycocoevalcap.cider.cider import Cider
+
+    config = EvaluationConfig(tokenizer="char", backend=EvaluationBackend.pycocoevalcap, swap_videos=True, swap_shifts=2)
+    native = CaptionScorer(replace(config, backend=EvaluationBackend.native)).score(make_predictions(range(6)), metrics=metrics)
+    assert CaptionScorer(config).score(make_predictions(range(6)), metrics=metrics) == pytest.approx(
+        native, rel=1e-9, abs=1e-9, nan_ok=True
+    )
+    monkeypatch.setattr(Cider, "compute_score", lambda self, truth, results: (5.0, []))
+    scores = CaptionScorer(config).score(make_predictions(range(6)), metrics=metrics)
+    assert scores["cider_d"] == 5.0
+    assert scores["cider"] == pytest.approx(native["cider"])
+    assert metrics is not None or scores["swapped/cider_d"] == 5.0
+
+
+def test_evaluation_settings_are_composed_and_checked() -> None:
+    from vlmcap.compose import compose
+
+    config = compose(["evaluation.backend=pycocoevalcap", "evaluation.bert_checkpoint=klue/bert-base", "evaluation.bert_layer=9"])
+    assert config.evaluation.backend is EvaluationBackend.pycocoevalcap
+    assert (config.evaluation.bert_checkpoint, config.evaluation.bert_layer, config.evaluation.siglip_checkpoint) == (
+        "klue/bert-base",
+        9,
+        None,
+    )
+    for override in ("evaluation.backend=coco", "evaluation.siglip_frames=0", "evaluation.bert_checkpoint=''"):
+        with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
+            compose([override])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from vlmcap.config.choices import (
     EncoderFamily,
     EncoderTuning,
+    EvaluationBackend,
     LoggerKind,
     ModelKind,
     Precision,
@@ -41,6 +42,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderFamily",
     "EncoderTuning",
+    "EvaluationBackend",
     "EvaluationConfig",
     "HardwareConfig",
     "LlmConfig",

@@ -92,6 +92,13 @@ class Split(Enum):
     test = "test"
 
 
+class EvaluationBackend(Enum):
+    """Who computes BLEU, CIDEr-D and ROUGE-L of our tokens: we, or the reference package."""
+
+    native = "native"
+    pycocoevalcap = "pycocoevalcap"
+
+
 class LoggerKind(Enum):
     """Where metrics go beside `metrics.jsonl`, which is always written."""
 

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field, fields, replace
 from omegaconf import MISSING
 
 from vlmcap.config.checks import require, require_positive
-from vlmcap.config.choices import EncoderFamily, EncoderTuning, LoggerKind, ModelKind, Precision, ProjectorKind, Quantization, Split
+from vlmcap.config.choices import (
+    EncoderFamily,
+    EncoderTuning,
+    EvaluationBackend,
+    LoggerKind,
+    ModelKind,
+    Precision,
+    ProjectorKind,
+    Quantization,
+    Split,
+)
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
 
 
@@ -82,6 +92,7 @@ class EvaluationConfig:
     """Captions generated in the loop and their scores."""
 
     tokenizer: str = "mecab_ko"
+    backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
     num_beams: int = 1
@@ -95,10 +106,17 @@ class EvaluationConfig:
     facts: str | None = None  # JSON file of facts and the phrases that state them
     swap_videos: bool = False  # score again with the videos exchanged between clips
     swap_shifts: int = 5
+    siglip_checkpoint: str | None = None  # hub id or folder; image-text score of whole splits at the end. Rises when captions collapse
+    siglip_frames: int = 8  # of each clip
+    bert_checkpoint: str | None = None  # hub id or folder of a Korean text encoder; BERTScore of whole splits at the end
+    bert_layer: int | None = None  # hidden layer; null is the last
+    bert_idf: bool = False  # rare tokens weigh more
     num_table_rows: int = 16  # of the W&B table
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "num_beams")
+        require_positive("evaluation", self, "num_beams", "siglip_frames")
+        for key in ("siglip_checkpoint", "bert_checkpoint"):
+            require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
         require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
 

@@ -8,12 +8,13 @@ Importing this package loads no analyser; each is loaded by the first score that
 """
 
 from vlmcap.metrics.facts import FactLexicon, fact_accuracy, permutation_expectation, swapped_fact_accuracy
-from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, score_captions, score_each
+from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, STANDARD_METRICS, score_captions, score_each
 from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer, normalize
 
 __all__ = [
     "METRIC_LABELS",
     "METRIC_NAMES",
+    "STANDARD_METRICS",
     "TOKENIZER_NAMES",
     "FactLexicon",
     "Tokenizer",

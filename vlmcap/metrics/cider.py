@@ -14,105 +14,59 @@ exact prefix of 90 % of the reference misses it by 21 tokens and gets 0.02 of 10
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-from vlmcap.metrics.ngrams import MAX_ORDER, NGram, Tokens, count_ngrams
+import numpy as np
+import numpy.typing as npt
 
-_SIGMA_TOKENS = 6.0
+from vlmcap.metrics.ngrams import MAX_ORDER, Counts, Ints
 
+Floats = npt.NDArray[np.float64]
 
-class CiderScore(NamedTuple):
-    """The two CIDEr scores of one clip or of a corpus, each from 0 to 10.
-
-    Attributes:
-        cider: Without the length penalty.
-        cider_d: With it, as in COCO's evaluation.
-    """
-
-    cider: float
-    cider_d: float
+SIGMA_TOKENS = 6.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Vector:
-    """A caption as tf-idf weights: a mapping, and its Euclidean norm, for each order."""
-
-    weights: list[dict[NGram, float]]
-    norms: list[float]
-    length: int
-
-
-def sentence_cider(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, sigma: float = _SIGMA_TOKENS
-) -> list[CiderScore]:
-    """CIDEr and CIDEr-D of each clip, with document frequencies over all the references given.
-
-    The scores of a clip depend on the whole corpus, so a score of batches, averaged, is another number (up to 18 % off): gather first.
+def inverse_frequency(frequency: Ints, clips: int) -> Floats:
+    """The weight log N - log max(1, df) of each n-gram; 0 for one that is in every clip.
 
     Args:
-        hypotheses: The tokens of one prediction a clip.
-        references: For each clip the tokens of one or more references.
-        sigma: Width of the length penalty in tokens, for CIDEr-D only.
-
-    Returns:
-        One pair of scores a clip. Both are NaN, with a warning, for a corpus of one clip: every n-gram of its references is in every
-        clip, so all weights are 0 and the score says nothing.
+        frequency: In how many clips each n-gram is.
+        clips: Number of clips N, at least 1.
     """
-    if len(hypotheses) == 1:
-        warnings.warn("CIDEr of one clip alone is NaN: it weighs n-grams by how few of the clips have them.", stacklevel=2)
-        return [CiderScore(math.nan, math.nan)]
-    counted = [[count_ngrams(reference) for reference in refs] for refs in references]
-    frequencies = _document_frequencies(counted)
-    log_clips = math.log(len(counted))
-    scores = []
-    for hypothesis, counted_refs in zip(hypotheses, counted, strict=True):
-        vector = _weigh(count_ngrams(hypothesis), frequencies, log_clips)
-        pairs = [_similarity(vector, _weigh(counts, frequencies, log_clips), sigma) for counts in counted_refs]
-        scores.append(_mean(pairs))
-    return scores
+    # Logarithms of small whole numbers, looked up: n-grams are many, their frequencies few.
+    logs = np.log(np.maximum(1, np.arange(int(frequency.max(initial=0)) + 1)))
+    return np.log(clips) - logs[frequency]
 
 
-def corpus_cider(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, sigma: float = _SIGMA_TOKENS) -> CiderScore:
-    """CIDEr and CIDEr-D of the corpus: the means over clips of `sentence_cider`."""
-    return _mean(sentence_cider(hypotheses, references, sigma=sigma))
+def norms(counts: Counts, inverse: Floats, captions: int) -> Floats:
+    """The Euclidean norm of each caption's vector of one order, shape (captions,).
+
+    Args:
+        counts: The n-grams of the captions.
+        inverse: `inverse_frequency` of each entry of `counts`.
+        captions: Number of captions.
+    """
+    return np.sqrt(np.bincount(counts.caption, (counts.times * inverse) ** 2, captions))
 
 
-def _document_frequencies(counted: list[list[list[Counter[NGram]]]]) -> Counter[NGram]:
-    frequencies: Counter[NGram] = Counter()
-    for counted_refs in counted:
-        # A set: an n-gram counts once a clip, however many of its references have it.
-        frequencies.update({ngram for counts in counted_refs for order in counts for ngram in order})
-    return frequencies
+def cosine(dot: Floats, norm: Floats, other: Floats) -> Floats:
+    """The dot products over the products of the norms; 0 where a norm is."""
+    product = norm * other
+    return np.divide(dot, product, out=np.zeros_like(dot), where=product > 0)
 
 
-def _weigh(counts: list[Counter[NGram]], frequencies: Counter[NGram], log_clips: float) -> _Vector:
-    weights = [{ngram: count * (log_clips - math.log(max(1, frequencies[ngram]))) for ngram, count in order.items()} for order in counts]
-    norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in weights]
+def scale(cosines: Floats) -> Floats:
+    """The score of a pair, from 0 to 10, from the sum of its cosines of order 1 to 4."""
+    return cosines * (10 / MAX_ORDER)
+
+
+def length_penalty(difference: npt.NDArray[Any], *, sigma: float = SIGMA_TOKENS) -> Floats:
+    """What CIDEr-D multiplies a pair's score with, above 0 and at most 1, for a difference in length of so many tokens."""
     # The reference implementation measures length in bigrams: the same differences, but for an empty caption, which scores 0 anyhow.
-    return _Vector(weights, norms, counts[0].total())
+    return np.exp(-np.square(difference.astype(np.float64)) / (2 * sigma**2))
 
 
-def _similarity(hypothesis: _Vector, reference: _Vector, sigma: float) -> CiderScore:
-    """The clipped cosine of two captions, mean over orders, times 10; without and with the penalty."""
-    total = 0.0
-    for order in range(MAX_ORDER):
-        norm = hypothesis.norms[order] * reference.norms[order]
-        if norm > 0:
-            in_reference = reference.weights[order]
-            dot = sum(
-                min(weight, in_reference[ngram]) * in_reference[ngram]
-                for ngram, weight in hypothesis.weights[order].items()
-                if ngram in in_reference
-            )
-            total += dot / norm
-    cider = 10 * total / MAX_ORDER
-    return CiderScore(cider, cider * math.exp(-((hypothesis.length - reference.length) ** 2) / (2 * sigma**2)))
-
-
-def _mean(scores: Sequence[CiderScore]) -> CiderScore:
-    return CiderScore(sum(s.cider for s in scores) / len(scores), sum(s.cider_d for s in scores) / len(scores))
+def warn_of_one_clip() -> None:
+    """Says why the CIDEr of a corpus of one clip is NaN: every n-gram is in every clip, all weights are 0, and the score says nothing."""
+    warnings.warn("CIDEr of one clip alone is NaN: it weighs n-grams by how few of the clips have them.", stacklevel=3)

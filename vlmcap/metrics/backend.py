@@ -1,0 +1,102 @@
+"""Who computes: our own scores, or the reference package's scorers in their place.
+
+`pycocoevalcap` is for whoever must report numbers that COCO's package itself has computed: its `Bleu`, `Cider` and `Rouge` run on our
+tokens, under the same keys. They agree with ours to 1e-9 and take longer. Not run are its tokeniser, which needs Java, shifts pairs at
+some line separators and adds nothing for Hangul; its METEOR, a Java program that cuts Hangul into syllables; and its SPICE, which
+downloads models and reads English only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmcap.errors import UserError
+from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.ngrams import Tokens
+from vlmcap.metrics.scores import STANDARD_METRICS, score_captions
+from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer
+
+BACKENDS: tuple[str, ...] = ("native", "pycocoevalcap")
+COCO_METRICS: tuple[str, ...] = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l")
+"""What the reference package computes. Its "CIDEr" is `cider_d`; `cider`, without the length penalty, is ours whatever the backend."""
+
+
+def check_backend(backend: str) -> None:
+    """`UserError` unless `backend` is a name of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise UserError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+
+
+def score_with(
+    backend: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: str | Tokenizer = "mecab_ko",
+    metrics: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The scores of `score_captions`, those of `COCO_METRICS` from the backend.
+
+    Args:
+        backend: A name of `BACKENDS`.
+        predictions: One caption a clip.
+        references: For each clip one or more captions.
+        tokenizer: As in `score_captions`.
+        metrics: As in `score_captions`.
+
+    Returns:
+        Name to score, in the order asked for. A single clip has CIDEr-D 0 from pycocoevalcap, and NaN from us, as it says nothing.
+
+    Raises:
+        UserError: As in `score_captions`, or the backend is unknown, not installed, or cannot score references without any token.
+    """
+    check_backend(backend)
+    if backend == "native":
+        return score_captions(predictions, references, tokenizer=tokenizer, metrics=metrics)
+    check_captions(predictions, references)
+    wanted = STANDARD_METRICS if metrics is None else tuple(metrics)
+    ours = [name for name in wanted if name not in COCO_METRICS]
+    # Also where nothing is ours: it checks the names.
+    scores = score_captions(predictions, references, tokenizer=tokenizer, metrics=metrics if isinstance(metrics, str) else ours)
+    if len(ours) < len(wanted):
+        split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        scores |= coco_scores([split(text) for text in predictions], [[split(text) for text in refs] for refs in references], wanted)
+    return {name: scores[name] for name in wanted}
+
+
+def coco_scores(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], wanted: Sequence[str] = COCO_METRICS
+) -> dict[str, float]:
+    """What pycocoevalcap's `Bleu(4)`, `Cider()` and `Rouge()` say of tokens.
+
+    Args:
+        hypotheses: The tokens of one prediction a clip.
+        references: For each clip the tokens of one or more references.
+        wanted: Names of `COCO_METRICS`; others are passed over.
+
+    Returns:
+        Name to score, in the units of the package: BLEU and ROUGE-L between 0 and 1, CIDEr-D between 0 and 10.
+
+    Raises:
+        UserError: The package is not installed, or no reference has a token.
+    """
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        raise UserError('The backend "pycocoevalcap" needs its package: pip install pycocoevalcap.') from error
+    if not any(tokens for refs in references for tokens in refs):
+        raise UserError("The references have no token at all, and pycocoevalcap cannot score that: use the backend native.")
+    # Spaces join and part tokens again in the package; no token of ours holds one.
+    truth = {index: [" ".join(tokens) for tokens in refs] for index, refs in enumerate(references)}
+    results = {index: [" ".join(tokens)] for index, tokens in enumerate(hypotheses)}
+    scores: dict[str, float] = {}
+    if any(name.startswith("bleu") for name in wanted):
+        bleu, _ = Bleu(4).compute_score(truth, results, verbose=0)
+        scores |= {f"bleu_{order}": float(score) for order, score in enumerate(bleu, start=1)}
+    if "cider_d" in wanted:
+        scores["cider_d"] = float(Cider().compute_score(truth, results)[0])
+    if "rouge_l" in wanted:
+        scores["rouge_l"] = float(Rouge().compute_score(truth, results)[0])
+    return scores

@@ -1,0 +1,249 @@
+"""Scores by pretrained models: SigLIP's image-text score and BERTScore. Optional, and never alone: they stand beside the overlap scores.
+
+Both need checkpoints that are named by hand, torch and transformers (`pip install "vlmcap[model-scores]"`); this module imports them only
+when a scorer is built. Any hub id or folder in Hugging Face layout does, such as google/siglip2-so400m-patch14-384 and klue/bert-base.
+
+The trap of a score without references: on long Korean captions of background videos SigLIP's score *rose* while the model collapsed to a
+few captions for all clips (4 to 11 % distinct). A caption that fits every clip a little fits each of them. Read it with
+`distinct_ratio`, and only beside a score that knows references.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlmcap.errors import UserError
+from vlmcap.metrics.tokenizers import normalize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
+
+
+class ImageTextScore(NamedTuple):
+    """How well one caption fits its frames.
+
+    Attributes:
+        cosine: Mean cosine of the embeddings over frames and sentences, -1 to 1.
+        probability: Mean of SigLIP's sigmoid of the scaled cosine, 0 to 1: that frame and sentence are a pair.
+        cut_ratio: Sentences longer than the text tower reads, of all; what lies behind is not judged.
+    """
+
+    cosine: float
+    probability: float
+    cut_ratio: float
+
+
+class SiglipScorer:
+    """Image-text score by SigLIP or SigLIP 2 (Zhai et al., ICCV 2023, arXiv:2303.15343; Tschannen et al., 2025, arXiv:2502.14786).
+
+        cosine = mean over frames f and sentences s of <f, s> / (|f| |s|),    probability = mean of sigmoid(exp(t) cosine + b)
+
+    with the t and b of the checkpoint. SigLIP 2's text tower is multilingual but reads 64 tokens; a caption of 575 Korean characters has
+    several times as many. So captions are judged sentence by sentence, and sentences that are cut nevertheless are counted.
+
+    Args:
+        checkpoint: A `SiglipModel` or `Siglip2Model` with its tokeniser and image processor.
+        device: Where it runs.
+        batch_size: Frames, or sentences, at a time; changes no score.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or is of another kind.
+    """
+
+    def __init__(self, checkpoint: str, *, device: str = "cpu", batch_size: int = 16) -> None:
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        self.model = _load(AutoModel, checkpoint, "siglip_checkpoint", dtype="float32").eval().to(device)
+        if self.model.config.model_type not in {"siglip", "siglip2"}:
+            raise UserError(f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model: give one of SigLIP or SigLIP 2.")
+        self.tokenizer = _load(AutoTokenizer, checkpoint, "siglip_checkpoint")
+        self.processor = _load(AutoImageProcessor, checkpoint, "siglip_checkpoint")
+        self.max_length = int(self.model.config.text_config.max_position_embeddings)
+        self.device, self.batch_size = device, batch_size
+
+    def score(self, frames: Iterable[Sequence[Any]], captions: Sequence[str]) -> list[ImageTextScore]:
+        """The scores of each clip.
+
+        Args:
+            frames: For each clip its frames, as uint8 arrays (H, W, 3) or PIL images; taken one clip at a time.
+            captions: One text a clip.
+
+        Returns:
+            One score a clip, NaN for an empty caption.
+
+        Raises:
+            UserError: A clip has no frame.
+        """
+        import torch
+
+        scores: list[ImageTextScore] = []
+        for pictures, caption in zip(frames, captions, strict=True):
+            if len(pictures) == 0:
+                raise UserError(f"Clip {len(scores)} has no frame: an image-text score needs at least one.")
+            sentences = [part for part in _SENTENCE_END.split(normalize(caption)) if part]
+            if not sentences:
+                scores.append(ImageTextScore(math.nan, math.nan, 0.0))
+                continue
+            with torch.inference_mode():
+                cosines = self._embed_frames(pictures) @ self._embed_texts(sentences).T
+                chances = torch.sigmoid(cosines * self.model.logit_scale.exp() + self.model.logit_bias)
+            num_cut = sum(len(ids) > self.max_length for ids in self.tokenizer(sentences, verbose=False)["input_ids"])
+            scores.append(ImageTextScore(float(cosines.mean()), float(chances.mean()), num_cut / len(sentences)))
+        return scores
+
+    def _embed_frames(self, pictures: Sequence[Any]) -> Tensor:
+        import torch
+
+        batches = _batches(pictures, self.batch_size)
+        inputs = (self.processor(images=list(batch), return_tensors="pt").to(self.device) for batch in batches)
+        return torch.cat([_unit(self.model.get_image_features(**one).pooler_output) for one in inputs])
+
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
+        import torch
+
+        parts = []
+        for batch in _batches(texts, self.batch_size):
+            # It was trained on texts padded to one length, without a mask, and reads the last position: padding is part of the input.
+            inputs = self.tokenizer(list(batch), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
+            parts.append(_unit(self.model.get_text_features(input_ids=inputs["input_ids"].to(self.device)).pooler_output))
+        return torch.cat(parts)
+
+
+class BertScore(NamedTuple):
+    """How much of one text another one says, in a text encoder's eyes.
+
+    Attributes:
+        precision: Of the prediction's tokens.
+        recall: Of the reference's tokens.
+        f1: Their harmonic mean.
+        is_cut: Whether one of both was longer than the encoder reads.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    is_cut: bool = False
+
+
+class BertScorer:
+    """BERTScore (Zhang et al., "BERTScore: evaluating text generation with BERT", ICLR 2020, arXiv:1904.09675).
+
+        P = sum_i w_i max_j <h_i, r_j> / sum_i w_i over the prediction's tokens i,   R the same over the reference's,   F1 = 2 P R / (P + R)
+
+    with unit vectors h and r of one hidden layer and w = 1, or the inverse document frequency log((N + 1) / (df + 1)) over the N reference
+    texts. Tokens that the tokeniser adds are left out, as in torchmetrics. There is no rescaling by a baseline, so scores of unrelated
+    Korean texts are far from 0: compare, and only with the same checkpoint and layer.
+
+    Args:
+        checkpoint: A text encoder, such as `BertModel`, with its tokeniser.
+        layer: Hidden layer, 0 for the embeddings, up to the number of layers; None is the last.
+        device: Where it runs.
+        batch_size: Texts at a time; changes scores in the last digits of float32 only.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or has no such layer.
+    """
+
+    def __init__(self, checkpoint: str, *, layer: int | None = None, device: str = "cpu", batch_size: int = 16) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.model = _load(AutoModel, checkpoint, "bert_checkpoint", dtype="float32").eval().to(device)
+        self.tokenizer = _load(AutoTokenizer, checkpoint, "bert_checkpoint")
+        num_layers = int(self.model.config.num_hidden_layers)
+        self.layer = num_layers if layer is None else layer
+        if not 0 <= self.layer <= num_layers:
+            raise UserError(f"bert_layer={layer}: {checkpoint} has the layers 0 to {num_layers}.")
+        self.device, self.batch_size = device, batch_size
+        offset = self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0  # where it counts positions from
+        self.max_length = min(int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings) - offset)
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]], *, idf: bool = False) -> list[BertScore]:
+        """The scores of each clip, against whichever of its references has the highest F1.
+
+        Args:
+            predictions: One text a clip.
+            references: For each clip one or more texts.
+            idf: Whether rare tokens weigh more; frequencies come from all the references given.
+
+        Returns:
+            One score a clip. Of two empty texts it is 1, of one empty text 0.
+        """
+        weights = self._idf(references) if idf else None
+        scores = []
+        for rows in _batches(range(len(predictions)), max(1, self.batch_size // 2)):
+            texts = sorted({normalize(text) for row in rows for text in (predictions[row], *references[row])}, key=len)
+            vectors = {text: vector for batch in _batches(texts, self.batch_size) for text, vector in self._embed(batch, weights)}
+            for row in rows:
+                own = vectors[normalize(predictions[row])]
+                scores.append(max((_compare(own, vectors[normalize(text)]) for text in references[row]), key=lambda score: score.f1))
+        return scores
+
+    def _embed(self, texts: Sequence[str], weights: dict[int, float] | None) -> Iterator[tuple[str, _Text]]:
+        import torch
+
+        inputs = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt", return_special_tokens_mask=True
+        )
+        added = inputs.pop("special_tokens_mask").bool()
+        whole = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        with torch.inference_mode():
+            hidden = self.model(**inputs.to(self.device), output_hidden_states=True).hidden_states[self.layer]
+        kept = (inputs["attention_mask"].bool() & ~added.to(self.device)).cpu()
+        for row, text in enumerate(texts):
+            ids = inputs["input_ids"][row].cpu()[kept[row]].tolist()
+            weight = torch.tensor([1.0 if weights is None else weights.get(token, weights[-1]) for token in ids])
+            yield text, _Text(_unit(hidden[row].float().cpu()[kept[row]]), weight, whole[row] > self.max_length)
+
+    def _idf(self, references: Sequence[Sequence[str]]) -> dict[int, float]:
+        """Token id to weight; under -1 that of tokens in no reference."""
+        texts = [normalize(text) for refs in references for text in refs]
+        frequencies: Counter[int] = Counter()
+        for batch in _batches(texts, 256):
+            for ids in self.tokenizer(list(batch), truncation=True, max_length=self.max_length)["input_ids"]:
+                frequencies.update(set(ids))
+        return {token: math.log((len(texts) + 1) / (count + 1)) for token, count in (*frequencies.items(), (-1, 0))}
+
+
+class _Text(NamedTuple):
+    vectors: Tensor  # (tokens, width), unit length
+    weights: Tensor  # (tokens,)
+    is_cut: bool
+
+
+def _compare(prediction: _Text, reference: _Text) -> BertScore:
+    is_cut = prediction.is_cut or reference.is_cut
+    if len(prediction.vectors) == 0 or len(reference.vectors) == 0:
+        value = float(len(prediction.vectors) == len(reference.vectors))
+        return BertScore(value, value, value, is_cut)
+    cosines = prediction.vectors @ reference.vectors.T
+    precision = _weighted_mean(cosines.amax(1), prediction.weights)
+    recall = _weighted_mean(cosines.amax(0), reference.weights)
+    return BertScore(precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0, is_cut)
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> float:
+    # Every token of a lone reference is in all of them: no weight is left, and all count alike.
+    total = float(weights.sum())
+    return float((values * weights).sum()) / total if total > 0 else float(values.mean())
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _load(kind: Any, checkpoint: str, key: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(checkpoint, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{key}={checkpoint}: {kind.__name__} cannot load it ({str(error).strip().splitlines()[0]})") from error

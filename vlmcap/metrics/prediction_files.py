@@ -1,0 +1,161 @@
+"""Captions and references out of the files that people have: JSONL, COCO's two JSON files, or plain lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmcap.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionFile:
+    """A corpus ready to be scored.
+
+    Attributes:
+        predictions: One text a clip, in the order of the file.
+        references: The references of each clip.
+        num_unused: Clips that have references but no prediction.
+    """
+
+    predictions: list[str]
+    references: list[list[str]]
+    num_unused: int = 0
+
+
+class _Entry(NamedTuple):
+    name: str | None
+    prediction: Any
+    references: Any
+
+
+def read_captions(predictions: Path, references: Sequence[Path] = ()) -> CaptionFile:
+    """The predictions of one file with the references in it, or in others.
+
+    Args:
+        predictions: JSONL with `prediction`, and with `references` (a list, or one text) and `id` where there are some; JSON, a list of
+            such objects or of COCO's results (`image_id`, `caption`); or text, a caption a line.
+        references: None if they stand in the first file. Else one file of JSONL or JSON with `references` and `id`, or COCO's annotations;
+            or text files, whose lines belong to the predictions in order, each file giving every clip one reference.
+
+    Returns:
+        The corpus; texts are not checked beyond their place.
+
+    Raises:
+        UserError: A file is not there, not UTF-8 or not as described, or predictions and references do not belong together.
+    """
+    entries = _read_entries(predictions, "prediction")
+    if not references:
+        lacking = next((index for index, entry in enumerate(entries, start=1) if entry.references is None), None)
+        if lacking is not None:
+            raise UserError(f"{predictions}: entry {lacking} has no references; name their file with --references.")
+        return CaptionFile([entry.prediction for entry in entries], [entry.references for entry in entries])
+    if all(_is_text(path) for path in references):
+        return _join_lines(entries, references)
+    if len(references) > 1:
+        raise UserError("Several --references must all be text files; give one file of JSONL or JSON.")
+    return _join_names(entries, _read_entries(references[0], "references"), predictions, references[0])
+
+
+def _join_lines(entries: list[_Entry], paths: Sequence[Path]) -> CaptionFile:
+    streams = [_read_lines(path) for path in paths]
+    for path, lines in zip(paths, streams, strict=True):
+        if len(lines) != len(entries):
+            raise UserError(f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to prediction n.")
+    # An empty line in one of several files says that this clip has fewer references.
+    rows = [[line for line in row if line.strip()] or [row[0]] for row in zip(*streams, strict=True)]
+    return CaptionFile([entry.prediction for entry in entries], rows)
+
+
+def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_path: Path) -> CaptionFile:
+    by_name: dict[str, list[Any]] = {}
+    for entry in others:
+        if entry.name is None or entry.references is None:
+            raise UserError(f"{other_path}: each entry needs an id and references.")
+        by_name.setdefault(entry.name, []).extend(entry.references)
+    lacking = next((entry.name for entry in entries if entry.name is None or entry.name not in by_name), "")
+    if lacking is None:
+        raise UserError(f"{path}: the predictions have no ids, so the references of {other_path} cannot be found for them.")
+    if lacking:
+        raise UserError(f"{other_path} has no references for the prediction with id {lacking}.")
+    rows = [by_name[str(entry.name)] for entry in entries]
+    return CaptionFile([entry.prediction for entry in entries], rows, len(by_name) - len(entries))
+
+
+def _read_entries(path: Path, wanted: str) -> list[_Entry]:
+    """The entries of one file; `wanted` is the key that makes an object one of ours."""
+    if _is_text(path):
+        return [_Entry(None, line, None) for line in _read_lines(path)]
+    content = _read(path)
+    if content.lstrip().startswith("[") or (content.lstrip().startswith("{") and _is_one_object(content)):
+        rows = _parse(content, str(path))
+        # COCO's annotations are one object that holds a list.
+        rows = rows["annotations"] if isinstance(rows, dict) and "annotations" in rows else [rows] if isinstance(rows, dict) else rows
+        numbered = [(f"{path}: entry {index}", row) for index, row in enumerate(rows, start=1)]
+    else:
+        lines = content.split("\n")
+        numbered = [(f"{path}, line {n}", _parse(line, f"{path}, line {n}")) for n, line in enumerate(lines, start=1) if line.strip()]
+    entries = [_entry(row, place, wanted) for place, row in numbered]
+    seen: set[str] = set()
+    for name in (entry.name for entry in entries if entry.name is not None and wanted == "prediction"):
+        if name in seen:
+            raise UserError(f"{path}: two predictions have the id {name}.")
+        seen.add(name)
+    return entries
+
+
+def _entry(row: Any, place: str, wanted: str) -> _Entry:
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is no JSON object.")
+    name = row.get("image_id", row.get("id"))  # COCO's rows have both, and `id` is the caption's
+    text = row.get("caption", _MISSING)
+    prediction = row.get("prediction", text)
+    references = row.get("references", row.get("reference", text if wanted == "references" else None))
+    if (prediction if wanted == "prediction" else references) is _MISSING:
+        keys = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{place} has no key {wanted} (nor caption, as COCO's files have): its keys are {keys}.")
+    references = [references] if isinstance(references, str) else references
+    return _Entry(None if name is None else str(name), prediction, references)
+
+
+_MISSING = object()
+
+
+def _is_text(path: Path) -> bool:
+    """Whether lines are captions: by the ending, or as the file starts with neither of JSON's brackets."""
+    if path.suffix in {".json", ".jsonl", ".ndjson"}:
+        return False
+    return path.suffix == ".txt" or _read(path).lstrip()[:1] not in {"{", "["}
+
+
+def _is_one_object(content: str) -> bool:
+    try:
+        json.loads(content)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _read_lines(path: Path) -> list[str]:
+    # Not splitlines(): a U+2028, form feed or lone carriage return inside a caption would shift all pairs after it.
+    lines = _read(path).split("\n")
+    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is no JSON: {error.msg} at column {error.colno}.") from error

@@ -1,0 +1,191 @@
+"""Is a run better than another, or was it luck of the clips? Intervals and tests for any caption score, corpus scores included.
+
+    a, b = clip_metrics(statistics_of_run_a)["cider"], clip_metrics(statistics_of_run_b)["cider"]
+    bootstrap(a)            # the score with its confidence interval
+    paired_bootstrap(a, b)  # the difference with its interval and p-value
+    compare_runs({"mlp": a, "perceiver": b, ...}, baseline="mlp")  # many runs, Holm-corrected
+
+Every score here is a function of numbers summed over clips (`ClipMetric`), so a resample of the clips is a row of counts times a matrix:
+no caption is scored again. Document frequencies, and so each clip's CIDEr, are held as they are in the full reference corpus: they belong
+to the test set, not to the sample of clips, and a resample that counted them anew would see its repeated clips as common.
+
+What is resampled is clips. Clips of one video are not independent, and what another seed of the training would give is in none of these
+numbers: an interval is too narrow where either matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmcap.errors import UserError
+from vlmcap.metrics.bootstrap import Interval, bootstrap, check_resampling, chunk_sizes, resampled_sums
+from vlmcap.metrics.clip_metrics import ClipMetric, Floats, by_category, clip_metrics, content_metric, mean_metric, meteor_metric
+
+__all__ = [
+    "ClipMetric",
+    "Comparison",
+    "Interval",
+    "approximate_randomization",
+    "bootstrap",
+    "by_category",
+    "clip_metrics",
+    "compare_runs",
+    "content_metric",
+    "holm",
+    "mean_metric",
+    "meteor_metric",
+    "paired_bootstrap",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs on the same clips.
+
+    Attributes:
+        difference: Score of the second run less that of the first.
+        low: Lower end of the difference's confidence interval; NaN from `approximate_randomization`, which gives none.
+        high: Upper end.
+        p_value: How often a difference at least as large, of either sign, comes about if the runs are equally good; above 0, at most 1.
+        adjusted_p_value: The same after Holm's correction, where several runs were compared; else equal to `p_value`.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    adjusted_p_value: float
+
+
+def paired_bootstrap(
+    first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Comparison:
+    """Second run less first on the same clips, tested by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
+
+    Both runs are scored on the same resamples, so that easy and hard clips cancel. The p-value is two-sided: the share of resamples whose
+    difference is at least as far from the observed one as that is from zero, (1 + that number) / (1 + resamples).
+
+    Args:
+        first: The run compared with.
+        second: The run in question, with the same clips in the same order.
+        resamples: As in `bootstrap`.
+        confidence: Of the percentile interval of the difference.
+        seed: Chooses the samples.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: The runs differ in clips or score, a number is out of range, or there is no clip.
+    """
+    check_resampling(first, second, resamples=resamples, confidence=confidence)
+    columns = first.values.shape[1]
+    samples = np.concatenate(
+        [
+            second.score(sums[:, columns:]) - first.score(sums[:, :columns])
+            for sums in resampled_sums([first.values, second.values], resamples, seed)
+        ]
+    )
+    difference = second.corpus_score() - first.corpus_score()
+    low, high = (float(end) for end in np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    p_value = _p_value(samples - difference, difference)
+    return Comparison(difference, low, high, p_value, p_value)
+
+
+def approximate_randomization(first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0) -> Comparison:
+    """Second run less first, tested by swapping their captions clip by clip (Riezler and Maxwell, ACL 2005 workshop on MT evaluation).
+
+    If the runs are equally good, whose caption is whose does not matter: the p-value is the share of random swaps that give a difference
+    at least as large, of either sign. It asks less of the clips than the bootstrap does, and gives no interval.
+
+    Args:
+        first: The run compared with.
+        second: The run in question, with the same clips in the same order.
+        resamples: Random assignments, at least 2.
+        seed: Chooses them.
+
+    Returns:
+        The comparison, its interval NaN.
+
+    Raises:
+        UserError: As in `paired_bootstrap`.
+    """
+    check_resampling(first, second, resamples=resamples, confidence=0.5)
+    change = second.values - first.values
+    total_first, total_second = first.values.sum(0), second.values.sum(0)
+    rng = np.random.default_rng(seed)
+    samples = []
+    for rows in chunk_sizes(resamples, len(change)):
+        moved = (rng.random((rows, len(change))) < 0.5).astype(np.float64) @ change
+        samples.append(second.score(total_second - moved) - first.score(total_first + moved))
+    difference = second.corpus_score() - first.corpus_score()
+    p_value = _p_value(np.concatenate(samples), difference)
+    return Comparison(difference, math.nan, math.nan, p_value, p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for testing many: the chance of any false claim stays below the level (Holm, Scand. J. Statistics 1979).
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on, none below the one before it and none above 1.
+
+    Args:
+        p_values: Any number of them, each between 0 and 1, of tests that need not be independent. NaN stays NaN and is not counted.
+
+    Returns:
+        The corrected ones in the same order.
+
+    Raises:
+        UserError: A p-value is below 0 or above 1.
+    """
+    for p_value in p_values:
+        if p_value < 0 or p_value > 1:
+            raise UserError(f"A p-value lies between 0 and 1, got {p_value}.")
+    adjusted = [math.nan] * len(p_values)
+    order = sorted((index for index, p_value in enumerate(p_values) if not math.isnan(p_value)), key=p_values.__getitem__)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def compare_runs(
+    runs: Mapping[str, ClipMetric], *, baseline: str, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Comparison]:
+    """Each other run against the baseline by `paired_bootstrap`, the p-values Holm-corrected for their number.
+
+    Args:
+        runs: Name to metric, all on the same clips in the same order.
+        baseline: The name of the run that the others are compared with.
+        resamples: As in `bootstrap`. A p-value is at least 1 / (1 + resamples): with m runs take well above 20 m.
+        confidence: Of each interval; the intervals are not corrected.
+        seed: Chooses the samples, the same for every run.
+
+    Returns:
+        Name to comparison, without the baseline, in the given order.
+
+    Raises:
+        UserError: The baseline is not among the runs, or as in `paired_bootstrap`.
+    """
+    if baseline not in runs:
+        raise UserError(f"There is no run {baseline!r} to compare with: choose one of {', '.join(runs)}.")
+    options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    found = {name: paired_bootstrap(runs[baseline], run, **options) for name, run in runs.items() if name != baseline}
+    corrected = holm([comparison.p_value for comparison in found.values()])
+    return {
+        name: Comparison(c.difference, c.low, c.high, c.p_value, adjusted)
+        for (name, c), adjusted in zip(found.items(), corrected, strict=True)
+    }
+
+
+def _p_value(null: Floats, difference: float) -> float:
+    if math.isnan(difference):
+        return math.nan
+    # Differences that are equal but for rounding count as equal, or runs that say the same would differ significantly.
+    extreme = np.abs(null) >= abs(difference) - 1e-12 * max(1.0, abs(difference))
+    return float((1 + extreme.sum()) / (1 + len(null)))
