@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command-line programs print the sentence and exit with code 2; any other exception is a bug of ours and keeps its traceback.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from vlmcap.build.parts import device_of, dtype_of
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.compose import from_plain, to_config, to_plain
 from vlmcap.config import Config, Precision
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from vlmcap.models.captioner import VideoCaptioner
@@ -42,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{file} is no checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
     if not isinstance(content, dict) or "vlmcap" not in content:
         raise UserError(f"{file} was not written by vlmcap's train.py; give a .ckpt file under the checkpoints/ folder of a run")
     return content

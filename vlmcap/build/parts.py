@@ -61,9 +61,7 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder, frozen."""
     from vlmcap.models import encoders
 
-    encoder = encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
-    encoder.requires_grad_(False).eval()
-    return encoder
+    return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
 
 
 def train_encoder(config: Config, encoder: Any) -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
 from vlmcap.metrics.tokenizers import normalize
 
 if TYPE_CHECKING:
@@ -246,4 +246,4 @@ def _load(kind: Any, checkpoint: str, key: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(checkpoint, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{key}={checkpoint}: {kind.__name__} cannot load it ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"{key}={checkpoint}: {kind.__name__} cannot load it ({first_line(error)})") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
+from vlmcap.models.tensors import weight_map
 
 # Neither remote code nor pickles beside the weights, such as training_args.bin, are ever fetched.
 _PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -109,9 +110,7 @@ def _index_of(pattern: str) -> str:
 
 def _shards(index: Path, part: str) -> list[str]:
     """Files with a tensor that has `part` in its name; all files where none has, as in a checkpoint of the part alone."""
-    files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if outside := next((file for file in files.values() if Path(file).name != file), None):
-        raise UserError(f"{index} names {outside}, which is not in its own folder; take the checkpoint from another source")
+    files = weight_map(index)
     return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
 
 

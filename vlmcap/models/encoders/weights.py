@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
+from vlmcap.models.tensors import holding, read_safetensors, weight_files
 
 Names = Callable[[str], tuple[str, ...]]
 """From a tensor's name in the checkpoint to its names in the tower; several where one tensor holds several, stacked."""
@@ -43,9 +43,12 @@ def read_weights(folder: Path, shapes: Mapping[str, torch.Size], names: Names, d
                 for name, part in zip(targets, parts, strict=True)
                 if name in shapes
             }
+    except UserError:
+        raise
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"encoder.checkpoint {folder} could not be read ({reason}); check encoder.family, or copy it again") from error
+        raise UserError(
+            f"encoder.checkpoint {folder} could not be read ({first_line(error)}); check encoder.family, or copy it again"
+        ) from error
     _check(folder, shapes, weights)
     return weights
 
@@ -67,35 +70,13 @@ def _check(folder: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str,
 
 def _read(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     """Wanted tensors with their names in the checkpoint."""
-    from safetensors import safe_open
-
-    files = _weight_files(folder, "model.safetensors")
-    for file, keys in files.items():
-        if keys is not None and not any(map(is_wanted, keys)):
-            continue
-        with safe_open(file, framework="pt") as tensors:
-            yield from ((key, tensors.get_tensor(key)) for key in tensors.keys() if is_wanted(key))  # noqa: SIM118 - no mapping
-    if files:
+    if weight_files(folder, "model.safetensors"):
+        yield from read_safetensors(folder, is_wanted)
         return
-    files = _weight_files(folder, "pytorch_model.bin")  # what some older revisions on the hub have alone
-    for file, keys in files.items():
-        if keys is not None and not any(map(is_wanted, keys)):
-            continue
+    files = weight_files(folder, "pytorch_model.bin")  # what some older revisions on the hub have alone
+    if not files:
+        raise FileNotFoundError("it has no model.safetensors")
+    for file in holding(files, is_wanted):
         # Files from before torch 1.6 are no zip archives, and only those can be mapped.
         pickled: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
         yield from ((key, tensor) for key, tensor in pickled.items() if is_wanted(key))
-    if not files:
-        raise FileNotFoundError("it has no model.safetensors")
-
-
-def _weight_files(folder: Path, name: str) -> dict[Path, list[str] | None]:
-    """Files of weights with the names in them; None where only the file itself knows."""
-    index = folder / f"{name}.index.json"
-    if not index.is_file():
-        return {folder / name: None} if (folder / name).is_file() else {}
-    files: dict[Path, list[str] | None] = {}
-    for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-        keys = files.setdefault(folder / file, [])
-        assert keys is not None
-        keys.append(key)
-    return files

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
 from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
 
@@ -99,7 +99,7 @@ def _language_config(folder: Path) -> tuple[Any, Any, bool]:
     try:
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}") from error
     text = whole.get_text_config()
     try:
         return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
@@ -121,9 +121,5 @@ def _from_pretrained(model_class: Any, folder: Path, options: dict[str, Any]) ->
             "could run foreign code; take a checkpoint with safetensors"
         ) from error
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}") from error
     return cast(nn.Module, model), sorted(loading["missing_keys"])
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
 
 # Where visual tokens and caption go in the rendered template; neither ever reaches the tokenizer.
 _VISUAL, _ANSWER = "<<vlmcap-visual-tokens>>", "<<vlmcap-caption>>"
@@ -110,7 +110,7 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise UserError(f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {first_line(error)}") from error
     if not tokenizer("가", add_special_tokens=False)["input_ids"]:  # without files, some classes come up with an empty vocabulary
         raise UserError(f"llm.checkpoint {folder} holds no tokenizer; put tokenizer.json and tokenizer_config.json there")
     if tokenizer.eos_token_id is None:
@@ -150,7 +150,7 @@ class _Template:
                 )
             )
         except (TemplateError, TypeError, ValueError) as error:  # such as: no system turn allowed
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise UserError(
                 f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or llm.chat_template"
             ) from error

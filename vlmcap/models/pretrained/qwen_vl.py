@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
 from vlmcap.models.encoders.processor import Preprocessing, read_processor
 from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.load import quantization_config
@@ -75,8 +75,7 @@ def load_qwen_vl(
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {reason}") from error
+        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
     check_attention(model, options["attn_implementation"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from vlmcap.errors import UserError
 from vlmcap.models.projectors.projector import Projector
+from vlmcap.models.tensors import read_safetensors
 
 _OURS = "captioner.projector."
 _THEIRS = "multi_modal_projector."
@@ -57,34 +57,21 @@ def _read_run(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
-    found: dict[str, Tensor] = {}
-    for file in _shards(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names = {name: _our_name(name) for name in tensors.keys()}  # noqa: SIM118 — no mapping, it has keys() alone
-                found |= {ours: tensors.get_tensor(name) for name, ours in names.items() if ours}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} of projector.checkpoint could not be read ({type(error).__name__}); copy the folder anew") from error
+    try:
+        wanted = read_safetensors(folder, lambda name: _our_name(name) is not None)
+        found = {ours: tensor for name, tensor in wanted if (ours := _our_name(name))}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"projector.checkpoint {folder} could not be read ({type(error).__name__}); copy the folder anew") from error
     return _some(found, folder)
 
 
 def _our_name(name: str) -> str | None:
-    module, _, weight = name.removeprefix("model.").removeprefix(_THEIRS).rpartition(".")
-    return f"{_MODULES[module]}.{weight}" if _is_projector(name) and module in _MODULES else None
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return [folder / file for file in sorted({file for name, file in files.items() if _is_projector(name)})]
-    return [file for file in [folder / "model.safetensors"] if file.is_file()]
-
-
-def _is_projector(name: str) -> bool:
-    return name.removeprefix("model.").startswith(_THEIRS)
+    """Name in our projector of a tensor of theirs; None for any other tensor."""
+    name = name.removeprefix("model.")
+    module, _, weight = name.removeprefix(_THEIRS).rpartition(".")
+    return f"{_MODULES[module]}.{weight}" if name.startswith(_THEIRS) and module in _MODULES else None
 
 
 def _some(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
