@@ -43,6 +43,8 @@ def refused(overrides: list[str]) -> str:
         ("tuning.stages.tune.encoder_lr=0 tuning.encoder=lora", ["tuning.encoder=lora", "no stage of tuning=two_stage"]),
         ("objective=val/cidre", ["objective=val/cidre", "cider"]),
         ("objective_mode=up", ["objective_mode=up"]),
+        ("objective=val/siglip/cosine", ["objective=val/siglip/cosine is not measured"]),
+        ("data.monitor=val/content/noun_recall", ["data.monitor=val/content/noun_recall is not measured", "content_recall"]),
         ("checkpoint=last", ["last.ckpt", "paths.output_dir"]),
         ("hardware=l4", ["hardware=l4", "CUDA"]),
     ],

@@ -55,6 +55,15 @@ def test_train_returns_the_objective(straight_run: Path, summary: dict[str, Any]
     assert json.loads((straight_run / "objective.json").read_text()) == summary["scores"]["val/cider"]
 
 
+def test_a_checkpoint_may_follow_a_metric_that_is_slow(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train(
+        tiny_config(tmp_path / "run", "data.monitor=val/meteor", "trainer.max_steps=1", "data.tune_epochs=0", "data.eval_every_n_epochs=1")
+    )
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert any("val/meteor" in row and "val/loss" in row for row in logged)
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+
+
 def test_any_measured_objective_is_returned_and_another_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
     assert 0 <= train(tiny_config(tmp_path / "run", "objective=test/length_ratio", "trainer.max_steps=1", "data.tune_epochs=0")) < 1000
     with pytest.raises(UserError, match=r"objective=test/beauty is not measured; choose .*cider"):

@@ -174,3 +174,25 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Error: Unknown tokenizer 'korean'")
+
+
+def test_categories_are_scored_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_categories = [row | {"category": "바다" if index == 0 else None} for index, row in enumerate(rows())]
+    path = write(tmp_path / "p.jsonl", with_categories)
+    main([path, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert {name: row["clips"] for name, row in record["categories"].items()} == {"바다": 1, "": 2}
+    main([path])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in shown[-3:]] == ["category", "바다", "(none)"]
+    assert "CIDEr (no length penalty)" in shown[-3]
+    assert shown[-2].split()[1] == f"{record['categories']['바다']['bleu_4']:.4f}"
+
+
+def test_width_and_synonyms_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prediction": "해변까지 ３ｋｍ", "references": ["바닷가까지 3km"]}])
+    same = write(tmp_path / "same.json", {"해변": ["바닷가"]})
+    names = ("--metrics", "bleu_1,content_recall")
+    assert run(capsys, path, *names)["content_recall"] < 1
+    assert run(capsys, path, *names, "--synonyms", same)["content_recall"] > run(capsys, path, *names)["content_recall"]
+    assert run(capsys, path, *names, "--fold-width")["bleu_1"] > run(capsys, path, *names)["bleu_1"]

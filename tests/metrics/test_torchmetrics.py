@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
 from vlmcap.metrics.torchmetrics import CaptionScore
 
@@ -153,3 +154,16 @@ def test_two_processes_score_as_one_to_the_last_digit(tmp_path: Path) -> None:
         alone = CaptionScore("char", NAMES, backend=backend)
         alone.update(predictions, references, ids if has_ids else None)
         assert scores == values(alone)
+
+
+def test_width_and_synonyms_are_passed_on() -> None:
+    pair = (["해변까지 ３ｋｍ"], [["바닷가까지 3km"]])
+    values = []
+    for options in ({}, {"fold_width": True, "synonyms": {"해변": ["바닷가"]}}):
+        score = CaptionScore(metrics=["bleu_1", "content_recall"], **options)
+        score.update(*pair)
+        values.append(score.compute())
+    assert values[1]["bleu_1"] > values[0]["bleu_1"]
+    assert values[1]["content_recall"] > values[0]["content_recall"]
+    with pytest.raises(UserError, match="list of words"):
+        CaptionScore(synonyms={"해변": "바닷가"})  # type: ignore[dict-item]

@@ -17,9 +17,11 @@ import torch
 from vlmcap.build.run import Run
 from vlmcap.build.run import test as run_test
 from vlmcap.config import Config, EvaluationBackend, EvaluationConfig, Split
+from vlmcap.errors import UserError
 from vlmcap.metrics import fact_accuracy, get_tokenizer, score_captions
 from vlmcap.metrics.__main__ import main as score_file
-from vlmcap.training.evaluation import CaptionScorer, Prediction, gather, write_predictions
+from vlmcap.training.evaluation import gather
+from vlmcap.training.scorer import CaptionScorer, Prediction, describe_tokenizer, write_predictions
 from vlmcap.types import Batch, Clip
 
 MakeConfig = Callable[..., Config]
@@ -170,7 +172,8 @@ GATHER = """
 import sys
 import torch.distributed as dist
 from pathlib import Path
-from vlmcap.training.evaluation import Prediction, gather
+from vlmcap.training.evaluation import gather
+from vlmcap.training.scorer import Prediction
 from vlmcap.types import Clip
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)
@@ -199,7 +202,7 @@ def test_two_processes_gather_each_clip_once(tmp_path: Path) -> None:
 
 def test_a_prediction_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "predictions" / "val.jsonl"
-    write_predictions(target, make_predictions([0, 1]), "char")
+    write_predictions(target, make_predictions([0, 1]), get_tokenizer("char"))
     before = target.read_text(encoding="utf-8")
 
     def fail(*_: object, **__: object) -> str:
@@ -207,7 +210,7 @@ def test_a_prediction_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(json, "dumps", fail)
     with pytest.raises(OSError, match="no space"):
-        write_predictions(target, make_predictions([2]), "char")
+        write_predictions(target, make_predictions([2]), get_tokenizer("char"))
     assert target.read_text(encoding="utf-8") == before
 
 
@@ -215,6 +218,36 @@ def test_without_facts_or_swapping_only_the_text_is_scored() -> None:
     scores = CaptionScorer(EvaluationConfig(tokenizer="char")).score(make_predictions(range(4)))
     assert "cider" in scores
     assert not [name for name in scores if name.startswith(("facts/", "swapped/", "permuted/"))]
+
+
+def test_clips_with_a_category_are_scored_by_it_too(tmp_path: Path) -> None:
+    rows = make_predictions(range(5))
+    rows = [replace(row, clip=replace(row.clip, category="바다" if index < 3 else "")) for index, row in enumerate(rows)]
+    scorer = CaptionScorer(EvaluationConfig(tokenizer="char"))
+    scores = scorer.score(rows)
+    assert (scores["category/바다/clips"], scores["category/(none)/clips"]) == (3, 2)
+    means = [scores["category/바다/rouge_l"] * 3, scores["category/(none)/rouge_l"] * 2]
+    assert sum(means) / 5 == pytest.approx(scores["rouge_l"], abs=1e-12)
+    assert not [name for name in scorer.score(rows, metrics=("bleu_4",)) if name.startswith("category/")]
+    write_predictions(tmp_path / "p.jsonl", rows, scorer.tokenizer)
+    written = [json.loads(line).get("category") for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert written == ["바다", "바다", "바다", None, None]
+
+
+def test_synonyms_and_width_reach_the_scores(tmp_path: Path) -> None:
+    rows = [Prediction(Clip("a", Path("a.mp4"), ("바닷가가 보인다. 3km",)), "해변이 보인다. ３ｋｍ")]
+    plain = CaptionScorer(EvaluationConfig()).score(rows)
+    same = tmp_path / "same.json"
+    same.write_text('{"해변": ["바닷가"]}', encoding="utf-8")
+    scorer = CaptionScorer(EvaluationConfig(synonyms=str(same), fold_width=True))
+    folded = scorer.score(rows)
+    assert folded["content_recall"] > plain["content_recall"]
+    assert folded["content/noun_recall"] > plain["content/noun_recall"]
+    assert folded["bleu_1"] > plain["bleu_1"]
+    assert "full-width folded" in describe_tokenizer(scorer.tokenizer)
+    same.write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"same\.json must be an object of words"):
+        CaptionScorer(EvaluationConfig(synonyms=str(same)))
 
 
 @pytest.mark.parametrize("metrics", [None, ("bleu_4", "cider", "cider_d")])

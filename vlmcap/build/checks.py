@@ -22,14 +22,24 @@ def check_stages(config: Config) -> None:
 
 
 def check_objective(config: Config) -> None:
-    """`UserError` unless the metrics that are followed will be measured."""
-    from vlmcap.training.evaluation import LOOP_METRICS
+    """`UserError` unless the metrics that are followed will be measured: `data.monitor` in the loop, `objective` there or at the end."""
+    from vlmcap.metrics import METRIC_NAMES
 
-    known = ("loss", *LOOP_METRICS)
-    for key, metric, splits in (("objective", config.objective, ("val", "test")), ("data.monitor", config.data.monitor, ("val",))):
-        split, _, name = metric.partition("/")
-        if split not in splits or not (name in known or name.startswith(("facts/", "swapped/"))):
-            there = "/ or ".join(splits)
-            raise UserError(f"{key}={metric} is not measured; choose {there}/ and one of {', '.join(known)}, facts/<fact>")
+    has_facts = config.data.is_demo or config.evaluation.facts is not None
+    facts = ["facts/<fact>"] if has_facts else []
+    at_end = ["content/<class>_recall", "category/<name>/cider"]
+    at_end += ["swapped/cider"] if config.evaluation.swap_videos else []
+    at_end += ["siglip/cosine"] if config.evaluation.siglip_checkpoint else []
+    at_end += ["bertscore/f1"] if config.evaluation.bert_checkpoint else []
+    _check_metric("objective", config.objective, ("val", "test"), ["loss", *METRIC_NAMES, *facts, *at_end])
+    _check_metric("data.monitor", config.data.monitor, ("val",), ["loss", *METRIC_NAMES, *facts])
     if config.objective_mode not in ("min", "max"):
         raise UserError(f"objective_mode={config.objective_mode} must be min or max")
+
+
+def _check_metric(key: str, metric: str, splits: tuple[str, ...], examples: list[str]) -> None:
+    """`UserError` unless `metric` is an example or of its group: which facts and categories there are, only the data says."""
+    split, _, name = metric.partition("/")
+    groups = tuple(example.partition("/")[0] + "/" for example in examples if "/" in example)
+    if split not in splits or not (name in examples or name.startswith(groups)):
+        raise UserError(f"{key}={metric} is not measured; choose {'/ or '.join(splits)}/ and one of {', '.join(examples)}")

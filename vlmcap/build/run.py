@@ -124,12 +124,13 @@ def build_run(
     import lightning as L
 
     from vlmcap.data.quarantine import Ledger
-    from vlmcap.training.evaluation import CaptionEvaluation, CaptionScorer
+    from vlmcap.training.evaluation import CaptionEvaluation
     from vlmcap.training.loggers import WandbTable, make_loggers
     from vlmcap.training.module import CaptioningModule
     from vlmcap.training.progress import RunProgress, TerminalBar
     from vlmcap.training.saving import AtomicCheckpointIO, StepLimit, checkpoint_callbacks
     from vlmcap.training.schedule import StagePlan
+    from vlmcap.training.scorer import CaptionScorer
 
     plan = StagePlan(config.tuning.stages)
     if config.cache.enabled:
@@ -142,7 +143,7 @@ def build_run(
         ledger=Ledger(folder / "quarantine.jsonl", config.data.max_bad_fraction, sum(len(clips) for clips in data.clips.values())),
         max_label_tokens=config.data.batch_size * config.llm.max_caption_tokens,
     )
-    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), folder / "predictions", config.evaluation.tokenizer)
+    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), folder / "predictions", config.data.monitor)
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
     callbacks: list[L.Callback] = [evaluation, WandbTable(evaluation, config.evaluation.num_table_rows), progress]
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()

@@ -19,9 +19,9 @@ _VERSIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "meca
 
 def tokenizer_version(config: Config) -> str:
     """Name and version of the scores' tokeniser."""
-    from vlmcap.training.evaluation import describe_tokenizer
+    from vlmcap.training.scorer import describe_tokenizer, scores_tokenizer
 
-    return describe_tokenizer(config.evaluation.tokenizer)
+    return describe_tokenizer(scores_tokenizer(config.evaluation))
 
 
 def summarize(config: Config, run: Run, scores: dict[str, float], seconds: dict[str, float], parts: Any) -> dict[str, Any]:

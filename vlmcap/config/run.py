@@ -92,6 +92,8 @@ class EvaluationConfig:
     """Captions generated in the loop and their scores."""
 
     tokenizer: str = "mecab_ko"
+    fold_width: bool = False  # count full-width letters and digits as the usual ones
+    synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
     max_clips: int = 128  # of the validation split while training; the whole split once at the end

@@ -7,19 +7,21 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from vlmcap.errors import UserError
 from vlmcap.metrics.backend import BACKENDS, score_with
 from vlmcap.metrics.diversity import collapse_warning
 from vlmcap.metrics.prediction_files import read_captions
-from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES
+from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, score_by_category
 from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer
 
+_GROUP_METRICS = ("bleu_4", "cider", "rouge_l")
 _FILES = """\
 files:
-  JSONL   {"id": …, "prediction": …, "references": [..., ...]}, an object a line, as train.py and evaluate.py write them
+  JSONL   {"id": …, "prediction": …, "references": [..., ...]}, an object a line, as train.py and evaluate.py write them;
+          where objects have a "category", BLEU-4, CIDEr and ROUGE-L of each are added
   JSON    COCO's results [{"image_id": …, "caption": …}], with --references annotations.json
   text    a caption a line, with --references refs.txt [refs2.txt ...], line n belonging to line n
 
@@ -51,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--references", type=Path, nargs="+", default=[], metavar="FILE", help="where they stand in files of their own")
     parser.add_argument("--tokenizer", default="mecab_ko", metavar="NAME", help=f"one of {', '.join(TOKENIZER_NAMES)} (default: mecab_ko)")
     parser.add_argument("--metrics", metavar="NAME,NAME", help="only these, parted by commas (default: all)")
+    parser.add_argument("--fold-width", action="store_true", help="count full-width forms (３ｋｍ) as the usual ones (3km)")
+    parser.add_argument("--synonyms", type=Path, metavar="FILE", help='JSON of content words that count as the same: {"바다": ["해양"]}')
     parser.add_argument("--backend", default="native", metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: native)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table; NaN is null")
     return parser
@@ -58,27 +62,41 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(options: argparse.Namespace) -> None:
     metrics = None if options.metrics is None else [name.strip() for name in options.metrics.split(",") if name.strip()]
-    tokenizer = get_tokenizer(options.tokenizer)
+    tokenizer = get_tokenizer(options.tokenizer, fold_width=options.fold_width)
     corpus = read_captions(options.predictions, options.references)
-    scores = score_with(options.backend, corpus.predictions, corpus.references, tokenizer=tokenizer, metrics=metrics)
+    scores = score_with(
+        options.backend, corpus.predictions, corpus.references, tokenizer=tokenizer, metrics=metrics, synonyms=options.synonyms
+    )
+    groups: dict[Hashable, dict[str, float]] = {}
+    if any(corpus.categories):
+        groups = score_by_category(corpus.predictions, corpus.references, corpus.categories, tokenizer=tokenizer)
     if options.json:
-        print(json.dumps(_record(scores, tokenizer, options.backend, corpus.references), ensure_ascii=False, indent=2))
+        print(json.dumps(_record(scores, groups, tokenizer, options.backend, corpus.references), ensure_ascii=False, indent=2))
     else:
         print(_table(scores, tokenizer, options.backend, corpus.references))
+        print(_group_table(groups), end="")
     if corpus.num_unused:
         print(f"Note: {corpus.num_unused} clips with references have no prediction and are left out.", file=sys.stderr)
     if warning := collapse_warning(corpus.predictions):
         print(f"Warning: {warning}", file=sys.stderr)
 
 
-def _record(scores: dict[str, float], tokenizer: Tokenizer, backend: str, references: list[list[str]]) -> dict[str, object]:
+def _record(
+    scores: dict[str, float], groups: dict[Hashable, dict[str, float]], tokenizer: Tokenizer, backend: str, references: list[list[str]]
+) -> dict[str, object]:
+    categories = {str(name): {key: _plain(row[key]) for key in ("clips", *_GROUP_METRICS)} for name, row in groups.items()}
     return {
-        "scores": {name: None if math.isnan(value) else value for name, value in scores.items()},
+        "scores": {name: _plain(value) for name, value in scores.items()},
+        **({"categories": categories} if groups else {}),
         "tokenizer": {"name": tokenizer.name, "version": tokenizer.version},
         "backend": backend,
         "clips": len(references),
         "references": sum(map(len, references)),
     }
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _table(scores: dict[str, float], tokenizer: Tokenizer, backend: str, references: list[list[str]]) -> str:
@@ -88,6 +106,24 @@ def _table(scores: dict[str, float], tokenizer: Tokenizer, backend: str, referen
     if backend != "native":
         head += f", {backend}'s BLEU, CIDEr-D and ROUGE-L"
     return "\n".join([head, *(f"  {labels[name]:<{width}}  {value:9.4f}" for name, value in scores.items())])
+
+
+def _group_table(groups: dict[Hashable, dict[str, float]]) -> str:
+    """A line a category; the name stands last, as Hangul takes two columns and would break the alignment of what follows it."""
+    if not groups:
+        return ""
+    head = f"{'clips':>7}" + "".join(f"  {METRIC_LABELS[name]:>{_width(name)}}" for name in _GROUP_METRICS) + "  category"
+    rows = [
+        f"{row['clips']:7.0f}"
+        + "".join(f"  {row[name]:{_width(name)}.4f}" for name in _GROUP_METRICS)
+        + f"  {'(none)' if name == '' else name}"
+        for name, row in groups.items()
+    ]
+    return "\n".join(["", head, *rows, ""])
+
+
+def _width(name: str) -> int:
+    return max(8, len(METRIC_LABELS[name]))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ downloads models and reads English only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vlmcap.errors import UserError
 from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.content import Synonyms
 from vlmcap.metrics.ngrams import Tokens
 from vlmcap.metrics.scores import STANDARD_METRICS, score_captions
 from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer
@@ -34,6 +36,7 @@ def score_with(
     *,
     tokenizer: str | Tokenizer = "mecab_ko",
     metrics: Sequence[str] | None = None,
+    synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
     """The scores of `score_captions`, those of `COCO_METRICS` from the backend.
 
@@ -43,6 +46,7 @@ def score_with(
         references: For each clip one or more captions.
         tokenizer: As in `score_captions`.
         metrics: As in `score_captions`.
+        synonyms: As in `score_captions`.
 
     Returns:
         Name to score, in the order asked for. A single clip has CIDEr-D 0 from pycocoevalcap, and NaN from us, as it says nothing.
@@ -52,12 +56,13 @@ def score_with(
     """
     check_backend(backend)
     if backend == "native":
-        return score_captions(predictions, references, tokenizer=tokenizer, metrics=metrics)
+        return score_captions(predictions, references, tokenizer=tokenizer, metrics=metrics, synonyms=synonyms)
     check_captions(predictions, references)
     wanted = STANDARD_METRICS if metrics is None else tuple(metrics)
     ours = [name for name in wanted if name not in COCO_METRICS]
     # Also where nothing is ours: it checks the names.
-    scores = score_captions(predictions, references, tokenizer=tokenizer, metrics=metrics if isinstance(metrics, str) else ours)
+    names = metrics if isinstance(metrics, str) else ours
+    scores = score_captions(predictions, references, tokenizer=tokenizer, metrics=names, synonyms=synonyms)
     if len(ours) < len(wanted):
         split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         scores |= coco_scores([split(text) for text in predictions], [[split(text) for text in refs] for refs in references], wanted)

@@ -18,11 +18,13 @@ class CaptionFile:
     Attributes:
         predictions: One text a clip, in the order of the file.
         references: The references of each clip.
+        categories: The category of each clip, empty where it has none.
         num_unused: Clips that have references but no prediction.
     """
 
     predictions: list[str]
     references: list[list[str]]
+    categories: list[str]
     num_unused: int = 0
 
 
@@ -30,6 +32,7 @@ class _Entry(NamedTuple):
     name: str | None
     prediction: Any
     references: Any
+    category: str = ""
 
 
 def read_captions(predictions: Path, references: Sequence[Path] = ()) -> CaptionFile:
@@ -52,7 +55,7 @@ def read_captions(predictions: Path, references: Sequence[Path] = ()) -> Caption
         lacking = next((index for index, entry in enumerate(entries, start=1) if entry.references is None), None)
         if lacking is not None:
             raise UserError(f"{predictions}: entry {lacking} has no references; name their file with --references.")
-        return CaptionFile([entry.prediction for entry in entries], [entry.references for entry in entries])
+        return _corpus(entries, [entry.references for entry in entries])
     if all(_is_text(path) for path in references):
         return _join_lines(entries, references)
     if len(references) > 1:
@@ -67,7 +70,7 @@ def _join_lines(entries: list[_Entry], paths: Sequence[Path]) -> CaptionFile:
             raise UserError(f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to prediction n.")
     # An empty line in one of several files says that this clip has fewer references.
     rows = [[line for line in row if line.strip()] or [row[0]] for row in zip(*streams, strict=True)]
-    return CaptionFile([entry.prediction for entry in entries], rows)
+    return _corpus(entries, rows)
 
 
 def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_path: Path) -> CaptionFile:
@@ -82,7 +85,11 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
     if lacking:
         raise UserError(f"{other_path} has no references for the prediction with id {lacking}.")
     rows = [by_name[str(entry.name)] for entry in entries]
-    return CaptionFile([entry.prediction for entry in entries], rows, len(by_name) - len(entries))
+    return _corpus(entries, rows, len(by_name) - len(entries))
+
+
+def _corpus(entries: list[_Entry], references: list[list[Any]], num_unused: int = 0) -> CaptionFile:
+    return CaptionFile([entry.prediction for entry in entries], references, [entry.category for entry in entries], num_unused)
 
 
 def _read_entries(path: Path, wanted: str) -> list[_Entry]:
@@ -118,7 +125,8 @@ def _entry(row: Any, place: str, wanted: str) -> _Entry:
         keys = ", ".join(map(str, row)) or "none"
         raise UserError(f"{place} has no key {wanted} (nor caption, as COCO's files have): its keys are {keys}.")
     references = [references] if isinstance(references, str) else references
-    return _Entry(None if name is None else str(name), prediction, references)
+    category = row.get("category")
+    return _Entry(None if name is None else str(name), prediction, references, "" if category is None else str(category))
 
 
 _MISSING = object()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from vlmcap.errors import UserError
@@ -12,7 +13,8 @@ from vlmcap.metrics.bleu import bleu_from_counts
 from vlmcap.metrics.checks import check_captions
 from vlmcap.metrics.chrf import corpus_chrf
 from vlmcap.metrics.cider import warn_of_one_clip
-from vlmcap.metrics.content import content_scores
+from vlmcap.metrics.clip_metrics import by_category
+from vlmcap.metrics.content import Synonyms, content_scores
 from vlmcap.metrics.corpus import ReferenceCorpus, clip_statistics, corpus_scores
 from vlmcap.metrics.diversity import distinct_ratio, repetition_rate, self_bleu
 from vlmcap.metrics.meteor import corpus_meteor
@@ -51,6 +53,7 @@ def score_captions(
     *,
     tokenizer: str | Tokenizer = "mecab_ko",
     metrics: Sequence[str] | None = None,
+    synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
     """The scores of a corpus of captions under their names.
 
@@ -62,6 +65,7 @@ def score_captions(
         references: For each clip one or more captions; clips may have different numbers of them.
         tokenizer: A name of `TOKENIZER_NAMES`, or a `Tokenizer`. Scores of different tokenisers cannot be compared.
         metrics: The names of `METRIC_LABELS` to compute, those of `STANDARD_METRICS` if None.
+        synonyms: Words that count as the same content word, as in `vlmcap.metrics.content.load_synonyms`.
 
     Returns:
         Name to score, in the order asked for. BLEU, ROUGE-L and METEOR lie between 0 and 1, CIDEr and CIDEr-D between 0 and 10 (NaN with a
@@ -80,7 +84,7 @@ def score_captions(
     if "meteor_ko" in wanted:
         scores["meteor_ko"] = corpus_meteor_ko(predictions, references)
     if any(name.startswith("content_") for name in wanted):
-        scores |= content_scores(predictions, references)
+        scores |= content_scores(predictions, references, synonyms)
     token_metrics = {name for name in wanted if name not in scores}
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if token_metrics:
@@ -117,6 +121,23 @@ def score_each(
     columns = {"cider": statistics.cider, "cider_d": statistics.cider_d, "rouge_l": statistics.rouge_l, "bleu_4": bleu[:, 3]}
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def score_by_category(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    categories: Sequence[Hashable],
+    *,
+    tokenizer: str | Tokenizer = "mecab_ko",
+) -> dict[Hashable, dict[str, float]]:
+    """BLEU, CIDEr, CIDEr-D and ROUGE-L of the clips of each category, and their number as `clips`; see `by_category`.
+
+    Raises:
+        UserError: As in `score_captions`, or the number of categories differs from that of the clips.
+    """
+    check_captions(predictions, references)
+    split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return by_category(clip_statistics(_tokenize(predictions, split), _count_references(references, split)), categories)
 
 
 def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from torchmetrics.utilities import dim_zero_cat
 from vlmcap.errors import UserError
 from vlmcap.metrics.backend import check_backend, score_with
 from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.content import Synonyms, load_synonyms
 from vlmcap.metrics.scores import METRIC_LABELS
-from vlmcap.metrics.tokenizers import TOKENIZER_NAMES
+from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, get_tokenizer
 
 
 class CaptionScore(Metric):
@@ -37,6 +39,8 @@ class CaptionScore(Metric):
         tokenizer: A name of `TOKENIZER_NAMES`.
         metrics: The names of `METRIC_LABELS` to compute, those of `STANDARD_METRICS` if None.
         backend: A name of `vlmcap.metrics.backend.BACKENDS`.
+        fold_width: Turn full-width forms ("３ｋｍ") into the usual ones before the split.
+        synonyms: Words that count as the same content word, or the path of a JSON file of them.
         kwargs: torchmetrics' own, such as `sync_on_compute`.
 
     Raises:
@@ -49,7 +53,14 @@ class CaptionScore(Metric):
     rows: list[Tensor]
 
     def __init__(
-        self, tokenizer: str = "mecab_ko", metrics: Sequence[str] | None = None, *, backend: str = "native", **kwargs: Any
+        self,
+        tokenizer: str = "mecab_ko",
+        metrics: Sequence[str] | None = None,
+        *,
+        backend: str = "native",
+        fold_width: bool = False,
+        synonyms: Synonyms | str | Path | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if tokenizer not in TOKENIZER_NAMES:
@@ -59,6 +70,8 @@ class CaptionScore(Metric):
             raise UserError(f"metrics must be a list of names among {', '.join(METRIC_LABELS)}, got {unknown!r}.")
         check_backend(backend)
         self.tokenizer, self.metrics, self.backend = tokenizer, metrics, backend
+        self.fold_width, self.synonyms = fold_width, synonyms
+        load_synonyms(synonyms)  # a mistake in them is said now, not after an epoch
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str] | None = None) -> None:
@@ -91,7 +104,12 @@ class CaptionScore(Metric):
         """
         corpus = self.corpus()
         scores = score_with(
-            self.backend, [row[1] for row in corpus], [row[2] for row in corpus], tokenizer=self.tokenizer, metrics=self.metrics
+            self.backend,
+            [row[1] for row in corpus],
+            [row[2] for row in corpus],
+            tokenizer=get_tokenizer(self.tokenizer, fold_width=self.fold_width),
+            metrics=self.metrics,
+            synonyms=self.synonyms,
         )
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in scores.items()}

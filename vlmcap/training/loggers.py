@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from vlmcap.config import Config, LoggerKind
 from vlmcap.data.video import VideoError, decode_frames
 from vlmcap.files import replacing
-from vlmcap.training.evaluation import CaptionEvaluation, Prediction
+from vlmcap.training.evaluation import CaptionEvaluation
+from vlmcap.training.scorer import Prediction
 
 
 class JsonlLogger(Logger):

@@ -56,7 +56,7 @@ def show_parts(parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int
 
 
 def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
-    """Prints the final scores of each split, and beside them those with swapped videos where there are some.
+    """Prints the final scores of each split, beside them those with swapped videos, and below them those by category, where there are some.
 
     Args:
         scores: Named `split/score`.
@@ -69,12 +69,38 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
         for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in own.items():
-            if name.startswith(("swapped/", "permuted/")):
+            if name.startswith(("swapped/", "permuted/", "category/")):
                 continue
             others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
-            label = METRIC_LABELS.get(name, name.replace("facts/", "fact: "))
-            table.add_row(label, f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
+            table.add_row(score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
         Console().print(table)
+        _show_categories(split, own)
+
+
+def score_label(name: str) -> str:
+    """What a score is called where people read it."""
+    kind, _, rest = name.partition("/")
+    words = rest.replace("_", " ")
+    groups = {"facts": f"fact: {rest}", "content": f"content words: {words}", "siglip": f"SigLIP, no reference: {words}"}
+    groups["bertscore"] = f"BERTScore: {words}"
+    return METRIC_LABELS.get(name) or groups.get(kind, name)
+
+
+def _show_categories(split: str, scores: Mapping[str, float]) -> None:
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in scores.items():
+        if name.startswith("category/"):
+            category, _, metric = name.removeprefix("category/").rpartition("/")
+            rows.setdefault(category, {})[metric] = value
+    if not rows:
+        return
+    table = Table(title=f"{split} split by category", title_justify="left", title_style="bold")
+    metrics = list(next(iter(rows.values())))
+    for column in ("category", *(METRIC_LABELS.get(metric, metric) for metric in metrics)):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for category, row in sorted(rows.items(), key=lambda item: -item[1].get("clips", 0)):
+        table.add_row(category, *(f"{row[metric]:.0f}" if metric == "clips" else f"{row[metric]:.3f}" for metric in metrics))
+    Console().print(table)
 
 
 def progress_reporter(label: str) -> Callable[[int, int], None]:
