@@ -78,7 +78,8 @@ def make_run() -> Callable[[Config], Run]:
     """A function from a configuration to the objects of its run, ready for `run.trainer.fit(run.module, datamodule=run.data)`."""
     import lightning as L
 
-    from vlmcap.build.data import build_data, load_splits
+    from vlmcap.build.clips import load_splits
+    from vlmcap.build.data import build_data
     from vlmcap.build.demo import prepare
     from vlmcap.build.model import assemble
     from vlmcap.build.run import build_run
@@ -87,8 +88,9 @@ def make_run() -> Callable[[Config], Run]:
     def make(config: Config) -> Run:
         config = prepare(config)
         L.seed_everything(config.seed, verbose=False)
-        assembly = assemble(config)
-        data = build_data(config, assembly, load_splits(config, list(Split)))
+        clips = load_splits(config, list(Split))
+        assembly = assemble(config, clips)
+        data = build_data(config, assembly, clips)
         L.seed_everything(config.seed, verbose=False)
         folder = Path(config.paths.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +220,7 @@ def llm_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The AI Hub layout with real clips: 6 to train on, 3 to validate, 2 to test."""
-    from vlmcap.data.video import write_video
+    from vlmcap.data.decoding.video import write_video
 
     root = tmp_path_factory.mktemp("aihub")
     rng = np.random.default_rng(0)

@@ -1,14 +1,13 @@
 """Records that travel between data, models and training.
 
-Legend: B batch, F frames (tiles of a frame count as frames), P patches a frame, Dv vision width, S sequence (visual tokens included),
-H/W pixels.
+Legend: B clips, R rows, F frames (tiles of a frame count as frames), P patches a frame, Dv vision width, S sequence (visual tokens
+included), H/W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,27 +23,36 @@ VisualLayout = Callable[[GridTHW | None], Sequence[int | Sequence[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One entry of a data set: a video file and what people said about it.
+    """One entry of a data set: a video, an image or a list of images, and what people said about it.
 
     Attributes:
         id: Unique within its split; the label file's stem for AI Hub data.
-        video: Path of the video file.
+        video: Path or address of the video or image; a member of an archive is `zip://MEMBER::ARCHIVE` or `tar://MEMBER::ARCHIVE`.
         captions: Reference captions, at least one; empty only for captioning without references.
         category: Free label for break-downs, empty when unknown.
+        frames: Images that are the frames of the clip, in order, where it is no video; `video` is then the first of them.
     """
 
     id: str
-    video: Path
+    video: str
     captions: tuple[str, ...]
     category: str = ""
+    frames: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A clip that could not be read, and why: takes the place of its `Sample`."""
+    """A clip that could not be read, and why: takes the place of its `Sample`.
+
+    Attributes:
+        clip: The clip.
+        reason: One sentence.
+        is_final: False where another try may go better: it took too long, or the system took the decoder away.
+    """
 
     clip: Clip
     reason: str
+    is_final: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class Sample:
         clip: Where it comes from.
         frames: uint8 (F, 3, H, W), already resized for the encoder; (F, P, 3 · p · p), cut into patches, where sizes vary.
         features: (F, P, Dv), patch features of the frozen encoder out of the cache.
-        grid_thw: Frames, patch rows and columns where they vary from clip to clip; None where they are the encoder's own.
+        grid_thw: Frames, patch rows and columns where any of them varies from clip to clip; None where they are the encoder's own.
     """
 
     clip: Clip
@@ -66,17 +74,21 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of B clips; ids, labels and masks share one length S, the visual placeholders included.
+    """A batch of B clips in R rows; ids, labels and masks share one length S, the visual placeholders included.
+
+    A clip has a row of its own, R = B, unless the batch is packed: all clips then stand in one row, R = 1, one behind another and
+    without padding. Frames, features and sizes always go by clip, in the order in which the clips stand in the rows.
 
     Attributes:
-        clips: The B clips, in row order.
-        input_ids: int64 (B, S); placeholder positions hold the padding id.
-        attention_mask: int64 (B, S); 1 on real tokens, 0 on padding.
-        visual_mask: bool (B, S); True where a projected visual token goes.
-        labels: int64 (B, S); -100 outside the caption and its end token; None for generation.
-        frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) where sizes vary, or None.
+        clips: The B clips, in the order of rows and of places in a row.
+        input_ids: int64 (R, S); placeholder positions hold the padding id.
+        attention_mask: int64 (R, S); 1 on real tokens, 0 on padding.
+        visual_mask: bool (R, S); True where a projected visual token goes.
+        labels: int64 (R, S); -100 outside the caption and its end token; None for generation.
+        frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) where patches vary, or None.
         features: (B, F, P, Dv) or None.
         grid_thw: A clip each, where they vary; frames and features are then padded with zeros at the end of F and of P.
+        position_ids: int64 (R, S), from 0 anew for each clip, of a packed batch; None where a clip has a row of its own.
         skipped: Clips of this batch that could not be read.
         num_truncated: Captions cut to the limit in this batch.
     """
@@ -89,6 +101,7 @@ class Batch:
     frames: Tensor | None = None
     features: Tensor | None = None
     grid_thw: tuple[GridTHW, ...] | None = None
+    position_ids: Tensor | None = None
     skipped: tuple[Skipped, ...] = ()
     num_truncated: int = 0
 
@@ -109,6 +122,6 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("input_ids", "attention_mask", "visual_mask", "labels", "frames", "features")
+        names = ("input_ids", "attention_mask", "visual_mask", "labels", "frames", "features", "position_ids")
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **changed)

@@ -16,12 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 import vlmcap
-from vlmcap.build.data import build_data, load_splits
+from vlmcap.build.clips import load_splits
+from vlmcap.build.data import build_data
 from vlmcap.build.model import assemble
 from vlmcap.build.run import train
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
-from vlmcap.data.feature_cache import FeatureCache
 from vlmcap.errors import UserError
 
 SHORT = ("trainer.max_steps=2", "data.align_epochs=0", "evaluation.max_clips=4")
@@ -56,7 +56,7 @@ def test_every_projector_learns_from_the_demo(overrides: list[str], tiny_config:
 @pytest.fixture(scope="module")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips in landscape, portrait and square, in the AI Hub layout."""
-    from vlmcap.data.video import write_video
+    from vlmcap.data.decoding.video import write_video
 
     root = tmp_path_factory.mktemp("shapes")
     rng = np.random.default_rng(3)
@@ -72,7 +72,15 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("projector", [["projector=mlp"], ["projector=perceiver"], ["projector=mlp", "projector.reducer=pool"]])
+@pytest.mark.parametrize(
+    "projector",
+    [
+        ["projector=mlp"],
+        ["projector=perceiver"],
+        ["projector=mlp", "projector.reducer=pool"],
+        ["projector=mlp", "projector.reducer=pool", "cache.pooled=true"],
+    ],
+)
 @pytest.mark.parametrize("kind", ["siglip2_naflex", "tiling"])
 def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cache(
     kind: str, projector: list[str], checkpoints: dict[str, Any], naflex: Any, llm_folder: Path, shapes_root: Path, tmp_path: Path
@@ -80,10 +88,9 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
     encoder = ["encoder=siglip2_naflex", f"encoder.checkpoint={naflex.folder}", "encoder.max_patches=24"]
     if kind == "tiling":
         encoder = ["encoder=clip", f"encoder.checkpoint={checkpoints['clip'].folder}", "encoder.tiling=3", "projector.temporal=none"]
-    losses = []
-    for name in ("cached", "decoded"):
-        folder = tmp_path / name
-        config = compose(
+
+    def config_of(name: str) -> Config:
+        return compose(
             [
                 *encoder,
                 *projector,
@@ -104,11 +111,15 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
                 "trainer.log_every_n_steps=1",
                 f"cache.enabled={name == 'cached'}",
                 "cache.dtype=float32",
-                f"paths.output_dir={folder}",
+                f"paths.output_dir={tmp_path / name}",
                 f"paths.cache_dir={tmp_path / 'cache'}",
             ]
         )
-        train(config)
+
+    losses = []
+    for name in ("cached", "decoded"):
+        folder = tmp_path / name
+        train(config_of(name))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["train/loss"] for line in lines if "train/loss" in line])
         rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -116,13 +127,9 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
         one_by_one = [captioner.caption([row["video"]])[0] for row in rows]
         assert one_by_one == [row["prediction"] for row in rows]  # padding of a batch changes nothing
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    caches = [FeatureCache(path.parent, path.name) for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()]
-    assert len(caches) == 3
-    assert all(len({cache.grid_thw(f"{split}{index}") for index in range(3)}) > 1 for cache in caches for split in _splits(cache))
-
-
-def _splits(cache: FeatureCache) -> list[str]:
-    return [split for split in ("train", "val", "test") if f"{split}0" in cache]
+    features = assemble(config_of("cached"), load_splits(config_of("cached"), list(Split))).features
+    assert features is not None
+    assert all(len(set(features.grids(clips))) > 1 for clips in features.clips.values())
 
 
 @pytest.mark.parametrize(
@@ -158,8 +165,8 @@ def test_splits_may_share_ids(real_path: list[str], aihub_root: Path, tmp_path: 
         for file in [*(root / split).glob("*/*")]:
             file.rename(file.with_name(file.name.replace(split, "clip")))
     config = compose([*real_path, f"data.root={root}", "cache.enabled=true"])
-    assembly = assemble(config)
-    data = build_data(config, assembly, load_splits(config, list(Split)))
+    clips = load_splits(config, list(Split))
+    data = build_data(config, assemble(config, clips), clips)
     first = {split: data.make_dataset(data.clips[split][:1])[0].features for split in ("train", "val", "test")}
     for split, features in first.items():
         assert sum(torch.equal(features, other) for other in first.values()) == 1, split

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.data.video import decode_frames
+from vlmcap.data.decoding.video import decode_frames
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, load_encoder
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}

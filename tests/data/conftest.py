@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vlmcap.data.video import write_video
+from vlmcap.data.decoding.video import write_video
 from vlmcap.types import Clip
 
 Frames = NDArray[np.uint8]
@@ -58,4 +58,4 @@ def small_clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
         write_video(folder / f"good{i}.mp4", moving_frames(8 + i), fps=8)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("바다 위로 해가 뜬다.\n" * 50, encoding="utf-8")
-    return [Clip(path.stem, path, (f"{path.stem} 영상이다.",)) for path in sorted(folder.glob("*.mp4"))]
+    return [Clip(path.stem, str(path), (f"{path.stem} 영상이다.",)) for path in sorted(folder.glob("*.mp4"))]

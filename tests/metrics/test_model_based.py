@@ -221,7 +221,7 @@ def test_empty_and_long_texts(bert: str) -> None:
 
 
 def test_an_evaluation_has_them_where_checkpoints_are_named(siglip: str, bert: str, tmp_path: Path) -> None:
-    from vlmcap.data.video import write_video
+    from vlmcap.data.decoding.video import write_video
 
     assert model_scores(EvaluationConfig(), [], [], []) == {}
     videos = [tmp_path / f"{index}.mp4" for index in range(3)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.data.collate import Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
 from vlmcap.models.encoders import EncoderOptions, load_encoder
@@ -42,7 +42,7 @@ def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
 
 def samples() -> list[Sample]:
     frames = torch.randint(0, 256, (2, FRAMES, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return [Sample(Clip(str(i), Path(f"{i}.mp4"), (text,)), frames=frames[i]) for i, text in enumerate((LONG, SHORT))]
+    return [Sample(Clip(str(i), f"{i}.mp4", (text,)), frames=frames[i]) for i, text in enumerate((LONG, SHORT))]
 
 
 def collate(captioner: VideoCaptioner, items: list[Sample], mode: str = "train") -> Batch:
@@ -221,7 +221,7 @@ def test_training_moves_projector_and_adapters_and_nothing_else(captioner: Video
 def test_files_come_back_in_order_with_the_unreadable_named(captioner: VideoCaptioner) -> None:
     paths = [Path("0.mp4"), Path("bad.mp4"), Path("1.mp4")]
     clips = [dataclasses.replace(item, clip=dataclasses.replace(item.clip, id=name)) for item, name in zip(samples(), "02", strict=True)]
-    skipped = Skipped(Clip("1", paths[1], ()), "it is empty")
+    skipped = Skipped(Clip("1", str(paths[1]), ()), "it is empty")
     batch = Collator(captioner.prompt, VISUAL, 200, mode="generate")([clips[0], skipped, clips[1]])
     empty = Collator(captioner.prompt, VISUAL, 200, mode="generate")([skipped])
     captioner.prepare = lambda _paths: [batch]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmcap.data.collate import Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
 from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.adapt import add_lora

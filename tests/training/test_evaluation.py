@@ -160,7 +160,7 @@ def test_a_collapsed_model_is_told(tiny_config: MakeConfig, make_run: MakeRun, t
 
 
 def make_predictions(names: Sequence[int]) -> list[Prediction]:
-    return [Prediction(Clip(f"{name:03d}", Path(f"{name}.mp4"), (f"글 {name}",)), f"말 {name}") for name in names]
+    return [Prediction(Clip(f"{name:03d}", f"{name}.mp4", (f"글 {name}",)), f"말 {name}") for name in names]
 
 
 def test_one_process_gathers_its_own_sorted() -> None:
@@ -177,7 +177,7 @@ from vlmcap.training.scorer import Prediction
 from vlmcap.types import Clip
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)
-rows = [Prediction(Clip(f"{name:03d}", Path(f"{name}.mp4"), (f"글 {name}",)), f"말 {name}") for name in (1, 3, 8)]
+rows = [Prediction(Clip(f"{name:03d}", f"{name}.mp4", (f"글 {name}",)), f"말 {name}") for name in (1, 3, 8)]
 print([(row.clip.id, row.text, row.clip.captions) for row in gather(rows)])
 dist.destroy_process_group()
 """
@@ -235,7 +235,7 @@ def test_clips_with_a_category_are_scored_by_it_too(tmp_path: Path) -> None:
 
 
 def test_synonyms_and_width_reach_the_scores(tmp_path: Path) -> None:
-    rows = [Prediction(Clip("a", Path("a.mp4"), ("바닷가가 보인다. 3km",)), "해변이 보인다. ３ｋｍ")]
+    rows = [Prediction(Clip("a", "a.mp4", ("바닷가가 보인다. 3km",)), "해변이 보인다. ３ｋｍ")]
     plain = CaptionScorer(EvaluationConfig()).score(rows)
     same = tmp_path / "same.json"
     same.write_text('{"해변": ["바닷가"]}', encoding="utf-8")

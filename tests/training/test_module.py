@@ -174,10 +174,11 @@ def test_captions_without_tokens_are_named_and_long_ones_counted(
 
     original = PromptEncoder.encode_caption
     config = tiny_config(tmp_path / "run", "data.max_bad_fraction=0.1", "llm.max_caption_tokens=8", "data.tune_epochs=2")
+    from vlmcap.build.clips import load_splits
     from vlmcap.build.demo import prepare
-    from vlmcap.data.aihub import load_aihub
+    from vlmcap.config import Split
 
-    lost = load_aihub(prepare(config).data.root, "train")[5]
+    lost = load_splits(prepare(config), [Split.train])["train"][5]
     monkeypatch.setattr(PromptEncoder, "encode_caption", lambda self, text: [] if text == lost.captions[0] else original(self, text))
     train(config)
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]

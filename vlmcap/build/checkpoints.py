@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.build.model import Assembly, Sources, assemble
+from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of, dtype_of
 from vlmcap.build.quiet import quiet_libraries
+from vlmcap.build.sources import Sources
 from vlmcap.compose import from_plain, to_config, to_plain
 from vlmcap.config import Config, Precision
 from vlmcap.errors import UserError, first_line
@@ -91,14 +92,14 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
     from torch.utils.data import DataLoader
 
     from vlmcap.build.data import decoded_dataset
-    from vlmcap.data.collate import Collator
+    from vlmcap.data.loading.collate import Collator
     from vlmcap.types import Clip
 
     collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens, mode="generate")
 
     def batches(paths: Sequence[Path]) -> Iterator[Batch]:
-        clips = [Clip(id=str(index), video=path, captions=()) for index, path in enumerate(paths)]
-        dataset = decoded_dataset(config, assembly, clips)
+        clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
+        dataset = decoded_dataset(config, assembly.transform, assembly.grid_of, clips)
         workers = max(0, min(config.data.num_workers, len(clips) - 1))
         loader = DataLoader(dataset, batch_size=config.data.eval_batch_size, collate_fn=collator, num_workers=workers)
         for batch in loader:

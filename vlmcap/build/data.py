@@ -1,137 +1,113 @@
-"""Clips, loaders and the feature cache of a configuration."""
+"""Clips and loaders of a configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vlmcap.build.model import Assembly
-from vlmcap.build.parts import device_of
-from vlmcap.config import Config, Split
+from vlmcap.config import Batching, Config
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
-    from vlmcap.data.datamodule import CaptionDataModule
-    from vlmcap.data.dataset import ClipDataset
-    from vlmcap.types import Clip, GridTHW
-
-
-RECIPE = 1  # of cached features: raise when code that they depend on changes, such as which frames are taken
-FRAMES_A_PASS = 128  # through the encoder when features are cached
-
-
-def load_clips(config: Config, split: Split) -> list[Clip]:
-    """The clips of a split.
-
-    Raises:
-        UserError: The split is missing, empty or broken.
-    """
-    from vlmcap.data.aihub import load_aihub
-
-    clips = load_aihub(config.data.root, split.value, config.data.caption_key)
-    if split is Split.train and config.data.max_clips is not None:
-        import random
-
-        order = random.Random(config.seed).sample(range(len(clips)), len(clips))  # subsets of one seed are nested
-        clips = [clips[index] for index in sorted(order[: config.data.max_clips])]
-    return clips
-
-
-def load_splits(config: Config, splits: Sequence[Split]) -> dict[str, list[Clip]]:
-    """Split name to its clips.
-
-    Raises:
-        UserError: A split is missing, empty or broken.
-    """
-    return {split.value: load_clips(config, split) for split in splits}
+    from vlmcap.build.model import Assembly
+    from vlmcap.data.loading.datamodule import CaptionDataModule
+    from vlmcap.data.loading.dataset import ClipDataset
+    from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 
 def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[Clip]]) -> CaptionDataModule:
-    """Loaders for splits as `load_splits` returns them, from the feature cache where it is enabled."""
-    from vlmcap.data.collate import Collator
-    from vlmcap.data.datamodule import CaptionDataModule, LoaderSettings
+    """Loaders for splits as `load_splits` returns them, out of the feature store where the assembly has one."""
+    from vlmcap.data.loading.collate import Collator
+    from vlmcap.data.loading.datamodule import CaptionDataModule, LoaderSettings
 
     collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens)
-    make_dataset = dataset_maker(config, assembly, clips)
+    features = assembly.features
+
+    def make_dataset(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
+        if features is not None:
+            return features.dataset(chosen)
+        return decoded_dataset(config, assembly.transform, assembly.grid_of, chosen)
+
+    is_shuffled = config.data.batching is Batching.shuffled
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
         eval_batch_size=config.data.eval_batch_size,
         # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
-        num_workers=0 if config.cache.enabled and config.encoder.is_cached else config.data.num_workers,
+        num_workers=0 if features is not None and config.encoder.is_cached else config.data.num_workers,
         seed=config.seed,
         max_eval_clips=config.evaluation.max_clips,
         pin_memory=config.hardware.accelerator != "cpu",
+        batching=config.data.batching.value,
+        max_tokens_per_batch=config.data.max_tokens_per_batch,
+        lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
     )
     return CaptionDataModule(clips, make_dataset, collator, dataclasses.replace(collator, mode="generate"), settings)
 
 
-def decoded_dataset(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> ClipDataset:
-    """Clips with frames, decoded as the encoder wants them."""
-    from vlmcap.data.dataset import ClipDataset
+def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> NDArray[np.int64]:
+    """(N,) tokens of each training clip's whole sequence; of the largest possible video where sizes vary and are not known yet."""
+    from vlmcap.data.loading.lengths import caption_lengths, sequence_lengths
 
-    return ClipDataset(
-        clips,
-        num_frames=config.data.num_frames,
-        frame_transform=assembly.transform,
-        grid_of=assembly.grid_of,
-        decode_timeout_s=config.data.decode_timeout_s,
+    prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_whole else "llm"]
+    folder = Path(config.paths.cache_dir) / "manifests"
+    captions = caption_lengths(clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}")
+    limit = config.llm.max_caption_tokens
+    return sequence_lengths(
+        captions, max_caption_tokens=limit, prompt_tokens=prompt.num_prompt_tokens, visual_tokens=_visual_lengths(config, assembly, clips)
     )
 
 
-def dataset_maker(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[Clip]]) -> Callable[[Sequence[Clip]], Any]:
-    """A function from clips to their data set: decoded frames, or features of the cache, which is built here if need be."""
-    from vlmcap.data.dataset import FeatureDataset
-    from vlmcap.data.feature_cache import FeatureCache, cache_key, clips_fingerprint
-    from vlmcap.training.progress import progress_reporter
+def _visual_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> int | NDArray[np.int64]:
+    """Visual tokens and the text between them, (N,) where features say each clip's size."""
+    import numpy as np
 
-    if not config.cache.enabled:
-        return lambda chosen: decoded_dataset(config, assembly, chosen)
-    base = "model" if config.is_whole else "encoder"
-    owner: dict[tuple[str, Path], FeatureCache] = {}  # ids are unique within a split only
-    for split, members in clips.items():
-        key = cache_key(
-            recipe=RECIPE,
-            kind=type(assembly.transform).__name__,
-            encoder=assembly.sources.bases[base].sha256,
-            layer=config.encoder.feature_layer,
-            num_frames=config.data.num_frames,
-            transform=dataclasses.asdict(assembly.transform),  # type: ignore[call-overload]
-            precision=config.hardware.precision.value,
-            dtype=config.cache.dtype,
-            clips=clips_fingerprint(members),
-        )
-        cache = FeatureCache(Path(config.paths.cache_dir) / "features", key)
-        if not cache.is_complete:
-            report = progress_reporter(f"encoding the {split} split")
-            fill_cache(config, assembly, cache, decoded_dataset(config, assembly, members), report)
-        owner |= {(clip.id, clip.video): cache for clip in members}
+    def length(grid: GridTHW | None) -> int:
+        return sum(part if isinstance(part, int) else len(part) for part in assembly.visual(grid))
 
-    def cached(chosen: Sequence[Clip]) -> FeatureDataset:
-        found = {owner[clip.id, clip.video].key: owner[clip.id, clip.video] for clip in chosen}
-        assert len(found) <= 1, "clips of one split"
-        return FeatureDataset(chosen, next(iter(found.values()), cache))
-
-    return cached
+    if assembly.features is None:
+        encoder = assembly.captioner.encoder
+        assert encoder is not None
+        return max(length(grid) for grid in encoder.possible_grids(config.data.num_frames))
+    grids = assembly.features.grids(clips)
+    known = {grid: length(grid) for grid in set(grids)}
+    return np.array([known[grid] for grid in grids], np.int64)
 
 
-def fill_cache(config: Config, assembly: Assembly, cache: Any, dataset: Any, report: Callable[[int, int], None]) -> None:
-    """Runs the frozen encoder over a split once and stores what it gives."""
-    import torch
-    from torch.utils.data import DataLoader
+def decoded_dataset(
+    config: Config,
+    transform: Callable[[Tensor], Tensor],
+    grid_of: Callable[[int, int, int], GridTHW | None],
+    clips: Sequence[Clip],
+) -> ClipDataset:
+    """Clips with frames, decoded as the encoder wants them.
 
-    encoder = assembly.captioner.encoder
-    assert encoder is not None
-    device = torch.device(device_of(config))
-    encoder.to(device)
-    frames = max(frames for frames, _, _ in encoder.possible_grids(config.data.num_frames))
-    loader = DataLoader(dataset, batch_size=max(1, FRAMES_A_PASS // frames), collate_fn=list, num_workers=config.data.num_workers)
+    Args:
+        config: Of the run.
+        transform: As in `Assembly`.
+        grid_of: As in `Assembly`.
+        clips: In the order of the data set.
+    """
+    from vlmcap.data.decoding.augment import Augment
+    from vlmcap.data.decoding.sampling import FrameSampling
+    from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
+    from vlmcap.data.decoding.video import DecodeLimits
+    from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
 
-    @torch.no_grad()
-    def encode(frames: torch.Tensor, grid_thw: Sequence[GridTHW] | None) -> torch.Tensor:
-        features: torch.Tensor = encoder(frames.to(device), grid_thw)
-        return features
-
-    cache.build(loader, encode, len(dataset), config.cache.dtype, progress=report)
+    data = config.data
+    settings = ReadSettings(
+        sampling=FrameSampling(data.sampling.value, data.num_frames, data.fps, data.augment.jitter),
+        limits=DecodeLimits(timeout_s=data.decode_timeout_s),
+        decoder=resolve_decoder(data.decoder.value),
+        is_variable=data.variable_frames,
+        augment=Augment(data.augment.color, data.augment.crop),
+        seed=config.seed,
+        is_isolated=data.is_isolated,
+        memory_gib=data.decode_memory_gib,
+    )
+    return ClipDataset(clips, settings, frame_transform=transform, grid_of=grid_of)

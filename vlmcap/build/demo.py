@@ -40,13 +40,14 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     """Folders of the tiny language model and encoder, trained on first use on the demo's training split."""
     from transformers import AutoTokenizer
 
-    from vlmcap.data.aihub import load_aihub
+    from vlmcap.data.formats import Record, SourceSettings, read_records
     from vlmcap.data.once import make_once
     from vlmcap.training.base_parts import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_encoder, make_language_model
     from vlmcap.training.progress import progress_reporter
 
     folder = demo_folder(config)
-    clips = load_aihub(folder, "train")
+    entries = read_records("aihub", SourceSettings(root=str(folder)), "train")
+    clips = [entry.clip for entry in entries if isinstance(entry, Record)]
     parts = folder.with_name(folder.name.replace("clips-", f"parts{RECIPE}-"))
     # A small demo, as tests make it, needs no long training.
     share = min(1.0, len(clips) / 2000)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmcap.build.features import FeaturePlan, Features, grid_of_frames, prepare_features
 from vlmcap.build.parts import (
     add_adapters,
     load_encoder,
@@ -14,28 +15,23 @@ from vlmcap.build.parts import (
     load_prompt_of,
     load_whole,
     projector_spec,
+    sketch_encoder,
+    sketch_whole,
     train_encoder,
 )
-from vlmcap.config import Config, Reducer
+from vlmcap.build.sources import Sources, locate_sources
+from vlmcap.config import Batching, Config, Reducer
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
-    from vlmcap.models.checkpoint import Fingerprint
     from vlmcap.models.llm.prompt import PromptEncoder
-    from vlmcap.types import GridTHW, VisualLayout
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Where the frozen bases are, and what they hold: `encoder` and `llm`, or `model` where one brings both."""
-
-    folders: dict[str, Path]
-    bases: dict[str, Fingerprint]
+    from vlmcap.models.projectors import Projector
+    from vlmcap.types import Clip, GridTHW, VisualLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,8 @@ class Assembly:
         grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
         visual: A clip's size -> placeholders, and text between them; picklable.
         num_visual_tokens: V, the most that a clip may have.
-        num_encoder_parameters: Of the encoder, which may be dropped when its features are on disk.
+        num_encoder_parameters: Of the encoder, loaded or not.
+        features: Where the clips' features are; None where the captioner encodes frames.
     """
 
     captioner: VideoCaptioner
@@ -59,80 +56,105 @@ class Assembly:
     visual: VisualLayout
     num_visual_tokens: int
     num_encoder_parameters: int
+    features: Features | None = None
 
 
-def locate_sources(config: Config) -> Sources:
-    """Finds the bases and takes their fingerprints.
-
-    Raises:
-        UserError: A checkpoint is not there.
-    """
-    from vlmcap.models.checkpoint import fingerprint, locate
-
-    memo = Path(config.paths.cache_dir) / "fingerprints.json"
-    folders: dict[str, Path] = {}
-    bases: dict[str, Fingerprint] = {}
-    for part in ("model",) if config.is_whole else ("encoder", "llm"):
-        settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
-        folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
-        bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
-    return Sources(folders, bases)
-
-
-def assemble(config: Config, *, is_fresh: bool = True) -> Assembly:
+def assemble(config: Config, clips: Mapping[str, Sequence[Clip]] | None = None, *, is_fresh: bool = True) -> Assembly:
     """The model of a configuration, its trained parts fresh or warm-started.
+
+    Everything that can be refused is refused before clips are encoded, and they are encoded before the language model is loaded, so that
+    the two never share the memory.
 
     Args:
         config: As `prepare` returned it.
+        clips: Split name to clips, whose features will be read where the cache is on, and are made here where they are missing; None
+            where frames will come, so that the encoder is needed.
         is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any more.
 
     Raises:
         UserError: A part is missing or the parts do not fit.
     """
+    from vlmcap.models.llm.packing import check_packing
+
     sources = locate_sources(config)
-    return _assemble_whole(config, sources) if config.is_whole else _assemble_parts(config, sources, is_fresh)
+    if config.data.batching is Batching.packed:
+        part = "model" if config.is_whole else "llm"
+        check_packing(sources.folders[part], f"{part}={config.part_names[part]}")
+    return _assemble_whole(config, sources, clips) if config.is_whole else _assemble_parts(config, sources, clips, is_fresh)
 
 
-def _assemble_parts(config: Config, sources: Sources, is_fresh: bool) -> Assembly:
+def _assemble_parts(config: Config, sources: Sources, clips: Mapping[str, Sequence[Clip]] | None, is_fresh: bool) -> Assembly:
+    from vlmcap.data.features.pooled import pooled_grid
     from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.models.checkpoint import locate
     from vlmcap.models.layout import VisualRun
     from vlmcap.models.llm.load import context_length, text_width
-    from vlmcap.models.projectors import build_projector, load_projector_weights
+    from vlmcap.models.projectors import build_projector
 
     folder = sources.folders["llm"]
-    encoder = load_encoder(config, sources.folders["encoder"])
+    sketch = sketch_encoder(config, sources.folders["encoder"])
     prompt = load_prompt_of(config, folder)
-    spec = projector_spec(config, encoder, text_width(folder), len(prompt.question_ids))
+    spec = projector_spec(config, sketch, text_width(folder), len(prompt.question_ids))
     spec.check()
-    grids = encoder.possible_grids(config.data.num_frames)
+    grids = sketch.possible_grids(config.data.num_frames)
     visual = VisualRun(spec.num_tokens, grids[0])
     num_visual = check_context(config, visual, grids, prompt, context_length(folder))
+    grid_of = grid_of_frames(config, sketch)
+    features = _features(FeaturePlan(config, sources, sketch, grid_of, num_visual), clips)
+    if features is not None and features.pool_size is not None:
+        # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are encoded on the fly.
+        frames, *side = pooled_grid(grids[0], features.pool_size)
+        spec = dataclasses.replace(spec, grid=spec.reduced_grid(spec.grid), reducer="none")
+        visual = VisualRun(spec.num_tokens, (frames, side[0], side[1]))
     projector = build_projector(spec)
-    if is_fresh and (start := config.projector.checkpoint):
-        key = "projector.checkpoint"
-        load_projector_weights(projector, start if Path(start).exists() else locate(start, None, key=key, part="multi_modal_projector"))
-    train_encoder(config, encoder)
+    if is_fresh and config.projector.checkpoint:
+        warm_start(projector, config.projector.checkpoint)
+    encoder = None
+    if features is None:
+        encoder = load_encoder(config, sources.folders["encoder"])
+        train_encoder(config, encoder)
     llm = add_adapters(config, load_llm(config, folder))
     captioner = VideoCaptioner(encoder, projector, llm, prompt, generation_settings(config))
-    return Assembly(captioner, sources, encoder.transform, encoder.transform.grid_thw, visual, num_visual, _count(encoder))
+    return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
 
 
-def _assemble_whole(config: Config, sources: Sources) -> Assembly:
+def _assemble_whole(config: Config, sources: Sources, clips: Mapping[str, Sequence[Clip]] | None) -> Assembly:
     from vlmcap.models.layout import VisualRun
     from vlmcap.models.llm.load import context_length
 
     folder = sources.folders["model"]
+    sketch, outline, context = sketch_encoder(config, folder), sketch_whole(config, folder), context_length(folder)
+    prompt = load_prompt_of(config, folder, visual_prefix=outline.visual_prefix, visual_suffix=outline.visual_suffix)
+    grids = sketch.possible_grids(config.data.num_frames)
+    num_visual = check_context(config, VisualRun(outline.num_tokens, grids[0]), grids, prompt, context)
+    grid_of = grid_of_frames(config, sketch)
+    features = _features(FeaturePlan(config, sources, sketch, grid_of, num_visual), clips)
     parts = load_whole(config, folder)
-    prompt = load_prompt_of(config, folder, visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix)
-    grids = parts.encoder.possible_grids(config.data.num_frames)
     visual = parts.visual_layout or VisualRun(parts.num_tokens, grids[0])
-    num_visual = check_context(config, visual, grids, prompt, context_length(folder))
-    train_encoder(config, parts.encoder)
+    num_visual = check_context(config, visual, grids, prompt, context)  # once more, with the text between visual tokens
+    encoder = parts.encoder if features is None else None
+    if encoder is not None:
+        train_encoder(config, encoder)
     llm = add_adapters(config, parts.llm)
-    captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, generation_settings(config))
-    transform = parts.encoder.transform
-    return Assembly(captioner, sources, transform, transform.grid_thw, visual, num_visual, _count(parts.encoder))
+    captioner = parts.captioner_class(encoder, parts.projector, llm, prompt, generation_settings(config))
+    return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
+
+
+def _features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]] | None) -> Features | None:
+    return None if clips is None else prepare_features(plan, clips)
+
+
+def warm_start(projector: Projector, checkpoint: str) -> None:
+    """Puts the weights of an earlier projector into this one.
+
+    Raises:
+        UserError: There is none, or it does not fit.
+    """
+    from vlmcap.models.checkpoint import locate
+    from vlmcap.models.projectors import load_projector_weights
+
+    is_here = Path(checkpoint).exists()
+    folder = checkpoint if is_here else locate(checkpoint, None, key="projector.checkpoint", part="multi_modal_projector")
+    load_projector_weights(projector, folder)
 
 
 def generation_settings(config: Config) -> GenerationSettings:

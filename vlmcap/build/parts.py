@@ -58,10 +58,26 @@ def encoder_options(config: Config) -> EncoderOptions:
 
 
 def load_encoder(config: Config, folder: Path) -> VisionEncoder:
-    """The vision encoder, frozen."""
-    from vlmcap.models import encoders
+    """The vision encoder, frozen; of a whole model it alone is read."""
+    from vlmcap.models import encoders, pretrained
 
-    return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
+    if not config.is_whole:
+        return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
+    options = {name: value for name, value in language_options(config).items() if name != "quantization"}
+    encoder: VisionEncoder = pretrained.load_vision(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **options)
+    return encoder
+
+
+def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
+    """The vision encoder without its weights, on the meta device: its sizes and its transform."""
+    from vlmcap.models import encoders, pretrained
+
+    if not config.is_whole:
+        return encoders.sketch_encoder(config.encoder.family.value, folder, encoder_options(config))
+    encoder: VisionEncoder = pretrained.sketch_vision(
+        config.model.kind.value, folder, dtype=dtype_of(config.hardware.precision), max_patches=config.encoder.max_patches
+    )
+    return encoder
 
 
 def train_encoder(config: Config, encoder: Any) -> None:
@@ -163,6 +179,18 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
     from vlmcap.models.pretrained import load_pretrained
 
     return load_pretrained(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **language_options(config))
+
+
+def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
+    """The same parts without weights, on the meta device, and without the layout that needs a tokenizer."""
+    import torch
+
+    from vlmcap.models.encoders.tower import read_config
+    from vlmcap.models.pretrained import build_pretrained
+
+    dtype, max_patches = dtype_of(config.hardware.precision), config.encoder.max_patches
+    with torch.device("meta"):
+        return build_pretrained(config.model.kind.value, read_config(folder), dtype=dtype, max_patches=max_patches)
 
 
 def add_adapters(config: Config, llm: nn.Module) -> nn.Module:

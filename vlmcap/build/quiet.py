@@ -14,5 +14,5 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning\..*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(lightning|torchdata)\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)

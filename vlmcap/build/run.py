@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.build.checkpoints import checkpoint_identity, load_weights, read_checkpoint
 from vlmcap.build.checks import check_objective, check_stages
-from vlmcap.build.data import build_data, load_splits
+from vlmcap.build.clips import load_splits, open_ledger
+from vlmcap.build.data import build_data
 from vlmcap.build.demo import prepare
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
@@ -25,9 +26,12 @@ from vlmcap.files import replacing
 if TYPE_CHECKING:
     import lightning as L
 
-    from vlmcap.data.datamodule import CaptionDataModule
+    from vlmcap.data.loading.datamodule import CaptionDataModule
     from vlmcap.training.evaluation import CaptionEvaluation
     from vlmcap.training.module import CaptioningModule
+
+NEEDED = (Split.train, Split.val)  # splits of a training run
+OPTIONAL = (Split.test,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,12 @@ def train(config: Config) -> float:
     check_stages(config)
     check_objective(config)
     device_of(config)  # a missing card is said before anything is made
-    clips = {} if config.data.is_demo else load_splits(config, find_splits(config))  # so is bad data
+    clips = None if config.data.is_demo else load_splits(config, NEEDED, OPTIONAL)  # so is bad data
+    if clips is not None:
+        open_ledger(config, clips)
     config = prepare(config)
-    clips = clips or load_splits(config, find_splits(config))
-    assembly = assemble(config, is_fresh=resumed is None)
+    clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    assembly = assemble(config, clips, is_fresh=resumed is None)
     data = build_data(config, assembly, clips)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(to_plain(config), folder / "config.yaml")
@@ -73,7 +79,8 @@ def train(config: Config) -> float:
     parts = _show_start(config, run, assembly)
     trained = time.perf_counter()
     try:
-        run.trainer.fit(run.module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        with data.watch.naming_clips():
+            run.trainer.fit(run.module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:
         if run.trainer.interrupted:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from error
@@ -102,7 +109,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     config = prepare(config)
     split = config.data.split
     clips = load_splits(config, [split])
-    assembly = assemble(config, is_fresh=False)
+    assembly = assemble(config, clips, is_fresh=False)
     load_weights(assembly, read_checkpoint(checkpoint), config)
     data = build_data(config, assembly, clips)
     folder = Path(config.paths.output_dir)
@@ -123,7 +130,6 @@ def build_run(
     """Module, trainer and callbacks around an assembled model."""
     import lightning as L
 
-    from vlmcap.data.quarantine import Ledger
     from vlmcap.training.evaluation import CaptionEvaluation
     from vlmcap.training.loggers import WandbTable, make_loggers
     from vlmcap.training.module import CaptioningModule
@@ -133,15 +139,13 @@ def build_run(
     from vlmcap.training.scorer import CaptionScorer
 
     plan = StagePlan(config.tuning.stages)
-    if config.cache.enabled:
-        assembly.captioner.encoder = None  # its features are on disk
     module = CaptioningModule(
         assembly.captioner,
         plan,
         config.optim,
         identity=checkpoint_identity(config, assembly.sources),
-        ledger=Ledger(folder / "quarantine.jsonl", config.data.max_bad_fraction, sum(len(clips) for clips in data.clips.values())),
-        max_label_tokens=config.data.batch_size * config.llm.max_caption_tokens,
+        ledger=open_ledger(config, data.clips),
+        max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
     )
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), folder / "predictions", config.data.monitor)
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
@@ -177,13 +181,9 @@ def test(run: Run, split: Split) -> dict[str, float]:
     """Captions and scores of a whole split."""
     run.evaluation.split = split.value
     run.data.trainer = run.trainer
-    run.trainer.test(run.module, dataloaders=run.data.prompt_loader(split.value), verbose=False)
+    with run.data.watch.naming_clips():
+        run.trainer.test(run.module, dataloaders=run.data.prompt_loader(split.value), verbose=False)
     return dict(run.evaluation.scores)
-
-
-def find_splits(config: Config) -> list[Split]:
-    """Training and validation split, and the test split where there is one."""
-    return [Split.train, Split.val] + ([Split.test] if (Path(config.data.root) / "test").is_dir() else [])
 
 
 def find_resume(config: Config) -> Path | None:
@@ -210,9 +210,11 @@ def _show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[
     from vlmcap.training.progress import part_counts, show_parts
 
     parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
+    budget = config.data.max_tokens_per_batch
+    batch = f"{config.data.batch_size} clips" if budget is None else f"{budget} tokens"
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
-        "batch": f"{config.data.batch_size} × {config.trainer.accumulate_grad_batches}",
+        "batch": f"{batch} × {config.trainer.accumulate_grad_batches}",
         "precision": config.hardware.precision.value,
     }
     if config.projector.checkpoint:

@@ -7,6 +7,9 @@ at one group stand in its `__post_init__`, those across groups in `Config`.
 from __future__ import annotations
 
 from vlmcap.config.choices import (
+    Batching,
+    DataFormat,
+    Decoder,
     EncoderFamily,
     EncoderTuning,
     EvaluationBackend,
@@ -17,15 +20,14 @@ from vlmcap.config.choices import (
     Quantization,
     Queries,
     Reducer,
+    Sampling,
     Split,
     Temporal,
 )
+from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
-    CacheConfig,
     Config,
-    DataConfig,
-    DemoConfig,
     EvaluationConfig,
     HardwareConfig,
     LoggerConfig,
@@ -35,9 +37,13 @@ from vlmcap.config.run import (
 )
 
 __all__ = [
+    "AugmentConfig",
+    "Batching",
     "CacheConfig",
     "Config",
     "DataConfig",
+    "DataFormat",
+    "Decoder",
     "DemoConfig",
     "EncoderConfig",
     "EncoderFamily",
@@ -59,7 +65,9 @@ __all__ = [
     "Quantization",
     "Queries",
     "Reducer",
+    "Sampling",
     "Split",
+    "SplitConfig",
     "StageConfig",
     "Temporal",
     "TrainerConfig",

@@ -92,6 +92,45 @@ class Split(Enum):
     test = "test"
 
 
+class DataFormat(Enum):
+    """Layout of a data set on disk; each has a reader of its own under vlmcap/data/formats/."""
+
+    aihub = "aihub"
+    jsonl = "jsonl"
+    coco_ko = "coco_ko"
+    nikl = "nikl"
+    msrvtt = "msrvtt"
+    vatex = "vatex"
+    llava = "llava"
+    webdataset = "webdataset"
+
+
+class Sampling(Enum):
+    """Which frames of a clip the model sees."""
+
+    uniform = "uniform"
+    fps = "fps"
+    keyframe = "keyframe"
+    adaptive = "adaptive"
+    random = "random"
+
+
+class Decoder(Enum):
+    """What reads video files; `auto` is torchcodec where it is installed and loads, else PyAV."""
+
+    auto = "auto"
+    pyav = "pyav"
+    torchcodec = "torchcodec"
+
+
+class Batching(Enum):
+    """Which clips share a batch."""
+
+    shuffled = "shuffled"
+    by_length = "by_length"
+    packed = "packed"
+
+
 class EvaluationBackend(Enum):
     """Who computes BLEU, CIDEr-D and ROUGE-L of our tokens: we, or the reference package."""
 

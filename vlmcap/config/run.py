@@ -1,8 +1,8 @@
-"""Settings of hardware, data, evaluation and the loop, and the whole of a run."""
+"""Settings of hardware, evaluation and the loop, and the whole of a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from omegaconf import MISSING
 
@@ -16,8 +16,9 @@ from vlmcap.config.choices import (
     Precision,
     ProjectorKind,
     Quantization,
-    Split,
+    Reducer,
 )
+from vlmcap.config.data import CacheConfig, DataConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
 
 
@@ -40,51 +41,6 @@ class HardwareConfig:
     frame_stack: int = 1
     gradient_checkpointing: bool = False
     num_workers: int = 2
-
-
-@dataclass
-class DemoConfig:
-    """The procedural demo data set."""
-
-    num_train: int = 2000
-    num_val: int = 100
-    num_test: int = 200
-    seed: int = 0
-
-
-@dataclass
-class DataConfig:
-    """Where clips and captions are and how they are read."""
-
-    name: str = MISSING
-    root: str = MISSING
-    caption_key: str = "annotation.description_kr"  # dotted path in a label file
-    split: Split = Split.test  # the split that evaluate.py scores
-    num_frames: int = MISSING
-    batch_size: int = MISSING
-    eval_batch_size: int = MISSING
-    num_workers: int = 2
-    align_epochs: int = 1  # that suit its size; the stages of tuning read them
-    tune_epochs: int = 3
-    eval_every_n_epochs: int = 1  # evaluation reads it
-    monitor: str = "val/cider"  # the metric that best.ckpt follows
-    max_clips: int | None = None  # training clips at most, the first of a seeded order
-    max_bad_fraction: float = 0.02  # unreadable clips above this share stop the run
-    decode_timeout_s: float = 60.0
-    is_demo: bool = False  # made on first use
-    demo: DemoConfig = field(default_factory=DemoConfig)
-
-    def __post_init__(self) -> None:
-        require_positive("data", self, "num_frames", "batch_size", "eval_batch_size")
-        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}")
-
-
-@dataclass
-class CacheConfig:
-    """Features of the frozen encoder, computed once a clip."""
-
-    enabled: bool = False
-    dtype: str = "float16"
 
 
 @dataclass
@@ -211,10 +167,28 @@ class Config:
             fixed = EncoderConfig("own", EncoderFamily.own)
             fixed = replace(self.encoder, feature_layer=fixed.feature_layer, image_size=fixed.image_size, tiling=fixed.tiling)
             _refuse_unread("encoder", self.encoder, fixed, self.model.name)
-        require(
-            self.tuning.encoder is EncoderTuning.none or not self.cache.enabled,
-            f"tuning.encoder={self.tuning.encoder.name} changes the features that cache.enabled=true keeps; set cache.enabled=false",
-        )
+        _check_cache(self)
+
+
+def _check_cache(config: Config) -> None:
+    """`ValueError` for features that cannot be kept, as they change; `cache.enabled=auto` leaves them out by itself."""
+    cache, pooled = config.cache, config.projector.reducer
+    require(
+        cache.enabled is False or not cache.pooled or pooled is Reducer.pool,
+        f"cache.pooled=true keeps what projector.reducer=pool leaves, and projector.reducer={pooled.name}; set cache.pooled=false",
+    )
+    if cache.enabled is not True:
+        return
+    tuned = config.tuning.encoder
+    require(
+        tuned is EncoderTuning.none,
+        f"tuning.encoder={tuned.name} changes the features that cache.enabled=true keeps; set cache.enabled=false",
+    )
+    changed = config.data.changed_by
+    require(
+        changed is None,
+        f"{changed} gives a clip other frames in every epoch, and cache.enabled=true keeps the features of one; set cache.enabled=false",
+    )
 
 
 def _refuse_unread(part: str, given: object, fixed: object, model: str) -> None:

@@ -2,46 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
+with contextlib.suppress(ImportError):  # Windows, where lines of several processes may be written twice
+    import fcntl
+
+_MAX_LINES = 100_000
+_MAX_REASON = 1000  # characters
+_KEY_BYTES = 8
+
 
 class Ledger:
     """A JSON-lines file that names each unusable clip once, and the limit of how many there may be.
 
-    A resumed run goes on with the same file without repeating lines, but only what this process saw counts against the limit: the
-    clips of earlier lines may have been repaired since.
+    All processes of a run may share the file; each counts what the others added since it began, whenever it adds something itself. A
+    resumed run goes on with the file without repeating lines, but what stood there before does not count against the limit: it may have
+    been repaired since.
+
+    Memory and file are bounded: a few bytes a bad clip, and no more lines than `max_lines`; what comes after is counted only.
 
     Args:
         path: The file, one object {id, video, reason} a line; made with its folder at the first bad clip.
         max_bad_fraction: Share of the clips, 0 to 1, that may be unusable.
         num_clips: Number of clips that the share refers to.
+        max_lines: Of the file.
     """
 
-    def __init__(self, path: str | Path, max_bad_fraction: float, num_clips: int) -> None:
+    def __init__(self, path: str | Path, max_bad_fraction: float, num_clips: int, *, max_lines: int = _MAX_LINES) -> None:
         self.path = Path(path)
         self.max_bad_fraction = max_bad_fraction
         self.num_clips = num_clips
-        self._bad: dict[str, Skipped] = {}
-        self._written = _read_ids(self.path)
+        self.max_lines = max_lines
+        self._bad: set[bytes] = set()
+        self._first = ""
+        self._written: set[bytes] = set()
+        self._read_bytes = 0
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                self._read_new(file.fileno())
 
     def __len__(self) -> int:
         return len(self._bad)
 
     def add(self, skipped: Skipped) -> None:
         """Note a clip; again for the same clip does nothing."""
-        clip = skipped.clip
-        self._bad.setdefault(clip.id, skipped)
-        if clip.id in self._written:
-            return
-        self._written.add(clip.id)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"id": clip.id, "video": str(clip.video), "reason": skipped.reason}, ensure_ascii=False)
-        with self.path.open("ab") as file:  # one write a line, so that lines of several processes do not mix
-            file.write(f"{line}\n".encode())
+        self.add_all([skipped])
+
+    def add_all(self, entries: Iterable[Skipped]) -> None:
+        """Note clips, such as those whose labels were found bad before training; each once."""
+        fresh: dict[bytes, Skipped] = {}
+        for skipped in entries:
+            key = _key(skipped.clip.id, skipped.clip.video)
+            self._first = self._first or f"{skipped.clip.id} ({skipped.reason[:_MAX_REASON]})"
+            self._bad.add(key)
+            if key not in self._written and len(self._written) + len(fresh) < self.max_lines:
+                fresh[key] = skipped
+        if fresh:
+            self._write(fresh)
 
     def check(self) -> None:
         """Nothing, as long as few enough clips are bad.
@@ -51,21 +77,65 @@ class Ledger:
         """
         if len(self._bad) <= self.max_bad_fraction * self.num_clips:
             return
-        first = next(iter(self._bad.values()))
         raise UserError(
             f"{len(self._bad)} of {self.num_clips} clips cannot be used, more than data.max_bad_fraction={self.max_bad_fraction} allows; "
-            f"first: {first.clip.id} ({first.reason}); {self.path} lists them: repair or remove them, or raise data.max_bad_fraction"
+            f"first: {self._first}; {self.path} lists them: repair or remove them, or raise data.max_bad_fraction"
         )
 
+    def _write(self, fresh: dict[bytes, Skipped]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path) as file:
+            self._bad |= self._read_new(file)
+            lines = [_line(skipped) for key, skipped in fresh.items() if key not in self._written]
+            os.write(file, _line_break(file) + b"".join(lines))  # one write, so that without a lock lines do not mix either
+            self._read_new(file)
 
-def _read_ids(path: Path) -> set[str]:
-    """Ids on the lines of an earlier run; a line torn by a kill is passed over."""
-    ids: set[str] = set()
-    if not path.is_file():
-        return ids
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            ids.add(str(json.loads(line)["id"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return ids
+    def _read_new(self, file: int) -> set[bytes]:
+        """Keys on the whole lines that were not read yet, our own among them; lines torn by a kill are passed over."""
+        os.lseek(file, self._read_bytes, os.SEEK_SET)
+        data = b""
+        while chunk := os.read(file, 1 << 20):
+            data += chunk
+        keys = {key for line in data.split(b"\n") if (key := _key_of(line)) is not None}
+        self._read_bytes += len(data)
+        self._written |= keys
+        return keys
+
+
+def _line_break(file: int) -> bytes:
+    """What the next line needs in front of it where a kill tore the last one."""
+    if os.lseek(file, 0, os.SEEK_END) == 0:
+        return b""
+    os.lseek(file, -1, os.SEEK_END)
+    return b"" if os.read(file, 1) == b"\n" else b"\n"
+
+
+def _line(skipped: Skipped) -> bytes:
+    clip = skipped.clip
+    entry = {"id": clip.id, "video": clip.video, "reason": skipped.reason[:_MAX_REASON]}
+    # File names may hold bytes that are no UTF-8; Python's escapes of them are JSON's too.
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _key_of(line: bytes) -> bytes | None:
+    try:
+        entry = json.loads(line)
+        return _key(str(entry["id"]), str(entry["video"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(name: str, video: str) -> bytes:
+    """Ids are unique within a split only, so the video belongs to the key."""
+    return hashlib.blake2b(f"{name}\0{video}".encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError, NameError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)

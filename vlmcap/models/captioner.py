@@ -1,6 +1,7 @@
 """Encoder, projector and language model joined into one captioner.
 
-Legend: B batch, F frames, P patches a frame, V visual tokens a clip, S sequence, T label tokens, Dv vision width, Dl language width.
+Legend: B clips, R rows, F frames, P patches a frame, V visual tokens a clip, S sequence, T label tokens, Dv vision width, Dl language
+width.
 """
 
 from __future__ import annotations
@@ -101,17 +102,20 @@ class VideoCaptioner(nn.Module):
         return torch.cat([tokens[row] for row in range(len(batch))])
 
     def embed(self, batch: Batch) -> Tensor:
-        """Input embeddings with the visual tokens in their places, (B, S, Dl)."""
+        """Input embeddings with the visual tokens in their places, (R, S, Dl)."""
         model: Any = base_model(self.llm)
         embeddings: Tensor = model.get_input_embeddings()(batch.input_ids)
         visual = self.visual_tokens(batch)
         assert int(batch.visual_mask.sum()) == visual.shape[0], "placeholders and visual tokens differ in number"
-        # By mask, not by position: ids, labels, mask and embeddings keep one length, whatever the padding side.
+        # By mask, not by position: ids, labels, mask and embeddings keep one length, whatever the padding side and the clips a row.
         return embeddings.masked_scatter(batch.visual_mask.unsqueeze(-1), visual.to(embeddings.dtype))
 
     def language_inputs(self, batch: Batch) -> dict[str, Any]:
         """What the language model is called with, in training and for generation."""
-        return {"inputs_embeds": self.embed(batch), "attention_mask": batch.attention_mask}
+        if batch.position_ids is None:
+            return {"inputs_embeds": self.embed(batch), "attention_mask": batch.attention_mask}
+        # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that start anew.
+        return {"inputs_embeds": self.embed(batch), "position_ids": batch.position_ids}
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """Summed negative log-likelihood of the T label tokens in nats, and T.

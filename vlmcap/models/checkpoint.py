@@ -47,7 +47,9 @@ class Fingerprint:
         return asdict(self)
 
 
-def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, part: str | None = None) -> Path:
+def locate(
+    checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, part: str | None = None, has_weights: bool = True
+) -> Path:
     """The local folder of `checkpoint`, downloaded when it is a hub id; pickled weights only where there are no others.
 
     Args:
@@ -56,6 +58,7 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
         key: Configuration key, for the error.
         gate: Licence that the hub wants accepted first.
         part: Text in the names of the wanted tensors, such as `vision_`; files of a whole model that hold none are not downloaded.
+        has_weights: False downloads the small files alone: configuration, tokenizer, chat template.
 
     Raises:
         UserError: No such folder and no download.
@@ -68,7 +71,7 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
     if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # no hub id looks so
         raise UserError(f"{folder} does not exist; set {key} to a local folder in Hugging Face layout or a hub id")
     try:
-        return _download(checkpoint, revision, part)
+        return _download(checkpoint, revision, part, has_weights)
     except Exception as error:  # the hub client raises a dozen kinds; to the user they are one
         licence = f", accept its licence there ({gate}) and log in with `hf auth login`" if gate else ""
         raise UserError(
@@ -77,7 +80,7 @@ def locate(checkpoint: str, revision: str | None, *, key: str, gate: str | None 
         ) from error
 
 
-def _download(checkpoint: str, revision: str | None, part: str | None) -> Path:
+def _download(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path:
     """The folder of a snapshot, or of an earlier one where the hub cannot be reached."""
     from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
@@ -89,11 +92,11 @@ def _download(checkpoint: str, revision: str | None, part: str | None) -> Path:
         except Exception:
             raise unreachable from None  # says more than that there is no snapshot
         listed = folder / _index_of(_SAFE)
-        if listed.is_file() and not all((folder / file).is_file() for file in _shards(listed, part or "")):
+        if has_weights and listed.is_file() and not all((folder / file).is_file() for file in _shards(listed, part or "")):
             raise unreachable from None  # another part of the same model was fetched
         return folder
-    weights = [_weights_pattern(names)]
-    if part is not None and (index := _index_of(weights[0])) in names:
+    weights = [_weights_pattern(names)] if has_weights else []
+    if weights and part is not None and (index := _index_of(weights[0])) in names:
         weights = _shards(Path(hf_hub_download(checkpoint, index, revision=revision)), part)
     return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=[*_PATTERNS, *weights]))
 
@@ -114,7 +117,7 @@ def _shards(index: Path, part: str) -> list[str]:
     return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
 
 
-def fingerprint(folder: Path, name: str, memo: Path | None = None, part: str | None = None) -> Fingerprint:
+def fingerprint(folder: Path, name: str, memo: Path | None = None, part: str | None = None, *, has_weights: bool = True) -> Fingerprint:
     """The identity of the files in `folder`.
 
     Args:
@@ -122,9 +125,10 @@ def fingerprint(folder: Path, name: str, memo: Path | None = None, part: str | N
         name: The configured name.
         memo: JSON file that remembers hashes by path, size and time of change, as hashing 60 GB takes a minute.
         part: As for `locate`: the other files of a whole model do not count.
+        has_weights: As for `locate`.
     """
-    weights = [_SAFE if any(folder.glob(_SAFE)) else _PICKLED]
-    if part is not None and (index := folder / _index_of(weights[0])).is_file():
+    weights = [_SAFE if any(folder.glob(_SAFE)) else _PICKLED] if has_weights else []
+    if weights and part is not None and (index := folder / _index_of(weights[0])).is_file():
         weights = _shards(index, part)
     files = sorted(file for pattern in (*weights, *_CONTENT) for file in folder.glob(pattern))
     known = _read_memo(memo)

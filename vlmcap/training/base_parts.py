@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmcap.data.dataset import ClipDataset
+from vlmcap.data.decoding.sampling import FrameSampling
+from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
 from vlmcap.models.encoders import FrameTransform
 from vlmcap.training.schedule import cosine_rate
 from vlmcap.types import Clip, Sample
@@ -168,7 +169,8 @@ def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, num_ste
 
 def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None]) -> Tensor:
     """Frames of all clips, uint8 (N, F, 3, H, W)."""
-    dataset = ClipDataset(clips, num_frames=8, frame_transform=FrameTransform(_IMAGE_SIZE, is_cropped=True))
+    settings = ReadSettings(FrameSampling(num_frames=8), is_isolated=False)  # the demo's own clips
+    dataset = ClipDataset(clips, settings, frame_transform=FrameTransform(_IMAGE_SIZE, is_cropped=True))
     frames: list[Tensor] = []
     for index in range(len(dataset)):
         sample = dataset[index]

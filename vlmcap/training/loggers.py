@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlmcap.config import Config, LoggerKind
-from vlmcap.data.video import VideoError, decode_frames
+from vlmcap.data.decoding.video import VideoError, decode_frames
 from vlmcap.files import replacing
 from vlmcap.training.evaluation import CaptionEvaluation
 from vlmcap.training.scorer import Prediction

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from vlmcap.config import EvaluationConfig
 
 
 def model_scores(
-    config: EvaluationConfig, videos: Sequence[Path], texts: Sequence[str], references: Sequence[Sequence[str]], *, device: str = "cpu"
+    config: EvaluationConfig, videos: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]], *, device: str = "cpu"
 ) -> dict[str, float]:
     """Means over clips, named `siglip/*` and `bertscore/*`; nothing where no checkpoint is configured.
 
@@ -33,7 +32,7 @@ def model_scores(
     """
     scores: dict[str, float] = {}
     if config.siglip_checkpoint is not None:
-        from vlmcap.data.video import decode_frames
+        from vlmcap.data.decoding.video import decode_frames
         from vlmcap.metrics.model_based import SiglipScorer
 
         siglip = SiglipScorer(config.siglip_checkpoint, device=device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.config import OptimConfig
-from vlmcap.data.datamodule import CaptionDataModule
+from vlmcap.data.loading.batches import BatchSampler
+from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -156,13 +157,9 @@ class CaptioningModule(L.LightningModule):
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in names}
         # Not `completed`: Lightning counts a batch as completed only after the callbacks that save on its end.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        batches = int(progress.processed)
         epoch = self.trainer.current_epoch
-        position = {"epoch": epoch, "batches": batches}
-        if batches >= self.trainer.num_training_batches:
-            position = {"epoch": epoch + 1, "batches": 0}
-        else:
-            _mark_unfinished(checkpoint["loops"]["fit_loop"])
+        position = self._train_sampler().position(epoch, int(progress.processed))
+        _settle(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
         log = {"loss": self._log_loss, "labels": self._log_labels, "tokens": self._log_tokens, "truncated": self.num_truncated}
         checkpoint["vlmcap"] = self.identity | {"position": position, "random": random_states(), "log": log}
 
@@ -179,10 +176,14 @@ class CaptioningModule(L.LightningModule):
         log = held["log"]
         self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]
         self.num_truncated = log["truncated"]
-        position = held["position"]
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, CaptionDataModule):
-            datamodule.resume_at(position["epoch"], position["batches"])
+            datamodule.resume_at(held["position"])
+
+    def _train_sampler(self) -> BatchSampler:
+        loader: Any = self.trainer.train_dataloader
+        assert isinstance(loader.batch_sampler, BatchSampler)
+        return loader.batch_sampler
 
     def _adamw(self) -> torch.optim.Optimizer:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -197,10 +198,27 @@ class CaptioningModule(L.LightningModule):
             self.ledger.check()
 
 
-def _mark_unfinished(loop: Mapping[str, Any]) -> None:
-    """Undoes, in the state of Lightning's loop, the end of an epoch that it declares when a run stops inside one."""
+def _settle(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
+    """Makes the state of Lightning's loop say where the run stands, and nothing of how it came there.
+
+    Its own counts differ with the callback that saves: an epoch counts as done where a run stops inside it, and as not done after its last
+    batch. Resumed from the latter, Lightning forgets to count the start of the next epoch, and a second resume trains an epoch too many.
+
+    Args:
+        loop: The state, changed in place.
+        epoch: The epoch of the last batch.
+        next_epoch: That of the batch to come.
+        step: Optimiser steps done.
+    """
     for count in loop["epoch_progress"].values():
-        count["processed"] = count["completed"]
+        count.update(ready=epoch + 1, started=epoch + 1, processed=next_epoch, completed=next_epoch)
+    if next_epoch > epoch:
+        batches = loop["epoch_loop.batch_progress"]
+        for count in (batches["total"], batches["current"]):
+            count["completed"] = count["processed"]
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its number of workers.
+    loop["state_dict"].pop("combined_loader", None)
 
 
 def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:

@@ -139,7 +139,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
             plain = {name: None if math.isnan(value) else round(value, 6) for name, value in scores.items()}
             record = {
                 "id": row.clip.id,
-                "video": str(row.clip.video),
+                "video": row.clip.video,
                 "prediction": row.text,
                 "references": list(row.clip.captions),
                 **({"category": row.clip.category} if row.clip.category else {}),

@@ -10,12 +10,13 @@ from pathlib import Path
 import av
 import pytest
 
-from vlmcap.data.aihub import load_aihub
 from vlmcap.data.demo import make
 from vlmcap.data.demo.grammar import FACTS, Scene
 from vlmcap.data.demo.make import DemoSettings, is_held_out, make_demo
 from vlmcap.data.demo.render import FPS, NUM_FRAMES, SIZE
+from vlmcap.data.formats import Record, SourceSettings, read_records
 from vlmcap.metrics import FactLexicon
+from vlmcap.types import Clip
 
 SETTINGS = DemoSettings(num_train=6, num_val=3, num_test=3, seed=5)
 
@@ -37,10 +38,14 @@ def test_equal_settings_give_equal_files_and_another_seed_others(demo: Path, tmp
     assert not set(content(other).values()) & {digest for name, digest in content(demo).items() if name != "facts.json"}
 
 
+def read_clips(folder: Path, split: str) -> list[Clip]:
+    return [entry.clip for entry in read_records("aihub", SourceSettings(str(folder)), split) if isinstance(entry, Record)]
+
+
 def test_the_ordinary_loader_reads_it(demo: Path) -> None:
     lexicon = FactLexicon.from_json(demo / "facts.json")
     for split, count in (("train", 6), ("val", 3), ("test", 3)):
-        clips = load_aihub(demo, split)
+        clips = read_clips(demo, split)
         assert [clip.id for clip in clips] == [f"{split}_{index:05d}" for index in range(count)]
         for clip in clips:
             label = json.loads((demo / split / "labels" / f"{clip.id}.json").read_text(encoding="utf-8"))
@@ -49,7 +54,7 @@ def test_the_ordinary_loader_reads_it(demo: Path) -> None:
 
 
 def test_clips_are_h264_video(demo: Path) -> None:
-    for clip in load_aihub(demo, "test"):
+    for clip in read_clips(demo, "test"):
         with av.open(str(clip.video)) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")

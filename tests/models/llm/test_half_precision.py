@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmcap.data.collate import Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model

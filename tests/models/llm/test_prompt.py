@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmcap.data.collate import IGNORED, Collator
+from vlmcap.data.loading.collate import IGNORED, Collator
 from vlmcap.errors import UserError
 from vlmcap.models.llm.prompt import PromptEncoder, load_prompt
 from vlmcap.types import Clip, Sample

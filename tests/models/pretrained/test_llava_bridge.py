@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmcap.data.collate import Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
 from vlmcap.models.encoders import EncoderOptions, load_encoder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlmcap.data.collate import Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
 from vlmcap.models.encoders.adapt import add_tower_lora

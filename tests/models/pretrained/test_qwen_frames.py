@@ -76,10 +76,9 @@ def test_patches_are_in_row_major_order() -> None:
 
 def test_frames_that_do_not_pair_up_are_refused() -> None:
     transform = ClipTransform(14, 2, 2, max_patches=64)
-    for ask in (lambda: transform.possible_grids(5), lambda: transform.grid_thw(5, 90, 160)):
-        with pytest.raises(UserError, match=r"data\.num_frames must be a multiple of 2, not 5") as caught:
-            ask()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"data\.num_frames must be a multiple of 2, not 5") as caught:
+        transform.possible_grids(5)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("num_frames", [2, 8, 30])

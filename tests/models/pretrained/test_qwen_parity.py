@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.data.collate import Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import GenerationSettings
 from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.prompt import load_prompt

@@ -144,8 +144,6 @@ def test_patches_that_are_no_grid_are_caught(spec_of: Make) -> None:
     projector = build_projector(spec_of())
     with pytest.raises(AssertionError, match="12 patches are no grid of 4 × 4"):
         projector(inputs(1, (3, 4))[0])
-    with pytest.raises(AssertionError, match="do not divide into stacks"):
-        build_projector(spec_of(frame_stack=2))(inputs()[0][:, :3])
 
 
 def test_more_frames_than_were_announced_are_caught(spec_of: Make) -> None:

@@ -101,8 +101,8 @@ def _write_chunk(root: Path, jobs: list[_Job]) -> int:
 
 
 def _write_one(root: Path, job: _Job) -> None:
+    from vlmcap.data.decoding.video import write_video
     from vlmcap.data.demo.render import FPS, render
-    from vlmcap.data.video import write_video
 
     write_video(root / job.split / "videos" / f"{job.name}.mp4", render(job.scene, job.seed), FPS)
     label = {"annotation": {"description_kr": describe(job.scene, random.Random(job.seed))}, "facts": asdict(job.scene)}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
 from vlmcap.models.encoders.clip import Clip
 from vlmcap.models.encoders.dinov3 import Dinov3
@@ -46,6 +48,25 @@ def load_encoder(family: str, folder: Path, options: EncoderOptions) -> VisionEn
     return encoder.requires_grad_(False).eval()
 
 
+def sketch_encoder(family: str, folder: Path, options: EncoderOptions) -> VisionEncoder:
+    """The same encoder without its weights, on the meta device: its sizes and its transform, out of the configuration files alone.
+
+    Args:
+        family: A key of `FAMILIES`.
+        folder: Checkpoint in Hugging Face layout.
+        options: What is chosen.
+
+    Raises:
+        UserError: The checkpoint is another family's, or an option is impossible for it.
+    """
+    kind = FAMILIES[family]
+    config = vision_config(kind, read_config(folder), f"encoder.checkpoint {folder}")
+    with torch.device("meta"):
+        tower = build_tower(kind, config, options)
+        encoder = kind.assemble(tower, config, options, kind.preprocessing.updated(read_processor(folder)))
+    return encoder.requires_grad_(False).eval()
+
+
 def build_encoder(
     family: str,
     config: Mapping[str, Any] | PretrainedConfig,
@@ -72,4 +93,14 @@ def build_encoder(
     return encoder.requires_grad_(False).eval()
 
 
-__all__ = ["FAMILIES", "EncoderOptions", "Family", "FrameTransform", "Transform", "VisionEncoder", "build_encoder", "load_encoder"]
+__all__ = [
+    "FAMILIES",
+    "EncoderOptions",
+    "Family",
+    "FrameTransform",
+    "Transform",
+    "VisionEncoder",
+    "build_encoder",
+    "load_encoder",
+    "sketch_encoder",
+]

@@ -81,6 +81,23 @@ def text_width(folder: Path) -> int:
     return int(_text_config(folder).hidden_size)
 
 
+def num_active_parameters(folder: Path) -> int:
+    """Parameters that a token goes through, read from the configuration alone: no embeddings or head, of experts those it is sent to."""
+    from transformers import AutoModel
+
+    config = _text_config(folder)
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(config)
+    used = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", None) or 1)
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    counts = [
+        parameter.numel() * (used if ".experts." in name else 1)
+        for name, parameter in model.named_parameters()
+        if parameter is not embeddings
+    ]
+    return round(sum(counts))
+
+
 def _text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 

@@ -13,6 +13,7 @@ from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.pretrained.llava import build_llava, load_llava
 from vlmcap.models.pretrained.parts import PretrainedParts
 from vlmcap.models.pretrained.qwen_vl import build_qwen_vl, load_qwen_vl
+from vlmcap.models.pretrained.vision import load_vision, sketch_vision
 
 
 def load_pretrained(
@@ -47,4 +48,4 @@ def build_pretrained(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype
     return build_qwen_vl(kind, config, dtype=dtype, max_patches=max_patches)
 
 
-__all__ = ["PretrainedParts", "build_pretrained", "load_pretrained"]
+__all__ = ["PretrainedParts", "build_pretrained", "load_pretrained", "load_vision", "sketch_vision"]

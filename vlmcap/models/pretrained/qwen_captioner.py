@@ -36,6 +36,7 @@ class QwenVLCaptioner(VideoCaptioner):
         """What the language model is called with, in training and for generation."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+        assert batch.position_ids is None, "check_packing lets no model with positions in time, height and width through"
         model: Any = base_model(self.llm)
         # The class finds the places of visual tokens by the video token's embedding.
         ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)

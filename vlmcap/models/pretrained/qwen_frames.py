@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vlmcap.errors import UserError
@@ -62,30 +63,23 @@ class ClipTransform:
     resampling: str = "bicubic"
 
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW:
-        """(T, h, w) of a clip.
-
-        Raises:
-            UserError: The frames do not fill whole temporal patches.
-        """
+        """(T, h, w) of a clip; the last frame of an uneven one is repeated."""
         rows, columns = smart_size(height, width, self.patch_size * self.merge_size, self.max_patches // self.merge_size**2)
-        return self.num_temporal_patches(num_frames), rows * self.merge_size, columns * self.merge_size
+        return math.ceil(num_frames / self.temporal_patch_size), rows * self.merge_size, columns * self.merge_size
 
-    def num_temporal_patches(self, num_frames: int) -> int:
-        """T.
+    def possible_grids(self, num_frames: int) -> list[GridTHW]:
+        """Every (T, h, w) that a clip of `num_frames` frames may get.
 
         Raises:
             UserError: The frames do not fill whole temporal patches.
         """
-        if num_frames % self.temporal_patch_size:
+        steps, rest = divmod(num_frames, self.temporal_patch_size)
+        if rest:
             size = self.temporal_patch_size
             raise UserError(
                 f"this model looks at {size} frames at a time, so data.num_frames must be a multiple of {size}, not {num_frames}"
             )
-        return num_frames // self.temporal_patch_size
-
-    def possible_grids(self, num_frames: int) -> list[GridTHW]:
-        """Every (T, h, w) that a clip may get."""
-        steps, merge, blocks = self.num_temporal_patches(num_frames), self.merge_size, self.max_patches // self.merge_size**2
+        merge, blocks = self.merge_size, self.max_patches // self.merge_size**2
         least = min(_MIN_BLOCKS, blocks)
         sizes = [(rows, columns) for rows in range(1, blocks + 1) for columns in range(1, blocks // rows + 1) if rows * columns >= least]
         return [(steps, rows * merge, columns * merge) for rows, columns in sizes]
@@ -94,6 +88,8 @@ class ClipTransform:
         """Patches in row-major order, uint8 (F, 3, H, W) -> uint8 (T, P, 3 · temporal_patch_size · p · p)."""
         size, span = self.patch_size, self.temporal_patch_size
         steps, rows, columns = self.grid_thw(frames.shape[0], *frames.shape[-2:])
+        if missing := steps * span - len(frames):
+            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
         cells = resize(frames, rows * size, columns * size, self.resampling).reshape(steps, span, 3, rows, size, columns, size)
         return cells.permute(0, 3, 5, 2, 1, 4, 6).reshape(steps, rows * columns, 3 * span * size * size)
 

@@ -32,20 +32,24 @@ class QwenFamily:
 
     Attributes:
         class_name: Of transformers.
+        tower_name: Class of its vision tower, in the same module.
         preprocessing: Where a checkpoint has no processor file.
         has_timestamps: The prompt says the time of each temporal patch.
     """
 
     class_name: str
+    tower_name: str
     preprocessing: Preprocessing
     has_timestamps: bool = False
 
 
 _CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FAMILIES = {
-    "qwen2_vl": QwenFamily("Qwen2VLForConditionalGeneration", _CLIP),
-    "qwen2_5_vl": QwenFamily("Qwen2_5_VLForConditionalGeneration", _CLIP),
-    "qwen3_vl": QwenFamily("Qwen3VLForConditionalGeneration", Preprocessing((0.5,) * 3, (0.5,) * 3), has_timestamps=True),
+    "qwen2_vl": QwenFamily("Qwen2VLForConditionalGeneration", "Qwen2VisionTransformerPretrainedModel", _CLIP),
+    "qwen2_5_vl": QwenFamily("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformerPretrainedModel", _CLIP),
+    "qwen3_vl": QwenFamily(
+        "Qwen3VLForConditionalGeneration", "Qwen3VLVisionModel", Preprocessing((0.5,) * 3, (0.5,) * 3), has_timestamps=True
+    ),
 }
 # Whatever a clip's length, its frames count as taken at the rate that the checkpoints' processors sample at: cached features, prompts and
 # plans then know nothing of durations.
@@ -107,18 +111,14 @@ def split_qwen_vl(
         UserError: The budget is below one token a frame.
     """
     family, tower = FAMILIES[kind], model.model.visual
-    vision, preprocessing = tower.config, family.preprocessing.updated(processor or {})
-    merge, span = vision.spatial_merge_size, vision.temporal_patch_size
-    if max_patches < merge**2:
-        raise UserError(f"encoder.max_patches must be at least {merge**2} for this model, not {max_patches}")
-    transform = ClipTransform(vision.patch_size, span, merge, max_patches, preprocessing.resampling)
+    merge, span = tower.config.spatial_merge_size, tower.config.temporal_patch_size
     mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
-    encoder = QwenVisionEncoder(tower, transform=transform, preprocessing=preprocessing)
+    encoder = vision_encoder(kind, tower, max_patches=max_patches, processor=processor)
     spec = MergerSpec(merge, encoder.grid)
     model.model.visual = None  # the tower's weights are the encoder's now
     is_timed = family.has_timestamps and tokenizer is not None
     return PretrainedParts(
-        encoder=encoder.requires_grad_(False).eval(),
+        encoder=encoder,
         projector=MergerProjector(mergers, spec).float().requires_grad_(True),
         llm=model.requires_grad_(False).eval(),
         num_tokens=spec.num_tokens,
@@ -127,3 +127,23 @@ def split_qwen_vl(
         visual_suffix=VISION_END,
         visual_layout=TimestampedRuns(spec, tokenizer, _FRAME_RATE, span) if is_timed else None,
     )
+
+
+def vision_encoder(kind: str, tower: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None) -> QwenVisionEncoder:
+    """The vision tower of such a model as an encoder, frozen; its mergers are taken out of it.
+
+    Args:
+        kind: A key of `FAMILIES`.
+        tower: Of transformers.
+        max_patches: Patches a frame at most.
+        processor: Content of the checkpoint's processor file.
+
+    Raises:
+        UserError: The budget is below one token a frame.
+    """
+    vision, preprocessing = tower.config, FAMILIES[kind].preprocessing.updated(processor or {})
+    merge = vision.spatial_merge_size
+    if max_patches < merge**2:
+        raise UserError(f"encoder.max_patches must be at least {merge**2} for this model, not {max_patches}")
+    transform = ClipTransform(vision.patch_size, vision.temporal_patch_size, merge, max_patches, preprocessing.resampling)
+    return QwenVisionEncoder(tower, transform=transform, preprocessing=preprocessing).requires_grad_(False).eval()

@@ -5,6 +5,7 @@ Legend: B batch, F frames, P patches a frame (row-major over a grid h × w), Dv 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,9 +49,12 @@ class ResampleReducer(nn.Module):
 
 
 def stack_frames(features: Tensor, size: int) -> Tensor:
-    """Features of `size` consecutive frames at each place joined into one wider token, (B, F, P, Dv) -> (B, F / size, P, size · Dv).
+    """Features of `size` consecutive frames at each place joined into one wider token, (B, F, P, Dv) -> (B, ⌈F / size⌉, P, size · Dv).
 
-    A token then holds how its place changes in time, which direction of motion needs; the number of visual tokens falls by `size`.
-    Qwen2-VL's temporal patches join two frames in the same way, before the encoder (https://arxiv.org/abs/2409.12191).
+    The last frame of a clip, or an image, is repeated until it fills a stack. A token then holds how its place changes in time, which
+    direction of motion needs; the number of visual tokens falls by `size`. Qwen2-VL's temporal patches join two frames in the same way,
+    before the encoder (https://arxiv.org/abs/2409.12191).
     """
+    if missing := -features.shape[1] % size:
+        features = torch.cat([features, features[:, -1:].expand(-1, missing, -1, -1)], dim=1)
     return features.unflatten(1, (-1, size)).transpose(2, 3).flatten(3)

@@ -100,9 +100,8 @@ class ProjectorSpec:
         return self.in_dim * self.frame_stack
 
     def num_steps(self, num_frames: int) -> int:
-        """Frames, or stacks of frames, that the projection sees."""
-        assert num_frames % self.frame_stack == 0, f"{num_frames} frames do not divide into stacks of {self.frame_stack}"
-        return num_frames // self.frame_stack
+        """Frames, or stacks of frames, that the projection sees; the last stack of a short clip may be filled up."""
+        return math.ceil(num_frames / self.frame_stack)
 
     def reduced_grid(self, grid: Grid) -> Grid:
         """Grid of a frame in front of the projection; merge and saliency choose from it later."""

@@ -1,0 +1,201 @@
+"""Clips become samples, or say in one sentence why not, whatever the decoder does; what is random hangs on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlmcap.data.decoding.augment import Augment
+from vlmcap.data.decoding.sampling import FrameSampling
+from vlmcap.data.decoding.video import DecodeLimits, read_frames
+from vlmcap.data.loading import dataset as dataset_module
+from vlmcap.data.loading import isolation
+from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+from vlmcap.data.loading.isolation import is_available
+from vlmcap.errors import UserError
+from vlmcap.types import Clip, Sample, Skipped
+
+PLAIN = ReadSettings(FrameSampling(num_frames=4))
+isolations = pytest.mark.parametrize("is_isolated", [False, True])
+
+
+def shrink(frames: Tensor) -> Tensor:
+    return frames[:, :, ::4, ::4].contiguous()
+
+
+def keep(frames: Tensor) -> Tensor:
+    return frames
+
+
+def grid_of(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    return num_frames, height, width
+
+
+def as_list(items: list[Sample | Skipped]) -> list[Sample | Skipped]:
+    return items
+
+
+def frames_of(item: Sample | Skipped) -> Tensor:
+    assert isinstance(item, Sample)
+    assert item.frames is not None
+    return item.frames
+
+
+def first_pixels(item: Sample | Skipped) -> bytes:
+    return frames_of(item).flatten()[:1000].numpy().tobytes()
+
+
+@isolations
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_workers: int, is_isolated: bool) -> None:
+    clips = [*small_clips, Clip("gone", "folder/gone.mp4", ())]
+    dataset = ClipDataset(clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), frame_transform=shrink, grid_of=grid_of)
+    assert len(dataset) == 6
+    items = [item for batch in DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=as_list) for item in batch]
+    assert {item.clip.id: item.reason for item in items if isinstance(item, Skipped)} == {
+        "empty": "empty.mp4 cannot be read: the file is empty",
+        "text": "text.mp4 cannot be read: it is damaged, truncated or no video (Invalid data found when processing input)",
+        "gone": "gone.mp4 cannot be read: there is no such file",
+    }
+    samples = [item for item in items if isinstance(item, Sample)]
+    assert [sample.clip for sample in samples] == small_clips[1:4]
+    for sample in samples:
+        assert sample.features is None
+        assert sample.grid_thw == (4, 48, 64)
+        assert torch.equal(frames_of(sample), shrink(read_frames(sample.clip, PLAIN.sampling)))
+
+
+@isolations
+def test_an_index_is_always_the_same_and_a_draw_is_its_own(small_clips: list[Clip], is_isolated: bool) -> None:
+    clips = small_clips[1:4]
+    settings = ReadSettings(FrameSampling("random", 4, jitter=0.3), augment=Augment(0.3, 0.3), seed=3, is_isolated=is_isolated)
+    dataset = ClipDataset(clips, settings, frame_transform=keep)
+    again = ClipDataset(clips, settings, frame_transform=keep)
+    for index in range(3):
+        assert torch.equal(frames_of(dataset[index]), read_frames(clips[index], FrameSampling(num_frames=4)))
+    draws = [(epoch, index) for epoch in range(3) for index in range(3)]
+    drawn = {draw: frames_of(dataset[draw]) for draw in draws}
+    for draw in reversed(draws):  # in another order, by another object
+        assert torch.equal(drawn[draw], frames_of(again[draw]))
+    assert len({first_pixels(dataset[epoch, 0]) for epoch in range(3)}) == 3
+    other = ClipDataset(clips, dataclasses.replace(settings, seed=4), frame_transform=keep)
+    assert first_pixels(other[0, 0]) != first_pixels(dataset[0, 0])
+
+
+def test_numbers_of_numpy_are_keys_too(small_clips: list[Clip]) -> None:
+    dataset = ClipDataset(small_clips[1:4], PLAIN, frame_transform=keep)
+    assert torch.equal(frames_of(dataset[np.int64(2)]), frames_of(dataset[np.int32(0), np.int64(2)]))  # type: ignore[index]
+
+
+@isolations
+def test_without_chance_a_draw_is_the_index_bit_by_bit(small_clips: list[Clip], is_isolated: bool) -> None:
+    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), frame_transform=keep)
+    assert torch.equal(frames_of(dataset[5, 1]), frames_of(dataset[1]))
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_short_clips_are_padded_unless_they_may_vary(small_clips: list[Clip], is_variable: bool) -> None:
+    settings = ReadSettings(FrameSampling(num_frames=40), is_variable=is_variable)
+    dataset = ClipDataset(small_clips[1:4], settings, frame_transform=keep, grid_of=grid_of)
+    own = [len(read_frames(clip, settings.sampling)) for clip in dataset.clips]
+    assert max(own) < 40
+    items = [dataset[index] for index in range(3)]
+    assert [len(frames_of(item)) for item in items] == (own if is_variable else [40] * 3)
+    assert [item.grid_thw for item in items if isinstance(item, Sample)] == [(len(frames_of(item)), 48, 64) for item in items]
+
+
+def decode_badly(how: str) -> Callable[..., Tensor]:
+    """A decoder that handles every clip but `good1` well."""
+
+    def read(clip: Clip, *args: Any, **others: Any) -> Tensor:
+        if clip.id == "good1":
+            if how == "hang":
+                ctypes.PyDLL(None).pause()
+            if how == "segfault":
+                ctypes.string_at(0)
+            if how == "eat":
+                return torch.zeros(10**9, 3, 480, 640, dtype=torch.uint8)
+            raise IndexError("list index\nout of range")
+        return read_frames(clip, *args, **others)
+
+    return read
+
+
+@pytest.mark.skipif(not is_available(), reason="needs fork")
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("hang", "good1.mp4 cannot be read: decoding took longer than data.decode_timeout_s=1 and was stopped"),
+        ("segfault", "good1.mp4 cannot be read: the decoder crashed (signal SIGSEGV)"),
+        ("eat", "good1.mp4 cannot be read: decoding needs more memory than data.decode_memory_gib=1"),
+        ("raise", "good1.mp4 cannot be read: IndexError: list index (test_dataset.py:"),
+    ],
+    ids=["hang", "segfault", "eat", "raise"],
+)
+def test_a_decoder_that_fails_costs_one_clip(
+    small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch, how: str, reason: str, num_workers: int
+) -> None:
+    monkeypatch.setattr(dataset_module, "read_frames", decode_badly(how))
+    monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
+    settings = ReadSettings(FrameSampling(num_frames=4), DecodeLimits(timeout_s=1.0), memory_gib=1.0)
+    dataset = ClipDataset(small_clips[1:4], settings, frame_transform=keep)
+    items = [item for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list) for item in batch]
+    assert [type(item) for item in items] == [Sample, Skipped, Sample]
+    assert isinstance(items[1], Skipped)
+    assert items[1].reason.startswith(reason)
+    assert "\n" not in items[1].reason
+
+
+@pytest.mark.skipif(not is_available(), reason="needs fork")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_clip_that_hangs_is_tried_once(
+    small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_workers: int
+) -> None:
+    hang, log = decode_badly("hang"), tmp_path / "tries"
+
+    def read(clip: Clip, *args: Any, **others: Any) -> Tensor:
+        with log.open("a") as file:
+            file.write(f"{clip.id}\n")
+        return hang(clip, *args, **others)
+
+    monkeypatch.setattr(dataset_module, "read_frames", read)
+    monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
+    dataset = ClipDataset(small_clips[1:4], ReadSettings(FrameSampling(num_frames=4), DecodeLimits(timeout_s=1.0)), frame_transform=keep)
+    for _ in range(3):  # new workers each time
+        items = [item for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list) for item in batch]
+        assert [type(item) for item in items] == [Sample, Skipped, Sample]
+    assert sorted(log.read_text().split()) == ["good0"] * 3 + ["good1"] + ["good2"] * 3
+
+
+def test_without_isolation_memory_and_unexpected_errors_cost_one_clip_too(small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    for how in ("eat", "raise"):
+        monkeypatch.setattr(dataset_module, "read_frames", decode_badly(how))
+        dataset = ClipDataset(small_clips[1:4], dataclasses.replace(PLAIN, is_isolated=False), frame_transform=keep)
+        assert [type(dataset[index]) for index in range(3)] == [Sample, Skipped, Sample]
+
+
+@isolations
+def test_a_mistake_in_the_configuration_is_raised(small_clips: list[Clip], is_isolated: bool) -> None:
+    def refuse(num_frames: int, height: int, width: int) -> None:
+        raise UserError(f"data.num_frames must be even, not {num_frames}")
+
+    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), frame_transform=keep, grid_of=refuse)
+    with pytest.raises(UserError, match=r"^data\.num_frames must be even, not 4$"):
+        dataset[1]
+
+
+def test_it_can_be_pickled_for_spawned_workers(small_clips: list[Clip]) -> None:
+    dataset = ClipDataset(small_clips, PLAIN, frame_transform=shrink)
+    expected = frames_of(dataset[1])  # with a child running
+    assert torch.equal(frames_of(pickle.loads(pickle.dumps(dataset))[1]), expected)

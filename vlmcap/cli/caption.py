@@ -1,0 +1,98 @@
+"""`vlmcap caption`: captions of video files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmcap.errors import UserError
+from vlmcap.files import replacing
+
+_VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parsers of argparse."""
+    parser = commands.add_parser("caption", help="caption video files with a trained checkpoint")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders that are searched for them")
+    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .ckpt file under the checkpoints/ folder of a run")
+    parser.add_argument("--output", metavar="F.jsonl", help="write one JSON object a clip here instead of text to the screen")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="put a value over the checkpoint's configuration, such as hardware.accelerator=cpu; may be repeated",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Captions of the files, to the screen or into a file.
+
+    Raises:
+        UserError: A path, a file or the checkpoint does not do.
+    """
+    videos = find_videos([Path(path) for path in options.paths])
+    output = Path(options.output) if options.output else None
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output: the folder {output.parent} does not exist")
+    from vlmcap.build.checkpoints import load_captioner
+    from vlmcap.training.progress import progress_reporter
+
+    captioner = load_captioner(options.checkpoint, _read_settings(options.set))
+    report = progress_reporter("captioning")
+    captions: list[tuple[Path, str]] = []
+    failed: list[tuple[Path, str]] = []
+    for done, (video, caption) in enumerate(captioner.caption_files(videos), 1):
+        if isinstance(caption, str):
+            captions.append((video, caption))
+        else:
+            failed.append((video, caption.reason))
+        report(done, len(videos))
+    _write(captions, output)
+    if failed:
+        video, reason = failed[0]
+        raise UserError(f"{len(failed)} of {len(videos)} files could not be read, first: {video} ({reason})")
+
+
+def _read_settings(settings: Sequence[str]) -> dict[str, str]:
+    values = dict(setting.partition("=")[::2] for setting in settings)
+    for setting in settings:
+        if "=" not in setting:
+            raise UserError(f"--set {setting} is not KEY=VALUE")
+    return values
+
+
+def find_videos(paths: Sequence[Path]) -> list[Path]:
+    """Files as given, and the video files below folders, sorted.
+
+    Raises:
+        UserError: A path is not there, or a folder holds no video.
+    """
+    videos: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _VIDEO_ENDINGS and file.is_file())
+            if not found:
+                raise UserError(f"{path} holds no video ({', '.join(sorted(_VIDEO_ENDINGS))})")
+            videos += found
+        elif path.is_file():
+            videos.append(path)
+        else:
+            raise UserError(f"{path} does not exist")
+    return videos
+
+
+def _write(captions: Sequence[tuple[Path, str]], output: Path | None) -> None:
+    if output is None:
+        for video, caption in captions:
+            print(f"{video}\t{caption}")
+        return
+    lines = [json.dumps({"video": str(video), "prediction": caption}, ensure_ascii=False) for video, caption in captions]
+    with replacing(output) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"{len(captions)} captions: {output}")

@@ -1,0 +1,1 @@
+"""Files into frames: which moments, which decoder, what a file may not do."""

@@ -1,0 +1,136 @@
+"""Media files opened with the protections that files from elsewhere need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from vlmcap.data.media import MediaError, local_path, open_media
+
+# What holds video itself. Playlists, edit lists of other files and numbered pictures (hls, dash, concat, imf, image2, …) are missing on
+# purpose: they make the library open whatever files they name.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,mpegtsraw,flv,asf,ogg,mxf,nut,rm,wtv,dv,ivf,obu,av1,h264,hevc,vvc,m4v,"
+    "mjpeg,gif,vc1,yuv4mpegpipe"
+)
+_READ_BYTES = 1 << 20  # at a time of file objects: each read crosses into Python
+
+
+class VideoError(Exception):
+    """A video or image that cannot be read; the message is one sentence and says why."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one clip may cost.
+
+    Attributes:
+        timeout_s: Seconds after which reading is given up; looked at between frames.
+        max_pixels: Frames with more pixels are refused.
+        max_duration_s: Clips whose header claims more are refused.
+    """
+
+    timeout_s: float = 60.0
+    max_pixels: int = 7680 * 4320  # 8K
+    max_duration_s: float = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A media file at an address, which can be opened more than once: formats without an index cannot all be rewound."""
+
+    address: str
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.address if "://" in self.address else PurePosixPath(self.address).name
+
+    @contextmanager
+    def open_bytes(self) -> Iterator[BinaryIO]:
+        """The open file, seekable.
+
+        Raises:
+            VideoError: There is no such file, or it is empty.
+            MediaError: A member or a remote file cannot be read.
+        """
+        path = local_path(self.address)
+        if path is not None and not path.is_file():  # a pipe would block for ever
+            raise VideoError("there is no such file")
+        with open_media(self.address) as stream:
+            if not stream.read(1):
+                raise VideoError("the file is empty")
+            stream.seek(0)
+            yield stream
+
+    @contextmanager
+    def open_container(self, timeout_s: float, stream: BinaryIO | None = None) -> Iterator[InputContainer]:
+        """The open container of a file that `open_bytes` can open; `stream` is one that it has opened, to spare opening it again.
+
+        Only this file is opened, whatever it says: a playlist renamed to .mp4 cannot send us to other files or the network. Metadata
+        is not ours, so text in a legacy Korean encoding must not stop us.
+        """
+        with ExitStack() as stack:
+            path = local_path(self.address)
+            source: str | BinaryIO
+            if path is not None:  # read by the library itself, which is faster than through a file object
+                source, protocols = f"file:{path}", "file"
+            else:
+                source, protocols = stream or stack.enter_context(self.open_bytes()), "none"
+            options = {"protocol_whitelist": protocols, "format_whitelist": _FORMATS}
+            yield stack.enter_context(
+                av.open(source, "r", timeout=timeout_s, metadata_errors="replace", options=options, buffer_size=_READ_BYTES)
+            )
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turns what the libraries raise on bad files into a `VideoError` of one sentence that names the file."""
+    try:
+        yield
+    except MemoryError:  # the library's is one of its other errors too, and says nothing of the file
+        raise
+    except MediaError as error:  # names the file itself
+        raise VideoError(str(error)) from error
+    except VideoError as error:
+        raise VideoError(f"{name} cannot be read: {error}") from error
+    except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: a pixel format that cannot become RGB
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise VideoError(f"{name} cannot be read: it is damaged, truncated or no video ({reason})") from error
+
+
+def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
+    """The main video stream of `container`, set to decode on one thread (data workers are processes already).
+
+    Raises:
+        VideoError: There is no video stream (cover art is none), or a frame has no pixels or more than `max_pixels`.
+    """
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+        raise VideoError("it has no video stream")
+    if getattr(stream, "codec_context", None) is None:
+        raise VideoError("its codec is not known")
+    check_size(stream.width, stream.height, max_pixels)
+    stream.thread_count = 1
+    return stream
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Nothing, for a frame of 1 to `max_pixels` pixels; `VideoError` otherwise."""
+    if not 0 < width * height <= max_pixels:
+        raise VideoError(f"its frames are {width}x{height}, outside the allowed 1 to {max_pixels} pixels")
+
+
+def check_deadline(deadline_s: float) -> None:
+    """`VideoError` once `time.monotonic()` is past `deadline_s`."""
+    if time.monotonic() > deadline_s:
+        raise VideoError("decoding took longer than data.decode_timeout_s allows")

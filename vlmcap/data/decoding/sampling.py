@@ -1,0 +1,131 @@
+"""Which moments of a clip the model sees.
+
+Moments are seconds from the start of a clip, ascending. Lists of images have no clock: there a moment counts images, and the clip lasts
+as many seconds as it has images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+KINDS = ("uniform", "fps", "keyframe", "adaptive", "random")
+
+# Share of the adaptive moments that is spread evenly whatever changes, so that a still part of a clip is seen too.
+_EVEN_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """How frames are chosen out of a clip.
+
+    Attributes:
+        kind: `uniform` takes the centres of equal segments; `random` a moment drawn in each of them; `fps` one frame every 1 / fps
+            seconds; `keyframe` the key frames of the stream; `adaptive` more frames where the picture changes.
+        num_frames: F, the most frames taken, at least 1.
+        fps: Frames a second of `kind="fps"`, positive.
+        jitter: Each moment moves by up to this share of a segment (the clip's length / num_frames) to either side, 0 to 0.5.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    kind: str = "uniform"
+    num_frames: int = 8
+    fps: float = 1.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, not {self.num_frames}")
+        if not self.fps > 0:
+            raise ValueError(f"fps must be above 0, not {self.fps}")
+        if not 0 <= self.jitter <= 0.5:
+            raise ValueError(f"jitter must be 0 to 0.5, not {self.jitter}")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two draws of the same clip may differ."""
+        return self.kind == "random" or self.jitter > 0
+
+
+def choose_moments(sampling: FrameSampling, duration_s: float, rng: Generator | None = None) -> list[float]:
+    """The moments of a clip that lasts `duration_s`, where nothing of its content is needed or known.
+
+    `keyframe` and `adaptive` are then `uniform`; so is `random` without `rng`.
+    """
+    if sampling.kind == "fps":
+        moments = fps_moments(duration_s, sampling.fps, sampling.num_frames)
+    elif sampling.kind == "random" and rng is not None:
+        segment_s = duration_s / sampling.num_frames
+        moments = [(i + float(share)) * segment_s for i, share in enumerate(rng.random(sampling.num_frames))]
+    else:
+        moments = uniform_moments(duration_s, sampling.num_frames)
+    return jitter_moments(moments, sampling, duration_s, rng)
+
+
+def jitter_moments(moments: list[float], sampling: FrameSampling, duration_s: float, rng: Generator | None) -> list[float]:
+    """The moments, moved by up to `sampling.jitter` of a segment within the clip; unchanged without `rng`."""
+    if rng is None or sampling.jitter == 0:
+        return moments
+    shifts = rng.uniform(-sampling.jitter, sampling.jitter, len(moments)) * duration_s / sampling.num_frames
+    return sorted(min(max(0.0, moment + float(shift)), duration_s) for moment, shift in zip(moments, shifts, strict=True))
+
+
+def uniform_moments(duration_s: float, num_frames: int) -> list[float]:
+    """The centres of `num_frames` equal segments of a clip.
+
+    Centres rather than edges: the first and last frame of a clip are often black or a fade.
+    """
+    return [duration_s * (2 * i + 1) / (2 * num_frames) for i in range(num_frames)]
+
+
+def fps_moments(duration_s: float, fps: float, num_frames: int) -> list[float]:
+    """The centres of intervals of 1 / fps seconds, thinned evenly to `num_frames`; the middle of a clip shorter than half an interval."""
+    count = math.ceil(duration_s * fps - 0.5)  # centres that lie before the end
+    if count < 1:
+        return [duration_s / 2]
+    return [(k + 0.5) / fps for k in spread(count, min(count, num_frames))]
+
+
+def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames: int) -> list[float]:
+    """`num_frames` key frames, evenly thinned; where there are fewer, moments in the middle of the longest gaps fill up."""
+    moments = [key_moments[i] for i in spread(len(key_moments), min(len(key_moments), num_frames))]
+    while len(moments) < num_frames:
+        edges = [0.0, *moments, duration_s]
+        start, end = max(pairwise(edges), key=lambda gap: gap[1] - gap[0])
+        moments = sorted([*moments, (start + end) / 2])
+    return moments
+
+
+def adaptive_moments(times: Sequence[float], changes: Sequence[float], duration_s: float, num_frames: int) -> list[float]:
+    """The moments that cut the clip's change into `num_frames` equal shares, each in the middle of its share.
+
+    A fifth of the change is taken to be spread evenly over the clip, and all of it where nothing changes.
+
+    Args:
+        times: n ascending moments within the clip.
+        changes: n - 1 differences, each between the pictures at two neighbouring `times`; not negative.
+        duration_s: Length of the clip.
+        num_frames: How many moments.
+    """
+    knots = np.asarray([0.0, *times, duration_s])
+    curve = np.concatenate([[0.0, 0.0], np.cumsum(changes, dtype=np.float64), [float(np.sum(changes))]])[: len(knots)]
+    if len(times) < 2 or curve[-1] <= 0 or duration_s <= 0:
+        return uniform_moments(duration_s, num_frames)
+    share: NDArray[np.float64] = _EVEN_SHARE * knots / duration_s + (1 - _EVEN_SHARE) * curve / curve[-1]
+    wanted = (2 * np.arange(num_frames) + 1) / (2 * num_frames)
+    return [float(moment) for moment in np.interp(wanted, share, knots)]
+
+
+def spread(num_items: int, num_picks: int) -> list[int]:
+    """The indices in the middle of `num_picks` equal parts of `num_items` items; items repeat where there are fewer."""
+    return [(2 * i + 1) * num_items // (2 * num_picks) for i in range(num_picks)]

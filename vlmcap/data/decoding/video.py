@@ -1,0 +1,183 @@
+"""Frames out of video files, and small video files out of frames.
+
+Legend: F sampled frames, T frames of a clip, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, explained
+from vlmcap.data.decoding.frame_reader import FrameReader
+from vlmcap.data.decoding.images import is_image, read_image, read_image_list
+from vlmcap.data.decoding.sampling import FrameSampling, spread
+from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
+from vlmcap.data.media import local_path
+from vlmcap.types import Clip
+
+__all__ = ["DecodeLimits", "FrameSampling", "VideoError", "decode_frames", "pad_frames", "read_frames", "write_video"]
+
+# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a process with such a
+# frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
+_THREADS = 1
+
+
+def read_frames(
+    clip: Clip | str,
+    sampling: FrameSampling,
+    *,
+    rng: Generator | None = None,
+    limits: DecodeLimits | None = None,
+    decoder: str = "pyav",
+) -> Tensor:
+    """Frames of a video, an image or a list of images, upright, in the order of time.
+
+    There are fewer than `sampling.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips; `pad_frames`
+    gives such clips the rest. Reading stops after the last wanted frame, and jumps to key frames where the file has an index of them.
+
+    Args:
+        clip: A clip, or the address of a video or image.
+        sampling: Which frames.
+        rng: Source of chance; without one, random sampling is uniform and nothing is jittered.
+        limits: What the clip may cost; `DecodeLimits()` by default.
+        decoder: `pyav`, `torchcodec` (for videos with a whole index, MP4 and AVI; PyAV reads the others), or `auto`: torchcodec
+            where it is installed and loads.
+
+    Returns:
+        uint8 (F', 3, H, W), RGB, 1 <= F' <= `sampling.num_frames`.
+
+    Raises:
+        VideoError: The file cannot be read, is truncated, too large a picture, too long, or too slow.
+    """
+    limits = limits or DecodeLimits()
+    deadline_s = time.monotonic() + limits.timeout_s
+    file = MediaFile(clip if isinstance(clip, str) else clip.video)
+    if isinstance(clip, Clip) and clip.frames:
+        return read_image_list(clip.frames, sampling, rng, limits, deadline_s)
+    with explained(file.name), file.open_bytes() as stream:
+        if is_image(stream):
+            return read_image(stream, sampling, rng, limits, deadline_s)
+        with file.open_container(limits.timeout_s, stream) as container:
+            reader = FrameReader(file, container, deadline_s, limits)
+            moments = reader.choose_moments(sampling, rng)
+            if resolve_decoder(decoder) == "pyav" or not reader.has_whole_index:  # elsewhere torchcodec's seeking lands on wrong frames
+                return _without_repeats(*_read(reader, moments, limits.max_pixels))
+        path = local_path(file.address)
+        stream.seek(0)
+        other = TorchcodecReader(stream if path is None else str(path), limits.max_pixels)
+        reader.check_end(other.end_s - reader.stream_time_s(0.0))
+        return _without_repeats(*other.frames_at([reader.stream_time_s(moment_s) for moment_s in moments]))
+
+
+def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | None = None) -> Tensor:
+    """The frames at the centres of `num_frames` equal segments of a clip, upright, always exactly `num_frames`.
+
+    A clip with fewer frames repeats them.
+
+    Returns:
+        uint8 (F, 3, H, W), RGB.
+
+    Raises:
+        VideoError: As `read_frames`.
+        ValueError: `num_frames` is below 1.
+    """
+    return pad_frames(read_frames(str(path), FrameSampling(num_frames=num_frames), limits=limits), num_frames)
+
+
+def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
+    """The frames as `num_frames` in the order of time, each repeated where there are fewer: as evenly as can be.
+
+    Args:
+        frames: (F', ...), F' at least 1.
+        num_frames: F, at least F'.
+    """
+    if len(frames) == num_frames:
+        return frames
+    return frames[spread(len(frames), num_frames)]
+
+
+def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[Tensor, list[int]]:
+    """The distinct frames on screen at the moments, and for each moment which of them it is."""
+    frames: Tensor | None = None
+    size, last, rows = (0, 0), None, []
+    for moment_s in moments:
+        frame = reader.frame_at(moment_s)
+        if frames is not None and frame is last:
+            rows.append(rows[-1])
+            continue
+        if frames is None:
+            size = (frame.width, frame.height)
+        check_size(frame.width, frame.height, max_pixels)
+        pixels = _to_rgb(frame, *size)
+        if frames is None:
+            frames = torch.empty((len(moments), *pixels.shape), dtype=torch.uint8)
+        rows.append(rows[-1] + 1 if rows else 0)
+        frames.numpy()[rows[-1]] = pixels
+        last = frame
+    assert frames is not None
+    num_shown = rows[-1] + 1
+    return frames if num_shown == len(rows) else frames[:num_shown].clone(), rows  # a view would carry the unused rows to other processes
+
+
+def _without_repeats(frames: Tensor, rows: list[int]) -> Tensor:
+    """The frames of the rows; just the distinct ones where `pad_frames` makes the very same rows of them."""
+    return frames if rows == spread(len(frames), len(rows)) else frames[rows]
+
+
+def _to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
+    """uint8 (3, H, W), upright; scaled to the clip's first frame where the size changes on the way."""
+    pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height, threads=_THREADS), dtype=np.uint8)
+    quarter_turns = round(frame.rotation / 90) % 4  # phones store the picture as the sensor lies and say how to turn it
+    return np.rot90(pixels, quarter_turns).transpose(2, 0, 1)
+
+
+def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23, preset: str = "veryfast") -> None:
+    """Write an H.264 yuv420p MP4 whole or not at all; equal frames give equal bytes.
+
+    Args:
+        path: Where to; its folder must exist.
+        frames: uint8 (T, H, W, 3), RGB, T at least 1, H and W even (as yuv420p needs).
+        fps: Frames a second, positive.
+        crf: Quality, 0 (lossless) to 51.
+        preset: Of x264: faster presets give larger files.
+
+    Raises:
+        ValueError: The frames have another shape, type or odd sides, or `fps` is not positive.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"the sides of a frame must be even, not {frames.shape[2]}x{frames.shape[1]}")
+    if fps <= 0:
+        raise ValueError(f"fps must be positive, not {fps}")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _encode(temporary, frames, Fraction(fps).limit_denominator(1001), {"crf": str(crf), "preset": preset})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict[str, str]) -> None:
+    with av.open(f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # One thread: no start-up cost on small clips, and bytes that do not depend on the number of cores.
+        stream.thread_count = 1
+        for pixels in frames:
+            frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", threads=_THREADS)))
+        container.mux(stream.encode(None))

@@ -1,0 +1,85 @@
+"""Clips that look alike, found by their pictures: copies, re-encodings, and cuts of one scene that fell into two splits.
+
+A picture's hash is its gradient at 9 x 8 grey pixels (dHash): 64 bits, of which scaling, compression and a little noise change few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+NUM_HASHED_FRAMES = 3
+MAX_DISTANCE = 11  # of 192 bits. Two hashes that differ in no more agree in one of their twelve bands of 16 bits, so none is missed.
+_BAND_ROWS = 2048  # compared with each other at once; a larger group, such as black clips, is walked in strips
+_GREY = (0.299, 0.587, 0.114)
+
+
+def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
+    """One number a frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
+    grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    small = F.adaptive_avg_pool2d(grey, (8, 9))
+    rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()
+    packed = np.packbits(rises, axis=1, bitorder="little")
+    return np.ascontiguousarray(packed).view("<u8").reshape(-1).astype(np.uint64)
+
+
+def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> list[list[int]]:
+    """Groups of rows that are near each other, directly or through others; each ascending, and groups by their first row.
+
+    Args:
+        hashes: uint64 (N, 3), the hashes of three frames of each clip.
+        max_distance: Bits of 192 in which two clips may differ, at most 11.
+
+    Raises:
+        ValueError: The shape or the distance is another.
+    """
+    if hashes.ndim != 2 or hashes.shape[1] != NUM_HASHED_FRAMES or not 0 <= max_distance <= MAX_DISTANCE:
+        raise ValueError(f"hashes must be (N, 3) and max_distance 0 to {MAX_DISTANCE}, not {hashes.shape} and {max_distance}")
+    # Equal rows are one from here on: a thousand black clips are a thousand rows of one hash.
+    distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
+    parent = np.arange(len(distinct))
+    for first, second in _near_pairs(distinct, max_distance):
+        _join(parent, first, second)
+    roots = np.array([_root(parent, int(row)) for row in range(len(distinct))], dtype=np.int64)[inverse.reshape(-1)]
+    groups: dict[int, list[int]] = {}
+    for row, root in enumerate(roots.tolist()):
+        groups.setdefault(root, []).append(row)
+    return sorted(group for group in groups.values() if len(group) > 1)
+
+
+def _near_pairs(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple[int, int]]:
+    bands = np.ascontiguousarray(hashes).view(np.uint16).reshape(len(hashes), -1)
+    for band in range(bands.shape[1]):
+        order = np.argsort(bands[:, band], kind="stable")
+        values = bands[order, band]
+        for group in np.split(order, np.flatnonzero(np.diff(values)) + 1):
+            if len(group) > 1:
+                yield from _compare(hashes, group, max_distance)
+
+
+def _compare(hashes: NDArray[np.uint64], group: NDArray[np.int64], max_distance: int) -> Iterable[tuple[int, int]]:
+    for start in range(0, len(group), _BAND_ROWS):
+        strip = group[start : start + _BAND_ROWS]
+        for other_start in range(start, len(group), _BAND_ROWS):
+            other = group[other_start : other_start + _BAND_ROWS]
+            distance = np.bitwise_count(hashes[strip][:, None] ^ hashes[other][None]).sum(-1)
+            for i, j in np.argwhere(distance <= max_distance):
+                if strip[i] < other[j]:
+                    yield int(strip[i]), int(other[j])
+
+
+def _root(parent: NDArray[np.int64], row: int) -> int:
+    while parent[row] != row:
+        parent[row] = parent[parent[row]]
+        row = int(parent[row])
+    return row
+
+
+def _join(parent: NDArray[np.int64], first: int, second: int) -> None:
+    low, high = sorted((_root(parent, first), _root(parent, second)))
+    parent[high] = low

@@ -1,0 +1,52 @@
+"""Clips with cached features.
+
+Legend: F frames, P patches a frame, Dv vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from vlmcap.data.features.store import UNREADABLE, FeatureStore
+from vlmcap.errors import UserError
+from vlmcap.types import Clip, Sample, Skipped
+
+
+class FeatureDataset(Dataset[Sample | Skipped]):
+    """Clips with the frozen encoder's features (F, P, Dv) out of a store; clips that could not be read when it was filled stay skipped.
+
+    Args:
+        clips: The clips, in the order of the indices.
+        hashes: S32 (N,), the content hash of each.
+        store: Holds them all.
+
+    Raises:
+        UserError: The store lacks some of the clips.
+    """
+
+    def __init__(self, clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> None:
+        assert len(clips) == len(hashes)
+        self.clips, self.hashes, self.store = clips, hashes, store
+        missing = store.missing(hashes)
+        if len(missing):
+            raise UserError(
+                f"the feature cache {store.folder} lacks {len(missing)} of {len(clips)} clips, first: {clips[int(missing[0])].id}; "
+                "start again to have them encoded"
+            )
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample | Skipped:
+        index = key[1] if isinstance(key, tuple) else key  # features are the same in each epoch
+        clip, content = self.clips[index], bytes(self.hashes[index])
+        if content == UNREADABLE:
+            return Skipped(clip, f"{clip.video} cannot be opened")
+        if (reason := self.store.skipped(content)) is not None:
+            return Skipped(clip, reason)
+        features, grid_thw = self.store.read(content)
+        return Sample(clip, features=features, grid_thw=grid_thw)

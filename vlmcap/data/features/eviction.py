@@ -1,0 +1,174 @@
+"""Stores in a folder: which there are, how large they are, and which go when there is no room."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmcap.data.features import index as indices
+from vlmcap.data.features.claims import FOLDER as CLAIMS
+from vlmcap.data.features.leases import is_in_use, last_used
+from vlmcap.data.features.precision import ErrorSums, StorageError
+from vlmcap.data.features.processes import is_dead, is_here
+from vlmcap.data.features.recipe import is_key
+from vlmcap.data.features.shards import SUFFIX
+from vlmcap.errors import UserError
+
+_OLD_S = 3600.0
+_REMOVED = ".removed-"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """A store as a list shows it.
+
+    Attributes:
+        key: Name of its folder.
+        recipe: What its features depend on, as `recipe.json` says.
+        num_clips: With features.
+        num_bytes: On disk.
+        last_used: Seconds since 1970.
+        error: Of the stored numbers, measured when they were written.
+        is_in_use: Whether a living process has it open.
+    """
+
+    key: str
+    recipe: dict[str, Any]
+    num_clips: int
+    num_bytes: int
+    last_used: float
+    error: StorageError | None
+    is_in_use: bool
+
+
+def list_stores(root: Path) -> list[StoreInfo]:
+    """The stores under `root`, the one used last first."""
+    return sorted((_info(folder) for folder in _folders(root)), key=lambda info: -info.last_used)
+
+
+def remove_store(root: Path, key: str) -> int:
+    """Bytes freed by removing a whole store.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    if root / key not in _folders(root):
+        raise UserError(f"there is no feature store '{key}' in {root}: `vlmcap cache info` shows those there are")
+    freed = _size(root / key)
+    aside = root / f"{_REMOVED}{secrets.token_hex(4)}"
+    (root / key).rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    return freed
+
+
+def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
+    """Bytes freed so that all stores together take at most `max_bytes`, or as near to it as may be.
+
+    Whole shards go, the oldest of the store that was unused for longest first: what is left of a store can be used and filled again.
+
+    Args:
+        root: Folder of all stores.
+        max_bytes: That may stay.
+        keep: Keys of stores that stay; those that a living process has open stay too.
+    """
+    for leftover in root.glob(f"{_REMOVED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    sizes = {folder: _size(folder) for folder in _folders(root)}
+    before = excess = sum(sizes.values()) - max_bytes
+    for folder in sorted(sizes, key=last_used):
+        if excess <= 0:
+            break
+        if folder.name not in keep and not is_in_use(folder):
+            excess -= _evict(folder, excess)
+    return max(before, 0) - max(excess, 0) if excess > 0 else before - excess
+
+
+def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
+    """Evict until `incoming` bytes fit under `max_bytes`.
+
+    Args:
+        root: Folder of all stores.
+        max_bytes: Of all stores.
+        incoming: Bytes about to be written.
+        key: The store that they are for; it loses nothing.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    sizes = {folder: _size(folder) for folder in _folders(root)}
+    held = sum(size for folder, size in sizes.items() if folder.name == key or is_in_use(folder))
+    if held + incoming > max_bytes:  # told before anything is evicted for nothing
+        raise UserError(
+            f"cache.max_gib allows {max_bytes / 2**30:.2f} GiB of features in {root}, which holds {held / 2**30:.2f} of this run and of "
+            f"others that are running, and {incoming / 2**30:.2f} more are to come: raise it, or wait for the other runs"
+        )
+    if sum(sizes.values()) + incoming > max_bytes:
+        prune(root, max_bytes - incoming, keep=(key,))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove half-written shards and claims of killed processes."""
+    for path in folder.glob(f".*{SUFFIX}.*.partial"):
+        owner = "-".join(path.name.split("-")[1:3])
+        with contextlib.suppress(OSError):
+            if is_dead(owner) or (not is_here(owner) and time.time() - path.stat().st_mtime > _OLD_S):
+                path.unlink()
+    for path in folder.glob(f"{CLAIMS}/*"):
+        with contextlib.suppress(OSError, ValueError):
+            if is_dead(path.read_text()):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        (folder / CLAIMS).rmdir()  # claims of the living keep it
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in sorted(root.iterdir()) if is_key(path.name) and path.is_dir() and not path.is_symlink()]
+    except OSError:
+        return []
+
+
+def _info(folder: Path) -> StoreInfo:
+    index = indices.update(indices.load(folder), folder, {})
+    sums = ErrorSums()
+    for file in index.files:
+        sums.add(file.errors)
+    try:
+        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recipe = {}
+    plain = recipe if isinstance(recipe, dict) else {}
+    return StoreInfo(folder.name, plain, len(index.hashes), _size(folder), last_used(folder), sums.stated, is_in_use(folder))
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files of a store."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
+
+
+def _evict(folder: Path, num_bytes: int) -> int:
+    """Bytes freed of a store, about as many as wanted; all of it where no shard is left."""
+    freed, shards = 0, sorted(path for path in folder.glob(f"[!.]*{SUFFIX}") if path.name != indices.FILE)
+    while shards and freed < num_bytes:
+        with contextlib.suppress(FileNotFoundError):  # another process evicts too
+            size = shards[0].stat().st_size
+            shards.pop(0).unlink()
+            freed += size
+    if shards:
+        return freed
+    with contextlib.suppress(UserError):
+        freed += remove_store(folder.parent, folder.name)
+    return freed

@@ -1,0 +1,196 @@
+"""Which clip is where: sorted arrays over all shards of a store, in a file that every process maps.
+
+Legend: N clips, F frames, P patches a frame, Dv vision width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmcap.data.features.precision import ErrorSums
+from vlmcap.data.features.shards import SUFFIX, BrokenFileError, Header, Shard, read_header, read_shard
+from vlmcap.files import replacing
+
+FILE = "index.safetensors"
+_FORMAT = "vlmcap-feature-index-1"
+_COLUMNS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """A shard as the index knows it; another size or time of change means another content."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    dtype: str
+    skipped: Mapping[str, str]
+    lost: tuple[str, ...]
+    errors: ErrorSums
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Clips by content hash; 64 bytes a clip, mapped from a file where one was written, so that processes share them.
+
+    Attributes:
+        files: The shards, in the order of their numbers.
+        hashes: S32 (N,), sorted, without duplicates.
+        offsets: int64 (N, 2); first byte of the numbers, and of the scales or 0.
+        places: int32 (N, 7); number of the shard, F, P, Dv, and the clip's size in patches or zeros.
+    """
+
+    files: tuple[ShardFile, ...] = ()
+    hashes: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, "S32"))
+    offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    places: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, _COLUMNS), np.int32))
+
+    def find(self, content: bytes) -> int | None:
+        """The row of a clip."""
+        row = int(np.searchsorted(self.hashes, np.asarray(content, "S32")))
+        return row if row < len(self.hashes) and self.hashes[row] == content else None
+
+    def skipped(self) -> dict[bytes, str]:
+        """Content hash to reason of the clips that could not be read."""
+        return {content.encode(): reason for file in self.files for content, reason in file.skipped.items()}
+
+    def lost(self) -> set[bytes]:
+        """Content hashes of those that may be tried again: no shard says that they are broken for good."""
+        known = [(file.skipped.keys(), set(file.lost)) for file in self.files]
+        final = {content for skipped, lost in known for content in skipped - lost}
+        return {content.encode() for _, lost in known for content in lost - final}
+
+    def without(self, gone: set[str]) -> ShardIndex:
+        """The index after shards have been removed."""
+        kept = [number for number, file in enumerate(self.files) if file.name not in gone]
+        numbers = np.full(len(self.files), -1, np.int32)
+        numbers[kept] = np.arange(len(kept), dtype=np.int32)
+        places = self.places.copy()
+        places[:, 0] = numbers[places[:, 0]]
+        mask = places[:, 0] >= 0
+        return ShardIndex(tuple(self.files[number] for number in kept), self.hashes[mask], self.offsets[mask], places[mask])
+
+    def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
+        """The index with more shards; a clip that is in several keeps its first place."""
+        files, hashes, offsets, places = list(self.files), [], [], []
+        for file, shard in shards:
+            for row in shard.rows:
+                hashes.append(row.content)
+                offsets.append((row.offset, row.scale_offset))
+                places.append((len(files), *row.shape, *(row.grid_thw or (0, 0, 0))))
+            files.append(file)
+        names, first = np.unique(np.array(hashes, "S32"), return_index=True)
+        fresh = ~contains(self.hashes, names)
+        names, first = names[fresh], first[fresh]
+        at = np.searchsorted(self.hashes, names)
+        return ShardIndex(
+            tuple(files),
+            np.insert(self.hashes, at, names),
+            np.insert(self.offsets, at, np.array(offsets, np.int64).reshape(-1, 2)[first], axis=0),
+            np.insert(self.places, at, np.array(places, np.int32).reshape(-1, _COLUMNS)[first], axis=0),
+        )
+
+
+def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray[np.bool_]:
+    """Which of `hashes` are in the sorted array."""
+    if not len(ordered):
+        return np.zeros(len(hashes), bool)
+    rows = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
+    found: NDArray[np.bool_] = ordered[rows] == hashes
+    return found
+
+
+def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str | None = None) -> ShardIndex:
+    """The index of what is in the folder now: headers are read of new shards only; the same object where nothing changed.
+
+    Args:
+        index: As far as known.
+        folder: Of the shards.
+        broken: File name to reason of shards that are left out; names that have gone are taken away, new ones put in.
+        dtype: That the shards must have.
+    """
+    present = _list(folder)
+    known = {file.name: (file.size, file.mtime_ns) for file in index.files}
+    gone = {name for name, stat in known.items() if present.get(name) != stat}
+    for name in broken.keys() - present.keys():
+        del broken[name]
+    found = []
+    for name in sorted(present.keys() - (known.keys() - gone) - broken.keys()):
+        try:
+            shard = read_shard(folder / name)
+            if dtype not in (None, shard.dtype):
+                raise BrokenFileError(f"it holds {shard.dtype} in place of {dtype}")
+        except BrokenFileError as error:
+            broken[name] = str(error)
+        except FileNotFoundError:  # evicted since the folder was listed
+            continue
+        else:
+            found.append((ShardFile(name, *present[name], shard.dtype, shard.skipped, shard.lost, shard.errors), shard))
+    index = index.without(gone) if gone else index
+    return index.with_shards(found) if found else index
+
+
+def _list(folder: Path) -> dict[str, tuple[int, int]]:
+    """Shard name to size and time of change."""
+    present = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and not entry.name.startswith(".") and entry.name != FILE:
+                    try:
+                        stat = entry.stat()
+                    except FileNotFoundError:
+                        continue
+                    present[entry.name] = (stat.st_size, stat.st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return present
+
+
+def save(index: ShardIndex, folder: Path) -> None:
+    """Write the index beside its shards; it only saves time, so a folder that cannot be written is no error."""
+    from safetensors.numpy import save_file
+
+    tensors = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets, "places": index.places}
+    metadata = {"format": _FORMAT, "files": json.dumps([asdict(file) for file in index.files], ensure_ascii=False)}
+    try:
+        with replacing(folder / FILE) as partial:
+            save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+    except Exception:  # the library raises kinds of its own
+        return
+
+
+def load(folder: Path) -> ShardIndex:
+    """The index that was saved last, mapped; an empty one where there is none, or no whole one."""
+    try:
+        with (folder / FILE).open("rb") as file:
+            header = read_header(file)
+            if header.metadata["format"] != _FORMAT:
+                return ShardIndex()
+            entries = json.loads(header.metadata["files"])
+            files = tuple(ShardFile(**entry | {"lost": tuple(entry["lost"]), "errors": ErrorSums(**entry["errors"])}) for entry in entries)
+            hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
+            offsets, places = _mapped(file, header, "offsets", np.int64, 2), _mapped(file, header, "places", np.int32, _COLUMNS)
+        if not len(hashes) == len(offsets) == len(places) or (len(places) and int(places[:, 0].max()) >= len(files)):
+            return ShardIndex()
+        return ShardIndex(files, hashes, offsets, places)
+    except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
+        return ShardIndex()
+
+
+def _mapped(file: BinaryIO, header: Header, name: str, dtype: type[Any], columns: int) -> NDArray[Any]:
+    """From the open file, not from its name, which another process may have given to a newer index by now."""
+    place = header.tensors[name]
+    if place.stop == place.start:
+        return np.empty((0, columns), dtype)
+    return np.memmap(file, dtype, "r", place.start, (place.shape[0], columns))

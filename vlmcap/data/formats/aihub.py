@@ -1,0 +1,142 @@
+"""AI Hub data sets: a label file a clip, paired with it by name, in folders or in the archives that AI Hub hands out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.media import MediaError, read_text
+from vlmcap.data.media.tree import TreeFile, list_files
+from vlmcap.data.splits import split_in_path, standard_split
+from vlmcap.errors import UserError
+from vlmcap.types import Clip, Skipped
+
+VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+MAX_LABEL_BYTES = 64 * 1024**2
+
+# Folders, and beginnings of their names, that tell labels from clips and are left out when the two are compared.
+_KIND_FOLDER = re.compile(r"(\d+[.\s_-]*)?(labels?|videos?|라벨(링)?(데이터)?|원천(데이터)?)", re.IGNORECASE)
+_KIND_START = re.compile(r"\[(라벨|원천)[^\]]*\]\s*|[TV][LS](?=[_\-.\d])[_\-.]?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A label or a clip: its split ("" where no folder names one), and its path without what only tells labels from clips."""
+
+    file: TreeFile
+    split: str
+    key: str
+
+    @property
+    def stem(self) -> str:
+        return self.key.rpartition("/")[2]
+
+
+def read_aihub(settings: SourceSettings, split: str | None = None) -> Entries:
+    """The clips of labels, sorted by path: `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
+
+    A label and its clip have the same path below their folders, up to the ending, or else a stem that no other has. A folder named as
+    a split (`train`, `Training`, `2.Validation`) gives the split; labels elsewhere have none. Archives count as folders.
+
+    Args:
+        settings: `root`, `caption_key` and `category_key` are used.
+        split: Leaves out the others.
+
+    Raises:
+        UserError: There are no labels, or a link leaves the root.
+    """
+    labels: list[_Named] = []
+    media: list[_Named] = []
+    for found in list_files(settings.root, "follow" if settings.allow_outside else "refuse"):
+        if isinstance(found, Skipped):
+            if split is None or split_in_path(f"{found.clip.id}/")[0] in ("", standard_split(split)):
+                yield found
+            continue
+        ending = PurePosixPath(found.path).suffix.lower()
+        if ending == ".json":
+            labels.append(_named(found))
+        elif ending in VIDEO_ENDINGS or ending in IMAGE_ENDINGS:
+            media.append(_named(found))
+    if not labels:
+        raise UserError(f"there are no labels (.json) in {settings.root}, but {len(media)} clips; set data.root to the folder with both")
+    if any(label.split for label in labels):  # a stray .json beside the splits is no label
+        stems = {clip.stem for clip in media if not clip.split}
+        labels = [label for label in labels if label.split or label.stem in stems]
+    for name in sorted({label.split for label in labels}):
+        if split is None or name in ("", standard_split(split)):
+            pairs = _pair([label for label in labels if label.split == name], [clip for clip in media if clip.split == name])
+            for label, clip_id, clip in pairs:
+                yield clip if isinstance(clip, Skipped) else _read_label(label, clip_id, clip.file.address, settings)
+
+
+def _named(file: TreeFile) -> _Named:
+    split, path = split_in_path(file.path)
+    *folders, name = path.split("/")
+    kept = [_KIND_START.sub("", folder, count=1) for folder in folders if not _KIND_FOLDER.fullmatch(folder)]
+    return _Named(file, split, "/".join([*filter(None, kept), PurePosixPath(name).stem]))
+
+
+def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_Named, str, _Named | Skipped]]:
+    """Each label with its id and its clip, or with what is wrong; sorted by path."""
+    clips_at = {key: _videos_first(group) for key, group in _grouped(media, "key").items()}
+    labels_at = _grouped(labels, "key")
+    # Whatever has no counterpart of the same path is compared by its last name alone.
+    free_labels = _grouped((label for label in labels if label.key not in clips_at), "stem")
+    free_clips = {stem: _videos_first(group) for stem, group in _grouped((c for c in media if c.key not in labels_at), "stem").items()}
+    for label in sorted(labels, key=lambda label: (label.key, label.file.path)):
+        is_exact = label.key in clips_at
+        rivals = labels_at[label.key] if is_exact or len(labels_at[label.key]) > 1 else free_labels[label.stem]
+        clips = clips_at[label.key] if is_exact else free_clips.get(label.stem, [])
+        if reason := _fault(label, clips, rivals):
+            yield label, label.key, skip(label.key, reason, clips[0].file.address if clips else "")
+        else:
+            yield label, label.key if is_exact or label.stem in labels_at else label.stem, clips[0]
+
+
+def _fault(label: _Named, clips: Sequence[_Named], rivals: Sequence[_Named]) -> str:
+    name = label.file.address
+    if not clips:
+        return f"there is no clip for the label {name}: add {label.stem}.mp4, or remove the label"
+    if len(clips) > 1:
+        return f"{clips[0].file.address} and {clips[1].file.address} may both be the clip of the label {name}: remove one of them"
+    if len(rivals) > 1:
+        other = next(rival for rival in rivals if rival is not label)
+        return f"the labels {name} and {other.file.address} stand for one clip, {clips[0].file.address}: remove one of them"
+    return ""
+
+
+def _grouped(files: Iterable[_Named], name: str) -> Mapping[str, list[_Named]]:
+    groups: dict[str, list[_Named]] = defaultdict(list)
+    for file in files:
+        groups[getattr(file, name)].append(file)
+    return dict(groups)
+
+
+def _videos_first(files: list[_Named]) -> list[_Named]:
+    """The videos among files of one name, whose pictures are then previews; the pictures where there is no video."""
+    videos = [file for file in files if PurePosixPath(file.file.path).suffix.lower() in VIDEO_ENDINGS]
+    return videos or files
+
+
+def _read_label(label: _Named, clip_id: str, video: str, settings: SourceSettings) -> Record | Skipped:
+    name = label.file.address
+    try:
+        content: Any = json.loads(read_text(name, MAX_LABEL_BYTES))
+    except MediaError as error:
+        return skip(clip_id, str(error), video)
+    except (ValueError, RecursionError) as error:
+        return skip(clip_id, f"the label {name} is no JSON ({error}): repair or remove it", video)
+    captions = captions_at(content, settings.caption_key)
+    if not captions:
+        found = f"no caption at data.caption_key={settings.caption_key}, but {describe_keys(content)}"
+        return skip(clip_id, f"the label {name} has {found}: set data.caption_key, or repair or remove the label", video)
+    category = text_at(content, settings.category_key) if settings.category_key else ""
+    return Record(Clip(clip_id, video, captions, category), label.split)

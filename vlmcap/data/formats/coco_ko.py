@@ -1,0 +1,39 @@
+"""COCO with Korean captions, as AI Hub publishes them: a JSON list of `file_path`, `caption_ko` (a list) and `id`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vlmcap.data.formats.annotations import annotation_sources, checked, json_list, load_json, make_record, name_at
+from vlmcap.data.formats.keys import captions_at, text_at
+from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.types import Skipped
+
+_SPLIT_FOLDER = re.compile(r"(?:^|/)(train|val|test)(?:20\d\d)?/")
+
+
+def read_coco_ko(settings: SourceSettings, split: str | None = None) -> Entries:
+    """A record an image with all its captions; the split is that of its folder (`train2014/`, `val2014/`).
+
+    `file_path` is looked for below `data.root/data.media`.
+
+    Raises:
+        UserError: The file is no such list, or no entry of it can be used.
+    """
+    return checked(_entries(settings, split), settings)
+
+
+def _entries(settings: SourceSettings, split: str | None) -> Entries:
+    for name, address in annotation_sources(settings, split):
+        for number, entry in enumerate(json_list(load_json(address), address)):
+            yield _record(settings, entry, number, name)
+
+
+def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Record | Skipped:
+    path = name_at(entry, "file_path")
+    if not path:
+        return skip(text_at(entry, "id") or f"entry {number}", "the entry has no file_path")
+    folder = _SPLIT_FOLDER.search(path)
+    id = text_at(entry, "id") or path.rpartition(".")[0]
+    return make_record(settings, id, [path], captions_at(entry, settings.caption_key), entry, split=split or (folder[1] if folder else ""))

@@ -1,0 +1,74 @@
+"""LLaVA conversations: a JSON list, or JSON Lines, of `id`, `image` or `video`, and `conversations` of `from` and `value`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from vlmcap.data.formats.annotations import annotation_sources, checked, json_lines, json_list, load_json, make_record
+from vlmcap.data.formats.keys import text_at, value_at
+from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.text import normalize_caption
+from vlmcap.types import Skipped
+
+_TAG = re.compile(r"<(?:image|video)>")
+_ANSWERERS = ("gpt", "assistant")
+
+
+def read_llava(settings: SourceSettings, split: str | None = None) -> Entries:
+    """A record a conversation, whose caption is the first answer in it; questions and later turns are left out.
+
+    A list under `image` is the frames of one clip. Ids that come again, as in mixtures, get a number: `000123`, `000123#2`.
+
+    Raises:
+        UserError: A file is no such list, or no conversation can be used.
+    """
+    return checked(_entries(settings, split), settings)
+
+
+def _entries(settings: SourceSettings, split: str | None) -> Entries:
+    seen: Counter[str] = Counter()
+    for name, address in annotation_sources(settings, split):
+        for number, entry in _conversations(address):
+            yield entry if isinstance(entry, Skipped) else _record(settings, entry, number, name, seen)
+
+
+def _conversations(address: str) -> Iterator[tuple[int, Any | Skipped]]:
+    if address.rpartition("::")[0].endswith(".jsonl") or address.endswith(".jsonl"):
+        yield from json_lines(address)
+    else:
+        yield from enumerate(json_list(load_json(address), address))
+
+
+def _record(settings: SourceSettings, entry: Any, number: int, split: str, seen: Counter[str]) -> Record | Skipped:
+    files = _files(entry)
+    id = text_at(entry, "id") or (files[0].rpartition(".")[0] if files else f"entry {number}")
+    seen[id] += 1
+    if seen[id] > 1:
+        id = f"{id}#{seen[id]}"
+    if not files:
+        return skip(id, "the conversation has no image and no video")
+    answer = _first_answer(entry)
+    if not answer:
+        return skip(id, "the conversation has no turn with text from 'gpt'", files[0])
+    return make_record(settings, id, files, (answer,), entry, split=split)
+
+
+def _files(entry: Any) -> list[str]:
+    for key in ("video", "image"):
+        value = value_at(entry, key)
+        files = value if isinstance(value, list) else [value]
+        if files and all(isinstance(file, str) and file for file in files):
+            return files
+    return []
+
+
+def _first_answer(entry: Any) -> str:
+    turns = value_at(entry, "conversations")
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict) and turn.get("from") in _ANSWERERS:
+            value = turn.get("value")
+            return normalize_caption(_TAG.sub(" ", value)) if isinstance(value, str) else ""
+    return ""

@@ -1,0 +1,57 @@
+"""MSR-VTT: a JSON object of `videos` (`video_id`, `split`, `category`, `url`) and `sentences` (`video_id`, `caption`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from vlmcap.data.formats.annotations import annotation_sources, checked, json_list, load_json, make_record, media_name
+from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.errors import UserError
+from vlmcap.types import Skipped
+
+
+def read_msrvtt(settings: SourceSettings, split: str | None = None) -> Entries:
+    """A record a video with all its sentences, in the order of `videos`; the group is the film that it was cut from (`url`).
+
+    `data.caption_key` is a path in a sentence, `data.category_key` one in a video.
+
+    Raises:
+        UserError: A file is no such object, or no video can be used.
+    """
+    return checked(_entries(settings, split), settings)
+
+
+def _entries(settings: SourceSettings, split: str | None) -> Entries:
+    for name, address in annotation_sources(settings, split):
+        content = load_json(address)
+        videos, sentences = (json_list(content, address, key) for key in ("videos", "sentences"))
+        captions = _captions_by_video(settings, sentences)
+        for number, video in enumerate(videos):
+            yield _record(settings, video, number, captions, name)
+        for id in captions:  # those of videos have been taken out
+            yield skip(id or "a sentence", "sentences of a video that is not among 'videos'")
+
+
+def _captions_by_video(settings: SourceSettings, sentences: list[Any]) -> dict[str, tuple[str, ...]]:
+    captions: defaultdict[str, list[str]] = defaultdict(list)
+    for sentence in sentences:
+        captions[text_at(sentence, "video_id")] += captions_at(sentence, settings.caption_key)
+    if sentences and not any(captions.values()):
+        raise UserError(
+            f"no sentence has a caption at data.caption_key={settings.caption_key}; the first has {describe_keys(sentences[0])}"
+        )
+    return {id: tuple(texts) for id, texts in captions.items()}
+
+
+def _record(settings: SourceSettings, video: Any, number: int, captions: dict[str, tuple[str, ...]], split: str) -> Record | Skipped:
+    id = text_at(video, "video_id")
+    if not id:
+        return skip(f"video {number}", "the video has no video_id")
+    found = captions.pop(id, ())
+    file = media_name(settings, id)
+    if not found:
+        return skip(id, "no sentence of the video has a caption", file)
+    split = split or text_at(video, "split")
+    return make_record(settings, id, [file], found, video, split=split, group=text_at(video, "url"))

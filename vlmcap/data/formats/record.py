@@ -1,0 +1,53 @@
+"""What every reader of a format takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlmcap.types import Clip, Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A clip as a data set has it, before it belongs to a split.
+
+    Attributes:
+        clip: The clip.
+        split: Name of its split, as the data set writes it; "" where it says nothing.
+        group: Names the source that must not be in two splits; "" for the video itself.
+    """
+
+    clip: Clip
+    split: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings:
+    """Where a data set is and how its annotations are read; the keys of `data` with the same names."""
+
+    root: str
+    annotations: str | None = None
+    media: str = ""
+    media_pattern: str = "{id}.mp4"
+    caption_key: str = "annotation.description_kr"
+    category_key: str | None = None
+    allow_outside: bool = False
+
+
+Entries = Iterator[Record | Skipped]
+
+
+class Reader(Protocol):
+    """Gives the entries of a data set in a stable order; of one split where that is asked, though it may give others too."""
+
+    def __call__(self, settings: SourceSettings, split: str | None = None) -> Entries:
+        """The entries."""
+
+
+def skip(name: str, reason: str, video: str = "") -> Skipped:
+    """A bad entry, named as text that any file can hold."""
+    name, video, reason = (text.encode("utf-8", "backslashreplace").decode() for text in (name, video, reason))
+    return Skipped(Clip(name, video, ()), reason)

@@ -1,0 +1,39 @@
+"""VATEX: a JSON list of `videoID` and captions by language (`enCap`, `chCap`, and the key of a Korean translation)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vlmcap.data.formats.annotations import annotation_sources, checked, json_list, load_json, make_record, media_name
+from vlmcap.data.formats.keys import captions_at, text_at
+from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.types import Skipped
+
+_CUT = re.compile(r"(.+)_\d{6}_\d{6}")  # a film's name, and the seconds between which the video lies in it
+
+
+def read_vatex(settings: SourceSettings, split: str | None = None) -> Entries:
+    """A record a video with all captions of one language; the group is the film that it was cut from.
+
+    The split is that of the file, where `data.annotations` has `{split}` in it; the video is the `{id}` of `data.media_pattern`.
+
+    Raises:
+        UserError: A file is no such list, or no entry can be used, as when `data.caption_key` names a language that is not there.
+    """
+    return checked(_entries(settings, split), settings)
+
+
+def _entries(settings: SourceSettings, split: str | None) -> Entries:
+    for name, address in annotation_sources(settings, split):
+        for number, entry in enumerate(json_list(load_json(address), address)):
+            yield _record(settings, entry, number, name)
+
+
+def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Record | Skipped:
+    id = text_at(entry, "videoID")
+    if not id:
+        return skip(f"entry {number}", "the entry has no videoID")
+    cut = _CUT.fullmatch(id)
+    captions = captions_at(entry, settings.caption_key)
+    return make_record(settings, id, [media_name(settings, id)], captions, entry, split=split, group=cut[1] if cut else "")

@@ -1,0 +1,139 @@
+"""WebDataset shards: tar files whose members `KEY.mp4` and `KEY.json` or `KEY.txt` are one clip, on disk or in an object store.
+
+Clips become addresses of members, so that order, ranks and resuming are those of single files; a remote clip is one range request.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from typing import Any
+
+from vlmcap.data.formats.annotations import annotation_sources, checked
+from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.media import MediaError, list_members, member_address, read_text
+from vlmcap.data.media.roots import relative_address
+from vlmcap.data.media.storage import local_file
+from vlmcap.data.text import normalize_caption
+from vlmcap.errors import UserError
+from vlmcap.types import Clip, Skipped
+
+MEDIA = ("mp4", "webm", "mkv", "mov", "avi", "jpg", "jpeg", "png", "webp")
+"""Endings of videos and images; the first of them that a sample has is its clip."""
+
+_LABELS = ("json", "txt")
+_MAX_LABEL_BYTES = 16 * 1024**2
+_MAX_SHARDS = 100_000
+_NUM_REQUESTS = 16  # labels of remote shards that are asked for at a time
+_BRACES = re.compile(r"\{(?!split\})([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The members of one basename in a shard: ending -> address."""
+
+    id: str
+    members: dict[str, str] = field(default_factory=dict)
+
+
+def read_webdataset(settings: SourceSettings, split: str | None = None) -> Entries:
+    """A record a sample, shard by shard; its id is the shard's path below the root and the basename of its members.
+
+    `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; `{split}` in it says which split a shard is
+    of. The caption is at `data.caption_key` of the json member, or else it is the whole txt member.
+
+    Raises:
+        UserError: A shard is missing or broken, or no sample of any can be used.
+    """
+    return checked(_entries(settings, split), settings)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The patterns that `{a,b}` and `{000..099}` spell out, in order; `{split}` stays.
+
+    Raises:
+        UserError: Braces hold something else, or there are more than 100 000 patterns.
+    """
+    pieces = _BRACES.split(pattern)
+    choices = [_choices(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
+    spelled = ["".join(parts) for parts in islice(product(*choices), _MAX_SHARDS + 1)]
+    if len(spelled) > _MAX_SHARDS:
+        raise UserError(f"data.annotations={pattern} spells out more than {_MAX_SHARDS} names: use * in it")
+    return spelled
+
+
+def _choices(piece: str) -> list[str]:
+    numbers = _RANGE.fullmatch(piece)
+    if numbers is None:
+        if "," not in piece:
+            raise UserError(f"data.annotations: {{{piece}}} is neither a range like {{000..099}} nor a choice like {{a,b}} nor {{split}}")
+        return piece.split(",")
+    first, last = int(numbers[1]), int(numbers[2])
+    if last < first or last - first >= _MAX_SHARDS:
+        raise UserError(f"data.annotations: {{{piece}}} must count up, by {_MAX_SHARDS} at most")
+    return [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
+
+
+def _entries(settings: SourceSettings, split: str | None) -> Entries:
+    seen: set[str] = set()
+    for pattern in expand_braces(settings.annotations or ""):
+        for name, shard in annotation_sources(replace(settings, annotations=pattern), split):
+            if shard not in seen:
+                seen.add(shard)
+                yield from _shard_entries(settings, shard, name)
+
+
+def _shard_entries(settings: SourceSettings, shard: str, split: str) -> Entries:
+    samples = _samples(settings, shard)
+    if local_file(shard) is not None:
+        yield from (_record(settings, sample, split) for sample in samples)
+        return
+    with ThreadPoolExecutor(_NUM_REQUESTS) as threads:
+        yield from threads.map(lambda sample: _record(settings, sample, split), samples)
+
+
+def _samples(settings: SourceSettings, shard: str) -> Iterator[_Sample]:
+    """The samples of a shard in its order; hidden members and those of other endings are left out."""
+    try:
+        members = list_members(shard)
+    except MediaError as error:
+        raise UserError(f"data.annotations: {error}, or leave it out of data.annotations") from error
+    prefix = relative_address(shard, settings.root).rpartition(".")[0]
+    samples: dict[str, _Sample] = {}
+    for member in members:
+        key, _, ending = member.name.rpartition(".")
+        is_hidden = member.name.rpartition("/")[2].startswith(".")
+        if key and not is_hidden and ending.lower() in MEDIA + _LABELS:
+            sample = samples.setdefault(key, _Sample(f"{prefix}/{key.removeprefix('./')}"))
+            sample.members.setdefault(ending.lower(), member_address(shard, member.name))
+    return iter(samples.values())
+
+
+def _record(settings: SourceSettings, sample: _Sample, split: str) -> Record | Skipped:
+    video = next((sample.members[ending] for ending in MEDIA if ending in sample.members), None)
+    if video is None:
+        return skip(sample.id, f"the sample has no video or image, only {', '.join(sample.members)}")
+    try:
+        label = _read_label(sample)
+        captions = captions_at(label, settings.caption_key)
+        if not captions and "txt" in sample.members:
+            captions = tuple(filter(None, [normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))]))
+    except MediaError as error:
+        return skip(sample.id, str(error), video)
+    except (ValueError, RecursionError) as error:
+        return skip(sample.id, f"{sample.members['json']} is no JSON ({error})", video)
+    if not captions:
+        there = f"its json has {describe_keys(label)}" if "json" in sample.members else f"it has {', '.join(sample.members)}"
+        return skip(sample.id, f"no caption at data.caption_key={settings.caption_key} and none in a txt member; {there}", video)
+    category = text_at(label, settings.category_key) if settings.category_key else ""
+    return Record(Clip(sample.id, video, captions, category), split)
+
+
+def _read_label(sample: _Sample) -> Any:
+    return json.loads(read_text(sample.members["json"], _MAX_LABEL_BYTES)) if "json" in sample.members else None

@@ -1,0 +1,155 @@
+"""What a data set holds, looked at before anything is trained: broken files, captions too long, clips that are twice there.
+
+Legend: N clips, F frames, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vlmcap.data.duplicates import NUM_HASHED_FRAMES, look_alikes, picture_hash
+from vlmcap.types import Clip, Sample, Skipped
+
+THUMBNAIL_HEIGHT = 90
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Makes frames, uint8 (F, 3, H, W), small; a larger picture is never made of a smaller one."""
+
+    height: int = THUMBNAIL_HEIGHT
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """The frames at that height, in their own proportions."""
+        height, width = frames.shape[-2:]
+        if height <= self.height:
+            return frames
+        size = (self.height, max(1, round(width * self.height / height)))
+        return F.interpolate(frames.float(), size, mode="area").round().to(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A clip by its split and id."""
+
+    split: str
+    id: str
+    video: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A clip or label that cannot be used."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(slots=True)
+class SplitReport:
+    """Captions of one split.
+
+    Attributes:
+        num_clips: N.
+        num_captions: All captions of all clips.
+        characters: Of each clip's first caption, (N,).
+        tokens: The same in tokens of the language model, its end included; None where no tokenizer was given.
+    """
+
+    num_clips: int
+    num_captions: int
+    characters: NDArray[np.int64]
+    tokens: NDArray[np.int32] | None = None
+
+
+@dataclass
+class Inspection:
+    """Everything that was found.
+
+    Attributes:
+        splits: By name.
+        broken: Labels and videos that cannot be used.
+        same_captions: Captions that stand at several clips, with those; the commonest first.
+        look_alikes: Groups of clips that look alike.
+        samples: Some clips with their thumbnails, uint8 (F, 3, H, W).
+        num_decoded: Clips whose video was read.
+    """
+
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+    same_captions: list[tuple[str, list[Entry]]] = field(default_factory=list)
+    look_alikes: list[list[Entry]] = field(default_factory=list)
+    samples: list[tuple[Entry, Clip, Tensor]] = field(default_factory=list)
+    num_decoded: int = 0
+
+    @property
+    def leaks(self) -> list[list[Entry]]:
+        """Groups of clips that look alike and are not all of one split."""
+        return [group for group in self.look_alikes if len({entry.split for entry in group}) > 1]
+
+
+def read_captions(clips: Sequence[Clip]) -> SplitReport:
+    """The lengths of a split's captions."""
+    counts = np.array([(len(clip.captions), len(clip.captions[0]) if clip.captions else 0) for clip in clips], dtype=np.int64)
+    counts = counts.reshape(-1, 2)
+    return SplitReport(len(counts), int(counts[:, 0].sum()), counts[:, 1])
+
+
+def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, list[Entry]]]:
+    """Captions that stand at more than one clip, with the clips; the commonest first."""
+    # Hashes first: a million captions of 575 characters are not held.
+    places: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for split, clips in splits.items():
+        for index, clip in enumerate(clips):
+            for caption in set(clip.captions):
+                places[hash(caption)].append((split, index))
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for key, rows in places.items():
+        for split, index in rows if len(rows) > 1 else ():
+            clip = splits[split][index]
+            for caption in {caption for caption in clip.captions if hash(caption) == key}:
+                found[caption].append(Entry(split, clip.id, clip.video))
+    return sorted(((text, rows) for text, rows in found.items() if len(rows) > 1), key=lambda item: -len(item[1]))
+
+
+def read_videos(report: Inspection, items: Iterable[tuple[str, Sample | Skipped]], *, chosen: Sequence[int] = ()) -> Iterator[int]:
+    """Fills in what the videos show; gives the number of clips done after each.
+
+    Args:
+        report: Gets `broken`, `samples`, `num_decoded` and, at the end, `look_alikes`.
+        items: Split and sample of each clip, decoded by `Thumbnails`, three frames or fewer a clip.
+        chosen: Positions in `items` of the clips to show.
+    """
+    wanted, entries, hashes = set(chosen), [], []
+    for position, (split, item) in enumerate(items):
+        entry = Entry(split, item.clip.id, item.clip.video)
+        if isinstance(item, Skipped):
+            report.broken.append(Broken(entry, item.reason))
+        else:
+            assert item.frames is not None
+            numbers = picture_hash(item.frames)
+            entries.append(entry)
+            hashes.append(np.resize(numbers, NUM_HASHED_FRAMES))  # an image has one picture for three
+            report.num_decoded += 1
+            if position in wanted:
+                report.samples.append((entry, item.clip, item.frames))
+        yield position + 1
+    if hashes:
+        report.look_alikes = [[entries[row] for row in group] for group in look_alikes(np.stack(hashes))]
+
+
+def as_jpeg(frame: Tensor) -> bytes:
+    """A frame, uint8 (3, H, W), as the bytes of a JPEG file."""
+    file = BytesIO()
+    Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=80)
+    return file.getvalue()

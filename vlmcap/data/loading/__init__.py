@@ -1,0 +1,1 @@
+"""Clips into batches: decoding in a process of its own, lengths, order, padding or packing, loaders that resume."""

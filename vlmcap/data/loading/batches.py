@@ -1,0 +1,232 @@
+"""Which clips share a training batch, and where in an epoch a run stands.
+
+A plan gives each clip a *slot*, lays slots out in batches, and cuts them into *buckets* of like length. All this is made once; an epoch
+only moves clips about inside their buckets and shuffles the order of the batches. So every epoch sees each clip exactly once, in other
+company than before, in batches that keep their limits, and the number of batches never changes: learning rates are told in steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from vlmcap.errors import UserError
+
+Draw = tuple[int, int]
+"""Key of a training sample, (epoch, index); a data set may draw frames at random from it. Keys in evaluation are plain indices."""
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """The batches of one epoch before anything is shuffled; N clips in G batches.
+
+    Attributes:
+        clips: (N,), the clip in each slot.
+        buckets: (N,), ascending; clips of one bucket may take each other's slots.
+        slots: (N,), all slots, batch by batch.
+        bounds: (G + 1,), batch g is `slots[bounds[g]:bounds[g + 1]]`.
+    """
+
+    clips: Indices
+    buckets: Indices
+    slots: Indices
+    bounds: Indices
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def divided_by(self, world_size: int) -> BatchPlan:
+        """The plan with large batches halved until the ranks get equally many, or until each batch is a single clip."""
+        bounds = self.bounds
+        while (len(bounds) - 1) % world_size:
+            sizes = np.diff(bounds)
+            largest = int(sizes.argmax())
+            if sizes[largest] < 2:
+                break
+            bounds = np.insert(bounds, largest + 1, bounds[largest] + sizes[largest] // 2)
+        return replace(self, bounds=bounds)
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that differ where clips, buckets or batches do."""
+        content = hashlib.sha256()
+        for array in (self.clips, self.buckets, self.slots, self.bounds):
+            content.update(np.ascontiguousarray(array).data)
+        return content.hexdigest()[:8]
+
+
+def shuffled_plan(num_clips: int, batch_size: int) -> BatchPlan:
+    """Any clips together, `batch_size` a batch; the last batch holds the rest."""
+    clips = np.arange(num_clips)
+    return BatchPlan(clips, np.zeros_like(clips), clips, _cuts(0, num_clips, batch_size))
+
+
+def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None = None) -> BatchPlan:
+    """Clips of like length together, so that little is padding.
+
+    A bucket holds as many batches as the cube root of their number, 11 of 1 250 and 50 of 125 000: with more clips, batches become evener
+    and their company more varied.
+
+    Args:
+        lengths: (N,), tokens of each clip's whole sequence.
+        batch_size: Clips a batch, unless `max_tokens` is given.
+        max_tokens: Most tokens of a batch, padding included: its clips times the longest of its bucket. No clip may be longer.
+    """
+    assert max_tokens is None or not len(lengths) or lengths.max() <= max_tokens
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    rows = np.full_like(ordered, batch_size) if max_tokens is None else max_tokens // ordered
+    a_bucket = math.ceil((1 / rows).sum() ** (1 / 3))
+    buckets, bounds = np.empty_like(order), [np.zeros(1, dtype=np.int64)]
+    start = bucket = 0
+    while start < len(order):
+        end = min(start + a_bucket * int(rows[start]), len(order))
+        buckets[start:end] = bucket
+        bounds.append(_cuts(start, end, int(rows[start]))[1:])
+        start, bucket = end, bucket + 1
+    return BatchPlan(order, buckets, np.arange(len(order)), np.concatenate(bounds))
+
+
+def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
+    """Clips that fill a row of `max_tokens` one behind another, by first-fit decreasing.
+
+    Clips are packed as if each were as long as the longest of its bucket, so that any clip of a bucket fits in any of its slots. Equal
+    rows are laid out together, which takes seconds for a million clips.
+
+    Args:
+        lengths: (N,), tokens of each clip's whole sequence.
+        max_tokens: Most tokens of a row. No clip may be longer.
+    """
+    assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= max_tokens
+    order = np.argsort(-lengths, kind="stable")
+    buckets = np.arange(len(order)) // max(1, math.isqrt(len(order)))
+    starts = np.flatnonzero(np.diff(buckets, prepend=-1))
+    counts = np.diff(np.append(starts, len(order)))
+    sizes = lengths[order[starts]]
+    slots, widths = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+    while counts.any():
+        row = _fill_row(sizes, counts, max_tokens)
+        repeats = min(int(counts[bucket]) // taken for bucket, taken in row.items())
+        parts = []
+        for bucket, taken in row.items():
+            parts.append((starts[bucket] + np.arange(repeats * taken)).reshape(repeats, taken))
+            starts[bucket] += repeats * taken
+            counts[bucket] -= repeats * taken
+        rows = np.concatenate(parts, axis=1)
+        slots.append(rows.ravel())
+        widths.append(np.full(repeats, rows.shape[1]))
+    return BatchPlan(order, buckets, np.concatenate(slots), np.concatenate(widths).cumsum())
+
+
+def _fill_row(sizes: Indices, counts: Indices, max_tokens: int) -> dict[int, int]:
+    """Bucket to the clips that a row takes of it: of the largest as many as fit, then of the next; `sizes` descend."""
+    row: dict[int, int] = {}
+    free = max_tokens
+    for bucket in np.flatnonzero(counts):
+        taken = min(int(counts[bucket]), free // int(sizes[bucket]))
+        if taken:
+            row[int(bucket)] = taken
+            free -= taken * int(sizes[bucket])
+    return row
+
+
+def _cuts(start: int, end: int, size: int) -> Indices:
+    """`start`, then every `size`, then `end`."""
+    return np.append(np.arange(start, end, size), end)
+
+
+class BatchSampler(Sampler[list[Draw]]):
+    """Batches of one rank, as lists of `Draw`; their order is a function of the plan, seed, epoch, rank and number of ranks alone.
+
+    Ranks take neighbouring batches, which are of like length, so that none waits long for another. Where there are fewer clips than
+    ranks could share, some batches of one clip are given twice.
+
+    It is stateful as torchdata's loader wants it: the state is the number of batches drawn, which the loader keeps beside each batch
+    that its workers read ahead.
+
+    Args:
+        plan: Of all ranks.
+        seed: Non-negative.
+        rank: Of this process, 0 to world_size - 1.
+        world_size: Number of processes that share the epoch.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    def __init__(self, plan: BatchPlan, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if seed < 0 or not 0 <= rank < world_size:
+            raise ValueError(f"seed must not be negative and rank be in 0 to {world_size - 1}, but they are {seed} and {rank}")
+        self.plan = plan.divided_by(world_size)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.digest = f"{self.plan.digest}-{seed}-{world_size}"
+        self._epoch, self._start, self._drawn = 0, 0, 0
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch, wherever it starts."""
+        return -(-len(self.plan) // self.world_size)
+
+    @property
+    def sampler(self) -> BatchSampler:
+        """Itself: Lightning tells the epoch to a loader's `batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of `epoch` from the next iteration on, from its first batch unless a state inside that epoch was loaded."""
+        if epoch != self._epoch:
+            self._epoch, self._start = epoch, 0
+
+    def position(self, epoch: int, batches: int) -> dict[str, Any]:
+        """The state, as plain data, after so many batches of an epoch; after the last, that at the start of the next."""
+        if batches >= len(self):
+            epoch, batches = epoch + 1, 0
+        return {"epoch": epoch, "batches": batches, "order": self.digest}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after what was drawn."""
+        return self.position(self._epoch, self._drawn)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Makes the next iteration start at a position.
+
+        Raises:
+            UserError: It is inside an epoch of other batches.
+        """
+        if state["batches"] and state["order"] != self.digest:
+            raise UserError(
+                "the checkpoint stands inside an epoch whose batches are other ones now; resume with the same clips, seed, number of "
+                "devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a checkpoint at the end of an epoch"
+            )
+        self._epoch, self._start, self._drawn = state["epoch"], state["batches"], state["batches"]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        self._drawn = self._start  # at once and not with the first batch: the loader asks for the state before
+        return self._batches(self._epoch, self._start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[Draw]]:
+        clips, batches = self._epoch_order(epoch)
+        slots, bounds = self.plan.slots, self.plan.bounds
+        for drawn, batch in enumerate(batches[start:].tolist(), start + 1):
+            self._drawn = drawn  # before the batch is given: the loader keeps the state that follows it
+            yield [(epoch, index) for index in clips[slots[bounds[batch] : bounds[batch + 1]]].tolist()]
+        self._start = 0
+
+    def _epoch_order(self, epoch: int) -> tuple[Indices, Indices]:
+        """(N,) clips by slot, and the batches of this rank one after another."""
+        plan = self.plan
+        # A pair seeds the generator: seed + epoch would give seed 1 the orders of seed 0, one epoch late.
+        generator = np.random.default_rng([self.seed, epoch])
+        clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
+        steps = np.arange(len(self))
+        if len(plan.buckets) and plan.buckets[-1]:  # clips of a single bucket are in any order already
+            generator.shuffle(steps)
+        return clips, (steps * self.world_size + self.rank) % max(1, len(plan))

@@ -1,0 +1,189 @@
+"""Samples into a batch: the prompt around the visual tokens, the caption behind it.
+
+Legend: B clips, R rows, F frames, P patches a frame, Dv vision width, V visual tokens a clip, S sequence, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vlmcap.types import Batch, Clip, GridTHW, Sample, Skipped, VisualLayout
+
+IGNORED = -100  # label of positions that the loss passes over
+
+
+class PromptEncoder(Protocol):
+    """What the collator asks of a tokenizer with its chat template."""
+
+    @property
+    def prefix_ids(self) -> Sequence[int]:
+        """Tokens before the visual tokens."""
+        ...
+
+    @property
+    def suffix_ids(self) -> Sequence[int]:
+        """Tokens between the visual tokens and the caption."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a caption."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """The token on padding and on visual placeholders; it may equal `end_id`."""
+        ...
+
+    def encode_caption(self, text: str) -> list[int]:
+        """Tokens of a caption, without the end token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """A clip's sequence in its parts; they are joined, never searched for again, so no label can be lost to a tokenisation mismatch."""
+
+    sample: Sample
+    prompt: tuple[int, ...]
+    is_visual: tuple[bool, ...]
+    caption: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.caption)
+
+
+@dataclass
+class Collator:
+    """Turns a list of samples into a `Batch`; picklable if `prompt` is.
+
+    Train: prefix, V placeholders, suffix, caption, end token; padded on the right; the first caption of a clip is the target. Packed, all
+    clips stand one behind another in a single row without padding, and positions start anew with each, by which the model keeps them apart.
+    Generate: prefix, V placeholders, suffix; padded on the left, so that every row ends where generation goes on; labels are None.
+
+    Attributes:
+        prompt: Token ids of the parts.
+        visual: V, never cut; or where clips differ, a function of their size, picklable too.
+        max_caption_tokens: Longest caption, end token included; a longer one is cut and keeps no end token, so the model does not
+            learn to stop there.
+        mode: "train" or "generate".
+        is_packed: Training batches are packed; those for generation never are.
+
+    Raises:
+        ValueError: A number or the mode is out of its range.
+    """
+
+    prompt: PromptEncoder
+    visual: int | VisualLayout
+    max_caption_tokens: int
+    mode: Literal["train", "generate"] = "train"
+    is_packed: bool = False
+
+    def __post_init__(self) -> None:
+        if (isinstance(self.visual, int) and self.visual < 0) or self.max_caption_tokens < 1:
+            raise ValueError(
+                f"visual must be at least 0 and max_caption_tokens at least 1, not {self.visual} and {self.max_caption_tokens}"
+            )
+        if self.mode not in ("train", "generate"):
+            raise ValueError(f"mode must be 'train' or 'generate', not '{self.mode}'")
+
+    def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
+        """The batch of the usable samples; B is 0, with S that of the bare prompt, if there is none."""
+        skipped = [item for item in items if isinstance(item, Skipped)]
+        sequences: list[_Sequence] = []
+        num_truncated = 0
+        for item in items:
+            if isinstance(item, Skipped):
+                continue
+            caption = self._caption_ids(item.clip)
+            if self.mode == "train" and not caption:
+                skipped.append(Skipped(item.clip, f"clip {item.clip.id} has no caption to learn from: it is empty or gives no tokens"))
+                continue
+            num_truncated += len(caption) > self.max_caption_tokens
+            sequences.append(_Sequence(item, *self._prompt(item.grid_thw), caption[: self.max_caption_tokens]))
+        grids = [sequence.sample.grid_thw for sequence in sequences if sequence.sample.grid_thw is not None]
+        assert len(grids) in (0, len(sequences)), "a batch mixes clips with a size of their own and without"
+        return Batch(
+            clips=tuple(sequence.sample.clip for sequence in sequences),
+            **self._tensors(sequences),
+            frames=stack_padded([sequence.sample.frames for sequence in sequences]),
+            features=stack_padded([sequence.sample.features for sequence in sequences]),
+            grid_thw=tuple(grids) or None,
+            skipped=tuple(skipped),
+            num_truncated=num_truncated,
+        )
+
+    @property
+    def _packs(self) -> bool:
+        return self.is_packed and self.mode == "train"
+
+    def _caption_ids(self, clip: Clip) -> tuple[int, ...]:
+        """The target with its end token, uncut; empty if there is nothing to learn, and for generation."""
+        if self.mode == "generate" or not clip.captions:
+            return ()
+        ids = self.prompt.encode_caption(clip.captions[0])
+        return (*ids, self.prompt.end_id) if ids else ()
+
+    def _prompt(self, grid_thw: GridTHW | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Ids up to the caption, and which of them are placeholders."""
+        video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw)
+        ids: list[int] = []
+        is_visual: list[bool] = []
+        for part in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
+            own = [self.prompt.pad_id] * part if isinstance(part, int) else list(part)
+            ids += own
+            is_visual += [isinstance(part, int)] * len(own)
+        return tuple(ids), tuple(is_visual)
+
+    def _places(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """(R, S), and the row and the start of each clip."""
+        lengths = [len(sequence) for sequence in sequences]
+        if self._packs and sequences:
+            *starts, width = accumulate(lengths, initial=0)
+            return (1, width), [(0, start) for start in starts]
+        width = max(lengths, default=0) or len(self._prompt(None)[0])
+        return (len(lengths), width), [(row, width - length if self.mode == "generate" else 0) for row, length in enumerate(lengths)]
+
+    def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
+        """Ids, masks, labels and positions, each (R, S), by their names in a `Batch`."""
+        shape, places = self._places(sequences)
+        ids = torch.full(shape, self.prompt.pad_id, dtype=torch.int64)
+        attention, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        labels = torch.full_like(ids, IGNORED)
+        for sequence, (row, start) in zip(sequences, places, strict=True):
+            middle, end = start + len(sequence.prompt), start + len(sequence)
+            ids[row, start:end] = torch.tensor([*sequence.prompt, *sequence.caption], dtype=torch.int64)
+            attention[row, start:end] = 1
+            positions[row, start:end] = torch.arange(len(sequence))
+            visual[row, start:middle] = torch.tensor(sequence.is_visual, dtype=torch.bool)
+            labels[row, middle:end] = torch.tensor(sequence.caption, dtype=torch.int64)
+            labels[row, start : start + 1] = IGNORED  # nothing of its own clip stands before it
+        return {
+            "input_ids": ids,
+            "attention_mask": attention,
+            "visual_mask": visual,
+            "labels": labels if self.mode == "train" else None,
+            "position_ids": positions if self._packs else None,
+        }
+
+
+def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:
+    """(B, ...), zeros behind what is smaller than the largest, or None where the samples carry none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    assert len(present) in (0, len(tensors)), "a batch mixes decoded and cached clips"
+    if not present:
+        return None
+    if len({tensor.shape for tensor in present}) == 1:
+        return torch.stack(present)
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in present), strict=True)]
+    stacked = present[0].new_zeros((len(present), *shape))
+    for row, tensor in zip(stacked, present, strict=True):
+        row[tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked

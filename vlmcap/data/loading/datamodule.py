@@ -1,0 +1,143 @@
+"""Loaders of the three splits, resumable in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from vlmcap.data.loading.batches import BatchPlan, BatchSampler, length_plan, packed_plan, shuffled_plan
+from vlmcap.data.loading.collate import Collator
+from vlmcap.data.loading.worker_report import WorkerWatch
+from vlmcap.errors import UserError
+from vlmcap.types import Clip, Sample, Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSettings:
+    """Sizes of batches and number of worker processes.
+
+    Attributes:
+        batch_size: Clips of a training batch; unused where `max_tokens_per_batch` is given.
+        eval_batch_size: Clips of any other batch.
+        num_workers: Of each loader; 0 reads in this process.
+        seed: Of the order of training clips.
+        max_eval_clips: Of the validation split in the training loop.
+        pin_memory: Page-locked batches, which go to a GPU while it computes.
+        batching: shuffled, by_length or packed.
+        max_tokens_per_batch: Most tokens of a training batch, padding included.
+        lengths: (N,), tokens of each training clip's whole sequence; None where clips are shuffled.
+    """
+
+    batch_size: int
+    eval_batch_size: int
+    num_workers: int
+    seed: int
+    max_eval_clips: int
+    pin_memory: bool = False
+    batching: str = "shuffled"
+    max_tokens_per_batch: int | None = None
+    lengths: NDArray[np.int64] | None = None
+
+
+class CaptionDataModule(L.LightningDataModule):
+    """Training batches with labels; validation as prompts to caption and as labelled batches for the loss; any split as prompts.
+
+    Args:
+        clips: Split name to clips.
+        make_dataset: Clips to samples, decoded or out of the cache.
+        train_collator: Makes labelled batches; packed or not is set here.
+        prompt_collator: Makes left-padded prompts.
+        settings: Sizes.
+    """
+
+    def __init__(
+        self,
+        clips: Mapping[str, Sequence[Clip]],
+        make_dataset: Callable[[Sequence[Clip]], Dataset[Sample | Skipped]],
+        train_collator: Collator,
+        prompt_collator: Collator,
+        settings: LoaderSettings,
+    ) -> None:
+        super().__init__()
+        self.clips, self.make_dataset, self.settings = clips, make_dataset, settings
+        self.train_collator, self.prompt_collator = train_collator, prompt_collator
+        self.watch = WorkerWatch()
+        self._position: Mapping[str, Any] | None = None
+
+    def train_dataloader(self) -> StatefulDataLoader[Any]:
+        """Batches of `settings.batching`, ordered by seed and epoch; after a resume the first pass starts where the checkpoint stood."""
+        rank, world_size = self._rank
+        sampler = BatchSampler(self._plan(), seed=self.settings.seed, rank=rank, world_size=world_size)
+        if self._position is not None:
+            sampler.load_state_dict(self._position)
+            self._position = None
+        collator = replace(self.train_collator, is_packed=self.settings.batching == "packed")
+        return StatefulDataLoader(batch_sampler=sampler, **self._common(self.clips["train"], collator))
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """The clips to caption while training, then the same clips with labels for the loss."""
+        clips = self.clips["val"][: self.settings.max_eval_clips]
+        return [self._eval_loader(clips, collator) for collator in (self.prompt_collator, self.train_collator)]
+
+    def prompt_loader(self, split: str) -> DataLoader[Any]:
+        """Every clip of a split once, as prompts."""
+        return self._eval_loader(self.clips[split], self.prompt_collator)
+
+    def resume_at(self, position: Mapping[str, Any]) -> None:
+        """Makes the next training loader start at a `BatchSampler.position`."""
+        self._position = position
+
+    def _plan(self) -> BatchPlan:
+        """The training batches.
+
+        Raises:
+            UserError: A clip is longer than a batch may be, or the settings do not go together.
+        """
+        batching, max_tokens, lengths = self.settings.batching, self.settings.max_tokens_per_batch, self.settings.lengths
+        if batching == "shuffled":
+            if max_tokens is not None:
+                raise UserError("data.max_tokens_per_batch needs data.batching=by_length or packed; clips in any order fill no budget")
+            return shuffled_plan(len(self.clips["train"]), self.settings.batch_size)
+        assert lengths is not None and len(lengths) == len(self.clips["train"])
+        if max_tokens is not None and len(lengths) and lengths.max() > max_tokens:
+            longest = int(lengths.argmax())
+            raise UserError(
+                f"the clip {self.clips['train'][longest].id} takes {lengths[longest]} tokens, more than data.max_tokens_per_batch="
+                f"{max_tokens}; set that to at least {lengths[longest]}, or lower llm.max_caption_tokens or data.num_frames"
+            )
+        if batching == "by_length":
+            return length_plan(lengths, batch_size=self.settings.batch_size, max_tokens=max_tokens)
+        if max_tokens is None:
+            raise UserError("data.batching=packed needs data.max_tokens_per_batch: the length of a row that clips are packed into")
+        return packed_plan(lengths, max_tokens)
+
+    def _eval_loader(self, clips: Sequence[Clip], collator: Collator) -> DataLoader[Any]:
+        """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
+        rank, world_size = self._rank
+        own = range(rank, len(clips), world_size)
+        return DataLoader(sampler=own, batch_size=self.settings.eval_batch_size, **self._common(clips, collator))
+
+    def _common(self, clips: Sequence[Clip], collator: Collator) -> dict[str, Any]:
+        """Arguments of every loader."""
+        workers, dataset = self.settings.num_workers, self.make_dataset(clips)
+        return {
+            "dataset": self.watch.over(dataset, clips) if workers else dataset,
+            "collate_fn": collator,
+            "num_workers": workers,
+            "generator": torch.Generator(),  # of workers' seeds: drawn from the global one, they would make a resumed run another
+            "persistent_workers": workers > 0,
+            "pin_memory": self.settings.pin_memory,
+        }
+
+    @property
+    def _rank(self) -> tuple[int, int]:
+        """Of this process, and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

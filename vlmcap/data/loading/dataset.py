@@ -1,0 +1,147 @@
+"""Clips decoded on the fly.
+
+Legend: F frames, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlmcap.data.decoding.augment import Augment
+from vlmcap.data.decoding.sampling import FrameSampling
+from vlmcap.data.decoding.video import DecodeLimits, VideoError, pad_frames, read_frames
+from vlmcap.data.loading.isolated_child import Answer, is_out_of_memory
+from vlmcap.data.loading.isolation import Isolated, LostError, is_available
+from vlmcap.errors import UserError, first_line
+from vlmcap.types import Clip, GridTHW, Sample, Skipped
+
+Key = int | tuple[int, int]
+"""An index, or for training (epoch, index)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """How clips become frames.
+
+    Attributes:
+        sampling: Which frames.
+        limits: What one clip may cost.
+        decoder: As `read_frames` takes it.
+        is_variable: Keep fewer frames than `sampling.num_frames` where a clip has fewer; otherwise they are repeated.
+        augment: Of training samples only.
+        seed: Of everything random.
+        is_isolated: Decode in a child process where the system has them.
+        memory_gib: Of that process.
+    """
+
+    sampling: FrameSampling
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    decoder: str = "pyav"
+    is_variable: bool = False
+    augment: Augment = field(default_factory=Augment)
+    seed: int = 0
+    is_isolated: bool = True
+    memory_gib: float = 4.0
+
+
+class ClipDataset(Dataset[Sample | Skipped]):
+    """Clips with frames, resized for the encoder; a clip that cannot be read gives a `Skipped`, whatever its file does to the decoder.
+
+    A key (epoch, index) is a training sample: what is random in it depends on (seed, epoch, index) alone. A bare index always gives the
+    same frames, without augmentation.
+
+    A clip that took longer than its limit is not tried again: two of a hundred that hang would cost the limit in each epoch.
+
+    Args:
+        clips: The clips, in the order of the indices.
+        settings: How they are read.
+        frame_transform: uint8 (F, 3, H, W) of any size -> uint8 as the encoder wants it; picklable for data workers.
+        grid_of: F, H and W of decoded frames -> the clip's size in patches, or None where it is the encoder's own; picklable too.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        settings: ReadSettings,
+        *,
+        frame_transform: Callable[[Tensor], Tensor],
+        grid_of: Callable[[int, int, int], GridTHW | None] | None = None,
+    ) -> None:
+        self.clips, self.settings = clips, settings
+        self.frame_transform, self.grid_of = frame_transform, grid_of
+        is_isolated = settings.is_isolated and is_available()
+        self._isolated = Isolated(settings.limits.timeout_s, settings.memory_gib) if is_isolated else None
+        self._is_too_slow = torch.zeros(len(clips), dtype=torch.bool).share_memory_()  # all workers know
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: Key) -> Sample | Skipped:
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        clip, timeout_s = self.clips[index], self.settings.limits.timeout_s
+        if self._is_too_slow[index]:
+            reason = f"decoding took longer than data.decode_timeout_s={timeout_s:g} before"
+            return Skipped(clip, _cannot_read(clip, reason), is_final=False)
+        begun_s = time.monotonic()
+        item = self._sample(clip, [None if epoch is None else int(epoch), int(index)])
+        if isinstance(item, Skipped) and time.monotonic() - begun_s >= timeout_s:
+            self._is_too_slow[index] = True
+        return item
+
+    def _sample(self, clip: Clip, request: list[int | None]) -> Sample | Skipped:
+        try:
+            facts, frames = self._read(request) if self._isolated is None else self._isolated.call(self._read, request)
+        except LostError as error:
+            return Skipped(clip, _cannot_read(clip, str(error)), is_final=False)
+        if frames is None:
+            return Skipped(clip, facts["reason"])
+        grid_thw = facts["grid_thw"]
+        return Sample(clip, frames=frames, grid_thw=None if grid_thw is None else tuple(grid_thw))
+
+    def _read(self, request: list[int | None]) -> Answer:
+        """The grid and the frames of a clip, or the reason why there are none."""
+        epoch, index = request
+        assert index is not None
+        clip = self.clips[index]
+        rng = None if epoch is None else np.random.default_rng([self.settings.seed, epoch, index])
+        try:
+            return self._frames(clip, rng)
+        except VideoError as error:
+            return {"reason": str(error)}, None
+        except UserError:
+            raise
+        except Exception as error:  # whatever else a file can bring libraries to: one clip, not the run; max_bad_fraction catches bugs
+            if is_out_of_memory(error) and self._isolated is not None:
+                raise
+            return {"reason": _cannot_read(clip, _describe(error))}, None
+
+    def _frames(self, clip: Clip, rng: np.random.Generator | None) -> Answer:
+        settings = self.settings
+        frames = read_frames(clip, settings.sampling, rng=rng, limits=settings.limits, decoder=settings.decoder)
+        if not settings.is_variable:
+            frames = pad_frames(frames, settings.sampling.num_frames)
+        if rng is not None:
+            frames = settings.augment(frames, rng)
+        num_frames, _, height, width = frames.shape
+        grid_thw = None if self.grid_of is None else self.grid_of(num_frames, height, width)
+        return {"grid_thw": grid_thw}, self.frame_transform(frames)
+
+
+def _cannot_read(clip: Clip, reason: str) -> str:
+    name = clip.video if "://" in clip.video else PurePath(clip.video).name
+    return f"{name} cannot be read: {reason}"
+
+
+def _describe(error: Exception) -> str:
+    """The error and where it arose, since its traceback ends here."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({PurePath(place.filename).name}:{place.lineno})"

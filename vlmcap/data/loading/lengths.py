@@ -1,0 +1,101 @@
+"""How many tokens each clip takes: counted once with the true tokenizer, in several processes, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmcap.files import replacing
+from vlmcap.types import Clip
+
+CHUNK = 4096  # clips counted by a process at a time
+_CLIPS_PER_PROCESS = 50_000  # fewer take less time than a process that imports the tokenizer
+_MOST_PROCESSES = 8
+
+Encode = Callable[[str], Sequence[int]]
+
+_encode: Encode | None = None  # of a counting process
+
+
+def caption_lengths(
+    clips: Sequence[Clip], encode: Encode, *, folder: Path, fingerprint: str, num_processes: int | None = None
+) -> NDArray[np.int32]:
+    """(N,) tokens of each clip's first caption and its end token; 0 where there is nothing to learn from.
+
+    Args:
+        clips: Read in slices, never copied.
+        encode: Tokens of a caption without its end token; picklable.
+        folder: Keeps the counts, in a file named by captions and tokenizer.
+        fingerprint: Of the tokenizer with whatever `encode` adds; another one counts anew.
+        num_processes: 1 counts in this process; None chooses by the number of clips.
+    """
+    path = folder / f"lengths-{_captions_key(clips, fingerprint)}.npy"
+    if path.is_file():
+        return np.asarray(np.load(path, allow_pickle=False))
+    counts = list(_counts(clips, encode, _process_count(len(clips)) if num_processes is None else num_processes))
+    lengths = np.concatenate(counts) if counts else np.empty(0, dtype=np.int32)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, lengths, allow_pickle=False)
+    return lengths
+
+
+def sequence_lengths(
+    captions: NDArray[np.int32], *, max_caption_tokens: int, prompt_tokens: int, visual_tokens: int | NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(N,) tokens of each clip's sequence in a training batch.
+
+    Args:
+        captions: As `caption_lengths` returns them.
+        max_caption_tokens: What is longer is cut.
+        prompt_tokens: Of text before the caption.
+        visual_tokens: Of a clip with the text among them, or (N,) of each; where they vary and are not known, the most there can be.
+    """
+    return np.minimum(captions, max_caption_tokens).astype(np.int64) + prompt_tokens + visual_tokens
+
+
+def _counts(clips: Sequence[Clip], encode: Encode, num_processes: int) -> Iterator[NDArray[np.int32]]:
+    chunks = (clips[start : start + CHUNK] for start in range(0, len(clips), CHUNK))
+    if num_processes < 2:
+        yield from (count_tokens(chunk, encode) for chunk in chunks)
+        return
+    # Not forked: this process holds threads, and perhaps a card.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_process, initargs=(encode,)) as pool:
+        yield from pool.map(_count_in_process, chunks)
+
+
+def count_tokens(clips: Sequence[Clip], encode: Encode) -> NDArray[np.int32]:
+    """Tokens of each first caption with its end token, or 0."""
+    counts = (len(encode(clip.captions[0])) if clip.captions else 0 for clip in clips)
+    return np.fromiter((count + 1 if count else 0 for count in counts), dtype=np.int32, count=len(clips))
+
+
+def _start_process(encode: Encode) -> None:
+    global _encode
+    _encode = encode
+
+
+def _count_in_process(clips: Sequence[Clip]) -> NDArray[np.int32]:
+    assert _encode is not None
+    return count_tokens(clips, _encode)
+
+
+def _process_count(num_clips: int) -> int:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(num_clips // _CLIPS_PER_PROCESS, processors, _MOST_PROCESSES))
+
+
+def _captions_key(clips: Sequence[Clip], fingerprint: str) -> str:
+    content = hashlib.sha256(fingerprint.encode())
+    for clip in clips:
+        caption = clip.captions[0].encode(errors="surrogatepass") if clip.captions else b""
+        content.update(b"%d:" % len(caption) + caption)  # with its length: one caption's end is not another's start
+    return content.hexdigest()[:16]

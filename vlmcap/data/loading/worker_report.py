@@ -1,0 +1,114 @@
+"""Which clip a data worker was at when it died."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from vlmcap.errors import UserError
+from vlmcap.types import Clip
+
+T_co = TypeVar("T_co", covariant=True)
+
+_MAX_WORKERS = 256  # of one loader; those beyond are not watched
+_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
+
+
+class WorkerNotes:
+    """What each worker of one loader reads at the moment, in memory that it shares with the main process.
+
+    Args:
+        clips: The clips that the data set's keys, indices or (epoch, index), count.
+    """
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self._clips = clips
+        self._rows = torch.zeros(_MAX_WORKERS, 2, dtype=torch.int64).share_memory_()  # process id, 1 + index or 0 between clips
+
+    @contextmanager
+    def reading(self, worker_id: int, index: int) -> Iterator[None]:
+        """Around the reading of a clip."""
+        self._rows[worker_id, 0], self._rows[worker_id, 1] = os.getpid(), 1 + index
+        try:
+            yield
+        finally:
+            self._rows[worker_id, 1] = 0
+
+    def clip_read_by(self, pid: int) -> Clip | None:
+        """The clip that a worker process reads or died of; None between two clips and for processes that are no workers of this."""
+        for owner, noted in self._rows.tolist():
+            if owner == pid and noted:
+                return self._clips[int(noted) - 1]
+        return None
+
+
+class WatchedDataset(Dataset[T_co]):
+    """A map-style data set whose workers note what they read."""
+
+    def __init__(self, dataset: Dataset[T_co], notes: WorkerNotes) -> None:
+        self.dataset, self.notes = dataset, notes
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> T_co:
+        worker = get_worker_info()
+        if worker is None or worker.id >= _MAX_WORKERS:
+            return self.dataset[key]
+        with self.notes.reading(worker.id, int(key[1] if isinstance(key, tuple) else key)):
+            return self.dataset[key]
+
+
+class WorkerWatch:
+    """Notes of the workers of all loaders of a run, and errors that name the clip where one of them dies."""
+
+    def __init__(self) -> None:
+        self._notes: list[WorkerNotes] = []
+
+    def over(self, dataset: Dataset[T_co], clips: Sequence[Clip]) -> WatchedDataset[T_co]:
+        """The data set to give to a loader in place of `dataset`, whose keys are indices of `clips` or (epoch, index)."""
+        notes = WorkerNotes(clips)
+        self._notes.append(notes)
+        return WatchedDataset(dataset, notes)
+
+    @contextmanager
+    def naming_clips(self) -> Iterator[None]:
+        """Around all that reads batches: a worker's death becomes a `UserError` that names its clip.
+
+        torch raises it out of a signal handler, at any point of the main process, so the whole training belongs into the block.
+
+        Raises:
+            UserError: A data worker died.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if (death := _DEATH.search(_text(error))) is None:
+                raise
+            pids = [int(pid) for pid in death[1].replace(" ", "").split(",")]
+            raise UserError(self._describe(pids, death["signal"])) from error
+
+    def _describe(self, pids: list[int], signal_name: str | None) -> str:
+        found = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]
+        clips = {clip.video: clip for clip in found if clip is not None}
+        how = f" (signal {signal_name.strip()})" if signal_name else ""
+        who = f"a data worker, process {', '.join(map(str, pids))}, died{how}"
+        if not clips:
+            return f"{who} between two clips: most often memory or /dev/shm ran out, so lower data.num_workers or data.batch_size"
+        names = ", ".join(f"{clip.id} ({clip.video})" for clip in clips.values())
+        return f"{who} while it read {names}: take that clip out if it happens again, or lower data.num_workers if memory ran out"
+
+
+def _text(error: BaseException) -> str:
+    """The message, and those of the errors that led to it: which of two torch raises first is a matter of timing."""
+    texts, cause = [str(error)], error.__cause__ or error.__context__
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    return "\n".join(texts)

@@ -1,0 +1,194 @@
+"""Tables of clips in files: as many clips as there are, nothing of them in memory.
+
+Legend: N clips of a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmcap.errors import UserError
+from vlmcap.types import Clip
+
+Rows = range | NDArray[np.int64]
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_STALE_S = 24 * 3600  # a half-written table of a killed process is removed after that
+
+
+class ClipTable(Sequence[Clip]):
+    """Clips in a file of JSON lines, read one by one by their positions in it; copies, slices and workers share the file.
+
+    A line is read by its place (`pread`) and not through a memory map, whose pages would count as memory of each worker that has touched
+    them; the table of places, 8 bytes a clip, is mapped.
+
+    Args:
+        path: The `.jsonl` file; its `.offsets.npy` stands beside it.
+        rows: Positions in the file, in the order of the table; None for all.
+    """
+
+    def __init__(self, path: Path, rows: Rows | None = None) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._process = 0
+        self._offsets: NDArray[np.int64] | None = None
+        self._rows: Rows = range(len(self._places()) - 1) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Clip: ...
+    @overload
+    def __getitem__(self, index: slice) -> ClipTable: ...
+    def __getitem__(self, index: int | slice) -> Clip | ClipTable:
+        if isinstance(index, slice):
+            return ClipTable(self.path, self._rows[index])
+        return self._read(int(self._rows[index]))
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self._read(int(row)) for row in self._rows)
+
+    def __reduce__(self) -> tuple[type[ClipTable], tuple[Path, Rows]]:
+        return ClipTable, (self.path, self._rows)
+
+    def __repr__(self) -> str:
+        return f"ClipTable({str(self.path)!r}, {len(self)} clips)"
+
+    def select(self, indices: NDArray[np.int64]) -> ClipTable:
+        """The clips at `indices` of this table, in their order; 8 bytes a clip."""
+        rows = self._rows
+        if isinstance(rows, range):
+            indices = np.asarray(indices, np.int64)
+            if len(indices) and (indices.min() < 0 or indices.max() >= len(rows)):
+                raise IndexError(f"indices must be from 0 to {len(rows) - 1}")
+            return ClipTable(self.path, rows.start + rows.step * indices)
+        return ClipTable(self.path, rows[indices])
+
+    def _read(self, row: int) -> Clip:
+        places = self._places()
+        start, end = int(places[row]), int(places[row + 1])
+        if self._file is None or self._process != os.getpid():  # the child that decodes has no open file of its parent
+            self._file, self._process = self.path.open("rb", buffering=0), os.getpid()
+        content = json.loads(os.pread(self._file.fileno(), end - start, start))
+        return Clip(
+            content["id"],
+            content["video"],
+            tuple(content["captions"]),
+            content.get("category", ""),
+            tuple(content.get("frames", ())),
+        )
+
+    def _places(self) -> NDArray[np.int64]:
+        if self._offsets is None:
+            self._offsets = np.load(_offsets_path(self.path), mmap_mode="r", allow_pickle=False)
+        return self._offsets
+
+
+class TableWriter:
+    """Writes clips one after the other to a table, which `close` names by its content; for use in a `with` block.
+
+    Any number of processes may write to one folder: each works in a folder of its own, and equal tables get equal names.
+
+    Args:
+        folder: Of the tables; made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        self._partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        self._file: BinaryIO = (self._partial / "table.jsonl").open("wb")
+        self._digest = hashlib.sha256()
+        self._offsets, self._ids = array("q", [0]), array("q")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, clip: Clip) -> None:
+        """Appends a clip.
+
+        Raises:
+            UnicodeEncodeError: It has text that is no Unicode, such as half of a surrogate pair.
+        """
+        content: dict[str, Any] = {"id": clip.id, "video": clip.video, "captions": clip.captions}
+        content |= {name: value for name in ("category", "frames") if (value := getattr(clip, name))}
+        line = f"{_ENCODE(content)}\n".encode()
+        self._file.write(line)
+        self._digest.update(line)
+        self._offsets.append(self._offsets[-1] + len(line))
+        self._ids.append(hash(clip.id))
+
+    def close(self) -> ClipTable:
+        """The table.
+
+        Raises:
+            UserError: Two clips have one id.
+        """
+        self._file.close()
+        np.save(self._partial / "table.npy", np.frombuffer(self._offsets, np.int64))
+        (self._partial / "table.npy").rename(_offsets_path(self._partial / "table.jsonl"))
+        _refuse_equal_ids(ClipTable(self._partial / "table.jsonl"), np.frombuffer(self._ids, np.int64))
+        path = self.folder / f"{self._digest.hexdigest()[:16]}.jsonl"
+        os.replace(_offsets_path(self._partial / "table.jsonl"), _offsets_path(path))  # first, so that a table never stands without
+        os.replace(self._partial / "table.jsonl", path)
+        return ClipTable(path)
+
+
+def write_table(clips: Iterable[Clip], folder: Path) -> ClipTable:
+    """The clips as a table in `folder`, named by the content.
+
+    Raises:
+        UserError: Two clips have one id.
+    """
+    with TableWriter(folder) as writer:
+        for clip in clips:
+            writer.add(clip)
+        return writer.close()
+
+
+def _offsets_path(path: Path) -> Path:
+    return path.with_suffix(".offsets.npy")
+
+
+def _refuse_equal_ids(table: ClipTable, hashes: NDArray[np.int64]) -> None:
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    for position in equal.tolist():
+        first, second = table[int(order[position])], table[int(order[position + 1])]
+        if first.id == second.id:  # and not only their hashes
+            raise UserError(
+                f"the id '{first.id}' stands for two clips of one split, {first.video} ('{first.captions[0][:40]}') and {second.video} "
+                f"('{second.captions[0][:40]}'): give each an id of its own"
+            )
+
+
+def _remove_stale(folder: Path) -> None:
+    for leftover in folder.glob(".writing-*"):
+        try:
+            is_stale = time.time() - leftover.stat().st_mtime > _STALE_S
+        except FileNotFoundError:
+            continue
+        if is_stale:
+            shutil.rmtree(leftover, ignore_errors=True)

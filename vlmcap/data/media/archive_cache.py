@@ -1,0 +1,75 @@
+"""Indices of archives, kept in the process and, where a folder is set, on disk for the processes to come."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from vlmcap.data.media.archives import ArchiveIndex, read_index
+from vlmcap.data.media.storage import local_file, stat_file
+from vlmcap.files import replacing
+
+_MAX_MEMBERS = 4_000_000  # of all indices that a process keeps, about 200 bytes each
+
+_indices: dict[str, ArchiveIndex] = {}  # the longest unused first
+_folder: Path | None = None
+
+
+def use_index_folder(folder: Path | None) -> None:
+    """Let this process, and those it forks, keep the indices of archives in `folder`; None keeps them in memory only.
+
+    Worth it for shards on object storage, whose headers cost a request for each member.
+    """
+    global _folder
+    _folder = folder
+
+
+def index_of(archive: str, kind: str) -> ArchiveIndex:
+    """The index of an archive. A local archive that has changed is read again; a remote one is taken to stay while the process runs.
+
+    Raises:
+        MediaError: The archive cannot be read.
+    """
+    key = f"{kind}://{archive}"
+    index = _indices.pop(key, None)
+    if index is None or (local_file(archive) is not None and _version(archive) != index.version):
+        index = _load(archive, kind, _version(archive))
+    _indices[key] = index  # now the last to go
+    _evict()
+    return index
+
+
+def _version(archive: str) -> str:
+    stat = stat_file(archive)
+    return f"{stat.version}-{stat.size}"
+
+
+def _evict() -> None:
+    total = sum(map(len, list(_indices.values())))
+    for key in list(_indices)[:-1]:
+        if total <= _MAX_MEMBERS:
+            return
+        dropped = _indices.pop(key, None)
+        total -= len(dropped) if dropped is not None else 0
+
+
+def _load(archive: str, kind: str, version: str) -> ArchiveIndex:
+    if _folder is None:
+        return read_index(archive, kind, version)
+    name = hashlib.sha256("\0".join((archive, kind, version)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    path = _folder / f"{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            names = saved["names"].tobytes().decode("utf-8").split("\0") if len(saved["rows"]) else []
+            return ArchiveIndex(kind, version, names, saved["rows"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        index = read_index(archive, kind, version)
+    with contextlib.suppress(OSError):  # a full disk must not stop what works without it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, names=np.frombuffer("\0".join(index.names).encode("utf-8"), np.uint8), rows=index.rows)
+    return index

@@ -1,0 +1,124 @@
+"""Which clips are in which split: names as data sets write them, and splits drawn by whole groups."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmcap.data.formats.record import Record
+from vlmcap.data.media.roots import relative_address
+from vlmcap.errors import UserError
+from vlmcap.types import Clip
+
+SPLITS = ("train", "val", "test")
+_STANDARD = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "dev": "val", "testing": "test"}
+_NUMBER = re.compile(r"\d+\s*[._-]\s*")
+
+
+def standard_split(name: str) -> str:
+    """`train`, `val` or `test` for the many ways of writing them (`Training`, `2.Validation`); other names in lower case."""
+    name = _NUMBER.sub("", name.strip().lower(), count=1)
+    return _STANDARD.get(name, name)
+
+
+def split_in_path(path: str) -> tuple[str, str]:
+    """The split that the first such folder of a path names, "" if none does, and the path without that folder."""
+    *folders, name = path.split("/")
+    for index, folder in enumerate(folders):
+        split = standard_split(folder)
+        if split in SPLITS:
+            return split, "/".join([*folders[:index], *folders[index + 1 :], name])
+    return "", path
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSplits:
+    """How splits are drawn; the keys of `data.splits` with the same names."""
+
+    val: float
+    test: float
+    seed: int = 0
+    group_pattern: str | None = None
+
+
+class SplitDrawer:
+    """Draws a clip's split from its group alone, so that a group is never in two splits and a growing data set keeps its old ones.
+
+    The group is what the pattern finds in the id, else what the data set names, else the video itself by its path below the root.
+
+    Args:
+        settings: Shares, seed and pattern.
+        root: Of the data set.
+
+    Raises:
+        UserError: The pattern is no regular expression, or has no group in parentheses.
+    """
+
+    def __init__(self, settings: DrawnSplits, root: str) -> None:
+        self.settings, self.root = settings, root
+        self._pattern = None if settings.group_pattern is None else _compile(settings.group_pattern)
+        self._num_matches = 0
+        self._unmatched: str | None = None
+
+    def split_of(self, record: Record) -> str:
+        """The split of a clip."""
+        return draw_split(self.group_of(record), self.settings)
+
+    def group_of(self, record: Record) -> str:
+        """The name of the source that the clip is of."""
+        clip = record.clip
+        if self._pattern is not None:
+            match = self._pattern.search(clip.id)
+            if match is not None and match[1]:
+                self._num_matches += 1
+                return match[1]
+            self._unmatched = self._unmatched or clip.id
+        return record.group or video_name(clip, self.root)
+
+    def check(self) -> None:
+        """To be called after all clips.
+
+        Raises:
+            UserError: The pattern has found no group in any id.
+        """
+        if self._unmatched is not None and not self._num_matches:
+            raise UserError(
+                f"data.splits.group_pattern={self.settings.group_pattern} matches no id, such as '{self._unmatched}'; mend it, or set it "
+                "to null, which keeps the clips of one video file together"
+            )
+
+
+def draw_split(group: str, settings: DrawnSplits) -> str:
+    """The split of a group, by a hash of it and the seed.
+
+    Test lies at one end of the hashes and validation at the other, so that a change of one share leaves the other split as it was.
+    """
+    digest = hashlib.sha256(f"{settings.seed}\0{group}".encode("utf-8", "surrogatepass")).digest()
+    position = int.from_bytes(digest[:8]) / 2**64
+    return "test" if position < settings.test else "val" if position >= 1 - settings.val else "train"
+
+
+def video_name(clip: Clip, root: str) -> str:
+    """What stands for the video where the data set names no source; the id of an entry without one."""
+    return relative_address(clip.video, root) if clip.video else clip.id
+
+
+def nested_subset(num_clips: int, max_clips: int, seed: int) -> NDArray[np.int64]:
+    """Sorted positions of `max_clips` of the clips; those of fewer are among those of more, for one seed."""
+    order = random.Random(seed).sample(range(num_clips), num_clips)
+    return np.sort(np.array(order[:max_clips], np.int64))
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"data.splits.group_pattern={pattern} is no regular expression: {error}") from error
+    if not compiled.groups:
+        raise UserError(f"data.splits.group_pattern={pattern} has no group: put the part of the id that names the source in parentheses")
+    return compiled
