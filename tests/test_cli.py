@@ -118,6 +118,8 @@ def test_features_are_built_listed_and_pruned(overrides: list[str], tmp_path: Pa
     out = capsys.readouterr().out
     for part in (*keys, "int8", "float16", "4 uniform", "11", "kB", "RMS"):
         assert part in out, part
+    assert f"'{keys[0]}'" in exits(["cache", "prune", "--key", keys[0], where], capsys)[1]  # this process built it, so it is in use
+    shutil.rmtree(tmp_path / "cache" / "features" / keys[0] / ".users")
     cli.main(["cache", "prune", "--key", keys[0], where])
     assert "freed" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()] == [keys[1]]

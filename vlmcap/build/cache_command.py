@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,12 @@ from vlmcap.config import Split
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from vlmcap.data.features.eviction import StoreInfo
+    from vlmcap.data.features.store import FeatureStore
+    from vlmcap.types import Clip
 
 _COLUMNS = ("key", "encoder", "layer", "frames", "clips", "size", "last used", "dtype", "error (RMS)", "error (max)")
 _MIN_WIDTH = 140  # in a pipe, too
@@ -45,8 +51,23 @@ def build(overrides: Sequence[str]) -> None:
     sketch = sketch_encoder(config, sources.folders[vision_part(config)])
     plan = FeaturePlan(config, sources, sketch, grid_of_frames(config, sketch))
     store = open_store(plan)
-    fill_store(plan, store, clips, hash_clips(clips, hash_memo(config)))
+    hashes = hash_clips(clips, hash_memo(config))
+    fill_store(plan, store, clips, hashes)
+    bad = [(clip, reason) for split, own in hashes.items() for clip, reason in unusable(clips[split], own, store)]
+    if bad:
+        clip, reason = bad[0]
+        print(f"{grouped(len(bad))} clips have no features, first: {clip.id} ({reason})", file=sys.stderr)
     print(f"{grouped(len(store))} clips, {gigabytes(store.num_bytes)}: {store.folder}")
+
+
+def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> Iterator[tuple[Clip, str]]:
+    """Clips without features in a filled store, and why."""
+    from vlmcap.data.features.store import UNREADABLE
+
+    for clip, content in zip(clips, hashes, strict=True):
+        reason = "it cannot be opened" if content == UNREADABLE else store.skipped(bytes(content))
+        if reason is not None:
+            yield clip, reason
 
 
 def info(overrides: Sequence[str]) -> None:

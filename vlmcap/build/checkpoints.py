@@ -93,6 +93,7 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
 
     from vlmcap.build.data import decoded_dataset
     from vlmcap.data.loading.collate import Collator
+    from vlmcap.data.loading.worker_report import WorkerWatch
     from vlmcap.types import Clip
 
     collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens, mode="generate")
@@ -101,8 +102,11 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
         clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
         dataset = decoded_dataset(config, assembly.transform, assembly.grid_of, clips)
         workers = max(0, min(config.data.num_workers, len(clips) - 1))
-        loader = DataLoader(dataset, batch_size=config.data.eval_batch_size, collate_fn=collator, num_workers=workers)
-        for batch in loader:
-            yield batch.to(assembly.captioner.device)
+        watch = WorkerWatch()
+        watched = watch.over(dataset, clips) if workers else dataset
+        loader = DataLoader(watched, batch_size=config.data.eval_batch_size, collate_fn=collator, num_workers=workers)
+        with watch.naming_clips():
+            for batch in loader:
+                yield batch.to(assembly.captioner.device)
 
     return batches

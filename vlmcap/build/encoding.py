@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vlmcap.build.parts import device_of
-from vlmcap.config import Config
+from vlmcap.build.parts import device_of, dtype_of
+from vlmcap.config import Config, Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +31,14 @@ def encoding_of(
     device = torch.device(device_of(config))
     encoder.to(device)
 
+    precision = config.hardware.precision
+    # As in training, where norms of an encoder in half precision are computed in float32.
+    autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision is not Precision.fp32)
+
     @torch.no_grad()
     def encode(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> torch.Tensor:
-        features: torch.Tensor = encoder(frames.to(device), grids)
+        with autocast:
+            features: torch.Tensor = encoder(frames.to(device), grids)
         return features
 
     if not config.cache.pooled:

@@ -13,7 +13,7 @@ from vlmcap.build.data import decoded_dataset
 from vlmcap.build.encoding import FRAMES_A_PASS, batches_of, encoding_of, free_memory
 from vlmcap.build.parts import load_encoder
 from vlmcap.build.sources import Sources, vision_part
-from vlmcap.config import Config, EncoderTuning
+from vlmcap.config import Config, EncoderTuning, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,6 +151,7 @@ def hash_memo(config: Config) -> Path:
 
 def recipe_of(plan: FeaturePlan) -> Recipe:
     """Everything that the features depend on besides the clips."""
+    from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
     from vlmcap.data.features.recipe import Recipe
 
     config = plan.config
@@ -161,9 +162,9 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
         transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
         num_frames=config.data.num_frames,
         sampling=config.data.sampling.value,
-        fps=config.data.fps,
+        fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,
         variable_frames=config.data.variable_frames,
-        decoder=config.data.decoder.value,
+        decoder=resolve_decoder(config.data.decoder.value),
         pooled={"kind": "pool", "size": config.projector.pool_size} if config.cache.pooled else None,
         precision=config.hardware.precision.value,
         dtype=config.cache.dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from omegaconf import MISSING
@@ -98,6 +99,14 @@ class DataConfig:
         require_positive("data", self, "num_frames", "batch_size", "eval_batch_size")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}")
         require(self.fps > 0, f"data.fps must be above 0, not {self.fps}")
+        require(self.num_workers >= 0, f"data.num_workers must not be negative, not {self.num_workers}")
+        require(self.max_clips is None or self.max_clips >= 1, f"data.max_clips must be at least 1, or null for all, not {self.max_clips}")
+        require(self.decode_timeout_s > 0, f"data.decode_timeout_s must be above 0, not {self.decode_timeout_s}")
+        require(self.decode_memory_gib >= 0.5, f"data.decode_memory_gib must be at least 0.5, not {self.decode_memory_gib}")
+        self._check_batching()
+        self._check_unread()
+
+    def _check_batching(self) -> None:
         budget, batching = self.max_tokens_per_batch, self.batching
         require(budget is None or budget > 0, f"data.max_tokens_per_batch must be at least 1, not {budget}")
         require(
@@ -108,6 +117,19 @@ class DataConfig:
             budget is not None or batching is not Batching.packed,
             "data.batching=packed fills rows up to data.max_tokens_per_batch; set it, for example to 4096",
         )
+
+    def _check_unread(self) -> None:
+        """`ValueError` for a setting that changes nothing beside the others: it was meant to."""
+        require(
+            self.splits.group_pattern is None or self.splits.is_drawn,
+            "data.splits.group_pattern changes nothing unless splits are drawn; set data.splits.is_drawn=true",
+        )
+        if self.format is DataFormat.aihub:
+            for name, unset in (("annotations", None), ("media", ""), ("media_pattern", "{id}.mp4")):
+                value = getattr(self, name)
+                require(
+                    value == unset, f"data.{name}={value} changes nothing in data.format=aihub, which pairs files by name; leave it out"
+                )
 
     @property
     def is_random(self) -> bool:
@@ -134,3 +156,4 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require(self.enabled in (True, False, "auto"), f"cache.enabled must be true, false or auto, not {self.enabled}")
+        require(self.max_gib is None or 0 < self.max_gib < inf, f"cache.max_gib must be above 0, or null for no limit, not {self.max_gib}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.encoding import Frames, encode
-from vlmcap.data.decoding.video import FrameSampling, VideoError, read_frames
+from vlmcap.data.decoding.video import DecodeLimits, FrameSampling, VideoError, read_frames
 
 B_FRAMES = {"crf": "10", "x264-params": "bframes=3:b-adapt=0"}
 
@@ -89,3 +91,27 @@ def test_what_is_missing_in_an_archive_is_named(tmp_path: Path, make_frames: Cal
     (tmp_path / "empty").touch()
     with pytest.raises(VideoError, match=r"x\.mp4.*the file is empty"):
         read_frames(packed(tmp_path / "empty", "stored"), FrameSampling())
+
+
+def test_what_another_try_may_mend_is_told_from_what_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_frames: Callable[..., Frames]
+) -> None:
+    path = encode(tmp_path / "x.mp4", make_frames(30), gop=10)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video" * 100)
+
+    def outcome(file: Path, limits: DecodeLimits | None = None) -> tuple[str, bool]:
+        with pytest.raises(VideoError) as refused:
+            read_frames(str(file), FrameSampling(num_frames=4), limits=limits or DecodeLimits())
+        return str(refused.value), refused.value.is_final
+
+    assert outcome(broken)[1]
+    message, is_final = outcome(path, DecodeLimits(timeout_s=1e-9))
+    assert "data.decode_timeout_s" in message and not is_final
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(av, "open", fail)
+    message, is_final = outcome(path)
+    assert "Input/output error" in message and "damaged" not in message and not is_final

@@ -74,3 +74,16 @@ def test_unlabelled_test_lines_are_one_mistake(tmp_path: Path) -> None:
     write(tmp_path, "test.jsonl", [{key: value for key, value in line("test", n).items() if key != "output"} for n in range(2)])
     with pytest.raises(UserError, match=r"none of the 2 entries.*the entry has text at id, input"):
         read(tmp_path, "test")
+
+
+def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> None:
+    write(tmp_path, "latest_train.jsonl", [line("train", 0)])
+    write(tmp_path, "constrained_val.jsonl", [line("val", 0)])
+    expected = {"nikl-train-000000": "train", "nikl-val-000000": "val"}
+    assert {item.clip.id: item.split for item in read(tmp_path) if isinstance(item, Record)} == expected
+    assert [item.clip.id for item in read(tmp_path, "val")] == ["nikl-val-000000"]
+    with pytest.raises(UserError, match=r"no file .* that names the split test"):
+        read(tmp_path, "test")
+    write(tmp_path, "train_and_val.jsonl", [line("train", 1)])
+    with pytest.raises(UserError, match=r"train_and_val\.jsonl could be of train and of val; rename it"):
+        read(tmp_path)

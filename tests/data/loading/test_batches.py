@@ -107,6 +107,13 @@ class Numbers(Dataset[int]):
         return key[0] * 1000 + key[1]
 
 
+def test_a_position_belongs_to_its_clips() -> None:
+    first, other = (BatchSampler(shuffled_plan(20, 4), content=name) for name in ("clips", "other clips"))
+    with pytest.raises(UserError):
+        other.load_state_dict(first.position(0, 2))
+    other.load_state_dict(first.position(1, 0))  # at the start of an epoch any clips do
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_s_state_counts_what_it_gave_and_not_what_it_read_ahead(num_workers: int) -> None:
     def make() -> tuple[BatchSampler, StatefulDataLoader[list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,11 +23,27 @@ _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,mpegtsraw,flv,asf,ogg,mxf,nut,rm,wtv,dv,ivf,obu,av1,h264,hevc,vvc,m4v,"
     "mjpeg,gif,vc1,yuv4mpegpipe"
 )
+_TOO_SLOW = "decoding took longer than data.decode_timeout_s allows"
+# Of a disk, a network or a full table of open files, not of what the file holds.
+_TRANSIENT = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "EINTR", "EAGAIN", "ETIMEDOUT", "ECONNRESET", "EHOSTUNREACH", "EACCES")
+    if hasattr(errno, name)
+}
 _READ_BYTES = 1 << 20  # at a time of file objects: each read crosses into Python
 
 
 class VideoError(Exception):
-    """A video or image that cannot be read; the message is one sentence and says why."""
+    """A video or image that cannot be read; the message is one sentence and says why.
+
+    Args:
+        message: The sentence.
+        is_final: False where the file may be good, and another try go better: time ran out, or the disk or network failed.
+    """
+
+    def __init__(self, message: str, *, is_final: bool = True) -> None:
+        super().__init__(message)
+        self.is_final = is_final
 
 
 @dataclass(frozen=True)
@@ -100,11 +117,15 @@ def explained(name: str) -> Iterator[None]:
     except MemoryError:  # the library's is one of its other errors too, and says nothing of the file
         raise
     except MediaError as error:  # names the file itself
-        raise VideoError(str(error)) from error
+        raise VideoError(str(error), is_final=False) from error
     except VideoError as error:
-        raise VideoError(f"{name} cannot be read: {error}") from error
+        raise VideoError(f"{name} cannot be read: {error}", is_final=error.is_final) from error
+    except av.error.ExitError as error:  # the library's own clock, while it opens a file
+        raise VideoError(f"{name} cannot be read: {_TOO_SLOW}", is_final=False) from error
     except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: a pixel format that cannot become RGB
         reason = getattr(error, "strerror", None) or type(error).__name__
+        if getattr(error, "errno", None) in _TRANSIENT:
+            raise VideoError(f"{name} cannot be read: the system says {reason}", is_final=False) from error
         raise VideoError(f"{name} cannot be read: it is damaged, truncated or no video ({reason})") from error
 
 
@@ -133,4 +154,4 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 def check_deadline(deadline_s: float) -> None:
     """`VideoError` once `time.monotonic()` is past `deadline_s`."""
     if time.monotonic() > deadline_s:
-        raise VideoError("decoding took longer than data.decode_timeout_s allows")
+        raise VideoError(_TOO_SLOW, is_final=False)

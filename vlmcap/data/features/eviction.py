@@ -17,7 +17,7 @@ from vlmcap.data.features import index as indices
 from vlmcap.data.features.claims import FOLDER as CLAIMS
 from vlmcap.data.features.leases import is_in_use, last_used
 from vlmcap.data.features.precision import ErrorSums, StorageError
-from vlmcap.data.features.processes import is_dead, is_here
+from vlmcap.data.features.processes import is_dead, is_here, machine_name
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX
 from vlmcap.errors import UserError
@@ -62,6 +62,8 @@ def remove_store(root: Path, key: str) -> int:
     """
     if root / key not in _folders(root):
         raise UserError(f"there is no feature store '{key}' in {root}: `vlmcap cache info` shows those there are")
+    if _info(root / key).is_in_use:
+        raise UserError(f"the feature store '{key}' in {root} is in use by a running program: wait until that has ended")
     freed = _size(root / key)
     aside = root / f"{_REMOVED}{secrets.token_hex(4)}"
     (root / key).rename(aside)
@@ -118,6 +120,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove half-written shards and claims of killed processes."""
     for path in folder.glob(f".*{SUFFIX}.*.partial"):
         owner = "-".join(path.name.split("-")[1:3])
+        if not owner:  # an index, which names its process only; a living one elsewhere that loses it does without
+            owner = f"{machine_name()}-{path.name.split('.')[-2]}"
         with contextlib.suppress(OSError):
             if is_dead(owner) or (not is_here(owner) and time.time() - path.stat().st_mtime > _OLD_S):
                 path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from vlmcap.data.formats.keys import describe_keys, text_at, value_at
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, read_text
-from vlmcap.data.media.roots import OutsideRoot, annotation_files, resolve_media
+from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
@@ -34,20 +35,27 @@ def annotation_sources(settings: SourceSettings, split: str | None) -> list[tupl
     if "{split}" not in pattern:
         return [("", address) for address in annotation_files(settings)]
     found: dict[str, str] = {}
-    for name in _SPELLINGS if split is None else (split,):
+    for name in dict.fromkeys([*_SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
-            found.setdefault(address, name)
-    if not found:
+            if found.setdefault(address, name) != name:
+                raise UserError(f"data.annotations={pattern}: {address} could be of {found[address]} and of {name}; rename it")
+    wanted = [(name, address) for address, name in found.items() if split in (None, name)]
+    if not wanted:
         annotation_files(replace(settings, annotations=pattern.replace("{split}", split or "train")))  # says what there is
-    return [(name, address) for address, name in found.items()]
+        raise UserError(f"data.annotations={pattern} finds no file below data.root={settings.root} that names the split {split or 'train'}")
+    return wanted
 
 
 def _first_spelling(settings: SourceSettings, pattern: str, split: str) -> list[str]:
     for spelling in _SPELLINGS.get(split, (split,)):
         try:
-            return annotation_files(replace(settings, annotations=pattern.replace("{split}", spelling)))
+            files = annotation_files(replace(settings, annotations=pattern.replace("{split}", spelling)))
         except UserError:
             continue
+        # As a word of its own: `constrained_val.jsonl` is no training file.
+        word = re.compile(rf"(?<![a-z]){re.escape(spelling)}(?![a-z])", re.IGNORECASE)
+        if named := [address for address in files if word.search(relative_address(address, settings.root))]:
+            return named
     return []
 
 

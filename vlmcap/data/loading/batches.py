@@ -158,17 +158,18 @@ class BatchSampler(Sampler[list[Draw]]):
         seed: Non-negative.
         rank: Of this process, 0 to world_size - 1.
         world_size: Number of processes that share the epoch.
+        content: Stands for what the clips are: a position is one in the same clips only.
 
     Raises:
         ValueError: A number is out of its range.
     """
 
-    def __init__(self, plan: BatchPlan, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, plan: BatchPlan, *, seed: int = 0, rank: int = 0, world_size: int = 1, content: str = "") -> None:
         if seed < 0 or not 0 <= rank < world_size:
             raise ValueError(f"seed must not be negative and rank be in 0 to {world_size - 1}, but they are {seed} and {rank}")
         self.plan = plan.divided_by(world_size)
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.digest = f"{self.plan.digest}-{seed}-{world_size}"
+        self.digest = "-".join([self.plan.digest, str(seed), str(world_size), content])
         self._epoch, self._start, self._drawn = 0, 0, 0
 
     def __len__(self) -> int:

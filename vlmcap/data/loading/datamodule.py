@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +77,8 @@ class CaptionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader[Any]:
         """Batches of `settings.batching`, ordered by seed and epoch; after a resume the first pass starts where the checkpoint stood."""
         rank, world_size = self._rank
-        sampler = BatchSampler(self._plan(), seed=self.settings.seed, rank=rank, world_size=world_size)
+        content = _content(self.clips["train"])
+        sampler = BatchSampler(self._plan(), seed=self.settings.seed, rank=rank, world_size=world_size, content=content)
         if self._position is not None:
             sampler.load_state_dict(self._position)
             self._position = None
@@ -141,3 +144,12 @@ class CaptionDataModule(L.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         """Of this process, and number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def _content(clips: Sequence[Clip]) -> str:
+    """Eight hexadecimal digits for the ids and captions of a thousand clips, evenly spread: other data sets differ in those."""
+    content = hashlib.sha256()
+    for index in range(0, len(clips), max(1, len(clips) // 1000)):
+        clip = clips[index]
+        content.update(json.dumps([clip.id, *clip.captions]).encode())
+    return content.hexdigest()[:8]

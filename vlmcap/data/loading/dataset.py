@@ -103,7 +103,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         except LostError as error:
             return Skipped(clip, _cannot_read(clip, str(error)), is_final=False)
         if frames is None:
-            return Skipped(clip, facts["reason"])
+            return Skipped(clip, facts["reason"], is_final=facts["is_final"])
         grid_thw = facts["grid_thw"]
         return Sample(clip, frames=frames, grid_thw=None if grid_thw is None else tuple(grid_thw))
 
@@ -116,13 +116,13 @@ class ClipDataset(Dataset[Sample | Skipped]):
         try:
             return self._frames(clip, rng)
         except VideoError as error:
-            return {"reason": str(error)}, None
+            return {"reason": str(error), "is_final": error.is_final}, None
         except UserError:
             raise
         except Exception as error:  # whatever else a file can bring libraries to: one clip, not the run; max_bad_fraction catches bugs
             if is_out_of_memory(error) and self._isolated is not None:
                 raise
-            return {"reason": _cannot_read(clip, _describe(error))}, None
+            return {"reason": _cannot_read(clip, _describe(error)), "is_final": False}, None
 
     def _frames(self, clip: Clip, rng: np.random.Generator | None) -> Answer:
         settings = self.settings
