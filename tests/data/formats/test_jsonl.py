@@ -121,6 +121,7 @@ def test_a_line_too_long_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPa
     assert all("more than 100 bytes" in entry.reason for entry in entries if isinstance(entry, Skipped))
 
 
+@pytest.mark.slow
 def test_memory_is_flat(root: Path) -> None:
     line = json.dumps(GOOD | {"pad": "x" * 500}).encode() + b"\n"
     (root / "set.jsonl").write_bytes(line * 20_000)

@@ -212,6 +212,7 @@ def test_an_empty_index_is_kept_on_disk(tmp_path: Path) -> None:
     assert names(archive) == []
 
 
+@pytest.mark.slow
 def test_an_index_is_small(tmp_path: Path) -> None:
     archive = write_raw_zip(tmp_path / "a.zip", [(b"%d" % number, b"") for number in range(20_000)])
     index = list_members(str(archive))
