@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from vlmcap.data.decoding.video import write_video
+from vlmcap.data.media import archive_cache
 from vlmcap.types import Clip
 
 Frames = NDArray[np.uint8]
@@ -59,3 +61,13 @@ def small_clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("바다 위로 해가 뜬다.\n" * 50, encoding="utf-8")
     return [Clip(path.stem, str(path), (f"{path.stem} 영상이다.",)) for path in sorted(folder.glob("*.mp4"))]
+
+
+@pytest.fixture
+def fresh_store() -> Iterator[None]:
+    """No archive is indexed yet; what a test puts into fsspec's memory is gone after it."""
+    archive_cache._indices.clear()
+    yield
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]

@@ -77,15 +77,6 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
     return Splits(tables, reading.skipped)
 
 
-def available_splits(config: Config) -> list[Split]:
-    """The splits that the data set has, which takes reading it.
-
-    Raises:
-        UserError: The data set cannot be read.
-    """
-    return [Split(name) for name in load_splits(config, (), tuple(Split))]
-
-
 def source_settings(config: Config) -> SourceSettings:
     """What the readers of formats need of a configuration."""
     data = config.data

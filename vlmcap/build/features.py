@@ -262,4 +262,5 @@ def _obstacle(config: Config) -> str | None:
     """Why features of this configuration cannot be kept."""
     if config.tuning.encoder is not EncoderTuning.none:
         return f"tuning.encoder={config.tuning.encoder.name} changes the features"
-    return f"{config.data.changed_by} changes the frames from epoch to epoch" if config.data.is_random else None
+    changed_by = config.data.changed_by
+    return None if changed_by is None else f"{changed_by} changes the frames from epoch to epoch"

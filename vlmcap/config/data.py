@@ -132,11 +132,6 @@ class DataConfig:
                 )
 
     @property
-    def is_random(self) -> bool:
-        """Whether a clip's frames differ from epoch to epoch."""
-        return self.changed_by is not None
-
-    @property
     def changed_by(self) -> str | None:
         """The setting by which a clip's frames differ from epoch to epoch, as `key=value`."""
         if self.sampling is Sampling.random:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ from vlmcap.data import media
 from vlmcap.data.decoding.video import decode_frames, write_video
 from vlmcap.data.formats import Record, SourceSettings, read_records
 from vlmcap.data.formats.webdataset import expand_braces
-from vlmcap.data.media import archive_cache, open_media
+from vlmcap.data.media import open_media
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
-
-@pytest.fixture(autouse=True)
-def fresh_store() -> Iterator[None]:
-    archive_cache._indices.clear()
-    yield
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+pytestmark = pytest.mark.usefixtures("fresh_store")
 
 
 def write_shard(path: Path, members: dict[str, bytes | str | dict[str, Any]]) -> Path:

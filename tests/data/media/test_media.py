@@ -7,7 +7,6 @@ import os
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -16,19 +15,13 @@ import numpy as np
 import pytest
 
 from vlmcap.data import media
-from vlmcap.data.media import MediaError, archive_cache, local_path, member_address, open_media, parse_address, read_text, stat_media
+from vlmcap.data.media import MediaError, local_path, member_address, open_media, parse_address, read_text, stat_media
 from vlmcap.data.media.storage import list_files
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
 
 
-@pytest.fixture(autouse=True)
-def fresh_store() -> Iterator[None]:
-    archive_cache._indices.clear()
-    yield
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+pytestmark = pytest.mark.usefixtures("fresh_store")
 
 
 def write_zip(path: Path, method: int = zipfile.ZIP_STORED, content: bytes = CONTENT) -> Path:

@@ -6,24 +6,16 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from vlmcap.data import media
-from vlmcap.data.media import MediaError, archive_cache, open_media, read_text, stat_media
+from vlmcap.data.media import MediaError, open_media, read_text, stat_media
 from vlmcap.data.media.storage import open_file
 
-
-@pytest.fixture(autouse=True)
-def fresh_store() -> Iterator[None]:
-    archive_cache._indices.clear()
-    yield
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+pytestmark = pytest.mark.usefixtures("fresh_store")
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:

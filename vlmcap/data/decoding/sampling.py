@@ -51,11 +51,6 @@ class FrameSampling:
         if not 0 <= self.jitter <= 0.5:
             raise ValueError(f"jitter must be 0 to 0.5, not {self.jitter}")
 
-    @property
-    def is_random(self) -> bool:
-        """Whether two draws of the same clip may differ."""
-        return self.kind == "random" or self.jitter > 0
-
 
 def choose_moments(sampling: FrameSampling, duration_s: float, rng: Generator | None = None) -> list[float]:
     """The moments of a clip that lasts `duration_s`, where nothing of its content is needed or known.

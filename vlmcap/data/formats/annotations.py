@@ -86,6 +86,17 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
     raise UserError(f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file or data.format")
 
 
+def list_entries(settings: SourceSettings, split: str | None) -> Iterator[tuple[str, int, Any]]:
+    """Split, number and value of each entry of annotation files that are lists.
+
+    Raises:
+        UserError: There is no file, or one is no list.
+    """
+    for name, address in annotation_sources(settings, split):
+        for number, entry in enumerate(json_list(load_json(address), address)):
+            yield name, number, entry
+
+
 def json_lines(address: str) -> Iterator[tuple[int, Any | Skipped]]:
     """Numbers and values of the lines of a JSON Lines file, empty ones left out; a `Skipped` where a line is no JSON.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlmcap.data.formats.annotations import annotation_sources, checked, json_list, load_json, make_record, media_name
+from vlmcap.data.formats.annotations import checked, list_entries, make_record, media_name
 from vlmcap.data.formats.keys import captions_at, text_at
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.types import Skipped
@@ -21,13 +21,8 @@ def read_vatex(settings: SourceSettings, split: str | None = None) -> Entries:
     Raises:
         UserError: A file is no such list, or no entry can be used, as when `data.caption_key` names a language that is not there.
     """
-    return checked(_entries(settings, split), settings)
-
-
-def _entries(settings: SourceSettings, split: str | None) -> Entries:
-    for name, address in annotation_sources(settings, split):
-        for number, entry in enumerate(json_list(load_json(address), address)):
-            yield _record(settings, entry, number, name)
+    records = (_record(settings, entry, number, name) for name, number, entry in list_entries(settings, split))
+    return checked(records, settings)
 
 
 def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Record | Skipped:
