@@ -226,8 +226,10 @@ class BatchSampler(Sampler[list[Draw]]):
         plan = self.plan
         # A pair seeds the generator: seed + epoch would give seed 1 the orders of seed 0, one epoch late.
         generator = np.random.default_rng([self.seed, epoch])
-        clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
         steps = np.arange(len(self))
-        if len(plan.buckets) and plan.buckets[-1]:  # clips of a single bucket are in any order already
+        if len(plan.buckets) and plan.buckets[-1]:
+            clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
             generator.shuffle(steps)
+        else:  # a single bucket: its clips are in any order already
+            clips = generator.permutation(plan.clips)
         return clips, (steps * self.world_size + self.rank) % max(1, len(plan))
