@@ -16,6 +16,7 @@ from vlmcap.build.data import build_data
 from vlmcap.build.demo import prepare
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
+from vlmcap.build.plan import enforce_plan
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.build.summary import plain_scores, release_memory, summarize, tokenizer_version
 from vlmcap.compose import to_plain, write_yaml
@@ -65,6 +66,7 @@ def train(config: Config) -> float:
     check_stages(config)
     check_objective(config)
     device_of(config)  # a missing card is said before anything is made
+    enforce_plan(config)
     clips = None if config.data.is_demo else load_splits(config, NEEDED, OPTIONAL)  # so is bad data
     if clips is not None:
         open_ledger(config, clips)

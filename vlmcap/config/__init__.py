@@ -12,6 +12,7 @@ from vlmcap.config.choices import (
     Decoder,
     EncoderFamily,
     EncoderTuning,
+    Enforce,
     EvaluationBackend,
     LoggerKind,
     ModelKind,
@@ -33,6 +34,7 @@ from vlmcap.config.run import (
     LoggerConfig,
     OptimConfig,
     PathsConfig,
+    PlanConfig,
     TrainerConfig,
 )
 
@@ -48,6 +50,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderFamily",
     "EncoderTuning",
+    "Enforce",
     "EvaluationBackend",
     "EvaluationConfig",
     "HardwareConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "ModelKind",
     "OptimConfig",
     "PathsConfig",
+    "PlanConfig",
     "Precision",
     "ProjectorConfig",
     "ProjectorKind",

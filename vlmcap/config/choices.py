@@ -138,6 +138,14 @@ class EvaluationBackend(Enum):
     pycocoevalcap = "pycocoevalcap"
 
 
+class Enforce(Enum):
+    """What `train.py` does about a configuration that its card cannot hold."""
+
+    error = "error"
+    warn = "warn"
+    off = "off"
+
+
 class LoggerKind(Enum):
     """Where metrics go beside `metrics.jsonl`, which is always written."""
 

@@ -10,6 +10,7 @@ from vlmcap.config.checks import require, require_positive
 from vlmcap.config.choices import (
     EncoderFamily,
     EncoderTuning,
+    Enforce,
     EvaluationBackend,
     LoggerKind,
     ModelKind,
@@ -111,6 +112,13 @@ class LoggerConfig:
 
 
 @dataclass
+class PlanConfig:
+    """The memory plan in front of a run on a card; `vlmcap plan` shows it."""
+
+    enforce: Enforce = Enforce.error  # a run that cannot fit is refused; warn says so and runs, off plans nothing
+
+
+@dataclass
 class PathsConfig:
     """Folders."""
 
@@ -134,6 +142,7 @@ class Config:
     trainer: TrainerConfig
     logger: LoggerConfig
     cache: CacheConfig
+    plan: PlanConfig
     paths: PathsConfig
     seed: int = 0
     objective: str = "val/cider"  # the metric that train.py returns, for sweeps

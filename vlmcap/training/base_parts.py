@@ -30,6 +30,29 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 64, 8, 96
+_SHARED = {"hidden_size": _WIDTH, "num_attention_heads": 4, "projection_dim": _WIDTH}
+LANGUAGE_CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+"""Of the tiny language model, as a `config.json` has it."""
+VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    **_SHARED,
+    "intermediate_size": 288,
+    "num_hidden_layers": 2,
+    "image_size": _IMAGE_SIZE,
+    "patch_size": _PATCH_SIZE,
+}
+"""Of the tiny encoder, likewise."""
 
 
 def train_tokenizer(texts: Sequence[str], prompt: str) -> Any:
@@ -74,15 +97,7 @@ def make_language_model(folder: Path, texts: Sequence[str], *, prompt: str, num_
         torch.manual_seed(seed)
         model: Any = Qwen3ForCausalLM(
             Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
+                **(LANGUAGE_CONFIG | {"vocab_size": len(tokenizer)}),
                 initializer_range=0.08,  # about width ** -0.5; with the 0.02 of wide models attention learns to copy only much later
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -141,9 +156,7 @@ def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, num_ste
     lengths = encoded["attention_mask"].sum(1)
     ids[torch.arange(len(clips)), lengths] = tokenizer.eos_token_id  # CLIP reads the caption off its end token
     mask = torch.arange(ids.shape[1])[None] <= lengths[:, None]
-    shared = {"hidden_size": _WIDTH, "num_attention_heads": 4, "projection_dim": _WIDTH}
-    vision = shared | {"intermediate_size": 288, "num_hidden_layers": 2, "image_size": _IMAGE_SIZE, "patch_size": _PATCH_SIZE}
-    text = shared | {
+    text = _SHARED | {
         "intermediate_size": 192,
         "num_hidden_layers": 2,
         "vocab_size": len(tokenizer),
@@ -154,7 +167,7 @@ def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, num_ste
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (processor.image_mean, processor.image_std))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: Any = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=_WIDTH))
+        model: Any = CLIPModel(CLIPConfig(vision_config=VISION_CONFIG, text_config=text, projection_dim=_WIDTH))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.05)
         for step in range(num_steps):
             rows = torch.randperm(len(clips))[:64]

@@ -1,0 +1,65 @@
+"""Two short traces say what a deep model takes; a trace on fake tensors says what real ones take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from vlmcap.planning.stages import extrapolate
+from vlmcap.planning.trial import Trial, trace_trial
+
+DEPTH = 6
+MODELS: dict[str, Trial] = {
+    "qwen3 in 4 bits": Trial("qwen3", width=128, quantization="4bit", has_checkpointing=True),
+    "llama in 8 bits": Trial("llama", width=128, quantization="8bit", has_checkpointing=False, num_clips=2),
+    "experts in 4 bits": Trial("qwen3_moe", width=128, quantization="4bit", has_checkpointing=True),
+}
+
+
+@pytest.mark.parametrize("trial", MODELS.values(), ids=MODELS.keys())
+def test_two_short_traces_give_the_whole_one(trial: Trial) -> None:
+    whole = trace_trial(trial, DEPTH)
+    guess = extrapolate(trace_trial(trial, 2), trace_trial(trial, 3), DEPTH - 2)
+    whole_peaks = {moment: peak for moment, peak in whole.peaks.items() if "middle" not in moment}
+    assert {moment: _nonzero(peak) for moment, peak in guess.peaks.items()} == {m: _nonzero(p) for m, p in whole_peaks.items()}
+    assert _nonzero(guess.retained) == _nonzero(whole.retained)
+    assert _nonzero(guess.left) == _nonzero(whole.left)
+    assert guess.weights == whole.weights
+    assert guess.num_trained == whole.num_trained
+    assert guess.flops == pytest.approx(whole.flops)
+    assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
+
+
+def _nonzero(peak: Any) -> dict[str, float]:
+    return {tag: size for tag, size in peak.items() if size}
+
+
+@pytest.mark.parametrize("has_checkpointing", [True, False])
+def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
+    """Against the peak of the resident set of a fresh process that takes the same step in earnest."""
+    trial = Trial("qwen3", width=256, vocabulary=8000, has_checkpointing=has_checkpointing, num_visual=1024, num_caption=512)
+    trace = trace_trial(trial, 4)
+    planned = max(sum(peak.values()) for peak in trace.peaks.values())
+    measured = _measure(trial, 4)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+_SCRIPT = """
+import sys
+from vlmcap.planning.trial import Trial, peak_of_real_step
+print(peak_of_real_step(Trial(**eval(sys.argv[1])), int(sys.argv[2])))
+"""
+
+
+def _measure(trial: Trial, depth: int) -> float:
+    import dataclasses
+    import os
+
+    # Freed memory goes back at once, as the resident set is to show what is alive.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _SCRIPT, repr(dataclasses.asdict(trial)), str(depth)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300)
+    return float(result.stdout.split()[-1])

@@ -1,0 +1,179 @@
+"""A configuration's encoder, projector and language model at true size, without weights and without a download."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.build.demo import TINY
+from vlmcap.build.parts import add_adapters, dtype_of, encoder_options, projector_spec, train_encoder
+from vlmcap.config import Config, ModelKind
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.models.pretrained import PretrainedParts
+    from vlmcap.models.projectors import ProjectorSpec
+
+PROMPT_TOKENS = 32  # of the text around the visual tokens; no tokenizer is there before the download
+
+
+def architecture(config: Config, part: str) -> dict[str, Any]:
+    """The `config.json` of a base: of its folder, or packaged for the published names.
+
+    Args:
+        config: Of the run.
+        part: "encoder", "llm" or "model".
+
+    Raises:
+        UserError: Neither is there.
+    """
+    from vlmcap.models.encoders.tower import read_config
+    from vlmcap.models.known import known_config
+
+    checkpoint = getattr(config, part).checkpoint
+    if checkpoint == TINY:  # made on first use
+        from vlmcap.training.base_parts import LANGUAGE_CONFIG, VISION_CONFIG
+
+        return dict(LANGUAGE_CONFIG if part == "llm" else VISION_CONFIG)
+    if Path(checkpoint).expanduser().is_dir():
+        return read_config(Path(checkpoint).expanduser())
+    values = known_config(checkpoint)
+    if values is None:
+        mend = f"set {part}.checkpoint to a local folder in Hugging Face layout or to a name that conf/{part} has"
+        raise UserError(f"the architecture of {part}.checkpoint={checkpoint} is not known before its download; {mend}")
+    return copy.deepcopy(values)
+
+
+def text_values(config: Config) -> dict[str, Any]:
+    """The language model's part of the architecture."""
+    values = architecture(config, "model" if config.is_whole else "llm")
+    return dict(values.get("text_config") or values)
+
+
+def text_config(config: Config, depth: int | None = None) -> Any:
+    """transformers' configuration of the language model.
+
+    Args:
+        config: Of the run.
+        depth: Blocks to leave; None leaves all.
+    """
+    from transformers import AutoConfig
+
+    text = AutoConfig.for_model(**text_values(config)).get_text_config()
+    if depth is not None:
+        text.num_hidden_layers = depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:depth]
+    return text
+
+
+def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
+    """The vision encoder on the meta device.
+
+    Args:
+        config: Of the run.
+        num_blocks: Blocks to leave; None leaves all in front of encoder.feature_layer.
+    """
+    import dataclasses
+
+    import torch
+
+    from vlmcap.models.encoders import build_encoder
+
+    if config.is_whole:
+        encoder: VisionEncoder = whole_parts(config, 1).encoder
+        return encoder
+    values, options = architecture(config, "encoder"), dataclasses.replace(encoder_options(config), attention="sdpa")
+    vision = dict(values.get("vision_config") or values)
+    if num_blocks is not None:
+        layer = options.feature_layer
+        vision["num_hidden_layers"] = num_blocks if layer >= 0 else num_blocks - 1 - layer
+        options = dataclasses.replace(options, feature_layer=min(layer, num_blocks))
+    with torch.device("meta"):
+        return build_encoder(config.encoder.family.value, vision, options)
+
+
+def num_blocks(encoder: Any) -> int:
+    """Blocks of an encoder's tower."""
+    return int(encoder.tower.config.num_hidden_layers)
+
+
+def whole_parts(config: Config, depth: int) -> PretrainedParts:
+    """A whole model on the meta device, its language model cut to `depth` blocks."""
+    import torch
+
+    from vlmcap.models.pretrained import build_pretrained
+
+    values = architecture(config, "model")
+    text = dict(values.get("text_config") or {})
+    target = text if text else values
+    target["num_hidden_layers"] = depth
+    if target.get("layer_types"):
+        target["layer_types"] = target["layer_types"][:depth]
+    if text:
+        values["text_config"] = text
+    dtype = dtype_of(config.hardware.precision)
+    with torch.device("meta"):
+        return build_pretrained(config.model.kind.value, values, dtype=dtype, max_patches=config.encoder.max_patches)
+
+
+def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
+    """The encoder in fake tensors, as training has it."""
+    from vlmcap.planning.hollow import fill_hollow
+
+    encoder = sketch(config, num_blocks)
+    train_encoder(config, encoder)
+    fill_hollow(encoder, mode)
+    return encoder
+
+
+def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTensorMode) -> nn.Module:
+    """The projector in fake tensors, trained."""
+    import torch
+
+    from vlmcap.models.projectors import build_projector
+    from vlmcap.planning.hollow import fill_hollow
+
+    with torch.device("meta"):
+        projector: nn.Module = whole_parts(config, 1).projector if spec is None else build_projector(spec)
+    is_trained = any(stage.projector_lr > 0 for stage in config.tuning.stages.values())
+    projector.requires_grad_(is_trained)
+    fill_hollow(projector, mode)
+    return projector
+
+
+def hollow_llm(config: Config, mode: FakeTensorMode, depth: int) -> tuple[nn.Module, type]:
+    """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.planning.hollow import fill_hollow, quantize_hollow
+
+    dtype, captioner_class, kept = dtype_of(config.hardware.precision), VideoCaptioner, None
+    with torch.device("meta"):
+        if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+            parts = whole_parts(config, depth)
+            llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
+        else:
+            llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation="sdpa")
+        llm.requires_grad_(False)
+        quantize_hollow(llm, config.llm.quantization.value, dtype, kept)
+        adapted = add_adapters(config, llm)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))
+    fill_hollow(adapted, mode)
+    return adapted, captioner_class
+
+
+def planned_spec(config: Config, encoder: Any) -> ProjectorSpec | None:
+    """The projector's settings and sizes; None for a whole model's own."""
+    if config.is_whole:
+        return None
+    return projector_spec(config, encoder, int(text_config(config).hidden_size), PROMPT_TOKENS // 2)

@@ -1,0 +1,255 @@
+"""The plan of a configuration: what it takes, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlmcap.compose import compose
+from vlmcap.config import Config, Enforce
+from vlmcap.errors import UserError
+from vlmcap.planning.cards import Card, card_of
+from vlmcap.planning.plan import Change, Plan
+
+if TYPE_CHECKING:
+    from vlmcap.build.traces import Tracer
+    from vlmcap.planning.memory import Stage
+
+_NO_DATA = "data.root=unset"  # a plan needs no clips
+NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about; data.max_clips where it is set
+# In order of lost quality: override, where it changes anything, and what it costs.
+_CHANGES: tuple[tuple[str, str], ...] = (
+    ("hardware.gradient_checkpointing=true", "a third more arithmetic"),
+    ("data.eval_batch_size=1", "slower captions"),
+    ("data.batch_size=1", "no quality: raise trainer.accumulate_grad_batches by the same factor"),
+    ("optim=adamw_8bit", "rounded optimiser state"),
+    ("cache.enabled=true", "disk for the features"),
+    ("llm.quantization=4bit", "rounded frozen weights"),
+    ("tuning.lora.rank=8", "smaller adapters"),
+    ("projector.reducer=pool", "a quarter of the visual tokens, 2 × 2 averaged"),
+    ("data.num_frames=4", "fewer frames"),
+    ("data.num_frames=2", "fewer frames still"),
+)
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a configuration on its card, from its architecture alone.
+
+    Raises:
+        UserError: The parts do not fit together, or an architecture is not known.
+    """
+    from vlmcap.build.traces import Tracer
+    from vlmcap.planning.memory import Stage, generation_peak, training_peak
+
+    card = planned_card(config)
+    tracer = Tracer(config, card.has_flash)
+    sizes, data = tracer.sizes, config.data
+    is_cached = config.cache.enabled is True
+    held_a_clip = _held(tracer, is_cached)
+
+    def stages(num_clips: int, num_caption: int) -> list[Stage]:
+        first = [] if is_cached else [Stage("encoder", tracer.encoder(num_clips))]
+        return [*first, Stage("projector", tracer.projector(num_clips)), Stage("language model", tracer.language(num_clips, num_caption))]
+
+    steps = stages(data.batch_size, config.llm.max_caption_tokens)
+    accumulates = config.trainer.accumulate_grad_batches > 1
+    held = {name: size * data.batch_size for name, size in held_a_clip.items()}
+    training = training_peak(steps, held, optimizer_of(config), accumulates=accumulates)
+    *_, prompt = stages(data.eval_batch_size, 0)
+    prompt_tokens = sizes.num_visual + sizes.num_prompt
+    cache_bytes = key_value_bytes(config) * data.eval_batch_size
+    generation = generation_peak(
+        [*stages(data.eval_batch_size, 0)[:-1], steps[-1]],
+        {name: size * data.eval_batch_size for name, size in held_a_clip.items()},
+        prompt.trace,
+        cache_bytes=cache_bytes,
+        prompt_tokens=prompt_tokens,
+        new_tokens=config.llm.max_new_tokens,
+        depth=tracer.depth,
+    )
+    flops = sum(stage.trace.flops for stage in steps) / data.batch_size
+    return Plan(
+        title=" + ".join(config.part_names.values()),
+        hardware=config.hardware.name,
+        card=card,
+        training=training,
+        generation=generation,
+        num_visual=sizes.num_visual,
+        num_text=sizes.num_prompt + config.llm.max_caption_tokens,
+        batch_size=data.batch_size,
+        num_frames=data.num_frames,
+        flops=flops,
+        clip_s=_clip_seconds(config, steps, card),
+        caption_s=_caption_seconds(config, prompt, cache_bytes * (prompt_tokens + config.llm.max_new_tokens / 2), card),
+        num_clips=data.max_clips or NUM_CLIPS,
+        cache_bytes=_cached_bytes(tracer),
+        download_bytes=download_bytes(config),
+        is_cached=is_cached,
+    )
+
+
+def planned_card(config: Config) -> Card:
+    """The card of the profile, or this computer."""
+    import os
+
+    cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
+    return card_of(config.hardware.name, config.hardware.memory_gib, cores)
+
+
+def optimizer_of(config: Config) -> str:
+    """A key of `planning.memory.OPTIMIZERS`."""
+    return str(getattr(getattr(config.optim, "kind", None), "value", "adamw"))
+
+
+def key_value_bytes(config: Config) -> float:
+    """Bytes of one token's keys and values in the cache, all blocks."""
+    from vlmcap.build.hollow_parts import text_config
+    from vlmcap.build.parts import dtype_of
+
+    text = text_config(config)
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2.0 * text.num_hidden_layers * heads * dim * dtype_of(config.hardware.precision).itemsize
+
+
+def download_bytes(config: Config) -> float:
+    """Bytes of the published weights, two a parameter, that the parts read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vlmcap.build.hollow_parts import sketch, text_config, whole_parts
+
+    text = text_config(config)
+    if config.is_whole:
+        parts = whole_parts(config, int(text.num_hidden_layers))
+        modules = [parts.encoder, parts.projector, parts.llm]
+    else:
+        with torch.device("meta"):
+            modules = [sketch(config), AutoModelForCausalLM.from_config(text)]
+    return 2.0 * sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _held(tracer: Tracer, is_cached: bool) -> dict[str, float]:
+    return {"stored features": _cached_bytes(tracer)} if is_cached else {"frames": float(tracer.sizes.frame_bytes)}
+
+
+def _cached_bytes(tracer: Tracer) -> float:
+    frames, rows, columns = tracer.sizes.grid
+    size = {"float32": 4.0, "int8": 1.0}.get(str(getattr(tracer.config.cache.dtype, "value", tracer.config.cache.dtype)), 2.0)
+    pooled = tracer.config.projector.pool_size**2 if tracer.config.cache.pooled else 1
+    return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
+
+
+def _packed_bytes(config: Config, stage: Stage) -> float:
+    return stage.trace.weights.get("quantisation state", 0.0) * 32 if config.llm.quantization.value == "4bit" else 0.0
+
+
+def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
+    from vlmcap.planning.costs import training_seconds
+
+    flops, packed = sum(stage.trace.flops for stage in steps), _packed_bytes(config, steps[-1])
+    checkpointed = config.hardware.gradient_checkpointing
+    return training_seconds(flops, packed, card, is_checkpointed=checkpointed) / config.data.batch_size
+
+
+def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> float:
+    from vlmcap.planning.costs import caption_seconds
+
+    weight_bytes, packed = sum(prompt.trace.weights.values()), _packed_bytes(config, prompt)
+    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.max_new_tokens, card)
+    return seconds / config.data.eval_batch_size
+
+
+def with_changes(plan: Plan, overrides: Sequence[str]) -> Plan:
+    """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
+
+    Args:
+        plan: Of the overrides.
+        overrides: Of the configuration, as `train.py` takes them.
+    """
+    chosen: list[Change] = []
+    best, taken = plan, list(overrides)
+    for override, cost in _CHANGES:
+        if best.fits:
+            break
+        try:
+            config = compose([*taken, override])
+            changed = make_plan(config)
+        except UserError:  # the change does not go with these parts
+            continue
+        if changed.peak_gib < best.peak_gib - 0.05:
+            taken.append(override)
+            chosen.append(Change((override,), cost, changed.peak_gib))
+            best = changed
+    return dataclasses.replace(plan, changes=_needed(chosen, overrides, plan) if best.fits else chosen)
+
+
+def _needed(chosen: Sequence[Change], overrides: Sequence[str], plan: Plan) -> list[Change]:
+    """The changes without those that it fits without."""
+    kept = list(chosen)
+    for change in reversed(chosen[:-1]):
+        rest = [other for other in kept if other is not change]
+        flat = [override for other in rest for override in other.overrides]
+        if make_plan(compose([*overrides, *flat])).fits:
+            kept = rest
+    taken, result = list(overrides), []
+    for change in kept:
+        taken += change.overrides
+        result.append(dataclasses.replace(change, peak_gib=make_plan(compose(taken)).peak_gib))
+    return result
+
+
+def enforce_plan(config: Config) -> None:
+    """Nothing where the configuration fits its card.
+
+    Raises:
+        UserError: It does not fit, and `plan.enforce=error`.
+    """
+    if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
+        return
+    try:
+        plan = make_plan(config)
+    except UserError:
+        raise
+    except Exception as error:  # a model that cannot be traced is no reason to lose a run
+        print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
+        return
+    if plan.fits:
+        return
+    sentence = (
+        f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) and "
+        f"hardware={plan.hardware} has {plan.card.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
+        "plan.enforce=warn trains all the same"
+    )
+    if config.plan.enforce is Enforce.error:
+        raise UserError(sentence)
+    print(f"Warning: {sentence}", flush=True)
+
+
+def show_plan(overrides: Sequence[str], *, as_json: bool = False, is_whole: bool = False) -> None:
+    """Prints the plan of a configuration, and exits with 1 where it does not fit.
+
+    Args:
+        overrides: As `train.py` takes them; data.root is not needed.
+        as_json: As JSON.
+        is_whole: Every part of the memory, small ones too.
+
+    Raises:
+        UserError: Something in the configuration does not do.
+    """
+    import json
+
+    from vlmcap.build.quiet import quiet_libraries
+
+    quiet_libraries()
+    overrides = [_NO_DATA, *overrides]
+    plan = with_changes(make_plan(compose(overrides)), overrides)
+    if as_json:
+        print(json.dumps(plan.plain(), indent=2))
+    else:
+        from vlmcap.reporting import plan_table
+
+        plan_table.show_plan(plan, is_whole=is_whole)
+    if not plan.fits:
+        raise SystemExit(1)

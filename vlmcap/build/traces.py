@@ -1,0 +1,265 @@
+"""The traces of a configuration: encoder, projector, language model in training, and its pass over prompts.
+
+Legend: B clips, F frames, P patches a frame, Dv vision width, V visual tokens a clip, Dl language width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.build.hollow_parts import (
+    PROMPT_TOKENS,
+    architecture,
+    hollow_encoder,
+    hollow_llm,
+    hollow_projector,
+    num_blocks,
+    planned_spec,
+    sketch,
+    text_config,
+    whole_parts,
+)
+from vlmcap.build.parts import dtype_of
+from vlmcap.build.trace_store import TraceStore
+from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlmcap.planning.stages import StageTrace
+    from vlmcap.types import GridTHW
+
+_SHORT = 2  # blocks of the shorter of two traces
+_TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a clip comes to.
+
+    Attributes:
+        grid: Frames (tiles count), rows and columns of its patches at most.
+        frame_bytes: Of its frames on the card.
+        embed_dim: Dv.
+        num_encoder_blocks: That run.
+        num_visual: V.
+        runs: Visual tokens of each run of placeholders.
+        gap: Text tokens between two runs.
+    """
+
+    grid: GridTHW
+    frame_bytes: int
+    embed_dim: int
+    num_encoder_blocks: int
+    num_visual: int
+    runs: tuple[int, ...]
+    gap: int
+
+    @property
+    def num_prompt(self) -> int:
+        """Text tokens in front of the caption."""
+        return PROMPT_TOKENS + self.gap * (len(self.runs) - 1)
+
+
+def sizes_of(config: Config) -> Sizes:
+    """The largest clip that a configuration may meet.
+
+    Raises:
+        UserError: The parts do not fit.
+    """
+    encoder = sketch(config)
+    grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
+    spec = planned_spec(config, encoder)
+    if spec is not None:
+        spec.check()
+    steps, rows, columns = grid
+    count = whole_parts(config, 1).num_tokens if spec is None else spec.num_tokens
+    num_visual = count(steps, (rows, columns))
+    is_timed = config.model.kind is ModelKind.qwen3_vl
+    runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
+    frame_bytes = 1
+    for side in _frames_shape(config, encoder, grid):
+        frame_bytes *= side
+    depth = num_blocks(encoder) if not config.is_whole else 0
+    return Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
+
+
+def _frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
+    """Of one clip's frames as the encoder takes them, bytes."""
+    frames, rows, columns = grid
+    tower = encoder.tower.config
+    patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
+    depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
+    if encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None or encoder.max_tiles > 1:
+        return (frames, 3, rows * patch, columns * patch)
+    return (frames, rows * columns, 3 * depth * patch * patch)
+
+
+class Tracer:
+    """Makes and keeps the traces of one configuration.
+
+    Args:
+        config: Of the run.
+        has_flash: Of the card.
+    """
+
+    def __init__(self, config: Config, has_flash: bool) -> None:
+        self.config, self.has_flash = config, has_flash
+        self.sizes = sizes_of(config)
+        self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
+        self.trains_encoder = config.tuning.encoder is not EncoderTuning.none
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the language model."""
+        return int(text_config(self.config).num_hidden_layers)
+
+    def encoder(self, num_clips: int) -> StageTrace:
+        """Frames to features."""
+        settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
+        key = {"encoder": settings, "base": self._base("encoder"), "tuning": self._encoder_tuning(), "sizes": dataclasses.asdict(self.sizes)}
+        depth = None if self.config.is_whole else self.sizes.num_encoder_blocks
+        return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
+
+    def projector(self, num_clips: int) -> StageTrace:
+        """Features to visual tokens."""
+        key = {"projector": dataclasses.asdict(self.config.projector), "sizes": dataclasses.asdict(self.sizes), "clips": num_clips}
+        key |= {"width": int(text_config(self.config).hidden_size), "base": self.config.model.checkpoint, "input": self.trains_encoder}
+        key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
+        return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
+
+    def language(self, num_clips: int, num_caption: int) -> StageTrace:
+        """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
+        key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
+        key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
+        key["grid"] = self.sizes.grid if self.config.is_whole else ()
+        return self._trace("language", key, self.depth, lambda depth: self._trace_language(num_clips, num_caption, depth))
+
+    def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
+        from vlmcap.planning.stages import extrapolate
+
+        hardware = self.config.hardware
+        key = key | {"what": what, "precision": hardware.precision.value, "checkpointing": hardware.gradient_checkpointing}
+        key["flash"] = self.has_flash
+        short = _SHORT + (self._deep_layers() - 1 if what == "language" else 0)  # the first blocks of Qwen3-VL take DeepStack's features
+        if depth is None or depth <= short + 1:
+            return self.store.get(key | {"depth": depth}, lambda: make(depth or 0))
+        return self.store.get(key | {"depth": depth}, lambda: extrapolate(make(short), make(short + 1), depth - short))
+
+    def _base(self, part: str) -> Any:
+        return architecture(self.config, "model" if self.config.is_whole else part)
+
+    def _encoder_tuning(self) -> Any:
+        return [self.config.tuning.encoder.value, dataclasses.asdict(self.config.tuning.lora)] if self.trains_encoder else None
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        precision = self.config.hardware.precision
+        return None if precision is Precision.fp32 else dtype_of(precision)
+
+    def _trace_encoder(self, num_clips: int, depth: int) -> StageTrace:
+        import torch
+
+        from vlmcap.planning.stages import blocks_of, trace_stage
+
+        mode = _fake_mode()
+        encoder = hollow_encoder(self.config, mode, depth or None)
+        encoder.train(self.trains_encoder)
+        shape = _frames_shape(self.config, encoder, self.sizes.grid)
+        with mode:
+            frames = torch.empty(num_clips, *shape, dtype=torch.uint8)
+        varies = shape[1] != 3
+        grids = [self.sizes.grid] * num_clips if varies else None
+        return trace_stage(
+            encoder,
+            lambda: encoder(frames, grids),
+            mode=mode,
+            blocks=list(blocks_of(encoder, depth)) if depth else (),
+            inputs=[frames],
+            dtype=self._autocast,
+            has_flash=self.has_flash,
+            has_backward=self.trains_encoder,
+        )
+
+    def _trace_projector(self, num_clips: int) -> StageTrace:
+        import torch
+
+        from vlmcap.planning.stages import trace_stage
+
+        mode = _fake_mode()
+        encoder = sketch(self.config)
+        projector = hollow_projector(self.config, planned_spec(self.config, encoder), mode)
+        frames, rows, columns = self.sizes.grid
+        dtype, width = dtype_of(self.config.hardware.precision), int(text_config(self.config).hidden_size)
+        with mode:
+            shape = (num_clips, frames, rows * columns, self.sizes.embed_dim)
+            features = torch.empty(shape, dtype=dtype, requires_grad=self.trains_encoder)
+            prompt = torch.empty(PROMPT_TOKENS // 2, width, dtype=dtype)
+        is_trained = any(parameter.requires_grad for parameter in projector.parameters())
+        return trace_stage(
+            projector,
+            lambda: projector(features, grid=(rows, columns), prompt=prompt),
+            mode=mode,
+            inputs=[features, prompt],
+            dtype=self._autocast,
+            has_flash=self.has_flash,
+            has_backward=is_trained or self.trains_encoder,
+        )
+
+    def _trace_language(self, num_clips: int, num_caption: int, depth: int) -> StageTrace:
+        import torch
+
+        from vlmcap.models.llm.adapt import base_model
+        from vlmcap.planning.batches import language_batch
+        from vlmcap.planning.stages import blocks_of, trace_stage
+
+        mode = _fake_mode()
+        llm, captioner_class = hollow_llm(self.config, mode, depth)
+        llm.train(num_caption > 0)
+        width = int(text_config(self.config).hidden_size) * self._deep_layers()
+        with mode:
+            visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=num_caption > 0)
+        grid = self.sizes.grid if self.config.is_whole else None
+        batch = language_batch(num_clips, self.sizes.runs, PROMPT_TOKENS, num_caption, grid, self.sizes.gap)
+        prompt: Any = SimpleNamespace(question_ids=[1])
+        captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None)
+        captioner.visual_tokens = lambda _: visual.flatten(0, 1)
+        inner = base_model(llm).model
+        if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which have no values here
+            places = batch.visual_mask.unsqueeze(-1)
+            inner.get_placeholder_mask = lambda *_, **__: (places, places)
+        caches: list[Any] = []
+
+        def prefill() -> torch.Tensor:
+            output = llm(**captioner.language_inputs(batch), use_cache=True, logits_to_keep=1)
+            caches.append(output.past_key_values)
+            logits: torch.Tensor = output.logits
+            return logits
+
+        return trace_stage(
+            llm,
+            (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
+            mode=mode,
+            blocks=list(blocks_of(base_model(llm), depth)),
+            inputs=[visual],
+            dtype=self._autocast,
+            has_flash=self.has_flash,
+            has_backward=num_caption > 0,
+        )
+
+    def _deep_layers(self) -> int:
+        """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
+        if self.config.model.kind is not ModelKind.qwen3_vl:
+            return 1
+        return 1 + int(whole_parts(self.config, 1).encoder.num_deep_layers)
+
+
+def _fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,0 +1,169 @@
+"""Models of true size without weights: shapes and number formats, in fake tensors that take no memory."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, replace_experts
+
+NUM_SHARES = 16  # experts that stand for all in a trace: tokens are spread evenly over them
+
+
+def fill_hollow(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Puts fake CPU tensors in the place of the meta tensors of a module; what was shared stays shared."""
+    made: dict[int, Any] = {}
+    with mode:
+        for child in module.modules():
+            for tensors in (child._parameters, child._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        empty: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                        _keep_marks(tensor, made[id(tensor)])
+                    tensors[name] = made[id(tensor)]
+
+
+def _keep_marks(old: Any, new: Any) -> None:
+    for name in ("compress_statistics", "quant_type"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
+def quantize_hollow(model: nn.Module, quantization: str, dtype: torch.dtype, kept: set[str] | None = None) -> None:
+    """Exchanges the linear layers of a model on the meta device for quantised ones without weights, as bitsandbytes would.
+
+    Args:
+        model: Changed in place.
+        quantization: "none", "8bit" or "4bit".
+        dtype: Of the arithmetic.
+        kept: Names of layers that stay as they are; None asks transformers (the head).
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    replace_experts(model, to_pack=quantization == "4bit")
+    for experts in [module for module in model.modules() if isinstance(module, FusedExperts)]:
+        _hollow_experts(experts, quantization == "4bit", dtype)
+    if quantization == "none":
+        return
+    kept = set(get_keys_to_not_convert(model)) if kept is None else kept
+    layer_class = _Hollow4bit if quantization == "4bit" else _Hollow8bit
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name not in kept:
+            model.set_submodule(name, layer_class(module, dtype))
+    setattr(model, f"is_loaded_in_{quantization}", True)  # peft asks
+
+
+def packed_sizes(count: int) -> tuple[int, int]:
+    """Bytes of so many weights in NF4 with double quantisation, and of their scales."""
+    scales = -(-count // BLOCK)
+    return -(-count // 2), scales + 4 * -(-scales // SCALE_BLOCK)
+
+
+class _Hollow4bit(Linear4bit):
+    """bitsandbytes' layer: it unpacks its whole weight for a product, on the way there and on the way back, and keeps none."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4")
+            packed, scales = packed_sizes(linear.weight.numel())
+            self.weight: Any = _frozen_bytes(packed)
+            self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
+            self.register_buffer("quantization_state", torch.empty(scales, dtype=torch.uint8))
+            self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(cast(torch.dtype, self.compute_dtype))
+        out: Tensor = _Unpacking.apply(wide, self.out_features, False)
+        bias = None if self.bias is None else self.bias.to(out.dtype)
+        return (out if bias is None else out + bias).to(x.dtype)
+
+
+class _Hollow8bit(Linear8bitLt):
+    """bitsandbytes' layer: 8-bit products of an 8-bit copy of the input; the way back unpacks the weight."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0)
+            self.weight: Any = _frozen_bytes(linear.weight.numel())
+            self.register_buffer("quantization_state", torch.empty(linear.out_features, dtype=torch.float32))
+            self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = x.to(torch.float16) if x.dtype == torch.float32 else x
+        out: Tensor = _Unpacking.apply(narrow, self.out_features, True)
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+
+def _frozen_bytes(count: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(count, dtype=torch.uint8, device="meta"), requires_grad=False)
+
+
+class _Unpacking(torch.autograd.Function):
+    """x W^T, W (out, in) unpacked for it and kept by nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, out_dim: int, is_8bit: bool) -> Tensor:
+        ctx.shape, ctx.dtype = (out_dim, hidden.shape[-1]), hidden.dtype
+        if is_8bit:
+            _ = torch.empty_like(hidden, dtype=torch.int8)
+            _ = hidden.new_empty(*hidden.shape[:-1], out_dim, dtype=torch.int32)
+        return F.linear(hidden, hidden.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradients[0].to(ctx.dtype)
+        return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+def _hollow_experts(experts: FusedExperts, is_packed: bool, dtype: torch.dtype) -> None:
+    for name, shape in experts.shapes.items():
+        count = int(torch.Size(shape).numel())
+        if is_packed:
+            packed, scales = packed_sizes(count)
+            setattr(experts, name, _frozen_bytes(packed))
+            experts.register_buffer(f"{name}_quantization_state", torch.empty(scales, dtype=torch.uint8, device="meta"))
+    experts.__class__ = _HollowExperts
+    cast(Any, experts).hollow_dtype = dtype
+    cast(Any, experts).hollow_packed = is_packed
+
+
+class _HollowExperts(FusedExperts):
+    """Experts whose tokens are known in number only: spread evenly over a few that stand for all."""
+
+    hollow_dtype: torch.dtype
+    hollow_packed: bool
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.hollow_dtype
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        top_k, total = top_k_index.shape[-1], top_k_index.numel()
+        order = top_k_index.flatten().argsort(stable=True)
+        shares = min(NUM_SHARES, self.num_experts)
+        counts = [total // shares + (share < total % shares) for share in range(shares)]
+        inputs = hidden_states[order // top_k].to(self.compute_dtype).split(counts)
+        factors = {name: (self.lora_A[name].unbind(), self.lora_B[name].unbind()) for name in self.lora_A}
+        outputs = []
+        for expert, tokens in enumerate(inputs):
+            gate, up = self._linear("gate_up_proj", tokens, expert, factors).chunk(2, dim=-1)
+            outputs.append(self._linear("down_proj", self.act_fn(gate) * up, expert, factors))
+        weighted = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k)) * top_k_weights[..., None]
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def _linear(self, name: str, hidden: Tensor, expert: int, factors: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> Tensor:
+        if not self.hollow_packed:
+            return super()._linear(name, hidden, expert, factors)
+        output: Tensor = _Unpacking.apply(hidden, self.shapes[name][1], False)
+        if not factors:
+            return output
+        down, up = factors[name][0][expert], factors[name][1][expert]
+        return output + (F.linear(F.linear(hidden.to(down.dtype), down), up) * self.lora_scale).to(output.dtype)

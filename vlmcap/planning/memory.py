@@ -1,0 +1,127 @@
+"""The stages of a step put together: what is alive at each moment, and the most of it.
+
+Legend: B clips of an evaluation batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlmcap.planning.stages import Bytes, StageTrace
+
+FRAGMENTATION = 0.05  # of all but weights: what the allocator holds and cannot hand out
+FLOAT = 4  # bytes of a trained weight and of its gradient
+# Bytes a trained parameter: kept between steps, and taken while one is made.
+OPTIMIZERS = {"adamw": (8, 4), "adamw_fused": (8, 0), "adamw_8bit": (2.04, 0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The fullest moment of a pass.
+
+    Attributes:
+        name: Of the moment.
+        parts: What to bytes, weights included, largest first.
+    """
+
+    name: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage by its name."""
+
+    name: str
+    trace: StageTrace
+
+
+def weights(stages: Sequence[Stage]) -> Counter[str]:
+    """Bytes of the weights, by stage and kind."""
+    return Counter({f"{stage.name}: {kind}": size for stage in stages for kind, size in stage.trace.weights.items() if size})
+
+
+def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool) -> Moment:
+    """The fullest moment of a training step.
+
+    Args:
+        stages: In the order of the forward pass, weights included.
+        held: Bytes that lie on the card throughout, such as frames or stored features.
+        optimizer: A key of `OPTIMIZERS`.
+        accumulates: Gradients of earlier micro-batches are there from the beginning.
+    """
+    num_trained = sum(stage.trace.num_trained for stage in stages)
+    state, work = OPTIMIZERS[optimizer]
+    always = weights(stages) + Counter(dict(held)) + Counter({"optimiser state": state * num_trained})
+    moments = {"optimiser step": Counter({"gradients": FLOAT * num_trained, "optimiser step": work * num_trained})}
+    for index, stage in enumerate(stages):
+        before = _sum((other.name, other.trace.retained) for other in stages[:index])
+        behind = _sum((other.name, other.trace.left) for other in stages[index + 1 :])
+        for moment, peak in stage.trace.peaks.items():
+            alive = before + _named(stage.name, peak)
+            if moment.startswith("backward"):
+                alive += behind
+            if accumulates:
+                alive["gradients"] = FLOAT * num_trained
+            moments[f"{stage.name}, {moment}"] = alive
+    name, fullest = max(moments.items(), key=lambda item: item[1].total())
+    return Moment(name, _finish(always, fullest))
+
+
+def generation_peak(
+    stages: Sequence[Stage], held: Bytes, prefill: StageTrace, *, cache_bytes: float, prompt_tokens: int, new_tokens: int, depth: int
+) -> Moment:
+    """The fullest moment while B captions are written: the prompt's pass, or the last token with the cache at its longest.
+
+    Args:
+        stages: Of the training step: their weights, and the forward passes in front of the language model.
+        held: As there.
+        prefill: The language model's pass over B prompts, without gradients.
+        cache_bytes: Keys and values of one token of B clips.
+        prompt_tokens: Of a clip, visual ones included.
+        new_tokens: The most of a caption.
+        depth: Blocks of the language model.
+    """
+    always = weights(stages) + Counter(dict(held))
+    moments = {f"{stage.name}, {name}": _named(stage.name, peak) for stage in stages[:-1] for name, peak in _forward(stage.trace)}
+    for name, peak in _forward(prefill):
+        alive = _named(stages[-1].name, peak)
+        kept = min(cache_bytes * prompt_tokens, alive[f"{stages[-1].name}: attention"]) if name in ("forward last", "forward end") else 0
+        moments[f"prompt, {name}"] = alive + Counter({"keys and values": kept}) - Counter({f"{stages[-1].name}: attention": kept})
+    cache = cache_bytes * (prompt_tokens + new_tokens)
+    moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache / depth})
+    name, fullest = max(moments.items(), key=lambda item: item[1].total())
+    return Moment(name, _finish(always, fullest))
+
+
+def _forward(trace: StageTrace) -> list[tuple[str, Bytes]]:
+    return [(name, peak) for name, peak in trace.peaks.items() if name.startswith("forward")]
+
+
+def _named(stage: str, parts: Bytes) -> Counter[str]:
+    """Parts with the name of their stage; gradients of weights are one part of all stages."""
+    named: Counter[str] = Counter()
+    for tag, size in parts.items():
+        named["gradients" if tag == "gradients" else f"{stage}: {tag}"] += size  # type: ignore[assignment]
+    return named
+
+
+def _sum(stages: object) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for name, parts in stages:  # type: ignore[attr-defined]
+        total += _named(name, parts)
+    return total
+
+
+def _finish(always: Counter[str], fullest: Counter[str]) -> dict[str, float]:
+    """All parts, largest first, with what fragmentation takes."""
+    parts = always + fullest
+    parts["fragmentation"] = FRAGMENTATION * fullest.total()  # type: ignore[assignment]
+    return dict(sorted(((name, float(size)) for name, size in parts.items() if size > 0), key=lambda item: -item[1]))
