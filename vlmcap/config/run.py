@@ -13,6 +13,7 @@ from vlmcap.config.choices import (
     EvaluationBackend,
     LoggerKind,
     ModelKind,
+    OptimKind,
     Precision,
     ProjectorKind,
     Quantization,
@@ -88,6 +89,7 @@ class EvaluationConfig:
 class OptimConfig:
     """AdamW; the rates stand in tuning, a stage each."""
 
+    kind: OptimKind = OptimKind.adamw
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
