@@ -114,6 +114,7 @@ def _assemble_parts(config: Config, sources: Sources, clips: Mapping[str, Sequen
         train_encoder(config, encoder)
     llm = add_adapters(config, load_llm(config, folder))
     captioner = VideoCaptioner(encoder, projector, llm, prompt, generation_settings(config))
+    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
 
 
@@ -136,6 +137,7 @@ def _assemble_whole(config: Config, sources: Sources, clips: Mapping[str, Sequen
         train_encoder(config, encoder)
     llm = add_adapters(config, parts.llm)
     captioner = parts.captioner_class(encoder, parts.projector, llm, prompt, generation_settings(config))
+    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
 
 
@@ -164,6 +166,12 @@ def generation_settings(config: Config) -> GenerationSettings:
     known = {field.name for field in dataclasses.fields(GenerationSettings)}
     chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
     return GenerationSettings(config.llm.max_new_tokens, **chosen)
+
+
+def loss_chunk_bytes(config: Config) -> int | None:
+    """Bytes of float32 logits that the loss may have at once; None for all."""
+    size_mib = config.hardware.loss_chunk_mib
+    return None if size_mib is None else size_mib * 2**20
 
 
 def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:

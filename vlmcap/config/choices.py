@@ -84,6 +84,14 @@ class Precision(Enum):
     fp16 = "16-mixed"
 
 
+class OptimKind(Enum):
+    """AdamW as torch has it, fused into one kernel, or with its state in 8 bits."""
+
+    adamw = "adamw"
+    adamw_fused = "adamw_fused"
+    adamw_8bit = "adamw_8bit"
+
+
 class Split(Enum):
     """Parts of a data set."""
 

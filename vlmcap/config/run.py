@@ -14,6 +14,7 @@ from vlmcap.config.choices import (
     EvaluationBackend,
     LoggerKind,
     ModelKind,
+    OptimKind,
     Precision,
     ProjectorKind,
     Quantization,
@@ -42,6 +43,11 @@ class HardwareConfig:
     frame_stack: int = 1
     gradient_checkpointing: bool = False
     num_workers: int = 2
+    loss_chunk_mib: int | None = 128  # of float32 logits that the loss has at once; null is all of a batch
+
+    def __post_init__(self) -> None:
+        is_sized = self.loss_chunk_mib is None or self.loss_chunk_mib >= 1
+        require(is_sized, f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}")
 
 
 @dataclass
@@ -84,6 +90,7 @@ class EvaluationConfig:
 class OptimConfig:
     """AdamW; the rates stand in tuning, a stage each."""
 
+    kind: OptimKind = OptimKind.adamw
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.llm.adapt import base_model
+from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
 from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.projectors import Projector
 from vlmcap.types import Batch, GridTHW, Skipped
@@ -72,6 +73,7 @@ class VideoCaptioner(nn.Module):
         # Set by the composition root, as models know nothing of files: paths -> batches for `generate`; a clip's id is its path's index.
         self.prepare: Callable[[Sequence[Path]], Iterable[Batch]] | None = None
         self.autocast_dtype: torch.dtype | None = None  # set there too: arithmetic of `caption`, as it was in training and evaluation
+        self.loss_chunk_bytes: int | None = None  # and this: of float32 logits that `loss_sum` has at once; None is all
 
     @property
     def device(self) -> torch.device:
@@ -124,14 +126,34 @@ class VideoCaptioner(nn.Module):
         """
         labels = _required(batch.labels)[:, 1:]
         is_label = labels != -100
+        targets = labels[is_label]
         model: Any = base_model(self.llm)
-        # Through the class's own forward, as some scale what the head gives (HyperCLOVA X).
-        handle = model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][is_label],))
+        if self.loss_chunk_bytes is not None and can_chunk(model):
+            rows = rows_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
+            if len(targets) > rows:
+                hidden, _ = self._run_head_on(batch, is_label, is_skipped=True)
+                return chunked_cross_entropy(hidden, model.lm_head.weight, targets, rows), len(targets)
+        _, logits = self._run_head_on(batch, is_label)
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+    def _run_head_on(self, batch: Batch, is_label: Tensor, *, is_skipped: bool = False) -> tuple[Tensor, Tensor]:
+        """Hidden states of label positions (T, Dl), and their logits (T, N), or (0, N) where the head is skipped.
+
+        Through the class's own forward, as some scale what the head gives (HyperCLOVA X).
+        """
+        model: Any = base_model(self.llm)
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            seen.append(inputs[0][:, :-1][is_label])
+            return (seen[0][:0] if is_skipped else seen[0],)
+
+        handle = model.lm_head.register_forward_pre_hook(keep)
         try:
             logits = model(**self.language_inputs(batch), use_cache=False).logits
         finally:
             handle.remove()
-        return F.cross_entropy(logits.float(), labels[is_label], reduction="sum"), int(is_label.sum())
+        return seen[0], logits
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:

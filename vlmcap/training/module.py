@@ -18,6 +18,7 @@ from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.schedule import StagePlan, peak_rate
 from vlmcap.types import Batch
 
@@ -28,7 +29,7 @@ class CaptioningModule(L.LightningModule):
     Args:
         captioner: The assembled model, frozen where nothing is trained.
         plan: Stages and rates.
-        optim: Of AdamW.
+        optim: Kind and settings of the optimiser.
         identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen bases.
         ledger: Of clips that could not be used.
         max_label_tokens: Most label tokens of one micro-batch; a constant that keeps loss sums small in half precision.
@@ -55,14 +56,8 @@ class CaptioningModule(L.LightningModule):
         self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with a group for each part, matrices decayed and vectors not; the rates are set before each step."""
-        groups = []
-        for part, parameters in self.trained.items():
-            for decay, rows in ((self.optim_config.weight_decay, True), (0.0, False)):
-                chosen = [parameter for parameter in parameters.values() if (parameter.ndim >= 2) == rows]
-                if chosen:
-                    groups.append({"params": chosen, "weight_decay": decay, "part": part})
-        return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim_config.beta1, self.optim_config.beta2))
+        """AdamW of the kind that is configured; the rates are set before each step."""
+        return make_optimizer(self.trained, self.optim_config)
 
     def train(self, mode: bool = True) -> CaptioningModule:
         """Training mode for what is trained; a frozen encoder keeps its evaluation mode."""
@@ -167,11 +162,12 @@ class CaptioningModule(L.LightningModule):
         """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
 
         Raises:
-            UserError: Trained weights are missing, unknown or of another shape, or a frozen base is another one.
+            UserError: Trained weights are missing, unknown or of another shape, a frozen base is another one, or the optimiser's state is.
         """
         held = checkpoint.get("vlmcap") or {}
         check_bases(held.get("bases", {}), self.identity.get("bases", {}))
         check_weights(checkpoint["state_dict"], self.trained)
+        fit_saved_states(checkpoint.get("optimizer_states", []), self.optim_config)
         set_random_states(held["random"])
         log = held["log"]
         self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]

@@ -66,7 +66,7 @@ def test_names(machine: Any) -> None:
     machine()
     for name in ("sdpa", "eager", "flash_attention_2"):
         assert choose_attention(name, "cuda:0", BF16) == name
-    with pytest.raises(UserError, match=r"llm\.attention=nonsense is none of auto, sdpa, eager"):
+    with pytest.raises(UserError, match=r"llm\.attention=nonsense is none of auto, sdpa, sdpa_repeated, eager"):
         choose_attention("nonsense", "cpu", FP32)
 
 

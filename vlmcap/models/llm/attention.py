@@ -7,16 +7,20 @@ from typing import Any
 import torch
 
 from vlmcap.errors import UserError
+from vlmcap.models.llm.repeated_keys import NAME as REPEATED
+from vlmcap.models.llm.repeated_keys import needs_repeated_keys, register_repeated_keys
 
 _FLASH = ("flash_attention_2", "flash_attention_3")
-_NAMES = ("auto", "sdpa", "eager", *_FLASH)
+_SDPA = ("sdpa", REPEATED)
+_NAMES = ("auto", *_SDPA, "eager", *_FLASH)
 
 
 def choose_attention(requested: str, device: str, dtype: torch.dtype, model_class: Any = None) -> str:
     """The implementation to load with, in the words of transformers.
 
     Args:
-        requested: "auto" (FlashAttention 2 where it is installed and works, else PyTorch's fused one), or transformers' name.
+        requested: "auto" (FlashAttention 2 where it is installed and works, else PyTorch's fused one), transformers' name, or
+            "sdpa_repeated", which "sdpa" becomes by itself on cards that need it.
         device: Where the model will run, such as "cpu" or "cuda:0".
         dtype: Of its arithmetic.
         model_class: transformers' class, where it is known already.
@@ -30,8 +34,12 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
         chosen = "sdpa" if _obstacle(_FLASH[0], device, dtype, model_class) else _FLASH[0]
         return choose_attention(chosen, device, dtype, model_class)
     if obstacle := _obstacle(requested, device, dtype, model_class):
-        mend = "eager, which is slow and needs much memory, or take another llm" if requested == "sdpa" else "auto"
+        mend = "eager, which is slow and needs much memory, or take another llm" if requested in _SDPA else "auto"
         raise UserError(f"llm.attention={requested} {obstacle}; set llm.attention={mend}")
+    if requested == "sdpa" and _takes_functions(model_class) and needs_repeated_keys(device):
+        requested = REPEATED
+    if requested == REPEATED:
+        register_repeated_keys()
     return requested
 
 
@@ -54,9 +62,11 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
     """Why the implementation cannot run; empty if it can."""
     if name == "eager":
         return ""
-    flag = "_supports_sdpa" if name == "sdpa" else "_supports_flash_attn"
+    flag = "_supports_sdpa" if name in _SDPA else "_supports_flash_attn"
     if model_class is not None and not getattr(model_class, flag, False):
         return f"is not supported by {model_class.__name__}"
+    if name == REPEATED:
+        return "" if model_class is None or _takes_functions(model_class) else f"is not supported by {model_class.__name__}"
     if name == "sdpa":
         return ""
     if torch.device(device).type != "cuda":
@@ -66,6 +76,12 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
     if dtype not in (torch.float16, torch.bfloat16):
         return "needs hardware.precision=bf16 or fp16"
     return "" if _is_installed(name) else "needs the package flash-attn, which is not installed"
+
+
+def _takes_functions(model_class: Any) -> bool:
+    """Whether the layers of a class run any attention that is registered with transformers, by its own account."""
+    can_set = getattr(model_class, "_can_set_attn_implementation", None)
+    return can_set is not None and bool(can_set())
 
 
 def _is_installed(name: str) -> bool:
