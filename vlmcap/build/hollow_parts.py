@@ -147,8 +147,15 @@ def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTenso
     return projector
 
 
-def hollow_llm(config: Config, mode: FakeTensorMode, depth: int) -> tuple[nn.Module, type]:
-    """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class."""
+def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool) -> tuple[nn.Module, type]:
+    """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class.
+
+    Args:
+        config: Of the run.
+        mode: Of the fake tensors.
+        depth: Blocks to leave.
+        has_flash: Of the card; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -161,7 +168,8 @@ def hollow_llm(config: Config, mode: FakeTensorMode, depth: int) -> tuple[nn.Mod
             parts = whole_parts(config, depth)
             llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
         else:
-            llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation="sdpa")
+            attention = "sdpa" if has_flash else _repeated_keys()
+            llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation=attention)
         llm.requires_grad_(False)
         quantize_hollow(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm)
@@ -170,6 +178,13 @@ def hollow_llm(config: Config, mode: FakeTensorMode, depth: int) -> tuple[nn.Mod
             parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))
     fill_hollow(adapted, mode)
     return adapted, captioner_class
+
+
+def _repeated_keys() -> str:
+    from vlmcap.models.llm.repeated_keys import NAME, register_repeated_keys
+
+    register_repeated_keys()
+    return NAME
 
 
 def planned_spec(config: Config, encoder: Any) -> ProjectorSpec | None:

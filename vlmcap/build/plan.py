@@ -55,7 +55,7 @@ def make_plan(config: Config) -> Plan:
     steps = stages(data.batch_size, config.llm.max_caption_tokens)
     accumulates = config.trainer.accumulate_grad_batches > 1
     held = {name: size * data.batch_size for name, size in held_a_clip.items()}
-    training = training_peak(steps, held, optimizer_of(config), accumulates=accumulates)
+    training = training_peak(steps, held, config.optim.kind.value, accumulates=accumulates)
     *_, prompt = stages(data.eval_batch_size, 0)
     prompt_tokens = sizes.num_visual + sizes.num_prompt
     cache_bytes = key_value_bytes(config) * data.eval_batch_size
@@ -95,11 +95,6 @@ def planned_card(config: Config) -> Card:
 
     cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
     return card_of(config.hardware.name, config.hardware.memory_gib, cores)
-
-
-def optimizer_of(config: Config) -> str:
-    """A key of `planning.memory.OPTIMIZERS`."""
-    return str(getattr(getattr(config.optim, "kind", None), "value", "adamw"))
 
 
 def key_value_bytes(config: Config) -> float:

@@ -24,6 +24,7 @@ from vlmcap.build.hollow_parts import (
     text_config,
     whole_parts,
 )
+from vlmcap.build.model import loss_chunk_bytes
 from vlmcap.build.parts import dtype_of
 from vlmcap.build.trace_store import TraceStore
 from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
@@ -137,7 +138,7 @@ class Tracer:
         """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
-        key["grid"] = self.sizes.grid if self.config.is_whole else ()
+        key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
         return self._trace("language", key, self.depth, lambda depth: self._trace_language(num_clips, num_caption, depth))
 
     def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
@@ -219,7 +220,7 @@ class Tracer:
         from vlmcap.planning.stages import blocks_of, trace_stage
 
         mode = _fake_mode()
-        llm, captioner_class = hollow_llm(self.config, mode, depth)
+        llm, captioner_class = hollow_llm(self.config, mode, depth, self.has_flash)
         llm.train(num_caption > 0)
         width = int(text_config(self.config).hidden_size) * self._deep_layers()
         with mode:
@@ -229,6 +230,7 @@ class Tracer:
         prompt: Any = SimpleNamespace(question_ids=[1])
         captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None)
         captioner.visual_tokens = lambda _: visual.flatten(0, 1)
+        captioner.loss_chunk_bytes = loss_chunk_bytes(self.config)
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which have no values here
             places = batch.visual_mask.unsqueeze(-1)

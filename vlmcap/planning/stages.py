@@ -22,7 +22,7 @@ from vlmcap.planning.on_card import OnCard
 Bytes = Mapping[str, float]
 """Tag to bytes."""
 
-_TAGS = {"attn": "attention", "attention": "attention", "mlp": "feed-forward", "feed_forward": "feed-forward", "lm_head": "logits"}
+_TAGS = {"attn": "attention", "attention": "attention", "mlp": "feed-forward", "feed_forward": "feed-forward"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +171,7 @@ class _Stage:
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: live.enter(f"backward {place}"))
             if place == "last":
+                live.tag = "head and loss"  # no hook on the head: the chunked loss wants it bare
                 live.enter("forward end")
 
         block.register_forward_pre_hook(begin, with_kwargs=True)
