@@ -63,5 +63,24 @@ def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
 
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_help_is_what_hydra_would_print(program: str) -> None:
-    code = f"import atexit, sys; atexit.register(print, '[]', file=sys.stderr); sys.argv[1:] = ['--help']; import {program}; {program}.main()"
+    code = (
+        f"import atexit, sys; atexit.register(print, '[]', file=sys.stderr); sys.argv[1:] = ['--help']; import {program}; {program}.main()"
+    )
     assert run(f"{program}.py", "--help")[0] == run(code=code)[0] != ""
+
+
+def test_the_collector_of_circles_works_after_the_libraries_were_imported() -> None:
+    code = """
+import gc, json, sys
+from vlmcap.build.quiet import import_libraries
+import_libraries(with_adapters=False)
+assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000
+assert "peft" not in sys.modules and "lightning" in sys.modules
+circle = []; circle.append(circle)
+frozen = gc.get_freeze_count()
+import_libraries(with_adapters=True)
+assert gc.get_freeze_count() <= frozen, "what an earlier run left must not stay"
+print(json.dumps([]), file=sys.stderr)
+"""
+    run(code=code)

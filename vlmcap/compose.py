@@ -29,6 +29,7 @@ _GROUPS = {
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "logger": schema.LoggerConfig,
+    "callbacks": schema.CallbacksConfig,
 }
 
 

@@ -27,12 +27,14 @@ from vlmcap.config.choices import (
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
+    CallbacksConfig,
     Config,
     EvaluationConfig,
     HardwareConfig,
     LoggerConfig,
     OptimConfig,
     PathsConfig,
+    ProfileConfig,
     TrainerConfig,
 )
 
@@ -40,6 +42,7 @@ __all__ = [
     "AugmentConfig",
     "Batching",
     "CacheConfig",
+    "CallbacksConfig",
     "Config",
     "DataConfig",
     "DataFormat",
@@ -60,6 +63,7 @@ __all__ = [
     "OptimConfig",
     "PathsConfig",
     "Precision",
+    "ProfileConfig",
     "ProjectorConfig",
     "ProjectorKind",
     "Quantization",
