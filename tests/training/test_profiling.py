@@ -219,7 +219,7 @@ def test_on_a_card_only_the_timed_steps_wait_for_it(
     monkeypatch.setattr(profile, "on_train_start", start_on_a_card)
     run.trainer.fit(run.module, datamodule=run.data)
     assert set(waits) == {"train cuda:0", "val cuda:0"}
-    assert waits.count("val cuda:0") == 2, "once before each evaluation"
+    assert waits.count("val cuda:0") == 4, "once before each evaluation, and twice as the last timed step ends at the first"
     # The timed steps end with the first epoch, its fourth; the trace, the fifth, and those after wait for nothing.
     assert waits.index("val cuda:0") == waits.count("train cuda:0") > 3 * 2 * 10
     assert read(tmp_path / "profile" / "steps.json")["parts"]["transfer"] > 0
@@ -282,6 +282,20 @@ def test_a_run_that_ends_inside_tells_what_it_has(
     run.trainer.fit(run.module, datamodule=run.data)
     assert read(tmp_path / "profile" / "steps.json")["num_steps"] == 2
     assert "No profile/trace.json.gz" in capsys.readouterr().out
+
+
+def test_a_run_resumed_inside_the_timed_steps_writes_anew(tiny_config: MakeConfig, straight_run: Path, tmp_path: Path) -> None:
+    overrides = ("tuning.lora.dropout=0.1", *PROFILE)
+    train(tiny_config(tmp_path, *overrides, "trainer.max_steps=3"))
+    folder = tmp_path / "profile"
+    assert read(folder / "steps.json")["num_steps"] == 2
+    assert not (folder / "trace.json.gz").exists()
+    train(tiny_config(tmp_path, *overrides, "checkpoint=last"))
+    times = read(folder / "steps.json")
+    assert (times["first_step"], times["num_steps"], times["trace"]) == (2, 3, "trace.json.gz")
+    assert {path.name for path in folder.iterdir()} - {"steps.png"} == {"steps.json", "trace.json.gz"}
+    weights = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (tmp_path, straight_run)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_without_it_nothing_is_there(tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path) -> None:
