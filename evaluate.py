@@ -6,8 +6,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, register_schemas, run_program, told_in_one_sentence, with_overrides
+from vlmcap.compose import config_dir, register_schemas, with_overrides
 from vlmcap.errors import UserError
+from vlmcap.program import run_program, told_in_one_sentence
 
 register_schemas()
 
@@ -32,4 +33,4 @@ def main(node: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "evaluate")

@@ -3,7 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, register_schemas, run_program, to_config, told_in_one_sentence
+from vlmcap.compose import config_dir, register_schemas, to_config
+from vlmcap.program import run_program, told_in_one_sentence
 
 register_schemas()
 
@@ -19,4 +20,4 @@ def main(node: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "train")

@@ -33,8 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: BASE for part in PARTS},
     **{part: PARTS | BASE | {"config"} for part in WORK},
     "compose": BASE | {"config"},
+    "program": BASE | {"compose"},
     "build": WORK | PARTS | BASE | {"config", "compose", ""},  # "" has the version
-    **{top: {"build", "compose", "config"} | WORK | PARTS | BASE for top in ("cli", "train", "evaluate", "")},
+    **{top: {"build", "compose", "config"} | WORK | PARTS | BASE for top in ("cli", "")},
+    **{top: {"build", "compose", "config", "program"} | WORK | PARTS | BASE for top in ("train", "evaluate")},
     "__main__": {"cli"},
 }
 # Third-party libraries that a part does not know.
@@ -45,8 +47,8 @@ UNKNOWN_TO: dict[str, set[str]] = {
 }
 # Libraries that only these parts know.
 ONLY_IN: dict[str, set[str]] = {
-    "hydra": {"train", "evaluate", "cli", "build", "compose"},
-    "omegaconf": {"train", "evaluate", "cli", "build", "compose", "config"},
+    "hydra": {"train", "evaluate", "cli", "build", "compose", "program"},
+    "omegaconf": {"train", "evaluate", "cli", "build", "compose", "program", "config"},
 }
 METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
 TORCH = {"torch", "torchmetrics"}

@@ -154,6 +154,9 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
         (["model=qwen2_vl_7b", "projector.reducer=pool"], ["projector.reducer=pool changes nothing in model=qwen2_vl_7b"]),
         (["model=qwen2_vl_7b", "encoder.image_size=448"], ["encoder.image_size=448 changes nothing in model=qwen2_vl_7b"]),
+        (["callbacks=profle"], ["no callbacks named 'profle'", "default, profile"]),
+        (["callbacks.profile.first_step=0"], ["callbacks.profile.first_step must be at least 1, not 0"]),
+        (["callbacks.profile.trace_steps=-1"], ["callbacks.profile.trace_steps must not be negative"]),
         (["encoder=own"], ["model=assembled has no own encoder", "choose another encoder"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -164,6 +167,13 @@ def test_a_mistake_is_one_sentence_with_the_key_and_the_mend(overrides: list[str
     sentence = str(caught.value)
     assert all(part in sentence for part in expected), sentence
     assert "\n" not in sentence
+
+
+def test_a_configuration_from_before_there_were_callbacks_is_still_read() -> None:
+    plain = to_plain(compose([]))
+    del plain["callbacks"]
+    assert not to_config(from_plain(plain)).callbacks.profile.enabled
+    assert compose(["callbacks=profile"]).callbacks.profile.enabled
 
 
 def test_a_configuration_survives_plain_data_and_yaml(tmp_path: Path) -> None:

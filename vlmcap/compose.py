@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,6 +29,7 @@ _GROUPS = {
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "logger": schema.LoggerConfig,
+    "callbacks": schema.CallbacksConfig,
 }
 
 
@@ -68,7 +65,7 @@ def compose(overrides: Sequence[str], *, name: str = "train", resolve: bool = Tr
         with initialize_config_dir(config_dir(), version_base="1.3"):
             node = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(_innermost(error))) from error
+        raise UserError(explain(innermost(error))) from error
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
@@ -194,61 +191,7 @@ def _paths(schema_class: Any, prefix: str = "") -> Iterator[str]:
             yield from _paths(kind, f"{path}.")
 
 
-@contextmanager
-def told_in_one_sentence() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into one line and 130.
-
-    Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-
-    try:
-        yield
-        _remove_unused_folder()  # paths.output_dir may have led elsewhere
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        cause = error if isinstance(error, UserError) else _innermost(error)
-        sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
-        _remove_unused_folder()
-        if _is_sweep():  # an exit would end the jobs to come as well; Hydra raises this one again when all are done
-            print(f"Error in job {HydraConfig.get().job.num}: {sentence}", file=sys.stderr)
-            raise UserError(f"a job of the sweep was refused, and the others ran: {sentence}") from None
-        print(f"Error: {sentence}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _is_sweep() -> bool:
-    """Whether this is a job of a sweep, and not the program around its jobs."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-
-
-def run_program(main: Callable[[], object]) -> None:
-    """Runs a program of Hydra's; mistakes that Hydra itself finds are told like ours."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
-    with told_in_one_sentence():
-        main()
-
-
-def _remove_unused_folder() -> None:
-    """Removes the folder that Hydra made for a run that came to nothing: one that holds no more than Hydra's own files."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
-        return
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    own = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
-    if folder.is_dir() and {child.name for child in folder.iterdir()} <= own:
-        shutil.rmtree(folder)
-
-
-def _innermost(error: Exception) -> Exception:
+def innermost(error: Exception) -> Exception:
     """The error at the root, when it says more than the wrapper around it."""
     cause = error.__cause__
     wrapper = str(error)

@@ -1,9 +1,37 @@
-"""Silence for what libraries say to developers."""
+"""Libraries loaded at once, and silence for what they say to developers."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import warnings
+
+
+def import_libraries(*, with_adapters: bool) -> None:
+    """Imports the heavy libraries without the collector of circles, which would search all that they define again and again.
+
+    What they define stays for good, so later collections leave it out too. Only before anything else ran: what an earlier run left behind
+    must not stay.
+
+    Args:
+        with_adapters: The run needs peft, which is a quarter of the time.
+    """
+    if "lightning" in sys.modules:
+        return
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks when peft imports it
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        import lightning  # noqa: F401
+        import transformers  # noqa: F401
+
+        if with_adapters:
+            import peft  # noqa: F401
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 def quiet_libraries() -> None:

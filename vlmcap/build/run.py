@@ -17,7 +17,8 @@ from vlmcap.build.demo import prepare
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
 from vlmcap.build.plan import enforce_plan
-from vlmcap.build.quiet import quiet_libraries
+from vlmcap.build.profile import step_profile
+from vlmcap.build.quiet import import_libraries, quiet_libraries
 from vlmcap.build.summary import plain_scores, release_memory, summarize, tokenizer_version
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
@@ -52,6 +53,7 @@ def train(config: Config) -> float:
     Raises:
         UserError: Something in the configuration or the data does not do.
     """
+    import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
 
     from vlmcap.training.saving import best_checkpoint
@@ -104,6 +106,7 @@ def train(config: Config) -> float:
 
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """Scores a checkpoint on `config.data.split`, writing `metrics.json` and `predictions.jsonl` into the output folder."""
+    import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
 
     quiet_libraries()
@@ -155,8 +158,9 @@ def build_run(
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()
     if has_bar:
         callbacks.append(TerminalBar(progress))
+    profile = step_profile(config, data, folder) if is_training else None
     if is_training:
-        callbacks += [StepLimit(config.trainer.max_steps), *checkpoint_callbacks(folder, config)]
+        callbacks += [*([profile] if profile else []), StepLimit(config.trainer.max_steps), *checkpoint_callbacks(folder, config)]
     trainer = L.Trainer(
         accelerator=config.hardware.accelerator,
         devices=config.hardware.devices,
@@ -168,6 +172,7 @@ def build_run(
         num_sanity_val_steps=0,
         logger=make_loggers(config, to_plain(config), folder, step) if is_training else False,
         callbacks=callbacks,
+        profiler=profile.actions if profile else None,
         enable_checkpointing=is_training,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=has_bar,

@@ -29,6 +29,7 @@ from vlmcap.config.choices import (
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
+    CallbacksConfig,
     Config,
     EvaluationConfig,
     HardwareConfig,
@@ -36,6 +37,7 @@ from vlmcap.config.run import (
     OptimConfig,
     PathsConfig,
     PlanConfig,
+    ProfileConfig,
     TrainerConfig,
 )
 
@@ -43,6 +45,7 @@ __all__ = [
     "AugmentConfig",
     "Batching",
     "CacheConfig",
+    "CallbacksConfig",
     "Config",
     "DataConfig",
     "DataFormat",
@@ -66,6 +69,7 @@ __all__ = [
     "PathsConfig",
     "PlanConfig",
     "Precision",
+    "ProfileConfig",
     "ProjectorConfig",
     "ProjectorKind",
     "Quantization",

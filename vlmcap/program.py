@@ -1,0 +1,87 @@
+"""How `train.py` and `evaluate.py` run: help at once, a mistake as one sentence, and nothing left behind by a run that came to nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmcap.compose import config_dir, explain, innermost
+from vlmcap.errors import UserError
+
+
+def run_program(main: Callable[[], object], name: str) -> None:
+    """Runs a program of Hydra's; mistakes that Hydra itself finds are told like ours.
+
+    Args:
+        main: Decorated by Hydra.
+        name: Of its file under `conf/`.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(name))
+        return
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
+    with told_in_one_sentence():
+        main()
+
+
+def help_text(name: str) -> str:
+    """The help of `conf/<name>.yaml`.
+
+    Hydra would print the same, but lists every choice of every group before, whether the template names them or not, and copies all of
+    its configuration for each: three quarters of the time that `--help` took.
+    """
+    return str(OmegaConf.load(Path(config_dir()) / f"{name}.yaml").hydra.help.template)
+
+
+@contextmanager
+def told_in_one_sentence() -> Iterator[None]:
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into one line and 130.
+
+    Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    try:
+        yield
+        _remove_unused_folder()  # paths.output_dir may have led elsewhere
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        cause = error if isinstance(error, UserError) else innermost(error)
+        sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
+        _remove_unused_folder()
+        if _is_sweep():  # an exit would end the jobs to come as well; Hydra raises this one again when all are done
+            print(f"Error in job {HydraConfig.get().job.num}: {sentence}", file=sys.stderr)
+            raise UserError(f"a job of the sweep was refused, and the others ran: {sentence}") from None
+        print(f"Error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _is_sweep() -> bool:
+    """Whether this is a job of a sweep, and not the program around its jobs."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _remove_unused_folder() -> None:
+    """Removes the folder that Hydra made for a run that came to nothing: one that holds no more than Hydra's own files."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        return
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    own = {str(hydra_config.output_subdir), f"{hydra_config.job.name}.log"}
+    if folder.is_dir() and {child.name for child in folder.iterdir()} <= own:
+        shutil.rmtree(folder)

@@ -1,0 +1,141 @@
+"""What a profile says: a table, `steps.json`, and a picture where matplotlib is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vlmcap.files import replacing
+
+# In the order of a step; the names are those in steps.json and, with "profile/" before and "_s" behind, those of the loggers.
+LABELS = {
+    "decode": "decode",
+    "wait": "wait for data",
+    "transfer": "transfer to the device",
+    "vision": "vision encoder",
+    "projector": "projector",
+    "language": "language model, forward",
+    "loss": "head and loss",
+    "backward": "backward",
+    "optimiser": "optimiser",
+    "other": "other",
+}
+AROUND_LABELS = {"captions": "evaluation: captions", "scores": "evaluation: scores", "rest": "evaluation: loss and the rest"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds an optimiser step, as means over the timed steps.
+
+    Attributes:
+        device: Where the model is.
+        first_step: The first timed step, from 1, of this process.
+        num_steps: Timed steps.
+        clips: A step.
+        num_workers: Of the training loader.
+        is_cached: Clips are read as features, so that no encoder runs and "decode" is reading those.
+        step_s: By two readings of the clock a stretch of steps, apart from those of the parts.
+        parts: Names of `LABELS` to seconds in the main process; "decode" is there only without workers.
+        worker_decode_s: Reading the clips of a step, added over workers, which do it beside the step; None without workers.
+        evaluation: Names of `AROUND_LABELS` to seconds a step: those of a mean evaluation over the steps from one to the next.
+        plain_step_s: A step after those that were timed and traced; None where the run ended before.
+        trace: Name of the trace's file, or None.
+    """
+
+    device: str
+    first_step: int
+    num_steps: int
+    clips: float
+    num_workers: int
+    is_cached: bool
+    step_s: float
+    parts: Mapping[str, float]
+    worker_decode_s: float | None
+    evaluation: Mapping[str, float]
+    plain_step_s: float | None
+    trace: str | None
+
+    @property
+    def total_s(self) -> float:
+        """A step with its share of evaluation."""
+        return self.step_s + sum(self.evaluation.values())
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Names and seconds of the parts and of evaluation; they add up to `total_s`, but for what the clock itself took."""
+        return [(name, self.parts[name]) for name in LABELS if name in self.parts] + [*self.evaluation.items()]
+
+    def metrics(self) -> dict[str, float]:
+        """The figures for loggers."""
+        values = {f"profile/{name if name in LABELS else f'evaluation_{name}'}_s": seconds for name, seconds in self.rows()}
+        if self.worker_decode_s is not None:
+            values["profile/worker_decode_s"] = self.worker_decode_s
+        return values | {"profile/step_s": self.step_s, "profile/total_s": self.total_s}
+
+
+def label(times: StepTimes, name: str) -> str:
+    """What a part is called where people read it."""
+    if name == "decode" and times.is_cached:
+        return "read features"
+    return LABELS.get(name) or AROUND_LABELS[name]
+
+
+def show_times(times: StepTimes) -> None:
+    """Prints the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Where a step's time goes", title_justify="left", title_style="bold")
+    for column in ("part", "seconds a step", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, seconds in times.rows():
+        table.add_row(label(times, name), f"{seconds:.4f}", f"{seconds / times.total_s:.1%}")
+    table.add_section()
+    if times.evaluation:
+        table.add_row("step", f"{times.step_s:.4f}", f"{times.step_s / times.total_s:.1%}")
+    table.add_row("step with its share of evaluation" if times.evaluation else "step", f"{times.total_s:.4f}", "100.0%")
+    Console().print(table)
+    print("\n".join(notes(times)))
+
+
+def notes(times: StepTimes) -> list[str]:
+    """What stands beside the sum, a line each."""
+    last = times.first_step + times.num_steps - 1
+    steps = f"step {last}" if times.num_steps == 1 else f"steps {times.first_step} to {last}"
+    found = [f"Means of {steps}, {times.clips:g} clips each, on {times.device}."]
+    if times.worker_decode_s is not None:
+        what = "read features" if times.is_cached else "decoded"
+        workers = "a worker" if times.num_workers == 1 else f"{times.num_workers} workers"
+        found.append(f"Beside the step, and not in its sum, {workers} {what} for {times.worker_decode_s:.4f} s a step, added up.")
+    if times.plain_step_s is not None:
+        found.append(f"A later step, not timed: {times.plain_step_s:.4f} s.")
+    return found
+
+
+def write_times(times: StepTimes, path: Path) -> None:
+    """`steps.json`, whole or not at all."""
+    content: dict[str, Any] = asdict(times) | {"total_s": times.total_s}
+    content["shares"] = {name: seconds / times.total_s for name, seconds in times.rows()}
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def draw_times(times: StepTimes, path: Path) -> bool:
+    """A bar a part as a PNG, whole or not at all; False where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    figure_class: Any = import_module("matplotlib.figure").Figure  # not pyplot, which would open windows
+    rows = times.rows()[::-1]
+    figure = figure_class(figsize=(7, 0.35 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([label(times, name) for name, _ in rows], [seconds for _, seconds in rows], color="#3b6ea5")
+    axes.bar_label(bars, [f"{seconds:.3f} s, {seconds / times.total_s:.0%}" for _, seconds in rows], padding=3)
+    axes.margins(x=0.25)
+    axes.set_xlabel("seconds a step")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    return True
