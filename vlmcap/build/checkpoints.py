@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.build.exported import is_export, read_export
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of, dtype_of
 from vlmcap.build.quiet import quiet_libraries
@@ -25,7 +26,7 @@ def checkpoint_identity(config: Config, sources: Sources) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's plain data and tensors; pickled code is refused.
+    """A checkpoint's plain data and tensors; pickled code is refused. A folder of `vlmcap export` is read as one.
 
     Raises:
         UserError: No such file, or not a checkpoint of ours.
@@ -35,6 +36,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     import torch
 
     file = Path(path)
+    if is_export(file):
+        return read_export(file)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
         there = sorted(str(found) for found in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})

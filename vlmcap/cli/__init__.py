@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlmcap.cli import cache, caption, data
+from vlmcap.cli import cache, caption, data, export
 from vlmcap.errors import UserError
 
-COMMANDS = (caption, cache, data)
+COMMANDS = (caption, cache, data, export)
 """Modules with `add(commands)`, which adds a parser whose `run` takes the options; whatever is slow to import they import when run."""
 
 

@@ -138,6 +138,14 @@ class EvaluationBackend(Enum):
     pycocoevalcap = "pycocoevalcap"
 
 
+class Engine(Enum):
+    """What decodes captions: our own loop, transformers' `generate`, or vLLM."""
+
+    own = "own"
+    hf = "hf"
+    vllm = "vllm"
+
+
 class LoggerKind(Enum):
     """Where metrics go beside `metrics.jsonl`, which is always written."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from vlmcap.errors import UserError
 from vlmcap.models.llm.experts_lora import merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
+from vlmcap.models.llm.routing import Routing
 
+SHARD_SIZE = "4GB"
 _PROBE = 32  # tokens that logits are compared on
 Progress = Callable[[int, int], None]
 _COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
@@ -91,6 +93,8 @@ def merged_model(
 def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, float]:
     """The model without adapters but with their effect, and by how much its logits differ: ||after - before|| / ||before||.
 
+    Where there are experts, both sides send each token to the same ones.
+
     Args:
         adapted: As `add_lora` returns it; changed in place.
         progress: Called with layers merged and layers in all.
@@ -102,10 +106,13 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
     adapted.eval()
     weight = next(adapted.parameters())
     ids = torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _PROBE).long()[None].to(weight.device)
-    before = adapted(input_ids=ids).logits.float()
+    routing = Routing(adapted)
+    with routing.recorded():
+        before = adapted(input_ids=ids).logits.float()
     fold_in(adapted, progress)
     merged: nn.Module = adapted.unload()
-    after = merged(input_ids=ids).logits.float()
+    with routing.replayed():
+        after = merged(input_ids=ids).logits.float()
     difference = float((after - before).norm() / before.norm())
     tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
     if not difference <= tolerance:  # nan is no number below
@@ -184,13 +191,20 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_merged(merged: Any, base_folder: Path, folder: Path) -> None:
-    """Weights, configuration and what belongs to the tokenizer."""
+def save_merged(merged: Any, base_folder: Path, folder: Path, beside: Sequence[str] = ()) -> None:
+    """Writes weights, configuration and what belongs to the tokenizer.
+
+    Args:
+        merged: In its class of transformers.
+        base_folder: Where the tokenizer is copied from.
+        folder: Where to write.
+        beside: Patterns of further files to copy.
+    """
     from transformers import GenerationConfig
 
     # Some published settings, such as Vicuna's, contradict themselves: transformers reads but does not write them.
     merged.generation_config = GenerationConfig.from_model_config(merged.config)
-    merged.save_pretrained(folder)
-    for pattern in (*_COPIED, "generation_config.json"):
+    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for pattern in (*_COPIED, "generation_config.json", *beside):
         for file in base_folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
