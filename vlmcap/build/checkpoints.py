@@ -12,7 +12,7 @@ from vlmcap.build.parts import device_of, dtype_of
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.build.sources import Sources
 from vlmcap.compose import from_plain, to_config, to_plain
-from vlmcap.config import Config, Precision
+from vlmcap.config import Config, Engine, Precision
 from vlmcap.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     quiet_libraries()
     content = read_checkpoint(checkpoint)
     config = to_config(from_plain(content["vlmcap"]["config"], overrides))
+    if config.evaluation.engine is Engine.vllm:
+        raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
     assembly = assemble(config, is_fresh=False)
     load_weights(assembly, content, config)
     captioner = assembly.captioner.to(device_of(config)).eval()

@@ -64,25 +64,43 @@ def export(
     Raises:
         UserError: The output is in use, the checkpoint or its base does not do, or the merge changes what the model says.
     """
-    from vlmcap.models.llm.merge import new_folder
-
     quiet_libraries()
     check_output(output)
     if is_export(Path(checkpoint)):
         raise UserError(f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run")
     content = read_checkpoint(checkpoint)
     config = to_config(from_plain(content["vlmcap"]["config"], overrides))
+    return write_export(config, content, Path(checkpoint), output, dtype=_dtype(dtype, config), device=_device(device))
+
+
+def write_export(
+    config: Config, content: Mapping[str, Any], checkpoint: Path, output: Path, *, dtype: torch.dtype, device: str = "cpu"
+) -> Exported:
+    """Writes the model of a checkpoint that was read already; see `export`.
+
+    Args:
+        config: Of the run, its bases where they are now.
+        content: Of the checkpoint.
+        checkpoint: Its file.
+        output: A folder that does not exist or is empty.
+        dtype: Of the weights.
+        device: Where adapters are merged.
+
+    Raises:
+        UserError: As for `export`.
+    """
+    from vlmcap.models.llm.merge import new_folder
+
     if config.is_whole and config.tuning.encoder is not EncoderTuning.none:
         raise UserError(
             f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder.name}, and a trained encoder cannot be put "
             "back into a whole model's folder; caption with the checkpoint itself"
         )
-    wanted, place = _dtype(dtype, config), _device(device)
     folder = _base(config, content)
     _say(f"reading {folder}")
-    model, difference = _merged(config, folder, content["state_dict"], wanted, place)
+    model, difference = _merged(config, folder, content["state_dict"], dtype, device)
     output.parent.mkdir(parents=True, exist_ok=True)
-    origin = _origin(Path(checkpoint), content, str(wanted).removeprefix("torch."), difference)
+    origin = _origin(checkpoint, content, str(dtype).removeprefix("torch."), difference)
     _say(f"writing {_gigabytes(sum(p.numel() * p.element_size() for p in model.parameters()))} to {output}")
     try:
         with new_folder(output) as partial:

@@ -53,7 +53,7 @@ class EvaluationConfig:
     synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
-    engine: Engine = Engine.own  # what decodes captions; vllm is for evaluate.py and `vlmcap caption`
+    engine: Engine = Engine.own  # what decodes captions; vllm is for evaluate.py
     vllm_model: str | None = None  # folder of `vlmcap export`; null makes one under paths.cache_dir
     vllm_python: str | None = None  # interpreter of vLLM's own environment; null takes the vllm installed here
     vllm_gpu_memory: float = 0.7  # share of the card that vLLM takes; encoder and projector need the rest
