@@ -77,6 +77,10 @@ def test_logits_are_those_of_the_adapted_model(
     model = stock(tmp_path / "out")
     assert distance(logits(model), expected) < 1e-5
     assert (kind == "tied") == (model.lm_head.weight is model.model.embed_tokens.weight)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    # What transformers 4 reads, beside what 5 does.
+    assert values["rope_theta"] == (50.0 if kind == "tied" else 10000.0)
+    assert values.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if kind == "tied" else None)
     assert (kind == "tied") == ("lm_head.weight" not in weights_of(tmp_path / "out"))
 
 
@@ -87,6 +91,7 @@ def tied(folder: Path, tmp_path: Path) -> Path:
     copy = shutil.copytree(folder, tmp_path / "tied-base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = True
+    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}
     torch.manual_seed(5)
     Qwen3ForCausalLM(config).save_pretrained(copy)
     return copy

@@ -192,10 +192,23 @@ def _write(folder: Path, model: Any, config: Config, base: Path, weights: Mappin
     from vlmcap.models.llm.merge import save_merged
 
     save_merged(model, base, folder, _PROCESSOR if config.is_whole else ())
+    _write_older_names(folder / "config.json")
     _write_generation(folder, config, base)
     if config.llm.chat_template:
         (folder / "chat_template.jinja").write_text(config.llm.chat_template, encoding="utf-8")
     write_parts(folder, config, weights, origin)
+
+
+def _write_older_names(file: Path) -> None:
+    """Says the base of rotary positions as transformers 4 reads it too: there it would silently be 10 000."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for part in (values, values.get("text_config") or {}):
+        rope = part.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            part["rope_theta"] = rope["rope_theta"]
+            if rope.get("rope_type", "default") != "default":
+                part["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_generation(folder: Path, config: Config, base: Path) -> None:
