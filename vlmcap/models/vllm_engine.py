@@ -74,7 +74,8 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
         UserError: vLLM has no such thing, or not for prompts that are embeddings.
     """
     if settings.num_beams > 1:
-        raise UserError(f"evaluation.num_beams={settings.num_beams} is not to be had with {_ENGINE}, which has no beams here; set it to 1")
+        beams = settings.num_beams
+        raise UserError(f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=own")
     if settings.no_repeat_ngram_size:
         size = settings.no_repeat_ngram_size
         raise UserError(f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=own")
