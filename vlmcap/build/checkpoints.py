@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.build.exported import is_export, read_export
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of, dtype_of
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.build.sources import Sources
 from vlmcap.compose import from_plain, to_config, to_plain
-from vlmcap.config import Config, Precision
+from vlmcap.config import Config, Engine, Precision
 from vlmcap.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def checkpoint_identity(config: Config, sources: Sources) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's plain data and tensors; pickled code is refused.
+    """A checkpoint's plain data and tensors; pickled code is refused. A folder of `vlmcap export` is read as one.
 
     Raises:
         UserError: No such file, or not a checkpoint of ours.
@@ -35,6 +36,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     import torch
 
     file = Path(path)
+    if is_export(file):
+        return read_export(file)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
         there = sorted(str(found) for found in {*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")})
@@ -78,6 +81,8 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     quiet_libraries()
     content = read_checkpoint(checkpoint)
     config = to_config(from_plain(content["vlmcap"]["config"], overrides))
+    if config.evaluation.engine is Engine.vllm:
+        raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
     assembly = assemble(config, is_fresh=False)
     load_weights(assembly, content, config)
     captioner = assembly.captioner.to(device_of(config)).eval()

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from vlmcap.config import Config, EncoderTuning
+from vlmcap.config import Config, EncoderTuning, Engine
 from vlmcap.errors import UserError
+
+
+def check_engine(config: Config) -> None:
+    """`UserError` for an engine that cannot caption while weights change."""
+    if config.evaluation.engine is Engine.vllm:
+        raise UserError(
+            "evaluation.engine=vllm is for evaluate.py, as vLLM holds merged weights and training changes them; leave it out here"
+        )
 
 
 def check_stages(config: Config) -> None:

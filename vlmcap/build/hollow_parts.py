@@ -12,9 +12,12 @@ from vlmcap.config import Config, ModelKind
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.encoders import VisionEncoder
     from vlmcap.models.pretrained import PretrainedParts
     from vlmcap.models.projectors import ProjectorSpec
@@ -56,7 +59,7 @@ def text_values(config: Config) -> dict[str, Any]:
 
 
 def text_config(config: Config, depth: int | None = None) -> Any:
-    """transformers' configuration of the language model.
+    """Transformers' configuration of the language model.
 
     Args:
         config: Of the run.
@@ -147,7 +150,7 @@ def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTenso
     return projector
 
 
-def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool) -> tuple[nn.Module, type]:
+def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool) -> tuple[nn.Module, Callable[..., VideoCaptioner]]:
     """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class.
 
     Args:
@@ -162,7 +165,8 @@ def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.planning.hollow import fill_hollow, quantize_hollow
 
-    dtype, captioner_class, kept = dtype_of(config.hardware.precision), VideoCaptioner, None
+    dtype, kept = dtype_of(config.hardware.precision), None
+    captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     with torch.device("meta"):
         if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
             parts = whole_parts(config, depth)

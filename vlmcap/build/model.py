@@ -59,7 +59,9 @@ class Assembly:
     features: Features | None = None
 
 
-def assemble(config: Config, clips: Mapping[str, Sequence[Clip]] | None = None, *, is_fresh: bool = True) -> Assembly:
+def assemble(
+    config: Config, clips: Mapping[str, Sequence[Clip]] | None = None, *, is_fresh: bool = True, llm: nn.Module | None = None
+) -> Assembly:
     """The model of a configuration, its trained parts fresh or warm-started.
 
     Everything that can be refused is refused before clips are encoded, and they are encoded before the language model is loaded, so that
@@ -70,6 +72,7 @@ def assemble(config: Config, clips: Mapping[str, Sequence[Clip]] | None = None, 
         clips: Split name to clips, whose features will be read where the cache is on, and are made here where they are missing; None
             where frames will come, so that the encoder is needed.
         is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any more.
+        llm: Stands in for the language model where another program runs that; not for whole models.
 
     Raises:
         UserError: A part is missing or the parts do not fit.
@@ -80,10 +83,12 @@ def assemble(config: Config, clips: Mapping[str, Sequence[Clip]] | None = None, 
     if config.data.batching is Batching.packed:
         part = "model" if config.is_whole else "llm"
         check_packing(sources.folders[part], f"{part}={config.part_names[part]}")
-    return _assemble_whole(config, sources, clips) if config.is_whole else _assemble_parts(config, sources, clips, is_fresh)
+    return _assemble_whole(config, sources, clips) if config.is_whole else _assemble_parts(config, sources, clips, is_fresh, llm)
 
 
-def _assemble_parts(config: Config, sources: Sources, clips: Mapping[str, Sequence[Clip]] | None, is_fresh: bool) -> Assembly:
+def _assemble_parts(
+    config: Config, sources: Sources, clips: Mapping[str, Sequence[Clip]] | None, is_fresh: bool, llm: nn.Module | None
+) -> Assembly:
     from vlmcap.data.features.pooled import pooled_grid
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.layout import VisualRun
@@ -112,7 +117,7 @@ def _assemble_parts(config: Config, sources: Sources, clips: Mapping[str, Sequen
     if features is None:
         encoder = load_encoder(config, sources.folders["encoder"])
         train_encoder(config, encoder)
-    llm = add_adapters(config, load_llm(config, folder))
+    llm = llm if llm is not None else add_adapters(config, load_llm(config, folder))
     captioner = VideoCaptioner(encoder, projector, llm, prompt, generation_settings(config))
     captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)

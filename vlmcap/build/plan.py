@@ -105,7 +105,7 @@ def key_value_bytes(config: Config) -> float:
     text = text_config(config)
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2.0 * text.num_hidden_layers * heads * dim * dtype_of(config.hardware.precision).itemsize
+    return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
 def download_bytes(config: Config) -> float:
@@ -122,7 +122,7 @@ def download_bytes(config: Config) -> float:
     else:
         with torch.device("meta"):
             modules = [sketch(config), AutoModelForCausalLM.from_config(text)]
-    return 2.0 * sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return 2.0 * sum(int(parameter.numel()) for module in modules for parameter in module.parameters())
 
 
 def _held(tracer: Tracer, is_cached: bool) -> dict[str, float]:

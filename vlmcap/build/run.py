@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.build.checkpoints import checkpoint_identity, load_weights, read_checkpoint
-from vlmcap.build.checks import check_objective, check_stages
+from vlmcap.build.checks import check_engine, check_objective, check_stages
 from vlmcap.build.clips import load_splits, open_ledger
 from vlmcap.build.data import build_data
 from vlmcap.build.demo import prepare
@@ -20,6 +20,7 @@ from vlmcap.build.plan import enforce_plan
 from vlmcap.build.profile import step_profile
 from vlmcap.build.quiet import import_libraries, quiet_libraries
 from vlmcap.build.summary import plain_scores, release_memory, summarize, tokenizer_version
+from vlmcap.build.trained import assemble_trained
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
@@ -65,6 +66,7 @@ def train(config: Config) -> float:
     folder = Path(config.paths.output_dir)
     resumed = find_resume(config)
     step = None if resumed is None else int(read_checkpoint(resumed)["global_step"])
+    check_engine(config)
     check_stages(config)
     check_objective(config)
     device_of(config)  # a missing card is said before anything is made
@@ -114,8 +116,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     config = prepare(config)
     split = config.data.split
     clips = load_splits(config, [split])
-    assembly = assemble(config, clips, is_fresh=False)
-    load_weights(assembly, read_checkpoint(checkpoint), config)
+    config, assembly = assemble_trained(config, checkpoint, clips)
     data = build_data(config, assembly, clips)
     folder = Path(config.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

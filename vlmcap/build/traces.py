@@ -123,7 +123,12 @@ class Tracer:
     def encoder(self, num_clips: int) -> StageTrace:
         """Frames to features."""
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
-        key = {"encoder": settings, "base": self._base("encoder"), "tuning": self._encoder_tuning(), "sizes": dataclasses.asdict(self.sizes)}
+        key = {
+            "encoder": settings,
+            "base": self._base("encoder"),
+            "tuning": self._encoder_tuning(),
+            "sizes": dataclasses.asdict(self.sizes),
+        }
         depth = None if self.config.is_whole else self.sizes.num_encoder_blocks
         return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
 
@@ -229,7 +234,7 @@ class Tracer:
         batch = language_batch(num_clips, self.sizes.runs, PROMPT_TOKENS, num_caption, grid, self.sizes.gap)
         prompt: Any = SimpleNamespace(question_ids=[1])
         captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None)
-        captioner.visual_tokens = lambda _: visual.flatten(0, 1)
+        captioner.visual_tokens = lambda batch: visual.flatten(0, 1)  # type: ignore[method-assign]
         captioner.loss_chunk_bytes = loss_chunk_bytes(self.config)
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which have no values here

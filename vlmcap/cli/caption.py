@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     """Adds the command to the parsers of argparse."""
     parser = commands.add_parser("caption", help="caption video files with a trained checkpoint")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders that are searched for them")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .ckpt file under the checkpoints/ folder of a run")
+    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .ckpt file of a run, or a folder of `vlmcap export`")
     parser.add_argument("--output", metavar="F.jsonl", help="write one JSON object a clip here instead of text to the screen")
     parser.add_argument(
         "--set",
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from vlmcap.build.checkpoints import load_captioner
     from vlmcap.training.progress import progress_reporter
 
-    captioner = load_captioner(options.checkpoint, _read_settings(options.set))
+    captioner = load_captioner(options.checkpoint, read_settings(options.set))
     report = progress_reporter("captioning")
     captions: list[tuple[Path, str]] = []
     failed: list[tuple[Path, str]] = []
@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} of {len(videos)} files could not be read, first: {video} ({reason})")
 
 
-def _read_settings(settings: Sequence[str]) -> dict[str, str]:
+def read_settings(settings: Sequence[str]) -> dict[str, str]:
+    """Keys to values of `--set KEY=VALUE`; `UserError` for one that is none."""
     values = dict(setting.partition("=")[::2] for setting in settings)
     for setting in settings:
         if "=" not in setting:

@@ -10,7 +10,9 @@ def add(commands: Any) -> None:
     """Adds the command to the parsers of argparse."""
     text = "peak memory, time and disk of a configuration, without weights, GPU or network"
     parser = commands.add_parser("plan", help=text, description=text[0].upper() + text[1:] + "; exit code 1 where it does not fit.")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of train.py, such as encoder=siglip2 llm=qwen3_8b hardware=l4")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as of train.py, such as encoder=siglip2 llm=qwen3_8b hardware=l4"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--all", action="store_true", help="show every part of the memory, small ones too")
     parser.set_defaults(run=_run)

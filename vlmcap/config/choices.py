@@ -154,6 +154,14 @@ class Enforce(Enum):
     off = "off"
 
 
+class Engine(Enum):
+    """What decodes captions: our own loop, transformers' `generate`, or vLLM."""
+
+    own = "own"
+    hf = "hf"
+    vllm = "vllm"
+
+
 class LoggerKind(Enum):
     """Where metrics go beside `metrics.jsonl`, which is always written."""
 

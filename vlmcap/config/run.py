@@ -11,6 +11,7 @@ from vlmcap.config.choices import (
     EncoderFamily,
     EncoderTuning,
     Enforce,
+    Engine,
     EvaluationBackend,
     LoggerKind,
     ModelKind,
@@ -59,6 +60,10 @@ class EvaluationConfig:
     synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
+    engine: Engine = Engine.own  # what decodes captions; vllm is for evaluate.py
+    vllm_model: str | None = None  # folder of `vlmcap export`; null makes one under paths.cache_dir
+    vllm_python: str | None = None  # interpreter of vLLM's own environment; null takes the vllm installed here
+    vllm_gpu_memory: float = 0.7  # share of the card that vLLM takes; encoder and projector need the rest
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
     num_beams: int = 1
     length_penalty: float = 1.0  # of beam search: above 0 favours longer captions
@@ -83,6 +88,8 @@ class EvaluationConfig:
         for key in ("siglip_checkpoint", "bert_checkpoint"):
             require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
         require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
+        share = self.vllm_gpu_memory
+        require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
 
 

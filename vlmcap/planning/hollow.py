@@ -67,15 +67,18 @@ def packed_sizes(count: int) -> tuple[int, int]:
     return -(-count // 2), scales + 4 * -(-scales // SCALE_BLOCK)
 
 
-class _Hollow4bit(Linear4bit):
+class _Hollow4bit(Linear4bit):  # type: ignore[misc]
     """bitsandbytes' layer: it unpacks its whole weight for a product, on the way there and on the way back, and keeps none."""
+
+    bias: Any
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4")
             packed, scales = packed_sizes(linear.weight.numel())
-            self.weight: Any = _frozen_bytes(packed)
-            self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
+            weight: Any = _frozen_bytes(packed)
+            weight.compress_statistics, weight.quant_type = True, "nf4"
+            self.weight = weight
             self.register_buffer("quantization_state", torch.empty(scales, dtype=torch.uint8))
             self.bias = linear.bias
 
@@ -86,13 +89,15 @@ class _Hollow4bit(Linear4bit):
         return (out if bias is None else out + bias).to(x.dtype)
 
 
-class _Hollow8bit(Linear8bitLt):
+class _Hollow8bit(Linear8bitLt):  # type: ignore[misc]
     """bitsandbytes' layer: 8-bit products of an 8-bit copy of the input; the way back unpacks the weight."""
+
+    bias: Any
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0)
-            self.weight: Any = _frozen_bytes(linear.weight.numel())
+            self.weight = _frozen_bytes(linear.weight.numel())
             self.register_buffer("quantization_state", torch.empty(linear.out_features, dtype=torch.float32))
             self.bias = linear.bias
 
@@ -156,7 +161,7 @@ class _HollowExperts(FusedExperts):
         for expert, tokens in enumerate(inputs):
             gate, up = self._linear("gate_up_proj", tokens, expert, factors).chunk(2, dim=-1)
             outputs.append(self._linear("down_proj", self.act_fn(gate) * up, expert, factors))
-        weighted = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k)) * top_k_weights[..., None]
+        weighted: Tensor = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k)) * top_k_weights[..., None]
         return weighted.sum(1).to(hidden_states.dtype)
 
     def _linear(self, name: str, hidden: Tensor, expert: int, factors: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> Tensor:

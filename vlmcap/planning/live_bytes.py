@@ -113,4 +113,3 @@ def tag_module(module: torch.nn.Module, live: LiveBytes, tag: str) -> None:
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, always_call=True)
-

@@ -69,7 +69,7 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
             if moment.startswith("backward"):
                 alive += behind
             if accumulates:
-                alive["gradients"] = FLOAT * num_trained
+                alive["gradients"] = FLOAT * num_trained  # type: ignore[assignment]
             moments[f"{stage.name}, {moment}"] = alive
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
     return Moment(name, _finish(always, fullest))

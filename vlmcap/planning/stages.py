@@ -1,7 +1,7 @@
 """One stage of a training step (encoder, projector or language model), run on fake tensors and counted.
 
-A model's blocks are alike, so two short traces, one of a block more than the other, say what any number of them takes: every figure of a trace is
-linear in the depth, as each belongs to one moment of the step (in front of the blocks, in the first, in the last, behind them).
+A model's blocks are alike, so two short traces, one of a block more than the other, say what any number of them takes: every figure of a
+trace is linear in the depth, as each belongs to one moment of the step (in front of the blocks, in the first, in the last, behind them).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def trace_stage(
         stage.is_forward = False
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_owner_of_gradient(live))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(_owner_of_gradient(live))
         with mode:
             gradient = torch.empty_like(output)  # the next stage counts it
         live.exclude([gradient])

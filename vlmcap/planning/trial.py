@@ -68,7 +68,8 @@ def _adapted(trial: Trial, llm: nn.Module) -> nn.Module:
     if trial.has_checkpointing:
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     settings: dict[str, Any] = {"target_modules": "all-linear", "use_dora": False, "use_rslora": False, "use_experts": False}
-    return add_lora(llm, rank=8, alpha=16, dropout=0.0, **settings).train()
+    adapted: nn.Module = add_lora(llm, rank=8, alpha=16, dropout=0.0, **settings)
+    return adapted.train()
 
 
 def _captioner(trial: Trial, llm: nn.Module, visual: Tensor) -> VideoCaptioner:
@@ -76,7 +77,7 @@ def _captioner(trial: Trial, llm: nn.Module, visual: Tensor) -> VideoCaptioner:
     projector: Any = nn.Identity()
     settings: Any = None
     captioner = VideoCaptioner(None, projector, llm, prompt, settings)
-    captioner.visual_tokens = lambda _: visual.flatten(0, 1)  # type: ignore[method-assign]
+    captioner.visual_tokens = lambda batch: visual.flatten(0, 1)  # type: ignore[method-assign]
     return captioner
 
 
@@ -108,12 +109,12 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth))
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
-    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch(1, [1], 8, 2))[0].backward()  # type: ignore[no-untyped-call]
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch(1, [1], 8, 2))[0].backward()
     llm.zero_grad(set_to_none=True)
     captioner, batch = _captioner(trial, llm, visual), language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
     _reset_peak()
     before = _resident("VmRSS")
-    captioner.loss_sum(batch)[0].backward()  # type: ignore[no-untyped-call]
+    captioner.loss_sum(batch)[0].backward()
     return _resident("VmHWM") - before
 
 

@@ -50,7 +50,9 @@ def _costs(plan: Plan) -> Table:
     table.add_row("a clip", f"{plan.num_frames} frames, {grouped(plan.num_visual)} visual and {grouped(plan.num_text)} text tokens")
     table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
     table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
-    table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {gigabytes(plan.download_bytes)} to download")
+    table.add_row(
+        "disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {gigabytes(plan.download_bytes)} to download"
+    )
     return table
 
 

@@ -103,9 +103,7 @@ def _linear_layers(model: nn.Module) -> list[str]:
     """Full names of the linear layers that may have an adapter."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # PyTorch's own attention reads its inner weights past any adapter; experts have a switch of their own.
-    closed = [
-        name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention) or _is_router(model, name, module)
-    ]
+    closed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention) or is_router(model, name, module)]
     return [
         name
         for name, module in model.named_modules()
@@ -117,7 +115,7 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether the module chooses or weighs experts: by its class, or by its name and the number of its outputs."""
     if "router" in type(module).__name__.lower():
         return True

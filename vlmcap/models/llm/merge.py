@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from vlmcap.errors import UserError
 from vlmcap.models.llm.experts_lora import merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
+from vlmcap.models.llm.routing import Routing
 
+SHARD_SIZE = "4GB"
 _PROBE = 32  # tokens that logits are compared on
+Progress = Callable[[int, int], None]
 _COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
 
 
@@ -44,44 +48,90 @@ def merge_adapters(
     """
     if output.exists():
         raise UserError(f"{output} is there already; name a new folder for the merged model")
-    model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device="cpu")
-    refuse_quantized(model)
-    adapted = adapt(model)
-    load_adapters(adapted, weights)
-    merged, difference = merge(adapted)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        _save(merged, base_folder, partial)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    merged, difference = merged_model(base_folder, weights, adapt=adapt, dtype=dtype)
+    with new_folder(output) as partial:
+        save_merged(merged, base_folder, partial)
     return difference
 
 
+def merged_model(
+    base_folder: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    adapt: Callable[[nn.Module], nn.Module] | None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[nn.Module, float]:
+    """The language model with its training folded in, on the CPU, and the difference of logits that `merge` gives; 0 without adapters.
+
+    One copy of the weights is held: the base is read once, and each layer takes its adapters in where it stands.
+
+    Args:
+        base_folder: As for `merge_adapters`.
+        weights: As for `merge_adapters`; where the language model's own weights were trained, these.
+        adapt: As for `merge_adapters`; None where there are no adapters.
+        dtype: Of the merged weights.
+        device: Where the arithmetic is done, such as "cuda:0"; it has to hold the whole model.
+        progress: Called with layers merged and layers in all.
+
+    Raises:
+        UserError: As `merge_adapters`.
+    """
+    model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=device)
+    refuse_quantized(model)
+    if adapt is None:
+        load_own_weights(model, weights)
+        return model, 0.0
+    adapted = adapt(model.to(device))
+    load_adapters(adapted, weights)
+    merged, difference = merge(adapted, progress)
+    return merged.to("cpu"), difference
+
+
 @torch.no_grad()
-def merge(adapted: Any) -> tuple[nn.Module, float]:
+def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, float]:
     """The model without adapters but with their effect, and by how much its logits differ: ||after - before|| / ||before||.
+
+    Where there are experts, both sides send each token to the same ones.
 
     Args:
         adapted: As `add_lora` returns it; changed in place.
+        progress: Called with layers merged and layers in all.
 
     Raises:
         UserError: The model is quantised, or the difference is above 1e-4 in float32, 5e-2 in 16 bit.
     """
     refuse_quantized(adapted)
     adapted.eval()
-    ids = torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _PROBE).long()[None]
-    before = adapted(input_ids=ids).logits.float()
-    merge_expert_lora(adapted)
-    merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    after = merged(input_ids=ids).logits.float()
+    weight = next(adapted.parameters())
+    ids = torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _PROBE).long()[None].to(weight.device)
+    routing = Routing(adapted)
+    with routing.recorded():
+        before = adapted(input_ids=ids).logits.float()
+    fold_in(adapted, progress)
+    merged: nn.Module = adapted.unload()
+    with routing.replayed():
+        after = merged(input_ids=ids).logits.float()
     difference = float((after - before).norm() / before.norm())
-    tolerance = 1e-4 if next(merged.parameters()).dtype == torch.float32 else 5e-2
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
     if not difference <= tolerance:  # nan is no number below
         raise UserError(
             f"the merged model's logits differ from those with adapters by {difference:.1e} (at most {tolerance:.0e}): not saved"
         )
     return merged, difference
+
+
+def fold_in(adapted: Any, progress: Progress | None = None) -> None:
+    """Adds the adapters to the weights beside them, layer by layer; only what a single layer needs is held twice."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merge_expert_lora(adapted)
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    for done, layer in enumerate(layers, 1):
+        layer.merge(safe_merge=True)
+        if progress is not None:
+            progress(done, len(layers))
 
 
 def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -104,6 +154,20 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     adapted.load_state_dict(saved, strict=False)
 
 
+def load_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Puts trained weights of the language model itself in the places of the base's; nothing where none were trained.
+
+    Raises:
+        UserError: One has no place in the model, or another shape.
+    """
+    saved = {name.removeprefix("captioner.llm."): tensor for name, tensor in weights.items() if name.startswith("captioner.llm.")}
+    own = model.state_dict()
+    for name, tensor in saved.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise UserError(f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; llm.checkpoint must be the run's")
+    model.load_state_dict(saved, strict=False)
+
+
 def refuse_quantized(model: nn.Module) -> None:
     """Nothing, if all weights are stored as numbers that can be added to.
 
@@ -115,13 +179,32 @@ def refuse_quantized(model: nn.Module) -> None:
             raise UserError(f"adapters cannot be merged into quantised weights ({name}); merge onto the base with llm.quantization=none")
 
 
-def _save(merged: Any, base_folder: Path, folder: Path) -> None:
-    """Weights, configuration and what belongs to the tokenizer."""
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into; it takes that name when the block ends well, and is removed when it does not."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(output)  # an empty folder of that name gives way
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_merged(merged: Any, base_folder: Path, folder: Path, beside: Sequence[str] = ()) -> None:
+    """Writes weights, configuration and what belongs to the tokenizer.
+
+    Args:
+        merged: In its class of transformers.
+        base_folder: Where the tokenizer is copied from.
+        folder: Where to write.
+        beside: Patterns of further files to copy.
+    """
     from transformers import GenerationConfig
 
     # Some published settings, such as Vicuna's, contradict themselves: transformers reads but does not write them.
     merged.generation_config = GenerationConfig.from_model_config(merged.config)
-    merged.save_pretrained(folder)
-    for pattern in (*_COPIED, "generation_config.json"):
+    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for pattern in (*_COPIED, "generation_config.json", *beside):
         for file in base_folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,66 @@
+"""vLLM asked for captions by prompt embeddings, here or as a program in an environment of its own.
+
+This file imports nothing of the package: vLLM's environment has vLLM, torch and safetensors, and no vlmcap. As a program it reads a JSON
+object a line on its input and answers each with one on its output; tensors travel in safetensors files.
+
+Source: https://docs.vllm.ai/en/stable/features/prompt_embeds/ (`LLM(enable_prompt_embeds=True)`, `{"prompt_embeds": (S, Dl)}`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def start(arguments: dict[str, Any]) -> Any:
+    """The engine of vLLM for a folder in Hugging Face layout; arguments as `vllm.LLM` takes them."""
+    from vllm import LLM
+
+    return LLM(**arguments)
+
+
+def ask(engine: Any, prompts: Sequence[Any], sampling: dict[str, Any]) -> list[list[int]]:
+    """Generated ids of each prompt, in order.
+
+    Args:
+        engine: As `start` returned it.
+        prompts: Embeddings (S, Dl) of each prompt, without padding.
+        sampling: Arguments of `vllm.SamplingParams`.
+    """
+    from vllm import SamplingParams
+
+    outputs = engine.generate([{"prompt_embeds": rows} for rows in prompts], SamplingParams(**sampling), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main() -> None:
+    """Serves until its input ends: `{"engine": {…}}` once, then `{"file": …, "count": …, "sampling": {…}}`."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # vLLM and its processes write to standard output too
+    engine: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if "engine" in request:
+                engine = start(request["engine"])
+                answer: dict[str, Any] = {"ready": True}
+            else:
+                answer = {"ids": ask(engine, _read(request["file"], request["count"]), request["sampling"])}
+        except Exception as error:  # whatever it is, the other side says it in one sentence
+            text = str(error).strip().splitlines()
+            answer = {"error": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _read(file: str, count: int) -> list[Any]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    return [tensors[str(index)] for index in range(count)]
+
+
+if __name__ == "__main__":
+    main()
