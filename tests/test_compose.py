@@ -169,13 +169,6 @@ def test_a_mistake_is_one_sentence_with_the_key_and_the_mend(overrides: list[str
     assert "\n" not in sentence
 
 
-def test_a_configuration_from_before_there_were_callbacks_is_still_read() -> None:
-    plain = to_plain(compose([]))
-    del plain["callbacks"]
-    assert not to_config(from_plain(plain)).callbacks.profile.enabled
-    assert compose(["callbacks=profile"]).callbacks.profile.enabled
-
-
 def test_a_configuration_survives_plain_data_and_yaml(tmp_path: Path) -> None:
     config = compose(["encoder=clip", "llm=qwen3_4b", "hardware=h100", "llm.system_prompt='예: 아니오, \"네\"'"])
     plain = to_plain(config)

@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_published_sizes() -> None:
     embeddings = 2 * 2 * 151936 * 4096
     stored = sum(plan.training.parts[f"language model: {kind}"] for kind in ("frozen weights", "quantisation state"))
     assert stored == pytest.approx(packed + embeddings, rel=1e-3)
-    assert plan.training.parts["encoder: frozen weights"] == pytest.approx(2 * 303.5e6, rel=0.02)
+    assert plan.training.parts["encoder: frozen weights"] == pytest.approx(2 * (303.5e6 - 12.6e6), rel=1e-3)  # the last block is cut off
     assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
 
 
@@ -96,8 +96,8 @@ def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPat
     first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
     monkeypatch.setattr("vlmcap.planning.stages.trace_stage", lambda *_, **__: pytest.fail("traced again"))
     assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
-    broken = next((store / "plans").iterdir())
-    broken.write_text("{")
+    for file in (store / "plans").iterdir():  # broken files are traced anew
+        file.write_text("{")
     with pytest.raises(pytest.fail.Exception):
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
 

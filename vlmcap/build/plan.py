@@ -243,7 +243,7 @@ def show_plan(overrides: Sequence[str], *, as_json: bool = False, is_whole: bool
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:
-        from vlmcap.reporting import plan_table
+        from vlmcap.planning import plan_table
 
         plan_table.show_plan(plan, is_whole=is_whole)
     if not plan.fits:
