@@ -131,6 +131,13 @@ class Batching(Enum):
     packed = "packed"
 
 
+class Engine(Enum):
+    """Who writes captions: our own decoding where it can (greedy search, full attention), else and with `hf` transformers' generate."""
+
+    own = "own"
+    hf = "hf"
+
+
 class EvaluationBackend(Enum):
     """Who computes BLEU, CIDEr-D and ROUGE-L of our tokens: we, or the reference package."""
 

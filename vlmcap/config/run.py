@@ -10,6 +10,7 @@ from vlmcap.config.checks import require, require_positive
 from vlmcap.config.choices import (
     EncoderFamily,
     EncoderTuning,
+    Engine,
     EvaluationBackend,
     LoggerKind,
     ModelKind,
@@ -53,6 +54,9 @@ class EvaluationConfig:
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
+    engine: Engine = Engine.own  # who writes captions; hf is transformers
+    clips_per_row: int = 4  # of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none
+    speculate_ngram: int = 0  # guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess
     num_beams: int = 1
     length_penalty: float = 1.0  # of beam search: above 0 favours longer captions
     repetition_penalty: float = 1.0
@@ -75,6 +79,9 @@ class EvaluationConfig:
         require_positive("evaluation", self, "num_beams", "siglip_frames")
         for key in ("siglip_checkpoint", "bert_checkpoint"):
             require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
+        require_positive("evaluation", self, "clips_per_row")
+        for key in ("no_repeat_ngram_size", "speculate_ngram"):
+            require(getattr(self, key) >= 0, f"evaluation.{key} must be 0 or a number of tokens, not {getattr(self, key)}")
         require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
 
