@@ -134,7 +134,6 @@ def test_a_batch_is_its_clips_one_by_one(captioner: VideoCaptioner, settings: di
     "settings", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"speculate_ngram": 1}, {"num_beams": 2}]
 )
 def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
-    """Clips that wait for a row keep their place among the captions; so do those of transformers' smaller batches."""
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
     expected = ids_of(with_settings(captioner, engine="hf", **settings), batch)
     assert len({tuple(row) for row in expected}) == 5

@@ -128,14 +128,18 @@ def test_guessing_changes_no_caption(model: nn.Module, rules: dict[str, Any], lo
 
 @pytest.mark.parametrize("seed", range(2))
 def test_guesses_save_steps_where_text_goes_in_circles(seed: int) -> None:
-    model = make_model("Llama", initializer_range=0.5)
+    model = make_model("Llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name:
+                parameter.zero_()  # a token then depends on the one before it alone, so every text ends in a circle
     counts = {}
     for lookup in (0, 2):
         with Calls(model) as calls:
-            ids = greedy_ids(model, prompts((9, 4, 13), seed), GenerationSettings(60, speculate_ngram=lookup), STOPS, 1)
+            ids = greedy_ids(model, prompts((9, 4, 13), seed), GenerationSettings(100, speculate_ngram=lookup), (), 3)
         counts[lookup] = (len(calls.steps), ids)
-    assert counts[0][1] == counts[2][1] == expected(model, prompts((9, 4, 13), seed), GenerationSettings(60))
-    assert counts[2][0] < counts[0][0]
+    assert counts[0][1] == counts[2][1]
+    assert counts[2][0] < counts[0][0] / 2
 
 
 def test_eager_attention_writes_the_same() -> None:
