@@ -170,6 +170,7 @@ def generation_settings(config: Config) -> GenerationSettings:
 
     known = {field.name for field in dataclasses.fields(GenerationSettings)}
     chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
+    chosen |= {"engine": config.evaluation.engine.value, "num_rows": config.data.eval_batch_size}
     return GenerationSettings(config.llm.max_new_tokens, **chosen)
 
 

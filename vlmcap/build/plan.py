@@ -61,7 +61,7 @@ def make_plan(config: Config) -> Plan:
     cache_bytes = key_value_bytes(config) * data.eval_batch_size
     generation = generation_peak(
         [*stages(data.eval_batch_size, 0)[:-1], steps[-1]],
-        {name: size * data.eval_batch_size for name, size in held_a_clip.items()},
+        {name: size * data.eval_batch_size * config.evaluation.clips_per_row for name, size in held_a_clip.items()},  # those that wait too
         prompt.trace,
         cache_bytes=cache_bytes,
         prompt_tokens=prompt_tokens,
