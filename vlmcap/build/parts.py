@@ -196,9 +196,10 @@ def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
 def add_adapters(config: Config, llm: nn.Module) -> nn.Module:
     """The language model with adapters, thawed, or as it is, as tuning says."""
     from vlmcap.models.llm.adapt import add_lora
+    from vlmcap.models.llm.checkpointing import checkpoint_layers
 
     if config.hardware.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints)
     if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         llm.float().requires_grad_(True)  # mixed precision wants float32 masters
     lora = config.tuning.lora
