@@ -43,10 +43,18 @@ class HardwareConfig:
     image_size: int | None = None  # side of a frame in pixels; null is the encoder's own
     frame_stack: int = 1
     gradient_checkpointing: bool = False
+    activation_budget_gib: float | None = None  # gradient_checkpointing computes only so many layers again as this needs; null is all
+    offload_checkpoints: bool = False  # what gradient_checkpointing keeps of the language model waits in host memory: slower, and smaller
     num_workers: int = 2
     loss_chunk_mib: int | None = 128  # of float32 logits that the loss has at once; null is all of a batch
 
     def __post_init__(self) -> None:
+        require(
+            self.gradient_checkpointing or not self.offload_checkpoints,
+            "hardware.offload_checkpoints=true has nothing to move without hardware.gradient_checkpointing=true; set both, or neither",
+        )
+        budget = self.activation_budget_gib
+        require(budget is None or budget > 0, f"hardware.activation_budget_gib must be above 0, or null for none, not {budget}")
         is_sized = self.loss_chunk_mib is None or self.loss_chunk_mib >= 1
         require(is_sized, f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}")
 
