@@ -193,13 +193,15 @@ def plot(result: dict[str, Any], lengths: list[int], path: Path) -> None:
     for shift, (method, kind, mark) in enumerate((m, k, s) for m, s in (("drop", "s"), ("own", "o")) for k in ("wall_s", "processor_s")):
         found = {int(rows): ratios(times, method, HF, kind) for rows, times in result["times"].items()}
         middle = {rows: median(values) for rows, values in found.items() if values}
+        if not middle:
+            continue
         low = [middle[rows] - min(found[rows]) for rows in middle]
         high = [max(found[rows]) - middle[rows] for rows in middle]
         places = [rows + 0.6 * (shift - 1.5) for rows in middle]
         axes.errorbar(places, list(middle.values()), [low, high], fmt=mark, capsize=3, label=f"{method}, {kind.removesuffix('_s')} seconds")
     axes.set(xlabel="rows", ylabel="times transformers' captions a second", title=f"Captions of {LEAST} to {MOST} tokens, mean {MEAN}")
     axes.set_ylim(bottom=0.9)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
