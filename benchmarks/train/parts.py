@@ -169,10 +169,26 @@ def set_adapters(model: nn.Module) -> None:
 
 
 def count_flops(model: nn.Module, loss: Any) -> int:
-    """Floating-point operations of matrix products and attention in one forward and backward pass."""
+    """Floating-point operations of matrix products in one forward and backward pass; torch counts no attention on a CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
         loss().backward()
     model.zero_grad()
     return int(counter.get_total_flops())
+
+
+def num_tokens(shape: Shape) -> list[int]:
+    """Of each clip's sequence."""
+    prompt = len(Words().prefix_ids) + len(Words().suffix_ids) + TOKENS_A_FRAME * shape.num_frames
+    return [prompt + caption for caption in shape.captions]
+
+
+def attention_flops(shape: Shape, way: str) -> int:
+    """Operations of fused attention, two products forward and five backward; it skips half of them where the causal mask stands alone."""
+    lengths = num_tokens(shape)
+    share = 0.5 if len(set(lengths)) == 1 else 1.0  # padding needs a mask
+    text = share * len(lengths) * 2 * max(lengths) ** 2 * shape.text_width * shape.text_layers * (2 + 5)
+    patches = (IMAGE_SIZE // PATCH) ** 2 + 1
+    layers = {"trainer": shape.vision_layers, "uncached": shape.vision_layers - 1, "cached": 0}[way]  # we stop at the layer that is read
+    return round(text + len(lengths) * shape.num_frames * 2 * patches**2 * shape.vision_width * layers * 2)

@@ -4,8 +4,9 @@
 
 One size varies at a time around a base of 4 frames, 225 caption tokens, one clip and a language model of width 512 (4 layers, vocabulary
 151 936). Each point is a process of its own, as in step.py: median wall and processor seconds of a step after a warm-up, operations of
-one forward and backward pass, largest resident set of the process, and how much of it was there before the first step (libraries, weights
-and what loading takes). Writes scaling.json, and scaling.png where matplotlib is installed.
+one forward and backward pass, largest resident set of the process, and how much of it was there before the first step (libraries,
+weights, and what loading takes). Writes scaling.json, and scaling.png where matplotlib is installed. `--axes` without names plots what
+scaling.json holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from parts import Shape, attention_flops
 from step import WARM_UP, hear, machine, start, tell
 
 BASE: dict[str, Any] = {"num_frames": 4, "captions": [225], "text_width": 512}
@@ -32,7 +34,7 @@ AXES: dict[str, dict[int, dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--axes", nargs="+", default=list(AXES), help="the others in the file stay as they are")
+    parser.add_argument("--axes", nargs="*", default=list(AXES), help="the others in the file stay as they are")
     parser.add_argument("--steps", type=int, default=3, help="after the warm-up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
@@ -67,6 +69,8 @@ def measure(shape: dict[str, Any], num_steps: int, threads: int) -> dict[str, An
         process.communicate()
     wall, cpu = ([round(step[key], 3) for step in steps[WARM_UP:]] for key in ("wall_s", "cpu_s"))
     point = {"wall_s": wall, "cpu_s": cpu, "median_s": statistics.median(wall), "median_cpu_s": statistics.median(cpu)}
+    sizes = Shape(**shape | {"captions": tuple(shape["captions"])})
+    end["flops"] += attention_flops(sizes, "cached")
     point |= {"loaded_gib": loaded["peak_gib"], **end}
     print(f"{name}: {point}", file=sys.stderr, flush=True)
     return point
@@ -99,15 +103,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         memory.plot(sizes, [row["peak_gib"] for row in rows], "o-", color="tab:orange", label="peak")
         memory.plot(sizes, [row["loaded_gib"] for row in rows], ":", color="tab:gray", label="before the first step")
         for panel in (time, memory):
-            panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [str(size) for size in sizes])
-            panel.minorticks_off()
             panel.grid(alpha=0.3)
-            panel.set_ylim(bottom=0)
         memory.set_xlabel(axis)
     panels[0][0].set_ylabel("seconds a step")
     panels[1][0].set_ylabel("resident set, GiB")
     for row in panels:
+        row[0].set_ylim(0, 1.1 * row[0].get_ylim()[1])  # shared, so it is known only now
         row[0].legend(fontsize=8, frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
 

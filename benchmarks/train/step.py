@@ -10,7 +10,8 @@ frozen encoder as the feature store brings them, so that the encoder is not load
 reading them is in benchmarks/cache). The processes take turns, step by step, so that a busy machine is busy for all, and their threads
 wait without spinning, which costs the others' cores. A step is forward, backward, clipping and optimiser, and what the trainers do around
 them; the first is a warm-up. Memory is the largest resident set of the process (ru_maxrss), libraries and weights included. "bound" is
-the ratio of the floating-point operations of one forward and backward pass: what the time would be if only arithmetic counted.
+the ratio of the floating-point operations of one forward and backward pass, matrix products as torch counts them and attention by its
+formula: what the time would be if only arithmetic counted. `--report` prints what step.json holds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from parts import SHAPES, Shape, attention_flops, num_tokens
+
 WAYS = ("trainer", "uncached", "cached")
 TARGETS = {"time": 0.35, "memory": 0.5, "losses": 1e-5}  # of cached to trainer; relative difference of losses
 WARM_UP = 1
@@ -38,10 +41,11 @@ def main() -> None:
     arguments = parse()
     path = arguments.output / "step.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name in arguments.shapes:
+    for name in [] if arguments.report else arguments.shapes:
         result[name] = measure(name, arguments.steps, arguments.threads)
-        report(name, result[name])
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, found in result.items():
+        report(name, found)
 
 
 def parse() -> argparse.Namespace:
@@ -49,20 +53,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["small", "wide", "batch"], help="the others in the file stay as they are")
     parser.add_argument("--steps", type=int, default=5, help="after the warm-up")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     return parser.parse_args()
 
 
 def measure(name: str, num_steps: int, threads: int) -> dict[str, Any]:
-    from parts import SHAPES, Words
-
     shape, load_before = SHAPES[name], os.getloadavg()[0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run_alone(name, folder, threads)
         rows = take_turns({way: [name, folder, way, str(num_steps + WARM_UP)] for way in WAYS}, num_steps + WARM_UP, threads)
-    words = Words()
-    prompt = len(words.prefix_ids) + len(words.suffix_ids) + 144 * shape.num_frames
-    tokens = sum(prompt + caption for caption in shape.captions)
+    tokens = sum(num_tokens(shape))
     return {
         "shape": asdict(shape),
         "tokens": tokens,
@@ -125,7 +126,7 @@ def summarise(row: dict[str, Any], tokens: int) -> dict[str, Any]:
         "tokens_per_s": round(tokens / statistics.median(wall), 1),
         "losses": [step["loss"] for step in row["steps"]],
         **{f"loaded_{key}": value for key, value in row["loaded"].items()},
-        **row["end"],
+        **row["end"],  # peak_gib; flops of matrix products
     }
 
 
@@ -140,14 +141,16 @@ def machine() -> dict[str, Any]:
 def report(name: str, result: dict[str, Any]) -> None:
     """The table of a shape, and whether the targets are met."""
     ways, base, load = result["ways"], result["ways"]["trainer"], result["machine"]
+    shape = Shape(**result["shape"] | {"captions": tuple(result["shape"]["captions"])})
+    flops = {way: row["flops"] + attention_flops(shape, way) for way, row in ways.items()}
     print(f"\n**{name}**: {result['tokens']} tokens a step, load {load['load_before']} before, {load['load']} after\n")
     titles = "way | s a step, median (least to most) | ratio | processor s | ratio | bound | tokens/s | peak GiB | ratio | losses differ by"
     print(f"| {titles} |\n{'|---' * 10}|")
     for way, row in ways.items():
         spread = f"{row['median_s']:.2f} ({min(row['wall_s']):.2f} to {max(row['wall_s']):.2f})"
-        ratios = [row[key] / base[key] for key in ("median_s", "median_cpu_s", "flops", "peak_gib")]
-        cells = [way, spread, f"{ratios[0]:.2f}", f"{row['median_cpu_s']:.2f}", f"{ratios[1]:.2f}", f"{ratios[2]:.2f}"]
-        cells += [f"{row['tokens_per_s']:.0f}", f"{row['peak_gib']:.2f}", f"{ratios[3]:.2f}", f"{difference(row, base):.0e}"]
+        time, processor, memory = (row[key] / base[key] for key in ("median_s", "median_cpu_s", "peak_gib"))
+        cells = [way, spread, f"{time:.2f}", f"{row['median_cpu_s']:.2f}", f"{processor:.2f}", f"{flops[way] / flops['trainer']:.2f}"]
+        cells += [f"{row['tokens_per_s']:.0f}", f"{row['peak_gib']:.2f}", f"{memory:.2f}", f"{difference(row, base):.0e}"]
         print("| " + " | ".join(cells) + " |")
     cached = ways["cached"]
     found = {

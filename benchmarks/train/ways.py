@@ -37,7 +37,7 @@ class Turns:
         self.wall_s, self.cpu_s = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict[str, Any]:
-        return {"wall_s": time.perf_counter() - self.wall_s, "cpu_s": time.process_time() - self.cpu_s}
+        return {"wall_s": time.perf_counter() - self.wall_s, "cpu_s": time.process_time() - self.cpu_s, "peak_gib": peak_gib()}
 
     def say(self, content: dict[str, Any]) -> None:
         self.answers.write(json.dumps(content) + "\n")
