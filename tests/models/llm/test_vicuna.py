@@ -61,8 +61,8 @@ def vicuna_folder(sentencepiece_model: bytes, tmp_path_factory: pytest.TempPathF
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=480,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
