@@ -66,7 +66,7 @@ def vicuna_folder(sentencepiece_model: bytes, tmp_path_factory: pytest.TempPathF
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
-        initializer_range=0.2,
+        initializer_range=0.14,
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
