@@ -15,7 +15,7 @@ def moe_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder = tmp_path_factory.mktemp("qwen3-moe")
-    torch.manual_seed(4)
+    torch.manual_seed(5)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

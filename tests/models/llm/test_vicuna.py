@@ -111,7 +111,7 @@ def test_pickled_weights_are_loaded_as_saved(vicuna_folder: Path) -> None:
     loaded, saved = load(vicuna_folder).state_dict(), saved_weights(vicuna_folder)
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-    assert (context_length(vicuna_folder), text_width(vicuna_folder)) == (256, 32)
+    assert (context_length(vicuna_folder), text_width(vicuna_folder)) == (256, 64)
 
 
 def test_pickled_weights_are_quantised_as_any(vicuna_folder: Path) -> None:
