@@ -46,6 +46,7 @@ class Plan:
         flops: Of a clip in training.
         clip_s: Seconds a clip in training.
         caption_s: Seconds to caption a clip.
+        token_s: Of them, of one token of a whole evaluation batch.
         num_clips: That an epoch and the store of features are counted for.
         cache_bytes: Of a clip's features on disk.
         download_bytes: Of the bases.
@@ -65,6 +66,7 @@ class Plan:
     flops: float
     clip_s: float
     caption_s: float
+    token_s: float
     num_clips: int
     cache_bytes: float
     download_bytes: float
@@ -129,11 +131,13 @@ class Plan:
             "flops_per_clip": self.flops,
             "seconds_per_clip": round(self.clip_s, 4),
             "seconds_per_caption": round(self.caption_s, 4),
+            "seconds_per_token": round(self.token_s, 6),
             "num_clips": self.num_clips,
             "seconds_per_epoch": round(self.clip_s * self.num_clips, 1),
             "cache_bytes": round(self.cache_bytes * self.num_clips),
             "download_bytes": round(self.download_bytes),
             "is_cached": self.is_cached,
+            "calibrated": self.card.calibrated or None,
             "changes": [change.plain() for change in self.changes],
         }
 
