@@ -83,6 +83,7 @@ def make_plan(config: Config, card: Card | None = None) -> Plan:
         num_visual=sizes.num_visual,
         num_text=sizes.num_prompt + config.llm.max_caption_tokens,
         batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size,
         num_frames=data.num_frames,
         flops=flops,
         clip_s=_clip_seconds(config, steps, card),
@@ -161,12 +162,13 @@ def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Ca
     return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
 
 
-def with_changes(plan: Plan, overrides: Sequence[str]) -> Plan:
+def with_changes(plan: Plan, overrides: Sequence[str], card: Card | None = None) -> Plan:
     """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
 
     Args:
         plan: Of the overrides.
         overrides: Of the configuration, as `train.py` takes them.
+        card: As of `make_plan`.
     """
     chosen: list[Change] = []
     best, taken = plan, list(overrides)
@@ -175,28 +177,28 @@ def with_changes(plan: Plan, overrides: Sequence[str]) -> Plan:
             break
         try:
             config = compose([*taken, override])
-            changed = make_plan(config)
+            changed = make_plan(config, card)
         except UserError:  # the change does not go with these parts
             continue
         if changed.peak_gib < best.peak_gib - 0.05:
             taken.append(override)
             chosen.append(Change((override,), cost, changed.peak_gib))
             best = changed
-    return dataclasses.replace(plan, changes=_needed(chosen, overrides, plan) if best.fits else chosen)
+    return dataclasses.replace(plan, changes=_needed(chosen, overrides, card) if best.fits else chosen)
 
 
-def _needed(chosen: Sequence[Change], overrides: Sequence[str], plan: Plan) -> list[Change]:
+def _needed(chosen: Sequence[Change], overrides: Sequence[str], card: Card | None) -> list[Change]:
     """The changes without those that it fits without."""
     kept = list(chosen)
     for change in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not change]
         flat = [override for other in rest for override in other.overrides]
-        if make_plan(compose([*overrides, *flat])).fits:
+        if make_plan(compose([*overrides, *flat]), card).fits:
             kept = rest
     taken, result = list(overrides), []
     for change in kept:
         taken += change.overrides
-        result.append(dataclasses.replace(change, peak_gib=make_plan(compose(taken)).peak_gib))
+        result.append(dataclasses.replace(change, peak_gib=make_plan(compose(taken), card).peak_gib))
     return result
 
 

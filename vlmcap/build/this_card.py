@@ -84,5 +84,6 @@ def calibrated_card(config: Config) -> Card:
     if not (found := read_calibrations(calibration_folder(config))):
         return card  # without a look at the card, which would take memory on it
     here = present_processor() if config.hardware.accelerator == "cpu" else present_card()
-    chosen = choose_calibration(found, config.hardware.name, here and here.name, here and here.profile)
+    name, profile = (None, None) if here is None else (here.name, here.profile)
+    chosen = choose_calibration(found, config.hardware.name, name, profile)
     return card if chosen is None else chosen.on(card)

@@ -42,6 +42,7 @@ class Plan:
         num_visual: Visual tokens of a clip.
         num_text: Text tokens of a clip, the longest caption included.
         batch_size: Clips a micro-batch.
+        eval_batch_size: Clips that are captioned together.
         num_frames: Of a clip.
         flops: Of a clip in training.
         clip_s: Seconds a clip in training.
@@ -62,6 +63,7 @@ class Plan:
     num_visual: int
     num_text: int
     batch_size: int
+    eval_batch_size: int
     num_frames: int
     flops: float
     clip_s: float
@@ -127,6 +129,7 @@ class Plan:
             "visual_tokens": self.num_visual,
             "text_tokens": self.num_text,
             "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
             "num_frames": self.num_frames,
             "flops_per_clip": self.flops,
             "seconds_per_clip": round(self.clip_s, 4),
