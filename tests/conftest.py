@@ -199,7 +199,7 @@ def llm_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=128,  # bitsandbytes packs multiples of 64 only, on CPUs with bfloat16
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -121,6 +121,13 @@ class Batch:
         """The batch in page-locked memory; the data loader calls this for batches that go to a GPU."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def part(self, rows: Sequence[int]) -> Batch:
+        """The batch of some of its rows, which hold a clip each; what could not be read stays with the whole."""
+        assert self.position_ids is None, "a packed row holds many clips"
+        chosen = self._map(lambda tensor: tensor[list(rows)])
+        grids = None if self.grid_thw is None else tuple(self.grid_thw[row] for row in rows)
+        return replace(chosen, clips=tuple(self.clips[row] for row in rows), grid_thw=grids, skipped=(), num_truncated=0)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = ("input_ids", "attention_mask", "visual_mask", "labels", "frames", "features", "position_ids")
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}

@@ -15,12 +15,12 @@ def moe_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder = tmp_path_factory.mktemp("qwen3-moe")
-    torch.manual_seed(4)
+    torch.manual_seed(5)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=128,  # bitsandbytes packs multiples of 64 only, on CPUs with bfloat16
-        moe_intermediate_size=32,
+        intermediate_size=128,
+        moe_intermediate_size=64,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,

@@ -36,7 +36,7 @@ VISION: dict[str, dict[str, Any]] = {
 }
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
-    "intermediate_size": 128,  # bitsandbytes packs multiples of 64 only, on CPUs with bfloat16
+    "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

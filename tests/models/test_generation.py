@@ -130,6 +130,38 @@ def test_a_batch_is_its_clips_one_by_one(captioner: VideoCaptioner, settings: di
     assert len({tuple(row) for row in together}) == 3
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"speculate_ngram": 1}, {"num_beams": 2}]
+)
+def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
+    batch = collate(captioner, samples(1, 3, 2, 3, 1))
+    expected = ids_of(with_settings(captioner, engine="hf", **settings), batch)
+    assert len({tuple(row) for row in expected}) == 5
+    for engine in ("own", "hf"):
+        assert ids_of(with_settings(captioner, engine=engine, num_rows=2, **settings), batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_own"),
+    [({}, True), ({"engine": "hf"}, False), ({"num_beams": 2}, False), ({"do_sample": True}, False), ({"use_cache": False}, False)],
+)
+def test_who_writes(captioner: VideoCaptioner, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], is_own: bool) -> None:
+    calls: list[str] = []
+    generate = captioner.llm.generate
+    monkeypatch.setattr(captioner.llm, "generate", lambda **named: calls.append("hf") or generate(**named))  # type: ignore[operator]
+    with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
+    assert with_settings(captioner, **settings).is_refilling == is_own
+    assert calls == ([] if is_own else ["hf"])
+
+
+def test_clips_that_wait_are_encoded_when_a_row_is_free(captioner: VideoCaptioner) -> None:
+    rows: list[int] = []
+    hook = captioner.projector.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    with_settings(captioner, num_rows=2).generate(collate(captioner, samples(2, 2, 2, 2, 2)))
+    hook.remove()
+    assert rows == [2, 2, 1]
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_greedy_is_the_best_next_token_each_time(captioner: VideoCaptioner, use_cache: bool) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from vlmcap.planning.stages import extrapolate
+from vlmcap.planning.stages import extrapolate, extrapolate_kept
 from vlmcap.planning.trial import Trial, trace_trial
 
 DEPTH = 6
@@ -31,6 +32,29 @@ def test_two_short_traces_give_the_whole_one(trial: Trial) -> None:
     assert guess.num_trained == whole.num_trained
     assert guess.flops == pytest.approx(whole.flops)
     assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
+
+
+def test_kept_blocks_are_three_short_traces() -> None:
+    trial = Trial("qwen3", width=128)
+    whole = trace_trial(replace(trial, num_kept=3), DEPTH + 1)
+    shapes = ((3, 1), (4, 1), (4, 2))
+    base, again, kept = (trace_trial(replace(trial, num_kept=num_kept), depth) for depth, num_kept in shapes)
+    guess = extrapolate_kept(base, again, kept, 2, 2)
+    assert {"forward turn", "backward turn"} <= guess.peaks.keys()
+    for moment, peak in guess.peaks.items():
+        assert _nonzero(peak) == _nonzero(whole.peaks[moment])
+    assert _nonzero(guess.retained) == _nonzero(whole.retained)
+    assert guess.flops == pytest.approx(whole.flops)
+    assert max(sum(peak.values()) for peak in guess.peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
+    assert sum(guess.retained.values()) > sum(trace_trial(trial, DEPTH + 1).retained.values())
+    assert guess.flops < trace_trial(trial, DEPTH + 1).flops
+
+
+def test_inputs_in_host_memory_take_nothing() -> None:
+    trial = Trial("qwen3", width=128)
+    stays, waits = trace_trial(trial, DEPTH), trace_trial(replace(trial, is_offloaded=True), DEPTH)
+    layers = DEPTH * (trial.num_visual + trial.num_caption + 8) * trial.width * 4
+    assert sum(stays.retained.values()) - sum(waits.retained.values()) == pytest.approx(layers, rel=0.25)  # the last layer's output stays
 
 
 def _nonzero(peak: Any) -> dict[str, float]:

@@ -101,7 +101,8 @@ def tiny_data(clips: Sequence[Clip] | None = None, **settings: Any) -> CaptionDa
         prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
         visual_tokens=NUM_VISUAL,
     )
-    common = {"batch_size": 3, "eval_batch_size": 4, "num_workers": 0, "seed": 5, "max_eval_clips": 10, "lengths": lengths}
+    sizes = {"batch_size": 3, "eval_batch_size": 4, "prompt_batch_size": 4}
+    common = {**sizes, "num_workers": 0, "seed": 5, "max_eval_clips": 10, "lengths": lengths}
     return CaptionDataModule(
         {"train": train, "val": train[:5] if clips is None else clips},
         NoisyFeatures,

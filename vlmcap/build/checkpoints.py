@@ -96,7 +96,7 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
     """A function from video files to batches of prompts on the model's device."""
     from torch.utils.data import DataLoader
 
-    from vlmcap.build.data import decoded_dataset
+    from vlmcap.build.data import decoded_dataset, prompt_batch_size
     from vlmcap.data.loading.collate import Collator
     from vlmcap.data.loading.worker_report import WorkerWatch
     from vlmcap.types import Clip
@@ -109,7 +109,7 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
         workers = max(0, min(config.data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
         watched = watch.over(dataset, clips) if workers else dataset
-        loader = DataLoader(watched, batch_size=config.data.eval_batch_size, collate_fn=collator, num_workers=workers)
+        loader = DataLoader(watched, batch_size=prompt_batch_size(config, assembly), collate_fn=collator, num_workers=workers)
         with watch.naming_clips():
             for batch in loader:
                 yield batch.to(assembly.captioner.device)

@@ -150,7 +150,9 @@ def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTenso
     return projector
 
 
-def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool) -> tuple[nn.Module, Callable[..., VideoCaptioner]]:
+def hollow_llm(
+    config: Config, mode: FakeTensorMode, depth: int, has_flash: bool, num_kept: int = 0
+) -> tuple[nn.Module, Callable[..., VideoCaptioner]]:
     """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class.
 
     Args:
@@ -158,12 +160,13 @@ def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool
         mode: Of the fake tensors.
         depth: Blocks to leave.
         has_flash: Of the card; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
+        num_kept: Last blocks that are not computed again.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.planning.hollow import fill_hollow, quantize_hollow
+    from vlmcap.planning.hollow import fill_hollow, forget_checkpoints, quantize_hollow
 
     dtype, kept = dtype_of(config.hardware.precision), None
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
@@ -176,7 +179,9 @@ def hollow_llm(config: Config, mode: FakeTensorMode, depth: int, has_flash: bool
             llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation=attention)
         llm.requires_grad_(False)
         quantize_hollow(llm, config.llm.quantization.value, dtype, kept)
-        adapted = add_adapters(config, llm)
+        adapted = add_adapters(config, llm, num_kept)
+    if config.hardware.offload_checkpoints:
+        forget_checkpoints(adapted)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))

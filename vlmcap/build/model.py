@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmcap.build.activation_budget import num_kept_layers
 from vlmcap.build.features import FeaturePlan, Features, grid_of_frames, prepare_features
 from vlmcap.build.parts import (
     add_adapters,
@@ -14,6 +15,7 @@ from vlmcap.build.parts import (
     load_llm,
     load_prompt_of,
     load_whole,
+    loss_chunk_bytes,
     projector_spec,
     sketch_encoder,
     sketch_whole,
@@ -117,7 +119,7 @@ def _assemble_parts(
     if features is None:
         encoder = load_encoder(config, sources.folders["encoder"])
         train_encoder(config, encoder)
-    llm = llm if llm is not None else add_adapters(config, load_llm(config, folder))
+    llm = llm if llm is not None else add_adapters(config, load_llm(config, folder), num_kept_layers(config))
     captioner = VideoCaptioner(encoder, projector, llm, prompt, generation_settings(config))
     captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
@@ -140,7 +142,7 @@ def _assemble_whole(config: Config, sources: Sources, clips: Mapping[str, Sequen
     encoder = parts.encoder if features is None else None
     if encoder is not None:
         train_encoder(config, encoder)
-    llm = add_adapters(config, parts.llm)
+    llm = add_adapters(config, parts.llm, num_kept_layers(config))
     captioner = parts.captioner_class(encoder, parts.projector, llm, prompt, generation_settings(config))
     captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
@@ -170,13 +172,8 @@ def generation_settings(config: Config) -> GenerationSettings:
 
     known = {field.name for field in dataclasses.fields(GenerationSettings)}
     chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
+    chosen |= {"engine": config.evaluation.engine.value, "num_rows": config.data.eval_batch_size}
     return GenerationSettings(config.llm.max_new_tokens, **chosen)
-
-
-def loss_chunk_bytes(config: Config) -> int | None:
-    """Bytes of float32 logits that the loss may have at once; None for all."""
-    size_mib = config.hardware.loss_chunk_mib
-    return None if size_mib is None else size_mib * 2**20
 
 
 def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:

@@ -193,12 +193,25 @@ def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
         return build_pretrained(config.model.kind.value, read_config(folder), dtype=dtype, max_patches=max_patches)
 
 
-def add_adapters(config: Config, llm: nn.Module) -> nn.Module:
-    """The language model with adapters, thawed, or as it is, as tuning says."""
+def loss_chunk_bytes(config: Config) -> int | None:
+    """Bytes of float32 logits that the loss may have at once; None for all."""
+    size_mib = config.hardware.loss_chunk_mib
+    return None if size_mib is None else size_mib * 2**20
+
+
+def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module:
+    """The language model with adapters, thawed, or as it is, as tuning says.
+
+    Args:
+        config: Of the run.
+        llm: Changed in place.
+        num_kept: Layers whose activations are kept although others are computed again.
+    """
     from vlmcap.models.llm.adapt import add_lora
+    from vlmcap.models.llm.checkpointing import checkpoint_layers
 
     if config.hardware.gradient_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
     if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         llm.float().requires_grad_(True)  # mixed precision wants float32 masters
     lora = config.tuning.lora

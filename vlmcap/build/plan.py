@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmcap.build.activation_budget import kept_within, training_stages
 from vlmcap.compose import compose
 from vlmcap.config import Config, Enforce
 from vlmcap.errors import UserError
@@ -52,20 +53,19 @@ def make_plan(config: Config, card: Card | None = None) -> Plan:
     is_cached = config.cache.enabled is True
     held_a_clip = _held(tracer, is_cached)
 
-    def stages(num_clips: int, num_caption: int) -> list[Stage]:
-        first = [] if is_cached else [Stage("encoder", tracer.encoder(num_clips))]
-        return [*first, Stage("projector", tracer.projector(num_clips)), Stage("language model", tracer.language(num_clips, num_caption))]
-
-    steps = stages(data.batch_size, config.llm.max_caption_tokens)
+    num_kept = kept_within(config, tracer)
+    steps = training_stages(config, tracer, num_kept)
     accumulates = config.trainer.accumulate_grad_batches > 1
     held = {name: size * data.batch_size for name, size in held_a_clip.items()}
     training = training_peak(steps, held, config.optim.kind.value, accumulates=accumulates)
-    *_, prompt = stages(data.eval_batch_size, 0)
+    prompt = Stage("language model", tracer.language(data.eval_batch_size, 0))
+    before = [] if is_cached else [Stage("encoder", tracer.encoder(data.eval_batch_size))]
+    before.append(Stage("projector", tracer.projector(data.eval_batch_size)))
     prompt_tokens = sizes.num_visual + sizes.num_prompt
     cache_bytes = key_value_bytes(config) * data.eval_batch_size
     generation = generation_peak(
-        [*stages(data.eval_batch_size, 0)[:-1], steps[-1]],
-        {name: size * data.eval_batch_size for name, size in held_a_clip.items()},
+        [*before, steps[-1]],
+        {name: size * data.eval_batch_size * config.evaluation.clips_per_row for name, size in held_a_clip.items()},  # those that wait too
         prompt.trace,
         cache_bytes=cache_bytes,
         prompt_tokens=prompt_tokens,
@@ -93,6 +93,7 @@ def make_plan(config: Config, card: Card | None = None) -> Plan:
         cache_bytes=_cached_bytes(tracer),
         download_bytes=download_bytes(config),
         is_cached=is_cached,
+        num_kept=num_kept,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,7 @@ from vlmcap.build.hollow_parts import (
     text_config,
     whole_parts,
 )
-from vlmcap.build.model import loss_chunk_bytes
-from vlmcap.build.parts import dtype_of
+from vlmcap.build.parts import dtype_of, loss_chunk_bytes
 from vlmcap.build.trace_store import TraceStore
 from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
 
@@ -120,6 +120,11 @@ class Tracer:
         """Blocks of the language model."""
         return int(text_config(self.config).num_hidden_layers)
 
+    @property
+    def fewest_again(self) -> int:
+        """Blocks computed again, at the fewest, that a trace with kept blocks begins with."""
+        return _SHORT + self._deep_layers() - 1
+
     def encoder(self, num_clips: int) -> StageTrace:
         """Frames to features."""
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
@@ -139,11 +144,14 @@ class Tracer:
         key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
         return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
 
-    def language(self, num_clips: int, num_caption: int) -> StageTrace:
+    def language(self, num_clips: int, num_caption: int, num_kept: int = 0) -> StageTrace:
         """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
         key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
+        key["offload"] = self.config.hardware.offload_checkpoints
+        if num_kept:
+            return self._trace_kept(key, num_kept, lambda depth, kept: self._trace_language(num_clips, num_caption, depth, kept))
         return self._trace("language", key, self.depth, lambda depth: self._trace_language(num_clips, num_caption, depth))
 
     def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
@@ -156,6 +164,16 @@ class Tracer:
         if depth is None or depth <= short + 1:
             return self.store.get(key | {"depth": depth}, lambda: make(depth or 0))
         return self.store.get(key | {"depth": depth}, lambda: extrapolate(make(short), make(short + 1), depth - short))
+
+    def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageTrace]) -> StageTrace:
+        """The trace with the last blocks kept, out of three short ones: two blocks computed again and one kept, and one more of each."""
+        from vlmcap.planning.stages import extrapolate_kept
+
+        again = self.fewest_again
+        key = key | {"what": "language", "precision": self.config.hardware.precision.value, "flash": self.has_flash}
+        shapes = ((again + 1, 1), (again + 2, 1), (again + 2, 2))
+        base, longer, wider = (self.store.get(key | {"kept": shape}, partial(make, *shape)) for shape in shapes)
+        return extrapolate_kept(base, longer, wider, self.depth - num_kept - again, num_kept - 1)
 
     def _base(self, part: str) -> Any:
         return architecture(self.config, "model" if self.config.is_whole else part)
@@ -217,7 +235,7 @@ class Tracer:
             has_backward=is_trained or self.trains_encoder,
         )
 
-    def _trace_language(self, num_clips: int, num_caption: int, depth: int) -> StageTrace:
+    def _trace_language(self, num_clips: int, num_caption: int, depth: int, num_kept: int = 0) -> StageTrace:
         import torch
 
         from vlmcap.models.llm.adapt import base_model
@@ -225,7 +243,7 @@ class Tracer:
         from vlmcap.planning.stages import blocks_of, trace_stage
 
         mode = _fake_mode()
-        llm, captioner_class = hollow_llm(self.config, mode, depth, self.has_flash)
+        llm, captioner_class = hollow_llm(self.config, mode, depth, self.has_flash, num_kept)
         llm.train(num_caption > 0)
         width = int(text_config(self.config).hidden_size) * self._deep_layers()
         with mode:
@@ -257,6 +275,7 @@ class Tracer:
             dtype=self._autocast,
             has_flash=self.has_flash,
             has_backward=num_caption > 0,
+            num_kept=num_kept,
         )
 
     def _deep_layers(self) -> int:

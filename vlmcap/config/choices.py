@@ -155,7 +155,7 @@ class Enforce(Enum):
 
 
 class Engine(Enum):
-    """What decodes captions: our own loop, transformers' `generate`, or vLLM."""
+    """What decodes captions: our own loop where it can (greedy search, full attention), transformers' `generate`, or vLLM."""
 
     own = "own"
     hf = "hf"

@@ -43,10 +43,18 @@ class HardwareConfig:
     image_size: int | None = None  # side of a frame in pixels; null is the encoder's own
     frame_stack: int = 1
     gradient_checkpointing: bool = False
+    activation_budget_gib: float | None = None  # gradient_checkpointing computes only so many layers again as this needs; null is all
+    offload_checkpoints: bool = False  # what gradient_checkpointing keeps of the language model waits in host memory: slower, and smaller
     num_workers: int = 2
     loss_chunk_mib: int | None = 128  # of float32 logits that the loss has at once; null is all of a batch
 
     def __post_init__(self) -> None:
+        require(
+            self.gradient_checkpointing or not self.offload_checkpoints,
+            "hardware.offload_checkpoints=true has nothing to move without hardware.gradient_checkpointing=true; set both, or neither",
+        )
+        budget = self.activation_budget_gib
+        require(budget is None or budget > 0, f"hardware.activation_budget_gib must be above 0, or null for none, not {budget}")
         is_sized = self.loss_chunk_mib is None or self.loss_chunk_mib >= 1
         require(is_sized, f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}")
 
@@ -60,11 +68,13 @@ class EvaluationConfig:
     synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
-    engine: Engine = Engine.own  # what decodes captions; vllm is for evaluate.py
+    engine: Engine = Engine.own  # what decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py
     vllm_model: str | None = None  # folder of `vlmcap export`; null makes one under paths.cache_dir
     vllm_python: str | None = None  # interpreter of vLLM's own environment; null takes the vllm installed here
     vllm_gpu_memory: float = 0.7  # share of the card that vLLM takes; encoder and projector need the rest
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
+    clips_per_row: int = 4  # of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none
+    speculate_ngram: int = 0  # guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess
     num_beams: int = 1
     length_penalty: float = 1.0  # of beam search: above 0 favours longer captions
     repetition_penalty: float = 1.0
@@ -87,6 +97,9 @@ class EvaluationConfig:
         require_positive("evaluation", self, "num_beams", "siglip_frames")
         for key in ("siglip_checkpoint", "bert_checkpoint"):
             require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
+        require_positive("evaluation", self, "clips_per_row")
+        for key in ("no_repeat_ngram_size", "speculate_ngram"):
+            require(getattr(self, key) >= 0, f"evaluation.{key} must be 0 or a number of tokens, not {getattr(self, key)}")
         require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
         share = self.vllm_gpu_memory
         require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")

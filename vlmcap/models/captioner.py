@@ -26,7 +26,13 @@ from vlmcap.types import Batch, GridTHW, Skipped
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """How captions are decoded; one beam without sampling is greedy search. Names and ranges are those of transformers."""
+    """How captions are decoded; one beam without sampling is greedy search. Names and ranges are those of transformers.
+
+    Attributes:
+        engine: "own" decodes greedily with `vlmcap.models.decoding` where it can; "hf" leaves everything to transformers.
+        num_rows: Most captions that are written at a time; None writes those of a whole batch.
+        speculate_ngram: Length of n-grams by which our own decoding guesses the tokens to come; 0 guesses nothing.
+    """
 
     max_new_tokens: int
     num_beams: int = 1
@@ -38,6 +44,14 @@ class GenerationSettings:
     top_p: float = 1.0
     top_k: int = 50
     use_cache: bool = True
+    engine: str = "own"
+    num_rows: int | None = None
+    speculate_ngram: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best next token is all there is to choose, and keys are kept."""
+        return self.num_beams == 1 and not self.do_sample and self.use_cache
 
     def as_arguments(self) -> dict[str, Any]:
         """Arguments of transformers' `generate`, but for the penalty; those of sampling and beams only where they count, or it warns."""
@@ -58,6 +72,8 @@ class VideoCaptioner(nn.Module):
         prompt: Its tokenizer and the ids around the visual tokens.
         generation: Decoding of `generate`.
     """
+
+    has_plain_inputs = True  # the language model is called with embeddings and a mask, and nothing else
 
     def __init__(
         self,
@@ -157,14 +173,53 @@ class VideoCaptioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
-        """Captions of a left-padded batch, in row order."""
+        """Captions of a left-padded batch, in row order; of more clips than `GenerationSettings.num_rows`, some wait for others."""
+        return self.prompt.decode(self._own_ids(batch) if self.is_refilling else self._library_ids(batch))
+
+    @property
+    def is_refilling(self) -> bool:
+        """Whether our own decoding writes the captions, in which waiting clips take the rows of those that ended."""
+        from vlmcap.models.decoding.support import can_decode
+
+        chosen = self.generation
+        return chosen.engine == "own" and chosen.is_greedy and self.has_plain_inputs and can_decode(self.llm)
+
+    def _own_ids(self, batch: Batch) -> list[list[int]]:
+        """Greedy captions in row order, each up to and with its end token."""
+        from vlmcap.models.decoding.engine import greedy_ids
+
+        num_rows = self.generation.num_rows or len(batch)
+        lengths = batch.attention_mask.sum(1).tolist()
+        order = sorted(range(len(batch)), key=lambda row: -lengths[row])  # like lengths together, so that little is padding
+
+        def prompts() -> Iterator[Tensor]:
+            for start in range(0, len(order), num_rows):  # clips that wait are not encoded yet
+                rows = order[start : start + num_rows]
+                embeddings = self.embed(batch.part(rows))
+                yield from (embeddings[place, -lengths[row] :] for place, row in enumerate(rows))
+
+        ids = greedy_ids(self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_rows, len(batch)))
+        by_row = dict(zip(order, ids, strict=True))
+        return [by_row[row] for row in range(len(batch))]
+
+    def _library_ids(self, batch: Batch) -> list[list[int]]:
+        """Captions by transformers, in row order, padding behind them."""
+        num_rows = self.generation.num_rows or len(batch)
+        if num_rows >= len(batch):
+            return self._generate_by_library(batch)
+        ids: list[list[int]] = []
+        for start in range(0, len(batch), num_rows):
+            ids += self._generate_by_library(batch.part(range(start, min(start + num_rows, len(batch)))))
+        return ids
+
+    def _generate_by_library(self, batch: Batch) -> list[list[int]]:
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         # transformers takes a row's left padding off its generated tokens, as if they were the prompt, when it penalises repetition
         # itself, so a caption would depend on what it is batched with. The 1.0 overrides what a checkpoint may ask for.
         penalty = self.generation.repetition_penalty
         processors = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
-        ids = self.llm.generate(  # type: ignore[operator]
+        ids: Tensor = self.llm.generate(  # type: ignore[operator]
             **self.language_inputs(batch),
             **self.generation.as_arguments(),
             repetition_penalty=1.0,
@@ -172,7 +227,7 @@ class VideoCaptioner(nn.Module):
             eos_token_id=self.prompt.stop_ids,
             pad_token_id=self.prompt.pad_id,
         )
-        return self.prompt.decode(ids.tolist())
+        return ids.tolist()
 
     def caption(self, paths: Sequence[str | Path]) -> list[str]:
         """Captions of video files, in order.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, replace_experts
 
@@ -59,6 +60,27 @@ def quantize_hollow(model: nn.Module, quantization: str, dtype: torch.dtype, kep
         if type(module) is nn.Linear and name not in kept:
             model.set_submodule(name, layer_class(module, dtype))
     setattr(model, f"is_loaded_in_{quantization}", True)  # peft asks
+
+
+def forget_checkpoints(model: nn.Module) -> None:
+    """Makes the inputs of layers that are computed again take nothing while they wait, as they do in host memory.
+
+    `save_on_cpu`, which moves them in earnest, moves nothing in a trace, whose tensors are on the CPU as it is.
+    """
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            cast(Any, module)._gradient_checkpointing_func = _forgetful_checkpoint
+
+
+def _forgetful_checkpoint(function: Any, *inputs: Any) -> Any:
+    def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def remake(kept: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(kept[0], dtype=kept[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(forget, remake):
+        return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def packed_sizes(count: int) -> tuple[int, int]:

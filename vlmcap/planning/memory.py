@@ -43,6 +43,17 @@ class Stage:
     trace: StageTrace
 
 
+def is_weight(part: str) -> bool:
+    """Whether a part of a moment is weights or belongs to them."""
+    return part.endswith(("weights", "quantisation state"))
+
+
+def activations(moment: Moment) -> float:
+    """Bytes that a step adds to weights, gradients and optimiser state."""
+    kept = ("gradients", "optimiser state", "fragmentation")
+    return sum(size for name, size in moment.parts.items() if not is_weight(name) and name not in kept)
+
+
 def weights(stages: Sequence[Stage]) -> Counter[str]:
     """Bytes of the weights, by stage and kind."""
     return Counter({f"{stage.name}: {kind}": size for stage in stages for kind, size in stage.trace.weights.items() if size})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmcap.planning.cards import GIB, Card
-from vlmcap.planning.memory import Moment
+from vlmcap.planning.memory import Moment, activations, is_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Plan:
         cache_bytes: Of a clip's features on disk.
         download_bytes: Of the bases.
         is_cached: Features come from disk, and the encoder is not on the card.
+        num_kept: Layers that are not computed again under hardware.activation_budget_gib.
         changes: That make it fit where it does not.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     cache_bytes: float
     download_bytes: float
     is_cached: bool
+    num_kept: int = 0
     changes: Sequence[Change] = ()
 
     def _gib(self, moment: Moment) -> float:
@@ -101,15 +103,12 @@ class Plan:
     @property
     def weights_gib(self) -> float:
         """Weights of all kinds, quantisation state included."""
-        return self._sum(lambda name: _is_weight(name))
+        return sum(size for name, size in self.training.parts.items() if is_weight(name)) / GIB
 
     @property
     def activations_gib(self) -> float:
         """What a training step adds to weights, gradients and optimiser state at its peak."""
-        return self._sum(lambda name: not _is_weight(name) and name not in ("gradients", "optimiser state", "fragmentation"))
-
-    def _sum(self, chosen: Any) -> float:
-        return sum(size for name, size in self.training.parts.items() if chosen(name)) / GIB
+        return activations(self.training) / GIB
 
     def plain(self) -> dict[str, Any]:
         """As `--json` prints it; GiB, seconds and bytes as the names say."""
@@ -141,12 +140,9 @@ class Plan:
             "download_bytes": round(self.download_bytes),
             "is_cached": self.is_cached,
             "calibrated": self.card.calibrated or None,
+            "kept_layers": self.num_kept,
             "changes": [change.plain() for change in self.changes],
         }
-
-
-def _is_weight(name: str) -> bool:
-    return name.endswith(("weights", "quantisation state"))
 
 
 def _rounded(parts: Mapping[str, float]) -> dict[str, float]:

@@ -70,6 +70,31 @@ def extrapolate(short: StageTrace, longer: StageTrace, num_more: int) -> StageTr
     )
 
 
+def extrapolate_kept(base: StageTrace, again: StageTrace, kept: StageTrace, num_again: int, num_kept: int) -> StageTrace:
+    """The trace of a model some of whose blocks are computed again and the last ones kept.
+
+    Args:
+        base: Of some blocks of either kind.
+        again: With one more that is computed again.
+        kept: With one more that is kept.
+        num_again: Blocks that are computed again, more than `base` has.
+        num_kept: Blocks that are kept, more than `base` has.
+    """
+    along, across = extrapolate(base, again, num_again), extrapolate(base, kept, num_kept)
+
+    def both(first: Bytes, second: Bytes, own: Bytes) -> Bytes:
+        return {tag: first.get(tag, 0) + second.get(tag, 0) - own.get(tag, 0) for tag in {**first, **second}}
+
+    return StageTrace(
+        weights=both(along.weights, across.weights, base.weights),
+        num_trained=along.num_trained + across.num_trained - base.num_trained,
+        peaks={moment: both(along.peaks[moment], across.peaks[moment], peak) for moment, peak in base.peaks.items()},
+        retained=both(along.retained, across.retained, base.retained),
+        left=both(along.left, across.left, base.left),
+        flops=along.flops + across.flops - base.flops,
+    )
+
+
 def weights_of(module: nn.Module) -> Counter[str]:
     """Bytes of parameters and buffers, by what they are."""
     total: Counter[str] = Counter()
@@ -97,6 +122,7 @@ def trace_stage(
     dtype: torch.dtype | None,
     has_flash: bool = True,
     has_backward: bool = True,
+    num_kept: int = 0,
 ) -> StageTrace:
     """The trace of one forward pass and, where asked for, one backward pass.
 
@@ -109,8 +135,9 @@ def trace_stage(
         dtype: Of autocast; None is none.
         has_flash: Whether the card has fused attention for grouped queries.
         has_backward: Whether anything in front of, or in, the stage is trained.
+        num_kept: Last blocks that are not computed again where others are.
     """
-    live, stage = LiveBytes(), _Stage(blocks)
+    live, stage = LiveBytes(), _Stage(blocks, num_kept)
     live.exclude([*module.parameters(), *module.buffers(), *inputs])
     stage.mark(module, live)
     with mode, live, OnCard(live, has_flash), torch.set_grad_enabled(has_backward):
@@ -142,8 +169,13 @@ def trace_stage(
 class _Stage:
     """Names the moments of a stage while it runs, and to what the tensors belong that its modules make."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.blocks, self.is_forward = blocks, True
+    def __init__(self, blocks: Sequence[nn.Module], num_kept: int) -> None:
+        self.blocks, self.num_kept, self.is_forward = blocks, num_kept, True
+
+    def _place(self, index: int) -> str:
+        """Where a block stands; "turn" is the last one that is computed again, where others behind it are not."""
+        names = {len(self.blocks) - 1 - self.num_kept: "turn"} if self.num_kept else {}
+        return (names | {0: "first", len(self.blocks) - 1: "last"}).get(index, "middle")
 
     def mark(self, module: nn.Module, live: LiveBytes) -> None:
         for name, child in module.named_modules():
@@ -151,9 +183,8 @@ class _Stage:
             if tag := next((tag for key, tag in _TAGS.items() if key in leaf), None):
                 tag_module(child, live, tag)
         for index, block in enumerate(self.blocks):
-            place = "first" if index == 0 else "last" if index == len(self.blocks) - 1 else "middle"
             tag_module(block, live, "hidden states")
-            self._mark_block(block, live, place)
+            self._mark_block(block, live, self._place(index))
 
     def _mark_block(self, block: nn.Module, live: LiveBytes, place: str) -> None:
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

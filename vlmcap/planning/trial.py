@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
+from vlmcap.models.llm.checkpointing import checkpoint_layers
 from vlmcap.planning.batches import language_batch
 from vlmcap.planning.memory_use import reset_peak, resident
 from vlmcap.planning.stages import StageTrace, blocks_of, trace_stage
@@ -32,6 +33,8 @@ class Trial:
         num_clips: In the batch.
         num_visual: Visual tokens of a clip.
         num_caption: Caption tokens of a clip.
+        num_kept: Last blocks that are not computed again.
+        is_offloaded: Inputs of blocks that are computed again wait in host memory.
     """
 
     kind: str
@@ -42,6 +45,8 @@ class Trial:
     num_clips: int = 1
     num_visual: int = 96
     num_caption: int = 24
+    num_kept: int = 0
+    is_offloaded: bool = False
 
 
 def build_trial(trial: Trial, depth: int) -> nn.Module:
@@ -67,7 +72,7 @@ def build_trial(trial: Trial, depth: int) -> nn.Module:
 
 def _adapted(trial: Trial, llm: nn.Module) -> nn.Module:
     if trial.has_checkpointing:
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(llm, is_offloaded=trial.is_offloaded, num_kept=trial.num_kept)
     settings: dict[str, Any] = {"target_modules": "all-linear", "use_dora": False, "use_rslora": False, "use_experts": False}
     adapted: nn.Module = add_lora(llm, rank=8, alpha=16, dropout=0.0, **settings)
     return adapted.train()
@@ -86,20 +91,24 @@ def trace_trial(trial: Trial, depth: int) -> StageTrace:
     """The trace of its training step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from vlmcap.planning.hollow import fill_hollow, quantize_hollow
+    from vlmcap.planning.hollow import fill_hollow, forget_checkpoints, quantize_hollow
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
         llm = build_trial(trial, depth)
         quantize_hollow(llm, trial.quantization, torch.float32)
         llm = _adapted(trial, llm)
+    if trial.is_offloaded:
+        forget_checkpoints(llm)
     fill_hollow(llm, mode)
     with mode:
         visual = torch.empty(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
     captioner = _captioner(trial, llm, visual)
     batch = language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
     blocks = list(blocks_of(base_model(llm), depth))
-    return trace_stage(llm, lambda: captioner.loss_sum(batch)[0], mode=mode, blocks=blocks, inputs=[visual], dtype=None)
+    return trace_stage(
+        llm, lambda: captioner.loss_sum(batch)[0], mode=mode, blocks=blocks, inputs=[visual], dtype=None, num_kept=trial.num_kept
+    )
 
 
 def peak_of_real_step(trial: Trial, depth: int) -> float:

@@ -96,8 +96,8 @@ def test_expert_adapters_change_nothing_at_first_and_learn(moe_folder: Path, qua
 
 def test_every_expert_has_factors_of_its_own(moe_folder: Path) -> None:
     experts = fused_experts(with_expert_lora(load(moe_folder, "none"), rank=5))[0]
-    assert [tuple(experts.lora_A[name].shape) for name in MATRICES] == [(8, 5, 64), (8, 5, 32)]
-    assert [tuple(experts.lora_B[name].shape) for name in MATRICES] == [(8, 64, 5), (8, 64, 5)]
+    assert [tuple(experts.lora_A[name].shape) for name in MATRICES] == [(8, 5, 64), (8, 5, 64)]
+    assert [tuple(experts.lora_B[name].shape) for name in MATRICES] == [(8, 128, 5), (8, 64, 5)]
     assert all(not factor.any() for factor in experts.lora_B.values())
     assert len(experts.lora_A["gate_up_proj"].unique(dim=0)) == 8
 

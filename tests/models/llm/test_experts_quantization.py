@@ -18,7 +18,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.llm import experts_quantization
 from vlmcap.models.llm.experts import FusedExperts, fused_experts, pack_experts
 from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization, four_bit_bytes
-from vlmcap.models.llm.load import load_language_model, quantization_config
+from vlmcap.models.llm.load import keep_packing, load_language_model, quantization_config
 
 # As published with Qwen/Qwen3-30B-A3B-Instruct-2507.
 TRUE_SIZE = {
@@ -46,6 +46,7 @@ def load(folder: Path, quantization: str = "4bit", dtype: torch.dtype = torch.fl
         options |= {"quantization_config": config, "device_map": "cpu"}
     model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     assert not any(info.values())
+    keep_packing(model)
     return model.requires_grad_(False).eval()
 
 
@@ -102,7 +103,7 @@ def test_fused_files_load_alike(moe_folder: Path, tmp_path: Path, is_sharded: bo
     plain = load(moe_folder, "none")
     shutil.copy(moe_folder / "config.json", tmp_path)
     weights = {name: tensor.contiguous() for name, tensor in plain.state_dict().items()}
-    assert weights["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 64)
+    assert weights["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 128, 64)
     if is_sharded:
         files = {name: f"model-{1 + index % 2:05d}-of-00002.safetensors" for index, name in enumerate(weights)}
         for file in set(files.values()):

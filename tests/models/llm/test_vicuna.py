@@ -61,12 +61,12 @@ def vicuna_folder(sentencepiece_model: bytes, tmp_path_factory: pytest.TempPathF
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=480,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
-        initializer_range=0.2,
+        initializer_range=0.14,
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -111,7 +111,7 @@ def test_pickled_weights_are_loaded_as_saved(vicuna_folder: Path) -> None:
     loaded, saved = load(vicuna_folder).state_dict(), saved_weights(vicuna_folder)
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-    assert (context_length(vicuna_folder), text_width(vicuna_folder)) == (256, 32)
+    assert (context_length(vicuna_folder), text_width(vicuna_folder)) == (256, 64)
 
 
 def test_pickled_weights_are_quantised_as_any(vicuna_folder: Path) -> None:

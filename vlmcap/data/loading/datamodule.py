@@ -28,7 +28,8 @@ class LoaderSettings:
 
     Attributes:
         batch_size: Clips of a training batch; unused where `max_tokens_per_batch` is given.
-        eval_batch_size: Clips of any other batch.
+        eval_batch_size: Clips of a labelled batch of validation.
+        prompt_batch_size: Clips of a batch to caption.
         num_workers: Of each loader; 0 reads in this process.
         seed: Of the order of training clips.
         max_eval_clips: Of the validation split in the training loop.
@@ -40,6 +41,7 @@ class LoaderSettings:
 
     batch_size: int
     eval_batch_size: int
+    prompt_batch_size: int
     num_workers: int
     seed: int
     max_eval_clips: int
@@ -88,11 +90,14 @@ class CaptionDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The clips to caption while training, then the same clips with labels for the loss."""
         clips = self.clips["val"][: self.settings.max_eval_clips]
-        return [self._eval_loader(clips, collator) for collator in (self.prompt_collator, self.train_collator)]
+        return [
+            self._eval_loader(clips, self.prompt_collator, self.settings.prompt_batch_size),
+            self._eval_loader(clips, self.train_collator, self.settings.eval_batch_size),
+        ]
 
     def prompt_loader(self, split: str) -> DataLoader[Any]:
         """Every clip of a split once, as prompts."""
-        return self._eval_loader(self.clips[split], self.prompt_collator)
+        return self._eval_loader(self.clips[split], self.prompt_collator, self.settings.prompt_batch_size)
 
     def resume_at(self, position: Mapping[str, Any]) -> None:
         """Makes the next training loader start at a `BatchSampler.position`."""
@@ -122,11 +127,11 @@ class CaptionDataModule(L.LightningDataModule):
             raise UserError("data.batching=packed needs data.max_tokens_per_batch: the length of a row that clips are packed into")
         return packed_plan(lengths, max_tokens)
 
-    def _eval_loader(self, clips: Sequence[Clip], collator: Collator) -> DataLoader[Any]:
+    def _eval_loader(self, clips: Sequence[Clip], collator: Collator, batch_size: int) -> DataLoader[Any]:
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
         rank, world_size = self._rank
         own = range(rank, len(clips), world_size)
-        return DataLoader(sampler=own, batch_size=self.settings.eval_batch_size, **self._common(clips, collator))
+        return DataLoader(sampler=own, batch_size=batch_size, **self._common(clips, collator))
 
     def _common(self, clips: Sequence[Clip], collator: Collator) -> dict[str, Any]:
         """Arguments of every loader."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.llm.attention import check_attention, choose_attention
+from vlmcap.models.llm.experts import BLOCK
 from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
 
 # Names of the language model's weights in a whole vision-language model's files, as published and as transformers 5 writes them.
@@ -67,8 +68,30 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
         raise UserError(f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
     check_attention(model, chosen)
     if quantization == "4bit":
+        keep_packing(model)
         check_experts_packed(model)
     return model.requires_grad_(False).eval()
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place at the first inference on a CPU with bfloat16 products (AVX-512).
+
+    What reads the weights afterwards (DoRA, a comparison with the base) would misread them.
+
+    Raises:
+        UserError: A layer's width is no multiple of the block of 64 weights: on the same CPUs, bitsandbytes 0.50 unpacks it wrongly.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            is_misread = module.weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            if is_misread and module.in_features % BLOCK:
+                raise UserError(
+                    f"llm.quantization=4bit: bitsandbytes misreads layers of width {module.in_features}, which is no multiple of {BLOCK}, "
+                    "on this CPU; set llm.quantization=none"
+                )
 
 
 def context_length(folder: Path) -> int:

@@ -28,6 +28,8 @@ class QwenVLCaptioner(VideoCaptioner):
         **parts: As `VideoCaptioner` takes them.
     """
 
+    has_plain_inputs = False
+
     def __init__(self, *parts: Any, seconds_per_patch: float, **named: Any) -> None:
         super().__init__(*parts, **named)
         self.seconds_per_patch = seconds_per_patch

@@ -17,7 +17,7 @@ import torch
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.encoders.processor import Preprocessing, read_processor
 from vlmcap.models.llm.attention import check_attention, choose_attention
-from vlmcap.models.llm.load import quantization_config
+from vlmcap.models.llm.load import keep_packing, quantization_config
 from vlmcap.models.pretrained.parts import PretrainedParts
 from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
 from vlmcap.models.pretrained.qwen_encoder import QwenVisionEncoder
@@ -83,6 +83,8 @@ def load_qwen_vl(
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
     check_attention(model, options["attn_implementation"])
+    if quantization == "4bit":
+        keep_packing(model)
     return split_qwen_vl(kind, model, max_patches=max_patches, processor=read_processor(folder), tokenizer=tokenizer)
 
 

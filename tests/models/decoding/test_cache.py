@@ -1,0 +1,55 @@
+"""Rows of the cache: written in place, moved, and grown by blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmcap.models.decoding.cache import RowCache
+
+
+def states(rows: int, tokens: int, value: float) -> Tensor:
+    return torch.full((rows, 2, tokens, 4), value)
+
+
+def test_rows_of_different_lengths_see_their_own_tokens() -> None:
+    cache = RowCache(3)
+    cache.expect_newcomers(0, 5)
+    keys, _ = cache.update(states(2, 5, 1.0), states(2, 5, 2.0), 0)
+    assert keys.shape == (2, 2, 5, 4)
+    cache.expect_newcomers(2, 3)
+    cache.update(states(1, 3, 5.0), states(1, 3, 6.0), 0)
+    lengths = torch.tensor([5, 4, 3])  # the second prompt was padded
+    positions, mask = cache.expect_step(lengths, 5, 2)
+    keys, values = cache.update(states(3, 2, 7.0), states(3, 2, 8.0), 0)
+    assert positions.tolist() == [[5, 6], [4, 5], [3, 4]]
+    assert mask.shape == (3, 1, 2, keys.shape[2])
+    assert mask.sum(-1)[:, 0].tolist() == [[6, 7], [5, 6], [4, 5]]
+    for row, (length, prompt) in enumerate(zip((5, 4, 3), (1.0, 1.0, 5.0), strict=True)):
+        assert keys[row, 0, : length + 2, 0].tolist() == [prompt] * length + [7.0] * 2
+        assert values[row, 0, : length + 2, 0].tolist() == [prompt + 1] * length + [8.0] * 2
+
+
+def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
+    cache = RowCache(1)
+    cache.expect_newcomers(0, 3)
+    cache.update(states(1, 3, 1.0), states(1, 3, 1.0), 0)
+    places = set()
+    for length in range(3, 300):
+        cache.expect_step(torch.tensor([length]), length, 1)
+        keys, _ = cache.update(states(1, 1, float(length)), states(1, 1, float(length)), 0)
+        places.add(keys.data_ptr())
+    assert len(places) <= 3
+    assert keys[0, 1, :300, 2].tolist() == [1.0, 1.0, 1.0, *map(float, range(3, 300))]
+
+
+def test_moved_rows_take_everything_along() -> None:
+    cache = RowCache(4)
+    for layer in (0, 1):
+        cache.expect_newcomers(0, 2)
+        cache.update(torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 2, 2, 4), states(4, 2, 0.0), layer)
+    cache.move_rows([3, 2], [0, 1])
+    for layer in (0, 1):
+        cache.expect_step(torch.tensor([2, 2]), 2, 1)
+        keys, _ = cache.update(states(2, 1, 9.0), states(2, 1, 9.0), layer)
+        assert keys[:, 0, :3, 0].tolist() == [[3.0, 3.0, 9.0], [2.0, 2.0, 9.0]]

@@ -1,0 +1,131 @@
+"""Keys and values of rows that start and end at different times, written in place.
+
+Legend: R rows, N rows of one call, H heads of keys, D width of a head, S columns, q tokens a row in one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_BLOCK = 128  # columns that are allocated at a time
+_ALIGNED = 8  # kernels want masks whose rows are a multiple of this long
+
+
+@dataclass
+class _Places:
+    """Where the next call's keys go, the same in every layer.
+
+    Attributes:
+        num_rows: R that the buffers hold.
+        first: First row of newcomers; None in a step of all rows.
+        width: S of the newcomers' prompts, or columns that a step looks at.
+        rows: int64 (N, 1), and `columns`, int64 (N, q), of a step's tokens.
+    """
+
+    num_rows: int
+    first: int | None = None
+    width: int = 0
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+class _RowLayer(CacheLayerMixin):
+    """One layer; row r holds its tokens in columns 0 to its length, and anything behind."""
+
+    is_sliding = False
+
+    def __init__(self, places: _Places) -> None:
+        super().__init__()
+        self.places = places
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty buffers, of the number format that the states have."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (self._room(states, 0) for states in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the states (N, H, q, D); what to look at: newcomers at themselves, a step at all that its rows hold."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        places = self.places
+        if places.width > self.keys.shape[2]:
+            self.keys, self.values = (self._grown(buffer) for buffer in (self.keys, self.values))
+        if places.first is not None:
+            rows = slice(places.first, places.first + len(key_states))
+            self.keys[rows, :, : places.width] = key_states
+            self.values[rows, :, : places.width] = value_states
+            return key_states, value_states
+        assert places.rows is not None and places.columns is not None
+        rows_, columns = places.rows.to(self.keys.device), places.columns.to(self.keys.device)
+        self.keys[rows_, :, columns] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows_, :, columns] = value_states.transpose(1, 2).to(self.values.dtype)
+        count = len(key_states)
+        return self.keys[:count, :, : places.width], self.values[:count, :, : places.width]
+
+    def _room(self, like: Tensor, columns: int) -> Tensor:
+        # Zeros: what stands behind a row's end has no weight, but 0 times what memory happens to hold may be no number.
+        return like.new_zeros(self.places.num_rows, like.shape[1], columns, like.shape[3])
+
+    def _grown(self, buffer: Tensor) -> Tensor:
+        room = self._room(buffer, -(-self.places.width // _BLOCK) * _BLOCK)
+        room[:, :, : buffer.shape[2]] = buffer
+        return room
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of newcomers, who see no keys but their own; steps bring a mask with them."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """0: newcomers start at the first column, and steps bring positions with them."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: it grows."""
+        return -1
+
+
+class RowCache(Cache):
+    """A cache for transformers' models whose rows come and go; before each call of the model, one says which rows it is for.
+
+    Args:
+        num_rows: R, the most rows at a time.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._places = _Places(num_rows)
+        super().__init__(layer_class_to_replicate=partial(_RowLayer, self._places))
+
+    def expect_newcomers(self, first: int, width: int) -> None:
+        """The next call brings the prompts, padded on the right to `width`, of rows `first` and behind."""
+        self._places.first, self._places.width = first, width
+
+    def expect_step(self, lengths: Tensor, longest: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Positions, int64 (N, q), and what each token may look at, bool (N, 1, q, S), of the next call: q tokens for each of rows 0 to N.
+
+        Args:
+            lengths: int64 (N,), tokens that each row holds.
+            longest: The largest of them.
+            num_tokens: q.
+        """
+        places = self._places
+        places.first, places.width = None, -(-(longest + num_tokens) // _ALIGNED) * _ALIGNED
+        places.rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        places.columns = lengths[:, None] + torch.arange(num_tokens, device=lengths.device)
+        mask = torch.arange(places.width, device=lengths.device) <= places.columns[:, :, None]
+        return places.columns, mask[:, None]
+
+    def move_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Rows `sources` to the places of rows `targets`, which are lost."""
+        if not sources:
+            return
+        for layer in self.layers:
+            layer.keys[list(targets)] = layer.keys[list(sources)]
+            layer.values[list(targets)] = layer.values[list(sources)]
