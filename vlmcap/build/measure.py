@@ -46,7 +46,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     quiet_libraries()
     overrides = [_NO_DATA, *overrides]
     config = compose(overrides)
-    _check(config, num_blocks)
+    _check(config)
     device_of(config)
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
         measured_config = _shortened(_cut(config, num_blocks, Path(folder)))
@@ -59,9 +59,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     return comparison if comparison.why_not_kept else _kept(config, comparison)
 
 
-def _check(config: Config, num_blocks: int | None) -> None:
-    if num_blocks is not None and num_blocks < 1:
-        raise UserError(f"--blocks must be at least 1, not {num_blocks}")
+def _check(config: Config) -> None:
     if config.llm.max_new_tokens < 2:
         raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, not {config.llm.max_new_tokens}")
     if config.cache.enabled is True and config.cache.pooled:

@@ -31,6 +31,8 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError("--forget goes with no other flag; run it alone, and --measure behind it")
     if options.blocks is not None and not options.measure:
         raise UserError("--blocks cuts what is measured; add --measure")
+    if options.blocks is not None and options.blocks < 1:
+        raise UserError(f"--blocks must be at least 1, not {options.blocks}")
     if options.forget:
         forget(options.overrides)
     elif options.measure:
