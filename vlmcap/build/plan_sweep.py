@@ -157,10 +157,9 @@ def num_clips(config: Config) -> NumClips:
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
     from vlmcap.build.traces import Tracer
-    from vlmcap.planning.costs import UTILISATION
 
     tracer, batch = Tracer(config, plan.card.has_flash), config.data.eval_batch_size
-    speed = UTILISATION * plan.card.peak_flops * batch
+    speed = plan.card.utilisation * plan.card.peak_flops * batch
     passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[config.tuning.encoder]  # a trained one's trace is a step
     prompt = tracer.sizes.num_visual + tracer.sizes.num_prompt
     longer = 1 + config.llm.max_caption_tokens / prompt
@@ -204,8 +203,7 @@ def _described(configs: Sequence[Config]) -> list[str]:
         splits = f"{grouped(clips.train)} training, {grouped(clips.val)} validation and {grouped(clips.test)} test clips"
         lines.append(f"data={name}: {splits}, {epochs} epochs")
     is_cpu = configs[0].hardware.accelerator == "cpu"
-    from vlmcap.planning.cards import CORE_FLOPS
-    from vlmcap.planning.costs import UTILISATION
+    from vlmcap.planning.cards import CORE_FLOPS, UTILISATION
 
     of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core" if is_cpu else "the data sheet's speed"
     return [*lines, f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted."]

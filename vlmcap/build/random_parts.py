@@ -15,8 +15,8 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 
 from vlmcap.build.hollow_parts import PROMPT_TOKENS, planned_spec, sketch, text_config, whole_parts
-from vlmcap.build.model import generation_settings, loss_chunk_bytes
-from vlmcap.build.parts import add_adapters, device_of, encoder_options, language_options, train_encoder
+from vlmcap.build.model import generation_settings
+from vlmcap.build.parts import add_adapters, device_of, encoder_options, language_options, loss_chunk_bytes, train_encoder
 from vlmcap.config import Config, ModelKind
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 
