@@ -30,6 +30,7 @@ _GROUPS = {
     "trainer": schema.TrainerConfig,
     "logger": schema.LoggerConfig,
     "callbacks": schema.CallbacksConfig,
+    "sweep": schema.SweepConfig,
 }
 
 

@@ -10,7 +10,7 @@ from vlmcap.build.activation_budget import kept_within, training_stages
 from vlmcap.compose import compose
 from vlmcap.config import Config, Enforce
 from vlmcap.errors import UserError
-from vlmcap.planning.cards import Card, card_of
+from vlmcap.planning.cards import Card
 from vlmcap.planning.plan import Change, Plan
 
 if TYPE_CHECKING:
@@ -34,16 +34,20 @@ _CHANGES: tuple[tuple[str, str], ...] = (
 )
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, card: Card | None = None) -> Plan:
     """The plan of a configuration on its card, from its architecture alone.
+
+    Args:
+        config: Of the run.
+        card: Instead of `planned_card`'s.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
     """
     from vlmcap.build.traces import Tracer
-    from vlmcap.planning.memory import Stage, generation_peak, training_peak
+    from vlmcap.planning.memory import Stage, generation_peak, scale_beyond, training_peak
 
-    card = planned_card(config)
+    card = card or planned_card(config)
     tracer = Tracer(config, card.has_flash)
     sizes, data = tracer.sizes, config.data
     is_cached = config.cache.enabled is True
@@ -69,19 +73,22 @@ def make_plan(config: Config) -> Plan:
         depth=tracer.depth,
     )
     flops = sum(stage.trace.flops for stage in steps) / data.batch_size
+    caption_s, token_s = _caption_seconds(config, prompt, cache_bytes * (prompt_tokens + config.llm.max_new_tokens / 2), card)
     return Plan(
         title=" + ".join(config.part_names.values()),
         hardware=config.hardware.name,
         card=card,
-        training=training,
-        generation=generation,
+        training=scale_beyond(training, card.beyond_ratio),
+        generation=scale_beyond(generation, card.beyond_ratio),
         num_visual=sizes.num_visual,
         num_text=sizes.num_prompt + config.llm.max_caption_tokens,
         batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size,
         num_frames=data.num_frames,
         flops=flops,
         clip_s=_clip_seconds(config, steps, card),
-        caption_s=_caption_seconds(config, prompt, cache_bytes * (prompt_tokens + config.llm.max_new_tokens / 2), card),
+        caption_s=caption_s,
+        token_s=token_s,
         num_clips=data.max_clips or NUM_CLIPS,
         cache_bytes=_cached_bytes(tracer),
         download_bytes=download_bytes(config),
@@ -91,11 +98,10 @@ def make_plan(config: Config) -> Plan:
 
 
 def planned_card(config: Config) -> Card:
-    """The card of the profile, or this computer."""
-    import os
+    """The card of the profile, or this computer, with what `vlmcap doctor --measure` kept of it."""
+    from vlmcap.build.this_card import calibrated_card
 
-    cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
-    return card_of(config.hardware.name, config.hardware.memory_gib, cores)
+    return calibrated_card(config)
 
 
 def key_value_bytes(config: Config) -> float:
@@ -149,20 +155,21 @@ def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
     return training_seconds(flops, packed, card, is_checkpointed=checkpointed) / config.data.batch_size
 
 
-def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> float:
-    from vlmcap.planning.costs import caption_seconds
+def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> tuple[float, float]:
+    from vlmcap.planning.costs import caption_seconds, token_seconds
 
     weight_bytes, packed = sum(prompt.trace.weights.values()), _packed_bytes(config, prompt)
     seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.max_new_tokens, card)
-    return seconds / config.data.eval_batch_size
+    return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
 
 
-def with_changes(plan: Plan, overrides: Sequence[str]) -> Plan:
+def with_changes(plan: Plan, overrides: Sequence[str], card: Card | None = None) -> Plan:
     """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
 
     Args:
         plan: Of the overrides.
         overrides: Of the configuration, as `train.py` takes them.
+        card: As of `make_plan`.
     """
     chosen: list[Change] = []
     best, taken = plan, list(overrides)
@@ -171,28 +178,28 @@ def with_changes(plan: Plan, overrides: Sequence[str]) -> Plan:
             break
         try:
             config = compose([*taken, override])
-            changed = make_plan(config)
+            changed = make_plan(config, card)
         except UserError:  # the change does not go with these parts
             continue
         if changed.peak_gib < best.peak_gib - 0.05:
             taken.append(override)
             chosen.append(Change((override,), cost, changed.peak_gib))
             best = changed
-    return dataclasses.replace(plan, changes=_needed(chosen, overrides, plan) if best.fits else chosen)
+    return dataclasses.replace(plan, changes=_needed(chosen, overrides, card) if best.fits else chosen)
 
 
-def _needed(chosen: Sequence[Change], overrides: Sequence[str], plan: Plan) -> list[Change]:
+def _needed(chosen: Sequence[Change], overrides: Sequence[str], card: Card | None) -> list[Change]:
     """The changes without those that it fits without."""
     kept = list(chosen)
     for change in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not change]
         flat = [override for other in rest for override in other.overrides]
-        if make_plan(compose([*overrides, *flat])).fits:
+        if make_plan(compose([*overrides, *flat]), card).fits:
             kept = rest
     taken, result = list(overrides), []
     for change in kept:
         taken += change.overrides
-        result.append(dataclasses.replace(change, peak_gib=make_plan(compose(taken)).peak_gib))
+        result.append(dataclasses.replace(change, peak_gib=make_plan(compose(taken), card).peak_gib))
     return result
 
 

@@ -84,13 +84,13 @@ def sizes_of(config: Config) -> Sizes:
     is_timed = config.model.kind is ModelKind.qwen3_vl
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1
-    for side in _frames_shape(config, encoder, grid):
+    for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
     depth = num_blocks(encoder) if not config.is_whole else 0
     return Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
 
 
-def _frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
+def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Of one clip's frames as the encoder takes them, bytes."""
     frames, rows, columns = grid
     tower = encoder.tower.config
@@ -194,7 +194,7 @@ class Tracer:
         mode = _fake_mode()
         encoder = hollow_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
-        shape = _frames_shape(self.config, encoder, self.sizes.grid)
+        shape = frames_shape(self.config, encoder, self.sizes.grid)
         with mode:
             frames = torch.empty(num_clips, *shape, dtype=torch.uint8)
         varies = shape[1] != 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vlmcap.errors import UserError
+
 
 def add(commands: Any) -> None:
     """Adds the command to the parsers of argparse."""
@@ -15,10 +17,21 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--all", action="store_true", help="show every part of the memory, small ones too")
+    parser.add_argument("-m", "--multirun", action="store_true", help="add up all combinations of a sweep, such as encoder=clip,siglip2")
+    parser.add_argument("--price", type=float, metavar="X", help="with -m: what an hour of the card costs")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.multirun:
+        if options.all:
+            raise UserError("--all shows the memory of one combination; leave out -m")
+        from vlmcap.build.plan_sweep import show_sweep
+
+        show_sweep(options.overrides, price=options.price, as_json=options.json)
+        return
+    if options.price is not None:
+        raise UserError("--price is for a sweep; add -m")
     from vlmcap.build.plan import show_plan
 
     show_plan(options.overrides, as_json=options.json, is_whole=options.all)

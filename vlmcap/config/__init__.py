@@ -41,6 +41,7 @@ from vlmcap.config.run import (
     ProfileConfig,
     TrainerConfig,
 )
+from vlmcap.config.sweep import SweepConfig
 
 __all__ = [
     "AugmentConfig",
@@ -81,6 +82,7 @@ __all__ = [
     "Split",
     "SplitConfig",
     "StageConfig",
+    "SweepConfig",
     "Temporal",
     "TrainerConfig",
     "TuningConfig",

@@ -23,6 +23,7 @@ from vlmcap.config.choices import (
 )
 from vlmcap.config.data import CacheConfig, DataConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
+from vlmcap.config.sweep import SweepConfig
 
 
 @dataclass
@@ -193,6 +194,7 @@ class Config:
     plan: PlanConfig
     paths: PathsConfig
     callbacks: CallbacksConfig
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 0
     objective: str = "val/cider"  # the metric that train.py returns, for sweeps
     objective_mode: str = "max"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
+UTILISATION = 0.4  # of a card's peak, that models of these sizes reach in training, where nothing was measured
 CORE_FLOPS = 60e9  # float32 on one core: measured with CLIP-L's layers on a server CPU
 
 
@@ -18,6 +20,10 @@ class Card:
         bytes_per_s: Of its memory.
         has_flash: Compute capability 8.0 or newer.
         context_gib: The CUDA context, and the kernels and workspaces of cuBLAS and cuDNN.
+        utilisation: Share of `peak_flops` that training reaches.
+        beyond_ratio: What is multiplied with the planned bytes beyond weights and optimiser state.
+        bandwidth_share: Share of `bytes_per_s` that writing captions reaches.
+        calibrated: Card and day of the measurement that the last three and the context come from; empty where they are assumed.
     """
 
     usable_gib: float
@@ -25,6 +31,10 @@ class Card:
     bytes_per_s: float
     has_flash: bool = True
     context_gib: float = 0.6
+    utilisation: float = UTILISATION
+    beyond_ratio: float = 1.0
+    bandwidth_share: float = 1.0
+    calibrated: str = ""
 
 
 CARDS = {
@@ -48,3 +58,33 @@ def card_of(hardware: str, memory_gib: float, num_cores: int | None = None) -> C
         return Card(memory_gib, num_cores * CORE_FLOPS, num_cores * 8e9, context_gib=0.0)
     known = CARDS.get(hardware)
     return known or Card(0.92 * memory_gib, CARDS["l4"].peak_flops, CARDS["l4"].bytes_per_s)
+
+
+_MODELS = {"t4": r"\bT4\b", "l4": r"\bL4\b", "a100": r"\bA100\b", "a100_80": r"\bA100\b", "h100": r"\bH100\b"}
+_SHARED = 0.9  # of a profile's memory that a card of its model has at least; a slice of one (MIG) has less
+
+
+def own_profile(name: str, total_gib: float) -> str | None:
+    """The hardware profile that was made for this very card.
+
+    Args:
+        name: As PyTorch reports it, such as "NVIDIA L4".
+        total_gib: Its memory.
+    """
+    fitting = [key for key, pattern in _MODELS.items() if re.search(pattern, name) and total_gib >= _SHARED * CARDS[key].usable_gib]
+    return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)
+
+
+def suitable_profile(name: str, total_gib: float, capability: tuple[int, int]) -> str | None:
+    """The profile that suits a card: its own, or that of the largest card which has no more memory and no more abilities; None if none.
+
+    Args:
+        name: As PyTorch reports it.
+        total_gib: Its memory.
+        capability: Compute capability.
+    """
+    if own := own_profile(name, total_gib):
+        return own
+    is_old = capability < (8, 0)
+    fitting = [key for key, card in CARDS.items() if card.usable_gib <= total_gib and not (card.has_flash and is_old)]
+    return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)

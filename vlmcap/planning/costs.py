@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vlmcap.planning.cards import Card
 
-UTILISATION = 0.4  # of a card's peak, that models of these sizes reach in training
 UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
 READ_AGAIN = 2  # bytes: then the product reads it
 CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
@@ -21,7 +20,7 @@ def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkp
     """
     passes = 3 if is_checkpointed else 2
     moved = passes * 2 * packed_bytes * UNPACKED_BYTES
-    return flops / (UTILISATION * card.peak_flops) + moved / card.bytes_per_s
+    return flops / (card.utilisation * card.peak_flops) + moved / card.bytes_per_s
 
 
 def caption_seconds(flops: float, weight_bytes: float, packed_bytes: float, cache_bytes: float, max_tokens: int, card: Card) -> float:
@@ -35,6 +34,11 @@ def caption_seconds(flops: float, weight_bytes: float, packed_bytes: float, cach
         max_tokens: The longest caption, which ends the batch.
         card: That it runs on.
     """
+    token_s = token_seconds(weight_bytes, packed_bytes, cache_bytes, card)
+    return flops / (card.utilisation * card.peak_flops) + CAPTION_SHARE * max_tokens * token_s
+
+
+def token_seconds(weight_bytes: float, packed_bytes: float, cache_bytes: float, card: Card) -> float:
+    """Seconds of one token of every clip of a batch; arguments as of `caption_seconds`."""
     unpacking = 2 * packed_bytes * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
-    token_s = (weight_bytes + unpacking + cache_bytes) / card.bytes_per_s
-    return flops / (UTILISATION * card.peak_flops) + CAPTION_SHARE * max_tokens * token_s
+    return (weight_bytes + unpacking + cache_bytes) / (card.bandwidth_share * card.bytes_per_s)

@@ -136,3 +136,15 @@ def _finish(always: Counter[str], fullest: Counter[str]) -> dict[str, float]:
     parts = always + fullest
     parts["fragmentation"] = FRAGMENTATION * fullest.total()  # type: ignore[assignment]
     return dict(sorted(((name, float(size)) for name, size in parts.items() if size > 0), key=lambda item: -item[1]))
+
+
+def is_known(name: str) -> bool:
+    """Whether a part's bytes follow from numbers of parameters alone: weights, quantisation state, optimiser state."""
+    return name.endswith(("weights", "quantisation state", "optimiser state"))
+
+
+def scale_beyond(moment: Moment, ratio: float) -> Moment:
+    """The moment with all parts that are not known times a measured ratio."""
+    if ratio == 1:
+        return moment
+    return Moment(moment.name, {name: size if is_known(name) else ratio * size for name, size in moment.parts.items()})

@@ -42,10 +42,12 @@ class Plan:
         num_visual: Visual tokens of a clip.
         num_text: Text tokens of a clip, the longest caption included.
         batch_size: Clips a micro-batch.
+        eval_batch_size: Clips that are captioned together.
         num_frames: Of a clip.
         flops: Of a clip in training.
         clip_s: Seconds a clip in training.
         caption_s: Seconds to caption a clip.
+        token_s: Of them, of one token of a whole evaluation batch.
         num_clips: That an epoch and the store of features are counted for.
         cache_bytes: Of a clip's features on disk.
         download_bytes: Of the bases.
@@ -62,10 +64,12 @@ class Plan:
     num_visual: int
     num_text: int
     batch_size: int
+    eval_batch_size: int
     num_frames: int
     flops: float
     clip_s: float
     caption_s: float
+    token_s: float
     num_clips: int
     cache_bytes: float
     download_bytes: float
@@ -124,15 +128,18 @@ class Plan:
             "visual_tokens": self.num_visual,
             "text_tokens": self.num_text,
             "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
             "num_frames": self.num_frames,
             "flops_per_clip": self.flops,
             "seconds_per_clip": round(self.clip_s, 4),
             "seconds_per_caption": round(self.caption_s, 4),
+            "seconds_per_token": round(self.token_s, 6),
             "num_clips": self.num_clips,
             "seconds_per_epoch": round(self.clip_s * self.num_clips, 1),
             "cache_bytes": round(self.cache_bytes * self.num_clips),
             "download_bytes": round(self.download_bytes),
             "is_cached": self.is_cached,
+            "calibrated": self.card.calibrated or None,
             "kept_layers": self.num_kept,
             "changes": [change.plain() for change in self.changes],
         }

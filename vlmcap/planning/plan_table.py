@@ -53,6 +53,8 @@ def _costs(plan: Plan) -> Table:
     table.add_row(
         "disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {gigabytes(plan.download_bytes)} to download"
     )
+    if plan.card.calibrated:
+        table.add_row("figures", f"calibrated on {plan.card.calibrated}")
     return table
 
 

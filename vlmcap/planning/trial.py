@@ -1,6 +1,6 @@
 """A language model of any size that takes a step on fake tensors, or the same step in earnest: what plans are checked by.
 
-`vlmcap doctor --measure` and the tests of the plan use it; a card need not be there.
+The tests of the plan use it; a card need not be there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.checkpointing import checkpoint_layers
 from vlmcap.planning.batches import language_batch
+from vlmcap.planning.memory_use import reset_peak, resident
 from vlmcap.planning.stages import StageTrace, blocks_of, trace_stage
 
 
@@ -121,19 +122,7 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
     _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch(1, [1], 8, 2))[0].backward()
     llm.zero_grad(set_to_none=True)
     captioner, batch = _captioner(trial, llm, visual), language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
-    _reset_peak()
-    before = _resident("VmRSS")
+    reset_peak()
+    before = resident("VmRSS")
     captioner.loss_sum(batch)[0].backward()
-    return _resident("VmHWM") - before
-
-
-def _reset_peak() -> None:
-    """Linux alone keeps a peak that can be set back."""
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-
-
-def _resident(name: str) -> float:
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(name))
-    return float(line.split()[1]) * 1024
+    return resident("VmHWM") - before

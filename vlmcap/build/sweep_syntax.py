@@ -1,0 +1,55 @@
+"""Hydra's sweep syntax as `python train.py -m` reads it: `encoder=clip,siglip2`, `seed=range(3)`, `optim=choice(adamw,adamw_8bit)`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmcap.compose import config_dir, explain, innermost, register_schemas
+from vlmcap.errors import UserError
+
+
+def expand(overrides: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The overrides of each job, in the order of Hydra's BasicSweeper, and the keys that are swept.
+
+    Args:
+        overrides: As after `python train.py -m`; of a key that is there twice the last counts, as for Hydra.
+
+    Raises:
+        UserError: An override cannot be read, or has no values to try one by one.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    register_schemas()
+    values: dict[str, list[str]] = {}
+    try:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # glob() asks it for the names
+            for override in parser.parse_overrides([*overrides]):
+                key = override.get_key_element()
+                if not override.is_sweep_override():
+                    values[key] = [f"{key}={override.get_value_element_as_str()}"]
+                elif override.is_discrete_sweep():
+                    values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                else:
+                    mend = "give a list such as 1e-4,2e-4, or range(start,stop,step)"
+                    raise UserError(f"{override.input_line} has no values to try one by one; {mend}")
+    except HydraException as error:
+        raise UserError(explain(innermost(error))) from error
+    empty = next((key for key, found in values.items() if not found), None)
+    if empty is not None:
+        raise UserError(f"{empty} has no values to try; glob() finds none, or a range is empty")
+    return list(itertools.product(*values.values())), [key for key, found in values.items() if len(found) > 1]
+
+
+def short_names(jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[str]:
+    """What tells each job from the others: names of parts as they are, other values with their key."""
+    return [" ".join(_shown(*override.split("=", 1)) for override in job if override.split("=", 1)[0] in swept) for job in jobs]
+
+
+def _shown(key: str, value: str) -> str:
+    return value if (Path(config_dir()) / key).is_dir() else f"{key}={value}"
