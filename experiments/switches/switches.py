@@ -1,6 +1,6 @@
 """What each switch of training buys: planned memory and arithmetic of one combination, one switch changed at a time.
 
-    python experiments/switches/switches.py    write README.md's table to stdout
+python experiments/switches/switches.py    write README.md's table to stdout
 """
 
 from __future__ import annotations

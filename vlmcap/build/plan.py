@@ -45,7 +45,7 @@ def make_plan(config: Config, card: Card | None = None) -> Plan:
         UserError: The parts do not fit together, or an architecture is not known.
     """
     from vlmcap.build.traces import Tracer
-    from vlmcap.planning.memory import Stage, generation_peak, scale_beyond, training_peak
+    from vlmcap.planning.memory import Stage, generation_peak, kept_between_steps, scale_beyond, training_peak
 
     card = card or planned_card(config)
     tracer = Tracer(config, card.has_flash)
@@ -63,9 +63,10 @@ def make_plan(config: Config, card: Card | None = None) -> Plan:
     before.append(Stage("projector", tracer.projector(data.eval_batch_size)))
     prompt_tokens = sizes.num_visual + sizes.num_prompt
     cache_bytes = key_value_bytes(config) * data.eval_batch_size
+    waiting = data.eval_batch_size * config.evaluation.clips_per_row  # clips whose turn comes are on the card too
     generation = generation_peak(
         [*before, steps[-1]],
-        {name: size * data.eval_batch_size * config.evaluation.clips_per_row for name, size in held_a_clip.items()},  # those that wait too
+        {name: size * waiting for name, size in held_a_clip.items()} | kept_between_steps(steps, config.optim.kind.value),
         prompt.trace,
         cache_bytes=cache_bytes,
         prompt_tokens=prompt_tokens,

@@ -86,6 +86,12 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
     return Moment(name, _finish(always, fullest))
 
 
+def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, float]:
+    """Bytes that a training run keeps while it captions: the optimiser's state, and the last step's gradients until the next one."""
+    num_trained = sum(stage.trace.num_trained for stage in stages)
+    return {"optimiser state": OPTIMIZERS[optimizer][0] * num_trained, "gradients": FLOAT * num_trained}
+
+
 def generation_peak(
     stages: Sequence[Stage], held: Bytes, prefill: StageTrace, *, cache_bytes: float, prompt_tokens: int, new_tokens: int, depth: int
 ) -> Moment:
