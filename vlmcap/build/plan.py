@@ -13,6 +13,8 @@ from vlmcap.planning.cards import Card, card_of
 from vlmcap.planning.plan import Change, Plan
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vlmcap.build.traces import Tracer
     from vlmcap.planning.memory import Stage
 
@@ -109,20 +111,29 @@ def key_value_bytes(config: Config) -> float:
 
 
 def download_bytes(config: Config) -> float:
-    """Bytes of the published weights, two a parameter, that the parts read."""
+    """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
+    from vlmcap.build.hollow_parts import outline, text_config, whole_outline
+
+    first, second = (_language_parameters(config, depth) for depth in (1, 2))
+    language = first + (int(text_config(config).num_hidden_layers) - 1) * (second - first)
+    rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
+    return 2.0 * (language + sum(map(_parameters, rest)))
+
+
+def _language_parameters(config: Config, depth: int) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vlmcap.build.hollow_parts import sketch, text_config, whole_parts
+    from vlmcap.build.hollow_parts import plain_vision_blocks, text_config, whole_parts
 
-    text = text_config(config)
     if config.is_whole:
-        parts = whole_parts(config, int(text.num_hidden_layers))
-        modules = [parts.encoder, parts.projector, parts.llm]
-    else:
-        with torch.device("meta"):
-            modules = [sketch(config), AutoModelForCausalLM.from_config(text)]
-    return 2.0 * sum(int(parameter.numel()) for module in modules for parameter in module.parameters())
+        return _parameters(whole_parts(config, depth, plain_vision_blocks(config) and 1).llm)
+    with torch.device("meta"):
+        return _parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(int(parameter.numel()) for parameter in module.parameters())
 
 
 def _held(tracer: Tracer, is_cached: bool) -> dict[str, float]:

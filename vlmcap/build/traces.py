@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,15 @@ from vlmcap.build.hollow_parts import (
     hollow_encoder,
     hollow_llm,
     hollow_projector,
-    num_blocks,
+    outline,
+    plain_vision_blocks,
     planned_spec,
-    sketch,
     text_config,
-    whole_parts,
+    whole_outline,
 )
 from vlmcap.build.model import loss_chunk_bytes
 from vlmcap.build.parts import dtype_of
+from vlmcap.build.sizes import Sizes, frames_shape, sizes_of
 from vlmcap.build.trace_store import TraceStore
 from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
 
@@ -33,72 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from vlmcap.planning.stages import StageTrace
-    from vlmcap.types import GridTHW
 
 _SHORT = 2  # blocks of the shorter of two traces
-_TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a clip comes to.
-
-    Attributes:
-        grid: Frames (tiles count), rows and columns of its patches at most.
-        frame_bytes: Of its frames on the card.
-        embed_dim: Dv.
-        num_encoder_blocks: That run.
-        num_visual: V.
-        runs: Visual tokens of each run of placeholders.
-        gap: Text tokens between two runs.
-    """
-
-    grid: GridTHW
-    frame_bytes: int
-    embed_dim: int
-    num_encoder_blocks: int
-    num_visual: int
-    runs: tuple[int, ...]
-    gap: int
-
-    @property
-    def num_prompt(self) -> int:
-        """Text tokens in front of the caption."""
-        return PROMPT_TOKENS + self.gap * (len(self.runs) - 1)
-
-
-def sizes_of(config: Config) -> Sizes:
-    """The largest clip that a configuration may meet.
-
-    Raises:
-        UserError: The parts do not fit.
-    """
-    encoder = sketch(config)
-    grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
-    spec = planned_spec(config, encoder)
-    if spec is not None:
-        spec.check()
-    steps, rows, columns = grid
-    count = whole_parts(config, 1).num_tokens if spec is None else spec.num_tokens
-    num_visual = count(steps, (rows, columns))
-    is_timed = config.model.kind is ModelKind.qwen3_vl
-    runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
-    frame_bytes = 1
-    for side in _frames_shape(config, encoder, grid):
-        frame_bytes *= side
-    depth = num_blocks(encoder) if not config.is_whole else 0
-    return Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
-
-
-def _frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
-    """Of one clip's frames as the encoder takes them, bytes."""
-    frames, rows, columns = grid
-    tower = encoder.tower.config
-    patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
-    depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
-    if encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None or encoder.max_tiles > 1:
-        return (frames, 3, rows * patch, columns * patch)
-    return (frames, rows * columns, 3 * depth * patch * patch)
 
 
 class Tracer:
@@ -107,11 +43,12 @@ class Tracer:
     Args:
         config: Of the run.
         has_flash: Of the card.
+        sizes: In place of those of the configuration's largest clip.
     """
 
-    def __init__(self, config: Config, has_flash: bool) -> None:
+    def __init__(self, config: Config, has_flash: bool, sizes: Sizes | None = None) -> None:
         self.config, self.has_flash = config, has_flash
-        self.sizes = sizes_of(config)
+        self.sizes = sizes or sizes_of(config)
         self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
         self.trains_encoder = config.tuning.encoder is not EncoderTuning.none
 
@@ -121,7 +58,11 @@ class Tracer:
         return int(text_config(self.config).num_hidden_layers)
 
     def encoder(self, num_clips: int) -> StageTrace:
-        """Frames to features."""
+        """Frames to features; every figure is linear in the clips, as none of them sees another."""
+        from vlmcap.planning.stages import extrapolate
+
+        if num_clips > 2:
+            return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
         key = {
             "encoder": settings,
@@ -129,7 +70,7 @@ class Tracer:
             "tuning": self._encoder_tuning(),
             "sizes": dataclasses.asdict(self.sizes),
         }
-        depth = None if self.config.is_whole else self.sizes.num_encoder_blocks
+        depth = plain_vision_blocks(self.config) if self.config.is_whole else self.sizes.num_encoder_blocks
         return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
 
     def projector(self, num_clips: int) -> StageTrace:
@@ -176,7 +117,7 @@ class Tracer:
         mode = _fake_mode()
         encoder = hollow_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
-        shape = _frames_shape(self.config, encoder, self.sizes.grid)
+        shape = frames_shape(self.config, encoder, self.sizes.grid)
         with mode:
             frames = torch.empty(num_clips, *shape, dtype=torch.uint8)
         varies = shape[1] != 3
@@ -185,7 +126,7 @@ class Tracer:
             encoder,
             lambda: encoder(frames, grids),
             mode=mode,
-            blocks=list(blocks_of(encoder, depth)) if depth else (),
+            blocks=() if self.config.is_whole else list(blocks_of(encoder, depth)),
             inputs=[frames],
             dtype=self._autocast,
             has_flash=self.has_flash,
@@ -198,7 +139,7 @@ class Tracer:
         from vlmcap.planning.stages import trace_stage
 
         mode = _fake_mode()
-        encoder = sketch(self.config)
+        encoder = outline(self.config)
         projector = hollow_projector(self.config, planned_spec(self.config, encoder), mode)
         frames, rows, columns = self.sizes.grid
         dtype, width = dtype_of(self.config.hardware.precision), int(text_config(self.config).hidden_size)
@@ -263,7 +204,7 @@ class Tracer:
         """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
         if self.config.model.kind is not ModelKind.qwen3_vl:
             return 1
-        return 1 + int(whole_parts(self.config, 1).encoder.num_deep_layers)
+        return 1 + int(whole_outline(self.config).encoder.num_deep_layers)
 
 
 def _fake_mode() -> Any:
