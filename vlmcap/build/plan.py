@@ -13,8 +13,6 @@ from vlmcap.planning.cards import Card, card_of
 from vlmcap.planning.plan import Change, Plan
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vlmcap.build.traces import Tracer
     from vlmcap.planning.memory import Stage
 
@@ -35,17 +33,22 @@ _CHANGES: tuple[tuple[str, str], ...] = (
 )
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, tracer: Tracer | None = None) -> Plan:
     """The plan of a configuration on its card, from its architecture alone.
+
+    Args:
+        config: Of the run.
+        tracer: Of the same configuration, where it is not to be traced in the ordinary way.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
     """
+    from vlmcap.build.sizes import download_bytes, key_value_bytes
     from vlmcap.build.traces import Tracer
     from vlmcap.planning.memory import Stage, generation_peak, training_peak
 
     card = planned_card(config)
-    tracer = Tracer(config, card.has_flash)
+    tracer = tracer or Tracer(config, card.has_flash)
     sizes, data = tracer.sizes, config.data
     is_cached = config.cache.enabled is True
     held_a_clip = _held(tracer, is_cached)
@@ -97,43 +100,6 @@ def planned_card(config: Config) -> Card:
 
     cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
     return card_of(config.hardware.name, config.hardware.memory_gib, cores)
-
-
-def key_value_bytes(config: Config) -> float:
-    """Bytes of one token's keys and values in the cache, all blocks."""
-    from vlmcap.build.hollow_parts import text_config
-    from vlmcap.build.parts import dtype_of
-
-    text = text_config(config)
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
-
-
-def download_bytes(config: Config) -> float:
-    """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
-    from vlmcap.build.hollow_parts import outline, text_config, whole_outline
-
-    first, second = (_language_parameters(config, depth) for depth in (1, 2))
-    language = first + (int(text_config(config).num_hidden_layers) - 1) * (second - first)
-    rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
-    return 2.0 * (language + sum(map(_parameters, rest)))
-
-
-def _language_parameters(config: Config, depth: int) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from vlmcap.build.hollow_parts import plain_vision_blocks, text_config, whole_parts
-
-    if config.is_whole:
-        return _parameters(whole_parts(config, depth, plain_vision_blocks(config) and 1).llm)
-    with torch.device("meta"):
-        return _parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(int(parameter.numel()) for parameter in module.parameters())
 
 
 def _held(tracer: Tracer, is_cached: bool) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a clip comes to in a configuration: patches, visual tokens, bytes of its frames.
+"""What a configuration comes to before it is traced: patches and visual tokens of a clip, bytes of frames, cache and download.
 
 Legend: F frames, P patches a frame, Dv vision width, V visual tokens a clip.
 """
@@ -8,10 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.build.hollow_parts import PROMPT_TOKENS, num_blocks, outline, planned_spec, whole_outline
+from vlmcap.build.hollow_parts import (
+    PROMPT_TOKENS,
+    num_blocks,
+    outline,
+    plain_vision_blocks,
+    planned_spec,
+    text_config,
+    whole_outline,
+    whole_parts,
+)
+from vlmcap.build.parts import dtype_of
 from vlmcap.config import Config, ModelKind
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vlmcap.types import GridTHW
 
 _TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
@@ -77,3 +89,33 @@ def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]
     if encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None or encoder.max_tiles > 1:
         return (frames, 3, rows * patch, columns * patch)
     return (frames, rows * columns, 3 * depth * patch * patch)
+
+
+def key_value_bytes(config: Config) -> float:
+    """Bytes of one token's keys and values in the cache, all blocks."""
+    text = text_config(config)
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
+
+
+def download_bytes(config: Config) -> float:
+    """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
+    first, second = (_language_parameters(config, depth) for depth in (1, 2))
+    language = first + (int(text_config(config).num_hidden_layers) - 1) * (second - first)
+    rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
+    return 2.0 * (language + sum(map(_parameters, rest)))
+
+
+def _language_parameters(config: Config, depth: int) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if config.is_whole:
+        return _parameters(whole_parts(config, depth, plain_vision_blocks(config) and 1).llm)
+    with torch.device("meta"):
+        return _parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(int(parameter.numel()) for parameter in module.parameters())

@@ -82,21 +82,38 @@ class Tracer:
 
     def language(self, num_clips: int, num_caption: int) -> StageTrace:
         """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
+        key, make = self._language_key(num_clips, num_caption), self._language_maker(num_clips, num_caption)
+        return self._trace("language", key, self.depth, make)
+
+    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0) -> StageTrace:
+        """The same of as few blocks as may stand for all, and `num_more`."""
+        key, make = self._language_key(num_clips, num_caption), self._language_maker(num_clips, num_caption)
+        return self._keep("language", key, self.short("language") + num_more, make)
+
+    def _language_key(self, num_clips: int, num_caption: int) -> dict[str, Any]:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
-        key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
-        return self._trace("language", key, self.depth, lambda depth: self._trace_language(num_clips, num_caption, depth))
+        return key | {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
+
+    def _language_maker(self, num_clips: int, num_caption: int) -> Callable[[int], StageTrace]:
+        return lambda depth: self._trace_language(num_clips, num_caption, depth)
+
+    def short(self, what: str) -> int:
+        """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
+        return _SHORT + (self._deep_layers() - 1 if what == "language" else 0)
 
     def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
         from vlmcap.planning.stages import extrapolate
 
+        short = self.short(what)
+        if depth is None or depth <= short + 1:
+            return self._keep(what, key, depth, make)
+        return extrapolate(self._keep(what, key, short, make), self._keep(what, key, short + 1, make), depth - short)
+
+    def _keep(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
         hardware = self.config.hardware
         key = key | {"what": what, "precision": hardware.precision.value, "checkpointing": hardware.gradient_checkpointing}
-        key["flash"] = self.has_flash
-        short = _SHORT + (self._deep_layers() - 1 if what == "language" else 0)  # the first blocks of Qwen3-VL take DeepStack's features
-        if depth is None or depth <= short + 1:
-            return self.store.get(key | {"depth": depth}, lambda: make(depth or 0))
-        return self.store.get(key | {"depth": depth}, lambda: extrapolate(make(short), make(short + 1), depth - short))
+        return self.store.get(key | {"flash": self.has_flash, "depth": depth}, lambda: make(depth or 0))
 
     def _base(self, part: str) -> Any:
         return architecture(self.config, "model" if self.config.is_whole else part)

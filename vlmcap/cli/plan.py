@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from vlmcap.build.quiet import import_libraries
+
+    import_libraries(with_adapters=True, with_training=False)
     from vlmcap.build.plan import show_plan
 
     show_plan(options.overrides, as_json=options.json, is_whole=options.all)
