@@ -51,8 +51,17 @@ def register_schemas() -> None:
         store.store(group=group, name=f"{group}_schema", node=node)
 
 
-def compose(overrides: Sequence[str], *, name: str = "train", resolve: bool = True) -> Config:
+def compose(overrides: Sequence[str], *, name: str = "train") -> Config:
     """The configuration that `train.py` would run with these overrides, for tools and tests.
+
+    Raises:
+        UserError: An override names what is not there, or has a wrong value.
+    """
+    return to_config(compose_node(overrides, name=name))
+
+
+def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig:
+    """The same before its interpolations are resolved and its checks run.
 
     Raises:
         UserError: An override names what is not there, or has a wrong value.
@@ -71,7 +80,7 @@ def compose(overrides: Sequence[str], *, name: str = "train", resolve: bool = Tr
     hydra_node = node.pop("hydra")
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
         node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
-    return to_config(node)
+    return node
 
 
 def to_config(node: DictConfig) -> Config:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from vlmcap.models.pretrained import PretrainedParts
     from vlmcap.models.projectors import ProjectorSpec
 
+_DEPTHS = ("depth", "num_hidden_layers")
+_OTHER_KINDS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # blocks of a tower that are not like the rest
 PROMPT_TOKENS = 32  # of the text around the visual tokens; no tokenizer is there before the download
 
 
@@ -80,7 +84,7 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
 
     Args:
         config: Of the run.
-        num_blocks: Blocks to leave; None leaves all in front of encoder.feature_layer.
+        num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of encoder.feature_layer.
     """
     import dataclasses
 
@@ -89,7 +93,7 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
     from vlmcap.models.encoders import build_encoder
 
     if config.is_whole:
-        encoder: VisionEncoder = whole_parts(config, 1).encoder
+        encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
         return encoder
     values, options = architecture(config, "encoder"), dataclasses.replace(encoder_options(config), attention="sdpa")
     vision = dict(values.get("vision_config") or values)
@@ -106,8 +110,21 @@ def num_blocks(encoder: Any) -> int:
     return int(encoder.tower.config.num_hidden_layers)
 
 
-def whole_parts(config: Config, depth: int) -> PretrainedParts:
-    """A whole model on the meta device, its language model cut to `depth` blocks."""
+def plain_vision_blocks(config: Config) -> int | None:
+    """Blocks of a whole model's tower without those that differ (full attention among windows, DeepStack); None where it does not say."""
+    vision = architecture(config, "model").get("vision_config") or {}
+    total = next((int(vision[key]) for key in _DEPTHS if key in vision), None)
+    return None if total is None else total - sum(len(vision.get(key) or ()) for key in _OTHER_KINDS)
+
+
+def whole_parts(config: Config, depth: int, plain_vision: int | None = None) -> PretrainedParts:
+    """A whole model on the meta device.
+
+    Args:
+        config: Of the run.
+        depth: Blocks of its language model to leave.
+        plain_vision: Blocks of its tower to leave beside those that differ, which come first then; None leaves all in their places.
+    """
     import torch
 
     from vlmcap.models.pretrained import build_pretrained
@@ -120,9 +137,43 @@ def whole_parts(config: Config, depth: int) -> PretrainedParts:
         target["layer_types"] = target["layer_types"][:depth]
     if text:
         values["text_config"] = text
+    if plain_vision is not None:
+        values["vision_config"] = _cut_vision(values["vision_config"], plain_vision)
     dtype = dtype_of(config.hardware.precision)
     with torch.device("meta"):
         return build_pretrained(config.model.kind.value, values, dtype=dtype, max_patches=config.encoder.max_patches)
+
+
+def _cut_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
+    others = {key: list(range(len(vision[key]))) for key in _OTHER_KINDS if vision.get(key)}
+    depth = next(key for key in _DEPTHS if key in vision)
+    return vision | others | {depth: num_plain + sum(map(len, others.values()))}
+
+
+def outline(config: Config) -> VisionEncoder:
+    """The vision encoder on the meta device at full depth, made once for all that only ask for its sizes."""
+    if config.is_whole:
+        encoder: VisionEncoder = whole_outline(config).encoder
+        return encoder
+    return _once(config, lambda: sketch(config))  # type: ignore[no-any-return]
+
+
+def whole_outline(config: Config) -> PretrainedParts:
+    """A whole model on the meta device with one block of its language model, made once for all that only ask for its sizes."""
+    return _once(config, lambda: whole_parts(config, 1))  # type: ignore[no-any-return]
+
+
+_made: dict[str, Any] = {}
+
+
+def _once(config: Config, make: Callable[[], Any]) -> Any:
+    part = config.model if config.is_whole else config.encoder
+    base = architecture(config, "model" if config.is_whole else "encoder")
+    settings = [asdict(part), config.encoder.max_patches, config.hardware.precision, config.hardware.attention, base]
+    key = json.dumps(settings, sort_keys=True, default=str)
+    if key not in _made:
+        _made[key] = make()
+    return _made[key]
 
 
 def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:

@@ -111,7 +111,7 @@ def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
     from vlmcap.build.measured_steps import Training, gone_after, random_batch, token_seconds
     from vlmcap.build.parts import device_of
     from vlmcap.build.random_parts import random_captioner, told_memory
-    from vlmcap.build.traces import sizes_of
+    from vlmcap.build.sizes import sizes_of
     from vlmcap.planning.measured import Measured
     from vlmcap.planning.memory_use import MemoryUse
 

@@ -16,7 +16,7 @@ import torch
 
 from vlmcap.build.hollow_parts import PROMPT_TOKENS, sketch, text_config
 from vlmcap.build.parts import dtype_of
-from vlmcap.build.traces import Sizes, frames_shape
+from vlmcap.build.sizes import Sizes, frames_shape
 from vlmcap.config import Config, Precision
 from vlmcap.planning.batches import IGNORED, language_batch
 

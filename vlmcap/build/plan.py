@@ -34,21 +34,23 @@ _CHANGES: tuple[tuple[str, str], ...] = (
 )
 
 
-def make_plan(config: Config, card: Card | None = None) -> Plan:
+def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None) -> Plan:
     """The plan of a configuration on its card, from its architecture alone.
 
     Args:
         config: Of the run.
         card: Instead of `planned_card`'s.
+        tracer: Of the same configuration, where it is not to be traced in the ordinary way.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
     """
+    from vlmcap.build.sizes import download_bytes, key_value_bytes
     from vlmcap.build.traces import Tracer
     from vlmcap.planning.memory import Stage, generation_peak, kept_between_steps, scale_beyond, training_peak
 
     card = card or planned_card(config)
-    tracer = Tracer(config, card.has_flash)
+    tracer = tracer or Tracer(config, card.has_flash)
     sizes, data = tracer.sizes, config.data
     is_cached = config.cache.enabled is True
     held_a_clip = _held(tracer, is_cached)
@@ -103,34 +105,6 @@ def planned_card(config: Config) -> Card:
     from vlmcap.build.this_card import calibrated_card
 
     return calibrated_card(config)
-
-
-def key_value_bytes(config: Config) -> float:
-    """Bytes of one token's keys and values in the cache, all blocks."""
-    from vlmcap.build.hollow_parts import text_config
-    from vlmcap.build.parts import dtype_of
-
-    text = text_config(config)
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
-
-
-def download_bytes(config: Config) -> float:
-    """Bytes of the published weights, two a parameter, that the parts read."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from vlmcap.build.hollow_parts import sketch, text_config, whole_parts
-
-    text = text_config(config)
-    if config.is_whole:
-        parts = whole_parts(config, int(text.num_hidden_layers))
-        modules = [parts.encoder, parts.projector, parts.llm]
-    else:
-        with torch.device("meta"):
-            modules = [sketch(config), AutoModelForCausalLM.from_config(text)]
-    return 2.0 * sum(int(parameter.numel()) for module in modules for parameter in module.parameters())
 
 
 def _held(tracer: Tracer, is_cached: bool) -> dict[str, float]:

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 
-def import_libraries(*, with_adapters: bool) -> None:
+def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None:
     """Imports the heavy libraries without the collector of circles, which would search all that they define again and again.
 
     What they define stays for good, so later collections leave it out too. Only before anything else ran: what an earlier run left behind
@@ -16,15 +16,19 @@ def import_libraries(*, with_adapters: bool) -> None:
 
     Args:
         with_adapters: The run needs peft, which is a quarter of the time.
+        with_training: It needs lightning, which a plan does not.
     """
-    if "lightning" in sys.modules:
+    if ("lightning" if with_training else "torch") in sys.modules:
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks when peft imports it
     was_on = gc.isenabled()
     gc.disable()
     try:
-        import lightning  # noqa: F401
-        import transformers  # noqa: F401
+        if with_training:
+            import lightning  # noqa: F401
+            import transformers
+        else:
+            import transformers.modeling_utils  # noqa: F401
 
         if with_adapters:
             import peft  # noqa: F401

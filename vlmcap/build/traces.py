@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +18,14 @@ from vlmcap.build.hollow_parts import (
     hollow_encoder,
     hollow_llm,
     hollow_projector,
-    num_blocks,
+    outline,
+    plain_vision_blocks,
     planned_spec,
-    sketch,
     text_config,
-    whole_parts,
+    whole_outline,
 )
 from vlmcap.build.parts import dtype_of, loss_chunk_bytes
+from vlmcap.build.sizes import Sizes, frames_shape, sizes_of
 from vlmcap.build.trace_store import TraceStore
 from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
 
@@ -33,72 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from vlmcap.planning.stages import StageTrace
-    from vlmcap.types import GridTHW
 
 _SHORT = 2  # blocks of the shorter of two traces
-_TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a clip comes to.
-
-    Attributes:
-        grid: Frames (tiles count), rows and columns of its patches at most.
-        frame_bytes: Of its frames on the card.
-        embed_dim: Dv.
-        num_encoder_blocks: That run.
-        num_visual: V.
-        runs: Visual tokens of each run of placeholders.
-        gap: Text tokens between two runs.
-    """
-
-    grid: GridTHW
-    frame_bytes: int
-    embed_dim: int
-    num_encoder_blocks: int
-    num_visual: int
-    runs: tuple[int, ...]
-    gap: int
-
-    @property
-    def num_prompt(self) -> int:
-        """Text tokens in front of the caption."""
-        return PROMPT_TOKENS + self.gap * (len(self.runs) - 1)
-
-
-def sizes_of(config: Config) -> Sizes:
-    """The largest clip that a configuration may meet.
-
-    Raises:
-        UserError: The parts do not fit.
-    """
-    encoder = sketch(config)
-    grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
-    spec = planned_spec(config, encoder)
-    if spec is not None:
-        spec.check()
-    steps, rows, columns = grid
-    count = whole_parts(config, 1).num_tokens if spec is None else spec.num_tokens
-    num_visual = count(steps, (rows, columns))
-    is_timed = config.model.kind is ModelKind.qwen3_vl
-    runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
-    frame_bytes = 1
-    for side in frames_shape(config, encoder, grid):
-        frame_bytes *= side
-    depth = num_blocks(encoder) if not config.is_whole else 0
-    return Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
-
-
-def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
-    """Of one clip's frames as the encoder takes them, bytes."""
-    frames, rows, columns = grid
-    tower = encoder.tower.config
-    patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
-    depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
-    if encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None or encoder.max_tiles > 1:
-        return (frames, 3, rows * patch, columns * patch)
-    return (frames, rows * columns, 3 * depth * patch * patch)
 
 
 class Tracer:
@@ -107,11 +43,12 @@ class Tracer:
     Args:
         config: Of the run.
         has_flash: Of the card.
+        sizes: In place of those of the configuration's largest clip.
     """
 
-    def __init__(self, config: Config, has_flash: bool) -> None:
+    def __init__(self, config: Config, has_flash: bool, sizes: Sizes | None = None) -> None:
         self.config, self.has_flash = config, has_flash
-        self.sizes = sizes_of(config)
+        self.sizes = sizes or sizes_of(config)
         self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
         self.trains_encoder = config.tuning.encoder is not EncoderTuning.none
 
@@ -123,10 +60,14 @@ class Tracer:
     @property
     def fewest_again(self) -> int:
         """Blocks computed again, at the fewest, that a trace with kept blocks begins with."""
-        return _SHORT + self._deep_layers() - 1
+        return self.short("language")
 
     def encoder(self, num_clips: int) -> StageTrace:
-        """Frames to features."""
+        """Frames to features; every figure is linear in the clips, as none of them sees another."""
+        from vlmcap.planning.stages import extrapolate
+
+        if num_clips > 2:
+            return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
         key = {
             "encoder": settings,
@@ -134,7 +75,7 @@ class Tracer:
             "tuning": self._encoder_tuning(),
             "sizes": dataclasses.asdict(self.sizes),
         }
-        depth = None if self.config.is_whole else self.sizes.num_encoder_blocks
+        depth = plain_vision_blocks(self.config) if self.config.is_whole else self.sizes.num_encoder_blocks
         return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
 
     def projector(self, num_clips: int) -> StageTrace:
@@ -146,24 +87,41 @@ class Tracer:
 
     def language(self, num_clips: int, num_caption: int, num_kept: int = 0) -> StageTrace:
         """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
+        key, make = self._language_key(num_clips, num_caption), self._language_maker(num_clips, num_caption)
+        if num_kept:
+            return self._trace_kept(key, num_kept, lambda depth, kept: self._trace_language(num_clips, num_caption, depth, kept))
+        return self._trace("language", key, self.depth, make)
+
+    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0) -> StageTrace:
+        """The same of as few blocks as may stand for all, and `num_more`."""
+        key, make = self._language_key(num_clips, num_caption), self._language_maker(num_clips, num_caption)
+        return self._keep("language", key, self.short("language") + num_more, make)
+
+    def _language_key(self, num_clips: int, num_caption: int) -> dict[str, Any]:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
         key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
-        key["offload"] = self.config.hardware.offload_checkpoints
-        if num_kept:
-            return self._trace_kept(key, num_kept, lambda depth, kept: self._trace_language(num_clips, num_caption, depth, kept))
-        return self._trace("language", key, self.depth, lambda depth: self._trace_language(num_clips, num_caption, depth))
+        return key | {"offload": self.config.hardware.offload_checkpoints}
+
+    def _language_maker(self, num_clips: int, num_caption: int) -> Callable[[int], StageTrace]:
+        return lambda depth: self._trace_language(num_clips, num_caption, depth)
+
+    def short(self, what: str) -> int:
+        """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
+        return _SHORT + (self._deep_layers() - 1 if what == "language" else 0)
 
     def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
         from vlmcap.planning.stages import extrapolate
 
+        short = self.short(what)
+        if depth is None or depth <= short + 1:
+            return self._keep(what, key, depth, make)
+        return extrapolate(self._keep(what, key, short, make), self._keep(what, key, short + 1, make), depth - short)
+
+    def _keep(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
         hardware = self.config.hardware
         key = key | {"what": what, "precision": hardware.precision.value, "checkpointing": hardware.gradient_checkpointing}
-        key["flash"] = self.has_flash
-        short = _SHORT + (self._deep_layers() - 1 if what == "language" else 0)  # the first blocks of Qwen3-VL take DeepStack's features
-        if depth is None or depth <= short + 1:
-            return self.store.get(key | {"depth": depth}, lambda: make(depth or 0))
-        return self.store.get(key | {"depth": depth}, lambda: extrapolate(make(short), make(short + 1), depth - short))
+        return self.store.get(key | {"flash": self.has_flash, "depth": depth}, lambda: make(depth or 0))
 
     def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageTrace]) -> StageTrace:
         """The trace with the last blocks kept, out of three short ones: two blocks computed again and one kept, and one more of each."""
@@ -203,7 +161,7 @@ class Tracer:
             encoder,
             lambda: encoder(frames, grids),
             mode=mode,
-            blocks=list(blocks_of(encoder, depth)) if depth else (),
+            blocks=() if self.config.is_whole else list(blocks_of(encoder, depth)),
             inputs=[frames],
             dtype=self._autocast,
             has_flash=self.has_flash,
@@ -216,7 +174,7 @@ class Tracer:
         from vlmcap.planning.stages import trace_stage
 
         mode = _fake_mode()
-        encoder = sketch(self.config)
+        encoder = outline(self.config)
         projector = hollow_projector(self.config, planned_spec(self.config, encoder), mode)
         frames, rows, columns = self.sizes.grid
         dtype, width = dtype_of(self.config.hardware.precision), int(text_config(self.config).hidden_size)
@@ -282,7 +240,7 @@ class Tracer:
         """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
         if self.config.model.kind is not ModelKind.qwen3_vl:
             return 1
-        return 1 + int(whole_parts(self.config, 1).encoder.num_deep_layers)
+        return 1 + int(whole_outline(self.config).encoder.num_deep_layers)
 
 
 def _fake_mode() -> Any:

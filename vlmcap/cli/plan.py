@@ -23,6 +23,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from vlmcap.build.quiet import import_libraries
+
+    import_libraries(with_adapters=True, with_training=False)
     if options.multirun:
         if options.all:
             raise UserError("--all shows the memory of one combination; leave out -m")
