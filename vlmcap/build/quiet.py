@@ -26,7 +26,7 @@ def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None
     try:
         if with_training:
             import lightning  # noqa: F401
-            import transformers  # noqa: F401
+            import transformers
         else:
             import transformers.modeling_utils  # noqa: F401
 

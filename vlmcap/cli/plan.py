@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +16,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--all", action="store_true", help="show every part of the memory, small ones too")
+    parser.add_argument(
+        "--grid", action="store_true", help="a table of all encoders, llms and cards, or of llm=qwen3_4b,qwen3_8b and so on"
+    )
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the table of --grid, too")
     parser.set_defaults(run=_run)
 
 
@@ -22,6 +27,10 @@ def _run(options: argparse.Namespace) -> None:
     from vlmcap.build.quiet import import_libraries
 
     import_libraries(with_adapters=True, with_training=False)
+    if options.grid:
+        from vlmcap.build.plan_grid import show_grid
+
+        return show_grid(options.overrides, as_json=options.json, output=options.output)
     from vlmcap.build.plan import show_plan
 
     show_plan(options.overrides, as_json=options.json, is_whole=options.all)
