@@ -189,6 +189,12 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
     layouts = [visual(grid) for grid in grids]
     num_visual = max(sum(part for part in layout if isinstance(part, int)) for layout in layouts)
     text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
+    check_length(config, num_visual, text, context)
+    return num_visual
+
+
+def check_length(config: Config, num_visual: int, text: int, context: int) -> None:
+    """`UserError` if visual tokens, those of the text around them and the longest caption exceed the model's positions."""
     longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
     if num_visual + text + longest > context:
         name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
@@ -200,7 +206,6 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
             f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
             f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
         )
-    return num_visual
 
 
 def _count(module: nn.Module) -> int:

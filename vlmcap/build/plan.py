@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmcap.build.traces import Tracer
     from vlmcap.planning.memory import Stage
 
-_NO_DATA = "data.root=unset"  # a plan needs no clips
+NO_DATA = "data.root=unset"  # a plan needs no clips
 NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about; data.max_clips where it is set
 # In order of lost quality: override, where it changes anything, and what it costs.
 _CHANGES: tuple[tuple[str, str], ...] = (
@@ -221,7 +221,7 @@ def show_plan(overrides: Sequence[str], *, as_json: bool = False, is_whole: bool
     from vlmcap.build.quiet import quiet_libraries
 
     quiet_libraries()
-    overrides = [_NO_DATA, *overrides]
+    overrides = [NO_DATA, *overrides]
     plan = with_changes(make_plan(compose(overrides)), overrides)
     if as_json:
         print(json.dumps(plan.plain(), indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmcap.build.hollow_parts import PROMPT_TOKENS
+from vlmcap.build.hollow_parts import PROMPT_TOKENS, text_config
 from vlmcap.build.sizes import Sizes
 from vlmcap.build.traces import Tracer
 
@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from vlmcap.planning.stages import StageTrace
 
 _FEW, _MANY = 4096, 24576  # tokens of a batch that the language model is traced at
+NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # where only the language model is asked for
 
 
 class QuickTracer(Tracer):
     """Traces of which those of the language model are the same for all encoders, and those of the projector for all batch sizes."""
+
+    @property
+    def width(self) -> int:
+        """Of the language model's hidden states."""
+        return int(text_config(self.config).hidden_size)
 
     def projector(self, num_clips: int) -> StageTrace:
         """Features to visual tokens, from one and two clips."""
@@ -35,7 +41,7 @@ class QuickTracer(Tracer):
         """The traces of the language model, the same for all sizes of this configuration."""
         from vlmcap.planning.interpolation import Anchors
 
-        text = PROMPT_TOKENS + num_caption
+        text, has_more = PROMPT_TOKENS + num_caption, num_caption > 0 and self.config.data.batch_size > 1
         few = max(_FEW, 4 * text)
         base, wide = self._with_visual(few - text), self._with_visual(few + _MANY - text)
         return Anchors(
@@ -45,7 +51,7 @@ class QuickTracer(Tracer):
             longer=base.shallow_language(1, num_caption, 1),
             wide=wide.shallow_language(1, num_caption),
             wide_longer=None if num_caption and self.config.hardware.gradient_checkpointing else wide.shallow_language(1, num_caption, 1),
-            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption) if num_caption else None,
+            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption) if has_more else None,
         )
 
     def _with_visual(self, num_visual: int) -> Tracer:

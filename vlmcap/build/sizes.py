@@ -18,6 +18,7 @@ from vlmcap.build.hollow_parts import (
     whole_outline,
     whole_parts,
 )
+from vlmcap.build.model import check_length
 from vlmcap.build.parts import dtype_of
 from vlmcap.config import Config, ModelKind
 
@@ -61,7 +62,7 @@ def sizes_of(config: Config) -> Sizes:
     """The largest clip that a configuration may meet.
 
     Raises:
-        UserError: The parts do not fit.
+        UserError: The parts do not fit, or a clip exceeds the language model's context.
     """
     encoder = outline(config)
     grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
@@ -77,7 +78,9 @@ def sizes_of(config: Config) -> Sizes:
     for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
     depth = num_blocks(encoder) if not config.is_whole else 0
-    return Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
+    sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
+    check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
+    return sizes
 
 
 def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
@@ -101,8 +104,10 @@ def key_value_bytes(config: Config) -> float:
 
 def download_bytes(config: Config) -> float:
     """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
-    first, second = (_language_parameters(config, depth) for depth in (1, 2))
-    language = first + (int(text_config(config).num_hidden_layers) - 1) * (second - first)
+    num_blocks = int(text_config(config).num_hidden_layers)
+    language = _language_parameters(config, 1)
+    if num_blocks > 1:
+        language += (num_blocks - 1) * (_language_parameters(config, 2) - language)
     rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
     return 2.0 * (language + sum(map(_parameters, rest)))
 

@@ -73,7 +73,7 @@ class Tracer:
             "encoder": settings,
             "base": self._base("encoder"),
             "tuning": self._encoder_tuning(),
-            "sizes": dataclasses.asdict(self.sizes),
+            "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
         }
         depth = plain_vision_blocks(self.config) if self.config.is_whole else self.sizes.num_encoder_blocks
         return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from vlmcap.errors import UserError
@@ -19,6 +20,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--all", action="store_true", help="show every part of the memory, small ones too")
     parser.add_argument("-m", "--multirun", action="store_true", help="add up all combinations of a sweep, such as encoder=clip,siglip2")
     parser.add_argument("--price", type=float, metavar="X", help="with -m: what an hour of the card costs")
+    parser.add_argument(
+        "--grid", action="store_true", help="a table of all encoders, llms and cards, or of llm=qwen3_4b,qwen3_8b and so on"
+    )
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the table of --grid, too")
     parser.set_defaults(run=_run)
 
 
@@ -35,6 +40,11 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.price is not None:
         raise UserError("--price is for a sweep; add -m")
+    if options.grid:
+        from vlmcap.build.plan_grid import show_grid
+
+        show_grid(options.overrides, as_json=options.json, output=options.output)
+        return
     from vlmcap.build.plan import show_plan
 
     show_plan(options.overrides, as_json=options.json, is_whole=options.all)
