@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.build.demo import TINY
+from vlmcap.build.once import once
 from vlmcap.build.parts import add_adapters, dtype_of, encoder_options, projector_spec, train_encoder
 from vlmcap.config import Config, ModelKind
 from vlmcap.errors import UserError
@@ -67,15 +67,17 @@ def text_config(config: Config, depth: int | None = None) -> Any:
 
     Args:
         config: Of the run.
-        depth: Blocks to leave; None leaves all.
+        depth: Blocks to leave; None leaves all, and is made once for all that only read it.
     """
     from transformers import AutoConfig
 
-    text = AutoConfig.for_model(**text_values(config)).get_text_config()
-    if depth is not None:
-        text.num_hidden_layers = depth
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:depth]
+    values = text_values(config)
+    if depth is None:
+        return once(["text", values], lambda: AutoConfig.for_model(**values).get_text_config())
+    text = AutoConfig.for_model(**values).get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
     return text
 
 
@@ -163,17 +165,10 @@ def whole_outline(config: Config) -> PretrainedParts:
     return _once(config, lambda: whole_parts(config, 1))  # type: ignore[no-any-return]
 
 
-_made: dict[str, Any] = {}
-
-
 def _once(config: Config, make: Callable[[], Any]) -> Any:
     part = config.model if config.is_whole else config.encoder
     base = architecture(config, "model" if config.is_whole else "encoder")
-    settings = [asdict(part), config.encoder.max_patches, config.hardware.precision, config.hardware.attention, base]
-    key = json.dumps(settings, sort_keys=True, default=str)
-    if key not in _made:
-        _made[key] = make()
-    return _made[key]
+    return once([asdict(part), config.encoder.max_patches, config.hardware.precision, config.hardware.attention, base], make)
 
 
 def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:

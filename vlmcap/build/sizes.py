@@ -15,10 +15,12 @@ from vlmcap.build.hollow_parts import (
     plain_vision_blocks,
     planned_spec,
     text_config,
+    text_values,
     whole_outline,
     whole_parts,
 )
 from vlmcap.build.model import check_length
+from vlmcap.build.once import once
 from vlmcap.build.parts import dtype_of
 from vlmcap.config import Config, ModelKind
 
@@ -105,9 +107,9 @@ def key_value_bytes(config: Config) -> float:
 def download_bytes(config: Config) -> float:
     """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
     num_blocks = int(text_config(config).num_hidden_layers)
-    language = _language_parameters(config, 1)
-    if num_blocks > 1:
-        language += (num_blocks - 1) * (_language_parameters(config, 2) - language)
+    key, short = ["parameters", text_values(config), config.is_whole], range(1, min(2, num_blocks) + 1)
+    counts: list[int] = once(key, lambda: [_language_parameters(config, depth) for depth in short])
+    language = counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
     rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
     return 2.0 * (language + sum(map(_parameters, rest)))
 
