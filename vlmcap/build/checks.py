@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmcap.config import Config, EncoderTuning, Engine
+from vlmcap.config import Config, EncoderTuning, Engine, Reducer
 from vlmcap.errors import UserError
 
 
@@ -51,3 +51,18 @@ def _check_metric(key: str, metric: str, splits: tuple[str, ...], examples: list
     groups = tuple(example.partition("/")[0] + "/" for example in examples if "/" in example)
     if split not in splits or not (name in examples or name.startswith(groups)):
         raise UserError(f"{key}={metric} is not measured; choose {'/ or '.join(splits)}/ and one of {', '.join(examples)}")
+
+
+def check_length(config: Config, num_visual: int, text: int, context: int) -> None:
+    """`UserError` if visual tokens, those of the text around them and the longest caption exceed the model's positions."""
+    longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
+    if num_visual + text + longest > context:
+        name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
+        if config.projector.reducer is Reducer.none:
+            mend = "set projector.reducer=pool"
+        if config.is_whole:
+            name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
+        raise UserError(
+            f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
+            f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmcap.build.activation_budget import num_kept_layers
+from vlmcap.build.checks import check_length
 from vlmcap.build.features import FeaturePlan, Features, grid_of_frames, prepare_features
 from vlmcap.build.parts import (
     add_adapters,
@@ -22,8 +23,7 @@ from vlmcap.build.parts import (
     train_encoder,
 )
 from vlmcap.build.sources import Sources, locate_sources
-from vlmcap.config import Batching, Config, Reducer
-from vlmcap.errors import UserError
+from vlmcap.config import Batching, Config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -191,21 +191,6 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
     text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
     check_length(config, num_visual, text, context)
     return num_visual
-
-
-def check_length(config: Config, num_visual: int, text: int, context: int) -> None:
-    """`UserError` if visual tokens, those of the text around them and the longest caption exceed the model's positions."""
-    longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
-    if num_visual + text + longest > context:
-        name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
-        if config.projector.reducer is Reducer.none:
-            mend = "set projector.reducer=pool"
-        if config.is_whole:
-            name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
-        raise UserError(
-            f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
-            f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
-        )
 
 
 def _count(module: nn.Module) -> int:

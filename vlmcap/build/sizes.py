@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.build.checks import check_length
 from vlmcap.build.hollow_parts import (
     PROMPT_TOKENS,
     num_blocks,
@@ -19,7 +20,6 @@ from vlmcap.build.hollow_parts import (
     whole_outline,
     whole_parts,
 )
-from vlmcap.build.model import check_length
 from vlmcap.build.once import once
 from vlmcap.build.parts import dtype_of
 from vlmcap.config import Config, ModelKind

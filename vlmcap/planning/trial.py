@@ -5,7 +5,7 @@ The tests of the plan use it; a card need not be there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from vlmcap.models.llm.checkpointing import checkpoint_layers
 from vlmcap.planning.batches import language_batch
 from vlmcap.planning.memory_use import reset_peak, resident
 from vlmcap.planning.stages import StageTrace, blocks_of, trace_stage
+from vlmcap.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +127,46 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
     before = resident("VmRSS")
     captioner.loss_sum(batch)[0].backward()
     return resident("VmHWM") - before
+
+
+def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
+    """Bytes that PyTorch's allocator hands out in a real step on a card, over what the weights take; a short step comes first here too."""
+    torch.manual_seed(0)
+    llm = _adapted(trial, build_trial(trial, depth)).to(device)
+    visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)
+    short = _on(language_batch(1, [1], 8, 2), device)
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(short)[0].backward()
+    llm.zero_grad(set_to_none=True)
+    captioner, batch = (
+        _captioner(trial, llm, visual),
+        _on(language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption), device),
+    )
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    captioner.loss_sum(batch)[0].backward()
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    assert batch.labels is not None
+    return replace(
+        batch,
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        visual_mask=batch.visual_mask.to(device),
+        labels=batch.labels.to(device),
+    )
+
+
+def _reset_peak() -> None:
+    """Linux alone keeps a peak that can be set back."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def resident(name: str) -> float:
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(name))
+    return float(line.split()[1]) * 1024
