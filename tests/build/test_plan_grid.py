@@ -57,7 +57,7 @@ def test_a_whole_model_leaves_nothing_to_combine() -> None:
 @pytest.mark.parametrize("overrides", [[], ["hardware.gradient_checkpointing=false", "data.batch_size=2"]], ids=["checkpointed", "plain"])
 def test_interpolation_is_near_the_exact_plan(overrides: list[str]) -> None:
     config = compose([NO_DATA, "hardware=a100", "encoder=dinov3_s", "llm=exaone4_1_2b", *overrides])
-    quick, exact = make_plan(config, QuickTracer(config, planned_card(config).has_flash)), make_plan(config)
+    quick, exact = make_plan(config, tracer=QuickTracer(config, planned_card(config).has_flash)), make_plan(config)
     assert quick.training_gib == pytest.approx(exact.training_gib, rel=0.02)
     assert quick.generation_gib == pytest.approx(exact.generation_gib, rel=0.02)
 

@@ -158,15 +158,3 @@ def _on(batch: Batch, device: torch.device) -> Batch:
         visual_mask=batch.visual_mask.to(device),
         labels=batch.labels.to(device),
     )
-
-
-def _reset_peak() -> None:
-    """Linux alone keeps a peak that can be set back."""
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-
-
-def resident(name: str) -> float:
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(name))
-    return float(line.split()[1]) * 1024
