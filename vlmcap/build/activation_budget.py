@@ -47,7 +47,13 @@ def training_stages(config: Config, tracer: Tracer, num_kept: int) -> list[Stage
     """The stages of a training step, the encoder left out where its features are stored."""
     from vlmcap.planning.memory import Stage
 
-    num_clips = config.data.batch_size
+    language = tracer.language(config.data.batch_size, config.llm.max_caption_tokens, num_kept)
+    return [*stages_in_front(config, tracer, config.data.batch_size), Stage("language model", language)]
+
+
+def stages_in_front(config: Config, tracer: Tracer, num_clips: int) -> list[Stage]:
+    """What clips go through in front of the language model."""
+    from vlmcap.planning.memory import Stage
+
     first = [] if config.cache.enabled is True else [Stage("encoder", tracer.encoder(num_clips))]
-    language = tracer.language(num_clips, config.llm.max_caption_tokens, num_kept)
-    return [*first, Stage("projector", tracer.projector(num_clips)), Stage("language model", language)]
+    return [*first, Stage("projector", tracer.projector(num_clips))]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmcap.build.activation_budget import kept_within, training_stages
+from vlmcap.build.activation_budget import kept_within, stages_in_front, training_stages
 from vlmcap.compose import compose
 from vlmcap.config import Config, Enforce
 from vlmcap.errors import UserError
@@ -61,13 +61,11 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
     held = {name: size * data.batch_size for name, size in held_a_clip.items()}
     training = training_peak(steps, held, config.optim.kind.value, accumulates=accumulates)
     prompt = Stage("language model", tracer.language(data.eval_batch_size, 0))
-    before = [] if is_cached else [Stage("encoder", tracer.encoder(data.eval_batch_size))]
-    before.append(Stage("projector", tracer.projector(data.eval_batch_size)))
     prompt_tokens = sizes.num_visual + sizes.num_prompt
     cache_bytes = key_value_bytes(config) * data.eval_batch_size
     waiting = data.eval_batch_size * config.evaluation.clips_per_row  # clips whose turn comes are on the card too
     generation = generation_peak(
-        [*before, steps[-1]],
+        [*stages_in_front(config, tracer, data.eval_batch_size), steps[-1]],
         {name: size * waiting for name, size in held_a_clip.items()} | kept_between_steps(steps, config.optim.kind.value),
         prompt.trace,
         cache_bytes=cache_bytes,
@@ -113,7 +111,7 @@ def _held(tracer: Tracer, is_cached: bool) -> dict[str, float]:
 
 def _cached_bytes(tracer: Tracer) -> float:
     frames, rows, columns = tracer.sizes.grid
-    size = {"float32": 4.0, "int8": 1.0}.get(str(getattr(tracer.config.cache.dtype, "value", tracer.config.cache.dtype)), 2.0)
+    size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
     pooled = tracer.config.projector.pool_size**2 if tracer.config.cache.pooled else 1
     return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
 

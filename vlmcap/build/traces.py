@@ -87,14 +87,12 @@ class Tracer:
 
     def language(self, num_clips: int, num_caption: int, num_kept: int = 0) -> StageTrace:
         """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
-        key, make = self._language_key(num_clips, num_caption), self._language_maker(num_clips, num_caption)
-        if num_kept:
-            return self._trace_kept(key, num_kept, lambda depth, kept: self._trace_language(num_clips, num_caption, depth, kept))
-        return self._trace("language", key, self.depth, make)
+        key, make = self._language_key(num_clips, num_caption), partial(self._trace_language, num_clips, num_caption)
+        return self._trace_kept(key, num_kept, make) if num_kept else self._trace("language", key, self.depth, make)
 
     def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0) -> StageTrace:
         """The same of as few blocks as may stand for all, and `num_more`."""
-        key, make = self._language_key(num_clips, num_caption), self._language_maker(num_clips, num_caption)
+        key, make = self._language_key(num_clips, num_caption), partial(self._trace_language, num_clips, num_caption)
         return self._keep("language", key, self.short("language") + num_more, make)
 
     def _language_key(self, num_clips: int, num_caption: int) -> dict[str, Any]:
@@ -102,9 +100,6 @@ class Tracer:
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
         key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
         return key | {"offload": self.config.hardware.offload_checkpoints}
-
-    def _language_maker(self, num_clips: int, num_caption: int) -> Callable[[int], StageTrace]:
-        return lambda depth: self._trace_language(num_clips, num_caption, depth)
 
     def short(self, what: str) -> int:
         """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
