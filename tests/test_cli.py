@@ -147,3 +147,10 @@ def test_mistakes_with_the_cache(arguments: list[str], expected: str, tmp_path: 
     code, err = exits([where if argument == "{where}" else argument for argument in arguments], capsys)
     assert code == 2
     assert expected in err
+
+
+def test_a_picture_of_no_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "hardware=l4", "--output", str(tmp_path / "plan.png")])
+    assert "add --grid" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

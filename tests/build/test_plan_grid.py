@@ -103,16 +103,7 @@ def test_heads_break_at_underscores() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     from vlmcap.planning.grid_picture import draw_grid
 
     draw_grid([cell("clip", "qwen3_8b", 12.0), cell("clip", "vicuna_7b", None)], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_without_matplotlib_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmcap.planning import grid_picture
-
-    monkeypatch.setattr(grid_picture, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="matplotlib"):
-        grid_picture.draw_grid([cell("clip", "qwen3_8b", 12.0)], tmp_path / "plan.png")

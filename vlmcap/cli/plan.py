@@ -30,6 +30,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from vlmcap.build.quiet import import_libraries
 
+    if options.output and not options.grid:
+        raise UserError("--output is the picture of --grid's table; add --grid, or leave it out")
     import_libraries(with_adapters=True, with_training=False)
     if options.multirun:
         if options.all:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlmcap.errors import UserError
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
 from vlmcap.files import replacing
 from vlmcap.planning.grid_table import Cell
 
@@ -17,18 +17,11 @@ _NEARLY = 0.9  # of the card, from which on little is left
 
 
 def draw_grid(cells: Sequence[Cell], file: Path) -> None:
-    """A PNG with one table a hardware profile; colour says what the sign says too.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise UserError("--output draws with matplotlib, which is not installed; pip install 'vlmcap[bench]'")
+    """A PNG with one table a hardware profile; colour says what the sign says too."""
     profiles = list(dict.fromkeys(cell.hardware for cell in cells))
     encoders, llms = list(dict.fromkeys(cell.encoder for cell in cells)), list(dict.fromkeys(cell.llm for cell in cells))
     height = 0.32 * len(encoders) + 1.5
-    figure_class: Any = import_module("matplotlib.figure").Figure  # not pyplot, which would open windows
-    figure = figure_class(figsize=(2.2 + 0.62 * len(llms), height * len(profiles)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.62 * len(llms), height * len(profiles)), layout="constrained")
     for index, hardware in enumerate(profiles):
         axes = figure.add_subplot(len(profiles), 1, index + 1)
         _draw_one(axes, [cell for cell in cells if cell.hardware == hardware], encoders, llms)
@@ -37,10 +30,9 @@ def draw_grid(cells: Sequence[Cell], file: Path) -> None:
 
 
 def _draw_one(axes: Any, cells: Sequence[Cell], encoders: Sequence[str], llms: Sequence[str]) -> None:
-    rectangle: Any = import_module("matplotlib.patches").Rectangle
     for cell in cells:
         row, column = encoders.index(cell.encoder), llms.index(cell.llm)
-        axes.add_patch(rectangle((column, row), 1, 1, facecolor=_colour(cell), edgecolor="white", linewidth=1.5))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=_colour(cell), edgecolor="white", linewidth=1.5))
         axes.text(column + 0.5, row + 0.5, _label(cell), ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, len(llms)), ylim=(len(encoders), 0))
     axes.set_xticks([place + 0.5 for place in range(len(llms))], llms, rotation=35, ha="right", fontsize=8)

@@ -209,8 +209,7 @@ class StepProfile(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_times(times, self.folder / "steps.json")
         show_times(times)
-        if not draw_times(times, self.folder / "steps.png"):
-            print("No profile/steps.png, as matplotlib is not installed: pip install 'vlmcap[bench]'.")
+        draw_times(times, self.folder / "steps.png")
         if self.settings.trace_steps and not self._is_traced:
             print("No profile/trace.json.gz, as the run ended with the timed steps or before; lower callbacks.profile.num_steps.")
         for logger in trainer.loggers:

@@ -1,12 +1,10 @@
-"""What a profile says: a table, `steps.json`, and a picture where matplotlib is installed."""
+"""What a profile says: a table, `steps.json`, and a picture."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +122,12 @@ def write_times(times: StepTimes, path: Path) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def draw_times(times: StepTimes, path: Path) -> bool:
-    """A bar a part as a PNG, whole or not at all; False where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        return False
-    figure_class: Any = import_module("matplotlib.figure").Figure  # not pyplot, which would open windows
+def draw_times(times: StepTimes, path: Path) -> None:
+    """A bar a part as a PNG, whole or not at all."""
+    from matplotlib.figure import Figure  # slow to import, and only a profiled run needs it
+
     rows = times.rows()[::-1]
-    figure = figure_class(figsize=(7, 0.35 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.35 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([label(times, name) for name, _ in rows], [seconds for _, seconds in rows], color="#3b6ea5")
     axes.bar_label(bars, [f"{seconds:.3f} s, {seconds / times.total_s:.0%}" for _, seconds in rows], padding=3)
@@ -138,4 +135,3 @@ def draw_times(times: StepTimes, path: Path) -> bool:
     axes.set_xlabel("seconds a step")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    return True
