@@ -1,0 +1,1 @@
+"""Runs in one folder of tables, pictures and a page."""
