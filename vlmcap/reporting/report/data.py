@@ -86,8 +86,8 @@ class Difference:
     """One score less another.
 
     Attributes:
-        value: The difference; below 0 where lower is worse.
-        low: Lower end of its 95 % interval.
+        value: The difference; its sign is the metric's own, so below 0 is worse only where higher is better.
+        low: Lower end of its 95 % interval; None where `over` is empty: one seed each, and no clips.
         high: Upper end.
         over: What the interval and the p-value allow for.
         p_value: Of a difference at least as large, of either sign, if there were none.
@@ -95,11 +95,11 @@ class Difference:
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     over: Over
-    p_value: float
-    adjusted_p_value: float
+    p_value: float | None
+    adjusted_p_value: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class GroupRow:
         over: What those intervals allow for.
         difference: To the best group by the report's metric; None for the best itself and for what is not compared with it.
         is_best: Whether it has the best score among those compared.
-        is_level: Whether it is the best or cannot be told from it: the adjusted p-value is 0.05 or more.
+        is_level: Whether it is the best or cannot be told from it: the adjusted p-value is 0.05 or more, or there is none.
         costs: Means over its finished runs under the names of `COSTS`, and `total`, all parameters; None where unknown.
     """
 

@@ -1,0 +1,183 @@
+"""Folders as `train.py` leaves them, without training: real configurations, real scores of invented captions of a known quality."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmcap.compose import compose, to_plain, write_yaml
+from vlmcap.data.demo.grammar import describe, draw_scene
+from vlmcap.training.scorer import Prediction, write_predictions
+from vlmcap.types import Clip
+
+CATEGORIES = ("바다", "도시", "숲")
+
+
+def make_clips(count: int, *, split: str = "val", folder: Path | None = None, has_categories: bool = True) -> list[Clip]:
+    """Clips with Korean captions; with a folder, the first three are real videos in it and the last one is a broken file."""
+    rng = random.Random(f"clips of {split}")
+    clips = []
+    for index in range(count):
+        name, category = f"{split}_{index:04d}", CATEGORIES[index % len(CATEGORIES)] if has_categories else ""
+        video = Path("videos") / f"{name}.mp4" if folder is None else folder / f"{name}.mp4"
+        clips.append(Clip(name, str(video), (describe(draw_scene(rng), rng),), category))
+    if folder is not None:
+        from vlmcap.data.decoding.video import write_video
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, clip in enumerate(clips[:3]):
+            frames = np.full((8, 72, 96, 3), 30 + 60 * index, np.uint8)
+            frames[:, 20:40, 10 + 8 * index : 40] = np.arange(8, dtype=np.uint8)[:, None, None, None] * 25
+            write_video(Path(clip.video), frames, fps=4)
+        Path(clips[-1].video).write_bytes(b"no video")
+    return clips
+
+
+def say(clips: Sequence[Clip], quality: float, seed: int) -> list[Prediction]:
+    """A caption a clip, of which each word is right with a probability of `quality` and else taken from another clip."""
+    rng = random.Random(seed)
+    words = [word for clip in clips for word in clip.captions[0].split()]
+    return [
+        Prediction(clip, " ".join(word if rng.random() < quality else rng.choice(words) for word in clip.captions[0].split()))
+        for clip in clips
+    ]
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    plain: dict[str, Any] = to_plain(compose(overrides))
+    return plain
+
+
+def write_run(
+    folder: Path,
+    overrides: Sequence[str],
+    *,
+    quality: float = 0.6,
+    seed: int = 0,
+    clips: Mapping[str, Sequence[Clip]] | None = None,
+    predictions: Mapping[str, Sequence[Prediction]] | None = None,
+    status: Mapping[str, Any] | None = None,
+    memory_gib: float = 10.0,
+    seconds: float = 600.0,
+    trained: int = 20_000_000,
+    sweep: bool = True,
+    has_summary: bool = True,
+) -> Path:
+    """Writes a run.
+
+    Args:
+        folder: Its own.
+        overrides: As after `python train.py`, without the seed.
+        quality: Share of right words in its captions.
+        seed: Of the run, and of what its captions get wrong.
+        clips: Of each split: 30 of `val` and 30 of `test` if None.
+        predictions: What it said, in place of captions of that quality.
+        status: Content of `status.json`, which is not written if None.
+        memory_gib: At the peak.
+        seconds: In all.
+        trained: Parameters.
+        sweep: Whether it looks like a job of `-m`, with Hydra's own files.
+        has_summary: Whether it came to an end.
+    """
+    from vlmcap.config import EvaluationConfig
+    from vlmcap.training.scorer import CaptionScorer, describe_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(_composed(tuple(overrides)))
+    config["seed"], config["paths"]["output_dir"] = seed, str(folder)
+    write_yaml(config, folder / "config.yaml")
+    if sweep:
+        (folder / ".hydra").mkdir(exist_ok=True)
+        write_yaml([*overrides, f"seed={seed}"], folder / ".hydra" / "overrides.yaml")
+    if status is not None:
+        (folder / "status.json").write_text(json.dumps(status, ensure_ascii=False), encoding="utf-8")
+    if not has_summary:
+        return folder
+    scorer = CaptionScorer(EvaluationConfig(tokenizer="mecab_ko"))
+    clips = clips or {split: make_clips(30, split=split) for split in ("val", "test")}
+    scores: dict[str, float] = {}
+    for number, (split, those) in enumerate(clips.items()):
+        said = say(those, quality, 1000 * seed + number) if predictions is None else predictions[split]
+        write_predictions(folder / "predictions" / f"{split}.jsonl", said, scorer.tokenizer)
+        metrics = ("bleu_1", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "length_ratio")
+        scores |= {f"{split}/{name}": value for name, value in scorer.score(said, metrics=metrics).items()}
+        scores |= {f"{split}/{name}": value for name, value in scorer._by_category(said).items()}
+    _write_course(folder, scores)
+    summary = {
+        "scores": scores,
+        "tokenizer": describe_tokenizer(scorer.tokenizer),
+        "seconds": {"prepare": 20.0, "fit": seconds - 50, "total": seconds},
+        "peak_memory_gib": memory_gib,
+        "parameters": {
+            "encoder": {"parameters": 400_000_000, "trained": 0},
+            "projector": {"parameters": trained, "trained": trained},
+            "llm": {"parameters": 4_000_000_000, "trained": 0},
+        },
+        "steps": 40,
+        "versions": {"vlmcap": "0.1.0"},
+        "git_revision": "0123456789ab",
+        "command": ["train.py", "-m", *overrides, "seed=0,1"] if sweep else ["train.py", *overrides, f"seed={seed}"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=2), encoding="utf-8")
+    return folder
+
+
+def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
+    """Losses of 40 steps, two validations, and the final scores, as the logger writes them."""
+    records: list[dict[str, Any]] = []
+    for step in range(2, 42, 2):
+        records.append({"step": step, "epoch": (step - 1) // 20, "train/loss": 4 / step**0.5, "train/tokens_per_s": 900.0})
+        if step % 20 == 0:
+            loop = {"val/cider": scores.get("val/cider", 0.0) * step / 45, "val/loss": 5 / step**0.5}
+            records.append({"step": step, "epoch": (step - 1) // 20, **loop})
+    records += [{"step": 40, "epoch": 2, **{key: v for key, v in scores.items() if key.startswith(split)}} for split in ("val", "test")]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def write_sweep(root: Path, *, seeds: int = 2, num_clips: int = 30, videos: Path | None = None) -> Path:
+    """A multirun folder: two encoders by two projectors by seeds, of which siglip2 + mlp is best, and two jobs that failed.
+
+    clip is 0.2 worse than siglip2 in `quality`, cross_attention 0.1 worse than mlp. The job of the language model that is too large was
+    refused by its plan, another ended in an error.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "multirun.yaml").write_text("hydra: {}\n", encoding="utf-8")
+    clips = {split: make_clips(num_clips, split=split, folder=videos and videos / split) for split in ("val", "test")}
+    number = 0
+    for encoder, loss in (("siglip2", 0.0), ("clip", 0.2)):
+        for projector, more in (("mlp", 0.0), ("cross_attention", 0.1)):
+            for seed in range(seeds):
+                write_run(
+                    root / str(number),
+                    [f"encoder={encoder}", f"projector={projector}", "llm=qwen3_4b", "hardware=l4"],
+                    quality=0.85 - loss - more,
+                    seed=seed,
+                    clips=clips,
+                    memory_gib=9 + 4 * (encoder == "siglip2"),
+                    seconds=600.0 + 300 * (projector == "mlp") + 7 * seed,
+                    trained=20_000_000 if projector == "mlp" else 50_000_000,
+                    status={"status": "finished", "reason": "", "error": None, "overrides": [], "plan": {"peak_gib": 11.5}},
+                )
+                number += 1
+    refused = {
+        "status": "refused",
+        "reason": "the plan needs 31.0 GiB of 22.0 GiB; set hardware=a100",
+        "error": "UserError",
+        "overrides": ["encoder=siglip2", "projector=mlp", "llm=qwen3_32b", "hardware=l4", "seed=0"],
+        "plan": {"peak_gib": 31.0, "usable_gib": 22.0},
+        "seconds": 4.0,
+    }
+    job = ["encoder=siglip2", "projector=mlp", "llm=qwen3_32b", "hardware=l4"]
+    write_run(root / str(number), job, status=refused, has_summary=False)
+    failed = {"status": "failed", "reason": "the loss became NaN at step 12", "error": "RuntimeError", "overrides": [], "seconds": 90.0}
+    job = ["encoder=clip", "projector=mlp", "llm=qwen3_4b", "hardware=l4"]
+    write_run(root / str(number + 1), job, seed=seeds, status=failed, has_summary=False)
+    return root
