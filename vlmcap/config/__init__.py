@@ -6,6 +6,7 @@ at one group stand in its `__post_init__`, those across groups in `Config`.
 
 from __future__ import annotations
 
+from vlmcap.config.callbacks import CallbacksConfig, ProfileConfig
 from vlmcap.config.choices import (
     Batching,
     DataFormat,
@@ -30,18 +31,15 @@ from vlmcap.config.choices import (
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
-    CallbacksConfig,
     Config,
     EvaluationConfig,
     HardwareConfig,
     LoggerConfig,
-    OptimConfig,
     PathsConfig,
     PlanConfig,
-    ProfileConfig,
-    TrainerConfig,
 )
 from vlmcap.config.sweep import SweepConfig
+from vlmcap.config.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
     "AugmentConfig",

@@ -1,4 +1,4 @@
-"""Settings of hardware, evaluation and the loop, and the whole of a run."""
+"""Settings of hardware and evaluation, and the whole of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from omegaconf import MISSING
 
+from vlmcap.config.callbacks import CallbacksConfig
 from vlmcap.config.checks import require, require_positive
 from vlmcap.config.choices import (
     EncoderFamily,
@@ -15,7 +16,6 @@ from vlmcap.config.choices import (
     EvaluationBackend,
     LoggerKind,
     ModelKind,
-    OptimKind,
     Precision,
     ProjectorKind,
     Quantization,
@@ -24,6 +24,7 @@ from vlmcap.config.choices import (
 from vlmcap.config.data import CacheConfig, DataConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
 from vlmcap.config.sweep import SweepConfig
+from vlmcap.config.trainer import OptimConfig, TrainerConfig
 
 
 @dataclass
@@ -108,29 +109,6 @@ class EvaluationConfig:
 
 
 @dataclass
-class OptimConfig:
-    """AdamW; the rates stand in tuning, a stage each."""
-
-    kind: OptimKind = OptimKind.adamw
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-
-
-@dataclass
-class TrainerConfig:
-    """Lightning's loop."""
-
-    accumulate_grad_batches: int = 1
-    max_steps: int = -1
-    log_every_n_steps: int = 10
-    checkpoint_every_n_steps: int | None = None
-    deterministic: bool = True
-    progress_bar: bool = True
-
-
-@dataclass
 class LoggerConfig:
     """Metrics beside `metrics.jsonl`."""
 
@@ -144,27 +122,6 @@ class PlanConfig:
     """The memory plan in front of a run on a card; `vlmcap plan` shows it."""
 
     enforce: Enforce = Enforce.error  # a run that cannot fit is refused; warn says so and runs, off plans nothing
-
-
-@dataclass
-class ProfileConfig:
-    """Where a step's time goes; steps are optimiser steps of this process, a resumed one starts again at 1."""
-
-    enabled: bool = False
-    first_step: int = 5  # those before are slower: memory is taken, kernels are chosen
-    num_steps: int = 20  # that are timed
-    trace_steps: int = 2  # that follow and go into the trace, which slows them; 0 for no trace
-
-    def __post_init__(self) -> None:
-        require_positive("callbacks.profile", self, "first_step", "num_steps")
-        require(self.trace_steps >= 0, f"callbacks.profile.trace_steps must not be negative, and is {self.trace_steps}; 0 writes no trace")
-
-
-@dataclass
-class CallbacksConfig:
-    """What a run does beside training, scoring and saving."""
-
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass

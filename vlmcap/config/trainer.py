@@ -1,0 +1,30 @@
+"""Settings of the optimiser and the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmcap.config.choices import OptimKind
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; the rates stand in tuning, a stage each."""
+
+    kind: OptimKind = OptimKind.adamw
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's loop."""
+
+    accumulate_grad_batches: int = 1
+    max_steps: int = -1
+    log_every_n_steps: int = 10
+    checkpoint_every_n_steps: int | None = None
+    deterministic: bool = True
+    progress_bar: bool = True
