@@ -39,8 +39,16 @@ def check_objective(config: Config) -> None:
     at_end += ["swapped/cider"] if config.evaluation.swap_videos else []
     at_end += ["siglip/cosine"] if config.evaluation.siglip_checkpoint else []
     at_end += ["bertscore/f1"] if config.evaluation.bert_checkpoint else []
+    grounding = config.callbacks.grounding
+    drops = ["grounding/swapped/cider_drop"] if grounding.enabled else []
+    at_end += drops
     _check_metric("objective", config.objective, ("val", "test"), ["loss", *METRIC_NAMES, *facts, *at_end])
-    _check_metric("data.monitor", config.data.monitor, ("val",), ["loss", *METRIC_NAMES, *facts])
+    _check_metric(
+        "data.monitor",
+        config.data.monitor,
+        ("val",),
+        ["loss", *METRIC_NAMES, *facts, *(drops if grounding.every_n_validations == 1 else [])],
+    )
     if config.objective_mode not in ("min", "max"):
         raise UserError(f"objective_mode={config.objective_mode} must be min or max")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.build.data import decoded_dataset
 from vlmcap.build.encoding import FRAMES_A_PASS, batches_of, encoding_of, free_memory
+from vlmcap.build.grounding import with_blank
 from vlmcap.build.parts import load_encoder
 from vlmcap.build.sources import Sources, vision_part
 from vlmcap.config import Config, EncoderTuning, Sampling
@@ -97,7 +98,7 @@ class FeaturePlan:
 
 
 def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> Features | None:
-    """Every clip's features in the store, or None where the configuration or the costs want none.
+    """Every clip's features in the store, that of a black one too where a run asks for it, or None where the configuration or the costs want none.
 
     The encoder is loaded only where clips are missing, and is gone from memory on return.
 
@@ -113,6 +114,7 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
     config = plan.config
     if config.cache.enabled is False:
         return None
+    clips = with_blank(config, clips)
     store = open_store(plan)
     if config.cache.enabled == "auto" and not _pays(plan, store, clips):
         return None

@@ -14,6 +14,7 @@ from vlmcap.build.checks import check_engine, check_objective, check_stages
 from vlmcap.build.clips import load_splits, open_ledger
 from vlmcap.build.data import build_data
 from vlmcap.build.demo import prepare
+from vlmcap.build.grounding import grounding_check
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
 from vlmcap.build.plan import enforce_plan
@@ -155,7 +156,9 @@ def build_run(
     )
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), folder / "predictions", config.data.monitor)
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
-    callbacks: list[L.Callback] = [evaluation, WandbTable(evaluation, config.evaluation.num_table_rows), progress]
+    grounding = grounding_check(config, data, evaluation, folder)
+    scoring = [evaluation, *([grounding] if grounding else [])]
+    callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows), progress]
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()
     if has_bar:
         callbacks.append(TerminalBar(progress))

@@ -16,6 +16,7 @@ from vlmcap.config.choices import (
     Enforce,
     Engine,
     EvaluationBackend,
+    GroundingMode,
     LoggerKind,
     ModelKind,
     OptimKind,
@@ -29,6 +30,7 @@ from vlmcap.config.choices import (
     Temporal,
 )
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
+from vlmcap.config.grounding import GroundingConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
     Config,
@@ -58,6 +60,8 @@ __all__ = [
     "Engine",
     "EvaluationBackend",
     "EvaluationConfig",
+    "GroundingConfig",
+    "GroundingMode",
     "HardwareConfig",
     "LlmConfig",
     "LoggerConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vlmcap.config.checks import require, require_positive
+from vlmcap.config.grounding import GroundingConfig
 
 
 @dataclass
@@ -26,3 +27,4 @@ class CallbacksConfig:
     """What a run does beside training, scoring and saving."""
 
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    grounding: GroundingConfig = field(default_factory=GroundingConfig)

@@ -154,6 +154,13 @@ class Enforce(Enum):
     off = "off"
 
 
+class GroundingMode(Enum):
+    """What is measured with exchanged videos: captions and the loss of the labels, or that loss alone."""
+
+    captions = "captions"
+    loss = "loss"
+
+
 class Engine(Enum):
     """What decodes captions: our own loop where it can (greedy search, full attention), transformers' `generate`, or vLLM."""
 

@@ -69,12 +69,13 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
         for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in own.items():
-            if name.startswith(("swapped/", "permuted/", "category/")):
+            if name.startswith(("swapped/", "permuted/", "category/", "grounding/")):
                 continue
             others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
             table.add_row(score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
         Console().print(table)
         _show_categories(split, own)
+        _show_grounding(split, own)
 
 
 def score_label(name: str) -> str:
@@ -100,6 +101,20 @@ def _show_categories(split: str, scores: Mapping[str, float]) -> None:
         table.add_column(column, justify="left" if column == "category" else "right")
     for category, row in sorted(rows.items(), key=lambda item: -item[1].get("clips", 0)):
         table.add_row(category, *(f"{row[metric]:.0f}" if metric == "clips" else f"{row[metric]:.3f}" for metric in metrics))
+    Console().print(table)
+
+
+def _show_grounding(split: str, scores: Mapping[str, float]) -> None:
+    """A row a score, a column a video."""
+    names = [name.removeprefix("grounding/own/") for name in scores if name.startswith("grounding/own/")]
+    if not names:
+        return
+    table = Table(title=f"{split} split, does it look?", title_justify="left", title_style="bold")
+    for column in ("score", "own video", "another clip's", "black"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name in names:
+        values = (scores[f"grounding/{video}/{name}"] for video in ("own", "swapped", "blanked"))
+        table.add_row("loss of the labels" if name == "loss" else score_label(name), *(f"{value:.3f}" for value in values))
     Console().print(table)
 
 

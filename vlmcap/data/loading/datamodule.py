@@ -99,6 +99,13 @@ class CaptionDataModule(L.LightningDataModule):
         """Every clip of a split once, as prompts."""
         return self._eval_loader(self.clips[split], self.prompt_collator, self.settings.prompt_batch_size)
 
+    def sample_loader(self, clips: Sequence[Clip]) -> DataLoader[Any]:
+        """Any clips once over all ranks, as lists of `Sample` and `Skipped` of the length of a batch to caption."""
+        rank, world_size = self._rank
+        return DataLoader(
+            sampler=range(rank, len(clips), world_size), batch_size=self.settings.prompt_batch_size, **self._common(clips, list)
+        )
+
     def resume_at(self, position: Mapping[str, Any]) -> None:
         """Makes the next training loader start at a `BatchSampler.position`."""
         self._position = position
@@ -133,7 +140,7 @@ class CaptionDataModule(L.LightningDataModule):
         own = range(rank, len(clips), world_size)
         return DataLoader(sampler=own, batch_size=batch_size, **self._common(clips, collator))
 
-    def _common(self, clips: Sequence[Clip], collator: Collator) -> dict[str, Any]:
+    def _common(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object]) -> dict[str, Any]:
         """Arguments of every loader."""
         workers, dataset = self.settings.num_workers, self.make_dataset(clips)
         return {
