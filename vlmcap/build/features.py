@@ -98,7 +98,7 @@ class FeaturePlan:
 
 
 def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> Features | None:
-    """Every clip's features in the store, that of a black one too where a run asks for it, or None where the configuration or the costs want none.
+    """Every clip's features in the store, a black one's too if a run asks for it; None where the configuration or the costs want none.
 
     The encoder is loaded only where clips are missing, and is gone from memory on return.
 
