@@ -1,11 +1,15 @@
-"""A sweep to report on."""
+"""A sweep to report on, and a page in a browser."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.reporting.report.browser import Browser, find_chromium
+from tests.reporting.report.invented import make_report
 from tests.reporting.report.run_folders import write_sweep
 
 
@@ -13,3 +17,41 @@ from tests.reporting.report.run_folders import write_sweep
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multirun folder of eight runs that finished, one that was refused and one that failed; see `write_sweep`. Not to be changed."""
     return write_sweep(tmp_path_factory.mktemp("multirun") / "sweep")
+
+
+@pytest.fixture(scope="session")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    from vlmcap.data.decoding.video import write_video
+    from vlmcap.reporting.report.page import report_page
+    from vlmcap.reporting.report.thumbnails import pictures_of
+
+    frames = np.random.default_rng(0).integers(0, 255, (8, 90, 160, 3)).astype(np.uint8)
+    write_video(folder / "a.mp4", frames, fps=4)
+    report = make_report(videos=[str(folder / "a.mp4")] * 3)
+    (folder / "index.html").write_text(report_page(report, pictures_of(report.clips)), encoding="utf-8")
+    return folder / "index.html"
+
+
+@pytest.fixture(scope="session")
+def started_browser() -> Iterator[Browser]:
+    program = find_chromium()
+    assert program is not None
+    try:
+        browser = Browser(program)
+    except (RuntimeError, OSError) as error:  # such as a stub that only says where to get the real one
+        pytest.skip(f"{program} does not start: {error}")
+    with browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(started_browser: Browser, page_file: Path) -> Iterator[Browser]:
+    """The page, freshly loaded; whatever a test does to it may raise no error and ask for no address."""
+    started_browser.show_as(width=1280)
+    started_browser.open(page_file)
+    started_browser.run("localStorage.clear()")
+    started_browser.open(page_file)
+    yield started_browser
+    assert started_browser.errors() == []
+    assert started_browser.requests() == [page_file.resolve().as_uri()]

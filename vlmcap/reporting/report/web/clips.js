@@ -1,0 +1,145 @@
+// Captions of the same clip side by side, words coloured where they differ.
+const view = { tab: "worst", text: "", colours: "reference", runs: null, shown: 0 };
+const PAGE_SIZE = 8, NUM_PICKED = 4;
+
+const plainWord = (word) => word.toLowerCase().replace(/^[\s.,!?;:"'“”‘’()[\]…·]+|[\s.,!?;:"'“”‘’()[\]…·]+$/g, "");
+const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
+
+// Which words of both texts stand in their longest common subsequence.
+function common(first, second) {
+  const rows = first.length, columns = second.length, table = Array.from({ length: rows + 1 }, () => new Uint16Array(columns + 1));
+  for (let i = rows - 1; i >= 0; i -= 1) for (let j = columns - 1; j >= 0; j -= 1)
+    table[i][j] = first[i] === second[j] && first[i] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+  const inFirst = new Set(), inSecond = new Set();
+  for (let i = 0, j = 0; i < rows && j < columns;) {
+    if (first[i] === second[j] && first[i]) { inFirst.add(i); inSecond.add(j); i += 1; j += 1; }
+    else if (table[i + 1][j] >= table[i][j + 1]) i += 1;
+    else j += 1;
+  }
+  return { inFirst, inSecond, length: table[0][0] };
+}
+
+function nearestReference(words, references) {
+  const plain = words.map(plainWord);
+  return references.map((reference, index) => ({ index, ...common(plain, wordsOf(reference).map(plainWord)) }))
+    .reduce((best, one) => (!best || one.length > best.length ? one : best), null);
+}
+
+function coloured(words, kindOf) {
+  return words.map((word, index) => [index ? " " : "", kindOf(index) ? h("span", { class: kindOf(index) }, word) : word]);
+}
+
+function captionNodes(clip, captions) {
+  const words = captions.map((caption) => wordsOf(caption.text)), said = new Map();
+  words.forEach((list) => new Set(list.map(plainWord)).forEach((word) => said.set(word, (said.get(word) || 0) + 1)));
+  const missed = clip.references.map((reference) => new Set(wordsOf(reference).keys()));
+  const nodes = captions.map((caption, index) => {
+    if (!words[index].length) return h("span", { class: "quiet" }, say("emptyCaption"));
+    const nearest = nearestReference(words[index], clip.references);
+    if (nearest) nearest.inSecond.forEach((place) => missed[nearest.index].delete(place));
+    if (view.colours === "reference") return coloured(words[index], (place) => (nearest && nearest.inFirst.has(place) ? "same" : "other"));
+    if (view.colours === "runs" && captions.length > 1) {
+      return coloured(words[index], (place) => {
+        const number = said.get(plainWord(words[index][place]));
+        return number === captions.length ? "" : number === 1 ? "only" : "shared";
+      });
+    }
+    return caption.text;
+  });
+  const references = clip.references.map((reference, index) =>
+    view.colours === "reference" && captions.length ? coloured(wordsOf(reference), (place) => (missed[index].has(place) ? "missed" : "")) : reference);
+  return { nodes, references };
+}
+
+function frames(clip) {
+  if (!clip.thumbnails.length) {
+    const reason = clip.picture_note || (clip.video ? say("unreadable", clip.video) : say("notDrawn"));
+    return h("p", { class: "quiet small no-picture", title: clip.video }, say("noVideo", clip.picture_note === "full" ? say("notDrawn") : reason));
+  }
+  return h("div", { class: "frames" }, clip.thumbnails.map((content, index) =>
+    h("img", { src: `data:image/jpeg;base64,${content}`, alt: say("frameOf", index + 1, clip.thumbnails.length, clip.id), height: 84 })));
+}
+
+function clipCard(clip) {
+  const captions = clip.captions.filter((caption) => view.runs.has(caption.run) && RUNS.has(caption.run));
+  const { nodes, references } = captionNodes(clip, captions), best = Math.max(...captions.map((caption) => caption.scores[DATA.clip_metric] ?? -Infinity));
+  return h("article", { class: "clip", "data-clip": clip.id },
+    h("header", {}, h("h3", {}, clip.id), clip.category ? h("span", { class: "badge" }, clip.category) : null,
+      h("span", { class: "quiet small" }, `${DATA.labels[DATA.clip_metric] || DATA.clip_metric} · ${say("meanScore", number(clip.score))} · ${say("spread", number(clip.spread))}`)),
+    frames(clip),
+    h("dl", {}, references.map((nodes) => [h("dt", { class: "reference" }, say("reference")), h("dd", { class: "reference", lang: "ko" }, nodes)]),
+      captions.map((caption, index) => {
+        const run = RUNS.get(caption.run), score = caption.scores[DATA.clip_metric];
+        return [h("dt", {}, h("span", {}, swatch(run.group), run.name), h("span", { class: score === best ? "score strong" : "score" }, number(score))), h("dd", { lang: "ko" }, nodes[index])];
+      })));
+}
+
+function wantedClips() {
+  const words = view.text.toLowerCase().split(/\s+/).filter(Boolean);
+  const text = (clip) => [clip.id, clip.category, clip.video, ...clip.references, ...clip.captions.map((caption) => caption.text)].join(" ").toLowerCase();
+  const sign = { worst: 1, best: -1 }[view.tab];
+  const those = DATA.clips.filter((clip) => (view.tab === "all" || clip.chosen.includes(view.tab)) && words.every((word) => text(clip).includes(word)));
+  if (sign) those.sort((a, b) => sign * (a.score - b.score));
+  if (view.tab === "different") those.sort((a, b) => b.spread - a.spread);
+  return those;
+}
+
+const TABS = ["worst", "best", "different", "all"];
+
+function clips() {
+  const compared = DATA.runs.filter((run) => DATA.clips.some((clip) => clip.captions.some((caption) => caption.run === run.id)));
+  const few = () => new Set([...new Map([...compared].reverse().map((run) => [run.group, run.id])).values()].reverse().slice(0, NUM_PICKED));
+  if (!view.runs) view.runs = few();
+  const section = h("section", { id: "clips" }, h("h2", {}, say("clips")));
+  if (!DATA.clips.length || !compared.length) return fill(section, {}, [h("p", { class: "quiet" }, say("noCaptions"))]);
+  const list = h("div", { id: "clip-list", role: "tabpanel", "aria-label": say("clips") }), tally = h("span", { class: "quiet", role: "status" });
+  const legend = h("p", { class: "quiet small word-legend" }), picker = h("div", { class: "picker", role: "group", "aria-label": say("clipRuns") });
+  const more = h("button", { type: "button", class: "more", onclick: () => grow() });
+  let those = [];
+  const grow = () => {
+    const next = those.slice(view.shown, view.shown + PAGE_SIZE);
+    list.append(...next.map(clipCard));
+    view.shown += next.length;
+    more.hidden = view.shown >= those.length;
+    more.textContent = say("more", Math.min(PAGE_SIZE, those.length - view.shown));
+  };
+  const update = () => {
+    those = wantedClips();
+    tally.textContent = say("clipCount", those.length);
+    list.replaceChildren();
+    if (!those.length) list.append(h("p", { class: "quiet" }, say("noClip")));
+    view.shown = 0;
+    const kinds = { reference: [["same", "legendSame"], ["other", "legendOther"], ["missed", "legendMissed"]], runs: [["only", "legendOnly"], ["shared", "legendShared"]], none: [] }[view.colours];
+    legend.replaceChildren(...kinds.map(([kind, key]) => h("span", {}, h("span", { class: kind }, say(key)))));
+    grow();
+  };
+  const pick = (runs) => { view.runs = runs; fillPicker(); update(); };
+  const fillPicker = () => picker.replaceChildren(
+    h("button", { type: "button", onclick: () => pick(few()) }, say("pickFew")), h("button", { type: "button", onclick: () => pick(new Set(compared.map((run) => run.id))) }, say("pickAll")),
+    ...compared.map((run) => {
+      const box = h("input", { type: "checkbox", onchange: () => { if (!view.runs.delete(run.id)) view.runs.add(run.id); update(); } });
+      box.checked = view.runs.has(run.id);
+      return h("label", {}, box, swatch(run.group), run.name);
+    }));
+  const tabs = TABS.filter((tab) => tab === "all" || DATA.clips.some((clip) => clip.chosen.includes(tab)));
+  if (!tabs.includes(view.tab)) view.tab = tabs[0];
+  const buttons = tabs.map((tab) => h("button", { type: "button", role: "tab", id: `tab-${tab}`, "aria-controls": "clip-list", "aria-selected": String(tab === view.tab), tabindex: tab === view.tab ? "0" : "-1", onclick: () => go(tab) }, say(tab)));
+  const go = (tab) => {
+    view.tab = tab;
+    buttons.forEach((button, index) => { button.setAttribute("aria-selected", String(tabs[index] === tab)); button.tabIndex = tabs[index] === tab ? 0 : -1; });
+    update();
+  };
+  const bar = h("div", { class: "tabs", role: "tablist", "aria-label": say("clips"), onkeydown: (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!move) return;
+    const next = (tabs.indexOf(view.tab) + move + tabs.length) % tabs.length;
+    go(tabs[next]);
+    buttons[next].focus();
+  } }, buttons);
+  fillPicker();
+  update();
+  return fill(section, {}, [bar,
+    h("div", { class: "controls" }, searchBox(say("clipSearch"), view.text, (text) => { view.text = text; update(); }),
+      h("label", {}, say("colours"), " ", select(say("colours"), [["reference", say("byReference")], ["runs", say("byRuns")], ["none", say("byNone")]], view.colours, (value) => { view.colours = value; update(); })), tally),
+    h("details", { class: "pick", open: compared.length <= 8 }, h("summary", {}, say("clipRuns")), picker), legend, list, more]);
+}
