@@ -12,6 +12,7 @@ from vlmcap.build.checks import check_length
 from vlmcap.build.features import FeaturePlan, Features, grid_of_frames, prepare_features
 from vlmcap.build.parts import (
     add_adapters,
+    compile_blocks,
     load_encoder,
     load_llm,
     load_prompt_of,
@@ -120,6 +121,7 @@ def _assemble_parts(
         encoder = load_encoder(config, sources.folders["encoder"])
         train_encoder(config, encoder)
     llm = llm if llm is not None else add_adapters(config, load_llm(config, folder), num_kept_layers(config))
+    compile_blocks(config, llm)
     captioner = VideoCaptioner(encoder, projector, llm, prompt, generation_settings(config))
     captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)
@@ -143,6 +145,7 @@ def _assemble_whole(config: Config, sources: Sources, clips: Mapping[str, Sequen
     if encoder is not None:
         train_encoder(config, encoder)
     llm = add_adapters(config, parts.llm, num_kept_layers(config))
+    compile_blocks(config, llm)
     captioner = parts.captioner_class(encoder, parts.projector, llm, prompt, generation_settings(config))
     captioner.loss_chunk_bytes = loss_chunk_bytes(config)
     return Assembly(captioner, sources, sketch.transform, grid_of, visual, num_visual, _count(sketch), features)

@@ -219,3 +219,11 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
         return llm
     adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora))
     return adapted
+
+
+def compile_blocks(config: Config, llm: nn.Module) -> None:
+    """Compiles the language model's blocks where `hardware.compile` says so; a plan's hollow model is never compiled."""
+    from vlmcap.models.llm.compiling import compile_layers
+
+    if config.hardware.compile:
+        compile_layers(llm)

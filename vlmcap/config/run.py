@@ -46,6 +46,7 @@ class HardwareConfig:
     frame_stack: int = 1
     gradient_checkpointing: bool = False
     activation_budget_gib: float | None = None  # gradient_checkpointing computes only so many layers again as this needs; null is all
+    compile: bool = False  # the language model's layers by torch.compile; benchmarks/train says what it brings
     offload_checkpoints: bool = False  # what gradient_checkpointing keeps of the language model waits in host memory: slower, and smaller
     num_workers: int = 2
     loss_chunk_mib: int | None = 128  # of float32 logits that the loss has at once; null is all of a batch
