@@ -117,6 +117,15 @@ def write_yaml(plain: Any, path: Path) -> None:
         partial.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
 
 
+def read_yaml(path: Path) -> Any:
+    """The plain data of a YAML file; a reference to another key stays the text that it is.
+
+    Raises:
+        Exception: The file is not there or is no YAML.
+    """
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
 def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
     """A saved configuration with the values that a command line gave, taken from where Hydra parsed and checked them.
 

@@ -79,6 +79,18 @@ def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> C
     return ClipMetric(name, counts.reshape(len(counts), -1).astype(np.float64), score)
 
 
+def fact_metric(counts: npt.NDArray[np.int64], name: str = "facts/mean") -> ClipMetric:
+    """Fact accuracy from the `fact_counts` of one fact, shape (N, 1, 2), or the mean over facts, from those of all, shape (N, facts, 2)."""
+
+    def score(sums: Floats) -> Floats:
+        right, stated = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
+        accuracy = np.where(stated > 0, right / np.maximum(stated, 1), 0.0)
+        number = (stated > 0).sum(-1)  # a fact that no clip states is not counted, as in `fact_accuracy`
+        return np.where(number > 0, accuracy.sum(-1) / np.maximum(number, 1), np.nan)
+
+    return ClipMetric(name, counts.reshape(len(counts), -1).astype(np.float64), score)
+
+
 def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
     """The corpus scores of the clips of each category, with their number as `clips`.
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from vlmcap.errors import UserError
 from vlmcap.metrics.checks import check_captions
 from vlmcap.metrics.tokenizers import normalize
@@ -93,6 +96,18 @@ def fact_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]
         (fact, _mean([p == r for p, r in zip(predicted, stated, strict=True) if r is not None]))
         for fact, predicted, stated in _extract_all(predictions, references, lexicon)
     )
+
+
+def fact_counts(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> npt.NDArray[np.int64]:
+    """What `fact_accuracy` sums: for each clip and fact if the prediction is right, and if the reference states it, (N, facts, 2).
+
+    Facts are in the order of the lexicon. Arguments and errors are those of `fact_accuracy`.
+    """
+    columns = [
+        [(p == r and r is not None, r is not None) for p, r in zip(predicted, stated, strict=True)]
+        for _, predicted, stated in _extract_all(predictions, references, lexicon)
+    ]
+    return np.array(columns, np.int64).transpose(1, 0, 2)
 
 
 def permutation_expectation(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, float]:

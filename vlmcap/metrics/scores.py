@@ -113,8 +113,8 @@ def score_each(
     """
     check_captions(predictions, references)
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    corpus = _count_references(references, split)
-    statistics = clip_statistics(_tokenize(predictions, split), corpus)
+    corpus = count_references(references, split)
+    statistics = clip_statistics(tokenize_captions(predictions, split), corpus)
     if len(corpus) == 1:
         warn_of_one_clip()
     bleu = bleu_from_counts(statistics.matches, statistics.ngrams, statistics.hypothesis_length, statistics.reference_length)
@@ -137,7 +137,7 @@ def score_by_category(
     """
     check_captions(predictions, references)
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    return by_category(clip_statistics(_tokenize(predictions, split), _count_references(references, split)), categories)
+    return by_category(clip_statistics(tokenize_captions(predictions, split), count_references(references, split)), categories)
 
 
 def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(metrics)
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
+def tokenize_captions(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
     """The tokens of each text, equal tokens one object: a morpheme then takes 8 bytes wherever it stands, not 80."""
     known: dict[str, str] = {}
     captions: dict[str, list[str]] = {}
@@ -187,14 +187,14 @@ class _Counted(NamedTuple):
 _COUNTED: deque[_Counted] = deque(maxlen=2)
 
 
-def _count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> ReferenceCorpus:
-    """The references, tokenised and counted, or what the same texts gave before."""
+def count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> ReferenceCorpus:
+    """The references of each clip, tokenised and counted, or what the same texts gave before."""
     # The texts themselves are compared: equal strings that are one object cost nothing, and a changed one is never missed.
     texts = tuple(map(tuple, references))
     for counted in tuple(_COUNTED):
         if counted.tokenizer == tokenizer and counted.texts == texts:
             return counted.corpus
-    flat = iter(_tokenize([text for refs in texts for text in refs], tokenizer))
+    flat = iter(tokenize_captions([text for refs in texts for text in refs], tokenizer))
     corpus = ReferenceCorpus([[next(flat) for _ in refs] for refs in texts])
     _COUNTED.append(_Counted(tokenizer, texts, corpus))
     return corpus
@@ -204,8 +204,8 @@ def _token_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer, wanted: set[str]
 ) -> dict[str, float]:
     """The wanted scores, and those that come with them for nothing."""
-    corpus = _count_references(references, tokenizer)
-    hypotheses = _tokenize(predictions, tokenizer)
+    corpus = count_references(references, tokenizer)
+    hypotheses = tokenize_captions(predictions, tokenizer)
     scores: dict[str, float] = {}
     if "meteor" in wanted:
         scores["meteor"] = corpus_meteor(hypotheses, corpus.tokens())

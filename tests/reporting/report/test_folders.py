@@ -1,0 +1,153 @@
+"""Folders as they are found in life: torn, half-written, refused, of other programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vlmcap.compose import read_yaml
+from vlmcap.errors import UserError
+from vlmcap.reporting.report.captions import read_captions
+from vlmcap.reporting.report.courses import MOST_POINTS, read_course
+from vlmcap.reporting.report.folders import RunFolder, find_runs, read_run
+
+
+def copied(sweep: Path, folder: Path, number: int = 0) -> Path:
+    shutil.copytree(sweep / str(number), folder)
+    return folder
+
+
+def read(folder: Path) -> RunFolder:
+    return read_run(folder, read_yaml)
+
+
+def test_runs_are_found_below_a_sweep_in_order(sweep: Path, tmp_path: Path) -> None:
+    found = find_runs([sweep.parent, sweep / "3"])
+    assert [path.name for path in found] == [str(number) for number in range(10)]
+    (tmp_path / "10" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "9").mkdir()
+    for path in (tmp_path / "10" / "summary.json", tmp_path / "9" / "metrics.jsonl", tmp_path / "10" / "checkpoints" / "summary.json"):
+        path.write_text("{}")
+    assert [path.name for path in find_runs([tmp_path])] == ["9", "10"]
+
+
+def test_folders_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing is no folder"):
+        find_runs([tmp_path / "missing"])
+    with pytest.raises(UserError, match="holds no run"):
+        find_runs([tmp_path])
+
+
+def test_a_whole_run(sweep: Path) -> None:
+    run = read(sweep / "0")
+    assert (run.status, run.reason, run.warnings) == ("finished", "", [])
+    assert run.config["encoder.name"] == "siglip2"
+    assert run.config["tuning.lora.rank"] == 16
+    assert run.scores["val/cider"] > 1
+    assert (run.seconds["total"], run.peak_memory_gib, run.planned_gib) == (900.0, 13.0, 11.5)
+    assert run.parameters == {"total": 4_420_000_000, "trained": 20_000_000}
+    assert run.command == "python train.py encoder=siglip2 projector=mlp llm=qwen3_4b hardware=l4 seed=0"
+    assert run.predictions.keys() == {"val", "test"}
+    assert len(run.curve["train/loss"]) == 20
+    assert [step for step, _ in run.curve["val/cider"]] == [20, 40]  # not the score at the end, which is of the best checkpoint
+    assert "test/cider" not in run.curve
+
+
+def test_refused_and_failed_jobs(sweep: Path) -> None:
+    refused, failed = read(sweep / "8"), read(sweep / "9")
+    assert (refused.status, refused.planned_gib) == ("refused", 31.0)
+    assert "hardware=a100" in refused.reason
+    assert "llm=qwen3_32b" in refused.command
+    assert (failed.status, failed.seconds) == ("failed", {"total": 90.0})
+
+
+def test_a_run_that_was_killed(sweep: Path, tmp_path: Path) -> None:
+    folder = copied(sweep, tmp_path / "run")
+    for name in ("summary.json", "status.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "predictions")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[: text.rindex("{") + 20])
+    run = read(folder)
+    assert (run.status, run.scores, run.predictions) == ("unfinished", {}, {})
+    assert run.curve["train/loss"]
+    assert run.warnings == ["1 lines of metrics.jsonl cannot be read and are left out."]
+    assert run.command == "python train.py encoder=siglip2 projector=mlp llm=qwen3_4b hardware=l4 seed=0"
+
+
+def test_torn_files_become_warnings(sweep: Path, tmp_path: Path) -> None:
+    folder = copied(sweep, tmp_path / "run")
+    (folder / "summary.json").write_text('{"scores": {"val/ci')
+    (folder / "config.yaml").write_text("encoder: [unclosed")
+    (folder / "status.json").write_text("[]")
+    run = read(folder)
+    assert run.status == "unfinished"
+    assert {warning.split()[0] for warning in run.warnings} == {"summary.json", "config.yaml", "status.json"}
+
+
+def test_hydras_own_configuration_stands_in(sweep: Path, tmp_path: Path) -> None:
+    folder = copied(sweep, tmp_path / "run")
+    (folder / "config.yaml").unlink()
+    (folder / ".hydra" / "config.yaml").write_text("encoder: {name: clip, image_size: '${hardware.image_size}'}\nseed: 3\n")
+    assert read(folder).config == {"encoder.name": "clip", "seed": 3}
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"scores": {"a": 1, "b": null, "c": NaN, "d": true, "e": "x"}, "parameters": 3, "seconds": []}')
+    run = read(tmp_path)
+    assert (run.scores, run.parameters, run.seconds, run.command) == ({"a": 1.0}, {}, {}, "python train.py")
+
+
+def test_what_evaluate_leaves(sweep: Path, tmp_path: Path) -> None:
+    shutil.copy(sweep / "0" / "predictions" / "test.jsonl", tmp_path / "predictions.jsonl")
+    shutil.copy(sweep / "0" / "config.yaml", tmp_path / "evaluation.yaml")
+    (tmp_path / "metrics.json").write_text(json.dumps({"checkpoint": "runs/a b/best.ckpt", "tokenizer": "mecab_ko (1)", "test/cider": 2.5}))
+    run = read(find_runs([tmp_path])[0])
+    assert (run.status, run.scores, run.tokenizer) == ("finished", {"test/cider": 2.5}, "mecab_ko (1)")
+    assert run.predictions.keys() == {"test"}
+    assert run.config["encoder.name"] == "siglip2"
+    assert run.command == "python evaluate.py 'checkpoint=runs/a b/best.ckpt'"
+
+
+def test_a_single_run_is_repeated_by_its_command_in_another_folder(tmp_path: Path) -> None:
+    command = ["train.py", "llm.prompt=영상을 설명해 주세요.", "paths.output_dir=runs/1"]
+    (tmp_path / "summary.json").write_text(json.dumps({"scores": {}, "command": command}))
+    assert read(tmp_path).command == "python train.py 'llm.prompt=영상을 설명해 주세요.'"
+
+
+def test_long_courses_are_thinned(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "train/loss": 1 / step, "train/lr_x": 1}) + "\n" for step in range(1, 1001)))
+    course = read_course(path, [])
+    assert course.keys() == {"train/loss"}
+    assert len(course["train/loss"]) <= MOST_POINTS + 1
+    assert course["train/loss"][0][0] == 1
+    assert course["train/loss"][-1] == (1000, 0.001)
+
+
+def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:
+    row = {"id": "b", "video": "b.mp4", "prediction": "바다", "references": ["바다이다"], "scores": {"cider": 1.0, "rouge_l": None}}
+    lines = [
+        json.dumps(row),
+        json.dumps(row | {"id": "a", "references": "한 문장", "scores": {"cider": 2.0, "rouge_l": 0.5}}),
+        json.dumps(row | {"prediction": "산", "scores": {"cider": 3.0}}),
+        json.dumps(row | {"prediction": None}),
+        json.dumps(row | {"references": []}),
+        "[1, 2",
+    ]
+    (tmp_path / "val.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    warnings: list[str] = []
+    captions = read_captions(tmp_path / "val.jsonl", warnings, {})
+    assert captions is not None
+    assert (captions.ids, captions.texts, captions.references) == (["a", "b"], ["바다", "산"], [["한 문장"], ["바다이다"]])
+    assert {name: values.tolist() for name, values in captions.scores.items()} == {"cider": [2.0, 3.0]}
+    assert warnings == [
+        "3 lines of val.jsonl cannot be read and are left out.",
+        "1 clips stand more than once in val.jsonl; the last line of each counts.",
+    ]
+    (tmp_path / "empty.jsonl").touch()
+    assert read_captions(tmp_path / "empty.jsonl", warnings, {}) is None
+    assert read_captions(tmp_path / "missing.jsonl", warnings, {}) is None

@@ -1,0 +1,78 @@
+"""The few keys that runs differ in, and names of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmcap.reporting.report.folders import RunFolder, flatten
+from vlmcap.reporting.report.naming import comparable_config, factor_values, find_factors, group_name, short_ids
+
+LLM = {"a": {"name": "a", "max_new_tokens": 768}, "b": {"name": "b", "max_new_tokens": 256}}
+
+
+def run(config: dict[str, Any], *overrides: str, name: str = "0") -> RunFolder:
+    base = {"seed": 0, "encoder": {"name": "clip"}, "llm": LLM["a"], "data": {"name": "demo", "num_frames": 8}, "tuning": {"name": "lora"}}
+    return RunFolder(Path(name), config=flatten(base | config), overrides=list(overrides))
+
+
+def test_groups_stand_for_what_they_bring() -> None:
+    runs = [run({}), run({"llm": LLM["b"]}), run({"llm": LLM["b"], "encoder": {"name": "siglip2"}})]
+    factors = find_factors(runs)
+    assert factors == ["encoder", "llm"]
+    assert [group_name(one, factors) for one in runs] == ["clip + a", "clip + b", "siglip2 + b"]
+    assert factor_values(runs[2], factors) == {"encoder": "siglip2", "llm": "b"}
+
+
+def test_single_values_count_where_groups_do_not_decide_them() -> None:
+    frames = {"name": "demo", "num_frames": 16}
+    runs = [run({}), run({"data": frames}), run({"llm": LLM["b"]}), run({"llm": LLM["b"], "data": frames})]
+    factors = find_factors(runs)
+    assert factors == ["llm", "data.num_frames"]
+    assert group_name(runs[3], factors) == "b, num_frames=16"
+
+
+def test_what_somebody_typed_is_never_hidden_behind_a_group() -> None:
+    """Two encoders with two learning rates: which of both it was cannot be known, and both must be seen."""
+    first, second = {"optim": {"lr": 1e-4}}, {"optim": {"lr": 2e-4}, "encoder": {"name": "siglip2"}}
+    assert find_factors([run(first), run(second)]) == ["encoder"]
+    factors = find_factors([run(first, "optim.lr=1e-4"), run(second, "encoder=siglip2", "optim.lr=2e-4")])
+    assert factors == ["encoder", "optim.lr"]
+    assert group_name(run(second), factors) == "siglip2, lr=0.0002"
+
+
+def test_seeds_places_and_loggers_do_not_matter() -> None:
+    one = run({"seed": 1, "paths": {"output_dir": "x", "cache_dir": "/c1"}, "encoder": {"name": "clip", "checkpoint": "/c1/demo/e"}})
+    two = run({"seed": 2, "paths": {"output_dir": "y", "cache_dir": "/c2"}, "encoder": {"name": "clip", "checkpoint": "/c2/demo/e"},
+               "logger": {"kind": "wandb"}})  # fmt: skip
+    assert find_factors([one, two]) == []
+    assert comparable_config(one.config) == comparable_config(two.config)
+    assert group_name(one, []) == "clip + a"
+
+
+def test_keys_are_told_apart_by_as_much_as_it_takes() -> None:
+    stages = [{"name": "x", "stages": {"align": {"epochs": a}, "tune": {"epochs": b}}} for a, b in ((1, 1), (2, 1), (1, 3))]
+    runs = [run({"tuning": stage}) for stage in stages]
+    factors = find_factors(runs)
+    assert factors == ["tuning.stages.align.epochs", "tuning.stages.tune.epochs"]
+    assert group_name(runs[2], factors) == "align.epochs=1, tune.epochs=3"
+
+
+def test_a_whole_model_has_no_parts_of_its_own() -> None:
+    whole = run({"model": {"name": "qwen2_5_vl_7b"}, "encoder": {"name": "own"}, "llm": {"name": "own"}})
+    runs = [run({"model": {"name": "assembled"}}), whole]
+    assert [group_name(one, find_factors(runs)) for one in runs] == ["clip + a", "qwen2_5_vl_7b"]
+
+
+def test_a_run_without_configuration_is_named_by_its_folder() -> None:
+    bare = RunFolder(Path("multirun/7"))
+    assert find_factors([bare, run({}), run({"llm": LLM["b"]})]) == ["llm"]
+    assert group_name(bare, ["llm"]) == "7"
+    assert factor_values(bare, ["llm"]) == {"llm": None}
+
+
+def test_ids_are_short_and_stay() -> None:
+    ids = short_ids(["one", "two", "one"], "r")
+    assert len(ids) == 2
+    assert ids["one"] == short_ids(["one"], "r")["one"]
+    assert len(set(short_ids([str(n) for n in range(2000)], "r").values())) == 2000

@@ -1,0 +1,85 @@
+"""`vlmcap report`: run folders into one folder of a page, tables and pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlmcap import __version__
+from vlmcap.compose import read_yaml
+from vlmcap.errors import UserError
+from vlmcap.files import replacing
+from vlmcap.reporting.report.analysis import Wanted, analyse
+from vlmcap.reporting.report.data import Report
+from vlmcap.reporting.report.folders import find_runs, read_run
+
+
+def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report:
+    """Reads runs, compares them and writes everything.
+
+    Args:
+        folders: Of runs, or of sweeps.
+        output: A folder that is made; files of an earlier report in it are replaced.
+        wanted: Metric, title and sizes.
+
+    Raises:
+        UserError: There is no run, no run has the metric, or the folder cannot be made.
+    """
+    paths = find_runs(folders)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made a folder: {error.strerror}") from error
+    with _progress("Reading runs", 2 * len(paths)) as advance:
+        runs = []
+        for path in paths:
+            runs.append(read_run(path, read_yaml))
+            advance()
+        report = analyse(runs, wanted, version=__version__, advance=advance)
+    _write(report, output)
+    return report
+
+
+def show(folders: Sequence[Path], output: Path, wanted: Wanted) -> None:
+    """Makes the report and prints its leaderboard, and in the last line what came out.
+
+    Raises:
+        UserError: As `make_report`.
+    """
+    from vlmcap.reporting.report.tables import conclusion, show_report
+
+    report = make_report(folders, output, wanted)
+    show_report(report)
+    print(f"{output}: {len(report.runs)} runs. {conclusion(report)}")
+
+
+def _write(report: Report, output: Path) -> None:
+    from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
+    from vlmcap.reporting.report.tables import leaderboard_csv, report_markdown
+
+    _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))  # the mark lets spreadsheets read Korean
+    _write_text(output / "report.md", report_markdown(report))
+    for name, draw in (("leaderboard", draw_leaderboard), ("pareto", draw_fronts), ("curves", draw_curves)):
+        draw(report, output / f"{name}.png")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr that goes when it is done; only on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task: Any = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)

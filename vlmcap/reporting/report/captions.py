@@ -1,0 +1,114 @@
+"""Files of predictions as columns, and whether two of them can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlmcap.metrics.diversity import collapse_warning
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captions:
+    """What a run said of N clips, sorted by id.
+
+    Attributes:
+        ids: Of the clips.
+        videos: A path or address a clip.
+        texts: A caption a clip.
+        references: What people said of each.
+        categories: Of each, empty where it has none.
+        scores: Name to a number a clip, (N,); of names that every clip has.
+        tokenizer: Of the scores, as the file says; empty if it does not.
+        digest: Equal for files of the same clips with the same references.
+        collapse: The sentence of a collapse, None where there is none.
+    """
+
+    ids: list[str]
+    videos: list[str]
+    texts: list[str]
+    references: list[list[str]]
+    categories: list[str]
+    scores: dict[str, Floats]
+    tokenizer: str
+    digest: str
+    collapse: str | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_captions(path: Path, warnings: list[str], shared: dict[str, str]) -> Captions | None:
+    """The captions of a file, None if it holds none.
+
+    Args:
+        path: JSON lines as `train.py` and `evaluate.py` write them.
+        warnings: Gets sentences about lines that are left out.
+        shared: Texts read before: runs have the same references, which are then held once.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    num_torn = num_double = 0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        lines = []
+    for number, line in enumerate(line for line in lines if line.strip()):
+        row = _row(line)
+        if row is None:
+            num_torn += 1
+            continue
+        name = str(row.get("id", f"line {number + 1:06d}"))
+        num_double += name in rows
+        rows[name] = row
+    if num_torn:
+        warnings.append(f"{num_torn} lines of {path.name} cannot be read and are left out.")
+    if num_double:
+        warnings.append(f"{num_double} clips stand more than once in {path.name}; the last line of each counts.")
+    return _columns([(name, rows[name]) for name in sorted(rows)], shared) if rows else None
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("prediction"), str):
+        return None
+    if isinstance(row.get("references"), str):
+        row["references"] = [row["references"]]
+    is_list = isinstance(row.get("references"), list) and all(isinstance(text, str) for text in row["references"])
+    return row if is_list and row["references"] else None
+
+
+def _columns(rows: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> Captions:
+    texts = [row["prediction"] for _, row in rows]
+    references = [[shared.setdefault(text, text) for text in row["references"]] for _, row in rows]
+    each = [row["scores"] if isinstance(row.get("scores"), dict) else {} for _, row in rows]
+    tokenizers = {str(row.get("tokenizer") or "") for _, row in rows}
+    content = json.dumps([[name for name, _ in rows], references], ensure_ascii=True)
+    return Captions(
+        ids=[name for name, _ in rows],
+        videos=[str(row.get("video") or "") for _, row in rows],
+        texts=texts,
+        references=references,
+        categories=[str(row.get("category") or "") for _, row in rows],
+        scores={name: np.array([scores[name] for scores in each], np.float64) for name in each[0] if _is_whole(name, each)},
+        tokenizer=" and ".join(sorted(tokenizers)),
+        digest=hashlib.sha256(content.encode()).hexdigest(),
+        collapse=collapse_warning(texts),
+    )
+
+
+def _is_whole(name: str, each: list[dict[str, Any]]) -> bool:
+    """Whether every clip has this score."""
+    values = [scores.get(name) for scores in each]
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)

@@ -1,0 +1,127 @@
+"""Scores of groups of runs, and differences between them, with intervals that allow for the clips and for the seeds.
+
+The score of a group is the mean over its seeds. Two things could have come out otherwise.
+
+*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.bootstrap`), so that easy and hard clips cancel in differences.
+
+*Seeds.* A bootstrap of three seeds would see two thirds of their variance, and tails that are far too thin. So the deviation of a mean
+over seeds is drawn from Student's t: of its variance, the sum of s^2 / n over the groups in question, with the degrees of freedom that
+Welch and Satterthwaite give it (Welch, "The generalization of 'Student's' problem", Biometrika 1947). A group of one seed is given the
+variance of the others, pooled. To pool all would find more, but a model close to collapse is less steady than others: with three seeds and
+five times their spread in one group, pooling called a fifth of equal pairs different in a simulation, this six of a hundred.
+
+Where no group has two seeds nothing is known of them, and the interval is one over clips, that of
+`vlmcap.metrics.significance.paired_bootstrap` to the digit.
+
+Seeds are seen on the same clips, so what clips and seeds do together counts twice: intervals are a little too wide rather than too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vlmcap.metrics.significance import holm
+from vlmcap.reporting.report.data import Difference, Ends, Over
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunScore:
+    """A run's score, and what it is on resampled clips, (R,); None where its clips are not known."""
+
+    score: float
+    samples: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its 95 % interval and the p-value of its being other than 0; None where nothing is known of its spread."""
+
+    value: float
+    ends: Ends | None
+    p_value: float | None
+    over: Over
+
+    def as_difference(self, adjusted: float | None) -> Difference:
+        """The record of the report, with the corrected p-value."""
+        low, high = self.ends or (None, None)
+        return Difference(self.value, low, high, self.over, self.p_value, adjusted)
+
+
+class Estimator:
+    """Estimates for one metric.
+
+    Args:
+        groups: Group to the scores of its seeds, at least one; all samples of one length, on the same resampled clips.
+        confidence: Of the intervals.
+        seed: Of what is drawn for the seeds.
+        resamples: How many to draw where no clips are known.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[RunScore]], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> None:
+        self.groups, self.confidence, self.seed, self.resamples = groups, confidence, seed, resamples
+        self.means = {name: float(np.mean([run.score for run in runs])) for name, runs in groups.items()}
+        repeated = [[run.score for run in runs] for runs in groups.values() if len(runs) > 1]
+        self._freedom = sum(len(scores) - 1 for scores in repeated)
+        squares = sum(float(np.var(scores, ddof=1)) * (len(scores) - 1) for scores in repeated)
+        self._pooled = squares / self._freedom if self._freedom else math.nan
+
+    def estimate(self, weights: Mapping[str, float]) -> Estimate:
+        """The weighted sum of the groups' scores: `{a: 1}` is the score of a, `{b: 1, a: -1}` is b less a.
+
+        Args:
+            weights: Group to weight; groups that are not named weigh 0.
+        """
+        value = sum(weight * self.means[name] for name, weight in weights.items())
+        clips, seeds = self._over_clips(weights), self._over_seeds(weights)
+        if clips is None and seeds is None:
+            return Estimate(value, None, None, "")
+        over: Over = "seeds" if clips is None else "clips" if seeds is None else "clips and seeds"
+        samples = np.full(self.resamples, value) if clips is None else clips
+        samples = samples if seeds is None else samples + seeds
+        tails = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
+        low, high = (float(end) for end in np.quantile(samples, tails))
+        # Equal but for rounding counts as equal, as in `paired_bootstrap`.
+        extreme = np.abs(samples - value) >= abs(value) - 1e-12 * max(1.0, abs(value))
+        return Estimate(value, (low, high), float((1 + extreme.sum()) / (1 + len(samples))), over)
+
+    def differences(self, contrasts: Mapping[str, Mapping[str, float]]) -> dict[str, Difference]:
+        """The named contrasts, their p-values Holm-corrected for their number."""
+        found = {name: self.estimate(weights) for name, weights in contrasts.items()}
+        corrected = holm([math.nan if one.p_value is None else one.p_value for one in found.values()])
+        return {
+            name: one.as_difference(None if math.isnan(adjusted) else adjusted)
+            for (name, one), adjusted in zip(found.items(), corrected, strict=True)
+        }
+
+    def _over_clips(self, weights: Mapping[str, float]) -> Floats | None:
+        total: Floats | None = None
+        for name, weight in weights.items():
+            runs = self.groups[name]
+            for run in runs:
+                if run.samples is None:
+                    return None
+                part = weight / len(runs) * run.samples
+                total = part if total is None else total + part
+        return total
+
+    def _over_seeds(self, weights: Mapping[str, float]) -> Floats | None:
+        """Deviations of the sum that other seeds would give; None where no group has two."""
+        if not self._freedom:
+            return None
+        variance = curvature = 0.0
+        for name, weight in weights.items():
+            scores = [run.score for run in self.groups[name]]
+            is_repeated = len(scores) > 1
+            part = weight**2 / len(scores) * (float(np.var(scores, ddof=1)) if is_repeated else self._pooled)
+            variance += part
+            curvature += part**2 / (len(scores) - 1 if is_repeated else self._freedom)
+        if variance == 0:
+            return np.zeros(self.resamples)
+        return math.sqrt(variance) * np.random.default_rng([self.seed, 1]).standard_t(variance**2 / curvature, self.resamples)

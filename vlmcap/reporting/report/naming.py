@@ -1,0 +1,138 @@
+"""What runs differ in: the few keys that say it, and names made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmcap.reporting.report.data import Value
+from vlmcap.reporting.report.folders import RunFolder
+
+_PARTS = ("model", "encoder", "projector", "llm")
+_GROUPS = (*_PARTS, "tuning", "hardware", "data", "optim", "evaluation", "trainer")
+_ABSENT = {"own", "assembled"}  # the part of a whole model, and the absence of one
+_NO_MATTER = (
+    "seed",
+    "objective",
+    "checkpoint",
+    "paths.",
+    "logger.",
+    "callbacks.",
+    "sweep.",
+    "plan.",
+    "cache.enabled",
+    "cache.max_gib",
+    "hardware.num_workers",
+    "data.num_workers",
+    "trainer.progress_bar",
+    "trainer.log_every_n_steps",
+    "evaluation.num_table_rows",
+)
+"""Keys, and beginnings of keys, that say where, how often or how watched a run is, and not what comes out."""
+
+
+def comparable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without what does not change the result; files under the cache folder are named from there."""
+    cache = str(config.get("paths.cache_dir") or "")
+    return {
+        key: value.replace(cache, "${paths.cache_dir}") if cache and isinstance(value, str) else value
+        for key, value in config.items()
+        if not key.startswith(_NO_MATTER)
+    }
+
+
+def find_factors(runs: Sequence[RunFolder]) -> list[str]:
+    """The keys whose values tell all configurations apart, whatever the seed.
+
+    First come groups of files (`encoder` for `encoder.name`), then keys that somebody typed. What else differs is left out where these
+    decide it, as `llm.max_new_tokens` is by `llm`, and is a factor of its own where they do not.
+
+    Args:
+        runs: With their configurations; those without one say nothing.
+    """
+    configs = [comparable_config(run.config) for run in runs if run.config]
+    differing = _differing(configs)
+    groups = [group for group in _GROUPS if f"{group}.name" in differing]
+    chosen = [f"{group}.name" for group in groups]
+    typed = [key for key in dict.fromkeys(key for run in runs for key in map(_key, run.overrides)) if key in differing]
+    for key in [*typed, *sorted(differing)]:
+        belongs = key.split(".")[0] in groups or key not in typed
+        if key not in chosen and not (belongs and _decides(configs, chosen, key)):
+            chosen.append(key)
+    return [key.removesuffix(".name") if key.removesuffix(".name") in groups else key for key in chosen]
+
+
+def factor_values(run: RunFolder, factors: Sequence[str]) -> dict[str, Value]:
+    """The value of each factor; None where the configuration does not say it."""
+    config = comparable_config(run.config)
+    return {factor: _plain(config.get(f"{factor}.name" if factor in _GROUPS else factor)) for factor in factors}
+
+
+def group_name(run: RunFolder, factors: Sequence[str]) -> str:
+    """Such as `siglip2 + mlp, rank=8`: parts by their names, other keys with as much of the key as tells it from the others."""
+    values = factor_values(run, factors)
+    if not run.config:
+        return run.path.name
+    parts = [str(value) for factor, value in values.items() if factor in _PARTS and value not in (None, *_ABSENT)]
+    others = [_labelled(factor, value, factors) for factor, value in values.items() if factor not in _PARTS and value is not None]
+    if not parts and not others:
+        parts = [str(name) for part in _PARTS if (name := run.config.get(f"{part}.name")) not in (None, *_ABSENT)]
+    return ", ".join([" + ".join(parts), *others] if parts else others) or run.path.name
+
+
+def short_ids(contents: Sequence[str], letter: str) -> dict[str, str]:
+    """A letter and a few hexadecimal digits for each content, the same for the same content, as few as tell these apart."""
+    digests = {content: hashlib.sha256(content.encode()).hexdigest() for content in contents}
+    length = next(n for n in range(4, 65) if len({digest[:n] for digest in digests.values()}) == len(digests))
+    return {content: letter + digest[:length] for content, digest in digests.items()}
+
+
+def seed_of(run: RunFolder) -> int | None:
+    """The seed, None where it is not known."""
+    seed = run.config.get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:
+    """Keys of which two configurations have different values, in the order of the configuration; one that lacks a key does not count."""
+    first: dict[str, str] = {}
+    differing: dict[str, None] = {}
+    for config in configs:
+        for key, value in config.items():
+            if first.setdefault(key, _text(value)) != _text(value):
+                differing[key] = None
+    return differing
+
+
+def _decides(configs: Sequence[Mapping[str, Any]], chosen: Sequence[str], key: str) -> bool:
+    """Whether configurations that agree in the chosen keys agree in this one."""
+    known: dict[tuple[str, ...], str] = {}
+    for config in configs:
+        if key in config:
+            place = tuple(_text(config.get(one)) for one in chosen)
+            if known.setdefault(place, _text(config[key])) != _text(config[key]):
+                return False
+    return True
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _plain(value: Any) -> Value:
+    return value if value is None or isinstance(value, str | int | float | bool) else _text(value)
+
+
+def _labelled(factor: str, value: Value, factors: Sequence[str]) -> str:
+    if factor in _GROUPS:
+        return str(value)
+    words = factor.split(".")
+    ends = [other.split(".") for other in factors if other != factor]
+    length = next((n for n in range(1, len(words)) if all(other[-n:] != words[-n:] for other in ends)), len(words))
+    return f"{'.'.join(words[-length:])}={f'{value:g}' if isinstance(value, float) else value}"
