@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 
 from vlmcap.compose import config_dir, register_schemas, to_config
 from vlmcap.program import run_program, told_in_one_sentence
+from vlmcap.sweeping.job import recorded, taken_up
 
 register_schemas()
 
@@ -12,11 +13,13 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
-    with told_in_one_sentence():
+    with told_in_one_sentence(), recorded() as record:
         config = to_config(node)
+        record.begin(config)
         from vlmcap.build.run import train  # heavy, and not needed for --help and --cfg
 
-        return train(config)
+        record.objective = train(taken_up(config))
+        return record.objective
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ[name] = "1"
 
 # Tiny checkpoints in true layouts, for tests of more than one folder.
-pytest_plugins = ["tests.checkpoints.encoders", "tests.checkpoints.moe", "tests.checkpoints.pretrained"]
+pytest_plugins = ["tests.checkpoints.encoders", "tests.checkpoints.moe", "tests.checkpoints.pretrained", "tests.sweeping.program"]
 
 
 # --- a whole tiny run -------------------------------------------------------------------------------------------------------------------

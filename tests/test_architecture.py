@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compose": BASE | {"config"},
     "program": BASE | {"compose"},
     "build": WORK | PARTS | BASE | {"config", "compose", ""},  # "" has the version
+    "sweeping": BASE | {"config", "compose", "program", "build"},
     **{top: {"build", "compose", "config"} | WORK | PARTS | BASE for top in ("cli", "")},
-    **{top: {"build", "compose", "config", "program"} | WORK | PARTS | BASE for top in ("train", "evaluate")},
+    **{top: {"build", "compose", "config", "program", "sweeping"} | WORK | PARTS | BASE for top in ("train", "evaluate")},
     "__main__": {"cli"},
 }
 # Third-party libraries that a part does not know.
@@ -47,8 +48,8 @@ UNKNOWN_TO: dict[str, set[str]] = {
 }
 # Libraries that only these parts know.
 ONLY_IN: dict[str, set[str]] = {
-    "hydra": {"train", "evaluate", "cli", "build", "compose", "program"},
-    "omegaconf": {"train", "evaluate", "cli", "build", "compose", "program", "config"},
+    "hydra": {"train", "evaluate", "cli", "build", "compose", "program", "sweeping"},
+    "omegaconf": {"train", "evaluate", "cli", "build", "compose", "program", "sweeping", "config"},
 }
 METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
 TORCH = {"torch", "torchmetrics"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -31,6 +33,7 @@ _GROUPS = {
     "logger": schema.LoggerConfig,
     "callbacks": schema.CallbacksConfig,
     "sweep": schema.SweepConfig,
+    "launcher": schema.LauncherConfig,
 }
 
 
@@ -109,6 +112,34 @@ def to_plain(config: object) -> Any:
     if is_dataclass(config) and not isinstance(config, type):
         return {name: to_plain(value) for name, value in asdict(config).items()}
     return config
+
+
+# What changes where a run writes, how it is shown, or how fast it is, but not what comes out.
+_WITHOUT_EFFECT = (
+    "paths",
+    "logger",
+    "sweep",
+    "launcher",
+    "plan",
+    "checkpoint",
+    "callbacks.profile",
+    "trainer.progress_bar",
+    "hardware.num_workers",
+    "data.num_workers",
+    "cache.max_gib",
+)
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits that are equal for configurations whose runs come to the same."""
+    plain = to_plain(config)
+    for path in (*_WITHOUT_EFFECT, *(("data.root",) if config.data.is_demo else ())):  # the demo's root is a folder of the cache
+        *groups, name = path.split(".")
+        node = plain
+        for group in groups:
+            node = node[group]
+        node.pop(name, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def write_yaml(plain: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""The exception for a user's mistake, and what other exceptions say."""
 
 
 class UserError(ValueError):
@@ -8,6 +8,41 @@ class UserError(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
+class DoesNotFit(UserError):  # noqa: N818 - says what is so
+    """A run that its card cannot hold.
+
+    Args:
+        sentence: For the user.
+        peak_gib: That the run needs.
+        usable_gib: That the card has.
+    """
+
+    def __init__(self, sentence: str, peak_gib: float = 0.0, usable_gib: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.peak_gib, self.usable_gib = peak_gib, usable_gib
+
+
+class Pruned(Exception):  # noqa: N818 - no error: the search has seen enough
+    """A run that its search stopped, as others were better at the same point.
+
+    Args:
+        sentence: For the user.
+        value: The last objective.
+    """
+
+    def __init__(self, sentence: str, value: float = float("nan")) -> None:
+        super().__init__(sentence)
+        self.value = value
+
+
+def first_line(error: BaseException) -> str:
     """What a library's error says first, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a card or of the computer, here or in what the error came from."""
+    text = str(error)
+    found = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    found = found or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+    return found or (error.__cause__ is not None and is_out_of_memory(error.__cause__))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap.compose import config_dir, explain, innermost
-from vlmcap.errors import UserError
+from vlmcap.errors import Pruned, UserError, first_line
+
+HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
 
 def run_program(main: Callable[[], object], name: str) -> None:
@@ -46,7 +50,6 @@ def told_in_one_sentence() -> Iterator[None]:
 
     Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
     """
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
     try:
@@ -55,23 +58,46 @@ def told_in_one_sentence() -> Iterator[None]:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         cause = error if isinstance(error, UserError) else innermost(error)
         sentence = str(cause) if isinstance(cause, UserError) else explain(cause)
+        if is_sweep():
+            _fail_job(error, sentence)
         _remove_unused_folder()
-        if _is_sweep():  # an exit would end the jobs to come as well; Hydra raises this one again when all are done
-            print(f"Error in job {HydraConfig.get().job.num}: {sentence}", file=sys.stderr)
-            raise UserError(f"a job of the sweep was refused, and the others ran: {sentence}") from None
         print(f"Error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if not is_sweep():
+            raise
+        if not isinstance(error, Pruned):
+            traceback.print_exc()
+        _fail_job(error, first_line(error))
 
 
-def _is_sweep() -> bool:
+def _fail_job(error: Exception, sentence: str) -> NoReturn:
+    """Ends a job so that those to come run: an exit would end them too. Hydra keeps the exception, which must keep no model alive."""
+    print(f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, Pruned) else sentence, file=sys.stderr)
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    _remove_unused_folder()  # one that holds a status.json is kept
+    raise UserError(f"a job of the sweep came to nothing, and the others ran: {sentence}") from None
+
+
+def is_sweep() -> bool:
     """Whether this is a job of a sweep, and not the program around its jobs."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def output_folder() -> Path:
+    """The folder that Hydra made for the run."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _remove_unused_folder() -> None:

@@ -12,7 +12,7 @@ from vlmcap.build import plan as plan_module
 from vlmcap.build.plan import enforce_plan, make_plan, with_changes
 from vlmcap.cli import main
 from vlmcap.compose import compose
-from vlmcap.errors import UserError
+from vlmcap.errors import DoesNotFit, UserError
 from vlmcap.planning.plan import Plan
 
 ATTENTION = "tuning.lora.target_modules='q_proj,k_proj,v_proj,o_proj'"
@@ -123,8 +123,9 @@ def test_an_unknown_architecture_is_one_sentence() -> None:
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=64"]
-    with pytest.raises(UserError, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`"):
+    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`") as caught:
         enforce_plan(compose(overrides))
+    assert caught.value.peak_gib > caught.value.usable_gib == 22.0
     enforce_plan(compose([*overrides, "plan.enforce=warn"]))
     assert "Warning: clip + mlp + qwen3_8b needs" in capsys.readouterr().out
     monkeypatch.setattr(plan_module, "make_plan", lambda _: pytest.fail("planned"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vlmcap.build.activation_budget import kept_within, stages_in_front, training_stages
 from vlmcap.compose import compose
 from vlmcap.config import Config, Enforce
-from vlmcap.errors import UserError
+from vlmcap.errors import DoesNotFit, UserError
 from vlmcap.planning.cards import Card
 from vlmcap.planning.plan import Change, Plan
 
@@ -180,7 +180,7 @@ def enforce_plan(config: Config) -> None:
     """Nothing where the configuration fits its card.
 
     Raises:
-        UserError: It does not fit, and `plan.enforce=error`.
+        DoesNotFit: And `plan.enforce=error`.
     """
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
         return
@@ -199,7 +199,7 @@ def enforce_plan(config: Config) -> None:
         "plan.enforce=warn trains all the same"
     )
     if config.plan.enforce is Enforce.error:
-        raise UserError(sentence)
+        raise DoesNotFit(sentence, plan.peak_gib, plan.card.usable_gib)
     print(f"Warning: {sentence}", flush=True)
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmcap.compose import config_dir, explain, innermost, register_schemas
 from vlmcap.errors import UserError
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-def expand(overrides: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+
+def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> tuple[list[tuple[str, ...]], list[str]]:
     """The overrides of each job, in the order of Hydra's BasicSweeper, and the keys that are swept.
 
     Args:
         overrides: As after `python train.py -m`; of a key that is there twice the last counts, as for Hydra.
+        parser: Of the running program; None makes one.
 
     Raises:
         UserError: An override cannot be read, or has no values to try one by one.
@@ -24,20 +29,22 @@ def expand(overrides: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    register_schemas()
+    if parser is None:
+        register_schemas()
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            # glob() asks the loader for the names
+            return expand(overrides, OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()))
     values: dict[str, list[str]] = {}
     try:
-        with initialize_config_dir(config_dir(), version_base="1.3"):
-            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # glob() asks it for the names
-            for override in parser.parse_overrides([*overrides]):
-                key = override.get_key_element()
-                if not override.is_sweep_override():
-                    values[key] = [f"{key}={override.get_value_element_as_str()}"]
-                elif override.is_discrete_sweep():
-                    values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-                else:
-                    mend = "give a list such as 1e-4,2e-4, or range(start,stop,step)"
-                    raise UserError(f"{override.input_line} has no values to try one by one; {mend}")
+        for override in parser.parse_overrides([*overrides]):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                values[key] = [f"{key}={override.get_value_element_as_str()}"]
+            elif override.is_discrete_sweep():
+                values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            else:
+                mend = "give a list such as 1e-4,2e-4, or range(start,stop,step)"
+                raise UserError(f"{override.input_line} has no values to try one by one; {mend}")
     except HydraException as error:
         raise UserError(explain(innermost(error))) from error
     empty = next((key for key, found in values.items() if not found), None)

@@ -40,7 +40,7 @@ from vlmcap.config.run import (
     PathsConfig,
     PlanConfig,
 )
-from vlmcap.config.sweep import SweepConfig
+from vlmcap.config.sweep import LauncherConfig, LauncherKind, Sampler, Scaled, SweepConfig, SweepKind
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
@@ -63,6 +63,8 @@ __all__ = [
     "GroundingConfig",
     "GroundingMode",
     "HardwareConfig",
+    "LauncherConfig",
+    "LauncherKind",
     "LlmConfig",
     "LoggerConfig",
     "LoggerKind",
@@ -80,11 +82,14 @@ __all__ = [
     "Quantization",
     "Queries",
     "Reducer",
+    "Sampler",
     "Sampling",
+    "Scaled",
     "Split",
     "SplitConfig",
     "StageConfig",
     "SweepConfig",
+    "SweepKind",
     "Temporal",
     "TrainerConfig",
     "TuningConfig",

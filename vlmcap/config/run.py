@@ -23,7 +23,7 @@ from vlmcap.config.choices import (
 )
 from vlmcap.config.data import CacheConfig, DataConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
-from vlmcap.config.sweep import SweepConfig
+from vlmcap.config.sweep import LauncherConfig, SweepConfig
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
 
 
@@ -153,6 +153,7 @@ class Config:
     paths: PathsConfig
     callbacks: CallbacksConfig
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     seed: int = 0
     objective: str = "val/cider"  # the metric that train.py returns, for sweeps
     objective_mode: str = "max"

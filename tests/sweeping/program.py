@@ -1,0 +1,73 @@
+"""`python train.py` inside a test, with something quick in place of training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmcap.config import Config
+from vlmcap.program import run_program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_train() -> Any:
+    """The module of train.py."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Program:
+    """Runs the program in a folder.
+
+    Args:
+        folder: To run in.
+        monkeypatch: Puts `train` in the place of training.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._patch = folder, monkeypatch
+        self.runs: list[Config] = []
+
+    def __call__(self, arguments: Sequence[str], train: Callable[[Config], float] = lambda config: 0.5) -> int:
+        """The exit code; a configuration a run is in `runs`."""
+        self.runs = []
+
+        def kept(config: Config) -> float:
+            self.runs.append(config)
+            return train(config)
+
+        self._patch.setattr("vlmcap.build.run.train", kept)
+        self._patch.setattr(sys, "argv", ["train.py", *arguments])
+        self._patch.chdir(self.folder)
+        self._patch.setenv("HYDRA_FULL_ERROR", "1")
+        try:
+            run_program(load_train().main, "train")
+        except SystemExit as error:
+            return int(error.code or 0)
+        return 0
+
+    def sweep_folder(self) -> Path:
+        """Of the one sweep under multirun/."""
+        (found,) = self.folder.glob("multirun/*/*")
+        return found
+
+
+def statuses(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each job, by the name of its folder."""
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/status.json"))}
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    return Program(tmp_path, monkeypatch)

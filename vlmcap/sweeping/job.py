@@ -1,0 +1,134 @@
+"""One job: its `status.json`, written whatever becomes of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from vlmcap.compose import config_hash
+from vlmcap.config import Config
+from vlmcap.errors import DoesNotFit, Pruned, UserError, first_line, is_out_of_memory
+from vlmcap.program import is_sweep, output_folder
+from vlmcap.sweeping.status import FAILED, FINISHED, INTERRUPTED, PRUNED, REFUSED, Status
+
+TRIAL_VARIABLE = "VLMCAP_TRIAL"  # in the environment of a job that a search started
+BEGUN = "the run goes on, or was killed"
+
+
+class Record:
+    """What a job says of itself while it runs.
+
+    Args:
+        overrides: Of the command.
+    """
+
+    def __init__(self, overrides: list[str]) -> None:
+        self.overrides, self.started = overrides, time.time()
+        self.config: Config | None = None
+        self.config_hash: str | None = None
+        self.objective = math.nan
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return output_folder() if self.config is None or is_sweep() else Path(self.config.paths.output_dir)
+
+    def begin(self, config: Config) -> None:
+        """Says which configuration runs; a job of a sweep leaves a file at once, by which one that is killed is known again."""
+        self.config, self.config_hash = config, config_hash(config)
+        if is_sweep():
+            self._write(INTERRUPTED, BEGUN)
+
+    def end(self, error: BaseException | None) -> None:
+        """Writes what became of it; a plain run that made no folder leaves none."""
+        if not is_sweep() and not (self.folder / "config.yaml").is_file():
+            return
+        status = self._status(error)
+        plan = None
+        if isinstance(error, DoesNotFit):
+            plan = {"peak_gib": round(error.peak_gib, 3), "usable_gib": round(error.usable_gib, 3)}
+        elif error is not None and self.config is not None and is_out_of_memory(error):
+            plan = _planned(self.config)
+        self._write(status, _reason(status, error), error=error, plan=plan)
+
+    def _status(self, error: BaseException | None) -> str:
+        if error is None:
+            return FINISHED
+        if isinstance(error, Pruned):
+            return PRUNED
+        if isinstance(error, UserError) and not self._has_trained():
+            return REFUSED
+        return FAILED if isinstance(error, Exception) else INTERRUPTED
+
+    def _has_trained(self) -> bool:
+        """Whether this run, and not an earlier one in its folder, came as far as its own `config.yaml`."""
+        file = self.folder / "config.yaml"
+        return self.config is not None and file.is_file() and file.stat().st_mtime >= self.started
+
+    def _write(self, status: str, reason: str, *, error: BaseException | None = None, plan: dict[str, float] | None = None) -> None:
+        objective = getattr(error, "value", self.objective)
+        Status(
+            status=status,
+            reason=reason,
+            error=type(error).__name__ if error is not None else None,
+            config_hash=self.config_hash,
+            overrides=self.overrides,
+            objective=None if not math.isfinite(objective) else objective,
+            plan=plan,
+            seconds=time.time() - self.started,
+        ).write(self.folder)
+
+
+def taken_up(config: Config) -> Config:
+    """The configuration of a job that goes on from its last checkpoint, where `sweep.resume=true` and an earlier start left one."""
+    last = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
+    is_left = config.sweep.resume and config.checkpoint is None and last.is_file()
+    return replace(config, checkpoint="last") if is_left else config
+
+
+@contextmanager
+def recorded() -> Iterator[Record]:
+    """A job whose end is written down; the exception goes on."""
+    from hydra.core.hydra_config import HydraConfig
+
+    record = Record([*HydraConfig.get().overrides.task])
+    try:
+        yield record
+    except BaseException as error:
+        if _is_first_process():
+            record.end(error)
+        raise
+    if _is_first_process():
+        record.end(None)
+
+
+def _is_first_process() -> bool:
+    """Of several that train together."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in ("LOCAL_RANK", "RANK"))
+
+
+def _reason(status: str, error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    if status == INTERRUPTED:
+        return "the run was interrupted"
+    known = isinstance(error, UserError | Pruned)
+    if is_out_of_memory(error) and not known:
+        return f"out of memory: {first_line(error)}"
+    return str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _planned(config: Config) -> dict[str, float] | None:
+    """What the plan says of a run that ran out of memory; None where it cannot be made."""
+    from vlmcap.build.plan import make_plan
+
+    try:
+        plan = make_plan(config)
+    except Exception:  # the run's own failure is what counts
+        return None
+    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.card.usable_gib, 3)}
