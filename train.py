@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 from vlmcap.compose import config_dir, register_schemas, to_config
 from vlmcap.program import run_program, told_in_one_sentence
 from vlmcap.sweeping.job import recorded, taken_up
+from vlmcap.sweeping.study import trial_of_job
 
 register_schemas()
 
@@ -18,7 +19,7 @@ def main(node: DictConfig) -> float:
         record.begin(config)
         from vlmcap.build.run import train  # heavy, and not needed for --help and --cfg
 
-        record.objective = train(taken_up(config))
+        record.objective = train(taken_up(config), trial_of_job(config.sweep))
         return record.objective
 
 

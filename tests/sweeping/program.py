@@ -38,13 +38,15 @@ class Program:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self._patch = folder, monkeypatch
         self.runs: list[Config] = []
+        self.trial: Any = None  # of the search, at the last run
 
     def __call__(self, arguments: Sequence[str], train: Callable[[Config], float] = lambda config: 0.5) -> int:
         """The exit code; a configuration a run is in `runs`."""
         self.runs = []
 
-        def kept(config: Config) -> float:
+        def kept(config: Config, trial: Any = None) -> float:
             self.runs.append(config)
+            self.trial = trial
             return train(config)
 
         self._patch.setattr("vlmcap.build.run.train", kept)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vlmcap.data.loading.datamodule import CaptionDataModule
     from vlmcap.training.evaluation import CaptionEvaluation
     from vlmcap.training.module import CaptioningModule
+    from vlmcap.training.pruning import Trial
 
 NEEDED = (Split.train, Split.val)  # splits of a training run
 OPTIONAL = (Split.test,)
@@ -49,8 +50,12 @@ class Run:
     folder: Path
 
 
-def train(config: Config) -> float:
+def train(config: Config, trial: Trial | None = None) -> float:
     """Trains, scores the best checkpoint on the whole validation and test splits, and returns the objective.
+
+    Args:
+        config: Of the run.
+        trial: Of the search that the run is of; hears of every validation, and may end the run.
 
     Raises:
         UserError: Something in the configuration or the data does not do.
@@ -82,7 +87,7 @@ def train(config: Config) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(to_plain(config), folder / "config.yaml")
     L.seed_everything(config.seed, verbose=False)  # whatever was made or found in caches, training starts from the same state
-    run = build_run(config, assembly, data, folder, step)
+    run = build_run(config, assembly, data, folder, step, trial=trial)
     parts = _show_start(config, run, assembly)
     trained = time.perf_counter()
     try:
@@ -132,7 +137,14 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
 
 def build_run(
-    config: Config, assembly: Assembly, data: CaptionDataModule, folder: Path, step: int | None, *, is_training: bool = True
+    config: Config,
+    assembly: Assembly,
+    data: CaptionDataModule,
+    folder: Path,
+    step: int | None,
+    *,
+    is_training: bool = True,
+    trial: Trial | None = None,
 ) -> Run:
     """Module, trainer and callbacks around an assembled model."""
     import lightning as L
@@ -141,6 +153,7 @@ def build_run(
     from vlmcap.training.loggers import WandbTable, make_loggers
     from vlmcap.training.module import CaptioningModule
     from vlmcap.training.progress import RunProgress, TerminalBar
+    from vlmcap.training.pruning import TrialPruning
     from vlmcap.training.saving import AtomicCheckpointIO, StepLimit, checkpoint_callbacks
     from vlmcap.training.schedule import StagePlan
     from vlmcap.training.scorer import CaptionScorer
@@ -158,6 +171,8 @@ def build_run(
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
     grounding = grounding_check(config, data, evaluation, folder)
     scoring = [evaluation, *([grounding] if grounding else [])]
+    if trial is not None:
+        scoring.append(TrialPruning(evaluation, config.objective, trial))
     callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows), progress]
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()
     if has_bar:

@@ -43,7 +43,7 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
             elif override.is_discrete_sweep():
                 values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
-                mend = "give a list such as 1e-4,2e-4, or range(start,stop,step)"
+                mend = "give a list such as 1e-4,2e-4, range(start,stop,step), or sweep=optuna"
                 raise UserError(f"{override.input_line} has no values to try one by one; {mend}")
     except HydraException as error:
         raise UserError(explain(innermost(error))) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
@@ -57,6 +58,17 @@ class Composer:
     def parser(self) -> OverridesParser:
         """Of Hydra's override syntax."""
         return OverridesParser.create(config_loader=self._loader)
+
+    def parse(self, arguments: Sequence[str]) -> list[Override]:
+        """The arguments as Hydra reads them.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        try:
+            return self.parser.parse_overrides([*arguments])
+        except HydraException as error:
+            raise UserError(explain(innermost(error))) from error
 
     def grid(self, arguments: Sequence[str]) -> list[Job]:
         """Every combination of the arguments.

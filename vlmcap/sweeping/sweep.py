@@ -10,11 +10,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from vlmcap.compose import write_yaml
-from vlmcap.config import LauncherConfig, LauncherKind, SweepConfig
+from vlmcap.config import LauncherConfig, LauncherKind, SweepConfig, SweepKind
 from vlmcap.errors import UserError
-from vlmcap.sweeping.composing import Composer
-from vlmcap.sweeping.launchers import make_launcher
+from vlmcap.sweeping.composing import Composer, check_arguments
+from vlmcap.sweeping.halving import Halving
+from vlmcap.sweeping.launchers import make_launcher, num_parallel
 from vlmcap.sweeping.runner import Done, Runner
+from vlmcap.sweeping.search import Search
+from vlmcap.sweeping.search_space import read_space
 from vlmcap.sweeping.table import show_sweep
 
 
@@ -51,9 +54,22 @@ def run_sweep(context: HydraContext, task: TaskFunction, master: DictConfig, arg
 def _run(
     sweep: SweepConfig, launcher: LauncherConfig, composer: Composer, runner: Runner, arguments: Sequence[str], master: DictConfig
 ) -> None:
+    if sweep.kind is SweepKind.optuna:
+        space = read_space(composer.parse(arguments))
+        check_arguments(arguments, [*space.distributions])
+        search = Search(sweep, space, composer, runner, master.objective_mode, num_parallel(launcher))
+        keep_arguments(master, runner.folder)
+        search.run()
+        return
     jobs = composer.grid(arguments)
+    halving = Halving(sweep, composer, runner, _objective(master)) if sweep.kind is SweepKind.halving else None
+    if halving is not None:
+        halving.check(jobs)
     keep_arguments(master, runner.folder)
-    runner.run(jobs)
+    if halving is not None:
+        halving.run(jobs)
+    else:
+        runner.run(jobs)
 
 
 def keep_arguments(master: DictConfig, folder: Path) -> None:

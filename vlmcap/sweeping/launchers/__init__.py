@@ -9,6 +9,11 @@ from vlmcap.config import LauncherConfig
 from vlmcap.sweeping.runner import Starter
 
 
+def num_parallel(launcher: LauncherConfig) -> int:
+    """Jobs that run at a time."""
+    return launcher.n_jobs or 1
+
+
 def make_launcher(launcher: LauncherConfig, context: HydraContext, task: TaskFunction, master: DictConfig) -> Starter:
     """The launcher of a configuration.
 
