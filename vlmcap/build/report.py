@@ -53,13 +53,18 @@ def show(folders: Sequence[Path], output: Path, wanted: Wanted) -> None:
 
     report = make_report(folders, output, wanted)
     show_report(report)
-    print(f"{output}: {len(report.runs)} runs. {conclusion(report)}")
+    print(f"{output / 'index.html'}: {len(report.runs)} runs. {conclusion(report)}")
 
 
 def _write(report: Report, output: Path) -> None:
+    from vlmcap.reporting.report.page import report_page
     from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
     from vlmcap.reporting.report.tables import leaderboard_csv, report_markdown
+    from vlmcap.reporting.report.thumbnails import pictures_of
 
+    with _progress("Reading videos", len(report.clips)) as advance:
+        pictures = pictures_of(report.clips, advance=advance)
+    _write_text(output / "index.html", report_page(report, pictures))
     _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))  # the mark lets spreadsheets read Korean
     _write_text(output / "report.md", report_markdown(report))
     for name, draw in (("leaderboard", draw_leaderboard), ("pareto", draw_fronts), ("curves", draw_curves)):

@@ -34,6 +34,13 @@ def test_runs_are_found_below_a_sweep_in_order(sweep: Path, tmp_path: Path) -> N
     assert [path.name for path in find_runs([tmp_path])] == ["9", "10"]
 
 
+def test_links_in_a_circle_end(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(sweep / "0")
+    (tmp_path / "runs" / "up").symlink_to(tmp_path)
+    assert [path.name for path in find_runs([tmp_path])] == ["first"]
+
+
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing is no folder"):
         find_runs([tmp_path / "missing"])

@@ -141,7 +141,19 @@ def test_other_clips_and_tokenisers_are_told_and_not_compared(sweep: Path, tmp_p
     assert [clip.captions for clip in found.clips if any(c.run == runs["fewer"].id for c in clip.captions)] == []
     assert any("3 runs have val/cider but are not compared" in note.en for note in found.notes)
     again = report_of(sweep, other, tokenizer="mecab_ko")
-    assert {Path(run.folder).name: run for run in again.runs}["other"].not_compared == ""
+    assert "tokens" not in {Path(run.folder).name: run for run in again.runs}["other"].not_compared
+
+
+def test_a_repeated_run_is_no_second_seed(sweep: Path, tmp_path: Path) -> None:
+    for name in ("0", "2"):
+        shutil.copytree(sweep / name, tmp_path / name)
+    shutil.copytree(sweep / "0", tmp_path / "again")
+    found = report_of(tmp_path)
+    assert [group.seeds for group in found.groups] == [[0], [0]]
+    assert [group.over for group in found.groups] == ["clips", "clips"]
+    repeated = next(run for run in found.runs if run.not_compared)
+    assert f"the configuration and the seed of {tmp_path / '0'}" in repeated.not_compared
+    assert Path(repeated.folder).name == "again"
 
 
 def test_scoring_anew_with_another_tokeniser(sweep: Path) -> None:
@@ -226,11 +238,14 @@ def test_the_command(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     output = tmp_path / "deep" / "report"
     cli.main(["report", str(sweep), "--output", str(output), "--title", "비교", "--clips", "4"])
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith(f"{output}: 10 runs. siglip2 + mlp + qwen3_4b is best by val/cider: ")
+    assert last.startswith(f"{output / 'index.html'}: 10 runs. siglip2 + mlp + qwen3_4b is best by val/cider: ")
     assert (output / "report.md").read_text("utf-8").startswith("# 비교")
     for name in ("leaderboard", "pareto", "curves"):
         with Image.open(output / f"{name}.png") as picture:
             assert picture.width > 500
+    page = (output / "index.html").read_text("utf-8")
+    assert "<title>비교</title>" in page
+    assert "siglip2 + mlp + qwen3_4b" in page
     assert not list(output.glob(".*"))
     cli.main(["report", str(sweep), "--output", str(output)])  # again, over what is there
 

@@ -61,7 +61,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give the folder of a run, or of a sweep such as multirun/<date>/<time>")
-        runs = list(_runs_below(folder))
+        runs = list(_runs_below(folder, set()))
         if not runs:
             raise UserError(f"{folder} holds no run: no summary.json, status.json or metrics.jsonl in it or below")
         for run in runs:
@@ -111,15 +111,21 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
 _COUNTS = {"total": "parameters", "trained": "trained"}
 
 
-def _runs_below(folder: Path) -> Iterator[Path]:
-    """The folder itself, or the runs below it; nothing below a run is another."""
+def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The folder itself, or the runs below it; nothing below a run is another. Links are followed, but no folder is entered twice."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
     is_evaluation = (folder / "metrics.json").is_file() and (folder / "predictions.jsonl").is_file()
     if is_evaluation or any((folder / mark).is_file() for mark in _MARKS):
         yield folder
         return
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "." and entry.name not in _NOT_RUNS]
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "." and entry.name not in _NOT_RUNS]
+    except OSError:  # not for us to read
+        return
     for name in sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]):
-        yield from _runs_below(folder / name)
+        yield from _runs_below(folder / name, seen)
 
 
 def _read_json(path: Path, warnings: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from vlmcap.reporting.report.data import Value
 from vlmcap.reporting.report.folders import RunFolder
 
 _PARTS = ("model", "encoder", "projector", "llm")
-_GROUPS = (*_PARTS, "tuning", "hardware", "data", "optim", "evaluation", "trainer")
+_GROUPS = (*_PARTS, "tuning", "hardware", "data", "optim", "evaluation", "trainer", "callbacks")
 _ABSENT = {"own", "assembled"}  # the part of a whole model, and the absence of one
 _NO_MATTER = (
     "seed",
@@ -19,10 +19,10 @@ _NO_MATTER = (
     "checkpoint",
     "paths.",
     "logger.",
-    "callbacks.",
+    "callbacks.profile",
     "sweep.",
+    "launcher.",
     "plan.",
-    "cache.enabled",
     "cache.max_gib",
     "hardware.num_workers",
     "data.num_workers",

@@ -61,6 +61,7 @@ def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, 
         dataclasses.replace(member, id=ids[path], group=groups[content])
         for member, path, content in zip(members, paths, contents, strict=True)
     ]
+    named = _without_repeats(named)
     sign = -1 if is_higher_better else 1
     return sorted(named, key=lambda one: (not one.is_compared, not one.has_metric, sign * one.run.scores.get(metric, 0.0)))
 
@@ -153,6 +154,21 @@ def _by_category(member: Member, split: str) -> dict[str, dict[str, float]]:
         means = {metric: float(values[rows].mean()) for metric, values in captions.scores.items() if metric != "bleu_4"}
         found[name or "(none)"] = {"clips": float(len(rows)), **means}
     return found
+
+
+def _without_repeats(members: Sequence[Member]) -> list[Member]:
+    """The same configuration with the same seed is the same run: counted twice, it would look like seeds that agree."""
+    seen: dict[tuple[str, int], Member] = {}
+    kept = []
+    for member in members:
+        seed = seed_of(member.run)
+        if member.is_compared and seed is not None:
+            first = seen.setdefault((member.group, seed), member)
+            if first is not member:
+                why = f"Not compared: it has the configuration and the seed of {first.run.path}, which counts."
+                member = dataclasses.replace(member, not_compared=why)
+        kept.append(member)
+    return kept
 
 
 def _counted(members: Sequence[Member]) -> list[Member]:

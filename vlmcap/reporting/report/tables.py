@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmcap.reporting.report.data import Difference, Effect, Ends, GroupRow, Report, RunRow, Value
+from vlmcap.reporting.report.rows import LEVEL
 
 
 def leaderboard_csv(report: Report) -> str:
@@ -51,13 +52,14 @@ def report_markdown(report: Report) -> str:
 def show_report(report: Report) -> None:
     """Prints the leaderboard; the conclusion is for the caller to print last."""
     table = Table(title=report.metric_label, title_justify="left", title_style="bold", caption_justify="left")
-    table.add_column("configuration", overflow="fold", min_width=24)
-    for column in ("seeds", "score", "95 %", "to best", "p (Holm)", "GiB", "min"):
-        table.add_column(column, justify="right", no_wrap=column != "95 %")
+    console = Console()
+    columns = ("seeds", "score", "95 %", "to best", "p (Holm)", "GiB", "min")[: 7 if console.width >= 100 else 5]
+    table.add_column("configuration", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for group in report.groups:
         if report.metric in group.scores:
-            table.add_row(group.name, *_line(group, report.metric))
-    console = Console()
+            table.add_row(group.name, *_line(group, report.metric)[: len(columns)])
     console.print(table, markup=False)
     for run in report.runs:
         if run.status != "finished" or report.metric not in run.scores:
@@ -77,13 +79,14 @@ def conclusion(report: Report) -> str:
     head = f"{best.name} is best by {report.metric}: {score}"
     if not compared:
         return f"{head}; there is nothing to compare it with."
+    over = next((group.difference.over for group in compared if group.difference and group.difference.over), "")
+    told = {"clips": ", over clips, one seed each", "seeds": ", over seeds"}.get(over, "")
     level = [group.name for group in compared if group.is_level]
     if not level:
-        return f"{head}; the other {len(compared)} are told apart from it (p < 0.05, Holm)." if len(compared) > 1 else (
-            f"{head}; the other is told apart from it (p < 0.05)."
-        )  # fmt: skip
+        others = f"the other {len(compared)} are" if len(compared) > 1 else "the other is"
+        return f"{head}; {others} told apart from it (p < {LEVEL}, Holm{told})."
     shown = ", ".join(level[:3]) + (f" and {len(level) - 3} more" if len(level) > 3 else "")
-    return f"{head}; not told apart from it: {shown}."
+    return f"{head}; not told apart from it (p < {LEVEL}, Holm{told}): {shown}."
 
 
 def _line(group: GroupRow, metric: str) -> list[str]:
