@@ -12,7 +12,7 @@ from vlmcap.errors import UserError, first_line
 from vlmcap.program import HYDRA_FOLDER
 from vlmcap.sweeping.composing import Job
 from vlmcap.sweeping.job import BEGUN, TRIAL_VARIABLE
-from vlmcap.sweeping.status import FAILED, FINISHED, INTERRUPTED, PRUNED, REFUSED, Status, read_status
+from vlmcap.sweeping.status import FAILED, FILE, FINISHED, INTERRUPTED, PRUNED, REFUSED, Status, read_status
 
 
 class Starter(Protocol):
@@ -51,14 +51,14 @@ class Runner:
         folder: Of the sweep.
         starter: Starts them.
         is_resumed: Whether the folder holds an earlier part of this sweep.
-        is_serial: Whether jobs are started one by one, each when the one before is over.
+        batch_size: Jobs that are started together, each batch when the one before is over; None is all.
 
     Raises:
         UserError: The folder holds a sweep, and it is not to go on.
     """
 
-    def __init__(self, folder: Path, starter: Starter, *, is_resumed: bool, is_serial: bool) -> None:
-        self.folder, self._starter, self._is_serial = folder, starter, is_serial
+    def __init__(self, folder: Path, starter: Starter, *, is_resumed: bool, batch_size: int | None) -> None:
+        self.folder, self._starter, self._batch_size = folder, starter, batch_size
         self.done: list[Done] = []
         found = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
         if found and not is_resumed:
@@ -83,8 +83,9 @@ class Runner:
                 waiting[number] = job
         self.done += ends.values()
         pairs = list(waiting.items())
-        for batch in [[pair] for pair in pairs] if self._is_serial else [pairs] if pairs else []:
-            ends |= {one.number: one for one in self._launch(batch)}
+        size = self._batch_size or max(1, len(pairs))
+        for start in range(0, len(pairs), size):
+            ends |= {one.number: one for one in self._launch(pairs[start : start + size])}
         return [ends[number] for number in numbers]
 
     def _number(self, job: Job) -> int:
@@ -115,7 +116,7 @@ class Runner:
             self._starter.launch([self._overrides(number, job) for number, job in batch], batch[0][0])
         except Exception as error:
             problem = first_line(error)
-            if not any((self.folder / str(number)).is_dir() for number, _ in batch):
+            if not any((self.folder / str(number) / FILE).is_file() for number, _ in batch):
                 raise UserError(f"the jobs could not be started: {problem}") from error
         finally:
             ends = [self._ended(number, job, problem) for number, job in batch]

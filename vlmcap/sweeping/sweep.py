@@ -10,11 +10,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from vlmcap.compose import write_yaml
-from vlmcap.config import LauncherConfig, LauncherKind, SweepConfig, SweepKind
+from vlmcap.config import LauncherConfig, SweepConfig, SweepKind
 from vlmcap.errors import UserError
 from vlmcap.sweeping.composing import Composer, check_arguments
 from vlmcap.sweeping.halving import Halving
-from vlmcap.sweeping.launchers import make_launcher, num_parallel
+from vlmcap.sweeping.launchers import batch_size, make_launcher, num_parallel
 from vlmcap.sweeping.runner import Done, Runner
 from vlmcap.sweeping.search import Search
 from vlmcap.sweeping.search_space import read_space
@@ -38,7 +38,7 @@ def run_sweep(context: HydraContext, task: TaskFunction, master: DictConfig, arg
     folder = Path(sweep.folder or master.hydra.sweep.dir).resolve()
     composer = Composer(context, master)
     starter = make_launcher(launcher, context, task, master)
-    runner = Runner(folder, starter, is_resumed=sweep.resume, is_serial=launcher.kind is LauncherKind.basic)
+    runner = Runner(folder, starter, is_resumed=sweep.resume, batch_size=batch_size(launcher))
     try:
         _run(sweep, launcher, composer, runner, arguments, master)
     except (KeyboardInterrupt, SystemExit):

@@ -1,0 +1,35 @@
+"""A program like train.py whose jobs take no time: they write down what they saw, and some fail or are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from vlmcap.compose import config_dir, register_schemas, to_config
+from vlmcap.program import run_program, told_in_one_sentence
+from vlmcap.sweeping.job import recorded
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
+def main(node: DictConfig) -> float:
+    with told_in_one_sentence(), recorded() as record:
+        config = to_config(node)
+        record.begin(config)
+        if config.seed == 1:
+            raise RuntimeError("diverged")
+        if config.seed == 2:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+        Path(config.paths.output_dir, "seen.txt").write_text(f"{os.getpid()} {seen}")
+        record.objective = config.seed / 10
+        return record.objective
+
+
+if __name__ == "__main__":
+    run_program(main, "train")
