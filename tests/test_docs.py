@@ -31,7 +31,8 @@ def runs(arguments: list[str]) -> Iterator[list[str]]:
     if "-m" not in arguments and "--multirun" not in arguments:
         yield overrides
         return
-    choices = [[f"{key}={value}" for value in values.split(",")] for key, _, values in (one.partition("=") for one in overrides)]
+    listed = [one for one in overrides if "(" not in one]  # an interval has no values to list
+    choices = [[f"{key}={value}" for value in values.split(",")] for key, _, values in (one.partition("=") for one in listed)]
     yield from map(list, itertools.product(*choices))
 
 
