@@ -81,7 +81,7 @@ def test_a_run_that_was_killed(sweep: Path, tmp_path: Path) -> None:
     run = read(folder)
     assert (run.status, run.scores, run.predictions) == ("unfinished", {}, {})
     assert run.curve["train/loss"]
-    assert run.warnings == ["1 lines of metrics.jsonl cannot be read and are left out."]
+    assert run.warnings == ["Lines of metrics.jsonl that cannot be read and are left out: 1."]
     assert run.command == "python train.py encoder=siglip2 projector=mlp llm=qwen3_4b hardware=l4 seed=0"
 
 
@@ -152,8 +152,8 @@ def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:
     assert (captions.ids, captions.texts, captions.references) == (["a", "b"], ["바다", "산"], [["한 문장"], ["바다이다"]])
     assert {name: values.tolist() for name, values in captions.scores.items()} == {"cider": [2.0, 3.0]}
     assert warnings == [
-        "3 lines of val.jsonl cannot be read and are left out.",
-        "1 clips stand more than once in val.jsonl; the last line of each counts.",
+        "Lines of val.jsonl that cannot be read and are left out: 3.",
+        "Clips that stand more than once in val.jsonl, of which the last line counts: 1.",
     ]
     (tmp_path / "empty.jsonl").touch()
     assert read_captions(tmp_path / "empty.jsonl", warnings, {}) is None

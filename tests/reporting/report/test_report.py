@@ -139,7 +139,7 @@ def test_other_clips_and_tokenisers_are_told_and_not_compared(sweep: Path, tmp_p
     assert "captions are missing" in runs["bare"].not_compared
     assert found.runs[0].name.startswith("siglip2 + mlp")  # 0.99 on other clips is no first place
     assert [clip.captions for clip in found.clips if any(c.run == runs["fewer"].id for c in clip.captions)] == []
-    assert any("3 runs have val/cider but are not compared" in note.en for note in found.notes)
+    assert any("Runs with val/cider that are not compared: 3." in note.en for note in found.notes)
     again = report_of(sweep, other, tokenizer="mecab_ko")
     assert "tokens" not in {Path(run.folder).name: run for run in again.runs}["other"].not_compared
 

@@ -70,9 +70,9 @@ def read_captions(path: Path, warnings: list[str], shared: dict[str, str]) -> Ca
         num_double += name in rows
         rows[name] = row
     if num_torn:
-        warnings.append(f"{num_torn} lines of {path.name} cannot be read and are left out.")
+        warnings.append(f"Lines of {path.name} that cannot be read and are left out: {num_torn}.")
     if num_double:
-        warnings.append(f"{num_double} clips stand more than once in {path.name}; the last line of each counts.")
+        warnings.append(f"Clips that stand more than once in {path.name}, of which the last line counts: {num_double}.")
     return _columns([(name, rows[name]) for name in sorted(rows)], shared) if rows else None
 
 

@@ -33,7 +33,7 @@ def read_course(path: Path, warnings: list[str]) -> dict[str, list[tuple[int, fl
             if _is_course(name, record) and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((step, float(value)))
     if num_torn:
-        warnings.append(f"{num_torn} lines of {path.name} cannot be read and are left out.")
+        warnings.append(f"Lines of {path.name} that cannot be read and are left out: {num_torn}.")
     return {name: _thinned(sorted(points)) for name, points in curves.items()}
 
 

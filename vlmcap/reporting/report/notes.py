@@ -55,14 +55,14 @@ def _about_runs(runs: Sequence[RunRow], metric: str) -> list[Note]:
     if left_out := sum(bool(run.not_compared) for run in runs):
         notes.append(
             Note(
-                f"{left_out} runs have {metric} but are not compared: their clips, references or tokeniser are others, as each says.",
+                f"Runs with {metric} that are not compared: {left_out}. Their clips, references or tokeniser are others, as each says.",
                 f"{metric} 점수가 있는 실행 {left_out}개는 클립, 참조 또는 토크나이저가 달라 비교하지 않습니다. 이유는 각 실행에 있습니다.",
             )
         )
     if failed := sum(metric not in run.scores for run in runs):
         notes.append(
             Note(
-                f"{failed} runs have no {metric}: they failed, were refused or did not end.",
+                f"Runs without {metric}, which failed, were refused or did not end: {failed}.",
                 f"실행 {failed}개에는 {metric} 점수가 없습니다. 실패했거나 거부되었거나 끝나지 않았습니다.",
             )
         )

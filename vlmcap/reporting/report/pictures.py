@@ -25,7 +25,7 @@ _COSTS: dict[str, tuple[str, float]] = {
     "trained": ("million trained parameters", 1e6),
 }
 _LONGEST = 60
-_NAMED = 12  # curves with a name of their own
+_NAMED = 12  # curves and points with a name of their own
 
 
 def draw_leaderboard(report: Report, file: Path) -> None:
@@ -66,9 +66,10 @@ def draw_fronts(report: Report, file: Path) -> None:
             for one, (cost, score, group) in points.items():
                 is_front = one in front.groups
                 axes.plot([cost], [score], "o", color=_BEST if is_front else _WORSE, markersize=7 if is_front else 5)
-                if is_front:
+                if is_front or len(points) <= _NAMED:
                     side, shift = ("right", -5) if cost > middle else ("left", 5)  # a label stays inside
-                    axes.annotate(_label(group), (cost, score), textcoords="offset points", xytext=(shift, 6), ha=side, fontsize=7.5)
+                    style: dict[str, Any] = {"fontsize": 7.5, "color": "black" if is_front else "#57606a"}
+                    axes.annotate(_label(group), (cost, score), textcoords="offset points", xytext=(shift, 6), ha=side, **style)
             axes.set(xlabel=name, ylabel=_label_of_metric(report) if index == 0 else "")
             axes.margins(x=0.25, y=0.15)
             axes.grid(color="#eaeef2")
@@ -81,7 +82,8 @@ def draw_curves(report: Report, file: Path) -> None:
     """The training loss, and the report's metric, or else the validation loss, while training; a colour a configuration, a line a run."""
     runs = [run for run in report.runs if run.curve]
     order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MOST_GROUPS]
-    shown = [key for key in dict.fromkeys(["train/loss", report.metric, "val/loss"]) if any(key in run.curve for run in runs)][:2]
+    wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])
+    shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][:2]  # a single point is no course
     with _written(file, (6.0 * max(1, len(shown)) + 2.5, 4.2)) as figure:
         colours = _colours(len(order))
         for index, key in enumerate(shown):

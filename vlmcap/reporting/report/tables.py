@@ -147,8 +147,8 @@ def _effect(effect: Effect, report: Report) -> str:
         interval += f"{level.difference.high:+.3f}]" if interval and level.difference and level.difference.high is not None else ""
         p_value = "" if level.difference is None else _p_value(level.difference)
         rows.append([_escaped(str(level.value)), f"{level.score:.3f}", _ends(level.interval).strip(), apart, interval, p_value])
-    kind = f"over {effect.num_combinations} combinations of everything else, the same for each" if effect.is_matched else (
-        "not matched: the levels differ in other things too"
+    kind = f"Combinations of everything else, the same for each value: {effect.num_combinations}." if effect.is_matched else (
+        "Not matched: the values differ in other things too."
     )  # fmt: skip
     return f"## Effect of {effect.factor}\n\n{kind}\n\n" + _table(["value", report.metric, "95 %", "to the best", "95 %", "p (Holm)"], rows)
 
