@@ -124,6 +124,7 @@ _WITHOUT_EFFECT = (
     "checkpoint",
     "callbacks.profile",
     "trainer.progress_bar",
+    "trainer.requeue",
     "hardware.num_workers",
     "data.num_workers",
     "cache.max_gib",

@@ -40,9 +40,36 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+class DivergedError(UserError):
+    """A run whose loss or gradients went wrong; its last good checkpoint is left as it was."""
+
+
+class OutOfMemoryError(UserError):
+    """A run whose memory did not do, with what would make it smaller."""
+
+
+class StoppedBySignal(BaseException):
+    """A run that a signal stopped, its state saved.
+
+    Args:
+        sentence: For the user.
+        number: Of the signal.
+    """
+
+    def __init__(self, sentence: str, number: int) -> None:
+        super().__init__(sentence)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it for a process that died of the signal: 143 for SIGTERM, 130 for Ctrl-C, 138 for SIGUSR1."""
+        return 128 + self.number
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a card or of the computer, here or in what the error came from."""
     text = str(error)
     found = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    found = found or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+    said = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # bitsandbytes' kernels say the first
+    found = found or (isinstance(error, RuntimeError) and any(words in text for words in said))
     return found or (error.__cause__ is not None and is_out_of_memory(error.__cause__))

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap.compose import config_dir, explain, innermost
-from vlmcap.errors import Pruned, UserError, first_line
+from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
@@ -63,6 +63,9 @@ def told_in_one_sentence() -> Iterator[None]:
         _remove_unused_folder()
         print(f"Error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmcap.build.run import Run
 from vlmcap.config import Config
-from vlmcap.training.module import random_states, set_random_states
+from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.training.saving import AtomicCheckpointIO, StepLimit
 
 MakeConfig = Callable[..., Config]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vlmcap.config import Config, EncoderTuning, Engine, Reducer
+from pathlib import Path
+
+from vlmcap.config import Config, EncoderTuning, Engine, Reducer, is_lower_better
 from vlmcap.errors import UserError
 
 
@@ -43,14 +45,28 @@ def check_objective(config: Config) -> None:
     drops = ["grounding/swapped/cider_drop"] if grounding.enabled else []
     at_end += drops
     _check_metric("objective", config.objective, ("val", "test"), ["loss", *METRIC_NAMES, *facts, *at_end])
-    _check_metric(
-        "data.monitor",
-        config.data.monitor,
-        ("val",),
-        ["loss", *METRIC_NAMES, *facts, *(drops if grounding.every_n_validations == 1 else [])],
-    )
+    looped = ["loss", *METRIC_NAMES, *facts, *(drops if grounding.every_n_validations == 1 else [])]
+    _check_metric("data.monitor", config.data.monitor, ("val",), looped)
+    if early := config.callbacks.early_stopping.monitor:
+        _check_metric("callbacks.early_stopping.monitor", early, ("val",), looped)
     if config.objective_mode not in ("min", "max"):
         raise UserError(f"objective_mode={config.objective_mode} must be min or max")
+    if is_lower_better(config.objective) and config.objective_mode == "max":
+        raise UserError(f"objective={config.objective} is better when it is lower; set objective_mode=min")
+
+
+def check_facts(config: Config) -> None:
+    """`UserError` where a metric that is followed is a fact that `evaluation.facts` does not have."""
+    from vlmcap.metrics import FactLexicon
+
+    keys = {"data.monitor": config.data.monitor, "callbacks.early_stopping.monitor": config.callbacks.early_stopping.monitor}
+    wrong = {key: name for key, name in keys.items() if name and name.startswith("val/facts/")}
+    if not wrong or config.evaluation.facts is None:
+        return
+    known = [*FactLexicon.from_json(Path(config.evaluation.facts)).phrases, "mean"]
+    for key, name in wrong.items():
+        if name.removeprefix("val/facts/") not in known:
+            raise UserError(f"{key}={name} is not measured; choose val/facts/ and one of {', '.join(known)}")
 
 
 def _check_metric(key: str, metric: str, splits: tuple[str, ...], examples: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vlmcap.build.activation_budget import kept_within, stages_in_front, training_stages
@@ -136,13 +136,16 @@ def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Ca
     return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
 
 
-def with_changes(plan: Plan, overrides: Sequence[str], card: Card | None = None) -> Plan:
+def with_changes(
+    plan: Plan, overrides: Sequence[str], card: Card | None = None, composed: Callable[[Sequence[str]], Config] = compose
+) -> Plan:
     """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
 
     Args:
         plan: Of the overrides.
         overrides: Of the configuration, as `train.py` takes them.
         card: As of `make_plan`.
+        composed: Makes a configuration of overrides.
     """
     chosen: list[Change] = []
     best, taken = plan, list(overrides)
@@ -150,7 +153,7 @@ def with_changes(plan: Plan, overrides: Sequence[str], card: Card | None = None)
         if best.fits:
             break
         try:
-            config = compose([*taken, override])
+            config = composed([*taken, override])
             changed = make_plan(config, card)
         except UserError:  # the change does not go with these parts
             continue
@@ -158,21 +161,23 @@ def with_changes(plan: Plan, overrides: Sequence[str], card: Card | None = None)
             taken.append(override)
             chosen.append(Change((override,), cost, changed.peak_gib))
             best = changed
-    return dataclasses.replace(plan, changes=_needed(chosen, overrides, card) if best.fits else chosen)
+    return dataclasses.replace(plan, changes=_needed(chosen, overrides, card, composed) if best.fits else chosen)
 
 
-def _needed(chosen: Sequence[Change], overrides: Sequence[str], card: Card | None) -> list[Change]:
+def _needed(
+    chosen: Sequence[Change], overrides: Sequence[str], card: Card | None, composed: Callable[[Sequence[str]], Config]
+) -> list[Change]:
     """The changes without those that it fits without."""
     kept = list(chosen)
     for change in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not change]
         flat = [override for other in rest for override in other.overrides]
-        if make_plan(compose([*overrides, *flat]), card).fits:
+        if make_plan(composed([*overrides, *flat]), card).fits:
             kept = rest
     taken, result = list(overrides), []
     for change in kept:
         taken += change.overrides
-        result.append(dataclasses.replace(change, peak_gib=make_plan(compose(taken), card).peak_gib))
+        result.append(dataclasses.replace(change, peak_gib=make_plan(composed(taken), card).peak_gib))
     return result
 
 

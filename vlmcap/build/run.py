@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.build.checkpoints import checkpoint_identity, load_weights, read_checkpoint
-from vlmcap.build.checks import check_engine, check_objective, check_stages
+from vlmcap.build.checks import check_engine, check_facts, check_objective, check_stages
 from vlmcap.build.clips import load_splits, open_ledger
 from vlmcap.build.data import build_data
 from vlmcap.build.demo import prepare
+from vlmcap.build.fitting import fit
 from vlmcap.build.grounding import grounding_check
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
 from vlmcap.build.plan import enforce_plan
 from vlmcap.build.profile import step_profile
 from vlmcap.build.quiet import import_libraries, quiet_libraries
+from vlmcap.build.run_texts import show_end
+from vlmcap.build.stopping import check_folder, find_resume, stopping_callbacks
 from vlmcap.build.summary import plain_scores, release_memory, summarize, tokenizer_version
 from vlmcap.build.trained import assemble_trained
 from vlmcap.compose import to_plain, write_yaml
@@ -75,28 +78,27 @@ def train(config: Config, trial: Trial | None = None) -> float:
     check_engine(config)
     check_stages(config)
     check_objective(config)
+    check_folder(config, resumed)
     device_of(config)  # a missing card is said before anything is made
     enforce_plan(config)
     clips = None if config.data.is_demo else load_splits(config, NEEDED, OPTIONAL)  # so is bad data
     if clips is not None:
         open_ledger(config, clips)
     config = prepare(config)
+    check_facts(config)
     clips = clips or load_splits(config, NEEDED, OPTIONAL)
     assembly = assemble(config, clips, is_fresh=resumed is None)
-    data = build_data(config, assembly, clips)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(to_plain(config), folder / "config.yaml")
-    L.seed_everything(config.seed, verbose=False)  # whatever was made or found in caches, training starts from the same state
-    run = build_run(config, assembly, data, folder, step, trial=trial)
-    parts = _show_start(config, run, assembly)
     trained = time.perf_counter()
-    try:
-        with data.watch.naming_clips():
-            run.trainer.fit(run.module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    except SystemExit as error:
-        if run.trainer.interrupted:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
+
+    def start(config: Config) -> Run:
+        data = build_data(config, assembly, clips)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(to_plain(config), folder / "config.yaml")
+        L.seed_everything(config.seed, verbose=False)  # whatever was made or found in caches, training starts from the same state
+        return build_run(config, assembly, data, folder, step, trial=trial)
+
+    asked = config.data.batch_size
+    config, run, parts = fit(config, assembly, start, resumed)
     seconds = {"prepare": trained - started, "fit": time.perf_counter() - trained}
     scores = dict(run.evaluation.scores)
     best = best_checkpoint(run.trainer)
@@ -105,8 +107,11 @@ def train(config: Config, trial: Trial | None = None) -> float:
     for split in list(clips)[1:]:
         scores |= test(run, Split[split])
     seconds["total"] = time.perf_counter() - started
-    _show_end(config, run, scores, seconds)
-    write_json(folder / "summary.json", summarize(config, run, scores, seconds, parts))
+    show_end(config, run, scores, seconds)
+    write_json(
+        folder / "summary.json",
+        summarize(config, run, scores, seconds, parts) | {"shrunk_from": asked if asked != config.data.batch_size else None},
+    )
     if config.objective not in scores:
         raise UserError(f"objective={config.objective} was not measured; choose one of {', '.join(sorted(scores))}")
     return scores[config.objective]
@@ -167,7 +172,9 @@ def build_run(
         ledger=open_ledger(config, data.clips),
         max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
     )
-    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), folder / "predictions", config.data.monitor)
+    evaluation = CaptionEvaluation(
+        CaptionScorer(config.evaluation), folder / "predictions", (config.data.monitor, config.callbacks.early_stopping.monitor)
+    )
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
     grounding = grounding_check(config, data, evaluation, folder)
     scoring = [evaluation, *([grounding] if grounding else [])]
@@ -179,7 +186,8 @@ def build_run(
         callbacks.append(TerminalBar(progress))
     profile = step_profile(config, data, folder) if is_training else None
     if is_training:
-        callbacks += [*([profile] if profile else []), StepLimit(config.trainer.max_steps), *checkpoint_callbacks(folder, config)]
+        callbacks += [*([profile] if profile else []), StepLimit(config.trainer.max_steps)]
+        callbacks += [*stopping_callbacks(config, plan, folder), *checkpoint_callbacks(folder, config)]
     trainer = L.Trainer(
         accelerator=config.hardware.accelerator,
         devices=config.hardware.devices,
@@ -212,53 +220,7 @@ def test(run: Run, split: Split) -> dict[str, float]:
     return dict(run.evaluation.scores)
 
 
-def find_resume(config: Config) -> Path | None:
-    """The checkpoint to resume from, if any.
-
-    Raises:
-        UserError: It is not there.
-    """
-    if config.checkpoint is None:
-        return None
-    path = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt" if config.checkpoint == "last" else Path(config.checkpoint)
-    if not path.is_file():
-        raise UserError(f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to resume")
-    return path
-
-
 def write_json(path: Path, values: Any) -> None:
     """A JSON file that appears whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[str, int]]:
-    from vlmcap.training.progress import part_counts, show_parts
-
-    parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
-    budget = config.data.max_tokens_per_batch
-    batch = f"{config.data.batch_size} clips" if budget is None else f"{budget} tokens"
-    notes = {
-        "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
-        "batch": f"{batch} × {config.trainer.accumulate_grad_batches}",
-        "precision": config.hardware.precision.value,
-    }
-    if config.projector.checkpoint:
-        notes["projector from"] = config.projector.checkpoint
-    title = f"{' + '.join(config.part_names.values())}, {config.tuning.name}, on {config.hardware.name}"
-    show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
-    return parts
-
-
-def _show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[str, float]) -> None:
-    from vlmcap.training.progress import show_scores
-
-    show_scores(scores, tokenizer_version(config))
-    if run.evaluation.predictions:
-        example = run.evaluation.predictions[0]
-        print(f"{example.clip.video}\n  prediction  {example.text}\n  reference   {example.clip.captions[0]}")
-    if run.module.num_truncated:
-        print(f"{run.module.num_truncated} captions were cut to llm.max_caption_tokens.")
-    if len(run.module.ledger):
-        print(f"{len(run.module.ledger)} clips were skipped; {run.module.ledger.path} names them.")
-    print(f"Done in {seconds['total'] / 60:.1f} min ({seconds['fit'] / 60:.1f} min of training): {run.folder}")

@@ -6,7 +6,7 @@ at one group stand in its `__post_init__`, those across groups in `Config`.
 
 from __future__ import annotations
 
-from vlmcap.config.callbacks import CallbacksConfig, ProfileConfig
+from vlmcap.config.callbacks import CallbacksConfig, EarlyStoppingConfig, GuardConfig, ProfileConfig
 from vlmcap.config.choices import (
     Batching,
     DataFormat,
@@ -39,6 +39,7 @@ from vlmcap.config.run import (
     LoggerConfig,
     PathsConfig,
     PlanConfig,
+    is_lower_better,
 )
 from vlmcap.config.sweep import LauncherConfig, LauncherKind, Sampler, Scaled, SweepConfig, SweepKind
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
@@ -53,6 +54,7 @@ __all__ = [
     "DataFormat",
     "Decoder",
     "DemoConfig",
+    "EarlyStoppingConfig",
     "EncoderConfig",
     "EncoderFamily",
     "EncoderTuning",
@@ -62,6 +64,7 @@ __all__ = [
     "EvaluationConfig",
     "GroundingConfig",
     "GroundingMode",
+    "GuardConfig",
     "HardwareConfig",
     "LauncherConfig",
     "LauncherKind",
@@ -93,4 +96,5 @@ __all__ = [
     "Temporal",
     "TrainerConfig",
     "TuningConfig",
+    "is_lower_better",
 ]

@@ -23,8 +23,40 @@ class ProfileConfig:
 
 
 @dataclass
+class EarlyStoppingConfig:
+    """An end of training once a metric of validation gets no better; counted in the last stage alone, the others train to their ends."""
+
+    enabled: bool = False
+    monitor: str | None = None  # val/ and a metric; null is data.monitor
+    mode: str | None = None  # min or max; null is by the metric: a loss is better when it is lower
+    patience: int = 3  # validations without a better value
+    min_delta: float = 0.0  # by which a value must be better to count
+
+    def __post_init__(self) -> None:
+        require_positive("callbacks.early_stopping", self, "patience")
+        require(self.mode in (None, "min", "max"), f"callbacks.early_stopping.mode must be min, max or null, not {self.mode}")
+        require(self.min_delta >= 0, f"callbacks.early_stopping.min_delta must not be negative, and is {self.min_delta}")
+
+
+@dataclass
+class GuardConfig:
+    """The end of a run that has gone wrong, before its checkpoints: a loss or gradient that is no number, or a loss that ran off."""
+
+    enabled: bool = True
+    factor: float = 2.0  # times the best loss so far, and 1 nat above it, is too high
+    window: int = 50  # optimiser steps in a row with a loss that is too high
+    fp16_skips: int = 20  # steps in a row that the scaler of float16 may skip; single ones are its way to find a scale
+
+    def __post_init__(self) -> None:
+        require_positive("callbacks.guard", self, "window", "fp16_skips")
+        require(self.factor > 1, f"callbacks.guard.factor must be above 1, not {self.factor}: it multiplies the best loss")
+
+
+@dataclass
 class CallbacksConfig:
     """What a run does beside training, scoring and saving."""
 
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)

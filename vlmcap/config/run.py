@@ -131,6 +131,7 @@ class PathsConfig:
 
     output_dir: str = MISSING
     cache_dir: str = MISSING  # demo data, base parts, features
+    overwrite: bool = False  # start a run where another has left its checkpoints or scores
 
 
 @dataclass
@@ -170,6 +171,10 @@ class Config:
         groups = ("model",) if self.is_whole else ("encoder", "projector", "llm")
         return {group: getattr(self, group).name for group in groups}
 
+    def better(self, metric: str) -> str:
+        """Whether more or less of a metric is better, "max" or "min"; what `objective_mode` says of the objective counts."""
+        return self.objective_mode if metric == self.objective else "min" if is_lower_better(metric) else "max"
+
     def __post_init__(self) -> None:
         own = {
             "encoder": self.encoder.family is EncoderFamily.own,
@@ -187,6 +192,11 @@ class Config:
             fixed = replace(self.encoder, feature_layer=fixed.feature_layer, image_size=fixed.image_size, tiling=fixed.tiling)
             _refuse_unread("encoder", self.encoder, fixed, self.model.name)
         _check_cache(self)
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a metric such as "val/loss" is better when it is lower; all others are better when they are higher."""
+    return metric.rsplit("/", 1)[-1] == "loss"
 
 
 def _check_cache(config: Config) -> None:

@@ -28,3 +28,5 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = None
     deterministic: bool = True
     progress_bar: bool = True
+    requeue: bool = False  # go on from the folder's last.ckpt where there is one, and ask Slurm for another turn at its signal USR1
+    shrink_on_oom: bool = False  # where memory runs out in the first steps, start again with smaller micro-batches, and more to a step

@@ -31,13 +31,13 @@ class CaptionEvaluation(L.Callback):
     Args:
         scorer: Of the corpus.
         folder: Where prediction files go.
-        followed: A metric such as "val/meteor" that a checkpoint follows, measured while training whatever it costs.
+        followed: Metrics such as "val/meteor" that a checkpoint or an early end follows, measured while training whatever they cost.
     """
 
-    def __init__(self, scorer: CaptionScorer, folder: Path, followed: str = "") -> None:
+    def __init__(self, scorer: CaptionScorer, folder: Path, followed: Sequence[str | None] = ()) -> None:
         self.scorer, self.folder = scorer, folder
-        extra = followed.removeprefix("val/")
-        self._loop_metrics = (*LOOP_METRICS, extra) if extra in METRIC_NAMES and extra not in LOOP_METRICS else LOOP_METRICS
+        extra = {name.removeprefix("val/") for name in followed if name} & set(METRIC_NAMES) - set(LOOP_METRICS)
+        self._loop_metrics = (*LOOP_METRICS, *sorted(extra))
         self._rows: list[Prediction] = []
         self._loss, self._labels = 0.0, 0
         self.split = "test"  # what the test loop runs on

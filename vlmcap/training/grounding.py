@@ -15,7 +15,8 @@ from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.training.evaluation import CaptionEvaluation
 from vlmcap.training.grounding_pairs import swap_order
 from vlmcap.training.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, write_grounding
-from vlmcap.training.module import CaptioningModule, random_states, set_random_states
+from vlmcap.training.module import CaptioningModule
+from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.types import Clip, Sample
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
+from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.training.schedule import StagePlan, peak_rate
 from vlmcap.types import Batch
 
@@ -51,6 +51,8 @@ class CaptioningModule(L.LightningModule):
         self.strict_loading = False  # frozen weights are never in a checkpoint; `on_load_checkpoint` checks the rest
         self.trained = trained_parameters(captioner, plan)
         self.num_truncated = 0
+        self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
         self._window_tokens = 0
         self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
         self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
@@ -97,11 +99,13 @@ class CaptioningModule(L.LightningModule):
         """Summed loss over a constant; `on_before_optimizer_step` turns the sum of the window into a mean over its label tokens."""
         self._note(batch)
         self.num_truncated += batch.num_truncated
+        self.last_loss = (0.0, 0)
         if len(batch) == 0:  # a zero with gradients, as other ranks and the scaler of half precision wait for them
             return torch.stack([p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]).sum()
         loss, num_labels = self.captioner.loss_sum(batch)
         self._window_tokens += num_labels
-        self._log_loss += float(loss.detach())
+        self.last_loss = (float(loss.detach()), num_labels)
+        self._log_loss += self.last_loss[0]
         self._log_labels += num_labels
         self._log_tokens += int(batch.attention_mask.sum())
         return loss / self.loss_unit
@@ -118,6 +122,18 @@ class CaptioningModule(L.LightningModule):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips as Lightning does, and keeps the norm, which it throws away."""
+        limit = gradient_clip_val if gradient_clip_val else math.inf
+        norm = nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), limit)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
+
+    def rate_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, each with `part` and `lr`."""
+        return self._adamw().param_groups
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Captions of prompts, or summed loss and label tokens of a labelled batch."""
@@ -263,26 +279,3 @@ def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str
                 f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} here; "
                 "use the encoder, projector, llm and tuning of its run"
             )
-
-
-def random_states() -> dict[str, Any]:
-    """State of every random generator, as plain data and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restores what `random_states` returned."""
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    name, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])

@@ -87,7 +87,7 @@ def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
             ModelCheckpoint(
                 filename="best",
                 monitor=config.data.monitor,
-                mode=config.objective_mode,
+                mode=config.better(config.data.monitor),
                 save_top_k=1,
                 save_on_train_epoch_end=True,
                 **common,  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from vlmcap.data.loading.batches import BatchPlan, BatchSampler, length_plan, packed_plan, shuffled_plan
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.loading.worker_report import WorkerWatch
+from vlmcap.data.loading.worker_report import WorkerWatch, leave_signals_to_main
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped
 
@@ -147,6 +147,7 @@ class CaptionDataModule(L.LightningDataModule):
             "dataset": self.watch.over(dataset, clips) if workers else dataset,
             "collate_fn": collator,
             "num_workers": workers,
+            "worker_init_fn": leave_signals_to_main if workers else None,
             "generator": torch.Generator(),  # of workers' seeds: drawn from the global one, they would make a resumed run another
             "persistent_workers": workers > 0,
             "pin_memory": self.settings.pin_memory,

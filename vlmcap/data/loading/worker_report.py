@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,7 +18,24 @@ from vlmcap.types import Clip
 T_co = TypeVar("T_co", covariant=True)
 
 _MAX_WORKERS = 256  # of one loader; those beyond are not watched
+_LAST_SECONDS = 120.0  # of a worker after SIGTERM
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
+
+
+def leave_signals_to_main(_worker_id: int) -> None:
+    """Makes a worker outlive the signals that stop a run, which a terminal and Slurm send to all of its processes.
+
+    The main process needs batches up to the end of its step, and ends its workers itself. One that hangs is ended by an alarm, as torch's
+    way to end it is SIGTERM too.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _set_alarm)
+
+
+def _set_alarm(*_: object) -> None:
+    signal.setitimer(signal.ITIMER_REAL, _LAST_SECONDS)
 
 
 class WorkerNotes:

@@ -1,0 +1,65 @@
+"""Early stopping on any metric of validation, fair to tuning in stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
+
+from vlmcap.training.schedule import StagePlan
+
+
+class PatientStop(EarlyStopping):
+    """Lightning's early stopping, counted after each validation of the last stage.
+
+    A stage is as long as its rates' schedule; ended before, the next one would begin with half-trained parts, and what follows a change of
+    stage is not comparable with what was before. So earlier stages train to their ends, and neither their best value nor their waiting
+    counts in the last one. The state is in every checkpoint.
+
+    Args:
+        plan: Stages.
+        monitor: Metric such as "val/loss".
+        mode: "min" or "max".
+        patience: Validations without a better value.
+        min_delta: By which a value must be better.
+    """
+
+    def __init__(self, plan: StagePlan, *, monitor: str, mode: str, patience: int, min_delta: float) -> None:
+        # After validation and not after the epoch: where an epoch is not validated, the metric is that of an earlier one.
+        # A metric without a value is not better, and no reason to stop at once.
+        super().__init__(
+            monitor, mode=mode, patience=patience, min_delta=min_delta, check_finite=False, check_on_train_epoch_end=False, verbose=False
+        )
+        self._first_epoch = plan.at_epoch(plan.num_epochs - 1).first_epoch
+        self.best_epoch = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops a resumed run that had stopped early."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Counts a validation, and says so when it was the last."""
+        if trainer.sanity_checking or trainer.current_epoch < self._first_epoch:
+            return
+        super().on_validation_end(trainer, pl_module)
+        if self.wait_count == 0:
+            self.best_epoch = trainer.current_epoch
+        if self.wait_count >= self.patience and trainer.is_global_zero:
+            print(self.reason(trainer.current_epoch), flush=True)
+
+    def reason(self, epoch: int) -> str:
+        """Why the run stopped after an epoch, counted from 0."""
+        best = f"{float(self.best_score):.4g} of epoch {self.best_epoch + 1}"
+        return f"Stopped early after epoch {epoch + 1}: no {self.monitor} better than {best} in {self.wait_count} validations."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and a tensor."""
+        return super().state_dict() | {"best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved, but for the patience, which may be raised to go on."""
+        patience = self.patience
+        super().load_state_dict(state_dict)
+        self.patience, self.best_epoch = patience, state_dict.get("best_epoch", -1)
