@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlmcap.cli import cache, caption, data, doctor, export, plan, report
+from vlmcap.cli import cache, caption, data, doctor, export, plan, report, spectrum
 from vlmcap.errors import UserError
 
-COMMANDS = (doctor, plan, cache, caption, data, export, report)
+COMMANDS = (doctor, plan, cache, caption, data, export, report, spectrum)
 """Modules with `add(commands)`, which adds a parser whose `run` takes the options; whatever is slow to import they import when run."""
 
 

@@ -1,0 +1,226 @@
+"""How many directions patch features use, and whether features of near patches are more alike than those of far ones.
+
+Legend: N patches of all frames, P patches of a frame (row-major over its grid h × w), Dv vision width, R prefix tokens (CLS, registers).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_OUTLIER = 3.0  # times the median norm; the outliers of Darcet et al. have about ten times that of others
+_MAX_PAIRS = 1 << 28  # of patches, over all frames
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFeatures:
+    """Features of one frame.
+
+    Attributes:
+        patches: (P, Dv).
+        grid: (h, w).
+        prefix: (R, Dv), or None where the encoder has none.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+    prefix: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """How likeness falls with distance, as means over all pairs of patches of a frame, distances rounded to whole patches.
+
+    Attributes:
+        distances: (K,), mean Euclidean distance of the pairs in patches; the first is 0, each patch with itself.
+        similarity: (K,), mean cosine similarity.
+        correlation: (K,), mean product of features less the mean of all, over their mean square; 1 at distance 0.
+    """
+
+    distances: tuple[float, ...]
+    similarity: tuple[float, ...]
+    correlation: tuple[float, ...]
+
+    @property
+    def length(self) -> float | None:
+        """Correlation length in patches: the distance at which the correlation is 1/e; None where it is larger all over the frame."""
+        level = math.exp(-1)
+        pairs = list(zip(self.distances, self.correlation, strict=True))
+        for (near, high), (far, low) in itertools.pairwise(pairs):
+            if low <= level:
+                # Exact for an exponential; a correlation that has fallen below 0 has no logarithm.
+                share = math.log(high / level) / math.log(high / low) if low > 0 else (high - level) / (high - low)
+                return near + share * (far - near)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Figures of one encoder or of one of its layers.
+
+    Attributes:
+        num_frames: That were looked at.
+        num_tokens: Patches in the singular values.
+        width: Dv.
+        values: Singular values of the patches less their mean, largest first.
+        locality: Over the frames.
+        outlier_share: Of the patches, those with a norm above three times the median.
+        outlier_energy: Their share of the sum of squared norms.
+        prefix_norm: Mean norm of the first prefix token (CLS) over the median of the patches; None without.
+    """
+
+    num_frames: int
+    num_tokens: int
+    width: int
+    values: Tensor
+    locality: Locality
+    outlier_share: float
+    outlier_energy: float
+    prefix_norm: float | None
+
+    @property
+    def effective_rank(self) -> float:
+        """As of `effective_rank`."""
+        return effective_rank(self.values)
+
+    @property
+    def participation_ratio(self) -> float:
+        """As of `participation_ratio`."""
+        return participation_ratio(self.values)
+
+    def figures(self) -> dict[str, float | int | None]:
+        """The numbers of a table."""
+        similarity = self.locality.similarity
+        return {
+            "width": self.width,
+            "frames": self.num_frames,
+            "tokens": self.num_tokens,
+            "effective_rank": self.effective_rank,
+            "participation_ratio": self.participation_ratio,
+            "directions_90": num_directions(self.values, 0.9),
+            "similarity_neighbour": similarity[1] if len(similarity) > 1 else None,
+            "similarity_mean": sum(similarity[1:]) / (len(similarity) - 1) if len(similarity) > 1 else None,
+            "correlation_length": self.locality.length,
+            "outlier_share": self.outlier_share,
+            "outlier_energy": self.outlier_energy,
+            "cls_norm": self.prefix_norm,
+        }
+
+
+def singular_values(features: Tensor, *, is_centred: bool = True) -> Tensor:
+    """Float64 (min(N, Dv),), largest first, by the smaller of the two Gram matrices; below 1e-8 of the largest they are rounding.
+
+    Args:
+        features: (N, Dv).
+        is_centred: Of the features less their mean, as otherwise that is one large value.
+    """
+    own = features.double()
+    if is_centred:
+        own = own - own.mean(0)
+    gram = own.T @ own if own.shape[0] > own.shape[1] else own @ own.T
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+
+
+def effective_rank(values: Tensor) -> float:
+    """Exponential of the entropy of the singular values over their sum, 1 to their number; 0 where all are 0.
+
+    Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
+    if not values.any():
+        return 0.0
+    share = values / values.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+def participation_ratio(values: Tensor) -> float:
+    """(Σλ)² / Σλ² of the variances λ, the squares of the singular values: 1 to their number; 0 where all are 0.
+
+    It counts large directions where the effective rank also counts the many small ones.
+    """
+    if not values.any():
+        return 0.0
+    variances = values**2
+    return float(variances.sum() ** 2 / (variances**2).sum())
+
+
+def num_directions(values: Tensor, share: float) -> int:
+    """The fewest directions that hold `share` of the variance."""
+    variances = values**2
+    if not variances.any():
+        return 0
+    return int((variances.cumsum(0) / variances.sum() < share - 1e-12).sum()) + 1
+
+
+def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
+    """Likeness against distance.
+
+    Args:
+        frames: Their pairs of patches count alike.
+        mean: (Dv,), of all features; the correlation is of what differs from it.
+    """
+    sums: dict[str, Tensor] = {}
+    for frame in frames:
+        distance = patch_distances(frame.grid)
+        own = frame.patches.double()
+        unit, centred = F.normalize(own, dim=-1), own - mean.double()
+        parts = {"distance": distance, "similarity": unit @ unit.T, "product": centred @ centred.T, "count": torch.ones_like(distance)}
+        bins = distance.round().long().flatten()
+        for name, part in parts.items():
+            found = torch.bincount(bins, weights=part.flatten())
+            held = sums.get(name, found[:0])
+            size = max(len(held), len(found))
+            sums[name] = F.pad(held, (0, size - len(held))) + F.pad(found, (0, size - len(found)))
+    count = sums["count"]
+    is_there = count > 0
+    means = {name: (sums[name] / count.clamp_min(1))[is_there] for name in ("distance", "similarity", "product")}
+    variance = means["product"][0].clamp_min(torch.finfo(torch.float64).tiny)
+    columns = (means["distance"], means["similarity"], means["product"] / variance)
+    return Locality(*(tuple(column.tolist()) for column in columns))
+
+
+def patch_distances(grid: tuple[int, int]) -> Tensor:
+    """Euclidean distance of each pair of patches in patches, float64 (P, P)."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]).double(), torch.arange(grid[1]).double(), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], 1)
+    # Exact, where the default of large grids subtracts squares and says that a patch is far from itself.
+    return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def similarity_maps(frame: FrameFeatures, queries: Sequence[int]) -> Tensor:
+    """Cosine similarity of some patches with all of their frame, (Q, h, w)."""
+    unit = F.normalize(frame.patches.float(), dim=-1)
+    return (unit[list(queries)] @ unit.T).unflatten(1, frame.grid)
+
+
+def measure_spectrum(frames: Sequence[FrameFeatures], *, max_tokens: int, seed: int = 0) -> Spectrum:
+    """The figures of the features of some frames.
+
+    Args:
+        frames: At least one.
+        max_tokens: Patches that the singular values are of, drawn from all.
+        seed: Of the draw.
+    """
+    tokens = torch.cat([frame.patches for frame in frames]).float().cpu()
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:max_tokens]
+    norms = tokens.double().norm(dim=-1)
+    median = norms.median()
+    is_outlier = norms > _OUTLIER * median
+    prefixes = [float(frame.prefix[0].double().norm()) for frame in frames if frame.prefix is not None and len(frame.prefix)]
+    pairs = max(len(frame.patches) for frame in frames) ** 2
+    near = [FrameFeatures(frame.patches.cpu(), frame.grid) for frame in frames[: max(1, _MAX_PAIRS // pairs)]]
+    return Spectrum(
+        num_frames=len(frames),
+        num_tokens=len(drawn),
+        width=tokens.shape[1],
+        values=singular_values(tokens[drawn]),
+        locality=locality(near, tokens.double().mean(0)),
+        outlier_share=float(is_outlier.double().mean()),
+        outlier_energy=float((norms[is_outlier] ** 2).sum() / (norms**2).sum().clamp_min(torch.finfo(torch.float64).tiny)),
+        prefix_norm=sum(prefixes) / len(prefixes) / float(median) if prefixes and median > 0 else None,
+    )
