@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tests.checkpoints.encoders import Checkpoint
 from vlmcap import cli
-from vlmcap.build.spectrum import SpectrumSettings, measure_encoder, show_spectra
+from vlmcap.build.spectrum import SpectrumSettings, measure_encoder
 from vlmcap.compose import compose
-from vlmcap.errors import UserError
 from vlmcap.models.spectrum import effective_rank, singular_values
 
 
@@ -78,32 +77,7 @@ def test_encoders_are_compared(
     assert all(map(is_picture, pictures))
 
 
-def test_frames_of_their_own_shape(naflex: Checkpoint, images: list[Path], tmp_path: Path) -> None:
-    own = [*overrides(naflex, tmp_path), "encoder.max_patches=24"]
-    show_spectra(own, SpectrumSettings(images=tuple(images)), tmp_path / "out")
-    assert is_picture(tmp_path / "out" / "siglip2_naflex.png")
-    found = measure_encoder("own", compose(own), SpectrumSettings(images=tuple(images)))
-    height, width = found.frame.grid
-    assert width > height and found.picture is not None
-    assert found.picture.shape[:2] == (4 * height, 4 * width)
-    with Image.open(images[1]) as picture:
-        small = torch.tensor(list(picture.resize((4 * width, 4 * height)).getdata()), dtype=torch.float).view(4 * height, 4 * width, 3)
-    assert (found.picture.float() - small).abs().mean() < 12, "the picture's pixels, in their places"
-    with pytest.raises(UserError, match="--layers is for encoders whose frames have one size"):
-        measure_encoder("own", compose(own), SpectrumSettings(has_layers=True, images=tuple(images)))
-
-
 def test_clips_of_the_data_are_looked_at(checkpoints: dict[str, Checkpoint], aihub_root: Path, tmp_path: Path) -> None:
     own = [*overrides(checkpoints["dinov3"], tmp_path), "data=aihub", f"data.root={aihub_root}", "data.num_frames=2"]
     found = measure_encoder("own", compose(own), SpectrumSettings(num_clips=2, max_tokens=10))
     assert (found.spectrum.num_frames, found.spectrum.num_tokens) == (4, 10)
-
-
-def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, sentence in (
-        (["--clips", "0"], "--clips must be at least 1, not 0"),
-        (["encoder=clip", "--images", str(tmp_path / "no.png")], "no.png does not exist"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main(["spectrum", "--output", str(tmp_path / "out"), *arguments])
-        assert sentence in capsys.readouterr().err
