@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _COLOURS = ("#3b6ea5", "#c7522a", "#4c956c", "#8a5fa8", "#b8860b", "#555555", "#d16ba5", "#2a9d8f")
 _E = 0.36787944117144233
 
+_MAX_LABEL = 28  # characters that a column and a legend have room for
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderSpectrum:
@@ -39,6 +41,11 @@ class EncoderSpectrum:
     picture: Tensor | None = None
     layers: Mapping[str, Spectrum] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The name, of a long one (a checkpoint's path) its end."""
+        return self.name if len(self.name) <= _MAX_LABEL else f"…{self.name[1 - _MAX_LABEL :]}"
+
 
 def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     """A PNG of one encoder, whole or not at all."""
@@ -51,7 +58,7 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     values, alike = upper.subplots(1, 2)
     _draw_values(values, [one])
     _draw_locality(alike, one)
-    upper.suptitle(f"{one.name}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}", fontsize=11)
+    upper.suptitle(f"{one.label}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}", fontsize=11)
     axes = lower.subplots(1, num_maps)
     _draw_frame(axes[0], one, queries)
     maps = similarity_maps(one.frame, queries)
@@ -73,13 +80,13 @@ def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
     values, alike, ranks = figure.subplots(1, 3)
     _draw_values(values, spectra)
     for colour, one in zip(_cycle(len(spectra)), spectra, strict=True):
-        alike.plot(one.spectrum.locality.distances, one.spectrum.locality.correlation, ".-", color=colour, label=one.name)
+        alike.plot(one.spectrum.locality.distances, one.spectrum.locality.correlation, ".-", color=colour, label=one.label)
     _label_locality(alike)
     places = range(len(spectra))
     shares = [one.spectrum.effective_rank / one.spectrum.width for one in spectra]
     bars = ranks.barh(places, shares, color=_cycle(len(spectra)))
     ranks.bar_label(bars, [f"{one.spectrum.effective_rank:.1f} of {one.spectrum.width}" for one in spectra], padding=3, fontsize=8)
-    ranks.set_yticks(list(places), [one.name for one in spectra], fontsize=8)
+    ranks.set_yticks(list(places), [one.label for one in spectra], fontsize=8)
     ranks.invert_yaxis()
     ranks.margins(x=0.35)
     ranks.set_xlabel("effective rank, share of the width")
@@ -96,7 +103,7 @@ def _draw_values(axes: Any, spectra: Sequence[EncoderSpectrum]) -> None:
     for colour, one in zip(_cycle(len(spectra)), spectra, strict=True):
         values = one.spectrum.values
         shown = values[values > values[0] * 1e-6] if len(values) else values
-        axes.semilogy(range(1, len(shown) + 1), shown / values[0].clamp_min(1e-300), color=colour, label=one.name)
+        axes.semilogy(range(1, len(shown) + 1), shown / values[0].clamp_min(1e-300), color=colour, label=one.label)
     axes.set(xlabel="direction", ylabel="singular value over the largest")
     axes.grid(alpha=0.3)
     if len(spectra) > 1:

@@ -38,7 +38,7 @@ def print_spectra(spectra: Sequence[EncoderSpectrum]) -> None:
     for column in ("encoder", *_COLUMNS.values()):
         table.add_column(column, justify="left" if column == "encoder" else "right")
     for one in spectra:
-        table.add_row(one.name, *_cells(one.spectrum))
+        table.add_row(one.label, *_cells(one.spectrum))
         for number, layer in one.layers.items():
             table.add_row(f"  layer {number}", *_cells(layer))
     Console(width=max(_MIN_WIDTH, Console().width)).print(table)
