@@ -76,8 +76,9 @@ def needed(module: str, extra: str) -> Any:
 
 def say_ended(folder: Path) -> None:
     """One line for a job that another process ran."""
+    from vlmcap.sweeping.job import BEGUN
     from vlmcap.sweeping.status import read_status
 
     status = read_status(folder)
-    word, reason = (status.status, status.reason) if status else ("ended", "")
+    word, reason = (status.status, status.reason) if status and status.reason != BEGUN else ("ended without a word", "")
     print(f"Job {folder.name}: {word}{': ' if reason else ''}{reason}", flush=True)
