@@ -82,6 +82,7 @@ const WORDS = {
   // curves
   curves: ["Learning curves", "학습 곡선"],
   curveMetric: ["Curve", "곡선"],
+  meanOf: ["mean of {0}", "{0}개 평균"],
   step: ["step", "스텝"],
   curveHint: ["Point at the drawing, or focus it and use the arrow keys; the names below hide and show runs.", "그림을 가리키거나 선택한 뒤 방향키를 쓰세요. 아래 이름을 누르면 실행을 숨기고 보입니다."],
   // costs
@@ -146,6 +147,7 @@ const WORDS = {
   gib: ["{0} GiB", "{0} GiB"],
   hours: ["{0} h {1} min", "{0}시간 {1}분"],
   minutes: ["{0} min {1} s", "{0}분 {1}초"],
+  minutesOnly: ["{0} min", "{0}분"],
   secondsUnit: ["{0} s", "{0}초"],
   planOf: ["planned {0}", "예상 {0}"],
 };
