@@ -64,7 +64,7 @@ function effects() {
       });
       return h("div", { class: "panel" }, h("h3", {}, effect.factor), drawn(null, (width) => effectDrawing(effect, low, high, width)),
         told.length ? h("ul", { class: "told" }, told) : null,
-        h("p", { class: "quiet small" }, effect.is_matched ? say("matched", effect.num_combinations) : say("unmatched")));
+        h("p", { class: "quiet small" }, !effect.is_matched ? say("unmatched") : effect.num_combinations === 1 ? say("matchedOne") : say("matched", effect.num_combinations)));
     })));
 }
 

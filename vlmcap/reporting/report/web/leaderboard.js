@@ -30,9 +30,9 @@ function answer(groups) {
     const least = (cost) => [best, ...level].filter((group) => group.costs[cost] !== null && group.costs[cost] !== undefined)
       .sort((a, b) => a.costs[cost] - b.costs[cost])[0];
     const small = least("peak_memory_gib"), quick = least("seconds");
-    lines.push(h("p", { class: "quiet" }, [
-      small ? say("answerCheapest", small.name, inMemory(small.costs.peak_memory_gib)) : null, " ",
-      quick ? say("answerFastest", quick.name, duration(quick.costs.seconds)) : null]));
+    const told = small && small === quick ? [say("answerLeast", small.name, inMemory(small.costs.peak_memory_gib), duration(quick.costs.seconds))]
+      : [small ? say("answerCheapest", small.name, inMemory(small.costs.peak_memory_gib)) : "", quick ? say("answerFastest", quick.name, duration(quick.costs.seconds)) : ""];
+    lines.push(h("p", { class: "quiet" }, told.filter(Boolean).join(" ")));
   }
   return h("div", { class: "answer" }, lines);
 }
