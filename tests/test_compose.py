@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from vlmcap.build.sweep_syntax import expand
 from vlmcap.compose import compose, config_dir, from_plain, to_config, to_plain, write_yaml
 from vlmcap.config import Config, LlmConfig, Precision, Quantization
 from vlmcap.errors import UserError
@@ -56,9 +58,53 @@ EXPERIMENTS = {
     "efficient_t4": ("own", "own", "own", "t4", 4),
 }
 
+# A study and the number of its runs; what it is run on, which is no study itself.
+STUDIES = {
+    "encoders": 4,
+    "encoders_demo": 12,
+    "projectors": 6,
+    "projectors_demo": 18,
+    "llms": 6,
+    "adapters": 6,
+    "adapters_demo": 18,
+    "frames": 3,
+    "frames_demo": 9,
+    "stages": 2,
+    "stages_demo": 6,
+}
+BASES = {"demo_short", "l4_short"}
+
 
 def test_no_experiment_was_forgotten() -> None:
-    assert EXPERIMENTS.keys() == {name for group, name in GROUPS if group == "experiment"}
+    assert EXPERIMENTS.keys() | STUDIES.keys() | BASES == {name for group, name in GROUPS if group == "experiment"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_a_study_composes_and_differs(name: str) -> None:
+    """`-m` alone gives the whole grid; its head says what is asked, how, and how long it takes."""
+    jobs, swept = expand([f"experiment={name}", *FILLED])
+    assert len(jobs) == STUDIES[name]
+    assert ("seed" in swept) == name.endswith("_demo")
+    configs = [to_plain(compose(job)) for job in jobs if not {"seed=1", "seed=2"} & set(job)]
+    assert len(configs) == len(jobs) / (3 if name.endswith("_demo") else 1)
+    assert all(config not in configs[:index] for index, config in enumerate(configs))
+    head = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
+    assert f"python train.py -m experiment={name}" in head
+    assert "?" in head
+    assert re.search(r"\d+ runs", head)
+
+
+@pytest.mark.parametrize("name", ["stages", "stages_demo"])
+def test_one_stage_has_as_many_epochs_as_two(name: str) -> None:
+    stages = [compose(job).tuning.stages for job in expand([f"experiment={name}", *FILLED])[0]]
+    assert {sum(stage.epochs for stage in two.values()) for two in stages} == {4 if name == "stages" else 3}
+    assert {two["align"].epochs for two in stages} == {0, 1}
+
+
+def test_an_override_beats_the_values_of_a_study() -> None:
+    jobs, swept = expand(["experiment=projectors_demo", "seed=5", "projector=mlp,linear"])
+    assert [compose(job).projector.name for job in jobs] == ["mlp", "linear"]
+    assert (swept, compose(jobs[0]).seed) == (["projector"], 5)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -98,7 +144,7 @@ def test_help_names_every_choice() -> None:
         group, _, names = line.strip().partition(" ")
         if line.startswith(" " * 12):  # goes on from the line above
             group, names = list(listed)[-1], line
-        listed.setdefault(group, set()).update(names.replace(",", " ").split())
+        listed.setdefault(group, set()).update(re.sub(r"[,:()]", " ", names).split())
     for group, name in GROUPS:
         assert name in listed[group] or name == "own"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vlmcap.config import Config
 
-TINY = "tiny"  # the checkpoint name of the parts that are made here
+TINY = "tiny"  # the checkpoint name of the language model that is made here
+TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of encoders
 
 
 def prepare(config: Config) -> Config:
@@ -18,11 +19,11 @@ def prepare(config: Config) -> Config:
         data = dataclasses.replace(data, root=str(folder))
         if evaluation.facts is None:
             evaluation = dataclasses.replace(evaluation, facts=str(folder / "facts.json"))
-    if TINY in (encoder.checkpoint, llm.checkpoint):
+    if llm.checkpoint == TINY or encoder.checkpoint in TINY_ENCODERS:
         parts = tiny_parts(config)
         if llm.checkpoint == TINY:
             llm = dataclasses.replace(llm, checkpoint=str(parts["llm"]))
-        if encoder.checkpoint == TINY:
+        if encoder.checkpoint in TINY_ENCODERS:
             encoder = dataclasses.replace(encoder, checkpoint=str(parts["encoder"]))
     return dataclasses.replace(config, data=data, encoder=encoder, llm=llm, evaluation=evaluation)
 
@@ -37,17 +38,19 @@ def demo_folder(config: Config) -> Path:
 
 
 def tiny_parts(config: Config) -> dict[str, Path]:
-    """Folders of the tiny language model and encoder, trained on first use on the demo's training split."""
+    """Folders of the tiny language model and the tiny encoder that is named, trained on first use on the demo's training split."""
     from transformers import AutoTokenizer
 
     from vlmcap.data.formats import Record, SourceSettings, read_records
     from vlmcap.data.once import make_once
-    from vlmcap.training.base_parts import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_encoder, make_language_model
+    from vlmcap.training.base_encoders import make_encoder
+    from vlmcap.training.base_parts import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_language_model
     from vlmcap.training.progress import progress_reporter
 
     folder = demo_folder(config)
     parts = folder.with_name(folder.name.replace("clips-", f"parts{RECIPE}-"))
-    made = {part: parts / part for part in ("llm", "encoder")}
+    name = config.encoder.checkpoint if config.encoder.checkpoint in TINY_ENCODERS else TINY
+    made = {"llm": parts / "llm", "encoder": parts / name.replace(TINY, "encoder")}
     if all(path.is_dir() for path in made.values()):  # reading all labels would delay each run
         return made
     entries = read_records("aihub", SourceSettings(root=str(folder)), "train")
@@ -55,7 +58,7 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     # A small demo, as tests make it, needs no long training.
     share = min(1.0, len(clips) / 2000)
     llm = make_once(
-        parts / "llm",
+        made["llm"],
         lambda target: make_language_model(
             target,
             [clip.captions[0] for clip in clips],
@@ -66,14 +69,15 @@ def tiny_parts(config: Config) -> dict[str, Path]:
         ),
     )
     encoder = make_once(
-        parts / "encoder",
+        made["encoder"],
         lambda target: make_encoder(
             target,
             clips,
             AutoTokenizer.from_pretrained(llm),
+            name=name,
             num_steps=max(2, round(ENCODER_STEPS * share)),
             seed=config.data.demo.seed,
-            progress=progress_reporter("training the tiny encoder"),
+            progress=progress_reporter(f"training encoder={name}"),
         ),
     )
     return {"llm": llm, "encoder": encoder}

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmcap.build.demo import TINY_ENCODERS
 from vlmcap.compose import compose_node, config_dir, to_config
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 
 _GROUPS = ("hardware", "encoder", "llm")
-_LEFT_OUT = {"hardware": {"cpu"}, "encoder": {"own", "tiny"}, "llm": {"own", "tiny"}}
+_LEFT_OUT = {"hardware": {"cpu"}, "encoder": {"own", *TINY_ENCODERS}, "llm": {"own", "tiny"}}
 _FOLLOWS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}  # groups whose values come from these groups
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.build.demo import TINY
+from vlmcap.build.demo import TINY, TINY_ENCODERS
 from vlmcap.build.once import once
 from vlmcap.build.parts import add_adapters, dtype_of, encoder_options, projector_spec, train_encoder
 from vlmcap.config import Config, ModelKind
@@ -43,10 +43,14 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
     from vlmcap.models.known import known_config
 
     checkpoint = getattr(config, part).checkpoint
-    if checkpoint == TINY:  # made on first use
-        from vlmcap.training.base_parts import LANGUAGE_CONFIG, VISION_CONFIG
+    if part == "llm" and checkpoint == TINY:  # made on first use
+        from vlmcap.training.base_parts import LANGUAGE_CONFIG
 
-        return dict(LANGUAGE_CONFIG if part == "llm" else VISION_CONFIG)
+        return dict(LANGUAGE_CONFIG)
+    if part == "encoder" and checkpoint in TINY_ENCODERS:
+        from vlmcap.training.base_encoders import VISION_CONFIGS
+
+        return dict(VISION_CONFIGS[checkpoint])
     if Path(checkpoint).expanduser().is_dir():
         return read_config(Path(checkpoint).expanduser())
     values = known_config(checkpoint)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from vlmcap.build.demo import TINY_ENCODERS
 from vlmcap.build.parts import encoder_options, projector_spec
 from vlmcap.compose import compose, config_dir
 from vlmcap.config import Config
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _names(group: str) -> list[str]:
     names = sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
-    return [name for name in names if name not in ("own", "tiny", "assembled")]
+    return [name for name in names if name not in ("own", *TINY_ENCODERS, "assembled")]
 
 
 def _configurations() -> Iterator[Config]:

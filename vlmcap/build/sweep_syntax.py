@@ -19,7 +19,7 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
 
     Args:
         overrides: As after `python train.py -m`; of a key that is there twice the last counts, as for Hydra.
-        parser: Of the running program; None makes one.
+        parser: Of the running program; None makes one, and puts what the experiment file has under `hydra.sweeper.params` in front.
 
     Raises:
         UserError: An override cannot be read, or has no values to try one by one.
@@ -33,7 +33,8 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
         register_schemas()
         with initialize_config_dir(config_dir(), version_base="1.3"):
             # glob() asks the loader for the names
-            return expand(overrides, OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()))
+            made = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+            return expand([*_study(overrides, made), *overrides], made)
     values: dict[str, list[str]] = {}
     try:
         for override in parser.parse_overrides([*overrides]):
@@ -51,6 +52,22 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
     if empty is not None:
         raise UserError(f"{empty} has no values to try; glob() finds none, or a range is empty")
     return list(itertools.product(*values.values())), [key for key, found in values.items() if len(found) > 1]
+
+
+def _study(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
+    """What an experiment file sweeps; nothing where none is named, or several are."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    try:
+        given = parser.parse_overrides([*overrides])
+        if not any(override.key_or_group == "experiment" and isinstance(override.value(), str) for override in given):
+            return []
+        fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
+        params = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
+    except HydraException as error:
+        raise UserError(explain(innermost(error))) from error
+    return [f"{key}={value}" for key, value in params.items()]
 
 
 def short_names(jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The tiny encoder and language model of the demo: real classes, trained from nothing on the demo clips, made once.
+"""The tiny language model of the demo: a real class, trained from nothing on the demo captions, made once.
 
-They play the part of published checkpoints, so that fine-tuning on a CPU is what it is on a GPU: a frozen encoder that knows pictures,
-a language model that knows Korean and how to use what stands before it, and a projector that must join the two.
+The tiny parts stand in for published checkpoints, so that fine-tuning on a CPU is what it is on a GPU: a frozen encoder that knows
+pictures, a language model that knows Korean and how to use what stands before it, and a projector that must join the two.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmcap.data.decoding.sampling import FrameSampling
-from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
-from vlmcap.models.encoders import FrameTransform
 from vlmcap.training.schedule import cosine_rate
-from vlmcap.types import Clip, Sample
 
 Progress = Callable[[int, int], None]
 
@@ -29,8 +25,6 @@ _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 64, 8, 96
-_SHARED = {"hidden_size": _WIDTH, "num_attention_heads": 4, "projection_dim": _WIDTH}
 LANGUAGE_CONFIG = {
     "model_type": "qwen3",
     "vocab_size": _VOCABULARY,
@@ -44,15 +38,6 @@ LANGUAGE_CONFIG = {
     "tie_word_embeddings": True,
 }
 """Of the tiny language model, as a `config.json` has it."""
-VISION_CONFIG = {
-    "model_type": "clip_vision_model",
-    **_SHARED,
-    "intermediate_size": 288,
-    "num_hidden_layers": 2,
-    "image_size": _IMAGE_SIZE,
-    "patch_size": _PATCH_SIZE,
-}
-"""Of the tiny encoder, likewise."""
 
 
 def train_tokenizer(texts: Sequence[str], prompt: str) -> Any:
@@ -108,7 +93,7 @@ def make_language_model(folder: Path, texts: Sequence[str], *, prompt: str, num_
             ids, labels = _chat_batch(tokenizer, rng.choices(texts, k=16), prompt, rng)
             mask = (ids != tokenizer.pad_token_id).long()
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-            _step(optimizer, loss, cosine_rate(step, num_steps, peak=6e-3, warmup_steps=30, final_ratio=0.05))
+            optimise(optimizer, loss, cosine_rate(step, num_steps, peak=6e-3, warmup_steps=30, final_ratio=0.05))
             progress(step + 1, num_steps)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -134,67 +119,8 @@ def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.R
     return ids, labels
 
 
-def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, num_steps: int, seed: int, progress: Progress) -> None:
-    """Trains a CLIP of 0.2 M vision parameters on single frames and captions, and saves its vision tower.
-
-    Source of the objective: Radford et al., https://arxiv.org/abs/2103.00020.
-
-    Args:
-        folder: Where to save.
-        clips: The training split.
-        tokenizer: For the text tower.
-        num_steps: Optimiser steps of 64 pairs.
-        seed: Of weights and pairs.
-        progress: Called with work done and work in all.
-    """
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    total = len(clips) + num_steps
-    frames = _read_frames(clips, lambda done: progress(done, total))
-    encoded = tokenizer([clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95)
-    ids = torch.cat([encoded["input_ids"], torch.full((len(clips), 1), tokenizer.pad_token_id)], dim=1)
-    lengths = encoded["attention_mask"].sum(1)
-    ids[torch.arange(len(clips)), lengths] = tokenizer.eos_token_id  # CLIP reads the caption off its end token
-    mask = torch.arange(ids.shape[1])[None] <= lengths[:, None]
-    text = _SHARED | {
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": ids.shape[1],
-    }
-    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.pad_token_id}
-    processor = CLIPImageProcessor(size={"shortest_edge": _IMAGE_SIZE}, crop_size=_IMAGE_SIZE)
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (processor.image_mean, processor.image_std))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: Any = CLIPModel(CLIPConfig(vision_config=VISION_CONFIG, text_config=text, projection_dim=_WIDTH))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.05)
-        for step in range(num_steps):
-            rows = torch.randperm(len(clips))[:64]
-            pixels = (frames[rows, torch.randint(frames.shape[1], rows.shape)].float() - mean) / std
-            loss = model(input_ids=ids[rows], attention_mask=mask[rows].long(), pixel_values=pixels, return_loss=True).loss
-            _step(optimizer, loss, cosine_rate(step, num_steps, peak=1.5e-3, warmup_steps=20, final_ratio=0.0))
-            model.logit_scale.data.clamp_(max=4.6)  # at most 100, as in CLIP
-            progress(len(clips) + step + 1, total)
-    model.vision_model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None]) -> Tensor:
-    """Frames of all clips, uint8 (N, F, 3, H, W)."""
-    settings = ReadSettings(FrameSampling(num_frames=8), is_isolated=False)  # the demo's own clips
-    dataset = ClipDataset(clips, settings, frame_transform=FrameTransform(_IMAGE_SIZE, is_cropped=True))
-    frames: list[Tensor] = []
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        assert isinstance(sample, Sample), "the demo's own clips decode"
-        assert sample.frames is not None
-        frames.append(sample.frames)
-        progress(index + 1)
-    return torch.stack(frames)
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+def optimise(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """One step at a rate, gradients clipped to a norm of 1."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -50,8 +50,7 @@ def browser(started_browser: Browser, page_file: Path) -> Iterator[Browser]:
     """The page, freshly loaded; whatever a test does to it may raise no error and ask for no address."""
     started_browser.show_as(width=1280)
     started_browser.open(page_file)
-    started_browser.run("localStorage.clear()")
-    started_browser.open(page_file)
     yield started_browser
+    started_browser.run("localStorage.clear()")
     assert started_browser.errors() == []
     assert started_browser.requests() == [page_file.resolve().as_uri()]

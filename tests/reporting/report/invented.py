@@ -85,7 +85,7 @@ def make_clips(runs: Sequence[RunRow], count: int, videos: Sequence[str] = ()) -
     """Clips, of which the first caption is hostile and the last is empty; `videos` are those of the first ones, others are not there."""
     rows = []
     for index in range(count):
-        texts = [f"파란 연 {number} 개가 하늘에서 천천히 움직인다. 클립{index:03d}" for number in range(len(runs))]
+        texts = [f"파란 연 {number} 개가 하늘에 천천히 움직인다. 클립{index:03d}" for number in range(len(runs))]
         texts[0] = HOSTILE if index == 0 else texts[0]
         texts[-1] = "" if index == 0 else texts[-1]
         score = 1.0 + index / 10

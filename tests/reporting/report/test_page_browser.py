@@ -88,7 +88,7 @@ def test_what_went_wrong_is_told_first(browser: Browser) -> None:
     assert "all captions are alike" in told[0]
     assert "failed" in told[1]
     assert "the loss became NaN <img" in told[1]
-    assert "12.5 GiB" in told[1]
+    assert "12.5\u00a0GiB" in told[1]
 
 
 def test_pictures_are_seen_and_missing_ones_told(browser: Browser) -> None:
@@ -122,7 +122,8 @@ def test_tabs_move_by_arrows(browser: Browser) -> None:
 def test_words_are_coloured(browser: Browser) -> None:
     browser.click("[role=tab]", "All")
     browser.write("#clips input[type=search]", "클립013")
-    assert browser.texts(".clip dd:nth-of-type(3) .same") == ["연", "하늘에서", "천천히", "움직인다."]
+    assert browser.texts(".clip dd:nth-of-type(3) .same") == ["연", "천천히", "움직인다."]
+    assert browser.texts(".clip dd:nth-of-type(3) .near") == ["하늘에"], "for 하늘에서"
     assert browser.texts(".clip dd:nth-of-type(3) .other") == ["파란", "0", "개가", "클립013"]
     assert browser.texts(".clip dd.reference .missed")[:2] == ["빨간", "하나가"]
     browser.write("#clips .controls select", "runs")

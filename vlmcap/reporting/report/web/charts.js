@@ -1,5 +1,6 @@
 // Drawings: effects, learning curves, score against cost, and the table of categories.
 const curve = { metric: null, hidden: new Set() };
+const MOST_TOLD = 12; // lines beside the pointer
 const redraws = []; // of drawings that take the width of their place
 
 function drawn(title, draw) {
@@ -58,12 +59,12 @@ function effects() {
     h("div", { class: "panels" }, those.map((effect) => {
       const told = effect.levels.filter((level) => level.difference).map((level) => {
         const { value, low: from, high: to, adjusted_p_value: p } = level.difference;
-        const tested = from === null || to === null ? "" : ` ${between([from, to], signed)}, ${ofChance(p)}`;
-        return h("li", {}, say("effectLevel", shown(level.value), signed(value), tested));
+        const tested = from === null || to === null ? "" : ` ${between([from, to], change)}, ${ofChance(p)}`;
+        return h("li", {}, say("effectLevel", shown(level.value), change(value), tested));
       });
       return h("div", { class: "panel" }, h("h3", {}, effect.factor), drawn(null, (width) => effectDrawing(effect, low, high, width)),
         told.length ? h("ul", { class: "told" }, told) : null,
-        h("p", { class: "quiet small" }, effect.is_matched ? say("matched", effect.num_combinations) : say("unmatched")));
+        h("p", { class: "quiet small" }, !effect.is_matched ? say("unmatched") : effect.num_combinations === 1 ? say("matchedOne") : say("matched", effect.num_combinations)));
     })));
 }
 
@@ -72,17 +73,17 @@ function effectDrawing(effect, low, high, width) {
   const left = Math.min(width * 0.4, 14 + longest * 7.4), row = 30, height = effect.levels.length * row + 30, x = scale(low, high, left + 6, width - 62);
   const across = ticks(x.start, x.end, (width - left) / 90);
   const room = Math.floor((left - 10) / 7.2);
-  return s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${effect.factor}: ${effect.levels.map((level) => `${shown(level.value)} ${number(level.score)}`).join(", ")}` },
+  return s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${effect.factor}: ${effect.levels.map((level) => `${shown(level.value)} ${score(level.score)}`).join(", ")}` },
     across.found.map((value) => [s("line", { class: "grid", x1: x.at(value), x2: x.at(value), y1: 4, y2: height - 24 }),
       s("text", { x: x.at(value), y: height - 8, "text-anchor": "middle" }, tickText(value, across.digits))]),
     effect.levels.map((level, index) => {
       const y = index * row + 18, text = shown(level.value), ends = level.interval;
-      const told = `${text}: ${number(level.score)}${ends ? ` ${between(ends, number)}` : ""}`;
+      const told = `${text}: ${score(level.score)}${ends ? ` ${between(ends, score)}` : ""}`;
       return s("g", {}, s("title", {}, told),
         s("text", { class: "name", x: left - 6, y: y + 4, "text-anchor": "end" }, text.length > room ? `${text.slice(0, room - 1)}…` : text),
         ends ? s("line", { class: "whisker", x1: x.at(ends[0]), x2: x.at(ends[1]), y1: y, y2: y }) : null,
         s("circle", { class: index ? "dot" : "dot first", cx: x.at(level.score), cy: y, r: 5 }),
-        s("text", { class: "name", x: width - 4, y: y + 4, "text-anchor": "end" }, number(level.score)));
+        s("text", { class: "name", x: width - 4, y: y + 4, "text-anchor": "end" }, score(level.score)));
     }));
 }
 
@@ -128,8 +129,12 @@ function curveDrawing(width) {
     cursor.setAttribute("x1", x.at(step));
     cursor.setAttribute("x2", x.at(step));
     dots.replaceChildren(...near.map(({ run, point }) => mark(run.group, x.at(point[0]), y.at(point[1]), 4, {})));
-    const rows = near.slice(0, 14).map(({ run, point }) => h("div", { class: "tip-row" }, swatch(run.group), h("span", {}, run.name), h("b", {}, number(point[1]))));
-    tell([h("div", { class: "quiet" }, `${label(curve.metric)}, ${say("step")} ${step}`), rows, near.length > 14 ? h("div", { class: "quiet" }, `… ${near.length - 14}`) : null].flat().filter(Boolean), clientX, clientY);
+    const pools = new Map();
+    near.forEach(({ run, point }) => pools.set(run.group, [...(pools.get(run.group) || []), point[1]]));
+    const rows = near.length <= MOST_TOLD ? near.map(({ run, point }) => [run.group, run.name, point[1]])
+      : [...pools].map(([group, values]) => [group, values.length > 1 ? `${GROUPS.get(group).name}, ${say("meanOf", values.length)}` : GROUPS.get(group).name, values.reduce((a, b) => a + b, 0) / values.length]).sort((a, b) => b[2] - a[2]);
+    const told = rows.slice(0, MOST_TOLD).map(([group, name, value]) => h("div", { class: "tip-row" }, swatch(group), h("span", {}, name), h("b", {}, number(value))));
+    tell([h("div", { class: "quiet" }, `${label(curve.metric)}, ${say("step")} ${step}`), ...told, ...(rows.length > MOST_TOLD ? [h("div", { class: "quiet" }, `… ${rows.length - MOST_TOLD}`)] : [])], clientX, clientY);
   };
   const end = () => { hush(); cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); dots.replaceChildren(); };
   const atCursor = (node) => { const box = node.getBoundingClientRect(); show(box.left + x.at(steps[index]), box.top + 30); };
@@ -165,11 +170,11 @@ function costs() {
 function costDrawing(front, width) {
   const [title, unit, format] = COSTS[front.cost], height = 270, left = 54, bottom = 40;
   const groups = DATA.groups.filter((group) => DATA.metric in group.scores && (group.costs[front.cost] ?? null) !== null);
-  const cost = (group) => group.costs[front.cost] / unit, score = (group) => group.scores[DATA.metric];
-  const x = scale(...range(groups.map(cost)), left, width - 8, 0.1), y = scale(...range(groups.flatMap((group) => [score(group), ...(group.intervals[DATA.metric] || [])])), height - bottom, 12);
+  const cost = (group) => group.costs[front.cost] / unit, reached = (group) => group.scores[DATA.metric];
+  const x = scale(...range(groups.map(cost)), left, width - 8, 0.1), y = scale(...range(groups.flatMap((group) => [reached(group), ...(group.intervals[DATA.metric] || [])])), height - bottom, 12);
   const best = front.groups.map((id) => GROUPS.get(id)).filter((group) => group && groups.includes(group));
-  const steps = best.map((group, index) => (index ? `H${x.at(cost(group))}V${y.at(score(group))}` : `M${x.at(cost(group))} ${y.at(score(group))}`)).join("") + (best.length ? `H${width - 8}` : "");
-  const told = (group) => [h("div", {}, swatch(group.id), h("b", {}, group.name)), h("div", {}, `${mainLabel()} ${number(score(group))}`), h("div", {}, format(group.costs[front.cost])),
+  const steps = best.map((group, index) => (index ? `H${x.at(cost(group))}V${y.at(reached(group))}` : `M${x.at(cost(group))} ${y.at(reached(group))}`)).join("") + (best.length ? `H${width - 8}` : "");
+  const told = (group) => [h("div", {}, swatch(group.id), h("b", {}, group.name)), h("div", {}, `${mainLabel()} ${score(reached(group))}`), h("div", {}, format(group.costs[front.cost])),
     best.includes(group) ? null : h("div", { class: "quiet" }, say("offFront"))].filter(Boolean);
   return s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${mainLabel()}: ${say(title)}` },
     axes(width, height, left, bottom, x, y, say(title)), s("path", { class: "front", d: steps }),
@@ -177,10 +182,10 @@ function costDrawing(front, width) {
       const ends = group.intervals[DATA.metric], place = x.at(cost(group)), isFront = best.includes(group);
       return s("g", { opacity: isFront ? 1 : 0.55 },
         ends ? s("line", { x1: place, x2: place, y1: y.at(ends[0]), y2: y.at(ends[1]), stroke: colourOf(group.id), "stroke-width": 1.5, opacity: 0.5 }) : null,
-        mark(group.id, place, y.at(score(group)), isFront ? 6 : 4.5, { class: "point", tabindex: "0", role: "img",
-          "aria-label": `${group.name}: ${number(score(group))}, ${format(group.costs[front.cost])}`, ...telling(() => told(group)) }));
+        mark(group.id, place, y.at(reached(group)), isFront ? 6 : 4.5, { class: "point", tabindex: "0", role: "img",
+          "aria-label": `${group.name}: ${score(reached(group))}, ${format(group.costs[front.cost])}`, ...telling(() => told(group)) }));
     }),
-    frontNames(best, width, (group) => x.at(cost(group)), (group) => y.at(score(group))));
+    frontNames(best, width, (group) => x.at(cost(group)), (group) => y.at(reached(group))));
 }
 
 // Names of the front's points, as far as they do not cover each other.

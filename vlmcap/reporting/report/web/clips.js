@@ -5,24 +5,34 @@ const PAGE_SIZE = 8, NUM_PICKED = 4;
 const plainWord = (word) => word.toLowerCase().replace(/^[\s.,!?;:"'“”‘’()[\]…·]+|[\s.,!?;:"'“”‘’()[\]…·]+$/g, "");
 const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
 
-// Which words of both texts stand in their longest common subsequence.
-function common(first, second) {
-  const rows = first.length, columns = second.length, table = Array.from({ length: rows + 1 }, () => new Uint16Array(columns + 1));
-  for (let i = rows - 1; i >= 0; i -= 1) for (let j = columns - 1; j >= 0; j -= 1)
-    table[i][j] = first[i] === second[j] && first[i] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
-  const inFirst = new Set(), inSecond = new Set();
-  for (let i = 0, j = 0; i < rows && j < columns;) {
-    if (first[i] === second[j] && first[i]) { inFirst.add(i); inSecond.add(j); i += 1; j += 1; }
-    else if (table[i + 1][j] >= table[i][j + 1]) i += 1;
-    else j += 1;
-  }
-  return { inFirst, inSecond, length: table[0][0] };
+// The same word but for its ending, as Korean particles make it: at least half of both words, and two letters.
+function isNear(word, other) {
+  let shared = 0;
+  while (shared < word.length && word[shared] === other[shared]) shared += 1;
+  return shared >= 2 && 2 * shared >= Math.max(word.length, other.length);
 }
 
-function nearestReference(words, references) {
-  const plain = words.map(plainWord);
-  return references.map((reference, index) => ({ index, ...common(plain, wordsOf(reference).map(plainWord)) }))
-    .reduce((best, one) => (!best || one.length > best.length ? one : best), null);
+// How often each word stands in the reference that has it most often.
+function counted(references) {
+  const most = new Map();
+  references.forEach((reference) => {
+    const here = new Map();
+    wordsOf(reference).map(plainWord).forEach((word) => here.set(word, (here.get(word) || 0) + 1));
+    here.forEach((times, word) => most.set(word, Math.max(times, most.get(word) || 0)));
+  });
+  return most;
+}
+
+// For each word: in the references, there with another ending, or not there; one said more often than there counts as not there.
+function kindsAgainst(words, known) {
+  const left = new Map(known), all = [...known.keys()];
+  return words.map(plainWord).map((word) => {
+    if (left.get(word) > 0) {
+      left.set(word, left.get(word) - 1);
+      return "same";
+    }
+    return !known.has(word) && all.some((other) => isNear(word, other)) ? "near" : "other";
+  });
 }
 
 function coloured(words, kindOf) {
@@ -32,12 +42,13 @@ function coloured(words, kindOf) {
 function captionNodes(clip, captions) {
   const words = captions.map((caption) => wordsOf(caption.text)), said = new Map();
   words.forEach((list) => new Set(list.map(plainWord)).forEach((word) => said.set(word, (said.get(word) || 0) + 1)));
-  const missed = clip.references.map((reference) => new Set(wordsOf(reference).keys()));
+  const known = counted(clip.references), spoken = [...said.keys()];
   const nodes = captions.map((caption, index) => {
     if (!words[index].length) return h("span", { class: "quiet" }, say("emptyCaption"));
-    const nearest = nearestReference(words[index], clip.references);
-    if (nearest) nearest.inSecond.forEach((place) => missed[nearest.index].delete(place));
-    if (view.colours === "reference") return coloured(words[index], (place) => (nearest && nearest.inFirst.has(place) ? "same" : "other"));
+    if (view.colours === "reference") {
+      const kinds = kindsAgainst(words[index], known);
+      return coloured(words[index], (place) => kinds[place]);
+    }
     if (view.colours === "runs" && captions.length > 1) {
       return coloured(words[index], (place) => {
         const number = said.get(plainWord(words[index][place]));
@@ -46,8 +57,11 @@ function captionNodes(clip, captions) {
     }
     return caption.text;
   });
-  const references = clip.references.map((reference, index) =>
-    view.colours === "reference" && captions.length ? coloured(wordsOf(reference), (place) => (missed[index].has(place) ? "missed" : "")) : reference);
+  const isMissed = (word) => !said.has(word) && !spoken.some((other) => isNear(word, other));
+  const references = clip.references.map((reference) => {
+    const own = wordsOf(reference);
+    return view.colours === "reference" && captions.length ? coloured(own, (place) => (isMissed(plainWord(own[place])) ? "missed" : "")) : reference;
+  });
   return { nodes, references };
 }
 
@@ -109,7 +123,7 @@ function clips() {
     list.replaceChildren();
     if (!those.length) list.append(h("p", { class: "quiet" }, say("noClip")));
     view.shown = 0;
-    const kinds = { reference: [["same", "legendSame"], ["other", "legendOther"], ["missed", "legendMissed"]], runs: [["only", "legendOnly"], ["shared", "legendShared"]], none: [] }[view.colours];
+    const kinds = { reference: [["same", "legendSame"], ["near", "legendNear"], ["other", "legendOther"], ["missed", "legendMissed"]], runs: [["only", "legendOnly"], ["shared", "legendShared"]], none: [] }[view.colours];
     legend.replaceChildren(...kinds.map(([kind, key]) => h("span", {}, h("span", { class: kind }, say(key)))));
     grow();
   };

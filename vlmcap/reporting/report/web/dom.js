@@ -26,19 +26,27 @@ function fixed(value, digits) {
   return value.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace(/^-/, "");
 }
 
-// Three digits that matter, whatever the scale.
-function number(value) {
+// Three digits that matter, whatever the scale; or as many as the other numbers of a column have.
+const digitsOf = (size) => (size >= 100 ? 1 : size >= 10 ? 2 : size >= 0.095 || size === 0 ? 3 : 4);
+
+function number(value, digits) {
   if (value === null || value === undefined) return "–";
-  const size = Math.abs(value);
-  return fixed(value, size >= 100 ? 1 : size >= 10 ? 2 : size >= 0.095 || size === 0 ? 3 : 4);
+  return fixed(value, digits ?? digitsOf(Math.abs(value)));
 }
 
-function signed(value) {
+function signed(value, digits) {
   if (value === null || value === undefined) return "–";
-  return value > 0 ? `+${number(value)}` : number(value);
+  return value > 0 ? `+${number(value, digits)}` : number(value, digits);
+}
+
+function metricDigits(metric) {
+  return digitsOf(Math.max(0, ...DATA.runs.map((run) => Math.abs(run.scores[metric] ?? 0))));
 }
 
 const probability = (value) => (value === null || value === undefined ? "–" : value < 0.001 ? "< 0.001" : fixed(value, value < 0.0995 ? 3 : 2));
+// Of the metric that runs are compared by, and of its differences.
+const score = (value) => number(value, MAIN_DIGITS);
+const change = (value) => signed(value, MAIN_DIGITS);
 const ofChance = (value) => `p ${value < 0.001 ? "" : "= "}${probability(value)}`;
 const between = (ends, format) => `[${format(ends[0])}, ${format(ends[1])}]`;
 const inMemory = (value) => (value === null || value === undefined ? "–" : say("gib", fixed(value, value < 10 ? 2 : 1)));
@@ -47,6 +55,7 @@ function duration(value) {
   if (value === null || value === undefined) return "–";
   const whole = Math.round(value);
   if (whole >= 3600) return say("hours", Math.floor(whole / 3600), Math.floor((whole % 3600) / 60));
+  if (whole >= 600) return say("minutesOnly", Math.round(whole / 60));
   return whole >= 60 ? say("minutes", Math.floor(whole / 60), whole % 60) : say("secondsUnit", fixed(value, value < 10 ? 1 : 0));
 }
 
@@ -67,13 +76,14 @@ const RUNS = new Map(DATA.runs.map((run) => [run.id, run]));
 const GROUPS = new Map(DATA.groups.map((group) => [group.id, group]));
 const ORDER = new Map(DATA.groups.map((group, index) => [group.id, index]));
 const NUM_COLOURS = 10;
+const MAIN_DIGITS = metricDigits(DATA.metric);
 
 const colourOf = (group) => `var(--c${(ORDER.get(group) ?? 0) % NUM_COLOURS})`;
 // Beyond ten configurations colours come again, with dashed lines and other marks.
 const turnOf = (group) => Math.floor((ORDER.get(group) ?? 0) / NUM_COLOURS);
 const dashOf = (group) => ["", "6 3", "2 3"][turnOf(group) % 3];
 
-const swatch = (group) => h("span", { class: "swatch", "aria-hidden": "true", style: { background: colourOf(group) } });
+const swatch = (group) => h("span", { class: `swatch turn${turnOf(group) % 3}`, "aria-hidden": "true", style: { background: colourOf(group) } });
 
 function label(metric) {
   const [split, ...rest] = metric.split("/");

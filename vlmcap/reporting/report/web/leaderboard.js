@@ -21,8 +21,8 @@ function answer(groups) {
   if (tested.length < 2) return h("p", { class: "answer" }, say("answerOnly", best.name));
   const level = tested.filter((group) => group.is_level && !group.is_best);
   const ends = best.intervals[DATA.metric];
-  const score = `${mainLabel()} ${number(best.scores[DATA.metric])}${ends ? ` ${between(ends, number)}` : ""}`;
-  const lines = [h("p", { class: "lead" }, swatch(best.id), say("answerBest", best.name, tested.length), " ", h("span", { class: "quiet" }, score))];
+  const reached = `${mainLabel()} ${score(best.scores[DATA.metric])}${ends ? ` ${between(ends, score)}` : ""}`;
+  const lines = [h("p", { class: "lead" }, swatch(best.id), say("answerBest", best.name, tested.length), " ", h("span", { class: "quiet" }, reached))];
   if (!level.length) lines.push(h("p", {}, say("answerClear")));
   else {
     const names = level.slice(0, 6).map((group) => group.name).join(" · ") + (level.length > 6 ? " …" : "");
@@ -30,9 +30,9 @@ function answer(groups) {
     const least = (cost) => [best, ...level].filter((group) => group.costs[cost] !== null && group.costs[cost] !== undefined)
       .sort((a, b) => a.costs[cost] - b.costs[cost])[0];
     const small = least("peak_memory_gib"), quick = least("seconds");
-    lines.push(h("p", { class: "quiet" }, [
-      small ? say("answerCheapest", small.name, inMemory(small.costs.peak_memory_gib)) : null, " ",
-      quick ? say("answerFastest", quick.name, duration(quick.costs.seconds)) : null]));
+    const told = small && small === quick ? [say("answerLeast", small.name, inMemory(small.costs.peak_memory_gib), duration(quick.costs.seconds))]
+      : [small ? say("answerCheapest", small.name, inMemory(small.costs.peak_memory_gib)) : "", quick ? say("answerFastest", quick.name, duration(quick.costs.seconds)) : ""];
+    lines.push(h("p", { class: "quiet" }, told.filter(Boolean).join(" ")));
   }
   return h("div", { class: "answer" }, lines);
 }
@@ -103,7 +103,7 @@ function boardColumns() {
     { key: "seeds", text: say(board.pooled ? "seeds" : "seed"), value: (row) => row.seeds, cell: (row) => row.seeds ?? "–", kind: "number" },
     ...costs.filter(([cost]) => DATA.groups.some((group) => group.costs[cost] !== null && group.costs[cost] !== undefined))
       .map(([cost, key, format]) => ({ key: `cost:${cost}`, text: say(key), value: (row) => row.costs[cost], cell: (row) => format(row.costs[cost]), kind: "number" })),
-    ...rest.map((metric) => ({ key: `score:${metric}`, text: label(metric), value: (row) => row.scores[metric], cell: (row) => number(row.scores[metric]), kind: "number", descends: true })),
+    ...rest.map((metric) => ({ key: `score:${metric}`, text: label(metric), value: (row) => row.scores[metric], cell: (row) => number(row.scores[metric], metricDigits(metric)), kind: "number", descends: true })),
     ...DATA.factors.map((factor) => ({ key: `factor:${factor}`, text: factor, value: (row) => row.factors[factor], cell: (row) => shown(row.factors[factor]), kind: "factor" })),
   ];
 }
@@ -136,9 +136,9 @@ function scoreCell(row) {
   const rows = board.pooled ? DATA.groups : DATA.runs;
   const all = range(rows.flatMap((other) => [other.scores[DATA.metric], ...(other.intervals[DATA.metric] || [])]).filter((x) => x !== undefined && x !== null));
   const ends = row.intervals[DATA.metric];
-  const told = ends ? `${number(value)} ${between(ends, number)}, ${say("intervalOver", overWord(row.over))}` : number(value);
-  return h("div", { class: "measure" }, h("span", { class: "value" }, number(value)), bar(value, ends, all, row.group ? colourOf(row.group.id) : "var(--quiet)", told, false),
-    ends ? h("span", { class: "ends" }, between(ends, number)) : null);
+  const told = ends ? `${score(value)} ${between(ends, score)}, ${say("intervalOver", overWord(row.over))}` : score(value);
+  return h("div", { class: "measure" }, h("span", { class: "value" }, score(value)), bar(value, ends, all, row.group ? colourOf(row.group.id) : "var(--quiet)", told, false),
+    ends ? h("span", { class: "ends" }, between(ends, score)) : null);
 }
 
 function differenceCell(row) {
@@ -146,10 +146,10 @@ function differenceCell(row) {
   if (!difference) return "–";
   const all = range(DATA.groups.flatMap((group) => (group.difference ? [group.difference.value, group.difference.low ?? 0, group.difference.high ?? 0] : [])), true);
   const ends = difference.low === null || difference.high === null ? null : [difference.low, difference.high];
-  const told = ends ? `${signed(difference.value)} ${between(ends, signed)}, ${say("intervalOver", overWord(difference.over))}` : signed(difference.value);
-  return h("div", { class: "measure" }, h("span", { class: "value" }, signed(difference.value)),
+  const told = ends ? `${change(difference.value)} ${between(ends, change)}, ${say("intervalOver", overWord(difference.over))}` : change(difference.value);
+  return h("div", { class: "measure" }, h("span", { class: "value" }, change(difference.value)),
     bar(difference.value, ends, all, row.group.is_level ? "var(--quiet)" : "var(--bad)", told, true),
-    ends ? h("span", { class: "ends" }, between(ends, signed)) : null);
+    ends ? h("span", { class: "ends" }, between(ends, change)) : null);
 }
 
 // --- the table --------------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ const WORDS = {
   answerClear: ["Each of the others is worse than it by more than chance explains.", "나머지는 모두 우연으로 설명되지 않을 만큼 뒤처집니다."],
   answerLevel: ["These cannot be told from it on this data: {0}.", "이 데이터로는 다음 구성과 우열을 가릴 수 없습니다: {0}."],
   answerCheapest: ["Among those, {0} needs the least memory ({1}).", "그중 메모리가 가장 적게 드는 것은 {0}입니다({1})."],
+  answerLeast: ["Among those, {0} needs the least memory ({1}) and the least time ({2}).", "그중 메모리({1})와 시간({2})이 가장 적게 드는 것은 {0}입니다."],
   answerFastest: ["Among those, {0} takes the least time ({1}).", "그중 시간이 가장 적게 드는 것은 {0}입니다({1})."],
   troubles: ["Runs that need a look: {0}", "살펴볼 실행: {0}개"],
   troubleRun: ["Run", "실행"],
@@ -77,11 +78,13 @@ const WORDS = {
   // effects
   effects: ["Effect of each factor", "요인별 효과"],
   matched: ["Means over {0} combinations of everything else, the same for every value.", "나머지 요인의 조합 {0}개에 대한 평균이며, 값마다 조합이 같습니다."],
+  matchedOne: ["Everything else is the same.", "나머지 조건은 모두 같습니다."],
   unmatched: ["Plain means: the values were not all run with the same combinations, so what else differs is in them.", "단순 평균입니다. 값마다 함께 실행한 조합이 달라 다른 요인의 차이가 섞여 있습니다."],
   effectLevel: ["{0}: {1} to the best{2}", "{0}: 최고와의 차이 {1}{2}"],
   // curves
   curves: ["Learning curves", "학습 곡선"],
   curveMetric: ["Curve", "곡선"],
+  meanOf: ["mean of {0}", "{0}개 평균"],
   step: ["step", "스텝"],
   curveHint: ["Point at the drawing, or focus it and use the arrow keys; the names below hide and show runs.", "그림을 가리키거나 선택한 뒤 방향키를 쓰세요. 아래 이름을 누르면 실행을 숨기고 보입니다."],
   // costs
@@ -110,6 +113,7 @@ const WORDS = {
   byRuns: ["between runs", "실행끼리 비교"],
   byNone: ["none", "없음"],
   legendSame: ["in the reference", "참조에 있는 말"],
+  legendNear: ["there with another ending", "어미나 조사만 다른 말"],
   legendOther: ["not in the reference", "참조에 없는 말"],
   legendMissed: ["said by no run shown", "보이는 실행이 모두 놓친 말"],
   legendShared: ["said by some of the runs", "일부 실행만 쓴 말"],
@@ -143,9 +147,10 @@ const WORDS = {
   copyFailed: ["Select and copy by hand", "직접 선택해 복사하세요"],
   revision: ["code {0}", "코드 {0}"],
   // units
-  gib: ["{0} GiB", "{0} GiB"],
-  hours: ["{0} h {1} min", "{0}시간 {1}분"],
-  minutes: ["{0} min {1} s", "{0}분 {1}초"],
-  secondsUnit: ["{0} s", "{0}초"],
+  gib: ["{0}\u00a0GiB", "{0}\u00a0GiB"],
+  hours: ["{0}\u00a0h {1}\u00a0min", "{0}시간 {1}분"],
+  minutes: ["{0}\u00a0min {1}\u00a0s", "{0}분 {1}초"],
+  minutesOnly: ["{0}\u00a0min", "{0}분"],
+  secondsUnit: ["{0}\u00a0s", "{0}초"],
   planOf: ["planned {0}", "예상 {0}"],
 };
