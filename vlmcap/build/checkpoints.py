@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlmcap.build.exported import is_export, read_export
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of, dtype_of
+from vlmcap.build.processes import single_process
 from vlmcap.build.quiet import quiet_libraries
 from vlmcap.build.sources import Sources
 from vlmcap.compose import from_plain, to_config, to_plain
@@ -58,6 +59,7 @@ def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config)
     Raises:
         UserError: The model is of another architecture or stands on another base.
     """
+    from vlmcap.models.sharding import load_whole_weights
     from vlmcap.training.module import check_bases, check_weights, trained_parameters
     from vlmcap.training.schedule import StagePlan
 
@@ -65,7 +67,7 @@ def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config)
     trained = trained_parameters(assembly.captioner, StagePlan(config.tuning.stages))
     check_weights(content["state_dict"], trained)
     own = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
-    assembly.captioner.load_state_dict(own, strict=False)
+    load_whole_weights(assembly.captioner, own)
 
 
 def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None = None) -> VideoCaptioner:
@@ -80,7 +82,7 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     """
     quiet_libraries()
     content = read_checkpoint(checkpoint)
-    config = to_config(from_plain(content["vlmcap"]["config"], overrides))
+    config = single_process(to_config(from_plain(content["vlmcap"]["config"], overrides)))
     if config.evaluation.engine is Engine.vllm:
         raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
     assembly = assemble(config, is_fresh=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.config import Batching, Config
+from vlmcap.config import Batching, Config, Strategy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,8 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
         pin_memory=config.hardware.accelerator != "cpu",
         batching=config.data.batching.value,
         max_tokens_per_batch=config.data.max_tokens_per_batch,
+        # With shards, every rank takes part in every forward pass, so all must write the same captions in the same steps.
+        is_evaluation_shared=config.trainer.strategy is not Strategy.fsdp2,
         lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
     )
     return CaptionDataModule(clips, make_dataset, collator, dataclasses.replace(collator, mode="generate"), settings)

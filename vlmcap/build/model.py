@@ -23,6 +23,7 @@ from vlmcap.build.parts import (
     sketch_whole,
     train_encoder,
 )
+from vlmcap.build.processes import is_hollow
 from vlmcap.build.sources import Sources, locate_sources
 from vlmcap.config import Batching, Config
 
@@ -118,7 +119,8 @@ def _assemble_parts(
         warm_start(projector, config.projector.checkpoint)
     encoder = None
     if features is None:
-        encoder = load_encoder(config, sources.folders["encoder"])
+        load = sketch_encoder if is_hollow(config) else load_encoder
+        encoder = load(config, sources.folders["encoder"]).requires_grad_(False)
         train_encoder(config, encoder)
     llm = llm if llm is not None else add_adapters(config, load_llm(config, folder), num_kept_layers(config))
     compile_blocks(config, llm)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.build.processes import is_hollow
 from vlmcap.config import Config, EncoderTuning, Precision, ProjectorKind, Reducer, Temporal
 from vlmcap.errors import UserError
 
@@ -169,8 +170,11 @@ def language_options(config: Config) -> dict[str, Any]:
 
 def load_llm(config: Config, folder: Path) -> nn.Module:
     """The language model, frozen."""
-    from vlmcap.models.llm.load import load_language_model
+    from vlmcap.models.llm.load import load_language_model, sketch_language_model
 
+    if is_hollow(config):
+        options = {name: value for name, value in language_options(config).items() if name != "quantization"}
+        return sketch_language_model(folder, **options)
     return load_language_model(folder, **language_options(config))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlmcap.build.activation_budget import kept_within, stages_in_front, training_stages
 from vlmcap.compose import compose
-from vlmcap.config import Config, Enforce
+from vlmcap.config import Config, Enforce, Strategy
 from vlmcap.errors import DoesNotFit, UserError
 from vlmcap.planning.cards import Card
 from vlmcap.planning.plan import Change, Plan
@@ -188,6 +188,12 @@ def enforce_plan(config: Config) -> None:
         DoesNotFit: And `plan.enforce=error`.
     """
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
+        return
+    if config.trainer.strategy in (Strategy.fsdp2, Strategy.deepspeed):
+        shared = config.trainer.strategy.name
+        print(
+            f"No memory plan: it is made for a card that holds everything, and trainer={shared} shares weights or states out.", flush=True
+        )
         return
     try:
         plan = make_plan(config)

@@ -19,10 +19,12 @@ from vlmcap.build.grounding import grounding_check
 from vlmcap.build.model import Assembly, assemble
 from vlmcap.build.parts import device_of
 from vlmcap.build.plan import enforce_plan
+from vlmcap.build.processes import as_process, check_launch, is_main, process_rank, single_process
 from vlmcap.build.profile import step_profile
 from vlmcap.build.quiet import import_libraries, quiet_libraries
 from vlmcap.build.run_texts import show_end
 from vlmcap.build.stopping import check_folder, find_resume, stopping_callbacks
+from vlmcap.build.strategy import check_strategy, make_sharder, make_strategy
 from vlmcap.build.summary import plain_scores, release_memory, summarize, tokenizer_version
 from vlmcap.build.trained import assemble_trained
 from vlmcap.compose import to_plain, write_yaml
@@ -56,6 +58,8 @@ class Run:
 def train(config: Config, trial: Trial | None = None) -> float:
     """Trains, scores the best checkpoint on the whole validation and test splits, and returns the objective.
 
+    Of several processes each calls this, and the first one writes and prints.
+
     Args:
         config: Of the run.
         trial: Of the search that the run is of; hears of every validation, and may end the run.
@@ -63,6 +67,11 @@ def train(config: Config, trial: Trial | None = None) -> float:
     Raises:
         UserError: Something in the configuration or the data does not do.
     """
+    with as_process(config):
+        return _train(config, trial)
+
+
+def _train(config: Config, trial: Trial | None) -> float:
     import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
 
@@ -78,9 +87,13 @@ def train(config: Config, trial: Trial | None = None) -> float:
     check_engine(config)
     check_stages(config)
     check_objective(config)
-    check_folder(config, resumed)
+    if is_main(config):
+        check_folder(config, resumed)
     device_of(config)  # a missing card is said before anything is made
-    enforce_plan(config)
+    check_strategy(config)
+    check_launch(config)
+    if is_main(config):
+        enforce_plan(config)
     clips = None if config.data.is_demo else load_splits(config, NEEDED, OPTIONAL)  # so is bad data
     if clips is not None:
         open_ledger(config, clips)
@@ -93,8 +106,10 @@ def train(config: Config, trial: Trial | None = None) -> float:
     def start(config: Config) -> Run:
         data = build_data(config, assembly, clips)
         folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(to_plain(config), folder / "config.yaml")
-        L.seed_everything(config.seed, verbose=False)  # whatever was made or found in caches, training starts from the same state
+        if is_main(config):
+            write_yaml(to_plain(config), folder / "config.yaml")
+        # Whatever was made or found in caches, training starts from the same state, and each process drops out other things.
+        L.seed_everything(config.seed + process_rank(config), verbose=False)
         return build_run(config, assembly, data, folder, step, trial=trial)
 
     asked = config.data.batch_size
@@ -108,10 +123,9 @@ def train(config: Config, trial: Trial | None = None) -> float:
         scores |= test(run, Split[split])
     seconds["total"] = time.perf_counter() - started
     show_end(config, run, scores, seconds)
-    write_json(
-        folder / "summary.json",
-        summarize(config, run, scores, seconds, parts) | {"shrunk_from": asked if asked != config.data.batch_size else None},
-    )
+    if is_main(config):
+        shrunk = {"shrunk_from": asked if asked != config.data.batch_size else None}
+        write_json(folder / "summary.json", summarize(config, run, scores, seconds, parts) | shrunk)
     if config.objective not in scores:
         raise UserError(f"objective={config.objective} was not measured; choose one of {', '.join(sorted(scores))}")
     return scores[config.objective]
@@ -124,7 +138,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     quiet_libraries()
     L.seed_everything(config.seed, verbose=False)
-    config = prepare(config)
+    config = prepare(single_process(config))
     split = config.data.split
     clips = load_splits(config, [split])
     config, assembly = assemble_trained(config, checkpoint, clips)
@@ -171,6 +185,7 @@ def build_run(
         identity=checkpoint_identity(config, assembly.sources),
         ledger=open_ledger(config, data.clips),
         max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
+        sharder=make_sharder(config),
     )
     evaluation = CaptionEvaluation(
         CaptionScorer(config.evaluation), folder / "predictions", (config.data.monitor, config.callbacks.early_stopping.monitor)
@@ -191,6 +206,8 @@ def build_run(
     trainer = L.Trainer(
         accelerator=config.hardware.accelerator,
         devices=config.hardware.devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=make_strategy(config),
         precision=config.hardware.precision.value,
         max_epochs=plan.num_epochs,
         accumulate_grad_batches=config.trainer.accumulate_grad_batches,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlmcap.build.strategy import describe_batch
 from vlmcap.build.summary import tokenizer_version
 from vlmcap.config import Config
 
@@ -17,11 +18,9 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> dict[str, dict[s
     from vlmcap.training.progress import part_counts, show_parts
 
     parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
-    budget = config.data.max_tokens_per_batch
-    batch = f"{config.data.batch_size} clips" if budget is None else f"{budget} tokens"
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
-        "batch": f"{batch} × {config.trainer.accumulate_grad_batches}",
+        "batch": describe_batch(config),
         "precision": config.hardware.precision.value,
     }
     if config.projector.checkpoint:

@@ -27,6 +27,7 @@ from vlmcap.config.choices import (
     Reducer,
     Sampling,
     Split,
+    Strategy,
     Temporal,
 )
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
@@ -91,6 +92,7 @@ __all__ = [
     "Split",
     "SplitConfig",
     "StageConfig",
+    "Strategy",
     "SweepConfig",
     "SweepKind",
     "Temporal",

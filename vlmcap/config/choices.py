@@ -92,6 +92,15 @@ class OptimKind(Enum):
     adamw_8bit = "adamw_8bit"
 
 
+class Strategy(Enum):
+    """What each process has of a run: the whole model, a part of every weight (FSDP2), or of gradients and optimiser (DeepSpeed ZeRO-2)."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    deepspeed = "deepspeed"
+
+
 class Split(Enum):
     """Parts of a data set."""
 

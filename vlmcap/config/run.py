@@ -33,7 +33,7 @@ class HardwareConfig:
 
     name: str = MISSING
     accelerator: str = MISSING  # Lightning's: cpu, gpu
-    devices: int = 1
+    devices: int = 1  # of each machine, a process each; see trainer.strategy
     memory_gib: float = MISSING
     precision: Precision = MISSING
     quantization: Quantization = Quantization["none"]
@@ -52,6 +52,7 @@ class HardwareConfig:
     loss_chunk_mib: int | None = 128  # of float32 logits that the loss has at once; null is all of a batch
 
     def __post_init__(self) -> None:
+        require_positive("hardware", self, "devices")
         require(
             self.gradient_checkpointing or not self.offload_checkpoints,
             "hardware.offload_checkpoints=true has nothing to move without hardware.gradient_checkpointing=true; set both, or neither",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmcap.config.choices import OptimKind
+from vlmcap.config.checks import require_positive
+from vlmcap.config.choices import OptimKind, Strategy
 
 
 @dataclass
@@ -22,6 +23,8 @@ class OptimConfig:
 class TrainerConfig:
     """Lightning's loop."""
 
+    strategy: Strategy = Strategy.auto  # of hardware.devices processes a machine; auto is ddp where there is more than one
+    num_nodes: int = 1  # machines; each has hardware.devices
     accumulate_grad_batches: int = 1
     max_steps: int = -1
     log_every_n_steps: int = 10
@@ -30,3 +33,6 @@ class TrainerConfig:
     progress_bar: bool = True
     requeue: bool = False  # go on from the folder's last.ckpt where there is one, and ask Slurm for another turn at its signal USR1
     shrink_on_oom: bool = False  # where memory runs out in the first steps, start again with smaller micro-batches, and more to a step
+
+    def __post_init__(self) -> None:
+        require_positive("trainer", self, "num_nodes")

@@ -25,6 +25,15 @@ def gather(predictions: list[Prediction]) -> list[Prediction]:
     return [by_id[name] for name in sorted(by_id)]
 
 
+def gather_sums(*values: float) -> list[float]:
+    """Each number summed over all ranks."""
+    everyone = [values]
+    if dist.is_available() and dist.is_initialized():
+        everyone = [values for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, values)
+    return [sum(column) for column in zip(*everyone, strict=True)]
+
+
 class CaptionEvaluation(L.Callback):
     """Scores the captions that the validation or test loop generates.
 
@@ -63,7 +72,8 @@ class CaptionEvaluation(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the captions of the validation clips and logs under `val/`."""
         scores = self._score(self._loop_metrics, pl_module)
-        scores["loss"] = self._loss / max(1, self._labels)
+        loss, num_labels = gather_sums(self._loss, self._labels)
+        scores["loss"] = loss / max(1, num_labels)
         self._loss, self._labels = 0.0, 0
         if trainer.sanity_checking:
             return

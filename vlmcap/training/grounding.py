@@ -112,7 +112,7 @@ class _Look:
         self.data, self.blank, self.module = check.data, check.blank, module
         self.has_captions = check.settings.mode is GroundingMode.captions
         self.own = {row.clip.id: row.text for row in check.evaluation.predictions}
-        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        self.rank, self.world_size = check.data.evaluation_rank
 
     def all(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Seen]:
         """This rank's share, with each of the three videos."""

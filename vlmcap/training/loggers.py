@@ -78,7 +78,8 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
         step: Of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped.
     """
     jsonl = JsonlLogger(folder / "metrics.jsonl")
-    jsonl.cut_after(step if step is not None else -1)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        jsonl.cut_after(step if step is not None else -1)
     if config.logger.kind is LoggerKind.wandb:
         return [jsonl, _wandb_logger(config, plain, folder)]
     return [jsonl, CSVLogger(folder, name="", version="", prefix="")]

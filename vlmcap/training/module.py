@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from vlmcap.config import OptimConfig
 from vlmcap.data.loading.batches import BatchSampler
@@ -18,7 +19,8 @@ from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
-from vlmcap.training.random_state import random_states, set_random_states
+from vlmcap.training.random_state import set_random_states, states_of_all
+from vlmcap.training.saving import settle_loop
 from vlmcap.training.schedule import StagePlan, peak_rate
 from vlmcap.types import Batch
 
@@ -33,6 +35,7 @@ class CaptioningModule(L.LightningModule):
         identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen bases.
         ledger: Of clips that could not be used.
         max_label_tokens: Most label tokens of one micro-batch; a constant that keeps loss sums small in half precision.
+        sharder: Cuts the captioner into shards of all processes on a device; None leaves it whole.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class CaptioningModule(L.LightningModule):
         identity: Mapping[str, Any],
         ledger: Ledger,
         max_label_tokens: int,
+        sharder: Callable[[nn.Module, DeviceMesh, torch.device], None] | None = None,
     ) -> None:
         super().__init__()
         self.captioner, self.plan, self.optim_config = captioner, plan, optim
@@ -53,9 +57,19 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
+        self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
         self._window_tokens = 0
         self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
         self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
+
+    def configure_model(self) -> None:
+        """Cuts the captioner into shards, once, where the strategy wants that."""
+        if self._sharder is None or self._is_sharded:
+            return
+        self._is_sharded = True
+        assert self.device_mesh is not None
+        self._sharder(self.captioner, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+        self.trained = trained_parameters(self.captioner, self.plan)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW of the kind that is configured; the rates are set before each step."""
@@ -100,8 +114,9 @@ class CaptioningModule(L.LightningModule):
         self._note(batch)
         self.num_truncated += batch.num_truncated
         self.last_loss = (0.0, 0)
-        if len(batch) == 0:  # a zero with gradients, as other ranks and the scaler of half precision wait for them
-            return torch.stack([p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]).sum()
+        if len(batch) == 0:
+            return self._zero()
+        self._earlier = batch if self._is_sharded else None
         loss, num_labels = self.captioner.loss_sum(batch)
         self._window_tokens += num_labels
         self.last_loss = (float(loss.detach()), num_labels)
@@ -110,14 +125,22 @@ class CaptioningModule(L.LightningModule):
         self._log_tokens += int(batch.attention_mask.sum())
         return loss / self.loss_unit
 
+    def _zero(self) -> Tensor:
+        """A zero with gradients, as other ranks and the scaler of half precision wait for them."""
+        if not self._is_sharded:
+            return torch.stack([p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]).sum()
+        if self._earlier is None:  # the other ranks wait for this one's shards in every block, so it must compute something
+            raise UserError("no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see quarantine.jsonl")
+        return self.captioner.loss_sum(self._earlier)[0] * 0.0
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides gradients by the label tokens of the whole accumulated batch of all ranks, as one large batch would.
 
         Lightning divides each micro-batch by their number and averages over ranks, which would be a mean of means.
         """
-        tokens = self.trainer.strategy.reduce(torch.tensor(float(self._window_tokens), device=self.device), reduce_op="sum")
+        (tokens,) = self._sums(self._window_tokens)
         self._window_tokens = 0
-        scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, float(tokens))
+        scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, tokens)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -155,9 +178,10 @@ class CaptioningModule(L.LightningModule):
         return batch.to(device)
 
     def take_log(self) -> dict[str, float]:
-        """Loss (nats a label token), rates and speed since the last call."""
+        """Loss (nats a label token), rates and speed of all ranks since the last call; every rank must ask for them."""
+        loss, num_labels, num_tokens = self._sums(self._log_loss, self._log_labels, self._log_tokens)
         seconds, self._log_time = time.perf_counter() - self._log_time, time.perf_counter()
-        values = {"train/loss": self._log_loss / max(1, self._log_labels), "train/tokens_per_s": self._log_tokens / max(seconds, 1e-9)}
+        values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
         values |= {f"train/lr_{group['part']}": float(group["lr"]) for group in self._adamw().param_groups}
         self._log_loss, self._log_labels, self._log_tokens = 0.0, 0, 0
         return values
@@ -170,9 +194,11 @@ class CaptioningModule(L.LightningModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         epoch = self.trainer.current_epoch
         position = self._train_sampler().position(epoch, int(progress.processed))
-        _settle(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
-        log = {"loss": self._log_loss, "labels": self._log_labels, "tokens": self._log_tokens, "truncated": self.num_truncated}
-        checkpoint["vlmcap"] = self.identity | {"position": position, "random": random_states(), "log": log}
+        settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
+        sums = self._sums(self._log_loss, self._log_labels, self._log_tokens, self.num_truncated)
+        log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
+        first, *others = states_of_all()
+        checkpoint["vlmcap"] = self.identity | {"position": position, "random": first, "random_of_others": others, "log": log}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
@@ -184,13 +210,28 @@ class CaptioningModule(L.LightningModule):
         check_bases(held.get("bases", {}), self.identity.get("bases", {}))
         check_weights(checkpoint["state_dict"], self.trained)
         fit_saved_states(checkpoint.get("optimizer_states", []), self.optim_config)
-        set_random_states(held["random"])
-        log = held["log"]
-        self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]
-        self.num_truncated = log["truncated"]
+        states, rank = [held["random"], *held.get("random_of_others", [])], self.trainer.global_rank
+        if rank < len(states):  # more ranks than there were go on with the states that their seeds gave
+            set_random_states(states[rank])
+        if rank == 0:  # the sums of all
+            log = held["log"]
+            self._log_loss, self._log_labels, self._log_tokens = log["loss"], log["labels"], log["tokens"]
+            self.num_truncated = log["truncated"]
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, CaptionDataModule):
             datamodule.resume_at(held["position"])
+
+    def on_train_end(self) -> None:
+        """Counts cut captions over all ranks, for the first one's summary."""
+        (self.num_truncated,) = map(int, self._sums(self.num_truncated))
+
+    def _sums(self, *values: float) -> list[float]:
+        """Of each number over all ranks."""
+        if self.trainer.world_size == 1:
+            return list(values)
+        own = torch.tensor(values, device=self.device, dtype=torch.float64)
+        total: Tensor = self.trainer.strategy.reduce(own, reduce_op="sum")
+        return [float(value) for value in total.tolist()]
 
     def _train_sampler(self) -> BatchSampler:
         loader: Any = self.trainer.train_dataloader
@@ -208,29 +249,6 @@ class CaptioningModule(L.LightningModule):
             for skipped in batch.skipped:
                 self.ledger.add(skipped)
             self.ledger.check()
-
-
-def _settle(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
-    """Makes the state of Lightning's loop say where the run stands, and nothing of how it came there.
-
-    Its own counts differ with the callback that saves: an epoch counts as done where a run stops inside it, and as not done after its last
-    batch. Resumed from the latter, Lightning forgets to count the start of the next epoch, and a second resume trains an epoch too many.
-
-    Args:
-        loop: The state, changed in place.
-        epoch: The epoch of the last batch.
-        next_epoch: That of the batch to come.
-        step: Optimiser steps done.
-    """
-    for count in loop["epoch_progress"].values():
-        count.update(ready=epoch + 1, started=epoch + 1, processed=next_epoch, completed=next_epoch)
-    if next_epoch > epoch:
-        batches = loop["epoch_loop.batch_progress"]
-        for count in (batches["total"], batches["current"]):
-            count["completed"] = count["processed"]
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its number of workers.
-    loop["state_dict"].pop("combined_loader", None)
 
 
 def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:

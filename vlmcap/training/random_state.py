@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 def random_states() -> dict[str, Any]:
@@ -29,5 +30,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+
+
+def states_of_all() -> list[dict[str, Any]]:
+    """What `random_states` returns in each process, by rank; every process must ask for it."""
+    states: list[dict[str, Any]] = [random_states()]
+    if dist.is_available() and dist.is_initialized():
+        states = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(states, random_states())
+    return states

@@ -94,3 +94,26 @@ def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
             )
         )
     return callbacks
+
+
+def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
+    """Makes the state of Lightning's loop say where the run stands, and nothing of how it came there.
+
+    Its own counts differ with the callback that saves: an epoch counts as done where a run stops inside it, and as not done after its last
+    batch. Resumed from the latter, Lightning forgets to count the start of the next epoch, and a second resume trains an epoch too many.
+
+    Args:
+        loop: The state, changed in place.
+        epoch: The epoch of the last batch.
+        next_epoch: That of the batch to come.
+        step: Optimiser steps done.
+    """
+    for count in loop["epoch_progress"].values():
+        count.update(ready=epoch + 1, started=epoch + 1, processed=next_epoch, completed=next_epoch)
+    if next_epoch > epoch:
+        batches = loop["epoch_loop.batch_progress"]
+        for count in (batches["total"], batches["current"]):
+            count["completed"] = count["processed"]
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its number of workers.
+    loop["state_dict"].pop("combined_loader", None)

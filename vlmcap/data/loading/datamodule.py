@@ -37,6 +37,7 @@ class LoaderSettings:
         batching: shuffled, by_length or packed.
         max_tokens_per_batch: Most tokens of a training batch, padding included.
         lengths: (N,), tokens of each training clip's whole sequence; None where clips are shuffled.
+        is_evaluation_shared: False evaluates every clip on every rank, where ranks must take the same steps.
     """
 
     batch_size: int
@@ -49,6 +50,7 @@ class LoaderSettings:
     batching: str = "shuffled"
     max_tokens_per_batch: int | None = None
     lengths: NDArray[np.int64] | None = None
+    is_evaluation_shared: bool = True
 
 
 class CaptionDataModule(L.LightningDataModule):
@@ -101,7 +103,7 @@ class CaptionDataModule(L.LightningDataModule):
 
     def sample_loader(self, clips: Sequence[Clip]) -> DataLoader[Any]:
         """Any clips once over all ranks, as lists of `Sample` and `Skipped` of the length of a batch to caption."""
-        rank, world_size = self._rank
+        rank, world_size = self.evaluation_rank
         return DataLoader(
             sampler=range(rank, len(clips), world_size), batch_size=self.settings.prompt_batch_size, **self._common(clips, list)
         )
@@ -136,7 +138,7 @@ class CaptionDataModule(L.LightningDataModule):
 
     def _eval_loader(self, clips: Sequence[Clip], collator: Collator, batch_size: int) -> DataLoader[Any]:
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
-        rank, world_size = self._rank
+        rank, world_size = self.evaluation_rank
         own = range(rank, len(clips), world_size)
         return DataLoader(sampler=own, batch_size=batch_size, **self._common(clips, collator))
 
@@ -152,6 +154,11 @@ class CaptionDataModule(L.LightningDataModule):
             "persistent_workers": workers > 0,
             "pin_memory": self.settings.pin_memory,
         }
+
+    @property
+    def evaluation_rank(self) -> tuple[int, int]:
+        """Of this process among those that share a split, and their number."""
+        return self._rank if self.settings.is_evaluation_shared else (0, 1)
 
     @property
     def _rank(self) -> tuple[int, int]:

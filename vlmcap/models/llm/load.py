@@ -73,6 +73,25 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
     return model.requires_grad_(False).eval()
 
 
+def sketch_language_model(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> nn.Module:
+    """What `load_language_model` returns unquantised, with parameters and buffers on the meta device: no file of weights is opened.
+
+    Args:
+        folder: As for `load_language_model`, as are the others.
+        dtype: Of the weights.
+        attention: As `choose_attention` takes it.
+        device: Where the model will run.
+
+    Raises:
+        UserError: The folder holds no causal language model.
+    """
+    config, model_class, _ = _language_config(folder)
+    chosen = choose_attention(attention, device, dtype, model_class)
+    with torch.device("meta"):
+        model: nn.Module = model_class._from_config(config, dtype=dtype, attn_implementation=chosen)
+    return model.requires_grad_(False).eval()
+
+
 def keep_packing(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in place at the first inference on a CPU with bfloat16 products (AVX-512).
 
