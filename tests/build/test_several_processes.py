@@ -36,11 +36,9 @@ def test_what_fsdp2_cannot_do_is_refused(overrides: list[str], message: str) -> 
     check_strategy(compose(["trainer=ddp", "hardware.devices=2", *overrides]))
 
 
-def test_deepspeed_is_composed_and_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose(["trainer=deepspeed", "hardware.devices=2"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"trainer=deepspeed needs the package deepspeed; install the extra `vlmcap\[deepspeed\]`"):
-        check_strategy(config)
+def test_deepspeed_is_composed_and_no_more() -> None:
+    with pytest.raises(UserError, match=r"trainer=deepspeed only composes: .*; set trainer=fsdp2, or ddp"):
+        check_strategy(compose(["trainer=deepspeed", "hardware.devices=2"]))
 
 
 def test_ranks_as_launchers_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +116,11 @@ def weights(folder: Path) -> dict[str, Any]:
     return content
 
 
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """By the norm: where a gradient is nearly zero, AdamW's quotient makes a step of another order of summation."""
+    assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(runs: Path, name: str) -> None:
@@ -128,7 +131,7 @@ def test_two_processes_train_as_one(runs: Path, name: str) -> None:
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, tensor in one["state_dict"].items():
         assert type(two["state_dict"][key]) is torch.Tensor
-        torch.testing.assert_close(two["state_dict"][key], tensor, rtol=1e-3, atol=1e-5)
+        assert_near(two["state_dict"][key], tensor)
     for split in ("val", "test"):
         texts = [(runs / run / "predictions" / f"{split}.jsonl").read_text(encoding="utf-8") for run in ("one", name)]
         assert texts[0] == texts[1]
@@ -143,5 +146,5 @@ def test_two_processes_train_as_one(runs: Path, name: str) -> None:
 def test_a_checkpoint_goes_on_with_another_number_of_processes(runs: Path, name: str) -> None:
     assert logged(runs / name, "train/loss") == pytest.approx(logged(runs / "one", "train/loss")[4:], rel=1e-5)
     for key, tensor in weights(runs / "one")["state_dict"].items():
-        torch.testing.assert_close(weights(runs / name)["state_dict"][key], tensor, rtol=1e-3, atol=1e-5)
+        assert_near(weights(runs / name)["state_dict"][key], tensor)
     assert weights(runs / name)["optimizer_states"][0]["state"].keys() == weights(runs / "one")["optimizer_states"][0]["state"].keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,11 @@ def check_strategy(config: Config) -> None:
     chosen, devices = config.trainer.strategy, config.hardware.devices
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available() and devices > torch.cuda.device_count():
         raise UserError(f"hardware.devices={devices}, but this machine has {torch.cuda.device_count()}; lower it to that")
-    if chosen is Strategy.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise UserError("trainer=deepspeed needs the package deepspeed; install the extra `vlmcap[deepspeed]`, or set trainer=ddp or fsdp2")
+    if chosen is Strategy.deepspeed:
+        raise UserError(
+            "trainer=deepspeed only composes: gradients are scaled by the label tokens of all devices, and ZeRO's lie in pieces by then; "
+            "set trainer=fsdp2, or ddp"
+        )
     if chosen is Strategy.fsdp2:
         _check_fsdp2(config)
 
@@ -51,13 +53,11 @@ def _check_fsdp2(config: Config) -> None:
 
 def make_strategy(config: Config) -> LightningStrategy | str:
     """Lightning's strategy; its own choice for one process."""
-    from vlmcap.training.strategies import ShardedStrategy, SharedStrategy, ZeroStrategy
+    from vlmcap.training.strategies import ShardedStrategy, SharedStrategy
 
     chosen, command = config.trainer.strategy, own_command(config)
     if chosen is Strategy.fsdp2:
         return ShardedStrategy(command, num_processes(config))
-    if chosen is Strategy.deepspeed:
-        return ZeroStrategy(command)
     if num_processes(config) == 1:
         return "auto"
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim import Optimizer
@@ -134,21 +134,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 for index, state in saved["state"].items()
             }
             optimizer.load_state_dict(saved | {"state": states})
-
-
-class ZeroStrategy(DeepSpeedStrategy):
-    """DeepSpeed's ZeRO-2: gradients and the optimiser's states are shared out.
-
-    Args:
-        command: Of one process.
-    """
-
-    def __init__(self, command: Sequence[str]) -> None:
-        super().__init__(stage=2, timeout=_PATIENCE)
-        self.command = command
-
-    def _configure_launcher(self) -> None:
-        self._launcher = _launcher(self)
 
 
 def _fitted(value: Any, parameter: Tensor) -> Any:
