@@ -18,7 +18,7 @@ FINAL_SCORES = ("val/cider", "val/bleu_4", "val/rouge_l", "val/meteor", "val/chr
 PEAK_MEMORY, SECONDS, FIT_SECONDS = "peak_memory_gib", "seconds/total", "seconds/fit"
 PARAMETERS, TRAINED_PARAMETERS = "parameters/total", "parameters/trained"
 # Tables of clips.
-VAL_TABLE = "val/captions"
+VAL_TABLE, TEST_TABLE = "val/captions", "test/captions"
 
 
 def factors(config: Config) -> dict[str, Any]:
