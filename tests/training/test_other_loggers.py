@@ -62,21 +62,30 @@ def test_mlflow(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mon
     assert run.data.metrics["peak_memory_gib"] > 0
 
 
-@pytest.mark.skipif(
-    find_spec("trackio") is None, reason="trackio takes another Pillow than ours, and is not in the environment of the tests"
-)
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio asks for another Pillow than ours, so that it is no extra")
 def test_trackio(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trackio
-    import trackio.utils
+    import sqlite3
 
-    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "store")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # read when trackio is imported
     train(tiny_config(tmp_path / "run", "logger=trackio", *SHORT))
-    assert trackio is not None
+    with sqlite3.connect(tmp_path / "store" / "vlmcap.db") as store:
+        rows = [json.loads(row[0]) for row in store.execute("select metrics from metrics order by id")]
+        ((name, config),) = store.execute("select run_name, config from configs")
+    merged = {key: value for row in rows for key, value in row.items()}
+    logged = last_metrics(tmp_path / "run")
+    for key in ("train/loss", "val/cider", "test/cider"):
+        assert merged[key] == pytest.approx(logged[key]), key
+    assert {"peak_memory_gib", "parameters/trained"} <= merged.keys()
+    assert (name, json.loads(config)["encoder"], json.loads(config)["job_type"]) == ("tiny-mlp-tiny-two_stage-s0", "tiny", "train")
 
 
 @pytest.mark.parametrize(
     ("kind", "mend"),
-    [("tensorboard", "pip install 'vlmcap[tensorboard]'"), ("mlflow", "pip install 'vlmcap[mlflow]'"), ("trackio", "pip install trackio")],
+    [
+        ("tensorboard", "pip install 'vlmcap[tensorboard]'"),
+        ("mlflow", "pip install 'vlmcap[mlflow]'"),
+        ("trackio", "docs/wandb.md says how to install it"),
+    ],
 )
 def test_a_missing_package_is_said_before_anything_is_written(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mend: str

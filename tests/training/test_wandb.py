@@ -17,7 +17,23 @@ import pytest
 from tests.training.wandb_file import WandbFile
 from vlmcap.build.run import evaluate, train
 from vlmcap.config import Config, LoggerConfig
-from vlmcap.config.names import COLLAPSE, FINAL_SCORES, FIT_SECONDS, PARAMETERS, PEAK_MEMORY, SECONDS, TRAINED_PARAMETERS
+from vlmcap.config.names import (
+    COLLAPSE,
+    FINAL_SCORES,
+    FIT_SECONDS,
+    PARAMETERS,
+    PEAK_MEMORY,
+    RATES,
+    SCORES,
+    SECONDS,
+    STEP,
+    TEST_TABLE,
+    TOKENS_PER_S,
+    TRAIN_LOSS,
+    TRAINED_PARAMETERS,
+    VAL_LOSS,
+    VAL_TABLE,
+)
 from vlmcap.training.loggers.tables import WandbTable
 from vlmcap.training.scorer import Prediction
 from vlmcap.types import Clip
@@ -47,7 +63,7 @@ def done(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> I
         patch.delenv("WANDB_DATA_DIR", raising=False)
         for name, secret in SECRETS.items():
             patch.setenv(name, secret)
-        words = ("logger=wandb", "data.tune_epochs=0", "data.align_epochs=3", "evaluation.num_table_rows=2")
+        words = ("logger=wandb", "data.align_epochs=2", "evaluation.num_table_rows=2")
         words = (*words, "logger.table_every_n_validations=2")
         with contextlib.redirect_stdout(printed):
             train(tiny_config(folder, *words))
@@ -76,12 +92,13 @@ def test_the_configuration_has_factors_as_words_and_every_setting(done: Done) ->
     for name, value in {"encoder": "tiny", "projector": "mlp", "llm": "tiny", "seed": 0, "batch_size": 6, "quantization": "none"}.items():
         assert config[name] == value, name
     assert config["settings"]["llm"]["max_caption_tokens"] == 16
-    assert config["settings"]["tuning"]["stages"]["align"]["epochs"] == 3
+    assert config["settings"]["tuning"]["stages"]["align"]["epochs"] == 2
 
 
 def test_curves_and_final_numbers_are_there(done: Done) -> None:
     curves = set().union(*done.run.history)
-    assert {"train/loss", "train/tokens_per_s", "train/lr_projector", "val/loss", "val/cider", "trainer/global_step", *COLLAPSE} <= curves
+    assert {TRAIN_LOSS, VAL_LOSS, TOKENS_PER_S, STEP, *RATES, *SCORES, *COLLAPSE} <= curves
+    assert {f"{name}/_type" for name in (VAL_TABLE, TEST_TABLE)} <= curves
     summary, file = done.run.summary, json.loads((done.folder / "summary.json").read_text(encoding="utf-8"))
     for name in (*FINAL_SCORES, "test/cider", "test/meteor"):
         assert summary[name] == file["scores"][name], name

@@ -57,7 +57,7 @@ class TrackioLogger(Logger):
 
     def __init__(self, config: Config, plain: Mapping[str, Any], job_type: str) -> None:
         super().__init__()
-        require_package("trackio", "pip install trackio (docs/wandb.md says beside which Pillow)")
+        require_package("trackio", "docs/wandb.md says how to install it")
         self._project, self._name = config.logger.project, run_name(config)
         self._begin(factors(config) | {"job_type": job_type, "settings": dict(plain)}, group_name(config))
 
