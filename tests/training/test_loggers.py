@@ -1,18 +1,18 @@
-"""`metrics.jsonl`, and Weights & Biases without a network."""
+"""`metrics.jsonl`, and which loggers a run has."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmcap.build.run import Run
 from vlmcap.compose import to_plain
 from vlmcap.config import Config
-from vlmcap.training.loggers import JsonlLogger, make_loggers
+from vlmcap.training.loggers.jsonl import JsonlLogger
+from vlmcap.training.loggers.make import make_evaluation_loggers, make_loggers
 
 MakeConfig = Callable[..., Config]
 
@@ -53,72 +53,13 @@ def test_a_new_run_starts_its_file_anew(tiny_config: MakeConfig, tmp_path: Path)
     assert lines(tmp_path / "metrics.jsonl") == []
 
 
-@pytest.fixture(scope="module")
-def wandb_folder(
-    tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, str]]:
-    """The folder of a fitted run with `logger=wandb`, and what it printed of W&B."""
-    import contextlib
-    import io
-
-    import wandb
-
-    folder, printed = tmp_path_factory.mktemp("wandb-run"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
-        patch.setenv("WANDB_DATA_DIR", str(folder / "staged"))
-        patch.setenv("WANDB_CACHE_DIR", str(folder / "cache"))
-        with contextlib.redirect_stdout(printed):
-            run = make_run(tiny_config(folder, "logger=wandb", "data.tune_epochs=0", "evaluation.num_table_rows=2"))
-        run.trainer.fit(run.module, datamodule=run.data)
-        wandb.finish()
-    yield folder, printed.getvalue()
-
-
-def test_wandb_offline_is_said_in_one_line(wandb_folder: tuple[Path, str]) -> None:
-    (line,) = [line for line in wandb_folder[1].splitlines() if "W&B" in line]
-    assert line.startswith("W&B: offline, as WANDB_MODE=offline says; `wandb sync ")
-
-
-def joined_records(content: bytes) -> bytes:
-    """The content of W&B's record file without the headers that cut it: blocks of 32 KiB, each part after checksum, length and type."""
-    joined, position = b"", 7
-    while position + 7 <= len(content):
-        left = 32768 - position % 32768
-        length = int.from_bytes(content[position + 4 : position + 6], "little")
-        if left < 7 or length == 0:
-            position += left
-            continue
-        joined += content[position + 7 : position + 7 + length]
-        position += 7 + length
-    return joined
-
-
-def test_wandb_offline_run_names_group_tags_and_configuration(wandb_folder: tuple[Path, str]) -> None:
-    (record,) = wandb_folder[0].glob("wandb/offline-run-*/run-*.wandb")
-    content = joined_records(record.read_bytes())
-    for expected in ("tiny+tiny", "tiny-mlp-tiny-two_stage-s0", "encoder=tiny", "llm=tiny", "projector=mlp", "tuning=two_stage"):
-        assert expected.encode() in content, expected
-    for key in (b"max_caption_tokens", b"accumulate_grad_batches", b"align_epochs", b"val/cider", b"train/loss"):
-        assert key in content, key
-
-
-def test_wandb_table_shows_clip_thumbnails_prediction_and_reference(wandb_folder: tuple[Path, str]) -> None:
-    from PIL import Image
-
-    folder, _ = wandb_folder
-    (table,) = folder.glob("wandb/offline-run-*/files/media/table/val/captions*.table.json")
-    content = json.loads(table.read_text(encoding="utf-8"))
-    rows = lines(folder / "predictions" / "val-epoch=00.jsonl")[:2]
-    assert content["columns"] == ["id", "frames", "prediction", "reference"]
-    assert [[row[0], row[2], row[3]] for row in content["data"]] == [[r["id"], r["prediction"], r["references"][0]] for r in rows]
-    staged = [path for path in folder.rglob("*") if path.is_file() and path.read_bytes()[:4] == b"\x89PNG"]
-    sizes = {Image.open(path).size for path in staged}
-    assert len(staged) >= 2
-    assert all(width == 4 * height for width, height in sizes), "four frames side by side"
-
-
 def test_the_resolved_configuration_is_plain_data(tiny_config: MakeConfig, tmp_path: Path) -> None:
     plain = to_plain(tiny_config(tmp_path))
     assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize(("kind", "names"), [("none", ["JsonlLogger"]), ("csv", ["JsonlLogger", "CSVLogger"])])
+def test_loggers_of_files_alone(tiny_config: MakeConfig, tmp_path: Path, kind: str, names: list[str]) -> None:
+    config = tiny_config(tmp_path, f"logger={kind}")
+    assert [type(logger).__name__ for logger in make_loggers(config, {}, tmp_path, None)] == names
+    assert make_evaluation_loggers(config, {}, tmp_path) == []

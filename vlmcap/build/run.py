@@ -75,6 +75,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
 
+    from vlmcap.training.loggers.make import end_loggers
     from vlmcap.training.saving import best_checkpoint
 
     started = time.perf_counter()
@@ -124,8 +125,9 @@ def _train(config: Config, trial: Trial | None) -> float:
     seconds["total"] = time.perf_counter() - started
     show_end(config, run, scores, seconds)
     if is_main(config):
-        shrunk = {"shrunk_from": asked if asked != config.data.batch_size else None}
-        write_json(folder / "summary.json", summarize(config, run, scores, seconds, parts) | shrunk)
+        summary = summarize(config, run, scores, seconds, parts) | {"shrunk_from": asked if asked != config.data.batch_size else None}
+        write_json(folder / "summary.json", summary)
+        end_loggers(run.trainer.loggers, config, folder, summary)
     if config.objective not in scores:
         raise UserError(f"objective={config.objective} was not measured; choose one of {', '.join(sorted(scores))}")
     return scores[config.objective]
@@ -135,6 +137,8 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """Scores a checkpoint on `config.data.split`, writing `metrics.json` and `predictions.jsonl` into the output folder."""
     import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
+
+    from vlmcap.training.loggers.make import end_evaluation_loggers
 
     quiet_libraries()
     L.seed_everything(config.seed, verbose=False)
@@ -152,6 +156,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     if not any((folder / "predictions").iterdir()):  # the output folder may be that of the training run
         (folder / "predictions").rmdir()
     write_json(folder / "metrics.json", {"checkpoint": str(checkpoint), "tokenizer": tokenizer_version(config), **plain_scores(scores)})
+    end_evaluation_loggers(run.trainer.loggers, config, folder, checkpoint, scores)
     return scores
 
 
@@ -169,7 +174,8 @@ def build_run(
     import lightning as L
 
     from vlmcap.training.evaluation import CaptionEvaluation
-    from vlmcap.training.loggers import WandbTable, make_loggers
+    from vlmcap.training.loggers.make import make_evaluation_loggers, make_loggers
+    from vlmcap.training.loggers.tables import WandbTable
     from vlmcap.training.module import CaptioningModule
     from vlmcap.training.progress import RunProgress, TerminalBar
     from vlmcap.training.pruning import TrialPruning
@@ -195,7 +201,7 @@ def build_run(
     scoring = [evaluation, *([grounding] if grounding else [])]
     if trial is not None:
         scoring.append(TrialPruning(evaluation, config.objective, trial))
-    callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows), progress]
+    callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows, config.logger), progress]
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()
     if has_bar:
         callbacks.append(TerminalBar(progress))
@@ -203,6 +209,7 @@ def build_run(
     if is_training:
         callbacks += [*([profile] if profile else []), StepLimit(config.trainer.max_steps)]
         callbacks += [*stopping_callbacks(config, plan, folder), *checkpoint_callbacks(folder, config)]
+    plain = to_plain(config)
     trainer = L.Trainer(
         accelerator=config.hardware.accelerator,
         devices=config.hardware.devices,
@@ -214,7 +221,7 @@ def build_run(
         gradient_clip_val=config.optim.max_grad_norm,
         check_val_every_n_epoch=config.evaluation.every_n_epochs,
         num_sanity_val_steps=0,
-        logger=make_loggers(config, to_plain(config), folder, step) if is_training else False,
+        logger=make_loggers(config, plain, folder, step) if is_training else make_evaluation_loggers(config, plain, folder) or False,
         callbacks=callbacks,
         profiler=profile.actions if profile else None,
         enable_checkpointing=is_training,

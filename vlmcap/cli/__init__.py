@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlmcap.cli import cache, caption, data, doctor, export, plan, report, spectrum
+from vlmcap.cli import cache, caption, dashboard, data, doctor, export, plan, report, spectrum
 from vlmcap.errors import UserError
 
-COMMANDS = (doctor, plan, cache, caption, data, export, report, spectrum)
+COMMANDS = (doctor, plan, cache, caption, data, export, report, spectrum, dashboard)
 """Modules with `add(commands)`, which adds a parser whose `run` takes the options; whatever is slow to import they import when run."""
 
 

@@ -32,12 +32,12 @@ from vlmcap.config.choices import (
 )
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.grounding import GroundingConfig
+from vlmcap.config.logger import LoggedCheckpoint, LoggerConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
     Config,
     EvaluationConfig,
     HardwareConfig,
-    LoggerConfig,
     PathsConfig,
     PlanConfig,
     is_lower_better,
@@ -70,6 +70,7 @@ __all__ = [
     "LauncherConfig",
     "LauncherKind",
     "LlmConfig",
+    "LoggedCheckpoint",
     "LoggerConfig",
     "LoggerKind",
     "LoraConfig",

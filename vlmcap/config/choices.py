@@ -183,3 +183,7 @@ class LoggerKind(Enum):
 
     csv = "csv"
     wandb = "wandb"
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    trackio = "trackio"
+    none = "none"

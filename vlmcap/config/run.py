@@ -14,7 +14,6 @@ from vlmcap.config.choices import (
     Enforce,
     Engine,
     EvaluationBackend,
-    LoggerKind,
     ModelKind,
     Precision,
     ProjectorKind,
@@ -22,6 +21,7 @@ from vlmcap.config.choices import (
     Reducer,
 )
 from vlmcap.config.data import CacheConfig, DataConfig
+from vlmcap.config.logger import LoggerConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
 from vlmcap.config.sweep import LauncherConfig, SweepConfig
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
@@ -108,15 +108,6 @@ class EvaluationConfig:
         share = self.vllm_gpu_memory
         require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
-
-
-@dataclass
-class LoggerConfig:
-    """Metrics beside `metrics.jsonl`."""
-
-    kind: LoggerKind = LoggerKind.csv
-    project: str = "vlmcap"
-    offline: bool = False
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
 from vlmcap.config.checks import require, require_positive
+from vlmcap.config.wandb_sweep import WandbSweepConfig
 
 
 class SweepKind(Enum):
@@ -58,6 +59,7 @@ class SweepConfig:
     prune_after_epochs: int = 1  # validations that every trial is left
     keep: float = 0.5  # share of the combinations that a round of halving leaves
     scaled: Scaled = Scaled.both  # what an earlier round of halving has less of
+    wandb: WandbSweepConfig = field(default_factory=WandbSweepConfig)  # of sweep=wandb
 
     def __post_init__(self) -> None:
         is_hours = self.budget_h is None or 0 < self.budget_h < inf

@@ -1,0 +1,175 @@
+"""The W&B dashboard and sweep as data; no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlmcap.build import dashboard as command
+from vlmcap.build.wandb_sweep import sweep_definition
+from vlmcap.cli import main
+from vlmcap.compose import compose
+from vlmcap.config import names
+from vlmcap.errors import UserError
+
+CURVES = {names.TRAIN_LOSS, names.VAL_LOSS, names.TOKENS_PER_S, *names.SCORES, *names.RATES, *names.COLLAPSE}
+TOTALS = {*names.FINAL_SCORES, names.PEAK_MEMORY, names.SECONDS, names.FIT_SECONDS, names.PARAMETERS, names.TRAINED_PARAMETERS}
+
+
+@pytest.fixture(scope="module")
+def section() -> dict[str, Any]:
+    """The part of the workspace's definition that holds panels and runs."""
+    from vlmcap.reporting.dashboard import spec, workspace
+
+    content: dict[str, Any] = spec(workspace("captions", "team"))
+    assert (content["project"], content["entity"]) == ("captions", "team")
+    assert json.loads(json.dumps(content)) == content
+    return content["spec"]["section"]  # type: ignore[no-any-return]
+
+
+def panels(section: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in section["panelBankConfig"]["sections"]:
+        for panel in one["panels"]:
+            found.setdefault(panel["viewType"], []).append(panel["config"])
+    return found
+
+
+def test_the_sections(section: dict[str, Any]) -> None:
+    titles = [one["name"] for one in section["panelBankConfig"]["sections"]]
+    assert titles == [
+        "val/cider by part",
+        "Factors",
+        "Score against cost",
+        "Captions",
+        "Learning curves",
+        "Memory and throughput",
+        "Collapse",
+    ]
+
+
+def test_runs_are_grouped_by_encoder_and_language_model(section: dict[str, Any]) -> None:
+    (runs,) = section["runSets"]
+    assert [(key["section"], key["name"]) for key in runs["grouping"]] == [("config", "encoder.value"), ("config", "llm.value")]
+    (only,) = runs["filters"]["filters"]
+    assert (only["key"]["name"], only["op"], only["value"]) == ("jobType", "=", "train"), "evaluations are not runs to compare"
+    by = {panel["groupBy"] for panel in panels(section)["Bar Chart"] if "groupBy" in panel}
+    assert {"encoder.value", "llm.value"} <= by
+
+
+def test_the_panels_ask_for_what_is_logged(section: dict[str, Any]) -> None:
+    found = panels(section)
+    logged = names.factors(compose([])).keys()
+    (parallel,) = found["Parallel Coordinates Plot"]
+    columns = [column["accessor"] for column in parallel["columns"]]
+    factors = [column.removeprefix("config:").removesuffix(".value") for column in columns if column.startswith("config:")]
+    assert factors == ["encoder", "projector", "llm", "tuning", "hardware", "num_frames", "lora_rank", "seed"]
+    assert set(factors) <= logged
+    assert columns[-1] == "summary:val/cider"
+    totals = {column.removeprefix("summary:") for column in columns if column.startswith("summary:")}
+    for plot in found["Scatter Plot"]:
+        assert plot["yAxis"] == "summary:val/cider"
+        totals.add(plot["xAxis"].removeprefix("summary:"))
+    assert names.PEAK_MEMORY in totals
+    assert totals <= TOTALS
+    curves = {name for plot in found["Run History Line Plot"] for name in plot["metrics"]}
+    assert curves == CURVES
+    assert {plot["xAxis"] for plot in found["Run History Line Plot"]} == {names.STEP}
+    tables = [json.dumps(one) for one in found["Weave"]]
+    assert [name in table for name, table in zip((names.VAL_TABLE, names.TEST_TABLE), tables, strict=True)] == [True, True]
+    assert {name for bar in found["Bar Chart"] for name in bar["metrics"]} <= TOTALS | CURVES
+
+
+def test_another_objective_is_what_is_compared() -> None:
+    from vlmcap.reporting.dashboard import spec, workspace
+
+    content = spec(workspace("captions", "team", "val/facts/mean"))
+    plots = panels(content["spec"]["section"])["Scatter Plot"]
+    assert {plot["yAxis"] for plot in plots} == {"summary:val/facts/mean"}
+
+
+def test_without_a_network_the_command_writes_a_file_and_says_how_to_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    main(["dashboard", "--project", "captions"])
+    assert capsys.readouterr().out == (
+        "W&B cannot be asked, as WANDB_MODE=offline says; dashboard.json holds the dashboard's definition, "
+        "and `vlmcap dashboard --project captions` with a key and a network publishes it.\n"
+    )
+    main(["dashboard", "--entity", "team", "--json", "made/one.json"])
+    assert json.loads((tmp_path / "made" / "one.json").read_text(encoding="utf-8"))["entity"] == "team"
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["dashboard.json", "one.json"]
+
+
+def test_the_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'vlmcap\[dashboard\]'"):
+        command.show_dashboard("p", None, objective="val/cider", file=Path("x.json"))
+
+
+SWEPT = ["encoder=clip,siglip2", "llm.adapter_lr=tag(log,interval(1e-5,1e-3))", "seed=range(2)", "hardware=l4", "sweep=wandb"]
+
+
+def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """The command line that W&B's agent makes of a sweep and a run's values, by its own code where that is not a part of the agent."""
+    from wandb.sdk.launch.sweeps import utils
+
+    made = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    macros = made | {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [definition["program"]]}
+    words: list[str] = []
+    for word in utils.create_sweep_command(list(definition["command"])):
+        macro = re.fullmatch(r"\$\{(\w+)\}", word)
+        words += macros[macro.group(1)] if macro else [word]
+    return words
+
+
+def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from wandb.sdk.launch.sweeps import utils
+
+    file = tmp_path / "sweep.yaml"
+    main(["dashboard", "--project", "captions", "--sweep", str(file), *SWEPT])
+    assert "bayes over encoder, llm.adapter_lr, seed" in capsys.readouterr().out
+    definition = utils.load_sweep_config(str(file))
+    assert definition == yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert definition is not None
+    assert (definition["method"], definition["run_cap"]) == ("bayes", 20)
+    assert definition["metric"] == {"name": "val/cider", "goal": "maximize"}
+    assert definition["parameters"] == {
+        "encoder": {"values": ["clip", "siglip2"]},
+        "llm.adapter_lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3},
+        "seed": {"values": [0, 1]},
+    }
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")  # as the agent does
+    words = agent_commands(definition, {"encoder": "siglip2", "llm.adapter_lr": 0.00021544, "seed": 1})
+    assert words[:3] == ["/usr/bin/env", "python", "train.py"]
+    config = compose(words[3:])
+    assert (config.encoder.name, config.llm.adapter_lr, config.seed, config.hardware.name) == ("siglip2", 0.00021544, 1, "l4")
+    assert (config.logger.kind.name, config.logger.project) == ("wandb", "captions")
+    assert config.paths.output_dir == "multirun/wandb/abc123"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["encoder=clip"], "nothing is swept; give a key several values"),
+        (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
+        (["llm.adapter_lr=interval(1e-5,1e-3)"], "a range has no end for sweep.wandb.method=grid"),
+        (["seed=0,1", "sweep.wandb.max_runs=0"], "sweep.wandb.max_runs must be at least 1"),
+    ],
+)
+def test_a_mistake_is_said_before_a_sweep_is_made(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        sweep_definition(overrides, project="p", entity=None)
+
+
+def test_overrides_without_a_sweep_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["dashboard", "encoder=clip,siglip2"])
+    assert "encoder=clip,siglip2 is of a sweep; add --sweep FILE" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""`metrics.jsonl`, which every run has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from vlmcap.files import replacing
+
+
+class JsonlLogger(Logger):
+    """Appends one object a log step to a file: `step`, `epoch`, and the metrics.
+
+    Args:
+        path: The file; its folder must exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The file's stem."""
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        """Nothing is versioned: a run folder is one run."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One line; the write is one call, so that a kill tears at most the last line."""
+        values = dict(metrics)
+        epoch = values.pop("epoch", None)
+        record = {"step": step, "epoch": None if epoch is None else int(epoch), **{name: float(value) for name, value in values.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def cut_after(self, step: int) -> None:
+        """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        with replacing(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
