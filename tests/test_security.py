@@ -11,6 +11,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vlmcap"
 HARMLESS = {"pickle.UnpicklingError"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# A sweep's jobs go from this program to processes of its own, by a pipe, or through submitit and Ray, which pickle what they carry.
+BETWEEN_PROCESSES = Path("sweeping/launchers/packing.py")
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "commands.getoutput"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_YAML = {"load", "load_all", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all"}
@@ -73,8 +75,20 @@ def _is(node: ast.expr | None, value: bool) -> bool:
 def test_the_package_runs_nothing_that_a_file_says() -> None:
     modules = sorted(PACKAGE.rglob("*.py"))
     assert len(modules) > 50
-    found = {f"{module.relative_to(PACKAGE)}:{offence}" for module in modules for offence in offences(module.read_text(encoding="utf-8"))}
+    found = {
+        f"{module.relative_to(PACKAGE)}:{offence}"
+        for module in modules
+        for offence in offences(module.read_text(encoding="utf-8"))
+        if not (module == PACKAGE / BETWEEN_PROCESSES and "uses cloudpickle" in offence)
+    }
     assert not found
+
+
+def test_what_is_unpickled_between_processes_is_never_read_from_a_file() -> None:
+    source = (PACKAGE / BETWEEN_PROCESSES).read_text(encoding="utf-8")
+    assert not {"open", "read_bytes", "read_text"} & {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    child = (PACKAGE / BETWEEN_PROCESSES.with_name("child.py")).read_text(encoding="utf-8")
+    assert "stdin" in child and "Path" not in child and "open" not in child
 
 
 @pytest.mark.parametrize(

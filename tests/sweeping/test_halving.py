@@ -20,6 +20,7 @@ def by_rate(config: Config) -> float:
     return config.seed / 10
 
 
+@pytest.mark.slow
 def test_the_better_half_goes_on_with_more(program: Program) -> None:
     assert program([*HALVING, "seed=0,1,2,3"], by_rate) == 1
     sizes = [(config.seed, config.data.max_clips, config.tuning.stages["tune"].epochs) for config in program.runs]

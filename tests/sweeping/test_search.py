@@ -83,6 +83,7 @@ def test_a_search_is_told_how_each_trial_ended_and_goes_on(program: Program, cap
     assert len(study_in(program.folder / "here").trials) == 4
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_runs_its_open_trial_again(program: Program) -> None:
     arguments = [*SEARCH, "sweep.n_trials=3", "tuning.lora.rank=interval(4,64)"]
 

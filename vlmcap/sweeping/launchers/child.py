@@ -1,11 +1,10 @@
-"""A process of one job: `python -m vlmcap.sweeping.launchers.child FILE`."""
+"""A process of one job, which comes by its standard input: `python -m vlmcap.sweeping.launchers.child`."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from vlmcap.sweeping.launchers.packing import run_packed
 
 if __name__ == "__main__":
-    run_packed(Path(sys.argv[1]).read_bytes())
+    run_packed(sys.stdin.buffer.read())

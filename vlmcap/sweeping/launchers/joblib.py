@@ -10,7 +10,6 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +45,10 @@ class JoblibLauncher:
     def _run(self, packed: bytes, folder: Path, free: queue.Queue[str]) -> None:
         share = free.get()
         try:
-            with tempfile.TemporaryDirectory() as place, (folder / LOG).open("ab") as log:
-                file = Path(place) / "job"
-                file.write_bytes(packed)
-                command = [sys.executable, "-m", "vlmcap.sweeping.launchers.child", str(file)]
-                subprocess.run(command, env=self._environment(share), stdout=log, stderr=subprocess.STDOUT, check=False)
+            with (folder / LOG).open("ab") as log:
+                command = [sys.executable, "-m", "vlmcap.sweeping.launchers.child"]
+                # By a pipe: bytes that are run must not lie where another could exchange them.
+                subprocess.run(command, input=packed, env=self._environment(share), stdout=log, stderr=subprocess.STDOUT, check=False)
         finally:
             free.put(share)
         say_ended(folder)
