@@ -45,6 +45,7 @@ class TrialPruning(L.Callback):
         epochs, is_worse = trainer.current_epoch + 1, False
         if trainer.is_global_zero:
             self._trial.report(value, epochs)
-            is_worse = self._trial.should_prune()
+            is_last = epochs >= (trainer.max_epochs or 0)  # nothing is saved by then, and a score would be lost
+            is_worse = not is_last and self._trial.should_prune()
         if trainer.strategy.broadcast(is_worse):
             raise Pruned(f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there", value)
