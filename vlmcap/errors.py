@@ -22,6 +22,10 @@ class DoesNotFit(UserError):  # noqa: N818 - says what is so
         self.peak_gib, self.usable_gib = peak_gib, usable_gib
 
 
+class NotPlannedError(UserError):
+    """A run whose memory cannot be foretold; it may fit all the same."""
+
+
 class Pruned(Exception):  # noqa: N818 - no error: the search has seen enough
     """A run that its search stopped, as others were better at the same point.
 

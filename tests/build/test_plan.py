@@ -140,3 +140,11 @@ def test_a_model_that_cannot_be_traced_does_not_cost_the_run(monkeypatch: pytest
     monkeypatch.setattr(plan_module, "make_plan", fail)
     enforce_plan(compose(["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4"]))
     assert "No memory plan: RuntimeError: no rule for this operation" in capsys.readouterr().out
+
+
+def test_dora_on_packed_weights_has_no_plan_and_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose(["data.root=unset", "encoder=siglip2", "llm=qwen3_4b", "hardware=l4", "tuning.lora.use_dora=true"])
+    with pytest.raises(UserError, match=r"use_dora=true over llm.quantization=4bit cannot be planned"):
+        make_plan(config)
+    enforce_plan(config)
+    assert "No memory plan: tuning.lora.use_dora=true" in capsys.readouterr().out

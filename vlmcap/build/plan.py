@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vlmcap.build.activation_budget import kept_within, stages_in_front, training_stages
 from vlmcap.compose import compose
 from vlmcap.config import Config, Enforce, Strategy
-from vlmcap.errors import DoesNotFit, UserError
+from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
 from vlmcap.planning.cards import Card
 from vlmcap.planning.plan import Change, Plan
 
@@ -44,7 +44,13 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
+        NotPlannedError: Of what would run, the memory cannot be foretold.
     """
+    if config.tuning.use_lora and config.tuning.lora.use_dora and config.llm.quantization.name == "4bit":
+        raise NotPlannedError(
+            "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
+            "plan it without DoRA, and leave room for one layer's weights in full"
+        )
     from vlmcap.build.sizes import download_bytes, key_value_bytes
     from vlmcap.build.traces import Tracer
     from vlmcap.planning.memory import Stage, generation_peak, kept_between_steps, scale_beyond, training_peak
@@ -197,6 +203,9 @@ def enforce_plan(config: Config) -> None:
         return
     try:
         plan = make_plan(config)
+    except NotPlannedError as error:
+        print(f"No memory plan: {error}", flush=True)
+        return
     except UserError:
         raise
     except Exception as error:  # a model that cannot be traced is no reason to lose a run
