@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from vlmcap.build.passing_bar import passing_bar
 from vlmcap.build.plan import NUM_CLIPS, make_plan
 from vlmcap.build.sweep_syntax import expand, short_names
 from vlmcap.compose import compose
@@ -20,8 +19,6 @@ from vlmcap.planning.proposals import propose
 from vlmcap.planning.sweep import SweepPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vlmcap.planning.plan import Plan
 
 _NO_DATA = "data.root=unset"  # a plan needs no clips
@@ -106,7 +103,7 @@ class _Sweep:
             return None
         jobs = []
         what = f"with {' '.join(more)}" if more else "combinations"
-        with _progress(f"Planning {what}", len(self.combinations)) as advance:
+        with passing_bar(f"Planning {what}", len(self.combinations)) as advance:
             for index, combination in enumerate(self.combinations):
                 try:
                     config = compose([*combination, *more]) if more else self.configs[index]
@@ -207,17 +204,3 @@ def _described(configs: Sequence[Config]) -> list[str]:
 
     of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core" if is_cpu else "the data sheet's speed"
     return [*lines, f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted."]
-
-
-@contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on stderr that goes when it is done; only on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task: Any = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vlmcap import __version__
+from vlmcap.build.passing_bar import passing_bar
 from vlmcap.compose import read_yaml
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
@@ -33,7 +31,7 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a folder: {error.strerror}") from error
-    with _progress("Reading runs", 2 * len(paths)) as advance:
+    with passing_bar("Reading runs", 2 * len(paths)) as advance:
         runs = []
         for path in paths:
             runs.append(read_run(path, read_yaml))
@@ -62,7 +60,7 @@ def _write(report: Report, output: Path) -> None:
     from vlmcap.reporting.report.tables import leaderboard_csv, report_markdown
     from vlmcap.reporting.report.thumbnails import pictures_of
 
-    with _progress("Reading videos", len(report.clips)) as advance:
+    with passing_bar("Reading videos", len(report.clips)) as advance:
         pictures = pictures_of(report.clips, advance=advance)
     _write_text(output / "index.html", report_page(report, pictures))
     _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))  # the mark lets spreadsheets read Korean
@@ -74,17 +72,3 @@ def _write(report: Report, output: Path) -> None:
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on stderr that goes when it is done; only on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task: Any = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
