@@ -26,7 +26,7 @@ test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
 
 models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
-	$(BIN)/python -m vlmcap.build.model_table --measured .parity.xml
+	$(BIN)/python -m tools.model_table --measured .parity.xml
 	@rm -f .parity.xml; echo "docs/models.md is current."
 
 check: $(STAMP) ## lint, formatting and types

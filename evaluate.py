@@ -19,9 +19,9 @@ def main(node: DictConfig) -> float:
     with told_in_one_sentence():
         if node.checkpoint is None:
             raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
-        from vlmcap.build.checkpoints import read_checkpoint  # heavy, and not needed for --help and --cfg
-        from vlmcap.build.run import evaluate, tokenizer_version
-        from vlmcap.training.progress import show_scores
+        from vlmcap.training.callbacks.progress import show_scores
+        from vlmcap.training.checkpoints.load import read_checkpoint  # heavy, and not needed for --help and --cfg
+        from vlmcap.training.run import evaluate, tokenizer_version
 
         checkpoint = Path(node.checkpoint)
         saved = read_checkpoint(checkpoint)["vlmcap"]["config"]

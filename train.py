@@ -17,7 +17,7 @@ def main(node: DictConfig) -> float:
     with told_in_one_sentence(), recorded() as record:
         config = to_config(node)
         record.begin(config)
-        from vlmcap.build.run import train  # heavy, and not needed for --help and --cfg
+        from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
 
         record.objective = train(taken_up(config), trial_of_job(config.sweep))
         return record.objective

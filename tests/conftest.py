@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from vlmcap.build.run import Run
     from vlmcap.config import Config
+    from vlmcap.training.objects import Run
 
 # Before anything imports torch, transformers or wandb: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # `HF_HUB_OFFLINE=0 pytest -m network` may override
@@ -78,18 +78,18 @@ def make_run() -> Callable[[Config], Run]:
     """A function from a configuration to the objects of its run, ready for `run.trainer.fit(run.module, datamodule=run.data)`."""
     import lightning as L
 
-    from vlmcap.build.clips import load_splits
-    from vlmcap.build.data import build_data
-    from vlmcap.build.demo import prepare
-    from vlmcap.build.model import assemble
-    from vlmcap.build.run import build_run
+    from tests.assembling import assembled
+    from vlmcap.assembly.clips import load_splits
+    from vlmcap.assembly.data import build_data
     from vlmcap.config import Split
+    from vlmcap.demo.prepare import prepare
+    from vlmcap.training.objects import build_run
 
     def make(config: Config) -> Run:
         config = prepare(config)
         L.seed_everything(config.seed, verbose=False)
         clips = load_splits(config, list(Split))
-        assembly = assemble(config, clips)
+        assembly = assembled(config, clips)
         data = build_data(config, assembly, clips)
         L.seed_everything(config.seed, verbose=False)
         folder = Path(config.paths.output_dir)
@@ -102,7 +102,7 @@ def make_run() -> Callable[[Config], Run]:
 @pytest.fixture(scope="session")
 def straight_run(tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole `train()`, with dropout in the adapters so that random states count."""
-    from vlmcap.build.run import train
+    from vlmcap.training.run import train
 
     folder = tmp_path_factory.mktemp("runs") / "straight"
     config = tiny_config(folder, "tuning.lora.dropout=0.1", "evaluation.swap_videos=true", "evaluation.swap_shifts=2")

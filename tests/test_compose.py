@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmcap.build.sweep_syntax import expand
 from vlmcap.compose import compose, config_dir, from_plain, to_config, to_plain, write_yaml
 from vlmcap.config import Config, LlmConfig, Precision, Quantization
 from vlmcap.errors import UserError
+from vlmcap.sweep_syntax import expand
 
 CONF = Path(config_dir())
 GROUPS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))

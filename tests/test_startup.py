@@ -56,7 +56,7 @@ def test_nothing_heavy_is_loaded(arguments: tuple[str, ...], expected: str) -> N
 
 def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
     assert all(importlib.util.find_spec(name) for name in HEAVY)
-    code = "import json, sys, vlmcap.build.run, vlmcap.training.module; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    code = "import json, sys, vlmcap.training.run, vlmcap.training.module; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     assert {"torch", "lightning", "numpy"} <= set(run(code=code)[1])
 
 
@@ -71,7 +71,7 @@ def test_help_is_what_hydra_would_print(program: str) -> None:
 def test_the_collector_of_circles_works_after_the_libraries_were_imported() -> None:
     code = """
 import gc, json, sys
-from vlmcap.build.quiet import import_libraries
+from vlmcap.libraries import import_libraries
 import_libraries(with_adapters=False)
 assert gc.isenabled()
 assert gc.get_freeze_count() > 100_000

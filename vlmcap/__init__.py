@@ -21,7 +21,7 @@ def load(checkpoint: str | Path, **overrides: Any) -> VideoCaptioner:
     Raises:
         UserError: The checkpoint, or the encoder or language model under it, is missing or is another one.
     """
-    from vlmcap.build.checkpoints import load_captioner
+    from vlmcap.training.checkpoints.load import load_captioner
 
     return load_captioner(checkpoint, overrides)
 

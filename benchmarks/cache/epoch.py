@@ -146,14 +146,15 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     """What a training run takes, in this process."""
     import lightning as L
 
-    from vlmcap.build.clips import load_splits
-    from vlmcap.build.data import build_data
-    from vlmcap.build.demo import prepare
-    from vlmcap.build.model import assemble
-    from vlmcap.build.quiet import quiet_libraries
-    from vlmcap.build.run import build_run
+    from vlmcap.assembly.clips import load_splits
+    from vlmcap.assembly.data import build_data
+    from vlmcap.assembly.features import prepare_features
+    from vlmcap.assembly.model import assemble, describe_model
     from vlmcap.compose import compose
     from vlmcap.config import Split
+    from vlmcap.demo.prepare import prepare
+    from vlmcap.libraries import quiet_libraries
+    from vlmcap.training.objects import build_run
 
     class Clock(L.Callback):
         """Wall seconds of each epoch."""
@@ -175,7 +176,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     started = time.perf_counter()
     L.seed_everything(0, verbose=False)
     clips = load_splits(config, [Split.train, Split.val])
-    assembly = assemble(config, clips)
+    spec = describe_model(config)
+    assembly = assemble(spec, prepare_features(spec.feature_plan, clips))
     folder = Path(config.paths.output_dir)
     folder.mkdir(parents=True)
     run = build_run(config, assembly, build_data(config, assembly, clips), folder, None)

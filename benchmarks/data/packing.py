@@ -27,7 +27,8 @@ import transformers
 
 from vlmcap.data.loading.batches import BatchPlan, length_plan, packed_plan, shuffled_plan
 from vlmcap.data.loading.collate import Collator
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.projectors import ProjectorSpec, build_projector
 from vlmcap.types import Batch, Clip, Sample

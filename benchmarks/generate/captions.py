@@ -36,8 +36,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 import torch  # noqa: E402
 from scripted import END, LEAST, MEAN, MOST, ScriptedQwen3, Task, make_model, make_task  # noqa: E402
 
-from vlmcap.models.captioner import GenerationSettings  # noqa: E402
 from vlmcap.models.decoding.engine import greedy_ids  # noqa: E402
+from vlmcap.models.decoding.settings import GenerationSettings  # noqa: E402
 
 MAX_NEW = 768
 METHODS = ("transformers", "drop", "own", "own, known", "own, speculate 3", "phrases, own", "phrases, speculate 3")

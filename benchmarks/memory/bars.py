@@ -9,10 +9,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from vlmcap.build.plan import make_plan
-from vlmcap.build.quiet import quiet_libraries
 from vlmcap.compose import compose
+from vlmcap.libraries import quiet_libraries
 from vlmcap.planning.cards import GIB
+from vlmcap.planning.make import make_plan
 from vlmcap.planning.plan import Plan
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "memory.png"

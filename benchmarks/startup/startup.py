@@ -28,7 +28,7 @@ LIBRARIES = "import torch, lightning, transformers, peft"
 # `python train.py` with a callback that ends the process after the first batch; nothing heavy is imported before train.py imports it.
 FIRST_STEP = """
 import os, runpy, sys
-import vlmcap.build.run as run
+import vlmcap.training.run as run
 
 build_run = run.build_run
 

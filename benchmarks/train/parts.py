@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmcap.config import OptimConfig, StageConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.data.quarantine import Ledger
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.pretrained import load_pretrained
 from vlmcap.training.module import CaptioningModule

@@ -5,9 +5,9 @@ python experiments/switches/switches.py    write README.md's table to stdout
 
 from __future__ import annotations
 
-from vlmcap.build.plan import make_plan
-from vlmcap.build.quiet import quiet_libraries
 from vlmcap.compose import compose
+from vlmcap.libraries import quiet_libraries
+from vlmcap.planning.make import make_plan
 
 BASE = ("data.root=unset", "encoder=siglip2", "llm=qwen3_8b", "hardware=l4")
 SWITCHES: dict[str, tuple[str, ...]] = {

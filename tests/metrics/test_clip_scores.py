@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vlmcap.data.demo.grammar import FACTS, describe, draw_scene
+from vlmcap.demo.grammar import FACTS, describe, draw_scene
 from vlmcap.errors import UserError
 from vlmcap.metrics import FactLexicon, fact_accuracy, score_captions
 from vlmcap.metrics.clip_scores import clip_scores, is_clip_score

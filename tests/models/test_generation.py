@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.data.loading.collate import Collator
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model

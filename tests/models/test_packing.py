@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.known import known_checkpoints, known_config
 from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.adapt import add_lora, base_model

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from vlmcap.errors import UserError
-from vlmcap.models import vllm_engine
-from vlmcap.models.captioner import GenerationSettings
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.vllm_captioner import TokenEmbeddings
-from vlmcap.models.vllm_engine import OtherProcess, VllmSettings, check_vllm, sampling_arguments, start_engine
+from vlmcap.models.vllm import engine as vllm_engine
+from vlmcap.models.vllm.captioner import TokenEmbeddings
+from vlmcap.models.vllm.engine import OtherProcess, VllmSettings, check_vllm, sampling_arguments, start_engine
 
 
 def test_greedy_search() -> None:

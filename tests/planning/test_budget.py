@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from vlmcap.build.cache_costs import num_visits
+from vlmcap.assembly.cache_choice import num_visits
 from vlmcap.compose import compose
-from vlmcap.planning.budget import ClipSeconds, Encoding, Job, NumClips, encodings, largest_subset, sweep_seconds, with_clips
-from vlmcap.planning.proposals import propose
+from vlmcap.planning.sweep_budget.budget import ClipSeconds, Encoding, Job, NumClips, encodings, largest_subset, sweep_seconds, with_clips
+from vlmcap.planning.sweep_budget.proposals import propose
 
 # 8 000 clips, 4 epochs, an evaluation of 128 clips after each, 1 000 clips in each other split.
 JOB = Job(

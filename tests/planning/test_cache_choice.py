@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmcap.planning.cache_choice import (
-    CacheCosts,
-    choose_cache,
-    duration,
-    encoder_flops,
-    flops_per_s,
-    gigabytes,
-    grouped,
-    training_flops,
-)
+from vlmcap.assembly.cache_choice import CacheCosts, choose_cache, encoder_flops, flops_per_s, training_flops
+from vlmcap.terminal import duration, gigabytes, grouped
 
 SLOW = CacheCosts(
     num_clips=2500,

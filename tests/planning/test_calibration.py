@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vlmcap.build import this_card
-from vlmcap.build.plan import make_plan
-from vlmcap.build.this_card import Present, assumed_card, calibration_folder
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.config import Config
+from vlmcap.planning import device as this_card
 from vlmcap.planning.calibration import Calibration, choose_calibration, read_calibrations, write_calibration
 from vlmcap.planning.cards import card_of, own_profile, suitable_profile
 from vlmcap.planning.costs import training_seconds
+from vlmcap.planning.device import Present, assumed_card, calibration_folder
+from vlmcap.planning.make import make_plan
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
 L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 90.0)

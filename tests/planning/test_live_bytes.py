@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.planning.live_bytes import ROUNDING, LiveBytes
+from vlmcap.planning.estimate.live_bytes import ROUNDING, LiveBytes
 
 KB4 = 1000 * 4 // ROUNDING * ROUNDING + ROUNDING  # 1000 float32, rounded up as the allocator does
 

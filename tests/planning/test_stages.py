@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vlmcap.planning.stages import extrapolate, extrapolate_kept
-from vlmcap.planning.trial import Trial, trace_trial
+from vlmcap.measuring.trial import Trial, trace_trial
+from vlmcap.planning.estimate.stages import extrapolate, extrapolate_kept
 
 DEPTH = 6
 MODELS: dict[str, Trial] = {
@@ -73,7 +73,7 @@ def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> 
 
 _SCRIPT = """
 import sys
-from vlmcap.planning.trial import Trial, peak_of_real_step
+from vlmcap.measuring.trial import Trial, peak_of_real_step
 print(peak_of_real_step(Trial(**eval(sys.argv[1])), int(sys.argv[2])))
 """
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from vlmcap.build import dashboard as command
-from vlmcap.build.wandb_sweep import sweep_definition
+from vlmcap.cli import dashboard as command
 from vlmcap.cli import main
+from vlmcap.cli.wandb_sweep import sweep_definition
 from vlmcap.compose import compose
 from vlmcap.config import names
 from vlmcap.errors import UserError

@@ -49,7 +49,7 @@ class Program:
             self.trial = trial
             return train(config)
 
-        self._patch.setattr("vlmcap.build.run.train", kept)
+        self._patch.setattr("vlmcap.training.run.train", kept)
         self._patch.setattr(sys, "argv", ["train.py", *arguments])
         self._patch.chdir(self.folder)
         self._patch.setenv("HYDRA_FULL_ERROR", "1")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmcap.build.checkpoints import load_captioner, read_checkpoint
-from vlmcap.build.run import Run, train
 from vlmcap.config import Config
+from vlmcap.training.checkpoints.load import load_captioner, read_checkpoint
+from vlmcap.training.objects import Run
+from vlmcap.training.run import train
 
 OVERRIDES = ("cache.enabled=false", "data.align_epochs=0", "tuning.encoder_lr=1e-2", "trainer.max_steps=3")
 

@@ -14,14 +14,14 @@ from statistics import mean
 import pytest
 import torch
 
-from vlmcap.build.run import Run
-from vlmcap.build.run import test as run_test
 from vlmcap.config import Config, EvaluationBackend, EvaluationConfig, Split
 from vlmcap.errors import UserError
 from vlmcap.metrics import fact_accuracy, get_tokenizer, score_captions
 from vlmcap.metrics.__main__ import main as score_file
-from vlmcap.training.evaluation import gather
-from vlmcap.training.scorer import CaptionScorer, Prediction, describe_tokenizer, write_predictions
+from vlmcap.training.callbacks.evaluation import gather
+from vlmcap.training.callbacks.scorer import CaptionScorer, Prediction, describe_tokenizer, write_predictions
+from vlmcap.training.objects import Run
+from vlmcap.training.run import test as run_test
 from vlmcap.types import Batch, Clip
 
 MakeConfig = Callable[..., Config]
@@ -172,8 +172,8 @@ GATHER = """
 import sys
 import torch.distributed as dist
 from pathlib import Path
-from vlmcap.training.evaluation import gather
-from vlmcap.training.scorer import Prediction
+from vlmcap.training.callbacks.evaluation import gather
+from vlmcap.training.callbacks.scorer import Prediction
 from vlmcap.types import Clip
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)

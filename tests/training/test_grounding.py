@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.build.grounding import grounding_check
-from vlmcap.build.run import Run, evaluate, train
-from vlmcap.build.run import test as run_test
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
-from vlmcap.training.grounding_pairs import cost, swap_order
-from vlmcap.training.grounding_scores import is_near_zero
+from vlmcap.training.callbacks.grounding import grounding_check
+from vlmcap.training.callbacks.grounding_pairs import cost, swap_order
+from vlmcap.training.callbacks.grounding_scores import is_near_zero
+from vlmcap.training.objects import Run
+from vlmcap.training.run import evaluate, train
+from vlmcap.training.run import test as run_test
 from vlmcap.types import Batch, Clip
 
 MakeConfig = Callable[..., Config]

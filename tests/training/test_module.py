@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.build.run import Run, train
 from vlmcap.config import Config
 from vlmcap.errors import UserError
+from vlmcap.training.objects import Run
+from vlmcap.training.run import train
 from vlmcap.types import Batch, Skipped
 
 MakeConfig = Callable[..., Config]
@@ -123,7 +124,7 @@ def spoil(config: Config, names: list[str], folder: Path) -> Config:
     """The configuration on a copy of the demo in which some training clips are no videos."""
     import shutil
 
-    from vlmcap.build.demo import prepare
+    from vlmcap.demo.prepare import prepare
 
     config = prepare(config)
     shutil.copytree(config.data.root, folder)
@@ -174,9 +175,9 @@ def test_captions_without_tokens_are_named_and_long_ones_counted(
 
     original = PromptEncoder.encode_caption
     config = tiny_config(tmp_path / "run", "data.max_bad_fraction=0.1", "llm.max_caption_tokens=8", "data.tune_epochs=2")
-    from vlmcap.build.clips import load_splits
-    from vlmcap.build.demo import prepare
+    from vlmcap.assembly.clips import load_splits
     from vlmcap.config import Split
+    from vlmcap.demo.prepare import prepare
 
     lost = load_splits(prepare(config), [Split.train])["train"][5]
     monkeypatch.setattr(PromptEncoder, "encode_caption", lambda self, text: [] if text == lost.captions[0] else original(self, text))

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from vlmcap.build.run import train
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.training.loggers import others
 from vlmcap.training.loggers.make import make_loggers
+from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
 SHORT = ("data.tune_epochs=0", "trainer.max_steps=2")

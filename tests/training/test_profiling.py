@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from vlmcap.build.run import Run, train
 from vlmcap.config import Config
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.profiling import StepProfile
-from vlmcap.training.profiling_report import AROUND_LABELS, LABELS
+from vlmcap.training.objects import Run
+from vlmcap.training.profiling.callback import StepProfile
+from vlmcap.training.profiling.report import AROUND_LABELS, LABELS
+from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
 PROFILE = (

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from vlmcap.training.profiling_clock import PartClock
-from vlmcap.training.profiling_reads import ReadTimes
-from vlmcap.training.profiling_report import LABELS, StepTimes, draw_times
+from vlmcap.training.profiling.clock import PartClock, ReadTimes
+from vlmcap.training.profiling.report import LABELS, StepTimes, draw_times
 
 
 class Hands:

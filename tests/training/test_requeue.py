@@ -17,11 +17,11 @@ import torch
 
 from tests.conftest import TINY_RUN
 from tests.training.test_resume import COMMON, check_same_end, load
-from vlmcap.build.run import train
 from vlmcap.config import Config
 from vlmcap.errors import StoppedBySignal, UserError
+from vlmcap.training.callbacks.requeue import StopOnSignal, requeue
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.requeue import StopOnSignal, requeue
+from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
     code = (
         "import os, signal, sys, time, pathlib\n"
-        "from vlmcap.training.requeue import StopOnSignal\n"
+        "from vlmcap.training.callbacks.requeue import StopOnSignal\n"
         "with StopOnSignal(pathlib.Path('.')).listening():\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(20)\n"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from vlmcap.build.run import train
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.training.module import CaptioningModule
+from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
 COMMON = ("tuning.lora.dropout=0.1",)

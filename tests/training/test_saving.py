@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.build.run import Run
 from vlmcap.config import Config
+from vlmcap.training.callbacks.saving import AtomicCheckpointIO, StepLimit
+from vlmcap.training.objects import Run
 from vlmcap.training.random_state import random_states, set_random_states
-from vlmcap.training.saving import AtomicCheckpointIO, StepLimit
 
 MakeConfig = Callable[..., Config]
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmcap.config import StageConfig
-from vlmcap.training.schedule import StagePlan, cosine_rate
+from vlmcap.models.rates import cosine_rate
+from vlmcap.training.schedule import StagePlan
 
 
 def two_stages(align: int = 2, tune: int = 3, warmup_ratio: float = 0.0) -> StagePlan:

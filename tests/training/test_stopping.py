@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.tiny_training import tiny_data, tiny_training
-from vlmcap.build.run import train
 from vlmcap.compose import compose
 from vlmcap.config import Config, GuardConfig, StageConfig
 from vlmcap.errors import DivergedError, UserError
-from vlmcap.training.guard import DivergenceGuard
+from vlmcap.training.callbacks.guard import DivergenceGuard
+from vlmcap.training.callbacks.saving import checkpoint_callbacks
+from vlmcap.training.callbacks.stopping import PatientStop
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.saving import checkpoint_callbacks
+from vlmcap.training.run import train
 from vlmcap.training.schedule import StagePlan
-from vlmcap.training.stopping import PatientStop
 
 MakeConfig = Callable[..., Config]
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 import pytest
 
 from tests.training.wandb_file import WandbFile
-from vlmcap.build.run import evaluate, train
 from vlmcap.config import Config, LoggerConfig
 from vlmcap.config.names import (
     COLLAPSE,
@@ -34,8 +33,9 @@ from vlmcap.config.names import (
     VAL_LOSS,
     VAL_TABLE,
 )
+from vlmcap.training.callbacks.scorer import Prediction
 from vlmcap.training.loggers.tables import WandbTable
-from vlmcap.training.scorer import Prediction
+from vlmcap.training.run import evaluate, train
 from vlmcap.types import Clip
 
 MakeConfig = Callable[..., Config]

@@ -21,8 +21,8 @@ from vlmcap.data.loading.datamodule import CaptionDataModule, LoaderSettings
 from vlmcap.data.loading.lengths import count_tokens, sequence_lengths
 from vlmcap.data.quarantine import Ledger
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.callbacks.saving import AtomicCheckpointIO, checkpoint_callbacks
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.saving import AtomicCheckpointIO, checkpoint_callbacks
 from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch, Clip, Sample
 

@@ -3,7 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.datasets import FeaturePlan
+from vlmcap.assembly.features import features_folder, fill_store, grid_of_frames, hash_clips, hash_memo, open_store
+from vlmcap.assembly.parts import device_of, sketch_encoder
+from vlmcap.assembly.sources import locate_sources, vision_part
+from vlmcap.compose import compose
+from vlmcap.config import Split
+from vlmcap.demo.prepare import prepare
+from vlmcap.errors import UserError
+from vlmcap.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from vlmcap.data.features.eviction import StoreInfo
+    from vlmcap.data.features.store import FeatureStore
+    from vlmcap.types import Clip
 
 _OVERRIDES = "as of train.py, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are"
 
@@ -28,18 +52,130 @@ def add(commands: Any) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from vlmcap.build.cache_command import build
 
     build(options.overrides)
 
 
 def _info(options: argparse.Namespace) -> None:
-    from vlmcap.build.cache_command import info
 
     info(options.overrides)
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from vlmcap.build.cache_command import prune
 
     prune(options.overrides, max_gib=options.max_gib, key=options.key)
+
+
+_COLUMNS = ("key", "encoder", "layer", "frames", "clips", "size", "last used", "dtype", "error (RMS)", "error (max)")
+_MIN_WIDTH = 140  # in a pipe, too
+
+
+def build(overrides: Sequence[str]) -> None:
+    """Encodes every clip of a configuration that is not in its store yet; neither the language model nor its files are needed.
+
+    Args:
+        overrides: Of train.py.
+
+    Raises:
+        UserError: The configuration, its encoder or its data do not do.
+    """
+    from vlmcap.terminal import gigabytes, grouped
+
+    config = compose([*overrides, "cache.enabled=true"])
+    device_of(config)
+    quiet_libraries()
+    config = prepare(config)
+    clips = load_splits(config, (), tuple(Split))
+    sources = locate_sources(config, is_encoder_only=True)
+    sketch = sketch_encoder(config, sources.folders[vision_part(config)])
+    plan = FeaturePlan(config, sources, sketch, grid_of_frames(config, sketch))
+    store = open_store(plan)
+    hashes = hash_clips(clips, hash_memo(config))
+    fill_store(plan, store, clips, hashes)
+    bad = [(clip, reason) for split, own in hashes.items() for clip, reason in unusable(clips[split], own, store)]
+    if bad:
+        clip, reason = bad[0]
+        print(f"{grouped(len(bad))} clips have no features, first: {clip.id} ({reason})", file=sys.stderr)
+    print(f"{grouped(len(store))} clips, {gigabytes(store.num_bytes)}: {store.folder}")
+
+
+def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> Iterator[tuple[Clip, str]]:
+    """Clips without features in a filled store, and why."""
+    from vlmcap.data.features.store import UNREADABLE
+
+    for clip, content in zip(clips, hashes, strict=True):
+        reason = "it cannot be opened" if content == UNREADABLE else store.skipped(bytes(content))
+        if reason is not None:
+            yield clip, reason
+
+
+def info(overrides: Sequence[str]) -> None:
+    """Prints what stores there are.
+
+    Args:
+        overrides: `paths.cache_dir` says where.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlmcap.data.features.eviction import list_stores
+    from vlmcap.terminal import gigabytes
+
+    root = features_folder(compose(overrides))
+    stores = list_stores(root)
+    if not stores:
+        print(f"There are no features in {root}.")
+        return
+    total = gigabytes(sum(store.num_bytes for store in stores))
+    table = Table(title=f"{root}: {total}", title_justify="left", title_style="bold", box=None)
+    for column in _COLUMNS:
+        is_number = column in ("layer", "frames", "clips", "size")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+    for store in stores:
+        table.add_row(*_row(store))
+    table.caption, table.caption_justify = "Errors are those of the stored numbers, over the root mean square of the features.", "left"
+    Console(width=max(_MIN_WIDTH, Console().width)).print(table)
+
+
+def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | None = None) -> None:
+    """Deletes features: of the store `key`, or the longest unused ones until `max_gib` are left, or all.
+
+    Args:
+        overrides: `paths.cache_dir` says where.
+        max_gib: GiB that stay.
+        key: Of one store.
+
+    Raises:
+        UserError: There is no such store, or the number is none.
+    """
+    from vlmcap.data.features import eviction
+    from vlmcap.terminal import gigabytes
+
+    if max_gib is not None and not 0 <= max_gib < math.inf:
+        raise UserError(f"--max-gib must be 0 or more, not {max_gib}")
+    root = features_folder(compose(overrides))
+    freed = eviction.prune(root, round((max_gib or 0.0) * 2**30)) if key is None else eviction.remove_store(root, key)
+    left = eviction.list_stores(root)
+    in_use = ", ".join(store.key for store in left if store.is_in_use)
+    print(f"{gigabytes(freed)} freed, {gigabytes(sum(store.num_bytes for store in left))} left in {root}")
+    if in_use and key is None:
+        print(f"Kept, as a running program has them open: {in_use}")
+
+
+def _row(store: StoreInfo) -> list[str]:
+    from vlmcap.terminal import gigabytes, grouped
+
+    recipe: dict[str, Any] = store.recipe
+    frames = f"{recipe.get('num_frames', '?')} {recipe.get('sampling', '')}".strip()
+    pooled = f", pooled by {recipe['pooled']['size']}" if recipe.get("pooled") else ""
+    return [
+        store.key,
+        "/".join(Path(recipe.get("encoder_name") or "?").parts[-2:]),  # a hub id, or the end of a folder's path
+        str(recipe.get("layer", "?")),
+        frames,
+        grouped(store.num_clips),
+        gigabytes(store.num_bytes),
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used)),
+        f"{recipe.get('dtype', '?')}{pooled}",
+        *(("–", "–") if store.error is None else (f"{store.error.rms:.1e}", f"{store.error.max:.1e}")),
+    ]

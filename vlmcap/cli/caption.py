@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else None
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist")
-    from vlmcap.build.checkpoints import load_captioner
-    from vlmcap.training.progress import progress_reporter
+    from vlmcap.terminal import progress_reporter
+    from vlmcap.training.checkpoints.load import load_captioner
 
     captioner = load_captioner(options.checkpoint, read_settings(options.set))
     report = progress_reporter("captioning")

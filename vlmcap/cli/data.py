@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.clips import Splits, load_splits
+from vlmcap.assembly.datasets import decoded_dataset
+from vlmcap.assembly.parts import load_prompt_of
+from vlmcap.compose import compose
+from vlmcap.config import Config, Sampling, Split
+from vlmcap.demo.prepare import TINY, demo_folder
+from vlmcap.errors import UserError
+from vlmcap.files import replacing
+from vlmcap.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from vlmcap.data.inspection import Inspection
+    from vlmcap.types import Clip, Sample, Skipped
 
 
 def add(commands: Any) -> None:
@@ -24,9 +42,103 @@ def add(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from vlmcap.build.data_check import check_data
     from vlmcap.errors import UserError
 
     if options.max_clips is not None and options.max_clips < 1:
         raise UserError(f"--max-clips must be at least 1, not {options.max_clips}")
     check_data(options.overrides, options.output, max_clips=options.max_clips, reads_videos=not options.captions_only)
+
+
+NUM_SAMPLES = 12  # clips that the page shows
+
+
+def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None = None, reads_videos: bool = True) -> Inspection:
+    """What is in a data set, printed, and written as a page with its pictures.
+
+    Args:
+        overrides: As of train.py.
+        output: The HTML file.
+        max_clips: Videos read of each split; None reads all. Captions are always read all.
+        reads_videos: Whether videos are decoded at all.
+
+    Raises:
+        UserError: The configuration does not do, nothing can be read, or the folder of `output` is not there.
+    """
+    from vlmcap.data.inspection import Broken, Entry, Inspection, read_captions, repeated_captions
+    from vlmcap.reporting.data_page import data_page, show_inspection
+
+    if not output.parent.is_dir():
+        raise UserError(f"--output: the folder {output.parent} does not exist")
+    quiet_libraries()
+    config = compose(overrides)
+    if config.data.is_demo:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
+    splits = load_splits(config, (), tuple(Split))
+    if not splits:
+        raise UserError(f"{config.data.root} holds no clip that can be used as data.format={config.data.format.name}")
+    report = Inspection(same_captions=repeated_captions(splits))
+    report.broken += [Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped]
+    report.splits = {split: read_captions(clips) for split, clips in splits.items()}
+    note = _count_tokens(config, splits, report)
+    if reads_videos:
+        _read_videos(config, splits, report, max_clips)
+    limit = config.llm.max_caption_tokens
+    title = f"{config.data.name}: {config.data.root}"
+    with replacing(output) as partial:
+        partial.write_text(data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8")
+    show_inspection(report, llm=config.llm.name, limit=limit, note=note)
+    print(f"{output}: {len(report.samples)} clips with pictures, the lengths of captions, and all that was found")
+    return report
+
+
+def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
+    """Fills in tokens of captions; returns why not, where they cannot be counted."""
+    from vlmcap.data.loading.lengths import caption_lengths
+    from vlmcap.models.checkpoint import fingerprint, locate
+
+    part = "model" if config.is_whole else "llm"
+    checkpoint, revision, gate = ((found := getattr(config, part)).checkpoint, found.revision, found.gate)
+    if checkpoint == TINY:
+        return "tokens are not counted, as llm=tiny makes its vocabulary of the demo's captions: name the llm that you will train"
+    try:
+        folder = locate(checkpoint, revision, key=f"{part}.checkpoint", gate=gate, has_weights=False)
+        encode = load_prompt_of(config, folder).encode_caption
+    except UserError as error:
+        return f"tokens are not counted: {error}"
+    counted = Path(config.paths.cache_dir) / "manifests"
+    sha256 = fingerprint(folder, checkpoint, has_weights=False).sha256
+    for split, clips in splits.items():
+        report.splits[split].tokens = caption_lengths(clips, encode, folder=counted, fingerprint=sha256)
+    return ""
+
+
+def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: int | None) -> None:
+    from vlmcap.data.inspection import read_videos
+    from vlmcap.terminal import progress_reporter
+
+    read = {split: clips[:max_clips] for split, clips in splits.items()}
+    total = sum(map(len, read.values()))
+    chosen = sorted(random.Random(config.seed).sample(range(total), min(NUM_SAMPLES, total)))
+    progress = progress_reporter("reading clips")
+    for done in read_videos(report, _items(config, read), chosen=chosen):
+        progress(done, total)
+    if total < sum(map(len, splits.values())):
+        print(f"Only {total} videos were read, as --max-clips says.", file=sys.stderr)
+
+
+def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tuple[str, Sample | Skipped]]:
+    from torch.utils.data import DataLoader
+
+    from vlmcap.data.duplicates import NUM_HASHED_FRAMES
+    from vlmcap.data.inspection import Thumbnails
+
+    data = dataclasses.replace(config.data, num_frames=NUM_HASHED_FRAMES, sampling=Sampling.uniform, variable_frames=True)
+    config = dataclasses.replace(config, data=data)
+    for split, clips in splits.items():
+        dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
+        for item in DataLoader(dataset, batch_size=None, num_workers=config.data.num_workers):
+            yield split, item
+
+
+def _no_grid(num_frames: int, height: int, width: int) -> None:
+    """Thumbnails are cut into no patches."""

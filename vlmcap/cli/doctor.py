@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from typing import Any
 
+from vlmcap.compose import compose
 from vlmcap.errors import UserError
 
 
@@ -25,7 +28,6 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vlmcap.build.doctor_command import forget, show_doctor, show_measurement
 
     if options.forget and (options.measure or options.json):
         raise UserError("--forget goes with no other flag; run it alone, and --measure behind it")
@@ -39,3 +41,63 @@ def _run(options: argparse.Namespace) -> None:
         show_measurement(options.overrides, options.blocks, as_json=options.json)
     else:
         show_doctor(options.overrides, as_json=options.json)
+
+
+_NO_DATA = "data.root=unset"  # the doctor needs no clips
+
+
+def show_doctor(overrides: Sequence[str], *, as_json: bool = False) -> None:
+    """Prints what was found, and exits with 1 where something keeps runs from working.
+
+    Args:
+        overrides: As `train.py` takes them: the hardware that is meant, and paths.
+        as_json: As JSON.
+
+    Raises:
+        UserError: Something in the configuration does not do.
+    """
+    from vlmcap.cli.doctor_checks import run_checks
+    from vlmcap.cli.doctor_table import show_checks, verdict
+
+    checks = run_checks(compose([_NO_DATA, *overrides]))
+    is_ready = not any(check.level == "problem" for check in checks)
+    if as_json:
+        plain = {"ready": is_ready, "verdict": verdict(checks), "checks": [check.plain() for check in checks]}
+        print(json.dumps(plain, ensure_ascii=False, indent=2))
+    else:
+        show_checks(checks)
+    if not is_ready:
+        raise SystemExit(1)
+
+
+def show_measurement(overrides: Sequence[str], num_blocks: int | None, *, as_json: bool = False) -> None:
+    """Prints a plan beside what this machine did.
+
+    Args:
+        overrides: As `train.py` takes them; data.root is not needed.
+        num_blocks: Of encoder and language model; None takes all.
+        as_json: As JSON.
+    """
+    from vlmcap.measuring.measure import measure
+
+    comparison = measure(overrides, num_blocks)
+    if as_json:
+        print(json.dumps(comparison.plain(), ensure_ascii=False, indent=2))
+        return
+    from vlmcap.cli.doctor_table import show_comparison
+
+    show_comparison(comparison)
+
+
+def forget(overrides: Sequence[str]) -> None:
+    """Removes the measurements that are kept under paths.cache_dir."""
+    from vlmcap.planning.calibration import calibration_files
+    from vlmcap.planning.device import calibration_folder
+
+    folder = calibration_folder(compose([_NO_DATA, *overrides]))
+    files = calibration_files(folder)
+    for file in files:
+        file.unlink(missing_ok=True)
+        print(f"Removed {file.name}.")
+    if not files:
+        print(f"Nothing is kept in {folder}.")

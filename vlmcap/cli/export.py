@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: The output is in use, or the checkpoint or its base does not do.
     """
-    from vlmcap.build.export import export, tell
     from vlmcap.cli.caption import read_settings
+    from vlmcap.training.checkpoints.export import export, tell
 
     overrides = read_settings(options.set)
     print(tell(export(options.checkpoint, options.output, dtype=options.dtype, device=options.device, overrides=overrides)))

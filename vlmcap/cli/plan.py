@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmcap.compose import compose
 from vlmcap.errors import UserError
+from vlmcap.planning.grid.configs import grid_names
+from vlmcap.planning.grid.grid import _bar, make_grid
+from vlmcap.planning.make import NO_DATA, make_plan, with_changes
+from vlmcap.planning.sweep_budget.sweep import plan_sweep
 
 
 def add(commands: Any) -> None:
@@ -28,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vlmcap.build.quiet import import_libraries
+    from vlmcap.libraries import import_libraries
 
     if options.output and not options.grid:
         raise UserError("--output is the picture of --grid's table; add --grid, or leave it out")
@@ -36,17 +43,99 @@ def _run(options: argparse.Namespace) -> None:
     if options.multirun:
         if options.all:
             raise UserError("--all shows the memory of one combination; leave out -m")
-        from vlmcap.build.plan_sweep import show_sweep
 
         show_sweep(options.overrides, price=options.price, as_json=options.json)
         return
     if options.price is not None:
         raise UserError("--price is for a sweep; add -m")
     if options.grid:
-        from vlmcap.build.plan_grid import show_grid
-
         show_grid(options.overrides, as_json=options.json, output=options.output)
         return
-    from vlmcap.build.plan import show_plan
 
     show_plan(options.overrides, as_json=options.json, is_whole=options.all)
+
+
+def show_plan(overrides: Sequence[str], *, as_json: bool = False, is_whole: bool = False) -> None:
+    """Prints the plan of a configuration, and exits with 1 where it does not fit.
+
+    Args:
+        overrides: As `train.py` takes them; data.root is not needed.
+        as_json: As JSON.
+        is_whole: Every part of the memory, small ones too.
+
+    Raises:
+        UserError: Something in the configuration does not do.
+    """
+    import json
+
+    from vlmcap.libraries import quiet_libraries
+
+    quiet_libraries()
+    overrides = [NO_DATA, *overrides]
+    plan = with_changes(make_plan(compose(overrides)), overrides)
+    if as_json:
+        print(json.dumps(plan.plain(), indent=2))
+    else:
+        from vlmcap.planning import plan_table
+
+        plan_table.show_plan(plan, is_whole=is_whole)
+    if not plan.fits:
+        raise SystemExit(1)
+
+
+def show_grid(overrides: Sequence[str], *, as_json: bool = False, output: Path | None = None) -> None:
+    """Prints the table, and draws it where a file is named.
+
+    Args:
+        overrides: As `train.py` takes them; encoder, llm and hardware also several with commas, or all of conf/ where they are not named.
+        as_json: As JSON.
+        output: A PNG.
+
+    Raises:
+        UserError: Something in the configuration does not do.
+    """
+    import json
+    import sys
+
+    from vlmcap.libraries import quiet_libraries
+    from vlmcap.planning.grid import table as grid_table
+
+    quiet_libraries()
+    names = grid_names([NO_DATA, *overrides])
+    with _bar(sys.stderr.isatty() and not as_json) as advance:
+        found = make_grid(names, advance=advance)
+    if as_json:
+        print(json.dumps([cell.plain() for cell in found], indent=2))
+    else:
+        grid_table.show_grid(found)
+    if output:
+        from vlmcap.planning.grid.picture import draw_grid
+
+        draw_grid(found, output)
+
+
+def show_sweep(overrides: Sequence[str], *, price: float | None = None, as_json: bool = False) -> None:
+    """Prints what a sweep takes, and exits with 1 where nothing fits: no combination its card, or no proposal the budget.
+
+    Args:
+        overrides: As after `python train.py -m`.
+        price: Of an hour of the card.
+        as_json: As JSON.
+
+    Raises:
+        UserError: As `plan_sweep`.
+    """
+    from vlmcap.libraries import quiet_libraries
+
+    quiet_libraries()
+    if price is not None and not 0 <= price < float("inf"):
+        raise UserError(f"--price must be what an hour costs, 0 or more, not {price}")
+    plan = plan_sweep(overrides, price)
+    if as_json:
+        print(json.dumps(plan.plain(), indent=2, ensure_ascii=False))
+    else:
+        from vlmcap.planning.sweep_budget.table import show_budget
+
+        show_budget(plan)
+    if not plan.is_possible:
+        raise SystemExit(1)

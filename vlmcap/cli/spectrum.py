@@ -29,10 +29,10 @@ def _run(options: argparse.Namespace) -> None:
     for name in ("clips", "tokens"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
-    from vlmcap.build.quiet import import_libraries
+    from vlmcap.libraries import import_libraries
 
     import_libraries(with_adapters=False, with_training=False)
-    from vlmcap.build.spectrum import SpectrumSettings, show_spectra
+    from vlmcap.spectrum.measure import SpectrumSettings, show_spectra
 
     settings = SpectrumSettings(options.clips, options.tokens, options.layers, tuple(options.images or ()))
     show_spectra(options.overrides, settings, options.output, as_json=options.json)

@@ -7,7 +7,6 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
 from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.projectors import Projector
 from vlmcap.types import Batch, GridTHW, Skipped
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationSettings:
-    """How captions are decoded; one beam without sampling is greedy search. Names and ranges are those of transformers.
-
-    Attributes:
-        engine: "own" decodes greedily with `vlmcap.models.decoding` where it can; "hf" leaves everything to transformers.
-        num_rows: Most captions that are written at a time; None writes those of a whole batch.
-        speculate_ngram: Length of n-grams by which our own decoding guesses the tokens to come; 0 guesses nothing.
-    """
-
-    max_new_tokens: int
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 50
-    use_cache: bool = True
-    engine: str = "own"
-    num_rows: int | None = None
-    speculate_ngram: int = 0
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the best next token is all there is to choose, and keys are kept."""
-        return self.num_beams == 1 and not self.do_sample and self.use_cache
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Arguments of transformers' `generate`, but for the penalty; those of sampling and beams only where they count, or it warns."""
-        names = ["max_new_tokens", "num_beams", "no_repeat_ngram_size", "do_sample", "use_cache"]
-        arguments: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
-        names += ["temperature", "top_p", "top_k"] if self.do_sample else []
-        names += ["length_penalty"] if self.num_beams > 1 else []
-        return arguments | {name: getattr(self, name) for name in names}
 
 
 class VideoCaptioner(nn.Module):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlmcap.planning.stages import Bytes, StageTrace
+from vlmcap.planning.estimate.stages import Bytes, StageTrace
 
 FRAGMENTATION = 0.05  # of all but weights: what the allocator holds and cannot hand out
 FLOAT = 4  # bytes of a trained weight and of its gradient

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.planning.cache_choice import duration, gigabytes, grouped
 from vlmcap.planning.cards import GIB
 from vlmcap.planning.memory import Moment
 from vlmcap.planning.plan import Plan
+from vlmcap.terminal import duration, gigabytes, grouped
 
 _WIDTH = 30  # characters of the longest bar
 _SMALL = 0.1 * GIB  # parts below are added up

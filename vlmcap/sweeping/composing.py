@@ -13,10 +13,10 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.build.sweep_syntax import expand, short_names
 from vlmcap.compose import config_hash, explain, innermost, to_config
 from vlmcap.config import Config
 from vlmcap.errors import UserError
+from vlmcap.sweep_syntax import expand, short_names
 
 
 @dataclass(frozen=True, slots=True)

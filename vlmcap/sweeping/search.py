@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmcap.build.sweep_syntax import short_names
 from vlmcap.config import Sampler, SweepConfig
+from vlmcap.sweep_syntax import short_names
 from vlmcap.sweeping.composing import Composer, Job
 from vlmcap.sweeping.runner import Runner
 from vlmcap.sweeping.search_space import SearchSpace

@@ -18,9 +18,9 @@ from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.callbacks.saving import settle_loop
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
-from vlmcap.training.saving import settle_loop
 from vlmcap.training.schedule import StagePlan, peak_rate
 from vlmcap.types import Batch
 

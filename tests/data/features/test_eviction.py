@@ -14,7 +14,8 @@ import torch
 
 from vlmcap.data.features import leases
 from vlmcap.data.features.eviction import list_stores, prune, remove_store
-from vlmcap.data.features.store import FeatureStore, FillSettings
+from vlmcap.data.features.settings import FillSettings
+from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 
 Make = Callable[..., Any]

@@ -16,8 +16,9 @@ import torch
 from vlmcap.data.features import index as indices
 from vlmcap.data.features.index import FILE, ShardFile, ShardIndex, contains
 from vlmcap.data.features.precision import ErrorSums
+from vlmcap.data.features.settings import FillSettings
 from vlmcap.data.features.shards import Row, Shard
-from vlmcap.data.features.store import FeatureStore, FillSettings
+from vlmcap.data.features.store import FeatureStore
 
 Make = Callable[..., Any]
 SMALL = FillSettings(chunk_clips=6, shard_bytes=300)

@@ -15,7 +15,8 @@ from hypothesis.extra.numpy import arrays
 
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import DTYPES, ErrorSums, dequantize, is_finite, measure, quantize, size_bytes
-from vlmcap.data.features.store import FeatureStore, FillSettings
+from vlmcap.data.features.settings import FillSettings
+from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 
 Make = Callable[..., Any]

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from vlmcap.data.features.settings import FillSettings
 from vlmcap.data.features.shards import write_shard
-from vlmcap.data.features.store import FeatureStore, FillSettings
+from vlmcap.data.features.store import FeatureStore
 
 Make = Callable[..., Any]
 FORK = multiprocessing.get_context("fork")

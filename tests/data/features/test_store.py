@@ -18,7 +18,8 @@ from vlmcap.data.features.dataset import FeatureDataset
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import DTYPES, dequantize, quantize
 from vlmcap.data.features.recipe import Recipe
-from vlmcap.data.features.store import UNREADABLE, FeatureStore, FillSettings
+from vlmcap.data.features.settings import FillSettings
+from vlmcap.data.features.store import UNREADABLE, FeatureStore
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, GridTHW, Sample, Skipped
 

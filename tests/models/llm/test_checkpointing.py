@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.build.parts import add_adapters
+from vlmcap.assembly.parts import add_adapters
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
 from vlmcap.models.llm import checkpointing

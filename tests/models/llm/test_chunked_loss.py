@@ -15,7 +15,8 @@ from vlmcap.compose import compose
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_entropy, rows_per_chunk
@@ -287,7 +288,7 @@ def test_no_tensor_of_all_logits_is_made() -> None:
 
 
 def test_the_key(tmp_path: Path) -> None:
-    from vlmcap.build.model import loss_chunk_bytes
+    from vlmcap.assembly.model import loss_chunk_bytes
 
     assert loss_chunk_bytes(compose(["paths.output_dir=out"])) == 128 * 2**20
     assert loss_chunk_bytes(compose(["paths.output_dir=out", "hardware.loss_chunk_mib=null"])) is None

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmcap.data.loading.collate import Collator
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import load_prompt

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.load import load_language_model, text_width

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
-from vlmcap.models.captioner import GenerationSettings, VideoCaptioner
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders.adapt import add_tower_lora
 from vlmcap.models.known import known_config
 from vlmcap.models.layout import VisualRun

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmcap.data.loading.collate import Collator
-from vlmcap.models.captioner import GenerationSettings
+from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.models.pretrained import PretrainedParts, load_pretrained

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from vlmcap.compose import compose, to_plain, write_yaml
-from vlmcap.data.demo.grammar import describe, draw_scene
-from vlmcap.training.scorer import Prediction, write_predictions
+from vlmcap.demo.grammar import describe, draw_scene
+from vlmcap.training.callbacks.scorer import Prediction, write_predictions
 from vlmcap.types import Clip
 
 CATEGORIES = ("바다", "도시", "숲")
@@ -88,7 +88,7 @@ def write_run(
         has_summary: Whether it came to an end.
     """
     from vlmcap.config import EvaluationConfig
-    from vlmcap.training.scorer import CaptionScorer, describe_tokenizer
+    from vlmcap.training.callbacks.scorer import CaptionScorer, describe_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(_composed(tuple(overrides)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmcap.build.report import make_report
+from vlmcap.cli.report import make_report
 from vlmcap.reporting.report.analysis import Wanted
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -15,14 +15,14 @@ from PIL import Image
 from tests.reporting.report.run_folders import make_clips, say, write_run
 from vlmcap import cli
 from vlmcap.compose import read_yaml
-from vlmcap.data.demo.grammar import FACTS
+from vlmcap.demo.grammar import FACTS
 from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
 from vlmcap.reporting.report.analysis import Wanted, analyse
 from vlmcap.reporting.report.data import Report
 from vlmcap.reporting.report.folders import find_runs, read_run
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown
-from vlmcap.training.scorer import Prediction
+from vlmcap.training.callbacks.scorer import Prediction
 
 JOB = ["llm=qwen3_4b", "hardware=l4"]
 

@@ -21,7 +21,8 @@ from vlmcap.errors import UserError
 from vlmcap.types import Sample, Skipped
 
 if TYPE_CHECKING:
-    from vlmcap.data.features.store import FeatureStore, FillSettings
+    from vlmcap.data.features.settings import FillSettings
+    from vlmcap.data.features.store import FeatureStore
 
 _SAY_S = 30.0
 

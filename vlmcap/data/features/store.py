@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from vlmcap.data.features.leases import Lease
 from vlmcap.data.features.mapping import MappedShards
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
+from vlmcap.data.features.settings import FillSettings
 from vlmcap.errors import UserError
 from vlmcap.types import GridTHW, Sample, Skipped
 
@@ -31,25 +31,6 @@ if TYPE_CHECKING:
 
 UNREADABLE = b"0" * 32
 """Content hash of a clip whose file cannot be opened: nothing is ever remembered of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class FillSettings:
-    """How a store is filled.
-
-    Attributes:
-        shard_bytes: A shard is closed when it has reached this size.
-        flush_s: Seconds of encoding after which what there is becomes a shard, so that a kill costs no more.
-        chunk_clips: Clips that a process claims at a time.
-        stale_s: Seconds without a sign of life after which another machine's claim is taken over.
-        poll_s: Seconds between looks at what others have done, when they hold all that is left.
-    """
-
-    shard_bytes: int = 256 * 2**20
-    flush_s: float = 60.0
-    chunk_clips: int = 256
-    stale_s: float = 180.0
-    poll_s: float = 2.0
 
 
 class FeatureStore:

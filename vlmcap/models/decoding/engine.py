@@ -21,7 +21,7 @@ from vlmcap.models.decoding.rows import CaptionRow, penalised
 from vlmcap.models.llm.adapt import base_model
 
 if TYPE_CHECKING:
-    from vlmcap.models.captioner import GenerationSettings
+    from vlmcap.models.decoding.settings import GenerationSettings
 
 _DRAFT = 4  # most tokens that are guessed at a time: every row pays for the longest guess
 _GROUP = 8  # newcomers come in when an eighth of the rows is free, as reading their prompts one by one would be slower

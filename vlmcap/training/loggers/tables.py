@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 from vlmcap.config import LoggerConfig
 from vlmcap.config.names import VAL_TABLE
 from vlmcap.data.decoding.video import VideoError, decode_frames
-from vlmcap.training.evaluation import CaptionEvaluation
-from vlmcap.training.scorer import Prediction
+from vlmcap.training.callbacks.evaluation import CaptionEvaluation
+from vlmcap.training.callbacks.scorer import Prediction
 
 COLUMNS = ("id", "frames", "prediction", "reference")
 NUM_FRAMES = 4  # of a thumbnail

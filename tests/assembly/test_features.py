@@ -1,0 +1,263 @@
+"""Features of a configuration: made before the language model is loaded, read without an encoder, and the same losses as without them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlmcap
+from tests import assembling
+from vlmcap.assembly import features as features_module
+from vlmcap.assembly import model as model_module
+from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.model import Assembly
+from vlmcap.compose import compose, from_plain, to_config
+from vlmcap.config import Config, Split
+from vlmcap.demo.prepare import prepare
+from vlmcap.models.encoders import VisionEncoder
+from vlmcap.training.checkpoints.load import read_checkpoint
+from vlmcap.training.objects import Run
+from vlmcap.training.run import evaluate, train
+
+MakeConfig = Callable[..., Config]
+MakeRun = Callable[[Config], Run]
+SHORT = ("trainer.max_steps=3", "data.align_epochs=0", "evaluation.every_n_epochs=9", "trainer.log_every_n_steps=1")
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def fit(make_run: Callable[[Config], Run], config: Config) -> list[float]:
+    """The losses of a run's training, which neither captions nor scores anything."""
+    run = make_run(config)
+    run.trainer.fit(run.module, datamodule=run.data)
+    return losses(Path(config.paths.output_dir))
+
+
+def predictions(folder: Path) -> list[str]:
+    rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["prediction"] for row in rows]
+
+
+def assembled(config: Config) -> Assembly:
+    config = prepare(config)
+    torch.manual_seed(0)
+    return assembling.assembled(config, load_splits(config, list(Split)))
+
+
+def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, loading an encoder is an error."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the encoder was loaded")
+
+    monkeypatch.setattr(features_module, "load_encoder", refuse)
+    monkeypatch.setattr(model_module, "load_encoder", refuse)
+
+
+@pytest.fixture(scope="module")
+def decoded_losses(make_run: MakeRun, tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of three steps without a cache."""
+    return fit(make_run, tiny_config(tmp_path_factory.mktemp("decoded"), *SHORT, "cache.enabled=false"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        (["cache.dtype=float32"], 0),
+        (["cache.dtype=float32", "cache.pooled=true"], 0),
+        (["cache.dtype=float16"], 1e-4),
+        (["cache.dtype=float16", "cache.pooled=true"], 1e-4),
+        (["cache.dtype=int8"], 1e-3),
+    ],
+    ids=["float32", "float32 pooled", "float16", "float16 pooled", "int8"],
+)
+def test_losses_are_those_without_the_cache(
+    settings: list[str], tolerance: float, decoded_losses: list[float], make_run: MakeRun, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    found = fit(make_run, tiny_config(tmp_path, *SHORT, *settings))
+    assert len(decoded_losses) == 3
+    assert found == pytest.approx(decoded_losses, rel=tolerance, abs=0)
+
+
+def test_a_checkpoint_from_pooled_features_captions_fresh_video(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: Any) -> None:
+    config = tiny_config(tmp_path / "run", *SHORT, "cache.pooled=true", "cache.dtype=float32", "llm.projector_lr=0.05")
+    train(config)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = to_config(from_plain(read_checkpoint(checkpoint)["vlmcap"]["config"]))
+    videos = sorted((Path(saved.data.root) / "test" / "videos").glob("*.mp4"))
+    captions = predictions(tmp_path / "run")
+    assert vlmcap.load(checkpoint).caption(videos) == captions
+    unpooled = to_config(
+        from_plain(
+            read_checkpoint(checkpoint)["vlmcap"]["config"],
+            {"cache.pooled": False, "cache.enabled": False, "paths.output_dir": str(tmp_path / "scores")},
+        )
+    )
+    evaluate(unpooled, checkpoint)
+    rows = [json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prediction"] for row in rows] == captions
+    no_encoder(monkeypatch)
+    scores = evaluate(
+        to_config(from_plain(read_checkpoint(checkpoint)["vlmcap"]["config"], {"paths.output_dir": str(tmp_path / "again")})), checkpoint
+    )
+    assert "test/cider" in scores, "evaluation reads the cache, and loads no encoder"
+
+
+def test_the_encoder_is_gone_before_the_language_model_comes_and_never_comes_again(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive: list[int] = []
+    load_llm = model_module.load_llm
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        encoders = [thing for thing in gc.get_objects() if isinstance(thing, VisionEncoder)]
+        alive.append(sum(not next(encoder.parameters()).is_meta for encoder in encoders))
+        return load_llm(*arguments, **options)
+
+    gc.collect()
+    before = sum(isinstance(thing, VisionEncoder) and not next(thing.parameters()).is_meta for thing in gc.get_objects())
+    monkeypatch.setattr(model_module, "load_llm", spy)
+    config = tiny_config(tmp_path, f"paths.cache_dir={own_cache(tiny_config, tmp_path)}")
+    first = assembled(config)
+    assert "encoding the train split: 24 clips, " in capsys.readouterr().out
+    assert alive == [before]
+    assert first.captioner.encoder is None
+    assert first.features is not None
+    assert len(first.features.store) == 40
+    no_encoder(monkeypatch)
+    second = assembled(config)
+    assert "encoding" not in capsys.readouterr().out
+    assert first.num_encoder_parameters == second.num_encoder_parameters > 0
+    for name, tensor in second.captioner.state_dict().items():
+        assert torch.equal(tensor, first.captioner.state_dict()[name]), "the same start, whether features were missing or not"
+
+
+def own_cache(tiny_config: MakeConfig, folder: Path) -> Path:
+    """A cache folder with the session's demo and base parts, and no features."""
+    config = prepare(tiny_config(folder))
+    source, target = Path(config.paths.cache_dir), folder / "cache"
+    shutil.copytree(source / "demo", target / "demo")
+    return target
+
+
+def test_what_is_there_is_not_encoded_again(real_path: list[str], aihub_root: Path, tmp_path: Path, capsys: Any) -> None:
+    root = Path(shutil.copytree(aihub_root, tmp_path / "data"))
+    overrides = [*real_path, f"data.root={root}", "cache.enabled=true"]
+    assembled(compose(overrides))
+    capsys.readouterr()
+    for part, ending in (("videos", "mp4"), ("labels", "json")):
+        (root / "train" / part / f"train2.{ending}").rename(root / "train" / part / f"renamed.{ending}")
+    (root / "val" / "videos" / "val0.mp4").unlink()
+    shutil.copy(root / "train" / "videos" / "train0.mp4", root / "val" / "videos" / "val0.mp4")
+    assembled(compose(overrides))
+    assert "encoding" not in capsys.readouterr().out, "clips are known by their content, in whichever split and under whichever name"
+    with (root / "val" / "videos" / "val1.mp4").open("ab") as file:
+        file.write(b"\0" * 16)
+    assembled(compose(overrides))
+    assert "encoding the val split: 1 clips, " in capsys.readouterr().out
+
+
+def test_an_interrupted_filling_goes_on(
+    real_path: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward, calls = VisionEncoder.forward, 0
+
+    def interrupted(self: VisionEncoder, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(VisionEncoder, "forward", interrupted)
+    monkeypatch.setattr(features_module, "FRAMES_A_PASS", 4)  # two clips a pass
+    with pytest.raises(KeyboardInterrupt):
+        assembled(compose([*real_path, "cache.enabled=true"]))
+    assert "encoding the train split: 6 clips, " in capsys.readouterr().out
+    assembled(compose([*real_path, "cache.enabled=true"]))
+    assert "encoding the train split: 2 clips, " in capsys.readouterr().out
+
+
+def test_other_stores_go_when_there_is_no_room(real_path: list[str], tmp_path: Path) -> None:
+    first = assembled(compose([*real_path, "cache.enabled=true"]))
+    assert first.features is not None
+    used = sum(file.stat().st_size for file in first.features.store.folder.rglob("*"))
+    shutil.rmtree(first.features.store.folder / ".users")  # as if the process that has it open had ended
+    limit = 1.5 * used / 2**30
+    assembled(compose([*real_path, "cache.enabled=true", "cache.dtype=bfloat16", f"cache.max_gib={limit}"]))
+    left = sum(file.stat().st_size for file in (tmp_path / "cache" / "features").rglob("*") if file.is_file())
+    assert left <= limit * 2**30
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "llava_next_video"])
+def test_whole_models_too(
+    kind: str,
+    qwen_folders: dict[str, Path],
+    llava_folder: Path,
+    aihub_root: Path,
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = [
+        f"model={kind}_{'8b' if kind == 'qwen3_vl' else '7b'}",
+        f"model.checkpoint={qwen_folders.get(kind, llava_folder)}",
+        "hardware=cpu",
+        "data=aihub",
+        f"data.root={aihub_root}",
+        "data.num_frames=2",
+        "data.batch_size=3",
+        "data.eval_batch_size=3",
+        "data.num_workers=0",
+        "data.align_epochs=0",
+        "data.tune_epochs=1",
+        "llm.max_caption_tokens=48",
+        "llm.max_new_tokens=4",
+        "cache.dtype=float32",
+        "trainer.log_every_n_steps=1",
+        "evaluation.every_n_epochs=9",
+        f"paths.cache_dir={tmp_path / 'cache'}",
+        *([] if kind == "llava_next_video" else ["encoder.max_patches=16"]),
+    ]
+    decoded, cached = (
+        fit(make_run, compose([*overrides, f"cache.enabled={is_cached}", f"paths.output_dir={tmp_path / is_cached}"]))
+        for is_cached in ("false", "true")
+    )
+    assert len(cached) == 2
+    assert cached == pytest.approx(decoded, rel=1e-5)
+    no_encoder(monkeypatch)
+    assembly = assembled(compose([*overrides, "cache.enabled=true", f"paths.output_dir={tmp_path / 'third'}"]))
+    assert assembly.captioner.encoder is None
+
+
+def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
+    overrides = [*real_path, "data.num_frames=8", "data.variable_frames=true", "cache.dtype=float32", *SHORT]
+    decoded, cached = (
+        fit(make_run, compose([*overrides, f"cache.enabled={is_cached}", f"paths.output_dir={tmp_path / is_cached}"]))
+        for is_cached in ("false", "true")
+    )
+    assert cached == pytest.approx(decoded, rel=1e-6)
+    assembly = assembled(compose([*overrides, "cache.enabled=true"]))
+    assert assembly.features is not None
+    clips = assembly.features.clips["train"]
+    assert assembly.features.grids(clips) == [(4, 2, 2)] * 6, "the clips have four frames"
+
+
+@pytest.mark.parametrize("batching", ["by_length", "packed"])
+def test_lengths_are_known_from_the_features(batching: str, real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
+    overrides = [*real_path, f"data.batching={batching}", "data.max_tokens_per_batch=400", "cache.dtype=float32", *SHORT]
+    decoded, cached = (
+        fit(make_run, compose([*overrides, f"cache.enabled={is_cached}", f"paths.output_dir={tmp_path / is_cached}"]))
+        for is_cached in ("false", "true")
+    )
+    assert cached == pytest.approx(decoded, rel=1e-6)

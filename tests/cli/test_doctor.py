@@ -1,0 +1,152 @@
+"""`vlmcap doctor`: what it finds here, what it says where something is missing, and its exit codes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmcap.cli import doctor_checks as doctor
+from vlmcap.cli import main
+from vlmcap.cli.doctor_checks import run_checks
+from vlmcap.cli.doctor_table import Check
+from vlmcap.compose import compose
+from vlmcap.planning import device as this_card
+from vlmcap.planning.calibration import Calibration, write_calibration
+from vlmcap.planning.device import Present
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a card and without a key."""
+    monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(this_card, "present_card", lambda: None)
+    return tmp_path
+
+
+def found(*overrides: str) -> dict[str, Check]:
+    return {check.name: check for check in run_checks(compose(["data.root=unset", *overrides]))}
+
+
+def test_this_environment_is_fit_for_the_demo() -> None:
+    checks = found()
+    names = ["Python", "torch", "transformers", "peft", "bitsandbytes", "lightning", "card", "mecab-ko", "decoder", "ffmpeg", "disk", "W&B"]
+    assert list(checks) == names
+    assert [check for check in checks.values() if check.level == "problem"] == []
+    assert "강아지 가 공원 에서" in checks["mecab-ko"].found
+    assert importlib.metadata.version("torch") in checks["torch"].found
+
+
+def test_a_missing_card_is_a_problem_where_one_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "hardware=l4"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "Not ready: card."
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["ready"] is True
+    assert result["verdict"].startswith("Ready, with ")
+    assert {"name": "decoder", "level": "ok", "found": "PyAV wrote and read a clip", "mend": ""} in result["checks"]
+
+
+@pytest.mark.parametrize(
+    ("card", "level", "words"),
+    [
+        (Present("NVIDIA L4", 22.0, 21.5, "l4", (8, 9)), "ok", "NVIDIA L4, 21.5 of 22.0 GiB free, compute capability 8.9, hardware=l4"),
+        (Present("NVIDIA L4", 22.0, 3.0, "l4", (8, 9)), "warning", "another program holds memory"),
+        (Present("NVIDIA GeForce RTX 3050", 7.8, 7.5, None, (8, 6)), "warning", "hardware=t4"),
+    ],
+)
+def test_a_card(card: Present, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(this_card, "present_card", lambda: card)
+    checks = found("hardware=l4")
+    assert checks["card"].level == level
+    assert words in f"{checks['card'].found}: {checks['card'].mend}"
+    assert "attention" in checks["FlashAttention"].found or checks["FlashAttention"].found == "installed"
+
+
+@pytest.mark.parametrize(("version", "level"), [("2.12.1", "problem"), ("2.13.0+cu130", "ok"), ("3.0.0", "problem")])
+def test_versions_outside_the_tested_range(version: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "torch" else true(name))
+    check = found()["torch"]
+    assert check.level == level
+    assert ("pip install 'torch" in check.mend) == (level == "problem")
+
+
+def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return true(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert found()["peft"].level == "problem"
+
+
+def test_what_breaks_in_a_check_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("libavcodec.so: cannot open shared object file")
+
+    monkeypatch.setattr("vlmcap.data.decoding.video.write_video", broken)
+    check = found()["decoder"]
+    assert check.level == "problem"
+    assert "libavcodec.so" in check.found
+
+
+def test_a_decoder_that_gives_other_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("vlmcap.data.decoding.video.decode_frames", lambda *_: torch.zeros(4, 3, 64, 64, dtype=torch.uint8))
+    assert found()["decoder"].level == "problem"
+
+
+@pytest.mark.parametrize(("free_gib", "level"), [(500, "ok"), (20, "warning"), (0.5, "problem")])
+def test_room_on_the_disk(free_gib: float, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": int(free_gib * 2**30)})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    assert found()["disk"].level == level
+
+
+def test_a_key_is_never_shown(machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found("logger=wandb")["W&B"].level == "warning"
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    main(["doctor", "logger=wandb"])
+    monkeypatch.delenv("WANDB_API_KEY")
+    (machine / "netrc").write_text(f"machine api.wandb.ai login user password {SECRET}\n")
+    os.chmod(machine / "netrc", 0o600)
+    main(["doctor", "--json", "logger=wandb"])
+    shown = capsys.readouterr()
+    assert shown.out.count("a key is set") == 2
+    assert SECRET not in shown.out + shown.err
+
+
+def test_forgetting(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = machine / "cache" / "calibration"
+    write_calibration(folder, Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "x", 1.2, 0.4, 0.5, 0.7, 90.0))
+    main(["doctor", "--forget"])
+    assert list(folder.iterdir()) == []
+    main(["doctor", "--forget"])
+    assert capsys.readouterr().out.splitlines() == ["Removed NVIDIA-L4.json.", f"Nothing is kept in {folder}."]
+
+
+@pytest.mark.parametrize("arguments", [["--blocks", "1"], ["--forget", "--measure"], ["--measure", "--blocks", "0"]])
+def test_flags_that_do_not_go_together(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", *arguments])
+    assert stop.value.code == 2
+    assert "Error: --" in capsys.readouterr().err.splitlines()[-1]

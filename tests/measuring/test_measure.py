@@ -1,0 +1,190 @@
+"""`vlmcap doctor --measure`: real steps on random weights of true shapes, beside their plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmcap.cli import main
+from vlmcap.compose import compose
+from vlmcap.errors import UserError
+from vlmcap.measuring import measure as measure_module
+from vlmcap.measuring import measured as measured_module
+from vlmcap.measuring import steps as measured_steps
+from vlmcap.measuring.cut import with_blocks
+from vlmcap.measuring.measure import measure
+from vlmcap.measuring.random_parts import fill_random, quantize_meta
+from vlmcap.models.llm.experts import fused_experts
+from vlmcap.planning.estimate.stages import weights_of
+from vlmcap.planning.make import make_plan
+from vlmcap.planning.plan import Change
+
+TINY = ["hardware=cpu", "data.batch_size=4", "data.eval_batch_size=4", "llm.max_new_tokens=8"]
+CHANGE = Change(("data.batch_size=1",), "no quality", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def kept(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and "plans" not in file.parts]
+
+
+@pytest.mark.parametrize("overrides", [[], ["cache.enabled=false"], ["optim=adamw_8bit", "trainer.accumulate_grad_batches=4"]])
+def test_tiny_parts_are_measured_beside_their_plan(overrides: list[str]) -> None:
+    comparison = measure([*TINY, *overrides])
+    result = comparison.plain()
+    assert result["training"]["measured_gib"] > 0
+    assert result["seconds_per_clip"]["measured"] > 0
+    assert result["seconds_per_token"]["measured"] > 0
+    assert result["caption_tokens"] == 8
+    assert comparison.why_not_kept == "the model is too small to say anything of others"
+
+
+def test_the_page_ends_with_how_far_off_the_plan_is(capsys: pytest.CaptureFixture[str], cache_dir: Path) -> None:
+    main(["doctor", "--measure", "--blocks", "1", *TINY])
+    shown = capsys.readouterr()
+    assert shown.out.strip().splitlines()[-1].startswith("The plan's memory is ")
+    assert "only 1 block of each part ran" in shown.out
+    assert "training step 3 of 3" in shown.err
+    assert kept(cache_dir) == []
+
+
+def test_a_whole_measurement_is_kept_and_used_by_the_plan(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measured_module, "is_too_small", lambda _: False)
+    comparison = measure(TINY)
+    assert comparison.why_not_kept == ""
+    assert [file.parent.name for file in kept(cache_dir)] == ["calibration"]
+    config = compose(["data.root=unset", *TINY])
+    short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=8))
+    plan = make_plan(short)
+    assert plan.card.calibrated.startswith(comparison.card)
+    assert plan.training_gib == pytest.approx(comparison.training_gib, rel=1e-6)
+    assert plan.token_s == pytest.approx(comparison.measured.token_s)
+    assert plan.clip_s == pytest.approx(comparison.measured.clip_s)
+    main(["plan", *TINY])
+    assert f"calibrated on {comparison.card}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
+    """Of a mixture of experts: packed layers, packed experts and what stays as it was."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from vlmcap.planning.estimate.fake_tensors import quantize_hollow
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 300}
+    config = AutoConfig.for_model("qwen3_moe", **sizes)
+    with torch.device("meta"):
+        llm, hollow = (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for _ in range(2))
+    quantize_meta(llm, "4bit", torch.bfloat16)
+    fill_random(llm.requires_grad_(False).eval(), "cpu", torch.bfloat16)
+    quantize_hollow(hollow.requires_grad_(False), "4bit", torch.bfloat16)
+    assert all(experts.is_packed for experts in fused_experts(llm))
+    assert not any(tensor.is_meta for tensor in [*llm.parameters(), *llm.buffers()])
+    assert weights_of(llm)["frozen weights"] == weights_of(hollow)["frozen weights"]
+    logits = llm(input_ids=torch.randint(0, 300, (1, 7))).logits
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_tables_are_those_of_the_class(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=90
+    )
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config)
+    fill_random(llm, "cpu")
+    expected = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    assert expected
+    for name, buffer in llm.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+    assert all(torch.equal(p, torch.ones_like(p)) for name, p in llm.named_parameters() if "norm" in name)
+
+
+@pytest.mark.parametrize("overrides", [["encoder=siglip2", "llm=qwen3_8b"], ["model=qwen3_vl_8b"], ["model=llava_next_video_7b"]])
+def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: Path) -> None:
+    config = compose(["data.root=unset", "hardware=l4", *overrides])
+    whole, cut = make_plan(config), make_plan(with_blocks(config, 2, tmp_path / "cut"))
+    assert cut.num_visual == whole.num_visual
+    assert cut.weights_gib < 0.6 * whole.weights_gib
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
+    """Small ones of the same classes: positions in three directions, DeepStack, clips with sizes of their own."""
+    name = {"qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}[kind]
+    small = ["data.num_frames=2", "encoder.max_patches=16", "llm.max_caption_tokens=16", "llm.max_new_tokens=4"]
+    settings = ["data.batch_size=2", "data.eval_batch_size=2", "hardware=cpu", *small]
+    comparison = measure([f"model={name}", f"model.checkpoint={qwen_folders[kind]}", *settings])
+    assert comparison.measured.num_new == 4
+    assert comparison.measured.clip_s > 0
+
+
+def test_memory_that_ends_is_one_sentence_with_the_plan_s_advice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_dir: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(measured_steps.Training, "run", fail)
+    monkeypatch.setattr(measure_module, "with_changes", lambda plan, *_: dataclasses.replace(plan, changes=[CHANGE]))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--measure", *TINY])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("Error: tiny + mlp + tiny ran out of memory on hardware=cpu while training, planned at 0.")
+    assert error.endswith("try data.batch_size=1, planned at 0.1 GiB")
+    assert kept(cache_dir) == []
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> float:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(measured_steps.Training, "run", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        measure(TINY)
+
+
+def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path) -> None:
+    def interrupted(*_: Any, **__: Any) -> float:
+        raise KeyboardInterrupt
+
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(measure_module.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(measured_steps, "token_seconds", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--measure", "--blocks", "1", *TINY])
+    assert stop.value.code == 130
+    assert kept(cache_dir) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_host_without_room_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = measure_module.present_processor()
+    monkeypatch.setattr(measure_module, "present_processor", lambda: dataclasses.replace(present, free_gib=0.01))
+    with pytest.raises(UserError, match=r"needs 0\.\d GiB by its plan and .* has 0\.0 free; measure less of it with --blocks 1"):
+        measure(TINY)
+
+
+@pytest.mark.gpu
+def test_a_card_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--measure", "--json", "--blocks", "2", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.eval_batch_size=1"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["training"]["ratio"] == pytest.approx(1, abs=0.25)
+    assert result["generation"]["ratio"] == pytest.approx(1, abs=0.25)
+    assert 0 < result["context_gib"]["measured"] < 2

@@ -1,0 +1,150 @@
+"""`vlmcap plan`: known combinations, cards that are too small, and the refusal of a run that cannot fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlmcap.cli import main
+from vlmcap.compose import compose
+from vlmcap.errors import DoesNotFit, UserError
+from vlmcap.planning import make as plan_module
+from vlmcap.planning.make import enforce_plan, make_plan, with_changes
+from vlmcap.planning.plan import Plan
+
+ATTENTION = "tuning.lora.target_modules='q_proj,k_proj,v_proj,o_proj'"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Traces of the module in one place, made anew."""
+    folder = tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMCAP_CACHE_DIR", str(folder))
+        yield folder
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(compose(["data.root=unset", *overrides]))
+
+
+# The targets of the project, at batch 1 and LoRA of rank 16, not by smaller inputs.
+TARGETS = [
+    (["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1"], 4608, 12.0),
+    (["encoder=clip", "llm=qwen3_30b_a3b", "hardware=l4", ATTENTION, "data.eval_batch_size=1"], 4608, 24.0),
+]
+
+
+@pytest.mark.parametrize(("overrides", "num_visual", "most_gib"), TARGETS, ids=["qwen3_8b", "qwen3_30b_a3b"])
+def test_the_targets_are_met(overrides: list[str], num_visual: int, most_gib: float) -> None:
+    plan = planned(*overrides)
+    assert (plan.num_visual, plan.batch_size) == (num_visual, 1)
+    assert plan.training_gib < most_gib
+    assert plan.generation_gib < most_gib
+
+
+def test_weights_are_those_of_the_published_sizes() -> None:
+    """Qwen3-8B: 36 blocks of 4-bit layers, embeddings and head of 151 936 x 4 096 in 16 bits; CLIP's tower in 16 bits."""
+    plan = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1")
+    linear = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288)
+    packed = linear / 2 + linear / 64 + 4 * linear / 64 / 256
+    embeddings = 2 * 2 * 151936 * 4096
+    stored = sum(plan.training.parts[f"language model: {kind}"] for kind in ("frozen weights", "quantisation state"))
+    assert stored == pytest.approx(packed + embeddings, rel=1e-3)
+    assert plan.training.parts["encoder: frozen weights"] == pytest.approx(2 * (303.5e6 - 12.6e6), rel=1e-3)  # the last block is cut off
+    assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["llava_next_video_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"])
+def test_whole_models_are_planned(name: str) -> None:
+    plan = planned(f"model={name}", "hardware=l4", "data.eval_batch_size=1")
+    assert 4 < plan.training_gib < 16
+    assert plan.fits
+
+
+def test_a_tiny_configuration_without_a_download_is_planned() -> None:
+    plan = planned()
+    assert plan.fits
+    assert plan.hardware == "cpu"
+
+
+def test_stored_features_take_the_encoder_off_the_card() -> None:
+    without, stored = (
+        planned("encoder=clip", "llm=qwen3_8b", "hardware=l4"),
+        planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "cache.enabled=true"),
+    )
+    assert "encoder: frozen weights" in without.training.parts
+    assert not any(name.startswith("encoder") for name in stored.training.parts)
+    assert stored.cache_bytes == 2 * 8 * 576 * 1024
+
+
+def test_changes_make_it_fit_and_none_is_idle() -> None:
+    overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=t4", "data.batch_size=8", "data.eval_batch_size=8"]
+    plan = make_plan(compose(overrides))
+    assert not plan.fits
+    changed = with_changes(plan, overrides)
+    flat = [override for change in changed.changes for override in change.overrides]
+    assert make_plan(compose([*overrides, *flat])).fits
+    for left_out in flat:
+        assert not make_plan(compose([*overrides, *(override for override in flat if override != left_out)])).fits
+
+
+def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
+    monkeypatch.setattr("vlmcap.planning.estimate.stages.trace_stage", lambda *_, **__: pytest.fail("traced again"))
+    assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
+    for file in (store / "plans").iterdir():  # broken files are traced anew
+        file.write_text("{")
+    with pytest.raises(pytest.fail.Exception):
+        planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
+
+
+def test_json_has_the_stated_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {"peak_gib", "weights_gib", "activations_gib", "visual_tokens", "fits", "hardware", "changes"} <= found.keys()
+    assert found["fits"] is True
+    assert found["peak_gib"] == pytest.approx(max(found["training_gib"], found["generation_gib"]))
+
+
+def test_the_page_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "encoder=clip", "llm=qwen3_8b", "hardware=l4"])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1].startswith("clip + mlp + qwen3_8b, batch 1: fits, ")
+
+
+def test_an_unknown_architecture_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"llm.checkpoint=someone/model is not known before its download; set llm.checkpoint"):
+        planned("encoder=clip", "llm=qwen3_8b", "llm.checkpoint=someone/model", "hardware=l4")
+
+
+def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=64"]
+    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`") as caught:
+        enforce_plan(compose(overrides))
+    assert caught.value.peak_gib > caught.value.usable_gib == 22.0
+    enforce_plan(compose([*overrides, "plan.enforce=warn"]))
+    assert "Warning: clip + mlp + qwen3_8b needs" in capsys.readouterr().out
+    monkeypatch.setattr(plan_module, "make_plan", lambda _: pytest.fail("planned"))
+    enforce_plan(compose([*overrides, "plan.enforce=off"]))
+    enforce_plan(compose(["data.root=unset", "hardware=cpu"]))
+
+
+def test_a_model_that_cannot_be_traced_does_not_cost_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> Plan:
+        raise RuntimeError("no rule for this operation")
+
+    monkeypatch.setattr(plan_module, "make_plan", fail)
+    enforce_plan(compose(["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4"]))
+    assert "No memory plan: RuntimeError: no rule for this operation" in capsys.readouterr().out
+
+
+def test_dora_on_packed_weights_has_no_plan_and_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose(["data.root=unset", "encoder=siglip2", "llm=qwen3_4b", "hardware=l4", "tuning.lora.use_dora=true"])
+    with pytest.raises(UserError, match=r"use_dora=true over llm.quantization=4bit cannot be planned"):
+        make_plan(config)
+    enforce_plan(config)
+    assert "No memory plan: tuning.lora.use_dora=true" in capsys.readouterr().out

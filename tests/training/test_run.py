@@ -1,0 +1,108 @@
+"""What a run leaves behind, and what `train()` returns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmcap.config import Config
+from vlmcap.errors import UserError
+from vlmcap.training.run import train
+from vlmcap.training.summary import plain_scores
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def summary(straight_run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((straight_run / "summary.json").read_text(encoding="utf-8"))
+    return content
+
+
+def test_a_run_folder_holds_its_files_and_nothing_half_written(straight_run: Path) -> None:
+    files = {str(path.relative_to(straight_run)) for path in straight_run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "metrics.csv", "summary.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= files
+    assert not [name for name in files if ".partial" in name]
+    assert "quarantine.jsonl" not in files, "made at the first bad clip"
+
+
+def test_the_summary_says_scores_costs_and_versions(summary: dict[str, Any]) -> None:
+    for name in ("val/cider", "val/meteor", "val/facts/mean", "test/cider", "test/chrf", "test/swapped/cider", "test/permuted/facts/place"):
+        assert name in summary["scores"], name
+    assert summary["tokenizer"].startswith("mecab")
+    assert summary["steps"] == 8
+    assert (summary["truncated_captions"], summary["skipped_clips"]) == (24, 0)
+    assert 0 < summary["seconds"]["fit"] < summary["seconds"]["total"]
+    assert 0.1 < summary["peak_memory_gib"] < 100
+    assert {"vlmcap", "torch", "lightning", "transformers", "peft", "mecab-ko", "python"} <= set(summary["versions"])
+    assert {"git_revision", "command"} <= set(summary)
+
+
+def test_the_summary_counts_trained_and_frozen_parameters(summary: dict[str, Any]) -> None:
+    parts = summary["parameters"]
+    assert parts["projector"]["trained"] == parts["projector"]["parameters"] > 0
+    assert parts["adapters"]["trained"] == parts["adapters"]["parameters"] > 0
+    assert parts["llm"]["trained"] == 0 < parts["llm"]["parameters"]
+
+
+def test_train_returns_the_objective(straight_run: Path, summary: dict[str, Any]) -> None:
+    assert json.loads((straight_run / "objective.json").read_text()) == summary["scores"]["val/cider"]
+
+
+def test_a_checkpoint_may_follow_a_metric_that_is_slow(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    train(
+        tiny_config(tmp_path / "run", "data.monitor=val/meteor", "trainer.max_steps=1", "data.tune_epochs=0", "data.eval_every_n_epochs=1")
+    )
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert any("val/meteor" in row and "val/loss" in row for row in logged)
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_any_measured_objective_is_returned_and_another_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    assert 0 <= train(tiny_config(tmp_path / "run", "objective=test/length_ratio", "trainer.max_steps=1", "data.tune_epochs=0")) < 1000
+    with pytest.raises(UserError, match=r"objective=test/beauty is not measured; choose .*cider"):
+        train(tiny_config(tmp_path / "other", "objective=test/beauty"))
+    assert not (tmp_path / "other").exists(), "said before anything is trained"
+
+
+def test_a_best_checkpoint_of_an_earlier_run_is_not_taken(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    foreign = {"vlmcap": {"bases": {}}, "state_dict": {"captioner.projector.foreign": torch.zeros(1)}}
+    torch.save(foreign, tmp_path / "checkpoints" / "best.ckpt")
+    # No validation in training, so that this run has no best checkpoint of its own.
+    train(tiny_config(tmp_path, "trainer.max_steps=1", "evaluation.every_n_epochs=9"))
+    assert (tmp_path / "summary.json").is_file()
+
+
+def test_ctrl_c_in_training_reaches_the_program(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from vlmcap.training.module import CaptioningModule
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(CaptioningModule, "training_step", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_plan_without_epochs_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no epoch to train"):
+        train(tiny_config(tmp_path / "run", "data.align_epochs=0", "data.tune_epochs=0"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_that_are_no_number_become_null() -> None:
+    assert plain_scores({"a": math.nan, "b": 0.5}) == {"a": None, "b": 0.5}

@@ -1,0 +1,86 @@
+"""Clips and loaders of a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmcap.assembly.datasets import decoded_dataset
+from vlmcap.config import Batching, Config, Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.utils.data import Dataset
+
+    from vlmcap.assembly.model import Assembly
+    from vlmcap.data.loading.datamodule import CaptionDataModule
+    from vlmcap.types import Clip, GridTHW, Sample, Skipped
+
+
+def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[Clip]]) -> CaptionDataModule:
+    """Loaders for splits as `load_splits` returns them, out of the feature store where the assembly has one."""
+    from vlmcap.data.loading.collate import Collator
+    from vlmcap.data.loading.datamodule import CaptionDataModule, LoaderSettings
+
+    collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens)
+    features = assembly.features
+
+    def make_dataset(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
+        if features is not None:
+            return features.dataset(chosen)
+        return decoded_dataset(config, assembly.transform, assembly.grid_of, chosen)
+
+    is_shuffled = config.data.batching is Batching.shuffled
+    settings = LoaderSettings(
+        batch_size=config.data.batch_size,
+        eval_batch_size=config.data.eval_batch_size,
+        prompt_batch_size=prompt_batch_size(config, assembly),
+        # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
+        num_workers=0 if features is not None and config.encoder.is_cached else config.data.num_workers,
+        seed=config.seed,
+        max_eval_clips=config.evaluation.max_clips,
+        pin_memory=config.hardware.accelerator != "cpu",
+        batching=config.data.batching.value,
+        max_tokens_per_batch=config.data.max_tokens_per_batch,
+        # With shards, every rank takes part in every forward pass, so all must write the same captions in the same steps.
+        is_evaluation_shared=config.trainer.strategy is not Strategy.fsdp2,
+        lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
+    )
+    return CaptionDataModule(clips, make_dataset, collator, dataclasses.replace(collator, mode="generate"), settings)
+
+
+def prompt_batch_size(config: Config, assembly: Assembly) -> int:
+    """Clips of a batch to caption: more than there are rows where waiting clips can take the rows of those that end."""
+    return config.data.eval_batch_size * (config.evaluation.clips_per_row if assembly.captioner.is_refilling else 1)
+
+
+def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> NDArray[np.int64]:
+    """(N,) tokens of each training clip's whole sequence; of the largest possible video where sizes vary and are not known yet."""
+    from vlmcap.data.loading.lengths import caption_lengths, sequence_lengths
+
+    prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_whole else "llm"]
+    folder = Path(config.paths.cache_dir) / "manifests"
+    captions = caption_lengths(clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}")
+    limit = config.llm.max_caption_tokens
+    return sequence_lengths(
+        captions, max_caption_tokens=limit, prompt_tokens=prompt.num_prompt_tokens, visual_tokens=_visual_lengths(config, assembly, clips)
+    )
+
+
+def _visual_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> int | NDArray[np.int64]:
+    """Visual tokens and the text between them, (N,) where features say each clip's size."""
+    import numpy as np
+
+    def length(grid: GridTHW | None) -> int:
+        return sum(part if isinstance(part, int) else len(part) for part in assembly.visual(grid))
+
+    if assembly.features is None:
+        encoder = assembly.captioner.encoder
+        assert encoder is not None
+        return max(length(grid) for grid in encoder.possible_grids(config.data.num_frames))
+    grids = assembly.features.grids(clips)
+    known = {grid: length(grid) for grid in set(grids)}
+    return np.array([known[grid] for grid in grids], np.int64)

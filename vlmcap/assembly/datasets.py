@@ -1,0 +1,74 @@
+"""Data sets of decoded clips, and what features of them are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlmcap.assembly.sources import Sources
+from vlmcap.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmcap.data.loading.dataset import ClipDataset
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.types import Clip, GridTHW
+
+
+def decoded_dataset(
+    config: Config,
+    transform: Callable[[Tensor], Tensor],
+    grid_of: Callable[[int, int, int], GridTHW | None],
+    clips: Sequence[Clip],
+) -> ClipDataset:
+    """Clips with frames, decoded as the encoder wants them.
+
+    Args:
+        config: Of the run.
+        transform: As in `Assembly`.
+        grid_of: As in `Assembly`.
+        clips: In the order of the data set.
+    """
+    from vlmcap.data.decoding.augment import Augment
+    from vlmcap.data.decoding.sampling import FrameSampling
+    from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
+    from vlmcap.data.decoding.video import DecodeLimits
+    from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+
+    data = config.data
+    settings = ReadSettings(
+        sampling=FrameSampling(data.sampling.value, data.num_frames, data.fps, data.augment.jitter),
+        limits=DecodeLimits(timeout_s=data.decode_timeout_s),
+        decoder=resolve_decoder(data.decoder.value),
+        is_variable=data.variable_frames,
+        augment=Augment(data.augment.color, data.augment.crop),
+        seed=config.seed,
+        is_isolated=data.is_isolated,
+        memory_gib=data.decode_memory_gib,
+    )
+    return ClipDataset(clips, settings, frame_transform=transform, grid_of=grid_of)
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturePlan:
+    """What features of a configuration are made of.
+
+    Attributes:
+        config: As `prepare` returned it.
+        sources: With the base of the encoder.
+        sketch: The encoder without its weights.
+        grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
+        num_visual_tokens: V, the most that a clip may have; 0 where no language model will read them here.
+    """
+
+    config: Config
+    sources: Sources
+    sketch: VisionEncoder
+    grid_of: Callable[[int, int, int], GridTHW | None]
+    num_visual_tokens: int = 0
+
+    def decoded(self, clips: Sequence[Clip]) -> ClipDataset:
+        """Clips with the frames that the encoder takes."""
+        return decoded_dataset(self.config, self.sketch.transform, self.grid_of, clips)

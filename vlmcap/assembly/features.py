@@ -1,0 +1,242 @@
+"""Features of the frozen encoder for a configuration: stored before the language model is loaded, read while training."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vlmcap.assembly.clips import with_blank
+from vlmcap.assembly.datasets import FeaturePlan
+from vlmcap.assembly.encoding import FRAMES_A_PASS, batches_of, encoding_of, free_memory
+from vlmcap.assembly.parts import load_encoder
+from vlmcap.assembly.sources import vision_part
+from vlmcap.config import Config, EncoderTuning, Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.utils.data import Dataset
+
+    from vlmcap.data.features.recipe import Recipe
+    from vlmcap.data.features.store import FeatureStore
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.types import Clip, GridTHW, Sample, Skipped
+
+_LATE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The store of a configuration, and which of its entries each clip is.
+
+    Attributes:
+        store: Where the features are.
+        clips: Split name to clips.
+        hashes: Split name to the clips' content hashes, in their order.
+        memo: File that remembers the hashes of files.
+        pool_size: Patches a side that were averaged before storing; None where features are the encoder's own.
+    """
+
+    store: FeatureStore
+    clips: Mapping[str, Sequence[Clip]]
+    hashes: Mapping[str, NDArray[np.bytes_]]
+    memo: Path
+    pool_size: int | None = None
+
+    def hashes_of(self, chosen: Sequence[Clip]) -> NDArray[np.bytes_]:
+        """The content hashes of a whole split, or of any clips out of it."""
+        from vlmcap.data.features.content import content_hashes
+
+        split = next((split for split, members in self.clips.items() if members is chosen), None)
+        return content_hashes(chosen, self.memo) if split is None else self.hashes[split]
+
+    def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
+        """The features of a whole split, or of any clips out of it."""
+        from vlmcap.data.features.dataset import FeatureDataset
+        from vlmcap.data.features.pooled import PooledFeatureDataset
+
+        hashes = self.hashes_of(chosen)
+        if self.pool_size is None:
+            return FeatureDataset(chosen, hashes, self.store)
+        return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
+
+    def grids(self, chosen: Sequence[Clip]) -> list[GridTHW | None]:
+        """The clips' sizes in patches; None for the encoder's own, and for clips without features."""
+        from vlmcap.data.features.pooled import pooled_grid
+
+        names = [bytes(content) for content in self.hashes_of(chosen)]
+        found = [self.store.grid_thw(name) if name in self.store else None for name in names]
+        return [pooled_grid(grid, self.pool_size) if grid and self.pool_size else grid for grid in found]
+
+
+def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> Features | None:
+    """Every clip's features in the store, a black one's too if a run asks for it; None where the configuration or the costs want none.
+
+    The encoder is loaded only where clips are missing, and is gone from memory on return.
+
+    Args:
+        plan: Of the configuration.
+        clips: Split name to clips.
+
+    Raises:
+        UserError: The disk is full, or no clip can be read.
+    """
+    from vlmcap.data.features.eviction import prune
+
+    config = plan.config
+    if config.cache.enabled is False:
+        return None
+    clips = with_blank(config, clips)
+    store = open_store(plan)
+    if config.cache.enabled == "auto" and not _pays(plan, store, clips):
+        return None
+    memo = hash_memo(config)
+    hashes = hash_clips(clips, memo)
+    fill_store(plan, store, clips, hashes)
+    if config.cache.max_gib is not None:
+        prune(store.root, round(config.cache.max_gib * 2**30), keep=(store.key,))
+    return Features(store, clips, hashes, memo, config.projector.pool_size if config.cache.pooled else None)
+
+
+def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:
+    """F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own."""
+    from vlmcap.models.layout import StatedGrid
+
+    grid_of = encoder.transform.grid_thw
+    return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of
+
+
+def open_store(plan: FeaturePlan) -> FeatureStore:
+    """The store that a configuration's features belong to, filled or not."""
+    from vlmcap.data.features.store import FeatureStore
+
+    return FeatureStore(features_folder(plan.config), recipe_of(plan))
+
+
+def features_folder(config: Config) -> Path:
+    """Where all stores are."""
+    return Path(config.paths.cache_dir) / "features"
+
+
+def hash_memo(config: Config) -> Path:
+    """The file that remembers the content hashes of media."""
+    return Path(config.paths.cache_dir) / "content.sqlite"
+
+
+def recipe_of(plan: FeaturePlan) -> Recipe:
+    """Everything that the features depend on besides the clips."""
+    from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
+    from vlmcap.data.features.recipe import Recipe
+
+    config = plan.config
+    base, transform = plan.sources.bases[vision_part(config)], cast(Any, plan.sketch.transform)
+    return Recipe(
+        encoder=base.sha256,
+        layer=config.encoder.feature_layer,
+        transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
+        num_frames=config.data.num_frames,
+        sampling=config.data.sampling.value,
+        fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,
+        variable_frames=config.data.variable_frames,
+        decoder=resolve_decoder(config.data.decoder.value),
+        pooled={"kind": "pool", "size": config.projector.pool_size} if config.cache.pooled else None,
+        precision=config.hardware.precision.value,
+        dtype=config.cache.dtype,
+        encoder_name=base.name,
+        revision=base.revision,
+    )
+
+
+def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDArray[np.bytes_]]:
+    """Split name to the content hashes of its clips."""
+    from vlmcap.data.features.content import content_hashes
+
+    return {split: content_hashes(members, memo, _late_reporter(f"hashing the {split} split")) for split, members in clips.items()}
+
+
+def _late_reporter(label: str) -> Callable[[int, int], None]:
+    """A progress reporter of work that mostly takes no time, as its results are remembered, and then is not worth a line."""
+    from vlmcap.terminal import progress_reporter
+
+    started = time.monotonic()
+    report: Callable[[int, int], None] | None = None
+
+    def report_late(done: int, total: int) -> None:
+        nonlocal report
+        if report is None and time.monotonic() - started > _LATE_S:
+            report = progress_reporter(label)
+        if report is not None:
+            report(done, total)
+
+    return report_late
+
+
+def clip_bytes(plan: FeaturePlan) -> int:
+    """Bytes that the features of a clip take, those of the largest where sizes vary."""
+    from vlmcap.data.features.pooled import pooled_grid
+    from vlmcap.data.features.precision import size_bytes
+
+    config, sketch = plan.config, plan.sketch
+    grids = sketch.possible_grids(config.data.num_frames)
+    if config.cache.pooled:
+        grids = [pooled_grid(grid, config.projector.pool_size) for grid in grids]
+    return max(size_bytes(1, frames, rows * columns, sketch.embed_dim, config.cache.dtype) for frames, rows, columns in grids)
+
+
+def fill_store(
+    plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]], hashes: Mapping[str, NDArray[np.bytes_]]
+) -> None:
+    """Encodes what is missing, split by split, and says beforehand what it will take; does not load the encoder for nothing.
+
+    Raises:
+        UserError: The disk is full, or no clip can be read.
+    """
+    import torch
+
+    from vlmcap.terminal import gigabytes, grouped, progress_reporter
+
+    missing = {split: len(store.missing(own, retry_lost=True)) for split, own in hashes.items()}
+    if not any(missing.values()):
+        return
+    config, size = plan.config, clip_bytes(plan)
+    encode = encoding_of(config, load_encoder(config, plan.sources.folders[vision_part(config)]))
+    num_frames = max(frames for frames, _, _ in plan.sketch.possible_grids(config.data.num_frames))
+    max_bytes = None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30)
+    with torch.random.fork_rng(devices=[]):  # what is trained starts the same whether anything was missing or not
+        for split in [split for split, count in missing.items() if count]:
+            print(f"encoding the {split} split: {grouped(missing[split])} clips, {gigabytes(missing[split] * size)}", flush=True)
+            store.fill(
+                hashes[split],
+                batches_of(plan.decoded(clips[split]), max(1, FRAMES_A_PASS // num_frames), config.data.num_workers),
+                encode,
+                progress=progress_reporter(f"encoding the {split} split"),
+                on_wait=print,
+                retry_lost=True,
+                max_bytes=max_bytes,
+            )
+    del encode
+    free_memory()
+
+
+def _pays(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]]) -> bool:
+    """What `cache.enabled=auto` comes to, said in one line."""
+    from vlmcap.assembly.cache_choice import choose_cache, estimate_costs
+
+    if obstacle := _obstacle(plan.config):
+        print(f"cache.enabled=auto: off, as {obstacle}")
+        return False
+    choice = choose_cache(estimate_costs(plan, store, clips, clip_bytes(plan)))
+    print(choice.sentence, flush=True)
+    return choice.is_on
+
+
+def _obstacle(config: Config) -> str | None:
+    """Why features of this configuration cannot be kept."""
+    if config.tuning.encoder is not EncoderTuning.none:
+        return f"tuning.encoder={config.tuning.encoder.name} changes the features"
+    changed_by = config.data.changed_by
+    return None if changed_by is None else f"{changed_by} changes the frames from epoch to epoch"

@@ -1,0 +1,269 @@
+"""A configuration's model: its parts joined, or a whole pretrained one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmcap.assembly.datasets import FeaturePlan
+from vlmcap.assembly.features import Features, grid_of_frames
+from vlmcap.assembly.parts import (
+    add_adapters,
+    compile_blocks,
+    load_encoder,
+    load_llm,
+    load_prompt_of,
+    load_whole,
+    loss_chunk_bytes,
+    projector_spec,
+    sketch_encoder,
+    sketch_whole,
+    train_encoder,
+)
+from vlmcap.assembly.sources import Sources, locate_sources, vision_part
+from vlmcap.config import Batching, Config, Reducer
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.models.decoding.settings import GenerationSettings
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.models.llm.prompt import PromptEncoder
+    from vlmcap.models.projectors import Projector, ProjectorSpec
+    from vlmcap.types import GridTHW, VisualLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What is known of a model before any of its weights are loaded: sizes, prompt, and where its visual tokens go.
+
+    Attributes:
+        config: As `prepare` returned it.
+        sources: The frozen base checkpoints.
+        encoder: The vision encoder without its weights.
+        prompt: The language model's tokenizer and the text around the visual tokens.
+        projector: Settings and sizes of the projector; None for a whole pretrained model, which brings its own.
+        grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
+        visual: A clip's size -> placeholders, and text between them; picklable.
+        num_visual_tokens: V, the most that a clip may have.
+        context: Positions of the language model.
+    """
+
+    config: Config
+    sources: Sources
+    encoder: VisionEncoder
+    prompt: PromptEncoder
+    projector: ProjectorSpec | None
+    grid_of: Callable[[int, int, int], GridTHW | None]
+    visual: VisualLayout
+    num_visual_tokens: int
+    context: int
+
+    @property
+    def feature_plan(self) -> FeaturePlan:
+        """What the encoder's features are made of."""
+        return FeaturePlan(self.config, self.sources, self.encoder, self.grid_of, self.num_visual_tokens)
+
+    @property
+    def grids(self) -> Sequence[GridTHW]:
+        """Sizes in patches that a clip may have."""
+        return self.encoder.possible_grids(self.config.data.num_frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A model and what data needs to know of it.
+
+    Attributes:
+        captioner: The model.
+        sources: The frozen base checkpoints.
+        transform: Frames as they are decoded -> frames as the encoder wants them; a picklable dataclass.
+        grid_of: As in `ModelSpec`.
+        visual: A clip's size -> placeholders, and text between them; picklable.
+        num_visual_tokens: V, the most that a clip may have.
+        num_encoder_parameters: Of the encoder, loaded or not.
+        features: Where the clips' features are; None where the captioner encodes frames.
+    """
+
+    captioner: VideoCaptioner
+    sources: Sources
+    transform: Callable[[Tensor], Tensor]
+    grid_of: Callable[[int, int, int], GridTHW | None]
+    visual: VisualLayout
+    num_visual_tokens: int
+    num_encoder_parameters: int
+    features: Features | None = None
+
+
+def describe_model(config: Config) -> ModelSpec:
+    """Finds the base checkpoints of a configuration and refuses what does not fit together, before anything is loaded or encoded.
+
+    Raises:
+        UserError: A checkpoint is missing, or the parts do not fit.
+    """
+    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.llm.load import context_length, text_width
+    from vlmcap.models.llm.packing import check_packing
+
+    sources = locate_sources(config)
+    part = "model" if config.is_whole else "llm"
+    folder = sources.folders[part]
+    if config.data.batching is Batching.packed:
+        check_packing(folder, f"{part}={config.part_names[part]}")
+    encoder = sketch_encoder(config, sources.folders[vision_part(config)])
+    grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
+    if config.is_whole:
+        spec, outline = None, sketch_whole(config, folder)
+        prompt = load_prompt_of(config, folder, visual_prefix=outline.visual_prefix, visual_suffix=outline.visual_suffix)
+        visual = VisualRun(outline.num_tokens, grids[0])
+    else:
+        prompt = load_prompt_of(config, folder)
+        spec = projector_spec(config, encoder, text_width(folder), len(prompt.question_ids))
+        spec.check()
+        visual = VisualRun(spec.num_tokens, grids[0])
+    num_visual = check_context(config, visual, grids, prompt, context)
+    return ModelSpec(config, sources, encoder, prompt, spec, grid_of_frames(config, encoder), visual, num_visual, context)
+
+
+def assemble(
+    spec: ModelSpec,
+    features: Features | None = None,
+    *,
+    is_fresh: bool = True,
+    llm: nn.Module | None = None,
+    num_kept_layers: int = 0,
+    is_meta: bool = False,
+) -> Assembly:
+    """Loads the weights of a model, its trained parts fresh or warm-started.
+
+    Args:
+        spec: As `describe_model` returned it.
+        features: Stored features of the clips, with which the encoder is not loaded; None where frames will come.
+        is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any more.
+        llm: Stands in for the language model where another program runs that; not for whole models.
+        num_kept_layers: Last layers of the language model that are not recomputed although it is checkpointed.
+        is_meta: Leaves frozen weights on the meta device, for a process that receives its shards of them from another.
+
+    Raises:
+        UserError: A part cannot be loaded, or the text between visual tokens does not fit into the context.
+    """
+    if spec.projector is None:
+        return _assemble_whole(spec, features, num_kept_layers)
+    return _assemble_parts(spec, features, is_fresh, llm, num_kept_layers, is_meta)
+
+
+def _assemble_parts(
+    spec: ModelSpec, features: Features | None, is_fresh: bool, llm: nn.Module | None, num_kept_layers: int, is_meta: bool
+) -> Assembly:
+    from vlmcap.data.features.pooled import pooled_grid
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.projectors import build_projector
+
+    config, visual, shape = spec.config, spec.visual, spec.projector
+    assert shape is not None
+    if features is not None and features.pool_size is not None:
+        # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are encoded on the fly.
+        frames, *side = pooled_grid(spec.grids[0], features.pool_size)
+        shape = dataclasses.replace(shape, grid=shape.reduced_grid(shape.grid), reducer="none")
+        visual = VisualRun(shape.num_tokens, (frames, side[0], side[1]))
+    projector = build_projector(shape)
+    if is_fresh and config.projector.checkpoint:
+        warm_start(projector, config.projector.checkpoint)
+    encoder = None
+    if features is None:
+        load = sketch_encoder if is_meta else load_encoder
+        encoder = load(config, spec.sources.folders["encoder"]).requires_grad_(False)
+        train_encoder(config, encoder)
+    if llm is None:
+        llm = add_adapters(config, load_llm(config, spec.sources.folders["llm"], is_meta=is_meta), num_kept_layers)
+    compile_blocks(config, llm)
+    captioner = VideoCaptioner(encoder, projector, llm, spec.prompt, generation_settings(config))
+    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
+    return _assembled(spec, captioner, visual, spec.num_visual_tokens, features)
+
+
+def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers: int) -> Assembly:
+    from vlmcap.models.layout import VisualRun
+
+    config = spec.config
+    parts = load_whole(config, spec.sources.folders["model"])
+    visual = parts.visual_layout or VisualRun(parts.num_tokens, spec.grids[0])
+    num_visual = check_context(config, visual, spec.grids, spec.prompt, spec.context)  # once more, with the text between visual tokens
+    encoder = parts.encoder if features is None else None
+    if encoder is not None:
+        train_encoder(config, encoder)
+    llm = add_adapters(config, parts.llm, num_kept_layers)
+    compile_blocks(config, llm)
+    captioner = parts.captioner_class(encoder, parts.projector, llm, spec.prompt, generation_settings(config))
+    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
+    return _assembled(spec, captioner, visual, num_visual, features)
+
+
+def _assembled(
+    spec: ModelSpec, captioner: VideoCaptioner, visual: VisualLayout, num_visual_tokens: int, features: Features | None
+) -> Assembly:
+    num_parameters = sum(parameter.numel() for parameter in spec.encoder.parameters())
+    return Assembly(captioner, spec.sources, spec.encoder.transform, spec.grid_of, visual, num_visual_tokens, num_parameters, features)
+
+
+def warm_start(projector: Projector, checkpoint: str) -> None:
+    """Puts the weights of an earlier projector into this one.
+
+    Raises:
+        UserError: There is none, or it does not fit.
+    """
+    from vlmcap.models.checkpoint import locate
+    from vlmcap.models.projectors import load_projector_weights
+
+    is_here = Path(checkpoint).exists()
+    folder = checkpoint if is_here else locate(checkpoint, None, key="projector.checkpoint", part="multi_modal_projector")
+    load_projector_weights(projector, folder)
+
+
+def generation_settings(config: Config) -> GenerationSettings:
+    """How captions are decoded."""
+    from vlmcap.models.decoding.settings import GenerationSettings
+
+    known = {field.name for field in dataclasses.fields(GenerationSettings)}
+    chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
+    chosen |= {"engine": config.evaluation.engine.value, "num_rows": config.data.eval_batch_size}
+    return GenerationSettings(config.llm.max_new_tokens, **chosen)
+
+
+def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:
+    """Visual tokens of the largest clip; `UserError` if they, the prompt and the longest caption exceed the model's positions.
+
+    Args:
+        config: Of the run.
+        visual: Places of the visual tokens.
+        grids: Sizes that a clip may have.
+        prompt: Text around them.
+        context: Positions of the language model.
+    """
+    layouts = [visual(grid) for grid in grids]
+    num_visual = max(sum(part for part in layout if isinstance(part, int)) for layout in layouts)
+    text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
+    check_length(config, num_visual, text, context)
+    return num_visual
+
+
+def check_length(config: Config, num_visual: int, text: int, context: int) -> None:
+    """`UserError` if visual tokens, those of the text around them and the longest caption exceed the model's positions."""
+    longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
+    if num_visual + text + longest > context:
+        name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
+        if config.projector.reducer is Reducer.none:
+            mend = "set projector.reducer=pool"
+        if config.is_whole:
+            name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
+        raise UserError(
+            f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
+            f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
+        )

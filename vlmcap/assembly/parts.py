@@ -1,0 +1,232 @@
+"""Each part of a model out of its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.config import Config, EncoderTuning, Precision, ProjectorKind, Reducer, Temporal
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vlmcap.models.encoders import EncoderOptions, VisionEncoder
+    from vlmcap.models.llm.prompt import PromptEncoder
+    from vlmcap.models.pretrained import PretrainedParts
+    from vlmcap.models.projectors import ProjectorSpec
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Type of frozen weights and of arithmetic on them."""
+    import torch
+
+    return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[precision]
+
+
+def device_of(config: Config) -> str:
+    """Device of quantised weights while loading."""
+    import torch
+
+    if config.hardware.accelerator == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError(f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the driver")
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+def encoder_options(config: Config) -> EncoderOptions:
+    """What the encoder is asked for beside its checkpoint; FlashAttention where the hardware's `auto` finds it."""
+    import torch
+
+    from vlmcap.models.encoders import EncoderOptions
+    from vlmcap.models.llm.attention import choose_attention
+
+    settings, dtype = config.encoder, dtype_of(config.hardware.precision)
+    # The plan and the tables build encoders for cards that are not there.
+    device = device_of(config) if torch.cuda.is_available() else "cpu"
+    return EncoderOptions(
+        feature_layer=settings.feature_layer,
+        dtype=dtype,
+        image_size=settings.image_size,
+        max_patches=settings.max_patches,
+        max_tiles=settings.tiling,
+        attention=choose_attention("auto", device, dtype) if config.hardware.attention == "auto" else "sdpa",
+    )
+
+
+def load_encoder(config: Config, folder: Path) -> VisionEncoder:
+    """The vision encoder, frozen; of a whole model it alone is read."""
+    from vlmcap.models import encoders, pretrained
+
+    if not config.is_whole:
+        return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
+    options = {name: value for name, value in language_options(config).items() if name != "quantization"}
+    encoder: VisionEncoder = pretrained.load_vision(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **options)
+    return encoder
+
+
+def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
+    """The vision encoder without its weights, on the meta device: its sizes and its transform."""
+    from vlmcap.models import encoders, pretrained
+
+    if not config.is_whole:
+        return encoders.sketch_encoder(config.encoder.family.value, folder, encoder_options(config))
+    encoder: VisionEncoder = pretrained.sketch_vision(
+        config.model.kind.value, folder, dtype=dtype_of(config.hardware.precision), max_patches=config.encoder.max_patches
+    )
+    return encoder
+
+
+def train_encoder(config: Config, encoder: Any) -> None:
+    """Thaws the encoder, or puts adapters on it, as `tuning.encoder` says."""
+    tuning, lora = config.tuning.encoder, config.tuning.lora
+    if tuning is EncoderTuning.none:
+        return
+    if tuning is EncoderTuning.full:
+        encoder.float().requires_grad_(True)  # mixed precision wants float32 masters
+    else:
+        from vlmcap.models.encoders.adapt import add_tower_lora
+
+        add_tower_lora(
+            encoder.tower, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_dora=lora.use_dora, use_rslora=lora.use_rslora
+        )
+    if config.hardware.gradient_checkpointing:
+        encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSpec:
+    """Settings and sizes of the projector."""
+    from vlmcap.models.projectors import ProjectorSpec
+
+    settings, grids = config.projector, encoder.possible_grids(config.data.num_frames)
+    _check_tiling(config)
+    if settings.kind is ProjectorKind.pixel_shuffle and len({(height, width) for _, height, width in grids}) > 1:
+        raise UserError(
+            f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, and the grids of "
+            f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another projector or encoder"
+        )
+    names = {field.name for field in dataclasses.fields(ProjectorSpec)} & {field.name for field in dataclasses.fields(settings)}
+    values = {name: getattr(settings, name) for name in names}
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}
+    return ProjectorSpec(
+        in_dim=encoder.embed_dim,
+        out_dim=out_dim,
+        grid=encoder.grid,
+        num_frames=max(frames for frames, _, _ in grids),
+        num_prompt_tokens=num_prompt_tokens,
+        **plain,
+    )
+
+
+def _check_tiling(config: Config) -> None:
+    projector, tiling = config.projector, config.encoder.tiling
+    wrong = {
+        f"frame_stack={projector.frame_stack}": projector.frame_stack > 1,
+        f"temporal={projector.temporal.name}": projector.temporal in (Temporal.attention, Temporal.position),
+        "reducer=saliency": projector.reducer is Reducer.saliency,
+    }
+    key = next((key for key, is_wrong in wrong.items() if is_wrong), None)
+    if tiling > 1 and key:
+        raise UserError(
+            f"projector.{key} compares places of frames, which encoder.tiling={tiling} cuts into tiles of their own; "
+            "set encoder.tiling=1, or projector.frame_stack=1, projector.temporal=none and another projector.reducer"
+        )
+
+
+def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder:
+    """The language model's tokenizer with the prompt; `around` is text that stands directly around the visual tokens."""
+    from vlmcap.models.llm.prompt import load_prompt
+
+    settings = config.llm
+    return load_prompt(
+        folder,
+        prompt=settings.prompt,
+        system_prompt=settings.system_prompt,
+        enable_thinking=settings.enable_thinking,
+        chat_template=settings.chat_template,
+        **around,
+    )
+
+
+def language_options(config: Config) -> dict[str, Any]:
+    """How a language model's weights are stored and computed with."""
+    quantization = config.llm.quantization.value
+    if quantization != "none" and any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
+        raise UserError(
+            f"tuning={config.tuning.name} trains the language model's own weights, which llm.quantization={quantization} forbids; "
+            "set llm.quantization=none"
+        )
+    return {
+        "dtype": dtype_of(config.hardware.precision),
+        "quantization": quantization,
+        "attention": config.llm.attention,
+        "device": device_of(config),
+    }
+
+
+def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Module:
+    """The language model, frozen; without weights, on the meta device, where `is_meta`."""
+    from vlmcap.models.llm.load import load_language_model, sketch_language_model
+
+    if is_meta:
+        options = {name: value for name, value in language_options(config).items() if name != "quantization"}
+        return sketch_language_model(folder, **options)
+    return load_language_model(folder, **language_options(config))
+
+
+def load_whole(config: Config, folder: Path) -> PretrainedParts:
+    """The parts of a whole pretrained model, frozen but for its projector."""
+    from vlmcap.models.pretrained import load_pretrained
+
+    return load_pretrained(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **language_options(config))
+
+
+def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
+    """The same parts without weights, on the meta device, and without the layout that needs a tokenizer."""
+    import torch
+
+    from vlmcap.models.encoders.tower import read_config
+    from vlmcap.models.pretrained import build_pretrained
+
+    dtype, max_patches = dtype_of(config.hardware.precision), config.encoder.max_patches
+    with torch.device("meta"):
+        return build_pretrained(config.model.kind.value, read_config(folder), dtype=dtype, max_patches=max_patches)
+
+
+def loss_chunk_bytes(config: Config) -> int | None:
+    """Bytes of float32 logits that the loss may have at once; None for all."""
+    size_mib = config.hardware.loss_chunk_mib
+    return None if size_mib is None else size_mib * 2**20
+
+
+def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module:
+    """The language model with adapters, thawed, or as it is, as tuning says.
+
+    Args:
+        config: Of the run.
+        llm: Changed in place.
+        num_kept: Layers whose activations are kept although others are computed again.
+    """
+    from vlmcap.models.llm.adapt import add_lora
+    from vlmcap.models.llm.checkpointing import checkpoint_layers
+
+    if config.hardware.gradient_checkpointing:
+        checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
+    if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
+        llm.float().requires_grad_(True)  # mixed precision wants float32 masters
+    lora = config.tuning.lora
+    if not config.tuning.use_lora:
+        return llm
+    adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora))
+    return adapted
+
+
+def compile_blocks(config: Config, llm: nn.Module) -> None:
+    """Compiles the language model's blocks where `hardware.compile` says so; a plan's hollow model is never compiled."""
+    from vlmcap.models.llm.compiling import compile_layers
+
+    if config.hardware.compile:
+        compile_layers(llm)

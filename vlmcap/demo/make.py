@@ -1,0 +1,109 @@
+"""Writes the demo data set in the AI Hub layout, so that the ordinary loader reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from vlmcap.data.once import make_once
+from vlmcap.demo.grammar import FACTS, Scene, describe, draw_scene
+
+_VERSION = 2  # raise when clips or captions of a seed change
+_HELD_OUT = 8  # one in so many combinations of facts is kept for validation and test
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """What a demo data set is made from; equal settings give equal clips and captions."""
+
+    num_train: int
+    num_val: int
+    num_test: int
+    seed: int
+
+
+def make_demo(folder: Path, settings: DemoSettings, progress: Callable[[int, int], None] | None = None) -> Path:
+    """The folder of the data set, written if it is not there yet: nothing half-written is ever found under its name.
+
+    Args:
+        folder: Parent; data sets of other settings may stand beside it.
+        settings: Sizes and seed.
+        progress: Called with clips done and clips in all.
+    """
+    key = hashlib.sha256(json.dumps([_VERSION, asdict(settings)]).encode()).hexdigest()[:10]
+
+    def write(partial: Path) -> None:
+        _write_all(partial, list(_plan(settings)), progress)
+        (partial / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    return make_once(folder / f"clips-{key}", write)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    split: str
+    name: str
+    scene: Scene
+    seed: int
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether this combination of facts is kept from training; camera motion does not count."""
+    facts = asdict(scene)
+    facts.pop("camera")
+    return hashlib.sha256("|".join(facts.values()).encode()).digest()[0] % _HELD_OUT == 0
+
+
+def _plan(settings: DemoSettings) -> Iterator[_Job]:
+    for split, count in (("train", settings.num_train), ("val", settings.num_val), ("test", settings.num_test)):
+        rng = random.Random(f"{settings.seed}/{split}")
+        for index in range(count):
+            scene = draw_scene(rng)
+            while is_held_out(scene) != (split != "train"):
+                scene = draw_scene(rng)
+            yield _Job(split, f"{split}_{index:05d}", scene, rng.randrange(2**31))
+
+
+def _write_all(root: Path, jobs: list[_Job], progress: Callable[[int, int], None] | None) -> None:
+    for split in {job.split for job in jobs}:
+        (root / split / "videos").mkdir(parents=True)
+        (root / split / "labels").mkdir()
+    workers = min(len(jobs) // 50 + 1, os.cpu_count() or 1)
+    if workers == 1:
+        for done, job in enumerate(jobs, 1):
+            _write_one(root, job)
+            _report(progress, done, len(jobs))
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        chunks = [jobs[start : start + 25] for start in range(0, len(jobs), 25)]
+        done = 0
+        for written in pool.map(_write_chunk, [root] * len(chunks), chunks):
+            done += written
+            _report(progress, done, len(jobs))
+
+
+def _report(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
+
+
+def _write_chunk(root: Path, jobs: list[_Job]) -> int:
+    for job in jobs:
+        _write_one(root, job)
+    return len(jobs)
+
+
+def _write_one(root: Path, job: _Job) -> None:
+    from vlmcap.data.decoding.video import write_video
+    from vlmcap.demo.render import FPS, render
+
+    write_video(root / job.split / "videos" / f"{job.name}.mp4", render(job.scene, job.seed), FPS)
+    label = {"annotation": {"description_kr": describe(job.scene, random.Random(job.seed))}, "facts": asdict(job.scene)}
+    (root / job.split / "labels" / f"{job.name}.json").write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,83 @@
+"""What the demo makes on first use: its clips and the tiny parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from vlmcap.config import Config
+
+TINY = "tiny"  # the checkpoint name of the language model that is made here
+TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of encoders
+
+
+def prepare(config: Config) -> Config:
+    """The configuration with the demo's data and tiny parts made and their folders filled in."""
+    data, encoder, llm, evaluation = config.data, config.encoder, config.llm, config.evaluation
+    if data.is_demo:
+        folder = demo_folder(config)
+        data = dataclasses.replace(data, root=str(folder))
+        if evaluation.facts is None:
+            evaluation = dataclasses.replace(evaluation, facts=str(folder / "facts.json"))
+    if llm.checkpoint == TINY or encoder.checkpoint in TINY_ENCODERS:
+        parts = tiny_parts(config)
+        if llm.checkpoint == TINY:
+            llm = dataclasses.replace(llm, checkpoint=str(parts["llm"]))
+        if encoder.checkpoint in TINY_ENCODERS:
+            encoder = dataclasses.replace(encoder, checkpoint=str(parts["encoder"]))
+    return dataclasses.replace(config, data=data, encoder=encoder, llm=llm, evaluation=evaluation)
+
+
+def demo_folder(config: Config) -> Path:
+    """The demo data set, made on first use."""
+    from vlmcap.demo.make import DemoSettings, make_demo
+    from vlmcap.terminal import progress_reporter
+
+    settings = DemoSettings(**dataclasses.asdict(config.data.demo))
+    return make_demo(Path(config.paths.cache_dir) / "demo", settings, progress_reporter("writing demo clips"))
+
+
+def tiny_parts(config: Config) -> dict[str, Path]:
+    """Folders of the tiny language model and the tiny encoder that is named, trained on first use on the demo's training split."""
+    from transformers import AutoTokenizer
+
+    from vlmcap.data.formats import Record, SourceSettings, read_records
+    from vlmcap.data.once import make_once
+    from vlmcap.demo.tiny_encoders import make_encoder
+    from vlmcap.demo.tiny_llm import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_language_model
+    from vlmcap.terminal import progress_reporter
+
+    folder = demo_folder(config)
+    parts = folder.with_name(folder.name.replace("clips-", f"parts{RECIPE}-"))
+    name = config.encoder.checkpoint if config.encoder.checkpoint in TINY_ENCODERS else TINY
+    made = {"llm": parts / "llm", "encoder": parts / name.replace(TINY, "encoder")}
+    if all(path.is_dir() for path in made.values()):  # reading all labels would delay each run
+        return made
+    entries = read_records("aihub", SourceSettings(root=str(folder)), "train")
+    clips = [entry.clip for entry in entries if isinstance(entry, Record)]
+    # A small demo, as tests make it, needs no long training.
+    share = min(1.0, len(clips) / 2000)
+    llm = make_once(
+        made["llm"],
+        lambda target: make_language_model(
+            target,
+            [clip.captions[0] for clip in clips],
+            prompt="영상을 설명해 주세요.",
+            num_steps=max(2, round(LANGUAGE_STEPS * share)),
+            seed=config.data.demo.seed,
+            progress=progress_reporter("training the tiny language model"),
+        ),
+    )
+    encoder = make_once(
+        made["encoder"],
+        lambda target: make_encoder(
+            target,
+            clips,
+            AutoTokenizer.from_pretrained(llm),
+            name=name,
+            num_steps=max(2, round(ENCODER_STEPS * share)),
+            seed=config.data.demo.seed,
+            progress=progress_reporter(f"training encoder={name}"),
+        ),
+    )
+    return {"llm": llm, "encoder": encoder}

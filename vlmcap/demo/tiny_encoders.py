@@ -1,0 +1,153 @@
+"""The tiny encoders of the demo: each family's real class, trained from nothing on the demo clips by CLIP's recipe, made once.
+
+They differ in what their families differ in: where positions come from, what is read off for the caption (CLS, attention pooling, a
+mean), normalisation of pixels, registers. Width, depth, patches, examples and steps are the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmcap.data.decoding.sampling import FrameSampling
+from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+from vlmcap.demo.tiny_llm import Progress, optimise
+from vlmcap.models.encoders import FAMILIES, FrameTransform
+from vlmcap.models.encoders.processor import Preprocessing
+from vlmcap.models.rates import cosine_rate
+from vlmcap.types import Clip, Sample
+
+_IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 64, 8, 96
+_SHARED = {"hidden_size": _WIDTH, "num_attention_heads": 4, "projection_dim": _WIDTH}
+_TOWER = {"intermediate_size": 288, "num_hidden_layers": 2, "image_size": _IMAGE_SIZE, "patch_size": _PATCH_SIZE}
+_CLIP = {"model_type": "clip_vision_model", **_SHARED, **_TOWER}
+_OTHER = {"hidden_size": _WIDTH, "num_attention_heads": 4, **_TOWER}
+VISION_CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": _CLIP,
+    "tiny_untrained": _CLIP,
+    "tiny_siglip2": {"model_type": "siglip_vision_model", **_OTHER},
+    "tiny_dinov3": {"model_type": "dinov3_vit", **_OTHER, "num_register_tokens": 4},
+    "tiny_internvit": {"model_type": "internvl_vision", **_OTHER, "attention_bias": True, "use_mean_pooling": False},
+}
+"""Of each tiny encoder, as a `config.json` has it."""
+
+
+def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: str, num_steps: int, seed: int, progress: Progress) -> None:
+    """Trains a vision tower of 0.2 M parameters on single frames and captions, beside a text tower that is not kept, and saves it.
+
+    Source of the objective: Radford et al., https://arxiv.org/abs/2103.00020.
+
+    Args:
+        folder: Where to save.
+        clips: The training split.
+        tokenizer: For the text tower.
+        name: A key of `VISION_CONFIGS`; `tiny_untrained` is saved before its first step.
+        num_steps: Optimiser steps of 64 pairs.
+        seed: Of weights and pairs.
+        progress: Called with work done and work in all.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    num_steps = 0 if name == "tiny_untrained" else num_steps
+    total = len(clips) + num_steps
+    frames = _read_frames(clips, lambda done: progress(done, total), _preprocessing(name)) if num_steps else None
+    ids, mask = _encode_captions(clips, tokenizer)
+    text = _SHARED | {
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": ids.shape[1],
+    }
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = CLIPModel(CLIPConfig(vision_config=_CLIP, text_config=text, projection_dim=_WIDTH))
+        if VISION_CONFIGS[name] is not _CLIP:
+            model.vision_model = _Pooled(VISION_CONFIGS[name])
+        if frames is not None:
+            batches = _batches(frames, ids, mask, _preprocessing(name))
+            _contrast(model, batches, num_steps, lambda step: progress(len(clips) + step, total))
+    _save(model.vision_model, folder)
+
+
+def _batches(frames: Tensor, ids: Tensor, mask: Tensor, preprocessing: Preprocessing) -> Iterator[dict[str, Tensor]]:
+    """What CLIP's class takes: 64 captions and a frame of each one's clip, without end."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (preprocessing.mean, preprocessing.std))
+    while True:
+        rows = torch.randperm(len(frames))[:64]
+        pixels = (frames[rows, torch.randint(frames.shape[1], rows.shape)].float() - mean) / std
+        yield {"input_ids": ids[rows], "attention_mask": mask[rows].long(), "pixel_values": pixels}
+
+
+def _contrast(model: Any, batches: Iterator[dict[str, Tensor]], num_steps: int, progress: Callable[[int], None]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.05)
+    for step in range(num_steps):
+        loss = model(**next(batches), return_loss=True).loss
+        optimise(optimizer, loss, cosine_rate(step, num_steps, peak=1.5e-3, warmup_steps=20, final_ratio=0.0))
+        model.logit_scale.data.clamp_(max=4.6)  # at most 100, as in CLIP
+        progress(step + 1)
+
+
+class _Pooled(nn.Module):
+    """Another family's tower in the place of CLIP's.
+
+    Args:
+        values: Its `config.json`.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        self.tower: Any = AutoModel.from_config(AutoConfig.for_model(**values))
+
+    def forward(self, pixel_values: Tensor, **_: object) -> Any:
+        """The tower's outputs with one vector a frame in `pooler_output`; InternViT's class leaves that to its user."""
+        outputs = self.tower(pixel_values=pixel_values)
+        if outputs.pooler_output is None:
+            outputs.pooler_output = outputs.last_hidden_state[:, 1:].mean(1)
+        return outputs
+
+
+def _save(tower: Any, folder: Path) -> None:
+    from transformers import CLIPImageProcessor
+
+    if isinstance(tower, _Pooled):
+        tower.tower.save_pretrained(folder)  # its family's own preprocessing holds, as it stands in no file
+        return
+    tower.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": _IMAGE_SIZE}, crop_size=_IMAGE_SIZE).save_pretrained(folder)
+
+
+def _preprocessing(name: str) -> Preprocessing:
+    """Of the encoder's family."""
+    kind = VISION_CONFIGS[name]["model_type"]
+    return next(family.preprocessing for family in FAMILIES.values() if family.model_type == kind)
+
+
+def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask (N, S) of each clip's first caption."""
+    encoded = tokenizer([clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95)
+    ids = torch.cat([encoded["input_ids"], torch.full((len(clips), 1), tokenizer.pad_token_id)], dim=1)
+    lengths = encoded["attention_mask"].sum(1)
+    ids[torch.arange(len(clips)), lengths] = tokenizer.eos_token_id  # CLIP reads the caption off its end token
+    return ids, torch.arange(ids.shape[1])[None] <= lengths[:, None]
+
+
+def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None], preprocessing: Preprocessing) -> Tensor:
+    """Frames of all clips, uint8 (N, F, 3, H, W)."""
+    settings = ReadSettings(FrameSampling(num_frames=8), is_isolated=False)  # the demo's own clips
+    transform = FrameTransform(_IMAGE_SIZE, preprocessing.resampling, preprocessing.is_cropped)
+    dataset = ClipDataset(clips, settings, frame_transform=transform)
+    frames: list[Tensor] = []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert isinstance(sample, Sample), "the demo's own clips decode"
+        assert sample.frames is not None
+        frames.append(sample.frames)
+        progress(index + 1)
+    return torch.stack(frames)

@@ -1,0 +1,219 @@
+"""A configuration's captioner at true size with random weights, made on the device tensor by tensor: no download, no copy in the host.
+
+Same classes, number formats, adapters and attention as `assemble` gives. Values are random, so what it writes means nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.nn import Int8Params, Params4bit
+from torch import Tensor, nn
+
+from vlmcap.assembly.model import generation_settings
+from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, language_options, loss_chunk_bytes, train_encoder
+from vlmcap.config import Config, ModelKind
+from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, planned_spec, sketch, text_config, whole_parts
+
+if TYPE_CHECKING:
+    from vlmcap.models.captioner import VideoCaptioner
+
+_STD = 0.02  # of random weights, as transformers' own
+_PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
+
+
+def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], None]) -> VideoCaptioner:
+    """The captioner of a configuration, trained parts as training has them.
+
+    Args:
+        config: Of the run.
+        has_encoder: False where features come from disk.
+        say: Told what is made.
+
+    Raises:
+        UserError: The parts do not fit together, an architecture is not known, or the device is not there.
+    """
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.models.projectors import build_projector
+
+    device = device_of(config)
+    torch.manual_seed(config.seed)
+    outline = sketch(config)
+    spec = planned_spec(config, outline)
+    if spec is not None:
+        spec.check()
+    encoder = None
+    if has_encoder:
+        say(f"encoder ({_billions(outline)})")
+        encoder = fill_random(outline, device)
+        _set_attention(config, encoder)
+        train_encoder(config, encoder)
+    with torch.device("meta"):
+        projector: Any = whole_parts(config, 1).projector if spec is None else build_projector(spec)
+    say(f"projector ({_billions(projector)})")
+    projector = fill_random(projector, device)
+    projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
+    captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
+    if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+        captioner_class = whole_parts(config, 1).captioner_class
+    captioner = captioner_class(encoder, projector, random_llm(config, device, say), _prompt(config), generation_settings(config))
+    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
+    return captioner.to(device)
+
+
+def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Module:
+    """The language model, quantised and with adapters as training has it.
+
+    Args:
+        config: Of the run.
+        device: Where it is made.
+        say: Told what is made.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from vlmcap.models.llm.attention import choose_attention
+
+    options, text = language_options(config), text_config(config)
+    dtype, kept = options["dtype"], None
+    llm: Any
+    with torch.device("meta"):
+        if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+            llm, kept = whole_parts(config, int(text.num_hidden_layers)).llm, ["lm_head"]
+            llm.set_attn_implementation(choose_attention(options["attention"], device, dtype, type(llm)))
+        else:
+            attention = choose_attention(options["attention"], device, dtype, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)])
+            llm = AutoModelForCausalLM.from_config(text, dtype=dtype, attn_implementation=attention)
+    say(f"language model ({_billions(llm)}, {options['quantization']} quantisation)")
+    quantize_meta(llm, options["quantization"], dtype, kept)
+    fill_random(llm.requires_grad_(False).eval(), device, dtype)
+    return add_adapters(config, llm)
+
+
+def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[str] | None = None) -> None:
+    """Exchanges linear layers and experts for bitsandbytes' while they have no weights, as loading does.
+
+    Args:
+        llm: On the meta device, changed in place.
+        quantization: "none", "8bit" or "4bit".
+        dtype: Of the arithmetic.
+        kept: Names of layers that stay as they are; None asks transformers (the head).
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from vlmcap.models.llm.load import quantization_config
+
+    if quantization == "none":
+        return
+    if quantization == "4bit":
+        replace_experts(llm, to_pack=True)
+    keys = get_keys_to_not_convert(llm) if kept is None else kept
+    replace_with_bnb_linear(llm, modules_to_not_convert=keys, quantization_config=quantization_config(quantization, dtype))
+    setattr(llm, f"is_loaded_in_{quantization}", True)  # peft asks
+
+
+@torch.no_grad()
+def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """The module with random weights in the place of those on the meta device; what was shared stays shared.
+
+    Norms' weights are 1 and vectors 0, tables such as rotary frequencies what transformers computes, packed weights quantised one by one.
+
+    Args:
+        module: On the meta device, changed in place.
+        device: Where the weights are made.
+        dtype: That packed weights have before they are packed.
+    """
+    made: dict[int, Any] = {}
+    for child in module.modules():
+        for tensors in (child._parameters, child._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _made(child, name, tensor, device, dtype)
+                    tensors[name] = made[id(tensor)]
+        if isinstance(getattr(child, "mean", None), Tensor) and isinstance(getattr(child, "std", None), Tensor):
+            child.mean.fill_(_PIXEL)
+            child.std.fill_(_PIXEL)
+    _compute_tables(module)
+    return module
+
+
+def _made(owner: nn.Module, name: str, tensor: Any, device: str, dtype: torch.dtype | None) -> Any:
+    if isinstance(tensor, Params4bit):
+        weight = torch.empty(tensor.shape, dtype=dtype, device=device).normal_(std=_STD)
+        if isinstance(owner, FusedExperts):
+            return pack_experts(weight)
+        return Params4bit(weight, requires_grad=False, **tensor.__dict__).to(device)
+    if isinstance(tensor, Int8Params):  # quantised on the way from the host to the card, a layer at a time
+        settings = {key: value for key, value in tensor.__dict__.items() if key != "SCB"}
+        return Int8Params(torch.empty(tensor.shape, dtype=dtype).normal_(std=_STD), requires_grad=False, **settings).to(device)
+    values = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        if tensor.ndim >= 2:
+            values.normal_(std=_STD)
+        elif name.endswith("weight"):
+            values.fill_(1)
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def _compute_tables(module: nn.Module) -> None:
+    """Fills buffers by the model classes' own rules; weights that such a module has beside them are drawn anew."""
+    from transformers import PreTrainedModel
+
+    def walk(child: nn.Module, owner: Any) -> None:
+        owner = child if isinstance(child, PreTrainedModel) else owner
+        if owner is not None and any(buffer is not None for buffer in child._buffers.values()):
+            owner._init_weights(child)
+        for grandchild in child.children():
+            walk(grandchild, owner)
+
+    walk(module, None)
+
+
+def _set_attention(config: Config, encoder: Any) -> None:
+    """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
+    from vlmcap.models.encoders import FAMILIES
+
+    attention = encoder_options(config).attention
+    has_flash = config.is_whole or FAMILIES[config.encoder.family.value].has_flash
+    if attention != "sdpa" and has_flash:
+        encoder.tower.set_attn_implementation(attention)
+
+
+def _prompt(config: Config) -> Any:
+    """What a captioner asks of its prompt, without a tokenizer; no token ends a caption, so all have the length that is asked for."""
+    beyond = int(text_config(config).vocab_size)
+    return SimpleNamespace(
+        question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: [str(len(ids)) for ids in rows]
+    )
+
+
+def _billions(module: nn.Module) -> str:
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return f"{count / 1e9:.2f} billion weights" if count >= 1e8 else f"{count / 1e6:.1f} million weights"
+
+
+class MemoryEndedError(Exception):
+    """The memory of the device ended."""
+
+
+@contextlib.contextmanager
+def told_memory() -> Iterator[None]:
+    """Turns what PyTorch and bitsandbytes raise when memory ends into `MemoryEndedError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+        text = str(error).lower()
+        words = ("out of memory", "can't allocate memory", "status_alloc_failed")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in text for word in words):
+            raise
+    else:
+        return
+    raise MemoryEndedError  # outside of the handler, or the error's frames would hold what has to be freed

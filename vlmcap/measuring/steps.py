@@ -1,0 +1,182 @@
+"""Training steps and captions of a captioner with random weights, timed, as a run would take them.
+
+Legend: B clips, F frames, P patches a frame, Dv vision width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmcap.assembly.parts import dtype_of
+from vlmcap.config import Config, Precision
+from vlmcap.planning.estimate.batches import IGNORED, language_batch
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch, text_config
+from vlmcap.planning.estimate.sizes import Sizes, frames_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.types import Batch
+
+NUM_STEPS = 3  # of the optimiser; the first one is not timed, as it takes memory and chooses kernels
+MOST_MICRO = 2  # batches a step where gradients are accumulated: the second finds the gradients of the first, as all later ones would
+_RATE = 1e-6
+_MOST_ID = 1000  # random ids stay below, where no vocabulary has special tokens
+
+
+def random_batch(config: Config, sizes: Sizes, num_clips: int, num_caption: int, device: str) -> Batch:
+    """A batch of the largest clips that a configuration may meet: random frames, or features where they are stored.
+
+    Args:
+        config: Of the run.
+        sizes: Of a clip.
+        num_clips: B.
+        num_caption: Tokens of each caption; 0 makes a batch for generation.
+        device: Where it is made.
+    """
+    encoder = sketch(config)
+    shape = frames_shape(config, encoder, sizes.grid)
+    varies = config.is_whole or shape[1] != 3
+    batch = language_batch(num_clips, sizes.runs, PROMPT_TOKENS, num_caption, sizes.grid if varies else None, sizes.gap)
+    most = min(_MOST_ID, int(text_config(config).vocab_size))
+    ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_whole else batch.input_ids
+    labels = batch.labels if batch.labels is None else torch.where(batch.labels == IGNORED, IGNORED, ids)
+    batch = dataclasses.replace(batch, input_ids=ids, labels=labels).to(device, non_blocking=False)
+    if config.cache.enabled is True:
+        frames, rows, columns = sizes.grid
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.cache.dtype, torch.float16)
+        features = torch.randn(num_clips, frames, rows * columns, sizes.embed_dim, dtype=dtype, device=device)
+        return dataclasses.replace(batch, features=features)
+    return dataclasses.replace(batch, frames=torch.randint(0, 256, (num_clips, *shape), dtype=torch.uint8, device=device))
+
+
+def autocast(config: Config, device: str) -> torch.autocast:
+    """What Lightning computes in under `hardware.precision`."""
+    precision = config.hardware.precision
+    is_mixed = precision is not Precision.fp32
+    return torch.autocast(torch.device(device).type, dtype=dtype_of(precision) if is_mixed else None, enabled=is_mixed)
+
+
+class Training:
+    """Steps of the optimiser that is configured, on all that any stage trains, in Lightning's order.
+
+    Args:
+        config: Of the run.
+        captioner: With random weights.
+    """
+
+    def __init__(self, config: Config, captioner: VideoCaptioner) -> None:
+        from vlmcap.training.module import trained_parameters
+        from vlmcap.training.optimizer import make_optimizer
+        from vlmcap.training.schedule import StagePlan
+
+        self.config, self.captioner, self.device = config, captioner, str(captioner.device)
+        trained = trained_parameters(captioner, StagePlan(config.tuning.stages))
+        self.parameters: list[nn.Parameter] = [parameter for part in trained.values() for parameter in part.values()]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = make_optimizer(trained, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = _RATE
+        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=config.hardware.precision is Precision.fp16)
+        captioner.train()
+        if captioner.encoder is not None and "encoder" not in trained:
+            captioner.encoder.eval()
+
+    def run(self, batch: Batch, say: Callable[[str], None]) -> float:
+        """Seconds a clip of the steps behind the first, the optimiser's share of the accumulated batches in it.
+
+        Args:
+            batch: A micro-batch, which all steps take.
+            say: Told how far it is.
+        """
+        accumulate = self.config.trainer.accumulate_grad_batches
+        micro_s, optimizer_s = [], []
+        for step in range(NUM_STEPS):
+            for index in range(min(accumulate, MOST_MICRO)):
+                seconds = self._timed(partial(self._accumulate, batch, is_first=index == 0))
+                micro_s += [seconds] if step else []
+            seconds = self._timed(self._step)
+            optimizer_s += [seconds] if step else []
+            say(f"training step {step + 1} of {NUM_STEPS}")
+        per_batch_s = sum(micro_s) / len(micro_s) + sum(optimizer_s) / len(optimizer_s) / accumulate
+        return per_batch_s / len(batch)
+
+    def _accumulate(self, batch: Batch, *, is_first: bool) -> None:
+        with autocast(self.config, self.device):
+            loss, num_labels = self.captioner.loss_sum(batch)
+        if is_first:  # behind the forward pass, as Lightning does it
+            self.optimizer.zero_grad()
+        scaled: Tensor = self.scaler.scale(loss / num_labels)
+        scaled.backward()
+
+    def _step(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        return timed(work, self.device)
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the work, all that it gave the device to do included."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def token_seconds(config: Config, captioner: VideoCaptioner, batch: Batch, num_new: int, say: Callable[[str], None]) -> float:
+    """Seconds of a caption token of every clip: what captions of `num_new` tokens take over captions of one.
+
+    Args:
+        config: Of the run.
+        captioner: Set to evaluation.
+        batch: For generation.
+        num_new: Tokens of the longer captions, 2 at least.
+        say: Told how far it is.
+    """
+    captioner.eval()
+    device, settings = str(captioner.device), dataclasses.replace(captioner.generation, do_sample=False)
+
+    def write(count: int) -> None:
+        captioner.generation = dataclasses.replace(settings, max_new_tokens=count)
+        with autocast(config, device):
+            captioner.generate(batch)
+
+    write(2)  # takes memory, chooses kernels
+    say("captions of 2 tokens")
+    first_s = timed(lambda: write(1), device)
+    say("captions of 1 token")
+    whole_s = timed(lambda: write(num_new), device)
+    say(f"captions of {num_new} tokens")
+    return max(whole_s - first_s, 1e-9) / (num_new - 1)
+
+
+@contextlib.contextmanager
+def gone_after(device: str) -> Iterator[None]:
+    """Gives memory back at the end, whatever that was."""
+    import gc
+
+    try:
+        yield
+    finally:
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()

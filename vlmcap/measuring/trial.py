@@ -1,0 +1,160 @@
+"""A language model of any size that takes a step on fake tensors, or the same step in earnest: what plans are checked by.
+
+The tests of the plan use it; a card need not be there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmcap.measuring.memory_use import reset_peak, resident
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.llm.adapt import add_lora, base_model
+from vlmcap.models.llm.checkpointing import checkpoint_layers
+from vlmcap.planning.estimate.batches import language_batch
+from vlmcap.planning.estimate.stages import StageTrace, blocks_of, trace_stage
+from vlmcap.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A language model and its batch.
+
+    Attributes:
+        kind: transformers' model type.
+        width: Of its hidden states.
+        vocabulary: Of its head.
+        quantization: "none", "8bit" or "4bit".
+        has_checkpointing: Of activations.
+        num_clips: In the batch.
+        num_visual: Visual tokens of a clip.
+        num_caption: Caption tokens of a clip.
+        num_kept: Last blocks that are not computed again.
+        is_offloaded: Inputs of blocks that are computed again wait in host memory.
+    """
+
+    kind: str
+    width: int
+    vocabulary: int = 500
+    quantization: str = "none"
+    has_checkpointing: bool = True
+    num_clips: int = 1
+    num_visual: int = 96
+    num_caption: int = 24
+    num_kept: int = 0
+    is_offloaded: bool = False
+
+
+def build_trial(trial: Trial, depth: int) -> nn.Module:
+    """The model with adapters, in float32, with random weights; without any under `torch.device("meta")`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = max(2, trial.width // 64)
+    values: dict[str, Any] = {"head_dim": 64, "num_key_value_heads": heads // 2} if trial.kind.startswith("qwen3") else {}
+    if trial.kind.endswith("moe"):
+        values |= {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": trial.width}
+    config = AutoConfig.for_model(
+        trial.kind,
+        vocab_size=trial.vocabulary,
+        hidden_size=trial.width,
+        intermediate_size=3 * trial.width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        **values,
+    )
+    llm: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
+    return llm
+
+
+def _adapted(trial: Trial, llm: nn.Module) -> nn.Module:
+    if trial.has_checkpointing:
+        checkpoint_layers(llm, is_offloaded=trial.is_offloaded, num_kept=trial.num_kept)
+    settings: dict[str, Any] = {"target_modules": "all-linear", "use_dora": False, "use_rslora": False, "use_experts": False}
+    adapted: nn.Module = add_lora(llm, rank=8, alpha=16, dropout=0.0, **settings)
+    return adapted.train()
+
+
+def _captioner(trial: Trial, llm: nn.Module, visual: Tensor) -> VideoCaptioner:
+    prompt: Any = SimpleNamespace(question_ids=[1])
+    projector: Any = nn.Identity()
+    settings: Any = None
+    captioner = VideoCaptioner(None, projector, llm, prompt, settings)
+    captioner.visual_tokens = lambda batch: visual.flatten(0, 1)  # type: ignore[method-assign]
+    return captioner
+
+
+def trace_trial(trial: Trial, depth: int) -> StageTrace:
+    """The trace of its training step."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):
+        llm = build_trial(trial, depth)
+        quantize_hollow(llm, trial.quantization, torch.float32)
+        llm = _adapted(trial, llm)
+    if trial.is_offloaded:
+        forget_checkpoints(llm)
+    fill_hollow(llm, mode)
+    with mode:
+        visual = torch.empty(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
+    captioner = _captioner(trial, llm, visual)
+    batch = language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
+    blocks = list(blocks_of(base_model(llm), depth))
+    return trace_stage(
+        llm, lambda: captioner.loss_sum(batch)[0], mode=mode, blocks=blocks, inputs=[visual], dtype=None, num_kept=trial.num_kept
+    )
+
+
+def peak_of_real_step(trial: Trial, depth: int) -> float:
+    """Bytes that the resident set grows by in a real step on the CPU, over what it is with the weights; for a fresh process.
+
+    A step on two tokens comes first, so that threads and kernels are there.
+    """
+    torch.manual_seed(0)
+    llm = _adapted(trial, build_trial(trial, depth))
+    visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch(1, [1], 8, 2))[0].backward()
+    llm.zero_grad(set_to_none=True)
+    captioner, batch = _captioner(trial, llm, visual), language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
+    reset_peak()
+    before = resident("VmRSS")
+    captioner.loss_sum(batch)[0].backward()
+    return resident("VmHWM") - before
+
+
+def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
+    """Bytes that PyTorch's allocator hands out in a real step on a card, over what the weights take; a short step comes first here too."""
+    torch.manual_seed(0)
+    llm = _adapted(trial, build_trial(trial, depth)).to(device)
+    visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)
+    short = _on(language_batch(1, [1], 8, 2), device)
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(short)[0].backward()
+    llm.zero_grad(set_to_none=True)
+    captioner, batch = (
+        _captioner(trial, llm, visual),
+        _on(language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption), device),
+    )
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    captioner.loss_sum(batch)[0].backward()
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    assert batch.labels is not None
+    return replace(
+        batch,
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        visual_mask=batch.visual_mask.to(device),
+        labels=batch.labels.to(device),
+    )

@@ -1,0 +1,265 @@
+"""A configuration's encoder, projector and language model at true size, without weights and without a download."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, projector_spec, train_encoder
+from vlmcap.config import Config, ModelKind
+from vlmcap.demo.prepare import TINY, TINY_ENCODERS
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.models.pretrained import PretrainedParts
+    from vlmcap.models.projectors import ProjectorSpec
+
+_DEPTHS = ("depth", "num_hidden_layers")
+_OTHER_KINDS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # blocks of a tower that are not like the rest
+PROMPT_TOKENS = 32  # of the text around the visual tokens; no tokenizer is there before the download
+
+
+def architecture(config: Config, part: str) -> dict[str, Any]:
+    """The `config.json` of a base: of its folder, or packaged for the published names.
+
+    Args:
+        config: Of the run.
+        part: "encoder", "llm" or "model".
+
+    Raises:
+        UserError: Neither is there.
+    """
+    from vlmcap.models.encoders.tower import read_config
+    from vlmcap.models.known import known_config
+
+    checkpoint = getattr(config, part).checkpoint
+    if part == "llm" and checkpoint == TINY:  # made on first use
+        from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
+
+        return dict(LANGUAGE_CONFIG)
+    if part == "encoder" and checkpoint in TINY_ENCODERS:
+        from vlmcap.demo.tiny_encoders import VISION_CONFIGS
+
+        return dict(VISION_CONFIGS[checkpoint])
+    if Path(checkpoint).expanduser().is_dir():
+        return read_config(Path(checkpoint).expanduser())
+    values = known_config(checkpoint)
+    if values is None:
+        mend = f"set {part}.checkpoint to a local folder in Hugging Face layout or to a name that conf/{part} has"
+        raise UserError(f"the architecture of {part}.checkpoint={checkpoint} is not known before its download; {mend}")
+    return copy.deepcopy(values)
+
+
+def text_values(config: Config) -> dict[str, Any]:
+    """The language model's part of the architecture."""
+    values = architecture(config, "model" if config.is_whole else "llm")
+    return dict(values.get("text_config") or values)
+
+
+def text_config(config: Config, depth: int | None = None) -> Any:
+    """Transformers' configuration of the language model.
+
+    Args:
+        config: Of the run.
+        depth: Blocks to leave; None leaves all, and is made once for all that only read it.
+    """
+    from transformers import AutoConfig
+
+    values = text_values(config)
+    if depth is None:
+        return once(["text", values], lambda: AutoConfig.for_model(**values).get_text_config())
+    text = AutoConfig.for_model(**values).get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    return text
+
+
+def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
+    """The vision encoder on the meta device.
+
+    Args:
+        config: Of the run.
+        num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of encoder.feature_layer.
+    """
+    import dataclasses
+
+    import torch
+
+    from vlmcap.models.encoders import build_encoder
+
+    if config.is_whole:
+        encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
+        return encoder
+    values, options = architecture(config, "encoder"), dataclasses.replace(encoder_options(config), attention="sdpa")
+    vision = dict(values.get("vision_config") or values)
+    if num_blocks is not None:
+        layer = options.feature_layer
+        vision["num_hidden_layers"] = num_blocks if layer >= 0 else num_blocks - 1 - layer
+        options = dataclasses.replace(options, feature_layer=min(layer, num_blocks))
+    with torch.device("meta"):
+        return build_encoder(config.encoder.family.value, vision, options)
+
+
+def num_blocks(encoder: Any) -> int:
+    """Blocks of an encoder's tower."""
+    return int(encoder.tower.config.num_hidden_layers)
+
+
+def plain_vision_blocks(config: Config) -> int | None:
+    """Blocks of a whole model's tower without those that differ (full attention among windows, DeepStack); None where it does not say."""
+    vision = architecture(config, "model").get("vision_config") or {}
+    total = next((int(vision[key]) for key in _DEPTHS if key in vision), None)
+    return None if total is None else total - sum(len(vision.get(key) or ()) for key in _OTHER_KINDS)
+
+
+def whole_parts(config: Config, depth: int, plain_vision: int | None = None) -> PretrainedParts:
+    """A whole model on the meta device.
+
+    Args:
+        config: Of the run.
+        depth: Blocks of its language model to leave.
+        plain_vision: Blocks of its tower to leave beside those that differ, which come first then; None leaves all in their places.
+    """
+    import torch
+
+    from vlmcap.models.pretrained import build_pretrained
+
+    values = architecture(config, "model")
+    text = dict(values.get("text_config") or {})
+    target = text if text else values
+    target["num_hidden_layers"] = depth
+    if target.get("layer_types"):
+        target["layer_types"] = target["layer_types"][:depth]
+    if text:
+        values["text_config"] = text
+    if plain_vision is not None:
+        values["vision_config"] = _cut_vision(values["vision_config"], plain_vision)
+    dtype = dtype_of(config.hardware.precision)
+    with torch.device("meta"):
+        return build_pretrained(config.model.kind.value, values, dtype=dtype, max_patches=config.encoder.max_patches)
+
+
+def _cut_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
+    others = {key: list(range(len(vision[key]))) for key in _OTHER_KINDS if vision.get(key)}
+    depth = next(key for key in _DEPTHS if key in vision)
+    return vision | others | {depth: num_plain + sum(map(len, others.values()))}
+
+
+def outline(config: Config) -> VisionEncoder:
+    """The vision encoder on the meta device at full depth, made once for all that only ask for its sizes."""
+    if config.is_whole:
+        encoder: VisionEncoder = whole_outline(config).encoder
+        return encoder
+    return _once(config, lambda: sketch(config))  # type: ignore[no-any-return]
+
+
+def whole_outline(config: Config) -> PretrainedParts:
+    """A whole model on the meta device with one block of its language model, made once for all that only ask for its sizes."""
+    return _once(config, lambda: whole_parts(config, 1))  # type: ignore[no-any-return]
+
+
+def _once(config: Config, make: Callable[[], Any]) -> Any:
+    part = config.model if config.is_whole else config.encoder
+    base = architecture(config, "model" if config.is_whole else "encoder")
+    return once([asdict(part), config.encoder.max_patches, config.hardware.precision, config.hardware.attention, base], make)
+
+
+def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
+    """The encoder in fake tensors, as training has it."""
+    from vlmcap.planning.estimate.fake_tensors import fill_hollow
+
+    encoder = sketch(config, num_blocks)
+    train_encoder(config, encoder)
+    fill_hollow(encoder, mode)
+    return encoder
+
+
+def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTensorMode) -> nn.Module:
+    """The projector in fake tensors, trained."""
+    import torch
+
+    from vlmcap.models.projectors import build_projector
+    from vlmcap.planning.estimate.fake_tensors import fill_hollow
+
+    with torch.device("meta"):
+        projector: nn.Module = whole_parts(config, 1).projector if spec is None else build_projector(spec)
+    is_trained = any(stage.projector_lr > 0 for stage in config.tuning.stages.values())
+    projector.requires_grad_(is_trained)
+    fill_hollow(projector, mode)
+    return projector
+
+
+def hollow_llm(
+    config: Config, mode: FakeTensorMode, depth: int, has_flash: bool, num_kept: int = 0
+) -> tuple[nn.Module, Callable[..., VideoCaptioner]]:
+    """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class.
+
+    Args:
+        config: Of the run.
+        mode: Of the fake tensors.
+        depth: Blocks to leave.
+        has_flash: Of the card; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
+        num_kept: Last blocks that are not computed again.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vlmcap.models.captioner import VideoCaptioner
+    from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
+
+    dtype, kept = dtype_of(config.hardware.precision), None
+    captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
+    with torch.device("meta"):
+        if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+            parts = whole_parts(config, depth)
+            llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
+        else:
+            attention = "sdpa" if has_flash else _repeated_keys()
+            llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation=attention)
+        llm.requires_grad_(False)
+        quantize_hollow(llm, config.llm.quantization.value, dtype, kept)
+        adapted = add_adapters(config, llm, num_kept)
+    if config.hardware.offload_checkpoints:
+        forget_checkpoints(adapted)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))
+    fill_hollow(adapted, mode)
+    return adapted, captioner_class
+
+
+def _repeated_keys() -> str:
+    from vlmcap.models.llm.repeated_keys import NAME, register_repeated_keys
+
+    register_repeated_keys()
+    return NAME
+
+
+def planned_spec(config: Config, encoder: Any) -> ProjectorSpec | None:
+    """The projector's settings and sizes; None for a whole model's own."""
+    if config.is_whole:
+        return None
+    return projector_spec(config, encoder, int(text_config(config).hidden_size), PROMPT_TOKENS // 2)
+
+
+_made: dict[str, Any] = {}
+
+
+def once(key: Any, make: Callable[[], Any]) -> Any:
+    """What was made of a key's plain data, made at its first use."""
+    text = json.dumps(key, sort_keys=True, default=str)
+    if text not in _made:
+        _made[text] = make()
+    return _made[text]

@@ -1,0 +1,128 @@
+"""What a configuration comes to before it is traced: patches and visual tokens of a clip, bytes of frames, cache and download.
+
+Legend: F frames, P patches a frame, Dv vision width, V visual tokens a clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.model import check_length
+from vlmcap.assembly.parts import dtype_of
+from vlmcap.config import Config, ModelKind
+from vlmcap.planning.estimate.meta_models import (
+    PROMPT_TOKENS,
+    num_blocks,
+    once,
+    outline,
+    plain_vision_blocks,
+    planned_spec,
+    text_config,
+    text_values,
+    whole_outline,
+    whole_parts,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmcap.types import GridTHW
+
+_TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a clip comes to.
+
+    Attributes:
+        grid: Frames (tiles count), rows and columns of its patches at most.
+        frame_bytes: Of its frames on the card.
+        embed_dim: Dv.
+        num_encoder_blocks: That run.
+        num_visual: V.
+        runs: Visual tokens of each run of placeholders.
+        gap: Text tokens between two runs.
+    """
+
+    grid: GridTHW
+    frame_bytes: int
+    embed_dim: int
+    num_encoder_blocks: int
+    num_visual: int
+    runs: tuple[int, ...]
+    gap: int
+
+    @property
+    def num_prompt(self) -> int:
+        """Text tokens in front of the caption."""
+        return PROMPT_TOKENS + self.gap * (len(self.runs) - 1)
+
+
+def sizes_of(config: Config) -> Sizes:
+    """The largest clip that a configuration may meet.
+
+    Raises:
+        UserError: The parts do not fit, or a clip exceeds the language model's context.
+    """
+    encoder = outline(config)
+    grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
+    spec = planned_spec(config, encoder)
+    if spec is not None:
+        spec.check()
+    steps, rows, columns = grid
+    count = whole_outline(config).num_tokens if spec is None else spec.num_tokens
+    num_visual = count(steps, (rows, columns))
+    is_timed = config.model.kind is ModelKind.qwen3_vl
+    runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
+    frame_bytes = 1
+    for side in frames_shape(config, encoder, grid):
+        frame_bytes *= side
+    depth = num_blocks(encoder) if not config.is_whole else 0
+    sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
+    check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
+    return sizes
+
+
+def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
+    """Of one clip's frames as the encoder takes them, bytes."""
+    frames, rows, columns = grid
+    tower = encoder.tower.config
+    patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
+    depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
+    if encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None or encoder.max_tiles > 1:
+        return (frames, 3, rows * patch, columns * patch)
+    return (frames, rows * columns, 3 * depth * patch * patch)
+
+
+def key_value_bytes(config: Config) -> float:
+    """Bytes of one token's keys and values in the cache, all blocks."""
+    text = text_config(config)
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
+
+
+def download_bytes(config: Config) -> float:
+    """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
+    num_blocks = int(text_config(config).num_hidden_layers)
+    key, short = ["parameters", text_values(config), config.is_whole], range(1, min(2, num_blocks) + 1)
+    counts: list[int] = once(key, lambda: [_language_parameters(config, depth) for depth in short])
+    language = counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
+    rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
+    return 2.0 * (language + sum(map(_parameters, rest)))
+
+
+def _language_parameters(config: Config, depth: int) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if config.is_whole:
+        return _parameters(whole_parts(config, depth, plain_vision_blocks(config) and 1).llm)
+    with torch.device("meta"):
+        return _parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(int(parameter.numel()) for parameter in module.parameters())

@@ -1,0 +1,178 @@
+"""`vlmcap plan -m`: what a sweep takes in all, from the plan of each of its combinations; no run is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlmcap.compose import compose
+from vlmcap.config import Config, EncoderTuning
+from vlmcap.errors import UserError
+from vlmcap.planning.make import NUM_CLIPS, make_plan
+from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips
+from vlmcap.planning.sweep_budget.proposals import propose
+from vlmcap.planning.sweep_budget.result import SweepPlan
+from vlmcap.sweep_syntax import expand, short_names
+from vlmcap.terminal import grouped, passing_bar
+
+if TYPE_CHECKING:
+    from vlmcap.planning.plan import Plan
+
+_NO_DATA = "data.root=unset"  # a plan needs no clips
+NUM_HELD_OUT = 1000  # validation clips, and as many test clips, of AI Hub's Korean background video, about
+
+
+def plan_sweep(overrides: Sequence[str], price: float | None = None) -> SweepPlan:
+    """What every combination and all together take, and what brings them under `sweep.budget_h`.
+
+    Args:
+        overrides: As after `python train.py -m`; data.root is not needed.
+        price: Of an hour of the card.
+
+    Raises:
+        UserError: An override is wrong, no combination can be built, or hours of unlike machines would be added up.
+    """
+    combinations, swept = expand([_NO_DATA, *overrides])
+    sweep = _Sweep(combinations, short_names(combinations, swept), swept)
+    budget_h = _one_budget(sweep.configs, swept)
+    _check_machines(sweep.configs, price)
+    jobs = sweep.jobs(())
+    assert jobs is not None
+    proposals = propose(jobs, 3600 * budget_h, sweep.jobs) if budget_h is not None and any(job.fits for job in jobs) else []
+    return SweepPlan(jobs, price, budget_h, proposals, _described(sweep.configs))
+
+
+class _Sweep:
+    """Combinations, and their plans with any more overrides; each is made once.
+
+    Args:
+        combinations: Overrides of each.
+        names: Of each.
+        swept: Keys that differ between them.
+    """
+
+    def __init__(self, combinations: Sequence[tuple[str, ...]], names: Sequence[str], swept: Sequence[str]) -> None:
+        self.combinations, self.names, self.swept = combinations, names, swept
+        self._made: dict[tuple[str, ...], list[Job] | None] = {}
+        self.configs: list[Config] = []
+        for name, combination in zip(names, combinations, strict=True):
+            try:
+                self.configs.append(compose(combination))
+            except UserError as error:
+                raise UserError(f"{name}: {error}" if name else str(error)) from error
+
+    def jobs(self, more: Sequence[str]) -> list[Job] | None:
+        """The combinations with more overrides; None where a key of these is swept itself, or they do not go with a combination."""
+        key = tuple(more)
+        if key not in self._made:
+            self._made[key] = self._plan(key)
+        return self._made[key]
+
+    def _plan(self, more: tuple[str, ...]) -> list[Job] | None:
+        if any(override.partition("=")[0] in self.swept for override in more):
+            return None
+        jobs = []
+        what = f"with {' '.join(more)}" if more else "combinations"
+        with passing_bar(f"Planning {what}", len(self.combinations)) as advance:
+            for index, combination in enumerate(self.combinations):
+                try:
+                    config = compose([*combination, *more]) if more else self.configs[index]
+                except UserError:
+                    return None
+                jobs.append(_job(self.names[index], combination, config))
+                advance()
+        if not more and all(job.refusal for job in jobs):
+            raise UserError(jobs[0].refusal)
+        return jobs
+
+
+def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
+    refusal, peak_gib, usable_gib, seconds = "", 0.0, 0.0, ClipSeconds(0.0, 0.0, 0.0, 0.0)
+    try:
+        plan = make_plan(config)
+        peak_gib, usable_gib, seconds = plan.peak_gib, plan.card.usable_gib, _seconds(config, plan)
+    except UserError as error:  # the others run
+        refusal = str(error)
+    steps, trainer = config.trainer.max_steps, config.trainer
+    return Job(
+        name=name or " + ".join(config.part_names.values()),
+        overrides=tuple(override for override in overrides if override != _NO_DATA),
+        hardware=config.hardware.name,
+        peak_gib=peak_gib,
+        usable_gib=usable_gib,
+        seconds=seconds,
+        clips=num_clips(config),
+        num_epochs=sum(stage.epochs for stage in config.tuning.stages.values()),
+        every_n_epochs=config.evaluation.every_n_epochs,
+        max_eval_clips=config.evaluation.max_clips,
+        max_trained=None if steps < 0 else steps * config.data.batch_size * trainer.accumulate_grad_batches,
+        store=_store(config) if config.cache.enabled is True else None,
+        refusal=refusal,
+    )
+
+
+def num_clips(config: Config) -> NumClips:
+    """Clips of each split: the demo's own, or as many as AI Hub's data set has; `data.max_clips` of the training split at most."""
+    demo, train, val, test = config.data.demo, NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
+    if config.data.is_demo:
+        train, val, test = demo.num_train, demo.num_val, demo.num_test
+    elif config.data.max_clips:
+        train = config.data.max_clips
+    return NumClips(min(train, config.data.max_clips or train), val, test)
+
+
+def _seconds(config: Config, plan: Plan) -> ClipSeconds:
+    """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
+    from vlmcap.planning.estimate.traces import Tracer
+
+    tracer, batch = Tracer(config, plan.card.has_flash), config.data.eval_batch_size
+    speed = plan.card.utilisation * plan.card.peak_flops * batch
+    passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[config.tuning.encoder]  # a trained one's trace is a step
+    prompt = tracer.sizes.num_visual + tracer.sizes.num_prompt
+    longer = 1 + config.llm.max_caption_tokens / prompt
+    return ClipSeconds(
+        train=plan.clip_s,
+        caption=plan.caption_s,
+        loss=longer * tracer.language(batch, 0).flops / speed,
+        encode=tracer.encoder(batch).flops / passes / speed,
+    )
+
+
+def _store(config: Config) -> str:
+    """Equal for configurations that read the same stored features, and shown as the encoder's name."""
+    part = {key: value for key, value in dataclasses.asdict(config.encoder).items() if key not in ("name", "is_cached", "attention")}
+    data, cache = config.data, config.cache
+    pool = config.projector.pool_size if cache.pooled else None
+    rest = [data.num_frames, data.sampling.value, data.fps, data.variable_frames, cache.dtype, pool, config.hardware.precision.value]
+    return f"{config.model.name if config.is_whole else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
+
+
+def _one_budget(configs: Sequence[Config], swept: Sequence[str]) -> float | None:
+    if "sweep.budget_h" in swept:
+        raise UserError("sweep.budget_h is of the sweep as a whole and cannot be swept; give it one value")
+    return configs[0].sweep.budget_h
+
+
+def _check_machines(configs: Sequence[Config], price: float | None) -> None:
+    names = sorted({config.hardware.name for config in configs})
+    kinds = {config.hardware.accelerator for config in configs}
+    if len(kinds) > 1:
+        raise UserError(f"hardware={','.join(names)} would add hours of a CPU to hours of a card; plan hardware=cpu on its own")
+    if price is not None and len(names) > 1:
+        raise UserError(f"--price is that of one card, and the sweep takes hardware={','.join(names)}; plan one hardware at a time")
+
+
+def _described(configs: Sequence[Config]) -> list[str]:
+    """What was counted, and how far it may be trusted."""
+    counted = {(config.data.name, num_clips(config), sum(stage.epochs for stage in config.tuning.stages.values())) for config in configs}
+    lines = []
+    for name, clips, epochs in sorted(counted, key=str):
+        splits = f"{grouped(clips.train)} training, {grouped(clips.val)} validation and {grouped(clips.test)} test clips"
+        lines.append(f"data={name}: {splits}, {epochs} epochs")
+    is_cpu = configs[0].hardware.accelerator == "cpu"
+    from vlmcap.planning.cards import CORE_FLOPS, UTILISATION
+
+    of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core" if is_cpu else "the data sheet's speed"
+    return [*lines, f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted."]

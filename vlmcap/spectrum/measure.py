@@ -1,0 +1,242 @@
+"""What `vlmcap spectrum` does: features of some frames by each encoder, their figures, and the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.datasets import decoded_dataset
+from vlmcap.assembly.encoding import encoding_of, free_memory
+from vlmcap.assembly.features import grid_of_frames
+from vlmcap.assembly.parts import device_of, load_encoder
+from vlmcap.assembly.sources import locate_sources, vision_part
+from vlmcap.compose import compose
+from vlmcap.config import Config, Split
+from vlmcap.demo.prepare import TINY, prepare
+from vlmcap.errors import UserError
+from vlmcap.files import replacing
+from vlmcap.libraries import quiet_libraries
+from vlmcap.sweep_syntax import expand, short_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.spectrum.figures import FrameFeatures, Spectrum
+    from vlmcap.spectrum.picture import EncoderSpectrum
+    from vlmcap.types import Clip, Sample
+
+MAX_FRAMES = 64  # that are kept, spread over the clips: tens of MB each for the largest encoders
+LAYER_FRAMES = 8  # through all layers at once
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumSettings:
+    """What is looked at.
+
+    Attributes:
+        num_clips: Of the validation split.
+        max_tokens: Patches in the singular values.
+        has_layers: Each layer, too.
+        images: Images or videos in place of the data's clips.
+    """
+
+    num_clips: int = 32
+    max_tokens: int = 8192
+    has_layers: bool = False
+    images: tuple[Path, ...] = ()
+
+
+def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: Path, *, as_json: bool = False) -> None:
+    """Measures each encoder, prints a table or JSON, and writes `spectrum.json` and the pictures.
+
+    Args:
+        overrides: Of train.py; each combination of swept values is one encoder.
+        settings: What is looked at.
+        folder: Of the files.
+        as_json: Printed.
+
+    Raises:
+        UserError: An override, an encoder or a clip does not do.
+    """
+    from vlmcap.spectrum.picture import draw_comparison, draw_spectrum
+    from vlmcap.spectrum.table import print_spectra, spectra_record
+    from vlmcap.terminal import progress_reporter
+
+    quiet_libraries()
+    jobs, swept = expand(overrides)
+    configs = [compose(job) for job in jobs]
+    names = short_names(jobs, swept) if len(jobs) > 1 else [configs[0].model.name if configs[0].is_whole else configs[0].encoder.name]
+    folder.mkdir(parents=True, exist_ok=True)
+    report = progress_reporter("encoders")
+    spectra: list[EncoderSpectrum] = []
+    for name, config in zip(names, configs, strict=True):
+        found = measure_encoder(name, config, settings)
+        draw_spectrum(found, folder / f"{_file_name(name)}.png")
+        spectra.append(found)
+        report(len(spectra), len(jobs))
+    record = spectra_record(spectra)
+    with replacing(folder / "spectrum.json") as partial:
+        partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    if len(spectra) > 1:
+        draw_comparison(spectra, folder / "comparison.png")
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False, indent=2))
+    else:
+        print_spectra(spectra)
+        print(f"spectrum.json and pictures: {folder}")
+
+
+def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> EncoderSpectrum:
+    """The figures of one encoder's features, and one frame to look at.
+
+    Raises:
+        UserError: The encoder or the clips cannot be had, or no clip can be read.
+    """
+    from vlmcap.spectrum.figures import measure_spectrum
+    from vlmcap.spectrum.picture import EncoderSpectrum
+
+    device_of(config)
+    is_tiny = config.encoder.checkpoint == TINY
+    if not is_tiny:  # nor is the tiny language model to be made for nothing
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, checkpoint="unused"))
+    if is_tiny or not settings.images:
+        config = prepare(config)
+    clips = _clips(config, settings)
+    folder = locate_sources(config, is_encoder_only=True).folders[vision_part(config)]
+    encoder = load_encoder(dataclasses.replace(config, cache=dataclasses.replace(config.cache, pooled=False)), folder)
+    frames: list[FrameFeatures] = []
+    pictures: list[Tensor | None] = []
+    num_layers = 0
+    layers: dict[str, Spectrum] = {}
+    keep = max(1, MAX_FRAMES // len(clips))
+    for sample in _samples(config, encoder, clips):
+        if settings.has_layers and num_layers == 0:
+            layers = _layers(config, encoder, sample, settings)
+            num_layers = len(layers)
+        own, shown = _encode(config, encoder, sample, keep)
+        frames += own
+        pictures += shown
+    if not frames:
+        raise UserError(f"none of the {len(clips)} clips can be read; check data.root, or --images")
+    spectrum = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
+    middle = len(frames) // 2
+    del encoder
+    free_memory()
+    layer = config.encoder.feature_layer
+    return EncoderSpectrum(name, layer, spectrum, frames[middle], pictures[middle], layers)
+
+
+def _clips(config: Config, settings: SpectrumSettings) -> list[Clip]:
+    """The images given, or clips spread evenly over the validation split (or what there is)."""
+    from vlmcap.types import Clip
+
+    if settings.images:
+        missing = next((path for path in settings.images if not path.is_file()), None)
+        if missing is not None:
+            raise UserError(f"--images: {missing} does not exist")
+        return [Clip(str(row), str(path), ()) for row, path in enumerate(settings.images)]
+    splits = load_splits(config, (), tuple(Split))
+    found = splits.get("val") or next(iter(splits.values()))
+    count = min(settings.num_clips, len(found))
+    return [found[row * len(found) // count] for row in range(count)]
+
+
+def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> Iterator[Sample]:
+    from vlmcap.types import Sample
+
+    dataset = decoded_dataset(config, encoder.transform, grid_of_frames(config, encoder), clips)
+    for row in range(len(clips)):
+        item = dataset[row]
+        if isinstance(item, Sample):
+            yield item
+
+
+def _encode(config: Config, encoder: VisionEncoder, sample: Sample, keep: int) -> tuple[list[FrameFeatures], list[Tensor | None]]:
+    """Features of some frames of a clip with their prefix tokens, and the frames as pictures where they are."""
+    import torch
+
+    from vlmcap.spectrum.figures import FrameFeatures
+
+    assert sample.frames is not None
+    prefixes: list[Tensor] = []
+
+    def keep_prefix(_: Any, __: Any, output: Any) -> None:
+        prefixes.append(output.last_hidden_state[:, : encoder.num_prefix_tokens])
+
+    handle = encoder.tower.register_forward_hook(keep_prefix) if encoder.num_prefix_tokens else None
+    grids = None if sample.grid_thw is None else [sample.grid_thw]
+    try:
+        features = encoding_of(config, encoder)(sample.frames[None], grids)
+    finally:
+        if handle is not None:
+            handle.remove()
+    num_frames, *side = sample.grid_thw or (len(features[0]), *encoder.grid)
+    grid = (side[0], side[1])
+    rows = torch.linspace(0, num_frames - 1, min(keep, num_frames)).round().long().tolist()
+    found = [
+        FrameFeatures(features[0][row, : grid[0] * grid[1]].float().cpu(), grid, prefixes[0][row].float().cpu() if prefixes else None)
+        for row in rows
+    ]
+    return found, [_picture(sample.frames, row, grid) for row in rows]
+
+
+def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
+    """uint8 (H, W, 3) of a frame, or None where there is no such frame (Qwen-VL joins two in one)."""
+    if frames.dim() == 4 and row < len(frames):
+        return frames[row].permute(1, 2, 0)
+    if frames.dim() == 3 and row < len(frames) and frames.shape[-1] % 3 == 0:  # NaFlex: patches, rows of pixels, then colours
+        side = round((frames.shape[-1] // 3) ** 0.5)
+        own = frames[row, : grid[0] * grid[1]]
+        if side * side * 3 == frames.shape[-1]:
+            return own.reshape(*grid, side, side, 3).permute(0, 2, 1, 3, 4).reshape(grid[0] * side, grid[1] * side, 3)
+    return None
+
+
+def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: SpectrumSettings) -> dict[str, Spectrum]:
+    """Number of the layer to its figures, of the frames of one clip; figures are taken as each layer ends, so one is held at a time.
+
+    Raises:
+        UserError: Frames have sizes of their own, so that a layer's tokens stand in no plain order.
+    """
+    import torch
+
+    from vlmcap.spectrum.figures import FrameFeatures, measure_spectrum
+
+    if config.is_whole or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
+        raise UserError("--layers is for encoders whose frames have one size; leave it out")
+    assert sample.frames is not None
+    lists = [module for module in encoder.tower.modules() if isinstance(module, torch.nn.ModuleList)]
+    blocks = max(lists, key=len, default=torch.nn.ModuleList())
+    found: dict[str, Spectrum] = {}
+    prefix, num_patches = encoder.num_prefix_tokens, encoder.num_patches
+
+    def keep(number: int, output: Any) -> None:
+        hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
+        tokens = hidden[:LAYER_FRAMES, -num_patches:]
+        frames = [
+            FrameFeatures(own, encoder.grid, whole[:prefix] if prefix else None)
+            for own, whole in zip(tokens, hidden[:LAYER_FRAMES], strict=True)
+        ]
+        found[str(number)] = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
+
+    handles = [
+        block.register_forward_hook(lambda _, __, output, number=number: keep(number, output)) for number, block in enumerate(blocks, 1)
+    ]
+    try:
+        encoding_of(config, encoder)(sample.frames[None], None if sample.grid_thw is None else [sample.grid_thw])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _file_name(name: str) -> str:
+    """The name with nothing in it that a path would misread."""
+    return re.sub(r"[^\w.=-]+", "_", name)

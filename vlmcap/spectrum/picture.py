@@ -1,0 +1,148 @@
+"""Pictures of encoders' features: singular values, likeness against distance, and what a patch finds alike in its frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from vlmcap.files import replacing
+from vlmcap.spectrum.figures import FrameFeatures, Spectrum, similarity_maps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_COLOURS = ("#3b6ea5", "#c7522a", "#4c956c", "#8a5fa8", "#b8860b", "#555555", "#d16ba5", "#2a9d8f")
+_E = 0.36787944117144233
+
+_MAX_LABEL = 28  # characters that a column and a legend have room for
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpectrum:
+    """An encoder's figures.
+
+    Attributes:
+        name: In tables and pictures.
+        layer: That is read, as `encoder.feature_layer`.
+        spectrum: Of its features.
+        frame: Features of one frame.
+        picture: That frame, uint8 (H, W, 3), or None.
+        layers: Number of a layer to its figures; empty unless asked for.
+    """
+
+    name: str
+    layer: int
+    spectrum: Spectrum
+    frame: FrameFeatures
+    picture: Tensor | None = None
+    layers: Mapping[str, Spectrum] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name, of a long one (a checkpoint's path) its end."""
+        return self.name if len(self.name) <= _MAX_LABEL else f"…{self.name[1 - _MAX_LABEL :]}"
+
+
+def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
+    """A PNG of one encoder, whole or not at all."""
+    rows, columns = one.frame.grid
+    queries = [row * columns + column for row, column in _queries(rows, columns)]
+    num_maps = len(queries) + 1
+    figure = Figure(figsize=(3 * num_maps, 6.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    upper, lower = parts
+    values, alike = upper.subplots(1, 2)
+    _draw_values(values, [one])
+    _draw_locality(alike, one)
+    upper.suptitle(f"{one.label}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}", fontsize=11)
+    axes = lower.subplots(1, num_maps)
+    _draw_frame(axes[0], one, queries)
+    maps = similarity_maps(one.frame, queries)
+    low = min(float(maps.min()), 0.0)
+    image = None
+    for place, (query, plot) in enumerate(zip(queries, axes[1:], strict=True)):
+        image = plot.imshow(maps[place].numpy(), cmap="viridis", vmin=low, vmax=1)
+        plot.plot(query % columns, query // columns, "+", color="red", markersize=10)
+        plot.set_title(f"alike patch {'ABC'[place]}", fontsize=9)
+        plot.axis("off")
+    assert image is not None
+    lower.colorbar(image, ax=list(axes[1:]), shrink=0.8, label="cosine similarity")
+    _save(figure, file)
+
+
+def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
+    """A PNG of several encoders, whole or not at all."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    values, alike, ranks = figure.subplots(1, 3)
+    _draw_values(values, spectra)
+    for colour, one in zip(_cycle(len(spectra)), spectra, strict=True):
+        alike.plot(one.spectrum.locality.distances, one.spectrum.locality.correlation, ".-", color=colour, label=one.label)
+    _label_locality(alike)
+    places = range(len(spectra))
+    shares = [one.spectrum.effective_rank / one.spectrum.width for one in spectra]
+    bars = ranks.barh(places, shares, color=_cycle(len(spectra)))
+    ranks.bar_label(bars, [f"{one.spectrum.effective_rank:.1f} of {one.spectrum.width}" for one in spectra], padding=3, fontsize=8)
+    ranks.set_yticks(list(places), [one.label for one in spectra], fontsize=8)
+    ranks.invert_yaxis()
+    ranks.margins(x=0.35)
+    ranks.set_xlabel("effective rank, share of the width")
+    _save(figure, file)
+
+
+def _queries(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Up to three places: the centre, and two off it towards opposite corners."""
+    places = [(rows // 2, columns // 2), (rows // 5, columns // 5), (rows - 1 - rows // 5, columns - 1 - columns // 5)]
+    return list(dict.fromkeys(places))
+
+
+def _draw_values(axes: Any, spectra: Sequence[EncoderSpectrum]) -> None:
+    for colour, one in zip(_cycle(len(spectra)), spectra, strict=True):
+        values = one.spectrum.values
+        shown = values[values > values[0] * 1e-6] if len(values) else values
+        axes.semilogy(range(1, len(shown) + 1), shown / values[0].clamp_min(1e-300), color=colour, label=one.label)
+    axes.set(xlabel="direction", ylabel="singular value over the largest")
+    axes.grid(alpha=0.3)
+    if len(spectra) > 1:
+        axes.legend(fontsize=8)
+
+
+def _draw_locality(axes: Any, one: EncoderSpectrum) -> None:
+    found = one.spectrum.locality
+    axes.plot(found.distances, found.similarity, ".-", color=_COLOURS[1], label="cosine similarity")
+    axes.plot(found.distances, found.correlation, ".-", color=_COLOURS[0], label="correlation")
+    _label_locality(axes)
+    if found.length is not None:
+        axes.axvline(found.length, color="#999999", linestyle=":", linewidth=1)
+        axes.annotate(f"{found.length:.1f} patches", (found.length, _E), xytext=(4, 4), textcoords="offset points", fontsize=8)
+
+
+def _label_locality(axes: Any) -> None:
+    axes.axhline(_E, color="#999999", linestyle=":", linewidth=1)
+    axes.set(xlabel="distance in patches", ylabel="mean over pairs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_frame(axes: Any, one: EncoderSpectrum, queries: Sequence[int]) -> None:
+    rows, columns = one.frame.grid
+    axes.set_title("frame and patches", fontsize=9)
+    axes.axis("off")
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # in patches, as the maps beside it
+    picture = one.picture.numpy() if one.picture is not None else [[[230, 230, 230]]]
+    axes.imshow(picture, extent=extent)
+    for place, query in enumerate(queries):
+        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+        axes.text(query % columns, query // columns, "ABC"[place], ha="center", va="center", fontsize=8, color="red", bbox=box)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
+
+
+def _save(figure: Figure, file: Path) -> None:
+    with replacing(file) as partial:
+        figure.savefig(partial, format="png", dpi=110)

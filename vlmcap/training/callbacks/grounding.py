@@ -1,0 +1,188 @@
+"""Does it look? Validation again with the videos exchanged between clips, and with black ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from vlmcap.assembly.clips import blank_clip
+from vlmcap.config import Config, Engine, GroundingConfig, GroundingMode
+from vlmcap.data.loading.datamodule import CaptionDataModule
+from vlmcap.errors import UserError
+from vlmcap.training.callbacks.evaluation import CaptionEvaluation
+from vlmcap.training.callbacks.grounding_pairs import swap_order
+from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, write_grounding
+from vlmcap.training.module import CaptioningModule
+from vlmcap.training.random_state import random_states, set_random_states
+from vlmcap.types import Clip, Sample
+
+if TYPE_CHECKING:
+    from vlmcap.data.loading.datamodule import CaptionDataModule
+    from vlmcap.training.callbacks.evaluation import CaptionEvaluation
+    from vlmcap.types import Clip
+
+
+class GroundingCheck(L.Callback):
+    """Measures what captions and the labels' loss lose without the right video; stands behind `CaptionEvaluation`.
+
+    Training goes on as if nothing had been measured: no random number is drawn, no bad clip counted, no gradient made.
+
+    Args:
+        settings: How often, and on how many clips.
+        evaluation: Has the captions with the own videos, and takes the scores.
+        data: Clips to samples.
+        folder: For a file each time.
+        blank: A clip of black frames; its captions do not count.
+        seed: Of the exchange, which is the same each time.
+        max_clips: Of the validation split that are captioned while training.
+    """
+
+    def __init__(
+        self,
+        settings: GroundingConfig,
+        evaluation: CaptionEvaluation,
+        data: CaptionDataModule,
+        folder: Path,
+        *,
+        blank: Clip,
+        seed: int,
+        max_clips: int,
+    ) -> None:
+        self.settings, self.evaluation, self.data, self.folder = settings, evaluation, data, folder
+        self.blank, self.seed, self.max_clips = blank, seed, max_clips
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measures on the validation clips where it is due."""
+        if trainer.sanity_checking:
+            return
+        epoch = trainer.current_epoch
+        number = (epoch + 1) // (trainer.check_val_every_n_epoch or 1)  # by the epoch, so that a resumed run keeps the beat
+        if number % self.settings.every_n_validations == 0:
+            self._check(trainer, pl_module, "val", f"val-epoch={epoch:02d}")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measures on the first clips of the split that was scored."""
+        self._check(trainer, pl_module, self.evaluation.split, self.evaluation.split)
+
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str) -> None:
+        assert isinstance(pl_module, CaptioningModule)
+        clips = list(self.data.clips[split][: min(self.settings.max_clips, self.max_clips)])
+        if len(clips) < 2:
+            return
+        order = swap_order(clips, self.seed)
+        states = random_states()
+        try:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                seen = self._gather(_Look(self, trainer, pl_module).all(clips, order))
+        finally:
+            set_random_states(states)
+        found = compare(clips, order, seen, self.evaluation.scorer)
+        if found is not None:
+            self._publish(trainer, pl_module, split, name, found)
+
+    def _gather(self, seen: list[Seen]) -> list[Seen]:
+        everyone = [seen]
+        if dist.is_available() and dist.is_initialized():
+            everyone = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, seen)
+        return [one for rows in everyone for one in rows]
+
+    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: Grounding) -> None:
+        scores = {f"{split}/{score}": value for score, value in found.named().items()}
+        self.evaluation.scores |= scores
+        pl_module.log_dict(scores, logger=False, prog_bar=False, rank_zero_only=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(scores | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        write_grounding(self.folder / f"{name}.jsonl", found)
+        print(f"{split}, {len(found.clips)} clips: {found.sentence()}", flush=True)
+        if found.is_blind:
+            print(f"Warning: {split}: the captions do not depend on the video: another clip's does as well.", flush=True)
+
+
+class _Look:
+    """One measurement.
+
+    Args:
+        check: Settings and data.
+        trainer: Knows ranks.
+        module: In evaluation mode.
+    """
+
+    def __init__(self, check: GroundingCheck, trainer: L.Trainer, module: CaptioningModule) -> None:
+        self.data, self.blank, self.module = check.data, check.blank, module
+        self.has_captions = check.settings.mode is GroundingMode.captions
+        self.own = {row.clip.id: row.text for row in check.evaluation.predictions}
+        self.rank, self.world_size = check.data.evaluation_rank
+
+    def all(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Seen]:
+        """This rank's share, with each of the three videos."""
+        swapped = [replace(clip, video=clips[other].video, frames=clips[other].frames) for clip, other in zip(clips, order, strict=True)]
+        own = self._look(OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples])
+        return [
+            *own,
+            *self._look(SWAPPED, self._samples(swapped), self._write),
+            *self._look(BLANKED, self._black(clips[self.rank :: self.world_size]), self._write_of_one),
+        ]
+
+    def _samples(self, clips: Sequence[Clip]) -> Iterator[list[Sample]]:
+        for items in self.data.sample_loader(clips):
+            yield [item for item in items if isinstance(item, Sample)]
+
+    def _black(self, clips: Sequence[Clip]) -> Iterator[list[Sample]]:
+        """The clips with the black video, which is read once."""
+        black = self.data.make_dataset([self.blank])[0]
+        assert isinstance(black, Sample), "a picture of our own"
+        yield [replace(black, clip=clip) for clip in clips]
+
+    def _look(self, condition: str, batches: Iterator[list[Sample]], write: Callable[[list[Sample]], list[str]]) -> list[Seen]:
+        seen = []
+        for samples in batches:
+            texts: Sequence[str | None] = write(samples) if self.has_captions and samples else [None] * len(samples)
+            for sample, text in zip(samples, texts, strict=True):
+                batch = self.data.train_collator([sample])  # clip by clip, so that each has its own loss
+                if len(batch):
+                    loss, num_tokens = self.module.captioner.loss_sum(batch.to(self.module.device))
+                    seen.append(Seen(condition, sample.clip.id, float(loss), num_tokens, text))
+        return seen
+
+    def _write(self, samples: list[Sample]) -> list[str]:
+        return self.module.captioner.generate(self.data.prompt_collator(samples).to(self.module.device))
+
+    def _write_of_one(self, samples: list[Sample]) -> list[str]:
+        """One caption for all: they have one video and one prompt, and only sampling would make more of them."""
+        if self.module.captioner.generation.do_sample:
+            return self._write(samples)
+        return self._write(samples[:1]) * len(samples)
+
+
+def grounding_check(config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path) -> GroundingCheck | None:
+    """The callback that exchanges videos; None where nobody asked.
+
+    Raises:
+        UserError: The language model is elsewhere, so that there is no loss.
+    """
+    if not config.callbacks.grounding.enabled:
+        return None
+    if config.evaluation.engine is Engine.vllm:
+        raise UserError(
+            "callbacks.grounding measures the loss of labels, which evaluation.engine=vllm does not give; "
+            "set callbacks.grounding.enabled=false, or evaluation.engine=own"
+        )
+
+    return GroundingCheck(
+        config.callbacks.grounding,
+        evaluation,
+        data,
+        folder / "predictions" / "grounding",
+        blank=blank_clip(config),
+        seed=config.seed,
+        max_clips=config.evaluation.max_clips,
+    )

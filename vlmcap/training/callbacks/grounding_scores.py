@@ -1,0 +1,137 @@
+"""What captions and losses with exchanged and black videos come to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from vlmcap.files import replacing
+from vlmcap.metrics import score_each
+from vlmcap.training.callbacks.scorer import CaptionScorer, Prediction
+from vlmcap.types import Clip
+
+OWN, SWAPPED, BLANKED = "own", "swapped", "blanked"
+CONDITIONS = (OWN, SWAPPED, BLANKED)
+_NUM_ERRORS = 2.0  # standard errors of the mean difference that chance may make
+_NEAR = 0.05  # of the own score: a larger difference may be chance, but is no small one
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the model made of one clip's label with one video.
+
+    Attributes:
+        condition: Which video: one of `CONDITIONS`.
+        clip_id: Of the clip whose caption is the label.
+        loss: Summed over the label's tokens, in nats.
+        num_tokens: Label tokens.
+        text: The caption that it wrote; None where none was asked for.
+    """
+
+    condition: str
+    clip_id: str
+    loss: float
+    num_tokens: int
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grounding:
+    """Clips that were seen with all three videos.
+
+    Attributes:
+        clips: N, with their own videos.
+        swapped: N, the clips whose videos they got.
+        seen: Condition to what was seen, in the order of `clips`.
+        ciders: Condition to each clip's CIDEr; empty without captions.
+        scores: Condition to its scores: loss (nats a label token), and with captions cider and facts/*.
+    """
+
+    clips: tuple[Clip, ...]
+    swapped: tuple[Clip, ...]
+    seen: Mapping[str, Sequence[Seen]]
+    ciders: Mapping[str, Sequence[float]]
+    scores: Mapping[str, Mapping[str, float]]
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether captions were written."""
+        return bool(self.ciders)
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether another clip's video is as good as the own one: by CIDEr where there are captions, otherwise by the loss."""
+        if self.has_captions:
+            return is_near_zero(self.ciders[OWN], [own - other for own, other in zip(self.ciders[OWN], self.ciders[SWAPPED], strict=True)])
+        own, swapped = ([one.loss / one.num_tokens for one in self.seen[name]] for name in (OWN, SWAPPED))
+        return is_near_zero(own, [other - one for one, other in zip(own, swapped, strict=True)])
+
+    def named(self) -> dict[str, float]:
+        """`grounding/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`: above 0 for a model that looks."""
+        named = {f"grounding/{name}/{score}": value for name, own in self.scores.items() for score, value in own.items()}
+        for score, label, sign in (("cider", "cider_drop", 1), ("facts/mean", "facts_drop", 1), ("loss", "loss_rise", -1)):
+            if score in self.scores[OWN]:
+                for name in (SWAPPED, BLANKED):
+                    named[f"grounding/{name}/{label}"] = sign * (self.scores[OWN][score] - self.scores[name][score])
+        return named | {"grounding/is_blind": float(self.is_blind)}
+
+    def sentence(self) -> str:
+        """One line for people."""
+        score, label = ("cider", "CIDEr") if self.has_captions else ("loss", "loss")
+        own, swapped, blanked = (self.scores[name][score] for name in CONDITIONS)
+        return f"{label} {own:.3f} with the own video, {swapped:.3f} with another clip's, {blanked:.3f} with a black one"
+
+
+def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
+    """Whether the mean drop is small, and no larger than chance makes it for a model that does not look.
+
+    Args:
+        own: N scores with the own videos; N at least 2.
+        drops: N, how much worse each is with another's.
+    """
+    mean, error = fmean(drops), stdev(drops) / math.sqrt(len(drops))
+    return mean <= _NEAR * fmean(own) and mean <= _NUM_ERRORS * error
+
+
+def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], scorer: CaptionScorer) -> Grounding | None:
+    """The comparison over the clips that could be read with every video; None where they are fewer than two.
+
+    Args:
+        clips: With their own videos.
+        order: The index of the clip whose video each got.
+        seen: Of all ranks, in any order.
+        scorer: Of captions, where there are some.
+    """
+    by_key = {(one.condition, one.clip_id): one for one in seen}
+    rows = [row for row, clip in enumerate(clips) if all((name, clip.id) in by_key for name in CONDITIONS)]
+    if len(rows) < 2:
+        return None
+    kept = {name: [by_key[name, clips[row].id] for row in rows] for name in CONDITIONS}
+    scores = {name: {"loss": sum(one.loss for one in own) / sum(one.num_tokens for one in own)} for name, own in kept.items()}
+    ciders: dict[str, list[float]] = {}
+    if all(one.text is not None for own in kept.values() for one in own):
+        for name, own in kept.items():
+            predictions = [Prediction(clips[row], one.text or "") for row, one in zip(rows, own, strict=True)]
+            scores[name] |= scorer.score(predictions, metrics=("cider",))
+            texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+            ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
+    return Grounding(tuple(clips[row] for row in rows), tuple(clips[order[row]] for row in rows), kept, ciders, scores)
+
+
+def write_grounding(path: Path, found: Grounding) -> None:
+    """One JSON object a clip, `id, video, swapped_video, references` and a condition each; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row, (clip, other) in enumerate(zip(found.clips, found.swapped, strict=True)):
+            record: dict[str, object] = {"id": clip.id, "video": clip.video, "swapped_video": other.video, "references": [*clip.captions]}
+            for name in CONDITIONS:
+                one = found.seen[name][row]
+                own: dict[str, object] = {"loss": round(one.loss / one.num_tokens, 6)}
+                if found.has_captions:
+                    own |= {"prediction": one.text, "cider": round(found.ciders[name][row], 6)}
+                record[name] = own
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

