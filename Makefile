@@ -9,7 +9,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test models check format wheel clean
+.PHONY: help venv demo test test-all models check format wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -22,7 +22,10 @@ demo: $(STAMP) ## train the demo on the CPU: a few minutes, no download (ARGS="s
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-all: $(STAMP) ## run the slow tests too (whole programs killed and resumed, several processes, large matrices)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "slow and not gpu and not network" $(ARGS)
 
 models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Tiny checkpoints in true layouts, for tests of more than one folder.
 pytest_plugins = ["tests.checkpoints.encoders", "tests.checkpoints.moe", "tests.checkpoints.pretrained", "tests.sweeping.program"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra composes equal overrides once per worker; what only says where a run writes is put in afterwards."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from vlmcap import compose as module
+
+    compose_node = module.compose_node
+    composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def remembered(overrides: Sequence[str], *, name: str = "train") -> DictConfig:
+        folders = dict(override.split("=", 1) for override in overrides if _FOLDER.fullmatch(override))
+        rest = [override for override in overrides if not _FOLDER.fullmatch(override)]
+        key = (name, *rest)
+        if key not in composed:
+            composed[key] = compose_node(rest, name=name)
+        node = copy.deepcopy(composed[key])
+        for path, value in folders.items():
+            OmegaConf.update(node, path, value)
+        return node
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "compose_node", remembered)
+        yield
+
+
+_FOLDER = re.compile(r"paths\.(output_dir|cache_dir)=[\w./-]+")  # plain absolute paths, which Hydra takes as they are
 
 
 # --- a whole tiny run -------------------------------------------------------------------------------------------------------------------
