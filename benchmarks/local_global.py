@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmcap.models.projectors.local_global import windowed_attention
+from vlmcap.models.projectors.temporal import windowed_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MIB = 2**20

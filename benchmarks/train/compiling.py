@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from step import machine
 from torch import Tensor
 
-from vlmcap.models.llm.compiling import compile_layers
+from vlmcap.models.llm.layers import compile_layers
 from vlmcap.types import Batch
 
 

@@ -22,7 +22,7 @@ from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
-from vlmcap.models.layout import VisualRun
+from vlmcap.models.llm.prompt import VisualRun
 from vlmcap.models.projectors import ProjectorSpec, build_projector
 from vlmcap.types import GridTHW
 

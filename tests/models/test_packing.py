@@ -19,10 +19,9 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.known import known_checkpoints, known_config
-from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.adapt import add_lora, base_model
-from vlmcap.models.llm.packing import PACKABLE, check_packing
-from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.llm.attention import PACKABLE, check_packing
+from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.projectors import ProjectorSpec, build_projector
 from vlmcap.types import Batch, Clip, Sample
 

@@ -104,7 +104,7 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
 
 def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:
     """F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own."""
-    from vlmcap.models.layout import StatedGrid
+    from vlmcap.models.encoders.preprocessing import StatedGrid
 
     grid_of = encoder.transform.grid_thw
     return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of

@@ -107,9 +107,9 @@ def describe_model(config: Config) -> ModelSpec:
     Raises:
         UserError: A checkpoint is missing, or the parts do not fit.
     """
-    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.llm.attention import check_packing
     from vlmcap.models.llm.load import context_length, text_width
-    from vlmcap.models.llm.packing import check_packing
+    from vlmcap.models.llm.prompt import VisualRun
 
     sources = locate_sources(config)
     part = "model" if config.is_whole else "llm"
@@ -163,7 +163,7 @@ def _assemble_parts(
 ) -> Assembly:
     from vlmcap.data.features.pooled import pooled_grid
     from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.llm.prompt import VisualRun
     from vlmcap.models.projectors import build_projector
 
     config, visual, shape = spec.config, spec.visual, spec.projector
@@ -190,7 +190,7 @@ def _assemble_parts(
 
 
 def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers: int) -> Assembly:
-    from vlmcap.models.layout import VisualRun
+    from vlmcap.models.llm.prompt import VisualRun
 
     config = spec.config
     parts = load_whole(config, spec.sources.folders["model"])

@@ -88,7 +88,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
     if tuning is EncoderTuning.full:
         encoder.float().requires_grad_(True)  # mixed precision wants float32 masters
     else:
-        from vlmcap.models.encoders.adapt import add_tower_lora
+        from vlmcap.models.encoders.tower import add_tower_lora
 
         add_tower_lora(
             encoder.tower, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_dora=lora.use_dora, use_rslora=lora.use_rslora
@@ -211,7 +211,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
         num_kept: Layers whose activations are kept although others are computed again.
     """
     from vlmcap.models.llm.adapt import add_lora
-    from vlmcap.models.llm.checkpointing import checkpoint_layers
+    from vlmcap.models.llm.layers import checkpoint_layers
 
     if config.hardware.gradient_checkpointing:
         checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
@@ -226,7 +226,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
 
 def compile_blocks(config: Config, llm: nn.Module) -> None:
     """Compiles the language model's blocks where `hardware.compile` says so; a plan's hollow model is never compiled."""
-    from vlmcap.models.llm.compiling import compile_layers
+    from vlmcap.models.llm.layers import compile_layers
 
     if config.hardware.compile:
         compile_layers(llm)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmcap.compose import compose, config_dir, explain, innermost, register_schemas, write_yaml
-from vlmcap.config.wandb_sweep import SweepMethod
+from vlmcap.config.sweep import SweepMethod
 from vlmcap.errors import UserError
 
 # Two agents may start in the same second, and a run's usual folder is named by it.

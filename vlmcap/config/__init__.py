@@ -32,12 +32,13 @@ from vlmcap.config.choices import (
 )
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.grounding import GroundingConfig
-from vlmcap.config.logger import LoggedCheckpoint, LoggerConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
 from vlmcap.config.run import (
     Config,
     EvaluationConfig,
     HardwareConfig,
+    LoggedCheckpoint,
+    LoggerConfig,
     PathsConfig,
     PlanConfig,
     is_lower_better,

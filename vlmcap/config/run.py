@@ -1,8 +1,9 @@
-"""Settings of hardware and evaluation, and the whole of a run."""
+"""Settings of hardware, evaluation, logging and folders, and the whole of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 
 from omegaconf import MISSING
 
@@ -14,6 +15,7 @@ from vlmcap.config.choices import (
     Enforce,
     Engine,
     EvaluationBackend,
+    LoggerKind,
     ModelKind,
     Precision,
     ProjectorKind,
@@ -21,7 +23,6 @@ from vlmcap.config.choices import (
     Reducer,
 )
 from vlmcap.config.data import CacheConfig, DataConfig
-from vlmcap.config.logger import LoggerConfig
 from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
 from vlmcap.config.sweep import LauncherConfig, SweepConfig
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
@@ -108,6 +109,33 @@ class EvaluationConfig:
         share = self.vllm_gpu_memory
         require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+LoggedCheckpoint = Enum("LoggedCheckpoint", {"best": "best", "last": "last", "none": "none"})
+LoggedCheckpoint.__doc__ = "Which checkpoint is sent to W&B at the end of a run."
+
+
+@dataclass
+class LoggerConfig:
+    """Metrics beside `metrics.jsonl`; what is sent to W&B beside numbers has a bound."""
+
+    kind: LoggerKind = LoggerKind.csv
+    project: str = "vlmcap"  # of W&B and trackio, and MLflow's experiment
+    entity: str | None = None  # of W&B: a user or a team; null is the key's default
+    group: str | None = None  # of W&B and trackio; null is the encoder and the language model
+    offline: bool = False
+    log_checkpoints: LoggedCheckpoint = LoggedCheckpoint.best  # of W&B: trained weights and optimiser state, never frozen weights
+    log_predictions: bool = True  # of W&B: the predictions of whole splits as an artifact
+    max_artifact_mib: int = 1024  # a larger checkpoint stays here
+    max_media_mib: int = 50  # of thumbnails and tables in a run; tables that would go beyond are left out
+    table_every_n_validations: int = 1
+    thumbnail_height: int = 96  # pixels of each of a clip's four frames
+    jpeg_quality: int = 70
+
+    def __post_init__(self) -> None:
+        require_positive("logger", self, "max_artifact_mib", "max_media_mib", "table_every_n_validations")
+        require(self.thumbnail_height >= 8, f"logger.thumbnail_height must be at least 8 pixels, not {self.thumbnail_height}")
+        require(1 <= self.jpeg_quality <= 95, f"logger.jpeg_quality must be 1 to 95, not {self.jpeg_quality}")
 
 
 @dataclass

@@ -7,7 +7,6 @@ from enum import Enum
 from math import inf
 
 from vlmcap.config.checks import require, require_positive
-from vlmcap.config.wandb_sweep import WandbSweepConfig
 
 
 class SweepKind(Enum):
@@ -34,13 +33,23 @@ class Scaled(Enum):
     both = "both"
 
 
-class LauncherKind(Enum):
-    """What starts the jobs of a sweep."""
+class SweepMethod(Enum):
+    """How W&B chooses the next run: all combinations, chance, or a model of those before."""
 
-    basic = "basic"
-    joblib = "joblib"
-    submitit = "submitit"
-    ray = "ray"
+    grid = "grid"
+    random = "random"
+    bayes = "bayes"
+
+
+@dataclass
+class WandbSweepConfig:
+    """What `vlmcap dashboard --sweep` writes for `wandb sweep` beside the values to try."""
+
+    method: SweepMethod = SweepMethod.grid
+    max_runs: int | None = None  # of all agents together; null is no limit, and then a grid alone ends by itself
+
+    def __post_init__(self) -> None:
+        require(self.max_runs is None or self.max_runs >= 1, f"sweep.wandb.max_runs must be at least 1, or null, not {self.max_runs}")
 
 
 @dataclass
@@ -70,6 +79,15 @@ class SweepConfig:
         require(0 < self.keep < 1, f"sweep.keep must be above 0 and below 1, not {self.keep}: it is the share that goes on")
         is_known = not self.resume or self.folder is not None
         require(is_known, "sweep.resume=true goes on with the sweep in sweep.folder, which has no value; give the folder under multirun/")
+
+
+class LauncherKind(Enum):
+    """What starts the jobs of a sweep."""
+
+    basic = "basic"
+    joblib = "joblib"
+    submitit = "submitit"
+    ray = "ray"
 
 
 @dataclass

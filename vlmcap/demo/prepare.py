@@ -30,7 +30,7 @@ def prepare(config: Config) -> Config:
 
 def demo_folder(config: Config) -> Path:
     """The demo data set, made on first use."""
-    from vlmcap.demo.make import DemoSettings, make_demo
+    from vlmcap.demo.clips import DemoSettings, make_demo
     from vlmcap.terminal import progress_reporter
 
     settings = DemoSettings(**dataclasses.asdict(config.data.demo))

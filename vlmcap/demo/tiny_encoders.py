@@ -17,7 +17,7 @@ from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
 from vlmcap.demo.tiny_llm import Progress, optimise
 from vlmcap.models.encoders import FAMILIES, FrameTransform
-from vlmcap.models.encoders.processor import Preprocessing
+from vlmcap.models.encoders.preprocessing import Preprocessing
 from vlmcap.models.rates import cosine_rate
 from vlmcap.types import Clip, Sample
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlmcap.measuring.memory_use import reset_peak, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
-from vlmcap.models.llm.checkpointing import checkpoint_layers
+from vlmcap.models.llm.layers import checkpoint_layers
 from vlmcap.planning.estimate.batches import language_batch
 from vlmcap.planning.estimate.stages import StageTrace, blocks_of, trace_stage
 from vlmcap.types import Batch

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vlmcap.models.sharding import as_sharded_like, load_whole_weights, whole
+from vlmcap.training.sharding import as_sharded_like, load_whole_weights, whole
 
 _children: list[subprocess.Popen[bytes]] = []
 _PATIENCE = timedelta(hours=2)  # the first process may load a large model, or score a large split, while the others wait

@@ -72,7 +72,7 @@ def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.devic
     dtype = None if config.hardware.precision is Precision.fp32 else dtype_of(config.hardware.precision)
 
     def shard(captioner: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
-        from vlmcap.models.sharding import shard_captioner
+        from vlmcap.training.sharding import shard_captioner
 
         shard_captioner(captioner, mesh, device, dtype)
 

@@ -17,11 +17,10 @@ from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
-from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_entropy, rows_per_chunk
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
 from vlmcap.models.projectors import ProjectorSpec, build_projector
 from vlmcap.types import Batch, Clip, Sample

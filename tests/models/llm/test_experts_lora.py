@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm.adapt import add_lora
-from vlmcap.models.llm.experts import MATRICES, fused_experts
-from vlmcap.models.llm.experts_lora import add_expert_lora, merge_expert_lora
+from vlmcap.models.llm.experts import MATRICES, add_expert_lora, fused_experts, merge_expert_lora
 from vlmcap.models.llm.experts_quantization import expert_quantization
 from vlmcap.models.llm.load import load_language_model, quantization_config
 

@@ -19,9 +19,8 @@ from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.llm.merge import fold_in, load_adapters, load_own_weights, merge, merge_adapters
+from vlmcap.models.llm.merge import Routing, fold_in, load_adapters, load_own_weights, merge, merge_adapters
 from vlmcap.models.llm.prompt import load_prompt
-from vlmcap.models.llm.routing import Routing
 
 KINDS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 

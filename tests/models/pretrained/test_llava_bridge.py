@@ -19,9 +19,8 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import EncoderOptions, load_encoder
-from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.load import load_language_model, text_width
-from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
 from vlmcap.models.projectors import ProjectorSpec, build_projector, load_projector_weights
 from vlmcap.types import Batch, Clip, Sample

@@ -1,4 +1,4 @@
-"""Whole models: what is refused, quantisation, training, and true sizes on the meta device."""
+"""Whole models and their vision encoders alone: what is refused, quantisation, training, and true sizes on the meta device."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints.pretrained import VISION
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
-from vlmcap.models.encoders.adapt import add_tower_lora
+from vlmcap.models.encoders.tower import add_tower_lora
 from vlmcap.models.known import known_config
-from vlmcap.models.layout import VisualRun
 from vlmcap.models.llm.adapt import add_lora
-from vlmcap.models.llm.prompt import load_prompt
-from vlmcap.models.pretrained import PretrainedParts, build_pretrained, load_pretrained
+from vlmcap.models.llm.prompt import VisualRun, load_prompt
+from vlmcap.models.pretrained import PretrainedParts, build_pretrained, load_pretrained, load_vision, sketch_vision
 from vlmcap.types import Batch, Clip, Sample
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -180,3 +180,48 @@ def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
     assert total / 1e9 == pytest.approx({"qwen2_vl": 8.29, "qwen2_5_vl": 8.29, "qwen3_vl": 8.77, "llava_next_video": 7.06}[kind], abs=0.01)
     assert parts.encoder.embed_dim == width
     assert all(parameter.is_meta for module in modules for parameter in module.parameters())
+
+
+OPTIONS: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa", "device": "cpu", "max_patches": 24}
+
+
+@pytest.fixture(params=[*VISION, "llava_next_video"])
+def case(request: pytest.FixtureRequest, qwen_folders: dict[str, Path], llava_folder: Path) -> tuple[str, Path]:
+    kind: str = request.param
+    return kind, qwen_folders.get(kind, llava_folder)
+
+
+def test_features_are_those_of_the_whole_model(case: tuple[str, Path]) -> None:
+    kind, folder = case
+    whole = load_pretrained(kind, folder, quantization="none", **OPTIONS).encoder
+    alone = load_vision(kind, folder, **OPTIONS)
+    assert alone.transform == whole.transform
+    assert alone.possible_grids(4) == whole.possible_grids(4)
+    assert not any(parameter.requires_grad for parameter in alone.parameters())
+    pixels = torch.randint(0, 256, (4, 3, 48, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    grid = alone.transform.grid_thw(4, 48, 64)
+    with torch.no_grad():
+        features, expected = (encoder(encoder.transform(pixels)[None], grid and [grid]) for encoder in (alone, whole))
+    assert features.abs().max() > 0
+    assert torch.equal(features, expected)
+
+
+def test_a_sketch_has_the_sizes_and_no_weights(case: tuple[str, Path]) -> None:
+    kind, folder = case
+    sketch = sketch_vision(kind, folder, dtype=torch.float32, max_patches=24)
+    loaded = load_vision(kind, folder, **OPTIONS)
+    assert all(parameter.is_meta for parameter in sketch.parameters())
+    assert (sketch.transform, sketch.embed_dim, sketch.grid) == (loaded.transform, loaded.embed_dim, loaded.grid)
+    assert sketch.possible_grids(4) == loaded.possible_grids(4)
+    assert sum(p.numel() for p in sketch.parameters()) == sum(p.numel() for p in loaded.parameters())
+
+
+def test_a_missing_weight_of_the_tower_is_said(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen_folders["qwen2_vl"], tmp_path / "copy"))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "visual.blocks.0" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights"):
+        load_vision("qwen2_vl", folder, **OPTIONS)
+    with pytest.raises(UserError, match="not qwen3_vl; choose the model="):
+        sketch_vision("qwen3_vl", folder, dtype=torch.float32, max_patches=24)

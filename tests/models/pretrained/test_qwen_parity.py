@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.decoding.settings import GenerationSettings
-from vlmcap.models.layout import VisualRun
-from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import PretrainedParts, load_pretrained
 from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
 from vlmcap.models.pretrained.qwen_vl import FAMILIES

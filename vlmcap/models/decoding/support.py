@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from vlmcap.models.llm.adapt import base_model
-from vlmcap.models.llm.packing import PACKABLE
+from vlmcap.models.llm.attention import PACKABLE
 
 _ATTENTION = ("sdpa", "eager")  # FlashAttention takes no mask in which each row ends at a place of its own
 _ROTARY = ("default", "linear", "llama3", "yarn")  # others change all rows' angles with the longest row

@@ -1,4 +1,4 @@
-"""Vision encoders, one small file a family: a line here and a YAML file under `conf/encoder/` make a new one known."""
+"""Vision encoders: frames in, patch features out."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
-from vlmcap.models.encoders.clip import Clip
-from vlmcap.models.encoders.dinov3 import Dinov3
-from vlmcap.models.encoders.internvit import Internvit
-from vlmcap.models.encoders.processor import read_processor
-from vlmcap.models.encoders.siglip import Siglip
-from vlmcap.models.encoders.siglip2_naflex import Siglip2Naflex
+from vlmcap.models.encoders.families import FAMILIES
+from vlmcap.models.encoders.preprocessing import FrameTransform, Transform, read_processor
 from vlmcap.models.encoders.tower import build_tower, load_tower, read_config, vision_config
-from vlmcap.models.encoders.transforms import FrameTransform, Transform
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-FAMILIES: dict[str, Family] = {
-    "clip": Clip(),
-    "siglip": Siglip(),
-    "siglip2_naflex": Siglip2Naflex(),
-    "dinov3": Dinov3(),
-    "internvit": Internvit(),
-}
 
 
 def load_encoder(family: str, folder: Path, options: EncoderOptions) -> VisionEncoder:

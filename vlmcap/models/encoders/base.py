@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.encoders.processor import Preprocessing
-from vlmcap.models.encoders.transforms import FrameTransform, TileTransform, Transform, num_tiles
+from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, TileTransform, Transform, num_tiles
 from vlmcap.types import GridTHW
 
 

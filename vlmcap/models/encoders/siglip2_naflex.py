@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
-from vlmcap.models.encoders.processor import Preprocessing
-from vlmcap.models.encoders.transforms import PatchTransform
+from vlmcap.models.encoders.preprocessing import PatchTransform, Preprocessing
 from vlmcap.types import GridTHW
 
 

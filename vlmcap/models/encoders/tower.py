@@ -1,23 +1,27 @@
-"""A vision tower of transformers, cut behind the chosen layer."""
+"""Vision towers of transformers: cut behind the chosen layer, filled from a checkpoint that may hold much more, given adapters."""
 
 from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
+from vlmcap.models.checkpoint import holding, read_safetensors, weight_files
 from vlmcap.models.encoders.base import EncoderOptions, Family
-from vlmcap.models.encoders.weights import read_weights
 
 # Where whole models keep their tower: CLIPModel and SiglipModel, InternVL and LLaVA, either of them inside the other, old and new.
 _PREFIX = re.compile(r"^(?:model\.)?(?:vision_(?:tower|model)\.)+")
+Names = Callable[[str], tuple[str, ...]]
+"""From a tensor's name in the checkpoint to its names in the tower; several where one tensor holds several, stacked."""
 
 
 def vision_config(family: Family, values: Mapping[str, Any], source: str) -> Any:
@@ -113,3 +117,95 @@ def _fill_buffers(tower: nn.Module, config: Any, options: EncoderOptions) -> Non
         module, _, leaf = name.rpartition(".")
         setattr(tower.get_submodule(module), leaf, buffer)
     assert not any(buffer.is_meta for buffer in tower.buffers()), "a table inside a block"
+
+
+def read_weights(folder: Path, shapes: Mapping[str, torch.Size], names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor in `shapes` and no other; files that hold none of them are not opened.
+
+    Args:
+        folder: Checkpoint in Hugging Face layout, of the tower alone or of a whole model.
+        shapes: Of the tower's tensors, by name.
+        names: What the checkpoint's names mean.
+        dtype: Of what is returned.
+
+    Raises:
+        UserError: Weights are missing, unreadable or of another shape; transformers would fill the gaps with random numbers.
+    """
+    from safetensors import SafetensorError
+
+    weights: dict[str, Tensor] = {}
+    try:
+        for key, tensor in _read(folder, lambda key: any(name in shapes for name in names(key))):
+            targets = names(key)
+            parts = tensor.chunk(len(targets))
+            weights |= {
+                # A part of a larger tensor would keep all of it in memory.
+                name: part.to(dtype).clone() if len(targets) > 1 else part.to(dtype)
+                for name, part in zip(targets, parts, strict=True)
+                if name in shapes
+            }
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"encoder.checkpoint {folder} could not be read ({first_line(error)}); check encoder.family, or copy it again"
+        ) from error
+    _check(folder, shapes, weights)
+    return weights
+
+
+def _check(folder: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+    missing = sorted(shapes.keys() - weights.keys())
+    if missing:
+        raise UserError(
+            f"encoder.checkpoint {folder} lacks {len(missing)} weights of the vision tower, first: {missing[0]}; "
+            "check encoder.family, or take a whole checkpoint"
+        )
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise UserError(
+                f"encoder.checkpoint {folder} has {name} of shape {tuple(weights[name].shape)} where its config.json means "
+                f"{tuple(shape)}; take config.json and weights of one checkpoint"
+            )
+
+
+def _read(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Wanted tensors with their names in the checkpoint."""
+    if weight_files(folder, "model.safetensors"):
+        yield from read_safetensors(folder, is_wanted)
+        return
+    files = weight_files(folder, "pytorch_model.bin")  # what some older revisions on the hub have alone
+    if not files:
+        raise FileNotFoundError("it has no model.safetensors")
+    for file in holding(files, is_wanted):
+        # Files from before torch 1.6 are no zip archives, and only those can be mapped.
+        pickled: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        yield from ((key, tensor) for key, tensor in pickled.items() if is_wanted(key))
+
+
+def add_tower_lora(tower: nn.Module, *, rank: int, alpha: int, dropout: float, use_dora: bool = False, use_rslora: bool = False) -> None:
+    """Puts adapters in float32 on every linear layer of a frozen tower, in place, so that it keeps its class and interface.
+
+    Args:
+        tower: Of a `VisionEncoder`.
+        rank: Of the two factors.
+        alpha: The adapter's output is scaled by alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
+        dropout: On the adapter's input.
+        use_dora: Weight-decomposed adapters.
+        use_rslora: Rank-stabilised scaling.
+
+    Raises:
+        UserError: The tower has no linear layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    # Full names: in Qwen's towers a convolution has the last name of a linear layer (proj), and peft would adapt it too.
+    targets = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+    if not targets:
+        raise UserError("tuning.encoder=lora finds no linear layer in this encoder; set tuning.encoder=full or none")
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora, target_modules=targets)
+    inject_adapter_in_model(settings, tower)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # mixed precision wants float32 masters

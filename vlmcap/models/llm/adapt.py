@@ -7,12 +7,12 @@ LoRA (Hu et al., https://arxiv.org/abs/2106.09685), and as options DoRA (Liu et 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.llm.experts_lora import add_expert_lora
+from vlmcap.models.llm.experts import add_expert_lora, is_router
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,15 +113,3 @@ def _linear_layers(model: nn.Module) -> list[str]:
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether the module chooses or weighs experts: by its class, or by its name and the number of its outputs."""
-    if "router" in type(module).__name__.lower():
-        return True
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    counts = [getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
-    experts = [count for count in counts if isinstance(count, int) and count > 0]
-    leaf = name.rsplit(".", 1)[-1]
-    return bool(experts) and leaf in ("gate", "router", "shared_expert_gate") and getattr(module, "out_features", None) in (*experts, 1)

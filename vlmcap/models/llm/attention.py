@@ -1,18 +1,31 @@
-"""The attention implementation that hardware, number format and model class allow, never silently the slow one."""
+"""The attention of a language model: the implementation that runs it, and which models keep the clips of a packed row apart.
+
+Hardware, number format and class decide on the implementation, and never is it silently the slow one. Without a mask, transformers asks
+SDPA to group queries (`enable_gqa`). Only the flash kernel can, and it needs compute capability 8.0. On older GPUs (T4) PyTorch falls back
+to plain matrix products in silence, which hold S × S numbers for each head. "sdpa_repeated" repeats keys and values, which are S × D
+numbers for each head, so that the memory-efficient kernel runs.
+
+Legend: B batch, H heads, K heads of keys and values, S sequence, D width of a head.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.llm.repeated_keys import NAME as REPEATED
-from vlmcap.models.llm.repeated_keys import needs_repeated_keys, register_repeated_keys
 
+REPEATED = "sdpa_repeated"
+_UNGROUPED = nn.Identity()  # in place of the layer, which would say how many queries share a key
 _FLASH = ("flash_attention_2", "flash_attention_3")
 _SDPA = ("sdpa", REPEATED)
 _NAMES = ("auto", *_SDPA, "eager", *_FLASH)
+# Names of transformers' configurations. In these classes, every layer that looks at other tokens is attention, full or in a window, and
+# transformers derives its mask from positions that start anew. Recurrent layers and convolutions have no mask to derive.
+PACKABLE = ("exaone4", "hyperclovax", "llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 def choose_attention(requested: str, device: str, dtype: torch.dtype, model_class: Any = None) -> str:
@@ -58,6 +71,26 @@ def check_attention(model: Any, chosen: str) -> None:
             )
 
 
+def check_packing(folder: Path, name: str) -> None:
+    """Nothing, if clips of one row do not see each other in the model of a checkpoint; reads its configuration alone.
+
+    Args:
+        folder: Checkpoint in Hugging Face layout, of a language model or of a whole model that is taken apart into one.
+        name: Of the model, as the user chose it, such as "llm=qwen3_8b".
+
+    Raises:
+        UserError: It is not known to keep them apart.
+    """
+    from transformers import AutoConfig
+
+    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().model_type
+    if model_type not in PACKABLE:
+        raise UserError(
+            f"data.batching=packed puts several clips in one row, which {name} ({model_type}) is not known to keep apart; "
+            "set data.batching=by_length"
+        )
+
+
 def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> str:
     """Why the implementation cannot run; empty if it can."""
     if name == "eager":
@@ -89,3 +122,40 @@ def _is_installed(name: str) -> bool:
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     return bool(is_flash_attn_2_available() if name == "flash_attention_2" else is_flash_attn_3_available())
+
+
+def needs_repeated_keys(device: str) -> bool:
+    """Whether the fused kernels of a device cannot group queries."""
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def register_repeated_keys() -> None:
+    """Makes `REPEATED` known to transformers, with the masks of "sdpa"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(REPEATED, repeated_keys_attention)
+    AttentionMaskInterface.register(REPEATED, sdpa_mask)
+
+
+def repeated_keys_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers' "sdpa" has it, (B, S, H, D), and no weights.
+
+    Args:
+        module: The layer.
+        query: (B, H, S, D).
+        key: (B, K, S', D), where K divides H.
+        value: As the keys.
+        attention_mask: True where a query sees a key, (B or 1, H or 1, S, S'); None where the causal mask alone counts, or none.
+        **arguments: As transformers passes them.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if arguments.get("is_causal") is None:
+        arguments["is_causal"] = getattr(module, "is_causal", True)
+    output: tuple[Tensor, None] = sdpa_attention_forward(_UNGROUPED, query, key, value, attention_mask, **arguments)
+    return output

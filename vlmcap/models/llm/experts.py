@@ -1,6 +1,7 @@
-"""Experts of a mixture-of-experts language model, packed to 4 bit or not, with room for adapters.
+"""Experts of a mixture-of-experts language model: packed to 4 bit or not, with adapters or without, and how routers are recognised.
 
-transformers keeps the experts of a layer in two fused parameters, which bitsandbytes, looking for linear layers, leaves in 16 bit.
+transformers keeps the experts of a layer in two fused parameters. bitsandbytes and peft look for linear layers, so the one leaves them in
+16 bit and the other gives them no adapters.
 
 Legend: N tokens, K experts a token, E experts, H hidden size, I intermediate size of an expert, R adapter rank.
 """
@@ -202,3 +203,59 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
 def fused_experts(model: nn.Module) -> list[FusedExperts]:
     """The experts of each layer that has any, first layer first."""
     return [module for module in model.modules() if isinstance(module, FusedExperts)]
+
+
+def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether the module chooses or weighs experts: by its class, or by its name and the number of its outputs."""
+    if "router" in type(module).__name__.lower():
+        return True
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = [getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    experts = [count for count in counts if isinstance(count, int) and count > 0]
+    leaf = name.rsplit(".", 1)[-1]
+    return bool(experts) and leaf in ("gate", "router", "shared_expert_gate") and getattr(module, "out_features", None) in (*experts, 1)
+
+
+def add_expert_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, use_rslora: bool) -> int:
+    """The number of layers whose experts now have adapters, a pair of factors for each expert and matrix, in float32.
+
+    Source: Hu et al., https://arxiv.org/abs/2106.09685.
+
+    Args:
+        model: Changed in place; experts may be packed or not. Call peft first, as it freezes what it did not make.
+        rank: Of the two factors.
+        alpha: The adapter's output is scaled by alpha / rank.
+        dropout: On the adapter's input.
+        use_rslora: Scale by alpha / sqrt(rank) instead (Kalajdzievski, https://arxiv.org/abs/2312.03732).
+
+    Raises:
+        UserError: The model has no experts.
+    """
+    replace_experts(model)
+    layers = fused_experts(model)
+    if not layers:
+        raise UserError("tuning.lora.use_experts=true, but the language model has no experts; set it to false")
+    for experts in layers:
+        experts.add_lora(rank, alpha / (rank**0.5 if use_rslora else rank), dropout)
+    return len(layers)
+
+
+@torch.no_grad()
+def merge_expert_lora(model: nn.Module) -> int:
+    """The number of layers whose experts took their adapters in; the adapters are gone afterwards.
+
+    Raises:
+        UserError: The experts are in 4 bit, where a merge would round the adapters away.
+    """
+    layers = [experts for experts in fused_experts(model) if len(experts.lora_A)]
+    if any(experts.is_packed for experts in layers):
+        raise UserError("adapters on experts cannot be merged into 4 bit; load the base with llm.quantization=none to merge")
+    for experts in layers:
+        for name in MATRICES:
+            weight = getattr(experts, name)
+            for expert in range(experts.num_experts):  # one at a time: all deltas of a layer in float32 are twice its experts
+                delta = experts.lora_B[name][expert] @ experts.lora_A[name][expert]
+                weight[expert] = (weight[expert].float() + experts.lora_scale * delta).to(weight.dtype)
+        experts.lora_A, experts.lora_B = nn.ParameterDict(), nn.ParameterDict()
+    return len(layers)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.llm.experts_lora import merge_expert_lora
+from vlmcap.models.llm.experts import is_router, merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.llm.routing import Routing
 
 SHARD_SIZE = "4GB"
 _PROBE = 32  # tokens that logits are compared on
@@ -120,6 +119,45 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
             f"the merged model's logits differ from those with adapters by {difference:.1e} (at most {tolerance:.0e}): not saved"
         )
     return merged, difference
+
+
+class Routing:
+    """The choice of experts, kept from one run of a model for the next; the routers must be the same modules in both runs.
+
+    Two almost equal experts change places by a rounding error, and the token's output with them; a comparison of two sets of weights in
+    16 bit says something only where both send each token to the same experts.
+
+    Args:
+        model: Causal language model, with or without adapters, which routers never have; one without experts has no routers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routers = [module for name, module in model.named_modules() if is_router(model, name, module)]
+        self._outputs: dict[nn.Module, Any] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keeps what the routers give in one forward pass."""
+
+        def keep(router: nn.Module, _: Any, output: Any) -> None:
+            self._outputs[router] = output
+
+        handles = [router.register_forward_hook(keep) for router in self.routers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Puts what was kept in the place of what the routers give, for the same tokens."""
+        handles = [router.register_forward_hook(lambda module, _, __: self._outputs[module]) for router in self.routers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def fold_in(adapted: Any, progress: Progress | None = None) -> None:

@@ -1,13 +1,14 @@
-"""The prompt around the visual tokens, through the tokenizer's chat template, and the caption's ids."""
+"""The prompt around the visual tokens, through the tokenizer's chat template, the places of visual tokens, and the caption's ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmcap.errors import UserError, first_line
+from vlmcap.types import GridTHW
 
 # Where visual tokens and caption go in the rendered template; neither ever reaches the tokenizer.
 _VISUAL, _ANSWER = "<<vlmcap-visual-tokens>>", "<<vlmcap-caption>>"
@@ -52,6 +53,24 @@ class PromptEncoder:
     def num_prompt_tokens(self) -> int:
         """Text tokens before the caption."""
         return len(self.prefix_ids) + len(self.suffix_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class VisualRun:
+    """All visual tokens of a clip in one run; goes to the data workers, so it must pickle.
+
+    Attributes:
+        num_tokens: (F, (h, w)) -> V.
+        own: Size of clips that come without one.
+    """
+
+    num_tokens: Callable[[int, tuple[int, int]], int]
+    own: GridTHW
+
+    def __call__(self, grid_thw: GridTHW | None) -> Sequence[int]:
+        """The one run, as the number of its placeholders."""
+        num_frames, height, width = grid_thw or self.own
+        return (self.num_tokens(num_frames, (height, width)),)
 
 
 def load_prompt(

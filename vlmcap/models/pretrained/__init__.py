@@ -1,7 +1,11 @@
-"""Whole pretrained vision-language models behind the interface of assembled ones."""
+"""Whole pretrained vision-language models behind the interface of assembled ones, or their vision encoder alone.
+
+The encoder alone fills a feature cache with its weights, or states its sizes without them.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,16 @@ from typing import Any
 import torch
 
 from vlmcap.errors import UserError
+from vlmcap.models.encoders import load_encoder, sketch_encoder
+from vlmcap.models.encoders.preprocessing import read_processor
 from vlmcap.models.encoders.tower import read_config
-from vlmcap.models.pretrained.llava import build_llava, load_llava
-from vlmcap.models.pretrained.parts import PretrainedParts
-from vlmcap.models.pretrained.qwen_vl import build_qwen_vl, load_qwen_vl
-from vlmcap.models.pretrained.vision import load_vision, sketch_vision
+from vlmcap.models.llm.attention import choose_attention
+from vlmcap.models.pretrained.llava import build_llava, load_llava, vision_options
+from vlmcap.models.pretrained.parts import PretrainedParts, read_model
+from vlmcap.models.pretrained.qwen_vl import FAMILIES, build_qwen_vl, load_qwen_vl, vision_encoder
+
+# A tower's names in the files of published checkpoints, and in those that transformers 5 writes.
+_OUT_OF_WHOLE = {r"^(?:model\.)?visual\.": ""}
 
 
 def load_pretrained(
@@ -33,9 +42,7 @@ def load_pretrained(
     Raises:
         UserError: The folder holds another model, or only a part of one.
     """
-    found = read_config(folder).get("model_type")
-    if found != kind:
-        raise UserError(f"model.checkpoint {folder} is of type {found}, not {kind}; choose the model= that fits it")
+    _check_kind(kind, folder)
     if kind == "llava_next_video":
         return load_llava(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
     return load_qwen_vl(kind, folder, dtype=dtype, quantization=quantization, attention=attention, device=device, max_patches=max_patches)
@@ -46,6 +53,60 @@ def build_pretrained(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype
     if kind == "llava_next_video":
         return build_llava(config, dtype=dtype)
     return build_qwen_vl(kind, config, dtype=dtype, max_patches=max_patches)
+
+
+def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, device: str, max_patches: int) -> Any:
+    """The vision encoder of a whole model, frozen, with the interface of `VisionEncoder`; the language model is not read.
+
+    Args:
+        kind: As `load_pretrained` takes it.
+        folder: Checkpoint in Hugging Face layout.
+        dtype: Of the weights.
+        attention: As `choose_attention` takes it.
+        device: Where it will run.
+        max_patches: Patches a frame at most, for the Qwen family.
+
+    Raises:
+        UserError: The folder holds no such model, or only a part of its tower.
+    """
+    if kind == "llava_next_video":
+        return load_encoder("clip", folder, vision_options(read_config(folder), dtype))
+    tower_class, config = _tower_of(kind, folder)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, tower_class)}
+    tower = read_model(tower_class, kind, folder, config=config, key_mapping=_OUT_OF_WHOLE, **options)
+    return vision_encoder(kind, tower, max_patches=max_patches, processor=read_processor(folder))
+
+
+def sketch_vision(kind: str, folder: Path, *, dtype: torch.dtype, max_patches: int) -> Any:
+    """The same encoder without its weights, on the meta device: its sizes and its transform.
+
+    Raises:
+        UserError: The folder holds no such model.
+    """
+    if kind == "llava_next_video":
+        return sketch_encoder("clip", folder, vision_options(read_config(folder), dtype))
+    tower_class, config = _tower_of(kind, folder)
+    with torch.device("meta"):
+        tower = tower_class._from_config(config, dtype=dtype)
+        return vision_encoder(kind, tower, max_patches=max_patches, processor=read_processor(folder))
+
+
+def _tower_of(kind: str, folder: Path) -> tuple[Any, Any]:
+    """Class and configuration of a Qwen model's tower."""
+    import transformers
+
+    _check_kind(kind, folder)
+    model_class = getattr(transformers, FAMILIES[kind].class_name)
+    # Not all of the towers' classes are among the names that the package itself offers.
+    tower_class = getattr(sys.modules[model_class.__module__], FAMILIES[kind].tower_name)
+    return tower_class, model_class.config_class.from_pretrained(folder).vision_config
+
+
+def _check_kind(kind: str, folder: Path) -> None:
+    """`UserError` if the folder holds a model of another kind."""
+    found = read_config(folder).get("model_type")
+    if found != kind:
+        raise UserError(f"model.checkpoint {folder} is of type {found}, not {kind}; choose the model= that fits it")
 
 
 __all__ = ["PretrainedParts", "build_pretrained", "load_pretrained", "load_vision", "sketch_vision"]

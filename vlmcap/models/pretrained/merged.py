@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmcap.errors import UserError, first_line
+from vlmcap.errors import UserError
 from vlmcap.models.llm.merge import Progress, load_adapters, load_own_weights, merge, refuse_quantized
+from vlmcap.models.pretrained.parts import read_model
 from vlmcap.models.pretrained.qwen_vl import load_qwen_vl
 
 # Our projector's layers in the class of transformers.
@@ -81,16 +81,9 @@ def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[s
 def _load_llava(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model, and a causal language model that shares its layers."""
     import transformers
-    from safetensors import SafetensorError
 
-    try:
-        whole, loading = transformers.LlavaNextVideoForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, weights_only=True, output_loading_info=True
-        )
-    except (ValueError, KeyError, OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"model.checkpoint {folder} could not be loaded as llava_next_video: {first_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+    model_class = transformers.LlavaNextVideoForConditionalGeneration
+    whole = read_model(model_class, "llava_next_video", folder, dtype=dtype, attn_implementation="sdpa")
     with torch.device("meta"):
         language = transformers.AutoModelForCausalLM.from_config(whole.config.text_config, dtype=dtype)
     language.model, language.lm_head = whole.model.language_model, whole.lm_head

@@ -1,13 +1,17 @@
-"""What a whole vision-language model gives when it is taken apart."""
+"""What a whole vision-language model gives when it is taken apart, and how one is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from vlmcap.errors import UserError, first_line
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.types import GridTHW
 
@@ -35,3 +39,39 @@ class PretrainedParts:
     visual_prefix: str = ""
     visual_suffix: str = ""
     visual_layout: Callable[[GridTHW | None], Sequence[int | Sequence[int]]] | None = None
+
+
+@contextmanager
+def reading(kind: str, folder: Path) -> Iterator[None]:
+    """Around what reads a checkpoint: its many kinds of errors become one for the user.
+
+    Raises:
+        UserError: The folder cannot be loaded as a model of that kind.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ValueError, KeyError, OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {first_line(error)}") from error
+
+
+def read_model(model_class: Any, kind: str, folder: Path, **options: Any) -> Any:
+    """A model with the weights in `folder`; code in the checkpoint is never run, and pickled weights may hold nothing but tensors.
+
+    Args:
+        model_class: Of transformers.
+        kind: As `load_pretrained` takes it, for the error.
+        folder: Checkpoint in Hugging Face layout.
+        **options: Further ones of `from_pretrained`.
+
+    Raises:
+        UserError: The folder cannot be loaded, or holds only a part of the model.
+    """
+    with reading(kind, folder):
+        model, loading = model_class.from_pretrained(
+            folder, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
+        )
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+    return model

@@ -1,10 +1,12 @@
-"""The captioner of Qwen-VL models: positions in time, height and width (mRoPE), and DeepStack.
+"""Qwen-VL models as captioners: what stands around a clip in the prompt, positions in time, height and width (mRoPE), and DeepStack.
 
-Legend: B batch, S sequence, V visual tokens a clip, Dl language width, n DeepStack layers.
+Legend: B batch, S sequence, T temporal patches, h/w patch rows and columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +14,47 @@ from torch import Tensor
 
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import base_model
-from vlmcap.types import Batch
+from vlmcap.models.pretrained.qwen_vision import MergerSpec
+from vlmcap.types import Batch, GridTHW
 
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 _VIDEO = 2  # transformers' type of a video token, beside 0 for text and 1 for images
+
+
+@dataclass(frozen=True)
+class TimestampedRuns:
+    """A run for each temporal patch with its time in front, as Qwen3-VL has it; the last end mark is the prompt's.
+
+    Attributes:
+        spec: Of the merger.
+        tokenizer: Of the language model.
+        frame_rate: Frames a second.
+        frames_per_patch: Frames that share a temporal patch.
+    """
+
+    spec: MergerSpec
+    tokenizer: Any
+    frame_rate: float
+    frames_per_patch: int
+    _known: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def time_s(self, index: int) -> float:
+        """The middle between first and last frame of a temporal patch, in seconds from the start of the clip."""
+        return (index * self.frames_per_patch + (self.frames_per_patch - 1) / 2) / self.frame_rate
+
+    def __call__(self, grid_thw: GridTHW | None) -> Sequence[int | Sequence[int]]:
+        """Time, start mark, placeholders and end mark of each temporal patch in turn; nothing without a clip."""
+        runs: list[int | Sequence[int]] = []
+        steps, *grid = grid_thw or (0, 0, 0)
+        for index in range(steps):
+            text = f"{VISION_END if index else ''}<{self.time_s(index):.1f} seconds>{VISION_START}"
+            runs += [self._ids(text), self.spec.num_tokens(1, (grid[0], grid[1]))]
+        return runs
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        if text not in self._known:
+            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
 
 
 class QwenVLCaptioner(VideoCaptioner):

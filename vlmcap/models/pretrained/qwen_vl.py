@@ -5,7 +5,6 @@ Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, htt
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +13,13 @@ from typing import Any
 
 import torch
 
-from vlmcap.errors import UserError, first_line
-from vlmcap.models.encoders.processor import Preprocessing, read_processor
+from vlmcap.errors import UserError
+from vlmcap.models.encoders.preprocessing import Preprocessing, read_processor
 from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.load import keep_packing, quantization_config
-from vlmcap.models.pretrained.parts import PretrainedParts
-from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
-from vlmcap.models.pretrained.qwen_encoder import QwenVisionEncoder
-from vlmcap.models.pretrained.qwen_frames import ClipTransform
-from vlmcap.models.pretrained.qwen_layout import VISION_END, VISION_START, TimestampedRuns
-from vlmcap.models.pretrained.qwen_merger import MergerProjector, MergerSpec
+from vlmcap.models.pretrained.parts import PretrainedParts, read_model, reading
+from vlmcap.models.pretrained.qwen_captioner import VISION_END, VISION_START, QwenVLCaptioner, TimestampedRuns
+from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,6 @@ def load_qwen_vl(
         UserError: The folder holds only a part of a model, or no tokenizer.
     """
     import transformers
-    from safetensors import SafetensorError
 
     model_class = getattr(transformers, FAMILIES[kind].class_name)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, model_class)}
@@ -73,15 +68,9 @@ def load_qwen_vl(
         config = quantization_config(quantization, dtype)
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # matched from the start of a name
         options |= {"quantization_config": config, "device_map": device}
-    try:
-        model, loading = model_class.from_pretrained(
-            folder, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
-        )
+    model = read_model(model_class, kind, folder, **options)
+    with reading(kind, folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {first_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
     check_attention(model, options["attn_implementation"])
     if quantization == "4bit":
         keep_packing(model)

@@ -1,12 +1,16 @@
-"""How tokens stand when they reach a projection.
+"""What projections share: their interface, attention, and arithmetic under autocast.
 
-Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl language width.
+Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl language width; of
+attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -33,3 +37,70 @@ class Projection(nn.Module):
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens of the language model, (B, F, P, D) -> (B, F, P', Dl), or (B, 1, V, Dl) where none belongs to a frame."""
         raise NotImplementedError
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to features.
+
+    Args:
+        dim: D, a multiple of `num_heads`.
+        feature_dim: Dk.
+        num_heads: H.
+    """
+
+    def __init__(self, dim: int, feature_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(feature_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the queries found, (B, Q, D) and (B, K, Dk) -> (B, Q, D); `mask` is bool (B, 1, Q, K), True where to look."""
+        query = split_heads(self.query(queries), self.num_heads)
+        key, value = (split_heads(part, self.num_heads) for part in self.key_value(features).chunk(2, dim=-1))
+        attended: Tensor = self.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
+        return attended
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm and two linear layers with GELU, four times as wide inside; without the residual.
+
+    Args:
+        dim: Width of what comes in and goes out.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, Q, D) -> (B, H, Q, D / H)."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(heads: Tensor) -> Tensor:
+    """(B, H, Q, D / H) -> (B, Q, D)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def cast_once(features: Tensor) -> Tensor:
+    """The features as autocast would cast them, once for all layers that read them: it keeps a copy a layer for the way back."""
+    device = autocast_device(features)
+    return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
+
+
+def wide_autocast(features: Tensor) -> AbstractContextManager[object]:
+    """Autocast as it is around the projector, but none where it would be float16, whose largest number is 65 504.
+
+    Args:
+        features: Tell the device.
+    """
+    device = autocast_device(features)
+    is_enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=is_enabled and torch.get_autocast_dtype(device) is not torch.float16)
+
+
+def autocast_device(features: Tensor) -> str:
+    """Type of the features' device; autocast does not know the meta device."""
+    return "cpu" if features.is_meta else features.device.type

@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlmcap.models.projectors.base import Projection, TokenLayout
-from vlmcap.models.projectors.c_abstractor import CAbstractorProjector
-from vlmcap.models.projectors.cross_attention import PromptProjector, QueryProjector
-from vlmcap.models.projectors.local_global import LocalGlobalAttention
-from vlmcap.models.projectors.mlp import MLPProjector
-from vlmcap.models.projectors.perceiver import PerceiverProjector
-from vlmcap.models.projectors.pixel_shuffle import PixelShuffleProjector
-from vlmcap.models.projectors.precision import autocast_device, wide_autocast
-from vlmcap.models.projectors.reducers import PoolReducer, ResampleReducer, stack_frames
-from vlmcap.models.projectors.selection import MergeReducer, SaliencyReducer
+from vlmcap.models.projectors.base import Projection, TokenLayout, autocast_device, wide_autocast
+from vlmcap.models.projectors.projections import (
+    CAbstractorProjector,
+    MLPProjector,
+    PerceiverProjector,
+    PixelShuffleProjector,
+    PromptProjector,
+    QueryProjector,
+)
+from vlmcap.models.projectors.reducers import MergeReducer, PoolReducer, ResampleReducer, SaliencyReducer, stack_frames
 from vlmcap.models.projectors.spec import Grid, ProjectorSpec
-from vlmcap.models.projectors.temporal import NormalizedPosition, TemporalAttention
+from vlmcap.models.projectors.temporal import LocalGlobalAttention, NormalizedPosition, TemporalAttention
 
 
 class Projector(nn.Module):

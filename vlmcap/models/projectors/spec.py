@@ -66,8 +66,13 @@ class ProjectorSpec:
     num_global: int = 8
 
     def check(self) -> None:
-        """Nothing, or `UserError` with the first setting that cannot be."""
-        check_spec(self)
+        """Checks that there can be such a projector.
+
+        Raises:
+            UserError: A setting is out of range, two of them exclude each other, or pixel_shuffle cannot divide the grid.
+        """
+        for check in (_check_ranges, _check_heads, _check_queries, _check_reducer, _check_time):
+            check(self)
         self.num_tokens(self.num_frames)
 
     @property
@@ -122,7 +127,7 @@ class ProjectorSpec:
         if self.kind != "pixel_shuffle":
             return rows, columns
         if rows % self.shuffle or columns % self.shuffle:
-            raise UserError(self._indivisible(grid))
+            raise UserError(_indivisible(self, grid))
         return rows // self.shuffle, columns // self.shuffle
 
     def num_tokens(self, num_frames: int, grid: Grid | None = None) -> int:
@@ -145,19 +150,6 @@ class ProjectorSpec:
             return num_chosen(self.reducer, self.keep_ratio, num_frames, places)
         return self.num_steps(num_frames) * places
 
-    def _indivisible(self, grid: Grid) -> str:
-        factor = f"projector.shuffle={self.shuffle} does not divide the grid"
-        if self.reducer == "resample":
-            size = _nearest(self.resample_size, self.shuffle)
-            return f"{factor} of {self.resample_size} × {self.resample_size} patches; set projector.resample_size={size}"
-        pool = self.pool_size if self.reducer == "pool" else 1
-        rows, columns = (_nearest(side, self.shuffle, pool) for side in grid)
-        behind = f", pooled {pool} × {pool}" if pool > 1 else ""
-        return (
-            f"{factor} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × {columns} patches, "
-            "or choose another projector"
-        )
-
 
 def num_chosen(reducer: str, keep_ratio: float, num_frames: int, num_patches: int) -> int:
     """Tokens of a clip that merge or saliency leaves: a share of each frame, or of the clip with at least one a frame."""
@@ -170,23 +162,9 @@ def _share(ratio: float, count: int) -> int:
     return math.ceil(ratio * count - 1e-9)  # 0.07 · 100 is 7.000000000000001
 
 
-def _nearest(side: int, factor: int, pool: int = 1) -> int:
-    fitting = (n for n in range(1, side + 2 * factor * pool) if math.ceil(n / pool) % factor == 0)
-    return min(fitting, key=lambda n: (abs(n - side), -n))
-
-
 _COUNTS = (
     "depth", "num_layers", "num_heads", "num_queries", "shuffle", "pool_size", "resample_size", "frame_stack", "window"
 )  # fmt: skip
-
-
-def check_spec(spec: ProjectorSpec) -> None:
-    """`UserError` if a setting is out of range or two of them exclude each other."""
-    _check_ranges(spec)
-    _check_heads(spec)
-    _check_queries(spec)
-    _check_reducer(spec)
-    _check_time(spec)
 
 
 def _check_ranges(spec: ProjectorSpec) -> None:
@@ -257,3 +235,23 @@ def _check_time(spec: ProjectorSpec) -> None:
             f"projector.temporal=attention follows one place through time, but the tokens of {tokens} belong to the whole clip; "
             "set projector.temporal to none, position or local_global"
         )
+
+
+def _indivisible(spec: ProjectorSpec, grid: Grid) -> str:
+    """Why pixel_shuffle cannot divide a grid, and the nearest one that it can."""
+    factor = f"projector.shuffle={spec.shuffle} does not divide the grid"
+    if spec.reducer == "resample":
+        size = _nearest(spec.resample_size, spec.shuffle)
+        return f"{factor} of {spec.resample_size} × {spec.resample_size} patches; set projector.resample_size={size}"
+    pool = spec.pool_size if spec.reducer == "pool" else 1
+    rows, columns = (_nearest(side, spec.shuffle, pool) for side in grid)
+    behind = f", pooled {pool} × {pool}" if pool > 1 else ""
+    return (
+        f"{factor} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × {columns} patches, "
+        "or choose another projector"
+    )
+
+
+def _nearest(side: int, factor: int, pool: int = 1) -> int:
+    fitting = (n for n in range(1, side + 2 * factor * pool) if math.ceil(n / pool) % factor == 0)
+    return min(fitting, key=lambda n: (abs(n - side), -n))

@@ -1,6 +1,7 @@
-"""Temporal modelling: what tells the frames of a clip apart.
+"""Temporal modelling: positions that tell the frames of a clip apart, and attention along time.
 
-Legend: B batch, F frames, P tokens a frame (row-major over a grid h × w), D width, Dl language width, h inner width.
+Legend: B batch, F frames, P tokens a frame (row-major over a grid h × w), V = F · P tokens of a clip, D width, Dl language width, H heads,
+C inner width, d = C / H; of windows, w window, n blocks, G global tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmcap.models.projectors.resampling import Grid, resize_grid
+from vlmcap.models.projectors.base import join_heads, split_heads
+from vlmcap.models.projectors.reducers import resize_grid
+from vlmcap.models.projectors.spec import Grid
 
 
 class FramePosition(nn.Module):
@@ -62,7 +65,7 @@ class TemporalAttention(nn.Module):
 
     Args:
         dim: Dl.
-        hidden_dim: h, a multiple of `num_heads`.
+        hidden_dim: C, a multiple of `num_heads`.
         num_heads: Attention heads.
         max_frames: Length of the learned frame embedding.
         grid: (h, w) of the places of a frame.
@@ -83,3 +86,100 @@ class TemporalAttention(nn.Module):
         query, key, value = columns.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return tokens + self.out(mixed).unflatten(0, (len(tokens), -1)).transpose(1, 2)
+
+
+class LocalGlobalAttention(nn.Module):
+    """Each token attends to its neighbours and to global tokens that have attended to all, with residual: `temporal=local_global`.
+
+    Time and memory grow with the number of tokens, not with its square.
+
+    The windows and global tokens of Longformer (Beltagy et al., https://arxiv.org/abs/2004.05150). There a token hears of distant ones
+    through the global tokens of the layer before; here the global tokens read first, so one layer suffices. Rotary embeddings
+    (Su et al., https://arxiv.org/abs/2104.09864) tell before from after in a window.
+
+    Args:
+        dim: Dl.
+        hidden_dim: C, a multiple of 2 · `num_heads`.
+        num_heads: H.
+        window: w, tokens seen on each side.
+        num_global: G; 0 leaves windows alone.
+    """
+
+    def __init__(self, dim: int, *, hidden_dim: int, num_heads: int, window: int, num_global: int) -> None:
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * hidden_dim)
+        self.global_query = nn.Parameter(torch.randn(1, num_global, hidden_dim))
+        self.global_key_value = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.out = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, F, P, Dl) -> (B, F, P, Dl), the clip's tokens taken as one sequence."""
+        sequence = self.norm(tokens.flatten(1, 2))
+        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(sequence).chunk(3, dim=-1))
+        readers = split_heads(self.global_query.to(query.dtype), self.num_heads).expand(len(tokens), -1, -1, -1)
+        read = join_heads(F.scaled_dot_product_attention(readers, key, value))
+        globals_ = self.global_key_value(self.global_query + read).chunk(2, dim=-1)
+        global_key, global_value = (split_heads(part, self.num_heads) for part in globals_)
+        query, key = rotate(query), rotate(key)
+        mixed = windowed_attention(query, key, value, global_key, global_value, self.window)
+        return tokens + self.out(join_heads(mixed)).view_as(tokens)
+
+
+def windowed_attention(query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, window: int) -> Tensor:
+    """Attention of each token to those at most `window` away and to the global ones.
+
+    A block of w queries sees its own block of keys and the two beside it, so dense kernels do the work on n blocks.
+
+    Args:
+        query: (B, H, V, d), as key and value.
+        key: Of the tokens.
+        value: Of the tokens.
+        global_key: (B, H, G, d), as global_value.
+        global_value: Of the global tokens.
+        window: w.
+
+    Returns:
+        (B, H, V, d).
+    """
+    batch, length, num_global = len(query), query.shape[2], global_key.shape[2]
+    size = min(window, length)
+    num_blocks = -(-length // size)
+    mask = _block_mask(length, size, window, num_global, query.device).repeat(batch, 1, 1, 1)
+    queries = F.pad(query, (0, 0, 0, num_blocks * size - length)).unflatten(2, (num_blocks, size)).transpose(1, 2).flatten(0, 1)
+    keys, values = (
+        torch.cat([_neighbours(part, size, num_blocks), summary.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)], dim=3).flatten(0, 1)
+        for part, summary in ((key, global_key), (value, global_value))
+    )
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    return mixed.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _neighbours(tokens: Tensor, size: int, num_blocks: int) -> Tensor:
+    """Each block with the one before and the one after it, (B, H, V, d) -> (B, n, H, 3 · size, d)."""
+    padded = F.pad(tokens, (0, 0, size, (num_blocks + 1) * size - tokens.shape[2]))
+    return padded.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3)
+
+
+def _block_mask(length: int, size: int, window: int, num_global: int, device: torch.device) -> Tensor:
+    """True where to look, bool (n, 1, size, 3 · size + G): real tokens of the window, and every global token.
+
+    Rows of padding see the last token at least, as a block is no longer than the window; with nothing to see they could be NaN.
+    """
+    starts = torch.arange(0, length, size, device=device)[:, None]
+    rows = starts + torch.arange(size, device=device)
+    columns = starts + torch.arange(-size, 2 * size, device=device)
+    is_near = (rows[:, :, None] - columns[:, None, :]).abs() <= window
+    is_real = (columns >= 0) & (columns < length)
+    return F.pad(is_near & is_real[:, None, :], (0, num_global), value=True).unsqueeze(1)
+
+
+def rotate(heads: Tensor) -> Tensor:
+    """Rotary embedding of the index in the sequence, (B, H, V, d) -> (B, H, V, d)."""
+    length, width = heads.shape[-2:]
+    rates = 10000.0 ** (-torch.arange(0, width, 2, device=heads.device) / width)
+    angles = torch.arange(length, device=heads.device)[:, None] * rates
+    cos, sin = angles.cos(), angles.sin()
+    left, right = heads.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(heads.dtype)

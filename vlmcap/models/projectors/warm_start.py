@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmcap.errors import UserError
+from vlmcap.models.checkpoint import read_safetensors
 from vlmcap.models.projectors.projector import Projector
-from vlmcap.models.tensors import read_safetensors
 
 _OURS = "captioner.projector."
 _THEIRS = "multi_modal_projector."

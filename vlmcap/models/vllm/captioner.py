@@ -12,7 +12,7 @@ from torch import nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.models.tensors import read_safetensors
+from vlmcap.models.checkpoint import read_safetensors
 from vlmcap.models.vllm.engine import VllmEngine, sampling_arguments
 from vlmcap.types import Batch
 

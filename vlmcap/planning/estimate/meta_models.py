@@ -241,10 +241,10 @@ def hollow_llm(
 
 
 def _repeated_keys() -> str:
-    from vlmcap.models.llm.repeated_keys import NAME, register_repeated_keys
+    from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
 
     register_repeated_keys()
-    return NAME
+    return REPEATED
 
 
 def planned_spec(config: Config, encoder: Any) -> ProjectorSpec | None:

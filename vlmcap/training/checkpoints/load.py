@@ -59,9 +59,9 @@ def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config)
     Raises:
         UserError: The model is of another architecture or stands on another base.
     """
-    from vlmcap.models.sharding import load_whole_weights
     from vlmcap.training.module import check_bases, check_weights, trained_parameters
     from vlmcap.training.schedule import StagePlan
+    from vlmcap.training.sharding import load_whole_weights
 
     check_bases(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
     trained = trained_parameters(assembly.captioner, StagePlan(config.tuning.stages))

@@ -11,9 +11,9 @@ import av
 import pytest
 
 from vlmcap.data.formats import Record, SourceSettings, read_records
-from vlmcap.demo import make
+from vlmcap.demo import clips as make
+from vlmcap.demo.clips import DemoSettings, is_held_out, make_demo
 from vlmcap.demo.grammar import FACTS, Scene
-from vlmcap.demo.make import DemoSettings, is_held_out, make_demo
 from vlmcap.demo.render import FPS, NUM_FRAMES, SIZE
 from vlmcap.metrics import FactLexicon
 from vlmcap.types import Clip

@@ -1,4 +1,4 @@
-"""Layers that are computed again give the same loss and gradients, and of offloaded ones only the inputs are moved."""
+"""Layers that are computed again or compiled give the same loss and gradients; of offloaded ones only the inputs are moved."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from vlmcap.assembly.parts import add_adapters
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.models.llm import checkpointing
+from vlmcap.models.llm import layers
 from vlmcap.models.llm.adapt import add_lora
-from vlmcap.models.llm.checkpointing import checkpoint_layers
+from vlmcap.models.llm.layers import checkpoint_layers, compile_layers
 from vlmcap.models.llm.load import load_language_model
 
 
@@ -23,7 +24,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the tensors that went to host memory."""
     shapes: list[tuple[int, ...]] = []
 
-    class Watched(checkpointing.save_on_cpu):
+    class Watched(layers.save_on_cpu):
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             pack = self.pack_hook
@@ -34,19 +35,19 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
             self.pack_hook = note
 
-    monkeypatch.setattr(checkpointing, "save_on_cpu", Watched)
+    monkeypatch.setattr(layers, "save_on_cpu", Watched)
     return shapes
 
 
-def model_of(folder: Path) -> Any:
+def model_of(folder: Path, dropout: float = 0.1) -> Any:
     torch.manual_seed(0)
     llm = load_language_model(folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
-    return add_lora(llm, rank=4, alpha=8, dropout=0.1, target_modules="all-linear").train()
+    return add_lora(llm, rank=4, alpha=8, dropout=dropout, target_modules="all-linear").train()
 
 
-def loss_and_gradients(model: Any) -> list[Tensor]:
-    torch.manual_seed(1)  # of the dropout, which a second computation has to draw again
-    embeddings = torch.randn(2, 9, model.config.hidden_size, requires_grad=True)
+def loss_and_gradients(model: Any, length: int = 9) -> list[Tensor]:
+    torch.manual_seed(length)  # of the dropout, which a second computation has to draw again
+    embeddings = torch.randn(2, length, model.config.hidden_size, requires_grad=True)
     loss = model(inputs_embeds=embeddings, use_cache=False).logits.logsumexp(-1).sum()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, [embeddings, *weights])]
@@ -115,3 +116,19 @@ def test_the_device_holds_less(llm_folder: Path) -> None:
         output.sum().backward()
         del model, output
     assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_loss_and_gradients_are_those_of_plain_layers(llm_folder: Path, backend: str) -> None:
+    plain, compiled = model_of(llm_folder, dropout=0.0), model_of(llm_folder, dropout=0.0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(compiled, backend)
+    for length in (9, 14, 31):
+        for found, expected in zip(loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True):
+            assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] > 0, "something was compiled"
+    assert counters["stats"]["unique_graphs"] <= 2, "all layers and lengths share their code"
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    torch._dynamo.reset()  # and what it holds, for the tests to come

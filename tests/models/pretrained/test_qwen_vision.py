@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmcap.errors import UserError
-from vlmcap.models.pretrained.qwen_frames import ClipTransform, from_blocks, smart_size, to_blocks
-from vlmcap.models.pretrained.qwen_layout import TimestampedRuns
-from vlmcap.models.pretrained.qwen_merger import MergerSpec
+from vlmcap.models.pretrained.qwen_captioner import TimestampedRuns
+from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerSpec, from_blocks, smart_size, to_blocks
 
 SIDES = st.integers(56, 2000)
 

@@ -1,4 +1,4 @@
-"""Layers computed again in the backward pass, from inputs that stay on the device or wait in host memory."""
+"""How the layers of a language model run in training: computed again in the backward pass to save memory, or as compiled code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from vlmcap.models.llm.adapt import base_model
+
 
 def checkpoint_layers(model: nn.Module, *, is_offloaded: bool = False, num_kept: int = 0) -> None:
-    """Keeps of each layer its input alone, in training mode, and computes it again on the way back.
+    """Keeps of each layer its input alone, in training mode, and computes the rest again on the way back.
 
     Args:
         model: A model of transformers, changed in place.
@@ -33,3 +35,17 @@ def _offloading_checkpoint(function: Any, *inputs: Any) -> Any:
     # positions, which all layers share, are bound to the function and stay where they are.
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def compile_layers(llm: nn.Module, backend: str = "inductor") -> None:
+    """Compiles each decoder layer by itself, so that all share one piece of code and names in checkpoints stay.
+
+    Lengths are symbolic: captions differ in length from batch to batch, and each new one would be compiled again.
+
+    Args:
+        llm: A model of transformers, with or without adapters, changed in place.
+        backend: Of `torch.compile`; "inductor" writes C++ or Triton and needs their compiler.
+    """
+    inner: Any = base_model(llm).model
+    for layer in getattr(inner, "language_model", inner).layers:  # Qwen-VL's classes hold the tower beside it
+        layer.compile(backend=backend, dynamic=True)

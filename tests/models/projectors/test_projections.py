@@ -1,4 +1,4 @@
-"""Projectors with queries against torch's own attention, and what their queries may see."""
+"""Projections against reference classes with the same weights, or against what their papers say, and what they look at."""
 
 from __future__ import annotations
 
@@ -7,14 +7,74 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.models.projectors import ProjectorSpec, build_projector
-from vlmcap.models.projectors.attention import CrossAttention
+from vlmcap.models.projectors.base import CrossAttention
 
 Make = Callable[..., ProjectorSpec]
 
 DV, DL, FRAMES = 6, 8, 4
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("use_layer_norm", [False, True])
+def test_layers(kind: str, use_layer_norm: bool, spec_of: Make) -> None:
+    projection = build_projector(spec_of(kind, depth=4, use_layer_norm=use_layer_norm)).projection
+    sizes = [(layer.in_features, layer.out_features) for layer in projection.modules() if isinstance(layer, nn.Linear)]
+    assert sizes == ([(DV, DL)] if kind == "linear" else [(DV, DL)] + [(DL, DL)] * 3)
+    assert [m.normalized_shape for m in projection.modules() if isinstance(m, nn.LayerNorm)] == ([(DV,)] if use_layer_norm else [])
+
+
+def test_layer_norm_gives_features_a_common_scale(spec_of: Make) -> None:
+    projector = build_projector(spec_of(use_layer_norm=True))
+    features = torch.randn(1, 4, 16, DV)
+    torch.testing.assert_close(projector(features * 1000), projector(features), atol=1e-3, rtol=1e-3)
+
+
+def test_two_layers_are_llava_next_videos_projector(spec_of: Make, record_property: Callable[[str, object], None]) -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig
+    from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoMultiModalProjector
+
+    text: Any = LlamaConfig(hidden_size=DL, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    vision: Any = CLIPVisionConfig(hidden_size=DV, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    theirs = LlavaNextVideoMultiModalProjector(LlavaNextVideoConfig(vision_config=vision, text_config=text))
+    ours = build_projector(spec_of())
+    names = {"linear_1": "projection.layers.0", "linear_2": "projection.layers.2"}
+    ours.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
+    features = torch.randn(2, 4, 16, DV)
+    expected = theirs(features).flatten(1, 2)
+    record_property("parity:projector:mlp", (ours(features) - expected).abs().max().item())
+    torch.testing.assert_close(ours(features), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [4, 6])
+def test_pixel_shuffle_is_internvls(side: int, spec_of: Make, record_property: Callable[[str, object], None]) -> None:
+    from transformers import InternVLConfig, InternVLModel, InternVLVisionConfig, Qwen2Config
+    from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+
+    vision: Any = InternVLVisionConfig(hidden_size=DV)
+    theirs = InternVLMultiModalProjector(InternVLConfig(vision_config=vision, text_config=Qwen2Config(hidden_size=DL)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for weight in theirs.layer_norm.parameters():
+            weight.normal_()
+    ours = build_projector(spec_of("pixel_shuffle", grid=(side, side)))
+    names = {"layer_norm": "projection.norm", "linear_1": "projection.layers.0", "linear_2": "projection.layers.2"}
+    ours.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
+    features = torch.randn(2, 4, side**2, DV)
+    shuffled = InternVLModel.pixel_shuffle(None, features.reshape(8, side, side, DV), scale_factor=0.5)  # type: ignore[arg-type]
+    expected = theirs(shuffled.reshape(2, 4 * (side // 2) ** 2, 4 * DV))
+    record_property("parity:projector:pixel_shuffle", (ours(features) - expected).abs().max().item())
+    torch.testing.assert_close(ours(features), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_pixel_shuffle_joins_neighbours_of_an_oblong_grid(spec_of: Make) -> None:
+    from vlmcap.models.projectors.projections import shuffle_patches
+
+    places = torch.arange(24).reshape(1, 1, 24, 1)  # 4 rows of 6
+    joined = shuffle_patches(places, (4, 6), 2)[0, 0]
+    assert joined.tolist() == [[6 * r + c, 6 * r + c + 1, 6 * r + 6 + c, 6 * r + 7 + c] for r in (0, 2) for c in (0, 2, 4)]
 
 
 def torch_attention(ours: CrossAttention, feature_dim: int) -> nn.MultiheadAttention:
@@ -138,3 +198,52 @@ def test_half_precision_keeps_the_features_once_for_all_layers(spec_of: Make, qu
     assert len(kept) == 1
     tokens.sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in projector.parameters())
+
+
+def norm(maps: Tensor, layer: nn.LayerNorm) -> Tensor:
+    mean, variance = maps.mean(1, keepdim=True), maps.var(1, keepdim=True, correction=0)
+    return (maps - mean) / (variance + layer.eps).sqrt() * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+
+def block(maps: Tensor, layer: Any) -> Tensor:
+    enter, norm_1, _, depthwise, norm_2, _, squeeze, leave, norm_3 = layer.branch
+    inner = F.silu(norm(torch.einsum("oi,nihw->nohw", enter.weight[..., 0, 0], maps), norm_1))
+    inner = F.silu(norm(F.conv2d(inner, depthwise.weight, padding=1, groups=inner.shape[1]), norm_2))
+    reduce, _, expand, _ = squeeze.gate
+    inner = inner * torch.sigmoid(expand(F.silu(reduce(inner.mean((2, 3))))))[..., None, None]
+    inner = norm(torch.einsum("oi,nihw->nohw", leave.weight[..., 0, 0], inner), norm_3)
+    if isinstance(layer.shortcut, nn.Sequential):
+        maps = norm(torch.einsum("oi,nihw->nohw", layer.shortcut[0].weight[..., 0, 0], maps), layer.shortcut[1])
+    return F.silu(inner + maps)
+
+
+@pytest.mark.parametrize("hidden_dim", [None, 10])
+def test_blocks_stand_around_an_adaptive_pooling(hidden_dim: int | None, spec_of: Make) -> None:
+    projector = build_projector(spec_of("c_abstractor", grid=(5, 7), hidden_dim=hidden_dim, num_queries=9))
+    with torch.no_grad():
+        for module in projector.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.normal_()
+                module.bias.normal_()
+    projection: Any = projector.projection
+    features = torch.randn(2, 4, 35, DV)
+    maps = (features + projection.position).flatten(0, 1).transpose(1, 2).unflatten(2, (5, 7))
+    for layer in projection.before:
+        maps = block(maps, layer)
+    maps = F.adaptive_avg_pool2d(maps, (3, 3))
+    for layer in projection.after:
+        maps = block(maps, layer)
+    first, _, last = projection.readout
+    expected = last(F.silu(first(maps.flatten(2).transpose(1, 2))))
+    torch.testing.assert_close(projector(features), expected.reshape(2, 4 * 9, DL), atol=1e-5, rtol=1e-4)
+    assert len(projection.before) == len(projection.after) == 2
+
+
+def test_a_patch_moves_its_own_corner_most(spec_of: Make) -> None:
+    """Tokens are row-major: a change in the last patch of the first row is the second of four tokens."""
+    projector = build_projector(spec_of("c_abstractor", grid=(12, 12), num_layers=1))
+    features = torch.randn(1, 1, 144, DV)
+    changed = features.clone()
+    changed[0, 0, 9:12] += 5
+    moved = (projector(features) - projector(changed)).abs().sum(-1)[0]
+    assert moved.argmax() == 1
