@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vlmcap.data.features.filling import fill_store
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.types import Clip, Sample, Skipped
@@ -116,7 +117,9 @@ def write_store(folder: Path, way: str, features: torch.Tensor, num_clips: int) 
             part = positions[start : start + 16]
             yield [Sample(Clip("", "", ()), frames=frame + int(number % 16)) for number in part]
 
-    FeatureStore(folder, recipe).fill(hashes, batches, lambda frames, grids: [features[int(number)] for number in frames[:, 0, 0, 0, 0]])
+    fill_store(
+        FeatureStore(folder, recipe), hashes, batches, lambda frames, grids: [features[int(number)] for number in frames[:, 0, 0, 0, 0]]
+    )
 
     def open_reader() -> Callable[[int], torch.Tensor]:
         store = FeatureStore(folder, recipe)

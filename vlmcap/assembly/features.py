@@ -56,8 +56,7 @@ class Features:
 
     def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         """The features of a whole split, or of any clips out of it."""
-        from vlmcap.data.features.dataset import FeatureDataset
-        from vlmcap.data.features.pooled import PooledFeatureDataset
+        from vlmcap.data.features.dataset import FeatureDataset, PooledFeatureDataset
 
         hashes = self.hashes_of(chosen)
         if self.pool_size is None:
@@ -66,7 +65,7 @@ class Features:
 
     def grids(self, chosen: Sequence[Clip]) -> list[GridTHW | None]:
         """The clips' sizes in patches; None for the encoder's own, and for clips without features."""
-        from vlmcap.data.features.pooled import pooled_grid
+        from vlmcap.data.features.dataset import pooled_grid
 
         names = [bytes(content) for content in self.hashes_of(chosen)]
         found = [self.store.grid_thw(name) if name in self.store else None for name in names]
@@ -177,7 +176,7 @@ def _late_reporter(label: str) -> Callable[[int, int], None]:
 
 def clip_bytes(plan: FeaturePlan) -> int:
     """Bytes that the features of a clip take, those of the largest where sizes vary."""
-    from vlmcap.data.features.pooled import pooled_grid
+    from vlmcap.data.features.dataset import pooled_grid
     from vlmcap.data.features.precision import size_bytes
 
     config, sketch = plan.config, plan.sketch
@@ -197,6 +196,7 @@ def fill_store(
     """
     import torch
 
+    from vlmcap.data.features import filling
     from vlmcap.terminal import gigabytes, grouped, progress_reporter
 
     missing = {split: len(store.missing(own, retry_lost=True)) for split, own in hashes.items()}
@@ -209,7 +209,8 @@ def fill_store(
     with torch.random.fork_rng(devices=[]):  # what is trained starts the same whether anything was missing or not
         for split in [split for split, count in missing.items() if count]:
             print(f"encoding the {split} split: {grouped(missing[split])} clips, {gigabytes(missing[split] * size)}", flush=True)
-            store.fill(
+            filling.fill_store(
+                store,
                 hashes[split],
                 batches_of(plan.decoded(clips[split]), max(1, FRAMES_A_PASS // num_frames), config.data.num_workers),
                 encode,

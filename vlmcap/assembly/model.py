@@ -161,7 +161,7 @@ def assemble(
 def _assemble_parts(
     spec: ModelSpec, features: Features | None, is_fresh: bool, llm: nn.Module | None, num_kept_layers: int, is_meta: bool
 ) -> Assembly:
-    from vlmcap.data.features.pooled import pooled_grid
+    from vlmcap.data.features.dataset import pooled_grid
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.llm.prompt import VisualRun
     from vlmcap.models.projectors import build_projector

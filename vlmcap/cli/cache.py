@@ -101,7 +101,7 @@ def build(overrides: Sequence[str]) -> None:
 
 def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> Iterator[tuple[Clip, str]]:
     """Clips without features in a filled store, and why."""
-    from vlmcap.data.features.store import UNREADABLE
+    from vlmcap.data.features.content import UNREADABLE
 
     for clip, content in zip(clips, hashes, strict=True):
         reason = "it cannot be opened" if content == UNREADABLE else store.skipped(bytes(content))

@@ -1,6 +1,7 @@
 """Clips that look alike, found by their pictures: copies, re-encodings, and cuts of one scene that fell into two splits.
 
 A picture's hash is its gradient at 9 x 8 grey pixels (dHash): 64 bits, of which scaling, compression and a little noise change few.
+The library imagehash has this hash too, for one PIL image at a time and with scipy and PyWavelets, but no search among many clips.
 """
 
 from __future__ import annotations

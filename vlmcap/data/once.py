@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
+_TIMEOUT_S = 600.0  # a file server may count the lock of a machine that died for ever; then a folder may be made twice
+
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` unless it is there.
+    """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait.
 
-    A broken or parallel making leaves nothing half-written under its name; what a killed process left beside it is removed.
+    A broken or killed making leaves nothing half-written under its name, and what it left beside it goes with the next.
 
     Args:
         folder: Its parents are made.
@@ -19,25 +24,24 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if folder.is_dir():
         return folder
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        if not _is_running(leftover.suffix[1:]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), _TIMEOUT_S, fallback_to_soft=False)
+    with contextlib.suppress(OSError):  # it took too long, or the file system has no locks
+        lock.acquire()
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
+        if folder.is_dir():  # another process was faster
+            return folder
+        if lock.is_locked:
+            for leftover in folder.parent.glob(f".{folder.name}.????????"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
         make(partial)
-        if not folder.is_dir():  # another process may have been faster
+        if not folder.is_dir():
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
     return folder
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, PermissionError):
-        return True
-    return True

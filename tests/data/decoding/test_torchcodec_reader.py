@@ -1,14 +1,12 @@
-"""torchcodec gives the frames that PyAV gives; where it does not load, a stand-in that keeps its documented behaviour shows the wiring."""
+"""torchcodec gives the frames that PyAV gives, which only a machine where it loads can show; without it, errors are one sentence."""
 
 from __future__ import annotations
 
 import importlib
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -17,48 +15,17 @@ from torch import Tensor
 from tests.data.decoding.test_sampling import B_FRAMES, SETTINGS, MakeFrames, make_clip
 from tests.data.encoding import encode
 from vlmcap.data.decoding import torchcodec_reader
-from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
+from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
 from vlmcap.data.decoding.video import DecodeLimits, FrameSampling, VideoError, read_frames
 from vlmcap.errors import UserError
 
 CLIPS = ["variable rate", "rotated", "odd sides", "open groups", "late start", "edit list", "one frame"]
 
 
-class StandInDecoder:
-    """Decodes all with PyAV; times are those of the stream, a moment outside of it is refused, and rotation is applied."""
-
-    def __init__(self, source: str | io.IOBase, *, seek_mode: str, num_ffmpeg_threads: int, device: str) -> None:
-        assert (seek_mode, num_ffmpeg_threads, device) == ("exact", 1, "cpu")
-        with av.open(source) as container:
-            frames = list(container.decode(video=0))
-            tick_s = float(container.streams.video[0].time_base or 0)
-        self._starts = [(frame.pts or 0) * tick_s for frame in frames]
-        end_s = self._starts[-1] + frames[-1].duration * tick_s
-        pixels = [np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90).copy() for frame in frames]
-        self._pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        height, width = pixels[0].shape[:2]
-        self.metadata = SimpleNamespace(width=width, height=height, begin_stream_seconds=self._starts[0], end_stream_seconds=end_s)
-
-    def get_frames_played_at(self, seconds: Sequence[float]) -> SimpleNamespace:
-        if not all(self.metadata.begin_stream_seconds <= moment < self.metadata.end_stream_seconds for moment in seconds):
-            raise IndexError("out of bounds")
-        rows = [max(i for i, start in enumerate(self._starts) if start <= moment + 1e-6) for moment in seconds]
-        return SimpleNamespace(data=self._pixels[rows], pts_seconds=torch.tensor([self._starts[i] for i in rows], dtype=torch.float64))
-
-
-def load_stand_in() -> ModuleType:
-    module = ModuleType("torchcodec.decoders")
-    module.VideoDecoder = StandInDecoder  # type: ignore[attr-defined]
-    return module
-
-
-@pytest.fixture(params=["stand-in", "real"])
-def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "stand-in":
-        monkeypatch.setattr(torchcodec_reader, "_load", load_stand_in)
-    elif isinstance(reason := torchcodec_reader._load(), str):
+@pytest.fixture
+def loaded() -> None:
+    if isinstance(reason := torchcodec_reader._load(), str):
         pytest.skip(f"torchcodec does not load: {reason}")
-    yield request.param
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -66,24 +33,25 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("sampling", SETTINGS, ids=lambda sampling: f"{sampling.kind}{sampling.jitter or ''}")
 @pytest.mark.parametrize("kind", CLIPS)
-def test_both_decoders_give_the_same_frames(
-    tmp_path: Path, kind: str, sampling: FrameSampling, make_frames: MakeFrames, loaded: str
-) -> None:
+def test_both_decoders_give_the_same_frames(tmp_path: Path, kind: str, sampling: FrameSampling, make_frames: MakeFrames) -> None:
     path = make_clip(kind, tmp_path, make_frames)
     mine, other = (read_frames(str(path), sampling, rng=np.random.default_rng(0), decoder=name) for name in ("pyav", "torchcodec"))
     assert mine.shape == other.shape
     assert psnr(mine, other) > 40
 
 
-def test_real_clips_are_the_same(real_clips: dict[str, Path], loaded: str) -> None:
+@pytest.mark.usefixtures("loaded")
+def test_real_clips_are_the_same(real_clips: dict[str, Path]) -> None:
     for name in ("bikes", "carphone_pristine"):
         mine, other = (read_frames(str(real_clips[name]), FrameSampling(num_frames=6), decoder=name_) for name_ in ("pyav", "auto"))
         assert psnr(mine, other) > 40
 
 
-def test_archives_are_read_in_place(tmp_path: Path, make_frames: MakeFrames, loaded: str) -> None:
+@pytest.mark.usefixtures("loaded")
+def test_archives_are_read_in_place(tmp_path: Path, make_frames: MakeFrames) -> None:
     import zipfile
 
     path = encode(tmp_path / "x.mp4", make_frames(30), gop=10, options=B_FRAMES)
@@ -93,7 +61,8 @@ def test_archives_are_read_in_place(tmp_path: Path, make_frames: MakeFrames, loa
     assert psnr(frames, read_frames(str(path), FrameSampling(num_frames=4))) > 40
 
 
-def test_the_checks_hold_for_both(tmp_path: Path, make_frames: MakeFrames, real_clips: dict[str, Path], loaded: str) -> None:
+@pytest.mark.usefixtures("loaded")
+def test_the_checks_hold_for_both(tmp_path: Path, make_frames: MakeFrames, real_clips: dict[str, Path]) -> None:
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile x.mp4\n", encoding="utf-8")
     encode(tmp_path / "x.mp4", make_frames(8))
     with pytest.raises(VideoError, match=r"list\.mp4 cannot be read"):
@@ -106,12 +75,41 @@ def test_the_checks_hold_for_both(tmp_path: Path, make_frames: MakeFrames, real_
         read_frames(str(tmp_path / "cut.mp4"), FrameSampling(), decoder="torchcodec")
 
 
-def test_what_fails_inside_is_one_sentence(real_clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
+class FakeDecoder:
+    """Frames of one grey each, a second apart from second 2 on, numbered by their second; large as those of the clip that a test reads."""
+
+    metadata = SimpleNamespace(width=640, height=272, begin_stream_seconds=2.0, end_stream_seconds=12.0)
+
+    def __init__(self, source: object, **options: object) -> None: ...
+
+    def get_frames_played_at(self, seconds: Sequence[float]) -> SimpleNamespace:
+        assert all(2.0 <= moment < 12.0 for moment in seconds)
+        pts = torch.tensor(seconds, dtype=torch.float64).floor()
+        return SimpleNamespace(data=pts.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), pts_seconds=pts)
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> type[FakeDecoder]:
+    module = ModuleType("torchcodec.decoders")
+    module.VideoDecoder = FakeDecoder  # type: ignore[attr-defined]
+    monkeypatch.setattr(torchcodec_reader, "_load", lambda: module)
+    return FakeDecoder
+
+
+@pytest.mark.usefixtures("faked")
+def test_moments_are_kept_inside_the_stream_and_a_frame_comes_once() -> None:
+    frames, rows = TorchcodecReader("x.mp4", 10**6).frames_at([0.0, 2.5, 3.0, 3.9, 12.0, 50.0])
+    assert frames[:, 0, 0, 0].tolist() == [2, 3, 11]
+    assert rows == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(VideoError, match="outside the allowed"):
+        TorchcodecReader("x.mp4", 1000)
+
+
+def test_what_fails_inside_is_one_sentence(real_clips: dict[str, Path], faked: type[FakeDecoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
         raise RuntimeError("no such thing\nand a long trace")
 
-    monkeypatch.setattr(torchcodec_reader, "_load", load_stand_in)
-    monkeypatch.setattr(StandInDecoder, "get_frames_played_at", fail)
+    monkeypatch.setattr(faked, "get_frames_played_at", fail)
     with pytest.raises(VideoError, match=r"^bikes\.mp4 cannot be read: torchcodec cannot decode it \(no such thing\)$"):
         read_frames(str(real_clips["bikes"]), FrameSampling(), decoder="torchcodec")
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from vlmcap.data.features import content
-from vlmcap.data.features.content import content_hashes
-from vlmcap.data.features.store import UNREADABLE
+from vlmcap.data.features.content import UNREADABLE, content_hashes
 from vlmcap.types import Clip
 
 FORK = multiprocessing.get_context("fork")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from vlmcap.data.features import leases
+from vlmcap.data.features import claims
 from vlmcap.data.features.eviction import list_stores, prune, remove_store
-from vlmcap.data.features.settings import FillSettings
+from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 
@@ -24,7 +24,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def fill(root: Path, recipe: Any, clips: Any, max_bytes: int | None = None) -> None:
-    FeatureStore(root, recipe).fill(clips.hashes, clips.batches, clips.encode, max_bytes=max_bytes, settings=SMALL)
+    fill_store(FeatureStore(root, recipe), clips.hashes, clips.batches, clips.encode, max_bytes=max_bytes, settings=SMALL)
 
 
 def fill_elsewhere(root: Path, recipe: Any, clips: Any, age_s: float) -> str:
@@ -79,7 +79,7 @@ def test_the_longest_unused_goes_first_and_what_is_left_can_be_used(stores: tupl
     left = [i for i in range(20) if clips.hashes[i] in store]
     assert all(torch.equal(store.read(clips.hashes[i])[0], clips.features(i).half()) for i in left)
     encoded = len(clips.encoded())
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert sorted(clips.encoded()[encoded:]) == sorted(set(range(20)) - set(left))
 
 
@@ -118,9 +118,9 @@ def test_another_machines_lease_lasts_as_long_as_it_is_renewed(stores: tuple[Pat
     root, keys, _ = stores
     lease = root / keys[0] / ".users" / f"{'0' * 8}-1"
     lease.touch()
-    assert leases.is_in_use(root / keys[0])
+    assert claims.is_in_use(root / keys[0])
     os.utime(lease, (time.time() - 3600, time.time() - 3600))
-    assert not leases.is_in_use(root / keys[0])
+    assert not claims.is_in_use(root / keys[0])
     assert not lease.exists()
 
 
@@ -135,7 +135,7 @@ def test_filling_keeps_the_bound(stores: tuple[Path, list[str], Any], make_recip
 
     store = FeatureStore(root, make_recipe(layer=-4))
     assert total(root) > bound
-    store.fill(clips.hashes, clips.batches, encode, max_bytes=bound, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, encode, max_bytes=bound, settings=SMALL)
     assert not len(store.missing(clips.hashes))
     assert total(root) < bound + 5000  # the index, written at the end
     prune(root, bound)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from vlmcap.data.features import index as indices
+from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE, ShardFile, ShardIndex, contains
 from vlmcap.data.features.precision import ErrorSums
-from vlmcap.data.features.settings import FillSettings
 from vlmcap.data.features.shards import Row, Shard
 from vlmcap.data.features.store import FeatureStore
 
@@ -28,7 +28,7 @@ SMALL = FillSettings(chunk_clips=6, shard_bytes=300)
 def filled(tmp_path: Path, numbered: Make, make_recipe: Make) -> tuple[Any, FeatureStore]:
     clips = numbered(20, broken=(4,))
     store = FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     assert len(shards_of(store)) > 3
     return clips, FeatureStore(tmp_path / "features", make_recipe())
 
@@ -75,7 +75,7 @@ def test_a_lost_index_is_made_again(filled: tuple[Any, FeatureStore], damage: st
             }[damage]
         )
     require_all(store, clips)
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert path.stat().st_size == len(whole)
     assert len(clips.encoded()) == 19
 
@@ -117,7 +117,7 @@ def test_a_damaged_shard_is_ignored_and_its_clips_are_encoded_again(filled: tupl
     assert 0 < len(lost) < 10
     assert list(store.broken) == [path.name]
     before = len(clips.encoded())
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert set(clips.encoded()[before:]) == set(lost.tolist()) - {4}
     require_all(store, clips)
 
@@ -125,7 +125,7 @@ def test_a_damaged_shard_is_ignored_and_its_clips_are_encoded_again(filled: tupl
 def test_shards_of_another_dtype_or_with_odd_names_are_ignored(filled: tuple[Any, FeatureStore], make_recipe: Make) -> None:
     clips, store = filled
     other = FeatureStore(store.root, make_recipe(dtype="float32"))
-    other.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(other, clips.hashes, clips.batches, clips.encode)
     (shards_of(other)[0]).rename(store.folder / "1-x.safetensors")
     path = shards_of(store)[-1]
     named = path.read_bytes()
@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_read(filled: tuple[Any, FeatureStore
         monkeypatch.setattr(Path, name, refuse)
     monkeypatch.setattr("vlmcap.data.features.index.replacing", refuse)
     require_all(store, clips)
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert len(clips.encoded()) == 19
 
 
@@ -189,7 +189,7 @@ def test_a_clip_in_two_shards_is_read_from_one(tmp_path: Path, numbered: Make, m
     clips = numbered(6)
     one, two = (FeatureStore(tmp_path / name, make_recipe()) for name in ("one", "two"))
     for store in (one, two):
-        store.fill(clips.hashes, clips.batches, clips.encode)
+        fill_store(store, clips.hashes, clips.batches, clips.encode)
     shard = shards_of(two)[0]
     shard.rename(one.folder / shard.name)
     one.refresh()

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import DTYPES, ErrorSums, dequantize, is_finite, measure, quantize, size_bytes
-from vlmcap.data.features.settings import FillSettings
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 
@@ -27,7 +27,7 @@ def test_the_stated_error_is_that_of_all_that_is_read(tmp_path: Path, numbered: 
     clips = numbered(broken=(4,))
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
     assert store.error is None
-    store.fill(clips.hashes, clips.batches, clips.encode, settings=FillSettings(chunk_clips=4, shard_bytes=500))
+    fill_store(store, clips.hashes, clips.batches, clips.encode, settings=FillSettings(chunk_clips=4, shard_bytes=500))
     numbers = [number for number in range(20) if number != 4]
     exact = torch.stack([clips.features(number) for number in numbers]).double()
     error = torch.stack([store.read(clips.hashes[number])[0] for number in numbers]).double() - exact
@@ -67,7 +67,7 @@ def test_errors_add_up() -> None:
 def test_the_size_is_told_beforehand(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
     clips = numbered(200, width=256)
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     told = size_bytes(200, 2, 4, 256, dtype)
     assert told < store.num_bytes < told + 200 * (300 if dtype == "int8" else 200) + 1000
     files = [path for path in store.folder.glob("*.safetensors") if path.name != FILE]
@@ -82,7 +82,7 @@ def test_the_error_is_measured_from_what_the_encoder_gave(
     clips = numbered(3)
     features = {number: clips.features(number).to(getattr(torch, given)) for number in range(3)}
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
-    store.fill(clips.hashes, clips.batches, lambda frames, grids: clips.encode(frames).to(getattr(torch, given)))
+    fill_store(store, clips.hashes, clips.batches, lambda frames, grids: clips.encode(frames).to(getattr(torch, given)))
     exact = torch.stack(list(features.values())).double()
     error = torch.stack([store.read(content)[0] for content in clips.hashes]).double() - exact
     assert store.error is not None

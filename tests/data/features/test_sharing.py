@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vlmcap.data.features.settings import FillSettings
+from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.shards import write_shard
 from vlmcap.data.features.store import FeatureStore
 
@@ -24,11 +24,16 @@ FORK = multiprocessing.get_context("fork")
 SETTINGS = FillSettings(shard_bytes=100_000, flush_s=0.03, chunk_clips=5, poll_s=0.02)
 
 
-def fill(root: Path, recipe: Any, clips: Any, start: Any = None) -> None:
+def fill(root: Path, recipe: Any, clips: Any, start: Any = None, on_wait: Any = None) -> None:
     torch.set_num_threads(1)
     if start is not None:
         start.wait(30)
-    FeatureStore(root, recipe).fill(clips.hashes, clips.batches, clips.encode, settings=SETTINGS)
+    fill_store(FeatureStore(root, recipe), clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS)
+
+
+def fill_alone(root: Path, recipe: Any, clips: Any) -> None:
+    """A process alone waits for nobody: the claims of the dead are free."""
+    fill(root, recipe, clips, on_wait=pytest.fail)
 
 
 def require_exact(store: FeatureStore, clips: Any) -> set[int]:
@@ -39,36 +44,53 @@ def require_exact(store: FeatureStore, clips: Any) -> set[int]:
     return there
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_killed_writer_leaves_whole_clips_and_the_next_goes_on(tmp_path: Path, numbered: Make, make_recipe: Make, seed: int) -> None:
-    clips = numbered(120, width=4096, broken=(11, 60), batch_size=2, pause_s=0.004)
-    root, recipe, generator = tmp_path / "features", make_recipe(), random.Random(seed)
+MOMENTS = {
+    "encoding": ("vlmcap.data.features.filling.ShardWriter.add", 1),
+    "holding a claim that does not say whose it is": ("vlmcap.data.features.claims.Path.write_text", 2),
+    "a shard half written": ("vlmcap.data.features.shards.os.fsync", 1),
+    "a shard without its name": ("vlmcap.files.os.replace", 0),
+    "a shard that nobody has looked at": ("vlmcap.data.features.shards.sync_folder", 0),
+    "claims of work that is done": ("vlmcap.data.features.filling.Claims.release", 1),
+}
+"""What a process has when it is killed: the call before which that happens, and how often it is let pass at least."""
+
+
+def fill_until_killed(root: Path, recipe: Any, clips: Any, moment: str, num_calls: int) -> None:
+    where, num_passed = MOMENTS[moment]
+    module, _, name = where.rpartition(".")
+    call, calls = getattr(resolve_name(module), name), 0
+
+    def kill(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > num_calls + num_passed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **keywords)
+
+    setattr(resolve_name(module), name, kill)
+    fill_alone(root, recipe, clips)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_writer_leaves_whole_clips_and_the_next_goes_on(tmp_path: Path, numbered: Make, make_recipe: Make, moment: str) -> None:
+    clips = numbered(60, width=2048, broken=(11, 40), batch_size=2)
+    root, recipe = tmp_path / "features", make_recipe()
     there: set[int] = set()
-    num_killed = num_torn = 0
-    for _ in range(40):
+    for num_calls in range(4):
         before = len(clips.encoded())
-        child = FORK.Process(target=fill, args=(root, recipe, clips))
+        child = FORK.Process(target=fill_until_killed, args=(root, recipe, clips, moment, num_calls))
         child.start()
-        while len(clips.encoded()) == before and child.is_alive():
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0, 0.12))
-        os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
-        child.join()
-        num_killed += child.exitcode == -signal.SIGKILL
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
         again = set(clips.encoded()[before:]) & there
         assert not again, f"encoded although they were there: {again}"
-        num_torn += len(list((root / recipe.key).glob("*.partial")) + list((root / recipe.key).glob(".*.partial")))
         store = FeatureStore(root, recipe)
         there |= require_exact(store, clips)
         assert not store.broken
-        if not len(store.missing(clips.hashes)):
-            break
-    assert num_killed >= 5
-    clips.pause_s = 0
-    fill(root, recipe, clips)
+    fill_alone(root, recipe, clips)
     store = FeatureStore(root, recipe)
-    assert require_exact(store, clips) == set(range(120)) - {11, 60}
-    assert store.skipped(clips.hashes[60]) == "60.mp4 is broken"
+    assert require_exact(store, clips) == set(range(60)) - {11, 40}
+    assert store.skipped(clips.hashes[40]) == "40.mp4 is broken"
     assert not list(store.folder.glob(".*.partial")) and not (store.folder / ".claims").exists()
 
 
@@ -108,7 +130,7 @@ def test_a_process_waits_for_what_another_holds_and_takes_over_when_that_dies(tm
         child.join()
 
     store = FeatureStore(root, recipe)
-    store.fill(clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS)
     assert len(said) == 1 and said[0].startswith("waiting for 5 clips that other processes encode into ")
     assert require_exact(store, clips) == set(range(20))
 
@@ -133,7 +155,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_what_others_writ
     elsewhere.touch()
     store.refresh()
     assert len(store) == 0
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert list(store.folder.glob(".*.partial")) == [elsewhere]
     assert sorted(clips.encoded()) == list(range(20))
 

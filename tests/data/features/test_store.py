@@ -14,12 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.dataset import FeatureDataset
+from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import DTYPES, dequantize, quantize
 from vlmcap.data.features.recipe import Recipe
-from vlmcap.data.features.settings import FillSettings
-from vlmcap.data.features.store import UNREADABLE, FeatureStore
+from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
@@ -43,7 +44,7 @@ def shards_of(store: FeatureStore) -> list[Path]:
 def test_what_is_read_is_what_was_encoded(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
     clips, recipe = numbered(broken=(1, 7)), make_recipe(dtype=dtype)
     store, seen = FeatureStore(tmp_path / "features", recipe), []
-    store.fill(clips.hashes, clips.batches, clips.encode, progress=lambda done, total: seen.append((done, total)), settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, progress=lambda done, total: seen.append((done, total)), settings=SMALL)
     assert seen[0] == (0, 20) and seen[-1] == (20, 20) and seen == sorted(seen)
     assert len(shards_of(store)) > 3
     for opened in (store, FeatureStore(tmp_path / "features", recipe), pickle.loads(pickle.dumps(store))):
@@ -67,7 +68,7 @@ def test_what_is_read_is_what_was_encoded(tmp_path: Path, numbered: Make, make_r
 def test_shards_are_plain_safetensors(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered()
     store = FeatureStore(tmp_path, make_recipe(dtype="bfloat16"))
-    store.fill(clips.hashes, clips.batches, clips.encode, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     found = {}
     for path in shards_of(store):
         with safe_open(path, framework="pt") as tensors:
@@ -80,7 +81,7 @@ def test_shards_are_plain_safetensors(tmp_path: Path, numbered: Make, make_recip
 def test_features_are_in_memory_of_their_own(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered()
     store = FeatureStore(tmp_path, make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     first, _ = store.read(clips.hashes[0])
     first += 1
     assert torch.equal(store.read(clips.hashes[0])[0], clips.features(0).half())
@@ -98,19 +99,19 @@ def test_an_encoder_may_use_its_output_again(tmp_path: Path, numbered: Make, mak
         return list(output[: len(frames)]) if is_listed else output[: len(frames)]
 
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
-    store.fill(clips.hashes, clips.batches, encode)
+    fill_store(store, clips.hashes, clips.batches, encode)
     assert all(torch.equal(store.read(clips.hashes[i])[0], stored(clips.features(i), dtype)) for i in range(20))
 
 
 def test_only_what_is_missing_is_encoded(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered(12, broken=(2,))
     store = FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode)
-    store.fill(clips.hashes, refuse, refuse)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, refuse, refuse)
     more = numbered(20, broken=(2,))
     other = FeatureStore(tmp_path / "features", make_recipe())
     assert other.missing(more.hashes).tolist() == list(range(12, 20))
-    other.fill(more.hashes, more.batches, more.encode)
+    fill_store(other, more.hashes, more.batches, more.encode)
     assert sorted(more.encoded()) == [number for number in range(20) if number != 2]
     store.refresh()
     assert torch.equal(store.read(more.hashes[19])[0], more.features(19).half())
@@ -128,7 +129,7 @@ def test_clips_of_equal_content_share_features_and_unreadable_ones_are_never_rem
     def batches(positions: np.ndarray) -> Any:
         return clips.batches(np.array([0, 1, 0, 2, 3])[positions])
 
-    store.fill(hashes, batches, clips.encode)
+    fill_store(store, hashes, batches, clips.encode)
     assert sorted(clips.encoded()) == [0, 1, 2]
     assert UNREADABLE not in store and store.skipped(UNREADABLE) is None
     dataset = FeatureDataset([clips.item(i).clip for i in (0, 1, 0, 2, 3)], hashes, store)
@@ -141,12 +142,12 @@ def test_clips_of_equal_content_share_features_and_unreadable_ones_are_never_rem
 def test_clips_whose_decoder_was_lost_are_tried_again_and_broken_ones_are_not(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered(8, broken=(2, 5), lost=(2,))
     store = FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
     clips.broken = (5,)
     assert store.missing(clips.hashes).tolist() == []
     assert store.missing(clips.hashes, retry_lost=True).tolist() == [2]
     assert FeatureStore(tmp_path / "features", make_recipe()).missing(clips.hashes, retry_lost=True).tolist() == [2]
-    store.fill(clips.hashes, clips.batches, clips.encode, retry_lost=True, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, retry_lost=True, settings=SMALL)
     assert store.skipped(clips.hashes[2]) is None
     assert store.skipped(clips.hashes[5]) == "5.mp4 is broken"
     assert sorted(clips.encoded()) == [0, 1, 2, 3, 4, 6, 7]
@@ -169,7 +170,7 @@ def test_clips_of_different_sizes_share_a_store_without_padding(tmp_path: Path, 
 
     hashes = np.array([f"{i:032d}" for i in range(1, 4)], "S32")
     store = FeatureStore(tmp_path, make_recipe())
-    store.fill(hashes, lambda positions: [samples], own)
+    fill_store(store, hashes, lambda positions: [samples], own)
     opened = FeatureStore(tmp_path, make_recipe())
     for sample, size, content in zip(samples, sizes, hashes, strict=True):
         features, grid = opened.read(content)
@@ -187,7 +188,7 @@ def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe
 
     def fill(recipe: Recipe) -> FeatureStore:
         store = FeatureStore(tmp_path, recipe)
-        store.fill(hashes, lambda positions: [samples], lambda frames, grids: frames.float().flatten(3).transpose(2, 3))
+        fill_store(store, hashes, lambda positions: [samples], lambda frames, grids: frames.float().flatten(3).transpose(2, 3))
         return store
 
     store = fill(make_recipe(variable_frames=True))
@@ -200,7 +201,7 @@ def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe
 def test_workers_read_what_was_encoded(tmp_path: Path, numbered: Make, make_recipe: Make, num_workers: int) -> None:
     clips = numbered(broken=(3,))
     store = FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     store.read(clips.hashes[0])  # a map that the workers inherit
     dataset = FeatureDataset([clips.item(i).clip for i in range(20)], clips.hashes, store)
     for _ in range(2):
@@ -216,7 +217,7 @@ def test_workers_read_what_was_encoded(tmp_path: Path, numbered: Make, make_reci
 def test_a_data_set_wants_all_clips(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered(5)
     store = FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes[:3], clips.batches, clips.encode)
+    fill_store(store, clips.hashes[:3], clips.batches, clips.encode)
     with pytest.raises(UserError, match="lacks 2 of 5 clips, first: 클립3; start again"):
         FeatureDataset([clips.item(i).clip for i in range(5)], clips.hashes, store)
 
@@ -224,7 +225,7 @@ def test_a_data_set_wants_all_clips(tmp_path: Path, numbered: Make, make_recipe:
 def test_gone_shards_are_a_sentence(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered()
     store = FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     for path in shards_of(store):
         path.unlink()
     with pytest.raises(UserError, match=r"have gone from .* start again to have them built again"):
@@ -234,8 +235,8 @@ def test_gone_shards_are_a_sentence(tmp_path: Path, numbered: Make, make_recipe:
 def test_features_written_again_elsewhere_are_found(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered()
     store, other = FeatureStore(tmp_path / "features", make_recipe()), FeatureStore(tmp_path / "features", make_recipe())
-    store.fill(clips.hashes, clips.batches, clips.encode, settings=SMALL)
+    fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     for path in shards_of(store):
         path.unlink()
-    other.fill(clips.hashes, clips.batches, clips.encode, settings=SMALL)
+    fill_store(other, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     assert torch.equal(store.read(clips.hashes[0])[0], clips.features(0).half())

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from vlmcap.data.features import filling
+from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.filling import fill_store
 from vlmcap.data.features.precision import DTYPES
-from vlmcap.data.features.store import UNREADABLE, FeatureStore
+from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 
 Make = Callable[..., Any]
@@ -31,8 +33,8 @@ def overflowing(frames: Tensor, grids: object) -> Tensor:
 def test_features_that_overflow_are_refused(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
     clips = numbered(5)
     with pytest.raises(UserError, match=rf"클립0 overflow cache\.dtype={dtype}: set cache\.dtype=bfloat16"):
-        FeatureStore(tmp_path, make_recipe(dtype=dtype)).fill(clips.hashes, clips.batches, overflowing)
-    FeatureStore(tmp_path, make_recipe(dtype="bfloat16")).fill(clips.hashes, clips.batches, overflowing)
+        fill_store(FeatureStore(tmp_path, make_recipe(dtype=dtype)), clips.hashes, clips.batches, overflowing)
+    fill_store(FeatureStore(tmp_path, make_recipe(dtype="bfloat16")), clips.hashes, clips.batches, overflowing)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +47,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path, numbered: Make
         return torch.where(torch.tensor(4 in clips.encoded()), features / 0, features)
 
     with pytest.raises(UserError, match="클립3 are not finite: the encoder overflows, choose another precision"):
-        store.fill(clips.hashes, clips.batches, failing)
+        fill_store(store, clips.hashes, clips.batches, failing)
     store.refresh()
     assert store.missing(clips.hashes).tolist() == [3, 4]  # what came before is kept
 
@@ -55,9 +57,9 @@ def test_a_store_of_nothing_is_refused(tmp_path: Path, numbered: Make, make_reci
     store = FeatureStore(tmp_path / "features", make_recipe())
     for _ in range(2):
         with pytest.raises(UserError, match=r"none of 2 clips can be cached: 0\.mp4 is broken"):
-            store.fill(clips.hashes, clips.batches, refuse)
+            fill_store(store, clips.hashes, clips.batches, refuse)
     with pytest.raises(UserError, match="none of 1 clips can be cached: their files cannot be opened"):
-        store.fill(np.array([UNREADABLE], "S32"), refuse, refuse)
+        fill_store(store, np.array([UNREADABLE], "S32"), refuse, refuse)
 
 
 def test_a_full_disk_is_told_beforehand(tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +68,10 @@ def test_a_full_disk_is_told_beforehand(tmp_path: Path, numbered: Make, make_rec
     usage = type("Usage", (), {"free": 20 * 2 * 4 * 8 * 2 - 1})
     monkeypatch.setattr(filling.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.0 GB more in .*: set cache\.dtype=int8"):
-        store.fill(clips.hashes, clips.batches, clips.encode)
+        fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert len(clips.encoded()) == 3
     usage.free += 1  # type: ignore[attr-defined]
-    store.fill(clips.hashes, clips.batches, clips.encode)
+    fill_store(store, clips.hashes, clips.batches, clips.encode)
 
 
 def test_a_disk_that_fills_up_meanwhile_is_a_sentence(
@@ -83,5 +85,5 @@ def test_a_disk_that_fills_up_meanwhile_is_a_sentence(
 
     monkeypatch.setattr("vlmcap.data.features.shards.os.fsync", fail)
     with pytest.raises(UserError, match="is full: free some space and start again, which goes on from here"):
-        store.fill(clips.hashes, clips.batches, clips.encode)
+        fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert not [path for path in store.folder.rglob("*") if "safetensors" in path.name]

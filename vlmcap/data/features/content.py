@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.data.features.store import UNREADABLE
 from vlmcap.data.media import MediaError, MediaStat, local_path, open_media, stat_media
 from vlmcap.types import Clip
+
+UNREADABLE = b"0" * 32
+"""Content hash of a clip whose file cannot be opened: nothing is ever remembered of it."""
 
 _BLOCK = 64 * 1024
 _NUM_BLOCKS = 16

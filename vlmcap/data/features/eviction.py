@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.claims import FOLDER as CLAIMS
-from vlmcap.data.features.leases import is_in_use, last_used
+from vlmcap.data.features.claims import CLAIMS, USERS, is_alive, is_here, is_in_use, last_used, remove_free_claims
 from vlmcap.data.features.precision import ErrorSums, StorageError
-from vlmcap.data.features.processes import is_dead, is_here, machine_name
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX
 from vlmcap.errors import UserError
@@ -117,20 +115,14 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove half-written shards and claims of killed processes."""
+    """Remove half-written files and claims of killed processes."""
     for path in folder.glob(f".*{SUFFIX}.*.partial"):
-        owner = "-".join(path.name.split("-")[1:3])
-        if not owner:  # an index, which names its process only; a living one elsewhere that loses it does without
-            owner = f"{machine_name()}-{path.name.split('.')[-2]}"
+        owner = "-".join(path.name.split("-")[1:3])  # that of an index has no name
         with contextlib.suppress(OSError):
-            if is_dead(owner) or (not is_here(owner) and time.time() - path.stat().st_mtime > _OLD_S):
+            is_dead = is_here(owner) and not is_alive(folder / USERS / owner)
+            if is_dead or time.time() - path.stat().st_mtime > _OLD_S:
                 path.unlink()
-    for path in folder.glob(f"{CLAIMS}/*"):
-        with contextlib.suppress(OSError, ValueError):
-            if is_dead(path.read_text()):
-                path.unlink()
-    with contextlib.suppress(OSError):
-        (folder / CLAIMS).rmdir()  # claims of the living keep it
+    remove_free_claims(folder / CLAIMS)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -9,22 +9,75 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.data.features.claims import FOLDER, Claims
+from vlmcap.data.features.claims import CLAIMS, Claims
 from vlmcap.data.features.eviction import make_room, remove_leftovers
-from vlmcap.data.features.writer import Encode, ShardWriter
+from vlmcap.data.features.shards import Encode, ShardWriter
+from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 from vlmcap.types import Sample, Skipped
 
-if TYPE_CHECKING:
-    from vlmcap.data.features.settings import FillSettings
-    from vlmcap.data.features.store import FeatureStore
-
 _SAY_S = 30.0
+
+Batches = Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]
+"""From positions of clips to lists of their samples with frames, in the same order, each once."""
+
+
+@dataclass(frozen=True, slots=True)
+class FillSettings:
+    """How a store is filled.
+
+    Attributes:
+        shard_bytes: A shard is closed when it has reached this size.
+        flush_s: Seconds of encoding after which what there is becomes a shard, so that a kill costs no more.
+        chunk_clips: Clips that a process claims at a time.
+        stale_s: Seconds without a sign of life after which another machine's claim is taken over.
+        poll_s: Seconds between looks at what others have done, when they hold all that is left.
+    """
+
+    shard_bytes: int = 256 * 2**20
+    flush_s: float = 60.0
+    chunk_clips: int = 256
+    stale_s: float = 180.0
+    poll_s: float = 2.0
+
+
+def fill_store(
+    store: FeatureStore,
+    hashes: NDArray[np.bytes_],
+    batches: Batches,
+    encode: Encode,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
+    retry_lost: bool = False,
+    max_bytes: int | None = None,
+    settings: FillSettings | None = None,
+) -> None:
+    """Encode what is missing, together with all other processes that call this now; returns when everything is there.
+
+    A process may be killed at any time: what it wrote stays, and the rest is done by the others or by the next call.
+
+    Args:
+        store: The store to fill.
+        hashes: S32 (N,), the content hashes of all clips.
+        batches: From positions in `hashes` to lists of samples, as `Batches` says.
+        encode: Stacked frames and the clips' sizes, if they have their own -> (B, F, P, Dv), floating, on any device; or a list
+            of B tensors (F, P, Dv) without padding.
+        progress: Called with (clips done, N); those of other processes count.
+        on_wait: Called with a sentence now and then, while other processes hold all that is left.
+        retry_lost: Try clips again whose decoder was lost, not those that are broken.
+        max_bytes: Limit of all stores in the folder of this one; the longest unused ones are evicted for it.
+        settings: How shards are cut and work is shared.
+
+    Raises:
+        UserError: The disk or `max_bytes` is too small, no clip is readable, features are not finite or overflow the dtype, or
+            their shape varies.
+    """
+    _Filling(store, hashes, encode, progress, on_wait, retry_lost, max_bytes, settings or FillSettings()).run(batches)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,8 +88,8 @@ class _Chunk:
     positions: NDArray[np.int64]
 
 
-class Filling:
-    """One call of `FeatureStore.fill`, which tells the arguments."""
+class _Filling:
+    """One call of `fill_store`, which explains the arguments."""
 
     def __init__(
         self,
@@ -53,13 +106,13 @@ class Filling:
         self.progress, self.on_wait = progress, on_wait
         self.retry_lost, self.max_bytes, self.settings = retry_lost, max_bytes, settings
         self._writer = ShardWriter(store.folder, store.recipe, self._make_room)
-        self._claims = Claims(store.folder / FOLDER, settings.stale_s)
+        self._claims = Claims(store.folder / CLAIMS, settings.stale_s)
         self._left: dict[str, int] = {}  # clips of each chunk that still need work
         self._done: list[str] = []  # chunks whose last features may not be in a shard yet
         self._has_measured = False
         self._said = -math.inf
 
-    def run(self, batches: Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]) -> None:
+    def run(self, batches: Batches) -> None:
         """Returns when everything is there."""
         self.store.refresh()
         chunks = [chunk for chunk in self._chunks() if self._is_open(chunk)]
@@ -70,7 +123,7 @@ class Filling:
         self.store.save_index()
         self._require_any()
 
-    def _share(self, chunks: list[_Chunk], batches: Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]) -> None:
+    def _share(self, chunks: list[_Chunk], batches: Batches) -> None:
         self.store.make_folder()
         self._writer.shape = self._known_shape()
         with self._claims:
@@ -107,7 +160,7 @@ class Filling:
         if self.progress is not None:
             self.progress(len(self.hashes) - sum(self._left.values()), len(self.hashes))
 
-    def _work(self, chunk: _Chunk, batches: Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]) -> None:
+    def _work(self, chunk: _Chunk, batches: Batches) -> None:
         """Encode what a chunk lacks; shards are written as they become due."""
         self.store.refresh()  # it may have been done between our last look and our claim
         positions, start, writer = self._missing(chunk), 0, self._writer

@@ -6,10 +6,11 @@ Legend: N clips, F frames, P patches a frame, Dv vision width.
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import secrets
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,27 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.index import contains
-from vlmcap.data.features.leases import Lease
-from vlmcap.data.features.mapping import MappedShards
+from vlmcap.data.features.claims import Lease
+from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
-from vlmcap.data.features.settings import FillSettings
 from vlmcap.errors import UserError
-from vlmcap.types import GridTHW, Sample, Skipped
+from vlmcap.types import GridTHW
 
-if TYPE_CHECKING:
-    from vlmcap.data.features.writer import Encode
-
-UNREADABLE = b"0" * 32
-"""Content hash of a clip whose file cannot be opened: nothing is ever remembered of it."""
+_MAX_OPEN = 64  # shards mapped at once
 
 
 class FeatureStore:
     """Features by content hash, in the folder `root/recipe.key`; picklable, and safe to share with data workers and machines.
 
     Args:
-        root: Folder of all stores; made by `fill`.
+        root: Folder of all stores; `fill_store` makes it.
         recipe: What the features depend on.
     """
 
@@ -143,41 +139,6 @@ class FeatureStore:
                 "raise cache.max_gib if other runs share the folder"
             ) from error
 
-    def fill(
-        self,
-        hashes: NDArray[np.bytes_],
-        batches: Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]],
-        encode: Encode,
-        *,
-        progress: Callable[[int, int], None] | None = None,
-        on_wait: Callable[[str], None] | None = None,
-        retry_lost: bool = False,
-        max_bytes: int | None = None,
-        settings: FillSettings | None = None,
-    ) -> None:
-        """Encode what is missing, together with all other processes that call this now; returns when everything is there.
-
-        A process may be killed at any time: what it wrote stays, and the rest is done by the others or by the next call.
-
-        Args:
-            hashes: S32 (N,) of all clips.
-            batches: From positions in `hashes` to lists of their samples with frames, in the same order, each once.
-            encode: Stacked frames and the clips' sizes, if they have their own -> (B, F, P, Dv), floating, on any device; or a list
-                of B tensors (F, P, Dv) without padding.
-            progress: Called with (clips done, N); those of other processes count.
-            on_wait: Called with a sentence now and then, while other processes hold all that is left.
-            retry_lost: Try clips again whose decoder was lost, not those that are broken.
-            max_bytes: Of all stores under `root`; the longest unused ones are evicted for it.
-            settings: How shards are cut and work is shared.
-
-        Raises:
-            UserError: The disk or `max_bytes` is too small, no clip is readable, features are not finite or overflow the dtype, or
-                their shape varies.
-        """
-        from vlmcap.data.features.filling import Filling
-
-        Filling(self, hashes, encode, progress, on_wait, retry_lost, max_bytes, settings or FillSettings()).run(batches)
-
     def make_folder(self) -> None:
         """The folder, with the recipe for people to read."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,3 +183,52 @@ class FeatureStore:
         if self.recipe.dtype != "int8":
             return numbers
         return dequantize(numbers, self._mapped.read(file, int(scale_start), shape[:2], torch.float32))
+
+
+class MappedShards:
+    """The shards read last; a map stays valid after its file is evicted and in a fork.
+
+    Args:
+        folder: Of the shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+
+    def read(self, file: ShardFile, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A copy of the tensor that begins at byte `start`.
+
+        Raises:
+            OSError: The shard cannot be opened.
+            ValueError: It is not the one that the index knows.
+        """
+        mapped = self._map(file)
+        size = math.prod(shape) * dtype.itemsize
+        # A copy: features that are used for long must not keep the map of a whole shard alive.
+        copy = np.frombuffer(mapped, np.uint8, size, start).copy()
+        _forget(mapped, start, size)
+        return torch.from_numpy(copy).view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Forget all maps."""
+        self._maps.clear()
+
+    def _map(self, file: ShardFile) -> mmap.mmap:
+        mapped = self._maps.pop(file.name, None)
+        if mapped is None:
+            with (self.folder / file.name).open("rb") as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(mapped) != file.size:
+                raise ValueError(f"{file.name} has changed")
+            while len(self._maps) >= _MAX_OPEN:
+                self._maps.popitem(last=False)
+        self._maps[file.name] = mapped
+        return mapped
+
+
+def _forget(mapped: mmap.mmap, start: int, size: int) -> None:
+    """Take the pages out of this process, not out of the system's cache: else they would count as memory of each worker that read them."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)

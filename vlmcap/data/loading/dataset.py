@@ -19,8 +19,7 @@ from torch.utils.data import Dataset
 from vlmcap.data.decoding.augment import Augment
 from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.decoding.video import DecodeLimits, VideoError, pad_frames, read_frames
-from vlmcap.data.loading.isolated_child import Answer, is_out_of_memory
-from vlmcap.data.loading.isolation import Isolated, LostError, is_available
+from vlmcap.data.loading.isolation import Answer, Isolated, LostError, is_available, is_out_of_memory
 from vlmcap.errors import UserError, first_line
 from vlmcap.types import Clip, GridTHW, Sample, Skipped
 

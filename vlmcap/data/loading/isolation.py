@@ -7,24 +7,42 @@ tensors as raw bytes; nothing is unpickled.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
+import gc
 import json
 import math
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
-from vlmcap.data.loading.isolated_child import FAILED, LENGTH, OUT_OF_MEMORY, USER_ERROR, Answer, serve
 from vlmcap.errors import UserError
 
+with contextlib.suppress(ImportError):  # Windows, where nothing is isolated
+    import resource
+
+Answer = tuple[dict[str, Any], Tensor | None]
+"""Facts that JSON can carry, and a tensor or none."""
+
+_OUT_OF_MEMORY = "out_of_memory"
+_USER_ERROR = "user_error"
+_FAILED = "failed"
+_LENGTH = struct.Struct("<I")
+_PR_SET_PDEATHSIG = 1
+_FIRST_TO_GO = "900"  # of -1000 to 1000: a system out of memory takes this process, not the one that trains
 _GRACE_S = 2.0  # beyond the limit that the decoder looks at itself
 _DEATH_S = 1.0  # that a process takes to end by itself after its connection has: killed on top, it would not tell how it died
 _REAP_S = 2.0  # a killed process that stands in a dead network drive ends when the drive answers, which may be never
@@ -37,6 +55,11 @@ class LostError(Exception):
 def is_available() -> bool:
     """Whether calls can be isolated here; macOS forks, but its libraries do not survive it."""
     return hasattr(os, "fork") and sys.platform != "darwin"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: torch says so in a RuntimeError only."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 class Isolated:
@@ -113,13 +136,13 @@ class Isolated:
         except BaseException:  # an interrupt: the answer on its way must not be taken for the next one's
             self._drop(child)
             raise
-        if OUT_OF_MEMORY in facts:
+        if _OUT_OF_MEMORY in facts:
             self._drop(child)
             raise LostError(f"decoding needs more memory than data.decode_memory_gib={self.memory_gib:g}")
-        if USER_ERROR in facts:
-            raise UserError(facts[USER_ERROR])
-        if FAILED in facts:
-            raise RuntimeError(f"in the decoding process:\n{facts[FAILED]}")
+        if _USER_ERROR in facts:
+            raise UserError(facts[_USER_ERROR])
+        if _FAILED in facts:
+            raise RuntimeError(f"in the decoding process:\n{facts[_FAILED]}")
         return facts, tensor
 
     def _drop(self, child: _Child, patience_s: float = 0.0) -> int | None:
@@ -146,7 +169,7 @@ class _Child:
             warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child uses none
             self.pid = os.fork()
         if self.pid == 0:
-            serve(theirs, function, memory_bytes, parent)
+            _serve(theirs, function, memory_bytes, parent)
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self.pid, self._connection, parent)
 
@@ -160,10 +183,10 @@ class _Child:
         self.num_calls += 1
         line = json.dumps(request).encode()
         self._connection.settimeout(max(0.001, deadline_s - time.monotonic()))
-        self._connection.sendall(LENGTH.pack(len(line)) + line)
-        length = bytearray(LENGTH.size)
+        self._connection.sendall(_LENGTH.pack(len(line)) + line)
+        length = bytearray(_LENGTH.size)
         self._receive(memoryview(length), deadline_s)
-        header = bytearray(LENGTH.unpack(length)[0])
+        header = bytearray(_LENGTH.unpack(length)[0])
         self._receive(memoryview(header), deadline_s)
         facts, kind, shape = json.loads(header)
         if kind is None:
@@ -225,3 +248,103 @@ def _describe(status: int | None) -> str:
             return "the decoder was killed (signal SIGKILL), as systems do that run out of memory"
         return f"the decoder crashed (signal {signal.Signals(number).name})"
     return "the decoder ended without an answer"
+
+
+# The other side: what a forked child does until its parent ends or ends it.
+
+
+def _serve(connection: socket.socket, function: Callable[[Any], Answer], memory_bytes: int, parent: int) -> NoReturn:
+    """Answers requests with what `function` gives for them; never returns.
+
+    Args:
+        connection: To the parent.
+        function: From a request to facts and a tensor.
+        memory_bytes: That may be taken beyond what is taken now.
+        parent: Its process id.
+    """
+    try:
+        _prepare(connection, memory_bytes, parent)
+        while (request := _receive(connection)) is not None:
+            facts, tensor = _answer(function, json.loads(request))
+            _send(connection, facts, tensor)
+            if _OUT_OF_MEMORY in facts:
+                break
+            del tensor
+    finally:
+        os._exit(0)
+
+
+def _answer(function: Callable[[Any], Answer], request: Any) -> Answer:
+    try:
+        return function(request)
+    except UserError as error:
+        return {_USER_ERROR: str(error)}, None
+    except Exception as error:
+        return ({_OUT_OF_MEMORY: True} if is_out_of_memory(error) else {_FAILED: traceback.format_exc()}), None
+
+
+def _prepare(connection: socket.socket, memory_bytes: int, parent: int) -> None:
+    gc.freeze()  # what the parent left for its collector has threads, workers and locks there, and none here
+    faulthandler.disable()
+    _reset_signals()
+    _die_with(parent)
+    _let_go_of_files(keep=connection.fileno())
+    _limit_memory(memory_bytes)
+    torch.set_num_threads(1)  # the parent's threads do not exist here, and OpenMP would wait for them
+
+
+def _reset_signals() -> None:
+    """Faults kill without a word; what is meant for the run's processes (an interrupt, a time limit's notice) is the parent's business."""
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL and SIGSTOP cannot be set
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def _die_with(parent: int) -> None:
+    """Elsewhere than on Linux, the end of the connection has to do; a child that hangs does not see it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _let_go_of_files(keep: int) -> None:
+    """Every other descriptor leads to nowhere: held open here, pipes and locks of the parent would outlive it.
+
+    They are not closed: their numbers would be given to new files, which the owners of the old ones would close.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    with contextlib.suppress(OSError):  # without /proc they stay open
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (1, 2, keep, nowhere):
+                with contextlib.suppress(OSError):
+                    os.dup2(nowhere, int(name))
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # not Linux: unlimited
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = taken + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    """The next request, or None at the end."""
+    length = connection.recv(_LENGTH.size, socket.MSG_WAITALL)
+    if len(length) < _LENGTH.size:
+        return None
+    return connection.recv(_LENGTH.unpack(length)[0], socket.MSG_WAITALL)
+
+
+def _send(connection: socket.socket, facts: dict[str, Any], tensor: Tensor | None) -> None:
+    kind = None if tensor is None else str(tensor.dtype).removeprefix("torch.")
+    header = json.dumps([facts, kind, None if tensor is None else list(tensor.shape)]).encode()
+    connection.sendall(_LENGTH.pack(len(header)) + header)
+    if tensor is not None:
+        connection.sendall(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

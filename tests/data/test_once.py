@@ -1,0 +1,72 @@
+"""A folder is made once by whichever process is first, and a making that fails or is killed leaves nothing that counts."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmcap.data.once import make_once
+
+FORK = multiprocessing.get_context("fork")
+
+
+def make_slowly(folder: Path, log: Path, start: Any) -> None:
+    def make(target: Path) -> None:
+        with log.open("a") as file:
+            file.write("made\n")
+        time.sleep(0.2)
+        (target / "x").write_text("whole")
+
+    start.wait(30)
+    assert (make_once(folder, make) / "x").read_text() == "whole"
+
+
+def test_processes_make_a_folder_once(tmp_path: Path) -> None:
+    folder, log, start = tmp_path / "parents" / "made", tmp_path / "log", FORK.Event()
+    children = [FORK.Process(target=make_slowly, args=(folder, log, start)) for _ in range(3)]
+    for child in children:
+        child.start()
+    start.set()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert log.read_text() == "made\n"
+    assert os.listdir(folder.parent) == ["made"]
+
+
+def test_a_killed_making_is_made_again_at_once(tmp_path: Path) -> None:
+    def die(target: Path) -> None:
+        (target / "x").write_text("half")
+        os._exit(9)
+
+    child = FORK.Process(target=make_once, args=(tmp_path / "made", die))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 9 and not (tmp_path / "made").exists()
+    made = make_once(tmp_path / "made", lambda target: (target / "y").touch())
+    assert os.listdir(made) == ["y"] and os.listdir(tmp_path) == ["made"]
+
+
+def test_a_making_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(target: Path) -> None:
+        (target / "x").touch()
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        make_once(tmp_path / "made", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_made_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    made = make_once(tmp_path / "made", lambda target: (target / "x").touch())
+    assert os.listdir(made) == ["x"]
