@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlmcap.errors import Pruned
-from vlmcap.training.callbacks.pruning import TrialPruning
+from vlmcap.training.callbacks.stopping import TrialPruning
 
 
 class Worse:

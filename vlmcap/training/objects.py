@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vlmcap.data.loading.datamodule import CaptionDataModule
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-    from vlmcap.training.callbacks.pruning import Trial
+    from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.training.module import CaptioningModule
 
 
@@ -52,9 +52,9 @@ def build_run(
 
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
-    from vlmcap.training.callbacks.pruning import TrialPruning
     from vlmcap.training.callbacks.saving import AtomicCheckpointIO, StepLimit, checkpoint_callbacks
     from vlmcap.training.callbacks.scorer import CaptionScorer
+    from vlmcap.training.callbacks.stopping import TrialPruning
     from vlmcap.training.loggers.make import make_evaluation_loggers, make_loggers
     from vlmcap.training.loggers.tables import WandbTable
     from vlmcap.training.module import CaptioningModule

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -16,16 +15,10 @@ from vlmcap.config import Config, Engine, GroundingConfig, GroundingMode
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.errors import UserError
 from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-from vlmcap.training.callbacks.grounding_pairs import swap_order
-from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, write_grounding
+from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.types import Clip, Sample
-
-if TYPE_CHECKING:
-    from vlmcap.data.loading.datamodule import CaptionDataModule
-    from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-    from vlmcap.types import Clip
 
 
 class GroundingCheck(L.Callback):
