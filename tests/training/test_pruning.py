@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vlmcap.errors import Pruned
 from vlmcap.training.callbacks.stopping import TrialPruning
@@ -26,9 +27,11 @@ class Worse:
 
 def validate(trial: Worse, epoch: int, scores: dict[str, float]) -> None:
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=epoch, is_global_zero=True, max_epochs=3, strategy=strategy)
-    evaluation: Any = SimpleNamespace(scores=scores)
-    TrialPruning(evaluation, "val/cider", trial).on_validation_epoch_end(trainer, None)  # type: ignore[arg-type]
+    metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, current_epoch=epoch, is_global_zero=True, max_epochs=3, strategy=strategy, callback_metrics=metrics
+    )
+    TrialPruning("val/cider", trial).on_validation_epoch_end(trainer, None)  # type: ignore[arg-type]
 
 
 def test_a_worse_run_ends_before_its_last_epoch_alone() -> None:

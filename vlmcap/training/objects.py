@@ -70,14 +70,13 @@ def build_run(
         max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
         sharder=make_sharder(config),
     )
-    evaluation = CaptionEvaluation(
-        CaptionScorer(config.evaluation), folder / "predictions", (config.data.monitor, config.callbacks.early_stopping.monitor)
-    )
+    followed = (config.data.monitor, config.callbacks.early_stopping.monitor)
+    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", followed)
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
     grounding = grounding_check(config, data, evaluation, folder)
     scoring = [evaluation, *([grounding] if grounding else [])]
     if trial is not None:
-        scoring.append(TrialPruning(evaluation, config.objective, trial))
+        scoring.append(TrialPruning(config.objective, trial))
     callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows, config.logger), progress]
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()
     if has_bar:

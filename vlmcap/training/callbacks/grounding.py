@@ -14,7 +14,7 @@ from vlmcap.assembly.clips import blank_clip
 from vlmcap.config import Config, Engine, GroundingConfig, GroundingMode
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.errors import UserError
-from vlmcap.training.callbacks.evaluation import CaptionEvaluation
+from vlmcap.training.callbacks.evaluation import CaptionEvaluation, log_scores
 from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states, set_random_states
@@ -89,9 +89,7 @@ class GroundingCheck(L.Callback):
     def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: Grounding) -> None:
         scores = {f"{split}/{score}": value for score, value in found.named().items()}
         self.evaluation.scores |= scores
-        pl_module.log_dict(scores, logger=False, prog_bar=False, rank_zero_only=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(scores | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+        log_scores(trainer, pl_module, scores)
         if not trainer.is_global_zero:
             return
         write_grounding(self.folder / f"{name}.jsonl", found)

@@ -9,7 +9,6 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
 from vlmcap.errors import Pruned
-from vlmcap.training.callbacks.evaluation import CaptionEvaluation
 from vlmcap.training.schedule import StagePlan
 
 
@@ -82,13 +81,12 @@ class TrialPruning(L.Callback):
     """Reports the objective after each validation; stands behind the evaluation in the list of callbacks.
 
     Args:
-        evaluation: Has the scores.
-        objective: Its name. One that is not measured while training, such as a test score, prunes nothing.
-        trial: Of the search.
+        objective: Name of a metric. One that is not measured while training, such as a test score, prunes nothing.
+        trial: The run as its search sees it.
     """
 
-    def __init__(self, evaluation: CaptionEvaluation, objective: str, trial: Trial) -> None:
-        self._evaluation, self._objective, self._trial = evaluation, objective, trial
+    def __init__(self, objective: str, trial: Trial) -> None:
+        self._objective, self._trial = objective, trial
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports, with the number of epochs as the step.
@@ -96,7 +94,7 @@ class TrialPruning(L.Callback):
         Raises:
             Pruned: The search has seen enough.
         """
-        value = self._evaluation.scores.get(self._objective, math.nan)
+        value = float(trainer.callback_metrics.get(self._objective, math.nan))
         if trainer.sanity_checking or not math.isfinite(value):
             return
         epochs, is_worse = trainer.current_epoch + 1, False
