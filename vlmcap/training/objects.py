@@ -99,7 +99,7 @@ def build_run(
         num_sanity_val_steps=0,
         logger=make_loggers(config, plain, folder, step) if is_training else make_evaluation_loggers(config, plain, folder) or False,
         callbacks=callbacks,
-        profiler=profile.actions if profile else None,
+        profiler=profile.profiler if profile else None,
         enable_checkpointing=is_training,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=has_bar,
