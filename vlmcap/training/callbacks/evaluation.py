@@ -29,11 +29,15 @@ def gather(captions: CaptionScore, clips: Iterable[Clip]) -> list[Prediction]:
 
 
 def log_scores(
-    trainer: L.Trainer, pl_module: L.LightningModule, scores: Mapping[str, float], others: Mapping[str, float] | None = None
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    scores: Mapping[str, float],
+    others: Mapping[str, float] | None = None,
 ) -> None:
     """Gives scores to Lightning, whose callbacks find them in `trainer.callback_metrics`, and to the loggers.
 
-    The loggers are called directly: Lightning counts a step only after the validation at its end, and would log one step too early.
+    The loggers are called directly: Lightning counts a step only after the validation at its end, and would log the
+    scores under the step before.
 
     Args:
         trainer: Has the loggers.
@@ -55,11 +59,16 @@ class CaptionEvaluation(L.Callback):
         scorer: Scores a corpus of predictions.
         clips: Split to its clips.
         folder: Folder of the prediction files.
-        followed: Metrics such as "val/meteor" that a checkpoint or early stopping follows, measured while training whatever they cost.
+        followed: Metrics such as "val/meteor" that a checkpoint or early stopping follows, measured while training
+            whatever they cost.
     """
 
     def __init__(
-        self, scorer: CaptionScorer, clips: Mapping[str, Sequence[Clip]], folder: Path, followed: Sequence[str | None] = ()
+        self,
+        scorer: CaptionScorer,
+        clips: Mapping[str, Sequence[Clip]],
+        folder: Path,
+        followed: Sequence[str | None] = (),
     ) -> None:
         self.scorer, self.clips, self.folder = scorer, clips, folder
         extra = {name.removeprefix("val/") for name in followed if name} & set(METRIC_NAMES) - set(LOOP_METRICS)
@@ -113,7 +122,9 @@ class CaptionEvaluation(L.Callback):
     def _score(self, split: str, metrics: Sequence[str] | None, pl_module: L.LightningModule) -> dict[str, float]:
         self.predictions = gather(self._captions, self.clips[split])
         self._captions.reset()
-        return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device)) if self.predictions else {}
+        if not self.predictions:
+            return {}
+        return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device))
 
     def _mean_loss(self, trainer: L.Trainer) -> float:
         """Mean loss over the label tokens of all ranks since the last call, in nats."""

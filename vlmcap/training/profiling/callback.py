@@ -1,7 +1,7 @@
-"""Where a training step's time goes: a few steps are timed by their parts, the next few are traced, and nothing is changed in any.
+"""Where a training step's time goes: a few steps are timed by their parts, and the next few are traced.
 
-On a GPU the timed steps wait for the device at each border, as kernels run later than they are called. That takes away what the processor
-and the device do at the same time, so a timed step is slower than others.
+On a GPU the timed steps wait for the device at each border, as kernels run later than they are called. That takes away
+what the processor and the device do at the same time, so a timed step is slower than others.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class TimedDataset(Dataset[T_co]):
 def read_seconds(before: torch.Tensor, after: torch.Tensor) -> float:
     """Returns the mean seconds per clip of what was read while the timed steps ran.
 
-    Workers read ahead, so those are clips of later steps; where they had read all before, it is the mean of the whole run until then.
+    Workers read ahead, so those are clips of later steps; where they had read all before, it is the mean of the whole
+    run until then.
 
     Args:
         before: (2,) seconds and clips before the timed steps.
@@ -111,7 +112,14 @@ class StepProfile(L.Callback):
         self._module, self._start = pl_module, trainer.global_step
         self.profiler.device = pl_module.device
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
         """Counts the clips of timed steps."""
         if self._stage == TIMED:
             self._clips += len(batch) + len(batch.skipped)
@@ -130,7 +138,13 @@ class StepProfile(L.Callback):
             self.profiler.start("captions")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Captions of a batch are written."""
         self.profiler.stop("captions")
@@ -230,7 +244,8 @@ class StepProfile(L.Callback):
         show_times(times)
         draw_times(times, self.folder / "steps.png")
         if self.settings.trace_steps and not self._is_traced:
-            print("No profile/trace.json.gz, as the run ended with the timed steps or before; lower callbacks.profile.num_steps.")
+            fix = "lower callbacks.profile.num_steps"
+            print(f"No profile/trace.json.gz, as the run ended with the timed steps or before; {fix}.")
         for logger in trainer.loggers:
             logger.log_metrics(times.metrics() | {"epoch": trainer.current_epoch}, step=trainer.global_step)
 
@@ -248,6 +263,7 @@ class StepProfile(L.Callback):
             del parts["vision"]
         if self.profiler.device.type == "cpu":
             parts["other"] += parts.pop("transfer")
+        evaluation = seconds[EVALUATION]
         evaluated_steps = self._evaluations * self._module.steps_per_epoch * (trainer.check_val_every_n_epoch or 1)
         num_plain = self._done + 1 - self.settings.first_step - self.settings.num_steps - self.settings.trace_steps
         return StepTimes(
@@ -260,7 +276,7 @@ class StepProfile(L.Callback):
             step_s=self.profiler.wall[TIMED] / num_steps,
             parts=parts,
             worker_decode_s=decode_s if num_workers else None,
-            evaluation={name: seconds[EVALUATION][name] / evaluated_steps for name in AROUND_LABELS} if evaluated_steps else {},
+            evaluation={name: evaluation[name] / evaluated_steps for name in AROUND_LABELS} if evaluated_steps else {},
             plain_step_s=self.profiler.wall[PLAIN] / num_plain if num_plain > 0 else None,
             trace=TRACE if self._is_traced else None,
         )

@@ -1,4 +1,7 @@
-"""Seconds by part of a step and of an evaluation: Lightning's profiler names what its loop does, and hooks name the parts of the model."""
+"""Seconds by part of a step and of an evaluation.
+
+Lightning's profiler names what its loop does, and hooks name the parts of the model.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _ACTIONS = {  # Lightning's names of its actions, as patterns, to our parts
     r"\[Strategy\].*\.training_step": "other",
     r"\[Strategy\].*\.backward": "backward",
     r"\[LightningModule\].*\.optimizer_zero_grad": "optimiser",
-    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # forward and backward run inside, and are parts of their own
+    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # forward and backward inside are parts of their own
     r"\[Callback\]CaptionEvaluation\.on_validation_epoch_end": "scores",
 }
 
@@ -48,9 +51,10 @@ def part_of(action: str) -> str | None:
 
 
 class PartProfiler(Profiler):
-    """A profiler of Lightning that charges each moment of a section to the innermost open part, so that parts add up to the whole.
+    """A profiler of Lightning that charges each moment to the innermost open part, so that parts add up to the whole.
 
-    Outside of sections nothing is measured. In a traced section each part is a span of torch's profiler as well.
+    Outside of sections, which are steps and evaluations, nothing is measured. In a traced section each part is a span
+    of torch's profiler as well.
 
     Args:
         on_fetch: Called before a training batch is fetched, where a step may begin.
@@ -133,7 +137,7 @@ class PartProfiler(Profiler):
 
 
 def hook_modules(captioner: VideoCaptioner, profiler: PartProfiler) -> list[RemovableHandle]:
-    """Hooks encoder, projector, language model and its head; nothing of the model changes, and the handles remove the hooks.
+    """Hooks encoder, projector, language model and its head, and returns the handles that remove the hooks.
 
     What comes between the end of the language model and the end of the training step is the loss, and so is the head.
     """
