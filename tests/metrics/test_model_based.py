@@ -14,7 +14,7 @@ import torch
 
 from vlmcap.config import EvaluationConfig
 from vlmcap.metrics.model_based import BertScore, BertScorer, SiglipScorer
-from vlmcap.training.callbacks.model_scores import model_scores
+from vlmcap.training.callbacks.scorer import model_scores
 
 WORDS = ["바다", "에", "파도", "가", "친다", "사람", "이", "걷는다", "산", "보인다", "높은", ".", "빨간"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,6 +18,7 @@ from vlmcap.config import Config, EvaluationBackend, EvaluationConfig, Split
 from vlmcap.errors import UserError
 from vlmcap.metrics import fact_accuracy, get_tokenizer, score_captions
 from vlmcap.metrics.__main__ import main as score_file
+from vlmcap.metrics.torchmetrics import CaptionScore
 from vlmcap.training.callbacks.evaluation import gather
 from vlmcap.training.callbacks.scorer import CaptionScorer, Prediction, describe_tokenizer, write_predictions
 from vlmcap.training.objects import Run
@@ -145,6 +146,8 @@ def test_the_validation_loss_is_a_mean_over_label_tokens(tiny_config: MakeConfig
     loss, count = run.module.captioner.eval().loss_sum(run.data.train_collator([dataset[index] for index in range(7)]))
     assert len(run.evaluation.predictions) == 7
     assert run.evaluation.scores["val/loss"] == pytest.approx(float(loss) / count, rel=1e-5)
+    found = {name: value.item() for name, value in run.trainer.callback_metrics.items()}
+    assert found == run.evaluation.scores, "any callback of Lightning finds the very values that are logged"
 
 
 def test_a_collapsed_model_is_told(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,22 +166,31 @@ def make_predictions(names: Sequence[int]) -> list[Prediction]:
     return [Prediction(Clip(f"{name:03d}", f"{name}.mp4", (f"글 {name}",)), f"말 {name}") for name in names]
 
 
+ALL = tuple(row.clip for row in make_predictions([3, 9, 8, 7, 6, 5, 4, 2, 1, 0]))  # not all of them are captioned
+
+
+def keep(predictions: Sequence[Prediction]) -> CaptionScore:
+    captions = CaptionScore()
+    for row in predictions:
+        captions.update([row.text], [row.clip.captions], [row.clip.id])
+    return captions
+
+
 def test_one_process_gathers_its_own_sorted() -> None:
-    assert gather(make_predictions([2, 0, 1])) == make_predictions([0, 1, 2])
-    assert gather([]) == []
+    assert gather(keep(make_predictions([2, 0, 1])), ALL) == make_predictions([0, 1, 2])
+    assert gather(keep([]), ALL) == []
 
 
 GATHER = """
 import sys
 import torch.distributed as dist
-from pathlib import Path
+from tests.training.test_evaluation import ALL, keep, make_predictions
 from vlmcap.training.callbacks.evaluation import gather
-from vlmcap.training.callbacks.scorer import Prediction
-from vlmcap.types import Clip
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=1, world_size=2)
-rows = [Prediction(Clip(f"{name:03d}", f"{name}.mp4", (f"글 {name}",)), f"말 {name}") for name in (1, 3, 8)]
-print([(row.clip.id, row.text, row.clip.captions) for row in gather(rows)])
+rows = make_predictions([1, 3, 8])
+print([(row.clip.id, row.text, row.clip.captions) for row in gather(keep(rows), ALL)])
+print(len(gather(keep([]), ALL)))
 dist.destroy_process_group()
 """
 
@@ -191,13 +203,15 @@ def test_two_processes_gather_each_clip_once(tmp_path: Path) -> None:
     other = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=2, timeout=timedelta(seconds=240))
-        mine = gather(make_predictions([0, 2, 4, 6, 8]))  # uneven, and clip 8 twice
+        mine = gather(keep(make_predictions([0, 2, 4, 6, 8])), ALL)  # uneven, and clip 8 twice
+        without_other = gather(keep(make_predictions([0, 2])), ALL)  # the other has no clip at all
         dist.destroy_process_group()
-        printed = other.communicate(timeout=60)[0].strip()
+        printed = other.communicate(timeout=60)[0].splitlines()
     finally:
         other.kill()
-    assert mine == gather(make_predictions([0, 1, 2, 3, 4, 6, 8]))
-    assert printed == str([(row.clip.id, row.text, row.clip.captions) for row in mine])
+    assert mine == make_predictions([0, 1, 2, 3, 4, 6, 8])
+    assert without_other == make_predictions([0, 2])
+    assert printed == [str([(row.clip.id, row.text, row.clip.captions) for row in mine]), "2"]
 
 
 def test_a_prediction_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,12 +131,12 @@ def test_on_a_card_only_the_timed_steps_wait_for_it(
 
     def start_on_a_card(*arguments: Any) -> None:
         started(*arguments)
-        monkeypatch.setattr(profile, "_device", torch.device("cuda", 0))
+        monkeypatch.setattr(profile.profiler, "device", torch.device("cuda", 0))
 
     monkeypatch.setattr(profile, "on_train_start", start_on_a_card)
     run.trainer.fit(run.module, datamodule=run.data)
     assert set(waits) == {"train cuda:0", "val cuda:0"}
-    assert waits.count("val cuda:0") == 4, "once before each evaluation, and twice as the last timed step ends at the first"
+    assert waits.count("val cuda:0") == 3, "once before each evaluation, and once as the last timed step ends at the first"
     # The timed steps end with the first epoch, its fourth; the trace, the fifth, and those after wait for nothing.
     assert waits.index("val cuda:0") == waits.count("train cuda:0") > 3 * 2 * 10
     assert read(tmp_path / "profile" / "steps.json")["parts"]["transfer"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 from tests.training.tiny_training import tiny_data, tiny_training
 from vlmcap.compose import compose
 from vlmcap.config import Config, GuardConfig, StageConfig
-from vlmcap.errors import DivergedError, UserError
+from vlmcap.errors import DivergedError, Pruned, UserError
 from vlmcap.training.callbacks.guard import DivergenceGuard
 from vlmcap.training.callbacks.saving import checkpoint_callbacks
-from vlmcap.training.callbacks.stopping import PatientStop
+from vlmcap.training.callbacks.stopping import PatientStop, TrialPruning
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.run import train
 from vlmcap.training.schedule import StagePlan
@@ -197,3 +198,43 @@ def test_the_program_says_what_went_wrong_and_fails(tiny_config: MakeConfig, tmp
     with pytest.raises(UserError, match="stopped at step 3"):
         train(tiny_config(tmp_path / "run", "trainer.max_steps=4"))
     assert (tmp_path / "run" / "diverged" / "step-000003.json").is_file()
+
+
+# --- a search
+
+
+class Worse:
+    """A trial that is always worse than the others."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[float, int]] = []
+
+    def report(self, value: float, step: int) -> None:
+        self.reports.append((value, step))
+
+    def should_prune(self) -> bool:
+        return True
+
+
+def validate(trial: Worse, epoch: int, scores: dict[str, float]) -> None:
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, current_epoch=epoch, is_global_zero=True, max_epochs=3, strategy=strategy, callback_metrics=metrics
+    )
+    TrialPruning("val/cider", trial).on_validation_epoch_end(trainer, None)  # type: ignore[arg-type]
+
+
+def test_a_worse_run_ends_before_its_last_epoch_alone() -> None:
+    trial = Worse()
+    with pytest.raises(Pruned, match=r"val/cider of 0\.5000 after epoch 2 is worse than the median"):
+        validate(trial, 1, {"val/cider": 0.5})
+    validate(trial, 2, {"val/cider": 0.6})
+    assert trial.reports == [(0.5, 2), (0.6, 3)]
+
+
+@pytest.mark.parametrize("scores", [{}, {"val/cider": float("nan")}, {"val/loss": 1.0}])
+def test_what_is_not_measured_ends_nothing(scores: dict[str, float]) -> None:
+    trial = Worse()
+    validate(trial, 0, scores)
+    assert not trial.reports

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vlmcap.data.loading.datamodule import CaptionDataModule
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-    from vlmcap.training.callbacks.pruning import Trial
+    from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.training.module import CaptioningModule
 
 
@@ -52,9 +52,9 @@ def build_run(
 
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
-    from vlmcap.training.callbacks.pruning import TrialPruning
     from vlmcap.training.callbacks.saving import AtomicCheckpointIO, StepLimit, checkpoint_callbacks
     from vlmcap.training.callbacks.scorer import CaptionScorer
+    from vlmcap.training.callbacks.stopping import TrialPruning
     from vlmcap.training.loggers.make import make_evaluation_loggers, make_loggers
     from vlmcap.training.loggers.tables import WandbTable
     from vlmcap.training.module import CaptioningModule
@@ -70,14 +70,13 @@ def build_run(
         max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
         sharder=make_sharder(config),
     )
-    evaluation = CaptionEvaluation(
-        CaptionScorer(config.evaluation), folder / "predictions", (config.data.monitor, config.callbacks.early_stopping.monitor)
-    )
+    followed = (config.data.monitor, config.callbacks.early_stopping.monitor)
+    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", followed)
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
     grounding = grounding_check(config, data, evaluation, folder)
     scoring = [evaluation, *([grounding] if grounding else [])]
     if trial is not None:
-        scoring.append(TrialPruning(evaluation, config.objective, trial))
+        scoring.append(TrialPruning(config.objective, trial))
     callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows, config.logger), progress]
     has_bar = config.trainer.progress_bar and sys.stderr.isatty()
     if has_bar:
@@ -100,7 +99,7 @@ def build_run(
         num_sanity_val_steps=0,
         logger=make_loggers(config, plain, folder, step) if is_training else make_evaluation_loggers(config, plain, folder) or False,
         callbacks=callbacks,
-        profiler=profile.actions if profile else None,
+        profiler=profile.profiler if profile else None,
         enable_checkpointing=is_training,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=has_bar,

@@ -32,7 +32,7 @@ from vlmcap.training.strategy import check_strategy
 from vlmcap.training.summary import plain_scores, release_memory, summarize, tokenizer_version
 
 if TYPE_CHECKING:
-    from vlmcap.training.callbacks.pruning import Trial
+    from vlmcap.training.callbacks.stopping import Trial
 
 NEEDED = (Split.train, Split.val)  # splits of a training run
 OPTIONAL = (Split.test,)

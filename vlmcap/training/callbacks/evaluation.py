@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
+import torch
 
 from vlmcap.metrics import METRIC_NAMES
 from vlmcap.metrics.diversity import collapse_warning
+from vlmcap.metrics.torchmetrics import CaptionScore
 from vlmcap.training.callbacks.scorer import LOOP_METRICS, CaptionScorer, Prediction, write_predictions
-from vlmcap.types import Batch
+from vlmcap.types import Batch, Clip
 
 
-def gather(predictions: list[Prediction]) -> list[Prediction]:
-    """The predictions of all ranks, each clip once, by id; the texts travel, never logits."""
-    everyone = [predictions]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, predictions)
-    by_id = {row.clip.id: row for rows in everyone for row in rows}
-    return [by_id[name] for name in sorted(by_id)]
+def gather(captions: CaptionScore, clips: Iterable[Clip]) -> list[Prediction]:
+    """Returns the captions of all ranks, each clip once, in the order of ids; the texts travel, never logits.
+
+    Args:
+        captions: The texts of this rank, with the ids of their clips.
+        clips: All clips that may have been captioned.
+    """
+    with captions.sync_context():
+        texts = {name: text for name, text, _ in captions.corpus()}
+    return [Prediction(clip, texts[clip.id]) for clip in sorted(clips, key=lambda clip: clip.id) if clip.id in texts]
 
 
-def gather_sums(*values: float) -> list[float]:
-    """Each number summed over all ranks."""
-    everyone = [values]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [values for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, values)
-    return [sum(column) for column in zip(*everyone, strict=True)]
+def log_scores(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    scores: Mapping[str, float],
+    others: Mapping[str, float] | None = None,
+) -> None:
+    """Gives scores to Lightning, whose callbacks find them in `trainer.callback_metrics`, and to the loggers.
+
+    The loggers are called directly: Lightning counts a step only after the validation at its end, and would log the
+    scores under the step before.
+
+    Args:
+        trainer: Has the loggers.
+        pl_module: The module whose hook runs.
+        scores: Values by name, the same on each rank.
+        others: Values for the loggers alone.
+    """
+    # In float64, as a callback should compare the very values that are written down.
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
+    pl_module.log_dict(values, logger=False, batch_size=1)
+    for logger in trainer.loggers:
+        logger.log_metrics({**scores, **(others or {}), "epoch": trainer.current_epoch}, step=trainer.global_step)
 
 
 class CaptionEvaluation(L.Callback):
     """Scores the captions that the validation or test loop generates.
 
     Args:
-        scorer: Of the corpus.
-        folder: Where prediction files go.
-        followed: Metrics such as "val/meteor" that a checkpoint or an early end follows, measured while training whatever they cost.
+        scorer: Scores a corpus of predictions.
+        clips: Split to its clips.
+        folder: Folder of the prediction files.
+        followed: Metrics such as "val/meteor" that a checkpoint or early stopping follows, measured while training
+            whatever they cost.
     """
 
-    def __init__(self, scorer: CaptionScorer, folder: Path, followed: Sequence[str | None] = ()) -> None:
-        self.scorer, self.folder = scorer, folder
+    def __init__(
+        self,
+        scorer: CaptionScorer,
+        clips: Mapping[str, Sequence[Clip]],
+        folder: Path,
+        followed: Sequence[str | None] = (),
+    ) -> None:
+        self.scorer, self.clips, self.folder = scorer, clips, folder
         extra = {name.removeprefix("val/") for name in followed if name} & set(METRIC_NAMES) - set(LOOP_METRICS)
         self._loop_metrics = (*LOOP_METRICS, *sorted(extra))
-        self._rows: list[Prediction] = []
+        self._captions = CaptionScore()  # gathers the corpus; `scorer` measures more of it than this metric does
         self._loss, self._labels = 0.0, 0
         self.split = "test"  # what the test loop runs on
         self.scores: dict[str, float] = {}
         self.predictions: list[Prediction] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Puts the texts where the backend of the process group gathers them."""
+        self._captions.to(trainer.strategy.root_device)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -71,10 +101,8 @@ class CaptionEvaluation(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the captions of the validation clips and logs under `val/`."""
-        scores = self._score(self._loop_metrics, pl_module)
-        loss, num_labels = gather_sums(self._loss, self._labels)
-        scores["loss"] = loss / max(1, num_labels)
-        self._loss, self._labels = 0.0, 0
+        scores = self._score("val", self._loop_metrics, pl_module)
+        scores["loss"] = self._mean_loss(trainer)
         if trainer.sanity_checking:
             return
         self._publish(trainer, pl_module, "val", scores)
@@ -83,24 +111,34 @@ class CaptionEvaluation(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the whole split with every metric and logs under its name."""
-        scores = self._score(None, pl_module)
+        scores = self._score(self.split, None, pl_module)
         self._publish(trainer, pl_module, self.split, scores)
         if trainer.is_global_zero and self.predictions:
             write_predictions(self.folder / f"{self.split}.jsonl", self.predictions, self.scorer.tokenizer)
 
     def _keep(self, batch: Batch, texts: list[str]) -> None:
-        self._rows += [Prediction(clip, text) for clip, text in zip(batch.clips, texts, strict=True)]
+        self._captions.update(texts, [clip.captions for clip in batch.clips], [clip.id for clip in batch.clips])
 
-    def _score(self, metrics: Sequence[str] | None, pl_module: L.LightningModule) -> dict[str, float]:
-        self.predictions, self._rows = gather(self._rows), []
-        return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device)) if self.predictions else {}
+    def _score(self, split: str, metrics: Sequence[str] | None, pl_module: L.LightningModule) -> dict[str, float]:
+        self.predictions = gather(self._captions, self.clips[split])
+        self._captions.reset()
+        if not self.predictions:
+            return {}
+        return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device))
+
+    def _mean_loss(self, trainer: L.Trainer) -> float:
+        """Mean loss over the label tokens of all ranks since the last call, in nats."""
+        sums = torch.tensor([self._loss, self._labels], dtype=torch.float64)
+        self._loss, self._labels = 0.0, 0
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
+        loss, num_labels = sums.tolist()
+        return float(loss) / max(1, int(num_labels))
 
     def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, scores: dict[str, float]) -> None:
         self.scores = {f"{split}/{name}": value for name, value in scores.items()}
-        pl_module.log_dict(self.scores, logger=False, prog_bar=False, rank_zero_only=False)
         warning = collapse_warning([row.text for row in self.predictions]) if self.predictions else None
         collapsed = {f"{split}/is_collapsed": float(warning is not None)} if self.predictions else {}
-        for logger in trainer.loggers:
-            logger.log_metrics(self.scores | collapsed | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+        log_scores(trainer, pl_module, self.scores, collapsed)
         if warning and trainer.is_global_zero:
             print(f"Warning: {split}: {warning}", flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -15,17 +14,11 @@ from vlmcap.assembly.clips import blank_clip
 from vlmcap.config import Config, Engine, GroundingConfig, GroundingMode
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.errors import UserError
-from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-from vlmcap.training.callbacks.grounding_pairs import swap_order
-from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, write_grounding
+from vlmcap.training.callbacks.evaluation import CaptionEvaluation, log_scores
+from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.types import Clip, Sample
-
-if TYPE_CHECKING:
-    from vlmcap.data.loading.datamodule import CaptionDataModule
-    from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-    from vlmcap.types import Clip
 
 
 class GroundingCheck(L.Callback):
@@ -96,9 +89,7 @@ class GroundingCheck(L.Callback):
     def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: Grounding) -> None:
         scores = {f"{split}/{score}": value for score, value in found.named().items()}
         self.evaluation.scores |= scores
-        pl_module.log_dict(scores, logger=False, prog_bar=False, rank_zero_only=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(scores | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+        log_scores(trainer, pl_module, scores)
         if not trainer.is_global_zero:
             return
         write_grounding(self.folder / f"{name}.jsonl", found)

@@ -1,12 +1,14 @@
-"""Early stopping on any metric of validation, fair to tuning in stages."""
+"""Callbacks that end a run early: patience that is fair to tuning in stages, and a search that has seen enough."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
+from vlmcap.errors import Pruned
 from vlmcap.training.schedule import StagePlan
 
 
@@ -63,3 +65,42 @@ class PatientStop(EarlyStopping):
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience, self.best_epoch = patience, state_dict.get("best_epoch", -1)
+
+
+class Trial(Protocol):
+    """A run as its search sees it; Optuna's trials are such."""
+
+    def report(self, value: float, step: int) -> None:
+        """Takes the objective at a step."""
+
+    def should_prune(self) -> bool:
+        """Whether others were better at the last step."""
+
+
+class TrialPruning(L.Callback):
+    """Reports the objective after each validation; stands behind the evaluation in the list of callbacks.
+
+    Args:
+        objective: Name of a metric. One that is not measured while training, such as a test score, prunes nothing.
+        trial: The run as its search sees it.
+    """
+
+    def __init__(self, objective: str, trial: Trial) -> None:
+        self._objective, self._trial = objective, trial
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reports, with the number of epochs as the step.
+
+        Raises:
+            Pruned: The search has seen enough.
+        """
+        value = float(trainer.callback_metrics.get(self._objective, math.nan))
+        if trainer.sanity_checking or not math.isfinite(value):
+            return
+        epochs, is_worse = trainer.current_epoch + 1, False
+        if trainer.is_global_zero:
+            self._trial.report(value, epochs)
+            is_last = epochs >= (trainer.max_epochs or 0)  # nothing is saved by then, and a score would be lost
+            is_worse = not is_last and self._trial.should_prune()
+        if trainer.strategy.broadcast(is_worse):
+            raise Pruned(f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there", value)

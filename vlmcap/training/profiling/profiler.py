@@ -1,0 +1,160 @@
+"""Seconds by part of a step and of an evaluation.
+
+Lightning's profiler names what its loop does, and hooks name the parts of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.profilers import Profiler
+from torch import nn
+from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
+
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.llm.adapt import base_model
+from vlmcap.training.profiling.report import AROUND_LABELS, LABELS
+
+TIMED, TRACED, PLAIN, EVALUATION = "timed", "traced", "plain", "evaluation"
+# Section to the parts that are told apart in it; the first one stands for what is in no other.
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    TIMED: ("other", *LABELS),
+    TRACED: ("other", *LABELS),
+    PLAIN: ("other",),
+    EVALUATION: ("rest", *AROUND_LABELS),
+}
+_FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+_ACTIONS = {  # Lightning's names of its actions, as patterns, to our parts
+    re.escape(_FETCH): "wait",
+    r"\[Strategy\].*\.batch_to_device": "transfer",
+    r"\[Strategy\].*\.training_step": "other",
+    r"\[Strategy\].*\.backward": "backward",
+    r"\[LightningModule\].*\.optimizer_zero_grad": "optimiser",
+    r"\[LightningModule\].*\.optimizer_step": "optimiser",  # forward and backward inside are parts of their own
+    r"\[Callback\]CaptionEvaluation\.on_validation_epoch_end": "scores",
+}
+
+
+@functools.cache
+def part_of(action: str) -> str | None:
+    """Returns the part that an action belongs to, or None; the name of a part is an action too."""
+    if action in LABELS or action in AROUND_LABELS:
+        return action
+    return next((part for pattern, part in _ACTIONS.items() if re.fullmatch(pattern, action)), None)
+
+
+class PartProfiler(Profiler):
+    """A profiler of Lightning that charges each moment to the innermost open part, so that parts add up to the whole.
+
+    Outside of sections, which are steps and evaluations, nothing is measured. In a traced section each part is a span
+    of torch's profiler as well.
+
+    Args:
+        on_fetch: Called before a training batch is fetched, where a step may begin.
+        now: Clock, in seconds from any start.
+
+    Attributes:
+        seconds: Section to part to seconds, without the parts inside it.
+        wall: Section to seconds from its beginnings to its ends.
+        section: The present section, or None.
+        device: Timed sections wait for this device at each border, as kernels run later than they are called.
+    """
+
+    def __init__(self, on_fetch: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self.seconds: dict[str, defaultdict[str, float]] = {name: defaultdict(float) for name in _SECTIONS}
+        self.wall = dict.fromkeys(_SECTIONS, 0.0)
+        self.section: str | None = None
+        self.device = torch.device("cpu")
+        self._on_fetch, self._clock = on_fetch, now
+        self._open: list[tuple[str, str, record_function | None]] = []  # action, part and span, the innermost last
+        self._begun = self._last = 0.0
+
+    def begin(self, section: str) -> None:
+        """Begins a section; the present one ends."""
+        self.end()
+        self.section = section
+        self._begun = self._last = self._now()
+        self._open.append((section, _SECTIONS[section][0], self._span("step")))
+
+    def end(self) -> None:
+        """Ends the present section with all that is open in it, if there is one."""
+        if self.section is not None:
+            self._charge()
+            self._close(0)
+            self.wall[self.section] += self._last - self._begun
+            self.section = None
+
+    def start(self, action_name: str) -> None:
+        """Opens a part, if the action is one of the section."""
+        if action_name == _FETCH:
+            self._on_fetch()
+        part = part_of(action_name)
+        if self.section is not None and part is not None and part in _SECTIONS[self.section][1:]:
+            self._charge()
+            self._open.append((action_name, part, self._span(part)))
+
+    def stop(self, action_name: str) -> None:
+        """Closes the action with all that is open in it; what began outside of the section is not known."""
+        for index in range(len(self._open) - 1, 0, -1):
+            if self._open[index][0] == action_name:
+                self._charge()
+                self._close(index)
+                break
+
+    def wait_for_device(self) -> None:
+        """Waits until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _charge(self) -> None:
+        assert self.section is not None
+        now = self._now()
+        self.seconds[self.section][self._open[-1][1]] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self.section == TIMED:
+            self.wait_for_device()
+        return self._clock()
+
+    def _span(self, name: str) -> record_function | None:
+        return record_function(f"vlmcap: {name}").__enter__() if self.section == TRACED else None
+
+    def _close(self, index: int) -> None:
+        """Closes what is open from an index on."""
+        while len(self._open) > index:
+            _, _, span = self._open.pop()
+            if span is not None:
+                span.__exit__(None, None, None)
+
+
+def hook_modules(captioner: VideoCaptioner, profiler: PartProfiler) -> list[RemovableHandle]:
+    """Hooks encoder, projector, language model and its head, and returns the handles that remove the hooks.
+
+    What comes between the end of the language model and the end of the training step is the loss, and so is the head.
+    """
+    llm: Any = base_model(captioner.llm)
+    hooked: list[tuple[nn.Module | None, str]] = [
+        (captioner.encoder, "vision"),
+        (captioner.projector, "projector"),
+        (llm, "language"),
+        (getattr(llm, "lm_head", None), "loss"),
+    ]
+    handles = []
+    for module, part in hooked:
+        if module is not None:
+            handles.append(module.register_forward_pre_hook(_hook(profiler.start, part)))
+            handles.append(module.register_forward_hook(_hook(profiler.stop, part)))
+    return [*handles, llm.register_forward_hook(_hook(profiler.start, "loss"))]
+
+
+def _hook(call: Callable[[str], None], part: str) -> Callable[..., None]:
+    return lambda *_: call(part)
