@@ -11,23 +11,11 @@ import numpy as np
 import pytest
 
 from vlmcap.errors import UserError
+from vlmcap.metrics.clip_metrics import ClipMetric, clip_metrics, content_metric, mean_metric, meteor_metric
 from vlmcap.metrics.content import content_counts, content_scores
-from vlmcap.metrics.corpus import ClipStatistics, ReferenceCorpus, clip_statistics, corpus_scores
-from vlmcap.metrics.meteor import corpus_meteor, meteor_statistics
-from vlmcap.metrics.meteor_ko import corpus_meteor_ko, meteor_ko_statistics
-from vlmcap.metrics.significance import (
-    ClipMetric,
-    approximate_randomization,
-    bootstrap,
-    by_category,
-    clip_metrics,
-    compare_runs,
-    content_metric,
-    holm,
-    mean_metric,
-    meteor_metric,
-    paired_bootstrap,
-)
+from vlmcap.metrics.corpus import ClipStatistics, ReferenceCorpus, by_category, clip_statistics, corpus_scores
+from vlmcap.metrics.meteor import corpus_meteor, corpus_meteor_ko, meteor_ko_statistics, meteor_statistics
+from vlmcap.metrics.significance import approximate_randomization, bootstrap, compare_runs, holm, paired_bootstrap
 
 WORDS = ["바다", "산", "에서", "사람", "이", "개", "가", "왼쪽", "으로", "달린다", "걷는다", "."]
 NAMES = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "cider_d", "rouge_l"]
@@ -214,7 +202,7 @@ def test_a_corpus_of_one_clip_has_no_cider_interval_and_says_nothing_false() -> 
 def test_chunks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (clip_metrics(statistics(seed=seed))["bleu_4"] for seed in (1, 2))
     whole = paired_bootstrap(first, second, resamples=100), approximate_randomization(first, second, resamples=100)
-    monkeypatch.setattr("vlmcap.metrics.bootstrap._CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("vlmcap.metrics.significance._CHUNK_ELEMENTS", 100)
     assert paired_bootstrap(first, second, resamples=100) == whole[0]
     assert approximate_randomization(first, second, resamples=100).p_value == whole[1].p_value
 

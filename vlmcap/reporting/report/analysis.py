@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmcap.metrics.significance import ClipMetric
+from vlmcap.metrics.clip_metrics import ClipMetric
 from vlmcap.reporting.report.captions import Captions, Floats, read_captions
 from vlmcap.reporting.report.clips import choose_clips, find_clip_metric
 from vlmcap.reporting.report.data import COSTS, Front, GroupRow, Report

@@ -2,7 +2,7 @@
 
 The score of a group is the mean over its seeds. Two things could have come out otherwise.
 
-*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.bootstrap`), so that easy and hard clips cancel in differences.
+*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.significance`), so that easy and hard clips cancel in differences.
 
 *Seeds.* A bootstrap of three seeds would see two thirds of their variance, and tails that are far too thin. So the deviation of a mean
 over seeds is drawn from Student's t: of its variance, the sum of s^2 / n over the groups in question, with the degrees of freedom that

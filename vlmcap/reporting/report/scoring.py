@@ -12,9 +12,8 @@ import numpy as np
 
 from vlmcap.errors import UserError
 from vlmcap.metrics import FactLexicon, get_tokenizer
-from vlmcap.metrics.bootstrap import resampled_sums
-from vlmcap.metrics.clip_scores import COUNTED, clip_scores, is_clip_score
-from vlmcap.metrics.significance import ClipMetric, mean_metric
+from vlmcap.metrics.clip_metrics import COUNTED, ClipMetric, clip_scores, is_clip_score, mean_metric
+from vlmcap.metrics.significance import resampled_sums
 from vlmcap.metrics.tokenizers import Tokenizer
 from vlmcap.reporting.report.captions import Captions, Floats
 from vlmcap.reporting.report.folders import RunFolder
