@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from vlmcap.metrics import get_tokenizer
+from vlmcap.metrics.clip_metrics import clip_metrics
 from vlmcap.metrics.corpus import ClipStatistics, ReferenceCorpus, clip_statistics, corpus_scores
-from vlmcap.metrics.significance import bootstrap, clip_metrics, paired_bootstrap
+from vlmcap.metrics.significance import bootstrap, paired_bootstrap
 
 NUM_CLIPS, NUM_SENTENCES = 1000, 13
 WORDS = {

@@ -1,6 +1,6 @@
 """BLEU, CIDEr and ROUGE-L as their papers write them: plain Python, one caption after the other, to read and to compare the fast code with.
 
-Formulas and sources stand in `vlmcap.metrics.bleu`, `.cider` and `.rouge`.
+Formulas and sources stand in `vlmcap.metrics.ngram_scores`, `.cider` and `.rouge`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from tests.metrics import reference
 from tests.metrics.test_parity import check_against_coco, check_against_reference
 from vlmcap.errors import UserError
 from vlmcap.metrics import corpus as corpus_module
-from vlmcap.metrics import get_tokenizer, references, rouge, score_captions, score_each, scores
+from vlmcap.metrics import get_tokenizer, rouge, score_captions, score_each, scores
 from vlmcap.metrics.corpus import ReferenceCorpus, clip_statistics, corpus_scores
 from vlmcap.metrics.ngrams import Packed, Vocabulary, join, rank
 from vlmcap.metrics.rouge import lcs_length, lcs_lengths
@@ -51,7 +51,6 @@ def test_generated_corpora_equal_pycocoevalcap(words: list[str], longest: int) -
 def test_chunks_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     said, truth = generated(KOREAN, 40, 30, seed=3)
     whole = clip_statistics(said, ReferenceCorpus(truth))
-    monkeypatch.setattr(references, "CHUNK_TOKENS", size)
     monkeypatch.setattr(corpus_module, "CHUNK_TOKENS", size)
     parts = check_against_reference((said, truth))
     for name in ("matches", "ngrams", "hypothesis_length", "reference_length", "cider", "cider_d", "rouge_l"):

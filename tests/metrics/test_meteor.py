@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from tests.metrics.plain_meteor import align
 from vlmcap.metrics import meteor
-from vlmcap.metrics.meteor import corpus_meteor, meteor_from_statistics, sentence_meteor
-from vlmcap.metrics.meteor_ko import corpus_meteor_ko, meteor_ko_statistics
+from vlmcap.metrics.meteor import corpus_meteor, corpus_meteor_ko, meteor_from_statistics, meteor_ko_statistics, sentence_meteor
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="compares with METEOR's jar, which needs Java")
 JAR_LINE = "Final score:"

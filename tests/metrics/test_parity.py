@@ -14,10 +14,10 @@ from pycocoevalcap.rouge.rouge import Rouge
 from sacrebleu.metrics import CHRF
 
 from tests.metrics import reference
-from vlmcap.metrics.bleu import bleu_from_counts
-from vlmcap.metrics.chrf import corpus_chrf
 from vlmcap.metrics.corpus import ClipStatistics, ReferenceCorpus, clip_statistics, corpus_scores
 from vlmcap.metrics.meteor import corpus_meteor, sentence_meteor
+from vlmcap.metrics.ngram_scores import bleu_from_counts
+from vlmcap.metrics.scores import corpus_chrf
 from vlmcap.metrics.tokenizers import get_tokenizer
 
 Corpus = tuple[list[list[str]], list[list[list[str]]]]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.metrics.test_tokenizers import PTB
 from vlmcap.errors import UserError
-from vlmcap.metrics import parallel
+from vlmcap.metrics import tokenizers
 from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer, normalize
 
 TEXTS = [
@@ -58,17 +58,17 @@ def test_a_tokenizer_of_ones_own_stays_in_this_process() -> None:
 
 
 def test_workers_are_started_for_many_characters_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parallel.worker_count([]) == parallel.worker_count(TEXTS) == 1
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert parallel.worker_count(["가" * 1000] * 3500) == 3
-    assert parallel.worker_count(["가" * 1000] * 99_999) == 8
+    assert tokenizers.worker_count([]) == tokenizers.worker_count(TEXTS) == 1
+    monkeypatch.setattr(tokenizers.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert tokenizers.worker_count(["가" * 1000] * 3500) == 3
+    assert tokenizers.worker_count(["가" * 1000] * 99_999) == 8
 
 
 def test_a_number_of_workers_below_1_and_a_worker_that_stops_are_told() -> None:
     with pytest.raises(UserError, match="workers must be at least 1, got 0"):
         get_tokenizer("char").tokenize_many(TEXTS, 0)
     with pytest.raises(RuntimeError, match="Unknown tokenizer 'none'"):
-        parallel.tokenize_in_processes("none", False, TEXTS, 2)
+        tokenizers.tokenize_in_processes("none", False, TEXTS, 2)
 
 
 def test_workers_do_not_run_the_callers_script_again(tmp_path: Path) -> None:

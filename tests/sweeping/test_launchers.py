@@ -13,10 +13,7 @@ from tests.sweeping.program import ROOT, statuses
 from vlmcap.compose import compose
 from vlmcap.config import LauncherConfig, LauncherKind
 from vlmcap.errors import UserError
-from vlmcap.sweeping.launchers import batch_size, num_parallel
-from vlmcap.sweeping.launchers.devices import shares, visible_devices
-from vlmcap.sweeping.launchers.packing import needed
-from vlmcap.sweeping.launchers.submitit import parameters
+from vlmcap.sweeping.launchers import batch_size, needed, num_parallel, parameters, shares, visible_devices
 
 
 def sweep(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -93,6 +90,7 @@ def test_slurm_is_told_what_the_configuration_says() -> None:
     }
 
 
-def test_a_launcher_that_is_not_installed_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r'launcher=submitit needs surely_missing: pip install "vlmcap\[slurm\]"'):
-        needed("surely_missing", "submitit")
+def test_a_launcher_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r'launcher=submitit needs submitit: pip install "vlmcap\[slurm\]"'):
+        needed("submitit")

@@ -11,7 +11,7 @@ import pytest
 from tests.sweeping.program import Program, statuses
 from vlmcap.config import Config
 from vlmcap.errors import Pruned, UserError
-from vlmcap.sweeping.search_space import SearchSpace, read_space
+from vlmcap.sweeping.search import SearchSpace, read_space
 
 optuna = pytest.importorskip("optuna")
 SEARCH = ["-m", "sweep=optuna", "sweep.folder=here"]

@@ -14,7 +14,7 @@ from tests.sweeping.program import Program, statuses
 from vlmcap.compose import compose, config_hash
 from vlmcap.config import Config
 from vlmcap.errors import DoesNotFit, UserError
-from vlmcap.sweeping.status import read_status
+from vlmcap.sweeping.job import read_status
 
 GRID = ["-m", "projector=mlp,linear", "seed=0,1"]
 

@@ -80,10 +80,9 @@ def show(folders: Sequence[Path], output: Path, wanted: Wanted) -> None:
 
 
 def _write(report: Report, output: Path) -> None:
-    from vlmcap.reporting.report.page import report_page
+    from vlmcap.reporting.report.page import pictures_of, report_page
     from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
     from vlmcap.reporting.report.tables import leaderboard_csv, report_markdown
-    from vlmcap.reporting.report.thumbnails import pictures_of
 
     with passing_bar("Reading videos", len(report.clips)) as advance:
         pictures = pictures_of(report.clips, advance=advance)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from vlmcap.errors import UserError
 from vlmcap.metrics.backend import BACKENDS, score_with
+from vlmcap.metrics.captions import read_captions
 from vlmcap.metrics.diversity import collapse_warning
-from vlmcap.metrics.prediction_files import read_captions
 from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, score_by_category
 from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer
 

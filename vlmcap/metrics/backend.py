@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.captions import check_captions
 from vlmcap.metrics.content import Synonyms
 from vlmcap.metrics.ngrams import Tokens
 from vlmcap.metrics.scores import STANDARD_METRICS, score_captions

@@ -1,20 +1,30 @@
-"""Scores as functions of numbers summed over clips: what resampling and categories need of a score, and no more."""
+"""Scores as functions of numbers summed over clips: what resampling needs of a score, and no more.
+
+`clip_scores` makes them from texts, by the name of the score: what comparing runs needs of their captions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.bleu import bleu_from_counts
-from vlmcap.metrics.content import content_from_counts
-from vlmcap.metrics.corpus import ClipStatistics, corpus_scores
-from vlmcap.metrics.meteor import MeteorStatistics, meteor_from_statistics
+from vlmcap.metrics.content import Synonyms, content_counts, content_from_counts
+from vlmcap.metrics.corpus import ClipStatistics, clip_statistics
+from vlmcap.metrics.facts import FactLexicon, fact_counts
+from vlmcap.metrics.meteor import MeteorStatistics, meteor_from_statistics, meteor_ko_statistics, meteor_statistics
+from vlmcap.metrics.ngram_scores import bleu_from_counts
+from vlmcap.metrics.scores import count_references, tokenize_captions
+from vlmcap.metrics.tokenizers import Tokenizer
 
 Floats = npt.NDArray[np.float64]
+
+COUNTED = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "cider_d", "rouge_l")
+"""The names that come together from one pass over the captions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,27 +101,55 @@ def fact_metric(counts: npt.NDArray[np.int64], name: str = "facts/mean") -> Clip
     return ClipMetric(name, counts.reshape(len(counts), -1).astype(np.float64), score)
 
 
-def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
-    """The corpus scores of the clips of each category, with their number as `clips`.
+def is_clip_score(name: str) -> bool:
+    """Whether `clip_scores` knows the name: the others are of the corpus as a whole, or of pretrained models."""
+    return name in COUNTED or name in ("meteor", "meteor_ko") or name.startswith(("content_", "content/", "facts/"))
 
-    CIDEr keeps the document frequencies of the whole reference corpus, so a category of one clip has one as well.
+
+def clip_scores(
+    name: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: Tokenizer,
+    synonyms: Synonyms | str | Path | None = None,
+    lexicon: FactLexicon | None = None,
+) -> dict[str, ClipMetric]:
+    """The named score, and those that come with it for nothing.
 
     Args:
-        statistics: Of all clips.
-        categories: One label a clip, such as "sea" or 3; None is a label like any other.
-
-    Returns:
-        Category to scores, in the order in which the categories first occur.
+        name: As in `score_captions`, `content/noun_recall`, `facts/mean` or `facts/<fact>`.
+        predictions: One text a clip.
+        references: For each clip one or more texts.
+        tokenizer: Of BLEU, CIDEr, ROUGE-L and METEOR.
+        synonyms: Of content words.
+        lexicon: Of facts, which are known by it alone.
 
     Raises:
-        UserError: The numbers of labels and clips differ.
+        UserError: The name is that of no such score, or as in `score_captions`.
     """
-    if len(categories) != len(statistics.rouge_l):
-        raise UserError(f"There are {len(categories)} categories for {len(statistics.rouge_l)} clips: give each clip one.")
-    rows: dict[Hashable, list[int]] = {}
-    for index, category in enumerate(categories):
-        rows.setdefault(category, []).append(index)
-    return {category: corpus_scores(statistics.take(found)) | {"clips": float(len(found))} for category, found in rows.items()}
+    if name in COUNTED:
+        corpus = count_references(references, tokenizer)
+        return clip_metrics(clip_statistics(tokenize_captions(predictions, tokenizer), corpus))
+    if name == "meteor":
+        tokens, known = tokenize_captions(predictions, tokenizer), count_references(references, tokenizer).tokens()
+        return {name: meteor_metric([meteor_statistics(said, refs) for said, refs in zip(tokens, known, strict=True)])}
+    if name == "meteor_ko":
+        return {name: meteor_metric(meteor_ko_statistics(predictions, references), name)}
+    if name.startswith(("content_", "content/")):
+        return {name: content_metric(content_counts(predictions, references, synonyms), name)}
+    if name.startswith("facts/") and lexicon is not None:
+        return _facts(name, predictions, references, lexicon)
+    raise UserError(f"{name} is no score of clips; there are {', '.join(COUNTED)}, meteor, meteor_ko, content_f1 and facts/mean")
+
+
+def _facts(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, ClipMetric]:
+    counts = fact_counts(predictions, references, lexicon)
+    metrics = {f"facts/{fact}": fact_metric(counts[:, [index]], f"facts/{fact}") for index, fact in enumerate(lexicon.phrases)}
+    metrics["facts/mean"] = fact_metric(counts)
+    if name not in metrics:
+        raise UserError(f"there is no fact {name.removeprefix('facts/')}: choose one of {', '.join(lexicon.phrases)}, mean")
+    return metrics
 
 
 def _mean(sums: Floats) -> Floats:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.captions import check_captions
 from vlmcap.metrics.morphemes import Morpheme, analyze_many
 from vlmcap.metrics.tokenizers import normalize
 

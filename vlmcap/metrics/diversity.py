@@ -131,7 +131,7 @@ def _ngrams(tokens: Tokens, order: int) -> list[tuple[str, ...]]:
 
 
 def _bleu(tokens: Tokens, references: list[list[Counter[tuple[str, ...]]]], lengths: list[int]) -> float:
-    """BLEU-4 of one caption with the constants of `vlmcap.metrics.bleu`; the others are counted once, unlike there."""
+    """BLEU-4 of one caption with the constants of `vlmcap.metrics.ngram_scores`; the others are counted once, unlike there."""
     product = 1.0
     for order in range(_ORDER):
         ngrams = Counter(_ngrams(tokens, order + 1))

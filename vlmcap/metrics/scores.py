@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.bleu import bleu_from_counts
-from vlmcap.metrics.checks import check_captions
-from vlmcap.metrics.chrf import corpus_chrf
-from vlmcap.metrics.cider import warn_of_one_clip
-from vlmcap.metrics.clip_metrics import by_category
+from vlmcap.metrics.captions import check_captions
 from vlmcap.metrics.content import Synonyms, content_scores
-from vlmcap.metrics.corpus import ReferenceCorpus, clip_statistics, corpus_scores
+from vlmcap.metrics.corpus import ReferenceCorpus, by_category, clip_statistics, corpus_scores
 from vlmcap.metrics.diversity import distinct_ratio, repetition_rate, self_bleu
-from vlmcap.metrics.meteor import corpus_meteor
-from vlmcap.metrics.meteor_ko import corpus_meteor_ko
-from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer
+from vlmcap.metrics.meteor import corpus_meteor, corpus_meteor_ko
+from vlmcap.metrics.ngram_scores import bleu_from_counts, warn_of_one_clip
+from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer, normalize
 
 METRIC_LABELS: dict[str, str] = {
     "bleu_1": "BLEU-1",
@@ -138,6 +134,29 @@ def score_by_category(
     check_captions(predictions, references)
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     return by_category(clip_statistics(tokenize_captions(predictions, split), count_references(references, split)), categories)
+
+
+def corpus_chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """chrF++ of the corpus, from 0 to 100 as sacrebleu and the literature print it (Popovic, "chrF++", WMT 2017).
+
+    It needs no tokeniser, so it is the one overlap score that two groups can compare without agreeing on a morpheme analyser.
+
+    Character n-grams up to 6 without spaces, word n-grams up to 2, beta = 2. Of several references the best one counts.
+
+    Args:
+        predictions: One text a clip; normalised here.
+        references: For each clip one or more texts; clips may have different numbers of them.
+
+    Returns:
+        The score.
+    """
+    from sacrebleu.metrics.chrf import CHRF
+
+    # sacrebleu takes the n-th reference of all clips as one stream and ignores None where a clip has fewer.
+    most = max(len(refs) for refs in references)
+    streams = [[normalize(refs[index]) if index < len(refs) else None for refs in references] for index in range(most)]
+    score: float = CHRF(word_order=2).corpus_score([normalize(text) for text in predictions], streams).score  # type: ignore[arg-type]
+    return score
 
 
 def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:

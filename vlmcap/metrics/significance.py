@@ -5,42 +5,59 @@
     paired_bootstrap(a, b)  # the difference with its interval and p-value
     compare_runs({"mlp": a, "perceiver": b, ...}, baseline="mlp")  # many runs, Holm-corrected
 
-Every score here is a function of numbers summed over clips (`ClipMetric`), so a resample of the clips is a row of counts times a matrix:
-no caption is scored again. Document frequencies, and so each clip's CIDEr, are held as they are in the full reference corpus: they belong
-to the test set, not to the sample of clips, and a resample that counted them anew would see its repeated clips as common.
+Every score here is a function of numbers summed over clips (`ClipMetric`), so a resample of the clips is a row of counts times a
+matrix: no caption is scored again. `scipy.stats.bootstrap` calls the statistic on index arrays instead, and its jackknife takes
+N^2 numbers; that is why the resampling is ours. Document frequencies, and so each clip's CIDEr, are held as they are in the
+full reference corpus: they belong to the test set, not to the sample of clips, and a resample that counted them again would see
+its repeated clips as common.
 
-What is resampled is clips. Clips of one video are not independent, and what another seed of the training would give is in none of these
-numbers: an interval is too narrow where either matters.
+A bootstrap of few clips is too sure in two ways (Hesterberg, "What teachers should know about the bootstrap", The American
+Statistician 2015): it takes the spread of N clips for that of all clips, and it takes the skew of a score to the wrong side. So
+
+- a difference of two runs, which is hardly skewed as both are scored on the same clips, has its resampled deviations widened until
+  their tails are those of Student's t with N - 1 degrees of freedom;
+- a run's own score, which is skewed, has a BCa interval (Efron, "Better bootstrap confidence intervals", JASA 1987) at the levels
+  of Student's t. BCa of a difference would cover less often than the widened quantiles do, and a studentised interval of a score
+  that few clips make up can leave its scale.
+
+`benchmarks/metrics/coverage.py` measures all of them; docs/scores.md has the figures.
+
+What is resampled is clips. Clips of one video are not independent, and what another seed of the training would give is in none
+of these numbers: an interval is too narrow where either matters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy.special import ndtr, ndtri, stdtrit
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.bootstrap import Interval, bootstrap, check_resampling, chunk_sizes, resampled_sums
-from vlmcap.metrics.clip_metrics import ClipMetric, Floats, by_category, clip_metrics, content_metric, mean_metric, meteor_metric
+from vlmcap.metrics.clip_metrics import ClipMetric, Floats
 
-__all__ = [
-    "ClipMetric",
-    "Comparison",
-    "Interval",
-    "approximate_randomization",
-    "bootstrap",
-    "by_category",
-    "clip_metrics",
-    "compare_runs",
-    "content_metric",
-    "holm",
-    "mean_metric",
-    "meteor_metric",
-    "paired_bootstrap",
-]
+# Resamples are drawn some at a time: counts of 1 000 resamples of 40 000 clips would take 320 MB.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A score and where it may lie.
+
+    Attributes:
+        score: The score of all clips.
+        low: Lower end of the interval.
+        high: Upper end.
+        confidence: Between 0 and 1.
+    """
+
+    score: float
+    low: float
+    high: float
+    confidence: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +79,65 @@ class Comparison:
     adjusted_p_value: float
 
 
+class Resampled(NamedTuple):
+    """One score on resampled clips, shape (R,) each.
+
+    Attributes:
+        own: Its quantiles are the BCa interval of the score.
+        paired: Less that of another score on the same resamples, its quantiles are the interval of the difference.
+    """
+
+    own: Floats
+    paired: Floats
+
+
+def bootstrap(
+    metric: ClipMetric,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    method: Literal["bca", "percentile"] = "bca",
+    seed: int = 0,
+) -> Interval:
+    """The score with its bootstrap confidence interval over clips.
+
+    Args:
+        metric: The clips' statistics and the score of their sums.
+        resamples: Samples of as many clips, with replacement, at least 2; below 1 000 the ends are rough.
+        confidence: Between 0 and 1.
+        method: "bca" corrects bias and skew, and allows for few clips; "percentile" takes plain quantiles of the resampled scores,
+            as many other tools do, and covers too seldom below some hundred clips.
+        seed: Chooses the samples.
+
+    Returns:
+        The score and the interval; NaN ends where the score is NaN.
+
+    Raises:
+        UserError: A number is out of range, or there is no clip.
+    """
+    if method not in ("bca", "percentile"):
+        raise UserError(f"Unknown interval {method!r}: choose percentile or bca.")
+    check_resampling(metric, resamples=resamples, confidence=confidence)
+    samples = np.concatenate([metric.score(sums) for sums in resampled_sums([metric.values], resamples, seed)])
+    draws = samples if method == "percentile" else resampled(metric, samples, seed).own
+    low, high = _ends(draws, confidence)
+    return Interval(metric.corpus_score(), low, high, confidence)
+
+
 def paired_bootstrap(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
     """Second run less first on the same clips, tested by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
 
-    Both runs are scored on the same resamples, so that easy and hard clips cancel. The p-value is two-sided: the share of resamples whose
-    difference is at least as far from the observed one as that is from zero, (1 + that number) / (1 + resamples).
+    Both runs are scored on the same resamples, so that easy and hard clips cancel. The p-value is two-sided: the share of resamples
+    whose difference, its tails widened, is at least as far from the observed one as that is from zero,
+    (1 + that number) / (1 + resamples).
 
     Args:
         first: The run compared with.
         second: The run in question, with the same clips in the same order.
         resamples: As in `bootstrap`.
-        confidence: Of the percentile interval of the difference.
+        confidence: Of the interval of the difference.
         seed: Chooses the samples.
 
     Returns:
@@ -92,9 +155,26 @@ def paired_bootstrap(
         ]
     )
     difference = second.corpus_score() - first.corpus_score()
-    low, high = (float(end) for end in np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    samples = _widened(samples, difference, len(first.values), seed)
+    low, high = _ends(samples, confidence)
     p_value = _p_value(samples - difference, difference)
     return Comparison(difference, low, high, p_value, p_value)
+
+
+def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
+    """What intervals of a score and of its differences are taken from.
+
+    Args:
+        metric: The clips' statistics and the score of their sums.
+        samples: The score on resampled clips, shape (R,).
+        seed: That of the resamples. Scores whose differences are taken share it.
+    """
+    clips, score = len(metric.values), metric.corpus_score()
+    positions = np.clip(np.linspace(0, 1, len(samples)), 0.5 / len(samples), 1 - 0.5 / len(samples))
+    levels = _bca_levels(_student(positions, clips), samples, score, metric)
+    own = np.empty_like(samples)
+    own[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)  # as many draws, at the places of the resamples
+    return Resampled(own, _widened(samples, score, clips, seed))
 
 
 def approximate_randomization(first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0) -> Comparison:
@@ -181,6 +261,79 @@ def compare_runs(
         name: Comparison(c.difference, c.low, c.high, c.p_value, adjusted)
         for (name, c), adjusted in zip(found.items(), corrected, strict=True)
     }
+
+
+def check_resampling(*metrics: ClipMetric, resamples: int, confidence: float) -> None:
+    """Passes if the numbers are in range and the metrics are of one score and as many clips.
+
+    Raises:
+        UserError: They are not, or there is no clip.
+    """
+    if resamples < 2:
+        raise UserError(f"resamples must be at least 2, got {resamples}.")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1, got {confidence}.")
+    shapes = [metric.values.shape for metric in metrics]
+    if shapes[0][0] == 0:
+        raise UserError("There are no clips to resample.")
+    if len(set(shapes)) > 1 or len({metric.name for metric in metrics}) > 1:
+        told = " and ".join(f"{metric.name} of {len(metric.values)} clips" for metric in metrics)
+        raise UserError(f"Runs are compared by one score on the same clips, got {told}.")
+
+
+def chunk_sizes(resamples: int, clips: int) -> Iterator[int]:
+    """How many resamples of so many clips to draw at a time."""
+    size = max(1, _CHUNK_ELEMENTS // clips)
+    for start in range(0, resamples, size):
+        yield min(size, resamples - start)
+
+
+def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
+    """Sums over resampled clips, the arrays side by side, some resamples at a time; the same clips for the same seed, resamples and N."""
+    together = np.concatenate(values, axis=1)
+    clips = len(together)
+    rng = np.random.default_rng(seed)
+    for rows in chunk_sizes(resamples, clips):
+        counts = rng.multinomial(clips, np.full(clips, 1 / clips), size=rows).astype(np.float64)
+        yield counts @ together
+
+
+def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMetric) -> Floats:
+    """The quantiles of the samples that stand at standard deviates once bias and skew are corrected.
+
+    The bias is how many resamples lie below the score, the skew is how leaving out a clip moves the score.
+    """
+    below = ((samples < score).mean() + (samples <= score).mean()) / 2
+    if not 0 < below < 1:  # every resample on one side: no correction is defined, as of a score that all clips share
+        return ndtr(deviates)
+    left_out = metric.score(metric.values.sum(0) - metric.values)
+    deviations = left_out.mean() - left_out
+    spread = float((deviations**2).sum() ** 1.5)
+    skew = float((deviations**3).sum()) / (6 * spread) if spread > 0 else 0.0
+    shifted = ndtri(below) + deviates
+    return ndtr(ndtri(below) + shifted / (1 - skew * shifted))
+
+
+def _student(levels: Floats, clips: int) -> Floats:
+    """Deviates that are as far out as those of a mean of so many clips whose spread is not known."""
+    return stdtrit(clips - 1, levels) * math.sqrt(clips / (clips - 1)) if clips > 1 else ndtri(levels)
+
+
+def _widened(samples: Floats, score: float, clips: int, seed: int) -> Floats:
+    """Samples about the score whose tails are those of Student's t: resampled clips spread like the normal distribution.
+
+    The factors depend on nothing but the arguments' sizes and the seed, so that a difference of widened scores is the widened
+    difference.
+    """
+    if clips < 2:
+        return samples
+    squares = np.random.default_rng([seed, 2]).chisquare(clips - 1, len(samples))
+    return score + (samples - score) * np.sqrt(clips / squares)
+
+
+def _ends(samples: Floats, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def _p_value(null: Floats, difference: float) -> float:

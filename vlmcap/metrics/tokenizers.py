@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import json
+import os
 import re
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.parallel import tokenize_in_processes, worker_count
 
 # What takes no room on a screen yet makes two equal captions differ: control characters that are not whitespace (NUL would also end
 # a C string inside an analyser), soft hyphens, joiners, marks of direction, variation selectors, Hangul fillers, the byte order mark,
@@ -27,6 +31,10 @@ _INVISIBLE = re.compile(
 
 # Full-width ASCII ("３ｋｍ", "！") to the usual forms; the ideographic space is whitespace and needs no entry.
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+
+# Below this number of characters a worker's start takes longer than the tokens do.
+_CHARACTERS_PER_WORKER = 1_000_000
+_MOST_WORKERS = 8
 
 
 def normalize(text: str, *, fold_width: bool = False) -> str:
@@ -120,6 +128,49 @@ def get_tokenizer(name: str, *, fold_width: bool = False) -> Tokenizer:
     return dataclasses.replace(built, version=f"{built.version}, full-width folded", fold_width=True) if fold_width else built
 
 
+def worker_count(texts: Sequence[str]) -> int:
+    """The processes worth starting for these texts: 1 below two million characters, at most 8 and the processors of this process."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, processors, _MOST_WORKERS))
+
+
+def tokenize_in_processes(name: str, fold_width: bool, texts: Sequence[str], workers: int) -> list[list[str]]:
+    """The tokens of each text, in order, by `workers` processes with the tokeniser of that name.
+
+    They are plain `python -m vlmcap.metrics.worker NAME` processes that speak JSON over their pipes. multiprocessing would either fork a
+    process that holds threads and a CUDA context, or import the caller's main script once more in every worker.
+
+    Args:
+        name: One of `TOKENIZER_NAMES`.
+        fold_width: As in `get_tokenizer`.
+        texts: The texts, at least one.
+        workers: Processes, at least 1.
+
+    Returns:
+        What one process would return.
+
+    Raises:
+        RuntimeError: A worker stopped; what it said stands in the message.
+    """
+    size = -(-len(texts) // workers)
+    chunks = [list(texts[start : start + size]) for start in range(0, len(texts), size)]
+    with ThreadPoolExecutor(len(chunks)) as pool:
+        parts = pool.map(lambda chunk: _run_worker(name, fold_width, chunk), chunks)
+        return [tokens for part in parts for tokens in part]
+
+
+def _run_worker(name: str, fold_width: bool, texts: list[str]) -> list[list[str]]:
+    # The worker must find the same packages, also where the caller changed its path.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-m", "vlmcap.metrics.worker", name]
+    request = json.dumps([fold_width, texts]).encode()
+    done = subprocess.run(command, input=request, capture_output=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"A tokeniser process stopped: {done.stderr.decode(errors='replace').strip()[-500:]}")
+    tokens: list[list[str]] = json.loads(done.stdout)
+    return tokens
+
+
 @functools.cache
 def _build(name: str) -> Tokenizer:
     return _BUILDERS[name]()
@@ -166,9 +217,7 @@ def _whitespace() -> Tokenizer:
 
 
 def _ptb() -> Tokenizer:
-    from vlmcap.metrics.ptb import split_ptb
-
-    return Tokenizer("ptb", "vlmcap.metrics.ptb, after Stanford CoreNLP 3.4.1", split_ptb)
+    return Tokenizer("ptb", "Penn Treebank, after Stanford CoreNLP 3.4.1", split_ptb)
 
 
 _BUILDERS: dict[str, Callable[[], Tokenizer]] = {
@@ -179,3 +228,70 @@ _BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "ptb": _ptb,
 }
 TOKENIZER_NAMES: tuple[str, ...] = tuple(_BUILDERS)
+
+
+# COCO's evaluation removes these tokens after lower-casing. It means to remove brackets too, but lists them in capitals, so
+# "-lrb-" and its kin stay in published scores; they stay here as well.
+_DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+
+_RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_RENAMED |= {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "£": "#", "€": "$", "¤": "$", "₠": "$", "¢": "cents"}
+_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "―": "--"})
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": ' " ', "&nbsp;": " "}
+_ENTITY = re.compile("|".join(_ENTITIES))
+
+# What the jar does not know and drops with a warning: Korean quotation marks and units (《》『』㎞), emoji, the won sign.
+_UNKNOWN = re.compile(
+    "[«»\u2010-\u2012\u201b\u2024\u2025\u2027\u2039\u203a\u203c\u203d\u2043\u2045-\u205e\u2072\u2073\u208f\u209d-\u209f\u20a1-\u20a3\u20a5-\u20ab\u20ad-\u20ff"
+    "\u2150-\u2152\u215f-\u2182\u2185-\u218f\u3003\u3004\u3007-\u3011\u3013-\u3030\u3036-\u303a\u303d-\u303f\u3200-\u33ff"
+    "\uff00\uffe2-\uffe4\uffe7-\uffef\U00010000-\U0010ffff]"
+)
+
+_TWO_WORDS = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na"), "gimme": ("gim", "me")}
+_TITLES = "mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|co|inc|ltd|no|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|a\\.m|p\\.m"
+
+_TOKEN = re.compile(
+    rf"""
+      https?://\S+ | [\w.+-]+@[\w-]+\.[\w.-]+ | </?[a-z][^<>]*>     # addresses and tags stay whole
+    | [\#@][^\W\d]\w*
+    | \.\.\.+ | --+ | [?!]+ | _+                                    # runs are one token
+    | (?:[a-z]\.){{2,}} | \b(?:{_TITLES})\.(?!\w)                   # u.s., e.g., mr.
+    | n't\b | '(?:s|m|d|ll|re|ve)\b
+    | 'n' | '(?:em|cause)\b | 't(?=(?:is|was)\b) | '\d0s\b | \by'(?=[a-z])
+    | \bc\+\+ | \b[cf]\#
+    | \+\d+(?:-\d+){{3}} | [+-]\d+(?:[.,:/]\d+)*                    # a telephone number, a signed number
+    | [a-z\d]+/[a-z\d]+(?=[가-힣])                                   # km/h | 로
+    | \d+(?:[.,:/]\d+)+(?:(?=\D)|$)                                 # 3.5 | km, 1,000 | 원: but 3명 is one word
+    | [^\W_]+?(?=n't\b)
+    | o'clock\b | [^\W_](?:\w|[-.&/](?=\w))*(?<!_)                  # state-of-the-art; a full stop inside a word does not end it
+    | \S
+    """,
+    re.VERBOSE,
+)
+
+
+def split_ptb(text: str) -> list[str]:
+    """The lower-case Penn Treebank tokens of normalised text, without the punctuation that COCO's evaluation removes.
+
+    English contractions are split ("isn't" gives "is", "n't"), brackets become "-lrb-" and the like, a number with a separator parts from
+    its unit ("3.5km" gives "3.5", "km"). Hangul words come out as whitespace would split them, particles and all. The rules are those of
+    Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase` so far as captions need them; the tokens equal the jar's on the hard
+    strings of the tests, which run the jar where there is Java, and on every symbol of the blocks there.
+
+    Known deviations, all rare in captions: an operator between letters ("x+y" is one token in the jar, here three), "&" between small
+    letters ("a&b" is three tokens in the jar, here one), a space inside a fraction ("1 1/2"), "d'ye", escaped tags ("&lt;b&gt;"), smileys
+    (":)" leaks as ":-rrb-" from the jar; here it is "-rrb-"), and whatever of English abbreviations and file names is not tested.
+
+    Args:
+        text: Text on one line.
+
+    Returns:
+        The tokens.
+    """
+    text = _ENTITY.sub(lambda entity: _ENTITIES[entity[0]], _UNKNOWN.sub(" ", text.translate(_QUOTES)))
+    tokens: list[str] = []
+    for token in _TOKEN.findall(text.lower()):
+        if token in _DROPPED or token == '"' or token.startswith("...") or token.strip("-") == "":
+            continue
+        tokens.extend(_TWO_WORDS.get(token, (_RENAMED.get(token, token),)))
+    return tokens

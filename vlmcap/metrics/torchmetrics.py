@@ -24,7 +24,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from vlmcap.errors import UserError
 from vlmcap.metrics.backend import check_backend, score_with
-from vlmcap.metrics.checks import check_captions
+from vlmcap.metrics.captions import check_captions
 from vlmcap.metrics.content import Synonyms, load_synonyms
 from vlmcap.metrics.scores import METRIC_LABELS
 from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, get_tokenizer

@@ -1,4 +1,4 @@
-"""A process that tokenises for another: JSON in, JSON out; `vlmcap.metrics.parallel` starts it."""
+"""A process that tokenises for another: JSON in, JSON out; `vlmcap.metrics.tokenizers` starts it."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from vlmcap.config import Config, Scaled, SweepConfig
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.sweeping.composing import Composer, Job
+from vlmcap.sweeping.job import FINISHED
 from vlmcap.sweeping.runner import Done, Runner
-from vlmcap.sweeping.status import FINISHED
 
 FILE = "halving.json"
 

@@ -1,23 +1,74 @@
-"""One job: its `status.json`, written whatever becomes of it."""
+"""One job: its `status.json`, written whatever becomes of it, and read by the sweep that started it."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from vlmcap.compose import config_hash
 from vlmcap.config import Config
 from vlmcap.errors import DoesNotFit, Pruned, UserError, first_line, is_out_of_memory
+from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
-from vlmcap.sweeping.status import FAILED, FINISHED, INTERRUPTED, PRUNED, REFUSED, Status
 
+FILE = "status.json"
+FINISHED, FAILED, REFUSED, PRUNED, INTERRUPTED = "finished", "failed", "refused", "pruned", "interrupted"
 TRIAL_VARIABLE = "VLMCAP_TRIAL"  # in the environment of a job that a search started
 BEGUN = "the run goes on, or was killed"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The end of a run.
+
+    Attributes:
+        status: `finished`; `refused` before anything was trained; `failed` at work; `pruned` as its trial was worse than others;
+            `interrupted` by a signal, or not over yet.
+        reason: One sentence; empty where the run finished.
+        error: The exception's class.
+        config_hash: Of `vlmcap.compose.config_hash`; None where the configuration itself was wrong.
+        overrides: Of the command.
+        objective: What `train.py` returns; a pruned run's last value.
+        plan: `peak_gib` and `usable_gib` of a run that did not fit its card.
+        seconds: From start to end.
+    """
+
+    status: str
+    reason: str = ""
+    error: str | None = None
+    config_hash: str | None = None
+    overrides: Sequence[str] = field(default=())
+    objective: float | None = None
+    plan: dict[str, float] | None = None
+    seconds: float = 0.0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end, with scores."""
+        return self.status == FINISHED
+
+    def write(self, folder: Path) -> None:
+        """Writes `status.json`, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = asdict(self) | {"overrides": list(self.overrides), "seconds": round(self.seconds, 2)}
+        with replacing(folder / FILE) as partial:
+            partial.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_status(folder: Path) -> Status | None:
+    """What became of the run in a folder; None where nothing says so."""
+    try:
+        plain: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return Status(**{known.name: plain[known.name] for known in fields(Status) if known.name in plain})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 class Record:

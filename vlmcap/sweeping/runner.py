@@ -11,8 +11,7 @@ from vlmcap.compose import write_yaml
 from vlmcap.errors import UserError, first_line
 from vlmcap.program import HYDRA_FOLDER
 from vlmcap.sweeping.composing import Job
-from vlmcap.sweeping.job import BEGUN, TRIAL_VARIABLE
-from vlmcap.sweeping.status import FAILED, FILE, FINISHED, INTERRUPTED, PRUNED, REFUSED, Status, read_status
+from vlmcap.sweeping.job import BEGUN, FAILED, FILE, FINISHED, INTERRUPTED, PRUNED, REFUSED, TRIAL_VARIABLE, Status, read_status
 
 
 class Starter(Protocol):

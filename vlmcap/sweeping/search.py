@@ -1,19 +1,121 @@
-"""`sweep=optuna`: trials that Optuna proposes, each told how it ended."""
+"""`sweep=optuna`: Hydra's sweep syntax as a search space, and the trials that Optuna proposes in it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vlmcap.config import Sampler, SweepConfig
+from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import short_names
 from vlmcap.sweeping.composing import Composer, Job
+from vlmcap.sweeping.job import FINISHED, PRUNED
 from vlmcap.sweeping.runner import Runner
-from vlmcap.sweeping.search_space import SearchSpace
-from vlmcap.sweeping.status import FINISHED, PRUNED
 from vlmcap.sweeping.study import import_optuna, open_study, tell, trial_address
 
 if TYPE_CHECKING:
     import optuna
+    from hydra.core.override_parser.types import Override
+
+
+_WHOLE = re.compile(r"interval\(\s*(start=)?-?\d+\s*,\s*(end=)?-?\d+\s*\)")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """What is searched and what is fixed.
+
+    Attributes:
+        distributions: Optuna's, by key.
+        choices: The values of the keys that have few; numbers between bounds have none.
+        fixed: Overrides of every trial.
+    """
+
+    distributions: dict[str, Any]
+    choices: dict[str, list[Any]]
+    fixed: tuple[str, ...]
+
+    def overrides(self, params: dict[str, Any]) -> list[str]:
+        """Of a trial."""
+        return [*self.fixed, *(f"{key}={params[key]}" for key in self.distributions)]
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of the choices.
+
+        Raises:
+            UserError: A key has no end of values.
+        """
+        endless = [key for key in self.distributions if key not in self.choices]
+        if endless:
+            raise UserError(f"sweep.sampler=grid cannot try every value of {endless[0]}; give a list or a range, or sweep.sampler=tpe")
+        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+
+    def probes(self) -> list[dict[str, Any]]:
+        """A few points that hold every choice, to find misspelt ones before anything runs."""
+        width = max((len(values) for values in self.choices.values()), default=1)
+        lows = {key: one.low for key, one in self.distributions.items() if key not in self.choices}
+        return [lows | {key: values[index % len(values)] for key, values in self.choices.items()} for index in range(width)]
+
+
+def read_space(overrides: Sequence[Override]) -> SearchSpace:
+    """The search space of parsed overrides; of a key that is there twice the last counts.
+
+    Raises:
+        UserError: Nothing is to be searched, or a space is empty.
+    """
+    distributions: dict[str, Any] = {}
+    choices: dict[str, list[Any]] = {}
+    fixed: dict[str, str] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        for known in (distributions, choices, fixed):
+            known.pop(key, None)
+        if not override.is_sweep_override():
+            fixed[key] = f"{key}={override.get_value_element_as_str()}"
+            continue
+        distributions[key] = _distribution(key, override)
+        if (values := _values(distributions[key])) is not None:
+            choices[key] = values
+    if not distributions:
+        raise UserError("sweep=optuna has nothing to search; give a key several values, as in tuning.lora.rank=8,16,32")
+    return SearchSpace(distributions, choices, tuple(fixed.values()))
+
+
+def _distribution(key: str, override: Override) -> Any:
+    from hydra.core.override_parser.types import IntervalSweep, RangeSweep
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value: Any = override.value()
+    is_interval, is_range = isinstance(value, IntervalSweep), isinstance(value, RangeSweep)
+    is_log = "log" in getattr(value, "tags", ())
+    try:
+        if is_interval:
+            if _WHOLE.search(override.input_line or ""):  # Hydra makes floats of the bounds
+                return IntDistribution(int(value.start), int(value.end), log=is_log)
+            return FloatDistribution(value.start, value.end, log=is_log)
+        if is_range and not value.shuffle:
+            values = [*value.range()]
+            if is_log or all(isinstance(bound, int) for bound in (value.start, value.stop, value.step)):
+                last = int(values[-1])
+                return IntDistribution(int(values[0]), last, log=is_log, step=1 if is_log else int(value.step))
+            return FloatDistribution(float(values[0]), float(values[-1]), step=float(value.step))
+        return CategoricalDistribution([*override.sweep_string_iterator()])
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{override.input_line} is no space to search: {error}") from error
+
+
+def _values(distribution: Any) -> list[Any] | None:
+    """The values of a distribution that has at most a hundred of them."""
+    if hasattr(distribution, "choices"):
+        return [*distribution.choices]
+    step = getattr(distribution, "step", None)
+    if step is None or distribution.log or (distribution.high - distribution.low) / step > 100:
+        return None
+    count = round((distribution.high - distribution.low) / step) + 1
+    return [distribution.low + index * step for index in range(count)]
 
 
 class Search:

@@ -23,8 +23,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     from vlmcap.data.decoding.video import write_video
-    from vlmcap.reporting.report.page import report_page
-    from vlmcap.reporting.report.thumbnails import pictures_of
+    from vlmcap.reporting.report.page import pictures_of, report_page
 
     frames = np.random.default_rng(0).integers(0, 255, (8, 90, 160, 3)).astype(np.uint8)
     write_video(folder / "a.mp4", frames, fps=4)

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from vlmcap.metrics.significance import bootstrap, compare_runs, mean_metric
-from vlmcap.reporting.report.effects import find_effects
-from vlmcap.reporting.report.estimates import Estimator, RunScore
+from vlmcap.metrics.clip_metrics import mean_metric
+from vlmcap.metrics.significance import bootstrap, compare_runs
+from vlmcap.reporting.report.estimates import Estimator, RunScore, find_effects
 from vlmcap.reporting.report.scoring import RESAMPLES, resample
 
 GENERATOR = np.random.default_rng(5)

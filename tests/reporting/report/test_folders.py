@@ -11,8 +11,7 @@ import pytest
 from vlmcap.compose import read_yaml
 from vlmcap.errors import UserError
 from vlmcap.reporting.report.captions import read_captions
-from vlmcap.reporting.report.courses import MOST_POINTS, read_course
-from vlmcap.reporting.report.folders import RunFolder, find_runs, read_run
+from vlmcap.reporting.report.folders import MOST_POINTS, RunFolder, find_runs, read_course, read_run
 
 
 def copied(sweep: Path, folder: Path, number: int = 0) -> Path:

@@ -19,8 +19,7 @@ from PIL import Image
 
 from tests.reporting.report.invented import HOSTILE, make_report, make_run
 from vlmcap.data.decoding.video import write_video
-from vlmcap.reporting.report.page import MAX_POINTS, SCRIPTS, page_data, report_page
-from vlmcap.reporting.report.thumbnails import FULL, Pictures, clip_pictures, pictures_of
+from vlmcap.reporting.report.page import FULL, MAX_POINTS, SCRIPTS, Pictures, clip_pictures, page_data, pictures_of, report_page
 
 ROOT = Path(__file__).resolve().parents[3]
 WEB = ROOT / "vlmcap" / "reporting" / "report" / "web"

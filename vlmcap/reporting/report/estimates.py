@@ -1,8 +1,8 @@
-"""Scores of groups of runs, and differences between them, with intervals that allow for the clips and for the seeds.
+"""Scores of groups of runs, differences between them, and effects of factors, with intervals that allow for the clips and for the seeds.
 
 The score of a group is the mean over its seeds. Two things could have come out otherwise.
 
-*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.bootstrap`), so that easy and hard clips cancel in differences.
+*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.significance`), so that easy and hard clips cancel in differences.
 
 *Seeds.* A bootstrap of three seeds would see two thirds of their variance, and tails that are far too thin. So the deviation of a mean
 over seeds is drawn from Student's t: of its variance, the sum of s^2 / n over the groups in question, with the degrees of freedom that
@@ -11,13 +11,14 @@ variance of the others, pooled. To pool all would find more, but a model close t
 five times their spread in one group, pooling called a fifth of equal pairs different in a simulation, this six of a hundred.
 
 Where no group has two seeds nothing is known of them, and the interval is one over clips, that of
-`vlmcap.metrics.significance.paired_bootstrap` to the digit.
+`bootstrap` and of `paired_bootstrap` there, to the digit.
 
 Seeds are seen on the same clips, so what clips and seeds do together counts twice: intervals are a little too wide rather than too narrow.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,18 +26,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vlmcap.metrics.significance import holm
-from vlmcap.reporting.report.data import Difference, Ends, Over
+from vlmcap.metrics.significance import Resampled, holm
+from vlmcap.reporting.report.data import Difference, Effect, Ends, Level, Over, Value
 
 Floats = npt.NDArray[np.float64]
+Factors = Mapping[str, Value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunScore:
-    """A run's score, and what it is on resampled clips, (R,); None where its clips are not known."""
+    """A run's score, and what it is on resampled clips; None where its clips are not known."""
 
     score: float
-    samples: Floats | None = None
+    samples: Resampled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,14 @@ class Estimator:
         }
 
     def _over_clips(self, weights: Mapping[str, float]) -> Floats | None:
+        is_difference = min(weights.values()) < 0
         total: Floats | None = None
         for name, weight in weights.items():
             runs = self.groups[name]
             for run in runs:
                 if run.samples is None:
                     return None
-                part = weight / len(runs) * run.samples
+                part = weight / len(runs) * (run.samples.paired if is_difference else run.samples.own)
                 total = part if total is None else total + part
         return total
 
@@ -125,3 +128,47 @@ class Estimator:
         if variance == 0:
             return np.zeros(self.resamples)
         return math.sqrt(variance) * np.random.default_rng([self.seed, 1]).standard_t(variance**2 / curvature, self.resamples)
+
+
+def find_effects(factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, *, is_higher_better: bool) -> list[Effect]:
+    """The effect of each factor with two levels or more.
+
+    Two groups are matched for a factor where they agree in all others. A level counts over the combinations that every level has: in a
+    grid of which one run failed, its combination counts for nobody. Where no combination has every level, levels are plain means over
+    their groups, which differ in other things too, and no difference is given.
+
+    Args:
+        factors: Keys.
+        groups: Group to the values of its factors: those that have the metric and are compared.
+        estimator: Of that metric.
+        is_higher_better: Which level comes first.
+    """
+    effects = [_effect(factor, factors, groups, estimator, is_higher_better) for factor in factors]
+    return [effect for effect in effects if effect is not None]
+
+
+def _effect(
+    factor: str, factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, is_higher_better: bool
+) -> Effect | None:
+    levels: dict[str, list[str]] = {}  # level to its groups
+    combinations: dict[tuple[str, ...], dict[str, str]] = {}  # the other factors to level to group
+    values: dict[str, Value] = {}
+    for group, own in groups.items():
+        level = json.dumps(own[factor])
+        values[level] = own[factor]
+        levels.setdefault(level, []).append(group)
+        place = tuple(json.dumps(own[other]) for other in factors if other != factor)
+        combinations.setdefault(place, {})[level] = group
+    if len(levels) < 2:
+        return None
+    complete = [found for found in combinations.values() if len(found) == len(levels)]
+    counted = {level: [found[level] for found in complete] if complete else levels[level] for level in levels}
+    means = {level: {name: 1 / len(names) for name in names} for level, names in counted.items()}
+    estimates = {level: estimator.estimate(weights) for level, weights in means.items()}
+    ranked = sorted(levels, key=lambda level: estimates[level].value, reverse=is_higher_better)
+    differences: dict[str, Difference] = {}
+    if complete:
+        best = {name: -weight for name, weight in means[ranked[0]].items()}
+        differences = estimator.differences({level: means[level] | best for level in ranked[1:]})
+    rows = [Level(values[level], estimates[level].value, estimates[level].ends, counted[level], differences.get(level)) for level in ranked]
+    return Effect(factor, bool(complete), len(complete) if complete else len(combinations), rows)

@@ -1,12 +1,15 @@
-"""What runs differ in: the few keys that say it, and names made of them."""
+"""Names: of runs, by the few keys that they differ in, and of scores, by which they are compared."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmcap.errors import UserError
+from vlmcap.metrics import METRIC_LABELS
 from vlmcap.reporting.report.data import Value
 from vlmcap.reporting.report.folders import RunFolder
 
@@ -31,6 +34,8 @@ _NO_MATTER = (
     "evaluation.num_table_rows",
 )
 """Keys, and beginnings of keys, that say where, how often or how watched a run is, and not what comes out."""
+_LOWER = ("loss", "self_bleu", "repetition_rate")  # ends of names; of all others more is better
+_BESIDE = ("cider", "bleu_4", "rouge_l", "meteor_ko", "content_f1", "facts/mean", "distinct_ratio")
 
 
 def comparable_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +98,46 @@ def seed_of(run: RunFolder) -> int | None:
     """The seed, None where it is not known."""
     seed = run.config.get("seed")
     return seed if isinstance(seed, int) else None
+
+
+def choose_metric(runs: Sequence[RunFolder], asked: str | None) -> str:
+    """The metric that was asked for, else the runs' own objective, else CIDEr of the split that most have.
+
+    Raises:
+        UserError: No run has the metric, or any score at all.
+    """
+    counts = Counter(name for run in runs for name in run.scores)
+    if not counts:
+        told = next((f"; the first one: {run.reason}" for run in runs if run.reason), "")
+        raise UserError(f"none of the {len(runs)} runs has a score yet{told}")
+    if asked is not None:
+        if asked not in counts:
+            known = ", ".join(sorted(name for name in counts if "category/" not in name and "swapped" not in name)[:40])
+            raise UserError(f"--metric {asked} is in none of the runs; choose one of {known}")
+        return asked
+    objectives = Counter(str(run.config["objective"]) for run in runs if run.config.get("objective") in counts)
+    wanted = [*(name for name, _ in objectives.most_common(1)), "val/cider", "test/cider"]
+    return max([name for name in wanted if name in counts] or [next(iter(counts))], key=lambda name: counts[name])
+
+
+def is_higher_better(metric: str) -> bool:
+    """Whether more of it is better."""
+    return not metric.endswith(_LOWER)
+
+
+def metric_label(metric: str) -> str:
+    """For people: `val/cider` is "val: CIDEr (no length penalty)"."""
+    split, _, name = metric.partition("/")
+    return f"{split}: {METRIC_LABELS.get(name, name.replace('/', ', ').replace('_', ' '))}"
+
+
+def columns(metric: str, runs: Sequence[RunFolder]) -> list[str]:
+    """The metric, the usual ones of its split, and the metric itself and CIDEr of the other split, as far as any run has them."""
+    split, _, name = metric.partition("/")
+    other = {"val": "test", "test": "val"}.get(split, "")
+    wanted = [metric, *(f"{split}/{one}" for one in _BESIDE), f"{other}/{name}", f"{other}/cider"]
+    known = {key for run in runs for key in run.scores}
+    return [key for key in dict.fromkeys(wanted) if key in known]
 
 
 def _key(override: str) -> str:

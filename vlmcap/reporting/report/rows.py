@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmcap.reporting.report.captions import Captions, Floats
+from vlmcap.metrics.significance import Resampled
+from vlmcap.reporting.report.captions import Captions
 from vlmcap.reporting.report.data import CategoryRow, GroupRow, RunRow
 from vlmcap.reporting.report.estimates import Estimator, RunScore
 from vlmcap.reporting.report.folders import RunFolder
@@ -28,7 +29,7 @@ class Member:
     Attributes:
         run: As read.
         captions: Of each split.
-        samples: Metric to its value on resampled clips, (R,).
+        samples: Metric to its value on resampled clips.
         not_compared: Why not, empty if it is.
         has_metric: Of the report.
         id: Of the run.
@@ -37,7 +38,7 @@ class Member:
 
     run: RunFolder
     captions: Mapping[str, Captions]
-    samples: Mapping[str, Floats]
+    samples: Mapping[str, Resampled]
     not_compared: str
     has_metric: bool
     id: str = ""
@@ -236,6 +237,6 @@ def _run_row(member: Member, name: str, factors: Sequence[str], split: str) -> R
     )
 
 
-def _ends(samples: Floats) -> tuple[float, float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
+def _ends(samples: Resampled) -> tuple[float, float]:
+    low, high = np.quantile(samples.own, [0.025, 0.975])
     return float(low), float(high)

@@ -12,14 +12,14 @@ import numpy as np
 
 from vlmcap.errors import UserError
 from vlmcap.metrics import FactLexicon, get_tokenizer
-from vlmcap.metrics.bootstrap import resampled_sums
-from vlmcap.metrics.clip_scores import COUNTED, clip_scores, is_clip_score
-from vlmcap.metrics.significance import ClipMetric, mean_metric
+from vlmcap.metrics.clip_metrics import COUNTED, ClipMetric, clip_scores, is_clip_score, mean_metric
+from vlmcap.metrics.significance import Resampled, resampled, resampled_sums
 from vlmcap.metrics.tokenizers import Tokenizer
-from vlmcap.reporting.report.captions import Captions, Floats
+from vlmcap.reporting.report.captions import Captions
 from vlmcap.reporting.report.folders import RunFolder
 
 RESAMPLES = 2000
+_SEED = 0
 _FROM_FILE = ("cider", "cider_d", "rouge_l")  # the mean over clips is the score of the corpus, so no caption need be read again
 _BY_TOKENS = (*COUNTED, "meteor", "length_ratio", "repetition_rate", "self_bleu", "swapped/", "category/")
 _BATCH_ELEMENTS = 1 << 24
@@ -53,8 +53,8 @@ def score_clips(
     return captions, metrics
 
 
-def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -> list[dict[str, Floats]]:
-    """Each score on resampled clips, (R,): the same clips for all runs of a set.
+def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -> list[dict[str, Resampled]]:
+    """Each score on resampled clips: the same clips for all runs of a set.
 
     Args:
         metrics: Of each run, on one split.
@@ -63,16 +63,17 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
     members: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for index, (own, name_of_set) in enumerate(zip(metrics, sets, strict=True)):
         members[name_of_set] += [(index, name) for name in own]
-    samples: list[dict[str, Floats]] = [{} for _ in metrics]
+    samples: list[dict[str, Resampled]] = [{} for _ in metrics]
     for those in members.values():
         while those:  # some at a time: the columns of all runs side by side may take gigabytes
             size = max(1, _BATCH_ELEMENTS // max(1, metrics[those[0][0]][those[0][1]].values.size))
             batch, those = those[:size], those[size:]
             chosen = [metrics[index][name] for index, name in batch]
             ends = np.cumsum([metric.values.shape[1] for metric in chosen])[:-1]
-            parts = [np.split(sums, ends, axis=1) for sums in resampled_sums([metric.values for metric in chosen], RESAMPLES, 0)]
+            parts = [np.split(sums, ends, axis=1) for sums in resampled_sums([metric.values for metric in chosen], RESAMPLES, _SEED)]
             for place, (index, name) in enumerate(batch):
-                samples[index][name] = np.concatenate([chosen[place].score(part[place]) for part in parts])
+                scores = np.concatenate([chosen[place].score(part[place]) for part in parts])
+                samples[index][name] = resampled(chosen[place], scores, _SEED)
     return samples
 
 

@@ -9,7 +9,7 @@ import pytest
 from vlmcap.demo.grammar import FACTS, describe, draw_scene
 from vlmcap.errors import UserError
 from vlmcap.metrics import FactLexicon, fact_accuracy, score_captions
-from vlmcap.metrics.clip_scores import clip_scores, is_clip_score
+from vlmcap.metrics.clip_metrics import clip_scores, is_clip_score
 from vlmcap.metrics.significance import bootstrap
 from vlmcap.metrics.tokenizers import get_tokenizer
 

@@ -1,18 +1,18 @@
-"""A job as bytes that another process runs: what Hydra's launchers for other processes send, without a launcher's own ways."""
+"""A job as bytes that another process runs, as Hydra's own launchers for other processes send it.
+
+`python -m vlmcap.sweeping.child` is a process of one job, which it reads from its standard input.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from vlmcap.errors import UserError
 from vlmcap.program import HYDRA_FOLDER
-
-LOG = "output.log"  # in the folder of the run: what it printed
 
 
 class Packer:
@@ -59,26 +59,5 @@ def run_packed(packed: bytes) -> None:
     )
 
 
-def needed(module: str, extra: str) -> Any:
-    """A library of an extra.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    from importlib import import_module
-
-    try:
-        import_module("cloudpickle")
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f'launcher={extra} needs {module}: pip install "vlmcap[{"slurm" if extra == "submitit" else extra}]"') from error
-
-
-def say_ended(folder: Path) -> None:
-    """One line for a job that another process ran."""
-    from vlmcap.sweeping.job import BEGUN
-    from vlmcap.sweeping.status import read_status
-
-    status = read_status(folder)
-    word, reason = (status.status, status.reason) if status and status.reason != BEGUN else ("ended without a word", "")
-    print(f"Job {folder.name}: {word}{': ' if reason else ''}{reason}", flush=True)
+if __name__ == "__main__":
+    run_packed(sys.stdin.buffer.read())
