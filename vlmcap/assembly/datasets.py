@@ -1,12 +1,13 @@
-"""Data sets of decoded clips, and what features of them are made of."""
+"""Data sets of decoded clips, batches of any video files, and what features of clips are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.sources import Sources
+from vlmcap.assembly.parts import Sources
 from vlmcap.config import Config
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
     from vlmcap.data.loading.dataset import ClipDataset
     from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.types import Clip, GridTHW
+    from vlmcap.models.llm.prompt import PromptEncoder
+    from vlmcap.types import Batch, Clip, GridTHW, VisualLayout
 
 
 def decoded_dataset(
@@ -52,6 +54,46 @@ def decoded_dataset(
 
 
 @dataclass(frozen=True, slots=True)
+class PathReader:
+    """The `ClipReader` of a captioner: video files, decoded by data workers, as batches of prompts.
+
+    Attributes:
+        config: Run configuration.
+        prompt: Text around the visual tokens.
+        transform: As in `Assembly`.
+        grid_of: As in `Assembly`.
+        visual: As in `Assembly`.
+    """
+
+    config: Config
+    prompt: PromptEncoder
+    transform: Callable[[Tensor], Tensor]
+    grid_of: Callable[[int, int, int], GridTHW | None]
+    visual: VisualLayout
+
+    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+        """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
+
+        Raises:
+            UserError: A data worker died.
+        """
+        from torch.utils.data import DataLoader
+
+        from vlmcap.data.loading.collate import Collator
+        from vlmcap.data.loading.worker_report import WorkerWatch
+        from vlmcap.types import Clip
+
+        clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
+        dataset = decoded_dataset(self.config, self.transform, self.grid_of, clips)
+        collator = Collator(self.prompt, self.visual, self.config.llm.max_caption_tokens, mode="generate")
+        num_workers = max(0, min(self.config.data.num_workers, len(clips) - 1))
+        watch = WorkerWatch()
+        watched = watch.over(dataset, clips) if num_workers else dataset
+        with watch.naming_clips():
+            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, num_workers=num_workers)
+
+
+@dataclass(frozen=True, slots=True)
 class FeaturePlan:
     """What features of a configuration are made of.
 
@@ -72,3 +114,11 @@ class FeaturePlan:
     def decoded(self, clips: Sequence[Clip]) -> ClipDataset:
         """Clips with the frames that the encoder takes."""
         return decoded_dataset(self.config, self.sketch.transform, self.grid_of, clips)
+
+
+def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:
+    """F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own."""
+    from vlmcap.models.layout import StatedGrid
+
+    grid_of = encoder.transform.grid_thw
+    return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of

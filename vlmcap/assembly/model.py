@@ -5,25 +5,27 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.features import Features, grid_of_frames
+from vlmcap.assembly.datasets import FeaturePlan, PathReader, grid_of_frames
 from vlmcap.assembly.parts import (
+    Sources,
     add_adapters,
     compile_blocks,
+    dtype_of,
     load_encoder,
     load_llm,
     load_prompt_of,
     load_whole,
+    locate_sources,
     loss_chunk_bytes,
     projector_spec,
     sketch_encoder,
     sketch_whole,
     train_encoder,
+    vision_part,
 )
-from vlmcap.assembly.sources import Sources, locate_sources, vision_part
-from vlmcap.config import Batching, Config, Reducer
+from vlmcap.config import Batching, Config, Precision, Reducer
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from vlmcap.assembly.features import Features
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.decoding.settings import GenerationSettings
     from vlmcap.models.encoders import VisionEncoder
@@ -161,7 +164,6 @@ def assemble(
 def _assemble_parts(
     spec: ModelSpec, features: Features | None, is_fresh: bool, llm: nn.Module | None, num_kept_layers: int, is_meta: bool
 ) -> Assembly:
-    from vlmcap.data.features.pooled import pooled_grid
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.layout import VisualRun
     from vlmcap.models.projectors import build_projector
@@ -169,6 +171,8 @@ def _assemble_parts(
     config, visual, shape = spec.config, spec.visual, spec.projector
     assert shape is not None
     if features is not None and features.pool_size is not None:
+        from vlmcap.data.features.pooled import pooled_grid
+
         # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are encoded on the fly.
         frames, *side = pooled_grid(spec.grids[0], features.pool_size)
         shape = dataclasses.replace(shape, grid=shape.reduced_grid(shape.grid), reducer="none")
@@ -184,8 +188,7 @@ def _assemble_parts(
     if llm is None:
         llm = add_adapters(config, load_llm(config, spec.sources.folders["llm"], is_meta=is_meta), num_kept_layers)
     compile_blocks(config, llm)
-    captioner = VideoCaptioner(encoder, projector, llm, spec.prompt, generation_settings(config))
-    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
+    captioner = VideoCaptioner(encoder, projector, llm, spec.prompt, generation_settings(config), **captioner_options(spec, visual))
     return _assembled(spec, captioner, visual, spec.num_visual_tokens, features)
 
 
@@ -201,9 +204,19 @@ def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers:
         train_encoder(config, encoder)
     llm = add_adapters(config, parts.llm, num_kept_layers)
     compile_blocks(config, llm)
-    captioner = parts.captioner_class(encoder, parts.projector, llm, spec.prompt, generation_settings(config))
-    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
+    options = captioner_options(spec, visual)
+    captioner = parts.captioner_class(encoder, parts.projector, llm, spec.prompt, generation_settings(config), **options)
     return _assembled(spec, captioner, visual, num_visual, features)
+
+
+def captioner_options(spec: ModelSpec, visual: VisualLayout) -> dict[str, Any]:
+    """Arguments of a captioner beside its parts: memory of its loss, arithmetic of its captions, and the reader of its files."""
+    precision = spec.config.hardware.precision
+    return {
+        "loss_chunk_bytes": loss_chunk_bytes(spec.config),
+        "autocast_dtype": None if precision is Precision.fp32 else dtype_of(precision),
+        "reader": PathReader(spec.config, spec.prompt, spec.encoder.transform, spec.grid_of, visual),
+    }
 
 
 def _assembled(

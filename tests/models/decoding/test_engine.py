@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmcap.models.decoding.engine import greedy_ids
+from vlmcap.models.decoding.engine import can_decode, greedy_ids
 from vlmcap.models.decoding.settings import GenerationSettings
-from vlmcap.models.decoding.support import can_decode
 from vlmcap.models.llm.adapt import add_lora, base_model
 
 VOCABULARY, WIDTH, NEW = 60, 64, 20

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlmcap.models.decoding.support import can_decode
+from vlmcap.models.decoding.engine import can_decode
 from vlmcap.models.llm.adapt import add_lora
 
 SMALL: dict[str, Any] = {
