@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,3 +236,10 @@ def test_files_come_back_in_order_with_the_unreadable_named(captioner: VideoCapt
         captioner.caption(paths)
     captioner.reader = lambda _paths, _batch_size: [empty]
     assert [caption for _, caption in captioner.caption_files(paths)] == [skipped]
+
+
+def test_the_captioner_is_imported_without_transformers() -> None:
+    code = "import sys, vlmcap.models.captioner; print('transformers' in sys.modules, 'torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split() == ["False", "True"]
