@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.datasets import decoded_dataset
 from vlmcap.config import Batching, Config, Strategy
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
     def make_dataset(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         if features is not None:
             return features.dataset(chosen)
-        return decoded_dataset(config, assembly.transform, assembly.grid_of, chosen)
+        return assembly.feature_plan.decoded(chosen)
 
     is_shuffled = config.data.batching is Batching.shuffled
     settings = LoaderSettings(

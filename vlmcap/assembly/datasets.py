@@ -1,4 +1,4 @@
-"""Data sets of decoded clips, batches of any video files, and what features of clips are made of."""
+"""Data sets of decoded clips, what features of clips are made of, and batches of any video files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def decoded_dataset(
 
     Args:
         config: Of the run.
-        transform: As in `Assembly`.
-        grid_of: As in `Assembly`.
+        transform: Frames as they are decoded -> frames as the encoder wants them; a picklable dataclass.
+        grid_of: As in `FeaturePlan`.
         clips: In the order of the data set.
     """
     from vlmcap.data.decoding.augment import Augment
@@ -51,46 +51,6 @@ def decoded_dataset(
         memory_gib=data.decode_memory_gib,
     )
     return ClipDataset(clips, settings, frame_transform=transform, grid_of=grid_of)
-
-
-@dataclass(frozen=True, slots=True)
-class PathReader:
-    """The `ClipReader` of a captioner: video files, decoded by data workers, as batches of prompts.
-
-    Attributes:
-        config: Run configuration.
-        prompt: Text around the visual tokens.
-        transform: As in `Assembly`.
-        grid_of: As in `Assembly`.
-        visual: As in `Assembly`.
-    """
-
-    config: Config
-    prompt: PromptEncoder
-    transform: Callable[[Tensor], Tensor]
-    grid_of: Callable[[int, int, int], GridTHW | None]
-    visual: VisualLayout
-
-    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
-        """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
-
-        Raises:
-            UserError: A data worker died.
-        """
-        from torch.utils.data import DataLoader
-
-        from vlmcap.data.loading.collate import Collator
-        from vlmcap.data.loading.worker_report import WorkerWatch
-        from vlmcap.types import Clip
-
-        clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
-        dataset = decoded_dataset(self.config, self.transform, self.grid_of, clips)
-        collator = Collator(self.prompt, self.visual, self.config.llm.max_caption_tokens, mode="generate")
-        num_workers = max(0, min(self.config.data.num_workers, len(clips) - 1))
-        watch = WorkerWatch()
-        watched = watch.over(dataset, clips) if num_workers else dataset
-        with watch.naming_clips():
-            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, num_workers=num_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +82,40 @@ def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int
 
     grid_of = encoder.transform.grid_thw
     return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of
+
+
+@dataclass(frozen=True, slots=True)
+class PathReader:
+    """The `ClipReader` of a captioner: video files, decoded by data workers, as batches of prompts.
+
+    Attributes:
+        plan: Configuration, and the frames that the encoder takes.
+        prompt: Text around the visual tokens.
+        visual: As in `Assembly`.
+    """
+
+    plan: FeaturePlan
+    prompt: PromptEncoder
+    visual: VisualLayout
+
+    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+        """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
+
+        Raises:
+            UserError: A data worker died.
+        """
+        from torch.utils.data import DataLoader
+
+        from vlmcap.data.loading.collate import Collator
+        from vlmcap.data.loading.worker_report import WorkerWatch
+        from vlmcap.types import Clip
+
+        data, llm = self.plan.config.data, self.plan.config.llm
+        clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
+        dataset = self.plan.decoded(clips)
+        collator = Collator(self.prompt, self.visual, llm.max_caption_tokens, mode="generate")
+        num_workers = max(0, min(data.num_workers, len(clips) - 1))
+        watch = WorkerWatch()
+        watched = watch.over(dataset, clips) if num_workers else dataset
+        with watch.naming_clips():
+            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, num_workers=num_workers)

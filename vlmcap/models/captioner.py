@@ -81,6 +81,7 @@ class VideoCaptioner(nn.Module):
         visual = self.project(batch, features)  # (B, F, P, Dv) -> (sum of V, Dl)
         # 3. Merge: visual tokens take the places of the placeholders among the words' embeddings.
         inputs = self.language_inputs(batch, visual)  # (R, S) -> (R, S, Dl)
+        del features, visual  # their memory is free while the language model runs
         # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
         chunk_rows = self._chunk_rows(len(targets))
         hidden, logits = self._decode(inputs, is_label, has_head=chunk_rows is None)  # (R, S, Dl) -> (T, Dl), (T, N)
