@@ -205,8 +205,8 @@ class Tracer:
         batch = language_batch(num_clips, self.sizes.runs, PROMPT_TOKENS, num_caption, grid, self.sizes.gap)
         prompt: Any = SimpleNamespace(question_ids=[1])
         captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config))
-        captioner.encode = lambda _: visual  # type: ignore[method-assign]
-        captioner.project = lambda _, features: features.flatten(0, 1)  # type: ignore[method-assign]
+        captioner.encode = lambda batch: visual  # type: ignore[method-assign]
+        captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which have no values here
             places = batch.visual_mask.unsqueeze(-1)
