@@ -15,7 +15,7 @@ def load(checkpoint: str | Path, **overrides: Any) -> VideoCaptioner:
     """A captioner from a checkpoint that train.py wrote: `vlmcap.load(path).caption(["clip.mp4"])`.
 
     Args:
-        checkpoint: The file.
+        checkpoint: File of a run, or folder of `vlmcap export`.
         overrides: Keys of the configuration to values: `vlmcap.load(path, **{"hardware.accelerator": "cpu"})`.
 
     Raises:

@@ -147,8 +147,7 @@ def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) ->
     llm = add_lora(parts.llm, rank=RANK, alpha=ALPHA, dropout=0.0, target_modules="all-linear")
     set_adapters(llm)
     encoder = None if is_cached else parts.encoder
-    captioner = VideoCaptioner(encoder, parts.projector, llm, Words(), GenerationSettings(1))  # type: ignore[arg-type]
-    captioner.loss_chunk_bytes = CHUNK_BYTES
+    captioner = VideoCaptioner(encoder, parts.projector, llm, Words(), GenerationSettings(1), loss_chunk_bytes=CHUNK_BYTES)  # type: ignore[arg-type]
     stage = StageConfig(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
     ledger = Ledger(Path(tempfile.gettempdir()) / "vlmcap-no-clips.jsonl", 0.0, num_steps)
     plan, unit = StagePlan({"tune": stage}), sum(shape.captions)

@@ -180,7 +180,7 @@ def test_an_interrupted_filling_goes_on(
         return forward(self, *arguments)
 
     monkeypatch.setattr(VisionEncoder, "forward", interrupted)
-    monkeypatch.setattr(features_module, "FRAMES_A_PASS", 4)  # two clips a pass
+    monkeypatch.setattr(features_module, "FRAMES_PER_PASS", 4)  # two clips
     with pytest.raises(KeyboardInterrupt):
         assembled(compose([*real_path, "cache.enabled=true"]))
     assert "encoding the train split: 6 clips, " in capsys.readouterr().out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,7 @@ def test_visual_tokens_stand_at_their_places(captioner: VideoCaptioner) -> None:
     batch = collate(captioner, samples())
     assert batch.frames is not None
     embeddings = captioner.embed(batch)
-    visual = captioner.projector(captioner.encode(batch.frames))
+    visual = captioner.projector(captioner.encode(batch))
     first = len(captioner.prompt.prefix_ids)
     for row in range(2):
         torch.testing.assert_close(embeddings[row, first : first + VISUAL], visual[row])
@@ -88,7 +90,7 @@ def test_the_merge_goes_by_mask_wherever_the_padding_is(captioner: VideoCaptione
 def test_features_of_the_cache_give_what_frames_give(captioner: VideoCaptioner) -> None:
     batch = collate(captioner, samples())
     assert batch.frames is not None
-    cached = dataclasses.replace(batch, frames=None, features=captioner.encode(batch.frames))
+    cached = dataclasses.replace(batch, frames=None, features=captioner.encode(batch))
     assert captioner.loss_sum(cached)[0].item() == pytest.approx(captioner.loss_sum(batch)[0].item(), rel=1e-6)
     captioner.encoder = None
     captioner.loss_sum(cached)
@@ -225,12 +227,19 @@ def test_files_come_back_in_order_with_the_unreadable_named(captioner: VideoCapt
     skipped = Skipped(Clip("1", str(paths[1]), ()), "it is empty")
     batch = Collator(captioner.prompt, VISUAL, 200, mode="generate")([clips[0], skipped, clips[1]])
     empty = Collator(captioner.prompt, VISUAL, 200, mode="generate")([skipped])
-    captioner.prepare = lambda _paths: [batch]
+    captioner.reader = lambda _paths, _batch_size: [batch]
     found = list(captioner.caption_files(paths))
     assert [path for path, _ in found] == paths
     assert found[1][1] == skipped
     assert [found[0][1], found[2][1]] == captioner.generate(batch)
     with pytest.raises(UserError, match=r"bad\.mp4 could not be read: it is empty"):
         captioner.caption(paths)
-    captioner.prepare = lambda _paths: [empty]
+    captioner.reader = lambda _paths, _batch_size: [empty]
     assert [caption for _, caption in captioner.caption_files(paths)] == [skipped]
+
+
+def test_the_captioner_is_imported_without_transformers() -> None:
+    code = "import sys, vlmcap.models.captioner; print('transformers' in sys.modules, 'torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split() == ["False", "True"]

@@ -177,7 +177,7 @@ def test_nothing_of_the_clip_before_predicts_a_first_token(make: Make) -> None:
     """With neither prompt nor visual tokens the first token of a caption stands right behind another clip's last."""
     captioner = make("qwen3")
     bare = dataclasses.replace(captioner.prompt, prefix_ids=[], suffix_ids=[])
-    captioner.visual_tokens = lambda _batch: torch.zeros(0, 64)  # type: ignore[method-assign]
+    captioner.project = lambda _batch, _features: torch.zeros(0, 64)  # type: ignore[method-assign]
     items = [dataclasses.replace(item, grid_thw=None) for item in samples(3)]
     rows, packed = (Collator(bare, 0, 200, is_packed=is_packed)(items) for is_packed in (False, True))
     assert rows.num_label_tokens == packed.num_label_tokens == packed.input_ids.shape[1] - 3

@@ -13,7 +13,8 @@ from tests.training.ranks import run_all
 from vlmcap.compose import compose
 from vlmcap.config import Strategy
 from vlmcap.errors import UserError
-from vlmcap.training.processes import is_hollow, num_processes, own_command, process_rank, single_process
+from vlmcap.training.checkpoints.load import single_process
+from vlmcap.training.processes import is_hollow, num_processes, own_command, process_rank
 from vlmcap.training.strategy import check_strategy, describe_batch, make_strategy
 
 TWO = ["hardware.devices=2", "trainer.accumulate_grad_batches=1", "trainer.log_every_n_steps=1"]

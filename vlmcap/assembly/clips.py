@@ -21,7 +21,6 @@ from vlmcap.types import Clip, Skipped
 
 if TYPE_CHECKING:
     from vlmcap.data.formats.record import Entries
-    from vlmcap.types import Clip
 
 _MAX_BAD_START = 10_000  # entries, all of them bad, after which the rest is not read
 _REPORT_EVERY = 10_000  # entries; shorter reading is not worth a line
@@ -200,8 +199,6 @@ def blank_clip(config: Config) -> Clip:
     A clip like any other, so that its features are cached where those of others are, and frames go through the encoder where theirs do.
     """
     from PIL import Image
-
-    from vlmcap.types import Clip
 
     file = Path(config.paths.cache_dir) / "black.png"
     if not file.is_file():

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.datasets import decoded_dataset
 from vlmcap.config import Batching, Config, Strategy
 
 if TYPE_CHECKING:
@@ -31,13 +30,13 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
     def make_dataset(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         if features is not None:
             return features.dataset(chosen)
-        return decoded_dataset(config, assembly.transform, assembly.grid_of, chosen)
+        return assembly.feature_plan.decoded(chosen)
 
     is_shuffled = config.data.batching is Batching.shuffled
     settings = LoaderSettings(
         batch_size=config.data.batch_size,
         eval_batch_size=config.data.eval_batch_size,
-        prompt_batch_size=prompt_batch_size(config, assembly),
+        prompt_batch_size=assembly.captioner.prompt_batch_size,
         # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
         num_workers=0 if features is not None and config.encoder.is_cached else config.data.num_workers,
         seed=config.seed,
@@ -50,11 +49,6 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
         lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
     )
     return CaptionDataModule(clips, make_dataset, collator, dataclasses.replace(collator, mode="generate"), settings)
-
-
-def prompt_batch_size(config: Config, assembly: Assembly) -> int:
-    """Clips of a batch to caption: more than there are rows where waiting clips can take the rows of those that end."""
-    return config.data.eval_batch_size * (config.evaluation.clips_per_row if assembly.captioner.is_refilling else 1)
 
 
 def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> NDArray[np.int64]:

@@ -1,12 +1,13 @@
-"""Data sets of decoded clips, and what features of them are made of."""
+"""Data sets of decoded clips, what features of clips are made of, and batches of any video files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.sources import Sources
+from vlmcap.assembly.parts import Sources
 from vlmcap.config import Config
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
     from vlmcap.data.loading.dataset import ClipDataset
     from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.types import Clip, GridTHW
+    from vlmcap.models.llm.prompt import PromptEncoder
+    from vlmcap.types import Batch, Clip, GridTHW, VisualLayout
 
 
 def decoded_dataset(
@@ -27,8 +29,8 @@ def decoded_dataset(
 
     Args:
         config: Of the run.
-        transform: As in `Assembly`.
-        grid_of: As in `Assembly`.
+        transform: Frames as they are decoded -> frames as the encoder wants them; a picklable dataclass.
+        grid_of: As in `FeaturePlan`.
         clips: In the order of the data set.
     """
     from vlmcap.data.decoding.augment import Augment
@@ -72,3 +74,48 @@ class FeaturePlan:
     def decoded(self, clips: Sequence[Clip]) -> ClipDataset:
         """Clips with the frames that the encoder takes."""
         return decoded_dataset(self.config, self.sketch.transform, self.grid_of, clips)
+
+
+def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:
+    """F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own."""
+    from vlmcap.models.encoders.preprocessing import StatedGrid
+
+    grid_of = encoder.transform.grid_thw
+    return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of
+
+
+@dataclass(frozen=True, slots=True)
+class PathReader:
+    """The `ClipReader` of a captioner: video files, decoded by data workers, as batches of prompts.
+
+    Attributes:
+        plan: Configuration, and the frames that the encoder takes.
+        prompt: Text around the visual tokens.
+        visual: As in `Assembly`.
+    """
+
+    plan: FeaturePlan
+    prompt: PromptEncoder
+    visual: VisualLayout
+
+    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+        """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
+
+        Raises:
+            UserError: A data worker died.
+        """
+        from torch.utils.data import DataLoader
+
+        from vlmcap.data.loading.collate import Collator
+        from vlmcap.data.loading.worker_report import WorkerWatch
+        from vlmcap.types import Clip
+
+        data, llm = self.plan.config.data, self.plan.config.llm
+        clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
+        dataset = self.plan.decoded(clips)
+        collator = Collator(self.prompt, self.visual, llm.max_caption_tokens, mode="generate")
+        num_workers = max(0, min(data.num_workers, len(clips) - 1))
+        watch = WorkerWatch()
+        watched = watch.over(dataset, clips) if num_workers else dataset
+        with watch.naming_clips():
+            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, num_workers=num_workers)

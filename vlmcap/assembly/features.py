@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.assembly.clips import with_blank
 from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.encoding import FRAMES_A_PASS, batches_of, encoding_of, free_memory
-from vlmcap.assembly.parts import load_encoder
-from vlmcap.assembly.sources import vision_part
-from vlmcap.config import Config, EncoderTuning, Sampling
+from vlmcap.assembly.parts import device_of, dtype_of, load_encoder, vision_part
+from vlmcap.config import Config, EncoderTuning, Precision, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch.utils.data import Dataset
 
     from vlmcap.data.features.recipe import Recipe
     from vlmcap.data.features.store import FeatureStore
+    from vlmcap.data.loading.dataset import ClipDataset
     from vlmcap.models.encoders import VisionEncoder
     from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
-_LATE_S = 2.0
+FRAMES_PER_PASS = 128  # through the encoder
+_LATE_S = 2.0  # seconds of hashing, after which its progress is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +100,6 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
     if config.cache.max_gib is not None:
         prune(store.root, round(config.cache.max_gib * 2**30), keep=(store.key,))
     return Features(store, clips, hashes, memo, config.projector.pool_size if config.cache.pooled else None)
-
-
-def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:
-    """F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own."""
-    from vlmcap.models.encoders.preprocessing import StatedGrid
-
-    grid_of = encoder.transform.grid_thw
-    return StatedGrid(grid_of, encoder.grid) if config.data.variable_frames else grid_of
 
 
 def open_store(plan: FeaturePlan) -> FeatureStore:
@@ -212,7 +205,7 @@ def fill_store(
             filling.fill_store(
                 store,
                 hashes[split],
-                batches_of(plan.decoded(clips[split]), max(1, FRAMES_A_PASS // num_frames), config.data.num_workers),
+                _batches_of(plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers),
                 encode,
                 progress=progress_reporter(f"encoding the {split} split"),
                 on_wait=print,
@@ -241,3 +234,70 @@ def _obstacle(config: Config) -> str | None:
         return f"tuning.encoder={config.tuning.encoder.name} changes the features"
     changed_by = config.data.changed_by
     return None if changed_by is None else f"{changed_by} changes the frames from epoch to epoch"
+
+
+def encoding_of(
+    config: Config, encoder: VisionEncoder
+) -> Callable[[torch.Tensor, Sequence[GridTHW] | None], torch.Tensor | list[torch.Tensor]]:
+    """A function from frames, and the clips' sizes where they vary, to what is stored of them."""
+    import torch
+
+    from vlmcap.models.projectors.reducers import PoolReducer
+
+    device = torch.device(device_of(config))
+    encoder.to(device)
+
+    precision = config.hardware.precision
+    # As in training, where norms of an encoder in half precision are computed in float32.
+    autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision is not Precision.fp32)
+
+    @torch.no_grad()
+    def encode(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> torch.Tensor:
+        with autocast:
+            features: torch.Tensor = encoder(frames.to(device), grids)
+        return features
+
+    if not config.cache.pooled:
+        return encode
+    pool = PoolReducer(config.projector.pool_size)
+
+    @torch.no_grad()
+    def encode_pooled(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> list[torch.Tensor]:
+        features = encode(frames, grids).float()  # as the projector averages them
+        sizes = grids or [(features.shape[1], *encoder.grid)] * len(features)
+        return [
+            pool(own[None, :count, : rows * columns], (rows, columns))[0]
+            for own, (count, rows, columns) in zip(features, sizes, strict=True)
+        ]
+
+    return encode_pooled
+
+
+def _batches_of(dataset: ClipDataset, batch_size: int, num_workers: int) -> Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]:
+    """A function from positions in a data set to their samples, in lists for one pass of the encoder."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    def batches(positions: NDArray[np.int64]) -> Iterator[list[Sample | Skipped]]:
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=positions.tolist(),
+            collate_fn=list,
+            num_workers=min(num_workers, len(positions)),
+            generator=torch.Generator(),
+        )
+        yield from loader
+
+    return batches
+
+
+def free_memory() -> None:
+    """Gives back what models held that nobody refers to any more."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -5,35 +5,37 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.features import Features, grid_of_frames
+from vlmcap.assembly.datasets import FeaturePlan, PathReader, grid_of_frames
 from vlmcap.assembly.parts import (
+    Sources,
     add_adapters,
     compile_blocks,
+    dtype_of,
     load_encoder,
     load_llm,
     load_prompt_of,
     load_whole,
+    locate_sources,
     loss_chunk_bytes,
     projector_spec,
     sketch_encoder,
     sketch_whole,
     train_encoder,
+    vision_part,
 )
-from vlmcap.assembly.sources import Sources, locate_sources, vision_part
-from vlmcap.config import Batching, Config, Reducer
+from vlmcap.config import Batching, Config, Precision, Reducer
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
+    from vlmcap.assembly.features import Features
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.decoding.settings import GenerationSettings
-    from vlmcap.models.encoders import VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.models.projectors import Projector, ProjectorSpec
     from vlmcap.types import GridTHW, VisualLayout
@@ -44,36 +46,28 @@ class ModelSpec:
     """What is known of a model before any of its weights are loaded: sizes, prompt, and where its visual tokens go.
 
     Attributes:
-        config: As `prepare` returned it.
-        sources: The frozen base checkpoints.
-        encoder: The vision encoder without its weights.
+        feature_plan: Configuration, base checkpoints, and the vision encoder without its weights.
         prompt: The language model's tokenizer and the text around the visual tokens.
         projector: Settings and sizes of the projector; None for a whole pretrained model, which brings its own.
-        grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
         visual: A clip's size -> placeholders, and text between them; picklable.
-        num_visual_tokens: V, the most that a clip may have.
         context: Positions of the language model.
     """
 
-    config: Config
-    sources: Sources
-    encoder: VisionEncoder
+    feature_plan: FeaturePlan
     prompt: PromptEncoder
     projector: ProjectorSpec | None
-    grid_of: Callable[[int, int, int], GridTHW | None]
     visual: VisualLayout
-    num_visual_tokens: int
     context: int
 
     @property
-    def feature_plan(self) -> FeaturePlan:
-        """What the encoder's features are made of."""
-        return FeaturePlan(self.config, self.sources, self.encoder, self.grid_of, self.num_visual_tokens)
+    def config(self) -> Config:
+        """As `prepare` returned it."""
+        return self.feature_plan.config
 
     @property
     def grids(self) -> Sequence[GridTHW]:
         """Sizes in patches that a clip may have."""
-        return self.encoder.possible_grids(self.config.data.num_frames)
+        return self.feature_plan.sketch.possible_grids(self.config.data.num_frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +76,27 @@ class Assembly:
 
     Attributes:
         captioner: The model.
-        sources: The frozen base checkpoints.
-        transform: Frames as they are decoded -> frames as the encoder wants them; a picklable dataclass.
-        grid_of: As in `ModelSpec`.
+        feature_plan: As in `ModelSpec`.
         visual: A clip's size -> placeholders, and text between them; picklable.
         num_visual_tokens: V, the most that a clip may have.
-        num_encoder_parameters: Of the encoder, loaded or not.
         features: Where the clips' features are; None where the captioner encodes frames.
     """
 
     captioner: VideoCaptioner
-    sources: Sources
-    transform: Callable[[Tensor], Tensor]
-    grid_of: Callable[[int, int, int], GridTHW | None]
+    feature_plan: FeaturePlan
     visual: VisualLayout
     num_visual_tokens: int
-    num_encoder_parameters: int
     features: Features | None = None
+
+    @property
+    def sources(self) -> Sources:
+        """The frozen base checkpoints."""
+        return self.feature_plan.sources
+
+    @property
+    def num_encoder_parameters(self) -> int:
+        """Parameters of the encoder, loaded or not."""
+        return sum(parameter.numel() for parameter in self.feature_plan.sketch.parameters())
 
 
 def describe_model(config: Config) -> ModelSpec:
@@ -128,7 +126,8 @@ def describe_model(config: Config) -> ModelSpec:
         spec.check()
         visual = VisualRun(spec.num_tokens, grids[0])
     num_visual = check_context(config, visual, grids, prompt, context)
-    return ModelSpec(config, sources, encoder, prompt, spec, grid_of_frames(config, encoder), visual, num_visual, context)
+    feature_plan = FeaturePlan(config, sources, encoder, grid_of_frames(config, encoder), num_visual)
+    return ModelSpec(feature_plan, prompt, spec, visual, context)
 
 
 def assemble(
@@ -161,14 +160,16 @@ def assemble(
 def _assemble_parts(
     spec: ModelSpec, features: Features | None, is_fresh: bool, llm: nn.Module | None, num_kept_layers: int, is_meta: bool
 ) -> Assembly:
-    from vlmcap.data.features.dataset import pooled_grid
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.llm.prompt import VisualRun
     from vlmcap.models.projectors import build_projector
 
-    config, visual, shape = spec.config, spec.visual, spec.projector
+    config, folders = spec.config, spec.feature_plan.sources.folders
+    visual, shape = spec.visual, spec.projector
     assert shape is not None
     if features is not None and features.pool_size is not None:
+        from vlmcap.data.features.dataset import pooled_grid
+
         # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are encoded on the fly.
         frames, *side = pooled_grid(spec.grids[0], features.pool_size)
         shape = dataclasses.replace(shape, grid=shape.reduced_grid(shape.grid), reducer="none")
@@ -179,21 +180,20 @@ def _assemble_parts(
     encoder = None
     if features is None:
         load = sketch_encoder if is_meta else load_encoder
-        encoder = load(config, spec.sources.folders["encoder"]).requires_grad_(False)
+        encoder = load(config, folders["encoder"]).requires_grad_(False)
         train_encoder(config, encoder)
     if llm is None:
-        llm = add_adapters(config, load_llm(config, spec.sources.folders["llm"], is_meta=is_meta), num_kept_layers)
+        llm = add_adapters(config, load_llm(config, folders["llm"], is_meta=is_meta), num_kept_layers)
     compile_blocks(config, llm)
-    captioner = VideoCaptioner(encoder, projector, llm, spec.prompt, generation_settings(config))
-    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
-    return _assembled(spec, captioner, visual, spec.num_visual_tokens, features)
+    captioner = VideoCaptioner(encoder, projector, llm, spec.prompt, generation_settings(config), **captioner_options(spec, visual))
+    return Assembly(captioner, spec.feature_plan, visual, spec.feature_plan.num_visual_tokens, features)
 
 
 def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers: int) -> Assembly:
     from vlmcap.models.llm.prompt import VisualRun
 
     config = spec.config
-    parts = load_whole(config, spec.sources.folders["model"])
+    parts = load_whole(config, spec.feature_plan.sources.folders["model"])
     visual = parts.visual_layout or VisualRun(parts.num_tokens, spec.grids[0])
     num_visual = check_context(config, visual, spec.grids, spec.prompt, spec.context)  # once more, with the text between visual tokens
     encoder = parts.encoder if features is None else None
@@ -201,16 +201,19 @@ def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers:
         train_encoder(config, encoder)
     llm = add_adapters(config, parts.llm, num_kept_layers)
     compile_blocks(config, llm)
-    captioner = parts.captioner_class(encoder, parts.projector, llm, spec.prompt, generation_settings(config))
-    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
-    return _assembled(spec, captioner, visual, num_visual, features)
+    options = captioner_options(spec, visual)
+    captioner = parts.captioner_class(encoder, parts.projector, llm, spec.prompt, generation_settings(config), **options)
+    return Assembly(captioner, spec.feature_plan, visual, num_visual, features)
 
 
-def _assembled(
-    spec: ModelSpec, captioner: VideoCaptioner, visual: VisualLayout, num_visual_tokens: int, features: Features | None
-) -> Assembly:
-    num_parameters = sum(parameter.numel() for parameter in spec.encoder.parameters())
-    return Assembly(captioner, spec.sources, spec.encoder.transform, spec.grid_of, visual, num_visual_tokens, num_parameters, features)
+def captioner_options(spec: ModelSpec, visual: VisualLayout) -> dict[str, Any]:
+    """Arguments of a captioner beside its parts: memory of its loss, arithmetic of its captions, and the reader of its files."""
+    precision = spec.config.hardware.precision
+    return {
+        "loss_chunk_bytes": loss_chunk_bytes(spec.config),
+        "autocast_dtype": None if precision is Precision.fp32 else dtype_of(precision),
+        "reader": PathReader(spec.feature_plan, spec.prompt, visual),
+    }
 
 
 def warm_start(projector: Projector, checkpoint: str) -> None:

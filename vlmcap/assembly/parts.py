@@ -1,8 +1,9 @@
-"""Each part of a model out of its configuration."""
+"""Each part of a model out of its configuration, and the frozen bases that it comes from."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,47 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from vlmcap.models.checkpoint import Fingerprint
     from vlmcap.models.encoders import EncoderOptions, VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.models.pretrained import PretrainedParts
     from vlmcap.models.projectors import ProjectorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the frozen bases are, and what they hold: `encoder` and `llm`, or `model` where one brings both."""
+
+    folders: dict[str, Path]
+    bases: dict[str, Fingerprint]
+
+
+def locate_sources(config: Config, *, is_encoder_only: bool = False) -> Sources:
+    """Finds the bases and takes their fingerprints.
+
+    Args:
+        config: Of the run.
+        is_encoder_only: The language model is not looked for where it is a base of its own.
+
+    Raises:
+        UserError: A checkpoint is not there.
+    """
+    from vlmcap.models.checkpoint import fingerprint, locate
+
+    memo = Path(config.paths.cache_dir) / "fingerprints.json"
+    folders: dict[str, Path] = {}
+    bases: dict[str, Fingerprint] = {}
+    parts = ("encoder",) if is_encoder_only else ("encoder", "llm")
+    for part in ("model",) if config.is_whole else parts:
+        settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
+        folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
+        bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
+    return Sources(folders, bases)
+
+
+def vision_part(config: Config) -> str:
+    """The base that the vision encoder comes from."""
+    return "model" if config.is_whole else "encoder"
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -59,10 +97,12 @@ def encoder_options(config: Config) -> EncoderOptions:
 
 def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder, frozen; of a whole model it alone is read."""
-    from vlmcap.models import encoders, pretrained
-
     if not config.is_whole:
+        from vlmcap.models import encoders
+
         return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
+    from vlmcap.models import pretrained
+
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
     encoder: VisionEncoder = pretrained.load_vision(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **options)
     return encoder
@@ -70,10 +110,12 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
 
 def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder without its weights, on the meta device: its sizes and its transform."""
-    from vlmcap.models import encoders, pretrained
-
     if not config.is_whole:
+        from vlmcap.models import encoders
+
         return encoders.sketch_encoder(config.encoder.family.value, folder, encoder_options(config))
+    from vlmcap.models import pretrained
+
     encoder: VisionEncoder = pretrained.sketch_vision(
         config.model.kind.value, folder, dtype=dtype_of(config.hardware.precision), max_patches=config.encoder.max_patches
     )

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.features import features_folder, fill_store, grid_of_frames, hash_clips, hash_memo, open_store
-from vlmcap.assembly.parts import device_of, sketch_encoder
-from vlmcap.assembly.sources import locate_sources, vision_part
+from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
+from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store
+from vlmcap.assembly.parts import device_of, locate_sources, sketch_encoder, vision_part
 from vlmcap.compose import compose
 from vlmcap.config import Split
 from vlmcap.demo.prepare import prepare

@@ -61,8 +61,10 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
         captioner_class = whole_parts(config, 1).captioner_class
-    captioner = captioner_class(encoder, projector, random_llm(config, device, say), _prompt(config), generation_settings(config))
-    captioner.loss_chunk_bytes = loss_chunk_bytes(config)
+    llm = random_llm(config, device, say)
+    captioner = captioner_class(
+        encoder, projector, llm, _prompt(config), generation_settings(config), loss_chunk_bytes=loss_chunk_bytes(config)
+    )
     return captioner.to(device)
 
 

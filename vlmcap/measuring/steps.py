@@ -74,7 +74,7 @@ class Training:
     """
 
     def __init__(self, config: Config, captioner: VideoCaptioner) -> None:
-        from vlmcap.training.module import trained_parameters
+        from vlmcap.training.checkpoints.load import trained_parameters
         from vlmcap.training.optimizer import make_optimizer
         from vlmcap.training.schedule import StagePlan
 

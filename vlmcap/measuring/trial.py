@@ -84,7 +84,8 @@ def _captioner(trial: Trial, llm: nn.Module, visual: Tensor) -> VideoCaptioner:
     projector: Any = nn.Identity()
     settings: Any = None
     captioner = VideoCaptioner(None, projector, llm, prompt, settings)
-    captioner.visual_tokens = lambda batch: visual.flatten(0, 1)  # type: ignore[method-assign]
+    captioner.encode = lambda batch: visual  # type: ignore[method-assign]
+    captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
     return captioner
 
 

@@ -1,14 +1,14 @@
 """Encoder, projector and language model joined into one captioner.
 
-Legend: B clips, R rows, F frames, P patches a frame, V visual tokens a clip, S sequence, T label tokens, Dv vision width, Dl language
-width.
+Legend: B clips, R rows, F frames, P patches per frame, V visual tokens per clip, S sequence, T label tokens, N vocabulary, Dv vision width,
+Dl language width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,29 @@ from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
 from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.projectors import Projector
-from vlmcap.types import Batch, GridTHW, Skipped
+from vlmcap.types import Batch, Skipped
+
+
+class ClipReader(Protocol):
+    """Reads video files as batches of prompts, whose clips have the positions of their paths as ids."""
+
+    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterable[Batch]:
+        """Batches of up to `batch_size` clips on the CPU, in the order of the paths."""
+        ...
 
 
 class VideoCaptioner(nn.Module):
     """Captions of video clips.
 
     Args:
-        encoder: None when features come from the cache and nobody will bring frames.
+        encoder: Vision encoder; None when features come from the cache and nobody will bring frames.
         projector: Features to visual tokens, float32.
         llm: Causal language model, with or without adapters.
         prompt: Its tokenizer and the ids around the visual tokens.
         generation: Decoding of `generate`.
+        loss_chunk_bytes: Bytes of float32 logits that `loss_sum` has at once; None for all.
+        autocast_dtype: Type of the arithmetic of `caption`, as in training and evaluation; None for float32.
+        reader: Reads the files of `caption`; None where only batches are captioned.
     """
 
     has_plain_inputs = True  # the language model is called with embeddings and a mask, and nothing else
@@ -44,91 +55,117 @@ class VideoCaptioner(nn.Module):
         llm: nn.Module,
         prompt: PromptEncoder,
         generation: GenerationSettings,
+        *,
+        loss_chunk_bytes: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        reader: ClipReader | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.projector, self.llm = encoder, projector, llm
         self.prompt, self.generation = prompt, generation
-        # Set by the composition root, as models know nothing of files: paths -> batches for `generate`; a clip's id is its path's index.
-        self.prepare: Callable[[Sequence[Path]], Iterable[Batch]] | None = None
-        self.autocast_dtype: torch.dtype | None = None  # set there too: arithmetic of `caption`, as it was in training and evaluation
-        self.loss_chunk_bytes: int | None = None  # and this: of float32 logits that `loss_sum` has at once; None is all
+        self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
 
     @property
     def device(self) -> torch.device:
         """Where the projector is."""
         return next(self.projector.parameters()).device
 
-    def encode(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
-        """Patch features, uint8 (B, F, 3, H, W) -> (B, F, P, Dv); with gradients only where the encoder is trained."""
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
+        """Summed negative log-likelihood of the T label tokens in nats, and T."""
+        labels = _required(batch.labels)[:, 1:]  # (R, S) -> (R, S - 1): each position predicts the token behind it
+        is_label = labels != -100  # (R, S - 1)
+        targets = labels[is_label]  # (R, S - 1) -> (T,)
+        # 1. Encode: frames become patch features, unless those come from the cache.
+        features = self.encode(batch)  # (B, F, 3, H, W) -> (B, F, P, Dv)
+        # 2. Project: the features of each clip become visual tokens of the language model's width.
+        visual = self.project(batch, features)  # (B, F, P, Dv) -> (sum of V, Dl)
+        # 3. Merge: visual tokens take the places of the placeholders among the words' embeddings.
+        inputs = self.language_inputs(batch, visual)  # (R, S) -> (R, S, Dl)
+        del features, visual  # their memory is free while the language model runs
+        # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
+        chunk_rows = self._chunk_rows(len(targets))
+        hidden, logits = self._decode(inputs, is_label, has_head=chunk_rows is None)  # (R, S, Dl) -> (T, Dl), (T, N)
+        # 5. Loss: over the whole vocabulary of N tokens; where logits take too much room, a few of their rows at a time.
+        if chunk_rows is not None:
+            head: Any = base_model(self.llm).lm_head
+            return chunked_cross_entropy(hidden, head.weight, targets, chunk_rows), len(targets)
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Patch features (B, F, P, Dv), of frames or out of the cache; with gradients only where the encoder is trained."""
+        if batch.features is not None:
+            return batch.features
         assert self.encoder is not None, "frames came, but the encoder was not loaded"
         is_trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            features: Tensor = self.encoder(frames, grid_thw)
+            features: Tensor = self.encoder(_required(batch.frames), batch.grid_thw)  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
         return features
 
-    def visual_tokens(self, batch: Batch) -> Tensor:
-        """Projected tokens of all clips, one clip after another, float32 (sum of V, Dl)."""
-        features = batch.features if batch.features is not None else self.encode(_required(batch.frames), batch.grid_thw)
+    def project(self, batch: Batch, features: Tensor) -> Tensor:
+        """Visual tokens of all clips, one clip after another, float32 (B, F, P, Dv) -> (sum of V, Dl)."""
         question = torch.tensor(self.prompt.question_ids, device=features.device, dtype=torch.long)
-        prompt = base_model(self.llm).get_input_embeddings()(question)  # type: ignore[operator]
+        prompt = self._embed_words(question)
         if batch.grid_thw is None:
-            return self.projector(features, prompt=prompt).flatten(0, 1)
+            return self.projector(features, prompt=prompt).flatten(0, 1)  # (B, V, Dl) -> (B * V, Dl)
         tokens: dict[int, Tensor] = {}
         for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size go through the projector together, without their padding
             rows = [row for row, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
-            own = features[rows, :num_frames, : height * width]
+            own = features[rows, :num_frames, : height * width]  # (B, F, P, Dv) -> the rows' own F and P
             tokens |= dict(zip(rows, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
         return torch.cat([tokens[row] for row in range(len(batch))])
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Input embeddings with the visual tokens in their places, (R, S, Dl)."""
-        model: Any = base_model(self.llm)
-        embeddings: Tensor = model.get_input_embeddings()(batch.input_ids)
-        visual = self.visual_tokens(batch)
+    def merge(self, batch: Batch, visual: Tensor) -> Tensor:
+        """Input embeddings (R, S, Dl) with the visual tokens (sum of V, Dl) in their places."""
+        embeddings = self._embed_words(batch.input_ids)  # (R, S) -> (R, S, Dl)
         assert int(batch.visual_mask.sum()) == visual.shape[0], "placeholders and visual tokens differ in number"
-        # By mask, not by position: ids, labels, mask and embeddings keep one length, whatever the padding side and the clips a row.
+        # By mask, not by position: ids, labels, mask and embeddings keep one length, whatever the padding side and the clips of a row.
         return embeddings.masked_scatter(batch.visual_mask.unsqueeze(-1), visual.to(embeddings.dtype))
 
-    def language_inputs(self, batch: Batch) -> dict[str, Any]:
+    def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
         """What the language model is called with, in training and for generation."""
+        embeddings = self.merge(batch, visual)
         if batch.position_ids is None:
-            return {"inputs_embeds": self.embed(batch), "attention_mask": batch.attention_mask}
-        # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that start anew.
-        return {"inputs_embeds": self.embed(batch), "position_ids": batch.position_ids}
+            return {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask}
+        # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that start at 0 again.
+        return {"inputs_embeds": embeddings, "position_ids": batch.position_ids}
 
-    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
-        """Summed negative log-likelihood of the T label tokens in nats, and T.
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """Visual tokens (sum of V, Dl) of all clips, encoded and projected."""
+        return self.project(batch, self.encode(batch))
 
-        The head runs on label positions only: with a vocabulary of 150 000, logits of visual positions would be most of the memory.
-        """
-        labels = _required(batch.labels)[:, 1:]
-        is_label = labels != -100
-        targets = labels[is_label]
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings (R, S, Dl) with the visual tokens of all clips in their places."""
+        return self.merge(batch, self.visual_tokens(batch))
+
+    def _embed_words(self, ids: Tensor) -> Tensor:
         model: Any = base_model(self.llm)
-        if self.loss_chunk_bytes is not None and can_chunk(model):
-            rows = rows_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
-            if len(targets) > rows:
-                hidden, _ = self._run_head_on(batch, is_label, is_skipped=True)
-                return chunked_cross_entropy(hidden, model.lm_head.weight, targets, rows), len(targets)
-        _, logits = self._run_head_on(batch, is_label)
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+        embeddings: Tensor = model.get_input_embeddings()(ids)
+        return embeddings
 
-    def _run_head_on(self, batch: Batch, is_label: Tensor, *, is_skipped: bool = False) -> tuple[Tensor, Tensor]:
-        """Hidden states of label positions (T, Dl), and their logits (T, N), or (0, N) where the head is skipped.
+    def _chunk_rows(self, num_labels: int) -> int | None:
+        """Label positions whose logits the loss makes at a time; None where it makes all at once, in the model's own forward pass."""
+        model: Any = base_model(self.llm)
+        if self.loss_chunk_bytes is None or not can_chunk(model):
+            return None
+        rows = rows_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
+        return rows if num_labels > rows else None
 
-        Through the class's own forward, as some scale what the head gives (HyperCLOVA X).
+    def _decode(self, inputs: dict[str, Any], is_label: Tensor, *, has_head: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states of label positions (T, Dl), and their logits (T, N), or (0, N) without the head.
+
+        The head is called by the class's own forward, as some scale what the head gives (HyperCLOVA X).
         """
         model: Any = base_model(self.llm)
         seen: list[Tensor] = []
 
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            seen.append(inputs[0][:, :-1][is_label])
-            return (seen[0][:0] if is_skipped else seen[0],)
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+            seen.append(arguments[0][:, :-1][is_label])  # (R, S, Dl) -> (T, Dl)
+            return (seen[0] if has_head else seen[0][:0],)
 
         handle = model.lm_head.register_forward_pre_hook(keep)
         try:
-            logits = model(**self.language_inputs(batch), use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
         finally:
             handle.remove()
         return seen[0], logits
@@ -141,10 +178,16 @@ class VideoCaptioner(nn.Module):
     @property
     def is_refilling(self) -> bool:
         """Whether our own decoding writes the captions, in which waiting clips take the rows of those that ended."""
-        from vlmcap.models.decoding.support import can_decode
+        from vlmcap.models.decoding.engine import can_decode
 
         chosen = self.generation
         return chosen.engine == "own" and chosen.is_greedy and self.has_plain_inputs and can_decode(self.llm)
+
+    @property
+    def prompt_batch_size(self) -> int:
+        """Clips of a batch to caption: more than there are rows where waiting clips can take the rows of those that end."""
+        chosen = self.generation
+        return (chosen.num_rows or 1) * (chosen.clips_per_row if self.is_refilling else 1)
 
     def _own_ids(self, batch: Batch) -> list[list[int]]:
         """Greedy captions in row order, each up to and with its end token."""
@@ -182,7 +225,7 @@ class VideoCaptioner(nn.Module):
         penalty = self.generation.repetition_penalty
         processors = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
         ids: Tensor = self.llm.generate(  # type: ignore[operator]
-            **self.language_inputs(batch),
+            **self.language_inputs(batch, self.visual_tokens(batch)),
             **self.generation.as_arguments(),
             repetition_penalty=1.0,
             logits_processor=LogitsProcessorList(processors),
@@ -206,9 +249,10 @@ class VideoCaptioner(nn.Module):
 
     def caption_files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, str | Skipped]]:
         """Each file with its caption, or with why it has none, in order and as the batches get ready."""
-        assert self.prepare is not None, "made by vlmcap.load"
+        assert self.reader is not None, "a captioner that was made without a reader captions batches only"
         self.eval()
-        for batch in self.prepare(paths):
+        for batch in self.reader(paths, self.prompt_batch_size):
+            batch = batch.to(self.device)
             with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 texts = self.generate(batch) if len(batch) else []
             found: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}

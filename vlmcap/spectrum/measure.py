@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.datasets import decoded_dataset
-from vlmcap.assembly.encoding import encoding_of, free_memory
-from vlmcap.assembly.features import grid_of_frames
-from vlmcap.assembly.parts import device_of, load_encoder
-from vlmcap.assembly.sources import locate_sources, vision_part
+from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
+from vlmcap.assembly.features import encoding_of, free_memory
+from vlmcap.assembly.parts import device_of, load_encoder, locate_sources, vision_part
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import TINY, prepare

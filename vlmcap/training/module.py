@@ -19,6 +19,7 @@ from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.callbacks.saving import settle_loop
+from vlmcap.training.checkpoints.load import check_bases, check_weights, trained_parameters
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
 from vlmcap.training.schedule import StagePlan, peak_rate
@@ -249,51 +250,3 @@ class CaptioningModule(L.LightningModule):
             for skipped in batch.skipped:
                 self.ledger.add(skipped)
             self.ledger.check()
-
-
-def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:
-    """Part to the parameters that some stage trains, by their names in `captioner`."""
-    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.trained_parts()}
-    named = dict(captioner.named_parameters())
-    has_encoder_adapters = any(name.startswith("encoder.") and "lora_" in name for name in named)
-    for name, parameter in named.items():
-        is_adapter = "lora_" in name
-        if name.startswith("encoder."):
-            part = "encoder" if is_adapter == has_encoder_adapters else ""
-        elif name.startswith("projector."):
-            part = "projector"
-        else:
-            part = "adapter" if is_adapter else "llm"
-        if part in parts:
-            parts[part][name] = parameter
-    for part, parameters in parts.items():
-        if not parameters:
-            raise UserError(f"tuning.stages gives the {part} a learning rate, but the model has no such part; check tuning.use_lora")
-    return parts
-
-
-def check_bases(saved: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]) -> None:
-    """`UserError` if a frozen base differs in content from the one that the checkpoint was trained on."""
-    for part, base in saved.items():
-        now = present.get(part)
-        if now is not None and now["sha256"] != base["sha256"]:
-            raise UserError(
-                f"the checkpoint was trained on the {part} {base['name']} (sha256 {base['sha256'][:12]}), "
-                f"but {part}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set {part}.checkpoint to the former"
-            )
-
-
-def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-    """`UserError` unless names and shapes of the saved weights are those of the trained parameters."""
-    shapes = {f"captioner.{name}": tuple(p.shape) for parameters in trained.values() for name, p in parameters.items()}
-    for name in sorted(shapes.keys() ^ saved.keys()):
-        where = "the model lacks" if name in saved else "the checkpoint lacks"
-        raise UserError(
-            f"the checkpoint is from another architecture: {where} {name}; use the encoder, projector, llm and tuning of its run"
-        )
-    for name, shape in shapes.items():
-        if tuple(saved[name].shape) != shape:
-            raise UserError(
-                f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} here; "
-                "use the encoder, projector, llm and tuning of its run"
-            )

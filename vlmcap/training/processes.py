@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -20,13 +19,6 @@ _OURS = ("paths.output_dir=", "hydra.run.dir=", "hydra.output_subdir=", "hydra/j
 def num_processes(config: Config) -> int:
     """Of all machines, a device each."""
     return config.hardware.devices * config.trainer.num_nodes
-
-
-def single_process(config: Config) -> Config:
-    """The configuration for one process alone: evaluation, captioning and export read any run's checkpoint."""
-    hardware, trainer = dataclasses.replace(config.hardware, devices=1), dataclasses.replace(config.trainer)
-    trainer.strategy, trainer.num_nodes = Strategy.auto, 1
-    return dataclasses.replace(config, hardware=hardware, trainer=trainer)
 
 
 def process_rank(config: Config) -> int:

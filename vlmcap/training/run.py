@@ -20,13 +20,13 @@ from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
 from vlmcap.planning.activation_budget import num_kept_layers
 from vlmcap.planning.make import enforce_plan
-from vlmcap.training.checkpoints.load import load_weights, read_checkpoint
+from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
 from vlmcap.training.checks import check_engine, check_facts, check_objective, check_stages
 from vlmcap.training.console import show_end
 from vlmcap.training.fitting import fit
 from vlmcap.training.objects import Run, build_run
-from vlmcap.training.processes import as_process, check_launch, is_hollow, is_main, process_rank, single_process
+from vlmcap.training.processes import as_process, check_launch, is_hollow, is_main, process_rank
 from vlmcap.training.resume import check_folder, find_resume
 from vlmcap.training.strategy import check_strategy
 from vlmcap.training.summary import plain_scores, release_memory, summarize, tokenizer_version

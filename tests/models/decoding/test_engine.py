@@ -1,4 +1,4 @@
-"""Our own greedy decoding against transformers' generate, in float32, id by id."""
+"""Our own greedy decoding against transformers' generate, in float32, id by id, and which models it takes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmcap.models.decoding.engine import greedy_ids
+from vlmcap.models.decoding.engine import can_decode, greedy_ids
 from vlmcap.models.decoding.settings import GenerationSettings
-from vlmcap.models.decoding.support import can_decode
 from vlmcap.models.llm.adapt import add_lora, base_model
 
 VOCABULARY, WIDTH, NEW = 60, 64, 20
 LENGTHS = (9, 4, 13, 7, 13, 5, 10, 6, 11)  # of the prompts; more of them than rows
 STOPS = (1, 2, 3)
 RULES: tuple[dict[str, Any], ...] = ({}, {"repetition_penalty": 1.3}, {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2})
+SMALL: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 def make_model(kind: str, **changes: Any) -> nn.Module:
@@ -195,3 +203,38 @@ def test_short_limits(most: int) -> None:
     settings = GenerationSettings(most, speculate_ngram=1)
     assert greedy_ids(model, prompts(), settings, STOPS, 2) == expected(model, prompts(), settings)
     assert greedy_ids(model, [], settings, STOPS, 2) == []
+
+
+def sketch(kind: str, **changes: Any) -> Any:
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SMALL | changes))
+
+
+def test_full_attention_is_taken_with_and_without_adapters() -> None:
+    for kind in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe"):
+        assert can_decode(sketch(kind)), kind
+    assert can_decode(add_lora(sketch("Qwen3"), rank=2, alpha=2, dropout=0.0, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Qwen3", {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 8}),
+        ("Gemma2", {}),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    ],
+)
+def test_windows_other_classes_and_moving_angles_are_not(kind: str, changes: dict[str, Any]) -> None:
+    assert not can_decode(sketch(kind, **changes))
+
+
+def test_what_only_transformers_does_is_left_to_it() -> None:
+    model = sketch("Llama")
+    model.generation_config.suppress_tokens = [3]
+    assert not can_decode(model)
+    model = sketch("Llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert not can_decode(model)
+    assert not can_decode(nn.Linear(2, 2))

@@ -102,13 +102,14 @@ def test_logits_are_the_references(
     captioner = make(folder)
     batch = batch_of(captioner)
     llm: Any = captioner.llm
-    ours = llm.lm_head(llm.model(**captioner.language_inputs(batch), use_cache=False).last_hidden_state)
+    ours = llm.lm_head(llm.model(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).last_hidden_state)
     expected = reference(**reference_inputs(reference, batch)).logits
     real = batch.attention_mask.bool()
     record_property("parity:model:llava_next_video", (ours - expected)[real].abs().max().item())
     torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=1e-5)
     assert batch.frames is not None
-    other = llm(**captioner.language_inputs(replace(batch, frames=255 - batch.frames))).logits
+    inverted = replace(batch, frames=255 - batch.frames)
+    other = llm(**captioner.language_inputs(inverted, captioner.visual_tokens(inverted))).logits
     assert (other - expected)[real].abs().max() > 0.1  # or parity would say nothing
 
 

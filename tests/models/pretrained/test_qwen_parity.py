@@ -109,7 +109,7 @@ def setup(request: pytest.FixtureRequest, qwen_folders: dict[str, Path]) -> Setu
 @torch.no_grad()
 def logits(captioner: QwenVLCaptioner, batch: Batch) -> Tensor:
     llm: Any = captioner.llm
-    hidden = llm.model(**captioner.language_inputs(batch), use_cache=False).last_hidden_state
+    hidden = llm.model(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).last_hidden_state
     return llm.lm_head(hidden)  # type: ignore[no-any-return]
 
 
@@ -153,7 +153,7 @@ def test_captions_are_the_references(setup: Setup, qwen_folders: dict[str, Path]
     assert batch.attention_mask.min() == 0
     stop = {"eos_token_id": captioner.prompt.stop_ids, "pad_token_id": captioner.prompt.pad_id}
     arguments = captioner.generation.as_arguments() | stop
-    ours = captioner.llm.generate(**captioner.language_inputs(batch), **arguments)  # type: ignore[operator]
+    ours = captioner.llm.generate(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), **arguments)  # type: ignore[operator]
     theirs = setup.reference.generate(**setup.reference_inputs(batch), **arguments)[:, batch.input_ids.shape[1] :]
     assert ours.tolist() == theirs.tolist()
     assert ours[0].tolist() != ours[1].tolist()
@@ -191,7 +191,7 @@ def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
     """DeepStack's layers included: they stand behind the last one."""
     batch = setup.batch()
     assert batch.frames is not None
-    features = setup.captioner.encode(batch.frames, batch.grid_thw)
+    features = setup.captioner.encode(batch)
     assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind == "qwen3_vl" else 32)
     cached = replace(batch, frames=None, features=features)
     assert setup.captioner.loss_sum(cached)[0].item() == pytest.approx(setup.captioner.loss_sum(batch)[0].item(), rel=1e-6)

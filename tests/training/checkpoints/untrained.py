@@ -9,8 +9,7 @@ import torch
 
 from tests.assembling import assembled
 from vlmcap.config import Config
-from vlmcap.training.checkpoints.load import checkpoint_identity
-from vlmcap.training.module import trained_parameters
+from vlmcap.training.checkpoints.load import checkpoint_identity, trained_parameters
 from vlmcap.training.schedule import StagePlan
 
 

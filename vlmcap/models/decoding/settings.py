@@ -13,6 +13,7 @@ class GenerationSettings:
     Attributes:
         engine: "own" decodes greedily with `vlmcap.models.decoding` where it can; "hf" leaves everything to transformers.
         num_rows: Most captions that are written at a time; None writes those of a whole batch.
+        clips_per_row: Clips of a batch to caption for each row, where waiting clips can take the rows of those that end.
         speculate_ngram: Length of n-grams by which our own decoding guesses the tokens to come; 0 guesses nothing.
     """
 
@@ -28,6 +29,7 @@ class GenerationSettings:
     use_cache: bool = True
     engine: str = "own"
     num_rows: int | None = None
+    clips_per_row: int = 1
     speculate_ngram: int = 0
 
     @property

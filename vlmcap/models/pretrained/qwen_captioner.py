@@ -74,7 +74,7 @@ class QwenVLCaptioner(VideoCaptioner):
         super().__init__(*parts, **named)
         self.seconds_per_patch = seconds_per_patch
 
-    def language_inputs(self, batch: Batch) -> dict[str, Any]:
+    def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
         """What the language model is called with, in training and for generation."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -84,9 +84,8 @@ class QwenVLCaptioner(VideoCaptioner):
         ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)
         embeddings: Tensor = model.get_input_embeddings()(ids)
         counts = batch.visual_mask.sum(1).tolist()
-        tokens = self.visual_tokens(batch)
-        assert sum(counts) == len(tokens), "placeholders and visual tokens differ in number"
-        first, *deep = tokens.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
+        assert sum(counts) == len(visual), "placeholders and visual tokens differ in number"
+        first, *deep = visual.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
         output = BaseModelOutputWithDeepstackFeatures(
             pooler_output=list(first.split(counts)), deepstack_features=[list(layer.split(counts)) for layer in deep] or None
         )

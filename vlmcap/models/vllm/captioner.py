@@ -49,7 +49,7 @@ class TokenEmbeddings(nn.Module):
 
 
 class VllmCaptioner(VideoCaptioner):
-    """Captions of video clips, their words by vLLM; there is no loss, as the language model is not here.
+    """Captions of batches, their words by vLLM; there is no loss, as the language model is not here.
 
     Args:
         captioner: Encoder, projector and prompt, with `TokenEmbeddings` in the place of the language model.

@@ -204,9 +204,9 @@ class Tracer:
         grid = self.sizes.grid if self.config.is_whole else None
         batch = language_batch(num_clips, self.sizes.runs, PROMPT_TOKENS, num_caption, grid, self.sizes.gap)
         prompt: Any = SimpleNamespace(question_ids=[1])
-        captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None)
-        captioner.visual_tokens = lambda batch: visual.flatten(0, 1)  # type: ignore[method-assign]
-        captioner.loss_chunk_bytes = loss_chunk_bytes(self.config)
+        captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config))
+        captioner.encode = lambda batch: visual  # type: ignore[method-assign]
+        captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which have no values here
             places = batch.visual_mask.unsqueeze(-1)
@@ -214,7 +214,7 @@ class Tracer:
         caches: list[Any] = []
 
         def prefill() -> torch.Tensor:
-            output = llm(**captioner.language_inputs(batch), use_cache=True, logits_to_keep=1)
+            output = llm(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=True, logits_to_keep=1)
             caches.append(output.past_key_values)
             logits: torch.Tensor = output.logits
             return logits

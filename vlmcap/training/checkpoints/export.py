@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 import vlmcap
 from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import dtype_of, load_prompt_of
-from vlmcap.compose import from_plain, to_config
-from vlmcap.config import Config, EncoderTuning
+from vlmcap.compose import from_plain, to_config, to_plain, write_yaml
+from vlmcap.config import Config, EncoderTuning, Quantization
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import quiet_libraries
-from vlmcap.training.checkpoints.exported import is_export, write_parts
-from vlmcap.training.checkpoints.load import read_checkpoint
+from vlmcap.training.checkpoints.load import (
+    EXPORT_CONFIG,
+    EXPORT_FOLDER,
+    EXPORT_ORIGIN,
+    EXPORT_PARTS,
+    check_bases,
+    is_export,
+    read_checkpoint,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +137,24 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output} is a file; name a new folder")
 
 
+def as_exported(config: Config, folder: Path) -> Config:
+    """The run's configuration on the exported model: its adapters are in the weights, and nothing more is trained of the language model.
+
+    Args:
+        config: Of the run.
+        folder: Of the exported model, which takes the place of the base.
+    """
+    part = "model" if config.is_whole else "llm"
+    stages = {name: dataclasses.replace(stage, adapter_lr=0.0, llm_lr=0.0) for name, stage in config.tuning.stages.items()}
+    changed = dataclasses.replace(
+        config,
+        tuning=dataclasses.replace(config.tuning, stages=stages, use_lora=False),
+        llm=dataclasses.replace(config.llm, quantization=Quantization["none"]),
+    )
+    base = dataclasses.replace(getattr(changed, part), checkpoint=str(folder), revision=None)
+    return dataclasses.replace(changed, **{part: base})
+
+
 def checkpoint_sha256(checkpoint: Path) -> str:
     """Of the file's content."""
     with checkpoint.open("rb") as stream:
@@ -162,7 +187,6 @@ def _device(name: str) -> str:
 def _base(config: Config, content: Mapping[str, Any]) -> Path:
     """The folder of the language model, or of the whole one; it is the one that the run was trained on."""
     from vlmcap.models.checkpoint import fingerprint, locate
-    from vlmcap.training.module import check_bases
 
     part = "model" if config.is_whole else "llm"
     settings = getattr(config, part)
@@ -197,6 +221,21 @@ def _write(folder: Path, model: Any, config: Config, base: Path, weights: Mappin
     if config.llm.chat_template:
         (folder / "chat_template.jinja").write_text(config.llm.chat_template, encoding="utf-8")
     write_parts(folder, config, weights, origin)
+
+
+def write_parts(folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Mapping[str, Any]) -> None:
+    """Writes projector, trained encoder weights, configuration and origin into a new folder of an export."""
+    from safetensors.torch import save_file
+
+    beside = folder / EXPORT_FOLDER
+    beside.mkdir()
+    for part in EXPORT_PARTS:
+        prefix = f"captioner.{part}."
+        own = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items() if name.startswith(prefix)}
+        if own:
+            save_file(own, beside / f"{part}.safetensors")
+    write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
+    (beside / EXPORT_ORIGIN).write_text(json.dumps(origin, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_older_names(file: Path) -> None:

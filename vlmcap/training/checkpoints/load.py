@@ -1,24 +1,61 @@
-"""Checkpoints of ours: read safely, and turned back into a captioner."""
+"""Checkpoints of ours: read safely, checked against a model, and turned back into a captioner, all without Lightning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.model import Assembly, assemble, describe_model
-from vlmcap.assembly.parts import device_of, dtype_of
-from vlmcap.assembly.sources import Sources
+from vlmcap.assembly.parts import Sources, device_of
 from vlmcap.compose import from_plain, to_config, to_plain
-from vlmcap.config import Config, Engine, Precision
+from vlmcap.config import Config, Engine, Strategy
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import quiet_libraries
-from vlmcap.training.checkpoints.exported import is_export, read_export
-from vlmcap.training.processes import single_process
+from vlmcap.training.schedule import StagePlan
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.types import Batch
+
+# An exported folder holds, beside the model's own files, a folder with what the model's class does not know. It is a folder because vLLM
+# reads every `*.safetensors` beside config.json as weights of the model.
+EXPORT_FOLDER, EXPORT_CONFIG, EXPORT_ORIGIN = "vlmcap", "config.yaml", "origin.json"
+EXPORT_PARTS = ("projector", "encoder")  # a file each, the second only where the encoder was trained
+
+
+def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None = None) -> VideoCaptioner:
+    """A captioner from a checkpoint alone, ready for `caption(paths)`.
+
+    Args:
+        checkpoint: File that train.py wrote, or folder that `vlmcap export` wrote.
+        overrides: Dotted keys to values, such as {"llm.max_new_tokens": 200}.
+
+    Raises:
+        UserError: The checkpoint or one of its bases is missing or is another one.
+    """
+    quiet_libraries()
+    content = read_checkpoint(checkpoint)
+    config = single_process(to_config(from_plain(content["vlmcap"]["config"], overrides)))
+    if config.evaluation.engine is Engine.vllm:
+        raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
+    assembly = assemble(describe_model(config), is_fresh=False)
+    load_weights(assembly, content, config)
+    return assembly.captioner.to(device_of(config)).eval()
+
+
+def single_process(config: Config) -> Config:
+    """The configuration for one process alone: evaluation, captioning and export read any run's checkpoint."""
+    hardware = dataclasses.replace(config.hardware, devices=1)
+    trainer = dataclasses.replace(config.trainer)
+    trainer.strategy, trainer.num_nodes = Strategy.auto, 1
+    return dataclasses.replace(config, hardware=hardware, trainer=trainer)
+
+
+# --- what is in a checkpoint ------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_identity(config: Config, sources: Sources) -> dict[str, Any]:
@@ -53,68 +90,102 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def is_export(path: Path) -> bool:
+    """Whether `vlmcap export` wrote this folder."""
+    return (path / EXPORT_FOLDER / EXPORT_CONFIG).is_file()
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Where the weights of an export come from."""
+    origin: dict[str, Any] = json.loads((folder / EXPORT_FOLDER / EXPORT_ORIGIN).read_text(encoding="utf-8"))
+    return origin
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """An exported folder as `read_checkpoint` gives a checkpoint: plain data, and the tensors that are not in the model.
+
+    Raises:
+        UserError: Its files cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    beside = folder / EXPORT_FOLDER
+    weights: dict[str, Tensor] = {}
+    try:
+        for part in EXPORT_PARTS:
+            file = beside / f"{part}.safetensors"
+            weights |= {f"captioner.{part}.{name}": tensor for name, tensor in load_file(file).items()} if file.is_file() else {}
+        plain: Any = OmegaConf.to_container(OmegaConf.load(beside / EXPORT_CONFIG))
+        origin = read_origin(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{beside} cannot be read ({first_line(error)}); run `vlmcap export` again") from error
+    plain["llm" if plain["model"]["kind"] == "assembled" else "model"]["checkpoint"] = str(folder.resolve())
+    bases = {part: base for part, base in origin["bases"].items() if part == "encoder"}  # the other one is this folder
+    return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}
+
+
+# --- what a checkpoint has to fit -------------------------------------------------------------------------------------------------------
+
+
 def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config) -> None:
     """Puts a checkpoint's trained weights into a model of the same configuration.
 
     Raises:
         UserError: The model is of another architecture or stands on another base.
     """
-    from vlmcap.training.module import check_bases, check_weights, trained_parameters
-    from vlmcap.training.schedule import StagePlan
     from vlmcap.training.sharding import load_whole_weights
 
     check_bases(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
-    trained = trained_parameters(assembly.captioner, StagePlan(config.tuning.stages))
-    check_weights(content["state_dict"], trained)
-    own = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
-    load_whole_weights(assembly.captioner, own)
+    check_weights(content["state_dict"], trained_parameters(assembly.captioner, StagePlan(config.tuning.stages)))
+    weights = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
+    load_whole_weights(assembly.captioner, weights)
 
 
-def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None = None) -> VideoCaptioner:
-    """A captioner from a checkpoint alone, ready for `caption(paths)`.
-
-    Args:
-        checkpoint: File that train.py wrote.
-        overrides: Dotted keys to values, such as {"llm.max_new_tokens": 200}.
-
-    Raises:
-        UserError: The checkpoint or one of its bases is missing or is another one.
-    """
-    quiet_libraries()
-    content = read_checkpoint(checkpoint)
-    config = single_process(to_config(from_plain(content["vlmcap"]["config"], overrides)))
-    if config.evaluation.engine is Engine.vllm:
-        raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
-    assembly = assemble(describe_model(config), is_fresh=False)
-    load_weights(assembly, content, config)
-    captioner = assembly.captioner.to(device_of(config)).eval()
-    captioner.prepare = path_batches(config, assembly)
-    if config.hardware.precision is not Precision.fp32:
-        captioner.autocast_dtype = dtype_of(config.hardware.precision)
-    return captioner
+def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, dict[str, nn.Parameter]]:
+    """Part to the parameters that some stage trains, by their names in `captioner`."""
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.trained_parts()}
+    named = dict(captioner.named_parameters())
+    has_encoder_adapters = any(name.startswith("encoder.") and "lora_" in name for name in named)
+    for name, parameter in named.items():
+        is_adapter = "lora_" in name
+        if name.startswith("encoder."):
+            part = "encoder" if is_adapter == has_encoder_adapters else ""
+        elif name.startswith("projector."):
+            part = "projector"
+        else:
+            part = "adapter" if is_adapter else "llm"
+        if part in parts:
+            parts[part][name] = parameter
+    for part, parameters in parts.items():
+        if not parameters:
+            raise UserError(f"tuning.stages gives the {part} a learning rate, but the model has no such part; check tuning.use_lora")
+    return parts
 
 
-def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]], Iterator[Batch]]:
-    """A function from video files to batches of prompts on the model's device."""
-    from torch.utils.data import DataLoader
+def check_bases(saved: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]) -> None:
+    """`UserError` if a frozen base differs in content from the one that the checkpoint was trained on."""
+    for part, base in saved.items():
+        now = present.get(part)
+        if now is not None and now["sha256"] != base["sha256"]:
+            raise UserError(
+                f"the checkpoint was trained on the {part} {base['name']} (sha256 {base['sha256'][:12]}), "
+                f"but {part}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set {part}.checkpoint to the former"
+            )
 
-    from vlmcap.assembly.data import prompt_batch_size
-    from vlmcap.assembly.datasets import decoded_dataset
-    from vlmcap.data.loading.collate import Collator
-    from vlmcap.data.loading.worker_report import WorkerWatch
-    from vlmcap.types import Clip
 
-    collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens, mode="generate")
-
-    def batches(paths: Sequence[Path]) -> Iterator[Batch]:
-        clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
-        dataset = decoded_dataset(config, assembly.transform, assembly.grid_of, clips)
-        workers = max(0, min(config.data.num_workers, len(clips) - 1))
-        watch = WorkerWatch()
-        watched = watch.over(dataset, clips) if workers else dataset
-        loader = DataLoader(watched, batch_size=prompt_batch_size(config, assembly), collate_fn=collator, num_workers=workers)
-        with watch.naming_clips():
-            for batch in loader:
-                yield batch.to(assembly.captioner.device)
-
-    return batches
+def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    """`UserError` unless names and shapes of the saved weights are those of the trained parameters."""
+    shapes = {f"captioner.{name}": tuple(p.shape) for parameters in trained.values() for name, p in parameters.items()}
+    for name in sorted(shapes.keys() ^ saved.keys()):
+        where = "the model lacks" if name in saved else "the checkpoint lacks"
+        raise UserError(
+            f"the checkpoint is from another architecture: {where} {name}; use the encoder, projector, llm and tuning of its run"
+        )
+    for name, shape in shapes.items():
+        if tuple(saved[name].shape) != shape:
+            raise UserError(
+                f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} here; "
+                "use the encoder, projector, llm and tuning of its run"
+            )

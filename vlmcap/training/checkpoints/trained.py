@@ -13,8 +13,8 @@ from vlmcap.assembly.model import Assembly, assemble, describe_model, generation
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, Engine
 from vlmcap.errors import UserError
-from vlmcap.training.checkpoints.exported import as_exported, is_export, read_export, read_origin
-from vlmcap.training.checkpoints.load import load_weights, read_checkpoint
+from vlmcap.training.checkpoints.export import as_exported
+from vlmcap.training.checkpoints.load import is_export, load_weights, read_checkpoint, read_export, read_origin
 
 if TYPE_CHECKING:
     from vlmcap.types import Clip
