@@ -1,0 +1,196 @@
+"""When a stream's frames are shown: where its picture starts and ends, and which frames can be decoded on their own.
+
+Headers state lengths of other things than the picture: the end of a longer sound, the time until which a late picture lasts, the slots of
+frames that were dropped. Only the sample table of an MP4 is taken at its word; the packets of any other file are read through once, without
+decoding, which costs little next to decoding them.
+
+All times are integer ticks of the stream's time base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
+
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from vlmcap.data.decoding.container import check_deadline
+
+_DEFAULT_FPS = 25  # for the spacing of frames without timestamps or rate
+_ESTIMATED = ("mpeg", "mpegts")  # formats without any header that states a length: the library estimates one
+_LARGEST_JUMP_S = 1  # further back than this, the clock of a file was set back, as where two recordings were joined
+
+
+class KeyPacket(NamedTuple):
+    """A packet from which decoding can start; time and size tell it from any other one."""
+
+    time: int
+    size: int
+    decoding_time: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The times of a stream's picture.
+
+    Attributes:
+        start: When the first frame appears.
+        duration: How long the picture lasts.
+        step: How long a frame lasts that does not say so.
+        tick_s: Seconds per tick.
+        keys: Key packets in the order of time; empty where the file's own index is used instead.
+        is_indexed: Whether the file says where each frame is (MP4 and MOV do), so that it need not be read through.
+        is_timed: Whether frames carry the times at which they are shown. Otherwise they are shown in the order in which they leave the
+            decoder, at `slots`, and can only be told apart by counting from the start.
+        slots: Times of all frames where these do not carry them, ascending.
+        is_start_known: False where only decoding shows which frame is the first.
+        stated_end: The time until which the header says that the picture lasts, if it does.
+    """
+
+    start: int
+    duration: int
+    step: int
+    tick_s: Fraction
+    keys: tuple[KeyPacket, ...] = ()
+    is_indexed: bool = False
+    is_timed: bool = True
+    slots: tuple[int, ...] = field(default=(), repr=False)
+    is_start_known: bool = True
+    stated_end: int | None = None
+
+    @property
+    def end(self) -> int:
+        """When the last frame leaves the screen."""
+        return self.start + self.duration
+
+    def clock(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[tuple[int, VideoFrame]]:
+        """(time, frame) in the order of display; untimed packets have to be all packets from the start on."""
+        following, num_frames = self.start, 0
+        for packet in packets:
+            for frame in packet.decode():
+                if self.is_timed:
+                    time = following if frame.pts is None else frame.pts
+                else:
+                    time = self.slots[num_frames] if num_frames < len(self.slots) else following
+                following, num_frames = time + self.step, num_frames + 1
+                yield time, frame
+
+
+def frame_rate(stream: VideoStream) -> Fraction:
+    """Frames per second, on average; a guess where the file does not say."""
+    return stream.average_rate or stream.guessed_rate or Fraction(_DEFAULT_FPS)
+
+
+def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the index holds every frame and its times can be trusted; other formats have none or fill it while they are read."""
+    return container.format.name.startswith("mov,") and 0 < stream.frames <= len(stream.index_entries) and bool(stream.duration)
+
+
+def indexed_timeline(stream: VideoStream) -> Timeline:
+    """The timeline of a file with a sample table."""
+    tick_s, step = _ticks(stream)
+    duration = max(step, stream.duration or 0)
+    return Timeline(stream.start_time or 0, duration, step, tick_s, is_indexed=True)
+
+
+def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s: float) -> Timeline:
+    """The timeline of any other file, out of all its packets.
+
+    Args:
+        container: Just opened; it is read to its end.
+        stream: Its video stream.
+        deadline_s: `time.monotonic()` at which a `VideoError` says that it took too long.
+    """
+    tick_s, step = _ticks(stream)
+    scan = _Scan(step)
+    for packet in container.demux(stream):
+        check_deadline(deadline_s)
+        if packet.size and not packet.is_discard:
+            scan.add(packet)
+    stated_end = _stated_end(container, stream, tick_s)
+    if not scan.times:
+        return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
+    scan.drop_before_first_key()
+    if slots := scan.slots(bool(stream.codec_context.has_b_frames), int(_LARGEST_JUMP_S / tick_s)):
+        keys = tuple(KeyPacket(slots[i], scan.sizes[i], slots[i]) for i in scan.keys)
+        duration = max(step, slots[-1] - slots[0] + step)
+        return Timeline(slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end)
+    times = [time for time in scan.times if time is not None]
+    keys = tuple(sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None))
+    start, is_start_known = times[0], times[0] == min(times) and scan.is_from_key
+    return Timeline(start, max(step, scan.end - start), step, tick_s, keys, is_start_known=is_start_known, stated_end=stated_end)
+
+
+class _Scan:
+    """The packets of a stream in the order of decoding."""
+
+    def __init__(self, step: int) -> None:
+        self.times: list[int | None] = []
+        self.decoding_times: list[int | None] = []
+        self.sizes: list[int] = []
+        self.keys: list[int] = []
+        self.end = 0
+        self.is_from_key = True
+        self._step = step
+
+    def add(self, packet: Packet[VideoStream]) -> None:
+        if packet.is_keyframe:
+            self.keys.append(len(self.times))
+        if packet.pts is not None:
+            end = packet.pts + (packet.duration or self._step)
+            self.end = end if not self.times else max(self.end, end)
+        self.times.append(packet.pts)
+        self.decoding_times.append(packet.dts)
+        self.sizes.append(packet.size)
+
+    def drop_before_first_key(self) -> None:
+        """Packets before the first key frame, as of a cut stream, cannot be decoded; of most formats, at least."""
+        first = self.keys[0] if self.keys else 0
+        if first == 0:
+            return
+        self.is_from_key = False
+        self.keys = [i - first for i in self.keys]
+        del self.times[:first], self.decoding_times[:first], self.sizes[:first]
+
+    def order(self, i: int) -> int:
+        """The time by which packet `i` is found in the file."""
+        decoding_time, time = self.decoding_times[i], self.times[i]
+        return next((value for value in (decoding_time, time) if value is not None), 0)
+
+    def slots(self, is_reordered: bool, largest_jump: int) -> list[int]:
+        """Ascending times of all frames where packets do not carry those of display; empty where they do."""
+        num_timed = sum(time is not None for time in self.times)
+        even = [self._step * i for i in range(len(self.times))]
+        if 2 * num_timed < len(self.times):  # at least each second one: two fields of a frame can be two packets, of which one has a time
+            return [(self.times[0] or 0) + slot for slot in even]
+        times = [time for time in self.times if time is not None]
+        orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
+        if any(after < before - largest_jump for before, after in pairwise(orders)):
+            return [times[0] + slot for slot in even]
+        # A decoder that reorders frames, and times in the order of decoding: AVI says no more of H.264.
+        if is_reordered and len(times) > 1 and all(before < after for before, after in pairwise(times)):
+            return times if num_timed == len(self.times) else [times[0] + slot for slot in even]
+        return []
+
+
+def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
+    """Seconds per tick and the ticks from frame to frame."""
+    rate = frame_rate(stream)
+    tick_s = stream.time_base or 1 / rate
+    return tick_s, max(1, round(1 / (rate * tick_s)))
+
+
+def _stated_end(container: InputContainer, stream: VideoStream, tick_s: Fraction) -> int | None:
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska; some writers mean the length
+        hours, minutes, seconds = (Fraction(part) for part in tag.groups())
+        return round((hours * 3600 + minutes * 60 + seconds) / tick_s)
+    if stream.duration and container.format.name not in _ESTIMATED:
+        return (stream.start_time or 0) + stream.duration
+    return None
