@@ -44,17 +44,19 @@ def encode(
 
 
 def decode_all(path: Path) -> Frames:
-    """All frames, as stored."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
+    """All frames with square pixels, not turned."""
+    return decode_with_times(path)[0]
 
 
 def decode_with_times(path: Path) -> tuple[Frames, list[float]]:
-    """All frames, as stored, and their times in seconds from the first one."""
+    """All frames with square pixels, not turned, and their times in seconds from the first one."""
     with av.open(str(path)) as container:
+        aspect_ratio = container.streams.video[0].sample_aspect_ratio or 1
         frames = list(container.decode(video=0))
-        times_s = [float((frame.pts - frames[0].pts) * frame.time_base) for frame in frames]
-        return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in frames]), times_s
+    is_untagged_hd = frames[0].colorspace == 2 and frames[0].height >= 720
+    settings = {"width": round(frames[0].width * aspect_ratio), "src_colorspace": "ITU709" if is_untagged_hd else None}
+    times_s = [float(((frame.pts or 0) - (frames[0].pts or 0)) * (frame.time_base or 0)) for frame in frames]
+    return np.stack([frame.to_ndarray(format="rgb24", threads=1, **settings) for frame in frames]), times_s
 
 
 def list_times(path: Path) -> list[float]:

@@ -14,8 +14,9 @@ import pytest
 from tests.data.encoding import Frames, decode_all, encode
 from vlmcap.data.decoding import frame_reader
 from vlmcap.data.decoding.container import MediaFile
+from vlmcap.data.decoding.display import to_rgb
 from vlmcap.data.decoding.sampling import uniform_moments
-from vlmcap.data.decoding.video import DecodeLimits, VideoError, _to_rgb, decode_frames, write_video
+from vlmcap.data.decoding.video import DecodeLimits, VideoError, decode_frames, write_video
 
 
 def centres(num_all: int, num_frames: int) -> list[int]:
@@ -193,7 +194,7 @@ def test_frames_own_no_threads(real_clips: dict[str, Path], tmp_path: Path, make
     with file.open_container(10) as container:
         before = num_threads()
         frame = frame_reader.FrameReader(file, container, time.monotonic() + 10, DecodeLimits()).frame_at(5.0)
-        _to_rgb(frame, frame.width, frame.height)
+        to_rgb(frame, frame.width, frame.height)
         write_video(tmp_path / "x.mp4", make_frames(3), fps=8)
         assert num_threads() == before
 

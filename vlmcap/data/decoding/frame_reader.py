@@ -6,11 +6,12 @@ the last whose timestamp is not later. That holds with a variable frame rate too
 
 from __future__ import annotations
 
+import bisect
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 
@@ -22,22 +23,26 @@ from av.video.stream import VideoStream
 from numpy.random import Generator
 
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, find_video_stream
-from vlmcap.data.decoding.key_frames import has_whole_index, key_frame_times, picture_changes
+from vlmcap.data.decoding.display import is_plain
+from vlmcap.data.decoding.key_frames import key_frame_times, picture_changes
 from vlmcap.data.decoding.sampling import FrameSampling, adaptive_moments, choose_moments, jitter_moments, keyframe_moments
+from vlmcap.data.decoding.timeline import KeyPacket, check_missing, frame_rate, has_sample_table, indexed_timeline, scanned_timeline
 
 _MIN_SEEK_FRAMES = 4  # below this, decoding on is cheaper than refilling the decoder after a seek
 _SKIP_MARGIN_FRAMES = 4  # so far ahead of a wanted moment, frames that no other frame leans on are not decoded
-_DEFAULT_FPS = 25  # for the spacing of frames without timestamps or rate
+_KEYS_BACK = (1, 2, 5)  # key frames before a moment from which decoding is tried; a stream may need several to build up its picture
+_NOWHERE = -(1 << 63)  # earlier than any frame
 
 
 class FrameReader:
     """The frames of one clip at ascending moments.
 
     Attributes:
+        timeline: When the frames of the clip are shown.
         num_packets: Compressed frames given to the decoder so far, which drops some without decoding them.
 
     Args:
-        file: The file of `container`, opened again only to measure a duration that the header lacks.
+        file: The file of `container`, opened again to read it through where it has no table of its frames.
         container: Just opened.
         deadline_s: `time.monotonic()` at which reading stops with a `VideoError`.
         limits: What else the clip may cost.
@@ -46,32 +51,38 @@ class FrameReader:
     def __init__(self, file: MediaFile, container: InputContainer, deadline_s: float, limits: DecodeLimits) -> None:
         self._file, self._container, self._deadline_s, self._limits = file, container, deadline_s, limits
         self._stream = find_video_stream(container, limits.max_pixels)
-        self._rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(_DEFAULT_FPS)
-        self._tick_s = self._stream.time_base or 1 / self._rate
-        self._step = max(1, round(1 / (self._rate * self._tick_s)))
-        self._start = self._stream.start_time or 0
-        self._has_own_duration = True
-        self._duration = self._read_duration()
+        if has_sample_table(container, self._stream):
+            self.timeline = indexed_timeline(self._stream)
+        else:
+            with self._reopened() as (other, stream):
+                self.timeline = scanned_timeline(other, stream, deadline_s)
         if self.duration_s > limits.max_duration_s:
             raise VideoError(f"it claims to last {self.duration_s:.0f} seconds, more than the allowed {limits.max_duration_s:.0f}")
-        self._frames = self._decode(container.demux(self._stream), first=self._start - self._step)
         self._shown: tuple[int, VideoFrame] | None = None
         self._ahead: tuple[int, VideoFrame] | None = None
-        self._is_started = False
-        # Only H.264 marks such frames for all layers, and a mistake is only mended where one can seek back.
-        self._can_skip = self.codec == "h264" and self.has_whole_index
-        self._whole_from, self._is_skipping, self._last_skipped = self._start, False, self._start - self._step
+        self._is_started, self._can_seek = False, self.timeline.is_timed
+        # Only H.264 marks such frames for all layers, and a mistake is only corrected where one can seek back.
+        self._can_skip = self.codec == "h264" and self.timeline.is_indexed
+        self._whole_from, self._is_skipping, self._last_skipped = _NOWHERE, False, _NOWHERE
         self.num_packets = 0
+        first = self.timeline.start - self.timeline.step if self.timeline.is_indexed else _NOWHERE
+        self._frames = self._decode(container.demux(self._stream), first)
+        if not self.timeline.is_start_known:
+            start = self._first_time()
+            self.timeline = replace(self.timeline, start=start, duration=max(self.timeline.step, self.timeline.end - start))
+        if self.timeline.stated_end is not None and not self.timeline.is_indexed:
+            stated_s = float(self.timeline.stated_end * self.timeline.tick_s)
+            check_missing(stated_s - float(self.timeline.end * self.timeline.tick_s), stated_s)
 
     @property
     def duration_s(self) -> float:
-        """Length of the clip in seconds; that of one frame where nothing else is known."""
-        return float(self._duration * self._tick_s)
+        """Length of the picture in seconds; that of one frame where nothing else is known."""
+        return float(self.timeline.duration * self.timeline.tick_s)
 
     @property
     def fps(self) -> float:
-        """Frames a second, on average."""
-        return float(self._rate)
+        """Frames per second, on average."""
+        return float(frame_rate(self._stream))
 
     @property
     def num_frames(self) -> int:
@@ -84,9 +95,22 @@ class FrameReader:
         return self._stream.codec_context.name
 
     @property
-    def has_whole_index(self) -> bool:
-        """Whether the file says where each frame is (MP4 and AVI do), so that seeking is exact."""
-        return has_whole_index(self._stream)
+    def aspect_ratio(self) -> float:
+        """Width of a pixel over its height."""
+        return float(self._stream.sample_aspect_ratio or 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the first frame, unlike others, need only be turned to be shown; it is decoded if none has been."""
+        if self._shown is None:
+            self._go_to(_NOWHERE)
+        return self._shown is not None and is_plain(self._shown[1], self.aspect_ratio)
+
+    @property
+    def shown_s(self) -> float:
+        """Seconds from the first frame of the clip to the one that `frame_at` returned last."""
+        assert self._shown is not None
+        return float(max(0, self._shown[0] - self.timeline.start) * self.timeline.tick_s)
 
     def choose_moments(self, sampling: FrameSampling, rng: Generator | None) -> list[float]:
         """The moments that `sampling` takes of this clip, ascending, in seconds from its start.
@@ -96,11 +120,11 @@ class FrameReader:
         """
         if sampling.kind == "keyframe":
             with self._reopened() as (container, stream):
-                times = key_frame_times(container, stream, sampling.num_frames, self._deadline_s)
+                times = key_frame_times(container, stream, self.timeline, sampling.num_frames, self._deadline_s)
             moments = keyframe_moments(self._in_seconds(times), self.duration_s, sampling.num_frames)
         elif sampling.kind == "adaptive":
             with self._reopened() as (container, stream):
-                times, changes = picture_changes(container, stream, sampling.num_frames, self._duration, self._deadline_s)
+                times, changes = picture_changes(container, stream, self.timeline, sampling.num_frames, self._deadline_s)
             moments = adaptive_moments(self._in_seconds(times), changes, self.duration_s, sampling.num_frames)
         else:
             return choose_moments(sampling, self.duration_s, rng)
@@ -108,7 +132,7 @@ class FrameReader:
 
     def stream_time_s(self, moment_s: float) -> float:
         """The stream's own time of a moment of the clip: amid the tick that decides which frame is on screen."""
-        return float((self._tick_of(moment_s) + Fraction(1, 2)) * self._tick_s)
+        return float((self._tick_of(moment_s) + Fraction(1, 2)) * self.timeline.tick_s)
 
     def frame_at(self, moment_s: float) -> VideoFrame:
         """The frame on screen `moment_s` seconds after the start of the clip; moments must not descend.
@@ -117,43 +141,36 @@ class FrameReader:
             VideoError: The clip ends well before it should, holds no frame at all, or the deadline has passed.
         """
         moment = self._tick_of(moment_s)
-        if self._saves_decoding(moment):
+        if self._can_seek and self._saves_decoding(moment):
             self._seek(moment)
         if self._can_skip:
-            self._whole_from = moment - _SKIP_MARGIN_FRAMES * self._step
+            self._whole_from = moment - _SKIP_MARGIN_FRAMES * self.timeline.step
         self._go_to(moment)
         if self._shown is not None and self._shown[0] < self._last_skipped:
             # A long pause between frames: one that was skipped may be on screen.
-            self._can_skip, self._whole_from, self._last_skipped = False, self._start, self._start - self._step
+            self._can_skip, self._whole_from, self._last_skipped = False, _NOWHERE, _NOWHERE
             self._seek(moment)
             self._go_to(moment)
         if self._shown is None:
             raise VideoError("it holds no frame that can be decoded")
         if self._ahead is None:
             start, frame = self._shown
-            self.check_end(float((start + max(frame.duration or 0, self._step) - self._start) * self._tick_s))
+            self.check_end(float((start + max(frame.duration or 0, self.timeline.step) - self.timeline.start) * self.timeline.tick_s))
         return self._shown[1]
 
+    def check_end(self, end_s: float) -> None:
+        """`VideoError` if the frames end more than a tenth and a second before the picture should.
+
+        Args:
+            end_s: Seconds from the start of the clip at which its last frame leaves the screen.
+        """
+        check_missing(self.duration_s - end_s, self.duration_s)
+
     def _tick_of(self, moment_s: float) -> int:
-        return self._start + math.floor(moment_s / self._tick_s + 1e-6)  # a moment that falls on a frame means that frame
+        return self.timeline.start + math.floor(moment_s / self.timeline.tick_s + 1e-6)  # a moment that falls on a frame means that frame
 
-    def _go_to(self, moment: int) -> None:
-        if not self._is_started:
-            self._ahead, self._is_started = next(self._frames, None), True
-        while self._ahead is not None and (self._shown is None or self._ahead[0] <= moment):
-            self._shown, self._ahead = self._ahead, next(self._frames, None)
-
-    def _read_duration(self) -> int:
-        stream = self._stream
-        if stream.duration and stream.duration > 0:
-            return stream.duration
-        if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska
-            hours, minutes, seconds = (Fraction(part) for part in tag.groups())
-            return max(self._step, round((hours * 3600 + minutes * 60 + seconds) / self._tick_s))
-        self._has_own_duration = False  # the container's may be that of a longer sound track
-        if self._container.duration and self._container.duration > 0:
-            return max(self._step, round(Fraction(self._container.duration, av.time_base) / self._tick_s))
-        return self._measure_duration()
+    def _in_seconds(self, times: list[int]) -> list[float]:
+        return [min(max(0.0, float((moment - self.timeline.start) * self.timeline.tick_s)), self.duration_s) for moment in times]
 
     @contextmanager
     def _reopened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -161,60 +178,98 @@ class FrameReader:
         with self._file.open_container(max(0.001, self._deadline_s - time.monotonic())) as container:
             yield container, find_video_stream(container, self._limits.max_pixels)
 
-    def _in_seconds(self, times: list[int]) -> list[float]:
-        return [min(max(0.0, float((moment - self._start) * self._tick_s)), self.duration_s) for moment in times]
+    def _first_time(self) -> int:
+        self._go_to(_NOWHERE)
+        return self.timeline.start if self._shown is None else self._shown[0]
 
-    def _measure_duration(self) -> int:
-        """Read, without decoding, to the end."""
-        end, num_packets = self._start, 0
-        with self._reopened() as (container, stream):
-            for packet in container.demux(stream):
-                check_deadline(self._deadline_s)
-                num_packets += packet.size > 0
-                if packet.pts is not None:
-                    end = max(end, packet.pts + (packet.duration or self._step))
-        return max(self._step, end - self._start if end > self._start else num_packets * self._step)
+    def _go_to(self, moment: int) -> None:
+        if not self._is_started:
+            self._ahead, self._is_started = next(self._frames, None), True
+        while self._ahead is not None and (self._shown is None or self._ahead[0] <= moment):
+            self._shown, self._ahead = self._ahead, next(self._frames, None)
 
     def _saves_decoding(self, moment: int) -> bool:
         """Whether a key frame lies between the decoder's position and `moment`, far enough ahead; unknown means no."""
-        index = self._stream.index_entries
-        if not len(index) or (self._is_started and self._ahead is None):
+        if self._is_started and self._ahead is None:
             return False
-        delay = max(0, self._start - index[0].timestamp)  # the index holds decoding times, earlier by the reordering of frames
+        position = (self._ahead[0] if self._ahead else self.timeline.start) + _MIN_SEEK_FRAMES * self.timeline.step
+        if not self.timeline.is_indexed:
+            keys = self._keys_until(moment)
+            return bool(keys) and keys[-1].time > position
+        index = self._stream.index_entries
+        delay = max(0, self.timeline.start - index[0].timestamp)  # the index holds decoding times, earlier by the reordering of frames
         entry = index.search_timestamp(moment - delay, backward=True)
-        position = self._ahead[0] if self._ahead else self._start
-        return entry >= 0 and index[entry].timestamp + delay > position + _MIN_SEEK_FRAMES * self._step
+        return entry >= 0 and index[entry].timestamp + delay > position
 
     def _seek(self, moment: int) -> None:
-        """Go on from the last key frame that is not later than `moment`.
+        """Go on from a key frame that is not later than `moment`, the last one if possible.
 
-        Some formats land late by the reordering of frames, so the landing is checked and tried again from further back.
+        Indices and clocks of files lie, and some key frames only begin to build up a picture. So it is checked where a seek landed and
+        what the decoder shows first, and tried again from further back; in the end all is decoded from the start.
         """
-        second = math.ceil(1 / self._tick_s)
-        for goal in (moment, moment - second, moment - 10 * second, self._start):
-            self._container.seek(max(goal, self._start), stream=self._stream)
-            packets = self._container.demux(self._stream)
-            packet = next(packets, None)
-            if packet is not None and packet.pts is not None and packet.pts <= moment:
-                break
-        else:
-            raise VideoError("its index of key frames is damaged")
-        # Frames before the key frame lean on frames that were not decoded.
-        self._frames = self._decode(chain([packet], packets), first=packet.pts)
+        for packets in self._landings(moment):
+            key = next(packets)
+            self._frames = self._decode(chain([key], packets), key.pts if key.pts is not None else _NOWHERE)
+            with suppress(av.error.InvalidDataError):  # of frames that were not decoded
+                self._shown, self._ahead, self._is_started = None, next(self._frames, None), True
+                if self._ahead is not None and self._ahead[0] <= moment and self._ahead[1].key_frame:
+                    return
+        self._can_seek, self._can_skip, self._whole_from, self._last_skipped = False, False, _NOWHERE, _NOWHERE
         self._shown, self._ahead, self._is_started = None, None, False
+        self._frames = self._decode_all()
+
+    def _landings(self, moment: int) -> Iterator[Iterator[Packet[VideoStream]]]:
+        """Packets from key frames on that are not later than `moment`, from ever further back."""
+        if self.timeline.is_indexed:
+            second = math.ceil(1 / self.timeline.tick_s)
+            for goal in (moment, moment - second, moment - 10 * second, self.timeline.start):
+                packets = self._packets_from(max(goal, self.timeline.start))
+                packet = next(packets, None)
+                if packet is not None and packet.is_keyframe and packet.pts is not None and packet.pts <= moment:
+                    yield chain([packet], packets)
+            return
+        keys = self._keys_until(moment)
+        for back in _KEYS_BACK:
+            if back <= len(keys) and (found := self._find_key(keys[-back])) is not None:
+                yield found
+
+    def _find_key(self, key: KeyPacket) -> Iterator[Packet[VideoStream]] | None:
+        """The packets from `key` on, or None where no seek leads to it."""
+        for goal in (key.time, key.decoding_time, key.decoding_time - math.ceil(1 / self.timeline.tick_s)):
+            packets = self._packets_from(goal)
+            for packet in packets:
+                check_deadline(self._deadline_s)
+                if packet.pts == key.time and packet.size == key.size:
+                    return chain([packet], packets)
+                if packet.dts is not None and packet.dts > key.decoding_time:
+                    break
+        return None
+
+    def _packets_from(self, goal: int) -> Iterator[Packet[VideoStream]]:
+        try:
+            self._container.seek(goal, stream=self._stream)
+        except av.FFmpegError:  # the format cannot seek, or not there
+            return iter(())
+        return self._container.demux(self._stream)
+
+    def _keys_until(self, moment: int) -> tuple[KeyPacket, ...]:
+        keys = self.timeline.keys
+        return keys[: bisect.bisect_right(keys, moment, key=lambda key: key.time)]
+
+    def _decode_all(self) -> Iterator[tuple[int, VideoFrame]]:
+        with self._reopened() as (container, stream):
+            yield from self._decode(container.demux(stream), _NOWHERE)
 
     def _decode(self, packets: Iterable[Packet[VideoStream]], first: int) -> Iterator[tuple[int, VideoFrame]]:
-        """(timestamp, frame) in the order of display, from `first` on; frames without a timestamp are spaced evenly."""
-        following = self._start
+        """(time, frame) in the order of display, from `first` on: frames before a key frame lean on frames that were not decoded."""
+        return ((moment, frame) for moment, frame in self.timeline.clock(self._counted(packets)) if moment >= first)
+
+    def _counted(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
         for packet in packets:
             check_deadline(self._deadline_s)
             self._choose_skipping(packet)
             self.num_packets += packet.size > 0
-            for frame in packet.decode():
-                moment = following if frame.pts is None else frame.pts
-                following = moment + self._step
-                if moment >= first:
-                    yield moment, frame
+            yield packet
 
     def _choose_skipping(self, packet: Packet[VideoStream]) -> None:
         is_skipping = packet.pts is not None and packet.pts < self._whole_from
@@ -223,13 +278,3 @@ class FrameReader:
             self._stream.codec_context.skip_frame = "NONREF" if is_skipping else "DEFAULT"
         if packet.pts is not None and is_skipping:
             self._last_skipped = max(self._last_skipped, packet.pts)
-
-    def check_end(self, end_s: float) -> None:
-        """`VideoError` if the frames end more than a tenth and a second before the stream's stated duration.
-
-        Args:
-            end_s: Seconds from the start of the clip at which its last frame leaves the screen.
-        """
-        missing_s = self.duration_s - end_s
-        if self._has_own_duration and missing_s > max(1.0, 0.1 * self.duration_s):
-            raise VideoError(f"it is truncated: {missing_s:.1f} of {self.duration_s:.1f} seconds are missing")

@@ -72,8 +72,8 @@ class TorchcodecReader:
         check_size(metadata.width, metadata.height, max_pixels)
         self.start_s, self.end_s = float(metadata.begin_stream_seconds), float(metadata.end_stream_seconds)
 
-    def frames_at(self, moments_s: Sequence[float]) -> tuple[Tensor, list[int]]:
-        """uint8 (F', 3, H, W) of the distinct frames on screen, and for each moment which of them it is.
+    def frames_at(self, moments_s: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
+        """uint8 (F', 3, H, W) of the distinct frames on screen, their times (F'), and for each moment which of them it is.
 
         Args:
             moments_s: Ascending, in seconds of the stream's own clock.
@@ -83,6 +83,7 @@ class TorchcodecReader:
             batch = self._decoder.get_frames_played_at([min(max(moment, self.start_s), last_s) for moment in moments_s])
         except (RuntimeError, IndexError, ValueError) as error:
             raise VideoError(f"torchcodec cannot decode it ({first_line(error)})") from error
-        rows = torch.unique_consecutive(batch.pts_seconds, return_inverse=True)[1].tolist()
+        times_s, inverse = torch.unique_consecutive(batch.pts_seconds, return_inverse=True)
+        rows = inverse.tolist()
         firsts = [rows.index(row) for row in range(rows[-1] + 1)]
-        return batch.data[firsts], rows
+        return batch.data[firsts], times_s, rows

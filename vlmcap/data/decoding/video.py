@@ -9,6 +9,7 @@ import os
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, explained
+from vlmcap.data.decoding.display import square_size, to_rgb
 from vlmcap.data.decoding.frame_reader import FrameReader
 from vlmcap.data.decoding.images import is_image, read_image, read_image_list
 from vlmcap.data.decoding.sampling import FrameSampling, spread
@@ -26,11 +28,31 @@ from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_dec
 from vlmcap.data.media import local_path
 from vlmcap.types import Clip
 
-__all__ = ["DecodeLimits", "FrameSampling", "VideoError", "decode_frames", "pad_frames", "read_frames", "write_video"]
+__all__ = [
+    "DecodeLimits",
+    "DecodedFrames",
+    "FrameSampling",
+    "VideoError",
+    "decode_frames",
+    "pad_frames",
+    "read_frames",
+    "read_timed_frames",
+    "write_video",
+]
 
-# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a process with such a
-# frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
-_THREADS = 1
+_THREADS = 1  # of the colour conversion, as in `display`
+
+
+class DecodedFrames(NamedTuple):
+    """Frames of a clip and when they are shown.
+
+    Attributes:
+        frames: uint8 (F', 3, H, W), RGB.
+        times_s: float64 (F'), the seconds from the clip's first frame to each of them; None for images, which have no clock.
+    """
+
+    frames: Tensor
+    times_s: Tensor | None
 
 
 def read_frames(
@@ -51,8 +73,8 @@ def read_frames(
         sampling: Which frames.
         rng: Source of chance; without one, random sampling is uniform and nothing is jittered.
         limits: What the clip may cost; `DecodeLimits()` by default.
-        decoder: `pyav`, `torchcodec` (for videos with a whole index, MP4 and AVI; PyAV reads the others), or `auto`: torchcodec
-            where it is installed and loads.
+        decoder: `pyav`, `torchcodec` (for MP4 and MOV files that need no more than a turn to be shown; PyAV reads the others), or
+            `auto`: torchcodec where it is installed and loads.
 
     Returns:
         uint8 (F', 3, H, W), RGB, 1 <= F' <= `sampling.num_frames`.
@@ -60,24 +82,39 @@ def read_frames(
     Raises:
         VideoError: The file cannot be read, is truncated, too large a picture, too long, or too slow.
     """
+    return read_timed_frames(clip, sampling, rng=rng, limits=limits, decoder=decoder).frames
+
+
+def read_timed_frames(
+    clip: Clip | str,
+    sampling: FrameSampling,
+    *,
+    rng: Generator | None = None,
+    limits: DecodeLimits | None = None,
+    decoder: str = "pyav",
+) -> DecodedFrames:
+    """As `read_frames`, with the time of each frame; `pad_frames` repeats times as it repeats frames."""
     limits = limits or DecodeLimits()
     deadline_s = time.monotonic() + limits.timeout_s
     file = MediaFile(clip if isinstance(clip, str) else clip.video)
     if isinstance(clip, Clip) and clip.frames:
-        return read_image_list(clip.frames, sampling, rng, limits, deadline_s)
+        return DecodedFrames(read_image_list(clip.frames, sampling, rng, limits, deadline_s), None)
     with explained(file.name), file.open_bytes() as stream:
         if is_image(stream):
-            return read_image(stream, sampling, rng, limits, deadline_s)
+            return DecodedFrames(read_image(stream, sampling, rng, limits, deadline_s), None)
         with file.open_container(limits.timeout_s, stream) as container:
             reader = FrameReader(file, container, deadline_s, limits)
             moments = reader.choose_moments(sampling, rng)
-            if resolve_decoder(decoder) == "pyav" or not reader.has_whole_index:  # elsewhere torchcodec's seeking lands on wrong frames
+            # torchcodec seeks to wrong frames in other files, and shows as stored what is mirrored, interlaced, stretched or HDR.
+            if resolve_decoder(decoder) == "pyav" or not (reader.timeline.is_indexed and reader.is_plain):
                 return _without_repeats(*_read(reader, moments, limits.max_pixels))
         path = local_path(file.address)
         stream.seek(0)
         other = TorchcodecReader(stream if path is None else str(path), limits.max_pixels)
-        reader.check_end(other.end_s - reader.stream_time_s(0.0))
-        return _without_repeats(*other.frames_at([reader.stream_time_s(moment_s) for moment_s in moments]))
+        start_s = reader.stream_time_s(0.0)
+        reader.check_end(other.end_s - start_s)
+        frames, times_s, rows = other.frames_at([reader.stream_time_s(moment_s) for moment_s in moments])
+        return _without_repeats(frames, (times_s - start_s).clamp(min=0.0), rows)
 
 
 def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | None = None) -> Tensor:
@@ -107,39 +144,38 @@ def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
     return frames[spread(len(frames), num_frames)]
 
 
-def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[Tensor, list[int]]:
-    """The distinct frames on screen at the moments, and for each moment which of them it is."""
+def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[Tensor, Tensor, list[int]]:
+    """The distinct frames on screen at the moments, their times, and for each moment which of them it is."""
     frames: Tensor | None = None
     size, last, rows = (0, 0), None, []
+    times_s: list[float] = []
     for moment_s in moments:
         frame = reader.frame_at(moment_s)
         if frames is not None and frame is last:
             rows.append(rows[-1])
             continue
-        if frames is None:
-            size = (frame.width, frame.height)
         check_size(frame.width, frame.height, max_pixels)
-        pixels = _to_rgb(frame, *size)
+        if frames is None:  # later frames are scaled to the first one where the size changes on the way
+            size = square_size(frame, reader.aspect_ratio)
+            check_size(*size, max_pixels)
+        pixels = to_rgb(frame, *size)
         if frames is None:
             frames = torch.empty((len(moments), *pixels.shape), dtype=torch.uint8)
-        rows.append(rows[-1] + 1 if rows else 0)
+        rows.append(len(times_s))
+        times_s.append(reader.shown_s)
         frames.numpy()[rows[-1]] = pixels
         last = frame
     assert frames is not None
-    num_shown = rows[-1] + 1
-    return frames if num_shown == len(rows) else frames[:num_shown].clone(), rows  # a view would carry the unused rows to other processes
+    num_shown = len(times_s)
+    # A view would carry the unused rows to other processes.
+    return frames if num_shown == len(rows) else frames[:num_shown].clone(), torch.tensor(times_s, dtype=torch.float64), rows
 
 
-def _without_repeats(frames: Tensor, rows: list[int]) -> Tensor:
+def _without_repeats(frames: Tensor, times_s: Tensor, rows: list[int]) -> DecodedFrames:
     """The frames of the rows; just the distinct ones where `pad_frames` makes the very same rows of them."""
-    return frames if rows == spread(len(frames), len(rows)) else frames[rows]
-
-
-def _to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-    """uint8 (3, H, W), upright; scaled to the clip's first frame where the size changes on the way."""
-    pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height, threads=_THREADS), dtype=np.uint8)
-    quarter_turns = round(frame.rotation / 90) % 4  # phones store the picture as the sensor lies and say how to turn it
-    return np.rot90(pixels, quarter_turns).transpose(2, 0, 1)
+    if rows == spread(len(frames), len(rows)):
+        return DecodedFrames(frames, times_s)
+    return DecodedFrames(frames[rows], times_s[rows])
 
 
 def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23, preset: str = "veryfast") -> None:

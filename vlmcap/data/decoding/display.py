@@ -1,0 +1,102 @@
+"""Decoded frames as a player shows them: upright, with square pixels, whole, and in the colours of a normal screen.
+
+Captions speak of left and right, of round things and of colours, so what a file says about its display counts. docs/video.md lists what is
+followed in which kind of file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, ColorTrc
+from numpy.typing import NDArray
+
+from vlmcap.data.decoding.hdr import to_sdr
+
+# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a process with such a
+# frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
+_THREADS = 1
+_UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
+_HD_HEIGHT, _HD_WIDTH = 720, 1280  # from these on, pictures that do not say so have the colours of BT.709
+_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # matrices of quarter turns, counter-clockwise
+_HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+
+
+def square_size(frame: VideoFrame, aspect_ratio: float) -> tuple[int, int]:
+    """Width and height of a frame with square pixels, as stored: players keep the rows and widen or narrow the picture.
+
+    Args:
+        frame: The frame.
+        aspect_ratio: Width of a pixel over its height.
+    """
+    return round(frame.width * aspect_ratio), frame.height
+
+
+def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
+    """Whether nothing but a turn is to be done, so that any decoder that follows rotation shows the same."""
+    matrix = display_matrix(frame)
+    is_turn = matrix is None or matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0
+    return is_turn and aspect_ratio == 1 and not frame.interlaced_frame and frame.color_trc not in _HDR and not _is_untagged_hd(frame)
+
+
+def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
+    """uint8 (3, H, W): the frame scaled to `width` and `height`, then turned and mirrored as its file says.
+
+    Interlaced frames show one moment, that of their upper field, rather than two at once.
+    """
+    if frame.interlaced_frame:
+        frame = _upper_field(frame)
+    colorspace = Colorspace.ITU709 if _is_untagged_hd(frame) else None
+    if frame.color_trc in _HDR:
+        deep = frame.to_ndarray(format="rgb48le", width=width, height=height, src_colorspace=colorspace, threads=_THREADS)
+        pixels = to_sdr(np.asarray(deep, dtype=np.uint16), is_hlg=frame.color_trc == ColorTrc.ARIB_STD_B67)
+    else:
+        shallow = frame.to_ndarray(format="rgb24", width=width, height=height, src_colorspace=colorspace, threads=_THREADS)
+        pixels = np.asarray(shallow, dtype=np.uint8)
+    return _oriented(pixels, display_matrix(frame)).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
+    """a, b, c, d of the matrix that takes (x, y) of the stored picture to (a x + c y, b x + d y) of the shown one.
+
+    None where there is none, or where it shows nothing, as one of zeros.
+    """
+    try:
+        side_data = next((data for data in frame.side_data if data.type == Type.DISPLAYMATRIX), None)
+    except ValueError:  # a new kind of side data, which PyAV does not know; what it says itself has no mirrors
+        return _TURNS[round(frame.rotation / 90) % 4]
+    if side_data is None:
+        return None
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(side_data), np.int32)[:5])
+    return (a, b, c, d) if a * d != b * c else None
+
+
+def _oriented(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int] | None) -> NDArray[np.uint8]:
+    """(H, W, 3) turned by the nearest multiple of 90 degrees, and mirrored; a view."""
+    if matrix is None:
+        return pixels
+    a, b, c, d = matrix
+    across, down = a, d
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels = pixels.transpose(1, 0, 2)  # (H, W, 3) -> (W, H, 3)
+        across, down = c, b
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def _is_untagged_hd(frame: VideoFrame) -> bool:
+    return frame.colorspace == _UNTAGGED and (frame.height >= _HD_HEIGHT or frame.width >= _HD_WIDTH)
+
+
+def _upper_field(frame: VideoFrame) -> VideoFrame:
+    """Every second row of each plane: in YUV, as the fields have chroma rows of their own."""
+    field = VideoFrame(frame.width, (frame.height + 1) // 2, frame.format.name)
+    field.colorspace, field.color_range = frame.colorspace, frame.color_range
+    field.color_trc, field.color_primaries = frame.color_trc, frame.color_primaries
+    for source, target in zip(frame.planes, field.planes, strict=True):
+        rows = np.frombuffer(memoryview(source), np.uint8).reshape(-1, source.line_size)[: source.height : 2]
+        copy = np.zeros((target.buffer_size // target.line_size, target.line_size), np.uint8)
+        width = min(source.line_size, target.line_size)
+        copy[: len(rows), :width] = rows[: len(copy), :width]
+        target.update(copy.tobytes())
+    return field

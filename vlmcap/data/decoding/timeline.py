@@ -1,0 +1,248 @@
+"""When a stream's frames are shown: where its picture starts and ends, and which frames can be decoded on their own.
+
+Headers state lengths of other things than the picture: the end of a longer sound, the time until which a late picture lasts, the slots of
+frames that were dropped. Only the sample table of an MP4 is taken at its word; the packets of any other file are read through once, without
+decoding, which costs little next to decoding them.
+
+All times are integer ticks of the stream's time base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Stream
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from vlmcap.data.decoding.container import VideoError, check_deadline
+
+_DEFAULT_FPS = 25  # for the spacing of frames without timestamps or rate
+_SLOTTED = ("avi", "asf")  # formats without times of display
+_WITH_LENGTH = ("avi", "mxf")  # formats whose header states the length of the picture itself
+_LARGEST_JUMP_S = 1  # further back than this, the clock of a file was set back, as where two recordings were joined
+
+
+class KeyPacket(NamedTuple):
+    """A packet from which decoding can start; time and size tell it from any other one."""
+
+    time: int
+    size: int
+    decoding_time: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The times of a stream's picture.
+
+    Attributes:
+        start: When the first frame appears.
+        duration: How long the picture lasts.
+        step: How long a frame lasts that does not say so.
+        tick_s: Seconds per tick.
+        keys: Key packets in the order of time; empty where the file's own index is used instead.
+        is_indexed: Whether the file says where each frame is (MP4 and MOV do), so that it need not be read through.
+        is_timed: Whether frames carry the times at which they are shown. Otherwise they are shown in the order in which they leave the
+            decoder, at `slots`, and can only be told apart by counting from the start.
+        slots: Times of all frames where these do not carry them, ascending.
+        is_start_known: False where only decoding shows which frame is the first.
+        stated_end: The time until which the header says that the picture lasts, if it does.
+    """
+
+    start: int
+    duration: int
+    step: int
+    tick_s: Fraction
+    keys: tuple[KeyPacket, ...] = ()
+    is_indexed: bool = False
+    is_timed: bool = True
+    slots: tuple[int, ...] = field(default=(), repr=False)
+    is_start_known: bool = True
+    stated_end: int | None = None
+
+    @property
+    def end(self) -> int:
+        """When the last frame leaves the screen."""
+        return self.start + self.duration
+
+    def clock(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[tuple[int, VideoFrame]]:
+        """(time, frame) in the order of display; untimed packets have to be all packets from the start on."""
+        following, num_frames = self.start, 0
+        for packet in packets:
+            for frame in packet.decode():
+                if self.is_timed:
+                    time = following if frame.pts is None else frame.pts
+                else:
+                    time = self.slots[num_frames] if num_frames < len(self.slots) else following
+                following, num_frames = time + self.step, num_frames + 1
+                yield time, frame
+
+
+def frame_rate(stream: VideoStream) -> Fraction:
+    """Frames per second, on average; a guess where the file does not say."""
+    return stream.average_rate or stream.guessed_rate or Fraction(_DEFAULT_FPS)
+
+
+def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the index holds every frame and its times can be trusted; other formats have none or fill it while they are read."""
+    return container.format.name.startswith("mov,") and 0 < stream.frames <= len(stream.index_entries) and bool(stream.duration)
+
+
+def indexed_timeline(stream: VideoStream) -> Timeline:
+    """The timeline of a file with a sample table."""
+    tick_s, step = _ticks(stream)
+    duration = max(step, stream.duration or 0)
+    return Timeline(stream.start_time or 0, duration, step, tick_s, is_indexed=True)
+
+
+def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s: float) -> Timeline:
+    """The timeline of any other file, out of all its packets.
+
+    Args:
+        container: Just opened; it is read to its end.
+        stream: Its video stream.
+        deadline_s: `time.monotonic()` at which a `VideoError` says that it took too long.
+
+    Raises:
+        VideoError: It took too long, or the file ends well before it should.
+    """
+    tick_s, step = _ticks(stream)
+    scan = _Scan(step)
+    last_s = 0.0
+    for packet in container.demux():
+        check_deadline(deadline_s)
+        if packet.pts is not None:
+            last_s = max(last_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index and packet.size and not packet.is_discard:
+            scan.add(packet)
+    stated_end = _stated_end(container, stream, tick_s)
+    if stated_end is None and container.format.name == "matroska,webm" and container.duration:  # the end of the longest stream
+        check_missing(container.duration / av.time_base - last_s, container.duration / av.time_base)
+    if not scan.times:
+        return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
+    scan.drop_before_first_key()
+    is_reordered, is_slotted = bool(stream.codec_context.has_b_frames), container.format.name in _SLOTTED
+    if slots := scan.slots(is_reordered, is_slotted, int(_LARGEST_JUMP_S / tick_s)):
+        keys = tuple(KeyPacket(slots[i], scan.sizes[i], slots[i]) for i in scan.keys)
+        duration = slots[-1] - slots[0] + _shortest(slots, step)
+        return Timeline(slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end)
+    times = [time for time in scan.times if time is not None]
+    keys = tuple(sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None))
+    start, is_start_known = times[0], times[0] == min(times) and scan.is_from_key
+    if is_slotted:
+        start = scan.first_time()
+    return Timeline(start, max(step, scan.end - start), step, tick_s, keys, is_start_known=is_start_known, stated_end=stated_end)
+
+
+class _Scan:
+    """The packets of a stream in the order of decoding."""
+
+    def __init__(self, step: int) -> None:
+        self.times: list[int | None] = []
+        self.decoding_times: list[int | None] = []
+        self.sizes: list[int] = []
+        self.keys: list[int] = []
+        self._last: tuple[int, int] | None = None
+        self.is_from_key = True
+        self._step = step
+
+    def add(self, packet: Packet[Stream]) -> None:
+        if packet.is_keyframe:
+            self.keys.append(len(self.times))
+        if packet.pts is not None and (self._last is None or packet.pts >= self._last[0]):
+            self._last = (packet.pts, packet.duration or 0)
+        self.times.append(packet.pts)
+        self.decoding_times.append(packet.dts)
+        self.sizes.append(packet.size)
+
+    @property
+    def end(self) -> int:
+        """When the last frame leaves the screen: it lasts as long as it says, and at least as long as the shortest one before it."""
+        assert self._last is not None
+        times = sorted({time for time in self.times if time is not None})
+        return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))
+
+    def drop_before_first_key(self) -> None:
+        """Packets before the first key frame, as of a cut stream, cannot be decoded; of most formats, at least."""
+        first = self.keys[0] if self.keys else 0
+        if first == 0:
+            return
+        self.is_from_key = False
+        self.keys = [i - first for i in self.keys]
+        del self.times[:first], self.decoding_times[:first], self.sizes[:first]
+
+    def order(self, i: int) -> int:
+        """The time by which packet `i` is found in the file."""
+        decoding_time, time = self.decoding_times[i], self.times[i]
+        return next((value for value in (decoding_time, time) if value is not None), 0)
+
+    def slots(self, is_reordered: bool, is_slotted: bool, largest_jump: int) -> list[int]:
+        """Ascending times of all frames where packets do not carry those of display; empty where they do."""
+        times = [time for time in self.times if time is not None]
+        start = times[0] if times else 0
+        even = [start + self._step * i for i in range(len(self.times))]
+        if 2 * len(times) < len(even):  # at least each second one: two fields of a frame can be two packets, of which one has a time
+            return self._between_known() or even
+        orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
+        if any(after < before - largest_jump for before, after in pairwise(orders)):
+            return even
+        if any(after <= before for before, after in pairwise(times)) or len(times) < 2:
+            return []
+        if is_reordered:  # packets without order: either they come as they are shown, or nobody knows how they do
+            return [self.first_time() if is_slotted else start, *times[1:]] if len(times) == len(even) else even
+        # AVI has no times of display, and for H.264 they are made up: each frame has the time of decoding of the next one.
+        is_made_up = is_slotted and times[:-1] == orders[1:]
+        is_even = all(time - order == self._step for time, order in zip(times[1:], orders[1:], strict=True))
+        return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
+
+    def _between_known(self) -> list[int]:
+        """Times spread evenly between the few packets that have one; empty where these are too few or out of order."""
+        known = [i for i in range(len(self.times)) if self.times[i] is not None or self.decoding_times[i] is not None]
+        orders = [self.order(i) for i in known]
+        if len(known) < 2 or any(after <= before for before, after in pairwise(orders)):
+            return []
+        known.append(len(self.times))
+        orders.append(orders[-1] + round((orders[-1] - orders[0]) / (known[-2] - known[0]) * (known[-1] - known[-2])))
+        spread = np.interp(np.arange(len(self.times)), known, orders)
+        return [(self.times[known[0]] or orders[0]) + round(float(time - spread[0])) for time in spread]
+
+    def first_time(self) -> int:
+        """The time of the first frame of an AVI, which is made up: of MPEG-1 it is too early by the frames that the decoder holds back."""
+        first, *others = sorted(time for time in self.times if time is not None)
+        return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
+
+
+def _shortest(times: list[int], default: int) -> int:
+    """The least ticks between two of the ascending times, at least 1."""
+    return max(1, min((after - before for before, after in pairwise(times)), default=default))
+
+
+def check_missing(missing_s: float, whole_s: float) -> None:
+    """`VideoError` if more than a tenth and a second of `whole_s` are missing."""
+    if missing_s > max(1.0, 0.1 * whole_s):
+        raise VideoError(f"it is truncated: {missing_s:.1f} of {whole_s:.1f} seconds are missing")
+
+
+def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
+    """Seconds per tick and the ticks from frame to frame."""
+    rate = frame_rate(stream)
+    tick_s = stream.time_base or 1 / rate
+    return tick_s, max(1, round(1 / (rate * tick_s)))
+
+
+def _stated_end(container: InputContainer, stream: VideoStream, tick_s: Fraction) -> int | None:
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska; some writers mean the length
+        hours, minutes, seconds = (Fraction(part) for part in tag.groups())
+        return round((hours * 3600 + minutes * 60 + seconds) / tick_s)
+    if stream.duration and container.format.name in _WITH_LENGTH:
+        return (stream.start_time or 0) + stream.duration
+    return None
