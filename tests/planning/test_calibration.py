@@ -11,12 +11,10 @@ import pytest
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.config import Config
-from vlmcap.planning import device as this_card
-from vlmcap.planning.calibration import Calibration, choose_calibration, read_calibrations, write_calibration
-from vlmcap.planning.cards import card_of, own_profile, suitable_profile
-from vlmcap.planning.costs import training_seconds
-from vlmcap.planning.device import Present, assumed_card, calibration_folder
-from vlmcap.planning.make import make_plan
+from vlmcap.planning import hardware as this_card
+from vlmcap.planning.calibration import Calibration, calibration_folder, choose_calibration, read_calibrations, write_calibration
+from vlmcap.planning.hardware import Present, assumed_card, card_of, own_profile, suitable_profile
+from vlmcap.planning.make_plan import make_plan, training_seconds
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
 L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 90.0)

@@ -11,8 +11,9 @@ import pytest
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import DoesNotFit, UserError
-from vlmcap.planning import make as plan_module
-from vlmcap.planning.make import enforce_plan, make_plan, with_changes
+from vlmcap.planning import make_plan as plan_module
+from vlmcap.planning.changes import with_changes
+from vlmcap.planning.make_plan import enforce_plan, make_plan
 from vlmcap.planning.plan import Plan
 
 ATTENTION = "tuning.lora.target_modules='q_proj,k_proj,v_proj,o_proj'"

@@ -14,11 +14,11 @@ from rich.console import Console
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.planning.estimate.quick_traces import QuickTracer
-from vlmcap.planning.grid.configs import GridConfigs, GridNames, cells, grid_names
-from vlmcap.planning.grid.grid import make_grid
-from vlmcap.planning.grid.table import Cell, head, show_grid
-from vlmcap.planning.make import make_plan, planned_card
+from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.estimate.tracer import QuickTracer
+from vlmcap.planning.grid.grid_table import Cell, head, show_grid
+from vlmcap.planning.grid.make_grid import GridConfigs, GridNames, cells, grid_names, make_grid
+from vlmcap.planning.make_plan import make_plan
 
 NO_DATA = "data.root=unset"
 CONTEXT = "llm.max_caption_tokens=3800"  # more than Vicuna can hold
@@ -57,7 +57,7 @@ def test_a_whole_model_leaves_nothing_to_combine() -> None:
 @pytest.mark.parametrize("overrides", [[], ["hardware.gradient_checkpointing=false", "data.batch_size=2"]], ids=["checkpointed", "plain"])
 def test_interpolation_is_near_the_exact_plan(overrides: list[str]) -> None:
     config = compose([NO_DATA, "hardware=a100", "encoder=dinov3_s", "llm=exaone4_1_2b", *overrides])
-    quick, exact = make_plan(config, tracer=QuickTracer(config, planned_card(config).has_flash)), make_plan(config)
+    quick, exact = make_plan(config, tracer=QuickTracer(config, calibrated_card(config).has_flash)), make_plan(config)
     assert quick.training_gib == pytest.approx(exact.training_gib, rel=0.02)
     assert quick.generation_gib == pytest.approx(exact.generation_gib, rel=0.02)
 
@@ -103,7 +103,7 @@ def test_heads_break_at_underscores() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    from vlmcap.planning.grid.picture import draw_grid
+    from vlmcap.planning.grid.grid_table import draw_grid
 
     draw_grid([cell("clip", "qwen3_8b", 12.0), cell("clip", "vicuna_7b", None)], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlmcap.measuring.trial import Trial, trace_trial
+from tests.planning.trial import Trial, trace_trial
 from vlmcap.planning.estimate.stages import extrapolate, extrapolate_kept
 
 DEPTH = 6
@@ -73,7 +73,7 @@ def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> 
 
 _SCRIPT = """
 import sys
-from vlmcap.measuring.trial import Trial, peak_of_real_step
+from tests.planning.trial import Trial, peak_of_real_step
 print(peak_of_real_step(Trial(**eval(sys.argv[1])), int(sys.argv[2])))
 """
 

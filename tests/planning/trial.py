@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmcap.measuring.memory_use import reset_peak, resident
+from vlmcap.measuring.steps import reset_peak, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.checkpointing import checkpoint_layers
-from vlmcap.planning.estimate.batches import language_batch
+from vlmcap.planning.estimate.sizes import language_batch
 from vlmcap.planning.estimate.stages import StageTrace, blocks_of, trace_stage
 from vlmcap.types import Batch
 
