@@ -1,7 +1,4 @@
-"""A language model of any size that takes a step on fake tensors, or the same step in earnest: what plans are checked by.
-
-The tests of the plan use it; a card need not be there.
-"""
+"""A language model of any size that takes a training step on fake tensors, and the same step on real ones to compare with."""
 
 from __future__ import annotations
 
