@@ -210,7 +210,9 @@ def _check_dashboard(options: Namespace) -> None:
 
 COMMANDS = (
     Command("doctor", "whether this machine is ready; with --measure, how far a plan is off on its GPU", _doctor, _check_doctor),
-    Command("plan", "peak memory, time and disk of a configuration, without weights, GPU or network", _plan, _check_plan, True),
+    Command(
+        "plan", "peak memory, time and disk of a configuration, without weights, GPU or network", _plan, _check_plan, traces_models=True
+    ),
     Command("cache", "prepare, list and prune cached features of frozen encoders", _cache, _check_cache),
     Command("caption", "caption video files with a trained checkpoint", _caption),
     Command("data", "look at a data set before training on it", _data, _check_data),
@@ -221,7 +223,7 @@ COMMANDS = (
         "effective rank and locality of encoders' patch features, as a table, JSON and pictures",
         _spectrum,
         _check_spectrum,
-        True,
+        traces_models=True,
     ),
     Command("dashboard", "the Weights & Biases dashboard that compares runs, and sweeps for W&B's agents", _dashboard, _check_dashboard),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from vlmcap.spectrum.encoders import SpectrumSettings, show_spectra
+from vlmcap.spectrum.measure_encoder import SpectrumSettings, show_spectra
 
 
 def run(options: Namespace) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.checkpoints.encoders import Checkpoint
 from vlmcap import cli
 from vlmcap.compose import compose
-from vlmcap.spectrum.encoders import SpectrumSettings, measure_encoder
 from vlmcap.spectrum.figures import effective_rank, singular_values
+from vlmcap.spectrum.measure_encoder import SpectrumSettings, measure_encoder
 
 
 @pytest.fixture
