@@ -59,7 +59,7 @@ UNKNOWN_TO: dict[str, set[str]] = {
 # Libraries that only these parts know.
 ONLY_IN: dict[str, set[str]] = {
     "hydra": {"train", "evaluate", "cli", "compose", "program", "sweeping", "sweep_syntax", "training"},
-    "omegaconf": {"train", "evaluate", "cli", "compose", "program", "sweeping", "config", "planning", "training"},
+    "omegaconf": {"train", "evaluate", "compose", "program", "sweeping", "config", "training"},
 }
 METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
 TORCH = {"torch", "torchmetrics"}
@@ -260,6 +260,7 @@ VIOLATIONS = [
     ("vlmcap.assembly.model", "from vlmcap.planning.memory import Stage"),
     ("vlmcap.planning.memory", "from vlmcap.training.module import CaptioningModule"),
     ("vlmcap.assembly.model", "from omegaconf import OmegaConf"),
+    ("vlmcap.planning.memory", "from omegaconf import DictConfig"),
     ("vlmcap.config", "from vlmcap.errors import UserError"),
     ("vlmcap.types", "import vlmcap.config"),
     ("vlmcap.training.run", "import vlmcap.cli"),

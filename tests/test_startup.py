@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vlmcap.cli.arguments import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "wandb", "matplotlib")
 # Runs a program as `python FILE ARGUMENTS` or a module's main does, and then says on stderr what is loaded.
@@ -43,7 +45,7 @@ def run(*arguments: str, code: str = RUN) -> tuple[str, list[str]]:
         (("evaluate.py", "--help"), "python evaluate.py checkpoint="),
         (("train.py", "--cfg", "job", "encoder=siglip2"), "google/siglip2-so400m-patch14-384"),
         (("vlmcap.cli", "--help"), "COMMAND"),
-        (("vlmcap.cli", "cache", "--help"), "cache"),
+        *((("vlmcap.cli", command.name, "--help"), f"vlmcap {command.name}") for command in COMMANDS),
     ],
     ids=" ".join,
 )

@@ -6,18 +6,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from torch import nn
 
 from vlmcap.config import EncoderConfig, EncoderFamily, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
+from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.models.projectors import ProjectorSpec
+from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.terminal import grouped
 
 Row = Sequence[str]
 NONE = "–"
@@ -87,11 +86,9 @@ def projector_row(config: ProjectorConfig, spec: ProjectorSpec, parity: Mapping[
         spec: The same with sizes: widths 1 024 and 4 096, 8 frames of 24 × 24 patches.
         parity: All measured errors.
     """
-    from vlmcap.models.projectors import build_projector
-
     with torch.device("meta"):
         projector = build_projector(spec)
-    tokens = _thousands(spec.num_tokens(spec.num_frames))
+    tokens = grouped(spec.num_tokens(spec.num_frames))
     return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind.value}"))
 
 
@@ -109,7 +106,7 @@ def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
         _millions(model),
         str(known.hidden_size),
         str(known.num_hidden_layers),
-        _thousands(known.max_position_embeddings),
+        grouped(known.max_position_embeddings),
         _licence(config.licence, config.gate),
         *_parity(parity, f"llm:{known.model_type}"),
     )
@@ -152,8 +149,6 @@ def hardware_row(config: HardwareConfig) -> Row:
 
 
 def _without_weights(auto_class: str, config: Any) -> nn.Module:
-    import transformers
-
     with torch.device("meta"):
         model: nn.Module = getattr(transformers, auto_class).from_config(config)
     return model
@@ -185,8 +180,4 @@ def _link(checkpoint: str) -> str:
 
 def _millions(module: nn.Module) -> str:
     millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
-    return f"{millions:.1f} M" if millions < 1000 else f"{_thousands(round(millions))} M"
-
-
-def _thousands(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
+    return f"{millions:.1f} M" if millions < 1000 else f"{grouped(round(millions))} M"

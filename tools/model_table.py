@@ -17,17 +17,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import torch
 
 from tools import model_page as table
 from vlmcap.assembly.parts import encoder_options, projector_spec
-from vlmcap.compose import compose, config_dir
+from vlmcap.compose import compose, group_choices
 from vlmcap.config import Config
 from vlmcap.demo.prepare import TINY_ENCODERS
-
-if TYPE_CHECKING:
-    from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.models.projectors import ProjectorSpec
+from vlmcap.models.encoders import VisionEncoder, build_encoder
+from vlmcap.models.known import known_model_config
+from vlmcap.models.projectors import ProjectorSpec
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PARITY = DOCS / "models.md", DOCS / "parity.json"
@@ -72,8 +73,6 @@ def page() -> str:
 
 def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
     """Test and error of every `parity:` property in a JUnit file of pytest; the largest where a name was recorded more than once."""
-    from xml.etree import ElementTree
-
     found: dict[str, dict[str, str | float]] = {}
     for case in ElementTree.parse(file).iter("testcase"):
         for recorded in case.iter("property"):
@@ -103,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(group: str) -> list[str]:
-    names = sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
-    return [name for name in names if name not in ("own", *TINY_ENCODERS, "assembled")]
+    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, "assembled")]
 
 
 def _configurations() -> Iterator[Config]:
@@ -124,11 +122,6 @@ def _distinct(configs: Sequence[Config], group: str) -> list[Config]:
 
 
 def _encoder(config: Config) -> VisionEncoder:
-    import torch
-
-    from vlmcap.models.encoders import build_encoder
-    from vlmcap.models.known import known_model_config
-
     with torch.device("meta"):
         return build_encoder(config.encoder.family.value, known_model_config(config.encoder.checkpoint), encoder_options(config))
 

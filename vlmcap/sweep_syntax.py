@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from vlmcap.compose import config_dir, explain, innermost, register_schemas
 from vlmcap.errors import UserError
 
-if TYPE_CHECKING:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+@contextmanager
+def override_parser() -> Iterator[OverridesParser]:
+    """Hydra's parser of overrides, outside of a running program.
+
+    Raises:
+        UserError: An override that is parsed inside cannot be read.
+    """
+    register_schemas()
+    with _explained(), hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        # glob() asks the loader for the names
+        yield OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns an error of Hydra into one sentence."""
+    try:
+        yield
+    except HydraException as error:
+        raise UserError(explain(innermost(error))) from error
 
 
 def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -24,19 +48,11 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
     Raises:
         UserError: An override cannot be read, or has no values to try one by one.
     """
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     if parser is None:
-        register_schemas()
-        with initialize_config_dir(config_dir(), version_base="1.3"):
-            # glob() asks the loader for the names
-            made = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        with override_parser() as made:
             return expand([*_study(overrides, made), *overrides], made)
     values: dict[str, list[str]] = {}
-    try:
+    with _explained():
         for override in parser.parse_overrides([*overrides]):
             key = override.get_key_element()
             if not override.is_sweep_override():
@@ -44,10 +60,8 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
             elif override.is_discrete_sweep():
                 values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
-                mend = "give a list such as 1e-4,2e-4, range(start,stop,step), or sweep=optuna"
-                raise UserError(f"{override.input_line} has no values to try one by one; {mend}")
-    except HydraException as error:
-        raise UserError(explain(innermost(error))) from error
+                hint = "give a list such as 1e-4,2e-4, range(start,stop,step), or sweep=optuna"
+                raise UserError(f"{override.input_line} has no values to try one by one; {hint}")
     empty = next((key for key, found in values.items() if not found), None)
     if empty is not None:
         raise UserError(f"{empty} has no values to try; glob() finds none, or a range is empty")
@@ -56,17 +70,12 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
 
 def _study(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
     """What an experiment file sweeps; nothing where none is named, or several are."""
-    from hydra import compose
-    from hydra.errors import HydraException
-
-    try:
+    with _explained():
         given = parser.parse_overrides([*overrides])
         if not any(override.key_or_group == "experiment" and isinstance(override.value(), str) for override in given):
             return []
         fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
-        params = compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
-    except HydraException as error:
-        raise UserError(explain(innermost(error))) from error
+        params = hydra.compose("train", fixed, return_hydra_config=True).hydra.sweeper.params or {}
     return [f"{key}={value}" for key, value in params.items()]
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from vlmcap.compose import compose
 from vlmcap.libraries import quiet_libraries
-from vlmcap.planning.cards import GIB
-from vlmcap.planning.make import make_plan
+from vlmcap.planning.hardware import GIB
+from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "memory.png"

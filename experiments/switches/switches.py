@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vlmcap.compose import compose
 from vlmcap.libraries import quiet_libraries
-from vlmcap.planning.make import make_plan
+from vlmcap.planning.make_plan import make_plan
 
 BASE = ("data.root=unset", "encoder=siglip2", "llm=qwen3_8b", "hardware=l4")
 SWITCHES: dict[str, tuple[str, ...]] = {

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from vlmcap.cli import doctor_checks as doctor
-from vlmcap.cli import main
-from vlmcap.cli.doctor_checks import run_checks
-from vlmcap.cli.doctor_table import Check
+from vlmcap.cli import doctor, main
+from vlmcap.cli.doctor import Check, run_checks
 from vlmcap.compose import compose
-from vlmcap.planning import device as this_card
+from vlmcap.planning import hardware
 from vlmcap.planning.calibration import Calibration, write_calibration
-from vlmcap.planning.device import Present
+from vlmcap.planning.hardware import Present
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,7 +27,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(this_card, "present_card", lambda: None)
+    monkeypatch.setattr(hardware, "present_card", lambda: None)
     return tmp_path
 
 
@@ -70,7 +68,7 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_card(card: Present, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(this_card, "present_card", lambda: card)
+    monkeypatch.setattr(hardware, "present_card", lambda: card)
     checks = found("hardware=l4")
     assert checks["card"].level == level
     assert words in f"{checks['card'].found}: {checks['card'].mend}"

@@ -14,14 +14,12 @@ from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
 from vlmcap.measuring import measure as measure_module
-from vlmcap.measuring import measured as measured_module
 from vlmcap.measuring import steps as measured_steps
-from vlmcap.measuring.cut import with_blocks
 from vlmcap.measuring.measure import measure
-from vlmcap.measuring.random_parts import fill_random, quantize_meta
+from vlmcap.measuring.random_parts import fill_random, quantize_meta, with_blocks
 from vlmcap.models.llm.experts import fused_experts
 from vlmcap.planning.estimate.stages import weights_of
-from vlmcap.planning.make import make_plan
+from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change
 
 TINY = ["hardware=cpu", "data.batch_size=4", "data.eval_batch_size=4", "llm.max_new_tokens=8"]
@@ -61,7 +59,7 @@ def test_the_page_ends_with_how_far_off_the_plan_is(capsys: pytest.CaptureFixtur
 def test_a_whole_measurement_is_kept_and_used_by_the_plan(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measured_module, "is_too_small", lambda _: False)
+    monkeypatch.setattr(measure_module, "is_too_small", lambda _: False)
     comparison = measure(TINY)
     assert comparison.why_not_kept == ""
     assert [file.parent.name for file in kept(cache_dir)] == ["calibration"]
@@ -166,7 +164,7 @@ def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path,
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(measure_module.tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(measured_steps, "token_seconds", interrupted)
+    monkeypatch.setattr(measure_module, "token_seconds", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--measure", "--blocks", "1", *TINY])
     assert stop.value.code == 130

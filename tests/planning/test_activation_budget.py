@@ -8,8 +8,7 @@ import pytest
 
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.planning.activation_budget import num_kept_layers
-from vlmcap.planning.make import make_plan
+from vlmcap.planning.make_plan import make_plan, num_kept_layers
 
 BASE = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "cache.enabled=true", "data.num_frames=2"]
 
@@ -28,7 +27,7 @@ def test_the_budget_is_used_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_budget_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmcap.planning.estimate.traces.Tracer", lambda *_: pytest.fail("planned"))
+    monkeypatch.setattr("vlmcap.planning.estimate.tracer.Tracer", lambda *_: pytest.fail("planned"))
     assert num_kept_layers(compose(BASE)) == 0
     with pytest.raises(UserError, match=r"hardware\.activation_budget_gib must be above 0"):
         compose([*BASE, "hardware.activation_budget_gib=0"])

@@ -11,12 +11,17 @@ import pytest
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.config import Config
-from vlmcap.planning import device as this_card
-from vlmcap.planning.calibration import Calibration, choose_calibration, read_calibrations, write_calibration
-from vlmcap.planning.cards import card_of, own_profile, suitable_profile
-from vlmcap.planning.costs import training_seconds
-from vlmcap.planning.device import Present, assumed_card, calibration_folder
-from vlmcap.planning.make import make_plan
+from vlmcap.planning import calibration
+from vlmcap.planning.calibration import (
+    Calibration,
+    calibrated_card,
+    calibration_folder,
+    choose_calibration,
+    read_calibrations,
+    write_calibration,
+)
+from vlmcap.planning.hardware import Present, assumed_card, card_of, own_profile, suitable_profile
+from vlmcap.planning.make_plan import make_plan, training_seconds
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
 L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 90.0)
@@ -25,7 +30,7 @@ L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(this_card, "present_card", lambda: None)
+    monkeypatch.setattr(calibration, "present_card", lambda: None)
     return tmp_path
 
 
@@ -148,5 +153,5 @@ def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_card_here_leaves_the_plan_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured("encoder=clip", "llm=qwen3_4b", "hardware=l4")
     write_calibration(calibration_folder(config), L4)
-    monkeypatch.setattr(this_card, "present_card", lambda: Present("NVIDIA GeForce RTX 4090", 23.5, 23.0, "l4", (8, 9)))
-    assert this_card.calibrated_card(config) == assumed_card(config)
+    monkeypatch.setattr(calibration, "present_card", lambda: Present("NVIDIA GeForce RTX 4090", 23.5, 23.0, "l4", (8, 9)))
+    assert calibrated_card(config) == assumed_card(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmcap.measuring.trial import Trial, peak_on_card, trace_trial
+from tests.planning.trial import Trial, peak_on_card, trace_trial
 
 DEPTH = 8
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from rich.console import Console
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.planning.estimate.quick_traces import QuickTracer
-from vlmcap.planning.grid.configs import GridConfigs, GridNames, cells, grid_names
-from vlmcap.planning.grid.grid import make_grid
-from vlmcap.planning.grid.table import Cell, head, show_grid
-from vlmcap.planning.make import make_plan, planned_card
+from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.estimate.tracer import QuickTracer
+from vlmcap.planning.grid import make_grid as grid_module
+from vlmcap.planning.grid.grid_table import Cell, draw_grid, head, show_grid
+from vlmcap.planning.grid.make_grid import GridConfigs, GridNames, cells, grid_names, make_grid
+from vlmcap.planning.make_plan import make_plan
 
 NO_DATA = "data.root=unset"
 CONTEXT = "llm.max_caption_tokens=3800"  # more than Vicuna can hold
@@ -57,7 +59,7 @@ def test_a_whole_model_leaves_nothing_to_combine() -> None:
 @pytest.mark.parametrize("overrides", [[], ["hardware.gradient_checkpointing=false", "data.batch_size=2"]], ids=["checkpointed", "plain"])
 def test_interpolation_is_near_the_exact_plan(overrides: list[str]) -> None:
     config = compose([NO_DATA, "hardware=a100", "encoder=dinov3_s", "llm=exaone4_1_2b", *overrides])
-    quick, exact = make_plan(config, tracer=QuickTracer(config, planned_card(config).has_flash)), make_plan(config)
+    quick, exact = make_plan(config, tracer=QuickTracer(config, calibrated_card(config).has_flash)), make_plan(config)
     assert quick.training_gib == pytest.approx(exact.training_gib, rel=0.02)
     assert quick.generation_gib == pytest.approx(exact.generation_gib, rel=0.02)
 
@@ -71,12 +73,17 @@ def test_the_command_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> No
     assert "exceed the context of 4096 tokens" in impossible["error"]
 
 
-def test_steps_are_told_in_order() -> None:
-    told: list[tuple[int, int]] = []
-    names = GridNames(["a100"], ["dinov3_s"], ["exaone4_1_2b"], [NO_DATA])
-    found = make_grid(names, num_processes=1, advance=lambda done, total: told.append((done, total)))
+def test_a_bar_counts_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    @contextmanager
+    def bar(_: str, total: int) -> Iterator[Callable[[], object]]:
+        yield lambda: steps.append(total)
+
+    monkeypatch.setattr(grid_module, "passing_bar", bar)
+    found = make_grid(GridNames(["a100"], ["dinov3_s"], ["exaone4_1_2b"], [NO_DATA]), num_processes=1)
     assert len(found) == 1
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert steps == [3, 3, 3]
 
 
 def cell(encoder: str, llm: str, peak: float | None) -> Cell:
@@ -103,7 +110,5 @@ def test_heads_break_at_underscores() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    from vlmcap.planning.grid.picture import draw_grid
-
     draw_grid([cell("clip", "qwen3_8b", 12.0), cell("clip", "vicuna_7b", None)], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -17,10 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from vlmcap.cli import main
 from vlmcap.compose import compose, config_dir, register_schemas
 from vlmcap.errors import UserError
-from vlmcap.planning.sweep_budget import sweep as module
+from vlmcap.planning.sweep_budget import plan_sweep as module
 from vlmcap.planning.sweep_budget.budget import NumClips
-from vlmcap.planning.sweep_budget.sweep import num_clips, plan_sweep
-from vlmcap.planning.sweep_budget.table import show_budget
+from vlmcap.planning.sweep_budget.plan_sweep import num_clips, plan_sweep
+from vlmcap.planning.sweep_budget.sweep_plan import show_budget
 from vlmcap.sweep_syntax import expand, short_names
 
 TINY = ["data.num_frames=8", "data.max_clips=1000"]  # data.demo on a CPU

@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmcap.measuring.trial import Trial, trace_trial
+from tests.planning.trial import Trial, trace_trial
 from vlmcap.planning.estimate.stages import extrapolate, extrapolate_kept
 
+ROOT = Path(__file__).resolve().parents[2]
 DEPTH = 6
 MODELS: dict[str, Trial] = {
     "qwen3 in 4 bits": Trial("qwen3", width=128, quantization="4bit", has_checkpointing=True),
@@ -73,7 +75,7 @@ def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> 
 
 _SCRIPT = """
 import sys
-from vlmcap.measuring.trial import Trial, peak_of_real_step
+from tests.planning.trial import Trial, peak_of_real_step
 print(peak_of_real_step(Trial(**eval(sys.argv[1])), int(sys.argv[2])))
 """
 
@@ -85,5 +87,5 @@ def _measure(trial: Trial, depth: int) -> float:
     # Freed memory goes back at once, as the resident set is to show what is alive.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _SCRIPT, repr(dataclasses.asdict(trial)), str(depth)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True, timeout=300)
     return float(result.stdout.split()[-1])

@@ -12,7 +12,7 @@ import yaml
 
 from vlmcap.cli import dashboard as command
 from vlmcap.cli import main
-from vlmcap.cli.wandb_sweep import sweep_definition
+from vlmcap.cli.dashboard import sweep_definition
 from vlmcap.compose import compose
 from vlmcap.config import names
 from vlmcap.errors import UserError

@@ -15,8 +15,8 @@ from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.errors import OutOfMemoryError, UserError, is_out_of_memory
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.planning import advice as memory_advice
-from vlmcap.planning.advice import planned_changes
+from vlmcap.planning import changes
+from vlmcap.planning.changes import planned_changes
 from vlmcap.training.fitting import smaller_batches
 from vlmcap.training.run import train
 
@@ -109,8 +109,8 @@ def test_advice_comes_from_the_plan() -> None:
 
 
 def test_a_plan_that_fails_leaves_general_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_advice, "planned_changes", lambda _: 1 / 0)
-    assert memory_advice.advice(compose(["paths.output_dir=out"])).startswith("lower data.batch_size")
+    monkeypatch.setattr(changes, "planned_changes", lambda _: 1 / 0)
+    assert changes.advice(compose(["paths.output_dir=out"])).startswith("lower data.batch_size")
 
 
 @pytest.mark.parametrize(("asked", "found"), [((8, 1), (4, 2)), ((6, 2), (3, 4)), ((9, 1), (3, 3)), ((7, 2), (1, 14))])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
 
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
@@ -16,57 +19,30 @@ from vlmcap.assembly.features import features_folder, fill_store, hash_clips, ha
 from vlmcap.assembly.parts import device_of, locate_sources, sketch_encoder, vision_part
 from vlmcap.compose import compose
 from vlmcap.config import Split
+from vlmcap.data.features.eviction import StoreInfo, list_stores, remove_store
+from vlmcap.data.features.eviction import prune as prune_stores
+from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.store import FeatureStore
 from vlmcap.demo.prepare import prepare
-from vlmcap.errors import UserError
 from vlmcap.libraries import quiet_libraries
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from vlmcap.data.features.eviction import StoreInfo
-    from vlmcap.data.features.store import FeatureStore
-    from vlmcap.types import Clip
-
-_OVERRIDES = "as of train.py, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are"
-
-
-def add(commands: Any) -> None:
-    """Adds the command to the parsers of argparse."""
-    parser = commands.add_parser("cache", help="prepare, list and prune cached features of frozen encoders")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    for name, run, text in (
-        ("build", _build, "encode every clip of a configuration that is not there yet, without loading its language model"),
-        ("info", _info, "list the stores of features and what they take"),
-        ("prune", _prune, "delete features: one store, all, or the longest unused ones"),
-    ):
-        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        action.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
-        action.set_defaults(run=run)
-        if name == "prune":
-            chosen = action.add_mutually_exclusive_group(required=True)
-            chosen.add_argument("--max-gib", type=float, metavar="N", help="delete the longest unused stores until N GiB are left")
-            chosen.add_argument("--all", action="store_true", help="delete every store")
-            chosen.add_argument("--key", metavar="K", help="delete the store of this key, as `vlmcap cache info` lists it")
-
-
-def _build(options: argparse.Namespace) -> None:
-
-    build(options.overrides)
-
-
-def _info(options: argparse.Namespace) -> None:
-
-    info(options.overrides)
-
-
-def _prune(options: argparse.Namespace) -> None:
-
-    prune(options.overrides, max_gib=options.max_gib, key=options.key)
-
+from vlmcap.terminal import gigabytes, grouped, wide_console
+from vlmcap.types import Clip
 
 _COLUMNS = ("key", "encoder", "layer", "frames", "clips", "size", "last used", "dtype", "error (RMS)", "error (max)")
-_MIN_WIDTH = 140  # in a pipe, too
+
+
+def run(options: Namespace) -> None:
+    """Prepares, lists or prunes features, as `options.action` says.
+
+    Raises:
+        UserError: An override is wrong, or there is no such store.
+    """
+    if options.action == "build":
+        build(options.overrides)
+    elif options.action == "info":
+        info(options.overrides)
+    else:
+        prune(options.overrides, max_gib=options.max_gib, key=options.key)
 
 
 def build(overrides: Sequence[str]) -> None:
@@ -78,8 +54,6 @@ def build(overrides: Sequence[str]) -> None:
     Raises:
         UserError: The configuration, its encoder or its data do not do.
     """
-    from vlmcap.terminal import gigabytes, grouped
-
     config = compose([*overrides, "cache.enabled=true"])
     device_of(config)
     quiet_libraries()
@@ -100,8 +74,6 @@ def build(overrides: Sequence[str]) -> None:
 
 def unusable(clips: Sequence[Clip], hashes: NDArray[np.bytes_], store: FeatureStore) -> Iterator[tuple[Clip, str]]:
     """Clips without features in a filled store, and why."""
-    from vlmcap.data.features.content import UNREADABLE
-
     for clip, content in zip(clips, hashes, strict=True):
         reason = "it cannot be opened" if content == UNREADABLE else store.skipped(bytes(content))
         if reason is not None:
@@ -114,12 +86,6 @@ def info(overrides: Sequence[str]) -> None:
     Args:
         overrides: `paths.cache_dir` says where.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from vlmcap.data.features.eviction import list_stores
-    from vlmcap.terminal import gigabytes
-
     root = features_folder(compose(overrides))
     stores = list_stores(root)
     if not stores:
@@ -133,7 +99,7 @@ def info(overrides: Sequence[str]) -> None:
     for store in stores:
         table.add_row(*_row(store))
     table.caption, table.caption_justify = "Errors are those of the stored numbers, over the root mean square of the features.", "left"
-    Console(width=max(_MIN_WIDTH, Console().width)).print(table)
+    wide_console().print(table)
 
 
 def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | None = None) -> None:
@@ -145,16 +111,11 @@ def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | 
         key: Of one store.
 
     Raises:
-        UserError: There is no such store, or the number is none.
+        UserError: There is no such store.
     """
-    from vlmcap.data.features import eviction
-    from vlmcap.terminal import gigabytes
-
-    if max_gib is not None and not 0 <= max_gib < math.inf:
-        raise UserError(f"--max-gib must be 0 or more, not {max_gib}")
     root = features_folder(compose(overrides))
-    freed = eviction.prune(root, round((max_gib or 0.0) * 2**30)) if key is None else eviction.remove_store(root, key)
-    left = eviction.list_stores(root)
+    freed = prune_stores(root, round((max_gib or 0.0) * 2**30)) if key is None else remove_store(root, key)
+    left = list_stores(root)
     in_use = ", ".join(store.key for store in left if store.is_in_use)
     print(f"{gigabytes(freed)} freed, {gigabytes(sum(store.num_bytes for store in left))} left in {root}")
     if in_use and key is None:
@@ -162,8 +123,6 @@ def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | 
 
 
 def _row(store: StoreInfo) -> list[str]:
-    from vlmcap.terminal import gigabytes, grouped
-
     recipe: dict[str, Any] = store.recipe
     frames = f"{recipe.get('num_frames', '?')} {recipe.get('sampling', '')}".strip()
     pooled = f", pooled by {recipe['pooled']['size']}" if recipe.get("pooled") else ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
@@ -14,23 +13,7 @@ from vlmcap.files import replacing
 _VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
 
 
-def add(commands: Any) -> None:
-    """Adds the command to the parsers of argparse."""
-    parser = commands.add_parser("caption", help="caption video files with a trained checkpoint")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders that are searched for them")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .ckpt file of a run, or a folder of `vlmcap export`")
-    parser.add_argument("--output", metavar="F.jsonl", help="write one JSON object a clip here instead of text to the screen")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="put a value over the checkpoint's configuration, such as hardware.accelerator=cpu; may be repeated",
-    )
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: Namespace) -> None:
     """Captions of the files, to the screen or into a file.
 
     Raises:

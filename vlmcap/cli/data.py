@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
 
 from vlmcap.assembly.clips import Splits, load_splits
 from vlmcap.assembly.datasets import decoded_dataset
 from vlmcap.assembly.parts import load_prompt_of
 from vlmcap.compose import compose
 from vlmcap.config import Config, Sampling, Split
+from vlmcap.data.duplicates import NUM_HASHED_FRAMES
+from vlmcap.data.inspection import Broken, Entry, Inspection, Thumbnails, read_captions, read_videos, repeated_captions
+from vlmcap.data.loading.lengths import caption_lengths
 from vlmcap.demo.prepare import TINY, demo_folder
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.libraries import quiet_libraries
-
-if TYPE_CHECKING:
-    from vlmcap.data.inspection import Inspection
-    from vlmcap.types import Clip, Sample, Skipped
-
-
-def add(commands: Any) -> None:
-    """Adds the command to the parsers of argparse."""
-    parser = commands.add_parser("data", help="look at a data set before training on it")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    check = actions.add_parser(
-        "check",
-        help="count clips and captions, find broken files and duplicates, and write a page with pictures",
-        description="Count clips and captions, find broken files, captions that will be cut and clips that look alike, and write a page.",
-    )
-    check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of train.py, such as data=aihub data.root=… llm=qwen3_8b")
-    check.add_argument("--output", type=Path, default=Path("data-check.html"), metavar="FILE", help="the page (default: data-check.html)")
-    check.add_argument("--max-clips", type=int, metavar="N", help="read the videos of the first N clips of each split only")
-    check.add_argument("--captions-only", action="store_true", help="read no video")
-    check.set_defaults(run=_check)
-
-
-def _check(options: argparse.Namespace) -> None:
-    from vlmcap.errors import UserError
-
-    if options.max_clips is not None and options.max_clips < 1:
-        raise UserError(f"--max-clips must be at least 1, not {options.max_clips}")
-    check_data(options.overrides, options.output, max_clips=options.max_clips, reads_videos=not options.captions_only)
-
+from vlmcap.models.checkpoint import fingerprint, locate
+from vlmcap.reporting.data_page import data_page, show_inspection
+from vlmcap.terminal import progress_reporter
+from vlmcap.types import Clip, Sample, Skipped
 
 NUM_SAMPLES = 12  # clips that the page shows
+
+
+def run(options: Namespace) -> None:
+    """Checks a data set.
+
+    Raises:
+        UserError: An override is wrong, or nothing can be read.
+    """
+    check_data(options.overrides, options.output, max_clips=options.max_clips, reads_videos=not options.captions_only)
 
 
 def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None = None, reads_videos: bool = True) -> Inspection:
@@ -64,9 +52,6 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     Raises:
         UserError: The configuration does not do, nothing can be read, or the folder of `output` is not there.
     """
-    from vlmcap.data.inspection import Broken, Entry, Inspection, read_captions, repeated_captions
-    from vlmcap.reporting.data_page import data_page, show_inspection
-
     if not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist")
     quiet_libraries()
@@ -93,9 +78,6 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
 
 def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
     """Fills in tokens of captions; returns why not, where they cannot be counted."""
-    from vlmcap.data.loading.lengths import caption_lengths
-    from vlmcap.models.checkpoint import fingerprint, locate
-
     part = "model" if config.is_whole else "llm"
     checkpoint, revision, gate = ((found := getattr(config, part)).checkpoint, found.revision, found.gate)
     if checkpoint == TINY:
@@ -113,9 +95,6 @@ def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
 
 
 def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: int | None) -> None:
-    from vlmcap.data.inspection import read_videos
-    from vlmcap.terminal import progress_reporter
-
     read = {split: clips[:max_clips] for split, clips in splits.items()}
     total = sum(map(len, read.values()))
     chosen = sorted(random.Random(config.seed).sample(range(total), min(NUM_SAMPLES, total)))
@@ -127,11 +106,6 @@ def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: 
 
 
 def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tuple[str, Sample | Skipped]]:
-    from torch.utils.data import DataLoader
-
-    from vlmcap.data.duplicates import NUM_HASHED_FRAMES
-    from vlmcap.data.inspection import Thumbnails
-
     data = dataclasses.replace(config.data, num_frames=NUM_HASHED_FRAMES, sampling=Sampling.uniform, variable_frames=True)
     config = dataclasses.replace(config, data=data)
     for split, clips in splits.items():

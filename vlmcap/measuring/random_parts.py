@@ -1,30 +1,90 @@
-"""A configuration's captioner at true size with random weights, made on the device tensor by tensor: no download, no copy in the host.
+"""A configuration's captioner at true size, or cut to few blocks, with random weights: no download, and no copy in the host's memory.
 
 Same classes, number formats, adapters and attention as `assemble` gives. Values are random, so what it writes means nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, language_options, loss_chunk_bytes, train_encoder
 from vlmcap.config import Config, ModelKind
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.encoders import FAMILIES
+from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, planned_spec, sketch, text_config, whole_parts
-
-if TYPE_CHECKING:
-    from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.llm.load import quantization_config
+from vlmcap.models.projectors import build_projector
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_spec, sketch, text_config, whole_parts
 
 _STD = 0.02  # of random weights, as transformers' own
 _PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
+
+
+def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
+    """The configuration with its bases cut to so many blocks.
+
+    Args:
+        config: Of the run.
+        num_blocks: That encoder and language model keep, where they have more.
+        folder: Takes the `config.json`s of the cut bases, and traces of them.
+    """
+    paths = dataclasses.replace(config.paths, cache_dir=str(folder / "cache"))
+    config = dataclasses.replace(config, paths=paths)
+    if config.is_whole:
+        values = architecture(config, "model")
+        text = values.get("text_config") or values
+        _cut(text, num_blocks)
+        layer = values.get("vision_feature_layer", -1)  # of LLaVA
+        _cut(values.get("vision_config") or {}, _total_blocks(num_blocks, layer if isinstance(layer, int) else -1))
+        model = dataclasses.replace(config.model, checkpoint=_write(folder / "model", values))
+        return dataclasses.replace(config, model=model)
+    text = architecture(config, "llm")
+    _cut(text.get("text_config") or text, num_blocks)
+    vision = architecture(config, "encoder")
+    layer = config.encoder.feature_layer
+    _cut(vision.get("vision_config") or vision, _total_blocks(num_blocks, layer))
+    encoder = dataclasses.replace(
+        config.encoder, checkpoint=_write(folder / "encoder", vision), feature_layer=min(layer, num_blocks) if layer >= 0 else layer
+    )
+    llm = dataclasses.replace(config.llm, checkpoint=_write(folder / "llm", text))
+    return dataclasses.replace(config, encoder=encoder, llm=llm)
+
+
+def _total_blocks(num_blocks: int, layer: int) -> int:
+    """Blocks of a tower of which so many run: a layer that is counted from the end leaves those behind it out."""
+    return num_blocks if layer >= 0 else num_blocks - 1 - layer
+
+
+def _cut(values: dict[str, Any], num_blocks: int) -> None:
+    """Fewer blocks in the part of a `config.json`, in place; Qwen's towers call them depth, and name layers that give features."""
+    for key in ("num_hidden_layers", "depth"):
+        if key in values:
+            values[key] = min(int(values[key]), num_blocks)
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][:num_blocks]
+    if values.get("deepstack_visual_indexes"):
+        values["deepstack_visual_indexes"] = [*range(min(num_blocks, len(values["deepstack_visual_indexes"])))]
+
+
+def _write(folder: Path, values: dict[str, Any]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(folder)
 
 
 def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], None]) -> VideoCaptioner:
@@ -38,9 +98,6 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
     Raises:
         UserError: The parts do not fit together, an architecture is not known, or the device is not there.
     """
-    from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.models.projectors import build_projector
-
     device = device_of(config)
     torch.manual_seed(config.seed)
     outline = sketch(config)
@@ -76,11 +133,6 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
         device: Where it is made.
         say: Told what is made.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from vlmcap.models.llm.attention import choose_attention
-
     options, text = language_options(config), text_config(config)
     dtype, kept = options["dtype"], None
     llm: Any
@@ -106,11 +158,6 @@ def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[st
         dtype: Of the arithmetic.
         kept: Names of layers that stay as they are; None asks transformers (the head).
     """
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    from vlmcap.models.llm.load import quantization_config
-
     if quantization == "none":
         return
     if quantization == "4bit":
@@ -167,7 +214,6 @@ def _made(owner: nn.Module, name: str, tensor: Any, device: str, dtype: torch.dt
 
 def _compute_tables(module: nn.Module) -> None:
     """Fills buffers by the model classes' own rules; weights that such a module has beside them are drawn anew."""
-    from transformers import PreTrainedModel
 
     def walk(child: nn.Module, owner: Any) -> None:
         owner = child if isinstance(child, PreTrainedModel) else owner
@@ -181,8 +227,6 @@ def _compute_tables(module: nn.Module) -> None:
 
 def _set_attention(config: Config, encoder: Any) -> None:
     """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
-    from vlmcap.models.encoders import FAMILIES
-
     attention = encoder_options(config).attention
     has_flash = config.is_whole or FAMILIES[config.encoder.family.value].has_flash
     if attention != "sdpa" and has_flash:
@@ -200,22 +244,3 @@ def _prompt(config: Config) -> Any:
 def _billions(module: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in module.parameters())
     return f"{count / 1e9:.2f} billion weights" if count >= 1e8 else f"{count / 1e6:.1f} million weights"
-
-
-class MemoryEndedError(Exception):
-    """The memory of the device ended."""
-
-
-@contextlib.contextmanager
-def told_memory() -> Iterator[None]:
-    """Turns what PyTorch and bitsandbytes raise when memory ends into `MemoryEndedError`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
-        text = str(error).lower()
-        words = ("out of memory", "can't allocate memory", "status_alloc_failed")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in text for word in words):
-            raise
-    else:
-        return
-    raise MemoryEndedError  # outside of the handler, or the error's frames would hold what has to be freed

@@ -1,4 +1,4 @@
-"""Training steps and captions of a captioner with random weights, timed, as a run would take them.
+"""Training steps and captions of a captioner with random weights, as a run would take them: their time and their memory.
 
 Legend: B clips, F frames, P patches a frame, Dv vision width.
 """
@@ -6,29 +6,35 @@ Legend: B clips, F frames, P patches a frame, Dv vision width.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, Precision
-from vlmcap.planning.estimate.batches import IGNORED, language_batch
+from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch, text_config
-from vlmcap.planning.estimate.sizes import Sizes, frames_shape
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.types import Batch
+from vlmcap.planning.estimate.sizes import IGNORED, Sizes, frames_shape, language_batch
+from vlmcap.planning.hardware import GIB
+from vlmcap.training.checkpoints.load import trained_parameters
+from vlmcap.training.optimizer import make_optimizer
+from vlmcap.training.schedule import StagePlan
+from vlmcap.types import Batch
 
 NUM_STEPS = 3  # of the optimiser; the first one is not timed, as it takes memory and chooses kernels
 MOST_MICRO = 2  # batches a step where gradients are accumulated: the second finds the gradients of the first, as all later ones would
 _RATE = 1e-6
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+_LARGE = 1 << 16  # bytes: what is larger goes back to the system when it is freed
 _MOST_ID = 1000  # random ids stay below, where no vocabulary has special tokens
 
 
@@ -74,10 +80,6 @@ class Training:
     """
 
     def __init__(self, config: Config, captioner: VideoCaptioner) -> None:
-        from vlmcap.training.checkpoints.load import trained_parameters
-        from vlmcap.training.optimizer import make_optimizer
-        from vlmcap.training.schedule import StagePlan
-
         self.config, self.captioner, self.device = config, captioner, str(captioner.device)
         trained = trained_parameters(captioner, StagePlan(config.tuning.stages))
         self.parameters: list[nn.Parameter] = [parameter for part in trained.values() for parameter in part.values()]
@@ -172,11 +174,80 @@ def token_seconds(config: Config, captioner: VideoCaptioner, batch: Batch, num_n
 @contextlib.contextmanager
 def gone_after(device: str) -> Iterator[None]:
     """Gives memory back at the end, whatever that was."""
-    import gc
-
     try:
         yield
     finally:
         gc.collect()
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Memory in use, in GiB.
+
+    Attributes:
+        allocated: By tensors, at most; on a CPU by the process, over what it had before the model.
+        reserved: Held by PyTorch's allocator, at most; the same as `allocated` on a CPU.
+    """
+
+    allocated: float
+    reserved: float
+
+
+class MemoryUse:
+    """Peaks of phases.
+
+    Args:
+        device: "cpu", or a CUDA device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device, self.is_cuda = device, torch.device(device).type == "cuda"
+        if not self.is_cuda:
+            _return_freed_memory()
+        self._base = 0.0 if self.is_cuda else resident("VmRSS")
+
+    def start(self) -> None:
+        """Begins a phase: what is not needed goes back, and the peak is counted anew."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_peak()
+
+    def peak(self) -> Use:
+        """The most since the phase began."""
+        if self.is_cuda:
+            allocated = torch.cuda.max_memory_allocated(self.device) / GIB
+            return Use(allocated, torch.cuda.max_memory_reserved(self.device) / GIB)
+        grown = (resident("VmHWM") - self._base) / GIB
+        return Use(grown, grown)
+
+    def context_gib(self) -> float:
+        """What is taken on the card beside PyTorch's allocator: the context, kernels and workspaces, and other programs'."""
+        if not self.is_cuda:
+            return 0.0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (total - free - torch.cuda.memory_reserved(self.device)) / GIB
+
+
+def reset_peak() -> None:
+    """Linux alone keeps a peak that can be set back."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident(name: str) -> float:
+    """Bytes of the process in memory, now ("VmRSS") or at most ("VmHWM")."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(name))
+    return float(line.split()[1]) * 1024
+
+
+def _return_freed_memory() -> None:
+    """Makes glibc give freed memory back at once, as the resident set is to show what is alive."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_TRIM_THRESHOLD, _LARGE)

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vlmcap.config import Config
 from vlmcap.files import replacing
-from vlmcap.planning.cards import Card, own_profile
+from vlmcap.planning.hardware import Card, assumed_card, own_profile, present_card, present_processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +116,19 @@ def choose_calibration(
     if here is not None and here_profile == hardware:
         return next((calibration for calibration in known if calibration.card == here), None)
     return next((calibration for calibration in known if own_profile(calibration.card, calibration.memory_gib) == hardware), None)
+
+
+def calibration_folder(config: Config) -> Path:
+    """Where measurements of cards are kept."""
+    return Path(config.paths.cache_dir).expanduser() / "calibration"
+
+
+def calibrated_card(config: Config) -> Card:
+    """The card of the profile, or this computer, with what was measured on it; without where nothing was, or on another card."""
+    card = assumed_card(config)
+    if not (found := read_calibrations(calibration_folder(config))):
+        return card  # without a look at the card, which would take memory on it
+    here = present_processor() if config.hardware.accelerator == "cpu" else present_card()
+    name, profile = (None, None) if here is None else (here.name, here.profile)
+    chosen = choose_calibration(found, config.hardware.name, name, profile)
+    return card if chosen is None else chosen.on(card)

@@ -48,6 +48,11 @@ def is_weight(part: str) -> bool:
     return part.endswith(("weights", "quantisation state"))
 
 
+def is_known(part: str) -> bool:
+    """Whether a part's bytes follow from numbers of parameters alone: weights, quantisation state, optimiser state."""
+    return is_weight(part) or part.endswith("optimiser state")
+
+
 def activations(moment: Moment) -> float:
     """Bytes that a step adds to weights, gradients and optimiser state."""
     kept = ("gradients", "optimiser state", "fragmentation")
@@ -142,11 +147,6 @@ def _finish(always: Counter[str], fullest: Counter[str]) -> dict[str, float]:
     parts = always + fullest
     parts["fragmentation"] = FRAGMENTATION * fullest.total()  # type: ignore[assignment]
     return dict(sorted(((name, float(size)) for name, size in parts.items() if size > 0), key=lambda item: -item[1]))
-
-
-def is_known(name: str) -> bool:
-    """Whether a part's bytes follow from numbers of parameters alone: weights, quantisation state, optimiser state."""
-    return name.endswith(("weights", "quantisation state", "optimiser state"))
 
 
 def scale_beyond(moment: Moment, ratio: float) -> Moment:

@@ -176,7 +176,7 @@ def _reason(status: str, error: BaseException | None) -> str:
 
 def _planned(config: Config) -> dict[str, float] | None:
     """What the plan says of a run that ran out of memory; None where it cannot be made."""
-    from vlmcap.planning.make import make_plan
+    from vlmcap.planning.make_plan import make_plan
 
     try:
         plan = make_plan(config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlmcap.config import Config
 from vlmcap.errors import OutOfMemoryError, first_line, is_out_of_memory
-from vlmcap.planning.advice import advice
+from vlmcap.planning.changes import advice
 from vlmcap.training.console import show_start
 from vlmcap.training.summary import release_memory
 

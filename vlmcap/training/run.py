@@ -18,8 +18,7 @@ from vlmcap.demo.prepare import prepare
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
-from vlmcap.planning.activation_budget import num_kept_layers
-from vlmcap.planning.make import enforce_plan
+from vlmcap.planning.make_plan import enforce_plan, num_kept_layers
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
 from vlmcap.training.checks import check_engine, check_facts, check_objective, check_stages

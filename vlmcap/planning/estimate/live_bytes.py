@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive while a step runs, and its arithmetic.
+"""Bytes of the tensors that are alive while a step runs, and its arithmetic; what a GPU does otherwise than the CPU that traces it.
 
 Works on real and on fake tensors, so that the step of a model of true size can be counted without its memory.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 ROUNDING = 512  # bytes: the CUDA allocator hands out multiples of it
@@ -113,3 +116,152 @@ def tag_module(module: torch.nn.Module, live: LiveBytes, tag: str) -> None:
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave, always_call=True)
+
+
+_WIDE = {
+    F.layer_norm,
+    F.softmax,
+    F.log_softmax,
+    F.cross_entropy,
+    F.nll_loss,
+    torch.softmax,
+    torch.log_softmax,
+    torch.pow,
+    torch.rsqrt,
+    torch.exp,
+    torch.log,
+    torch.cumsum,
+    Tensor.softmax,
+    Tensor.log_softmax,
+    Tensor.pow,
+    Tensor.__pow__,
+    Tensor.rsqrt,
+    Tensor.exp,
+    Tensor.log,
+    Tensor.cumsum,
+}
+
+
+class OnCard(TorchFunctionMode):
+    """Runs functions as a card would, and those on real tensors (ids, masks, positions) in earnest, as their values decide on shapes.
+
+    These are rules from PyTorch's sources. Under CUDA's autocast normalisation, softmax, losses and powers work in float32.
+    Scaled dot-product attention runs fused: it keeps its inputs, its output and a float32 number per row and head; a mask is made
+    additive in the input's format; the backward pass takes the gradients of its inputs and a float32 copy of that of the queries.
+    On GPUs below compute capability 8.0 grouped queries run unfused, with all pairs in float32.
+
+    Args:
+        live: Whose arithmetic attention adds to.
+        has_flash: Whether the card is of compute capability 8.0 or newer.
+    """
+
+    def __init__(self, live: LiveBytes, has_flash: bool = True) -> None:
+        super().__init__()
+        self.live, self.has_flash = live, has_flash
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if _makes_integers(func, args, kwargs) or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):  # by a mask: the shape is known only from the mask's values
+            args = (args[0], _flat(tree_map(_places, args[1])), *args[2:])
+        if func in (torch.repeat_interleave, Tensor.repeat_interleave) and len(args) > 1 and isinstance(args[1], Tensor):
+            kwargs = {**kwargs, "output_size": int(args[1].sum())}
+        if func in _WIDE and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_widen, (tuple(args), dict(kwargs)))
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        is_fused = self.has_flash or not enable_gqa or query.shape[1] == key.shape[1]
+        batch, heads, rows, dim = query.shape
+        pairs = batch * heads * rows * key.shape[2] / (2 if is_causal else 1)
+        self.live.flops += 4.0 * pairs * dim
+        # An empty mask in the input's format stands for the additive one; all heads share it.
+        mask = None if attn_mask is None else query.new_empty(attn_mask.shape)
+        out: Tensor = _Attention.apply(query, key, value, mask, is_fused, 10.0 * pairs * dim, self.live)
+        return out
+
+
+class _Attention(torch.autograd.Function):
+    """Allocates what the card's kernel would, and computes nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_fused: bool, back: float, live: LiveBytes
+    ) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+        if not is_fused:
+            rows = query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
+            _ = torch.empty_like(rows)  # scores before their softmax
+        ctx.save_for_backward(query, key, value, mask, out, rows)
+        ctx.is_fused, ctx.flops, ctx.live = is_fused, back, live
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, _, rows = ctx.saved_tensors
+        ctx.live.flops += ctx.flops
+        work = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(rows)]
+        if query.shape[1] != key.shape[1]:  # gradients a query head, summed over a group at the end
+            work += [key.new_empty(key.shape[0], query.shape[1], *key.shape[2:]) for _ in range(2)]
+        if not ctx.is_fused:
+            work.append(torch.empty_like(rows))
+        results = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        del work
+        return (*results, None, None, None, None)
+
+
+def _makes_integers(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a tensor of ids, masks or positions is made from plain numbers."""
+    if func not in (torch.arange, torch.tensor, torch.zeros, torch.ones, torch.full):
+        return False
+    if (dtype := kwargs.get("dtype")) is not None:
+        return dtype in (torch.int64, torch.int32, torch.bool)
+    return func in (torch.arange, torch.tensor) and not any(isinstance(leaf, float | Tensor) for leaf in tree_leaves(args))
+
+
+def _widen(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_narrow else value
+
+
+def _places(index: Any) -> Any:
+    """The places of a real mask's ones, in place of the mask."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+        with unset_fake_temporarily():
+            return _Places(index.nonzero(as_tuple=True))
+    return index
+
+
+class _Places:
+    def __init__(self, indices: tuple[Tensor, ...]) -> None:
+        self.indices = indices
+
+
+def _flat(index: Any) -> Any:
+    """The index with the places of masks laid out as so many indices."""
+    if isinstance(index, _Places):
+        return index.indices
+    if isinstance(index, tuple):
+        return tuple(part for entry in index for part in (entry.indices if isinstance(entry, _Places) else (entry,)))
+    return index

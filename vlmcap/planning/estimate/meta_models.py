@@ -5,25 +5,29 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, projector_spec, train_encoder
 from vlmcap.config import Config, ModelKind
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
+from vlmcap.demo.tiny_encoders import VISION_CONFIGS
+from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
 from vlmcap.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.models.pretrained import PretrainedParts
-    from vlmcap.models.projectors import ProjectorSpec
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.encoders import VisionEncoder, build_encoder
+from vlmcap.models.encoders.tower import read_config
+from vlmcap.models.known import known_config
+from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
+from vlmcap.models.pretrained import PretrainedParts, build_pretrained
+from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
 
 _DEPTHS = ("depth", "num_hidden_layers")
 _OTHER_KINDS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # blocks of a tower that are not like the rest
@@ -40,17 +44,10 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
     Raises:
         UserError: Neither is there.
     """
-    from vlmcap.models.encoders.tower import read_config
-    from vlmcap.models.known import known_config
-
     checkpoint = getattr(config, part).checkpoint
     if part == "llm" and checkpoint == TINY:  # made on first use
-        from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
-
         return dict(LANGUAGE_CONFIG)
     if part == "encoder" and checkpoint in TINY_ENCODERS:
-        from vlmcap.demo.tiny_encoders import VISION_CONFIGS
-
         return dict(VISION_CONFIGS[checkpoint])
     if Path(checkpoint).expanduser().is_dir():
         return read_config(Path(checkpoint).expanduser())
@@ -74,8 +71,6 @@ def text_config(config: Config, depth: int | None = None) -> Any:
         config: Of the run.
         depth: Blocks to leave; None leaves all, and is made once for all that only read it.
     """
-    from transformers import AutoConfig
-
     values = text_values(config)
     if depth is None:
         return once(["text", values], lambda: AutoConfig.for_model(**values).get_text_config())
@@ -93,21 +88,15 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
         config: Of the run.
         num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of encoder.feature_layer.
     """
-    import dataclasses
-
-    import torch
-
-    from vlmcap.models.encoders import build_encoder
-
     if config.is_whole:
         encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
         return encoder
-    values, options = architecture(config, "encoder"), dataclasses.replace(encoder_options(config), attention="sdpa")
+    values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
     vision = dict(values.get("vision_config") or values)
     if num_blocks is not None:
         layer = options.feature_layer
         vision["num_hidden_layers"] = num_blocks if layer >= 0 else num_blocks - 1 - layer
-        options = dataclasses.replace(options, feature_layer=min(layer, num_blocks))
+        options = replace(options, feature_layer=min(layer, num_blocks))
     with torch.device("meta"):
         return build_encoder(config.encoder.family.value, vision, options)
 
@@ -132,10 +121,6 @@ def whole_parts(config: Config, depth: int, plain_vision: int | None = None) -> 
         depth: Blocks of its language model to leave.
         plain_vision: Blocks of its tower to leave beside those that differ, which come first then; None leaves all in their places.
     """
-    import torch
-
-    from vlmcap.models.pretrained import build_pretrained
-
     values = architecture(config, "model")
     text = dict(values.get("text_config") or {})
     target = text if text else values
@@ -178,8 +163,6 @@ def _once(config: Config, make: Callable[[], Any]) -> Any:
 
 def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
     """The encoder in fake tensors, as training has it."""
-    from vlmcap.planning.estimate.fake_tensors import fill_hollow
-
     encoder = sketch(config, num_blocks)
     train_encoder(config, encoder)
     fill_hollow(encoder, mode)
@@ -188,11 +171,6 @@ def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None)
 
 def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTensorMode) -> nn.Module:
     """The projector in fake tensors, trained."""
-    import torch
-
-    from vlmcap.models.projectors import build_projector
-    from vlmcap.planning.estimate.fake_tensors import fill_hollow
-
     with torch.device("meta"):
         projector: nn.Module = whole_parts(config, 1).projector if spec is None else build_projector(spec)
     is_trained = any(stage.projector_lr > 0 for stage in config.tuning.stages.values())
@@ -213,12 +191,6 @@ def hollow_llm(
         has_flash: Of the card; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
         num_kept: Last blocks that are not computed again.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from vlmcap.models.captioner import VideoCaptioner
-    from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
-
     dtype, kept = dtype_of(config.hardware.precision), None
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     with torch.device("meta"):
@@ -241,8 +213,6 @@ def hollow_llm(
 
 
 def _repeated_keys() -> str:
-    from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
-
     register_repeated_keys()
     return REPEATED
 

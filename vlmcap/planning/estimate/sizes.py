@@ -1,12 +1,17 @@
-"""What a configuration comes to before it is traced: patches and visual tokens of a clip, bytes of frames, cache and download.
+"""The sizes of a configuration before it is traced: patches and visual tokens of a clip, batches of such clips, bytes of weights.
 
-Legend: F frames, P patches a frame, Dv vision width, V visual tokens a clip.
+Legend: B clips, F frames, P patches per frame, Dv vision width, V visual tokens per clip, T caption tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of
@@ -23,12 +28,9 @@ from vlmcap.planning.estimate.meta_models import (
     whole_outline,
     whole_parts,
 )
+from vlmcap.types import Batch, Clip, GridTHW
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vlmcap.types import GridTHW
-
+IGNORED = -100  # label of a token that is not learned
 _TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
 
 
@@ -115,9 +117,6 @@ def download_bytes(config: Config) -> float:
 
 
 def _language_parameters(config: Config, depth: int) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     if config.is_whole:
         return _parameters(whole_parts(config, depth, plain_vision_blocks(config) and 1).llm)
     with torch.device("meta"):
@@ -126,3 +125,38 @@ def _language_parameters(config: Config, depth: int) -> int:
 
 def _parameters(module: nn.Module) -> int:
     return sum(int(parameter.numel()) for parameter in module.parameters())
+
+
+def language_batch(
+    num_clips: int, runs: Sequence[int], num_prompt: int, num_caption: int, grid_thw: GridTHW | None = None, gap: int = 0
+) -> Batch:
+    """A batch of equal clips without padding, as the collator makes it; its frames or features are made elsewhere.
+
+    Its ids and masks are real tensors, as their values decide on shapes.
+
+    Args:
+        num_clips: B.
+        runs: Visual tokens of each run; V is their sum.
+        num_prompt: Text tokens in front of the caption, half of them before the visual tokens.
+        num_caption: T, end token included; 0 makes a batch for generation.
+        grid_thw: A clip's size in patches, where the model's positions go by it.
+        gap: Text tokens between two runs.
+    """
+    before = num_prompt // 2
+    visual = [False] * before
+    for index, run in enumerate(runs):
+        visual += [False] * (gap if index else 0) + [True] * run
+    visual += [False] * (num_prompt - before + num_caption)
+    mask = torch.tensor(visual).expand(num_clips, -1).clone()
+    ids = torch.ones(mask.shape, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    if num_caption:
+        labels[:, -num_caption:] = 1
+    return Batch(
+        clips=tuple(Clip(str(index), "", ("",)) for index in range(num_clips)),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        visual_mask=mask,
+        labels=labels if num_caption else None,
+        grid_thw=None if grid_thw is None else (grid_thw,) * num_clips,
+    )

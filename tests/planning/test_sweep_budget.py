@@ -9,8 +9,17 @@ import pytest
 
 from vlmcap.assembly.cache_choice import num_visits
 from vlmcap.compose import compose
-from vlmcap.planning.sweep_budget.budget import ClipSeconds, Encoding, Job, NumClips, encodings, largest_subset, sweep_seconds, with_clips
-from vlmcap.planning.sweep_budget.proposals import propose
+from vlmcap.planning.sweep_budget.budget import (
+    ClipSeconds,
+    Encoding,
+    Job,
+    NumClips,
+    encodings,
+    largest_subset,
+    propose,
+    sweep_seconds,
+    with_clips,
+)
 
 # 8 000 clips, 4 epochs, an evaluation of 128 clips after each, 1 000 clips in each other split.
 JOB = Job(

@@ -1,4 +1,4 @@
-"""The traces of a configuration: encoder, projector, language model in training, and its pass over prompts.
+"""The traces of a configuration (encoder, projector, language model in training, its pass over prompts), and the store that keeps them.
 
 Legend: B clips, F frames, P patches a frame, Dv vision width, V visual tokens a clip, Dl language width.
 """
@@ -6,14 +6,22 @@ Legend: B clips, F frames, P patches a frame, Dv vision width, V visual tokens a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmcap.assembly.parts import dtype_of, loss_chunk_bytes
 from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
+from vlmcap.files import replacing
+from vlmcap.models.llm.adapt import base_model
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     architecture,
@@ -26,15 +34,65 @@ from vlmcap.planning.estimate.meta_models import (
     text_config,
     whole_outline,
 )
-from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of
-from vlmcap.planning.estimate.trace_store import TraceStore
-
-if TYPE_CHECKING:
-    import torch
-
-    from vlmcap.planning.estimate.stages import StageTrace
+from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch, sizes_of
+from vlmcap.planning.estimate.stages import (
+    Anchors,
+    StageTrace,
+    blocks_of,
+    clips_of,
+    extrapolate,
+    extrapolate_kept,
+    trace_stage,
+)
 
 _SHORT = 2  # blocks of the shorter of two traces
+_FEW, _MANY = 4096, 24576  # tokens of a batch that the language model is traced at
+NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # where only the language model is asked for
+_SOURCES = ("models", "planning", "assembly")  # packages that a trace runs
+
+
+class TraceStore:
+    """Traces by the content of what they were made of.
+
+    Args:
+        folder: JSON files, one a trace; made when the first is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: dict[str, Any], make: Callable[[], StageTrace]) -> StageTrace:
+        """The trace of `key`, made where it is not there; a file that cannot be read or written is no reason to fail.
+
+        Args:
+            key: Plain data that decides on the trace.
+            make: Makes it.
+        """
+        text = json.dumps([key, _code_version()], sort_keys=True, default=str)
+        file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        try:
+            return StageTrace(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            pass
+        trace = make()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as target:
+                target.write_text(json.dumps(trace.plain()), encoding="utf-8")
+        except OSError:
+            pass
+        return trace
+
+
+@cache
+def _code_version() -> str:
+    """Changes with our code and with the libraries that a trace runs."""
+    digest = hashlib.sha256()
+    for package in _SOURCES:
+        for file in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    libraries = " ".join(version(name) for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return f"{digest.hexdigest()} {libraries}"
 
 
 class Tracer:
@@ -64,8 +122,6 @@ class Tracer:
 
     def encoder(self, num_clips: int) -> StageTrace:
         """Frames to features; every figure is linear in the clips, as none of them sees another."""
-        from vlmcap.planning.estimate.stages import extrapolate
-
         if num_clips > 2:
             return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
@@ -106,8 +162,6 @@ class Tracer:
         return _SHORT + (self._deep_layers() - 1 if what == "language" else 0)
 
     def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
-        from vlmcap.planning.estimate.stages import extrapolate
-
         short = self.short(what)
         if depth is None or depth <= short + 1:
             return self._keep(what, key, depth, make)
@@ -120,8 +174,6 @@ class Tracer:
 
     def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageTrace]) -> StageTrace:
         """The trace with the last blocks kept, out of three short ones: two blocks computed again and one kept, and one more of each."""
-        from vlmcap.planning.estimate.stages import extrapolate_kept
-
         again = self.fewest_again
         key = key | {"what": "language", "precision": self.config.hardware.precision.value, "flash": self.has_flash}
         shapes = ((again + 1, 1), (again + 2, 1), (again + 2, 2))
@@ -140,10 +192,6 @@ class Tracer:
         return None if precision is Precision.fp32 else dtype_of(precision)
 
     def _trace_encoder(self, num_clips: int, depth: int) -> StageTrace:
-        import torch
-
-        from vlmcap.planning.estimate.stages import blocks_of, trace_stage
-
         mode = _fake_mode()
         encoder = hollow_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
@@ -164,10 +212,6 @@ class Tracer:
         )
 
     def _trace_projector(self, num_clips: int) -> StageTrace:
-        import torch
-
-        from vlmcap.planning.estimate.stages import trace_stage
-
         mode = _fake_mode()
         encoder = outline(self.config)
         projector = hollow_projector(self.config, planned_spec(self.config, encoder), mode)
@@ -189,12 +233,6 @@ class Tracer:
         )
 
     def _trace_language(self, num_clips: int, num_caption: int, depth: int, num_kept: int = 0) -> StageTrace:
-        import torch
-
-        from vlmcap.models.llm.adapt import base_model
-        from vlmcap.planning.estimate.batches import language_batch
-        from vlmcap.planning.estimate.stages import blocks_of, trace_stage
-
         mode = _fake_mode()
         llm, captioner_class = hollow_llm(self.config, mode, depth, self.has_flash, num_kept)
         llm.train(num_caption > 0)
@@ -238,7 +276,44 @@ class Tracer:
         return 1 + int(whole_outline(self.config).encoder.num_deep_layers)
 
 
-def _fake_mode() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+class QuickTracer(Tracer):
+    """Traces of which those of the language model are the same for all encoders, and those of the projector for all batch sizes."""
 
+    @property
+    def width(self) -> int:
+        """Of the language model's hidden states."""
+        return int(text_config(self.config).hidden_size)
+
+    def projector(self, num_clips: int) -> StageTrace:
+        """Features to visual tokens, from one and two clips."""
+        return clips_of(super().projector(1), super().projector(2), num_clips)
+
+    def language(self, num_clips: int, num_caption: int, num_kept: int = 0) -> StageTrace:
+        """Interpolated by tokens and blocks; with kept layers, traced as ever."""
+        if num_kept:
+            return super().language(num_clips, num_caption, num_kept)
+        num_tokens = num_clips * (self.sizes.num_visual + PROMPT_TOKENS + num_caption)
+        return self.anchors(num_caption).at(num_tokens, self.depth - self.short("language"), num_clips)
+
+    def anchors(self, num_caption: int) -> Anchors:
+        """The traces of the language model, the same for all sizes of this configuration."""
+        text, has_more = PROMPT_TOKENS + num_caption, num_caption > 0 and self.config.data.batch_size > 1
+        few = max(_FEW, 4 * text)
+        base, wide = self._with_visual(few - text), self._with_visual(few + _MANY - text)
+        return Anchors(
+            num_tokens=few,
+            num_more_tokens=few + _MANY,
+            short=base.shallow_language(1, num_caption),
+            longer=base.shallow_language(1, num_caption, 1),
+            wide=wide.shallow_language(1, num_caption),
+            wide_longer=None if num_caption and self.config.hardware.gradient_checkpointing else wide.shallow_language(1, num_caption, 1),
+            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption) if has_more else None,
+        )
+
+    def _with_visual(self, num_visual: int) -> Tracer:
+        sizes = Sizes((1, 1, num_visual), 0, 1, 0, num_visual, (num_visual,), 0)
+        return Tracer(self.config, self.has_flash, sizes)
+
+
+def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,24 +1,38 @@
-"""Pictures of encoders' features: singular values, likeness against distance, and what a patch finds alike in its frame."""
+"""Figures of encoders' features as pictures, as a table and as JSON.
+
+The pictures show singular values, similarity against distance, and the patches of a frame that one of its patches is similar to.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
 
 from vlmcap.files import replacing
 from vlmcap.spectrum.figures import FrameFeatures, Spectrum, similarity_maps
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from vlmcap.terminal import short_number, wide_console
 
 _COLOURS = ("#3b6ea5", "#c7522a", "#4c956c", "#8a5fa8", "#b8860b", "#555555", "#d16ba5", "#2a9d8f")
-_E = 0.36787944117144233
-
+_E = math.exp(-1)  # the level at which the correlation length is read
 _MAX_LABEL = 28  # characters that a column and a legend have room for
+_COLUMNS = {
+    "width": "width",
+    "effective_rank": "effective rank",
+    "participation_ratio": "participation ratio",
+    "directions_90": "for 90 %",
+    "similarity_neighbour": "neighbours alike",
+    "similarity_mean": "all alike",
+    "correlation_length": "correlation length",
+    "outlier_share": "outliers",
+    "cls_norm": "CLS norm",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +160,49 @@ def _cycle(count: int) -> list[str]:
 def _save(figure: Figure, file: Path) -> None:
     with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def spectra_record(spectra: Sequence[EncoderSpectrum]) -> dict[str, Any]:
+    """Everything that was measured, as plain data."""
+    return {one.name: {"feature_layer": one.layer, **_record(one.spectrum), "layers": _layers(one)} for one in spectra}
+
+
+def print_spectra(spectra: Sequence[EncoderSpectrum]) -> None:
+    """A row an encoder, and below it a row a layer where those were asked for."""
+    first = spectra[0].spectrum
+    title = f"Patch features of {first.num_frames} frames, {first.num_tokens} patches in the ranks"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("encoder", *_COLUMNS.values()):
+        table.add_column(column, justify="left" if column == "encoder" else "right")
+    for one in spectra:
+        table.add_row(one.label, *_cells(one.spectrum))
+        for number, layer in one.layers.items():
+            table.add_row(f"  layer {number}", *_cells(layer))
+    wide_console().print(table)
+
+
+def _cells(spectrum: Spectrum) -> list[str]:
+    figures = spectrum.figures()
+    return [_shown(key, figures[key], spectrum) for key in _COLUMNS]
+
+
+def _shown(key: str, value: float | int | None, spectrum: Spectrum) -> str:
+    if value is None:
+        return f"> {spectrum.locality.distances[-1]:.0f}" if key == "correlation_length" else "–"
+    if key == "outlier_share":
+        return f"{value:.1%}"
+    return str(value) if isinstance(value, int) else short_number(value)
+
+
+def _record(spectrum: Spectrum) -> dict[str, Any]:
+    return {
+        **spectrum.figures(),
+        "singular_values": [round(value, 6) for value in spectrum.values.tolist()],
+        "distances": list(spectrum.locality.distances),
+        "similarity": list(spectrum.locality.similarity),
+        "correlation": list(spectrum.locality.correlation),
+    }
+
+
+def _layers(one: EncoderSpectrum) -> dict[str, Any]:
+    return {number: _record(spectrum) for number, spectrum in one.layers.items()}

@@ -7,20 +7,18 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmcap.compose import compose
+from vlmcap.compose import NO_DATA, compose
 from vlmcap.config import Config, EncoderTuning
 from vlmcap.errors import UserError
-from vlmcap.planning.make import NUM_CLIPS, make_plan
-from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips
-from vlmcap.planning.sweep_budget.proposals import propose
-from vlmcap.planning.sweep_budget.result import SweepPlan
+from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
+from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, propose
+from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
 from vlmcap.sweep_syntax import expand, short_names
 from vlmcap.terminal import grouped, passing_bar
 
 if TYPE_CHECKING:
     from vlmcap.planning.plan import Plan
 
-_NO_DATA = "data.root=unset"  # a plan needs no clips
 NUM_HELD_OUT = 1000  # validation clips, and as many test clips, of AI Hub's Korean background video, about
 
 
@@ -34,7 +32,7 @@ def plan_sweep(overrides: Sequence[str], price: float | None = None) -> SweepPla
     Raises:
         UserError: An override is wrong, no combination can be built, or hours of unlike machines would be added up.
     """
-    combinations, swept = expand([_NO_DATA, *overrides])
+    combinations, swept = expand([NO_DATA, *overrides])
     sweep = _Sweep(combinations, short_names(combinations, swept), swept)
     budget_h = _one_budget(sweep.configs, swept)
     _check_machines(sweep.configs, price)
@@ -98,7 +96,7 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
     steps, trainer = config.trainer.max_steps, config.trainer
     return Job(
         name=name or " + ".join(config.part_names.values()),
-        overrides=tuple(override for override in overrides if override != _NO_DATA),
+        overrides=tuple(override for override in overrides if override != NO_DATA),
         hardware=config.hardware.name,
         peak_gib=peak_gib,
         usable_gib=usable_gib,
@@ -125,7 +123,7 @@ def num_clips(config: Config) -> NumClips:
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
-    from vlmcap.planning.estimate.traces import Tracer
+    from vlmcap.planning.estimate.tracer import Tracer
 
     tracer, batch = Tracer(config, plan.card.has_flash), config.data.eval_batch_size
     speed = plan.card.utilisation * plan.card.peak_flops * batch
@@ -172,7 +170,7 @@ def _described(configs: Sequence[Config]) -> list[str]:
         splits = f"{grouped(clips.train)} training, {grouped(clips.val)} validation and {grouped(clips.test)} test clips"
         lines.append(f"data={name}: {splits}, {epochs} epochs")
     is_cpu = configs[0].hardware.accelerator == "cpu"
-    from vlmcap.planning.cards import CORE_FLOPS, UTILISATION
+    from vlmcap.planning.hardware import CORE_FLOPS, UTILISATION
 
     of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core" if is_cpu else "the data sheet's speed"
     return [*lines, f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted."]

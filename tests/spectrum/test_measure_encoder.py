@@ -14,7 +14,7 @@ from tests.checkpoints.encoders import Checkpoint
 from vlmcap import cli
 from vlmcap.compose import compose
 from vlmcap.spectrum.figures import effective_rank, singular_values
-from vlmcap.spectrum.measure import SpectrumSettings, measure_encoder
+from vlmcap.spectrum.measure_encoder import SpectrumSettings, measure_encoder
 
 
 @pytest.fixture

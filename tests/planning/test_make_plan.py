@@ -11,8 +11,9 @@ import pytest
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import DoesNotFit, UserError
-from vlmcap.planning import make as plan_module
-from vlmcap.planning.make import enforce_plan, make_plan, with_changes
+from vlmcap.planning import make_plan as plan_module
+from vlmcap.planning.changes import with_changes
+from vlmcap.planning.make_plan import enforce_plan, make_plan
 from vlmcap.planning.plan import Plan
 
 ATTENTION = "tuning.lora.target_modules='q_proj,k_proj,v_proj,o_proj'"
@@ -94,7 +95,7 @@ def test_changes_make_it_fit_and_none_is_idle() -> None:
 
 def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
-    monkeypatch.setattr("vlmcap.planning.estimate.stages.trace_stage", lambda *_, **__: pytest.fail("traced again"))
+    monkeypatch.setattr("vlmcap.planning.estimate.tracer.trace_stage", lambda *_, **__: pytest.fail("traced again"))
     assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
     for file in (store / "plans").iterdir():  # broken files are traced anew
         file.write_text("{")

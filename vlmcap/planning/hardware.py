@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+from vlmcap.config import Config
 
 GIB = 2**30
 UTILISATION = 0.4  # of a card's peak, that models of these sizes reach in training, where nothing was measured
@@ -88,3 +93,64 @@ def suitable_profile(name: str, total_gib: float, capability: tuple[int, int]) -
     is_old = capability < (8, 0)
     fitting = [key for key, card in CARDS.items() if card.usable_gib <= total_gib and not (card.has_flash and is_old)]
     return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A card, or the processor, of this machine.
+
+    Attributes:
+        name: As PyTorch names it.
+        total_gib: Of its memory.
+        free_gib: Of it, free now.
+        profile: Name under `conf/hardware` that suits it; None if none does.
+        capability: Compute capability; None of a processor.
+    """
+
+    name: str
+    total_gib: float
+    free_gib: float
+    profile: str | None
+    capability: tuple[int, int] | None = None
+
+
+def present_card() -> Present | None:
+    """The CUDA device that a run here would take; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(device)
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return Present(name, total / GIB, free / GIB, suitable_profile(name, total / GIB, capability), capability)
+
+
+def present_processor() -> Present:
+    """This machine's processor and memory."""
+    total, free = _memory_gib()
+    return Present(f"{_processor_name()}, {os.cpu_count() or 1} cores", total, free, "cpu")
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "processor"
+
+
+def _memory_gib() -> tuple[float, float]:
+    """All, and what a program may take; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {name: float(rest.split()[0]) * 1024 / GIB for name, _, rest in (line.partition(":") for line in lines)}
+        return sizes["MemTotal"], sizes["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return 0.0, 0.0
+
+
+def assumed_card(config: Config) -> Card:
+    """The card of the profile, or this computer, by data sheets alone."""
+    cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
+    return card_of(config.hardware.name, config.hardware.memory_gib, cores)

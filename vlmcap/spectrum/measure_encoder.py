@@ -1,4 +1,4 @@
-"""What `vlmcap spectrum` does: features of some frames by each encoder, their figures, and the files."""
+"""`vlmcap spectrum`: features of some frames by each encoder, their figures, and the files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
@@ -20,15 +23,12 @@ from vlmcap.demo.prepare import TINY, prepare
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.libraries import quiet_libraries
+from vlmcap.models.encoders import VisionEncoder
+from vlmcap.spectrum.figures import FrameFeatures, Spectrum, measure_spectrum
+from vlmcap.spectrum.show import EncoderSpectrum, draw_comparison, draw_spectrum, print_spectra, spectra_record
 from vlmcap.sweep_syntax import expand, short_names
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.spectrum.figures import FrameFeatures, Spectrum
-    from vlmcap.spectrum.picture import EncoderSpectrum
-    from vlmcap.types import Clip, Sample
+from vlmcap.terminal import progress_reporter
+from vlmcap.types import Clip, Sample
 
 MAX_FRAMES = 64  # that are kept, spread over the clips: tens of MB each for the largest encoders
 LAYER_FRAMES = 8  # through all layers at once
@@ -63,10 +63,6 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     Raises:
         UserError: An override, an encoder or a clip does not do.
     """
-    from vlmcap.spectrum.picture import draw_comparison, draw_spectrum
-    from vlmcap.spectrum.table import print_spectra, spectra_record
-    from vlmcap.terminal import progress_reporter
-
     quiet_libraries()
     jobs, swept = expand(overrides)
     configs = [compose(job) for job in jobs]
@@ -97,9 +93,6 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
     Raises:
         UserError: The encoder or the clips cannot be had, or no clip can be read.
     """
-    from vlmcap.spectrum.figures import measure_spectrum
-    from vlmcap.spectrum.picture import EncoderSpectrum
-
     device_of(config)
     is_tiny = config.encoder.checkpoint == TINY
     if not is_tiny:  # nor is the tiny language model to be made for nothing
@@ -133,8 +126,6 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
 
 def _clips(config: Config, settings: SpectrumSettings) -> list[Clip]:
     """The images given, or clips spread evenly over the validation split (or what there is)."""
-    from vlmcap.types import Clip
-
     if settings.images:
         missing = next((path for path in settings.images if not path.is_file()), None)
         if missing is not None:
@@ -147,8 +138,6 @@ def _clips(config: Config, settings: SpectrumSettings) -> list[Clip]:
 
 
 def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> Iterator[Sample]:
-    from vlmcap.types import Sample
-
     dataset = decoded_dataset(config, encoder.transform, grid_of_frames(config, encoder), clips)
     for row in range(len(clips)):
         item = dataset[row]
@@ -158,10 +147,6 @@ def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> I
 
 def _encode(config: Config, encoder: VisionEncoder, sample: Sample, keep: int) -> tuple[list[FrameFeatures], list[Tensor | None]]:
     """Features of some frames of a clip with their prefix tokens, and the frames as pictures where they are."""
-    import torch
-
-    from vlmcap.spectrum.figures import FrameFeatures
-
     assert sample.frames is not None
     prefixes: list[Tensor] = []
 
@@ -203,10 +188,6 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     Raises:
         UserError: Frames have sizes of their own, so that a layer's tokens stand in no plain order.
     """
-    import torch
-
-    from vlmcap.spectrum.figures import FrameFeatures, measure_spectrum
-
     if config.is_whole or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
         raise UserError("--layers is for encoders whose frames have one size; leave it out")
     assert sample.frames is not None

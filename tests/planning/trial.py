@@ -1,7 +1,4 @@
-"""A language model of any size that takes a step on fake tensors, or the same step in earnest: what plans are checked by.
-
-The tests of the plan use it; a card need not be there.
-"""
+"""A language model of any size that takes a training step on fake tensors, and the same step on real ones to compare with."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmcap.measuring.memory_use import reset_peak, resident
+from vlmcap.measuring.steps import reset_peak, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.layers import checkpoint_layers
-from vlmcap.planning.estimate.batches import language_batch
+from vlmcap.planning.estimate.sizes import language_batch
 from vlmcap.planning.estimate.stages import StageTrace, blocks_of, trace_stage
 from vlmcap.types import Batch
 

@@ -1,0 +1,243 @@
+"""The plan of a configuration: its peak memory, its time and its disk space, from its architecture alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlmcap.config import Config, Enforce, Strategy
+from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
+from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.hardware import GIB, Card, card_of
+from vlmcap.planning.memory import (
+    Moment,
+    Stage,
+    activations,
+    generation_peak,
+    kept_between_steps,
+    scale_beyond,
+    training_peak,
+)
+from vlmcap.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from vlmcap.planning.estimate.tracer import Tracer
+
+NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about; data.max_clips where it is set
+UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
+READ_AGAIN = 2  # bytes: then the product reads it
+CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
+
+
+def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None) -> Plan:
+    """The plan of a configuration for its GPU.
+
+    Args:
+        config: Run configuration.
+        card: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
+        tracer: Tracer of the same configuration, in place of an exact one.
+
+    Raises:
+        UserError: The parts do not fit together, or an architecture is not known.
+        NotPlannedError: The memory of this combination cannot be predicted.
+    """
+    if config.tuning.use_lora and config.tuning.lora.use_dora and config.llm.quantization.name == "4bit":
+        raise NotPlannedError(
+            "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
+            "plan it without DoRA, and leave room for one layer's weights in full"
+        )
+    from vlmcap.planning.estimate.sizes import download_bytes, key_value_bytes
+    from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
+
+    # 1. Trace the stages of a training step, and the language model's pass over prompts.
+    card = card or calibrated_card(config)
+    tracer = tracer or Tracer(config, card.has_flash)
+    num_kept = kept_within(config, tracer)
+    steps = training_stages(config, tracer, num_kept)
+    prompt = Stage("language model", tracer.language(config.data.eval_batch_size, 0))
+    cache_bytes = key_value_bytes(config) * config.data.eval_batch_size
+
+    # 2. Put them together: the fullest moments, and the seconds.
+    training, generation = _peaks(config, tracer, steps, prompt, cache_bytes)
+    cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.max_new_tokens / 2)
+    caption_s, token_s = _caption_seconds(config, prompt, cache_in_the_middle, card)
+    return Plan(
+        title=" + ".join(config.part_names.values()),
+        hardware=config.hardware.name,
+        card=card,
+        training=scale_beyond(training, card.beyond_ratio),
+        generation=scale_beyond(generation, card.beyond_ratio),
+        num_visual=tracer.sizes.num_visual,
+        num_text=tracer.sizes.num_prompt + config.llm.max_caption_tokens,
+        batch_size=config.data.batch_size,
+        eval_batch_size=config.data.eval_batch_size,
+        num_frames=config.data.num_frames,
+        flops=sum(stage.trace.flops for stage in steps) / config.data.batch_size,
+        clip_s=_clip_seconds(config, steps, card),
+        caption_s=caption_s,
+        token_s=token_s,
+        num_clips=config.data.max_clips or NUM_CLIPS,
+        cache_bytes=_cached_bytes(tracer),
+        download_bytes=download_bytes(config),
+        is_cached=config.cache.enabled is True,
+        num_kept=num_kept,
+    )
+
+
+def _peaks(config: Config, tracer: Tracer, steps: Sequence[Stage], prompt: Stage, cache_bytes: float) -> tuple[Moment, Moment]:
+    """The fullest moments of a training step and of generation."""
+    data, optimizer = config.data, config.optim.kind.value
+    is_cached = config.cache.enabled is True
+    name, size = ("stored features", _cached_bytes(tracer)) if is_cached else ("frames", float(tracer.sizes.frame_bytes))
+    accumulates = config.trainer.accumulate_grad_batches > 1
+    training = training_peak(steps, {name: size * data.batch_size}, optimizer, accumulates=accumulates)
+    waiting = data.eval_batch_size * config.evaluation.clips_per_row  # clips that are captioned later wait on the GPU
+    generation = generation_peak(
+        [*stages_in_front(config, tracer, data.eval_batch_size), steps[-1]],
+        {name: size * waiting} | kept_between_steps(steps, optimizer),
+        prompt.trace,
+        cache_bytes=cache_bytes,
+        prompt_tokens=_prompt_tokens(tracer),
+        new_tokens=config.llm.max_new_tokens,
+        depth=tracer.depth,
+    )
+    return training, generation
+
+
+def _prompt_tokens(tracer: Tracer) -> int:
+    """Visual and text tokens in front of a caption."""
+    return tracer.sizes.num_visual + tracer.sizes.num_prompt
+
+
+def _cached_bytes(tracer: Tracer) -> float:
+    frames, rows, columns = tracer.sizes.grid
+    size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
+    pooled = tracer.config.projector.pool_size**2 if tracer.config.cache.pooled else 1
+    return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
+
+
+def _packed_bytes(config: Config, stage: Stage) -> float:
+    return stage.trace.weights.get("quantisation state", 0.0) * 32 if config.llm.quantization.value == "4bit" else 0.0
+
+
+def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
+    flops, packed = sum(stage.trace.flops for stage in steps), _packed_bytes(config, steps[-1])
+    checkpointed = config.hardware.gradient_checkpointing
+    return training_seconds(flops, packed, card, is_checkpointed=checkpointed) / config.data.batch_size
+
+
+def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> tuple[float, float]:
+    weight_bytes, packed = sum(prompt.trace.weights.values()), _packed_bytes(config, prompt)
+    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.max_new_tokens, card)
+    return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
+
+
+def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkpointed: bool) -> float:
+    """Seconds of a step.
+
+    Args:
+        flops: Of the step.
+        packed_bytes: Of 4-bit weights, half a byte each, which every pass unpacks.
+        card: That it runs on.
+        is_checkpointed: The forward pass runs twice.
+    """
+    passes = 3 if is_checkpointed else 2
+    moved = passes * 2 * packed_bytes * UNPACKED_BYTES
+    return flops / (card.utilisation * card.peak_flops) + moved / card.bytes_per_s
+
+
+def caption_seconds(flops: float, weight_bytes: float, packed_bytes: float, cache_bytes: float, max_tokens: int, card: Card) -> float:
+    """Seconds to caption a batch: its prompt by arithmetic, then for each token all weights and the cache through the memory.
+
+    Args:
+        flops: Of the prompt's pass.
+        weight_bytes: Of all weights as they are stored.
+        packed_bytes: Of them, in 4 bits.
+        cache_bytes: Keys and values at a caption's middle.
+        max_tokens: The longest caption, which ends the batch.
+        card: That it runs on.
+    """
+    token_s = token_seconds(weight_bytes, packed_bytes, cache_bytes, card)
+    return flops / (card.utilisation * card.peak_flops) + CAPTION_SHARE * max_tokens * token_s
+
+
+def token_seconds(weight_bytes: float, packed_bytes: float, cache_bytes: float, card: Card) -> float:
+    """Seconds of one token of every clip of a batch; arguments as of `caption_seconds`."""
+    unpacking = 2 * packed_bytes * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
+    return (weight_bytes + unpacking + cache_bytes) / (card.bandwidth_share * card.bytes_per_s)
+
+
+def num_kept_layers(config: Config) -> int:
+    """Last layers of the language model that are not computed again; 0 where there is no budget.
+
+    Raises:
+        UserError: The parts do not fit together, or the architecture is not known.
+    """
+    if config.hardware.activation_budget_gib is None or not config.hardware.gradient_checkpointing:
+        return 0
+    from vlmcap.planning.estimate.tracer import Tracer
+
+    return kept_within(config, Tracer(config, card_of(config.hardware.name, config.hardware.memory_gib).has_flash))
+
+
+def kept_within(config: Config, tracer: Tracer) -> int:
+    """The number of kept layers of a configuration whose tracer is at hand; see `num_kept_layers`."""
+    budget = config.hardware.activation_budget_gib
+    if budget is None or not config.hardware.gradient_checkpointing:
+        return 0
+    accumulates = config.trainer.accumulate_grad_batches > 1
+
+    def needed(num_kept: int) -> float:
+        stages = training_stages(config, tracer, num_kept)
+        return activations(training_peak(stages, {}, config.optim.kind.value, accumulates=accumulates))
+
+    most = tracer.depth - tracer.fewest_again
+    return next((kept for kept in range(most, 0, -1) if needed(kept) <= budget * GIB), 0)
+
+
+def training_stages(config: Config, tracer: Tracer, num_kept: int) -> list[Stage]:
+    """The stages of a training step, the encoder left out where its features are stored."""
+    language = tracer.language(config.data.batch_size, config.llm.max_caption_tokens, num_kept)
+    return [*stages_in_front(config, tracer, config.data.batch_size), Stage("language model", language)]
+
+
+def stages_in_front(config: Config, tracer: Tracer, num_clips: int) -> list[Stage]:
+    """What clips go through in front of the language model."""
+    first = [] if config.cache.enabled is True else [Stage("encoder", tracer.encoder(num_clips))]
+    return [*first, Stage("projector", tracer.projector(num_clips))]
+
+
+def enforce_plan(config: Config) -> None:
+    """Nothing where the configuration fits its card.
+
+    Raises:
+        DoesNotFit: And `plan.enforce=error`.
+    """
+    if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
+        return
+    if config.trainer.strategy in (Strategy.fsdp2, Strategy.deepspeed):
+        shared = config.trainer.strategy.name
+        print(
+            f"No memory plan: it is made for a card that holds everything, and trainer={shared} shares weights or states out.", flush=True
+        )
+        return
+    try:
+        plan = make_plan(config)
+    except NotPlannedError as error:
+        print(f"No memory plan: {error}", flush=True)
+        return
+    except UserError:
+        raise
+    except Exception as error:  # a model that cannot be traced is no reason to lose a run
+        print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
+        return
+    if plan.fits:
+        return
+    sentence = (
+        f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) and "
+        f"hardware={plan.hardware} has {plan.card.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
+        "plan.enforce=warn trains all the same"
+    )
+    if config.plan.enforce is Enforce.error:
+        raise DoesNotFit(sentence, plan.peak_gib, plan.card.usable_gib)
+    print(f"Warning: {sentence}", flush=True)
