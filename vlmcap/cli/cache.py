@@ -19,9 +19,9 @@ from vlmcap.assembly.features import features_folder, fill_store, hash_clips, ha
 from vlmcap.assembly.parts import device_of, locate_sources, sketch_encoder, vision_part
 from vlmcap.compose import compose
 from vlmcap.config import Split
+from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.eviction import StoreInfo, list_stores, remove_store
 from vlmcap.data.features.eviction import prune as prune_stores
-from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.demo.prepare import prepare
 from vlmcap.libraries import quiet_libraries

@@ -6,6 +6,8 @@ followed in which kind of file.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
@@ -63,7 +65,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
     None where there is none, or where it shows nothing, as one of zeros.
     """
     try:
-        side_data = next((data for data in frame.side_data if data.type == Type.DISPLAYMATRIX), None)
+        side_data = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
     except ValueError:  # a new kind of side data, which PyAV does not know; what it says itself has no mirrors
         return _TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
