@@ -198,7 +198,7 @@ class CaptioningModule(L.LightningModule):
         """None: buffers hold constants such as positions, which no average may touch."""
         return iter(())
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The trained weights alone, by their names in the module."""
         found = {} if destination is None else destination
         for part in self.trained.values():

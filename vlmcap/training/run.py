@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +111,9 @@ def _train(config: Config, trial: Trial | None) -> float:
     return scores[config.objective]
 
 
-def _load_clips(config: Config) -> tuple[Config, dict[str, Sequence[Clip]]]:
+def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
     """Split name to clips, and the configuration with what the demo made; bad data is reported before anything is made."""
-    clips: dict[str, Sequence[Clip]] = {}
+    clips: Mapping[str, Sequence[Clip]] = {}
     if not config.data.is_demo:
         clips = load_splits(config, NEEDED, OPTIONAL)
         open_ledger(config, clips)
