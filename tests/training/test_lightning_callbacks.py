@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from tests.training.tiny_training import tiny_data, tiny_training
 from vlmcap.compose import compose
-from vlmcap.config import Config
+from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
 from vlmcap.training.checks import extra_callbacks
 from vlmcap.training.objects import Run
@@ -131,10 +131,10 @@ def test_an_averaged_run_resumes_to_the_same_end_and_is_scored_averaged(tiny_con
         assert whole[key].keys() == resumed[key].keys()
         assert all(torch.equal(weight, resumed[key][name]) for name, weight in whole[key].items()), key
     assert any(not torch.equal(weight, whole["current_model_state"][name]) for name, weight in whole["state_dict"].items())
-    # evaluate.py reads the averaged weights, by the checkpoint's own configuration and without its callbacks.
+    # evaluate.py scores the averaged weights, and makes no callback that the configuration of a checkpoint names.
     best = straight / "checkpoints" / "best.ckpt"
-    config = tiny_config(tmp_path / "evaluation", DROPOUT, EMA)
-    scores = evaluate(replace(config, data=replace(config.data, split=type(config.data.split).val)), best)
+    config = tiny_config(tmp_path / "evaluation", DROPOUT, "callbacks.extra=[{_target_: nowhere.Callback}]")
+    scores = evaluate(replace(config, data=replace(config.data, split=Split.val)), best)
     summary = json.loads((straight / "summary.json").read_text(encoding="utf-8"))["scores"]
     assert scores["val/cider"] == summary["val/cider"]
 

@@ -1,4 +1,4 @@
-"""What a training run refuses before anything is made or loaded, each in one sentence; and the checkpoint that it resumes from."""
+"""What a training run refuses before anything is made or loaded, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training from start to end: signals are heard, and a lack of memory is answered with smaller micro-batches or with advice."""
+"""Training from start to end: stops by a signal, and smaller micro-batches or advice where memory runs out."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _reset(run: Run, weights: dict[str, Tensor]) -> None:
 
 
 def release_memory() -> None:
-    """Frees what an earlier run of this process left, and counts the device's peak memory from 0 again; that of a CPU cannot be reset."""
+    """Frees what an earlier run of this process left, and resets the peak memory of the device; a CPU has none to reset."""
     import torch
 
     gc.collect()  # models hold themselves in circles

@@ -57,7 +57,7 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
-        self._step_rates: dict[str, float] = {}  # by part, of the last step: the scheduler has gone on when it is logged
+        self._step_rates: dict[str, float] = {}  # of the last step, by part: the scheduler has moved on when they are logged
         self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
         self._window_tokens = 0
         self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
@@ -75,7 +75,8 @@ class CaptioningModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW of the configured kind, and the scheduler of its rates, which steps with it."""
         optimizer = make_optimizer(self.trained, self.optim_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StageRates(optimizer, self.plan), "interval": "step"}}
+        rates = StageRates(optimizer, self.plan)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def train(self, mode: bool = True) -> CaptioningModule:
         """Training mode for what is trained; a frozen encoder keeps its evaluation mode."""
@@ -85,7 +86,7 @@ class CaptioningModule(L.LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Sets the rates of the first step, and the stage for a run that resumes inside an epoch, where no epoch starts."""
+        """Sets the rates of the first step, and the stage of a run that resumes inside an epoch, where no epoch starts."""
         rates = self.lr_schedulers()
         assert isinstance(rates, StageRates)
         rates.begin(self.global_step, self.steps_per_epoch)
@@ -187,10 +188,10 @@ class CaptioningModule(L.LightningModule):
         self._log_loss, self._log_labels, self._log_tokens = 0.0, 0, 0
         return values
 
-    # --- what is kept of the module: trained weights, as frozen ones are in the checkpoints that the run starts from
+    # --- trained weights alone are saved, averaged and copied: the frozen ones are in the checkpoints that the run starts from
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The trained weights alone. Weight averaging averages what this yields, which would spoil packed 4-bit weights."""
+        """The trained weights alone: weight averaging averages these, and would spoil packed 4-bit weights."""
         trained = {id(parameter) for part in self.trained.values() for parameter in part.values()}
         return (parameter for parameter in super().parameters(recurse) if id(parameter) in trained)
 
@@ -217,7 +218,7 @@ class CaptioningModule(L.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy of the trained weights under their names, which is what weight averaging wants; the frozen model is never copied."""
+        """A copy of the trained weights under their names, for weight averaging; the frozen model is never copied."""
         copied = nn.Module()
         names = {id(parameter): name for part in self.trained.values() for name, parameter in part.items()}
         for parameter in self.parameters():  # in this order, as weights are averaged by their place in it

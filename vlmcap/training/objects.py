@@ -76,7 +76,7 @@ def build_run(
         folder.mkdir(parents=True, exist_ok=True)
         if is_main(config):
             write_yaml(to_plain(config), folder / "config.yaml")
-        # Training starts from the same random state whatever was made or cached before, and each process drops out other units.
+        # Training starts from the same random state whatever was cached before, and each process drops out other units.
         L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
     module = CaptioningModule(
@@ -159,7 +159,7 @@ def _common_callbacks(
 
 
 def _training_callbacks(config: Config, plan: StagePlan, profile: StepProfile | None, folder: Path) -> list[L.Callback]:
-    """What only training needs; the end by a signal comes after all that must have seen the step, and Lightning puts checkpoints last."""
+    """What only training needs; `StopOnSignal` follows all that must have seen a step, and Lightning puts checkpoints last."""
     from vlmcap.training.callbacks.guard import DivergenceGuard
     from vlmcap.training.callbacks.requeue import StopOnSignal
     from vlmcap.training.callbacks.saving import StepLimit, checkpoint_callbacks

@@ -112,7 +112,7 @@ def _train(config: Config, trial: Trial | None) -> float:
 
 
 def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
-    """Split name to clips, and the configuration with what the demo made; bad data is reported before anything is made."""
+    """Split name to clips, and the configuration with what the demo made; bad data is reported before that."""
     clips: Mapping[str, Sequence[Clip]] = {}
     if not config.data.is_demo:
         clips = load_splits(config, NEEDED, OPTIONAL)
@@ -123,7 +123,7 @@ def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
 
 
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
-    """Scores a checkpoint on `config.data.split`, writing `metrics.json` and `predictions.jsonl` into the output folder.
+    """Scores a checkpoint on `config.data.split`, and writes `metrics.json` and `predictions.jsonl`.
 
     Args:
         config: Configuration of the checkpoint, with overrides.

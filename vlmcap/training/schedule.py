@@ -73,7 +73,7 @@ class StagePlan:
 class StageRates(LRScheduler):
     """Gives each parameter group the rate that a `StagePlan` has for its `part`, one optimiser step after another.
 
-    Its state is empty: a rate depends on nothing but the step, so `begin` sets those of a fresh run and of a resumed one alike.
+    Its state is empty: a rate depends on nothing but the step, so `begin` sets those of a fresh and of a resumed run.
 
     Args:
         optimizer: Each of its groups has a `part`.
@@ -85,17 +85,20 @@ class StageRates(LRScheduler):
         super().__init__(optimizer)
 
     def begin(self, step: int, steps_per_epoch: int) -> None:
-        """Sets the rates of the step to come. Lightning makes schedulers before loaders, so they know an epoch's length only now.
+        """Sets the rates of the step to come.
 
         Args:
             step: Optimiser steps already done.
-            steps_per_epoch: Optimiser steps of an epoch.
+            steps_per_epoch: Optimiser steps of an epoch; not known before, as Lightning makes schedulers before loaders.
         """
         self.steps_per_epoch = steps_per_epoch
         self.step(step)
 
     def step(self, epoch: int | None = None) -> None:
-        """Goes to the next step, or to `epoch`, as torch calls it; unlike torch's own, without a warning where float16 skips the first."""
+        """Goes to the next step, or to `epoch`, as torch calls a step.
+
+        torch's own method warns where the optimiser has not stepped, as in float16, whose scaler skips the first steps.
+        """
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):

@@ -1,4 +1,4 @@
-"""What a run prints at its start and its end, and what it leaves in `summary.json`: scores, costs, and what it ran with."""
+"""What a run prints at its start and its end, and the `summary.json` that it leaves."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[s
 def summarize(
     config: Config, run: Run, assembly: Assembly, scores: dict[str, float], seconds: dict[str, float], *, shrunk_from: int | None
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `shrunk_from` is the batch size that was asked for, where a smaller one was trained."""
+    """The content of `summary.json`; `shrunk_from` is the configured batch size where a smaller one was trained."""
     from vlmcap.training.callbacks.progress import part_counts
 
     return {

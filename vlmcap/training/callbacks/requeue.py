@@ -87,9 +87,11 @@ class StopOnSignal(L.Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Stops within validation, which may take minutes, with the random states of before.
 
-        Ranks have not as many batches each, and weight averaging has swapped the weights: those stop at the next optimiser step.
+        Ranks may have different numbers of batches, and weight averaging has swapped the weights: such runs stop at the next
+        optimiser step.
         """
-        is_swapped = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        is_swapped = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if trainer.world_size == 1 and not is_swapped and self.received is not None and self._random is not None:
             set_random_states(self._random)
             self._stop_if_asked(trainer)
