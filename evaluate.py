@@ -21,7 +21,8 @@ def main(node: DictConfig) -> float:
             raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
         from vlmcap.training.callbacks.progress import show_scores
         from vlmcap.training.checkpoints.load import read_checkpoint  # heavy, and not needed for --help and --cfg
-        from vlmcap.training.run import evaluate, tokenizer_version
+        from vlmcap.training.run import evaluate
+        from vlmcap.training.summary import tokenizer_version
 
         checkpoint = Path(node.checkpoint)
         saved = read_checkpoint(checkpoint)["vlmcap"]["config"]

@@ -111,7 +111,6 @@ def make_run() -> Callable[[Config], Run]:
 
     from tests.assembling import assembled
     from vlmcap.assembly.clips import load_splits
-    from vlmcap.assembly.data import build_data
     from vlmcap.config import Split
     from vlmcap.demo.prepare import prepare
     from vlmcap.training.objects import build_run
@@ -121,11 +120,7 @@ def make_run() -> Callable[[Config], Run]:
         L.seed_everything(config.seed, verbose=False)
         clips = load_splits(config, list(Split))
         assembly = assembled(config, clips)
-        data = build_data(config, assembly, clips)
-        L.seed_everything(config.seed, verbose=False)
-        folder = Path(config.paths.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return build_run(config, assembly, data, folder, None)
+        return build_run(config, assembly, clips, Path(config.paths.output_dir))
 
     return make
 

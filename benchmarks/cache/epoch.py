@@ -147,7 +147,6 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     import lightning as L
 
     from vlmcap.assembly.clips import load_splits
-    from vlmcap.assembly.data import build_data
     from vlmcap.assembly.features import prepare_features
     from vlmcap.assembly.model import assemble, describe_model
     from vlmcap.compose import compose
@@ -180,7 +179,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     assembly = assemble(spec, prepare_features(spec.feature_plan, clips))
     folder = Path(config.paths.output_dir)
     folder.mkdir(parents=True)
-    run = build_run(config, assembly, build_data(config, assembly, clips), folder, None)
+    run = build_run(config, assembly, clips, folder)
     clock = Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     prepare_s = time.perf_counter() - started

@@ -14,8 +14,8 @@ from vlmcap.compose import compose
 from vlmcap.config import Strategy
 from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.load import single_process
-from vlmcap.training.processes import is_hollow, num_processes, own_command, process_rank
-from vlmcap.training.strategy import check_strategy, describe_batch, make_strategy
+from vlmcap.training.checks import check_strategy
+from vlmcap.training.processes import describe_batch, is_hollow, make_strategy, num_processes, own_command, process_rank
 
 TWO = ["hardware.devices=2", "trainer.accumulate_grad_batches=1", "trainer.log_every_n_steps=1"]
 ONE = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
@@ -35,11 +35,6 @@ def test_what_fsdp2_cannot_do_is_refused(overrides: list[str], message: str) -> 
     with pytest.raises(UserError, match=message):
         check_strategy(compose(["trainer=fsdp2", *overrides]))
     check_strategy(compose(["trainer=ddp", "hardware.devices=2", *overrides]))
-
-
-def test_deepspeed_is_composed_and_no_more() -> None:
-    with pytest.raises(UserError, match=r"trainer=deepspeed only composes: .*; set trainer=fsdp2, or ddp"):
-        check_strategy(compose(["trainer=deepspeed", "hardware.devices=2"]))
 
 
 def test_ranks_as_launchers_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:

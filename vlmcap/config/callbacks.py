@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlmcap.config.checks import require, require_positive
 from vlmcap.config.grounding import GroundingConfig
@@ -60,3 +61,4 @@ class CallbacksConfig:
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    extra: list[dict[str, Any]] = field(default_factory=list)  # Lightning callbacks of training: {_target_: dotted.Class, argument: value}

@@ -93,12 +93,11 @@ class OptimKind(Enum):
 
 
 class Strategy(Enum):
-    """What each process has of a run: the whole model, a part of every weight (FSDP2), or of gradients and optimiser (DeepSpeed ZeRO-2)."""
+    """What each process holds of the model: all of it (DDP), or a part of every weight (FSDP2)."""
 
     auto = "auto"
     ddp = "ddp"
     fsdp2 = "fsdp2"
-    deepspeed = "deepspeed"
 
 
 class Split(Enum):

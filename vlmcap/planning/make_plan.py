@@ -215,11 +215,8 @@ def enforce_plan(config: Config) -> None:
     """
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
         return
-    if config.trainer.strategy in (Strategy.fsdp2, Strategy.deepspeed):
-        shared = config.trainer.strategy.name
-        print(
-            f"No memory plan: it is made for a card that holds everything, and trainer={shared} shares weights or states out.", flush=True
-        )
+    if config.trainer.strategy is Strategy.fsdp2:
+        print("No memory plan: a plan is made for a GPU that holds the whole model, and trainer=fsdp2 shards it.", flush=True)
         return
     try:
         plan = make_plan(config)

@@ -1,11 +1,42 @@
-"""Checks of a run that need to know what training measures."""
+"""What a training run refuses before anything is made or loaded, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlmcap.config import Config, EncoderTuning, Engine, is_lower_better
-from vlmcap.errors import UserError
+from vlmcap.assembly.parts import device_of
+from vlmcap.config import Config, EncoderTuning, Engine, OptimKind, Precision, Quantization, Strategy, is_lower_better
+from vlmcap.errors import UserError, first_line
+from vlmcap.training.processes import is_main, num_processes
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+_EXAMPLE = "lightning.pytorch.callbacks.LearningRateMonitor"
+
+
+def check_run(config: Config, resumed: Path | None) -> None:
+    """Runs every check that needs nothing but the configuration.
+
+    Args:
+        config: Run configuration.
+        resumed: Checkpoint that the run resumes from.
+
+    Raises:
+        UserError: One of them fails.
+    """
+    check_engine(config)
+    check_stages(config)
+    check_objective(config)
+    if is_main(config):
+        check_folder(config, resumed)
+    device_of(config)  # a missing GPU is reported
+    check_strategy(config)
+    extra_callbacks(config)
+    check_launch(config)
 
 
 def check_engine(config: Config) -> None:
@@ -75,3 +106,108 @@ def _check_metric(key: str, metric: str, splits: tuple[str, ...], examples: list
     groups = tuple(example.partition("/")[0] + "/" for example in examples if "/" in example)
     if split not in splits or not (name in examples or name.startswith(groups)):
         raise UserError(f"{key}={metric} is not measured; choose {'/ or '.join(splits)}/ and one of {', '.join(examples)}")
+
+
+def check_strategy(config: Config) -> None:
+    """`UserError` for devices that are not there, and for what the strategy cannot do."""
+    import torch
+
+    chosen, devices = config.trainer.strategy, config.hardware.devices
+    if config.hardware.accelerator != "cpu" and torch.cuda.is_available() and devices > torch.cuda.device_count():
+        raise UserError(f"hardware.devices={devices}, but this machine has {torch.cuda.device_count()}; lower it to that")
+    if chosen is Strategy.fsdp2:
+        _check_fsdp2(config)
+
+
+def _check_fsdp2(config: Config) -> None:
+    if config.llm.quantization is not Quantization["none"]:
+        raise UserError(
+            f"trainer=fsdp2 cuts weights into shards, which llm.quantization={config.llm.quantization.name} packs into blocks of its own; "
+            "set llm.quantization=none, or trainer=ddp"
+        )
+    if config.hardware.precision is Precision.fp16:
+        raise UserError("trainer=fsdp2 has no scaler for hardware.precision=fp16; set hardware.precision=bf16 or fp32, or trainer=ddp")
+    if config.optim.kind is not OptimKind.adamw:
+        raise UserError(
+            f"trainer=fsdp2 keeps the optimiser's state in shards, which optim={config.optim.kind.name} cannot; set optim=adamw"
+        )
+    if config.tuning.use_lora and config.tuning.lora.use_experts:
+        raise UserError("trainer=fsdp2 does not cut adapters on experts; set tuning.lora.use_experts=false, or trainer=ddp")
+    if config.hardware.offload_checkpoints:
+        raise UserError("trainer=fsdp2 was not tried with hardware.offload_checkpoints=true; set it to false")
+
+
+def extra_callbacks(config: Config) -> list[L.Callback]:
+    """The callbacks of `callbacks.extra`.
+
+    Raises:
+        UserError: One of them cannot be made, is no callback of Lightning, or does not work with the strategy.
+    """
+    from hydra.errors import HydraException
+    from hydra.utils import instantiate
+    from lightning.pytorch.callbacks import Callback, WeightAveraging
+
+    callbacks: list[L.Callback] = []
+    for entry in config.callbacks.extra:
+        target = entry.get("_target_")
+        try:
+            made = instantiate(entry, _convert_="all")
+        except (HydraException, TypeError, ValueError) as error:
+            cause = first_line(error.__cause__ or error)
+            raise UserError(f"callbacks.extra: {target} cannot be made ({cause}); check its dotted name and its arguments") from error
+        if not isinstance(made, Callback):
+            raise UserError(f"callbacks.extra: {target or entry} is no callback; give each entry a _target_ such as {_EXAMPLE}")
+        if isinstance(made, WeightAveraging) and config.trainer.strategy is Strategy.fsdp2:
+            raise UserError(f"callbacks.extra: {target} cannot average the shards of trainer=fsdp2; leave it out, or set trainer=ddp")
+        callbacks.append(made)
+    return callbacks
+
+
+def check_launch(config: Config) -> None:
+    """`UserError` where processes that torchrun or Slurm started would name different folders, or run a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    is_ours = "LOCAL_RANK" in os.environ and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+    if num_processes(config) == 1 or is_ours or not HydraConfig.initialized() or not _is_started_elsewhere():
+        return
+    hydra: Any = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN:
+        raise UserError("torchrun and srun start one run, and -m starts many; leave -m out, or start the sweep without them")
+    given = [*hydra.overrides.task, *hydra.overrides.hydra]
+    if not any(override.startswith(("paths.output_dir=", "hydra.run.dir=")) for override in given):
+        raise UserError("processes that torchrun or srun started would each name their folder by the clock; set paths.output_dir")
+
+
+def _is_started_elsewhere() -> bool:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return "TORCHELASTIC_RUN_ID" in os.environ or SLURMEnvironment.detect()
+
+
+def check_folder(config: Config, resumed: Path | None) -> None:
+    """`UserError` for a folder that holds a run already, unless this one resumes it or may take its place."""
+    folder = Path(config.paths.output_dir)
+    if resumed is not None or config.paths.overwrite:
+        return
+    found = next((path for path in (folder / "summary.json", folder / "checkpoints" / "last.ckpt") if path.is_file()), None)
+    if found is not None:
+        raise UserError(
+            f"paths.output_dir={folder} holds a run already ({found.relative_to(folder)}): choose another folder, resume that run with "
+            "checkpoint=last, or set paths.overwrite=true"
+        )
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint to resume from, if any; with `trainer.requeue=true` the folder's last one is taken without being asked for.
+
+    Raises:
+        UserError: It is not there.
+    """
+    last = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
+    if config.checkpoint is None:
+        return last if config.trainer.requeue and last.is_file() else None
+    path = last if config.checkpoint == "last" else Path(config.checkpoint)
+    if not path.is_file():
+        raise UserError(f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to resume")
+    return path

@@ -1,8 +1,9 @@
-"""Training from start to end: signals heard, and an answer where memory does not do."""
+"""Training from start to end: stops by a signal, and smaller micro-batches or advice where memory runs out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,38 +11,48 @@ from typing import TYPE_CHECKING
 from vlmcap.config import Config
 from vlmcap.errors import OutOfMemoryError, first_line, is_out_of_memory
 from vlmcap.planning.changes import advice
-from vlmcap.training.console import show_start
-from vlmcap.training.summary import release_memory
+from vlmcap.training.objects import Run, build_run
+from vlmcap.training.summary import show_start
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmcap.assembly.model import Assembly
-    from vlmcap.training.objects import Run
+    from vlmcap.training.callbacks.stopping import Trial
+    from vlmcap.types import Clip
 
 FIRST_STEPS = 20  # optimiser steps, after which starting again would waste more than it saves
 
 
 def fit(
-    config: Config, assembly: Assembly, start: Callable[[Config], Run], resumed: Path | None
-) -> tuple[Config, Run, dict[str, dict[str, int]]]:
-    """Trains, again with smaller micro-batches where memory runs out and `trainer.shrink_on_oom=true`.
+    config: Config,
+    assembly: Assembly,
+    clips: Mapping[str, Sequence[Clip]],
+    folder: Path,
+    resumed: Path | None,
+    step: int | None,
+    trial: Trial | None,
+) -> tuple[Config, Run]:
+    """Trains; starts again with smaller micro-batches where memory runs out and `trainer.shrink_on_oom=true`.
 
     Args:
-        config: Of the run.
-        assembly: The model, whose trained weights are set back for another start.
-        start: Makes the objects of a run anew.
-        resumed: Checkpoint to go on from.
+        config: Run configuration.
+        assembly: The model, whose trained weights are reset before another start.
+        clips: Split name to clips.
+        folder: Run folder.
+        resumed: Checkpoint to resume from.
+        step: Step of that checkpoint.
+        trial: The search's view of the run.
 
     Returns:
-        The configuration that did, the run, and the counts of its parameters.
+        The configuration that fitted into memory, and the run.
 
     Raises:
-        OutOfMemoryError: Memory ran out, with what would help.
+        OutOfMemoryError: Memory ran out; the sentence says what would help.
     """
-    run = start(config)
+    run = build_run(config, assembly, clips, folder, step, trial)
     first = _trained_weights(run) if config.trainer.shrink_on_oom else {}
-    parts = show_start(config, run, assembly)
+    show_start(config, run, assembly)
     while (error := _fit_once(run, resumed)) is not None:
         smaller = smaller_batches(config) if _may_shrink(config, run, resumed) else None
         if smaller is None:
@@ -52,11 +63,11 @@ def fit(
             flush=True,
         )
         config = smaller
-        del run
+        del run  # and the optimiser's state with it
         release_memory()
-        run = start(config)
-        _set_back(run, first)
-    return config, run, parts
+        run = build_run(config, assembly, clips, folder, step, trial)
+        _reset(run, first)
+    return config, run
 
 
 def smaller_batches(config: Config) -> Config | None:
@@ -101,8 +112,18 @@ def _trained_weights(run: Run) -> dict[str, Tensor]:
     return {name: weight.detach().to("cpu", copy=True) for part in run.module.trained.values() for name, weight in part.items()}
 
 
-def _set_back(run: Run, weights: dict[str, Tensor]) -> None:
+def _reset(run: Run, weights: dict[str, Tensor]) -> None:
     for part in run.module.trained.values():
         for name, weight in part.items():
             weight.data.copy_(weights[name])
             weight.grad = None
+
+
+def release_memory() -> None:
+    """Frees what an earlier run of this process left, and resets the peak memory of the device; a CPU has none to reset."""
+    import torch
+
+    gc.collect()  # models hold themselves in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

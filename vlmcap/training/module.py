@@ -1,10 +1,10 @@
-"""The captioner as a LightningModule: loss, rates, and what a checkpoint holds."""
+"""The captioner as a LightningModule: its loss, the optimiser and its rates, and what a checkpoint holds."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -22,7 +22,7 @@ from vlmcap.training.callbacks.saving import settle_loop
 from vlmcap.training.checkpoints.load import check_bases, check_weights, trained_parameters
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
-from vlmcap.training.schedule import StagePlan, peak_rate
+from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
 from vlmcap.types import Batch
 
 
@@ -58,6 +58,7 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
+        self._step_rates: dict[str, float] = {}  # of the last step, by part: the scheduler has moved on when they are logged
         self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
         self._window_tokens = 0
         self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
@@ -72,9 +73,11 @@ class CaptioningModule(L.LightningModule):
         self._sharder(self.captioner, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
         self.trained = trained_parameters(self.captioner, self.plan)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW of the kind that is configured; the rates are set before each step."""
-        return make_optimizer(self.trained, self.optim_config)
+    def configure_optimizers(self) -> Any:
+        """AdamW of the configured kind, and the scheduler of its rates, which steps with it."""
+        optimizer = make_optimizer(self.trained, self.optim_config)
+        rates = StageRates(optimizer, self.plan)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def train(self, mode: bool = True) -> CaptioningModule:
         """Training mode for what is trained; a frozen encoder keeps its evaluation mode."""
@@ -84,7 +87,10 @@ class CaptioningModule(L.LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Sets the stage for a run that resumes inside an epoch, where no epoch starts."""
+        """Sets the rates of the first step, and the stage of a run that resumes inside an epoch, where no epoch starts."""
+        rates = self.lr_schedulers()
+        assert isinstance(rates, StageRates)
+        rates.begin(self.global_step, self.steps_per_epoch)
         self._set_stage()
 
     def on_train_epoch_start(self) -> None:
@@ -99,11 +105,6 @@ class CaptioningModule(L.LightningModule):
             for parameter in parameters.values():
                 parameter.requires_grad_(peak_rate(stage, part) > 0)
         self._log_time = time.perf_counter()
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Sets the rates of the step to come."""
-        for group in self._adamw().param_groups:
-            group["lr"] = self.plan.rate(group["part"], self.global_step, self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -141,6 +142,7 @@ class CaptioningModule(L.LightningModule):
         """
         (tokens,) = self._sums(self._window_tokens)
         self._window_tokens = 0
+        self._step_rates = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
         scale = self.loss_unit * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, tokens)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -183,14 +185,55 @@ class CaptioningModule(L.LightningModule):
         loss, num_labels, num_tokens = self._sums(self._log_loss, self._log_labels, self._log_tokens)
         seconds, self._log_time = time.perf_counter() - self._log_time, time.perf_counter()
         values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
-        values |= {f"train/lr_{group['part']}": float(group["lr"]) for group in self._adamw().param_groups}
+        values |= {f"train/lr_{part}": rate for part, rate in self._step_rates.items()}
         self._log_loss, self._log_labels, self._log_tokens = 0.0, 0, 0
         return values
 
+    # --- trained weights alone are saved, averaged and copied: the frozen ones are in the checkpoints that the run starts from
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The trained weights alone: weight averaging averages these, and would spoil packed 4-bit weights."""
+        trained = {id(parameter) for part in self.trained.values() for parameter in part.values()}
+        return (parameter for parameter in super().parameters(recurse) if id(parameter) in trained)
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """None: buffers hold constants such as positions, which no average may touch."""
+        return iter(())
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The trained weights alone, by their names in the module."""
+        found = {} if destination is None else destination
+        for part in self.trained.values():
+            for name, weight in part.items():
+                found[f"{prefix}captioner.{name}"] = weight if keep_vars else weight.detach()
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` gave.
+
+        Raises:
+            UserError: `strict`, and a trained weight is missing, unknown or of another shape.
+        """
+        if strict:
+            check_weights(state_dict, self.trained)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the trained weights under their names, for weight averaging; the frozen model is never copied."""
+        copied = nn.Module()
+        names = {id(parameter): name for part in self.trained.values() for name, parameter in part.items()}
+        for parameter in self.parameters():  # in this order, as weights are averaged by their place in it
+            *path, leaf = f"captioner.{names[id(parameter)]}".split(".")
+            holder = copied
+            for word in path:
+                if word not in holder._modules:
+                    holder.add_module(word, nn.Module())
+                holder = holder.get_submodule(word)
+            holder.register_parameter(leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        return copied
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only, and adds identity, random states and the position in the data."""
-        names = {f"captioner.{name}" for parameters in self.trained.values() for name in parameters}
-        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in names}
+        """Adds identity, random states and the position in the data."""
         # Not `completed`: Lightning counts a batch as completed only after the callbacks that save on its end.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         epoch = self.trainer.current_epoch

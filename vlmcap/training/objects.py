@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import open_ledger
+from vlmcap.assembly.data import build_data
 from vlmcap.assembly.model import Assembly
-from vlmcap.compose import to_plain
-from vlmcap.config import Config
-from vlmcap.training.callbacks.grounding import grounding_check
+from vlmcap.compose import to_plain, write_yaml
+from vlmcap.config import Config, Precision
 from vlmcap.training.checkpoints.load import checkpoint_identity
-from vlmcap.training.profiling.callback import step_profile
-from vlmcap.training.resume import stopping_callbacks
-from vlmcap.training.strategy import make_sharder, make_strategy
+from vlmcap.training.checks import extra_callbacks
+from vlmcap.training.processes import is_main, make_sharder, make_strategy, process_rank
 
 if TYPE_CHECKING:
     import lightning as L
+    from lightning.pytorch.loggers import Logger
 
     from vlmcap.data.loading.datamodule import CaptionDataModule
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.training.module import CaptioningModule
+    from vlmcap.training.profiling.callback import StepProfile
+    from vlmcap.training.schedule import StagePlan
+    from vlmcap.types import Clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +44,40 @@ class Run:
 def build_run(
     config: Config,
     assembly: Assembly,
-    data: CaptionDataModule,
+    clips: Mapping[str, Sequence[Clip]],
     folder: Path,
-    step: int | None,
+    step: int | None = None,
+    trial: Trial | None = None,
     *,
     is_training: bool = True,
-    trial: Trial | None = None,
 ) -> Run:
-    """Module, trainer and callbacks around an assembled model."""
+    """Builds module, data, trainer and callbacks around an assembled model.
+
+    Args:
+        config: Run configuration; a training run writes it into the folder.
+        assembly: The assembled model.
+        clips: Split name to clips.
+        folder: Run folder.
+        step: Step of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped.
+        trial: The search's view of the run.
+        is_training: Whether the run fits; an evaluation has no checkpoints and none of the callbacks that only training needs.
+    """
     import lightning as L
 
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
-    from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
-    from vlmcap.training.callbacks.saving import AtomicCheckpointIO, StepLimit, checkpoint_callbacks
     from vlmcap.training.callbacks.scorer import CaptionScorer
-    from vlmcap.training.callbacks.stopping import TrialPruning
     from vlmcap.training.loggers.make import make_evaluation_loggers, make_loggers
-    from vlmcap.training.loggers.tables import WandbTable
     from vlmcap.training.module import CaptioningModule
+    from vlmcap.training.profiling.callback import step_profile
     from vlmcap.training.schedule import StagePlan
 
+    data = build_data(config, assembly, clips)
+    if is_training:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_main(config):
+            write_yaml(to_plain(config), folder / "config.yaml")
+        # Training starts from the same random state whatever was cached before, and each process drops out other units.
+        L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
     module = CaptioningModule(
         assembly.captioner,
@@ -72,21 +90,28 @@ def build_run(
     )
     followed = (config.data.monitor, config.callbacks.early_stopping.monitor)
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", followed)
-    progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
-    grounding = grounding_check(config, data, evaluation, folder)
-    scoring = [evaluation, *([grounding] if grounding else [])]
-    if trial is not None:
-        scoring.append(TrialPruning(config.objective, trial))
-    callbacks: list[L.Callback] = [*scoring, WandbTable(evaluation, config.evaluation.num_table_rows, config.logger), progress]
-    has_bar = config.trainer.progress_bar and sys.stderr.isatty()
-    if has_bar:
-        callbacks.append(TerminalBar(progress))
-    profile = step_profile(config, data, folder) if is_training else None
-    if is_training:
-        callbacks += [*([profile] if profile else []), StepLimit(config.trainer.max_steps)]
-        callbacks += [*stopping_callbacks(config, plan, folder), *checkpoint_callbacks(folder, config)]
-    plain = to_plain(config)
-    trainer = L.Trainer(
+    callbacks = _common_callbacks(config, data, evaluation, folder, trial)
+    if not is_training:
+        loggers = make_evaluation_loggers(config, to_plain(config), folder)
+        return Run(module, data, _make_trainer(config, plan, folder, callbacks, loggers), evaluation, folder)
+    profile = step_profile(config, data, folder)
+    callbacks += _training_callbacks(config, plan, profile, folder)
+    loggers = make_loggers(config, to_plain(config), folder, step)
+    trainer = _make_trainer(
+        config, plan, folder, callbacks, loggers, enable_checkpointing=True, profiler=profile.profiler if profile else None
+    )
+    return Run(module, data, trainer, evaluation, folder)
+
+
+def _make_trainer(
+    config: Config, plan: StagePlan, folder: Path, callbacks: list[L.Callback], loggers: list[Logger], **settings: Any
+) -> L.Trainer:
+    """The trainer; `settings` are those that an evaluation leaves out."""
+    import lightning as L
+
+    from vlmcap.training.callbacks.saving import AtomicCheckpointIO
+
+    return L.Trainer(
         accelerator=config.hardware.accelerator,
         devices=config.hardware.devices,
         num_nodes=config.trainer.num_nodes,
@@ -96,16 +121,58 @@ def build_run(
         accumulate_grad_batches=config.trainer.accumulate_grad_batches,
         gradient_clip_val=config.optim.max_grad_norm,
         check_val_every_n_epoch=config.evaluation.every_n_epochs,
+        log_every_n_steps=config.trainer.log_every_n_steps,
         num_sanity_val_steps=0,
-        logger=make_loggers(config, plain, folder, step) if is_training else make_evaluation_loggers(config, plain, folder) or False,
+        logger=loggers or False,
         callbacks=callbacks,
-        profiler=profile.profiler if profile else None,
-        enable_checkpointing=is_training,
         plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=has_bar,
+        enable_progress_bar=_has_bar(config),
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module's own sampler never repeats a clip in evaluation
         deterministic="warn" if config.trainer.deterministic else False,  # an operation without such a kernel is no reason to lose a run
         default_root_dir=folder,
+        **{"enable_checkpointing": False, **settings},
     )
-    return Run(module, data, trainer, evaluation, folder)
+
+
+def _has_bar(config: Config) -> bool:
+    return config.trainer.progress_bar and sys.stderr.isatty()
+
+
+def _common_callbacks(
+    config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path, trial: Trial | None
+) -> list[L.Callback]:
+    """Scoring and progress, which training and evaluation share; what reads the scores comes after what makes them."""
+    from vlmcap.training.callbacks.grounding import grounding_check
+    from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
+    from vlmcap.training.callbacks.stopping import TrialPruning
+    from vlmcap.training.loggers.tables import WandbTable
+
+    callbacks: list[L.Callback] = [evaluation]
+    if grounding := grounding_check(config, data, evaluation, folder):
+        callbacks.append(grounding)
+    if trial is not None:
+        callbacks.append(TrialPruning(config.objective, trial))
+    progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
+    callbacks += [WandbTable(evaluation, config.evaluation.num_table_rows, config.logger), progress]
+    return [*callbacks, TerminalBar(progress)] if _has_bar(config) else callbacks
+
+
+def _training_callbacks(config: Config, plan: StagePlan, profile: StepProfile | None, folder: Path) -> list[L.Callback]:
+    """What only training needs; `StopOnSignal` follows all that must have seen a step, and Lightning puts checkpoints last."""
+    from vlmcap.training.callbacks.guard import DivergenceGuard
+    from vlmcap.training.callbacks.requeue import StopOnSignal
+    from vlmcap.training.callbacks.saving import StepLimit, checkpoint_callbacks
+    from vlmcap.training.callbacks.stopping import PatientStop
+
+    early, guard = config.callbacks.early_stopping, config.callbacks.guard
+    callbacks: list[L.Callback] = [profile] if profile else []
+    callbacks += [*extra_callbacks(config), StepLimit(config.trainer.max_steps)]
+    if early.enabled:
+        monitor = early.monitor or config.data.monitor
+        mode = early.mode or config.better(monitor)
+        callbacks.append(PatientStop(plan, monitor=monitor, mode=mode, patience=early.patience, min_delta=early.min_delta))
+    if guard.enabled:
+        callbacks.append(DivergenceGuard(guard, folder, is_scaled=config.hardware.precision is Precision.fp16))
+    callbacks.append(StopOnSignal(folder, is_requeued=config.trainer.requeue))
+    return [*callbacks, *checkpoint_callbacks(folder, config)]

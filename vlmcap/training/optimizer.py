@@ -19,7 +19,7 @@ _QUANTISED = ("__bnb_optimizer_quant_state__", "state1")  # under these names bi
 
 
 def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW with a group for each part, matrices decayed and vectors not; the rates, 0 here, are set before each step.
+    """AdamW with a group for each part, matrices decayed and vectors not; the rates, 0 here, are set by a scheduler.
 
     Args:
         trained: Part to its parameters by name.
@@ -33,7 +33,8 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
         for decay, rows in ((config.weight_decay, True), (0.0, False)):
             chosen = [parameter for parameter in parameters.values() if (parameter.ndim >= 2) == rows]
             if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "part": part})
+                # LearningRateMonitor shows a group by its name, which must be unique.
+                groups.append({"params": chosen, "weight_decay": decay, "part": part, "name": part if rows else f"{part}_vectors"})
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2)}
     if config.kind is OptimKind.adamw:
         return torch.optim.AdamW(groups, **settings)  # foreach on a GPU, by torch's own choice

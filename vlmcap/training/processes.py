@@ -1,17 +1,23 @@
-"""Which of a run's processes this is, and how the others are started."""
+"""Which of a run's processes this is, how the others are started, and how the model is spread over them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vlmcap.config import Config, Strategy
-from vlmcap.errors import UserError
+from vlmcap.assembly.parts import dtype_of
+from vlmcap.config import Config, EncoderTuning, Precision, Strategy
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch.strategies import Strategy as LightningStrategy
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
 _OURS = ("paths.output_dir=", "hydra.run.dir=", "hydra.output_subdir=", "hydra/job_logging=")
 
@@ -76,28 +82,6 @@ def as_process(config: Config) -> Iterator[None]:
             end_processes(is_failed=is_failed)
 
 
-def check_launch(config: Config) -> None:
-    """`UserError` where processes that torchrun or Slurm started would name different folders, or run a sweep."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    is_ours = "LOCAL_RANK" in os.environ and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
-    if num_processes(config) == 1 or is_ours or not HydraConfig.initialized() or not _is_started_elsewhere():
-        return
-    hydra: Any = HydraConfig.get()
-    if hydra.mode is RunMode.MULTIRUN:
-        raise UserError("torchrun and srun start one run, and -m starts many; leave -m out, or start the sweep without them")
-    given = [*hydra.overrides.task, *hydra.overrides.hydra]
-    if not any(override.startswith(("paths.output_dir=", "hydra.run.dir=")) for override in given):
-        raise UserError("processes that torchrun or srun started would each name their folder by the clock; set paths.output_dir")
-
-
-def _is_started_elsewhere() -> bool:
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-    return "TORCHELASTIC_RUN_ID" in os.environ or SLURMEnvironment.detect()
-
-
 def own_command(config: Config) -> list[str]:
     """The command that starts another process of this very run: of a sweep, of this job alone."""
     from hydra.core.hydra_config import HydraConfig
@@ -122,3 +106,40 @@ def own_command(config: Config) -> list[str]:
 
 def _quoted(path: Path) -> str:
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def make_strategy(config: Config) -> LightningStrategy | str:
+    """Lightning's strategy; its own choice for one process."""
+    from vlmcap.training.strategies import ShardedStrategy, SharedStrategy
+
+    chosen, command = config.trainer.strategy, own_command(config)
+    if chosen is Strategy.fsdp2:
+        return ShardedStrategy(command, num_processes(config))
+    if num_processes(config) == 1:
+        return "auto"
+    stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
+    is_simple = len(stages) == 1 and config.tuning.encoder is EncoderTuning.none and not config.tuning.lora.use_experts
+    return SharedStrategy(command, has_unused=not is_simple)
+
+
+def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.device], None] | None:
+    """What cuts the captioner into shards, or None where it stays whole."""
+    if config.trainer.strategy is not Strategy.fsdp2:
+        return None
+    dtype = None if config.hardware.precision is Precision.fp32 else dtype_of(config.hardware.precision)
+
+    def shard(captioner: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+        from vlmcap.training.sharding import shard_captioner
+
+        shard_captioner(captioner, mesh, device, dtype)
+
+    return shard
+
+
+def describe_batch(config: Config) -> str:
+    """Clips or tokens of a device's batch, times what makes it the batch of one optimiser step."""
+    budget, steps, devices = config.data.max_tokens_per_batch, config.trainer.accumulate_grad_batches, num_processes(config)
+    size, unit = (config.data.batch_size, "clips") if budget is None else (budget, "tokens")
+    if devices == 1:
+        return f"{size} {unit} × {steps}"
+    return f"{size} {unit} × {steps} × {devices} devices ({config.trainer.strategy.name}) = {size * steps * devices} {unit} a step"

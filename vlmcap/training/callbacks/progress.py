@@ -120,7 +120,11 @@ _SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "f
 
 
 class RunProgress(L.Callback):
-    """Logs the loss every few steps and prints a line an epoch.
+    """Logs loss, speed and rates every few steps and prints a line per epoch.
+
+    The metrics are logged with `log_dict`, so that any callback finds them in `trainer.callback_metrics`. The rows of the
+    loggers are written here, as Lightning's `LearningRateMonitor` writes its own: Lightning itself would count steps from 0,
+    leave out the last step of an epoch unless it is a multiple of `log_every_n_steps`, and round to float32.
 
     Args:
         log_every_n_steps: Optimiser steps between log lines.
@@ -149,9 +153,15 @@ class RunProgress(L.Callback):
         self._last = pl_module.take_log()
         for logger in trainer.loggers:
             logger.log_metrics(self._last | {"epoch": trainer.current_epoch}, step=step)
-        rates = max(value for name, value in self._last.items() if name.startswith("train/lr_"))
-        shown = {"loss": self._last["train/loss"], "lr": rates, "tok/s": self._last["train/tokens_per_s"]}
-        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        pl_module.log_dict(self._last, logger=False)
+
+    def bar_items(self) -> dict[str, str]:
+        """What a bar shows of the last metrics."""
+        if not self._last:
+            return {}
+        rate = max(value for name, value in self._last.items() if name.startswith("train/lr_"))
+        loss, speed = self._last["train/loss"], self._last["train/tokens_per_s"]
+        return {"loss": f"{loss:.3f}", "lr": f"{rate:.3g}", "tok/s": f"{speed:,.0f}"}
 
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Expected seconds to the end, from the steps so far."""
@@ -183,10 +193,10 @@ class RunProgress(L.Callback):
 
 
 class TerminalBar(TQDMProgressBar):
-    """Lightning's bar with the time left to the end of the run.
+    """Lightning's bar with the loss, the highest rate, the speed, and the time left to the end of the run.
 
     Args:
-        progress: Knows the time left.
+        progress: Knows all of them.
     """
 
     def __init__(self, progress: RunProgress) -> None:
@@ -194,9 +204,10 @@ class TerminalBar(TQDMProgressBar):
         self.progress = progress
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        """Lightning's numbers without the version, and the minutes left."""
+        """Lightning's numbers without the version, the metrics of the last log step, and the minutes left."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         if trainer.training:
+            items |= self.progress.bar_items()
             items["left"] = f"{self.progress.seconds_left(trainer) / 60:.1f} min"
         return items

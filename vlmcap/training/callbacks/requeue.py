@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
 
 from vlmcap.errors import StoppedBySignal
 from vlmcap.training.random_state import random_states, set_random_states
@@ -84,8 +85,14 @@ class StopOnSignal(L.Callback):
         self._random = random_states()
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        """Stops within validation, which may take minutes, with the random states of before."""
-        if trainer.world_size == 1 and self.received is not None and self._random is not None:  # ranks have not as many batches each
+        """Stops within validation, which may take minutes, with the random states of before.
+
+        Ranks may have different numbers of batches, and weight averaging has swapped the weights: such runs stop at the next
+        optimiser step.
+        """
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        is_swapped = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if trainer.world_size == 1 and not is_swapped and self.received is not None and self._random is not None:
             set_random_states(self._random)
             self._stop_if_asked(trainer)
 
