@@ -9,17 +9,12 @@ Three kinds of import are told apart: *eager* (runs when the module is imported)
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-Kind = Literal["eager", "lazy", "typing"]
+from tools.import_graph import ROOT, Import, all_imports, find_circle, our_files, read_imports
 
 BASE = {"types", "errors", "files", "terminal", "libraries"}
 PARTS = {"models", "data", "metrics"}
@@ -66,60 +61,6 @@ TORCH = {"torch", "torchmetrics"}
 MODEL_SCORES = "vlmcap.metrics.model_based"  # loads pretrained models, inside its functions
 
 
-@dataclass(frozen=True)
-class Import:
-    """`module` imports `target`; for `from a import b`, target is `a.b` where that is a module of ours, else `a`."""
-
-    module: str
-    target: str
-    kind: Kind
-    line: int
-
-
-def is_type_checking(test: ast.expr) -> bool:
-    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING")
-
-
-def statements(node: ast.AST, kind: Kind = "eager") -> Iterator[tuple[ast.AST, Kind]]:
-    """Every node below `node`, with the kind that an import there would have."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and is_type_checking(child.test):
-            for branch, inner in ((child.body, "typing"), (child.orelse, kind)):
-                for statement in branch:
-                    yield statement, inner
-                    yield from statements(statement, inner)
-            continue
-        deeper: Kind = "lazy" if kind == "eager" and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else kind
-        yield child, deeper
-        yield from statements(child, deeper)
-
-
-def targets(node: ast.AST, package: str, modules: set[str]) -> list[str]:
-    """The modules that one statement imports; `package` is where a relative import starts."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            parts = package.split(".")
-            base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
-        return [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
-    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        return [node.args[0].value] if called in {"import_module", "__import__"} else []
-    return []
-
-
-def read_imports(module: str, source: str, modules: set[str], *, is_package: bool = False) -> list[Import]:
-    package = module if is_package else module.rpartition(".")[0]
-    found = [
-        Import(module, target, kind, getattr(node, "lineno", 0))
-        for node, kind in statements(ast.parse(source))
-        for target in targets(node, package, modules)
-    ]
-    return sorted(set(found), key=lambda i: (i.line, i.target))
-
-
 def part_of(module: str) -> str:
     """`vlmcap.models.captioner` -> `models`, `vlmcap` -> ``, `train` -> `train`."""
     names = module.split(".")
@@ -154,49 +95,11 @@ def library_errors(imports: Iterable[Import]) -> list[str]:
     return errors
 
 
-def find_circle(imports: Iterable[Import]) -> list[str]:
-    """One circle of imports of any kind as a path whose ends are equal, or an empty list."""
-    graph: dict[str, set[str]] = {}
-    for i in imports:
-        if i.target != i.module:
-            graph.setdefault(i.module, set()).add(i.target)
-    done: set[str] = set()
-
-    def walk(module: str, path: list[str]) -> list[str]:
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module in done:
-            return []
-        for target in sorted(graph.get(module, ())):
-            if circle := walk(target, [*path, module]):
-                return circle
-        done.add(module)
-        return []
-
-    for module in sorted(graph):
-        if circle := walk(module, []):
-            return circle
-    return []
-
-
-def our_files() -> dict[str, Path]:
-    """Module name -> file, for the package and the two programs."""
-    files = {}
-    for path in sorted((ROOT / "vlmcap").rglob("*.py")):
-        names = path.relative_to(ROOT).with_suffix("").parts
-        files[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
-    return files | {name: ROOT / f"{name}.py" for name in ("train", "evaluate") if (ROOT / f"{name}.py").exists()}
-
-
 @pytest.fixture(scope="module")
 def imports() -> list[Import]:
     files = our_files()
     assert "vlmcap" in files, "the package is not where this test looks for it"
-    return [
-        i
-        for module, path in files.items()
-        for i in read_imports(module, path.read_text(encoding="utf-8"), set(files), is_package=path.name == "__init__.py")
-    ]
+    return all_imports(files)
 
 
 def test_every_module_has_a_place() -> None:
