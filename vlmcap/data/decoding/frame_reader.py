@@ -111,7 +111,7 @@ class FrameReader:
     def shown_s(self) -> float:
         """Seconds from the first frame of the clip to the one that `frame_at` returned last."""
         assert self._shown is not None
-        return float((self._shown[0] - self.timeline.start) * self.timeline.tick_s)
+        return float(max(0, self._shown[0] - self.timeline.start) * self.timeline.tick_s)
 
     def choose_moments(self, sampling: FrameSampling, rng: Generator | None) -> list[float]:
         """The moments that `sampling` takes of this clip, ascending, in seconds from its start.
@@ -215,7 +215,7 @@ class FrameReader:
             self._frames = self._decode(chain([key], packets), key.pts if key.pts is not None else _NOWHERE)
             with suppress(av.error.InvalidDataError):  # of frames that were not decoded
                 self._shown, self._ahead, self._is_started = None, next(self._frames, None), True
-                if self._ahead is not None and self._ahead[0] <= moment:
+                if self._ahead is not None and self._ahead[0] <= moment and self._ahead[1].key_frame:
                     return
         self._can_seek, self._can_skip, self._whole_from, self._last_skipped = False, False, _NOWHERE, _NOWHERE
         self._shown, self._ahead, self._is_started = None, None, False

@@ -118,13 +118,16 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
     if not scan.times:
         return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
     scan.drop_before_first_key()
-    if slots := scan.slots(bool(stream.codec_context.has_b_frames), int(_LARGEST_JUMP_S / tick_s)):
+    is_reordered, is_avi = bool(stream.codec_context.has_b_frames), container.format.name == "avi"
+    if slots := scan.slots(is_reordered, is_avi, int(_LARGEST_JUMP_S / tick_s)):
         keys = tuple(KeyPacket(slots[i], scan.sizes[i], slots[i]) for i in scan.keys)
         duration = max(step, slots[-1] - slots[0] + step)
         return Timeline(slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end)
     times = [time for time in scan.times if time is not None]
     keys = tuple(sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None))
     start, is_start_known = times[0], times[0] == min(times) and scan.is_from_key
+    if is_avi:
+        start = scan.first_time()
     return Timeline(start, max(step, scan.end - start), step, tick_s, keys, is_start_known=is_start_known, stated_end=stated_end)
 
 
@@ -164,20 +167,29 @@ class _Scan:
         decoding_time, time = self.decoding_times[i], self.times[i]
         return next((value for value in (decoding_time, time) if value is not None), 0)
 
-    def slots(self, is_reordered: bool, largest_jump: int) -> list[int]:
+    def slots(self, is_reordered: bool, is_avi: bool, largest_jump: int) -> list[int]:
         """Ascending times of all frames where packets do not carry those of display; empty where they do."""
-        num_timed = sum(time is not None for time in self.times)
-        even = [self._step * i for i in range(len(self.times))]
-        if 2 * num_timed < len(self.times):  # at least each second one: two fields of a frame can be two packets, of which one has a time
-            return [(self.times[0] or 0) + slot for slot in even]
         times = [time for time in self.times if time is not None]
+        start = times[0] if times else 0
+        even = [start + self._step * i for i in range(len(self.times))]
+        if 2 * len(times) < len(even):  # at least each second one: two fields of a frame can be two packets, of which one has a time
+            return even
         orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
         if any(after < before - largest_jump for before, after in pairwise(orders)):
-            return [times[0] + slot for slot in even]
-        # A decoder that reorders frames, and times in the order of decoding: AVI says no more of H.264.
-        if is_reordered and len(times) > 1 and all(before < after for before, after in pairwise(times)):
-            return times if num_timed == len(self.times) else [times[0] + slot for slot in even]
-        return []
+            return even
+        if any(after <= before for before, after in pairwise(times)) or len(times) < 2:
+            return []
+        if is_reordered:  # packets without order: either they come as they are shown, or nobody knows how they do
+            return [self.first_time() if is_avi else start, *times[1:]] if len(times) == len(even) else even
+        # AVI has no times of display, and those of H.264 are made up: each frame has the time of decoding of the next one.
+        is_made_up = is_avi and times[:-1] == orders[1:]
+        is_even = all(time - order == self._step for time, order in zip(times[1:], orders[1:], strict=True))
+        return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
+
+    def first_time(self) -> int:
+        """The time of the first frame of an AVI, which is made up: of MPEG-1 it is too early by the frames that the decoder holds back."""
+        first, *others = sorted(time for time in self.times if time is not None)
+        return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
 
 
 def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
