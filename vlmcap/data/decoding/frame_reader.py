@@ -26,7 +26,7 @@ from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, 
 from vlmcap.data.decoding.display import is_plain
 from vlmcap.data.decoding.key_frames import key_frame_times, picture_changes
 from vlmcap.data.decoding.sampling import FrameSampling, adaptive_moments, choose_moments, jitter_moments, keyframe_moments
-from vlmcap.data.decoding.timeline import KeyPacket, frame_rate, has_sample_table, indexed_timeline, scanned_timeline
+from vlmcap.data.decoding.timeline import KeyPacket, check_missing, frame_rate, has_sample_table, indexed_timeline, scanned_timeline
 
 _MIN_SEEK_FRAMES = 4  # below this, decoding on is cheaper than refilling the decoder after a seek
 _SKIP_MARGIN_FRAMES = 4  # so far ahead of a wanted moment, frames that no other frame leans on are not decoded
@@ -73,7 +73,8 @@ class FrameReader:
                 start = self._shown[0]
                 self.timeline = replace(self.timeline, start=start, duration=max(self.timeline.step, self.timeline.end - start))
         if self.timeline.stated_end is not None and not self.timeline.is_indexed:
-            self._check_missing(self.timeline.stated_end - self.timeline.end, self.timeline.stated_end)
+            stated_s = float(self.timeline.stated_end * self.timeline.tick_s)
+            check_missing(stated_s - float(self.timeline.end * self.timeline.tick_s), stated_s)
 
     @property
     def duration_s(self) -> float:
@@ -165,13 +166,7 @@ class FrameReader:
         Args:
             end_s: Seconds from the start of the clip at which its last frame leaves the screen.
         """
-        timeline = self.timeline
-        self._check_missing(timeline.duration - round(end_s / timeline.tick_s), timeline.duration)
-
-    def _check_missing(self, missing: int, whole: int) -> None:
-        missing_s, whole_s = (float(ticks * self.timeline.tick_s) for ticks in (missing, whole))
-        if missing_s > max(1.0, 0.1 * whole_s):
-            raise VideoError(f"it is truncated: {missing_s:.1f} of {whole_s:.1f} seconds are missing")
+        check_missing(self.duration_s - end_s, self.duration_s)
 
     def _tick_of(self, moment_s: float) -> int:
         return self.timeline.start + math.floor(moment_s / self.timeline.tick_s + 1e-6)  # a moment that falls on a frame means that frame

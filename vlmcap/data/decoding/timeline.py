@@ -16,15 +16,17 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+import av
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vlmcap.data.decoding.container import check_deadline
+from vlmcap.data.decoding.container import VideoError, check_deadline
 
 _DEFAULT_FPS = 25  # for the spacing of frames without timestamps or rate
-_ESTIMATED = ("mpeg", "mpegts")  # formats without any header that states a length: the library estimates one
+_SLOTTED = ("avi", "asf")  # formats without times of display
+_WITH_LENGTH = ("avi", "mxf")  # formats whose header states the length of the picture itself
 _LARGEST_JUMP_S = 1  # further back than this, the clock of a file was set back, as where two recordings were joined
 
 
@@ -107,26 +109,34 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
         container: Just opened; it is read to its end.
         stream: Its video stream.
         deadline_s: `time.monotonic()` at which a `VideoError` says that it took too long.
+
+    Raises:
+        VideoError: It took too long, or the file ends well before it should.
     """
     tick_s, step = _ticks(stream)
     scan = _Scan(step)
-    for packet in container.demux(stream):
+    last_s = 0.0
+    for packet in container.demux():
         check_deadline(deadline_s)
-        if packet.size and not packet.is_discard:
+        if packet.pts is not None:
+            last_s = max(last_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index and packet.size and not packet.is_discard:
             scan.add(packet)
     stated_end = _stated_end(container, stream, tick_s)
+    if stated_end is None and container.format.name == "matroska,webm" and container.duration:  # the end of the longest stream
+        check_missing(container.duration / av.time_base - last_s, container.duration / av.time_base)
     if not scan.times:
         return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
     scan.drop_before_first_key()
-    is_reordered, is_avi = bool(stream.codec_context.has_b_frames), container.format.name == "avi"
-    if slots := scan.slots(is_reordered, is_avi, int(_LARGEST_JUMP_S / tick_s)):
+    is_reordered, is_slotted = bool(stream.codec_context.has_b_frames), container.format.name in _SLOTTED
+    if slots := scan.slots(is_reordered, is_slotted, int(_LARGEST_JUMP_S / tick_s)):
         keys = tuple(KeyPacket(slots[i], scan.sizes[i], slots[i]) for i in scan.keys)
         duration = max(step, slots[-1] - slots[0] + step)
         return Timeline(slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end)
     times = [time for time in scan.times if time is not None]
     keys = tuple(sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None))
     start, is_start_known = times[0], times[0] == min(times) and scan.is_from_key
-    if is_avi:
+    if is_slotted:
         start = scan.first_time()
     return Timeline(start, max(step, scan.end - start), step, tick_s, keys, is_start_known=is_start_known, stated_end=stated_end)
 
@@ -167,7 +177,7 @@ class _Scan:
         decoding_time, time = self.decoding_times[i], self.times[i]
         return next((value for value in (decoding_time, time) if value is not None), 0)
 
-    def slots(self, is_reordered: bool, is_avi: bool, largest_jump: int) -> list[int]:
+    def slots(self, is_reordered: bool, is_slotted: bool, largest_jump: int) -> list[int]:
         """Ascending times of all frames where packets do not carry those of display; empty where they do."""
         times = [time for time in self.times if time is not None]
         start = times[0] if times else 0
@@ -180,9 +190,9 @@ class _Scan:
         if any(after <= before for before, after in pairwise(times)) or len(times) < 2:
             return []
         if is_reordered:  # packets without order: either they come as they are shown, or nobody knows how they do
-            return [self.first_time() if is_avi else start, *times[1:]] if len(times) == len(even) else even
-        # AVI has no times of display, and those of H.264 are made up: each frame has the time of decoding of the next one.
-        is_made_up = is_avi and times[:-1] == orders[1:]
+            return [self.first_time() if is_slotted else start, *times[1:]] if len(times) == len(even) else even
+        # AVI has no times of display, and for H.264 they are made up: each frame has the time of decoding of the next one.
+        is_made_up = is_slotted and times[:-1] == orders[1:]
         is_even = all(time - order == self._step for time, order in zip(times[1:], orders[1:], strict=True))
         return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
 
@@ -190,6 +200,12 @@ class _Scan:
         """The time of the first frame of an AVI, which is made up: of MPEG-1 it is too early by the frames that the decoder holds back."""
         first, *others = sorted(time for time in self.times if time is not None)
         return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
+
+
+def check_missing(missing_s: float, whole_s: float) -> None:
+    """`VideoError` if more than a tenth and a second of `whole_s` are missing."""
+    if missing_s > max(1.0, 0.1 * whole_s):
+        raise VideoError(f"it is truncated: {missing_s:.1f} of {whole_s:.1f} seconds are missing")
 
 
 def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
@@ -203,6 +219,6 @@ def _stated_end(container: InputContainer, stream: VideoStream, tick_s: Fraction
     if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska; some writers mean the length
         hours, minutes, seconds = (Fraction(part) for part in tag.groups())
         return round((hours * 3600 + minutes * 60 + seconds) / tick_s)
-    if stream.duration and container.format.name not in _ESTIMATED:
+    if stream.duration and container.format.name in _WITH_LENGTH:
         return (stream.start_time or 0) + stream.duration
     return None
