@@ -61,7 +61,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
 
     None where there is none, or where it shows nothing, as one of zeros.
     """
-    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    side_data = frame.side_data.get(Type.DISPLAYMATRIX.name)
     if side_data is None:
         return None
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(side_data), np.int32)[:5])
@@ -90,7 +90,7 @@ def _upper_field(frame: VideoFrame) -> VideoFrame:
     field.colorspace, field.color_range = frame.colorspace, frame.color_range
     field.color_trc, field.color_primaries = frame.color_trc, frame.color_primaries
     for source, target in zip(frame.planes, field.planes, strict=True):
-        rows = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)[: source.height : 2]
+        rows = np.frombuffer(memoryview(source), np.uint8).reshape(-1, source.line_size)[: source.height : 2]
         copy = np.zeros((target.buffer_size // target.line_size, target.line_size), np.uint8)
         width = min(source.line_size, target.line_size)
         copy[: len(rows), :width] = rows[: len(copy), :width]

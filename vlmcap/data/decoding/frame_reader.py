@@ -68,10 +68,8 @@ class FrameReader:
         first = self.timeline.start - self.timeline.step if self.timeline.is_indexed else _NOWHERE
         self._frames = self._decode(container.demux(self._stream), first)
         if not self.timeline.is_start_known:
-            self._go_to(_NOWHERE)
-            if self._shown is not None:
-                start = self._shown[0]
-                self.timeline = replace(self.timeline, start=start, duration=max(self.timeline.step, self.timeline.end - start))
+            start = self._first_time()
+            self.timeline = replace(self.timeline, start=start, duration=max(self.timeline.step, self.timeline.end - start))
         if self.timeline.stated_end is not None and not self.timeline.is_indexed:
             stated_s = float(self.timeline.stated_end * self.timeline.tick_s)
             check_missing(stated_s - float(self.timeline.end * self.timeline.tick_s), stated_s)
@@ -179,6 +177,10 @@ class FrameReader:
         """A container of its own, for looking at the whole clip beforehand: not every format can be rewound."""
         with self._file.open_container(max(0.001, self._deadline_s - time.monotonic())) as container:
             yield container, find_video_stream(container, self._limits.max_pixels)
+
+    def _first_time(self) -> int:
+        self._go_to(_NOWHERE)
+        return self.timeline.start if self._shown is None else self._shown[0]
 
     def _go_to(self, moment: int) -> None:
         if not self._is_started:

@@ -6,6 +6,7 @@ Times are ticks of the stream's time base unless a name ends in `_s`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import numpy as np
 from av.container import InputContainer
@@ -99,7 +100,7 @@ def _with_flushes(packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[Vid
     """Each packet, and what makes the decoder give the frames that it holds back for reordering."""
     for packet in packets:
         yield packet
-        flush: Packet[VideoStream] = Packet()
+        flush = cast("Packet[VideoStream]", Packet())
         flush.stream = packet.stream
         yield flush
 

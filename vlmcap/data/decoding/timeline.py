@@ -17,8 +17,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -131,7 +133,7 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
     is_reordered, is_slotted = bool(stream.codec_context.has_b_frames), container.format.name in _SLOTTED
     if slots := scan.slots(is_reordered, is_slotted, int(_LARGEST_JUMP_S / tick_s)):
         keys = tuple(KeyPacket(slots[i], scan.sizes[i], slots[i]) for i in scan.keys)
-        duration = max(step, slots[-1] - slots[0] + step)
+        duration = slots[-1] - slots[0] + _shortest(slots, step)
         return Timeline(slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end)
     times = [time for time in scan.times if time is not None]
     keys = tuple(sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None))
@@ -149,19 +151,25 @@ class _Scan:
         self.decoding_times: list[int | None] = []
         self.sizes: list[int] = []
         self.keys: list[int] = []
-        self.end = 0
+        self._last: tuple[int, int] | None = None
         self.is_from_key = True
         self._step = step
 
-    def add(self, packet: Packet[VideoStream]) -> None:
+    def add(self, packet: Packet[Stream]) -> None:
         if packet.is_keyframe:
             self.keys.append(len(self.times))
-        if packet.pts is not None:
-            end = packet.pts + (packet.duration or self._step)
-            self.end = end if not self.times else max(self.end, end)
+        if packet.pts is not None and (self._last is None or packet.pts >= self._last[0]):
+            self._last = (packet.pts, packet.duration or 0)
         self.times.append(packet.pts)
         self.decoding_times.append(packet.dts)
         self.sizes.append(packet.size)
+
+    @property
+    def end(self) -> int:
+        """When the last frame leaves the screen: it lasts as long as it says, and at least as long as the shortest one before it."""
+        assert self._last is not None
+        times = sorted({time for time in self.times if time is not None})
+        return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))
 
     def drop_before_first_key(self) -> None:
         """Packets before the first key frame, as of a cut stream, cannot be decoded; of most formats, at least."""
@@ -183,7 +191,7 @@ class _Scan:
         start = times[0] if times else 0
         even = [start + self._step * i for i in range(len(self.times))]
         if 2 * len(times) < len(even):  # at least each second one: two fields of a frame can be two packets, of which one has a time
-            return even
+            return self._between_known() or even
         orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
         if any(after < before - largest_jump for before, after in pairwise(orders)):
             return even
@@ -196,10 +204,26 @@ class _Scan:
         is_even = all(time - order == self._step for time, order in zip(times[1:], orders[1:], strict=True))
         return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
 
+    def _between_known(self) -> list[int]:
+        """Times spread evenly between the few packets that have one; empty where these are too few or out of order."""
+        known = [i for i in range(len(self.times)) if self.times[i] is not None or self.decoding_times[i] is not None]
+        orders = [self.order(i) for i in known]
+        if len(known) < 2 or any(after <= before for before, after in pairwise(orders)):
+            return []
+        known.append(len(self.times))
+        orders.append(orders[-1] + round((orders[-1] - orders[0]) / (known[-2] - known[0]) * (known[-1] - known[-2])))
+        spread = np.interp(np.arange(len(self.times)), known, orders)
+        return [(self.times[known[0]] or orders[0]) + round(float(time - spread[0])) for time in spread]
+
     def first_time(self) -> int:
         """The time of the first frame of an AVI, which is made up: of MPEG-1 it is too early by the frames that the decoder holds back."""
         first, *others = sorted(time for time in self.times if time is not None)
         return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
+
+
+def _shortest(times: list[int], default: int) -> int:
+    """The least ticks between two of the ascending times, at least 1."""
+    return max(1, min((after - before for before, after in pairwise(times)), default=default))
 
 
 def check_missing(missing_s: float, whole_s: float) -> None:
