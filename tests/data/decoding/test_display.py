@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 from tests.data.decoding.document import check_table
 from tests.data.encoding import Frames
 from vlmcap.data.decoding.container import VideoError
+from vlmcap.data.decoding.display import display_matrix
 from vlmcap.data.decoding.hdr import to_sdr
 from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.decoding.video import DecodeLimits, read_frames
@@ -121,6 +122,25 @@ def test_a_skewed_matrix_is_the_nearest_turn(tmp_path: Path) -> None:
         stream.set_display_rotation(80)
 
     assert looks_like(show(encode(tmp_path / "x.mp4", corners(48, 96), set_up=set_up)), np.rot90(CORNERS))
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, -90])
+def test_side_data_of_a_new_kind_hides_no_turn(tmp_path: Path, angle: int) -> None:
+    class Frame:
+        rotation = angle
+
+        @property
+        def side_data(self) -> object:
+            raise ValueError("31 is not a valid Type")
+
+    def set_up(stream: VideoStream) -> None:
+        stream.set_display_rotation(angle)
+
+    with av.open(str(encode(tmp_path / "x.mp4", corners(48, 96), set_up=set_up))) as container:
+        matrix = display_matrix(next(container.decode(video=0)))
+    guessed = display_matrix(Frame())  # type: ignore[arg-type]
+    assert guessed is not None
+    assert np.sign(guessed).tolist() == np.sign(matrix or (1, 0, 0, 1)).tolist()
 
 
 def stretched(ratio: Fraction) -> SetUp:

@@ -19,6 +19,7 @@ from vlmcap.data.decoding.hdr import to_sdr
 _THREADS = 1
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 _HD_HEIGHT, _HD_WIDTH = 720, 1280  # from these on, pictures that do not say so have the colours of BT.709
+_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # matrices of quarter turns, counter-clockwise
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
 
@@ -61,7 +62,10 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
 
     None where there is none, or where it shows nothing, as one of zeros.
     """
-    side_data = frame.side_data.get(Type.DISPLAYMATRIX.name)
+    try:
+        side_data = next((data for data in frame.side_data if data.type == Type.DISPLAYMATRIX), None)
+    except ValueError:  # a new kind of side data, which PyAV does not know; what it says itself has no mirrors
+        return _TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
         return None
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(side_data), np.int32)[:5])
