@@ -97,7 +97,8 @@ class FrameReader:
     @property
     def aspect_ratio(self) -> float:
         """Width of a pixel over its height."""
-        return float(self._stream.sample_aspect_ratio or 1)
+        ratio = self._stream.sample_aspect_ratio
+        return float(ratio) if ratio is not None and ratio > 0 else 1.0
 
     @property
     def is_plain(self) -> bool:
