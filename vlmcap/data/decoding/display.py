@@ -6,8 +6,11 @@ followed in which kind of file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, ColorTrc
 from numpy.typing import NDArray
@@ -63,7 +66,8 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
     None where there is none, or where it shows nothing, as one of zeros.
     """
     try:
-        side_data = next((data for data in frame.side_data if data.type == Type.DISPLAYMATRIX), None)
+        all_side_data = cast("Iterable[SideData]", frame.side_data)
+        side_data = next((data for data in all_side_data if data.type == Type.DISPLAYMATRIX), None)
     except ValueError:  # a new kind of side data, which PyAV does not know; what it says itself has no mirrors
         return _TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:

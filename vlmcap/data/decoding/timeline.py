@@ -213,7 +213,9 @@ class _Scan:
         known.append(len(self.times))
         orders.append(orders[-1] + round((orders[-1] - orders[0]) / (known[-2] - known[0]) * (known[-1] - known[-2])))
         spread = np.interp(np.arange(len(self.times)), known, orders)
-        return [(self.times[known[0]] or orders[0]) + round(float(time - spread[0])) for time in spread]
+        first = self.times[known[0]]
+        start = orders[0] if first is None else first
+        return [start + round(float(time - spread[0])) for time in spread]
 
     def first_time(self) -> int:
         """The time of the first frame of an AVI, which is made up: of MPEG-1 it is too early by the frames that the decoder holds back."""
