@@ -38,7 +38,7 @@ class Encoding:
 
 
 X264, X265 = {"crf": "12", "preset": "veryfast"}, {"crf": "12", "preset": "ultrafast"}
-GOOD = {"q:v": "2", "b": "4M"}
+GOOD = {"b": "4M"}
 ENCODINGS = {
     "h264": Encoding(
         "libx264",

@@ -116,12 +116,48 @@ def test_a_stream_cut_within_a_group_starts_at_its_first_whole_frame(tmp_path: P
     assert numbers(video.path) == [whole[(2 * i + 1) * len(whole) // 8] for i in range(4)]
 
 
+def relabel(source: Path, container: str) -> Path:
+    """A copy of a file that calls every frame a key frame."""
+    path = source.with_name(f"relabelled.{container}")
+    with av.open(str(source)) as given, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream, packet.is_keyframe = stream, True
+                out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["constant", "B-frames"])
+@pytest.mark.parametrize(("encoding", "container"), [("h264", "mp4"), ("hevc", "mkv"), ("mpeg4", "mkv"), ("h264", "flv")])
+def test_frames_that_are_called_key_frames(tmp_path: Path, encoding: str, container: str, kind: str) -> None:
+    path = relabel(make_video(tmp_path, encoding, "mp4", kind).path, container)
+    for sampling in ("uniform", "random", "keyframe", "adaptive"):
+        frames, times_s = read_timed_frames(str(path), FrameSampling(sampling, 6), rng=np.random.default_rng(2))
+        assert times_s is not None
+        shown = [read_number(frame.permute(1, 2, 0).numpy()) for frame in frames]
+        assert shown == [round(25 * float(moment)) for moment in times_s]
+    assert numbers(path) == EVEN
+
+
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "mpg", "avi", "flv"])
-def test_an_index_that_promises_too_much_costs_time_only(tmp_path: Path, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every packet is taken for a key frame, as broken files have it: what comes out is still what a full decode gives."""
+def test_seeking_where_it_does_not_pay_changes_nothing(tmp_path: Path, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
     video = make_video(tmp_path, "h264", container, "B-frames")
     monkeypatch.setattr(FrameReader, "_saves_decoding", lambda *_: True)
     assert numbers(video.path, FrameSampling(num_frames=10)) == list(range(3, 60, 6))
+
+
+@pytest.mark.parametrize(("length_ms", "first"), [(1200, 0), (1200, 25), (800, 17), (2400, 25)])
+@pytest.mark.parametrize("kind", ["constant", "B-frames"])
+def test_an_edit_list_that_shows_a_part(tmp_path: Path, kind: str, length_ms: int, first: int) -> None:
+    video = make_video(tmp_path, "h264", "mp4", kind)
+    content = bytearray(video.path.read_bytes())
+    place = content.index(b"elst") + 12  # length in milliseconds, then the first tick of the media
+    tick = int.from_bytes(content[place + 4 : place + 8], "big") + 512 * first
+    content[place : place + 8] = length_ms.to_bytes(4, "big") + tick.to_bytes(4, "big")
+    video.path.write_bytes(content)
+    num_shown = min(length_ms // 40, NUM_FRAMES - first)
+    assert numbers(video.path) == [first + (2 * i + 1) * num_shown // 8 for i in range(4)]
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "mpg"])

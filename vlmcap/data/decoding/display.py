@@ -1,23 +1,24 @@
 """Decoded frames as a player shows them: upright, with square pixels, whole, and in the colours of a normal screen.
 
-Captions speak of left and right, of round things and of colours, so what a file says about its display counts. docs/video.md lists what is
-followed in which kind of file.
+Captions speak of left and right, of round things and of colours, so what a file says about its display counts.
+docs/video.md lists what is followed in which kind of file.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData, Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, ColorTrc
 from numpy.typing import NDArray
 
 from vlmcap.data.decoding.hdr import to_sdr
 
-# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a process with such a
-# frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
+# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a process
+# with such a frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
 _THREADS = 1
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 _HD_HEIGHT, _HD_WIDTH = 720, 1280  # from these on, pictures that do not say so have the colours of BT.709
@@ -65,7 +66,8 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
     None where there is none, or where it shows nothing, as one of zeros.
     """
     try:
-        side_data = next((data for data in cast(Any, frame.side_data) if data.type == Type.DISPLAYMATRIX), None)
+        all_side_data = cast("Iterable[SideData]", frame.side_data)
+        side_data = next((data for data in all_side_data if data.type == Type.DISPLAYMATRIX), None)
     except ValueError:  # a new kind of side data, which PyAV does not know; what it says itself has no mirrors
         return _TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:

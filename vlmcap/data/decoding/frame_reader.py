@@ -30,7 +30,7 @@ from vlmcap.data.decoding.timeline import KeyPacket, check_missing, frame_rate, 
 
 _MIN_SEEK_FRAMES = 4  # below this, decoding on is cheaper than refilling the decoder after a seek
 _SKIP_MARGIN_FRAMES = 4  # so far ahead of a wanted moment, frames that no other frame leans on are not decoded
-_KEYS_BACK = (1, 2, 5)  # key frames before a moment from which decoding is tried; a stream may need several to build up its picture
+_KEYS_BACK = (1, 2, 5)  # key frames before a moment from which decoding is tried: some do not have the whole picture
 _NOWHERE = -(1 << 63)  # earlier than any frame
 
 
@@ -97,7 +97,8 @@ class FrameReader:
     @property
     def aspect_ratio(self) -> float:
         """Width of a pixel over its height."""
-        return float(self._stream.sample_aspect_ratio or 1)
+        ratio = self._stream.sample_aspect_ratio
+        return float(ratio) if ratio is not None and ratio > 0 else 1.0
 
     @property
     def is_plain(self) -> bool:
@@ -204,8 +205,9 @@ class FrameReader:
     def _seek(self, moment: int) -> None:
         """Go on from a key frame that is not later than `moment`, the last one if possible.
 
-        Indices and clocks of files lie, and some key frames only begin to build up a picture. So it is checked where a seek landed and
-        what the decoder shows first, and tried again from further back; in the end all is decoded from the start.
+        Indices and clocks of files lie, and some key frames only begin to build up a picture. So it is checked where a
+        seek landed and what the decoder shows first, and tried again from further back; in the end all is decoded from
+        the start.
         """
         for packets in self._landings(moment):
             key = next(packets)
@@ -261,7 +263,7 @@ class FrameReader:
             yield from self._decode(container.demux(stream), _NOWHERE)
 
     def _decode(self, packets: Iterable[Packet[VideoStream]], first: int) -> Iterator[tuple[int, VideoFrame]]:
-        """(time, frame) in the order of display, from `first` on: frames before a key frame lean on frames that were not decoded."""
+        """(time, frame) in the order of display, from `first` on: earlier frames lean on frames that were not decoded."""
         return ((moment, frame) for moment, frame in self.timeline.clock(self._counted(packets)) if moment >= first)
 
     def _counted(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:

@@ -22,7 +22,8 @@ _ROWS = 64  # converted at a time: as float32 in the processor's cache
 def to_sdr(pixels: NDArray[np.uint16], *, is_hlg: bool) -> NDArray[np.uint8]:
     """uint16 (H, W, 3) RGB of BT.2020 with the curve of PQ or HLG -> uint8 (H, W, 3) RGB of BT.709.
 
-    Up to half of white the brightness stays; above, all up to 1000 cd/m² is rolled off below the screen's maximum. Hues stay.
+    Up to half of white the brightness stays; above, all up to 1000 cd/m² is rolled off below the screen's maximum. Hues
+    stay.
     """
     decode, encode = (_decode_hlg if is_hlg else _decode_pq)(), _encode_table()
     shown = np.empty(pixels.shape, np.uint8)

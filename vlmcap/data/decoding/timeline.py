@@ -1,8 +1,8 @@
 """When a stream's frames are shown: where its picture starts and ends, and which frames can be decoded on their own.
 
-Headers state lengths of other things than the picture: the end of a longer sound, the time until which a late picture lasts, the slots of
-frames that were dropped. Only the sample table of an MP4 is taken at its word; the packets of any other file are read through once, without
-decoding, which costs little next to decoding them.
+Headers state lengths of other things than the picture: the end of a longer sound, the time until which a late picture
+lasts, the slots of frames that were dropped. Only the sample table of an MP4 is taken at its word; the packets of any
+other file are read through once, without decoding, which costs little next to decoding them.
 
 All times are integer ticks of the stream's time base.
 """
@@ -51,8 +51,8 @@ class Timeline:
         tick_s: Seconds per tick.
         keys: Key packets in the order of time; empty where the file's own index is used instead.
         is_indexed: Whether the file says where each frame is (MP4 and MOV do), so that it need not be read through.
-        is_timed: Whether frames carry the times at which they are shown. Otherwise they are shown in the order in which they leave the
-            decoder, at `slots`, and can only be told apart by counting from the start.
+        is_timed: Whether frames carry the times at which they are shown. Otherwise they are shown in the order in which
+            they leave the decoder, at `slots`, and can only be told apart by counting from the start.
         slots: Times of all frames where these do not carry them, ascending.
         is_start_known: False where only decoding shows which frame is the first.
         stated_end: The time until which the header says that the picture lasts, if it does.
@@ -93,7 +93,7 @@ def frame_rate(stream: VideoStream) -> Fraction:
 
 
 def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the index holds every frame and its times can be trusted; other formats have none or fill it while they are read."""
+    """Whether the index holds every frame, with times that can be trusted; other formats fill it while they are read."""
     return container.format.name.startswith("mov,") and 0 < stream.frames <= len(stream.index_entries) and bool(stream.duration)
 
 
@@ -166,7 +166,7 @@ class _Scan:
 
     @property
     def end(self) -> int:
-        """When the last frame leaves the screen: it lasts as long as it says, and at least as long as the shortest one before it."""
+        """When the last frame leaves the screen: after as long as it says, or as the shortest frame before it lasts."""
         assert self._last is not None
         times = sorted({time for time in self.times if time is not None})
         return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))
@@ -190,7 +190,8 @@ class _Scan:
         times = [time for time in self.times if time is not None]
         start = times[0] if times else 0
         even = [start + self._step * i for i in range(len(self.times))]
-        if 2 * len(times) < len(even):  # at least each second one: two fields of a frame can be two packets, of which one has a time
+        # Of two packets one may lack a time: they can be the fields of a frame.
+        if 2 * len(times) < len(even):
             return self._between_known() or even
         orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
         if any(after < before - largest_jump for before, after in pairwise(orders)):
@@ -199,7 +200,7 @@ class _Scan:
             return []
         if is_reordered:  # packets without order: either they come as they are shown, or nobody knows how they do
             return [self.first_time() if is_slotted else start, *times[1:]] if len(times) == len(even) else even
-        # AVI has no times of display, and for H.264 they are made up: each frame has the time of decoding of the next one.
+        # AVI has no times of display. For H.264 they are made up: each frame gets the time of decoding of the next one.
         is_made_up = is_slotted and times[:-1] == orders[1:]
         is_even = all(time - order == self._step for time, order in zip(times[1:], orders[1:], strict=True))
         return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
@@ -213,10 +214,12 @@ class _Scan:
         known.append(len(self.times))
         orders.append(orders[-1] + round((orders[-1] - orders[0]) / (known[-2] - known[0]) * (known[-1] - known[-2])))
         spread = np.interp(np.arange(len(self.times)), known, orders)
-        return [(self.times[known[0]] or orders[0]) + round(float(time - spread[0])) for time in spread]
+        first = self.times[known[0]]
+        start = orders[0] if first is None else first
+        return [start + round(float(time - spread[0])) for time in spread]
 
     def first_time(self) -> int:
-        """The time of the first frame of an AVI, which is made up: of MPEG-1 it is too early by the frames that the decoder holds back."""
+        """The time of the first frame of an AVI; that of MPEG-1 is too early by the frames that the decoder holds back."""
         first, *others = sorted(time for time in self.times if time is not None)
         return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
 
@@ -240,7 +243,8 @@ def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
 
 
 def _stated_end(container: InputContainer, stream: VideoStream, tick_s: Fraction) -> int | None:
-    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska; some writers mean the length
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+        # Matroska; some writers mean the length, which is never later than the end.
         hours, minutes, seconds = (Fraction(part) for part in tag.groups())
         return round((hours * 3600 + minutes * 60 + seconds) / tick_s)
     if stream.duration and container.format.name in _WITH_LENGTH:
