@@ -98,9 +98,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> type[FakeDecoder]:
 
 @pytest.mark.usefixtures("faked")
 def test_moments_are_kept_inside_the_stream_and_a_frame_comes_once() -> None:
-    frames, rows = TorchcodecReader("x.mp4", 10**6).frames_at([0.0, 2.5, 3.0, 3.9, 12.0, 50.0])
+    frames, times_s, rows = TorchcodecReader("x.mp4", 10**6).frames_at([0.0, 2.5, 3.0, 3.9, 12.0, 50.0])
     assert frames[:, 0, 0, 0].tolist() == [2, 3, 11]
-    assert rows == [0, 0, 1, 1, 2, 2]
+    assert (times_s.tolist(), rows) == ([2.0, 3.0, 11.0], [0, 0, 1, 1, 2, 2])
     with pytest.raises(VideoError, match="outside the allowed"):
         TorchcodecReader("x.mp4", 1000)
 
