@@ -59,6 +59,7 @@ def _pixels(file: Path) -> object:
         return np.asarray(picture).transpose(2, 0, 1)[None].copy()
 
 
+@pytest.mark.slow
 def test_encoders_are_compared(
     checkpoints: dict[str, Checkpoint], images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

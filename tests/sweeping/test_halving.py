@@ -33,6 +33,7 @@ def test_the_better_half_goes_on_with_more(program: Program) -> None:
     assert record != json.loads((program.folder / "here" / "halving.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_resumed_halving_runs_what_is_left(program: Program) -> None:
     def stopped(config: Config) -> float:
         if config.data.max_clips is None:

@@ -195,6 +195,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_gather_each_clip_once(tmp_path: Path) -> None:
     import torch.distributed as dist
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import vlmcap
+from tests.thinned import thinned
 from vlmcap.compose import compose, from_plain, to_config
 from vlmcap.training.checkpoints.load import read_checkpoint
 from vlmcap.training.run import evaluate, train
@@ -77,7 +78,7 @@ def check(folder: Path, videos: Path, run: Run, *overrides: str) -> None:
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", thinned(EXPERIMENTS, lambda name: name == "recommended_l4"))
 def test_every_experiment_runs(
     name: str, run: Run, checkpoints: dict[str, Any], llm_folder: Path, llava_folder: Path, aihub_root: Path
 ) -> None:
@@ -90,7 +91,7 @@ def test_every_experiment_runs(
     check(run(*overrides), aihub_root / "test" / "videos", run, *overrides)
 
 
-@pytest.mark.parametrize(("name", "kind", "is_cached"), WHOLE)
+@pytest.mark.parametrize(("name", "kind", "is_cached"), thinned(WHOLE, lambda whole: whole[0] == "qwen3_vl_8b"))
 def test_every_whole_model_runs(
     name: str, kind: str, is_cached: bool, run: Run, llava_folder: Path, qwen_folders: dict[str, Path], aihub_root: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.thinned import thinned
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
@@ -86,7 +87,7 @@ def look(run: Run, split: Split = Split.test) -> tuple[dict[str, float], list[di
     return {key.removeprefix(f"{name}/grounding/"): value for key, value in scores.items() if "/grounding/" in key}, rows
 
 
-@pytest.mark.parametrize("cache", ["true", "false"])
+@pytest.mark.parametrize("cache", thinned(["true", "false"], lambda cache: cache == "true"))
 def test_a_model_that_ignores_the_video_loses_nothing_and_is_told(
     cache: str, tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, 
     assert rows[3]["swapped"]["loss"] == 3.15
 
 
+@pytest.mark.slow
 def test_black_features_are_those_of_black_frames(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
     found = []
     for cache in ("true", "false"):
@@ -168,6 +170,7 @@ def test_black_features_are_those_of_black_frames(tiny_config: MakeConfig, make_
     assert len({round(found[0][f"{name}/loss"], 5) for name in ("own", "swapped", "blanked")}) == 3
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_nothing_had_been_asked(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
     """Resumed in the middle, with sampling and dropout, so that each random number drawn would show."""
     folder = tmp_path / "run"
@@ -211,6 +214,7 @@ def test_a_checkpoint_is_asked_afterwards(straight_run: Path, tiny_config: MakeC
         grounding_check(config, None, None, tmp_path)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_asked_too(qwen_folders: dict[str, Path], aihub_root: Path, make_run: MakeRun, tmp_path: Path) -> None:
     overrides = ["model=qwen3_vl_8b", f"model.checkpoint={qwen_folders['qwen3_vl']}", "hardware=cpu", "data=aihub"]
     overrides += [f"data.root={aihub_root}"]

@@ -152,6 +152,7 @@ if dist.get_rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_training_and_evaluation(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
