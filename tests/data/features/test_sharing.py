@@ -151,8 +151,8 @@ def test_what_a_killed_process_left_half_written_is_removed_and_what_others_writ
     child.join(30)
     assert child.exitcode == 9
     assert len(list(store.folder.glob(".*.partial"))) == 1
-    elsewhere = store.folder / ".0000-00000000-1-abc.safetensors.1.partial"
-    elsewhere.touch()
+    elsewhere = store.folder / ".0000-00000000-1-abc.safetensors.0123456789ab-00000000.partial"
+    elsewhere.mkdir()
     store.refresh()
     assert len(store) == 0
     fill_store(store, clips.hashes, clips.batches, clips.encode)

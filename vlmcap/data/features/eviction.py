@@ -7,20 +7,18 @@ import json
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.claims import CLAIMS, USERS, is_alive, is_here, is_in_use, last_used, remove_free_claims
+from vlmcap.data.features.claims import is_in_use, last_used
 from vlmcap.data.features.precision import ErrorSums, StorageError
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX
 from vlmcap.errors import UserError
 
-_OLD_S = 3600.0
 _REMOVED = ".removed-"
 
 
@@ -112,17 +110,6 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
         )
     if sum(sizes.values()) + incoming > max_bytes:
         prune(root, max_bytes - incoming, keep=(key,))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove half-written files and claims of killed processes."""
-    for path in folder.glob(f".*{SUFFIX}.*.partial"):
-        owner = "-".join(path.name.split("-")[1:3])  # that of an index has no name
-        with contextlib.suppress(OSError):
-            is_dead = is_here(owner) and not is_alive(folder / USERS / owner)
-            if is_dead or time.time() - path.stat().st_mtime > _OLD_S:
-                path.unlink()
-    remove_free_claims(folder / CLAIMS)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.data.features.claims import CLAIMS, Claims
-from vlmcap.data.features.eviction import make_room, remove_leftovers
+from vlmcap.data.features.claims import CLAIMS, Claims, remove_free_claims
+from vlmcap.data.features.eviction import make_room
 from vlmcap.data.features.shards import Encode, ShardWriter
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
+from vlmcap.files import remove_leftovers
 from vlmcap.types import Sample, Skipped
 
 _SAY_S = 30.0
@@ -118,6 +119,7 @@ class _Filling:
         chunks = [chunk for chunk in self._chunks() if self._is_open(chunk)]
         self._report()
         remove_leftovers(self.store.folder)
+        remove_free_claims(self.store.folder / CLAIMS)
         if chunks:
             self._share(chunks, batches)
         self.store.save_index()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import secrets
 from collections import OrderedDict
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.errors import UserError
+from vlmcap.files import replacing
 from vlmcap.types import GridTHW
 
 _MAX_OPEN = 64  # shards mapped at once
@@ -145,9 +145,8 @@ class FeatureStore:
         text = json.dumps(self.recipe.as_dict(), indent=1, ensure_ascii=False)
         path = self.folder / "recipe.json"
         if not path.is_file():
-            partial = path.with_name(f".recipe.{secrets.token_hex(4)}")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with replacing(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         self._lease.renew()
 
     def save_index(self) -> None:
