@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,14 @@ def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDA
     from vlmcap.data.features.content import content_hashes
 
     return {split: content_hashes(members, memo, _late_reporter(f"hashing the {split} split")) for split, members in clips.items()}
+
+
+def warn_of_overlap(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
+    """Say in one line if the same videos are in several splits."""
+    from vlmcap.data.overlap import describe_overlap
+
+    if sentence := describe_overlap(clips, hash_memo(config)):
+        print(f"Warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def _late_reporter(label: str) -> Callable[[int, int], None]:

@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
     for name, run, text in (
         ("build", _build, "encode every clip of a configuration that is not there yet, without loading its language model"),
         ("info", _info, "list the stores of features and what they take"),
+        ("verify", _verify, "compare all features with their checksums, and remove what is damaged: runs encode it again"),
         ("prune", _prune, "delete features: one store, all, or the longest unused ones"),
     ):
         action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -59,6 +60,11 @@ def _build(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
 
     info(options.overrides)
+
+
+def _verify(options: argparse.Namespace) -> None:
+
+    verify(options.overrides)
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -135,6 +141,36 @@ def info(overrides: Sequence[str]) -> None:
         table.add_row(*_row(store))
     table.caption, table.caption_justify = "Errors are those of the stored numbers, over the root mean square of the features.", "left"
     Console(width=max(_MIN_WIDTH, Console().width)).print(table)
+
+
+def verify(overrides: Sequence[str]) -> None:
+    """Reads all features and compares them with their checksums; the exit code is 1 where something is damaged.
+
+    Args:
+        overrides: `paths.cache_dir` says where.
+    """
+    from vlmcap.data.features.eviction import list_stores
+    from vlmcap.data.features.verification import verify_stores
+    from vlmcap.terminal import grouped, progress_reporter
+
+    root = features_folder(compose(overrides))
+    stores = list_stores(root)
+    if not stores:
+        print(f"There are no features in {root}.")
+        return
+    found = verify_stores(root, progress_reporter("verifying shards"))
+    for damage in found:
+        contents = f" (first {damage.contents[0]})" if damage.contents else ""
+        kept = "" if damage.is_removed else "; it cannot be removed, as the folder cannot be written to"
+        print(f"{damage.path}: {damage.reason}{contents}{kept}", file=sys.stderr)
+    if not found:
+        print(f"{grouped(sum(store.num_clips for store in stores))} clips in {root} are as they were written.")
+        return
+    end = (
+        "they have been removed, and the next run makes them again" if all(damage.is_removed for damage in found) else "not all are removed"
+    )
+    print(f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of {root}; {end}.")
+    raise SystemExit(1)
 
 
 def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | None = None) -> None:

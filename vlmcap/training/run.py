@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits, open_ledger
 from vlmcap.assembly.data import build_data
-from vlmcap.assembly.features import prepare_features
+from vlmcap.assembly.features import prepare_features, warn_of_overlap
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.assembly.parts import device_of
 from vlmcap.compose import to_plain, write_yaml
@@ -84,6 +84,8 @@ def _train(config: Config, trial: Trial | None) -> float:
     config = prepare(config)
     check_facts(config)
     clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    if is_main(config):
+        warn_of_overlap(config, clips)
     spec = describe_model(config)
     # Features are encoded before the language model is loaded, so the two never share the memory.
     features = prepare_features(spec.feature_plan, clips)

@@ -46,7 +46,7 @@ def test_counts_are_kept_by_captions_and_tokenizer(tmp_path: Path) -> None:
             caption_lengths(other, refuse, folder=tmp_path, fingerprint="a")
     with pytest.raises(AssertionError, match="counted again"):
         caption_lengths(clips, refuse, folder=tmp_path, fingerprint="b")
-    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"], "nothing is left of a count that failed"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"], "nothing is left of a count that failed"
 
 
 def test_processes_count_as_one_does(tmp_path: Path) -> None:
@@ -79,3 +79,18 @@ def test_visual_tokens_may_differ_from_clip_to_clip() -> None:
         np.array([3, 9, 0], dtype=np.int32), max_caption_tokens=5, prompt_tokens=10, visual_tokens=np.array([100, 200, 300])
     )
     assert lengths.tolist() == [113, 215, 310]
+
+
+def test_damaged_counts_are_made_again(tmp_path: Path) -> None:
+    clips = clips_with("가", "나다", "라마바")
+    expected = caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist()  # type: ignore[arg-type]
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        assert caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist() == expected, position  # type: ignore[arg-type]
+    for damaged in (b"", whole[:40], whole[:-3]):
+        path.write_bytes(damaged)
+        assert caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist() == expected  # type: ignore[arg-type]

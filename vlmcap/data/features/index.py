@@ -180,20 +180,29 @@ def save(index: ShardIndex, folder: Path) -> None:
 
 def load(folder: Path) -> ShardIndex:
     """The index that was saved last, mapped; an empty one where there is none, or no whole one."""
+    return _load(folder) or ShardIndex()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there is an index that can be trusted."""
+    return _load(folder) is not None
+
+
+def _load(folder: Path) -> ShardIndex | None:
     try:
         with (folder / FILE).open("rb") as file:
             header = read_header(file)
             if header.metadata["format"] != _FORMAT:
-                return ShardIndex()
+                return None
             entries = json.loads(header.metadata["files"])
             files = tuple(ShardFile(**entry | {"lost": tuple(entry["lost"]), "errors": ErrorSums(**entry["errors"])}) for entry in entries)
             hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
             offsets, places = _mapped(file, header, "offsets", np.int64, 2), _mapped(file, header, "places", np.int32, _COLUMNS)
             checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
         index = ShardIndex(files, hashes, offsets, places, checksums)
-        return index if header.metadata["checksum"] == str(_checksum(header.metadata["files"], index)) else ShardIndex()
+        return index if header.metadata["checksum"] == str(_checksum(header.metadata["files"], index)) else None
     except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
-        return ShardIndex()
+        return None
 
 
 def _checksum(files: str, index: ShardIndex) -> int:

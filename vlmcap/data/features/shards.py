@@ -201,15 +201,17 @@ def _tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: Gri
     return entry_checksum(content, tensors[content].shape, grid_thw, parts)
 
 
-def repair_shard(path: Path) -> list[str]:
+def damaged_entries(path: Path) -> list[str]:
     """Content hashes of the clips of a shard whose entries are damaged.
 
-    The sound ones are written to a new shard, which says of the others that they may be tried again, and the old shard goes.
-
     Raises:
-        BrokenFileError: Nothing of it can be read; it is left where it is.
-        OSError: It cannot be read, or the new one cannot be written.
+        BrokenFileError: Nothing of it can be read.
+        OSError: It cannot be opened.
     """
+    return _find_damage(path)[2]
+
+
+def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -218,16 +220,25 @@ def repair_shard(path: Path) -> list[str]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise BrokenFileError(str(error)) from error
-    damaged = [row.content for row in shard.rows if _tensors_checksum(row.content, tensors, row.grid_thw) != row.checksum]
+    return shard, tensors, [row.content for row in shard.rows if _tensors_checksum(row.content, tensors, row.grid_thw) != row.checksum]
+
+
+def repair_shard(path: Path) -> None:
+    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again; the old one goes.
+
+    Raises:
+        BrokenFileError: Nothing of it can be read; it stays.
+        OSError: It cannot be opened, or the new one cannot be written.
+    """
+    shard, tensors, damaged = _find_damage(path)
     if not damaged:
-        return []
+        return
     sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
     grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
     skipped = {content: Skipped(Clip("", "", ()), reason, content not in shard.lost) for content, reason in shard.skipped.items()}
     skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
     write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors)
     path.unlink(missing_ok=True)
-    return damaged
 
 
 def write_shard(

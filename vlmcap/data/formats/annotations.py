@@ -12,14 +12,10 @@ from vlmcap.data.formats.keys import describe_keys, text_at, value_at
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, read_text
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
+from vlmcap.data.splits import KOREAN_ENDING, SPELLINGS
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
-_SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "validate", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 _MAX_NAMED = 12
 
 
@@ -35,7 +31,7 @@ def annotation_sources(settings: SourceSettings, split: str | None) -> list[tupl
     if "{split}" not in pattern:
         return [("", address) for address in annotation_files(settings)]
     found: dict[str, str] = {}
-    for name in dict.fromkeys([*_SPELLINGS, *([split] if split else [])]):
+    for name in dict.fromkeys([*SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
             if found.setdefault(address, name) != name:
                 raise UserError(f"data.annotations={pattern}: {address} could be of {found[address]} and of {name}; rename it")
@@ -47,13 +43,13 @@ def annotation_sources(settings: SourceSettings, split: str | None) -> list[tupl
 
 
 def _first_spelling(settings: SourceSettings, pattern: str, split: str) -> list[str]:
-    for spelling in _SPELLINGS.get(split, (split,)):
+    for spelling in SPELLINGS.get(split, (split,)):
         try:
             files = annotation_files(replace(settings, annotations=pattern.replace("{split}", spelling)))
         except UserError:
             continue
         # As a word of its own: `constrained_val.jsonl` is no training file.
-        word = re.compile(rf"(?<![a-z]){re.escape(spelling)}(?![a-z])", re.IGNORECASE)
+        word = re.compile(rf"(?<![a-z가-힣]){re.escape(spelling)}{KOREAN_ENDING}(?![a-z가-힣])", re.IGNORECASE)
         if named := [address for address in files if word.search(relative_address(address, settings.root))]:
             return named
     return []

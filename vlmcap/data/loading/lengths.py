@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.files import replacing
+from vlmcap.data.arrays import load_arrays, save_arrays
 from vlmcap.types import Clip
 
 CHUNK = 4096  # clips counted by a process at a time
@@ -36,14 +36,13 @@ def caption_lengths(
         fingerprint: Of the tokenizer with whatever `encode` adds; another one counts anew.
         num_processes: 1 counts in this process; None chooses by the number of clips.
     """
-    path = folder / f"lengths-{_captions_key(clips, fingerprint)}.npy"
-    if path.is_file():
-        return np.asarray(np.load(path, allow_pickle=False))
+    path = folder / f"lengths-{_captions_key(clips, fingerprint)}.npz"
+    saved = load_arrays(path)
+    if saved is not None and "lengths" in saved:
+        return saved["lengths"]
     counts = list(_counts(clips, encode, _process_count(len(clips)) if num_processes is None else num_processes))
     lengths = np.concatenate(counts) if counts else np.empty(0, dtype=np.int32)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.save(file, lengths, allow_pickle=False)
+    save_arrays(path, lengths=lengths)
     return lengths
 
 
