@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vlmcap.assembly.clips import with_blank
+from vlmcap.assembly.clips import Splits, with_blank
 from vlmcap.assembly.datasets import FeaturePlan
 from vlmcap.assembly.encoding import FRAMES_A_PASS, batches_of, encoding_of, free_memory
 from vlmcap.assembly.parts import load_encoder
@@ -158,12 +158,13 @@ def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDA
     return {split: content_hashes(members, memo, _late_reporter(f"hashing the {split} split")) for split, members in clips.items()}
 
 
-def warn_of_overlap(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
-    """Say in one line if the same videos are in several splits."""
+def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
+    """Say in a line each if captions were left out, and if the same videos are in several splits."""
     from vlmcap.data.overlap import describe_overlap
 
-    if sentence := describe_overlap(clips, hash_memo(config)):
-        print(f"Warning: {sentence}", file=sys.stderr, flush=True)
+    for sentence in (clips.note if isinstance(clips, Splits) else "", describe_overlap(clips, hash_memo(config))):
+        if sentence:
+            print(f"Warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def _late_reporter(label: str) -> Callable[[int, int], None]:

@@ -79,6 +79,8 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     report = Inspection(same_captions=repeated_captions(splits))
     report.broken += [Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped]
     report.splits = {split: read_captions(clips) for split, clips in splits.items()}
+    if splits.note:
+        print(f"Warning: {splits.note}", file=sys.stderr)
     note = _count_tokens(config, splits, report)
     if reads_videos:
         _read_videos(config, splits, report, max_clips)

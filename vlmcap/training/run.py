@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits, open_ledger
 from vlmcap.assembly.data import build_data
-from vlmcap.assembly.features import prepare_features, warn_of_overlap
+from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.assembly.parts import device_of
 from vlmcap.compose import to_plain, write_yaml
@@ -85,7 +85,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     check_facts(config)
     clips = clips or load_splits(config, NEEDED, OPTIONAL)
     if is_main(config):
-        warn_of_overlap(config, clips)
+        warn_of_clips(config, clips)
     spec = describe_model(config)
     # Features are encoded before the language model is loaded, so the two never share the memory.
     features = prepare_features(spec.feature_plan, clips)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlmcap.data.formats.keys import describe_keys, text_at, value_at
+from vlmcap.data.formats.keys import Captions, text_at, value_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, read_text
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
@@ -123,7 +123,7 @@ def media_name(settings: SourceSettings, id: str) -> str:
 
 
 def make_record(
-    settings: SourceSettings, id: str, files: Sequence[str], captions: tuple[str, ...], entry: Any, *, split: str = "", group: str = ""
+    settings: SourceSettings, id: str, files: Sequence[str], captions: Captions, entry: Any, *, split: str = "", group: str = ""
 ) -> Record | Skipped:
     """The record of an entry, or why there is none: no caption, or a file that is missing or lies outside the root.
 
@@ -131,20 +131,20 @@ def make_record(
         settings: Of the data set.
         id: Of the clip.
         files: A video or image, or several images that are the frames of one clip.
-        captions: Normalised.
+        captions: As `captions_at` gives them.
         entry: What the captions and the category come from.
         split: As the data set has it.
         group: Names the source that must not be in two splits.
     """
-    if not captions:
-        return skip(id, f"no caption at data.caption_key={settings.caption_key}; the entry has {describe_keys(entry)}", files[0])
+    if not captions.texts:
+        return skip(id, f"no caption at data.caption_key={settings.caption_key}{why_no_caption(entry, settings.caption_key)}", files[0])
     try:
         addresses = tuple(resolve_media(settings, name) for name in files)
     except OutsideRoot as error:
         return skip(id, str(error), files[0])
     category = text_at(entry, settings.category_key) if settings.category_key else ""
     frames = addresses if len(addresses) > 1 else ()
-    return Record(Clip(id, addresses[0], captions, category, frames), split, group)
+    return Record(Clip(id, addresses[0], captions.texts, category, frames), split, group, captions.num_empty)
 
 
 def checked(entries: Entries, settings: SourceSettings) -> Entries:
