@@ -62,16 +62,20 @@ def batches_of(dataset: ClipDataset, batch_size: int, num_workers: int) -> Calla
     import torch
     from torch.utils.data import DataLoader
 
+    from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
+
     def batches(positions: NDArray[np.int64]) -> Iterator[list[Sample | Skipped]]:
+        watch, workers = WorkerWatch(), min(num_workers, len(positions))
         loader = DataLoader(
-            dataset,
+            watch.over(dataset, dataset.clips) if workers else dataset,
             batch_size=batch_size,
             sampler=positions.tolist(),
             collate_fn=list,
-            num_workers=min(num_workers, len(positions)),
             generator=torch.Generator(),
+            **worker_options(workers, batch_size, dataset.settings.limits.timeout_s),
         )
-        yield from loader
+        with watch.naming_clips():
+            yield from loader
 
     return batches
 

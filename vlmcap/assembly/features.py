@@ -159,10 +159,13 @@ def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDA
 
 
 def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
-    """Say in a line each if captions were left out, and if the same videos are in several splits."""
+    """Say in a line each if captions were left out, if the same videos are in several splits, and if workers lack shared memory."""
+    from vlmcap.data.loading.shared_memory import shared_memory_problem
     from vlmcap.data.overlap import describe_overlap
 
-    for sentence in (clips.note if isinstance(clips, Splits) else "", describe_overlap(clips, hash_memo(config))):
+    note = clips.note if isinstance(clips, Splits) else ""
+    problem = shared_memory_problem() if config.data.num_workers else None
+    for sentence in (note, describe_overlap(clips, hash_memo(config)), problem):
         if sentence:
             print(f"Warning: {sentence}", file=sys.stderr, flush=True)
 

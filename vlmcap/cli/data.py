@@ -133,13 +133,17 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
 
     from vlmcap.data.duplicates import NUM_HASHED_FRAMES
     from vlmcap.data.inspection import Thumbnails
+    from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 
     data = dataclasses.replace(config.data, num_frames=NUM_HASHED_FRAMES, sampling=Sampling.uniform, variable_frames=True)
     config = dataclasses.replace(config, data=data)
     for split, clips in splits.items():
         dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
-        for item in DataLoader(dataset, batch_size=None, num_workers=config.data.num_workers):
-            yield split, item
+        watch, workers = WorkerWatch(), config.data.num_workers
+        watched = watch.over(dataset, clips) if workers else dataset
+        with watch.naming_clips():
+            for item in DataLoader(watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)):
+                yield split, item
 
 
 def _no_grid(num_frames: int, height: int, width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -133,6 +134,22 @@ def test_a_process_waits_for_what_another_holds_and_takes_over_when_that_dies(tm
     fill_store(store, clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS)
     assert len(said) == 1 and said[0].startswith("waiting for 5 clips that other processes encode into ")
     assert require_exact(store, clips) == set(range(20))
+
+
+def test_clips_of_a_process_that_hangs_are_encoded_here_too(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
+    root, recipe = tmp_path / "features", make_recipe()
+    child = FORK.Process(target=fill, args=(root, recipe, numbered(20, pause_s=600)))  # it lives, and renews its claim
+    child.start()
+    while not list(root.glob("*/.claims/*")):
+        time.sleep(0.005)
+    clips, store = numbered(20), FeatureStore(root, recipe)
+    settings = dataclasses.replace(SETTINGS, patience_s=0.5)
+    try:
+        fill_store(store, clips.hashes, clips.batches, clips.encode, on_wait=lambda _: None, settings=settings)
+        assert child.is_alive() and require_exact(store, clips) == set(range(20))
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_what_others_write_is_not(

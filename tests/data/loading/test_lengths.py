@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,3 +96,24 @@ def test_damaged_counts_are_made_again(tmp_path: Path) -> None:
     for damaged in (b"", whole[:40], whole[:-3]):
         path.write_bytes(damaged)
         assert caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist() == expected  # type: ignore[arg-type]
+
+
+class Unwell:
+    """Counts words, but a process other than the one that made it hangs or dies at one caption."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.owner = how, os.getpid()
+
+    def __call__(self, text: str) -> Sequence[int]:
+        if text == "나" and os.getpid() != self.owner:
+            time.sleep(600) if self.how == "hangs" else os._exit(9)
+        return [0] * len(text)
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_a_process_that_hangs_or_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "_CHUNK_TIMEOUT_S", 15.0)
+    clips = clips_with("가", "나", "다라", "마")
+    found = caption_lengths(clips, Unwell(how), folder=tmp_path, fingerprint="a", num_processes=2)
+    assert found.tolist() == [2, 2, 3, 2]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from vlmcap.types import Clip
 CHUNK = 4096  # clips counted by a process at a time
 _CLIPS_PER_PROCESS = 50_000  # fewer take less time than a process that imports the tokenizer
 _MOST_PROCESSES = 8
+_CHUNK_TIMEOUT_S = 300.0  # a chunk takes about a second
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -61,14 +61,18 @@ def sequence_lengths(
 
 
 def _counts(clips: Sequence[Clip], encode: Encode, num_processes: int) -> Iterator[NDArray[np.int32]]:
-    chunks = (clips[start : start + CHUNK] for start in range(0, len(clips), CHUNK))
+    starts = range(0, len(clips), CHUNK)
     if num_processes < 2:
-        yield from (count_tokens(chunk, encode) for chunk in chunks)
+        yield from (count_tokens(clips[start : start + CHUNK], encode) for start in starts)
         return
-    # Not forked: this process holds threads, and perhaps a card.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_process, initargs=(encode,)) as pool:
-        yield from pool.map(_count_in_process, chunks)
+    # Not forked: this process holds threads, and perhaps a GPU. The pool ends its processes with the block, whatever they do.
+    with multiprocessing.get_context("spawn").Pool(num_processes, _start_process, (encode,)) as pool:
+        results = [(start, pool.apply_async(_count_in_process, (clips[start : start + CHUNK],))) for start in starts]
+        for start, result in results:
+            try:
+                yield result.get(_CHUNK_TIMEOUT_S)
+            except multiprocessing.TimeoutError:  # its process hangs, or was killed, which a pool does not report
+                yield count_tokens(clips[start : start + CHUNK], encode)
 
 
 def count_tokens(clips: Sequence[Clip], encode: Encode) -> NDArray[np.int32]:

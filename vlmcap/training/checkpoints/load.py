@@ -101,7 +101,7 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
     from vlmcap.assembly.data import prompt_batch_size
     from vlmcap.assembly.datasets import decoded_dataset
     from vlmcap.data.loading.collate import Collator
-    from vlmcap.data.loading.worker_report import WorkerWatch
+    from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
     from vlmcap.types import Clip
 
     collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens, mode="generate")
@@ -112,7 +112,9 @@ def path_batches(config: Config, assembly: Assembly) -> Callable[[Sequence[Path]
         workers = max(0, min(config.data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
         watched = watch.over(dataset, clips) if workers else dataset
-        loader = DataLoader(watched, batch_size=prompt_batch_size(config, assembly), collate_fn=collator, num_workers=workers)
+        size = prompt_batch_size(config, assembly)
+        options = worker_options(workers, size, config.data.decode_timeout_s)
+        loader = DataLoader(watched, batch_size=size, collate_fn=collator, **options)
         with watch.naming_clips():
             for batch in loader:
                 yield batch.to(assembly.captioner.device)
