@@ -3,8 +3,9 @@
     python benchmarks/cache/store.py [--mib 400] [--repeats 3] [--output F.json]
 
 All write the same float16 features, down to the disk (fsync), and read each clip once in one random order: "cached" when the files are in
-the system's cache, "cold" after they were dropped from it, "again" in a second epoch, for which the store has compared all checksums.
-The store also checks every number, measures the error of storage, and claims its work. Ways take turns within each repeat; the figures are medians, in MB/s of float16 features.
+the system's cache, "again" in a second epoch, for which the store has compared all checksums, and "cold" after the files were dropped from
+that cache. The store also checks every number, measures the error of storage, and claims its work. Ways take turns within each repeat; the
+figures are medians, in MB/s of float16 features.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None
     """
     folders = store_folders(root)
     shards = [path for folder in folders for path in shards_of(folder)]
-    found = []
+    found: list[Damage] = []
     for number, path in enumerate(shards, 1):
         found += _verify_shard(path)
         if progress is not None:

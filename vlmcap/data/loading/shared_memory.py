@@ -6,6 +6,7 @@ and the training waits for it for ever. Here such a tensor goes through the work
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -40,10 +41,9 @@ def pass_what_does_not_fit() -> None:
 def shared_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros that this process and its forks share; they are its own where shared memory is full."""
     zeros = torch.zeros(*shape, dtype=dtype)
-    try:
-        return zeros.share_memory_()
-    except (RuntimeError, OSError):
-        return zeros
+    with contextlib.suppress(RuntimeError, OSError):
+        zeros.share_memory_()
+    return zeros
 
 
 def _reduce_storage(storage: torch.UntypedStorage) -> Any:
