@@ -118,6 +118,17 @@ def test_features_are_built_listed_and_pruned(overrides: list[str], tmp_path: Pa
     out = capsys.readouterr().out
     for part in (*keys, "int8", "float16", "4 uniform", "11", "kB", "RMS"):
         assert part in out, part
+    cli.main(["cache", "verify", where])
+    assert capsys.readouterr().out.startswith("22 clips in ")
+    shard = next((tmp_path / "cache" / "features" / keys[0]).glob("[0-9]*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["cache", "verify", where])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out.startswith("Damaged: 1 clips in 1 files of ")
+    assert f"{shard}: the features of 1 clips are not those that were written (first " in said.err
+    cli.main(["cache", "verify", where])
+    assert capsys.readouterr().out.startswith("21 clips in ")
     assert f"'{keys[0]}'" in exits(["cache", "prune", "--key", keys[0], where], capsys)[1]  # this process built it, so it is in use
     shutil.rmtree(tmp_path / "cache" / "features" / keys[0] / ".users")
     cli.main(["cache", "prune", "--key", keys[0], where])

@@ -101,7 +101,7 @@ def test_text_that_is_no_unicode_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_broken_write_leaves_nothing_and_old_leftovers_go(tmp_path: Path) -> None:
-    old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
+    old, new = (tmp_path / f".table.0123456789ab-{token * 8}.partial" for token in "01")
     for folder in (old, new):
         folder.mkdir()
     os.utime(old, (time.time() - 90_000,) * 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vlmcap.data import quarantine
 from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
@@ -101,3 +103,13 @@ def test_several_ranks_share_one_file(tmp_path: Path) -> None:
     first.add(bad("last"))
     with pytest.raises(UserError, match="76 of 100"):  # those of the other ranks count
         first.check()
+
+
+def test_a_process_that_keeps_the_lock_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "_LOCK_TIMEOUT_S", 0.2)
+    path = tmp_path / "quarantine.jsonl"
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        ledger = Ledger(path, 1.0, 10)
+        ledger.add(Skipped(Clip("a", "a.mp4", ()), "it is broken"))
+    assert len(ledger) == 1 and path.read_text().count("\n") == 1

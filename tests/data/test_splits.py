@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +14,8 @@ from vlmcap.data.splits import SPLITS, DrawnSplits, SplitDrawer, draw_split, nes
 from vlmcap.errors import UserError
 from vlmcap.types import Clip
 
+KOREAN = {"train": ("훈련", "학습"), "val": ("검증",), "test": ("시험", "평가", "테스트")}
+AROUND = (("", ""), ("1.", ""), ("2_", ""), ("3. ", "데이터"), ("", "용"), ("", " 데이터셋"), ("[라벨]", ""), ("", "셋"))
 HALF = DrawnSplits(val=0.25, test=0.25)
 
 
@@ -30,10 +35,15 @@ def record(name: str, video: str = "", group: str = "") -> Record:
         ("Test", "test"),
         ("restval", "restval"),
         ("", ""),
+        *((f"{before}{name}{after}", split) for split, names in KOREAN.items() for name in names for before, after in AROUND),
+        ("재학습", "재학습"),
+        ("훈련소", "훈련소"),
+        ("데이터", "데이터"),
     ],
 )
 def test_splits_have_many_names(written: str, split: str) -> None:
     assert standard_split(written) == split
+    assert standard_split(unicodedata.normalize("NFD", written)) == split or split == written
 
 
 @pytest.mark.parametrize(
@@ -118,3 +128,40 @@ def test_subsets_are_nested_and_sorted(num_clips: int, seed: int, data: st.DataO
     assert set(subsets[0]) <= set(subsets[1]) <= set(range(num_clips))
     assert [len(subset) for subset in subsets] == [small, large]
     assert all(subset == sorted(set(subset)) for subset in subsets)
+
+
+def reach(kind: str, root: Path) -> str:
+    """Another way to `clips/a.mp4` below the root."""
+    if kind == "a link to the file":
+        (root / "b.mp4").symlink_to(root / "clips" / "a.mp4")
+        return f"{root}/b.mp4"
+    if kind == "a relative link to the folder":
+        (root / "more").mkdir()
+        (root / "more" / "same").symlink_to("../clips")
+        return f"{root}/more/same/a.mp4"
+    if kind == "a link to a link":
+        (root / "one").symlink_to(root / "clips")
+        (root / "two").symlink_to(root / "one")
+        return f"{root}/two/a.mp4"
+    if kind == "a link to the root":
+        (root.parent / "elsewhere").symlink_to(root)
+        return f"{root.parent}/elsewhere/clips/a.mp4"
+    return {"dots": f"{root}/./clips/../clips//a.mp4", "a URL": f"file://{root}/clips/a.mp4"}[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["a link to the file", "a relative link to the folder", "a link to a link", "a link to the root", "dots", "a URL"]
+)
+def test_one_video_is_in_one_split_by_whichever_path(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "set"
+    (root / "clips").mkdir(parents=True)
+    (root / "clips" / "a.mp4").write_bytes(b"video")
+    (root / "clips" / "c.mp4").write_bytes(b"video")
+    other = reach(kind, root)
+    for place in (root, tmp_path / "elsewhere") if kind == "a link to the root" else (root,):
+        drawer = SplitDrawer(HALF, str(place))
+        groups = [drawer.group_of(record(name, video)) for name, video in (("x", f"{root}/clips/a.mp4"), ("y", other))]
+        assert groups == ["clips/a.mp4"] * 2
+        assert drawer.group_of(record("z", f"{root}/clips/c.mp4")) == "clips/c.mp4"
+        members = [drawer.group_of(record("m", f"zip://a.mp4::{path.removeprefix('file://')}")) for path in (f"{root}/clips/a.mp4", other)]
+        assert len(set(members)) == 1

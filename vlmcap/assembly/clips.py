@@ -33,11 +33,13 @@ class Splits(Mapping[str, ClipTable]):
     Args:
         tables: The clips.
         skipped: Entries of the data set that cannot be used, of these splits as far as that is known.
+        note: A sentence on captions that were left out of the lists of clips, "" where none were.
     """
 
-    def __init__(self, tables: Mapping[str, ClipTable], skipped: Sequence[Skipped]) -> None:
+    def __init__(self, tables: Mapping[str, ClipTable], skipped: Sequence[Skipped], note: str = "") -> None:
         self._tables = dict(tables)
         self.skipped = tuple(skipped)
+        self.note = note
 
     def __getitem__(self, split: str) -> ClipTable:
         return self._tables[split]
@@ -75,7 +77,7 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
     train, max_clips = tables.get("train"), config.data.max_clips
     if train is not None and max_clips is not None and max_clips < len(train):
         tables["train"] = train.select(nested_subset(len(train), max_clips, config.seed))
-    return Splits(tables, reading.skipped)
+    return Splits(tables, reading.skipped, reading.note)
 
 
 def source_settings(config: Config) -> SourceSettings:
@@ -113,6 +115,7 @@ class _Reading:
         self.config, self.writers, self.drawer = config, writers, drawer
         self.skipped: list[Skipped] = []
         self.num_clips: Counter[str] = Counter()  # by split, wanted or not
+        self._num_empty, self._first_empty = 0, ""
 
     def read(self, entries: Iterable[Record | Skipped]) -> None:
         for number, entry in enumerate(entries, 1):
@@ -121,6 +124,13 @@ class _Reading:
                 raise self._all_bad(f"the first {number}")
         if self.drawer is not None:
             self.drawer.check()
+
+    @property
+    def note(self) -> str:
+        """A sentence on captions that were left out."""
+        if not self._num_empty:
+            return ""
+        return f"{self._num_empty} captions are null, empty or no text and were left out of their clips' lists; first {self._first_empty}"
 
     def check(self, required: Sequence[str]) -> None:
         """`UserError` if a required split has no clip."""
@@ -149,6 +159,8 @@ class _Reading:
         if isinstance(entry, Record) and split in self.writers:
             try:
                 self.writers[split].add(entry.clip)
+                self._num_empty += entry.num_empty
+                self._first_empty = self._first_empty or (entry.clip.id if entry.num_empty else "")
             except UnicodeEncodeError:
                 entry = skip(entry.clip.id, "it holds text that is no Unicode (half of a surrogate pair): repair it", entry.clip.video)
         if isinstance(entry, Record):

@@ -40,6 +40,7 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
         # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
         num_workers=0 if features is not None and config.encoder.is_cached else config.data.num_workers,
         seed=config.seed,
+        clip_timeout_s=config.data.decode_timeout_s,
         max_eval_clips=config.evaluation.max_clips,
         pin_memory=config.hardware.accelerator != "cpu",
         batching=config.data.batching.value,

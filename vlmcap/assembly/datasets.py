@@ -107,7 +107,7 @@ class PathReader:
         from torch.utils.data import DataLoader
 
         from vlmcap.data.loading.collate import Collator
-        from vlmcap.data.loading.worker_report import WorkerWatch
+        from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
         from vlmcap.types import Clip
 
         data, llm = self.plan.config.data, self.plan.config.llm
@@ -118,4 +118,5 @@ class PathReader:
         watch = WorkerWatch()
         watched = watch.over(dataset, clips) if num_workers else dataset
         with watch.naming_clips():
-            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, num_workers=num_workers)
+            options = worker_options(num_workers, batch_size, data.decode_timeout_s)
+            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, **options)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vlmcap.assembly.clips import with_blank
+from vlmcap.assembly.clips import Splits, with_blank
 from vlmcap.assembly.datasets import FeaturePlan
 from vlmcap.assembly.parts import device_of, dtype_of, load_encoder, vision_part
 from vlmcap.config import Config, EncoderTuning, Precision, Sampling
@@ -150,6 +151,18 @@ def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDA
     return {split: content_hashes(members, memo, _late_reporter(f"hashing the {split} split")) for split, members in clips.items()}
 
 
+def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
+    """Say in a line each if captions were left out, if the same videos are in several splits, and if workers lack shared memory."""
+    from vlmcap.data.loading.shared_memory import shared_memory_problem
+    from vlmcap.data.overlap import describe_overlap
+
+    note = clips.note if isinstance(clips, Splits) else ""
+    problem = shared_memory_problem() if config.data.num_workers else None
+    for sentence in (note, describe_overlap(clips, hash_memo(config)), problem):
+        if sentence:
+            print(f"Warning: {sentence}", file=sys.stderr, flush=True)
+
+
 def _late_reporter(label: str) -> Callable[[int, int], None]:
     """A progress reporter of work that mostly takes no time, as its results are remembered, and then is not worth a line."""
     from vlmcap.terminal import progress_reporter
@@ -278,16 +291,20 @@ def _batches_of(dataset: ClipDataset, batch_size: int, num_workers: int) -> Call
     import torch
     from torch.utils.data import DataLoader
 
+    from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
+
     def batches(positions: NDArray[np.int64]) -> Iterator[list[Sample | Skipped]]:
+        watch, workers = WorkerWatch(), min(num_workers, len(positions))
         loader = DataLoader(
-            dataset,
+            watch.over(dataset, dataset.clips) if workers else dataset,
             batch_size=batch_size,
             sampler=positions.tolist(),
             collate_fn=list,
-            num_workers=min(num_workers, len(positions)),
             generator=torch.Generator(),
+            **worker_options(workers, batch_size, dataset.settings.limits.timeout_s),
         )
-        yield from loader
+        with watch.naming_clips():
+            yield from loader
 
     return batches
 

@@ -94,6 +94,7 @@ def _cache(parser: ArgumentParser) -> None:
     texts = {
         "build": "encode every clip of a configuration that is not there yet, without loading its language model",
         "info": "list the stores of features and what they take",
+        "verify": "compare all features with their checksums, and remove what is damaged: runs encode it again",
         "prune": "delete features: one store, all, or the longest unused ones",
     }
     made = {name: actions.add_parser(name, help=text, description=f"{text.capitalize()}.") for name, text in texts.items()}
@@ -213,7 +214,7 @@ COMMANDS = (
     Command(
         "plan", "peak memory, time and disk of a configuration, without weights, GPU or network", _plan, _check_plan, traces_models=True
     ),
-    Command("cache", "prepare, list and prune cached features of frozen encoders", _cache, _check_cache),
+    Command("cache", "prepare, list, verify and prune cached features of frozen encoders", _cache, _check_cache),
     Command("caption", "caption video files with a trained checkpoint", _caption),
     Command("data", "look at a data set before training on it", _data, _check_data),
     Command("export", "write the fine-tuned language model, adapters merged, as a folder that transformers and vLLM load", _export),

@@ -23,16 +23,17 @@ from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.eviction import StoreInfo, list_stores, remove_store
 from vlmcap.data.features.eviction import prune as prune_stores
 from vlmcap.data.features.store import FeatureStore
+from vlmcap.data.features.verification import verify_stores
 from vlmcap.demo.prepare import prepare
 from vlmcap.libraries import quiet_libraries
-from vlmcap.terminal import gigabytes, grouped, wide_console
+from vlmcap.terminal import gigabytes, grouped, progress_reporter, wide_console
 from vlmcap.types import Clip
 
 _COLUMNS = ("key", "encoder", "layer", "frames", "clips", "size", "last used", "dtype", "error (RMS)", "error (max)")
 
 
 def run(options: Namespace) -> None:
-    """Prepares, lists or prunes features, as `options.action` says.
+    """Prepares, lists, verifies or prunes features, as `options.action` says.
 
     Raises:
         UserError: An override is wrong, or there is no such store.
@@ -41,6 +42,8 @@ def run(options: Namespace) -> None:
         build(options.overrides)
     elif options.action == "info":
         info(options.overrides)
+    elif options.action == "verify":
+        verify(options.overrides)
     else:
         prune(options.overrides, max_gib=options.max_gib, key=options.key)
 
@@ -100,6 +103,32 @@ def info(overrides: Sequence[str]) -> None:
         table.add_row(*_row(store))
     table.caption, table.caption_justify = "Errors are those of the stored numbers, over the root mean square of the features.", "left"
     wide_console().print(table)
+
+
+def verify(overrides: Sequence[str]) -> None:
+    """Reads all features and compares them with their checksums; the exit code is 1 where something is damaged.
+
+    Args:
+        overrides: `paths.cache_dir` says where.
+    """
+    root = features_folder(compose(overrides))
+    stores = list_stores(root)
+    if not stores:
+        print(f"There are no features in {root}.")
+        return
+    found = verify_stores(root, progress_reporter("verifying shards"))
+    for damage in found:
+        contents = f" (first {damage.contents[0]})" if damage.contents else ""
+        kept = "" if damage.is_removed else "; it cannot be removed, as the folder cannot be written to"
+        print(f"{damage.path}: {damage.reason}{contents}{kept}", file=sys.stderr)
+    if not found:
+        print(f"{grouped(sum(store.num_clips for store in stores))} clips in {root} are as they were written.")
+        return
+    end = (
+        "they have been removed, and the next run makes them again" if all(damage.is_removed for damage in found) else "not all are removed"
+    )
+    print(f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of {root}; {end}.")
+    raise SystemExit(1)
 
 
 def prune(overrides: Sequence[str], *, max_gib: float | None = None, key: str | None = None) -> None:

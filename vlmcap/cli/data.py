@@ -19,6 +19,7 @@ from vlmcap.config import Config, Sampling, Split
 from vlmcap.data.duplicates import NUM_HASHED_FRAMES
 from vlmcap.data.inspection import Broken, Entry, Inspection, Thumbnails, read_captions, read_videos, repeated_captions
 from vlmcap.data.loading.lengths import caption_lengths
+from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 from vlmcap.demo.prepare import TINY, demo_folder
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
@@ -64,6 +65,8 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     report = Inspection(same_captions=repeated_captions(splits))
     report.broken += [Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped]
     report.splits = {split: read_captions(clips) for split, clips in splits.items()}
+    if splits.note:
+        print(f"Warning: {splits.note}", file=sys.stderr)
     note = _count_tokens(config, splits, report)
     if reads_videos:
         _read_videos(config, splits, report, max_clips)
@@ -110,8 +113,11 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
     config = dataclasses.replace(config, data=data)
     for split, clips in splits.items():
         dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
-        for item in DataLoader(dataset, batch_size=None, num_workers=config.data.num_workers):
-            yield split, item
+        watch, workers = WorkerWatch(), config.data.num_workers
+        watched = watch.over(dataset, clips) if workers else dataset
+        with watch.naming_clips():
+            for item in DataLoader(watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)):
+                yield split, item
 
 
 def _no_grid(num_frames: int, height: int, width: int) -> None:

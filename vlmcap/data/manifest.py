@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, overload
@@ -21,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmcap.errors import UserError
+from vlmcap.files import work_folder
 from vlmcap.types import Clip
 
 Rows = range | NDArray[np.int64]
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_STALE_S = 24 * 3600  # a half-written table of a killed process is removed after that
 
 
 class ClipTable(Sequence[Clip]):
@@ -110,8 +108,8 @@ class TableWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        self._partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        self._opened = ExitStack()
+        self._partial = self._opened.enter_context(work_folder(folder / "table"))
         self._file: BinaryIO = (self._partial / "table.jsonl").open("wb")
         self._digest = hashlib.sha256()
         self._offsets, self._ids = array("q", [0]), array("q")
@@ -121,7 +119,7 @@ class TableWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._opened.close()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -182,13 +180,3 @@ def _refuse_equal_ids(table: ClipTable, hashes: NDArray[np.int64]) -> None:
                 f"the id '{first.id}' stands for two clips of one split, {first.video} ('{first.captions[0][:40]}') and {second.video} "
                 f"('{second.captions[0][:40]}'): give each an id of its own"
             )
-
-
-def _remove_stale(folder: Path) -> None:
-    for leftover in folder.glob(".writing-*"):
-        try:
-            is_stale = time.time() - leftover.stat().st_mtime > _STALE_S
-        except FileNotFoundError:
-            continue
-        if is_stale:
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from vlmcap.files import new_folder
 
 _TIMEOUT_S = 600.0  # a file server may count the lock of a machine that died for ever; then a folder may be made twice
 
@@ -28,19 +28,15 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), _TIMEOUT_S, fallback_to_soft=False)
     with contextlib.suppress(OSError):  # it took too long, or the file system has no locks
         lock.acquire()
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         if folder.is_dir():  # another process was faster
             return folder
-        if lock.is_locked:
-            for leftover in folder.parent.glob(f".{folder.name}.????????"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        make(partial)
-        if not folder.is_dir():
-            partial.rename(folder)
+        with new_folder(folder) as partial:
+            make(partial)
+    except OSError:
+        if not folder.is_dir():  # made twice, where the lock did not hold
+            raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         if lock.is_locked:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ with contextlib.suppress(ImportError):  # Windows, where lines of several proces
 _MAX_LINES = 100_000
 _MAX_REASON = 1000  # characters
 _KEY_BYTES = 8
+_LOCK_TIMEOUT_S = 10.0  # others hold it for as long as it takes to write some lines
 
 
 class Ledger:
@@ -130,12 +132,26 @@ def _key(name: str, video: str) -> bytes:
     return hashlib.blake2b(f"{name}\0{video}".encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
 
 
+def _wait_for_lock(file: int) -> None:
+    """Returns with the lock; without it where the file system has none, or a process that stands still holds it for long."""
+    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return
+        else:
+            return
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        with contextlib.suppress(OSError, NameError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(NameError):
+            _wait_for_lock(file)
         yield file
     finally:
         os.close(file)

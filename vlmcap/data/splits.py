@@ -5,25 +5,37 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmcap.data.formats.record import Record
-from vlmcap.data.media.roots import relative_address
+from vlmcap.data.media.roots import real_address, relative_address
 from vlmcap.errors import UserError
 from vlmcap.types import Clip
 
 SPLITS = ("train", "val", "test")
-_STANDARD = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "dev": "val", "testing": "test"}
-_NUMBER = re.compile(r"\d+\s*[._-]\s*")
+SPELLINGS = {
+    "train": ("train", "training", "훈련", "학습"),
+    "val": ("val", "validation", "validate", "valid", "dev", "검증"),
+    "test": ("test", "testing", "시험", "평가", "테스트"),
+}
+"""How data sets write the splits."""
+KOREAN_ENDING = r"(?:용|[\s_-]*(?:데이터|자료)(?:[\s_-]*(?:셋|세트))?|[\s_-]*(?:셋|세트))*"
+"""What may follow a Korean name of a split: 훈련용, 검증데이터, 시험 데이터셋."""
+
+_STANDARD = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
+_BEFORE = re.compile(r"(?:\[[^\]]*\]\s*)?(?:\d+\s*[._-]\s*)?")
+_KOREAN = re.compile(rf"([가-힣]+?){KOREAN_ENDING}")
 
 
 def standard_split(name: str) -> str:
-    """`train`, `val` or `test` for the many ways of writing them (`Training`, `2.Validation`); other names in lower case."""
-    name = _NUMBER.sub("", name.strip().lower(), count=1)
-    return _STANDARD.get(name, name)
+    """`train`, `val` or `test` for the many ways of writing them (`Training`, `2.Validation`, `훈련`); other names in lower case."""
+    name = _BEFORE.sub("", unicodedata.normalize("NFC", name).strip().lower(), count=1)
+    korean = _KOREAN.fullmatch(name)
+    return _STANDARD.get(korean[1] if korean else name, name)
 
 
 def split_in_path(path: str) -> tuple[str, str]:
@@ -104,8 +116,8 @@ def draw_split(group: str, settings: DrawnSplits) -> str:
 
 
 def video_name(clip: Clip, root: str) -> str:
-    """What stands for the video where the data set names no source; the id of an entry without one."""
-    return relative_address(clip.video, root) if clip.video else clip.id
+    """What stands for the video where the data set names no source, the same by whichever link; the id of an entry without one."""
+    return relative_address(real_address(clip.video), real_address(root)) if clip.video else clip.id
 
 
 def nested_subset(num_clips: int, max_clips: int, seed: int) -> NDArray[np.int64]:

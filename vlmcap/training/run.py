@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits, open_ledger
-from vlmcap.assembly.features import prepare_features
+from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
@@ -118,7 +118,10 @@ def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
         open_ledger(config, clips)
     config = prepare(config)
     check_facts(config)
-    return config, clips or load_splits(config, NEEDED, OPTIONAL)
+    clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    if is_main(config):
+        warn_of_clips(config, clips)
+    return config, clips
 
 
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:

@@ -70,7 +70,7 @@ def test_a_lost_index_is_made_again(filled: tuple[Any, FeatureStore], damage: st
                 "empty": b"",
                 "garbage": os.urandom(500),
                 "cut": whole[:-5],
-                "other format": whole.replace(b"index-1", b"index-9"),
+                "other format": whole.replace(b"index-2", b"index-9"),
                 "other numbers": whole[:-28] + np.full(7, 9999, np.int32).tobytes(),
             }[damage]
         )
@@ -161,7 +161,9 @@ def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
     hashes = contents(np.arange(num_clips))
     index = ShardIndex()
     for number, start in enumerate(range(0, num_clips, per_shard)):
-        rows = [Row(content.decode(), 8 * i, 4 * i, (2, i % 9 + 1, 8), None) for i, content in enumerate(hashes[start : start + per_shard])]
+        rows = [
+            Row(content.decode(), 8 * i, 4 * i, (2, i % 9 + 1, 8), None, i) for i, content in enumerate(hashes[start : start + per_shard])
+        ]
         file = ShardFile(f"{number}.safetensors", 1, 1, "int8", {}, (), ErrorSums())
         index = index.with_shards([(file, Shard("int8", tuple(rows), {}, (), ErrorSums()))])
     indices.save(index, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -135,6 +136,22 @@ def test_a_process_waits_for_what_another_holds_and_takes_over_when_that_dies(tm
     assert require_exact(store, clips) == set(range(20))
 
 
+def test_clips_of_a_process_that_hangs_are_encoded_here_too(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
+    root, recipe = tmp_path / "features", make_recipe()
+    child = FORK.Process(target=fill, args=(root, recipe, numbered(20, pause_s=600)))  # it lives, and renews its claim
+    child.start()
+    while not list(root.glob("*/.claims/*")):
+        time.sleep(0.005)
+    clips, store = numbered(20), FeatureStore(root, recipe)
+    settings = dataclasses.replace(SETTINGS, patience_s=0.5)
+    try:
+        fill_store(store, clips.hashes, clips.batches, clips.encode, on_wait=lambda _: None, settings=settings)
+        assert child.is_alive() and require_exact(store, clips) == set(range(20))
+    finally:
+        child.kill()
+        child.join()
+
+
 def test_what_a_killed_process_left_half_written_is_removed_and_what_others_write_is_not(
     tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +168,8 @@ def test_what_a_killed_process_left_half_written_is_removed_and_what_others_writ
     child.join(30)
     assert child.exitcode == 9
     assert len(list(store.folder.glob(".*.partial"))) == 1
-    elsewhere = store.folder / ".0000-00000000-1-abc.safetensors.1.partial"
-    elsewhere.touch()
+    elsewhere = store.folder / ".0000-00000000-1-abc.safetensors.0123456789ab-00000000.partial"
+    elsewhere.mkdir()
     store.refresh()
     assert len(store) == 0
     fill_store(store, clips.hashes, clips.batches, clips.encode)

@@ -88,7 +88,7 @@ def test_each_bad_entry_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
 
 def test_a_wrong_key_is_one_mistake_and_not_one_an_entry(tmp_path: Path) -> None:
     write(tmp_path, [entry(number) for number in range(3)])
-    with pytest.raises(UserError, match=r"none of the 3 entries .* data\.caption_key=caption_kr; the entry has text at .*caption_ko"):
+    with pytest.raises(UserError, match=r"none of the 3 entries .* data\.caption_key=caption_kr, but text at .*caption_ko"):
         read(tmp_path, caption_key="caption_kr")
 
 

@@ -43,7 +43,7 @@ def test_videos_images_and_frames(root: Path) -> None:
     )
     video, image, frames = read(root)
     assert video == Record(Clip("first", f"{root}/a.mp4", ("바다.",), "바다"), "train", "tape1")
-    assert image == Record(Clip("sub/1.jpg:2", f"{root}/sub/1.jpg", ("산.", "눈.")))
+    assert image == Record(Clip("sub/1.jpg:2", f"{root}/sub/1.jpg", ("산.", "눈.")), num_empty=1)
     assert frames == Record(Clip("7", f"{root}/sub/1.jpg", ("차.",), frames=(f"{root}/sub/1.jpg", f"{root}/sub/2.jpg")))
 
 

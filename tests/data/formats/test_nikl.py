@@ -72,7 +72,7 @@ def test_bad_lines_are_named_by_their_number(tmp_path: Path) -> None:
 
 def test_unlabelled_test_lines_are_one_mistake(tmp_path: Path) -> None:
     write(tmp_path, "test.jsonl", [{key: value for key, value in line("test", n).items() if key != "output"} for n in range(2)])
-    with pytest.raises(UserError, match=r"none of the 2 entries.*the entry has text at id, input"):
+    with pytest.raises(UserError, match=r"none of the 2 entries.*but text at id, input"):
         read(tmp_path, "test")
 
 

@@ -45,7 +45,7 @@ def test_the_original_names_the_languages_it_has(tmp_path: Path) -> None:
     original = entry("a_000001_000011")
     del original["koCap"]
     write(tmp_path, "vatex_training_v1.0.json", [original])
-    with pytest.raises(UserError, match=r"data\.caption_key=koCap; the entry has text at videoID, enCap, chCap"):
+    with pytest.raises(UserError, match=r"data\.caption_key=koCap, but text at videoID, enCap, chCap"):
         read(tmp_path)
     (record,) = read(tmp_path, caption_key="enCap")
     assert record.clip.captions == ("A boat.",)

@@ -186,7 +186,7 @@ def test_a_broken_or_compressed_shard_stops_in_words(tmp_path: Path) -> None:
 
 def test_a_wrong_key_is_one_mistake(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", samples(0, 3))
-    with pytest.raises(UserError, match=r"none of the 3 entries.*data\.caption_key=text.*its json has text at caption, kind"):
+    with pytest.raises(UserError, match=r"none of the 3 entries.*data\.caption_key=text.*but text at caption, kind"):
         read(tmp_path, caption_key="text")
 
 

@@ -50,11 +50,12 @@ def test_ranks_share_an_epoch(lengths: NDArray[np.int64], kind: str, world_size:
         counts |= {len(own) for own in batches} | {len(sampler) for sampler in ranks}
         every = [batch for own in batches for batch in own]
         clips = [index for batch in every for index in batch]
-        assert set(clips) == set(range(len(lengths)))
-        if len(clips) > len(lengths):  # ranks wait for each other
+        assert sorted(clips) == list(range(len(lengths))), "each clip once"
+        empty = [(step, batch) for own in batches for step, batch in enumerate(own) if not batch]
+        if empty:  # ranks wait for each other
             assert max(map(len, every)) == 1
-            assert len(clips) - len(lengths) < world_size
-        for batch in every:
+            assert len(empty) < world_size and len({step for step, _ in empty}) == 1
+        for batch in filter(None, every):
             if kind == "packed":
                 assert lengths[batch].sum() <= BUDGET
             elif kind == "by length in a budget":
@@ -197,3 +198,32 @@ def test_memory_is_flat() -> None:
 def test_impossible_settings(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="seed must not be negative and rank"):
         BatchSampler(shuffled_plan(5, 2), **arguments)
+
+
+@pytest.mark.parametrize("kind", sorted(PLANS))
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("num_clips", [1, 2, 3, 5, 7, 8, 9, 16, 17, 24])
+def test_no_clip_comes_twice_and_every_optimiser_step_has_one(kind: str, num_clips: int, world_size: int, accumulation: int) -> None:
+    plan = PLANS[kind](np.random.default_rng(num_clips).integers(5, 40, num_clips))
+    for chosen in (plan, shuffled_plan(num_clips, 1), shuffled_plan(num_clips, num_clips + 1)):
+        ranks = [BatchSampler(chosen, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for epoch in range(3):
+            steps = list(zip(*(epoch_of(sampler, epoch) for sampler in ranks), strict=True))
+            assert len(steps) == len(ranks[0])
+            assert sorted(index for step in steps for batch in step for index in batch) == list(range(num_clips))
+            for start in range(0, len(steps), accumulation):
+                assert any(batch for step in steps[start : start + accumulation] for batch in step)
+            assert len(steps) == 1 or all(steps[0]), "an empty batch is never a rank's first"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_empty_batch_passes_the_loader(num_workers: int) -> None:
+    samplers = [BatchSampler(shuffled_plan(3, 1), rank=rank, world_size=2) for rank in range(2)]
+    loaders: list[StatefulDataLoader[list[int]]] = [
+        StatefulDataLoader(Numbers(), batch_sampler=sampler, num_workers=num_workers, collate_fn=list) for sampler in samplers
+    ]
+    batches = [list(loader) for loader in loaders]
+    assert [len(own) for own in batches] == [2, 2]
+    assert sorted(index for own in batches for batch in own for index in batch) == [0, 1, 2]
+    assert [] in batches[1]

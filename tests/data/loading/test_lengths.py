@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def test_counts_are_kept_by_captions_and_tokenizer(tmp_path: Path) -> None:
             caption_lengths(other, refuse, folder=tmp_path, fingerprint="a")
     with pytest.raises(AssertionError, match="counted again"):
         caption_lengths(clips, refuse, folder=tmp_path, fingerprint="b")
-    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"], "nothing is left of a count that failed"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"], "nothing is left of a count that failed"
 
 
 def test_processes_count_as_one_does(tmp_path: Path) -> None:
@@ -79,3 +81,39 @@ def test_visual_tokens_may_differ_from_clip_to_clip() -> None:
         np.array([3, 9, 0], dtype=np.int32), max_caption_tokens=5, prompt_tokens=10, visual_tokens=np.array([100, 200, 300])
     )
     assert lengths.tolist() == [113, 215, 310]
+
+
+def test_damaged_counts_are_made_again(tmp_path: Path) -> None:
+    clips = clips_with("가", "나다", "라마바")
+    expected = caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist()  # type: ignore[arg-type]
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        assert caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist() == expected, position  # type: ignore[arg-type]
+    for damaged in (b"", whole[:40], whole[:-3]):
+        path.write_bytes(damaged)
+        assert caption_lengths(clips, list, folder=tmp_path, fingerprint="a").tolist() == expected  # type: ignore[arg-type]
+
+
+class Unwell:
+    """Counts words, but a process other than the one that made it hangs or dies at one caption."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.owner = how, os.getpid()
+
+    def __call__(self, text: str) -> Sequence[int]:
+        if text == "나" and os.getpid() != self.owner:
+            time.sleep(600) if self.how == "hangs" else os._exit(9)
+        return [0] * len(text)
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_a_process_that_hangs_or_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "_CHUNK_TIMEOUT_S", 15.0)
+    clips = clips_with("가", "나", "다라", "마")
+    found = caption_lengths(clips, Unwell(how), folder=tmp_path, fingerprint="a", num_processes=2)
+    assert found.tolist() == [2, 2, 3, 2]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from vlmcap.data.loading import worker_report
 from vlmcap.data.loading.worker_report import WorkerWatch
 from vlmcap.errors import UserError
 from vlmcap.types import Clip
@@ -115,3 +116,19 @@ def test_spawned_workers_are_watched_too() -> None:
     dataset = watch.over(Deadly(1, by_oom_killer), CLIPS)
     with pytest.raises(UserError, match="while it read clip1 "), watch.naming_clips():
         list(DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="spawn"))
+
+
+@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("problem", [None, "/dev/shm has 1 MB free"])
+def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(
+    loader: Loader, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_report, "shared_memory_problem", lambda: problem)
+    watch = WorkerWatch()
+    dataset = watch.over(Deadly(5, lambda: time.sleep(60)), CLIPS)
+    cause = problem or r"look at the disk .* data\.num_workers=0"
+    with (
+        pytest.raises(UserError, match=rf"^no batch came .* for 2 s while they read clip5 \(videos/clip5\.mp4\): {cause}"),
+        watch.naming_clips(),
+    ):
+        list(loader(dataset, batch_size=4, num_workers=1, collate_fn=list, timeout=2))

@@ -13,7 +13,6 @@ import errno
 import math
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -22,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 
 from filelock import BaseFileLock, FileLock, Timeout
+
+from vlmcap.files import machine_name
 
 CLAIMS = ".claims"
 """Folder of the claims in that of a store."""
@@ -33,16 +34,6 @@ _RENEW_S = 300.0
 _EXPIRE_S = 1800.0
 _LEASE_TIMEOUT_S = 2.0  # others hold a lease for as long as it takes to see that it is free
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-
-
-@lru_cache(maxsize=1)
-def machine_name() -> str:
-    """Hexadecimal digits or letters for this boot of this machine, equal in all of its containers, which share its locks."""
-    try:
-        name = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:  # without Linux the host name has to do
-        name = socket.gethostname()
-    return "".join(letter for letter in name if letter.isalnum())[:12]
 
 
 def process_name() -> str:

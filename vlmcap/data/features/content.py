@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,10 @@ _AT_ONCE = 1024
 _LOCK_TIMEOUT_S = 30.0
 _Known = tuple[int, str, str]  # size, version, hash
 
-_TABLE = "CREATE TABLE IF NOT EXISTS media (address TEXT PRIMARY KEY, size INTEGER, version TEXT, hash TEXT) WITHOUT ROWID"
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS hashes (address TEXT PRIMARY KEY, size INTEGER, version TEXT, hash TEXT, checksum INTEGER) WITHOUT ROWID"
+)
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def content_hashes(clips: Sequence[Clip], memo: Path, progress: Callable[[int, int], None] | None = None) -> NDArray[np.bytes_]:
@@ -115,20 +120,28 @@ def _look(address: str, before: _Known | None) -> _Known | None:
 
 
 class _Memo:
-    """The hashes of earlier calls; none, with one warning, where the file cannot be used."""
+    """The hashes of earlier calls; none, with one warning, where the file cannot be used.
+
+    A damaged file is made again, and a damaged row counts as none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._base: sqlite3.Connection | None = None
+        self._is_made_again = False
 
     def __enter__(self) -> _Memo:
+        self._connect()
+        return self
+
+    def _connect(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(self.path, timeout=_LOCK_TIMEOUT_S)
+            self._base.text_factory = lambda text: text.decode(errors="replace")
             self._base.execute(_TABLE)
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._base is not None:
@@ -142,9 +155,10 @@ class _Memo:
             if self._base is None:
                 break
             part = names[start : start + 500]
-            query = f"SELECT address, size, version, hash FROM media WHERE address IN ({','.join('?' * len(part))})"
+            query = f"SELECT address, size, version, hash, checksum FROM hashes WHERE address IN ({','.join('?' * len(part))})"
             try:
-                found |= {address: (size, version, content) for address, size, version, content in self._base.execute(query, part)}
+                rows = self._base.execute(query, part).fetchall()
+                found |= {address: tuple(known) for address, *known, checksum in rows if checksum == _checksum(address, *known)}
             except sqlite3.Error as error:
                 self._give_up(error)
         return found
@@ -155,12 +169,23 @@ class _Memo:
             return
         try:
             with self._base:
-                self._base.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?, ?)", rows)
+                self._base.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", [(*row, _checksum(*row)) for row in rows])
         except sqlite3.Error as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        warnings.warn(f"{self.path} cannot be used ({error}), so all videos are read for their hashes each time", stacklevel=4)
         if self._base is not None:
             self._base.close()
         self._base = None
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED and not self._is_made_again:
+            self._is_made_again = True
+            for path in (self.path, *(self.path.with_name(f"{self.path.name}-{part}") for part in ("journal", "wal", "shm"))):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            self._connect()
+            return
+        warnings.warn(f"{self.path} cannot be used ({error}), so all videos are read for their hashes each time", stacklevel=4)
+
+
+def _checksum(*row: object) -> int:
+    return zlib.crc32(repr(row).encode("utf-8", "surrogatepass"))

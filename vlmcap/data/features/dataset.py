@@ -6,6 +6,7 @@ Legend: F frames, P patches a frame, Dv vision width.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.shards import DAMAGED, DamagedEntryError
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, GridTHW, Sample, Skipped
@@ -22,6 +24,8 @@ from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 class FeatureDataset(Dataset[Sample | Skipped]):
     """Clips with the frozen encoder's features (F, P, Dv) out of a store; clips that could not be read when it was filled stay skipped.
+
+    A clip whose features are damaged is skipped too, and its entry removed, so that the next run encodes it again.
 
     Args:
         clips: The clips, in the order of the indices.
@@ -52,7 +56,12 @@ class FeatureDataset(Dataset[Sample | Skipped]):
             return Skipped(clip, f"{clip.video} cannot be opened")
         if (reason := self.store.skipped(content)) is not None:
             return Skipped(clip, reason)
-        features, grid_thw = self.store.read(content)
+        try:
+            features, grid_thw = self.store.read(content)
+        except DamagedEntryError:
+            self.store.drop_damaged(content)
+            warnings.warn(f"clip {clip.id}: {DAMAGED}", stacklevel=2)
+            return Skipped(clip, DAMAGED, is_final=False)
         return Sample(clip, features=features, grid_thw=grid_thw)
 
 

@@ -7,20 +7,18 @@ import json
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.claims import CLAIMS, USERS, is_alive, is_here, is_in_use, last_used, remove_free_claims
+from vlmcap.data.features.claims import is_in_use, last_used
 from vlmcap.data.features.precision import ErrorSums, StorageError
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX
 from vlmcap.errors import UserError
 
-_OLD_S = 3600.0
 _REMOVED = ".removed-"
 
 
@@ -49,7 +47,7 @@ class StoreInfo:
 
 def list_stores(root: Path) -> list[StoreInfo]:
     """The stores under `root`, the one used last first."""
-    return sorted((_info(folder) for folder in _folders(root)), key=lambda info: -info.last_used)
+    return sorted((_info(folder) for folder in store_folders(root)), key=lambda info: -info.last_used)
 
 
 def remove_store(root: Path, key: str) -> int:
@@ -58,7 +56,7 @@ def remove_store(root: Path, key: str) -> int:
     Raises:
         UserError: There is none of this name.
     """
-    if root / key not in _folders(root):
+    if root / key not in store_folders(root):
         raise UserError(f"there is no feature store '{key}' in {root}: `vlmcap cache info` shows those there are")
     if _info(root / key).is_in_use:
         raise UserError(f"the feature store '{key}' in {root} is in use by a running program: wait until that has ended")
@@ -81,7 +79,7 @@ def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
     """
     for leftover in root.glob(f"{_REMOVED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    sizes = {folder: _size(folder) for folder in _folders(root)}
+    sizes = {folder: _size(folder) for folder in store_folders(root)}
     before = excess = sum(sizes.values()) - max_bytes
     for folder in sorted(sizes, key=last_used):
         if excess <= 0:
@@ -103,7 +101,7 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
     Raises:
         UserError: They do not fit.
     """
-    sizes = {folder: _size(folder) for folder in _folders(root)}
+    sizes = {folder: _size(folder) for folder in store_folders(root)}
     held = sum(size for folder, size in sizes.items() if folder.name == key or is_in_use(folder))
     if held + incoming > max_bytes:  # told before anything is evicted for nothing
         raise UserError(
@@ -114,22 +112,17 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
         prune(root, max_bytes - incoming, keep=(key,))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove half-written files and claims of killed processes."""
-    for path in folder.glob(f".*{SUFFIX}.*.partial"):
-        owner = "-".join(path.name.split("-")[1:3])  # that of an index has no name
-        with contextlib.suppress(OSError):
-            is_dead = is_here(owner) and not is_alive(folder / USERS / owner)
-            if is_dead or time.time() - path.stat().st_mtime > _OLD_S:
-                path.unlink()
-    remove_free_claims(folder / CLAIMS)
-
-
-def _folders(root: Path) -> list[Path]:
+def store_folders(root: Path) -> list[Path]:
+    """The folders of the stores under `root`, sorted."""
     try:
         return [path for path in sorted(root.iterdir()) if is_key(path.name) and path.is_dir() and not path.is_symlink()]
     except OSError:
         return []
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards of a store, the oldest first."""
+    return sorted(path for path in folder.glob(f"[!.]*{SUFFIX}") if path.name != indices.FILE)
 
 
 def _info(folder: Path) -> StoreInfo:
@@ -157,7 +150,7 @@ def _size(folder: Path) -> int:
 
 def _evict(folder: Path, num_bytes: int) -> int:
     """Bytes freed of a store, about as many as wanted; all of it where no shard is left."""
-    freed, shards = 0, sorted(path for path in folder.glob(f"[!.]*{SUFFIX}") if path.name != indices.FILE)
+    freed, shards = 0, shards_of(folder)
     while shards and freed < num_bytes:
         with contextlib.suppress(FileNotFoundError):  # another process evicts too
             size = shards[0].stat().st_size

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.data.features.claims import CLAIMS, Claims
-from vlmcap.data.features.eviction import make_room, remove_leftovers
+from vlmcap.data.features.claims import CLAIMS, Claims, remove_free_claims
+from vlmcap.data.features.eviction import make_room
 from vlmcap.data.features.shards import Encode, ShardWriter
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
+from vlmcap.files import remove_leftovers
 from vlmcap.types import Sample, Skipped
 
 _SAY_S = 30.0
@@ -36,6 +37,7 @@ class FillSettings:
         chunk_clips: Clips that a process claims at a time.
         stale_s: Seconds without a sign of life after which another machine's claim is taken over.
         poll_s: Seconds between looks at what others have done, when they hold all that is left.
+        patience_s: Seconds without any new features of theirs after which their clips are encoded here, too: they may hang.
     """
 
     shard_bytes: int = 256 * 2**20
@@ -43,6 +45,7 @@ class FillSettings:
     chunk_clips: int = 256
     stale_s: float = 180.0
     poll_s: float = 2.0
+    patience_s: float = 900.0
 
 
 def fill_store(
@@ -118,6 +121,7 @@ class _Filling:
         chunks = [chunk for chunk in self._chunks() if self._is_open(chunk)]
         self._report()
         remove_leftovers(self.store.folder)
+        remove_free_claims(self.store.folder / CLAIMS)
         if chunks:
             self._share(chunks, batches)
         self.store.save_index()
@@ -126,6 +130,7 @@ class _Filling:
     def _share(self, chunks: list[_Chunk], batches: Batches) -> None:
         self.store.make_folder()
         self._writer.shape = self._known_shape()
+        left, since = math.inf, time.monotonic()  # clips that others hold, and when they last became fewer
         with self._claims:
             while chunks:
                 chunk = next((chunk for chunk in chunks if self._claims.take(chunk.name)), None)
@@ -133,12 +138,17 @@ class _Filling:
                     self._work(chunk, batches)
                     chunks.remove(chunk)
                     self._done.append(chunk.name)
+                    since = time.monotonic()
+                elif time.monotonic() - since > self.settings.patience_s:
+                    self._work(chunks.pop(0), batches)  # without a claim: at worst two processes encode it
                 else:  # what others work on, they finish or leave
                     self._flush()
                     self._wait()
                     self.store.refresh()
                     chunks = [chunk for chunk in chunks if self._is_open(chunk)]
                     self._report()
+                    if sum(self._left.values()) < left:
+                        left, since = sum(self._left.values()), time.monotonic()
             self._flush()
 
     def _chunks(self) -> list[_Chunk]:

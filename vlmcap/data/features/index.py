@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from vlmcap.data.features.shards import SUFFIX, BrokenFileError, Header, Shard, 
 from vlmcap.files import replacing
 
 FILE = "index.safetensors"
-_FORMAT = "vlmcap-feature-index-1"
+_FORMAT = "vlmcap-feature-index-2"
 _COLUMNS = 7
 
 
@@ -39,19 +40,21 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Clips by content hash; 64 bytes a clip, mapped from a file where one was written, so that processes share them.
+    """Clips by content hash; 80 bytes a clip, mapped from a file where one was written, so that processes share them.
 
     Attributes:
         files: The shards, in the order of their numbers.
         hashes: S32 (N,), sorted, without duplicates.
         offsets: int64 (N, 2); first byte of the numbers, and of the scales or 0.
         places: int32 (N, 7); number of the shard, F, P, Dv, and the clip's size in patches or zeros.
+        checksums: uint32 (N,), as `entry_checksum` gives them.
     """
 
     files: tuple[ShardFile, ...] = ()
     hashes: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, "S32"))
     offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     places: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, _COLUMNS), np.int32))
+    checksums: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
 
     def find(self, content: bytes) -> int | None:
         """The row of a clip."""
@@ -76,16 +79,18 @@ class ShardIndex:
         places = self.places.copy()
         places[:, 0] = numbers[places[:, 0]]
         mask = places[:, 0] >= 0
-        return ShardIndex(tuple(self.files[number] for number in kept), self.hashes[mask], self.offsets[mask], places[mask])
+        files = tuple(self.files[number] for number in kept)
+        return ShardIndex(files, self.hashes[mask], self.offsets[mask], places[mask], self.checksums[mask])
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
         """The index with more shards; a clip that is in several keeps its first place."""
-        files, hashes, offsets, places = list(self.files), [], [], []
+        files, hashes, offsets, places, checksums = list(self.files), [], [], [], []
         for file, shard in shards:
             for row in shard.rows:
                 hashes.append(row.content)
                 offsets.append((row.offset, row.scale_offset))
                 places.append((len(files), *row.shape, *(row.grid_thw or (0, 0, 0))))
+                checksums.append(row.checksum)
             files.append(file)
         names, first = np.unique(np.array(hashes, "S32"), return_index=True)
         fresh = ~contains(self.hashes, names)
@@ -96,6 +101,7 @@ class ShardIndex:
             np.insert(self.hashes, at, names),
             np.insert(self.offsets, at, np.array(offsets, np.int64).reshape(-1, 2)[first], axis=0),
             np.insert(self.places, at, np.array(places, np.int32).reshape(-1, _COLUMNS)[first], axis=0),
+            np.insert(self.checksums, at, np.array(checksums, np.uint32)[first]),
         )
 
 
@@ -159,8 +165,10 @@ def save(index: ShardIndex, folder: Path) -> None:
     """Write the index beside its shards; it only saves time, so a folder that cannot be written is no error."""
     from safetensors.numpy import save_file
 
-    tensors = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets, "places": index.places}
-    metadata = {"format": _FORMAT, "files": json.dumps([asdict(file) for file in index.files], ensure_ascii=False)}
+    tensors: dict[str, NDArray[Any]] = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets}
+    tensors |= {"places": index.places, "checksums": index.checksums.reshape(-1, 1)}
+    files = json.dumps([asdict(file) for file in index.files], ensure_ascii=False)
+    metadata = {"format": _FORMAT, "files": files, "checksum": str(_checksum(files, index))}
     try:
         with replacing(folder / FILE) as partial:
             save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial, metadata)
@@ -172,20 +180,37 @@ def save(index: ShardIndex, folder: Path) -> None:
 
 def load(folder: Path) -> ShardIndex:
     """The index that was saved last, mapped; an empty one where there is none, or no whole one."""
+    return _load(folder) or ShardIndex()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there is an index that can be trusted."""
+    return _load(folder) is not None
+
+
+def _load(folder: Path) -> ShardIndex | None:
     try:
         with (folder / FILE).open("rb") as file:
             header = read_header(file)
             if header.metadata["format"] != _FORMAT:
-                return ShardIndex()
+                return None
             entries = json.loads(header.metadata["files"])
             files = tuple(ShardFile(**entry | {"lost": tuple(entry["lost"]), "errors": ErrorSums(**entry["errors"])}) for entry in entries)
             hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
             offsets, places = _mapped(file, header, "offsets", np.int64, 2), _mapped(file, header, "places", np.int32, _COLUMNS)
-        if not len(hashes) == len(offsets) == len(places) or (len(places) and int(places[:, 0].max()) >= len(files)):
-            return ShardIndex()
-        return ShardIndex(files, hashes, offsets, places)
+            checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
+        index = ShardIndex(files, hashes, offsets, places, checksums)
+        return index if header.metadata["checksum"] == str(_checksum(header.metadata["files"], index)) else None
     except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
-        return ShardIndex()
+        return None
+
+
+def _checksum(files: str, index: ShardIndex) -> int:
+    """CRC-32 of all that an index says; the shards say it too, so an index with another one is made again."""
+    checksum = zlib.crc32(files.encode("utf-8", "surrogatepass"))
+    for values in (index.hashes.view(np.uint8), index.offsets, index.places, index.checksums):
+        checksum = zlib.crc32(np.ascontiguousarray(values).data.cast("B") if values.size else b"", checksum)
+    return checksum
 
 
 def _mapped(file: BinaryIO, header: Header, name: str, dtype: type[Any], columns: int) -> NDArray[Any]:

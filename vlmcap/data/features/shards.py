@@ -2,8 +2,8 @@
 
 Legend: F frames, P patches a frame, Dv vision width.
 
-A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, clips
-that could not be read, and the error of the stored numbers.
+A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, a
+checksum of each clip's entry, clips that could not be read, and the error of the stored numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from vlmcap.data.features.claims import process_name
@@ -28,22 +30,30 @@ from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.loading.collate import stack_padded
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.types import GridTHW, Sample, Skipped
+from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 Encode = Callable[[Tensor, Sequence[GridTHW] | None], Tensor | Sequence[Tensor]]
 """Stacked frames, and the clips' sizes if they have their own, -> (B, F, P, Dv), or B tensors (F, P, Dv) without padding."""
 
 SUFFIX = ".safetensors"
 SCALE = ".scale"
-_FORMAT = "vlmcap-features-1"
+_FORMAT = "vlmcap-features-2"
 _MAX_HEADER_BYTES = 100_000_000
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4, "U32": 4, "I64": 8}
 _SAFE_TYPE = dict(zip(DTYPES, ("F16", "BF16", "F32", "I8"), strict=True))
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
 
+DAMAGED = "its cached features were damaged and have been removed; the next run encodes them again"
+"""Why a clip whose entry was dropped has no features."""
+
+
 class BrokenFileError(Exception):
     """Why a file is not what it should be, in words."""
+
+
+class DamagedEntryError(Exception):
+    """The features of a clip are not those that were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +76,23 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A clip in a shard: hash, first bytes of numbers and scales (0 without), (F, P, Dv), and size in patches if it has its own."""
+    """A clip in a shard.
+
+    Attributes:
+        content: Hash of the clip's content.
+        offset: First byte of the numbers.
+        scale_offset: First byte of the scales, 0 without.
+        shape: (F, P, Dv).
+        grid_thw: Size in patches if the clip has its own.
+        checksum: As `entry_checksum` gives it.
+    """
 
     content: str
     offset: int
     scale_offset: int
     shape: tuple[int, int, int]
     grid_thw: GridTHW | None
+    checksum: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +153,9 @@ def read_shard(path: Path) -> Shard:
     try:
         if header.metadata["format"] != _FORMAT:
             raise BrokenFileError("it holds no features, or those of another version")
-        dtype, grids = header.metadata["dtype"], json.loads(header.metadata["grids"])
-        rows = tuple(_row(name, header, dtype, grids.get(name)) for name in header.tensors if not name.endswith(SCALE))
+        dtype, grids, checksums = header.metadata["dtype"], json.loads(header.metadata["grids"]), json.loads(header.metadata["checksums"])
+        names = [name for name in header.tensors if not name.endswith(SCALE)]
+        rows = tuple(_row(name, header, dtype, grids.get(name), checksums[name]) for name in names)
         skipped = {str(content): str(reason) for content, reason in json.loads(header.metadata["skipped"]).items()}
         lost = tuple(str(content) for content in json.loads(header.metadata["lost"]))
         return Shard(dtype, rows, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
@@ -142,9 +163,9 @@ def read_shard(path: Path) -> Shard:
         raise BrokenFileError("its metadata are damaged") from error
 
 
-def _row(name: str, header: Header, dtype: str, grid: list[int] | None) -> Row:
+def _row(name: str, header: Header, dtype: str, grid: list[int] | None, checksum: int) -> Row:
     place = header.tensors[name]
-    if not _CONTENT.fullmatch(name) or place.dtype != _SAFE_TYPE[dtype]:
+    if not _CONTENT.fullmatch(name) or place.dtype != _SAFE_TYPE[dtype] or not 0 <= checksum < 2**32:
         raise ValueError(name)
     num_frames, num_patches, embed_dim = place.shape
     scale_offset = 0
@@ -153,10 +174,71 @@ def _row(name: str, header: Header, dtype: str, grid: list[int] | None) -> Row:
         if scale.dtype != "F32" or scale.shape != (num_frames, num_patches):
             raise ValueError(name)
         scale_offset = scale.start
-    if grid is None:
-        return Row(name, place.start, scale_offset, (num_frames, num_patches, embed_dim), None)
-    frames, height, width = (int(size) for size in grid)
-    return Row(name, place.start, scale_offset, (num_frames, num_patches, embed_dim), (frames, height, width))
+    shape, grid_thw = (num_frames, num_patches, embed_dim), None
+    if grid is not None:
+        frames, height, width = (int(size) for size in grid)
+        grid_thw = (frames, height, width)
+    return Row(name, place.start, scale_offset, shape, grid_thw, int(checksum))
+
+
+def entry_checksum(content: str, shape: Sequence[int], grid_thw: GridTHW | None, parts: Iterable[Any]) -> int:
+    """CRC-32 of all that an entry says: whose it is, its sizes, and the bytes of its numbers and scales.
+
+    Args:
+        content: Hash of the clip's content.
+        shape: (F, P, Dv).
+        grid_thw: The clip's size in patches, if it has its own.
+        parts: Buffers of the numbers and, with int8, of the scales.
+    """
+    checksum = zlib.crc32(json.dumps([content, list(shape), grid_thw]).encode())
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: GridTHW | None) -> int:
+    parts = [tensors[name].reshape(-1).view(torch.uint8).numpy() for name in (content, content + SCALE) if name in tensors]
+    return entry_checksum(content, tensors[content].shape, grid_thw, parts)
+
+
+def damaged_entries(path: Path) -> list[str]:
+    """Content hashes of the clips of a shard whose entries are damaged.
+
+    Raises:
+        BrokenFileError: Nothing of it can be read.
+        OSError: It cannot be opened.
+    """
+    return _find_damage(path)[2]
+
+
+def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    shard = read_shard(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise BrokenFileError(str(error)) from error
+    return shard, tensors, [row.content for row in shard.rows if _tensors_checksum(row.content, tensors, row.grid_thw) != row.checksum]
+
+
+def repair_shard(path: Path) -> None:
+    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again; the old one goes.
+
+    Raises:
+        BrokenFileError: Nothing of it can be read; it stays.
+        OSError: It cannot be opened, or the new one cannot be written.
+    """
+    shard, tensors, damaged = _find_damage(path)
+    if not damaged:
+        return
+    sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
+    grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
+    skipped = {content: Skipped(Clip("", "", ()), reason, content not in shard.lost) for content, reason in shard.skipped.items()}
+    skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
+    write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors)
+    path.unlink(missing_ok=True)
 
 
 def write_shard(
@@ -172,7 +254,9 @@ def write_shard(
 
     lost = [content for content, item in skipped.items() if not item.is_final]
     reasons = {content: item.reason for content, item in skipped.items()}
-    plain: dict[str, Any] = {"grids": grids, "skipped": reasons, "lost": lost, "errors": asdict(errors)}
+    names = [name for name in tensors if not name.endswith(SCALE)]
+    checksums = {content: _tensors_checksum(content, tensors, grids.get(content)) for content in names}
+    plain: dict[str, Any] = {"grids": grids, "checksums": checksums, "skipped": reasons, "lost": lost, "errors": asdict(errors)}
     metadata = {"format": _FORMAT, "dtype": dtype, **{name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}}
     path = folder / f"{time.time_ns() // 1000:016d}-{process_name()}-{secrets.token_hex(3)}{SUFFIX}"
     with replacing(path) as partial:

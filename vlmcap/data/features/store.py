@@ -5,12 +5,13 @@ Legend: N clips, F frames, P patches a frame, Dv vision width.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import mmap
-import secrets
+import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
+from vlmcap.data.features.shards import BrokenFileError, DamagedEntryError, entry_checksum, repair_shard
 from vlmcap.errors import UserError
+from vlmcap.files import replacing
 from vlmcap.types import GridTHW
 
-_MAX_OPEN = 64  # shards mapped at once
+_MAX_OPEN = 64  # shards at once
 
 
 class FeatureStore:
@@ -45,7 +48,8 @@ class FeatureStore:
         self._saved: indices.ShardIndex | None = None
         self._skipped: dict[bytes, str] = {}
         self._skipped_hashes, self._lost_hashes = np.empty(0, "S32"), np.empty(0, "S32")
-        self._mapped = MappedShards(self.folder)
+        self._is_verified = np.empty(0, bool)  # by row of the index
+        self._shards = OpenShards(self.folder)
         self._lease = Lease(self.folder)
 
     def __getstate__(self) -> tuple[Path, Recipe]:
@@ -85,6 +89,8 @@ class FeatureStore:
             self._index = self._saved = indices.load(self.folder)
         before = self._index
         self._index = indices.update(before, self.folder, self.broken, self.recipe.dtype)
+        if self._index is not before or len(self._is_verified) != len(self._index.hashes):
+            self._is_verified = np.zeros(len(self._index.hashes), bool)
         if self._index is not before or not self._skipped:
             self._skipped = self._index.skipped()
             self._skipped_hashes = np.array(sorted(self._skipped), "S32")
@@ -121,23 +127,37 @@ class FeatureStore:
     def read(self, content: bytes) -> tuple[Tensor, GridTHW | None]:
         """Features (F, P, Dv) in memory of their own, as stored, or float16 out of int8; and the clip's size in patches.
 
+        The first time that this process reads an entry, its checksum is compared.
+
         Raises:
             KeyError: There are no features of this clip.
+            DamagedEntryError: They are not those that were written; `drop_damaged` removes them.
             UserError: They have gone since the store was opened.
         """
         self._lease.renew()
         try:
             return self._read(content), self.grid_thw(content)
         except (OSError, ValueError):
-            self._mapped.close()
+            self._shards.close()
             self.refresh()  # another machine may have written them again
         try:
             return self._read(content), self.grid_thw(content)
         except (KeyError, OSError, ValueError) as error:
+            if self.skipped(content) is not None:  # another process has found them damaged
+                raise DamagedEntryError(content.decode()) from error
             raise UserError(
                 f"cached features have gone from {self.folder} while they were in use: start again to have them built again, and "
                 "raise cache.max_gib if other runs share the folder"
             ) from error
+
+    def drop_damaged(self, content: bytes) -> None:
+        """Remove the damaged entries of the shard that this clip is in: they count as skipped, and the next filling encodes them again.
+
+        A folder that cannot be written keeps them; they are found damaged again by every process.
+        """
+        with contextlib.suppress(KeyError, OSError, BrokenFileError):
+            repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name)
+        self.refresh()
 
     def make_folder(self) -> None:
         """The folder, with the recipe for people to read."""
@@ -145,9 +165,8 @@ class FeatureStore:
         text = json.dumps(self.recipe.as_dict(), indent=1, ensure_ascii=False)
         path = self.folder / "recipe.json"
         if not path.is_file():
-            partial = path.with_name(f".recipe.{secrets.token_hex(4)}")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with replacing(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         self._lease.renew()
 
     def save_index(self) -> None:
@@ -177,16 +196,30 @@ class FeatureStore:
 
     def _read(self, content: bytes) -> Tensor:
         (start, scale_start), place = self._place(content)
-        shape = self.shape(content)
+        shape, dtype = self.shape(content), stored_type(self.recipe.dtype)
         file = self._opened().files[int(place[0])]
-        numbers = self._mapped.read(file, int(start), shape, stored_type(self.recipe.dtype))
-        if self.recipe.dtype != "int8":
-            return numbers
-        return dequantize(numbers, self._mapped.read(file, int(scale_start), shape[:2], torch.float32))
+        parts = [self._shards.read(file, int(start), math.prod(shape) * dtype.itemsize)]
+        if self.recipe.dtype == "int8":
+            parts.append(self._shards.read(file, int(scale_start), math.prod(shape[:2]) * torch.float32.itemsize))
+        self._verify(content, parts)
+        numbers = torch.from_numpy(parts[0]).view(dtype).reshape(shape)
+        return dequantize(numbers, torch.from_numpy(parts[1]).view(torch.float32).reshape(shape[:2])) if len(parts) == 2 else numbers
+
+    def _verify(self, content: bytes, parts: list[NDArray[np.uint8]]) -> None:
+        opened = self._opened()
+        row = opened.find(content)
+        assert row is not None
+        if self._is_verified[row]:
+            return
+        if entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), parts) != opened.checksums[row]:
+            raise DamagedEntryError(content.decode())
+        self._is_verified[row] = True
 
 
-class MappedShards:
-    """The shards read last; a map stays valid after its file is evicted and in a fork.
+class OpenShards:
+    """The shards read last; an open one can be read after its file is evicted and in a fork.
+
+    They are read and not mapped: a page of a file that is cut off or cannot be read meanwhile would kill the process.
 
     Args:
         folder: Of the shards.
@@ -194,41 +227,36 @@ class MappedShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
-    def read(self, file: ShardFile, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A copy of the tensor that begins at byte `start`.
+    def read(self, file: ShardFile, start: int, size: int) -> NDArray[np.uint8]:
+        """Bytes `start` to `start + size`.
 
         Raises:
-            OSError: The shard cannot be opened.
+            OSError: The shard cannot be opened or read.
             ValueError: It is not the one that the index knows.
         """
-        mapped = self._map(file)
-        size = math.prod(shape) * dtype.itemsize
-        # A copy: features that are used for long must not keep the map of a whole shard alive.
-        copy = np.frombuffer(mapped, np.uint8, size, start).copy()
-        _forget(mapped, start, size)
-        return torch.from_numpy(copy).view(dtype).reshape(shape)
+        descriptor = self._open(file).fileno()
+        content = np.empty(size, np.uint8)
+        done = 0
+        while done < size:  # the system gives 2 GiB at a time
+            count = os.preadv(descriptor, [content[done:].data], start + done)
+            if count == 0:
+                raise ValueError(f"{file.name} has been cut off")
+            done += count
+        return content
 
     def close(self) -> None:
-        """Forget all maps."""
-        self._maps.clear()
+        """Forget all shards."""
+        self._files.clear()
 
-    def _map(self, file: ShardFile) -> mmap.mmap:
-        mapped = self._maps.pop(file.name, None)
-        if mapped is None:
-            with (self.folder / file.name).open("rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            if len(mapped) != file.size:
+    def _open(self, file: ShardFile) -> BinaryIO:
+        opened = self._files.pop(file.name, None)
+        if opened is None:
+            opened = (self.folder / file.name).open("rb", buffering=0)
+            if os.fstat(opened.fileno()).st_size != file.size:
                 raise ValueError(f"{file.name} has changed")
-            while len(self._maps) >= _MAX_OPEN:
-                self._maps.popitem(last=False)
-        self._maps[file.name] = mapped
-        return mapped
-
-
-def _forget(mapped: mmap.mmap, start: int, size: int) -> None:
-    """Take the pages out of this process, not out of the system's cache: else they would count as memory of each worker that read them."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+            while len(self._files) >= _MAX_OPEN:
+                self._files.popitem(last=False)
+        self._files[file.name] = opened
+        return opened

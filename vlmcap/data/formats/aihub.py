@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.keys import captions_at, text_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, read_text
 from vlmcap.data.media.tree import TreeFile, list_files
@@ -135,8 +135,8 @@ def _read_label(label: _Named, clip_id: str, video: str, settings: SourceSetting
     except (ValueError, RecursionError) as error:
         return skip(clip_id, f"the label {name} is no JSON ({error}): repair or remove it", video)
     captions = captions_at(content, settings.caption_key)
-    if not captions:
-        found = f"no caption at data.caption_key={settings.caption_key}, but {describe_keys(content)}"
+    if not captions.texts:
+        found = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
         return skip(clip_id, f"the label {name} has {found}: set data.caption_key, or repair or remove the label", video)
     category = text_at(content, settings.category_key) if settings.category_key else ""
-    return Record(Clip(clip_id, video, captions, category), label.split)
+    return Record(Clip(clip_id, video, captions.texts, category), label.split, num_empty=captions.num_empty)

@@ -8,18 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlmcap.data.formats.keys import describe_keys, text_at, value_at
+from vlmcap.data.formats.keys import Captions, text_at, value_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, read_text
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
+from vlmcap.data.splits import KOREAN_ENDING, SPELLINGS
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
-_SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "validate", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 _MAX_NAMED = 12
 
 
@@ -35,7 +31,7 @@ def annotation_sources(settings: SourceSettings, split: str | None) -> list[tupl
     if "{split}" not in pattern:
         return [("", address) for address in annotation_files(settings)]
     found: dict[str, str] = {}
-    for name in dict.fromkeys([*_SPELLINGS, *([split] if split else [])]):
+    for name in dict.fromkeys([*SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
             if found.setdefault(address, name) != name:
                 raise UserError(f"data.annotations={pattern}: {address} could be of {found[address]} and of {name}; rename it")
@@ -47,13 +43,13 @@ def annotation_sources(settings: SourceSettings, split: str | None) -> list[tupl
 
 
 def _first_spelling(settings: SourceSettings, pattern: str, split: str) -> list[str]:
-    for spelling in _SPELLINGS.get(split, (split,)):
+    for spelling in SPELLINGS.get(split, (split,)):
         try:
             files = annotation_files(replace(settings, annotations=pattern.replace("{split}", spelling)))
         except UserError:
             continue
         # As a word of its own: `constrained_val.jsonl` is no training file.
-        word = re.compile(rf"(?<![a-z]){re.escape(spelling)}(?![a-z])", re.IGNORECASE)
+        word = re.compile(rf"(?<![a-z가-힣]){re.escape(spelling)}{KOREAN_ENDING}(?![a-z가-힣])", re.IGNORECASE)
         if named := [address for address in files if word.search(relative_address(address, settings.root))]:
             return named
     return []
@@ -127,7 +123,7 @@ def media_name(settings: SourceSettings, id: str) -> str:
 
 
 def make_record(
-    settings: SourceSettings, id: str, files: Sequence[str], captions: tuple[str, ...], entry: Any, *, split: str = "", group: str = ""
+    settings: SourceSettings, id: str, files: Sequence[str], captions: Captions, entry: Any, *, split: str = "", group: str = ""
 ) -> Record | Skipped:
     """The record of an entry, or why there is none: no caption, or a file that is missing or lies outside the root.
 
@@ -135,20 +131,20 @@ def make_record(
         settings: Of the data set.
         id: Of the clip.
         files: A video or image, or several images that are the frames of one clip.
-        captions: Normalised.
+        captions: As `captions_at` gives them.
         entry: What the captions and the category come from.
         split: As the data set has it.
         group: Names the source that must not be in two splits.
     """
-    if not captions:
-        return skip(id, f"no caption at data.caption_key={settings.caption_key}; the entry has {describe_keys(entry)}", files[0])
+    if not captions.texts:
+        return skip(id, f"no caption at data.caption_key={settings.caption_key}{why_no_caption(entry, settings.caption_key)}", files[0])
     try:
         addresses = tuple(resolve_media(settings, name) for name in files)
     except OutsideRoot as error:
         return skip(id, str(error), files[0])
     category = text_at(entry, settings.category_key) if settings.category_key else ""
     frames = addresses if len(addresses) > 1 else ()
-    return Record(Clip(id, addresses[0], captions, category, frames), split, group)
+    return Record(Clip(id, addresses[0], captions.texts, category, frames), split, group, captions.num_empty)
 
 
 def checked(entries: Entries, settings: SourceSettings) -> Entries:

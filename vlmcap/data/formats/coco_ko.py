@@ -8,9 +8,10 @@ from typing import Any
 from vlmcap.data.formats.annotations import checked, list_entries, make_record, name_at
 from vlmcap.data.formats.keys import captions_at, text_at
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.splits import split_in_path
 from vlmcap.types import Skipped
 
-_SPLIT_FOLDER = re.compile(r"(?:^|/)(train|val|test)(?:20\d\d)?/")
+_YEAR = re.compile(r"(?<=\w)20\d\d(?=/)")
 
 
 def read_coco_ko(settings: SourceSettings, split: str | None = None) -> Entries:
@@ -29,6 +30,7 @@ def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Re
     path = name_at(entry, "file_path")
     if not path:
         return skip(text_at(entry, "id") or f"entry {number}", "the entry has no file_path")
-    folder = _SPLIT_FOLDER.search(path)
     id = text_at(entry, "id") or path.rpartition(".")[0]
-    return make_record(settings, id, [path], captions_at(entry, settings.caption_key), entry, split=split or (folder[1] if folder else ""))
+    return make_record(
+        settings, id, [path], captions_at(entry, settings.caption_key), entry, split=split or split_in_path(_YEAR.sub("", path))[0]
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.keys import captions_at, text_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, open_media
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, resolve_media
@@ -80,7 +80,8 @@ def _read_line(
         split = text_at(content, "split") or file_split
         if wanted is not None and standard_split(split) not in ("", wanted):
             return None
-        return Record(_clip(content, number, settings), split, text_at(content, "group"))
+        clip, num_empty = _clip(content, number, settings)
+        return Record(clip, split, text_at(content, "group"), num_empty)
     except _BadLineError as error:
         if content is None and wanted is not None and file_split not in ("", wanted):
             return None
@@ -102,16 +103,18 @@ def _parse(line: bytes | None) -> dict[str, Any]:
     return content
 
 
-def _clip(content: dict[str, Any], number: int, settings: SourceSettings) -> Clip:
+def _clip(content: dict[str, Any], number: int, settings: SourceSettings) -> tuple[Clip, int]:
+    """The clip of a line, and how many of its captions are none."""
     names = _media_names(content)
     try:
         addresses = [resolve_media(settings, name) for name in names]
     except OutsideRoot as error:
         raise _BadLineError(str(error)) from error
-    captions = captions_at(content, settings.caption_key) or captions_at(content, "captions")
-    if not captions:
+    keys = (settings.caption_key, "captions")
+    captions = next((found for key in keys if (found := captions_at(content, key)).texts), None)
+    if captions is None:
         raise _BadLineError(
-            f"there is no caption at data.caption_key={settings.caption_key} or captions, but {describe_keys(content)}: "
+            f"there is no caption at data.caption_key={settings.caption_key} or captions{why_no_caption(content, *keys)}; "
             "set data.caption_key, or repair or remove the line",
             addresses[0],
         )
@@ -120,7 +123,8 @@ def _clip(content: dict[str, Any], number: int, settings: SourceSettings) -> Cli
         raise _BadLineError("'id' is neither text nor a number: repair it or leave it out", addresses[0])
     clip_id = given or f"{names[0]}:{number}"
     frames = tuple(addresses) if "frames" in content else ()
-    return Clip(clip_id, addresses[0], captions, text_at(content, settings.category_key or "category"), frames)
+    category = text_at(content, settings.category_key or "category")
+    return Clip(clip_id, addresses[0], captions.texts, category, frames), captions.num_empty
 
 
 def _media_names(content: dict[str, Any]) -> list[str]:

@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmcap.data.text import normalize_caption
 
 _MAX_KEYS_NAMED = 12
 _MAX_KEYS_SEEN = 1000
+_NO_TEXT = "no text at any key"
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list without text, or with something else in it"}
+
+
+class Captions(NamedTuple):
+    """Captions of a clip, normalised, and how many of those that were given are none: null, empty, or no text."""
+
+    texts: tuple[str, ...]
+    num_empty: int = 0
 
 
 def value_at(label: Any, key: str) -> Any:
-    """The value at a dotted path, a number picking from a list; None where it leads nowhere."""
-    value = label
-    for part in key.split("."):
-        if isinstance(value, dict):
-            value = value.get(part)
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
-    return value
+    """The value at a dotted path, a number picking from a list; None where it leads nowhere.
+
+    Keys may have dots in their own names: the longest name that is there and leads somewhere counts.
+    """
+    if isinstance(label, dict):
+        if key in label:
+            return label[key]
+        parts = key.split(".")
+        names = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+        found = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
+        return next((value for value in found if value is not None), None)
+    first, _, rest = key.partition(".")
+    if isinstance(label, list) and first.isdecimal() and int(first) < len(label):
+        return value_at(label[int(first)], rest) if rest else label[int(first)]
+    return None
 
 
-def captions_at(label: Any, key: str) -> tuple[str, ...]:
-    """The captions at a dotted path, normalised; empty where the path leads nowhere or to something else than text or a list of it."""
+def captions_at(label: Any, key: str) -> Captions:
+    """The captions at a dotted path, text or a list of it; what is null or empty in a list is left out and counted.
+
+    There are none where a list holds anything else than text and null: then it is no list of captions.
+    """
     value = value_at(label, key)
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        return ()
-    return tuple(caption for text in texts if (caption := normalize_caption(text)))
+    if not isinstance(value, list):
+        return Captions(tuple(filter(None, [normalize_caption(value)])) if isinstance(value, str) else ())
+    if not _is_texts(value):
+        return Captions(())
+    texts = tuple(caption for text in value if isinstance(text, str) and (caption := normalize_caption(text)))
+    return Captions(texts, len(value) - len(texts))
+
+
+def why_no_caption(label: Any, *keys: str) -> str:
+    """What stands at the first of the keys that leads somewhere in place of a caption, or where else a label has text."""
+    value = next((value for key in keys if (value := value_at(label, key)) is not None), None)
+    if value is None:
+        there = ""
+    elif isinstance(value, str) or (isinstance(value, list) and value and _is_texts(value)):
+        there = " (the text there is empty, or of characters that nobody sees)"
+    else:
+        there = f" (there is {_KINDS.get(type(value), 'an object')})"
+    found = describe_keys(label)
+    return f"{there}, {'and' if found == _NO_TEXT else 'but'} {found}"
+
+
+def _is_texts(value: list[Any]) -> bool:
+    return all(text is None or isinstance(text, str) for text in value)
 
 
 def text_at(label: Any, key: str) -> str:
@@ -43,16 +79,17 @@ def describe_keys(label: Any) -> str:
     """Where a label has text, for a message that a key leads nowhere."""
     paths = [path for path, _ in zip(_text_paths(label, ""), range(_MAX_KEYS_SEEN), strict=False)]
     more = f" and {len(paths) - _MAX_KEYS_NAMED} more" if len(paths) > _MAX_KEYS_NAMED else ""
-    return ("text at " + ", ".join(paths[:_MAX_KEYS_NAMED]) + more) if paths else "no text at any key"
+    return ("text at " + ", ".join(paths[:_MAX_KEYS_NAMED]) + more) if paths else _NO_TEXT
 
 
 def _text_paths(value: Any, prefix: str) -> Iterator[str]:
-    """Dotted paths of all non-empty text in a label, a list of strings counting as one."""
+    """Dotted paths of all visible text in a label, a list of strings counting as one."""
     if isinstance(value, str):
-        if value.strip() and prefix:
+        if prefix and normalize_caption(value):
             yield prefix
-    elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        yield prefix or "0"
+    elif isinstance(value, list) and value and _is_texts(value):
+        if any(text and normalize_caption(text) for text in value):
+            yield prefix or "0"
     elif isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlmcap.data.formats.annotations import annotation_sources, checked, json_lines, json_list, load_json, make_record
-from vlmcap.data.formats.keys import text_at, value_at
+from vlmcap.data.formats.keys import Captions, text_at, value_at
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.text import normalize_caption
 from vlmcap.types import Skipped
@@ -53,7 +53,7 @@ def _record(settings: SourceSettings, entry: Any, number: int, split: str, seen:
     answer = _first_answer(entry)
     if not answer:
         return skip(id, "the conversation has no turn with text from 'gpt'", files[0])
-    return make_record(settings, id, files, (answer,), entry, split=split)
+    return make_record(settings, id, files, Captions((answer,)), entry, split=split)
 
 
 def _files(entry: Any) -> list[str]:

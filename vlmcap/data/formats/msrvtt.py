@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from vlmcap.data.formats.annotations import annotation_sources, checked, json_list, load_json, make_record, media_name
-from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.keys import Captions, captions_at, describe_keys, text_at
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
@@ -34,24 +34,25 @@ def _entries(settings: SourceSettings, split: str | None) -> Entries:
             yield skip(id or "a sentence", "sentences of a video that is not among 'videos'")
 
 
-def _captions_by_video(settings: SourceSettings, sentences: list[Any]) -> dict[str, tuple[str, ...]]:
-    captions: defaultdict[str, list[str]] = defaultdict(list)
+def _captions_by_video(settings: SourceSettings, sentences: list[Any]) -> dict[str, Captions]:
+    captions: defaultdict[str, list[Captions]] = defaultdict(list)
     for sentence in sentences:
-        captions[text_at(sentence, "video_id")] += captions_at(sentence, settings.caption_key)
-    if sentences and not any(captions.values()):
+        found = captions_at(sentence, settings.caption_key)
+        captions[text_at(sentence, "video_id")].append(found if found.texts else Captions((), max(1, found.num_empty)))
+    if sentences and not any(found.texts for parts in captions.values() for found in parts):
         raise UserError(
             f"no sentence has a caption at data.caption_key={settings.caption_key}; the first has {describe_keys(sentences[0])}"
         )
-    return {id: tuple(texts) for id, texts in captions.items()}
+    return {id: Captions(sum((p.texts for p in parts), ()), sum(p.num_empty for p in parts)) for id, parts in captions.items()}
 
 
-def _record(settings: SourceSettings, video: Any, number: int, captions: dict[str, tuple[str, ...]], split: str) -> Record | Skipped:
+def _record(settings: SourceSettings, video: Any, number: int, captions: dict[str, Captions], split: str) -> Record | Skipped:
     id = text_at(video, "video_id")
     if not id:
         return skip(f"video {number}", "the video has no video_id")
-    found = captions.pop(id, ())
+    found = captions.pop(id, Captions(()))
     file = media_name(settings, id)
-    if not found:
+    if not found.texts:
         return skip(id, "no sentence of the video has a caption", file)
     split = split or text_at(video, "split")
     return make_record(settings, id, [file], found, video, split=split, group=text_at(video, "url"))

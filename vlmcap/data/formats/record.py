@@ -17,11 +17,13 @@ class Record:
         clip: The clip.
         split: Name of its split, as the data set writes it; "" where it says nothing.
         group: Names the source that must not be in two splits; "" for the video itself.
+        num_empty: Captions that were left out of its list, as they are null, empty or no text.
     """
 
     clip: Clip
     split: str = ""
     group: str = ""
+    num_empty: int = 0
 
 
 @dataclass(frozen=True, slots=True)

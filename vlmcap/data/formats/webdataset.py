@@ -14,7 +14,7 @@ from itertools import islice, product
 from typing import Any
 
 from vlmcap.data.formats.annotations import annotation_sources, checked
-from vlmcap.data.formats.keys import captions_at, describe_keys, text_at
+from vlmcap.data.formats.keys import Captions, captions_at, text_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, list_members, member_address, read_text
 from vlmcap.data.media.roots import relative_address
@@ -122,17 +122,17 @@ def _record(settings: SourceSettings, sample: _Sample, split: str) -> Record | S
     try:
         label = _read_label(sample)
         captions = captions_at(label, settings.caption_key)
-        if not captions and "txt" in sample.members:
-            captions = tuple(filter(None, [normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))]))
+        if not captions.texts and "txt" in sample.members:
+            captions = Captions(tuple(filter(None, [normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))])))
     except MediaError as error:
         return skip(sample.id, str(error), video)
     except (ValueError, RecursionError) as error:
         return skip(sample.id, f"{sample.members['json']} is no JSON ({error})", video)
-    if not captions:
-        there = f"its json has {describe_keys(label)}" if "json" in sample.members else f"it has {', '.join(sample.members)}"
-        return skip(sample.id, f"no caption at data.caption_key={settings.caption_key} and none in a txt member; {there}", video)
+    if not captions.texts:
+        there = why_no_caption(label, settings.caption_key) if "json" in sample.members else f": it has {', '.join(sample.members)}"
+        return skip(sample.id, f"no caption in a txt member and none at data.caption_key={settings.caption_key}{there}", video)
     category = text_at(label, settings.category_key) if settings.category_key else ""
-    return Record(Clip(sample.id, video, captions, category), split)
+    return Record(Clip(sample.id, video, captions.texts, category), split, num_empty=captions.num_empty)
 
 
 def _read_label(sample: _Sample) -> Any:

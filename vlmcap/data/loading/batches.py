@@ -147,8 +147,8 @@ def _cuts(start: int, end: int, size: int) -> Indices:
 class BatchSampler(Sampler[list[Draw]]):
     """Batches of one rank, as lists of `Draw`; their order is a function of the plan, seed, epoch, rank and number of ranks alone.
 
-    Ranks take neighbouring batches, which are of like length, so that none waits long for another. Where there are fewer clips than
-    ranks could share, some batches of one clip are given twice.
+    Ranks take neighbouring batches, which are of like length, so that none waits long for another. Every rank takes the same number of
+    steps and no clip comes twice: where batches of one clip cannot be shared evenly, some ranks get an empty batch in one step.
 
     It is stateful as torchdata's loader wants it: the state is the number of batches drawn, which the loader keeps beside each batch
     that its workers read ahead.
@@ -218,11 +218,12 @@ class BatchSampler(Sampler[list[Draw]]):
         slots, bounds = self.plan.slots, self.plan.bounds
         for drawn, batch in enumerate(batches[start:].tolist(), start + 1):
             self._drawn = drawn  # before the batch is given: the loader keeps the state that follows it
-            yield [(epoch, index) for index in clips[slots[bounds[batch] : bounds[batch + 1]]].tolist()]
+            own = slots[bounds[batch] : bounds[batch + 1]] if batch < len(self.plan) else slots[:0]
+            yield [(epoch, index) for index in clips[own].tolist()]
         self._start = 0
 
     def _epoch_order(self, epoch: int) -> tuple[Indices, Indices]:
-        """(N,) clips by slot, and the batches of this rank one after another."""
+        """(N,) clips by slot, and the batches of this rank one after another; those beyond the plan are empty."""
         plan = self.plan
         # A pair seeds the generator: seed + epoch would give seed 1 the orders of seed 0, one epoch late.
         generator = np.random.default_rng([self.seed, epoch])
@@ -230,6 +231,8 @@ class BatchSampler(Sampler[list[Draw]]):
         if len(plan.buckets) and plan.buckets[-1]:
             clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
             generator.shuffle(steps)
+            if len(plan) % self.world_size and steps[0] == steps.max():  # sharded ranks need a batch before an empty one
+                steps = np.roll(steps, -1)
         else:  # a single bucket: its clips are in any order already
             clips = generator.permutation(plan.clips)
-        return clips, (steps * self.world_size + self.rank) % max(1, len(plan))
+        return clips, steps * self.world_size + self.rank

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from vlmcap.data.loading.batches import BatchPlan, BatchSampler, length_plan, packed_plan, shuffled_plan
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.loading.worker_report import WorkerWatch, leave_signals_to_main
+from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped
 
@@ -38,6 +38,7 @@ class LoaderSettings:
         max_tokens_per_batch: Most tokens of a training batch, padding included.
         lengths: (N,), tokens of each training clip's whole sequence; None where clips are shuffled.
         is_evaluation_shared: False evaluates every clip on every rank, where ranks must take the same steps.
+        clip_timeout_s: After which the reading of a clip is given up; batches of workers are waited for accordingly.
     """
 
     batch_size: int
@@ -51,6 +52,7 @@ class LoaderSettings:
     max_tokens_per_batch: int | None = None
     lengths: NDArray[np.int64] | None = None
     is_evaluation_shared: bool = True
+    clip_timeout_s: float = 60.0
 
 
 class CaptionDataModule(L.LightningDataModule):
@@ -82,12 +84,14 @@ class CaptionDataModule(L.LightningDataModule):
         """Batches of `settings.batching`, ordered by seed and epoch; after a resume the first pass starts where the checkpoint stood."""
         rank, world_size = self._rank
         content = _content(self.clips["train"])
-        sampler = BatchSampler(self._plan(), seed=self.settings.seed, rank=rank, world_size=world_size, content=content)
+        plan = self._plan()
+        sampler = BatchSampler(plan, seed=self.settings.seed, rank=rank, world_size=world_size, content=content)
         if self._position is not None:
             sampler.load_state_dict(self._position)
             self._position = None
         collator = replace(self.train_collator, is_packed=self.settings.batching == "packed")
-        return StatefulDataLoader(batch_sampler=sampler, **self._common(self.clips["train"], collator))
+        num_clips = int(np.diff(plan.bounds).max(initial=1))
+        return StatefulDataLoader(batch_sampler=sampler, **self._common(self.clips["train"], collator, num_clips))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The clips to caption while training, then the same clips with labels for the loss."""
@@ -104,9 +108,8 @@ class CaptionDataModule(L.LightningDataModule):
     def sample_loader(self, clips: Sequence[Clip]) -> DataLoader[Any]:
         """Any clips once over all ranks, as lists of `Sample` and `Skipped` of the length of a batch to caption."""
         rank, world_size = self.evaluation_rank
-        return DataLoader(
-            sampler=range(rank, len(clips), world_size), batch_size=self.settings.prompt_batch_size, **self._common(clips, list)
-        )
+        size = self.settings.prompt_batch_size
+        return DataLoader(sampler=range(rank, len(clips), world_size), batch_size=size, **self._common(clips, list, size))
 
     def resume_at(self, position: Mapping[str, Any]) -> None:
         """Makes the next training loader start at a `BatchSampler.position`."""
@@ -140,16 +143,15 @@ class CaptionDataModule(L.LightningDataModule):
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
         own = range(rank, len(clips), world_size)
-        return DataLoader(sampler=own, batch_size=batch_size, **self._common(clips, collator))
+        return DataLoader(sampler=own, batch_size=batch_size, **self._common(clips, collator, batch_size))
 
-    def _common(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object]) -> dict[str, Any]:
-        """Arguments of every loader."""
+    def _common(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], num_clips: int) -> dict[str, Any]:
+        """Arguments of every loader, whose batches have at most `num_clips` clips."""
         workers, dataset = self.settings.num_workers, self.make_dataset(clips)
         return {
             "dataset": self.watch.over(dataset, clips) if workers else dataset,
             "collate_fn": collator,
-            "num_workers": workers,
-            "worker_init_fn": leave_signals_to_main if workers else None,
+            **worker_options(workers, num_clips, self.settings.clip_timeout_s),
             "generator": torch.Generator(),  # of workers' seeds: drawn from the global one, they would make a resumed run another
             "persistent_workers": workers > 0,
             "pin_memory": self.settings.pin_memory,

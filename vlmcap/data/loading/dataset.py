@@ -20,6 +20,7 @@ from vlmcap.data.decoding.augment import Augment
 from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.decoding.video import DecodeLimits, VideoError, pad_frames, read_frames
 from vlmcap.data.loading.isolation import Answer, Isolated, LostError, is_available, is_out_of_memory
+from vlmcap.data.loading.shared_memory import shared_zeros
 from vlmcap.errors import UserError, first_line
 from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
@@ -79,7 +80,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         self.frame_transform, self.grid_of = frame_transform, grid_of
         is_isolated = settings.is_isolated and is_available()
         self._isolated = Isolated(settings.limits.timeout_s, settings.memory_gib) if is_isolated else None
-        self._is_too_slow = torch.zeros(len(clips), dtype=torch.bool).share_memory_()  # all workers know
+        self._is_too_slow = shared_zeros(len(clips), dtype=torch.bool)  # all workers know
 
     def __len__(self) -> int:
         return len(self.clips)

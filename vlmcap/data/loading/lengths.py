@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.files import replacing
+from vlmcap.data.arrays import load_arrays, save_arrays
 from vlmcap.types import Clip
 
 CHUNK = 4096  # clips counted by a process at a time
 _CLIPS_PER_PROCESS = 50_000  # fewer take less time than a process that imports the tokenizer
 _MOST_PROCESSES = 8
+_CHUNK_TIMEOUT_S = 300.0  # a chunk takes about a second
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -36,14 +36,13 @@ def caption_lengths(
         fingerprint: Of the tokenizer with whatever `encode` adds; another one counts anew.
         num_processes: 1 counts in this process; None chooses by the number of clips.
     """
-    path = folder / f"lengths-{_captions_key(clips, fingerprint)}.npy"
-    if path.is_file():
-        return np.asarray(np.load(path, allow_pickle=False))
+    path = folder / f"lengths-{_captions_key(clips, fingerprint)}.npz"
+    saved = load_arrays(path)
+    if saved is not None and "lengths" in saved:
+        return saved["lengths"]
     counts = list(_counts(clips, encode, _process_count(len(clips)) if num_processes is None else num_processes))
     lengths = np.concatenate(counts) if counts else np.empty(0, dtype=np.int32)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.save(file, lengths, allow_pickle=False)
+    save_arrays(path, lengths=lengths)
     return lengths
 
 
@@ -62,14 +61,18 @@ def sequence_lengths(
 
 
 def _counts(clips: Sequence[Clip], encode: Encode, num_processes: int) -> Iterator[NDArray[np.int32]]:
-    chunks = (clips[start : start + CHUNK] for start in range(0, len(clips), CHUNK))
+    starts = range(0, len(clips), CHUNK)
     if num_processes < 2:
-        yield from (count_tokens(chunk, encode) for chunk in chunks)
+        yield from (count_tokens(clips[start : start + CHUNK], encode) for start in starts)
         return
-    # Not forked: this process holds threads, and perhaps a card.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_process, initargs=(encode,)) as pool:
-        yield from pool.map(_count_in_process, chunks)
+    # Not forked: this process holds threads, and perhaps a GPU. The pool ends its processes with the block, whatever they do.
+    with multiprocessing.get_context("spawn").Pool(num_processes, _start_process, (encode,)) as pool:
+        results = [(start, pool.apply_async(_count_in_process, (clips[start : start + CHUNK],))) for start in starts]
+        for start, result in results:
+            try:
+                yield result.get(_CHUNK_TIMEOUT_S)
+            except multiprocessing.TimeoutError:  # its process hangs, or was killed, which a pool does not report
+                yield count_tokens(clips[start : start + CHUNK], encode)
 
 
 def count_tokens(clips: Sequence[Clip], encode: Encode) -> NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""Which clip a data worker was at when it died."""
+"""How data workers start, and which clip one was at when it died or hung."""
 
 from __future__ import annotations
 
@@ -12,17 +12,42 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from vlmcap.data.loading.shared_memory import pass_what_does_not_fit, shared_memory_problem, shared_zeros
 from vlmcap.errors import UserError
 from vlmcap.types import Clip
 
 T_co = TypeVar("T_co", covariant=True)
 
+_MAX_NAMED = 4
 _MAX_WORKERS = 256  # of one loader; those beyond are not watched
 _LAST_SECONDS = 120.0  # of a worker after SIGTERM
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
+_TIMEOUT = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
+_START_S = 120.0  # for a worker to start, and for a busy disk
+_MARGIN_S = 3.0  # of each clip, beyond the limit at which its decoder is stopped
 
 
-def leave_signals_to_main(_worker_id: int) -> None:
+def worker_options(num_workers: int, num_clips: int, clip_timeout_s: float) -> dict[str, Any]:
+    """Arguments of a loader that say how its workers start, and for how long it waits for a batch of them.
+
+    Args:
+        num_workers: 0 for none.
+        num_clips: The most clips of a batch.
+        clip_timeout_s: After which the reading of a clip is given up. A clip may be tried twice.
+    """
+    if not num_workers:
+        return {"num_workers": 0}
+    timeout_s = _START_S + 2 * num_clips * (clip_timeout_s + _MARGIN_S)
+    return {"num_workers": num_workers, "worker_init_fn": start_worker, "timeout": timeout_s}
+
+
+def start_worker(_worker_id: int) -> None:
+    """What each data worker does first."""
+    leave_signals_to_main()
+    pass_what_does_not_fit()
+
+
+def leave_signals_to_main() -> None:
     """Makes a worker outlive the signals that stop a run, which a terminal and Slurm send to all of its processes.
 
     The main process needs batches up to the end of its step, and ends its workers itself. One that hangs is ended by an alarm, as torch's
@@ -47,7 +72,7 @@ class WorkerNotes:
 
     def __init__(self, clips: Sequence[Clip]) -> None:
         self._clips = clips
-        self._rows = torch.zeros(_MAX_WORKERS, 2, dtype=torch.int64).share_memory_()  # process id, 1 + index or 0 between clips
+        self._rows = shared_zeros(_MAX_WORKERS, 2, dtype=torch.int64)  # process id, 1 + index or 0 between clips
 
     @contextmanager
     def reading(self, worker_id: int, index: int) -> Iterator[None]:
@@ -57,6 +82,10 @@ class WorkerNotes:
             yield
         finally:
             self._rows[worker_id, 1] = 0
+
+    def clips_read(self) -> list[Clip]:
+        """The clips that workers read now."""
+        return [self._clips[int(noted) - 1] for _, noted in self._rows.tolist() if noted]
 
     def clip_read_by(self, pid: int) -> Clip | None:
         """The clip that a worker process reads or died of; None between two clips and for processes that are no workers of this."""
@@ -97,20 +126,28 @@ class WorkerWatch:
 
     @contextmanager
     def naming_clips(self) -> Iterator[None]:
-        """Around all that reads batches: a worker's death becomes a `UserError` that names its clip.
+        """Around all that reads batches: a worker's death, or its silence, becomes a `UserError` that names its clip.
 
         torch raises it out of a signal handler, at any point of the main process, so the whole training belongs into the block.
 
         Raises:
-            UserError: A data worker died.
+            UserError: A data worker died, or no batch came for far longer than it may take.
         """
         try:
             yield
         except RuntimeError as error:
+            if silence := _TIMEOUT.search(_text(error)):
+                raise UserError(self._describe_silence(float(silence[1]))) from error
             if (death := _DEATH.search(_text(error))) is None:
                 raise
             pids = [int(pid) for pid in death[1].replace(" ", "").split(",")]
             raise UserError(self._describe(pids, death["signal"])) from error
+
+    def _describe_silence(self, seconds: float) -> str:
+        clips = [clip for notes in self._notes for clip in notes.clips_read()]
+        reading = f" while they read {', '.join(f'{clip.id} ({clip.video})' for clip in clips[:_MAX_NAMED])}" if clips else ""
+        cause = shared_memory_problem() or "look at the disk of the videos, or set data.num_workers=0 to see what a worker does"
+        return f"no batch came from the data workers for {seconds:.0f} s{reading}: {cause}"
 
     def _describe(self, pids: list[int], signal_name: str | None) -> str:
         found = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]

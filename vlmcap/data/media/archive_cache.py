@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from vlmcap.data.arrays import load_arrays, save_arrays
 from vlmcap.data.media.archives import ArchiveIndex, read_index
 from vlmcap.data.media.storage import local_file, stat_file
-from vlmcap.files import replacing
 
 _MAX_MEMBERS = 4_000_000  # of all indices that a process keeps, about 200 bytes each
 
@@ -62,14 +61,11 @@ def _load(archive: str, kind: str, version: str) -> ArchiveIndex:
         return read_index(archive, kind, version)
     name = hashlib.sha256("\0".join((archive, kind, version)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
     path = _folder / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            names = saved["names"].tobytes().decode("utf-8").split("\0") if len(saved["rows"]) else []
-            return ArchiveIndex(kind, version, names, saved["rows"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        index = read_index(archive, kind, version)
+    saved = load_arrays(path)
+    if saved is not None and saved.keys() == {"names", "rows"}:
+        names = saved["names"].tobytes().decode("utf-8").split("\0") if len(saved["rows"]) else []
+        return ArchiveIndex(kind, version, names, saved["rows"])
+    index = read_index(archive, kind, version)
     with contextlib.suppress(OSError):  # a full disk must not stop what works without it
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, names=np.frombuffer("\0".join(index.names).encode("utf-8"), np.uint8), rows=index.rows)
+        save_arrays(path, names=np.frombuffer("\0".join(index.names).encode("utf-8"), np.uint8), rows=index.rows)
     return index

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from vlmcap.data.formats.record import SourceSettings
-from vlmcap.data.media import MediaError, list_members, member_address, stat_media
+from vlmcap.data.media import MediaError, list_members, member_address, parse_address, stat_media
 from vlmcap.data.media.storage import list_files as list_remote
+from vlmcap.data.media.storage import local_file
 from vlmcap.data.media.tree import Archive, archives_below, is_archive, is_below
 from vlmcap.errors import UserError
 
@@ -77,6 +78,18 @@ def annotation_files(settings: SourceSettings) -> list[str]:
     if not found:
         raise UserError(f"data.annotations={settings.annotations} is no file below data.root={root}; {_whats_there(root, pattern)}")
     return found
+
+
+def real_address(address: str) -> str:
+    """The address with the links on the way to its file resolved: one file has one, however it is spelt. Remote ones stay."""
+    parts = parse_address(address)
+    path = local_file(parts.file)
+    if path is None:
+        return address
+    folder, name = os.path.split(path)
+    # Links to files are rare, and looking for them in each folder of each file is not for nothing.
+    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), name)
+    return f"{parts.kind}://{parts.member}::{real}" if parts.kind else real
 
 
 def relative_address(address: str, root: str) -> str:

@@ -77,7 +77,7 @@ def explained(place: str) -> Iterator[None]:
 
 
 def stat_file(place: str) -> MediaStat:
-    """Size and version of a file: time of change in nanoseconds, or what the store tells (entity tag, checksum, time).
+    """Size and version of a file: its times of modification and change and its inode, or what the store tells (entity tag, checksum, time).
 
     Raises:
         MediaError: There is no such file, it is no regular file, or its size is unknown.
@@ -148,7 +148,8 @@ def _stat_local(path: str) -> MediaStat:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path} is no regular file")
-    return MediaStat(status.st_size, str(status.st_mtime_ns))
+    # The time of change and the inode as well: tools that copy keep the time of modification, and two clips may have one size.
+    return MediaStat(status.st_size, f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}")
 
 
 def _file_system(place: str) -> tuple[Any, str]:

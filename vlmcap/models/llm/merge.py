@@ -5,7 +5,6 @@ Merging goes onto the unquantised base: in 4 bit the rounding would eat the adap
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
+from vlmcap.files import new_folder
 from vlmcap.models.llm.experts import is_router, merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
 
@@ -215,18 +215,6 @@ def refuse_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
             raise UserError(f"adapters cannot be merged into quantised weights ({name}); merge onto the base with llm.quantization=none")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into; it takes that name when the block ends well, and is removed when it does not."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(output)  # an empty folder of that name gives way
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_merged(merged: Any, base_folder: Path, folder: Path, beside: Sequence[str] = ()) -> None:

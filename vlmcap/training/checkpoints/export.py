@@ -17,6 +17,7 @@ from vlmcap.assembly.parts import dtype_of, load_prompt_of
 from vlmcap.compose import from_plain, to_config, to_plain, write_yaml
 from vlmcap.config import Config, EncoderTuning, Quantization
 from vlmcap.errors import UserError, first_line
+from vlmcap.files import new_folder
 from vlmcap.libraries import quiet_libraries
 from vlmcap.training.checkpoints.load import (
     EXPORT_CONFIG,
@@ -96,8 +97,6 @@ def write_export(
     Raises:
         UserError: As for `export`.
     """
-    from vlmcap.models.llm.merge import new_folder
-
     if config.is_whole and config.tuning.encoder is not EncoderTuning.none:
         raise UserError(
             f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder.name}, and a trained encoder cannot be put "

@@ -1,0 +1,59 @@
+"""Tensors from data workers where /dev/shm is small, as it is in containers: Docker gives 64 MB unless it is told otherwise.
+
+A worker hands a batch over in shared memory. Where that is full, torch prints a traceback in a thread of the worker and loses the batch,
+and the training waits for it for ever. Here such a tensor goes through the worker's pipe in its place, which costs two copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_storage
+
+_PLACE = "/dev/shm"
+_ENOUGH_BYTES = 2**30
+
+
+def shared_memory_problem() -> str | None:
+    """One sentence if shared memory may be too small for batches of data workers, else None."""
+    try:
+        free = shutil.disk_usage(_PLACE).free
+    except OSError:  # systems without it have no such limit
+        return None
+    if free >= _ENOUGH_BYTES:
+        return None
+    return (
+        f"{_PLACE} has {free / 1e6:.0f} MB free, so batches may have to come from the data workers through pipes, which is slower: "
+        "start the container with --shm-size=8g or --ipc=host, or set data.num_workers=0"
+    )
+
+
+def pass_what_does_not_fit() -> None:
+    """Let this process, a data worker, send tensors through its pipe where shared memory has no room for them."""
+    ForkingPickler.register(torch.UntypedStorage, _reduce_storage)
+
+
+def shared_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that this process and its forks share; they are its own where shared memory is full."""
+    zeros = torch.zeros(*shape, dtype=dtype)
+    with contextlib.suppress(RuntimeError, OSError):
+        zeros.share_memory_()
+    return zeros
+
+
+def _reduce_storage(storage: torch.UntypedStorage) -> Any:
+    try:
+        return reduce_storage(storage)
+    except (RuntimeError, OSError):
+        if storage.device.type != "cpu":
+            raise
+    return _rebuild_storage, (torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes(),)
+
+
+def _rebuild_storage(content: bytes) -> torch.UntypedStorage:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
