@@ -53,7 +53,7 @@ class FeatureDataset(Dataset[Sample | Skipped]):
         if (reason := self.store.skipped(content)) is not None:
             return Skipped(clip, reason)
         features, grid_thw = self.store.read(content)
-        return Sample(clip, features=features, grid_thw=grid_thw)
+        return Sample(clip, features=features, grid_thw=grid_thw, times_s=self.store.times_s(content))
 
 
 def pooled_grid(grid_thw: GridTHW, size: int) -> GridTHW:

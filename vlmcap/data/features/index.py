@@ -20,7 +20,7 @@ from vlmcap.data.features.shards import SUFFIX, BrokenFileError, Header, Shard, 
 from vlmcap.files import replacing
 
 FILE = "index.safetensors"
-_FORMAT = "vlmcap-feature-index-1"
+_FORMAT = "vlmcap-feature-index-2"
 _COLUMNS = 7
 
 
@@ -39,19 +39,23 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Clips by content hash; 64 bytes a clip, mapped from a file where one was written, so that processes share them.
+    """Clips by content hash, mapped from a file where one was written, so that processes share them.
+
+    A clip takes 64 bytes and 8 for each of its frames.
 
     Attributes:
         files: The shards, in the order of their numbers.
         hashes: S32 (N,), sorted, without duplicates.
         offsets: int64 (N, 2); first byte of the numbers, and of the scales or 0.
         places: int32 (N, 7); number of the shard, F, P, Dv, and the clip's size in patches or zeros.
+        times_s: float64 (N, most decoded frames of a clip); when they are shown, with NaN behind a clip's last.
     """
 
     files: tuple[ShardFile, ...] = ()
     hashes: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, "S32"))
     offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     places: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, _COLUMNS), np.int32))
+    times_s: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0), np.float64))
 
     def find(self, content: bytes) -> int | None:
         """The row of a clip."""
@@ -76,26 +80,32 @@ class ShardIndex:
         places = self.places.copy()
         places[:, 0] = numbers[places[:, 0]]
         mask = places[:, 0] >= 0
-        return ShardIndex(tuple(self.files[number] for number in kept), self.hashes[mask], self.offsets[mask], places[mask])
+        files = tuple(self.files[number] for number in kept)
+        return ShardIndex(files, self.hashes[mask], self.offsets[mask], places[mask], self.times_s[mask])
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
         """The index with more shards; a clip that is in several keeps its first place."""
-        files, hashes, offsets, places = list(self.files), [], [], []
+        files, hashes, offsets, places, times_s = list(self.files), [], [], [], []
         for file, shard in shards:
             for row in shard.rows:
                 hashes.append(row.content)
                 offsets.append((row.offset, row.scale_offset))
                 places.append((len(files), *row.shape, *(row.grid_thw or (0, 0, 0))))
+                times_s.append(row.times_s)
             files.append(file)
         names, first = np.unique(np.array(hashes, "S32"), return_index=True)
         fresh = ~contains(self.hashes, names)
         names, first = names[fresh], first[fresh]
         at = np.searchsorted(self.hashes, names)
+        width = max([self.times_s.shape[1], *map(len, times_s)])
+        wide = np.pad(self.times_s, ((0, 0), (0, width - self.times_s.shape[1])), constant_values=np.nan)
+        padded = [own + (np.nan,) * (width - len(own)) for own in times_s]
         return ShardIndex(
             tuple(files),
             np.insert(self.hashes, at, names),
             np.insert(self.offsets, at, np.array(offsets, np.int64).reshape(-1, 2)[first], axis=0),
             np.insert(self.places, at, np.array(places, np.int32).reshape(-1, _COLUMNS)[first], axis=0),
+            np.insert(wide, at, np.array(padded, np.float64).reshape(len(padded), width)[first], axis=0),
         )
 
 
@@ -159,7 +169,12 @@ def save(index: ShardIndex, folder: Path) -> None:
     """Write the index beside its shards; it only saves time, so a folder that cannot be written is no error."""
     from safetensors.numpy import save_file
 
-    tensors = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets, "places": index.places}
+    tensors = {
+        "hashes": index.hashes.view(np.uint8).reshape(-1, 32),
+        "offsets": index.offsets,
+        "places": index.places,
+        "times_s": index.times_s,
+    }
     metadata = {"format": _FORMAT, "files": json.dumps([asdict(file) for file in index.files], ensure_ascii=False)}
     try:
         with replacing(folder / FILE) as partial:
@@ -181,9 +196,10 @@ def load(folder: Path) -> ShardIndex:
             files = tuple(ShardFile(**entry | {"lost": tuple(entry["lost"]), "errors": ErrorSums(**entry["errors"])}) for entry in entries)
             hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
             offsets, places = _mapped(file, header, "offsets", np.int64, 2), _mapped(file, header, "places", np.int32, _COLUMNS)
-        if not len(hashes) == len(offsets) == len(places) or (len(places) and int(places[:, 0].max()) >= len(files)):
+            times_s = _mapped(file, header, "times_s", np.float64, header.tensors["times_s"].shape[1])
+        if not len(hashes) == len(offsets) == len(places) == len(times_s) or (len(places) and int(places[:, 0].max()) >= len(files)):
             return ShardIndex()
-        return ShardIndex(files, hashes, offsets, places)
+        return ShardIndex(files, hashes, offsets, places, times_s)
     except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
         return ShardIndex()
 
@@ -192,5 +208,5 @@ def _mapped(file: BinaryIO, header: Header, name: str, dtype: type[Any], columns
     """From the open file, not from its name, which another process may have given to a newer index by now."""
     place = header.tensors[name]
     if place.stop == place.start:
-        return np.empty((0, columns), dtype)
+        return np.empty((place.shape[0], columns), dtype)
     return np.memmap(file, dtype, "r", place.start, (place.shape[0], columns))

@@ -2,8 +2,8 @@
 
 Legend: F frames, P patches a frame, Dv vision width.
 
-A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, clips
-that could not be read, and the error of the stored numbers.
+A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, times
+of frames, clips that could not be read, and the error of the stored numbers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.loading.collate import stack_padded
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.types import GridTHW, Sample, Skipped
+from vlmcap.types import FrameTimes, GridTHW, Sample, Skipped
 
 Encode = Callable[[Tensor, Sequence[GridTHW] | None], Tensor | Sequence[Tensor]]
 """Stacked frames, and the clips' sizes if they have their own, -> (B, F, P, Dv), or B tensors (F, P, Dv) without padding."""
 
 SUFFIX = ".safetensors"
 SCALE = ".scale"
-_FORMAT = "vlmcap-features-1"
+_FORMAT = "vlmcap-features-2"
 _MAX_HEADER_BYTES = 100_000_000
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 _SAFE_TYPE = dict(zip(DTYPES, ("F16", "BF16", "F32", "I8"), strict=True))
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
@@ -66,13 +66,14 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A clip in a shard: hash, first bytes of numbers and scales (0 without), (F, P, Dv), and size in patches if it has its own."""
+    """A clip in a shard: hash, first bytes of numbers and scales (0 without), (F, P, Dv), size in patches if it has its own, and times."""
 
     content: str
     offset: int
     scale_offset: int
     shape: tuple[int, int, int]
     grid_thw: GridTHW | None
+    times_s: FrameTimes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,9 @@ def read_shard(path: Path) -> Shard:
     try:
         if header.metadata["format"] != _FORMAT:
             raise BrokenFileError("it holds no features, or those of another version")
-        dtype, grids = header.metadata["dtype"], json.loads(header.metadata["grids"])
-        rows = tuple(_row(name, header, dtype, grids.get(name)) for name in header.tensors if not name.endswith(SCALE))
+        dtype, grids, times_s = header.metadata["dtype"], json.loads(header.metadata["grids"]), json.loads(header.metadata["times_s"])
+        names = [name for name in header.tensors if not name.endswith(SCALE)]
+        rows = tuple(_row(name, header, dtype, grids.get(name), times_s.get(name, ())) for name in names)
         skipped = {str(content): str(reason) for content, reason in json.loads(header.metadata["skipped"]).items()}
         lost = tuple(str(content) for content in json.loads(header.metadata["lost"]))
         return Shard(dtype, rows, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
@@ -142,7 +144,7 @@ def read_shard(path: Path) -> Shard:
         raise BrokenFileError("its metadata are damaged") from error
 
 
-def _row(name: str, header: Header, dtype: str, grid: list[int] | None) -> Row:
+def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s: Sequence[float]) -> Row:
     place = header.tensors[name]
     if not _CONTENT.fullmatch(name) or place.dtype != _SAFE_TYPE[dtype]:
         raise ValueError(name)
@@ -153,16 +155,25 @@ def _row(name: str, header: Header, dtype: str, grid: list[int] | None) -> Row:
         if scale.dtype != "F32" or scale.shape != (num_frames, num_patches):
             raise ValueError(name)
         scale_offset = scale.start
-    if grid is None:
-        return Row(name, place.start, scale_offset, (num_frames, num_patches, embed_dim), None)
-    frames, height, width = (int(size) for size in grid)
-    return Row(name, place.start, scale_offset, (num_frames, num_patches, embed_dim), (frames, height, width))
+    size: GridTHW | None = None
+    if grid is not None:
+        frames, height, width = (int(side) for side in grid)
+        size = (frames, height, width)
+    return Row(name, place.start, scale_offset, (num_frames, num_patches, embed_dim), size, tuple(float(time_s) for time_s in times_s))
 
 
 def write_shard(
-    folder: Path, dtype: str, tensors: dict[str, Tensor], grids: Mapping[str, GridTHW], skipped: Mapping[str, Skipped], errors: ErrorSums
+    folder: Path,
+    dtype: str,
+    tensors: dict[str, Tensor],
+    grids: Mapping[str, GridTHW],
+    skipped: Mapping[str, Skipped],
+    errors: ErrorSums,
+    times_s: Mapping[str, FrameTimes] | None = None,
 ) -> Path:
     """A new shard in `folder`, on the disk before it bears its name.
+
+    Times are written in full: a prompt rounds them to a tenth of a second, and must come out the same with and without a cache.
 
     Raises:
         OSError: The disk is full or the folder not writable.
@@ -172,7 +183,7 @@ def write_shard(
 
     lost = [content for content, item in skipped.items() if not item.is_final]
     reasons = {content: item.reason for content, item in skipped.items()}
-    plain: dict[str, Any] = {"grids": grids, "skipped": reasons, "lost": lost, "errors": asdict(errors)}
+    plain: dict[str, Any] = {"grids": grids, "skipped": reasons, "lost": lost, "errors": asdict(errors), "times_s": times_s or {}}
     metadata = {"format": _FORMAT, "dtype": dtype, **{name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}}
     path = folder / f"{time.time_ns() // 1000:016d}-{process_name()}-{secrets.token_hex(3)}{SUFFIX}"
     with replacing(path) as partial:
@@ -221,6 +232,7 @@ class ShardWriter:
     since: float | None = None
     _tensors: dict[str, Tensor] = field(default_factory=dict)
     _grids: dict[str, GridTHW] = field(default_factory=dict)
+    _times_s: dict[str, FrameTimes] = field(default_factory=dict)
     _skipped: dict[str, Skipped] = field(default_factory=dict)
     _errors: ErrorSums = field(default_factory=ErrorSums)
 
@@ -263,7 +275,7 @@ class ShardWriter:
             return
         self.make_room(self.num_bytes)
         try:
-            write_shard(self.folder, self.recipe.dtype, self._tensors, self._grids, self._skipped, self._errors)
+            write_shard(self.folder, self.recipe.dtype, self._tensors, self._grids, self._skipped, self._errors, self._times_s)
         except OSError as error:
             if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
                 raise UserError(
@@ -271,7 +283,7 @@ class ShardWriter:
                     "cache.enabled=false"
                 ) from error
             raise
-        self._tensors, self._grids, self._skipped, self._errors = {}, {}, {}, ErrorSums()
+        self._tensors, self._grids, self._times_s, self._skipped, self._errors = {}, {}, {}, {}, ErrorSums()
         self.num_bytes, self.since = 0, None
 
     def _collect(self, sample: Sample, content: str, features: Tensor) -> int:
@@ -286,6 +298,8 @@ class ShardWriter:
         self._tensors |= {name: _own(tensor, features) for name, tensor in stored.items()}
         if sample.grid_thw is not None:
             self._grids[content] = sample.grid_thw
+        if sample.times_s is not None:
+            self._times_s[content] = sample.times_s
         num_bytes = sum(tensor.nbytes for tensor in stored.values())
         self.num_bytes += num_bytes
         return num_bytes

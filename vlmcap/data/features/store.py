@@ -24,7 +24,7 @@ from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.errors import UserError
-from vlmcap.types import GridTHW
+from vlmcap.types import FrameTimes, GridTHW
 
 _MAX_OPEN = 64  # shards mapped at once
 
@@ -118,6 +118,12 @@ class FeatureStore:
         frames, height, width = self._place(content)[1][4:7]
         return (int(frames), int(height), int(width)) if frames else None
 
+    def times_s(self, content: bytes) -> FrameTimes | None:
+        """When a clip's frames are shown, None where nobody knew; `KeyError` without features."""
+        row = self._row(content)
+        times_s = self._opened().times_s[row]
+        return tuple(times_s[~np.isnan(times_s)].tolist()) or None
+
     def read(self, content: bytes) -> tuple[Tensor, GridTHW | None]:
         """Features (F, P, Dv) in memory of their own, as stored, or float16 out of int8; and the clip's size in patches.
 
@@ -169,11 +175,14 @@ class FeatureStore:
         return self._index
 
     def _place(self, content: bytes) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        opened = self._opened()
-        row = opened.find(content)
+        row = self._row(content)
+        return self._opened().offsets[row], self._opened().places[row]
+
+    def _row(self, content: bytes) -> int:
+        row = self._opened().find(content)
         if row is None:
             raise KeyError(content)
-        return opened.offsets[row], opened.places[row]
+        return row
 
     def _read(self, content: bytes) -> Tensor:
         (start, scale_start), place = self._place(content)

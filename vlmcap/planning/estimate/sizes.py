@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from vlmcap.types import GridTHW
 
-_TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
+_TEXT_BETWEEN_RUNS = 12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
 
 
 @dataclass(frozen=True, slots=True)
