@@ -31,9 +31,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         is_read = self.use_outer_marks or self.kind is ModelKind.qwen3_vl
-        require(
-            is_read, f"model.use_outer_marks=false changes nothing in model={self.name}, which has no marks around frames; leave it out"
-        )
+        require(is_read, f"model.use_outer_marks=false changes nothing in model={self.name}, only in Qwen3-VL; leave it out")
 
 
 @dataclass
