@@ -203,6 +203,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
         (["model=qwen2_vl_7b", "projector.reducer=pool"], ["projector.reducer=pool changes nothing in model=qwen2_vl_7b"]),
         (["model=qwen2_vl_7b", "encoder.image_size=448"], ["encoder.image_size=448 changes nothing in model=qwen2_vl_7b"]),
+        (["model=qwen2_5_vl_7b", "model.use_outer_marks=false"], ["model.use_outer_marks=false changes nothing in model=qwen2_5_vl_7b"]),
         (["callbacks=profle"], ["no callbacks named 'profle'", "default, early_stopping, grounding, profile"]),
         (["callbacks.profile.first_step=0"], ["callbacks.profile.first_step must be at least 1, not 0"]),
         (["callbacks.profile.trace_steps=-1"], ["callbacks.profile.trace_steps must not be negative"]),

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 GridTHW = tuple[int, int, int]
 """Size of one clip in patches: frames (times tiles), rows, columns."""
 
-VisualLayout = Callable[[GridTHW | None], Sequence[int | Sequence[int]]]
-"""From a clip's size, or None for the encoder's own, to what stands at the place of its video: numbers of placeholders, and ids of text."""
+FrameTimes = tuple[float, ...]
+"""Seconds from a clip's first frame to each decoded one, ascending; a repeated frame repeats its time."""
+
+CLOCKLESS_FPS = 2.0
+"""Images per second of a clip that has no clock: an image, an animation or a list of images."""
+
+VisualLayout = Callable[[GridTHW | None, FrameTimes | None], Sequence[int | Sequence[int]]]
+"""From a clip's size, or None for the encoder's own, and its frames' times, or None for `CLOCKLESS_FPS`, to what stands at the place of
+its video: numbers of placeholders, and ids of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +71,14 @@ class Sample:
         frames: uint8 (F, 3, H, W), already resized for the encoder; (F, P, 3 · p · p), cut into patches, where sizes vary.
         features: (F, P, Dv), patch features of the frozen encoder out of the cache.
         grid_thw: Frames, patch rows and columns where any of them varies from clip to clip; None where they are the encoder's own.
+        times_s: Times of the frames as they were decoded, before the encoder joins any of them; None where they are not known.
     """
 
     clip: Clip
     frames: Tensor | None = None
     features: Tensor | None = None
     grid_thw: GridTHW | None = None
+    times_s: FrameTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class Batch:
         frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) where patches vary, or None.
         features: (B, F, P, Dv) or None.
         grid_thw: A clip each, where they vary; frames and features are then padded with zeros at the end of F and of P.
+        times_s: Times of each clip's frames, None where they are not known; empty where they are known of no clip.
         position_ids: int64 (R, S), from 0 anew for each clip, of a packed batch; None where a clip has a row of its own.
         skipped: Clips of this batch that could not be read.
         num_truncated: Captions cut to the limit in this batch.
@@ -101,6 +111,7 @@ class Batch:
     frames: Tensor | None = None
     features: Tensor | None = None
     grid_thw: tuple[GridTHW, ...] | None = None
+    times_s: tuple[FrameTimes | None, ...] = ()
     position_ids: Tensor | None = None
     skipped: tuple[Skipped, ...] = ()
     num_truncated: int = 0
@@ -126,7 +137,9 @@ class Batch:
         assert self.position_ids is None, "a packed row holds many clips"
         chosen = self._map(lambda tensor: tensor[list(rows)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[row] for row in rows)
-        return replace(chosen, clips=tuple(self.clips[row] for row in rows), grid_thw=grids, skipped=(), num_truncated=0)
+        times_s = tuple(self.times_s[row] for row in rows) if self.times_s else ()
+        clips = tuple(self.clips[row] for row in rows)
+        return replace(chosen, clips=clips, grid_thw=grids, times_s=times_s, skipped=(), num_truncated=0)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = ("input_ids", "attention_mask", "visual_mask", "labels", "frames", "features", "position_ids")

@@ -199,7 +199,7 @@ def test_other_stores_go_when_there_is_no_room(real_path: list[str], tmp_path: P
     assert left <= limit * 2**30
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "llava_next_video"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "llava_next_video"])
 def test_whole_models_too(
     kind: str,
     qwen_folders: dict[str, Path],
@@ -250,7 +250,9 @@ def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun
     assembly = assembled(compose([*overrides, "cache.enabled=true"]))
     assert assembly.features is not None
     clips = assembly.features.clips["train"]
-    assert assembly.features.grids(clips) == [(4, 2, 2)] * 6, "the clips have four frames"
+    grids, times_s = zip(*assembly.features.layouts(clips), strict=True)
+    assert grids == ((4, 2, 2),) * 6, "the clips have four frames"
+    assert all(len(own) == 4 for own in times_s)
 
 
 @pytest.mark.parametrize("batching", ["by_length", "packed"])

@@ -133,7 +133,7 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     features = assembled(config_of("cached"), load_splits(config_of("cached"), list(Split))).features
     assert features is not None
-    assert all(len(set(features.grids(clips))) > 1 for clips in features.clips.values())
+    assert all(len({grid for grid, _ in features.layouts(clips)}) > 1 for clips in features.clips.values())
 
 
 @pytest.mark.parametrize(

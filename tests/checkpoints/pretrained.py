@@ -91,6 +91,29 @@ def qwen_folders(qwen_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def qwen_processors(qwen_tokenizer: Any) -> dict[str, Any]:
+    """transformers' own processors of frames that are resized and normalised already, as only that needs torchvision."""
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    classes = {
+        "qwen2_vl": transformers.Qwen2VLProcessor,
+        "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
+        "qwen3_vl": transformers.Qwen3VLProcessor,
+    }
+    as_it_is = {name: False for name in ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "do_sample_frames")}
+    processors = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)  # it looks through torchvision's
+        for kind, processor_class in classes.items():
+            # Its patches are those of the older classes too, which do not import without torchvision.
+            videos = Qwen3VLVideoProcessor(patch_size=VISION[kind]["patch_size"], cap_pixels_per_frame=False, **as_it_is)
+            processors[kind] = processor_class(Qwen2VLImageProcessorPil(), qwen_tokenizer, videos)
+    return processors
+
+
+@pytest.fixture(scope="session")
 def llava_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-NeXT-Video: CLIP at 56 × 56 pixels (16 patches), pooled to 4 tokens a frame, LLaMA."""
     from transformers import CLIPImageProcessor, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration

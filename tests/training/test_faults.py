@@ -39,12 +39,12 @@ def damaged(aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copy(labels / "train3.json", labels / "lonely.json")
     (videos / "train0.mp4").write_text("바다 위로 해가 뜬다.\n" * 50, encoding="utf-8")
     (videos / "train1.mp4").write_bytes(b"")
-    decode = dataset.read_frames
+    decode = dataset.read_timed_frames
 
     def hang(clip: Any, *args: Any, **others: Any) -> Any:
         return signal.pause() if clip.id == "train2" else decode(clip, *args, **others)
 
-    monkeypatch.setattr(dataset, "read_frames", hang)
+    monkeypatch.setattr(dataset, "read_timed_frames", hang)
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
     return root
 
@@ -71,13 +71,13 @@ def test_too_many_stop_it_before_or_in_training(real_path: list[str], damaged: P
 
 
 def test_a_worker_that_dies_is_reported_with_its_clip(real_path: list[str], aihub_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = dataset.read_frames
+    decode = dataset.read_timed_frames
 
     def die(clip: Any, *args: Any, **others: Any) -> Any:
         if clip.id == "train4":
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(clip, *args, **others)
 
-    monkeypatch.setattr(dataset, "read_frames", die)
+    monkeypatch.setattr(dataset, "read_timed_frames", die)
     with pytest.raises(UserError, match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\): take that clip out"):
         train(configure(real_path, aihub_root, "data.is_isolated=false"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vlmcap.assembly.model import Assembly
     from vlmcap.data.loading.datamodule import CaptionDataModule
-    from vlmcap.types import Clip, GridTHW, Sample, Skipped
+    from vlmcap.types import Clip, FrameTimes, GridTHW, Sample, Skipped
 
 
 def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[Clip]]) -> CaptionDataModule:
@@ -66,16 +66,17 @@ def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) 
 
 
 def _visual_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> int | NDArray[np.int64]:
-    """Visual tokens and the text between them, (N,) where features say each clip's size."""
+    """Visual tokens and the text between them, (N,) where features say each clip's size and times."""
     import numpy as np
 
-    def length(grid: GridTHW | None) -> int:
-        return sum(part if isinstance(part, int) else len(part) for part in assembly.visual(grid))
+    from vlmcap.assembly.model import latest_times
+
+    def length(grid: GridTHW | None, times_s: FrameTimes | None) -> int:
+        return sum(part if isinstance(part, int) else len(part) for part in assembly.visual(grid, times_s))
 
     if assembly.features is None:
         encoder = assembly.captioner.encoder
         assert encoder is not None
-        return max(length(grid) for grid in encoder.possible_grids(config.data.num_frames))
-    grids = assembly.features.grids(clips)
-    known = {grid: length(grid) for grid in set(grids)}
-    return np.array([known[grid] for grid in grids], np.int64)
+        latest = latest_times(config.data.num_frames)
+        return max(length(grid, latest) for grid in encoder.possible_grids(config.data.num_frames))
+    return np.array([length(grid, times_s) for grid, times_s in assembly.features.layouts(clips)], np.int64)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlmcap.data.features.store import FeatureStore
     from vlmcap.data.loading.dataset import ClipDataset
     from vlmcap.models.encoders import VisionEncoder
-    from vlmcap.types import Clip, GridTHW, Sample, Skipped
+    from vlmcap.types import Clip, FrameTimes, GridTHW, Sample, Skipped
 
 FRAMES_PER_PASS = 128  # through the encoder
 _LATE_S = 2.0  # seconds of hashing, after which its progress is shown
@@ -65,13 +65,14 @@ class Features:
             return FeatureDataset(chosen, hashes, self.store)
         return PooledFeatureDataset(chosen, hashes, self.store, self.pool_size)
 
-    def grids(self, chosen: Sequence[Clip]) -> list[GridTHW | None]:
-        """The clips' sizes in patches; None for the encoder's own, and for clips without features."""
+    def layouts(self, chosen: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
+        """The clips' sizes in patches, None for the encoder's own, and times; both None for clips without features."""
         from vlmcap.data.features.dataset import pooled_grid
 
-        names = [bytes(content) for content in self.hashes_of(chosen)]
-        found = [self.store.grid_thw(name) if name in self.store else None for name in names]
-        return [pooled_grid(grid, self.pool_size) if grid and self.pool_size else grid for grid in found]
+        for content in self.hashes_of(chosen):
+            name = bytes(content)
+            grid, times_s = (self.store.grid_thw(name), self.store.times_s(name)) if name in self.store else (None, None)
+            yield pooled_grid(grid, self.pool_size) if grid and self.pool_size else grid, times_s
 
 
 def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> Features | None:

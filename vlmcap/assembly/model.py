@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vlmcap.models.decoding.settings import GenerationSettings
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.models.projectors import Projector, ProjectorSpec
-    from vlmcap.types import GridTHW, VisualLayout
+    from vlmcap.types import FrameTimes, GridTHW, VisualLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ModelSpec:
         feature_plan: Configuration, base checkpoints, and the vision encoder without its weights.
         prompt: The language model's tokenizer and the text around the visual tokens.
         projector: Settings and sizes of the projector; None for a whole pretrained model, which brings its own.
-        visual: A clip's size -> placeholders, and text between them; picklable.
+        visual: A clip's size and times -> placeholders, and text between them; picklable.
         context: Positions of the language model.
     """
 
@@ -77,7 +77,7 @@ class Assembly:
     Attributes:
         captioner: The model.
         feature_plan: As in `ModelSpec`.
-        visual: A clip's size -> placeholders, and text between them; picklable.
+        visual: A clip's size and times -> placeholders, and text between them; picklable.
         num_visual_tokens: V, the most that a clip may have.
         features: Where the clips' features are; None where the captioner encodes frames.
     """
@@ -250,11 +250,19 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
         prompt: Text around them.
         context: Positions of the language model.
     """
-    layouts = [visual(grid) for grid in grids]
+    latest = latest_times(config.data.num_frames)
+    layouts = [visual(grid, latest) for grid in grids]
     num_visual = max(sum(part for part in layout if isinstance(part, int)) for layout in layouts)
     text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
     check_length(config, num_visual, text, context)
     return num_visual
+
+
+def latest_times(num_frames: int) -> FrameTimes:
+    """Times whose text in a prompt is at least as long as that of any clip's."""
+    from vlmcap.data.decoding.container import DecodeLimits
+
+    return (DecodeLimits().max_duration_s,) * num_frames
 
 
 def check_length(config: Config, num_visual: int, text: int, context: int) -> None:

@@ -223,7 +223,14 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
     """The parts of a whole pretrained model, frozen but for its projector."""
     from vlmcap.models.pretrained import load_pretrained
 
-    return load_pretrained(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **language_options(config))
+    settings = config.model
+    return load_pretrained(
+        settings.kind.value,
+        folder,
+        max_patches=config.encoder.max_patches,
+        use_outer_marks=settings.use_outer_marks,
+        **language_options(config),
+    )
 
 
 def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
@@ -233,9 +240,15 @@ def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
     from vlmcap.models.encoders.tower import read_config
     from vlmcap.models.pretrained import build_pretrained
 
-    dtype, max_patches = dtype_of(config.hardware.precision), config.encoder.max_patches
+    settings, dtype = config.model, dtype_of(config.hardware.precision)
     with torch.device("meta"):
-        return build_pretrained(config.model.kind.value, read_config(folder), dtype=dtype, max_patches=max_patches)
+        return build_pretrained(
+            settings.kind.value,
+            read_config(folder),
+            dtype=dtype,
+            max_patches=config.encoder.max_patches,
+            use_outer_marks=settings.use_outer_marks,
+        )
 
 
 def loss_chunk_bytes(config: Config) -> int | None:

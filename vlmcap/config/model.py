@@ -20,12 +20,18 @@ class ModelConfig:
     revision: str | None = None
     gate: str | None = None
     licence: str = ""
+    # An outer <|vision_start|>…<|vision_end|> stands around Qwen3-VL's frames, as in its processor since transformers 5.10.
+    use_outer_marks: bool = True
     chat_template: str | None = None  # what a whole model's own `llm` settings take over
     max_caption_tokens: int = 768
     max_new_tokens: int = 768
     align_lr: float = 1e-4
     projector_lr: float = 2e-5
     adapter_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        is_read = self.use_outer_marks or self.kind is ModelKind.qwen3_vl
+        require(is_read, f"model.use_outer_marks=false changes nothing in model={self.name}, only in Qwen3-VL; leave it out")
 
 
 @dataclass

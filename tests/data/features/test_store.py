@@ -22,7 +22,7 @@ from vlmcap.data.features.precision import DTYPES, dequantize, quantize
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
-from vlmcap.types import Clip, GridTHW, Sample, Skipped
+from vlmcap.types import Clip, FrameTimes, GridTHW, Sample, Skipped
 
 Make = Callable[..., Any]
 SMALL = FillSettings(chunk_clips=6, shard_bytes=300, poll_s=0.01)
@@ -177,6 +177,32 @@ def test_clips_of_different_sizes_share_a_store_without_padding(tmp_path: Path, 
         assert grid == size == opened.grid_thw(content)
         assert torch.equal(features, sample.frames.half()[..., : features.shape[2]])  # type: ignore[union-attr]
         assert features.shape[2] == (2 if is_cut else 3)
+
+
+def test_times_are_kept_to_the_last_digit(tmp_path: Path, make_recipe: Make) -> None:
+    """Of clips with more and fewer frames, in shards that come one after another, and of one whose times nobody knew."""
+    times_s: list[FrameTimes | None] = [(1 / 3, 2 / 3), (0.1, 7e4 / 3, 7e4), None, (0.0,)]
+    samples: list[Sample | Skipped] = [
+        Sample(Clip(str(i), f"{i}.mp4", ()), frames=torch.zeros(len(own or (0,)), 3, 2, 2, dtype=torch.uint8), times_s=own)
+        for i, own in enumerate(times_s)
+    ]
+    hashes = np.array([f"{i:032d}" for i in range(1, 5)], "S32")
+    store = FeatureStore(tmp_path, make_recipe(variable_frames=True))
+    fill_store(
+        store,
+        hashes,
+        lambda positions: ([samples[position]] for position in positions),
+        lambda frames, grids: frames.float().flatten(3).transpose(2, 3),
+        settings=FillSettings(shard_bytes=1),
+    )
+    assert len(shards_of(store)) == 4
+    for opened in (store, FeatureStore(tmp_path, store.recipe)):
+        assert [opened.times_s(content) for content in hashes] == times_s
+        dataset = FeatureDataset([item.clip for item in samples], hashes, opened)
+        assert [dataset[i].times_s for i in range(4)] == times_s  # type: ignore[union-attr]
+    shards_of(store)[1].unlink()
+    store.refresh()
+    assert [store.times_s(content) for content in hashes[[0, 2, 3]]] == [times_s[i] for i in (0, 2, 3)]
 
 
 def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe: Make) -> None:

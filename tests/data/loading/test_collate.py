@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from vlmcap.data.loading.collate import Collator
-from vlmcap.types import Batch, Clip, GridTHW, Sample, Skipped
+from vlmcap.types import Batch, Clip, FrameTimes, GridTHW, Sample, Skipped
 
 
 @dataclass
@@ -83,11 +84,28 @@ def test_generation_ends_with_the_prompt() -> None:
     assert batch.visual_mask.sum(dim=1).tolist() == [7, 7]
 
 
-def layout(grid_thw: GridTHW | None) -> list[int | list[int]]:
+def layout(grid_thw: GridTHW | None, times_s: FrameTimes | None) -> list[int | list[int]]:
     """A placeholder for each patch, and a word between frames."""
     assert grid_thw is not None
     frames, height, width = grid_thw
     return [part for _ in range(frames) for part in (height * width, [9])]
+
+
+def timed(grid_thw: GridTHW | None, times_s: FrameTimes | None) -> list[int | list[int]]:
+    """A placeholder for a clip, and its times behind it."""
+    return [1, [round(100 * time_s) for time_s in times_s or ()]]
+
+
+def test_times_reach_the_prompt_and_the_batch() -> None:
+    samples = [
+        dataclasses.replace(sized(name, (2, 1, 1), True), times_s=times_s) for name, times_s in zip("ab", [(0.5, 7.25), None], strict=True)
+    ]
+    batch = Collator(CharPrompt(), timed, 20, "generate")(samples)
+    assert batch.input_ids.tolist() == [[2, 3, 1, 50, 725, 4, 5, 6], [1, 1, 2, 3, 1, 4, 5, 6]]
+    assert batch.times_s == ((0.5, 7.25), None)
+    assert batch.part([1]).times_s == (None,)
+    assert batch.part([1, 0]).times_s == (None, (0.5, 7.25))
+    assert Collator(CharPrompt(), layout, 20)([sized("a", (2, 1, 1), True)]).times_s == ()
 
 
 def sized(name: str, grid_thw: GridTHW, is_cached: bool) -> Sample:

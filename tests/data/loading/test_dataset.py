@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tests.data.decoding.matrix import make_video, read_number
 from vlmcap.data.decoding.augment import Augment
-from vlmcap.data.decoding.sampling import FrameSampling
-from vlmcap.data.decoding.video import DecodeLimits, read_frames
+from vlmcap.data.decoding.sampling import KINDS, FrameSampling
+from vlmcap.data.decoding.video import DecodedFrames, DecodeLimits, read_frames, read_timed_frames
 from vlmcap.data.loading import dataset as dataset_module
 from vlmcap.data.loading import isolation
 from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
@@ -114,19 +116,58 @@ def test_short_clips_are_padded_unless_they_may_vary(small_clips: list[Clip], is
     assert [item.grid_thw for item in items if isinstance(item, Sample)] == [(len(frames_of(item)), 48, 64) for item in items]
 
 
-def decode_badly(how: str) -> Callable[..., Tensor]:
+def timed(item: Sample | Skipped) -> list[tuple[int, float]]:
+    """The number that each frame of a video of `make_video` bears, and its time."""
+    assert isinstance(item, Sample)
+    assert item.times_s is not None
+    assert item.frames is not None
+    return [(read_number(frame.permute(1, 2, 0).numpy()), time_s) for frame, time_s in zip(item.frames, item.times_s, strict=True)]
+
+
+@isolations
+@pytest.mark.parametrize("key", [0, (3, 0)], ids=["plain", "drawn"])
+@pytest.mark.parametrize(("container", "kind"), [("mp4", "constant"), ("mkv", "variable"), ("mkv", "late start")])
+@pytest.mark.parametrize("sampling", KINDS)
+def test_times_are_those_of_the_frames_whatever_the_sampling(
+    sampling: str, container: str, kind: str, key: Any, is_isolated: bool, tmp_path: Path
+) -> None:
+    video = make_video(tmp_path, "h264", container, kind)
+    settings = ReadSettings(FrameSampling(sampling, 6, fps=2.0, jitter=0.4), is_isolated=is_isolated)
+    found = timed(ClipDataset([Clip("a", str(video.path), ())], settings, frame_transform=keep)[key])
+    assert len({number for number, _ in found}) > 3
+    assert [time_s for _, time_s in found] == pytest.approx([video.times_s[number] for number, _ in found], abs=0.0011)
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_frames_that_are_repeated_repeat_their_times(small_clips: list[Clip], is_variable: bool) -> None:
+    settings = ReadSettings(FrameSampling(num_frames=16), is_variable=is_variable)
+    item = ClipDataset(small_clips[1:2], settings, frame_transform=keep)[0]  # 8 frames, 8 per second
+    assert isinstance(item, Sample)
+    assert item.times_s == tuple(index / 8 for index in range(8) for _ in range(1 if is_variable else 2))
+
+
+def test_images_count_as_taken_at_two_a_second(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{index}.png") for index in range(3)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
+    clips = [Clip("list", paths[0], (), frames=tuple(paths)), Clip("one", paths[0], ())]
+    dataset = ClipDataset(clips, ReadSettings(FrameSampling(num_frames=6)), frame_transform=keep)
+    assert [dataset[index].times_s for index in range(2)] == [(0.0, 0.0, 0.5, 0.5, 1.0, 1.0), (0.0,) * 6]  # type: ignore[union-attr]
+
+
+def decode_badly(how: str) -> Callable[..., DecodedFrames]:
     """A decoder that handles every clip but `good1` well."""
 
-    def read(clip: Clip, *args: Any, **others: Any) -> Tensor:
+    def read(clip: Clip, *args: Any, **others: Any) -> DecodedFrames:
         if clip.id == "good1":
             if how == "hang":
                 ctypes.PyDLL(None).pause()
             if how == "segfault":
                 ctypes.string_at(0)
             if how == "eat":
-                return torch.zeros(10**9, 3, 480, 640, dtype=torch.uint8)
+                return DecodedFrames(torch.zeros(10**9, 3, 480, 640, dtype=torch.uint8), None)
             raise IndexError("list index\nout of range")
-        return read_frames(clip, *args, **others)
+        return read_timed_frames(clip, *args, **others)
 
     return read
 
@@ -146,7 +187,7 @@ def decode_badly(how: str) -> Callable[..., Tensor]:
 def test_a_decoder_that_fails_costs_one_clip(
     small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch, how: str, reason: str, num_workers: int
 ) -> None:
-    monkeypatch.setattr(dataset_module, "read_frames", decode_badly(how))
+    monkeypatch.setattr(dataset_module, "read_timed_frames", decode_badly(how))
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
     settings = ReadSettings(FrameSampling(num_frames=4), DecodeLimits(timeout_s=1.0), memory_gib=1.0)
     dataset = ClipDataset(small_clips[1:4], settings, frame_transform=keep)
@@ -164,12 +205,12 @@ def test_a_clip_that_hangs_is_tried_once(
 ) -> None:
     hang, log = decode_badly("hang"), tmp_path / "tries"
 
-    def read(clip: Clip, *args: Any, **others: Any) -> Tensor:
+    def read(clip: Clip, *args: Any, **others: Any) -> DecodedFrames:
         with log.open("a") as file:
             file.write(f"{clip.id}\n")
         return hang(clip, *args, **others)
 
-    monkeypatch.setattr(dataset_module, "read_frames", read)
+    monkeypatch.setattr(dataset_module, "read_timed_frames", read)
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
     dataset = ClipDataset(small_clips[1:4], ReadSettings(FrameSampling(num_frames=4), DecodeLimits(timeout_s=1.0)), frame_transform=keep)
     for _ in range(3):  # new workers each time
@@ -180,7 +221,7 @@ def test_a_clip_that_hangs_is_tried_once(
 
 def test_without_isolation_memory_and_unexpected_errors_cost_one_clip_too(small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
     for how in ("eat", "raise"):
-        monkeypatch.setattr(dataset_module, "read_frames", decode_badly(how))
+        monkeypatch.setattr(dataset_module, "read_timed_frames", decode_badly(how))
         dataset = ClipDataset(small_clips[1:4], dataclasses.replace(PLAIN, is_isolated=False), frame_transform=keep)
         assert [type(dataset[index]) for index in range(3)] == [Sample, Skipped, Sample]
 

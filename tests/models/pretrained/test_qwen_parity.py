@@ -23,15 +23,20 @@ KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FRAMES = 4
 CAPTIONS = ("푸른 바다 위로 아침 해가 천천히 떠오른다.", "산이다.")
 SIZES = ((84, 112), (128, 56))  # pixels: other grids, other lengths
+RATES = (10.0, 2.0)  # frames per second of the files, of which these are taken:
+TAKEN = ((5, 15, 25, 35), (3, 9, 15, 21))
+LENGTHS = (40, 24)  # frames of the files
+TIMES_S = tuple(tuple(index / rate for index in taken) for taken, rate in zip(TAKEN, RATES, strict=True))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A kind's parts joined by us, and its reference."""
+    """A kind's parts joined by us, and its reference: transformers' processor and model."""
 
     kind: str
     parts: PretrainedParts
     captioner: QwenVLCaptioner
+    processor: Any
     reference: Any
 
     def batch(self, mode: str = "train", rows: tuple[int, ...] = (0, 1)) -> Batch:
@@ -40,25 +45,44 @@ class Setup:
         for row in rows:
             frames = clip(row)
             grid = self.parts.encoder.transform.grid_thw(FRAMES, *frames.shape[-2:])
-            own = Sample(Clip(str(row), Path(f"{row}.mp4"), (CAPTIONS[row],)), frames=self.parts.encoder.transform(frames), grid_thw=grid)
-            samples.append(own)
+            own = Clip(str(row), f"{row}.mp4", (CAPTIONS[row],))
+            samples.append(Sample(own, frames=self.parts.encoder.transform(frames), grid_thw=grid, times_s=TIMES_S[row]))
         return Collator(self.captioner.prompt, visual, 200, mode=mode)(samples)  # type: ignore[arg-type]
 
     def reference_inputs(self, batch: Batch, rows: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
-        """What transformers' processor would give for the same resized frames and text."""
-        ids = batch.input_ids.masked_fill(batch.visual_mask, self.reference.config.video_token_id)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": batch.attention_mask,
-            "mm_token_type_ids": batch.visual_mask.int() * 2,
-            "pixel_values_videos": torch.cat([self.pixels(row) for row in rows]),
-            "video_grid_thw": torch.tensor(batch.grid_thw),
-        }
-        return inputs | ({"second_per_grid_ts": [1.0] * len(rows)} if self.kind == "qwen2_5_vl" else {})
+        """What transformers' processor gives for the same resized frames, times and text."""
+        inputs = self.processed(batch, rows)
+        assert ("second_per_grid_ts" in inputs) == (self.kind == "qwen2_5_vl")
+        return inputs
+
+    def processed(self, batch: Batch, rows: tuple[int, ...]) -> dict[str, Any]:
+        from transformers.video_utils import VideoMetadata
+
+        prompt = self.captioner.prompt
+        tokenizer = prompt.tokenizer
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "<|vision_start|><|video_pad|><|vision_end|>설명해 주세요."}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        is_train = batch.labels is not None
+        end = tokenizer.convert_ids_to_tokens(prompt.end_id)
+        return dict(
+            self.processor(
+                text=[text + (CAPTIONS[row] + end if is_train else "") for row in rows],
+                videos=[self.pixels(row) for row in rows],
+                video_metadata=[
+                    VideoMetadata(total_num_frames=LENGTHS[row], fps=RATES[row], frames_indices=list(TAKEN[row])) for row in rows
+                ],
+                return_tensors="pt",
+                padding=True,
+                padding_side="right" if is_train else "left",
+            )
+        )
 
     def pixels(self, row: int) -> Tensor:
-        from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-
+        """Normalised float32 frames (F, 3, H, W)."""
         transform, values = self.parts.encoder.transform, FAMILIES[self.kind].preprocessing
         frames = clip(row)
         _, rows, columns = transform.grid_thw(FRAMES, *frames.shape[-2:])
@@ -66,10 +90,7 @@ class Setup:
         if frames.shape[-2:] != size:
             frames = torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
         mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (values.mean, values.std))
-        normal = (frames.float() - mean) / std
-        patches, *_ = Qwen3VLVideoProcessor.patchify(None, normal[None], transform.patch_size, 2, 2)
-        first: Tensor = patches[0]
-        return first
+        return (frames.float() - mean) / std
 
 
 def clip(row: int) -> Tensor:
@@ -97,13 +118,13 @@ def join(parts: PretrainedParts, folder: Path, **settings: Any) -> QwenVLCaption
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def setup(request: pytest.FixtureRequest, qwen_folders: dict[str, Path]) -> Setup:
+def setup(request: pytest.FixtureRequest, qwen_folders: dict[str, Path], qwen_processors: dict[str, Any]) -> Setup:
     import transformers
 
     folder = qwen_folders[request.param]
     parts = load(request.param, folder)
     reference = getattr(transformers, FAMILIES[request.param].class_name).from_pretrained(folder).eval()
-    return Setup(request.param, parts, join(parts, folder), reference)
+    return Setup(request.param, parts, join(parts, folder), qwen_processors[request.param], reference)
 
 
 @torch.no_grad()
@@ -111,6 +132,28 @@ def logits(captioner: QwenVLCaptioner, batch: Batch) -> Tensor:
     llm: Any = captioner.llm
     hidden = llm.model(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).last_hidden_state
     return llm.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["train", "generate"])
+def test_prompts_are_the_processors(setup: Setup, mode: str) -> None:
+    batch, video = setup.batch(mode), setup.reference.config.video_token_id
+    inputs = setup.processed(batch, (0, 1))
+    assert batch.input_ids.masked_fill(batch.visual_mask, video).tolist() == inputs["input_ids"].tolist()
+    assert batch.attention_mask.tolist() == inputs["attention_mask"].tolist()
+    assert batch.grid_thw == tuple(tuple(grid) for grid in inputs["video_grid_thw"].tolist())
+
+
+@torch.no_grad()
+def test_times_reach_the_positions_or_the_prompt(setup: Setup) -> None:
+    """Qwen2.5-VL gets them in its positions and Qwen3-VL in its prompt; Qwen2-VL gets none."""
+    batch = setup.batch(rows=(0,))
+    inputs = setup.captioner.language_inputs(batch, setup.captioner.visual_tokens(batch))
+    other = replace(batch, times_s=((0.0, 0.5, 1.0, 1.5),))
+    others = setup.captioner.language_inputs(other, setup.captioner.visual_tokens(other))
+    assert torch.equal(inputs["position_ids"], others["position_ids"]) == (setup.kind != "qwen2_5_vl")
+    texts = [setup.captioner.prompt.tokenizer.decode(row) for row in setup.batch("generate").input_ids]
+    for text, said in zip(texts, (("<1.0 seconds>", "<3.0 seconds>"), ("<3.0 seconds>", "<9.0 seconds>")), strict=True):
+        assert all((time in text) == (setup.kind == "qwen3_vl") for time in said)
 
 
 @torch.no_grad()
@@ -165,6 +208,9 @@ def test_captions_of_two_are_those_of_one_and_one(setup: Setup, beams: int) -> N
     setup.captioner.generation = replace(setup.captioner.generation, num_beams=beams)
     both = setup.captioner.generate(setup.batch("generate"))
     assert both == [setup.captioner.generate(setup.batch("generate", (row,)))[0] for row in (0, 1)]
+    setup.captioner.generation = replace(setup.captioner.generation, num_rows=1)
+    assert setup.captioner.generate(setup.batch("generate")) == both
+    setup.captioner.generation = replace(setup.captioner.generation, num_rows=None)
 
 
 def test_training_after_generation_has_fresh_positions(setup: Setup) -> None:

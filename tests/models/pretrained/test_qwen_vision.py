@@ -1,11 +1,8 @@
-"""Sizes, patches, placeholders and timestamps of the Qwen family, against transformers' processors."""
+"""Sizes and patches of the Qwen family, against transformers' processors."""
 
 from __future__ import annotations
 
 import pickle
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmcap.errors import UserError
-from vlmcap.models.pretrained.qwen_captioner import TimestampedRuns
-from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerSpec, from_blocks, smart_size, to_blocks
+from vlmcap.models.pretrained.qwen_vision import ClipTransform, from_blocks, smart_size, to_blocks
 
 SIDES = st.integers(56, 2000)
 
@@ -78,28 +74,3 @@ def test_frames_that_do_not_pair_up_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.num_frames must be a multiple of 2, not 5") as caught:
         transform.possible_grids(5)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("num_frames", [2, 8, 30])
-def test_timestamps_are_the_processors(qwen_tokenizer: Any, num_frames: int) -> None:
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-
-    steps = num_frames // 2
-    processor = SimpleNamespace(
-        video_token="<|video_pad|>",
-        vision_start_token="<|vision_start|>",
-        vision_end_token="<|vision_end|>",
-        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
-        _calculate_timestamps=partial(Qwen3VLProcessor._calculate_timestamps, None),
-    )
-    metadata = SimpleNamespace(fps=2.0, frames_indices=list(range(num_frames)))
-    inputs = {"video_grid_thw": torch.tensor([[steps, 4, 6]]), "video_metadata": [metadata]}
-    text = Qwen3VLProcessor.replace_video_token(processor, inputs, 0)
-    expected = qwen_tokenizer(text, add_special_tokens=False)["input_ids"]
-    pad = qwen_tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    layout = TimestampedRuns(MergerSpec(2, (8, 8)), qwen_tokenizer, frame_rate=2.0, frames_per_patch=2)
-    runs = pickle.loads(pickle.dumps(layout))((steps, 4, 6))
-    ids = [token for run in runs for token in ([pad] * run if isinstance(run, int) else run)]
-    assert [*ids, qwen_tokenizer.convert_tokens_to_ids("<|vision_end|>")] == expected
-    assert sum(run for run in runs if isinstance(run, int)) == MergerSpec(2, (8, 8)).num_tokens(steps, (4, 6)) == steps * 6
-    assert layout(None) == []

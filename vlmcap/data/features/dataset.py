@@ -62,7 +62,7 @@ class FeatureDataset(Dataset[Sample | Skipped]):
             self.store.drop_damaged(content)
             warnings.warn(f"clip {clip.id}: {DAMAGED}", stacklevel=2)
             return Skipped(clip, DAMAGED, is_final=False)
-        return Sample(clip, features=features, grid_thw=grid_thw)
+        return Sample(clip, features=features, grid_thw=grid_thw, times_s=self.store.times_s(content))
 
 
 def pooled_grid(grid_thw: GridTHW, size: int) -> GridTHW:

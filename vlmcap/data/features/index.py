@@ -40,7 +40,9 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Clips by content hash; 80 bytes a clip, mapped from a file where one was written, so that processes share them.
+    """Clips by content hash, mapped from a file where one was written, so that processes share them.
+
+    A clip takes 68 bytes and 8 for each of its frames.
 
     Attributes:
         files: The shards, in the order of their numbers.
@@ -48,6 +50,7 @@ class ShardIndex:
         offsets: int64 (N, 2); first byte of the numbers, and of the scales or 0.
         places: int32 (N, 7); number of the shard, F, P, Dv, and the clip's size in patches or zeros.
         checksums: uint32 (N,), as `entry_checksum` gives them.
+        times_s: float64 (N, most decoded frames of a clip); when they are shown, with NaN behind a clip's last.
     """
 
     files: tuple[ShardFile, ...] = ()
@@ -55,6 +58,7 @@ class ShardIndex:
     offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     places: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, _COLUMNS), np.int32))
     checksums: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+    times_s: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0), np.float64))
 
     def find(self, content: bytes) -> int | None:
         """The row of a clip."""
@@ -80,28 +84,33 @@ class ShardIndex:
         places[:, 0] = numbers[places[:, 0]]
         mask = places[:, 0] >= 0
         files = tuple(self.files[number] for number in kept)
-        return ShardIndex(files, self.hashes[mask], self.offsets[mask], places[mask], self.checksums[mask])
+        return ShardIndex(files, self.hashes[mask], self.offsets[mask], places[mask], self.checksums[mask], self.times_s[mask])
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
         """The index with more shards; a clip that is in several keeps its first place."""
-        files, hashes, offsets, places, checksums = list(self.files), [], [], [], []
+        files, hashes, offsets, places, checksums, times_s = list(self.files), [], [], [], [], []
         for file, shard in shards:
             for row in shard.rows:
                 hashes.append(row.content)
                 offsets.append((row.offset, row.scale_offset))
                 places.append((len(files), *row.shape, *(row.grid_thw or (0, 0, 0))))
                 checksums.append(row.checksum)
+                times_s.append(row.times_s)
             files.append(file)
         names, first = np.unique(np.array(hashes, "S32"), return_index=True)
         fresh = ~contains(self.hashes, names)
         names, first = names[fresh], first[fresh]
         at = np.searchsorted(self.hashes, names)
+        width = max([self.times_s.shape[1], *map(len, times_s)])
+        wide = np.pad(self.times_s, ((0, 0), (0, width - self.times_s.shape[1])), constant_values=np.nan)
+        padded = [own + (np.nan,) * (width - len(own)) for own in times_s]
         return ShardIndex(
             tuple(files),
             np.insert(self.hashes, at, names),
             np.insert(self.offsets, at, np.array(offsets, np.int64).reshape(-1, 2)[first], axis=0),
             np.insert(self.places, at, np.array(places, np.int32).reshape(-1, _COLUMNS)[first], axis=0),
             np.insert(self.checksums, at, np.array(checksums, np.uint32)[first]),
+            np.insert(wide, at, np.array(padded, np.float64).reshape(len(padded), width)[first], axis=0),
         )
 
 
@@ -166,7 +175,7 @@ def save(index: ShardIndex, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     tensors: dict[str, NDArray[Any]] = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets}
-    tensors |= {"places": index.places, "checksums": index.checksums.reshape(-1, 1)}
+    tensors |= {"places": index.places, "checksums": index.checksums.reshape(-1, 1), "times_s": index.times_s}
     files = json.dumps([asdict(file) for file in index.files], ensure_ascii=False)
     metadata = {"format": _FORMAT, "files": files, "checksum": str(_checksum(files, index))}
     try:
@@ -199,7 +208,8 @@ def _load(folder: Path) -> ShardIndex | None:
             hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
             offsets, places = _mapped(file, header, "offsets", np.int64, 2), _mapped(file, header, "places", np.int32, _COLUMNS)
             checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
-        index = ShardIndex(files, hashes, offsets, places, checksums)
+            times_s = _mapped(file, header, "times_s", np.float64, header.tensors["times_s"].shape[1])
+        index = ShardIndex(files, hashes, offsets, places, checksums, times_s)
         return index if header.metadata["checksum"] == str(_checksum(header.metadata["files"], index)) else None
     except (OSError, BrokenFileError, ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -208,7 +218,7 @@ def _load(folder: Path) -> ShardIndex | None:
 def _checksum(files: str, index: ShardIndex) -> int:
     """CRC-32 of all that an index says; the shards say it too, so an index with another one is made again."""
     checksum = zlib.crc32(files.encode("utf-8", "surrogatepass"))
-    for values in (index.hashes.view(np.uint8), index.offsets, index.places, index.checksums):
+    for values in (index.hashes.view(np.uint8), index.offsets, index.places, index.checksums, index.times_s):
         checksum = zlib.crc32(np.ascontiguousarray(values).data.cast("B") if values.size else b"", checksum)
     return checksum
 
@@ -217,5 +227,5 @@ def _mapped(file: BinaryIO, header: Header, name: str, dtype: type[Any], columns
     """From the open file, not from its name, which another process may have given to a newer index by now."""
     place = header.tensors[name]
     if place.stop == place.start:
-        return np.empty((0, columns), dtype)
+        return np.empty((place.shape[0], columns), dtype)
     return np.memmap(file, dtype, "r", place.start, (place.shape[0], columns))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from vlmcap.data.features.precision import stored_type
 
-VERSION = 5
+VERSION = 6
 """Of the code that features depend on: raise it when, say, other frames are taken under the same name."""
 
 _DESCRIPTIVE = ("encoder_name", "revision")

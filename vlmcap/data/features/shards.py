@@ -2,8 +2,8 @@
 
 Legend: F frames, P patches a frame, Dv vision width.
 
-A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, a
-checksum of each clip's entry, clips that could not be read, and the error of the stored numbers.
+A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, times of
+frames, a checksum of each clip's entry, clips that could not be read, and the error of the stored numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.loading.collate import stack_padded
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.types import Clip, GridTHW, Sample, Skipped
+from vlmcap.types import FrameTimes, GridTHW, Sample, Skipped
 
 Encode = Callable[[Tensor, Sequence[GridTHW] | None], Tensor | Sequence[Tensor]]
 """Stacked frames, and the clips' sizes if they have their own, -> (B, F, P, Dv), or B tensors (F, P, Dv) without padding."""
@@ -39,7 +39,7 @@ SUFFIX = ".safetensors"
 SCALE = ".scale"
 _FORMAT = "vlmcap-features-2"
 _MAX_HEADER_BYTES = 100_000_000
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4, "U32": 4, "I64": 8}
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "I32": 4, "U32": 4, "I64": 8}
 _SAFE_TYPE = dict(zip(DTYPES, ("F16", "BF16", "F32", "I8"), strict=True))
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
@@ -84,6 +84,7 @@ class Row:
         scale_offset: First byte of the scales, 0 without.
         shape: (F, P, Dv).
         grid_thw: Size in patches if the clip has its own.
+        times_s: Times of the decoded frames, if they have a clock.
         checksum: As `entry_checksum` gives it.
     """
 
@@ -93,6 +94,7 @@ class Row:
     shape: tuple[int, int, int]
     grid_thw: GridTHW | None
     checksum: int
+    times_s: FrameTimes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,10 @@ def read_shard(path: Path) -> Shard:
     try:
         if header.metadata["format"] != _FORMAT:
             raise BrokenFileError("it holds no features, or those of another version")
-        dtype, grids, checksums = header.metadata["dtype"], json.loads(header.metadata["grids"]), json.loads(header.metadata["checksums"])
+        dtype, grids, times_s = header.metadata["dtype"], json.loads(header.metadata["grids"]), json.loads(header.metadata["times_s"])
+        checksums = json.loads(header.metadata["checksums"])
         names = [name for name in header.tensors if not name.endswith(SCALE)]
-        rows = tuple(_row(name, header, dtype, grids.get(name), checksums[name]) for name in names)
+        rows = tuple(_row(name, header, dtype, grids.get(name), times_s.get(name, ()), checksums[name]) for name in names)
         skipped = {str(content): str(reason) for content, reason in json.loads(header.metadata["skipped"]).items()}
         lost = tuple(str(content) for content in json.loads(header.metadata["lost"]))
         return Shard(dtype, rows, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
@@ -163,7 +166,7 @@ def read_shard(path: Path) -> Shard:
         raise BrokenFileError("its metadata are damaged") from error
 
 
-def _row(name: str, header: Header, dtype: str, grid: list[int] | None, checksum: int) -> Row:
+def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s: Sequence[float], checksum: int) -> Row:
     place = header.tensors[name]
     if not _CONTENT.fullmatch(name) or place.dtype != _SAFE_TYPE[dtype] or not 0 <= checksum < 2**32:
         raise ValueError(name)
@@ -178,73 +181,43 @@ def _row(name: str, header: Header, dtype: str, grid: list[int] | None, checksum
     if grid is not None:
         frames, height, width = (int(size) for size in grid)
         grid_thw = (frames, height, width)
-    return Row(name, place.start, scale_offset, shape, grid_thw, int(checksum))
+    return Row(name, place.start, scale_offset, shape, grid_thw, int(checksum), tuple(float(time_s) for time_s in times_s))
 
 
-def entry_checksum(content: str, shape: Sequence[int], grid_thw: GridTHW | None, parts: Iterable[Any]) -> int:
-    """CRC-32 of all that an entry says: whose it is, its sizes, and the bytes of its numbers and scales.
+def entry_checksum(content: str, shape: Sequence[int], grid_thw: GridTHW | None, times_s: FrameTimes, parts: Iterable[Any]) -> int:
+    """CRC-32 of all that an entry says: whose it is, its sizes and times, and the bytes of its numbers and scales.
 
     Args:
         content: Hash of the clip's content.
         shape: (F, P, Dv).
         grid_thw: The clip's size in patches, if it has its own.
+        times_s: Times of its decoded frames; empty without a clock.
         parts: Buffers of the numbers and, with int8, of the scales.
     """
-    checksum = zlib.crc32(json.dumps([content, list(shape), grid_thw]).encode())
+    checksum = zlib.crc32(json.dumps([content, list(shape), grid_thw, list(times_s)]).encode())
     for part in parts:
         checksum = zlib.crc32(part, checksum)
     return checksum
 
 
-def _tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: GridTHW | None) -> int:
+def tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: GridTHW | None, times_s: FrameTimes) -> int:
+    """The same of an entry whose numbers and scales are tensors."""
     parts = [tensors[name].reshape(-1).view(torch.uint8).numpy() for name in (content, content + SCALE) if name in tensors]
-    return entry_checksum(content, tensors[content].shape, grid_thw, parts)
-
-
-def damaged_entries(path: Path) -> list[str]:
-    """Content hashes of the clips of a shard whose entries are damaged.
-
-    Raises:
-        BrokenFileError: Nothing of it can be read.
-        OSError: It cannot be opened.
-    """
-    return _find_damage(path)[2]
-
-
-def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    shard = read_shard(path)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise BrokenFileError(str(error)) from error
-    return shard, tensors, [row.content for row in shard.rows if _tensors_checksum(row.content, tensors, row.grid_thw) != row.checksum]
-
-
-def repair_shard(path: Path) -> None:
-    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again; the old one goes.
-
-    Raises:
-        BrokenFileError: Nothing of it can be read; it stays.
-        OSError: It cannot be opened, or the new one cannot be written.
-    """
-    shard, tensors, damaged = _find_damage(path)
-    if not damaged:
-        return
-    sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
-    grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
-    skipped = {content: Skipped(Clip("", "", ()), reason, content not in shard.lost) for content, reason in shard.skipped.items()}
-    skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
-    write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors)
-    path.unlink(missing_ok=True)
+    return entry_checksum(content, tensors[content].shape, grid_thw, times_s, parts)
 
 
 def write_shard(
-    folder: Path, dtype: str, tensors: dict[str, Tensor], grids: Mapping[str, GridTHW], skipped: Mapping[str, Skipped], errors: ErrorSums
+    folder: Path,
+    dtype: str,
+    tensors: dict[str, Tensor],
+    grids: Mapping[str, GridTHW],
+    skipped: Mapping[str, Skipped],
+    errors: ErrorSums,
+    times_s: Mapping[str, FrameTimes] | None = None,
 ) -> Path:
     """A new shard in `folder`, on the disk before it bears its name.
+
+    Times are written in full: a prompt rounds them to a tenth of a second, and must come out the same with and without a cache.
 
     Raises:
         OSError: The disk is full or the folder not writable.
@@ -255,8 +228,16 @@ def write_shard(
     lost = [content for content, item in skipped.items() if not item.is_final]
     reasons = {content: item.reason for content, item in skipped.items()}
     names = [name for name in tensors if not name.endswith(SCALE)]
-    checksums = {content: _tensors_checksum(content, tensors, grids.get(content)) for content in names}
-    plain: dict[str, Any] = {"grids": grids, "checksums": checksums, "skipped": reasons, "lost": lost, "errors": asdict(errors)}
+    times = times_s or {}
+    checksums = {content: tensors_checksum(content, tensors, grids.get(content), times.get(content, ())) for content in names}
+    plain: dict[str, Any] = {
+        "grids": grids,
+        "times_s": times,
+        "checksums": checksums,
+        "skipped": reasons,
+        "lost": lost,
+        "errors": asdict(errors),
+    }
     metadata = {"format": _FORMAT, "dtype": dtype, **{name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}}
     path = folder / f"{time.time_ns() // 1000:016d}-{process_name()}-{secrets.token_hex(3)}{SUFFIX}"
     with replacing(path) as partial:
@@ -305,6 +286,7 @@ class ShardWriter:
     since: float | None = None
     _tensors: dict[str, Tensor] = field(default_factory=dict)
     _grids: dict[str, GridTHW] = field(default_factory=dict)
+    _times_s: dict[str, FrameTimes] = field(default_factory=dict)
     _skipped: dict[str, Skipped] = field(default_factory=dict)
     _errors: ErrorSums = field(default_factory=ErrorSums)
 
@@ -347,7 +329,7 @@ class ShardWriter:
             return
         self.make_room(self.num_bytes)
         try:
-            write_shard(self.folder, self.recipe.dtype, self._tensors, self._grids, self._skipped, self._errors)
+            write_shard(self.folder, self.recipe.dtype, self._tensors, self._grids, self._skipped, self._errors, self._times_s)
         except OSError as error:
             if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
                 raise UserError(
@@ -355,7 +337,7 @@ class ShardWriter:
                     "cache.enabled=false"
                 ) from error
             raise
-        self._tensors, self._grids, self._skipped, self._errors = {}, {}, {}, ErrorSums()
+        self._tensors, self._grids, self._times_s, self._skipped, self._errors = {}, {}, {}, {}, ErrorSums()
         self.num_bytes, self.since = 0, None
 
     def _collect(self, sample: Sample, content: str, features: Tensor) -> int:
@@ -370,6 +352,8 @@ class ShardWriter:
         self._tensors |= {name: _own(tensor, features) for name, tensor in stored.items()}
         if sample.grid_thw is not None:
             self._grids[content] = sample.grid_thw
+        if sample.times_s is not None:
+            self._times_s[content] = sample.times_s
         num_bytes = sum(tensor.nbytes for tensor in stored.values())
         self.num_bytes += num_bytes
         return num_bytes

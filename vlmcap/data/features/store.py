@@ -24,10 +24,11 @@ from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
-from vlmcap.data.features.shards import BrokenFileError, DamagedEntryError, entry_checksum, repair_shard
+from vlmcap.data.features.repair import repair_shard
+from vlmcap.data.features.shards import BrokenFileError, DamagedEntryError, entry_checksum
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.types import GridTHW
+from vlmcap.types import FrameTimes, GridTHW
 
 _MAX_OPEN = 64  # shards at once
 
@@ -124,6 +125,12 @@ class FeatureStore:
         frames, height, width = self._place(content)[1][4:7]
         return (int(frames), int(height), int(width)) if frames else None
 
+    def times_s(self, content: bytes) -> FrameTimes | None:
+        """When a clip's frames are shown, None where nobody knew; `KeyError` without features."""
+        row = self._row(content)
+        times_s = self._opened().times_s[row]
+        return tuple(times_s[~np.isnan(times_s)].tolist()) or None
+
     def read(self, content: bytes) -> tuple[Tensor, GridTHW | None]:
         """Features (F, P, Dv) in memory of their own, as stored, or float16 out of int8; and the clip's size in patches.
 
@@ -188,11 +195,14 @@ class FeatureStore:
         return self._index
 
     def _place(self, content: bytes) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        opened = self._opened()
-        row = opened.find(content)
+        row = self._row(content)
+        return self._opened().offsets[row], self._opened().places[row]
+
+    def _row(self, content: bytes) -> int:
+        row = self._opened().find(content)
         if row is None:
             raise KeyError(content)
-        return opened.offsets[row], opened.places[row]
+        return row
 
     def _read(self, content: bytes) -> Tensor:
         (start, scale_start), place = self._place(content)
@@ -211,7 +221,8 @@ class FeatureStore:
         assert row is not None
         if self._is_verified[row]:
             return
-        if entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), parts) != opened.checksums[row]:
+        times_s = self.times_s(content) or ()
+        if entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), times_s, parts) != opened.checksums[row]:
             raise DamagedEntryError(content.decode())
         self._is_verified[row] = True
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vlmcap.data.features import index as indices
 from vlmcap.data.features.eviction import shards_of, store_folders
-from vlmcap.data.features.shards import BrokenFileError, damaged_entries, repair_shard
+from vlmcap.data.features.repair import damaged_entries, repair_shard
+from vlmcap.data.features.shards import BrokenFileError
 
 
 @dataclass(frozen=True, slots=True)

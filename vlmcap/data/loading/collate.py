@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vlmcap.types import Batch, Clip, GridTHW, Sample, Skipped, VisualLayout
+from vlmcap.types import Batch, Clip, FrameTimes, GridTHW, Sample, Skipped, VisualLayout
 
 IGNORED = -100  # label of positions that the loss passes over
 
@@ -69,7 +69,7 @@ class Collator:
 
     Attributes:
         prompt: Token ids of the parts.
-        visual: V, never cut; or where clips differ, a function of their size, picklable too.
+        visual: V, never cut; or where clips differ, a function of their size and times, picklable too.
         max_caption_tokens: Longest caption, end token included; a longer one is cut and keeps no end token, so the model does not
             learn to stop there.
         mode: "train" or "generate".
@@ -106,15 +106,17 @@ class Collator:
                 skipped.append(Skipped(item.clip, f"clip {item.clip.id} has no caption to learn from: it is empty or gives no tokens"))
                 continue
             num_truncated += len(caption) > self.max_caption_tokens
-            sequences.append(_Sequence(item, *self._prompt(item.grid_thw), caption[: self.max_caption_tokens]))
+            sequences.append(_Sequence(item, *self._prompt(item.grid_thw, item.times_s), caption[: self.max_caption_tokens]))
         grids = [sequence.sample.grid_thw for sequence in sequences if sequence.sample.grid_thw is not None]
         assert len(grids) in (0, len(sequences)), "a batch mixes clips with a size of their own and without"
+        times_s = tuple(sequence.sample.times_s for sequence in sequences)
         return Batch(
             clips=tuple(sequence.sample.clip for sequence in sequences),
             **self._tensors(sequences),
             frames=stack_padded([sequence.sample.frames for sequence in sequences]),
             features=stack_padded([sequence.sample.features for sequence in sequences]),
             grid_thw=tuple(grids) or None,
+            times_s=times_s if any(times_s) else (),
             skipped=tuple(skipped),
             num_truncated=num_truncated,
         )
@@ -130,9 +132,9 @@ class Collator:
         ids = self.prompt.encode_caption(clip.captions[0])
         return (*ids, self.prompt.end_id) if ids else ()
 
-    def _prompt(self, grid_thw: GridTHW | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    def _prompt(self, grid_thw: GridTHW | None, times_s: FrameTimes | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """Ids up to the caption, and which of them are placeholders."""
-        video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw)
+        video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw, times_s)
         ids: list[int] = []
         is_visual: list[bool] = []
         for part in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
@@ -147,7 +149,7 @@ class Collator:
         if self._packs and sequences:
             *starts, width = accumulate(lengths, initial=0)
             return (1, width), [(0, start) for start in starts]
-        width = max(lengths, default=0) or len(self._prompt(None)[0])
+        width = max(lengths, default=0) or len(self._prompt(None, None)[0])
         return (len(lengths), width), [(row, width - length if self.mode == "generate" else 0) for row, length in enumerate(lengths)]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:

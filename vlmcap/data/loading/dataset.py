@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 
 from vlmcap.data.decoding.augment import Augment
 from vlmcap.data.decoding.sampling import FrameSampling
-from vlmcap.data.decoding.video import DecodeLimits, VideoError, pad_frames, read_frames
+from vlmcap.data.decoding.video import DecodeLimits, VideoError, pad_frames, read_timed_frames
 from vlmcap.data.loading.isolation import Answer, Isolated, LostError, is_available, is_out_of_memory
 from vlmcap.data.loading.shared_memory import shared_zeros
 from vlmcap.errors import UserError, first_line
-from vlmcap.types import Clip, GridTHW, Sample, Skipped
+from vlmcap.types import CLOCKLESS_FPS, Clip, GridTHW, Sample, Skipped
 
 Key = int | tuple[int, int]
 """An index, or for training (epoch, index)."""
@@ -35,7 +35,7 @@ class ReadSettings:
     Attributes:
         sampling: Which frames.
         limits: What one clip may cost.
-        decoder: As `read_frames` takes it.
+        decoder: As `read_timed_frames` takes it.
         is_variable: Keep fewer frames than `sampling.num_frames` where a clip has fewer; otherwise they are repeated.
         augment: Of training samples only.
         seed: Of everything random.
@@ -105,10 +105,10 @@ class ClipDataset(Dataset[Sample | Skipped]):
         if frames is None:
             return Skipped(clip, facts["reason"], is_final=facts["is_final"])
         grid_thw = facts["grid_thw"]
-        return Sample(clip, frames=frames, grid_thw=None if grid_thw is None else tuple(grid_thw))
+        return Sample(clip, frames=frames, grid_thw=None if grid_thw is None else tuple(grid_thw), times_s=tuple(facts["times_s"]))
 
     def _read(self, request: list[int | None]) -> Answer:
-        """The grid and the frames of a clip, or the reason why there are none."""
+        """The grid, the times and the frames of a clip, or the reason why there are none."""
         epoch, index = request
         assert index is not None
         clip = self.clips[index]
@@ -126,14 +126,17 @@ class ClipDataset(Dataset[Sample | Skipped]):
 
     def _frames(self, clip: Clip, rng: np.random.Generator | None) -> Answer:
         settings = self.settings
-        frames = read_frames(clip, settings.sampling, rng=rng, limits=settings.limits, decoder=settings.decoder)
+        frames, times_s = read_timed_frames(clip, settings.sampling, rng=rng, limits=settings.limits, decoder=settings.decoder)
+        if times_s is None:
+            times_s = torch.arange(len(frames), dtype=torch.float64) / CLOCKLESS_FPS
         if not settings.is_variable:
-            frames = pad_frames(frames, settings.sampling.num_frames)
+            num_frames = settings.sampling.num_frames
+            frames, times_s = pad_frames(frames, num_frames), pad_frames(times_s, num_frames)
         if rng is not None:
             frames = settings.augment(frames, rng)
         num_frames, _, height, width = frames.shape
         grid_thw = None if self.grid_of is None else self.grid_of(num_frames, height, width)
-        return {"grid_thw": grid_thw}, self.frame_transform(frames)
+        return {"grid_thw": grid_thw, "times_s": times_s.tolist()}, self.frame_transform(frames)
 
 
 def _cannot_read(clip: Clip, reason: str) -> str:

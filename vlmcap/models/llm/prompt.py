@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmcap.errors import UserError, first_line
-from vlmcap.types import GridTHW
+from vlmcap.types import FrameTimes, GridTHW
 
 # Where visual tokens and caption go in the rendered template; neither ever reaches the tokenizer.
 _VISUAL, _ANSWER = "<<vlmcap-visual-tokens>>", "<<vlmcap-caption>>"
@@ -67,8 +67,8 @@ class VisualRun:
     num_tokens: Callable[[int, tuple[int, int]], int]
     own: GridTHW
 
-    def __call__(self, grid_thw: GridTHW | None) -> Sequence[int]:
-        """The one run, as the number of its placeholders."""
+    def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int]:
+        """The one run, as the number of its placeholders; times make no difference to it."""
         num_frames, height, width = grid_thw or self.own
         return (self.num_tokens(num_frames, (height, width)),)
 

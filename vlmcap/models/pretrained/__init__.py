@@ -26,7 +26,15 @@ _OUT_OF_WHOLE = {r"^(?:model\.)?visual\.": ""}
 
 
 def load_pretrained(
-    kind: str, folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, max_patches: int
+    kind: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: str,
+    attention: str,
+    device: str,
+    max_patches: int,
+    use_outer_marks: bool = True,
 ) -> PretrainedParts:
     """A whole model taken apart: encoder and language model frozen, projector in float32.
 
@@ -38,6 +46,8 @@ def load_pretrained(
         attention: As `choose_attention` takes it.
         device: Where the model will run, such as "cpu" or "cuda:0"; quantised weights are put there while loading.
         max_patches: Patches a frame at most, for the Qwen family; LLaVA's frames have one size.
+        use_outer_marks: Whether an outer `<|vision_start|>…<|vision_end|>` stands around Qwen3-VL's frames, as its processor has it since
+            transformers 5.10; other models have the one pair always.
 
     Raises:
         UserError: The folder holds another model, or only a part of one.
@@ -45,14 +55,17 @@ def load_pretrained(
     _check_kind(kind, folder)
     if kind == "llava_next_video":
         return load_llava(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
-    return load_qwen_vl(kind, folder, dtype=dtype, quantization=quantization, attention=attention, device=device, max_patches=max_patches)
+    language: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "attention": attention, "device": device}
+    return load_qwen_vl(kind, folder, **language, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
-def build_pretrained(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int) -> PretrainedParts:
+def build_pretrained(
+    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = True
+) -> PretrainedParts:
     """The parts of a `config.json` with random weights; without any under `torch.device("meta")`."""
     if kind == "llava_next_video":
         return build_llava(config, dtype=dtype)
-    return build_qwen_vl(kind, config, dtype=dtype, max_patches=max_patches)
+    return build_qwen_vl(kind, config, dtype=dtype, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
 def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, device: str, max_patches: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.types import GridTHW
+from vlmcap.types import VisualLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class PretrainedParts:
         captioner_class: Makes the captioner of (encoder, projector, llm, prompt, generation).
         visual_prefix: Text right before the visual tokens.
         visual_suffix: Text right behind them.
-        visual_layout: A clip's size -> runs of placeholders and text between them, picklable; None for one run of placeholders.
+        visual_layout: A clip's size and times -> runs of placeholders and text between them, picklable; None for one run of placeholders.
     """
 
     encoder: Any
@@ -38,7 +38,7 @@ class PretrainedParts:
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     visual_prefix: str = ""
     visual_suffix: str = ""
-    visual_layout: Callable[[GridTHW | None], Sequence[int | Sequence[int]]] | None = None
+    visual_layout: VisualLayout | None = None
 
 
 @contextmanager

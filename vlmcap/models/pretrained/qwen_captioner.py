@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.pretrained.qwen_vision import MergerSpec
-from vlmcap.types import Batch, GridTHW
+from vlmcap.types import CLOCKLESS_FPS, Batch, FrameTimes, GridTHW
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 _VIDEO = 2  # transformers' type of a video token, beside 0 for text and 1 for images
@@ -28,26 +28,27 @@ class TimestampedRuns:
     Attributes:
         spec: Of the merger.
         tokenizer: Of the language model.
-        frame_rate: Frames a second.
         frames_per_patch: Frames that share a temporal patch.
     """
 
     spec: MergerSpec
     tokenizer: Any
-    frame_rate: float
     frames_per_patch: int
     _known: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
-    def time_s(self, index: int) -> float:
-        """The middle between first and last frame of a temporal patch, in seconds from the start of the clip."""
-        return (index * self.frames_per_patch + (self.frames_per_patch - 1) / 2) / self.frame_rate
+    def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int | Sequence[int]]:
+        """Time, start mark, placeholders and end mark of each temporal patch in turn; nothing without a clip.
 
-    def __call__(self, grid_thw: GridTHW | None) -> Sequence[int | Sequence[int]]:
-        """Time, start mark, placeholders and end mark of each temporal patch in turn; nothing without a clip."""
+        The time of a patch is the middle between those of its first and last frame; the last frame fills up the last patch.
+        """
         runs: list[int | Sequence[int]] = []
         steps, *grid = grid_thw or (0, 0, 0)
+        span = self.frames_per_patch
+        known = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
+        assert steps == 0 or (steps - 1) * span < len(known) <= steps * span, f"{len(known)} times for {steps} temporal patches"
         for index in range(steps):
-            text = f"{VISION_END if index else ''}<{self.time_s(index):.1f} seconds>{VISION_START}"
+            own = known[index * span : (index + 1) * span]
+            text = f"{VISION_END if index else ''}<{(own[0] + own[-1]) / 2:.1f} seconds>{VISION_START}"
             runs += [self._ids(text), self.spec.num_tokens(1, (grid[0], grid[1]))]
         return runs
 
@@ -64,15 +65,15 @@ class QwenVLCaptioner(VideoCaptioner):
     that ran before, so placement, DeepStack, beams and the cache of keys and values are the class's own.
 
     Args:
-        seconds_per_patch: Time between temporal patches, which Qwen2.5-VL's positions state.
+        frames_per_patch: Frames that share a temporal patch.
         **parts: As `VideoCaptioner` takes them.
     """
 
     has_plain_inputs = False
 
-    def __init__(self, *parts: Any, seconds_per_patch: float, **named: Any) -> None:
+    def __init__(self, *parts: Any, frames_per_patch: int, **named: Any) -> None:
         super().__init__(*parts, **named)
-        self.seconds_per_patch = seconds_per_patch
+        self.frames_per_patch = frames_per_patch
 
     def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
         """What the language model is called with, in training and for generation."""
@@ -104,7 +105,16 @@ class QwenVLCaptioner(VideoCaptioner):
             ids,
             mm_token_type_ids=batch.visual_mask.int() * _VIDEO,
             video_grid_thw=torch.tensor(batch.grid_thw, device=ids.device),
-            second_per_grid_ts=[self.seconds_per_patch] * len(batch),
+            second_per_grid_ts=[self.seconds_per_patch(times_s) for times_s in batch.times_s or [None] * len(batch)],
             attention_mask=batch.attention_mask,
         )
         return positions
+
+    def seconds_per_patch(self, times_s: FrameTimes | None) -> float:
+        """Time between temporal patches, from which Qwen2.5-VL makes positions.
+
+        The class takes one number per clip, so frames that were sampled unevenly count as spread evenly over the time that they span.
+        """
+        if times_s is None:
+            return self.frames_per_patch / CLOCKLESS_FPS
+        return self.frames_per_patch * (times_s[-1] - times_s[0]) / max(1, len(times_s) - 1)

@@ -47,13 +47,18 @@ FAMILIES = {
         "Qwen3VLForConditionalGeneration", "Qwen3VLVisionModel", Preprocessing((0.5,) * 3, (0.5,) * 3), has_timestamps=True
     ),
 }
-# Whatever a clip's length, its frames count as taken at the rate that the checkpoints' processors sample at: cached features, prompts and
-# plans then know nothing of durations.
-_FRAME_RATE = 2.0
 
 
 def load_qwen_vl(
-    kind: str, folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, max_patches: int
+    kind: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: str,
+    attention: str,
+    device: str,
+    max_patches: int,
+    use_outer_marks: bool = True,
 ) -> PretrainedParts:
     """A Qwen-VL checkpoint, taken apart; arguments as `load_pretrained`'s.
 
@@ -74,20 +79,29 @@ def load_qwen_vl(
     check_attention(model, options["attn_implementation"])
     if quantization == "4bit":
         keep_packing(model)
-    return split_qwen_vl(kind, model, max_patches=max_patches, processor=read_processor(folder), tokenizer=tokenizer)
+    processor = read_processor(folder)
+    return split_qwen_vl(kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks, processor=processor, tokenizer=tokenizer)
 
 
-def build_qwen_vl(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int) -> PretrainedParts:
+def build_qwen_vl(
+    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = True
+) -> PretrainedParts:
     """The parts of a configuration with random weights, without a tokenizer and so without `visual_layout`."""
     import transformers
 
     model_class = getattr(transformers, FAMILIES[kind].class_name)
     model = model_class._from_config(model_class.config_class.from_dict(dict(config)), dtype=dtype)
-    return split_qwen_vl(kind, model, max_patches=max_patches)
+    return split_qwen_vl(kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
 def split_qwen_vl(
-    kind: str, model: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None, tokenizer: Any = None
+    kind: str,
+    model: Any,
+    *,
+    max_patches: int,
+    use_outer_marks: bool = True,
+    processor: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> PretrainedParts:
     """The parts of a model of transformers, which is taken apart in place.
 
@@ -95,6 +109,7 @@ def split_qwen_vl(
         kind: A key of `FAMILIES`.
         model: Of its class.
         max_patches: Patches a frame at most.
+        use_outer_marks: As `load_pretrained` takes it.
         processor: Content of the checkpoint's processor file.
         tokenizer: Writes the timestamps of Qwen3-VL.
 
@@ -108,15 +123,17 @@ def split_qwen_vl(
     spec = MergerSpec(merge, encoder.grid)
     model.model.visual = None  # the tower's weights are the encoder's now
     is_timed = family.has_timestamps and tokenizer is not None
+    # Around the timestamps of Qwen3-VL, each run has its own pair, whose last end mark is the prompt's; the outer pair is one more.
+    num_marks = int(use_outer_marks) if family.has_timestamps else 1
     return PretrainedParts(
         encoder=encoder,
         projector=MergerProjector(mergers, spec).float().requires_grad_(True),
         llm=model.requires_grad_(False).eval(),
         num_tokens=spec.num_tokens,
-        captioner_class=partial(QwenVLCaptioner, seconds_per_patch=span / _FRAME_RATE),
-        visual_prefix="" if family.has_timestamps else VISION_START,
-        visual_suffix=VISION_END,
-        visual_layout=TimestampedRuns(spec, tokenizer, _FRAME_RATE, span) if is_timed else None,
+        captioner_class=partial(QwenVLCaptioner, frames_per_patch=span),
+        visual_prefix=VISION_START * num_marks,
+        visual_suffix=VISION_END * (num_marks + family.has_timestamps),
+        visual_layout=TimestampedRuns(spec, tokenizer, span) if is_timed else None,
     )
 
 

@@ -31,7 +31,7 @@ from vlmcap.planning.estimate.meta_models import (
 from vlmcap.types import Batch, Clip, GridTHW
 
 IGNORED = -100  # label of a token that is not learned
-_TEXT_BETWEEN_RUNS = 10  # tokens of a time and its marks in Qwen3-VL's prompt
+_TEXT_BETWEEN_RUNS = 12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,52 @@
+"""Shards with damaged entries: found by their checksums, and written again without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from vlmcap.data.features.shards import DAMAGED, SCALE, BrokenFileError, Shard, read_shard, tensors_checksum, write_shard
+from vlmcap.types import Clip, Skipped
+
+
+def damaged_entries(path: Path) -> list[str]:
+    """Content hashes of the clips of a shard whose entries are damaged.
+
+    Raises:
+        BrokenFileError: Nothing of it can be read.
+        OSError: It cannot be opened.
+    """
+    return _find_damage(path)[2]
+
+
+def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    shard = read_shard(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise BrokenFileError(str(error)) from error
+    damaged = [row.content for row in shard.rows if tensors_checksum(row.content, tensors, row.grid_thw, row.times_s) != row.checksum]
+    return shard, tensors, damaged
+
+
+def repair_shard(path: Path) -> None:
+    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again; the old one goes.
+
+    Raises:
+        BrokenFileError: Nothing of it can be read; it stays.
+        OSError: It cannot be opened, or the new one cannot be written.
+    """
+    shard, tensors, damaged = _find_damage(path)
+    if not damaged:
+        return
+    sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
+    grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
+    skipped = {content: Skipped(Clip("", "", ()), reason, content not in shard.lost) for content, reason in shard.skipped.items()}
+    skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
+    times_s = {row.content: row.times_s for row in shard.rows if row.times_s and row.content in sound}
+    write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors, times_s)
+    path.unlink(missing_ok=True)
