@@ -98,7 +98,7 @@ class PathReader:
     prompt: PromptEncoder
     visual: VisualLayout
 
-    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+    def __call__(self, paths: Sequence[str | Path], batch_size: int) -> Iterator[Batch]:
         """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
 
         Raises:
@@ -107,7 +107,7 @@ class PathReader:
         from torch.utils.data import DataLoader
 
         from vlmcap.data.loading.collate import Collator
-        from vlmcap.data.loading.worker_report import WorkerWatch
+        from vlmcap.data.loading.worker_report import WorkerWatch, leave_signals_to_main
         from vlmcap.types import Clip
 
         data, llm = self.plan.config.data, self.plan.config.llm
@@ -118,4 +118,10 @@ class PathReader:
         watch = WorkerWatch()
         watched = watch.over(dataset, clips) if num_workers else dataset
         with watch.naming_clips():
-            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, num_workers=num_workers)
+            yield from DataLoader(
+                watched,
+                batch_size=batch_size,
+                collate_fn=collator,
+                num_workers=num_workers,
+                worker_init_fn=leave_signals_to_main,  # the main process ends them, and tells how far it came
+            )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vlmcap.cli import cache, caption, dashboard, data, doctor, export, plan, report, spectrum
-from vlmcap.errors import UserError
+from vlmcap.errors import StoppedBySignal, UserError
 
 COMMANDS = (doctor, plan, cache, caption, data, export, report, spectrum, dashboard)
 """Modules with `add(commands)`, which adds a parser whose `run` takes the options; whatever is slow to import they import when run."""
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
