@@ -6,9 +6,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
@@ -93,7 +92,7 @@ class CaptionFile:
         return UserError(f"--output: {self.path} cannot be written ({error.strerror}): free some space or choose another place")
 
 
-def _append(file: RawIOBase, content: bytes) -> None:
+def _append(file: IO[bytes], content: bytes) -> None:
     start = file.seek(0, os.SEEK_END)
     left = memoryview(content)
     try:
