@@ -35,8 +35,8 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
     extra = _extra_loggers(config, plain, folder, "train", known, step)  # refuses before a file of an earlier run is cut
     jsonl, rows = JsonlLogger(folder / "metrics.jsonl"), []
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        outside = [logger for logger in extra if isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger)]
-        keep_ids(folder, known | {config.logger.kind.name: str(logger.version) for logger in outside})
+        is_outside = any(isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) for logger in extra)
+        keep_ids(folder, known | ({config.logger.kind.name: str(extra[0].version)} if is_outside else {}))
         rows = jsonl.cut_after(step if step is not None else -1)
     if config.logger.kind is LoggerKind.csv:
         extra = [csv_logger(folder, rows)]
