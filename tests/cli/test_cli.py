@@ -11,7 +11,6 @@ import pytest
 
 from vlmcap import cli
 from vlmcap.cli import caption as caption_command
-from vlmcap.errors import UserError
 
 
 def exits(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -19,21 +18,6 @@ def exits(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
         cli.main(arguments)
     assert isinstance(stop.value.code, int)
     return stop.value.code, capsys.readouterr().err
-
-
-def test_files_and_folders(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.MKV", "notes.txt", "deep/c.webm"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = caption_command.find_videos([tmp_path / "notes.txt", tmp_path])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["notes.txt", "a.MKV", "b.mp4", "deep/c.webm"]
-
-
-def test_paths_that_do_not_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no video"):
-        caption_command.find_videos([tmp_path])
-    with pytest.raises(UserError, match=r"missing\.mp4 does not exist"):
-        caption_command.find_videos([tmp_path / "missing.mp4"])
 
 
 @pytest.mark.parametrize("is_made", [False, True])

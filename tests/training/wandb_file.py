@@ -28,12 +28,14 @@ def chunks(content: bytes) -> Iterator[bytes]:
 
 
 class WandbFile:
-    """What an offline run's record file holds."""
+    """What an offline run's record file holds; each start of a run writes a segment of its own, which is the last one here."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_segments: int = 1) -> None:
         from wandb.proto.wandb_internal_pb2 import Record
 
-        (self.path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+        assert len(segments) == num_segments
+        self.path = segments[-1]
         self.records: dict[str, list[Any]] = defaultdict(list)
         for chunk in chunks(self.path.read_bytes()):
             record = Record.FromString(chunk)

@@ -98,7 +98,7 @@ class PathReader:
     prompt: PromptEncoder
     visual: VisualLayout
 
-    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+    def __call__(self, paths: Sequence[str | Path], batch_size: int) -> Iterator[Batch]:
         """Batches of up to `batch_size` clips on the CPU, in the order of the paths.
 
         Raises:

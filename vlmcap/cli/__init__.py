@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vlmcap.cli.arguments import COMMANDS
-from vlmcap.errors import UserError
+from vlmcap.errors import StoppedBySignal, UserError
 from vlmcap.libraries import import_libraries
 
 
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -114,11 +114,12 @@ def _check_cache(options: Namespace) -> None:
 
 
 def _caption(parser: ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders that are searched for them")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders and archives that are searched for them")
     text = "a .ckpt file of a run, or a folder of `vlmcap export`"
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help=text)
-    text = "write one JSON object per clip here instead of text to the screen"
+    text = "write one JSON object per clip here, as it is done, instead of text to the screen"
     parser.add_argument("--output", metavar="F.jsonl", help=text)
+    parser.add_argument("--resume", action="store_true", help="keep the captions that --output has, and go on with the other clips")
     _add_set(parser, "hardware.accelerator=cpu")
 
 

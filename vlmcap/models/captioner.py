@@ -25,9 +25,9 @@ from vlmcap.types import Batch, Skipped
 
 
 class ClipReader(Protocol):
-    """Reads video files as batches of prompts, whose clips have the positions of their paths as ids."""
+    """Reads videos, by path or address, as batches of prompts, whose clips have the positions of their paths as ids."""
 
-    def __call__(self, paths: Sequence[Path], batch_size: int) -> Iterable[Batch]:
+    def __call__(self, paths: Sequence[str | Path], batch_size: int) -> Iterable[Batch]:
         """Batches of up to `batch_size` clips on the CPU, in the order of the paths."""
         ...
 
@@ -241,14 +241,14 @@ class VideoCaptioner(nn.Module):
             UserError: A file could not be read.
         """
         captions = []
-        for _, caption in self.caption_files([Path(path) for path in paths]):
+        for _, caption in self.caption_files(paths):
             if isinstance(caption, Skipped):
                 raise UserError(f"{caption.clip.video} could not be read: {caption.reason}")
             captions.append(caption)
         return captions
 
-    def caption_files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, str | Skipped]]:
-        """Each file with its caption, or with why it has none, in order and as the batches get ready."""
+    def caption_files(self, paths: Sequence[str | Path]) -> Iterator[tuple[str | Path, str | Skipped]]:
+        """Each path or address with its caption, or with why it has none, in order and as the batches get ready."""
         assert self.reader is not None, "a captioner that was made without a reader captions batches only"
         self.eval()
         for batch in self.reader(paths, self.prompt_batch_size):

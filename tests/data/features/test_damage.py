@@ -245,7 +245,8 @@ def test_all_stores_are_verified(tmp_path: Path, numbered: Make, make_recipe: Ma
 
 
 def test_what_an_entry_says_is_part_of_its_checksum() -> None:
-
     part = np.arange(64, dtype=np.uint8)
-    given: list[tuple[Any, ...]] = [("a", (2, 4, 8), None), ("b", (2, 4, 8), None), ("a", (4, 2, 8), None), ("a", (2, 4, 8), (2, 2, 2))]
+    sizes, none = (2, 4, 8), None
+    given: list[tuple[Any, ...]] = [("a", sizes, none, ()), ("b", sizes, none, ()), ("a", (4, 2, 8), none, ())]
+    given += [("a", sizes, (2, 2, 2), ()), ("a", sizes, none, (0.0, 0.5))]
     assert len({shards.entry_checksum(*entry, [part]) for entry in given}) == len(given)

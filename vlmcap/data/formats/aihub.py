@@ -13,13 +13,11 @@ from typing import Any
 from vlmcap.data.formats.keys import captions_at, text_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, read_text
-from vlmcap.data.media.tree import TreeFile, list_files
+from vlmcap.data.media.tree import IMAGE_ENDINGS, VIDEO_ENDINGS, TreeFile, list_files
 from vlmcap.data.splits import split_in_path, standard_split
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
-VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_LABEL_BYTES = 64 * 1024**2
 
 # Folders, and beginnings of their names, that tell labels from clips and are left out when the two are compared.

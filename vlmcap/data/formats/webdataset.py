@@ -19,11 +19,12 @@ from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
 from vlmcap.data.media import MediaError, list_members, member_address, read_text
 from vlmcap.data.media.roots import relative_address
 from vlmcap.data.media.storage import local_file
+from vlmcap.data.media.tree import IMAGE_ENDINGS, VIDEO_ENDINGS, is_hidden_path
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
-MEDIA = ("mp4", "webm", "mkv", "mov", "avi", "jpg", "jpeg", "png", "webp")
+MEDIA = tuple(ending.removeprefix(".") for ending in VIDEO_ENDINGS + IMAGE_ENDINGS)
 """Endings of videos and images; the first of them that a sample has is its clip."""
 
 _LABELS = ("json", "txt")
@@ -108,8 +109,7 @@ def _samples(settings: SourceSettings, shard: str) -> Iterator[_Sample]:
     samples: dict[str, _Sample] = {}
     for member in members:
         key, _, ending = member.name.rpartition(".")
-        is_hidden = member.name.rpartition("/")[2].startswith(".")
-        if key and not is_hidden and ending.lower() in MEDIA + _LABELS:
+        if key and not is_hidden_path(member.name) and ending.lower() in MEDIA + _LABELS:
             sample = samples.setdefault(key, _Sample(f"{prefix}/{key.removeprefix('./')}"))
             sample.members.setdefault(ending.lower(), member_address(shard, member.name))
     return iter(samples.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -15,6 +15,13 @@ from vlmcap.data.media import MediaError, list_members, member_address
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
+VIDEO_ENDINGS = (
+    *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".ts", ".mts", ".m2ts", ".vob"),
+    *(".flv", ".3gp", ".ogv"),
+)
+"""Lower-case endings of files that are taken for videos; where one name has several, the first is its clip."""
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ARCHIVES = (".zip", ".tar")
 Outside = Literal["refuse", "skip", "follow"]
 """What is done with links that leave the root."""
@@ -37,60 +44,111 @@ class Archive:
     error: str = ""
 
 
+@dataclass(slots=True)
+class Visit:
+    """One walk in which each folder is entered once, however many links lead to it, and what is left out is counted.
+
+    Attributes:
+        folders: The folders that were entered, with their links resolved.
+        links: Links to folders that are still to be followed.
+        num_hidden: Number of hidden files and folders.
+        unreadable: Links that lead nowhere, folders that cannot be opened, and whatever is neither a file nor a folder.
+    """
+
+    folders: set[str] = field(default_factory=set)
+    links: list[str] = field(default_factory=list)
+    num_hidden: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+
 def is_archive(place: str) -> bool:
     """Whether the name is that of an archive that is read in place."""
     return PurePosixPath(place).suffix.lower() in ARCHIVES
 
 
-def list_files(root: str, outside: Outside = "refuse") -> Iterator[TreeFile | Skipped]:
+def list_files(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[TreeFile | Skipped]:
     """Every file below `root`, members of archives included; hidden files are left out, broken archives are named.
 
     Raises:
         UserError: `root` is no folder and no archive, or a link leaves it.
     """
     if is_archive(root) and ("://" in root or os.path.isfile(root)):
-        yield from _members(root, "")
+        yield from _members(root, "", visit)
         return
-    for path in walk(root, outside):
+    for path in walk(root, outside, visit):
         relative = unicodedata.normalize("NFC", os.path.relpath(path, root)).replace(os.sep, "/")
         if is_archive(path):
-            yield from _members(path, os.path.splitext(relative)[0])
+            yield from _members(path, os.path.splitext(relative)[0], visit)
         else:
             yield TreeFile(relative, path)
 
 
-def walk(root: str, outside: Outside = "refuse") -> Iterator[str]:
+def walk(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[str]:
     """Paths of the regular files below a folder, sorted in each folder, hidden ones left out.
 
-    Links to folders above themselves are not followed.
+    Links to folders are followed, but not to those that hold the link. With `visit`, each folder comes once, by its own name where
+    that is below `root` too; without, under every name that leads to it, as annotations may use any of them.
+
+    Args:
+        root: The folder.
+        outside: What is done with links that leave `root`.
+        visit: Counts what is left out.
 
     Raises:
-        UserError: `root` is no folder, or a link leaves it.
+        UserError: `root` is no folder, a folder cannot be opened (without `visit`), or a link leaves `root`.
     """
     if not os.path.isdir(root):
         raise _no_folder(root)
-    yield from _walk(root, os.path.realpath(root), outside)
+    real_root = os.path.realpath(root)
+    yield from _walk(root, real_root, outside, frozenset(), visit)
+    while visit is not None and visit.links:
+        yield from _walk(visit.links.pop(0), real_root, outside, frozenset(), visit)
 
 
-def _walk(folder: str, real_root: str, outside: Outside) -> Iterator[str]:
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
+def _walk(folder: str, real_root: str, outside: Outside, above: frozenset[str], visit: Visit | None) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in (above if visit is None else visit.folders):
+        return
+    if visit is not None:
+        visit.folders.add(real)
+    for entry in _entries(folder, visit):
         if _is_hidden(entry.name):
+            if visit is not None:
+                visit.num_hidden += 1
             continue
-        if outside != "follow" and entry.is_symlink() and not is_below(os.path.realpath(entry.path), real_root):
+        is_link = entry.is_symlink()
+        target = os.path.realpath(entry.path) if is_link else entry.path
+        if outside != "follow" and is_link and not is_below(target, real_root):
             if outside == "skip":
                 continue
             raise UserError(
                 f"{entry.path} is a link out of data.root: copy the files there, set data.root to the folder that really holds them, "
                 "or set data.allow_outside=true"
             )
-        if entry.is_dir():
-            is_circle = entry.is_symlink() and is_below(os.path.realpath(folder), os.path.realpath(entry.path))
-            if not is_circle:
-                yield from _walk(entry.path, real_root, outside)
-        elif entry.is_file():
+        # Asked by path, a link that leads to itself is neither; an entry raises.
+        if os.path.isdir(target) if is_link else entry.is_dir():
+            if is_link and is_below(real, target):
+                continue
+            if is_link and visit is not None:
+                visit.links.append(entry.path)
+            else:
+                yield from _walk(entry.path, real_root, outside, above | {real}, visit)
+        elif os.path.isfile(target) if is_link else entry.is_file():
             yield entry.path
+        elif visit is not None:
+            visit.unreadable.append(entry.path)
+
+
+def _entries(folder: str, visit: Visit | None) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name; nothing where it cannot be opened and `visit` takes note of that."""
+    try:
+        with os.scandir(folder) as scan:
+            return sorted(scan, key=lambda entry: entry.name)
+    except OSError as error:
+        if visit is None:
+            raise UserError(f"{folder} cannot be read ({error.strerror}): give this user the right to read it, or move it away") from error
+        visit.unreadable.append(folder)
+        return []
 
 
 def _no_folder(root: str) -> UserError:
@@ -130,17 +188,29 @@ def _archive(path: str, folder: str) -> Archive:
     return Archive(folder, path)
 
 
-def _members(path: str, folder: str) -> Iterator[TreeFile | Skipped]:
+def _members(path: str, folder: str, visit: Visit | None) -> Iterator[TreeFile | Skipped]:
     try:
         members = list_members(path)
     except MediaError as error:
         yield skip(folder or path, str(error), path)
         return
     for member in members:
-        parts = [part for part in member.name.replace("\\", "/").split("/") if part not in ("", ".", "..")]  # a label, not a path to open
-        if parts and not any(map(_is_hidden, parts)):
+        if is_hidden_path(member.name):
+            if visit is not None:
+                visit.num_hidden += 1
+        elif parts := _parts(member.name):
             inner = unicodedata.normalize("NFC", "/".join(parts))
             yield TreeFile(f"{folder}/{inner}" if folder else inner, member_address(path, member.name))
+
+
+def is_hidden_path(name: str) -> bool:
+    """Whether a member of an archive is hidden, or lies in a hidden folder."""
+    return any(map(_is_hidden, _parts(name)))
+
+
+def _parts(name: str) -> list[str]:
+    """The folders and the file of a member's name, which is a label and not a path to open."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 
 def _is_hidden(name: str) -> bool:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlmcap.config import Config, LoggedCheckpoint
-from vlmcap.files import replacing
-
-_RECORD = "wandb.json"  # in a run's folder: how an evaluation finds its artifact
+from vlmcap.training.loggers.identity import folder_of, known_ids
 
 
 def log_run_files(run: Any, config: Config, folder: Path) -> None:
-    """Sends the chosen checkpoint and the final predictions of a training run, and notes the artifact's name in `wandb.json`.
+    """Sends the chosen checkpoint and the final predictions of a training run.
 
     Args:
         run: Of W&B.
@@ -21,12 +18,9 @@ def log_run_files(run: Any, config: Config, folder: Path) -> None:
         folder: Of the run.
     """
     kind = config.logger.log_checkpoints
-    name = f"checkpoint-{run.id}"
     chosen = folder / "checkpoints" / f"{kind.name}.ckpt"
     if kind is not LoggedCheckpoint["none"] and chosen.is_file() and _is_small(chosen, config):
-        run.log_artifact(_checkpoint_artifact(name, chosen, config), aliases=[kind.name])
-        with replacing(folder / _RECORD) as partial:
-            partial.write_text(json.dumps({"run": run.id, "project": config.logger.project, "checkpoint": name}) + "\n", encoding="utf-8")
+        run.log_artifact(_checkpoint_artifact(run.id, chosen, config), aliases=[kind.name])
     if config.logger.log_predictions:
         _log_predictions(run, [folder / "predictions" / f"{split}.jsonl" for split in ("val", "test")])
 
@@ -43,9 +37,8 @@ def use_checkpoint(run: Any, config: Config, checkpoint: Path) -> None:
     """
     if config.logger.log_checkpoints is LoggedCheckpoint["none"] or not checkpoint.is_file() or not _is_small(checkpoint, config):
         return
-    record = checkpoint.parent.parent / _RECORD
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    artifact = _checkpoint_artifact(known.get("checkpoint", f"checkpoint-{checkpoint.stem}-{run.id}"), checkpoint, config)
+    trained_by = known_ids(folder_of(checkpoint)).get("wandb")
+    artifact = _checkpoint_artifact(trained_by or f"{checkpoint.stem}-{run.id}", checkpoint, config)
     if run.offline:  # `use_artifact` asks the server; this notes the use for `wandb sync`
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     else:
@@ -57,11 +50,12 @@ def log_evaluation_files(run: Any, folder: Path) -> None:
     _log_predictions(run, [folder / "predictions.jsonl", folder / "metrics.json"])
 
 
-def _checkpoint_artifact(name: str, file: Path, config: Config) -> Any:
+def _checkpoint_artifact(owner: str, file: Path, config: Config) -> Any:
     import wandb
 
     parts = config.part_names | {"tuning": config.tuning.name, "seed": config.seed}
-    artifact = wandb.Artifact(name, type="model", description="Trained weights and optimiser state; no frozen weights.", metadata=parts)
+    description = "Trained weights and optimiser state; no frozen weights."
+    artifact = wandb.Artifact(f"checkpoint-{owner}", type="model", description=description, metadata=parts)
     artifact.add_file(str(file), name="captioner.ckpt", policy="immutable")  # read where it lies, not copied
     return artifact
 

@@ -46,16 +46,18 @@ class JsonlLogger(Logger):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def cut_after(self, step: int) -> None:
-        """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again."""
+    def cut_after(self, step: int) -> list[dict[str, Any]]:
+        """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again. Returns the others."""
         if not self.path.is_file():
-            return
-        kept = []
+            return []
+        kept: list[tuple[str, dict[str, Any]]] = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                row = json.loads(line)
+                if row["step"] <= step:
+                    kept.append((line, row))
             except (ValueError, KeyError, TypeError):
                 continue
         with replacing(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+        return [row for _, row in kept]

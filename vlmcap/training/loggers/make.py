@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlmcap.config import Config, LoggerKind
 from vlmcap.config.names import FINAL_SCORES, PEAK_MEMORY, factors, flat_summary
 from vlmcap.training.loggers.artifacts import log_evaluation_files, log_run_files, use_checkpoint
+from vlmcap.training.loggers.identity import folder_of, ids_to_resume, keep_ids, known_ids
 from vlmcap.training.loggers.jsonl import JsonlLogger
-from vlmcap.training.loggers.others import TrackioLogger, mlflow_logger, tensorboard_logger
+from vlmcap.training.loggers.others import TrackioLogger, csv_logger, mlflow_logger, tensorboard_logger
 from vlmcap.training.loggers.wandb_run import end_wandb, wandb_logger
 
 
@@ -24,35 +25,42 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
         config: Names the kind.
         plain: The resolved configuration as plain data.
         folder: Of the run.
-        step: Of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped.
+        step: Of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped. A run that resumes a checkpoint
+            of its own folder goes on with the records that `logger.json` names, any other one begins new ones.
 
     Raises:
         UserError: The package of the kind is not installed.
     """
-    extra = _extra_loggers(config, plain, folder, "train")  # refuses before a file of an earlier run is cut
-    jsonl = JsonlLogger(folder / "metrics.jsonl")
+    known = ids_to_resume(config, folder, step)
+    extra = _extra_loggers(config, plain, folder, "train", known, step)  # refuses before a file of an earlier run is cut
+    jsonl, rows = JsonlLogger(folder / "metrics.jsonl"), []
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        jsonl.cut_after(step if step is not None else -1)
+        is_outside = any(isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) for logger in extra)
+        keep_ids(folder, known | ({config.logger.kind.name: str(extra[0].version)} if is_outside else {}))
+        rows = jsonl.cut_after(step if step is not None else -1)
     if config.logger.kind is LoggerKind.csv:
-        extra = [CSVLogger(folder, name="", version="", prefix="")]
+        extra = [csv_logger(folder, rows)]
     return [jsonl, *extra]
 
 
 def make_evaluation_loggers(config: Config, plain: Mapping[str, Any], folder: Path) -> list[Logger]:
     """The loggers of an evaluation, whose own file is `metrics.json`."""
-    return _extra_loggers(config, plain, folder, "eval")
+    return _extra_loggers(config, plain, folder, "eval", {}, None)
 
 
-def _extra_loggers(config: Config, plain: Mapping[str, Any], folder: Path, job_type: str) -> list[Logger]:
+def _extra_loggers(
+    config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known: Mapping[str, str], step: int | None
+) -> list[Logger]:
+    known_id = known.get(config.logger.kind.name)
     match config.logger.kind:
         case LoggerKind.wandb:
-            return [wandb_logger(config, plain, folder, job_type)]
+            return [wandb_logger(config, plain, folder, job_type, known_id)]
         case LoggerKind.tensorboard:
-            return [tensorboard_logger(folder)]
+            return [tensorboard_logger(folder, step, is_training=job_type == "train")]
         case LoggerKind.mlflow:
-            return [mlflow_logger(config, folder, job_type)]
+            return [mlflow_logger(config, folder, job_type, known_id)]
         case LoggerKind.trackio:
-            return [TrackioLogger(config, plain, job_type)]
+            return [TrackioLogger(config, plain, job_type, known_id)]
     return []
 
 
@@ -84,8 +92,13 @@ def end_loggers(loggers: Sequence[Logger], config: Config, folder: Path, summary
 @rank_zero_only
 def end_evaluation_loggers(loggers: Sequence[Logger], config: Config, folder: Path, checkpoint: Path, scores: Mapping[str, float]) -> None:
     """Gives the scores, the predictions and the checkpoint they are of to the loggers that have a place for them, and ends them."""
+    trained_by = known_ids(folder_of(checkpoint))
     for logger in loggers:
+        if isinstance(logger, MLFlowLogger) and "mlflow" in trained_by:
+            logger.experiment.set_tag(logger.run_id, "train_run", trained_by["mlflow"])
         if isinstance(logger, WandbLogger):
+            if "wandb" in trained_by:
+                logger.experiment.config.update({"train_run": trained_by["wandb"]})
             use_checkpoint(logger.experiment, config, checkpoint)
             logger.experiment.summary.update({name: value for name, value in scores.items() if value == value})
             log_evaluation_files(logger.experiment, folder)

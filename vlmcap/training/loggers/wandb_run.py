@@ -16,7 +16,7 @@ from vlmcap.config.names import factors
 _OWN: dict[str, str | None] = {"run": None, "data": None}  # what an earlier job of this process left
 
 
-def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_type: str) -> Logger:
+def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known_id: str | None = None) -> Logger:
     """Runs group by encoder and language model, or by whole model, without a click: group, tags and factors say what differs.
 
     The configuration has the factors under one word each, as an agent of a W&B sweep sets them too, and all of it under `settings`.
@@ -26,6 +26,7 @@ def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_typ
         plain: The same as plain data.
         folder: Of the run.
         job_type: "train" or "eval".
+        known_id: Id of the run that is resumed; offline, another segment with it is written. WANDB_RUN_ID takes precedence.
     """
     import wandb
 
@@ -39,6 +40,8 @@ def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_typ
         entity=config.logger.entity,
         save_dir=folder,
         mode="offline" if reason else None,
+        id=os.environ.get("WANDB_RUN_ID") or known_id,
+        resume="allow",
         name=run_name(config) + ("" if job_type == "train" else f"-{job_type}-{config.data.split.name}"),
         group=group_name(config),
         job_type=job_type,
