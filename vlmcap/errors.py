@@ -1,5 +1,12 @@
 """The exception for a user's mistake, and what other exceptions say."""
 
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in configuration or input, told in one sentence: what is wrong, where, and how to mend it.
@@ -68,6 +75,33 @@ class StoppedBySignal(BaseException):
     def exit_code(self) -> int:
         """As a shell has it for a process that died of the signal: 143 for SIGTERM, 130 for Ctrl-C, 138 for SIGUSR1."""
         return 128 + self.number
+
+
+_STORAGE = {
+    errno.ENOSPC: ("the disk is full", "make room there, or choose a folder on another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "make room there, or choose a folder on another disk"),
+    errno.EROFS: ("it is on a read-only file system", "choose a folder that can be written to"),
+    errno.EACCES: ("it may not be written to", "choose another folder, or change its permissions"),
+    errno.EPERM: ("it may not be written to", "choose another folder, or change its permissions"),
+}
+_ROOM = re.compile(r"PytorchStreamWriter|inline_container|No space left on device|Disk quota exceeded")
+
+
+def storage_problem(error: BaseException, folder: str | Path | None = None, hint: str = "") -> str | None:
+    """A sentence for a folder that cannot be written to; None for any other error.
+
+    Args:
+        error: What was raised.
+        folder: Where the program writes, for errors that name no file, as those of torch.
+        hint: What sets the folder.
+    """
+    number = error.errno if isinstance(error, OSError) else errno.ENOSPC if _ROOM.search(str(error)) else None
+    if number not in _STORAGE or not isinstance(error, OSError | RuntimeError):
+        return None
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = (Path(os.fsdecode(name)).parent if name and not isinstance(name, int) else folder) or "a folder"
+    what, fix = _STORAGE[number]
+    return f"{where} cannot be written to, as {what}; {fix}{f' ({hint})' if hint else ''}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

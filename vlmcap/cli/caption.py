@@ -23,10 +23,11 @@ def run(options: Namespace) -> None:
     output = Path(options.output) if options.output else None
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist")
+    from vlmcap.compose import override_values
     from vlmcap.terminal import progress_reporter
     from vlmcap.training.checkpoints.load import load_captioner
 
-    captioner = load_captioner(options.checkpoint, read_settings(options.set))
+    captioner = load_captioner(options.checkpoint, override_values(options.overrides))
     report = progress_reporter("captioning")
     captions: list[tuple[Path, str]] = []
     failed: list[tuple[Path, str]] = []
@@ -40,15 +41,6 @@ def run(options: Namespace) -> None:
     if failed:
         video, reason = failed[0]
         raise UserError(f"{len(failed)} of {len(videos)} files could not be read, first: {video} ({reason})")
-
-
-def read_settings(settings: Sequence[str]) -> dict[str, str]:
-    """Keys to values of `--set KEY=VALUE`; `UserError` for one that is none."""
-    values = dict(setting.partition("=")[::2] for setting in settings)
-    for setting in settings:
-        if "=" not in setting:
-            raise UserError(f"--set {setting} is not KEY=VALUE")
-    return values
 
 
 def find_videos(paths: Sequence[Path]) -> list[Path]:
