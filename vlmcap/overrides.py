@@ -1,4 +1,4 @@
-"""Overrides as people type them: values that Hydra's grammar does not know are quoted, and keys of other programs are answered with ours."""
+"""Overrides as people type them: values that Hydra cannot parse are quoted, and keys of other programs are answered with ours."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ HINTS: dict[str, tuple[str, str]] = {
         ),
         ("num_frames n_frames nframes frames data.frames data.n_frames encoder.num_frames model.num_frames", "data.num_frames=", ""),
         (
-            "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir trainer.output_dir trainer.save_dir "
-            "paths.output paths.out_dir paths.log_dir paths.root_dir logger.save_dir",
+            "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir trainer.output_dir "
+            "trainer.save_dir paths.output paths.out_dir paths.log_dir paths.root_dir logger.save_dir",
             "paths.output_dir=",
             "",
         ),

@@ -1,4 +1,4 @@
-"""How `vlmcap train` and `vlmcap evaluate` run: help at once, a mistake as one sentence, and nothing left behind by a run that came to nothing."""
+"""How `vlmcap train` and `vlmcap evaluate` run: help at once, a mistake as one sentence, and no folder left by a run of nothing."""
 
 from __future__ import annotations
 

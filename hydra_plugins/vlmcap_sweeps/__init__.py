@@ -1,4 +1,4 @@
-"""What Hydra finds by itself, and in the namespace package `hydra_plugins` alone: the sweeper of `train.py -m` and the user's YAML files."""
+"""What Hydra looks for in the namespace package `hydra_plugins`: the sweeper of `train.py -m`, and the folder of `--config-dir`."""
 
 from __future__ import annotations
 
