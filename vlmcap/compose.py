@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
@@ -20,7 +19,7 @@ from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.overrides import foreign_key, quoted, read_overrides
+from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
 
 CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
@@ -285,8 +284,8 @@ def explain(error: Exception) -> str:
         key, _, value = override.partition("=")
         if not value:
             return f"'{override}' cannot be read as key=value; write a key, an equals sign and a value without blanks around it"
-        literal = shlex.quote(f"{key}={quoted(value)}")
-        return f"'{override}' cannot be read as key=value ({_reason(text)}); as plain text the value is {literal}"
+        literal = shell_quoted(f"{key}={quoted(value)}")
+        return f"'{override}' cannot be read as key=value{_reason(text)}; as plain text the value is {literal}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"there is no key '{unknown.group(1)}'; {_nearest(unknown.group(1))}"
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
@@ -299,9 +298,9 @@ def explain(error: Exception) -> str:
 
 
 def _reason(text: str) -> str:
-    """What Hydra's parser stumbled over, from the first lines of its message."""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("See https")]
-    return lines[1] if lines[0].startswith("Error parsing") and len(lines) > 1 else lines[0]
+    """What a function such as `range()` says of its arguments; the parser's own words are of tokens, and say nothing to a user."""
+    found = re.search(r"while evaluating '.*': (.*)", text)
+    return f" ({found.group(1)})" if found else ""
 
 
 def group_choices(group: str) -> list[str]:

@@ -142,7 +142,7 @@ def foreign_key(override: str) -> str:
             instead = f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
     if not instead:
         return ""
-    own = shlex.quote(instead + value) if instead.endswith("=") else instead
+    own = shell_quoted(instead + value) if instead.endswith("=") else instead
     return f"there is no key '{key}' here: set {own}{f' ({more})' if more else ''}"
 
 
@@ -151,6 +151,11 @@ def quoted(text: object) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(str(text), Quote.single).with_quotes()
+
+
+def shell_quoted(argument: str) -> str:
+    """An argument as it is typed in a shell, in double quotes where it holds single ones."""
+    return f'"{argument}"' if "'" in argument and not re.search(r'["$`\\!]', argument) else shlex.quote(argument)
 
 
 @cache
@@ -242,5 +247,5 @@ def _several_values(typed: str, override: Override, command: str) -> str:
     key, _, value = typed.partition("=")
     again = f"with -m it tries one after another: {command}" if command else "give it one value; `vlmcap train -m` tries several"
     is_list = getattr(override.value(), "simple_form", False) and "." in key
-    single = f", and {shlex.quote(f'{key}={quoted(value)}')} is one value with a comma" if is_list else ""
+    single = f", and {shell_quoted(f'{key}={quoted(value)}')} is one value with a comma" if is_list else ""
     return f"{typed} names several values: {again}{single}"

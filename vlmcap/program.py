@@ -81,6 +81,7 @@ def told_in_one_sentence() -> Iterator[None]:
 
     Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
     """
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
     try:
@@ -101,7 +102,7 @@ def told_in_one_sentence() -> Iterator[None]:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if sentence := _storage_problem(error):
+        if sentence := storage_problem(error, output_folder() if HydraConfig.initialized() else None):
             if is_sweep():
                 _fail_job(error, sentence)
             print(f"Error: {sentence}", file=sys.stderr)
@@ -111,19 +112,6 @@ def told_in_one_sentence() -> Iterator[None]:
         if not isinstance(error, Pruned):
             traceback.print_exc()
         _fail_job(error, first_line(error))
-
-
-def _storage_problem(error: BaseException) -> str | None:
-    """A sentence for a folder that cannot be written to, wherever in the chain of errors it is said."""
-    from hydra.core.hydra_config import HydraConfig
-
-    cause: BaseException | None = error
-    while cause is not None:
-        folder = output_folder() if HydraConfig.initialized() else None
-        if sentence := storage_problem(cause, folder, "paths.output_dir for runs, paths.cache_dir for features"):
-            return sentence
-        cause = cause.__cause__ or cause.__context__
-    return None
 
 
 def _fail_job(error: Exception, sentence: str) -> NoReturn:

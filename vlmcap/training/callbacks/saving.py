@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
-            torch.save(checkpoint, partial)
+            try:
+                torch.save(checkpoint, partial)
+            except RuntimeError as error:
+                if "inline_container" in str(error):  # what torch's writer says of a disk that is full
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+                raise
 
 
 class StepCheckpoint(ModelCheckpoint):
