@@ -184,7 +184,8 @@ HARMLESS = [
     ("vlmcap.training.module", "from vlmcap import config, types\nimport wandb"),
     ("vlmcap.config", "from omegaconf import MISSING"),
     ("vlmcap.sweeping.job", "import hydra\nfrom vlmcap.training.module import CaptioningModule"),
-    ("train", "import hydra\nfrom vlmcap.training import run"),
+    ("train", "from vlmcap.cli.train import main"),
+    ("vlmcap.cli.train", "import hydra\nfrom vlmcap.training import run"),
 ]
 
 

@@ -279,7 +279,7 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
     use_config_dir(str(tmp_path))
     assert [compose([f"encoder={name}"]).encoder.checkpoint for name in ("mine", "clip")] == ["hub/mine", "hub/other"]
     assert compose(["encoder=siglip2"]).encoder.checkpoint.startswith("google/")
-    with pytest.raises(UserError, match="choose encoder= one of .*mine"):
+    with pytest.raises(UserError, match=r"choose encoder= one of .*mine"):
         compose(["encoder=mien"])
-    with pytest.raises(UserError, match="--config-dir .* is no folder"):
+    with pytest.raises(UserError, match=r"--config-dir .* is no folder"):
         use_config_dir(str(tmp_path / "missing"))

@@ -17,7 +17,7 @@ from vlmcap.overrides import HINTS, foreign_key, quoted, read_overrides
 from vlmcap.sweep_syntax import expand
 
 PARSER = OverridesParser.create()
-ALPHABET = list("ab1 .,/:-+=~'\"\\()[]{}$#&;!?*@|<>%^`") + ["도심", "null", "true", "1e-3", "range(", "choice(", "${seed}"]
+ALPHABET = [*"ab1 .,/:-+=~'\"\\()[]{}$#&;!?*@|<>%^`", "도심", "null", "true", "1e-3", "range(", "choice(", "${seed}"]
 
 
 def text_of(override: str) -> object:
@@ -85,6 +85,7 @@ def test_the_home_folder_and_lists() -> None:
     [
         ("data.root=/a/도심,/b", ["/a/도심", "/b"]),
         ("data.root=choice(/a (1),도심)", ["/a (1)", "도심"]),
+        ("data.root=sort(나 (1),'가,다')", ["가,다", "나 (1)"]),
         ("data.root=~/a,it's", [str(Path.home() / "a"), "it's"]),
         ("data.caption_key='가,나',다", ["가,나", "다"]),
     ],
@@ -104,7 +105,7 @@ def test_a_broken_sweep_is_one_sentence(typed: str) -> None:
 
 
 def test_several_values_without_m_are_answered_with_the_command() -> None:
-    with pytest.raises(UserError, match="vlmcap train -m encoder=clip,siglip2$"):
+    with pytest.raises(UserError, match=r"vlmcap train -m encoder=clip,siglip2$"):
         read_overrides(["encoder=clip,siglip2"], command="vlmcap train -m encoder=clip,siglip2")
     with pytest.raises(UserError) as caught:
         compose(["llm.prompt=a,b"])

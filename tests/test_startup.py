@@ -66,7 +66,15 @@ def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
 
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_help_is_what_hydra_would_print(program: str) -> None:
-    code = f"import atexit, sys; atexit.register(print, '[]', file=sys.stderr); sys.argv[1:] = ['--help']; import {program}; from vlmcap.compose import register_schemas; register_schemas(); {program}.main()"
+    code = f"""
+import atexit, sys
+atexit.register(print, '[]', file=sys.stderr)
+sys.argv[1:] = ['--help']
+from vlmcap.compose import register_schemas
+import {program}
+register_schemas()
+{program}.main()
+"""
     assert run(f"{program}.py", "--help")[0] == run(code=code)[0] != ""
 
 

@@ -153,6 +153,13 @@ def quoted(text: object) -> str:
     return QuotedString(str(text), Quote.single).with_quotes()
 
 
+def sweep_values(override: Override) -> list[str]:
+    """The values of a sweep, each as an override takes it: Hydra drops the quotes of some."""
+    escaped = re.compile(r"\\([\\()\[\]{}:=, \t])")
+    values = override.sweep_string_iterator()
+    return [value if not value or _is_value(value) else quoted(escaped.sub(r"\1", value)) for value in values]
+
+
 def shell_quoted(argument: str) -> str:
     """An argument as it is typed in a shell, in double quotes where it holds single ones."""
     return f'"{argument}"' if "'" in argument and not re.search(r'["$`\\!]', argument) else shlex.quote(argument)
@@ -223,8 +230,10 @@ def _quoted_sweep(text: str) -> str:
     opened = _OPENED.match(text)
     if opened is None or not opened.group(1).endswith("(") or not _is_closed(text):
         return _quoted_value(text)
-    call = f"{opened.group(0)}{','.join(_elements(text[opened.end() : text.rindex(')')], _quoted_sweep))})"
-    return call if _is_value(call) else text  # Hydra says what is wrong with the call
+    elements = ",".join(_elements(text[opened.end() : text.rindex(")")], _quoted_sweep))
+    # Hydra drops the quotes of what choice() holds, but not those of the same values without it.
+    call = elements if opened.group(1) == "choice(" else f"{opened.group(0)}{elements})"
+    return call if _parsed(f"key={call}") else text  # Hydra says what is wrong with the call
 
 
 def _quoted_value(text: str) -> str:

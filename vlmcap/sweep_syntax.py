@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from vlmcap.compose import config_dir, config_dirs, explain, innermost, register_schemas
 from vlmcap.errors import UserError
-from vlmcap.overrides import read_overrides
+from vlmcap.overrides import read_overrides, sweep_values
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
             if not override.is_sweep_override():
                 values[key] = [f"{key}={override.get_value_element_as_str()}"]
             elif override.is_discrete_sweep():
-                values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                values[key] = [f"{key}={value}" for value in sweep_values(override)]
             else:
                 hint = "give a list such as 1e-4,2e-4, range(start,stop,step), or sweep=optuna"
                 raise UserError(f"{override.input_line} has no values to try one by one; {hint}")

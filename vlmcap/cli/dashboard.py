@@ -17,7 +17,7 @@ from vlmcap.config import Config, LoggerConfig
 from vlmcap.config.sweep import SweepMethod
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import replacing
-from vlmcap.overrides import read_overrides
+from vlmcap.overrides import read_overrides, sweep_values
 from vlmcap.sweep_syntax import override_parser
 
 # Two agents may start in the same second, and a run's usual folder is named by it.
@@ -149,7 +149,7 @@ def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[s
                 kind = "log_uniform_values" if "log" in space.tags else "uniform"
                 parameters[override.get_key_element()] = {"distribution": kind, "min": space.start, "max": space.end}
             elif override.is_sweep_override():
-                parameters[override.get_key_element()] = {"values": [_typed(value) for value in override.sweep_string_iterator()]}
+                parameters[override.get_key_element()] = {"values": [_typed(value) for value in sweep_values(override)]}
             else:
                 fixed.append(override.input_line or "")
     return parameters, fixed
