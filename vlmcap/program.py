@@ -102,10 +102,10 @@ def told_in_one_sentence() -> Iterator[None]:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if sentence := storage_problem(error, output_folder() if HydraConfig.initialized() else None):
+        if problem := storage_problem(error, output_folder() if HydraConfig.initialized() else None):
             if is_sweep():
-                _fail_job(error, sentence)
-            print(f"Error: {sentence}", file=sys.stderr)
+                _fail_job(error, problem)
+            print(f"Error: {problem}", file=sys.stderr)
             raise SystemExit(2) from None
         if not is_sweep():
             raise
