@@ -6,6 +6,7 @@ import json
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,8 +70,6 @@ def test_the_strategy_and_the_batch_of_a_configuration() -> None:
 
 
 def test_a_process_of_a_job_gets_the_job_s_overrides_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     from hydra.core.hydra_config import HydraConfig
 
     overrides = SimpleNamespace(task=["llm=tiny", "seed=1", "paths.output_dir=elsewhere"])
