@@ -54,7 +54,9 @@ def hydra_arguments(given: Sequence[str], command: str) -> list[str]:
     known, unknown = get_args_parser().parse_known_intermixed_args(given)
     if unknown:
         flag, _, value = unknown[0].partition("=")
-        override = f"{flag.lstrip('-').replace('-', '_')}={value or next(iter(unknown[1:]), '…')}"
+        following = given[given.index(unknown[0]) + 1 :][:1]
+        value = value or next((word for word in following if "=" not in word and not word.startswith("-")), "…")
+        override = f"{flag.lstrip('-').replace('-', '_')}={value}"
         instead = foreign_key(override) or f"overrides have no dashes, as in {shlex.quote(override)}"
         raise UserError(f"{flag} is no flag of {command}; {instead}")
     use_config_dir(known.config_dir)

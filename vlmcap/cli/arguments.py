@@ -71,7 +71,8 @@ def _check_read(options: Namespace, keys: Sequence[str]) -> None:
     for override in options.overrides:
         key = override.lstrip("+").partition("=")[0]
         if key not in keys:
-            raise UserError(f"{override} changes nothing in `vlmcap {options.command}`, which reads {', '.join(keys)}; leave it out")
+            hint = "add --sweep FILE, or leave it out" if options.command == "dashboard" else "leave it out"
+            raise UserError(f"{override} changes nothing in `vlmcap {options.command}`, which reads {', '.join(keys)}; {hint}")
 
 
 def _add_json(parser: ArgumentParser, what: str) -> None:
