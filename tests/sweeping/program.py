@@ -14,6 +14,8 @@ from vlmcap.cli.train import main
 from vlmcap.config import Config
 from vlmcap.program import run_program
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Program:
     """Runs the program in a folder.
