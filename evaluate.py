@@ -1,37 +1,7 @@
 """Score a checkpoint: `python evaluate.py checkpoint=outputs/…/checkpoints/best.ckpt data.split=test`."""
 
-from pathlib import Path
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from vlmcap.compose import config_dir, register_schemas, with_overrides
-from vlmcap.errors import UserError
-from vlmcap.program import run_program, told_in_one_sentence
-
-register_schemas()
-
-
-@hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")
-def main(node: DictConfig) -> float:
-    """Takes the checkpoint's own configuration, puts the overrides given here over it, and scores."""
-    with told_in_one_sentence():
-        if node.checkpoint is None:
-            raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
-        from vlmcap.training.callbacks.progress import show_scores
-        from vlmcap.training.checkpoints.load import read_checkpoint  # heavy, and not needed for --help and --cfg
-        from vlmcap.training.run import evaluate
-        from vlmcap.training.summary import tokenizer_version
-
-        checkpoint = Path(node.checkpoint)
-        saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
-        config = with_overrides(saved, node, HydraConfig.get().overrides.task)
-        scores = evaluate(config, checkpoint)
-        show_scores(scores, tokenizer_version(config))
-        print(f"metrics.json and predictions.jsonl: {config.paths.output_dir}")
-        return scores.get(f"{config.data.split.value}/cider", float("nan"))
-
+from vlmcap.cli.evaluate import main
+from vlmcap.program import run_program
 
 if __name__ == "__main__":
     run_program(main, "evaluate")

@@ -18,7 +18,7 @@ from tools.import_graph import ROOT, Import, all_imports, find_circle, our_files
 
 BASE = {"types", "errors", "files", "terminal", "libraries"}
 PARTS = {"models", "data", "metrics"}
-CONFIGURED = BASE | PARTS | {"config", "compose", "sweep_syntax"}
+CONFIGURED = BASE | PARTS | {"config", "overrides", "compose", "sweep_syntax"}
 TRAINED = CONFIGURED | {"demo", "assembly", "planning", "training", ""}  # "" is vlmcap/__init__.py, which has the version
 FEATURES = {"measuring", "spectrum", "reporting", "sweeping", "program"}
 # What each part of the package may import beside itself; "train" and "evaluate" are the programs.
@@ -30,9 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     "types": {"errors"},
     **{part: BASE for part in PARTS},
-    "compose": BASE | {"config"},
-    "program": BASE | {"compose"},
-    "sweep_syntax": BASE | {"compose"},
+    "overrides": BASE | {"config"},
+    "compose": BASE | {"config", "overrides"},
+    "program": BASE | {"overrides", "compose"},
+    "sweep_syntax": BASE | {"overrides", "compose"},
     "demo": CONFIGURED,
     "assembly": CONFIGURED | {"demo"},
     "planning": CONFIGURED | {"demo", "assembly"},
@@ -42,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reporting": PARTS | BASE | {"config"},
     "sweeping": TRAINED | {"program"},
     "": TRAINED - {""},
-    **{top: TRAINED | FEATURES for top in ("cli", "train", "evaluate")},
+    "cli": TRAINED | FEATURES,
+    **{script: {"cli", "program"} for script in ("train", "evaluate")},
     "__main__": {"cli"},
 }
 # Third-party libraries that a part does not know.
@@ -53,8 +55,8 @@ UNKNOWN_TO: dict[str, set[str]] = {
 }
 # Libraries that only these parts know.
 ONLY_IN: dict[str, set[str]] = {
-    "hydra": {"train", "evaluate", "cli", "compose", "program", "sweeping", "sweep_syntax", "training"},
-    "omegaconf": {"train", "evaluate", "compose", "program", "sweeping", "config", "training"},
+    "hydra": {"cli", "overrides", "compose", "program", "sweeping", "sweep_syntax", "training"},
+    "omegaconf": {"cli", "compose", "program", "sweeping", "config", "training"},
 }
 METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
 TORCH = {"torch", "torchmetrics"}
@@ -182,7 +184,8 @@ HARMLESS = [
     ("vlmcap.training.module", "from vlmcap import config, types\nimport wandb"),
     ("vlmcap.config", "from omegaconf import MISSING"),
     ("vlmcap.sweeping.job", "import hydra\nfrom vlmcap.training.module import CaptioningModule"),
-    ("train", "import hydra\nfrom vlmcap.training import run"),
+    ("train", "from vlmcap.cli.train import main"),
+    ("vlmcap.cli.train", "import hydra\nfrom vlmcap.training import run"),
 ]
 
 

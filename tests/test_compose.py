@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.thinned import thinned
-from vlmcap.compose import compose, config_dir, from_plain, to_config, to_plain, write_yaml
+from vlmcap.compose import compose, config_dir, from_plain, to_config, to_plain, use_config_dir, write_yaml
 from vlmcap.config import Config, LlmConfig, Precision, Quantization
 from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import expand
@@ -186,7 +186,11 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["llm.enable_thinking=perhaps"], ["llm.enable_thinking", "bool"]),
         (["data=aihub"], ["data.root has no value", "data.root=…"]),
         (["data.root"], ["'data.root' cannot be read as key=value"]),
-        (["llm.prompt={"], ["cannot be read as key=value", "quote"]),
+        (["lr=1e-3"], ["no key 'lr'", "set llm.adapter_lr=1e-3"]),
+        (["seed=-1"], ["seed must be at least 0"]),
+        (["seed=4294967296"], ["below 4294967296, not 4294967296"]),
+        (["data.splits.seed=-1"], ["data.splits.seed must be"]),
+        (["tuning.lora.target_modules=5"], ["tuning.lora.target_modules=5", "[q_proj,v_proj]"]),
         (["projector.depth=0"], ["projector.depth must be at least 1, not 0"]),
         (["data.batch_size=0"], ["data.batch_size must be at least 1"]),
         (["data.max_bad_fraction=2"], ["data.max_bad_fraction must be in [0, 1]"]),
@@ -262,3 +266,24 @@ def test_the_output_folder_is_a_path() -> None:
 def test_schema_defaults_are_what_a_file_leaves_out() -> None:
     assert compose(["llm=qwen3_4b"]).llm.max_caption_tokens == LlmConfig().max_caption_tokens
     assert isinstance(compose([]), Config)
+
+
+def test_modules_are_named_as_a_list_or_as_text() -> None:
+    found = [compose([f"tuning.lora.target_modules={text}"]).tuning.lora.target_modules for text in ("[q_proj,v_proj]", "'q_proj,v_proj'")]
+    assert found == ["q_proj,v_proj"] * 2
+
+
+def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMCAP_CONFIG_DIR", "")  # undone at the end
+    for name, text in (("mine", "checkpoint: hub/mine"), ("clip", "checkpoint: hub/other")):
+        (tmp_path / "encoder").mkdir(exist_ok=True)
+        (tmp_path / "encoder" / f"{name}.yaml").write_text(
+            f"# Of my own.\ndefaults: [encoder_schema]\nname: {name}\nfamily: clip\n{text}\n"
+        )
+    use_config_dir(str(tmp_path))
+    assert [compose([f"encoder={name}"]).encoder.checkpoint for name in ("mine", "clip")] == ["hub/mine", "hub/other"]
+    assert compose(["encoder=siglip2"]).encoder.checkpoint.startswith("google/")
+    with pytest.raises(UserError, match=r"choose encoder= one of .*mine"):
+        compose(["encoder=mien"])
+    with pytest.raises(UserError, match=r"--config-dir .* is no folder"):
+        use_config_dir(str(tmp_path / "missing"))

@@ -38,6 +38,10 @@ def left_in(folder: Path) -> list[str]:
         ("train.py", ["encoder=siglp2"], ["no encoder named 'siglp2'", "siglip2"]),
         ("train.py", ["data=aihub", "projector.depth=2"], ["data.root has no value"]),
         ("evaluate.py", [], ["checkpoint has no value"]),
+        ("train.py", ["--batch-size", "8"], ["--batch-size is no flag", "set data.batch_size=8"]),
+        ("train.py", ["encoder=clip,siglip2"], ["train.py -m encoder=clip,siglip2"]),
+        ("train.py", ["-m", "hydra/launcher=joblib"], ["set launcher=joblib"]),
+        ("train.py", ["--config-dir", "missing"], ["--config-dir missing is no folder"]),
     ],
 )
 def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], expected: list[str]) -> None:
@@ -57,6 +61,14 @@ def test_cfg_shows_the_real_combination(tmp_path: Path) -> None:
     done = program("train.py", ["--cfg", "job", "encoder=siglip2", "llm=qwen3_8b", "hardware=l4"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "checkpoint: Qwen/Qwen3-8B" in done.stdout
+    assert left_in(tmp_path) == []
+
+
+def test_cfg_resolves(tmp_path: Path) -> None:
+    done = program("train.py", ["--cfg", "job", "--resolve", "--package", "paths", "paths.cache_dir=~/도심 (1)"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "output_dir: outputs/" in done.stdout
+    assert f"cache_dir: {Path.home()}/도심 (1)" in done.stdout
     assert left_in(tmp_path) == []
 
 

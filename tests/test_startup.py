@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmcap.cli.arguments import COMMANDS
+from vlmcap.cli.arguments import COMMANDS, PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "wandb", "matplotlib")
@@ -45,6 +45,8 @@ def run(*arguments: str, code: str = RUN) -> tuple[str, list[str]]:
         (("evaluate.py", "--help"), "python evaluate.py checkpoint="),
         (("train.py", "--cfg", "job", "encoder=siglip2"), "google/siglip2-so400m-patch14-384"),
         (("vlmcap.cli", "--help"), "COMMAND"),
+        (("vlmcap.cli", "train", "--cfg", "job", "encoder=siglip2"), "google/siglip2-so400m-patch14-384"),
+        *((("vlmcap.cli", name, "--help"), f"vlmcap {name} ") for name in PROGRAMS),
         *((("vlmcap.cli", command.name, "--help"), f"vlmcap {command.name}") for command in COMMANDS),
     ],
     ids=" ".join,
@@ -64,9 +66,15 @@ def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
 
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_help_is_what_hydra_would_print(program: str) -> None:
-    code = (
-        f"import atexit, sys; atexit.register(print, '[]', file=sys.stderr); sys.argv[1:] = ['--help']; import {program}; {program}.main()"
-    )
+    code = f"""
+import atexit, sys
+atexit.register(print, '[]', file=sys.stderr)
+sys.argv[1:] = ['--help']
+from vlmcap.compose import register_schemas
+import {program}
+register_schemas()
+{program}.main()
+"""
     assert run(f"{program}.py", "--help")[0] == run(code=code)[0] != ""
 
 

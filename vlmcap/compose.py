@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -18,7 +19,9 @@ from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
+from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
 
+CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
 _GROUPS = {
     "model": schema.ModelConfig,
@@ -43,6 +46,35 @@ def config_dir() -> str:
     package = Path(__file__).resolve().parent
     inside = package / "conf"
     return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def use_config_dir(folder: str | None) -> None:
+    """Takes YAML files from a folder of the user's own before ours, here and in the processes that this one starts.
+
+    Args:
+        folder: Laid out as `conf/`, such as with a file `encoder/mine.yaml`; None changes nothing.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if folder is None:
+        return
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"--config-dir {folder} is no folder; give one with YAML files in folders such as encoder/ and llm/")
+    os.environ[CONFIG_DIR_VARIABLE] = str(path)
+
+
+def config_dirs() -> list[Path]:
+    """The folders of YAML files, the user's own first."""
+    own = os.environ.get(CONFIG_DIR_VARIABLE)
+    return [*([Path(own)] if own else []), Path(config_dir())]
+
+
+def config_file(name: str) -> Path:
+    """The file that Hydra takes for a name such as "hardware/l4"."""
+    files = [folder / f"{name}.yaml" for folder in config_dirs()]
+    return next((file for file in files if file.is_file()), files[-1])
 
 
 def register_schemas() -> None:
@@ -77,7 +109,7 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
     register_schemas()
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            node = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+            node = hydra_compose(name, overrides=read_overrides(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(innermost(error))) from error
     OmegaConf.set_struct(node, False)
@@ -199,14 +231,23 @@ def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequen
         composed: What Hydra composed, with the schema's types.
         overrides: As given: `data=aihub` takes the whole group, `data.split=test` one value.
     """
-    node = from_plain(base)
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if key != "checkpoint":
-            raw = composed._get_node(key) if "." not in key else OmegaConf.select(composed, key)
-            OmegaConf.update(node, key, raw, merge=False)
+    node = from_plain(base, _values(composed, overrides))
     node.paths.output_dir = composed.paths.output_dir
     return to_config(node)
+
+
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Keys to the values that overrides give them, for a saved configuration; a name such as `hardware=l4` is a whole group.
+
+    Raises:
+        UserError: An override names what is not there, or has a wrong value.
+    """
+    return _values(compose_node(overrides, name="evaluate"), overrides) if overrides else {}
+
+
+def _values(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
+    return {key: composed._get_node(key) if "." not in key else OmegaConf.select(composed, key) for key in keys if key != "checkpoint"}
 
 
 def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> DictConfig:
@@ -230,6 +271,8 @@ def explain(error: Exception) -> str:
     key = re.search(r"full_key: (\S+)", text)
     name = key.group(1) if key else ""
     first = text.splitlines()[0].strip().rstrip(".")
+    if hint := foreign_key(name):
+        return hint
     missing_group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
     if missing_group:
         group, choice = missing_group.groups()
@@ -238,7 +281,11 @@ def explain(error: Exception) -> str:
             f"choose {group}= one of {choices}" if choices else f"there are none under {group}/"
         )
     if override := getattr(error, "override", None):  # it could not be parsed
-        return f"'{override}' cannot be read as key=value; quote values that hold spaces, commas, brackets or braces"
+        key, _, value = override.partition("=")
+        if not value:
+            return f"'{override}' cannot be read as key=value; write a key, an equals sign and a value without blanks around it"
+        literal = shell_quoted(f"{key}={quoted(value)}")
+        return f"'{override}' cannot be read as key=value{_reason(text)}; as plain text the value is {literal}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"there is no key '{unknown.group(1)}'; {_nearest(unknown.group(1))}"
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
@@ -250,9 +297,15 @@ def explain(error: Exception) -> str:
     return first
 
 
+def _reason(text: str) -> str:
+    """What a function such as `range()` says of its arguments; the parser's own words are of tokens, and say nothing to a user."""
+    found = re.search(r"while evaluating '.*': (.*)", text)
+    return f" ({found.group(1)})" if found else ""
+
+
 def group_choices(group: str) -> list[str]:
-    """The names that a group of `conf/` has, sorted."""
-    names = (file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+    """The names that a group has in `conf/` and in the user's own folder, sorted."""
+    names = {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
     return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
 
 
@@ -260,7 +313,10 @@ def _nearest(key: str) -> str:
     """A hint with the nearest known keys."""
     from difflib import get_close_matches
 
-    near = get_close_matches(key, list(_paths(Config)), n=2, cutoff=0.6)
+    known = list(_paths(Config))
+    leaf = key.rpartition(".")[2]
+    near = [path for path in known if path.rpartition(".")[2] == leaf and leaf != "name"][:3]  # such as trainer.precision
+    near = near or get_close_matches(key, known, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else "`python train.py --cfg job` lists them"
 
 

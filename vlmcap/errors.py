@@ -1,5 +1,12 @@
 """The exception for a user's mistake, and what other exceptions say."""
 
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in configuration or input, told in one sentence: what is wrong, where, and how to mend it.
@@ -68,6 +75,44 @@ class StoppedBySignal(BaseException):
     def exit_code(self) -> int:
         """As a shell has it for a process that died of the signal: 143 for SIGTERM, 130 for Ctrl-C, 138 for SIGUSR1."""
         return 128 + self.number
+
+
+_OTHER_DISK = "make room there, or choose a folder on another disk"
+_OTHER_FOLDER = "choose another folder, or change its permissions"
+_STORAGE = {
+    errno.ENOSPC: ("the disk is full", _OTHER_DISK),
+    errno.EDQUOT: ("the disk quota is used up", _OTHER_DISK),
+    errno.EROFS: ("the file system is read-only", "choose a folder that can be written to"),
+    errno.EACCES: ("permission is denied", _OTHER_FOLDER),
+    errno.EPERM: ("permission is denied", _OTHER_FOLDER),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another folder"),
+    errno.EEXIST: ("a file of that name is there", "choose another folder"),
+}
+_SAID = re.compile(
+    r"No space left on device|disk is full|Disk quota exceeded|Read-only file system"
+)  # by libraries with errors of their own
+_NUMBERS = {"Disk quota exceeded": errno.EDQUOT, "Read-only file system": errno.EROFS}
+
+
+def storage_problem(error: BaseException, folder: str | Path | None = None) -> str | None:
+    """A sentence for a folder that cannot be written to; None where no error in the chain is of that kind.
+
+    Args:
+        error: What was raised.
+        folder: Where the program writes, for errors that name no file.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in _STORAGE and (said := _SAID.search(str(error))):
+        number = _NUMBERS.get(said.group(), errno.ENOSPC)
+    if number not in _STORAGE:
+        cause = error.__cause__ or error.__context__
+        return None if cause is None else storage_problem(cause, folder)
+    name = getattr(error, "filename", None)
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+    what, fix = _STORAGE[number]
+    where = (path.parent if path is not None and number in (errno.ENOSPC, errno.EDQUOT) else path) or folder or "a folder of this run"
+    keys = "paths.output_dir is that of a run, paths.cache_dir that of features and the demo"
+    return f"{where} cannot be used, as {what}: {fix} ({keys})"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

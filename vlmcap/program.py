@@ -1,12 +1,13 @@
-"""How `train.py` and `evaluate.py` run: help at once, a mistake as one sentence, and nothing left behind by a run that came to nothing."""
+"""How `vlmcap train` and `vlmcap evaluate` run: help at once, a mistake as one sentence, and no folder left by a run of nothing."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -14,25 +15,57 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import config_dir, explain, innermost
-from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line
+from vlmcap.compose import config_file, explain, innermost, register_schemas, use_config_dir
+from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
+from vlmcap.overrides import foreign_key, read_overrides
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
 
-def run_program(main: Callable[[], object], name: str) -> None:
+def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] | None = None, command: str = "") -> None:
     """Runs a program of Hydra's; mistakes that Hydra itself finds are told like ours.
 
     Args:
         main: Decorated by Hydra.
         name: Of its file under `conf/`.
+        arguments: As typed; None takes those of this process.
+        command: What was typed in front of them; empty is the script of this process.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(name))
+    given = [*sys.argv[1:]] if arguments is None else [*arguments]
+    command = command or f"python {shlex.quote(sys.argv[0])}"
+    if {"-h", "--help"} & set(given):
+        print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
     with told_in_one_sentence():
+        register_schemas()
+        sys.argv[1:] = hydra_arguments(given, command)
         main()
+
+
+def hydra_arguments(given: Sequence[str], command: str) -> list[str]:
+    """The arguments with overrides in Hydra's grammar; a user's folder of YAML files is taken.
+
+    Raises:
+        UserError: A flag is unknown, an override cannot be right, or the folder is not there.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    known, unknown = get_args_parser().parse_known_intermixed_args(given)
+    if unknown:
+        flag, _, value = unknown[0].partition("=")
+        following = given[given.index(unknown[0]) + 1 :][:1]
+        value = value or next((word for word in following if "=" not in word and not word.startswith("-")), "…")
+        override = f"{flag.lstrip('-').replace('-', '_')}={value}"
+        instead = foreign_key(override) or f"overrides have no dashes, as in {shlex.quote(override)}"
+        raise UserError(f"{flag} is no flag of {command}; {instead}")
+    use_config_dir(known.config_dir)
+    flags = [*given]
+    for override in known.overrides:
+        flags.remove(override)
+    is_sweep = known.multirun and known.cfg is None
+    again = "" if known.cfg else shlex.join([*shlex.split(command), "-m", *given])
+    return [*flags, *read_overrides(known.overrides, is_sweep=is_sweep, command=again)]
 
 
 def help_text(name: str) -> str:
@@ -41,7 +74,7 @@ def help_text(name: str) -> str:
     Hydra would print the same, but lists every choice of every group before, whether the template names them or not, and copies all of
     its configuration for each: three quarters of the time that `--help` took.
     """
-    return str(OmegaConf.load(Path(config_dir()) / f"{name}.yaml").hydra.help.template)
+    return str(OmegaConf.load(config_file(name)).hydra.help.template)
 
 
 @contextmanager
@@ -50,6 +83,7 @@ def told_in_one_sentence() -> Iterator[None]:
 
     Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
     """
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
     try:
@@ -70,6 +104,11 @@ def told_in_one_sentence() -> Iterator[None]:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if problem := storage_problem(error, output_folder() if HydraConfig.initialized() else None):
+            if is_sweep():
+                _fail_job(error, problem)
+            print(f"Error: {problem}", file=sys.stderr)
+            raise SystemExit(2) from None
         if not is_sweep():
             raise
         if not isinstance(error, Pruned):

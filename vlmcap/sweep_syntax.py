@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from vlmcap.compose import config_dir, explain, innermost, register_schemas
+from vlmcap.compose import config_dir, config_dirs, explain, innermost, register_schemas
 from vlmcap.errors import UserError
+from vlmcap.overrides import read_overrides, sweep_values
 
 
 @contextmanager
@@ -53,12 +53,12 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
             return expand([*_study(overrides, made), *overrides], made)
     values: dict[str, list[str]] = {}
     with _explained():
-        for override in parser.parse_overrides([*overrides]):
+        for override in parser.parse_overrides(read_overrides(overrides, is_sweep=True)):
             key = override.get_key_element()
             if not override.is_sweep_override():
                 values[key] = [f"{key}={override.get_value_element_as_str()}"]
             elif override.is_discrete_sweep():
-                values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                values[key] = [f"{key}={value}" for value in sweep_values(override)]
             else:
                 hint = "give a list such as 1e-4,2e-4, range(start,stop,step), or sweep=optuna"
                 raise UserError(f"{override.input_line} has no values to try one by one; {hint}")
@@ -71,7 +71,7 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
 def _study(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
     """What an experiment file sweeps; nothing where none is named, or several are."""
     with _explained():
-        given = parser.parse_overrides([*overrides])
+        given = parser.parse_overrides(read_overrides(overrides, is_sweep=True))
         if not any(override.key_or_group == "experiment" and isinstance(override.value(), str) for override in given):
             return []
         fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
@@ -85,4 +85,4 @@ def short_names(jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[str
 
 
 def _shown(key: str, value: str) -> str:
-    return value if (Path(config_dir()) / key).is_dir() else f"{key}={value}"
+    return value if any((folder / key).is_dir() for folder in config_dirs()) else f"{key}={value}"

@@ -1,12 +1,25 @@
-"""What Hydra finds as the sweeper of `train.py -m`: it takes sweepers from the namespace package `hydra_plugins` alone."""
+"""What Hydra looks for in the namespace package `hydra_plugins`: the sweeper of `train.py -m`, and the folder of `--config-dir`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+
+class OwnConfigDir(SearchPathPlugin):
+    """Puts the folder of `--config-dir` in front of ours."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Adds it, where there is one."""
+        from vlmcap.compose import config_dirs
+
+        for folder in reversed(config_dirs()[:-1]):
+            search_path.prepend("--config-dir", f"file://{folder}")
 
 
 class Sweep(Sweeper):
@@ -26,7 +39,8 @@ class Sweep(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the jobs that the arguments name, and exits with 1 if one came to nothing."""
+        from vlmcap.overrides import read_overrides
         from vlmcap.sweeping.sweep import run_sweep
 
-        given = [f"{key}={value}" for key, value in self.params.items()]
+        given = read_overrides([f"{key}={value}" for key, value in self.params.items()], is_sweep=True)
         return run_sweep(self.hydra_context, self.task_function, self.config, [*given, *arguments])

@@ -301,7 +301,7 @@ def test_memory_that_runs_out_says_what_helps(
     captioner.stop_at, captioner.error = 3, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
     assert ends(*clips, "--output", tmp_path / "out.jsonl") == 2
     err = capsys.readouterr().err
-    assert "--set data.eval_batch_size=1; 3 captioned, 0 skipped, 0 failed" in err
+    assert "data.eval_batch_size=1; 3 captioned, 0 skipped, 0 failed" in err
     assert names_of(tmp_path / "out.jsonl") == list("abc")
 
 

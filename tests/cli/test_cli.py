@@ -11,6 +11,7 @@ import pytest
 
 from vlmcap import cli
 from vlmcap.cli import caption as caption_command
+from vlmcap.cli.arguments import COMMANDS, is_override
 
 
 def exits(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -149,3 +150,42 @@ def test_a_picture_of_no_table_is_refused(tmp_path: Path, capsys: pytest.Capture
         cli.main(["plan", "hardware=l4", "--output", str(tmp_path / "plan.png")])
     assert "add --grid" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+# --- overrides everywhere ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_every_command_takes_overrides_and_a_folder_of_yaml_files(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key of another program is refused by name before anything is done, so that it was read, and so is a folder that is not there."""
+    needed = {
+        "cache": ["cache", "info"],
+        "data": ["data", "check"],
+        "caption": ["caption", "x.mp4", "--checkpoint", "x.ckpt"],
+        "export": ["export", "--checkpoint", "x.ckpt", "--output", str(tmp_path / "out")],
+        "report": ["report", str(tmp_path)],
+        "spectrum": ["spectrum", "--output", str(tmp_path / "out")],
+    }.get(command, [command])
+    code, err = exits([*needed, "ckpt_path=x"], capsys)
+    assert code == 2
+    assert "ckpt_path" in err
+    assert "reads" in err if command in ("report", "dashboard") else "set checkpoint=x" in err
+    code, err = exits([*needed, "--config-dir", str(tmp_path / "missing")], capsys)
+    assert (code, "--config-dir" in err) == (2, True)
+
+
+def test_an_override_may_stand_behind_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "set data.batch_size=4" in exits(["plan", "encoder=clip", "--json", "batch_size=4"], capsys)[1]
+    assert "vlmcap plan -m encoder=clip,siglip2" in exits(["plan", "encoder=clip,siglip2"], capsys)[1]
+    assert "unrecognized arguments: --encoder" in exits(["plan", "--encoder", "clip"], capsys)[1]
+
+
+def test_a_video_with_an_equals_sign_is_no_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("epoch=1.mp4").touch()
+    assert [is_override(text) for text in ("epoch=1.mp4", "hardware.accelerator=cpu", "videos/a=b.mp4", "x.mp4")] == [
+        False,
+        True,
+        False,
+        False,
+    ]

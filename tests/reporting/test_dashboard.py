@@ -172,4 +172,4 @@ def test_a_mistake_is_said_before_a_sweep_is_made(overrides: list[str], sentence
 def test_overrides_without_a_sweep_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["dashboard", "encoder=clip,siglip2"])
-    assert "encoder=clip,siglip2 is of a sweep; add --sweep FILE" in capsys.readouterr().err
+    assert "encoder=clip,siglip2 changes nothing in `vlmcap dashboard`" in capsys.readouterr().err

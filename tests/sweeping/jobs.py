@@ -9,11 +9,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, register_schemas, to_config
+from vlmcap.compose import config_dir, to_config
 from vlmcap.program import run_program, told_in_one_sentence
 from vlmcap.sweeping.job import recorded
-
-register_schemas()
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -11,20 +10,11 @@ from typing import Any
 
 import pytest
 
+from vlmcap.cli.train import main
 from vlmcap.config import Config
 from vlmcap.program import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_train() -> Any:
-    """The module of train.py."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Program:
@@ -54,7 +44,7 @@ class Program:
         self._patch.chdir(self.folder)
         self._patch.setenv("HYDRA_FULL_ERROR", "1")
         try:
-            run_program(load_train().main, "train")
+            run_program(main, "train")
         except SystemExit as error:
             return int(error.code or 0)
         return 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +70,6 @@ def test_the_strategy_and_the_batch_of_a_configuration() -> None:
 
 
 def test_a_process_of_a_job_gets_the_job_s_overrides_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     from hydra.core.hydra_config import HydraConfig
 
     overrides = SimpleNamespace(task=["llm=tiny", "seed=1", "paths.output_dir=elsewhere"])
@@ -78,6 +79,21 @@ def test_a_process_of_a_job_gets_the_job_s_overrides_and_folder(monkeypatch: pyt
     at = command.index("llm=tiny")
     assert command[at : at + 3] == ["llm=tiny", "seed=1", f"paths.output_dir='{tmp_path}'"]
     assert {f"hydra.run.dir='{tmp_path}'", "hydra.output_subdir=null"} <= set(command)
+
+
+@pytest.mark.parametrize("started", ["vlmcap", "-m vlmcap.cli", "-m vlmcap.sweeping.child", "train.py"])
+def test_other_processes_run_the_command_again(started: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vlmcap train` and a launcher's job start `vlmcap train`; a script starts itself."""
+    module = {"-m vlmcap.cli": "vlmcap.cli.__main__", "-m vlmcap.sweeping.child": "vlmcap.sweeping.child"}.get(started)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None if module is None else ModuleSpec(module, None))
+    monkeypatch.setattr(sys, "argv", [f"/bin/{started}" if module is None else "x.py", "seed=1"])
+    job = SimpleNamespace(job=SimpleNamespace(config_name="train"), overrides=SimpleNamespace(task=["data.root='도심'"]))
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: job)
+    command = own_command(compose([f"paths.output_dir={tmp_path / '도 심'}"]))
+    own = [sys.executable, "/bin/train.py"] if started == "train.py" else [sys.executable, "-m", "vlmcap.cli", "train"]
+    assert command[: len(own) + 1] == [*own, "data.root='도심'"]
+    assert f"paths.output_dir='{tmp_path / '도 심'}'" in command
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The command `vlmcap`: what is done with models and data besides training.
+"""The command `vlmcap`: training, scoring, and all that is done with models and data besides.
 
 A command has its arguments in `arguments.py`, which imports nothing heavy, and its body in the module of its name, which is imported
 once the arguments are known to be right: help and mistakes in arguments come at once.
@@ -7,27 +7,29 @@ once the arguments are known to be right: help and mistakes in arguments come at
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from vlmcap.cli.arguments import COMMANDS
-from vlmcap.errors import StoppedBySignal, UserError
+from vlmcap.cli.arguments import COMMANDS, PROGRAMS, is_override
+from vlmcap.errors import StoppedBySignal, UserError, storage_problem
 from vlmcap.libraries import import_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
-    description = "Korean video captioning: assemble, fine-tune, score and compare."
-    parser = argparse.ArgumentParser(prog="vlmcap", description=description)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
-    for command in COMMANDS:
-        text = f"{command.help[0].upper()}{command.help[1:]}."
-        command.add_arguments(commands.add_parser(command.name, help=command.help, description=text))
-    options = parser.parse_args(arguments)
+    given = [*sys.argv[1:]] if arguments is None else [*arguments]
+    if given[:1] and given[0] in PROGRAMS:
+        from vlmcap.program import run_program
+
+        run_program(import_module(f"vlmcap.cli.{given[0]}").main, given[0], given[1:], f"vlmcap {given[0]}")
+        return
+    options = _parse(given)
     command = next(command for command in COMMANDS if command.name == options.command)
     try:
         command.check(options)
+        _read_overrides(options, given)
         if command.traces_models:
             import_libraries(with_adapters=command.name == "plan", with_training=False)
         import_module(f"vlmcap.cli.{command.name}").run(options)
@@ -40,3 +42,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        if (sentence := storage_problem(error)) is None:
+            raise
+        print(f"Error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """The options; argparse leaves overrides behind a flag over, which are taken too."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    if unknown := [argument for argument in rest if not is_override(argument)]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Korean video captioning: assemble, fine-tune, score and compare."
+    parser = argparse.ArgumentParser(prog="vlmcap", description=description)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+    for name, text in PROGRAMS.items():  # for the list of commands; Hydra reads their arguments
+        commands.add_parser(name, help=text)
+    for command in COMMANDS:
+        text = f"{command.help[0].upper()}{command.help[1:]}."
+        command.add_arguments(commands.add_parser(command.name, help=command.help, description=text))
+    return parser
+
+
+def _read_overrides(options: argparse.Namespace, given: Sequence[str]) -> None:
+    """Puts the overrides into Hydra's grammar, and takes the user's folder of YAML files.
+
+    Raises:
+        UserError: An override cannot be right, or the folder is not there.
+    """
+    if options.config_dir:
+        from vlmcap.compose import use_config_dir
+
+        use_config_dir(options.config_dir)
+    if options.overrides:
+        from vlmcap.overrides import read_overrides
+
+        is_sweep = options.command in ("spectrum", "dashboard") or any(getattr(options, name, False) for name in ("multirun", "grid"))
+        command = shlex.join(["vlmcap", "plan", "-m", *given[1:]]) if options.command == "plan" else ""
+        options.overrides = read_overrides(options.overrides, is_sweep=is_sweep, command=command)

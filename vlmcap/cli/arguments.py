@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmcap.errors import UserError
 
-_PARTS = "overrides of train.py, such as encoder=siglip2 llm=qwen3_8b hardware=l4"
+# `vlmcap train` and `vlmcap evaluate`, whose arguments Hydra reads.
+PROGRAMS = {
+    "train": "train a captioner, as train.py does; -m runs one combination after another",
+    "evaluate": "score a checkpoint on a split, as evaluate.py does",
+}
+_PARTS = "overrides of `vlmcap train`, such as encoder=siglip2 llm=qwen3_8b hardware=l4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +40,43 @@ class Command:
 
 def _add_overrides(parser: ArgumentParser, text: str = _PARTS) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=text)
+    _add_config_dir(parser)
+
+
+def _add_config_dir(parser: ArgumentParser) -> None:
+    text = "folder of your own YAML files, laid out as conf/, which are found before ours"
+    parser.add_argument("--config-dir", metavar="DIR", help=text)
+    parser.set_defaults(overrides=[])
+
+
+_OVERRIDE = re.compile(r"[+~]*[A-Za-z_][\w.]*=")
+
+
+def is_override(argument: str) -> bool:
+    """Whether this is `KEY=VALUE` and not a file or a folder."""
+    return bool(_OVERRIDE.match(argument)) and not Path(argument).exists()
+
+
+def _part_overrides(options: Namespace, name: str) -> None:
+    """Moves the overrides among paths to where overrides are."""
+    paths = getattr(options, name)
+    options.overrides = [*(str(path) for path in paths if is_override(str(path))), *options.overrides]
+    setattr(options, name, [path for path in paths if not is_override(str(path))])
+    if not getattr(options, name):
+        raise UserError(f"vlmcap {options.command} needs {'a FOLDER' if name == 'folders' else 'a PATH'} beside {options.overrides[0]}")
+
+
+def _check_read(options: Namespace, keys: Sequence[str]) -> None:
+    """Refuses overrides of keys that a command does not read."""
+    for override in options.overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if key not in keys:
+            hint = "add --sweep FILE, or leave it out" if options.command == "dashboard" else "leave it out"
+            raise UserError(f"{override} changes nothing in `vlmcap {options.command}`, which reads {', '.join(keys)}; {hint}")
 
 
 def _add_json(parser: ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print the {what} as JSON")
-
-
-def _add_set(parser: ArgumentParser, example: str) -> None:
-    text = f"put a value over the checkpoint's configuration, such as {example}; may be repeated"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def _doctor(parser: ArgumentParser) -> None:
@@ -99,7 +133,9 @@ def _cache(parser: ArgumentParser) -> None:
     }
     made = {name: actions.add_parser(name, help=text, description=f"{text.capitalize()}.") for name, text in texts.items()}
     for action in made.values():
-        _add_overrides(action, "overrides of train.py, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are")
+        _add_overrides(
+            action, "overrides of `vlmcap train`, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are"
+        )
     chosen = made["prune"].add_mutually_exclusive_group(required=True)
     text = "delete the longest unused stores until N GiB are left"
     chosen.add_argument("--max-gib", type=float, metavar="N", help=text)
@@ -120,7 +156,12 @@ def _caption(parser: ArgumentParser) -> None:
     text = "write one JSON object per clip here, as it is done, instead of text to the screen"
     parser.add_argument("--output", metavar="F.jsonl", help=text)
     parser.add_argument("--resume", action="store_true", help="keep the captions that --output has, and go on with the other clips")
-    _add_set(parser, "hardware.accelerator=cpu")
+    parser.epilog = "KEY=VALUE among the paths is put over the checkpoint's configuration, such as hardware.accelerator=cpu."
+    _add_config_dir(parser)
+
+
+def _check_caption(options: Namespace) -> None:
+    _part_overrides(options, "paths")
 
 
 def _data(parser: ArgumentParser) -> None:
@@ -128,7 +169,7 @@ def _data(parser: ArgumentParser) -> None:
     text = "count clips and captions, find broken files and duplicates, and write a page with pictures"
     description = "Count clips and captions, find broken files, captions that will be cut and clips that look alike, and write a page."
     check = actions.add_parser("check", help=text, description=description)
-    _add_overrides(check, "overrides of train.py, such as data=aihub data.root=… llm=qwen3_8b")
+    _add_overrides(check, "overrides of `vlmcap train`, such as data=aihub data.root=… llm=qwen3_8b")
     text = "the page (default: data-check.html)"
     check.add_argument("--output", type=Path, default=Path("data-check.html"), metavar="FILE", help=text)
     text = "read the videos of the first N clips of each split only"
@@ -149,7 +190,7 @@ def _export(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="TYPE", help=text)
     text = "where adapters are merged; has to hold the unquantised model (default: cpu)"
     parser.add_argument("--device", default="cpu", help=text)
-    _add_set(parser, "llm.checkpoint=DIR")
+    _add_overrides(parser, "values over the checkpoint's configuration, such as llm.checkpoint=DIR")
 
 
 def _report(parser: ArgumentParser) -> None:
@@ -164,15 +205,19 @@ def _report(parser: ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=40, metavar="N", help=text)
     text = "score all captions again with this tokenizer, where runs used different ones"
     parser.add_argument("--tokenizer", metavar="NAME", help=text)
+    parser.epilog = "Among the folders, objective=NAME is --metric NAME and evaluation.tokenizer=NAME is --tokenizer NAME."
+    _add_config_dir(parser)
 
 
 def _check_report(options: Namespace) -> None:
+    _part_overrides(options, "folders")
+    _check_read(options, ("objective", "evaluation.tokenizer"))
     if options.clips < 0:
         raise UserError(f"--clips must be 0 or more, not {options.clips}")
 
 
 def _spectrum(parser: ArgumentParser) -> None:
-    _add_overrides(parser, "overrides of train.py; encoder=clip,siglip2 compares: one encoder per combination")
+    _add_overrides(parser, "overrides of `vlmcap train`; encoder=clip,siglip2 compares: one encoder per combination")
     text = "for spectrum.json, a PNG per encoder, and comparison.png"
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=text)
     text = "images or videos to look at in place of the data's clips"
@@ -192,13 +237,13 @@ def _check_spectrum(options: Namespace) -> None:
 
 
 def _dashboard(parser: ArgumentParser) -> None:
-    _add_overrides(parser, "with --sweep: overrides of train.py -m, such as encoder=clip,siglip2")
-    text = "W&B project, as logger.project (default: vlmcap)"
-    parser.add_argument("--project", default="vlmcap", metavar="P", help=text)
-    text = "user or team that has the project (default: that of the key)"
+    _add_overrides(parser, "overrides, with --sweep those of `vlmcap train -m`, such as encoder=clip,siglip2")
+    text = "W&B project (default: logger.project)"
+    parser.add_argument("--project", metavar="P", help=text)
+    text = "user or team that has the project (default: logger.entity, or that of the key)"
     parser.add_argument("--entity", metavar="E", help=text)
-    text = "score to compare by (default: val/cider)"
-    parser.add_argument("--objective", default="val/cider", metavar="NAME", help=text)
+    text = "score to compare by (default: objective)"
+    parser.add_argument("--objective", metavar="NAME", help=text)
     text = "write the definition to a file and publish nothing"
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
     text = "write a sweep of the overrides for `wandb sweep` to a file"
@@ -206,8 +251,8 @@ def _dashboard(parser: ArgumentParser) -> None:
 
 
 def _check_dashboard(options: Namespace) -> None:
-    if options.overrides and not options.sweep:
-        raise UserError(f"{options.overrides[0]} is of a sweep; add --sweep FILE, or leave it out")
+    if not options.sweep:
+        _check_read(options, ("logger.project", "logger.entity", "objective"))
 
 
 COMMANDS = (
@@ -216,7 +261,7 @@ COMMANDS = (
         "plan", "peak memory, time and disk of a configuration, without weights, GPU or network", _plan, _check_plan, traces_models=True
     ),
     Command("cache", "prepare, list, verify and prune cached features of frozen encoders", _cache, _check_cache),
-    Command("caption", "caption video files with a trained checkpoint", _caption),
+    Command("caption", "caption video files with a trained checkpoint", _caption, _check_caption),
     Command("data", "look at a data set before training on it", _data, _check_data),
     Command("export", "write the fine-tuned language model, adapters merged, as a folder that transformers and vLLM load", _export),
     Command("report", "compare runs: a page, tables and pictures with intervals and significance", _report, _check_report),

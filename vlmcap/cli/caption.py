@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TextIO
 
 from vlmcap.cli.caption_file import CaptionFile
+from vlmcap.compose import override_values
 from vlmcap.errors import OutOfMemoryError, StoppedBySignal, UserError, first_line, is_out_of_memory
 from vlmcap.terminal import progress_reporter
 from vlmcap.types import Skipped
@@ -31,7 +32,7 @@ def run(options: Namespace) -> None:
     """
     if options.resume and not options.output:
         raise UserError("--resume needs --output, the file to go on with")
-    settings = read_settings(options.set)
+    settings = override_values(options.overrides)
     found = find_videos([Path(path) for path in options.paths])
     for notice in found.notices():
         print(notice, file=sys.stderr)
@@ -44,15 +45,6 @@ def run(options: Namespace) -> None:
         video, reason = tally.failed[0]
         raise UserError(f"{len(tally.failed)} of {len(found.all)} files could not be read, first: {video} ({reason}); {tally}")
     print(_printable(str(tally)), file=sys.stdout if rows else sys.stderr)
-
-
-def read_settings(settings: Sequence[str]) -> dict[str, str]:
-    """Keys to values of `--set KEY=VALUE`; `UserError` for one that is none."""
-    values = dict(setting.partition("=")[::2] for setting in settings)
-    for setting in settings:
-        if "=" not in setting:
-            raise UserError(f"--set {setting} is not KEY=VALUE")
-    return values
 
 
 # --- which files ------------------------------------------------------------------------------------------------------------------------
@@ -160,7 +152,7 @@ class _Tally:
         return counts if self.output is None else f"{counts}: {self.output}"
 
 
-def _caption(checkpoint: str, settings: dict[str, str], found: Found, rows: CaptionFile | None, tally: _Tally) -> None:
+def _caption(checkpoint: str, settings: dict[str, Any], found: Found, rows: CaptionFile | None, tally: _Tally) -> None:
     """Captions what the output lacks, and counts it in `tally`."""
     videos = found.videos if rows is None else rows.left_of(found.videos)
     tally.skipped = len(found.videos) - len(videos)
@@ -216,7 +208,7 @@ def _saying_how_far(tally: _Tally) -> Iterator[None]:
         raise UserError(f"{error}; {tally}{go_on}") from error
     except Exception as error:
         if is_out_of_memory(error):
-            why = f"memory ran out ({first_line(error)}): caption fewer clips at a time by --set data.eval_batch_size=1"
+            why = f"memory ran out ({first_line(error)}): caption fewer clips at a time by data.eval_batch_size=1"
             raise OutOfMemoryError(f"{why}; {tally}{go_on}") from error
         print(f"{tally}{go_on}", file=sys.stderr)
         raise

@@ -12,10 +12,12 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
-from vlmcap.compose import compose, write_yaml
+from vlmcap.compose import compose, override_values, write_yaml
+from vlmcap.config import Config, LoggerConfig
 from vlmcap.config.sweep import SweepMethod
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import replacing
+from vlmcap.overrides import read_overrides, sweep_values
 from vlmcap.sweep_syntax import override_parser
 
 # Two agents may start in the same second, and a run's usual folder is named by it.
@@ -29,10 +31,14 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: An override is wrong, a package is missing, or W&B refuses.
     """
+    given = {} if options.sweep else override_values(options.overrides)
+    project = options.project or given.get("logger.project") or LoggerConfig.project
+    entity = options.entity or given.get("logger.entity")
     if options.sweep:
-        write_sweep(options.overrides, options.sweep, project=options.project, entity=options.entity)
+        write_sweep(options.overrides, options.sweep, project=project, entity=entity)
     else:
-        show_dashboard(options.project, options.entity, objective=options.objective, file=options.json)
+        objective = options.objective or given.get("objective") or Config.objective
+        show_dashboard(project, entity, objective=objective, file=options.json)
 
 
 def show_dashboard(project: str, entity: str | None, *, objective: str, file: Path | None) -> None:
@@ -137,13 +143,13 @@ def _parsed(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[s
     parameters: dict[str, dict[str, Any]] = {}
     fixed: list[str] = []
     with override_parser() as parser:
-        for override in parser.parse_overrides([*overrides]):
+        for override in parser.parse_overrides(read_overrides(overrides, is_sweep=True)):
             space = override.value()
             if isinstance(space, IntervalSweep):
                 kind = "log_uniform_values" if "log" in space.tags else "uniform"
                 parameters[override.get_key_element()] = {"distribution": kind, "min": space.start, "max": space.end}
             elif override.is_sweep_override():
-                parameters[override.get_key_element()] = {"values": [_typed(value) for value in override.sweep_string_iterator()]}
+                parameters[override.get_key_element()] = {"values": [_typed(value) for value in sweep_values(override)]}
             else:
                 fixed.append(override.input_line or "")
     return parameters, fixed

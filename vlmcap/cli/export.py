@@ -11,8 +11,8 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: The output is in use, or the checkpoint or its base does not do.
     """
-    from vlmcap.cli.caption import read_settings
+    from vlmcap.compose import override_values
     from vlmcap.training.checkpoints.export import export, tell
 
-    overrides = read_settings(options.set)
+    overrides = override_values(options.overrides)
     print(tell(export(options.checkpoint, options.output, dtype=options.dtype, device=options.device, overrides=overrides)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap import __version__
-from vlmcap.compose import read_yaml
+from vlmcap.compose import override_values, read_yaml
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.reporting.report.analysis import Wanted, analyse
@@ -25,7 +25,9 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: There is no run, no run has the metric, or the folder cannot be made.
     """
-    wanted = Wanted(options.metric, options.title, options.clips, options.tokenizer)
+    given = override_values(options.overrides)
+    metric, tokenizer = options.metric or given.get("objective"), options.tokenizer or given.get("evaluation.tokenizer")
+    wanted = Wanted(metric, options.title, options.clips, tokenizer)
     report = make_report(options.folders, options.output, wanted)
     show_report(report)
     print(f"{options.output / 'index.html'}: {len(report.runs)} runs. {conclusion(report)}")

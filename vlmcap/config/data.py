@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vlmcap.config.checks import require, require_positive
+from vlmcap.config.checks import require, require_positive, require_seed
 from vlmcap.config.choices import Batching, DataFormat, Decoder, Sampling, Split
 
 
@@ -20,6 +20,9 @@ class DemoConfig:
     num_val: int = 100
     num_test: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_seed("data.demo.seed", self.seed)
 
 
 @dataclass
@@ -37,6 +40,7 @@ class SplitConfig:
             self.val >= 0 and self.test >= 0 and self.val + self.test < 1,
             "data.splits.val and .test must be shares that leave some to train",
         )
+        require_seed("data.splits.seed", self.seed)
 
 
 @dataclass

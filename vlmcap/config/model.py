@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -93,13 +94,17 @@ class LoraConfig:
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    target_modules: str = "all-linear"  # or a comma-separated list of module names; of the language model
+    target_modules: Any = "all-linear"  # or names of the language model's modules, as a list or with commas between
     use_dora: bool = False  # weight-decomposed: https://arxiv.org/abs/2402.09353
     use_rslora: bool = False  # scaled by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732
     use_experts: bool = False  # on the experts of a mixture-of-experts model too
 
     def __post_init__(self) -> None:
         require_positive("tuning.lora", self, "rank")
+        targets = self.target_modules
+        self.target_modules = ",".join(map(str, targets)) if isinstance(targets, list) else targets
+        is_named = isinstance(self.target_modules, str) and bool(self.target_modules)
+        require(is_named, f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]")
         require(0 <= self.dropout < 1, f"tuning.lora.dropout must be in [0, 1), not {self.dropout}")
 
 

@@ -8,7 +8,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from vlmcap.config.callbacks import CallbacksConfig
-from vlmcap.config.checks import require, require_positive
+from vlmcap.config.checks import require, require_positive, require_seed
 from vlmcap.config.choices import (
     EncoderFamily,
     EncoderTuning,
@@ -196,6 +196,7 @@ class Config:
         return self.objective_mode if metric == self.objective else "min" if is_lower_better(metric) else "max"
 
     def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
         own = {
             "encoder": self.encoder.family is EncoderFamily.own,
             "projector": self.projector.kind is ProjectorKind.own,

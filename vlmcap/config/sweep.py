@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
-from vlmcap.config.checks import require, require_positive
+from vlmcap.config.checks import require, require_positive, require_seed
 
 
 class SweepKind(Enum):
@@ -74,6 +74,7 @@ class SweepConfig:
         is_hours = self.budget_h is None or 0 < self.budget_h < inf
         require(is_hours, f"sweep.budget_h must be above 0 hours, or null for no limit, not {self.budget_h}")
         require_positive("sweep", self, "n_trials")
+        require_seed("sweep.seed", self.seed)
         for key in ("prune_after_trials", "prune_after_epochs"):
             require(getattr(self, key) >= 0, f"sweep.{key} must be 0 or more, not {getattr(self, key)}")
         require(0 < self.keep < 1, f"sweep.keep must be above 0 and below 1, not {self.keep}: it is the share that goes on")

@@ -37,7 +37,7 @@ class Packer:
             config.hydra.job.id = config.hydra.job.num = number
         folder = Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
         (folder / HYDRA_FOLDER).mkdir(parents=True, exist_ok=True)
-        # main() of train.py travels by value: it is not a module that can be imported elsewhere.
+        # A task of a script, which is no module that can be imported elsewhere, travels by value.
         return cloudpickle.dumps((self._context, self._task, config, Singleton.get_state())), folder
 
 
@@ -48,6 +48,7 @@ def run_packed(packed: bytes) -> None:
     from hydra.core.utils import run_job, setup_globals
 
     context, task, config, state = cloudpickle.loads(packed)
+    sys.argv = ["vlmcap", *config.hydra.overrides.task]  # whatever the launcher's process is, the job is one of `vlmcap train`
     setup_globals()
     Singleton.set_state(state)
     run_job(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vlmcap.compose import config_hash
 from vlmcap.config import Config
-from vlmcap.errors import DoesNotFit, Pruned, UserError, first_line, is_out_of_memory
+from vlmcap.errors import DoesNotFit, Pruned, UserError, first_line, is_out_of_memory, storage_problem
 from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
 
@@ -58,8 +59,16 @@ class Status:
         """Writes `status.json`, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         plain = asdict(self) | {"overrides": list(self.overrides), "seconds": round(self.seconds, 2)}
-        with replacing(folder / FILE) as partial:
-            partial.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(plain, ensure_ascii=False, indent=2) + "\n"
+        try:
+            with replacing(folder / FILE) as partial:
+                partial.write_text(text, encoding="utf-8")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (folder / FILE).is_file():
+                raise
+            with (folder / FILE).open("r+", encoding="utf-8") as file:  # a full disk still has the block of the file that is there
+                file.write(text)
+                file.truncate()
 
 
 def read_status(folder: Path) -> Status | None:
@@ -152,7 +161,8 @@ def recorded() -> Iterator[Record]:
         yield record
     except BaseException as error:
         if _is_first_process():
-            record.end(error)
+            with suppress(OSError):  # the disk may be what is full, and the run's own error says so
+                record.end(error)
         raise
     if _is_first_process():
         record.end(None)
@@ -171,6 +181,8 @@ def _reason(status: str, error: BaseException | None) -> str:
     known = isinstance(error, UserError | Pruned)
     if is_out_of_memory(error) and not known:
         return f"out of memory: {first_line(error)}"
+    if not known and (sentence := storage_problem(error)):
+        return sentence
     return str(error) if known else f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from vlmcap.compose import write_yaml
 from vlmcap.errors import UserError, first_line
+from vlmcap.overrides import quoted
 from vlmcap.program import HYDRA_FOLDER
 from vlmcap.sweeping.composing import Job
 from vlmcap.sweeping.job import BEGUN, FAILED, FILE, FINISHED, INTERRUPTED, PRUNED, REFUSED, TRIAL_VARIABLE, Status, read_status
@@ -123,8 +124,8 @@ class Runner:
         return ends
 
     def _overrides(self, number: int, job: Job) -> list[str]:
-        trial = [f"++hydra.job.env_set.{TRIAL_VARIABLE}={_quoted(job.trial)}"] if job.trial else []
-        return [*job.overrides, f"hydra.sweep.dir={_quoted(str(self.folder))}", f"hydra.sweep.subdir='{number}'", *trial]
+        trial = [f"++hydra.job.env_set.{TRIAL_VARIABLE}={quoted(job.trial)}"] if job.trial else []
+        return [*job.overrides, f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={quoted(number)}", *trial]
 
     def _ended(self, number: int, job: Job, problem: str) -> Done:
         """What a job left; one that was killed could not say so itself."""
@@ -135,8 +136,3 @@ class Runner:
             status = Status(FAILED, reason, None, job.config_hash, job.overrides)
             status.write(target)
         return Done(job, number, status)
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.config import Sampler, SweepConfig
 from vlmcap.errors import UserError
+from vlmcap.overrides import sweep_values
 from vlmcap.sweep_syntax import short_names
 from vlmcap.sweeping.composing import Composer, Job
 from vlmcap.sweeping.job import FINISHED, PRUNED
@@ -102,7 +103,7 @@ def _distribution(key: str, override: Override) -> Any:
                 last = int(values[-1])
                 return IntDistribution(int(values[0]), last, log=is_log, step=1 if is_log else int(value.step))
             return FloatDistribution(float(values[0]), float(values[-1]), step=float(value.step))
-        return CategoricalDistribution([*override.sweep_string_iterator()])
+        return CategoricalDistribution(sweep_values(override))
     except (ValueError, IndexError) as error:
         raise UserError(f"{override.input_line} is no space to search: {error}") from error
 

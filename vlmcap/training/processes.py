@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, EncoderTuning, Precision, Strategy
+from vlmcap.overrides import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -86,26 +87,32 @@ def own_command(config: Config) -> list[str]:
     """The command that starts another process of this very run: of a sweep, of this job alone."""
     from hydra.core.hydra_config import HydraConfig
 
-    import __main__
-
-    spec = getattr(__main__, "__spec__", None)
-    script = [sys.executable, "-m", spec.name] if spec is not None else [sys.executable, os.path.abspath(sys.argv[0])]
+    script = _program()
     if not HydraConfig.initialized():
         return [*script, *sys.argv[1:]]
     folder = Path(config.paths.output_dir).resolve()
     kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(_OURS)]
     # One folder for all, in which Hydra writes for the first process alone.
     own = [
-        f"paths.output_dir={_quoted(folder)}",
-        f"hydra.run.dir={_quoted(folder)}",
+        f"paths.output_dir={quoted(folder)}",
+        f"hydra.run.dir={quoted(folder)}",
         "hydra.output_subdir=null",
         "hydra/job_logging=stdout",
     ]
     return [*script, *kept, *own]
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _program() -> list[str]:
+    """What starts this program again: its script or module, or `vlmcap train`, of which a launcher's job is one too."""
+    from hydra.core.hydra_config import HydraConfig
+
+    import __main__
+
+    spec = getattr(__main__, "__spec__", None)
+    is_ours = Path(sys.argv[0]).stem == "vlmcap" if spec is None else spec.name in ("vlmcap.cli.__main__", "vlmcap.sweeping.child")
+    if is_ours and HydraConfig.initialized():
+        return [sys.executable, "-m", "vlmcap.cli", str(HydraConfig.get().job.config_name)]
+    return [sys.executable, os.path.abspath(sys.argv[0])] if spec is None else [sys.executable, "-m", spec.name]
 
 
 def make_strategy(config: Config) -> LightningStrategy | str:

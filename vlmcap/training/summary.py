@@ -74,9 +74,14 @@ def summarize(
         "skipped_clips": len(run.module.ledger),
         "versions": {"vlmcap": __version__} | {name: version(name) for name in _VERSIONS} | {"python": sys.version.split()[0]},
         "git_revision": _git_revision(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*_program(), *sys.argv[1:]],
         "shrunk_from": shrunk_from,
     }
+
+
+def _program() -> list[str]:
+    script = Path(sys.argv[0])
+    return ["vlmcap", "train"] if script.stem in ("vlmcap", "__main__") else [script.name]
 
 
 def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:

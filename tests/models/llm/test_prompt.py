@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,34 @@ def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path
         prompt = load_prompt(folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=written + template)
         assert prompt.prefix_ids == [bos]
         assert bos not in [*prompt.suffix_ids, *prompt.encode_caption("바다"), *prompt.question_ids]
+
+
+def with_token(folder: Path, target: Path, content: str, *, is_special: bool) -> tuple[Path, int]:
+    """A copy whose tokenizer has one more token, which the embedding does not have, as its pad token if it is special."""
+    copy = copy_without(folder, target)
+    rows = json.loads((copy / "config.json").read_text())["vocab_size"]
+    plain = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    plain["added_tokens"].append({"id": rows, "content": content, "special": is_special, **flags})
+    (copy / "tokenizer.json").write_text(json.dumps(plain, ensure_ascii=False), encoding="utf-8")
+    if is_special:
+        settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"pad_token": content}
+        (copy / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False))
+    return copy, rows
+
+
+def test_a_pad_token_beyond_the_embedding_is_never_looked_up(llm_folder: Path, tmp_path: Path) -> None:
+    folder, rows = with_token(llm_folder, tmp_path, "<새패드>", is_special=True)
+    prompt = prompt_of(folder)
+    assert prompt.tokenizer.pad_token_id == rows
+    assert prompt.pad_id == prompt.end_id
+    batch = Collator(prompt, 5, max_caption_tokens=200)([sample("<새패드> 바다"), sample(CAPTIONS[0] * 3)])
+    assert int(batch.input_ids.max()) < rows
+    with pytest.raises(UserError, match=r"1 tokens beyond the .* rows .*<새패드>"):  # a prompt is read with its special tokens
+        load_prompt(folder, prompt="<새패드> 설명", system_prompt=None, enable_thinking=False)
+
+
+def test_a_word_beyond_the_embedding_is_refused(llm_folder: Path, tmp_path: Path) -> None:
+    folder, rows = with_token(llm_folder, tmp_path, "드론", is_special=False)
+    with pytest.raises(UserError, match=rf"first '드론' \({rows}\); remove them"):
+        prompt_of(folder)

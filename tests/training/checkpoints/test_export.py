@@ -169,7 +169,7 @@ def test_the_folder_holds_all_that_belongs_to_it(
     make: Callable[..., Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, captioner = make("llm.chat_template='{% for m in messages %}{{ m.content }}{% endfor %} A:'", "evaluation.repetition_penalty=1.2")
-    main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "deep" / "out"), "--set", "llm.max_new_tokens=9"])
+    main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "deep" / "out"), "llm.max_new_tokens=9"])
     shown = capsys.readouterr()
     folder = tmp_path / "deep" / "out"
     assert "Qwen3ForCausalLM" in shown.out
@@ -249,7 +249,7 @@ def test_a_moved_base_is_found_by_an_override(make: Callable[..., Checkpoint], l
     copy.rename(tmp_path / "new")
     with pytest.raises(UserError, match=r"llm\.checkpoint"):
         export(path, tmp_path / "out")
-    main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out"), "--set", f"llm.checkpoint={tmp_path / 'new'}"])
+    main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out"), f"llm.checkpoint={tmp_path / 'new'}"])
     assert distance(logits(stock(tmp_path / "out")), logits(captioner.llm)) < 1e-5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,16 +112,20 @@ def load_prompt(
             f"the chat template of {folder} drops the user's text, as one made for a processor does; set llm.chat_template to one for text"
         )
     lead, end_id = _answer_frame(template, turns, rendered)
-    return PromptEncoder(
+    num_rows = _num_embeddings(folder)
+    pad_id = end_id if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_rows else int(tokenizer.pad_token_id)
+    encoder = PromptEncoder(
         tokenizer=tokenizer,
         prefix_ids=_first_ids(tokenizer, before),
         suffix_ids=_following_ids(tokenizer, after),
         end_id=end_id,
-        pad_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id),
-        stop_ids=_stop_ids(folder, [end_id, int(tokenizer.eos_token_id)]),
+        pad_id=pad_id,
+        stop_ids=[token for token in _stop_ids(folder, [end_id, int(tokenizer.eos_token_id)]) if token < num_rows],
         question_ids=list(tokenizer(prompt, add_special_tokens=False)["input_ids"]),
         caption_lead=lead,
     )
+    _check_rows(encoder, folder, num_rows)
+    return encoder
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -135,6 +140,41 @@ def _load_tokenizer(folder: Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} names no end token (eos_token), so captions would have no end")
     return tokenizer
+
+
+def _num_embeddings(folder: Path) -> float:
+    """Rows of the language model's embedding; without end where the folder holds a tokenizer alone."""
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError):  # whoever loads the model says what is wrong with it
+        return math.inf
+
+
+def _check_rows(encoder: PromptEncoder, folder: Path, num_rows: float) -> None:
+    """Refuses a tokenizer that was given tokens for which the model has no embedding, where the prompt or a caption can hold them.
+
+    Special tokens in captions are text like any other, so that those beyond the embedding do no harm there.
+
+    Raises:
+        UserError: There is such a token.
+    """
+    tokenizer = encoder.tokenizer
+    added = tokenizer.added_tokens_decoder
+    if max(len(tokenizer), *added, 0) < num_rows:
+        return
+    special = {token for token, entry in added.items() if entry.special} - {tokenizer.unk_token_id}
+    beyond = {token for token in tokenizer.get_vocab().values() if token >= num_rows} - special
+    used = [*encoder.prefix_ids, *encoder.suffix_ids, *encoder.question_ids, encoder.end_id]
+    beyond |= {token for token in used if token >= num_rows}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"the tokenizer in {folder} has {len(beyond)} tokens beyond the {num_rows} rows of the model's embedding that text can hold, "
+            f"first {tokenizer.convert_ids_to_tokens(first)!r} ({first}); remove them from tokenizer.json, or resize the model's embedding "
+            "(resize_token_embeddings) and save it"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vlmcap.compose import Composed, config_dir, group_choices, read_yaml
+from vlmcap.compose import Composed, config_file, group_choices, read_yaml
 from vlmcap.config import Config
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
@@ -69,8 +68,7 @@ def _all_names(group: str) -> list[str]:
     found = [name for name in group_choices(group) if name not in _LEFT_OUT[group]]
     if group != "hardware":
         return found
-    folder = Path(config_dir()) / group
-    return sorted(found, key=lambda name: (float(read_yaml(folder / f"{name}.yaml")["memory_gib"]), name))
+    return sorted(found, key=lambda name: (float(read_yaml(config_file(f"{group}/{name}"))["memory_gib"]), name))
 
 
 class GridConfigs:

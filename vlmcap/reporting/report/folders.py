@@ -219,7 +219,8 @@ def _command(summary: dict[str, Any], overrides: list[str]) -> str:
     said = [str(word) for word in summary.get("command") or []]
     if not said or "-m" in said or "--multirun" in said:
         said = ["train.py", *overrides] if overrides or not said else said
-    return shlex.join(["python", *(word for word in said if not word.startswith("paths.output_dir="))])
+    python = ["python"] if said[0].endswith(".py") else []  # `vlmcap train` is a command itself
+    return shlex.join([*python, *(word for word in said if not word.startswith("paths.output_dir="))])
 
 
 def _evaluation_command(evaluation: dict[str, Any], overrides: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
-            torch.save(checkpoint, partial)
+            if _is_full(checkpoint, partial):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+
+def _is_full(checkpoint: dict[str, Any], file: Path) -> bool:
+    """Saves, and says whether the disk had no room for it. The error ends here, as its frames would keep the file open, and its room."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # what torch's writer says of a full disk
+            raise
+        return True
+    return False
 
 
 class StepCheckpoint(ModelCheckpoint):

@@ -1,0 +1,33 @@
+"""`vlmcap evaluate`, which is `evaluate.py`: scores a checkpoint on a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from vlmcap.compose import config_dir, with_overrides
+from vlmcap.errors import UserError
+from vlmcap.program import told_in_one_sentence
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")
+def main(node: DictConfig) -> float:
+    """Takes the checkpoint's own configuration, puts the overrides given here over it, and scores."""
+    with told_in_one_sentence():
+        if node.checkpoint is None:
+            raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
+        from vlmcap.training.callbacks.progress import show_scores
+        from vlmcap.training.checkpoints.load import read_checkpoint  # heavy, and not needed for --help and --cfg
+        from vlmcap.training.run import evaluate
+        from vlmcap.training.summary import tokenizer_version
+
+        checkpoint = Path(node.checkpoint)
+        saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
+        config = with_overrides(saved, node, HydraConfig.get().overrides.task)
+        scores = evaluate(config, checkpoint)
+        show_scores(scores, tokenizer_version(config))
+        print(f"metrics.json and predictions.jsonl: {config.paths.output_dir}")
+        return scores.get(f"{config.data.split.value}/cider", float("nan"))

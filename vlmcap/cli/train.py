@@ -1,0 +1,23 @@
+"""`vlmcap train`, which is `train.py`: trains a captioner; `vlmcap train --help` lists the parts."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from vlmcap.compose import config_dir, to_config
+from vlmcap.program import told_in_one_sentence
+from vlmcap.sweeping.job import recorded, taken_up
+from vlmcap.sweeping.study import trial_of_job
+
+
+@hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
+def main(node: DictConfig) -> float:
+    """Runs one configuration and returns its objective, for sweeps."""
+    with told_in_one_sentence(), recorded() as record:
+        config = to_config(node)
+        record.begin(config)
+        from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
+
+        record.objective = train(taken_up(config), trial_of_job(config.sweep))
+        return record.objective

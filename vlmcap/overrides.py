@@ -1,0 +1,260 @@
+"""Overrides as people type them: values that Hydra cannot parse are quoted, and keys of other programs are answered with ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.config import LauncherConfig, SweepConfig
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+_RATES = "{adapters} for the adapters, {projector} for the projector beside them, {align} for the projector alone"
+_RATES = _RATES.format(adapters="llm.adapter_lr", projector="llm.projector_lr", align="llm.align_lr")
+_EPOCHS = "data.align_epochs is for the first stage of tuning=two_stage"
+_QUANTIZATION = "llm.quantization"
+
+# Keys of Lightning, Hydra, transformers and lightning-hydra-template; what is set here instead, with the value that was typed where the
+# text ends in "="; and what more there is to say. A key whose last name is one of ours, such as `trainer.precision`, needs no line.
+HINTS: dict[str, tuple[str, str]] = {
+    name: (instead, more)
+    for names, instead, more in (
+        (
+            "lr learning_rate base_lr optim.lr optim.learning_rate optimizer.lr optimizer.learning_rate trainer.lr trainer.learning_rate "
+            "model.lr model.learning_rate tuning.lr tuning.learning_rate tuning.lora.lr train.lr train.learning_rate",
+            "llm.adapter_lr=",
+            _RATES,
+        ),
+        (
+            "epochs max_epochs num_epochs n_epochs num_train_epochs trainer.epochs trainer.max_epochs trainer.num_epochs "
+            "trainer.num_train_epochs train.epochs train.max_epochs training.epochs tuning.epochs tuning.max_epochs data.epochs "
+            "optim.epochs",
+            "data.tune_epochs=",
+            _EPOCHS,
+        ),
+        (
+            "batch_size bs train_batch_size per_device_train_batch_size trainer.batch_size trainer.per_device_train_batch_size "
+            "train.batch_size training.batch_size data.train_batch_size data.bs dataloader.batch_size datamodule.batch_size",
+            "data.batch_size=",
+            "",
+        ),
+        (
+            "eval_batch_size val_batch_size per_device_eval_batch_size trainer.eval_batch_size data.val_batch_size",
+            "data.eval_batch_size=",
+            "",
+        ),
+        (
+            "ckpt ckpt_path checkpoint_path resume resume_from resume_from_checkpoint trainer.ckpt_path trainer.checkpoint trainer.resume "
+            "trainer.resume_from_checkpoint model.ckpt_path paths.checkpoint paths.ckpt_path",
+            "checkpoint=",
+            "",
+        ),
+        ("num_frames n_frames nframes frames data.frames data.n_frames encoder.num_frames model.num_frames", "data.num_frames=", ""),
+        (
+            "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir trainer.output_dir "
+            "trainer.save_dir paths.output paths.out_dir paths.log_dir paths.root_dir logger.save_dir",
+            "paths.output_dir=",
+            "",
+        ),
+        ("cache_dir", "paths.cache_dir=", ""),
+        (
+            "data_dir data_root data_path root dataset_path data.dir data.path data.data_dir paths.data_dir paths.data_root",
+            "data.root=",
+            "",
+        ),
+        ("dataset datamodule", "data=", ""),
+        ("optimizer", "optim=", ""),
+        ("vision_encoder vision_tower image_encoder", "encoder=", ""),
+        ("language_model lm llm_name", "llm=", ""),
+        ("connector adapter mm_projector", "projector=", ""),
+        ("model_name_or_path model_name model_id model.name_or_path llm.name_or_path llm.path", "llm.checkpoint=", ""),
+        (
+            "gradient_accumulation_steps trainer.gradient_accumulation_steps accumulation_steps grad_accum",
+            "trainer.accumulate_grad_batches=",
+            "",
+        ),
+        ("gradient_clip_val trainer.gradient_clip_val max_grad_norm clip_grad grad_clip", "optim.max_grad_norm=", ""),
+        ("gpus num_gpus n_gpus trainer.gpus num_processes nproc_per_node", "hardware.devices=", ""),
+        ("nodes nnodes trainer.nodes", "trainer.num_nodes=", ""),
+        ("lora_r lora.r lora.rank tuning.lora.r tuning.lora_r tuning.rank", "tuning.lora.rank=", ""),
+        ("lora_alpha lora.alpha tuning.lora.lora_alpha tuning.lora_alpha", "tuning.lora.alpha=", ""),
+        ("lora_dropout lora.dropout tuning.lora.lora_dropout", "tuning.lora.dropout=", ""),
+        ("load_in_4bit llm.load_in_4bit", f"{_QUANTIZATION}=4bit", ""),
+        ("load_in_8bit llm.load_in_8bit", f"{_QUANTIZATION}=8bit", ""),
+        ("bf16 trainer.bf16", "hardware.precision=bf16", ""),
+        ("fp16 trainer.fp16", "hardware.precision=fp16", ""),
+        ("random_seed trainer.seed", "seed=", ""),
+        ("project_name wandb.project", "logger.project=", ""),
+        ("hydra/launcher=joblib", "launcher=joblib", ""),
+        ("hydra/launcher=submitit_slurm hydra/launcher=submitit", "launcher=submitit", ""),
+        ("hydra/launcher=submitit_local", "launcher=submitit launcher.is_local=true", ""),
+        ("hydra/launcher=ray hydra/launcher=ray_aws", "launcher=ray", ""),
+        ("hydra/launcher", "launcher=", "basic, joblib, submitit and ray are there"),
+        ("hydra/sweeper=optuna", "sweep=optuna", ""),
+        ("hydra/sweeper", "sweep=", "default, optuna, halving and wandb are there"),
+    )
+    for name in names.split()
+}
+_PLUGINS = {"hydra.sweeper.": ("sweep", SweepConfig), "hydra.launcher.": ("launcher", LauncherConfig)}  # keys of Hydra's own plugins
+_LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has these itself
+
+
+def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command: str = "") -> list[str]:
+    """Overrides as Hydra's grammar has them. A value that Hydra can parse keeps its meaning; any other is text, and is quoted.
+
+    Args:
+        arguments: Overrides as typed, such as `data.root=~/도심 (1)`.
+        is_sweep: Whether several values may be given: then the elements of `a,b` and of `choice(a,b)` are quoted one by one.
+        command: Command line that would take several values, with `-m`; empty where there is none.
+
+    Raises:
+        UserError: A key is one of another program, or several values are given to what takes one.
+    """
+    for argument in arguments:
+        if hint := foreign_key(argument):
+            raise UserError(hint)
+    found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
+    for argument, text in zip(arguments, found, strict=True):
+        override = _parsed(text)
+        if not is_sweep and override is not None and override.is_sweep_override():
+            raise UserError(_several_values(argument, override, command))
+    return found
+
+
+def foreign_key(override: str) -> str:
+    """A sentence that names our key for one of Lightning, Hydra or transformers; empty for any other."""
+    key, _, value = override.lstrip("+~").partition("=")
+    key = key.partition("@")[0]
+    if f"{key}={value}" in _LEFT_TO_HYDRA:
+        return ""
+    instead, more = HINTS.get(f"{key}={value}") or HINTS.get(key) or ("", "")
+    for theirs, (ours, schema) in _PLUGINS.items():
+        name = key.removeprefix(theirs)
+        if name != key and name.partition(".")[0] not in ("_target_", "params", "max_batch_size"):
+            names = [field.name for field in fields(schema)]
+            instead = f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
+    if not instead:
+        return ""
+    own = shell_quoted(instead + value) if instead.endswith("=") else instead
+    return f"there is no key '{key}' here: set {own}{f' ({more})' if more else ''}"
+
+
+def quoted(text: object) -> str:
+    """A value in quotes, with quotes and backslashes in it escaped as Hydra's grammar wants them."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(str(text), Quote.single).with_quotes()
+
+
+def sweep_values(override: Override) -> list[str]:
+    """The values of a sweep, each as an override takes it: Hydra drops the quotes of some."""
+    escaped = re.compile(r"\\([\\()\[\]{}:=, \t])")
+    values = override.sweep_string_iterator()
+    return [value if not value or _is_value(value) else quoted(escaped.sub(r"\1", value)) for value in values]
+
+
+def shell_quoted(argument: str) -> str:
+    """An argument as it is typed in a shell, in double quotes where it holds single ones."""
+    return f'"{argument}"' if "'" in argument and not re.search(r'["$`\\!]', argument) else shlex.quote(argument)
+
+
+@cache
+def _parser() -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create()
+
+
+def _parsed(override: str) -> Override | None:
+    """The override as Hydra reads it; None where it cannot."""
+    from hydra.errors import HydraException
+
+    try:
+        parsed: Override = _parser().parse_override(override)
+    except HydraException:
+        return None
+    return parsed
+
+
+def _is_value(text: str) -> bool:
+    return bool(text.strip()) and _parsed(f"key={text}") is not None
+
+
+def _in_grammar(override: str, *, is_sweep: bool) -> str:
+    """The override with its value quoted where Hydra cannot parse it."""
+    key, equals, value = override.partition("=")
+    if not equals or not value.strip() or _is_value(value):
+        return override
+    if is_sweep:
+        elements = _elements(value, _quoted_sweep)
+        return f"{key}={','.join(elements)}" if all(elements) else override  # nothing between two commas: Hydra says so
+    return f"{key}={_quoted_value(value)}"
+
+
+def _elements(text: str, element: Callable[[str], str]) -> list[str]:
+    """What stands between the commas, each made parsable; a comma inside of quotes, brackets or a call parts nothing."""
+    pieces, found = text.split(","), []
+    start = 0
+    while start < len(pieces):
+        ends = range(start + 1, len(pieces) + 1)
+        one = ((end, element_text) for end in ends if _is_value(element_text := ",".join(pieces[start:end])) or _is_closed(element_text))
+        end, chosen = next(one, (start + 1, pieces[start]))
+        found.append(chosen if _is_value(chosen) else element(chosen) if chosen.strip() else "")
+        start = end
+    return found
+
+
+_OPENED = re.compile(r"\s*(\[|\{|(?:choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool)\()")
+_CLOSING = {"[": "]", "{": "}", "(": ")"}
+
+
+def _is_closed(text: str) -> bool:
+    """Whether this is a whole list, dictionary or call of one of Hydra's functions."""
+    opened = _OPENED.match(text)
+    if opened is None:
+        return False
+    opening = opened.group(1)[-1]
+    closing = _CLOSING[opening]
+    return text.rstrip().endswith(closing) and text.count(opening) == text.count(closing)
+
+
+def _quoted_sweep(text: str) -> str:
+    """An element of a sweep: a call such as `choice(…)` has its arguments quoted."""
+    opened = _OPENED.match(text)
+    if opened is None or not opened.group(1).endswith("(") or not _is_closed(text):
+        return _quoted_value(text)
+    elements = ",".join(_elements(text[opened.end() : text.rindex(")")], _quoted_sweep))
+    # Hydra drops the quotes of what choice() holds, but not those of the same values without it.
+    call = elements if opened.group(1) == "choice(" else f"{opened.group(0)}{elements})"
+    return call if _parsed(f"key={call}") else text  # Hydra says what is wrong with the call
+
+
+def _quoted_value(text: str) -> str:
+    """A list or dictionary whose elements are quoted, or the whole text in quotes; `~` in front is the home folder."""
+    text = text.strip()
+    if text[:1] in ("[", "{") and _is_closed(text):
+        inner = _elements(text[1:-1], _quoted_value if text[0] == "[" else _quoted_pair)
+        if _is_value(made := f"{text[0]}{','.join(inner)}{text[-1]}"):
+            return made
+    return quoted(os.path.expanduser(text) if text.startswith("~") else text)
+
+
+def _quoted_pair(text: str) -> str:
+    """`key: value` of a dictionary."""
+    key, colon, value = text.partition(":")
+    return f"{key}{colon}{value if _is_value(value) else _quoted_value(value)}"
+
+
+def _several_values(typed: str, override: Override, command: str) -> str:
+    key, _, value = typed.partition("=")
+    again = f"with -m it tries one after another: {command}" if command else "give it one value; `vlmcap train -m` tries several"
+    is_list = getattr(override.value(), "simple_form", False) and "." in key
+    single = f", and {shell_quoted(f'{key}={quoted(value)}')} is one value with a comma" if is_list else ""
+    return f"{typed} names several values: {again}{single}"
