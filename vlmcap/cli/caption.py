@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from vlmcap.cli.caption_file import CaptionFile
 from vlmcap.compose import override_values

@@ -193,8 +193,24 @@ def load(folder: Path) -> ShardIndex:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether there is an index that can be trusted."""
-    return _load(folder) is not None
+    """Whether there is an index that can be trusted, and whose entries are in the shards where it says.
+
+    Shards that were exchanged at equal size and time are found here alone: the index goes by size and time, each shard is sound.
+    """
+    index = _load(folder)
+    if index is None:
+        return False
+    index = update(index, folder, {})
+    try:
+        held = {(file.name, row.content): (row.offset, row.checksum) for file in index.files for row in read_shard(folder / file.name).rows}
+    except (BrokenFileError, OSError):
+        return False
+    return all(
+        held.get((index.files[place[0]].name, content.decode())) == (offset, checksum)
+        for content, offset, place, checksum in zip(
+            index.hashes, index.offsets[:, 0].tolist(), index.places.tolist(), index.checksums.tolist(), strict=True
+        )
+    )
 
 
 def _load(folder: Path) -> ShardIndex | None:

@@ -33,8 +33,11 @@ def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
     return shard, tensors, damaged
 
 
-def repair_shard(path: Path) -> None:
+def repair_shard(path: Path) -> bool:
     """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again; the old one goes.
+
+    Returns:
+        Whether anything was damaged.
 
     Raises:
         BrokenFileError: Nothing of it can be read; it stays.
@@ -42,7 +45,7 @@ def repair_shard(path: Path) -> None:
     """
     shard, tensors, damaged = _find_damage(path)
     if not damaged:
-        return
+        return False
     sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
     grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
     skipped = {content: Skipped(Clip("", "", ()), reason, content not in shard.lost) for content, reason in shard.skipped.items()}
@@ -50,3 +53,4 @@ def repair_shard(path: Path) -> None:
     times_s = {row.content: row.times_s for row in shard.rows if row.times_s and row.content in sound}
     write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors, times_s)
     path.unlink(missing_ok=True)
+    return True

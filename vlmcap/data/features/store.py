@@ -163,7 +163,8 @@ class FeatureStore:
         A folder that cannot be written keeps them; they are found damaged again by every process.
         """
         with contextlib.suppress(KeyError, OSError, BrokenFileError):
-            repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name)
+            if not repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name):
+                (self.folder / indices.FILE).unlink()  # the shard is sound, but is not the one that the index means
         self.refresh()
 
     def make_folder(self) -> None:

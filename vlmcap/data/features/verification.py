@@ -48,7 +48,7 @@ def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None
     for folder in folders:
         path = folder / indices.FILE
         if path.is_file() and not indices.is_whole(folder):
-            found.append(Damage(path, (), "it is no whole index", _is_done(path.unlink)))
+            found.append(Damage(path, (), "it is no whole index, or that of other shards", _is_done(path.unlink)))
     return found
 
 
