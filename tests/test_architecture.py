@@ -1,7 +1,7 @@
 """Imports go one way, and the heavy or opinionated libraries stay where the design puts them.
 
     train.py, evaluate.py, cli -> measuring, spectrum, sweeping, reporting -> training -> planning -> assembly, demo
-        -> models, data, metrics -> compose, config, types, errors, files, terminal, libraries
+        -> models, data, metrics -> compose, config, types, errors, files, locks, terminal, libraries
 
 Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and *typing* (under
 `if TYPE_CHECKING:`). Directions, libraries and circles count all three: whoever reads a file must know the file that it names.
@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 Kind = Literal["eager", "lazy", "typing"]
 
-BASE = {"types", "errors", "files", "terminal", "libraries"}
+BASE = {"types", "errors", "files", "locks", "terminal", "libraries"}
 PARTS = {"models", "data", "metrics"}
 CONFIGURED = BASE | PARTS | {"config", "compose", "sweep_syntax"}
 TRAINED = CONFIGURED | {"demo", "assembly", "planning", "training", ""}  # "" is vlmcap/__init__.py, which has the version
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": set(),
     "libraries": set(),
     "types": {"errors"},
+    "locks": {"errors", "terminal"},
     **{part: BASE for part in PARTS},
     "compose": BASE | {"config"},
     "program": BASE | {"compose"},

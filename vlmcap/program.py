@@ -7,17 +7,70 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from omegaconf import OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap.compose import config_dir, explain, innermost
 from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line
+from vlmcap.locks import living_owner
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
+
+
+class OwnFolder(Callback):
+    """Gives each run and each sweep a folder of its own before Hydra writes to it, as `hydra.callbacks` in conf/train.yaml names it.
+
+    A folder that is named by the time of day gets a number where another run has made it in the same second. A folder that the user
+    named and a living run writes to is refused.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Claims the folder of a run."""
+        if _is_named_by_clock(config, "run"):
+            config.hydra.run.dir = str(_new_folder(Path(config.hydra.run.dir)))
+        elif not _is_first_process(config):  # the first one keeps Hydra's files for all
+            config.hydra.output_subdir = None
+        elif config.hydra.output_subdir is not None and (owner := living_owner(Path(config.hydra.run.dir))):
+            # Hydra turns exceptions of its callbacks into warnings.
+            sentence = f"hydra.run.dir={config.hydra.run.dir} is in use by {owner}: wait for it to end, stop it, or choose another folder"
+            print(f"Error: {sentence}", file=sys.stderr)
+            raise SystemExit(2)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Claims the folder of a sweep, which jobs learn of by an override."""
+        if _is_named_by_clock(config, "sweep") and not config.sweep.folder:
+            folder = str(_new_folder(Path(config.hydra.sweep.dir)))
+            config.hydra.sweep.dir = folder
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+
+
+def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
+    found = OmegaConf.to_container(config.hydra[kind], resolve=False)
+    return isinstance(found, dict) and "${now:" in str(found["dir"])
+
+
+def _is_first_process(config: DictConfig) -> bool:
+    """Whether this process is the first one of its run, or the only one."""
+    names = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
+    is_alone = config.hardware.devices * config.trainer.num_nodes == 1
+    return is_alone or all(os.environ.get(name, "0") in ("", "0") for name in names)
+
+
+def _new_folder(wanted: Path) -> Path:
+    """A folder that this call has made: `wanted`, or with -2, -3 and so on behind its name."""
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with suppress(FileExistsError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+    raise AssertionError("there is no end of numbers")
 
 
 def run_program(main: Callable[[], object], name: str) -> None:

@@ -26,16 +26,17 @@ def run(options: Namespace) -> None:
     from vlmcap.terminal import progress_reporter
     from vlmcap.training.checkpoints.load import load_captioner
 
-    captioner = load_captioner(options.checkpoint, read_settings(options.set))
-    report = progress_reporter("captioning")
+    with progress_reporter("loading the model"):
+        captioner = load_captioner(options.checkpoint, read_settings(options.set))
     captions: list[tuple[Path, str]] = []
     failed: list[tuple[Path, str]] = []
-    for done, (video, caption) in enumerate(captioner.caption_files(videos), 1):
-        if isinstance(caption, str):
-            captions.append((video, caption))
-        else:
-            failed.append((video, caption.reason))
-        report(done, len(videos))
+    with progress_reporter("captioning") as report:
+        for done, (video, caption) in enumerate(captioner.caption_files(videos), 1):
+            if isinstance(caption, str):
+                captions.append((video, caption))
+            else:
+                failed.append((video, caption.reason))
+            report(done, len(videos))
     _write(captions, output)
     if failed:
         video, reason = failed[0]

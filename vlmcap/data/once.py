@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from vlmcap.locks import CLAIMS, claimed
 
-_TIMEOUT_S = 600.0  # a file server may count the lock of a machine that died for ever; then a folder may be made twice
+_WAIT_S = 600.0
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait.
+    """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait, and say for whom.
 
     A broken or killed making leaves nothing half-written under its name, and what it left beside it goes with the next.
 
     Args:
         folder: Its parents are made.
         make: Called with an empty folder to fill.
+
+    Raises:
+        InUseError: Another process makes it and has not finished in ten minutes.
     """
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), _TIMEOUT_S, fallback_to_soft=False)
-    with contextlib.suppress(OSError):  # it took too long, or the file system has no locks
-        lock.acquire()
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
+    advice = "start again when it has ended, or stop it"
+    with claimed(folder.parent / CLAIMS / folder.name, f"{folder} is being made", advice, wait_s=_WAIT_S):
         if folder.is_dir():  # another process was faster
             return folder
-        if lock.is_locked:
-            for leftover in folder.parent.glob(f".{folder.name}.????????"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        make(partial)
-        if not folder.is_dir():
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        for leftover in folder.parent.glob(f".{folder.name}.????????"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        try:
+            partial.mkdir()
+            make(partial)
+            if not folder.is_dir():
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder

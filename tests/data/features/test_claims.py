@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmcap.data.features import claims
-from vlmcap.data.features.claims import Claims, Lease, is_alive, is_here, is_in_use, machine_name, process_name, remove_free_claims
+from vlmcap.data.features import leases as claims
+from vlmcap.data.features.leases import Lease, is_alive, is_in_use
+from vlmcap.locks import Claims, is_here, machine_name, process_name, remove_free_claims
 
 FORK = multiprocessing.get_context("fork")
 ELSEWHERE = f"{'0' * 8}-1"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmcap.data.features import claims
+from vlmcap.data.features import leases as claims
 from vlmcap.data.features.eviction import list_stores, prune, remove_store
 from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.store import FeatureStore

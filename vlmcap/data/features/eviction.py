@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.claims import CLAIMS, USERS, is_alive, is_here, is_in_use, last_used, remove_free_claims
+from vlmcap.data.features.leases import USERS, is_alive, is_in_use, last_used
 from vlmcap.data.features.precision import ErrorSums, StorageError
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX
 from vlmcap.errors import UserError
+from vlmcap.locks import CLAIMS, is_here, remove_free_claims
 
 _OLD_S = 3600.0
 _REMOVED = ".removed-"

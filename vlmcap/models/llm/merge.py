@@ -5,7 +5,7 @@ Merging goes onto the unquantised base: in 4 bit the rounding would eat the adap
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,7 +220,7 @@ def refuse_quantized(model: nn.Module) -> None:
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into; it takes that name when the block ends well, and is removed when it does not."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir()
         yield partial
