@@ -36,7 +36,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _RUN = "run"  # name of the claim to a whole folder
 _STALE_S = 120.0
 _POLL_S = 0.2
-_MAX_COMMAND = 200  # characters of an owner's command that are shown
+_MAX_COMMAND = 120  # characters of an owner's command that are shown
 
 _owned: dict[Path, int] = {}  # folders that `claimed_folder` holds -> number of the process, as forks inherit the table
 
@@ -218,17 +218,16 @@ def living_owner(folder: Path) -> str | None:
 
 
 @contextmanager
-def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0, stale_s: float = _STALE_S) -> Iterator[None]:
+def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Holds a claim, whose file is `claim`.
 
-    A process that has ended blocks nobody. One on another machine, whose locks may not reach here, gets `stale_s` to show a sign of life.
+    A process that has ended blocks nobody. One on another machine, whose locks may not reach here, gets two minutes to show a sign of life.
 
     Args:
         claim: File of the claim, in a folder of claims.
         state: What holds while another process has the claim, such as "the folder x is in use"; the owner is named behind it.
         advice: How to go on then.
         wait_s: Seconds to wait for a living owner; a line says who it is.
-        stale_s: Seconds without a sign of life after which the claim of another machine is free.
 
     Raises:
         InUseError: A living process holds the claim, and still does after `wait_s`.
@@ -236,7 +235,7 @@ def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0, stale_
     """
     with contextlib.ExitStack() as stack:
         try:
-            owner = _wait(stack.enter_context(Claims(claim.parent, stale_s)), claim.name, state, wait_s)
+            owner = _wait(stack.enter_context(Claims(claim.parent, _STALE_S)), claim.name, state, wait_s)
         except OSError as error:
             raise UserError(f"{claim.parent.parent} cannot be written to ({first_line(error)}); choose another folder") from error
         if owner:

@@ -26,9 +26,12 @@ from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import import_libraries
 from vlmcap.planning import hardware
 from vlmcap.planning.calibration import calibration_files, calibration_folder
+from vlmcap.terminal import gigabytes
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 _LOW_GIB, _TOO_LOW_GIB = 50.0, 1.0  # free on the disk: a base and its features need the first, nothing works below the second
+_SHARED_MEMORY = Path("/dev/shm")
+_LARGE_FRAME = 3 * 448 * 448  # bytes: no encoder that takes squares reads larger ones
 _SENTENCE = "강아지가 공원에서 달립니다."
 _VIDEO = (8, 64, 64, 3)  # of the clip that is written and read: frames, height, width, colours
 Level = Literal["ok", "warning", "problem"]
@@ -119,6 +122,7 @@ def run_checks(config: Config) -> list[Check]:
         "decoder": _check_decoder,
         "ffmpeg": _check_ffmpeg,
         "disk": lambda: _check_disk(config),
+        "shared memory": lambda: _check_shared_memory(config),
         "W&B": lambda: _check_wandb(config),
     }
     for name, check in everything.items():
@@ -240,6 +244,22 @@ def _check_disk(config: Config) -> list[Check]:
     if free_gib < _TOO_LOW_GIB:
         return [Check("disk", "problem", found, mend)]
     return [Check("disk", "ok", found) if free_gib >= _LOW_GIB else Check("disk", "warning", found, mend)]
+
+
+def _check_shared_memory(config: Config) -> list[Check]:
+    """Whether the batches of data workers have room where they hand them over, which containers keep small."""
+    from vlmcap.data.loading.worker_report import PREFETCHED, shared_memory_problem
+
+    data = config.data
+    batch_bytes = max(data.batch_size, data.eval_batch_size) * data.num_frames * _LARGE_FRAME
+    if problem := shared_memory_problem(data.num_workers, batch_bytes, _SHARED_MEMORY):
+        found, _, mend = problem.partition("; ")
+        return [Check("shared memory", "warning", found, mend)]
+    if not _SHARED_MEMORY.is_dir():
+        return [Check("shared memory", "ok", f"there is no {_SHARED_MEMORY}, and no such limit")]
+    usage, needed = shutil.disk_usage(_SHARED_MEMORY), data.num_workers * PREFETCHED * batch_bytes
+    text = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {_SHARED_MEMORY}"
+    return [Check("shared memory", "ok", f"{text}, data.num_workers={data.num_workers} may need {gigabytes(needed)}")]
 
 
 def _check_wandb(config: Config) -> list[Check]:

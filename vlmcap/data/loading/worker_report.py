@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from vlmcap.errors import UserError
+from vlmcap.terminal import gigabytes
 from vlmcap.types import Clip
 
 T_co = TypeVar("T_co", covariant=True)
 
+PREFETCHED = 2  # batches that a worker keeps ready, torch's own default
 _MAX_WORKERS = 256  # of one loader; those beyond are not watched
 _LAST_SECONDS = 120.0  # of a worker after SIGTERM
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
+
+
+def shared_memory_problem(num_workers: int, batch_bytes: int, folder: Path = Path("/dev/shm")) -> str | None:
+    """Why batches of data workers may have no room in shared memory, and how to give them some; None where they have it.
+
+    Args:
+        num_workers: Workers of a loader.
+        batch_bytes: Bytes of a batch.
+        folder: Mount of the shared memory; a system without it has no such limit.
+    """
+    if num_workers == 0 or not folder.is_dir():
+        return None
+    usage, needed = shutil.disk_usage(folder), num_workers * PREFETCHED * batch_bytes
+    if usage.free >= needed:
+        return None
+    return (
+        f"{folder} has {gigabytes(usage.free)} free of {gigabytes(usage.total)}, and data.num_workers={num_workers} may keep "
+        f"{gigabytes(needed)} of batches there; start the container with `docker run --shm-size=8g`, or set data.num_workers=0"
+    )
 
 
 def leave_signals_to_main(_worker_id: int) -> None:
