@@ -111,6 +111,8 @@ def test_work_that_raises_stops_its_bar(is_terminal: bool, is_begun: bool, monke
         if is_begun:
             report(1, 4)
         raise RuntimeError
+    for thread in threads() - before:
+        thread.join(5)
     assert threads() == before
     assert ("work" in "".join(written)) == (is_terminal and is_begun)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -38,16 +38,25 @@ def trainer_of(**values: Any) -> Any:
     return SimpleNamespace(**defaults | values)
 
 
+class Module(CaptioningModule):
+    """A module of two stages whose log has fixed values."""
+
+    plan = StagePlan({"align": StageConfig(epochs=1), "tune": StageConfig(epochs=2)})
+    steps_per_epoch = 300  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        """Without a model."""
+
+    def take_log(self) -> dict[str, float]:
+        return {"train/loss": 1.25, "train/tokens_per_s": 3200.0, "train/lr_adapters": 1e-4}
+
+    def log_dict(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 @pytest.fixture
 def module() -> CaptioningModule:
-    """A module of two stages whose log has fixed values."""
-    found = cast(Any, CaptioningModule.__new__(CaptioningModule))
-    stages = {"align": StageConfig(epochs=1), "tune": StageConfig(epochs=2)}
-    object.__setattr__(found, "plan", StagePlan(stages))
-    object.__setattr__(found, "steps_per_epoch", 300)
-    object.__setattr__(found, "take_log", lambda: {"train/loss": 1.25, "train/tokens_per_s": 3200.0, "train/lr_adapters": 1e-4})
-    object.__setattr__(found, "log_dict", lambda *_, **__: None)
-    return cast(CaptioningModule, found)
+    return Module()
 
 
 def train(progress: RunProgress, clock: Clock, trainer: Any, module: Any, seconds: int) -> None:
