@@ -55,10 +55,10 @@ def test_a_missing_card_is_a_problem_where_one_is_meant(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("free", "overrides", "level", "words"),
     [
-        (64 * 2**20, ("data.num_workers=8", "data.batch_size=32", "data.num_frames=8"), "warning", "docker run --shm-size=8g"),
-        (64 * 2**20, ("data.num_workers=8", "data.batch_size=32", "data.num_frames=8"), "warning", "data.num_workers=0"),
-        (64 * 2**20, ("data.num_workers=0", "data.batch_size=32", "data.num_frames=8"), "ok", "67.1 MB"),
-        (8 * 2**30, ("data.num_workers=8", "data.batch_size=32", "data.num_frames=8"), "ok", "8.6 GB of 8.6 GB free"),
+        (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "docker run --shm-size=8g"),
+        (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "data.num_workers=0"),
+        (64 * 2**20, ("data.num_workers=0", "encoder=siglip2"), "ok", "67.1 MB"),
+        (8 * 2**30, ("data.num_workers=8", "encoder=siglip2"), "ok", "8.6 GB of 8.6 GB free"),
     ],
 )
 def test_shared_memory_against_what_workers_need(

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from vlmcap.compose import NO_DATA, compose
 from vlmcap.config import Config
+from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import import_libraries
 from vlmcap.planning import hardware
@@ -31,7 +32,7 @@ from vlmcap.terminal import gigabytes
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 _LOW_GIB, _TOO_LOW_GIB = 50.0, 1.0  # free on the disk: a base and its features need the first, nothing works below the second
 _SHARED_MEMORY = Path("/dev/shm")
-_LARGE_FRAME = 3 * 448 * 448  # bytes: no encoder that takes squares reads larger ones
+_TINY_SIDE, _LARGE_SIDE = 64, 448  # pixels of a frame: of the demo's encoders, and the most of those that read squares
 _SENTENCE = "강아지가 공원에서 달립니다."
 _VIDEO = (8, 64, 64, 3)  # of the clip that is written and read: frames, height, width, colours
 Level = Literal["ok", "warning", "problem"]
@@ -251,7 +252,8 @@ def _check_shared_memory(config: Config) -> list[Check]:
     from vlmcap.data.loading.worker_report import PREFETCHED, shared_memory_problem
 
     data = config.data
-    batch_bytes = max(data.batch_size, data.eval_batch_size) * data.num_frames * _LARGE_FRAME
+    side = config.encoder.image_size or (_TINY_SIDE if config.encoder.checkpoint in TINY_ENCODERS else _LARGE_SIDE)
+    batch_bytes = max(data.batch_size, data.eval_batch_size) * data.num_frames * 3 * side**2
     if problem := shared_memory_problem(data.num_workers, batch_bytes, _SHARED_MEMORY):
         found, _, mend = problem.partition("; ")
         return [Check("shared memory", "warning", found, mend)]
