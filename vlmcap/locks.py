@@ -178,7 +178,7 @@ def remove_free_claims(folder: Path) -> None:
 
 @contextmanager
 def claimed_folder(folder: Path, key: str) -> Iterator[None]:
-    """Holds a folder that one program at a time may write to; it is made, and removed at the end if nothing is in it.
+    """Holds a folder that one program at a time may write to; it is made with its parents, and removed at the end if it is empty.
 
     A process may hold a folder again that it holds already.
 
@@ -194,6 +194,7 @@ def claimed_folder(folder: Path, key: str) -> Iterator[None]:
     if _owned.get(path) == os.getpid():
         yield
         return
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
         with claimed(folder / CLAIMS / _RUN, f"{key}={folder} is in use", "wait for it to end, stop it, or choose another folder"):
             _owned[path] = os.getpid()
@@ -202,8 +203,9 @@ def claimed_folder(folder: Path, key: str) -> Iterator[None]:
             finally:
                 del _owned[path]
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        for made in (path, *missing):
+            with contextlib.suppress(OSError):
+                made.rmdir()
 
 
 def living_owner(folder: Path) -> str | None:

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,8 @@ from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line
 from vlmcap.locks import living_owner
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
+
+_made: list[Path] = []  # folders that `OwnFolder` made, the innermost first
 
 
 class OwnFolder(Callback):
@@ -64,13 +65,19 @@ def _is_first_process(config: DictConfig) -> bool:
 
 def _new_folder(wanted: Path) -> Path:
     """A folder that this call has made: `wanted`, or with -2, -3 and so on behind its name."""
-    for number in count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        with suppress(FileExistsError):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
+    folder, number = wanted, 1
+    while True:
+        missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except FileNotFoundError:  # another process removed a parent, which was empty
+            continue
+        else:
+            _made.extend(missing)
             return folder
-    raise AssertionError("there is no end of numbers")
 
 
 def run_program(main: Callable[[], object], name: str) -> None:
@@ -84,8 +91,14 @@ def run_program(main: Callable[[], object], name: str) -> None:
         print(help_text(name))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
-    with told_in_one_sentence():
-        main()
+    try:
+        with told_in_one_sentence():
+            main()
+    finally:
+        for folder in _made:  # those that nothing was written to
+            with suppress(OSError):
+                folder.rmdir()
+        _made.clear()
 
 
 def help_text(name: str) -> str:
