@@ -29,6 +29,19 @@ class DoesNotFit(UserError):  # noqa: N818 - says what is so
         self.peak_gib, self.usable_gib = peak_gib, usable_gib
 
 
+class InUseError(UserError):
+    """A folder that another process writes to.
+
+    Args:
+        sentence: For the user.
+        owner: Description of that process.
+    """
+
+    def __init__(self, sentence: str, owner: str) -> None:
+        super().__init__(sentence)
+        self.owner = owner
+
+
 class NotPlannedError(UserError):
     """A run whose memory cannot be foretold; it may fit all the same."""
 

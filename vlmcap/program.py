@@ -8,18 +8,78 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from omegaconf import OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap.compose import config_file, explain, innermost, register_schemas, use_config_dir
 from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
+from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
+
+_made: list[Path] = []  # folders that `OwnFolder` made, the innermost first
+
+
+class OwnFolder(Callback):
+    """Gives each run and each sweep a folder of its own before Hydra writes to it, as `hydra.callbacks` in conf/train.yaml names it.
+
+    A folder that is named by the time of day gets a number where another run has made it in the same second. A folder that the user
+    named and a living run writes to is refused.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Claims the folder of a run."""
+        if _is_named_by_clock(config, "run"):
+            config.hydra.run.dir = str(_new_folder(Path(config.hydra.run.dir)))
+        elif not _is_first_process(config):  # the first one keeps Hydra's files for all
+            config.hydra.output_subdir = None
+        elif config.hydra.output_subdir is not None and (owner := living_owner(Path(config.hydra.run.dir))):
+            # Hydra turns exceptions of its callbacks into warnings.
+            sentence = f"hydra.run.dir={config.hydra.run.dir} is in use by {owner}: wait for it to end, stop it, or choose another folder"
+            print(f"Error: {sentence}", file=sys.stderr)
+            raise SystemExit(2)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Claims the folder of a sweep, which jobs learn of by an override."""
+        if _is_named_by_clock(config, "sweep") and not config.sweep.folder:
+            folder = str(_new_folder(Path(config.hydra.sweep.dir)))
+            config.hydra.sweep.dir = folder
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+
+
+def _is_named_by_clock(config: DictConfig, kind: str) -> bool:
+    found = OmegaConf.to_container(config.hydra[kind], resolve=False)
+    return isinstance(found, dict) and "${now:" in str(found["dir"])
+
+
+def _is_first_process(config: DictConfig) -> bool:
+    """Whether this process is the first one of its run, or the only one."""
+    names = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
+    is_alone = config.hardware.devices * config.trainer.num_nodes == 1
+    return is_alone or all(os.environ.get(name, "0") in ("", "0") for name in names)
+
+
+def _new_folder(wanted: Path) -> Path:
+    """A folder that this call has made: `wanted`, or with -2, -3 and so on behind its name."""
+    folder, number = wanted, 1
+    while True:
+        missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except FileNotFoundError:  # another process removed a parent, which was empty
+            continue
+        else:
+            _made.extend(missing)
+            return folder
 
 
 def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] | None = None, command: str = "") -> None:
@@ -37,10 +97,16 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
         print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
-    with told_in_one_sentence():
-        register_schemas()
-        sys.argv[1:] = hydra_arguments(given, command)
-        main()
+    try:
+        with told_in_one_sentence():
+            register_schemas()
+            sys.argv[1:] = hydra_arguments(given, command)
+            main()
+    finally:
+        for folder in _made:  # those that nothing was written to
+            with suppress(OSError):
+                folder.rmdir()
+        _made.clear()
 
 
 def hydra_arguments(given: Sequence[str], command: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,41 +14,132 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+_FIRST_LINE_S, _MAX_INTERVAL_S = 30.0, 300.0  # of work that is logged
 _PIPE_WIDTH = 140  # columns of a wide table that is not printed to a terminal
 
 
-def progress_reporter(label: str) -> Callable[[int, int], None]:
-    """Progress of long work whose result stays: a bar that stays on a terminal, and one line at the end in a log.
+class LineClock:
+    """Says when long work is due for its next line in a log: after 30 s, then at intervals that double up to 5 minutes.
+
+    Args:
+        clock: Seconds of a clock that only goes forward.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._interval_s = clock, _FIRST_LINE_S
+        self._due = clock() + self._interval_s
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds to the next line, 0 where it is due."""
+        return max(0.0, self._due - self._clock())
+
+    def is_due(self) -> bool:
+        """Whether the line is due, which is true once; the next one is due after a longer interval."""
+        if self.seconds_left > 0:
+            return False
+        self._interval_s = min(2 * self._interval_s, _MAX_INTERVAL_S)
+        self.postpone()
+        return True
+
+    def postpone(self) -> None:
+        """Start the interval again, as something else was printed."""
+        self._due = self._clock() + self._interval_s
+
+
+class _Lines:
+    """Lines about long work in a log, from a thread of their own, so that work that reports nothing for long is not silent either.
 
     Args:
         label: What is done.
+        clock: Seconds of a clock that only goes forward.
+    """
 
-    Returns:
-        A function of the work done and of all work; the bar ends when both are equal.
+    def __init__(self, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.label, self._clock, self._started = label, clock, clock()
+        self._schedule = LineClock(clock)
+        self._first: tuple[int, float] | None = None  # work done at the first report, and when
+        self.done = 0
+        self.total: int | None = None
+        self._ended = threading.Event()
+
+    def report(self, done: int, total: int | None) -> None:
+        """Takes note of the work done."""
+        self._first = self._first or (done, self._clock())
+        self.done, self.total = done, total
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._started
+
+    def text(self) -> str:
+        """The work done, the time that it took, and the time that is left as far as it can be told."""
+        share = "" if self._first is None else f"{grouped(self.done)}{f' of {grouped(self.total)}' if self.total else ''}, "
+        line = f"{self.label}: {share}{duration(self.seconds)} so far"
+        if self._first is None or self.total is None or self.done <= self._first[0]:
+            return line
+        pace = (self._clock() - self._first[1]) / (self.done - self._first[0])
+        return f"{line}, {duration(pace * (self.total - self.done))} left"
+
+    def tick(self) -> None:
+        """Prints the line if it is due."""
+        if self._schedule.is_due():
+            print(self.text(), file=sys.stderr, flush=True)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around the work: lines are printed as they become due."""
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._schedule.seconds_left):
+            self.tick()
+
+
+@contextmanager
+def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[[int, int | None], None]]:
+    """Progress of long work whose result stays: a bar that stays on a terminal; in a log a line now and then, and one at the end.
+
+    Args:
+        label: What is done.
+        quiet_s: Work that takes no longer shows nothing.
+
+    Yields:
+        A function of the work done and of all work, None where nobody knows how much that is. Work that never calls it has no bar
+            and no line at the end.
     """
     if not sys.stderr.isatty():
-        started = time.perf_counter()
-
-        def report_line(done: int, total: int) -> None:
-            if done == total:
-                print(f"{label}: {total} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-
-        return report_line
-    bar = _bar(is_transient=False)
+        lines = _Lines(label)
+        with lines.running():
+            yield lines.report
+        if lines.total is not None and lines.done == lines.total and lines.seconds >= quiet_s:
+            print(f"{label}: {lines.total} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
+        return
+    bar, started = _bar(is_transient=False), time.monotonic()
     task = bar.add_task(label, total=None)
-    bar.start()
 
-    def report_bar(done: int, total: int) -> None:
+    def report_bar(done: int, total: int | None) -> None:
         bar.update(task, completed=done, total=total)
-        if done == total:
-            bar.stop()
+        if not bar.live.is_started and time.monotonic() - started >= quiet_s:
+            bar.start()
 
-    return report_bar
+    try:
+        yield report_bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @contextmanager
 def passing_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
-    """Progress of work that is only a step on the way: a bar on a terminal that disappears at the end, and nothing in a log.
+    """Progress of work that is only a step on the way: a bar on a terminal that disappears at the end; in a log lines of long work alone.
 
     Args:
         label: What is done.
@@ -57,7 +149,10 @@ def passing_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
         A function that moves the bar by one step.
     """
     if not sys.stderr.isatty():
-        yield lambda: None
+        lines = _Lines(label)
+        lines.report(0, total)
+        with lines.running():
+            yield lambda: lines.report(lines.done + 1, total)
         return
     with _bar(is_transient=True) as bar:
         task = bar.add_task(label, total=total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def found(*overrides: str) -> dict[str, Check]:
 
 def test_this_environment_is_fit_for_the_demo() -> None:
     checks = found()
-    names = ["Python", "torch", "transformers", "peft", "bitsandbytes", "lightning", "card", "mecab-ko", "decoder", "ffmpeg", "disk", "W&B"]
-    assert list(checks) == names
+    names = ["Python", "torch", "transformers", "peft", "bitsandbytes", "lightning"]
+    assert list(checks) == [*names, "card", "mecab-ko", "decoder", "ffmpeg", "disk", "shared memory", "W&B"]
     assert [check for check in checks.values() if check.level == "problem"] == []
     assert "강아지 가 공원 에서" in checks["mecab-ko"].found
     assert importlib.metadata.version("torch") in checks["torch"].found
@@ -49,6 +50,25 @@ def test_a_missing_card_is_a_problem_where_one_is_meant(capsys: pytest.CaptureFi
         main(["doctor", "hardware=l4"])
     assert stop.value.code == 1
     assert capsys.readouterr().out.strip().splitlines()[-1] == "Not ready: card."
+
+
+@pytest.mark.parametrize(
+    ("free", "overrides", "level", "words"),
+    [
+        (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "docker run --shm-size=8g"),
+        (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "data.num_workers=0"),
+        (64 * 2**20, ("data.num_workers=0", "encoder=siglip2"), "ok", "67.1 MB"),
+        (8 * 2**30, ("data.num_workers=8", "encoder=siglip2"), "ok", "8.6 GB of 8.6 GB free"),
+    ],
+)
+def test_shared_memory_against_what_workers_need(
+    free: int, overrides: tuple[str, ...], level: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_SHARED_MEMORY", tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free, total=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    check = found(*overrides)["shared memory"]
+    assert check.level == level and words in f"{check.found}: {check.mend}"
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:

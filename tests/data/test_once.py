@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from vlmcap.data import once
 from vlmcap.data.once import make_once
+from vlmcap.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -70,3 +72,25 @@ def test_a_folder_is_made_where_there_are_no_locks(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("fcntl.flock", refuse)
     made = make_once(tmp_path / "made", lambda target: (target / "x").touch())
     assert os.listdir(made) == ["x"]
+
+
+def test_who_waits_says_for_whom_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, end = FORK.Event(), FORK.Event()
+
+    def make(target: Path) -> None:
+        begun.set()
+        end.wait(60)
+
+    child = FORK.Process(target=make_once, args=(tmp_path / "made", make))
+    child.start()
+    assert begun.wait(30)
+    monkeypatch.setattr(once, "_WAIT_S", 0.5)
+    with pytest.raises(UserError, match=rf"made is being made by process {child.pid} .*after 0 s of waiting: start again when it"):
+        make_once(tmp_path / "made", lambda target: None)
+    said = capsys.readouterr().err
+    assert f"made is being made by process {child.pid} " in said and said.endswith("; waiting for it\n") and said.count("\n") == 1
+    end.set()
+    child.join(30)
+    assert child.exitcode == 0 and os.listdir(tmp_path) == ["made"]

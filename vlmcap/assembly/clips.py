@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vlmcap.data.formats.record import Entries
 
 _MAX_BAD_START = 10_000  # entries, all of them bad, after which the rest is not read
-_REPORT_EVERY = 10_000  # entries; shorter reading is not worth a line
+_REPORT_EVERY = 1_000  # entries
+_QUIET_S = 2.0  # shorter reading is not worth a line
 _MAX_SPLITS_NAMED = 20
 
 
@@ -195,13 +196,12 @@ def _drawer(config: Config) -> SplitDrawer | None:
 def _with_progress(entries: Entries) -> Iterator[Record | Skipped]:
     from vlmcap.terminal import progress_reporter
 
-    report, number = None, 0
-    for number, entry in enumerate(entries, 1):
-        if number % _REPORT_EVERY == 0:
-            report = report or progress_reporter("reading the annotations")
-            report(number, number + 1)  # how many there are is known at the end
-        yield entry
-    if report is not None:
+    with progress_reporter("reading the annotations", quiet_s=_QUIET_S) as report:
+        number = 0
+        for number, entry in enumerate(entries, 1):
+            if number % _REPORT_EVERY == 0:
+                report(number, None)  # how many there are is known at the end
+            yield entry
         report(number, number)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from vlmcap.types import Clip, FrameTimes, GridTHW, Sample, Skipped
 
 FRAMES_PER_PASS = 128  # through the encoder
-_LATE_S = 2.0  # seconds of hashing, after which its progress is shown
+_QUIET_S = 2.0  # hashing mostly takes no time, as its results are remembered, and then is not worth a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +147,13 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
 def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDArray[np.bytes_]]:
     """Split name to the content hashes of its clips."""
     from vlmcap.data.features.content import content_hashes
+    from vlmcap.terminal import progress_reporter
 
-    return {split: content_hashes(members, memo, _late_reporter(f"hashing the {split} split")) for split, members in clips.items()}
+    hashes = {}
+    for split, members in clips.items():
+        with progress_reporter(f"hashing the {split} split", quiet_s=_QUIET_S) as report:
+            hashes[split] = content_hashes(members, memo, report)
+    return hashes
 
 
 def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
@@ -162,23 +166,6 @@ def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
     for sentence in (note, describe_overlap(clips, hash_memo(config)), problem):
         if sentence:
             print(f"Warning: {sentence}", file=sys.stderr, flush=True)
-
-
-def _late_reporter(label: str) -> Callable[[int, int], None]:
-    """A progress reporter of work that mostly takes no time, as its results are remembered, and then is not worth a line."""
-    from vlmcap.terminal import progress_reporter
-
-    started = time.monotonic()
-    report: Callable[[int, int], None] | None = None
-
-    def report_late(done: int, total: int) -> None:
-        nonlocal report
-        if report is None and time.monotonic() - started > _LATE_S:
-            report = progress_reporter(label)
-        if report is not None:
-            report(done, total)
-
-    return report_late
 
 
 def clip_bytes(plan: FeaturePlan) -> int:
@@ -216,16 +203,17 @@ def fill_store(
     with torch.random.fork_rng(devices=[]):  # what is trained starts the same whether anything was missing or not
         for split in [split for split, count in missing.items() if count]:
             print(f"encoding the {split} split: {grouped(missing[split])} clips, {gigabytes(missing[split] * size)}", flush=True)
-            filling.fill_store(
-                store,
-                hashes[split],
-                _batches_of(plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers),
-                encode,
-                progress=progress_reporter(f"encoding the {split} split"),
-                on_wait=print,
-                retry_lost=True,
-                max_bytes=max_bytes,
-            )
+            with progress_reporter(f"encoding the {split} split") as report:
+                filling.fill_store(
+                    store,
+                    hashes[split],
+                    _batches_of(plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers),
+                    encode,
+                    progress=report,
+                    on_wait=print,
+                    retry_lost=True,
+                    max_bytes=max_bytes,
+                )
     del encode
     free_memory()
 

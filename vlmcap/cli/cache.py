@@ -116,7 +116,8 @@ def verify(overrides: Sequence[str]) -> None:
     if not stores:
         print(f"There are no features in {root}.")
         return
-    found = verify_stores(root, progress_reporter("verifying shards"))
+    with progress_reporter("verifying shards") as report:
+        found = verify_stores(root, report)
     for damage in found:
         contents = f" (first {damage.contents[0]})" if damage.contents else ""
         kept = "" if damage.is_removed else "; it cannot be removed, as the folder cannot be written to"

@@ -8,7 +8,7 @@ import threading
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -160,20 +160,16 @@ def _caption(checkpoint: str, settings: dict[str, Any], found: Found, rows: Capt
     if videos:
         from vlmcap.training.checkpoints.load import load_captioner
 
-        captions = load_captioner(checkpoint, settings).caption_files(videos)
+        with progress_reporter("loading the model"):
+            captions = load_captioner(checkpoint, settings).caption_files(videos)
     screen = sys.stdout  # while a bar is on the terminal, print writes to the bar's stream
-    report = _no_report if not videos or (rows is None and screen.isatty()) else progress_reporter("captioning")
-    done = 0
-    try:
-        with _saying_how_far(tally):
-            for archive in found.broken:
-                _put(archive.clip.video, archive, rows, tally, screen)
-            for done, (video, caption) in enumerate(captions, 1):
-                _put(str(video), caption, rows, tally, screen)
-                report(done, len(videos))
-    finally:
-        if done < len(videos):
-            report(done, done)  # takes the bar away
+    is_silent = not videos or (rows is None and screen.isatty())
+    with nullcontext(_no_report) if is_silent else progress_reporter("captioning") as report, _saying_how_far(tally):
+        for archive in found.broken:
+            _put(archive.clip.video, archive, rows, tally, screen)
+        for done, (video, caption) in enumerate(captions, 1):
+            _put(str(video), caption, rows, tally, screen)
+            report(done, len(videos))
 
 
 def _put(video: str, caption: str | Skipped, rows: CaptionFile | None, tally: _Tally, screen: TextIO) -> None:
@@ -190,7 +186,7 @@ def _put(video: str, caption: str | Skipped, rows: CaptionFile | None, tally: _T
     tally.captioned += 1
 
 
-def _no_report(done: int, total: int) -> None:
+def _no_report(done: int, total: int | None) -> None:
     """Draws nothing."""
 
 

@@ -101,9 +101,9 @@ def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: 
     read = {split: clips[:max_clips] for split, clips in splits.items()}
     total = sum(map(len, read.values()))
     chosen = sorted(random.Random(config.seed).sample(range(total), min(NUM_SAMPLES, total)))
-    progress = progress_reporter("reading clips")
-    for done in read_videos(report, _items(config, read), chosen=chosen):
-        progress(done, total)
+    with progress_reporter("reading clips") as progress:
+        for done in read_videos(report, _items(config, read), chosen=chosen):
+            progress(done, total)
     if total < sum(map(len, splits.values())):
         print(f"Only {total} videos were read, as --max-clips says.", file=sys.stderr)
 

@@ -22,13 +22,18 @@ from rich.table import Table
 
 from vlmcap.compose import NO_DATA, compose
 from vlmcap.config import Config
+from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import import_libraries
 from vlmcap.planning import hardware
 from vlmcap.planning.calibration import calibration_files, calibration_folder
+from vlmcap.terminal import gigabytes
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 _LOW_GIB, _TOO_LOW_GIB = 50.0, 1.0  # free on the disk: a base and its features need the first, nothing works below the second
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFETCHED = 2  # batches that a worker keeps ready, torch's own default
+_TINY_SIDE, _LARGE_SIDE = 64, 448  # pixels of a frame: of the demo's encoders, and the most of those that read squares
 _SENTENCE = "강아지가 공원에서 달립니다."
 _VIDEO = (8, 64, 64, 3)  # of the clip that is written and read: frames, height, width, colours
 Level = Literal["ok", "warning", "problem"]
@@ -119,6 +124,7 @@ def run_checks(config: Config) -> list[Check]:
         "decoder": _check_decoder,
         "ffmpeg": _check_ffmpeg,
         "disk": lambda: _check_disk(config),
+        "shared memory": lambda: _check_shared_memory(config),
         "W&B": lambda: _check_wandb(config),
     }
     for name, check in everything.items():
@@ -240,6 +246,24 @@ def _check_disk(config: Config) -> list[Check]:
     if free_gib < _TOO_LOW_GIB:
         return [Check("disk", "problem", found, mend)]
     return [Check("disk", "ok", found) if free_gib >= _LOW_GIB else Check("disk", "warning", found, mend)]
+
+
+def _check_shared_memory(config: Config) -> list[Check]:
+    """Whether the batches of data workers have room where they hand them over, which containers keep small."""
+    from vlmcap.data.loading.shared_memory import shared_memory_problem
+
+    data = config.data
+    side = config.encoder.image_size or (_TINY_SIDE if config.encoder.checkpoint in TINY_ENCODERS else _LARGE_SIDE)
+    batch_bytes = max(data.batch_size, data.eval_batch_size) * data.num_frames * 3 * side**2
+    needed = data.num_workers * _PREFETCHED * batch_bytes
+    if problem := shared_memory_problem(needed):
+        found, _, mend = problem.partition(": ")
+        return [Check("shared memory", "warning", found, mend)]
+    if not _SHARED_MEMORY.is_dir():
+        return [Check("shared memory", "ok", f"there is no {_SHARED_MEMORY}, and no such limit")]
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    text = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {_SHARED_MEMORY}"
+    return [Check("shared memory", "ok", f"{text}, data.num_workers={data.num_workers} may need {gigabytes(needed)}")]
 
 
 def _check_wandb(config: Config) -> list[Check]:

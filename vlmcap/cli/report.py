@@ -10,6 +10,7 @@ from vlmcap import __version__
 from vlmcap.compose import override_values, read_yaml
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
+from vlmcap.locks import claimed_folder
 from vlmcap.reporting.report.analysis import Wanted, analyse
 from vlmcap.reporting.report.data import Report
 from vlmcap.reporting.report.folders import find_runs, read_run
@@ -49,13 +50,14 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a folder: {error.strerror}") from error
-    with passing_bar("Reading runs", 2 * len(paths)) as advance:
-        runs = []
-        for path in paths:
-            runs.append(read_run(path, read_yaml))
-            advance()
-        report = analyse(runs, wanted, version=__version__, advance=advance)
-    _write(report, output)
+    with claimed_folder(output, "--output"):
+        with passing_bar("Reading runs", 2 * len(paths)) as advance:
+            runs = []
+            for path in paths:
+                runs.append(read_run(path, read_yaml))
+                advance()
+            report = analyse(runs, wanted, version=__version__, advance=advance)
+        _write(report, output)
     return report
 
 

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from vlmcap.files import new_folder
+from vlmcap.locks import CLAIMS, claimed
 
-_TIMEOUT_S = 600.0  # a file server may count the lock of a machine that died for ever; then a folder may be made twice
+_WAIT_S = 600.0
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait.
+    """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait, and say for whom.
 
     A broken or killed making leaves nothing half-written under its name, and what it left beside it goes with the next.
 
     Args:
         folder: Its parents are made.
         make: Called with an empty folder to fill.
+
+    Raises:
+        InUseError: Another process makes it and has not finished in ten minutes.
     """
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), _TIMEOUT_S, fallback_to_soft=False)
-    with contextlib.suppress(OSError):  # it took too long, or the file system has no locks
-        lock.acquire()
-    try:
+    advice = "start again when it has ended, or stop it"
+    with claimed(folder.parent / CLAIMS / folder.name, f"{folder} is being made", advice, wait_s=_WAIT_S):
         if folder.is_dir():  # another process was faster
             return folder
-        with new_folder(folder) as partial:
-            make(partial)
-    except OSError:
-        if not folder.is_dir():  # made twice, where the lock did not hold
-            raise
-    finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        try:
+            with new_folder(folder) as partial:
+                make(partial)
+        except OSError:
+            if not folder.is_dir():  # made twice, where the claim did not hold
+                raise
     return folder

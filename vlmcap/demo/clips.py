@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlmcap.data.once import make_once
 from vlmcap.demo.grammar import FACTS, Scene, describe, draw_scene
+from vlmcap.terminal import progress_reporter
 
 _VERSION = 2  # raise when clips or captions of a seed change
 _HELD_OUT = 8  # one in so many combinations of facts is kept for validation and test
@@ -29,18 +30,18 @@ class DemoSettings:
     seed: int
 
 
-def make_demo(folder: Path, settings: DemoSettings, progress: Callable[[int, int], None] | None = None) -> Path:
+def make_demo(folder: Path, settings: DemoSettings) -> Path:
     """The folder of the data set, written if it is not there yet: nothing half-written is ever found under its name.
 
     Args:
         folder: Parent; data sets of other settings may stand beside it.
         settings: Sizes and seed.
-        progress: Called with clips done and clips in all.
     """
     key = hashlib.sha256(json.dumps([_VERSION, asdict(settings)]).encode()).hexdigest()[:10]
 
     def write(partial: Path) -> None:
-        _write_all(partial, list(_plan(settings)), progress)
+        with progress_reporter("writing demo clips") as report:
+            _write_all(partial, list(_plan(settings)), report)
         (partial / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False, indent=1), encoding="utf-8")
 
     return make_once(folder / f"clips-{key}", write)
@@ -71,7 +72,7 @@ def _plan(settings: DemoSettings) -> Iterator[_Job]:
             yield _Job(split, f"{split}_{index:05d}", scene, rng.randrange(2**31))
 
 
-def _write_all(root: Path, jobs: list[_Job], progress: Callable[[int, int], None] | None) -> None:
+def _write_all(root: Path, jobs: list[_Job], report: Callable[[int, int], None]) -> None:
     for split in {job.split for job in jobs}:
         (root / split / "videos").mkdir(parents=True)
         (root / split / "labels").mkdir()
@@ -79,19 +80,14 @@ def _write_all(root: Path, jobs: list[_Job], progress: Callable[[int, int], None
     if workers == 1:
         for done, job in enumerate(jobs, 1):
             _write_one(root, job)
-            _report(progress, done, len(jobs))
+            report(done, len(jobs))
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         chunks = [jobs[start : start + 25] for start in range(0, len(jobs), 25)]
         done = 0
         for written in pool.map(_write_chunk, [root] * len(chunks), chunks):
             done += written
-            _report(progress, done, len(jobs))
-
-
-def _report(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
+            report(done, len(jobs))
 
 
 def _write_chunk(root: Path, jobs: list[_Job]) -> int:

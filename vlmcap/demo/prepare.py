@@ -31,10 +31,9 @@ def prepare(config: Config) -> Config:
 def demo_folder(config: Config) -> Path:
     """The demo data set, made on first use."""
     from vlmcap.demo.clips import DemoSettings, make_demo
-    from vlmcap.terminal import progress_reporter
 
     settings = DemoSettings(**dataclasses.asdict(config.data.demo))
-    return make_demo(Path(config.paths.cache_dir) / "demo", settings, progress_reporter("writing demo clips"))
+    return make_demo(Path(config.paths.cache_dir) / "demo", settings)
 
 
 def tiny_parts(config: Config) -> dict[str, Path]:
@@ -57,27 +56,17 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     clips = [entry.clip for entry in entries if isinstance(entry, Record)]
     # A small demo, as tests make it, needs no long training.
     share = min(1.0, len(clips) / 2000)
-    llm = make_once(
-        made["llm"],
-        lambda target: make_language_model(
-            target,
-            [clip.captions[0] for clip in clips],
-            prompt="영상을 설명해 주세요.",
-            num_steps=max(2, round(LANGUAGE_STEPS * share)),
-            seed=config.data.demo.seed,
-            progress=progress_reporter("training the tiny language model"),
-        ),
-    )
-    encoder = make_once(
-        made["encoder"],
-        lambda target: make_encoder(
-            target,
-            clips,
-            AutoTokenizer.from_pretrained(llm),
-            name=name,
-            num_steps=max(2, round(ENCODER_STEPS * share)),
-            seed=config.data.demo.seed,
-            progress=progress_reporter(f"training encoder={name}"),
-        ),
-    )
-    return {"llm": llm, "encoder": encoder}
+    seed = config.data.demo.seed
+
+    def make_llm(target: Path) -> None:
+        captions, steps = [clip.captions[0] for clip in clips], max(2, round(LANGUAGE_STEPS * share))
+        with progress_reporter("training the tiny language model") as report:
+            make_language_model(target, captions, prompt="영상을 설명해 주세요.", num_steps=steps, seed=seed, progress=report)
+
+    def make_tiny_encoder(target: Path) -> None:
+        tokenizer, steps = AutoTokenizer.from_pretrained(llm), max(2, round(ENCODER_STEPS * share))
+        with progress_reporter(f"training encoder={name}") as report:
+            make_encoder(target, clips, tokenizer, name=name, num_steps=steps, seed=seed, progress=report)
+
+    llm = make_once(made["llm"], make_llm)
+    return {"llm": llm, "encoder": make_once(made["encoder"], make_tiny_encoder)}

@@ -23,6 +23,7 @@ from vlmcap.demo.prepare import TINY, prepare
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.libraries import quiet_libraries
+from vlmcap.locks import claimed_folder
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.spectrum.figures import FrameFeatures, Spectrum, measure_spectrum
 from vlmcap.spectrum.show import EncoderSpectrum, draw_comparison, draw_spectrum, print_spectra, spectra_record
@@ -67,19 +68,19 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     jobs, swept = expand(overrides)
     configs = [compose(job) for job in jobs]
     names = short_names(jobs, swept) if len(jobs) > 1 else [configs[0].model.name if configs[0].is_whole else configs[0].encoder.name]
-    folder.mkdir(parents=True, exist_ok=True)
-    report = progress_reporter("encoders")
     spectra: list[EncoderSpectrum] = []
-    for name, config in zip(names, configs, strict=True):
-        found = measure_encoder(name, config, settings)
-        draw_spectrum(found, folder / f"{_file_name(name)}.png")
-        spectra.append(found)
-        report(len(spectra), len(jobs))
-    record = spectra_record(spectra)
-    with replacing(folder / "spectrum.json") as partial:
-        partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    if len(spectra) > 1:
-        draw_comparison(spectra, folder / "comparison.png")
+    with claimed_folder(folder, "--output"):
+        with progress_reporter("encoders") as report:
+            for name, config in zip(names, configs, strict=True):
+                found = measure_encoder(name, config, settings)
+                draw_spectrum(found, folder / f"{_file_name(name)}.png")
+                spectra.append(found)
+                report(len(spectra), len(jobs))
+        record = spectra_record(spectra)
+        with replacing(folder / "spectrum.json") as partial:
+            partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        if len(spectra) > 1:
+            draw_comparison(spectra, folder / "comparison.png")
     if as_json:
         print(json.dumps(record, ensure_ascii=False, indent=2))
     else:

@@ -8,14 +8,14 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vlmcap.compose import config_hash
 from vlmcap.config import Config
-from vlmcap.errors import DoesNotFit, Pruned, UserError, first_line, is_out_of_memory, storage_problem
+from vlmcap.errors import DoesNotFit, InUseError, Pruned, UserError, first_line, is_out_of_memory, storage_problem
 from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
 
@@ -92,6 +92,7 @@ class Record:
         self.config: Config | None = None
         self.config_hash: str | None = None
         self.objective = math.nan
+        self.claim = ExitStack()  # holds the folder until the end is written down
 
     @property
     def folder(self) -> Path:
@@ -99,7 +100,14 @@ class Record:
         return output_folder() if self.config is None or is_sweep() else Path(self.config.paths.output_dir)
 
     def begin(self, config: Config) -> None:
-        """Says which configuration runs; a job of a sweep leaves a file at once, by which one that is killed is known again."""
+        """Says which configuration runs; a job of a sweep leaves a file at once, by which one that is killed is known again.
+
+        Raises:
+            InUseError: Another run writes to the folder.
+        """
+        from vlmcap.training.processes import run_folder
+
+        self.claim.enter_context(run_folder(config))
         self.config, self.config_hash = config, config_hash(config)
         if is_sweep():
             self._write(INTERRUPTED, BEGUN)
@@ -157,15 +165,18 @@ def recorded() -> Iterator[Record]:
     from hydra.core.hydra_config import HydraConfig
 
     record = Record([*HydraConfig.get().overrides.task])
-    try:
-        yield record
-    except BaseException as error:
+    with record.claim:
+        try:
+            yield record
+        except InUseError:  # the folder tells of another run
+            raise
+        except BaseException as error:
+            if _is_first_process():
+                with suppress(OSError):  # the disk may be what is full, and the run's own error says so
+                    record.end(error)
+            raise
         if _is_first_process():
-            with suppress(OSError):  # the disk may be what is full, and the run's own error says so
-                record.end(error)
-        raise
-    if _is_first_process():
-        record.end(None)
+            record.end(None)
 
 
 def _is_first_process() -> bool:

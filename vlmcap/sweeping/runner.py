@@ -9,6 +9,7 @@ from typing import Protocol
 
 from vlmcap.compose import write_yaml
 from vlmcap.errors import UserError, first_line
+from vlmcap.locks import living_owner
 from vlmcap.overrides import quoted
 from vlmcap.program import HYDRA_FOLDER
 from vlmcap.sweeping.composing import Job
@@ -79,6 +80,9 @@ class Runner:
                 ends[number] = Done(job, number, status, is_new=False)
             elif job.refusal:
                 ends[number] = self._refuse(number, job)
+            elif owner := living_owner(self.folder / str(number)):  # a job that outlived an earlier start of the sweep
+                print(f"Job {number}, {job.name}: it still runs, {owner}", flush=True)
+                ends[number] = Done(job, number, Status(INTERRUPTED, f"it still runs, {owner}"))
             else:
                 waiting[number] = job
         self.done += ends.values()
@@ -131,6 +135,8 @@ class Runner:
         """What a job left; one that was killed could not say so itself."""
         target = self.folder / str(number)
         status = read_status(target)
+        if owner := living_owner(target):
+            return Done(job, number, Status(INTERRUPTED, f"it still runs, {owner}"))
         if status is None or (status.status == INTERRUPTED and status.reason == BEGUN):
             reason = f"its process ended without a word{': ' + problem if problem else ', as one that the system kills for its memory'}"
             status = Status(FAILED, reason, None, job.config_hash, job.overrides)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlmcap.compose import write_yaml
 from vlmcap.config import LauncherConfig, SweepConfig, SweepKind
 from vlmcap.errors import UserError
+from vlmcap.locks import claimed_folder
 from vlmcap.sweeping.composing import Composer, check_arguments
 from vlmcap.sweeping.halving import Halving
 from vlmcap.sweeping.job import FINISHED
@@ -32,6 +33,7 @@ def run_sweep(context: HydraContext, task: TaskFunction, master: DictConfig, arg
         arguments: As after `python train.py -m`.
 
     Raises:
+        InUseError: Another sweep runs in the folder.
         UserError: Something holds for no job, and nothing was made.
         SystemExit: With 1, at the end, where a job came to nothing.
     """
@@ -39,13 +41,14 @@ def run_sweep(context: HydraContext, task: TaskFunction, master: DictConfig, arg
     folder = Path(sweep.folder or master.hydra.sweep.dir).resolve()
     composer = Composer(context, master)
     starter = make_launcher(launcher, context, task, master)
-    runner = Runner(folder, starter, is_resumed=sweep.resume, batch_size=batch_size(launcher))
-    try:
-        _run(sweep, launcher, composer, runner, arguments, master)
-    except (KeyboardInterrupt, SystemExit):
-        if runner.done:
-            show_sweep(runner.done, folder, _objective(master), is_interrupted=True)
-        raise
+    with claimed_folder(folder, "sweep.folder"):
+        runner = Runner(folder, starter, is_resumed=sweep.resume, batch_size=batch_size(launcher))
+        try:
+            _run(sweep, launcher, composer, runner, arguments, master)
+        except (KeyboardInterrupt, SystemExit):
+            if runner.done:
+                show_sweep(runner.done, folder, _objective(master), is_interrupted=True)
+            raise
     show_sweep(runner.done, folder, _objective(master))
     if any(one.is_failure for one in runner.done):
         raise SystemExit(1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, EncoderTuning, Precision, Strategy
+from vlmcap.locks import claimed_folder
 from vlmcap.overrides import quoted
 
 if TYPE_CHECKING:
@@ -55,6 +56,17 @@ def is_main(config: Config) -> bool:
 def is_hollow(config: Config) -> bool:
     """Whether this process needs no weights of its own: it gets its shards of the first one's."""
     return config.trainer.strategy is Strategy.fsdp2 and not is_main(config)
+
+
+@contextmanager
+def run_folder(config: Config) -> Iterator[None]:
+    """Inside, the folder of the run is this run's alone; its first process holds it for all of them.
+
+    Raises:
+        InUseError: Another run writes to it.
+    """
+    with claimed_folder(Path(config.paths.output_dir), "paths.output_dir") if is_main(config) else contextlib.nullcontext():
+        yield
 
 
 @contextmanager

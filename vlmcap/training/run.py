@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
 from vlmcap.planning.make_plan import enforce_plan, num_kept_layers
+from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
 from vlmcap.training.checks import check_facts, check_run, find_resume
 from vlmcap.training.fitting import fit, release_memory
 from vlmcap.training.objects import Run, build_run
-from vlmcap.training.processes import as_process, is_hollow, is_main
+from vlmcap.training.processes import as_process, is_hollow, is_main, run_folder
 from vlmcap.training.summary import plain_scores, show_end, summarize, tokenizer_version
 
 if TYPE_CHECKING:
@@ -44,10 +46,11 @@ def train(config: Config, trial: Trial | None = None) -> float:
         trial: The search's view of this run; it receives the scores of every validation, and may end the run.
 
     Raises:
+        InUseError: Another process writes to the folder of the run.
         UserError: Something in the configuration or the data is wrong, or memory ran out.
     """
     import_libraries(with_adapters=config.tuning.use_lora)
-    with as_process(config):
+    with run_folder(config), as_process(config):
         return _train(config, trial)
 
 
@@ -82,7 +85,8 @@ def _train(config: Config, trial: Trial | None) -> float:
     features = prepare_features(spec.feature_plan, clips)
 
     # 6. Assemble the model.
-    assembly = assemble(spec, features, is_fresh=resumed is None, num_kept_layers=num_kept_layers(config), is_meta=is_hollow(config))
+    with progress_reporter("loading the model") if is_main(config) else nullcontext():
+        assembly = assemble(spec, features, is_fresh=resumed is None, num_kept_layers=num_kept_layers(config), is_meta=is_hollow(config))
     seconds = {"prepare": time.perf_counter() - started}
 
     # 7. Fit, with smaller micro-batches where memory runs out early and `trainer.shrink_on_oom` allows it.
@@ -135,18 +139,25 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
         UserError: The checkpoint, one of its bases or the data cannot be used.
     """
     import_libraries(with_adapters=config.tuning.use_lora)
+    config = single_process(config)
+    with run_folder(config):
+        return _evaluate(config, checkpoint)
+
+
+def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     import lightning as L
 
     from vlmcap.training.loggers.make import end_evaluation_loggers
 
     quiet_libraries()
     L.seed_everything(config.seed, verbose=False)
-    config = prepare(single_process(config))
+    config = prepare(config)
     split, folder = config.data.split, Path(config.paths.output_dir)
 
     # 1. Load the clips, and assemble the model with the weights of the checkpoint.
     clips = load_splits(config, [split])
-    config, assembly = assemble_trained(config, checkpoint, clips)
+    with progress_reporter("loading the model"):
+        config, assembly = assemble_trained(config, checkpoint, clips)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(to_plain(config), folder / "evaluation.yaml")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmcap.data.features import claims
+from vlmcap.data.features import leases
 from vlmcap.data.features.eviction import list_stores, prune, remove_store
 from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.store import FeatureStore
@@ -118,9 +118,9 @@ def test_another_machines_lease_lasts_as_long_as_it_is_renewed(stores: tuple[Pat
     root, keys, _ = stores
     lease = root / keys[0] / ".users" / f"{'0' * 8}-1"
     lease.touch()
-    assert claims.is_in_use(root / keys[0])
+    assert leases.is_in_use(root / keys[0])
     os.utime(lease, (time.time() - 3600, time.time() - 3600))
-    assert not claims.is_in_use(root / keys[0])
+    assert not leases.is_in_use(root / keys[0])
     assert not lease.exists()
 
 

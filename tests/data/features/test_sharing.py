@@ -47,7 +47,7 @@ def require_exact(store: FeatureStore, clips: Any) -> set[int]:
 
 MOMENTS = {
     "encoding": ("vlmcap.data.features.filling.ShardWriter.add", 1),
-    "holding a claim that does not say whose it is": ("vlmcap.data.features.claims.Path.write_text", 2),
+    "holding a claim that does not say whose it is": ("vlmcap.locks.Path.write_text", 2),
     "a shard half written": ("vlmcap.data.features.shards.os.fsync", 1),
     "a shard without its name": ("vlmcap.files.os.replace", 0),
     "a shard that nobody has looked at": ("vlmcap.data.features.shards.sync_folder", 0),

@@ -6,6 +6,7 @@ Legend: F sampled frames, T frames of a clip, H/W pixels.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -198,7 +199,7 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf:
     if fps <= 0:
         raise ValueError(f"fps must be positive, not {fps}")
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         _encode(temporary, frames, Fraction(fps).limit_denominator(1001), {"crf": str(crf), "preset": preset})
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.claims import is_in_use, last_used
+from vlmcap.data.features.leases import is_in_use, last_used
 from vlmcap.data.features.precision import ErrorSums, StorageError
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.data.features.claims import CLAIMS, Claims, remove_free_claims
 from vlmcap.data.features.eviction import make_room
 from vlmcap.data.features.shards import Encode, ShardWriter
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
 from vlmcap.files import remove_leftovers
+from vlmcap.locks import CLAIMS, Claims, remove_free_claims
 from vlmcap.types import Sample, Skipped
 
 _SAY_S = 30.0

@@ -24,12 +24,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from vlmcap.data.features.claims import process_name
 from vlmcap.data.features.precision import DTYPES, ErrorSums, dequantize, is_finite, measure, quantize, stored_type
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.loading.collate import stack_padded
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
+from vlmcap.locks import process_name
 from vlmcap.types import FrameTimes, GridTHW, Sample, Skipped
 
 Encode = Callable[[Tensor, Sequence[GridTHW] | None], Tensor | Sequence[Tensor]]

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.claims import Lease
 from vlmcap.data.features.content import UNREADABLE
 from vlmcap.data.features.index import ShardFile, contains
+from vlmcap.data.features.leases import Lease
 from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.features.repair import repair_shard

@@ -19,13 +19,13 @@ _PLACE = "/dev/shm"
 _ENOUGH_BYTES = 2**30
 
 
-def shared_memory_problem() -> str | None:
+def shared_memory_problem(needed_bytes: int = _ENOUGH_BYTES) -> str | None:
     """One sentence if shared memory may be too small for batches of data workers, else None."""
     try:
         free = shutil.disk_usage(_PLACE).free
     except OSError:  # systems without it have no such limit
         return None
-    if free >= _ENOUGH_BYTES:
+    if free >= needed_bytes:
         return None
     return (
         f"{_PLACE} has {free / 1e6:.0f} MB free, so batches may have to come from the data workers through pipes, which is slower: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from vlmcap.metrics import METRIC_NAMES
 from vlmcap.metrics.diversity import collapse_warning
 from vlmcap.metrics.torchmetrics import CaptionScore
+from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.scorer import LOOP_METRICS, CaptionScorer, Prediction, write_predictions
 from vlmcap.types import Batch, Clip
 
@@ -124,7 +126,8 @@ class CaptionEvaluation(L.Callback):
         self._captions.reset()
         if not self.predictions:
             return {}
-        return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device))
+        with progress_reporter(f"scoring the {split} split") if pl_module.trainer.is_global_zero else nullcontext():
+            return self.scorer.score(self.predictions, metrics=metrics, device=str(pl_module.device))
 
     def _mean_loss(self, trainer: L.Trainer) -> float:
         """Mean loss over the label tokens of all ranks since the last call, in nats."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vlmcap.assembly.clips import blank_clip
 from vlmcap.config import Config, Engine, GroundingConfig, GroundingMode
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.errors import UserError
+from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.evaluation import CaptionEvaluation, log_scores
 from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
 from vlmcap.training.module import CaptioningModule
@@ -71,7 +73,8 @@ class GroundingCheck(L.Callback):
         order = swap_order(clips, self.seed)
         states = random_states()
         try:
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
+            waiting = progress_reporter(f"looking at exchanged videos of the {split} split") if trainer.is_global_zero else nullcontext()
+            with torch.no_grad(), trainer.precision_plugin.forward_context(), waiting:
                 seen = self._gather(_Look(self, trainer, pl_module).all(clips, order))
         finally:
             set_random_states(states)

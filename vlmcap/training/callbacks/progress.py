@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -12,7 +13,9 @@ from rich.table import Table
 
 from vlmcap.metrics import METRIC_LABELS
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.terminal import LineClock
 from vlmcap.training.module import CaptioningModule
+from vlmcap.training.schedule import StagePosition
 
 
 def part_counts(
@@ -120,7 +123,7 @@ _SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "f
 
 
 class RunProgress(L.Callback):
-    """Logs loss, speed and rates every few steps and prints a line per epoch.
+    """Logs loss, speed and rates every few steps, and prints a line per epoch and, where there is no bar, now and then within it.
 
     The metrics are logged with `log_dict`, so that any callback finds them in `trainer.callback_metrics`. The rows of the
     loggers are written here, as Lightning's `LearningRateMonitor` writes its own: Lightning itself would count steps from 0,
@@ -129,10 +132,12 @@ class RunProgress(L.Callback):
     Args:
         log_every_n_steps: Optimiser steps between log lines.
         max_steps: At which the run stops, for the time left; -1 for the end of the last epoch.
+        clock: Seconds, by which lines within an epoch are printed where there is no bar.
     """
 
-    def __init__(self, log_every_n_steps: int, max_steps: int = -1) -> None:
+    def __init__(self, log_every_n_steps: int, max_steps: int = -1, clock: Callable[[], float] = time.monotonic) -> None:
         self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
+        self._clock, self._schedule = clock, LineClock(clock)
         self._logged_step = -1
         self._started = 0.0
         self._first_step = 0
@@ -140,11 +145,13 @@ class RunProgress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
+        self._schedule = LineClock(self._clock)
         self._started, self._first_step, self._logged_step = time.perf_counter(), trainer.global_step, trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Logs after every few optimiser steps and after the last of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
+        self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module.plan.at_epoch(trainer.current_epoch)))
         step = trainer.global_step
         is_due = step % self.log_every_n_steps == 0 or step % pl_module.steps_per_epoch == 0
         if step == self._logged_step or not is_due:
@@ -154,6 +161,34 @@ class RunProgress(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self._last | {"epoch": trainer.current_epoch}, step=step)
         pl_module.log_dict(self._last, logger=False)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prints how far validation is, now and then."""
+        total = trainer.num_val_batches[dataloader_idx]
+        self._print_if_due(trainer, lambda: f"validation  {'loss' if dataloader_idx else 'captions'}  batch {batch_idx + 1} of {total}")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._schedule = LineClock(self._clock)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prints how far the captions of a split are, now and then."""
+        self._print_if_due(trainer, lambda: f"captioning  batch {batch_idx + 1} of {trainer.num_test_batches[dataloader_idx]}")
+
+    def _print_if_due(self, trainer: L.Trainer, line: Callable[[], str]) -> None:
+        if trainer.progress_bar_callback is None and trainer.is_global_zero and self._schedule.is_due():
+            print(line(), flush=True)
+
+    def _step_line(self, trainer: L.Trainer, position: StagePosition) -> str:
+        """Stage and epoch, optimiser step, the metrics of the last log step, and the time left."""
+        number = trainer.current_epoch - position.first_epoch + 1
+        items = [f"{name} {value}" for name, value in self.bar_items().items()]
+        step = f"step {trainer.global_step} of {self._last_step(trainer)}"
+        return "  ".join([f"{position.name} {number}/{position.stage.epochs}", step, *items, self._time_left(trainer)])
 
     def bar_items(self) -> dict[str, str]:
         """What a bar shows of the last metrics."""
@@ -165,10 +200,16 @@ class RunProgress(L.Callback):
 
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Expected seconds to the end, from the steps so far."""
-        done = trainer.global_step - self._first_step
-        total = int(trainer.estimated_stepping_batches)
-        left = (min(total, self.max_steps) if self.max_steps >= 0 else total) - trainer.global_step
+        done, left = trainer.global_step - self._first_step, self._last_step(trainer) - trainer.global_step
         return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
+
+    def _last_step(self, trainer: L.Trainer) -> int:
+        total = int(trainer.estimated_stepping_batches)
+        return min(total, self.max_steps) if self.max_steps >= 0 else total
+
+    def _time_left(self, trainer: L.Trainer) -> str:
+        left = self.seconds_left(trainer)
+        return "done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the epoch's line."""
@@ -187,9 +228,9 @@ class RunProgress(L.Callback):
                 parts.append(f"{label} {float(scores[name]):.3f}")
         if self._last:
             parts.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
-        left = self.seconds_left(trainer)
-        parts.append("done" if left < 0.5 else f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+        parts.append(self._time_left(trainer))
         print("  ".join(parts), flush=True)
+        self._schedule.postpone()
 
 
 class TerminalBar(TQDMProgressBar):

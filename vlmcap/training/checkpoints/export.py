@@ -19,6 +19,8 @@ from vlmcap.config import Config, EncoderTuning, Quantization
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import new_folder
 from vlmcap.libraries import quiet_libraries
+from vlmcap.locks import CLAIMS, claimed
+from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import (
     EXPORT_CONFIG,
     EXPORT_FOLDER,
@@ -78,7 +80,12 @@ def export(
         raise UserError(f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run")
     content = read_checkpoint(checkpoint)
     config = to_config(from_plain(content["vlmcap"]["config"], overrides))
-    return write_export(config, content, Path(checkpoint), output, dtype=_dtype(dtype, config), device=_device(device))
+    # The claim lies beside the folder, which appears whole.
+    with claimed(
+        output.absolute().parent / CLAIMS / output.name, f"--output {output} is being written", "wait for it, or name a new folder"
+    ):
+        check_output(output)
+        return write_export(config, content, Path(checkpoint), output, dtype=_dtype(dtype, config), device=_device(device))
 
 
 def write_export(
@@ -109,7 +116,7 @@ def write_export(
     origin = _origin(checkpoint, content, str(dtype).removeprefix("torch."), difference)
     _say(f"writing {_gigabytes(sum(p.numel() * p.element_size() for p in model.parameters()))} to {output}")
     try:
-        with new_folder(output) as partial:
+        with progress_reporter("writing the model"), new_folder(output) as partial:
             _write(partial, model, config, folder, content["state_dict"], origin)
     except OSError as error:
         raise UserError(f"--output {output} could not be written: {first_line(error)}") from error
@@ -199,16 +206,16 @@ def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: 
     from vlmcap.models.llm.adapt import add_lora
     from vlmcap.models.llm.merge import merged_model
     from vlmcap.models.pretrained.merged import merged_pretrained
-    from vlmcap.terminal import progress_reporter
 
     lora = dataclasses.asdict(config.tuning.lora)
     # Adapters that no stage trained are in no checkpoint, and change nothing.
     is_adapted = config.tuning.use_lora and any(stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values())
     adapt: Callable[[nn.Module], nn.Module] | None = (lambda model: add_lora(model, **lora)) if is_adapted else None
-    settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress_reporter("merging layers")}
-    if config.is_whole:
-        return merged_pretrained(config.model.kind.value, folder, weights, **settings)
-    return merged_model(folder, weights, **settings)
+    with progress_reporter("merging layers") as progress:
+        settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress}
+        if config.is_whole:
+            return merged_pretrained(config.model.kind.value, folder, weights, **settings)
+        return merged_model(folder, weights, **settings)
 
 
 def _write(folder: Path, model: Any, config: Config, base: Path, weights: Mapping[str, Tensor], origin: Mapping[str, Any]) -> None:

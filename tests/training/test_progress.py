@@ -1,0 +1,119 @@
+"""Lines within an epoch where there is no bar, by a clock."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlmcap.config import StageConfig
+from vlmcap.training.callbacks.progress import RunProgress
+from vlmcap.training.module import CaptioningModule
+from vlmcap.training.schedule import StagePlan
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def trainer_of(**values: Any) -> Any:
+    defaults = {
+        "progress_bar_callback": None,
+        "is_global_zero": True,
+        "global_step": 0,
+        "current_epoch": 1,
+        "estimated_stepping_batches": 900,
+        "loggers": [],
+        "num_val_batches": [3, 5],
+        "num_test_batches": [7],
+        "check_val_every_n_epoch": 1,
+        "callback_metrics": {},
+    }
+    return SimpleNamespace(**defaults | values)
+
+
+class Module(CaptioningModule):
+    """A module of two stages whose log has fixed values."""
+
+    plan = StagePlan({"align": StageConfig(epochs=1), "tune": StageConfig(epochs=2)})
+    steps_per_epoch = 300  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        """Without a model."""
+
+    def take_log(self) -> dict[str, float]:
+        return {"train/loss": 1.25, "train/tokens_per_s": 3200.0, "train/lr_adapters": 1e-4}
+
+    def log_dict(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def module() -> CaptioningModule:
+    return Module()
+
+
+def train(progress: RunProgress, clock: Clock, trainer: Any, module: Any, seconds: int) -> None:
+    """A step each second."""
+    for _ in range(seconds):
+        clock.now += 1
+        trainer.global_step += 1
+        progress.on_train_batch_end(trainer, module)
+
+
+def test_lines_by_time_within_an_epoch(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of()
+    progress = RunProgress(10, clock=clock)
+    progress.on_train_start(trainer, module)
+    train(progress, clock, trainer, module, 29)
+    assert capsys.readouterr().out == ""
+    train(progress, clock, trainer, module, 61)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("tune 1/2  step 30 of 900  loss 1.250  lr 0.0001  tok/s 3,200  ") and second.startswith("tune 1/2  step 90 of")
+    assert first.endswith((" left", "done"))
+
+
+def test_an_epoch_line_postpones_the_next(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of()
+    progress = RunProgress(10, clock=clock)
+    progress.on_train_start(trainer, module)
+    for _ in range(5):  # epochs of 25 s
+        train(progress, clock, trainer, module, 25)
+        progress.on_train_epoch_end(trainer, module)
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == ["loss 1.250"] * 5
+
+
+@pytest.mark.parametrize("quiet", [{"progress_bar_callback": object()}, {"is_global_zero": False}])
+def test_no_lines_beside_a_bar_and_from_other_processes(
+    quiet: dict[str, Any], module: CaptioningModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, trainer = Clock(), trainer_of(**quiet)
+    progress = RunProgress(10, clock=clock)
+    progress.on_train_start(trainer, module)
+    train(progress, clock, trainer, module, 100)
+    assert capsys.readouterr().out == ""
+
+
+def test_validation_and_captioning_have_lines_too(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of()
+    progress = RunProgress(10, clock=clock)
+    progress.on_train_start(trainer, module)
+    clock.now = 40
+    progress.on_validation_batch_end(trainer, module, None, None, 1)
+    clock.now = 110
+    progress.on_validation_batch_end(trainer, module, None, None, 2, 1)
+    progress.on_test_start(trainer, module)
+    progress.on_test_batch_end(trainer, module, None, None, 0)
+    clock.now = 145
+    progress.on_test_batch_end(trainer, module, None, None, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "validation  captions  batch 2 of 3",
+        "validation  loss  batch 3 of 5",
+        "captioning  batch 2 of 7",
+    ]
