@@ -142,11 +142,11 @@ class RunProgress(L.Callback):
         """Starts the clock."""
         self._started, self._first_step, self._logged_step = time.perf_counter(), trainer.global_step, trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Logs after every few optimiser steps and after the last of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
         step = trainer.global_step
-        is_due = step % self.log_every_n_steps == 0 or step % pl_module.steps_per_epoch == 0
+        is_due = step % self.log_every_n_steps == 0 or batch_idx + 1 >= trainer.num_training_batches
         if step == self._logged_step or not is_due:
             return
         self._logged_step = step
@@ -166,8 +166,10 @@ class RunProgress(L.Callback):
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Expected seconds to the end, from the steps so far."""
         done = trainer.global_step - self._first_step
-        total = int(trainer.estimated_stepping_batches)
-        left = (min(total, self.max_steps) if self.max_steps >= 0 else total) - trainer.global_step
+        assert isinstance(trainer.lightning_module, CaptioningModule)
+        left = trainer.lightning_module.rates.steps_left
+        if self.max_steps >= 0:
+            left = min(left, self.max_steps - trainer.global_step)
         return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
