@@ -113,18 +113,16 @@ class RunCheckpoints(Checkpoint):
             if not is_here:
                 found = None  # of a run that this one branches off from
             elif trainer.is_global_zero:
-                print(
-                    f"best.ckpt is of step {found.step}, after step {self._saved_step} of this checkpoint; only a better one replaces it."
-                )
+                print(f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is better.")
         self.best = trainer.strategy.broadcast(found)
         if not trainer.is_global_zero:
             return
-        if self.best is not None and not is_here:
+        if not is_here:
+            self.best_path.unlink(missing_ok=True)  # of another run
+        if not is_here and self.best is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.best_path) as partial:
                 shutil.copyfile(best, partial)
-        if self.best is None:
-            self.best_path.unlink(missing_ok=True)  # of another run
         rows = checkpoint["callbacks"].get(self.state_key, {}).get("rows")
         for logger in trainer.loggers:
             if is_here and rows is not None and isinstance(logger, JsonlLogger):
