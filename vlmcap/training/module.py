@@ -251,10 +251,10 @@ class CaptioningModule(L.LightningModule):
         """Adds identity, random states and the position in the data."""
         # Not `completed`: Lightning counts a batch as completed only after the callbacks that save on its end.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
         epoch = self.trainer.current_epoch
         position = self._train_sampler().position(epoch, int(progress.processed))
-        # The epoch counts as processed once its validation is over.
-        is_last = position["epoch"] > epoch == self.trainer.fit_loop.epoch_progress.current.processed
+        is_last = position["epoch"] > epoch == epochs.processed  # an epoch counts as processed once its validation is over
         settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
         sums = self._sums(self._log_loss, self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
