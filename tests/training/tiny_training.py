@@ -112,10 +112,12 @@ def tiny_data(clips: Sequence[Clip] | None = None, **settings: Any) -> CaptionDa
     )
 
 
-def tiny_training(folder: Path, data: CaptionDataModule, *, num_epochs: int, **trainer: Any) -> tuple[L.Trainer, CaptioningModule]:
+def tiny_training(
+    folder: Path, data: CaptionDataModule, *, num_epochs: int, monitor: str = "train/loss", stages: Any = None, **trainer: Any
+) -> tuple[L.Trainer, CaptioningModule]:
     """Trainer and module, checkpoints in `folder / "checkpoints"` every two steps of two micro-batches."""
     L.seed_everything(11, verbose=False)
-    stages = {"tune": StageConfig(epochs=num_epochs, projector_lr=0.02, llm_lr=0.01)}
+    stages = stages or {"tune": StageConfig(epochs=num_epochs, projector_lr=0.02, llm_lr=0.01)}
     module = CaptioningModule(
         cast(VideoCaptioner, TinyCaptioner()),
         StagePlan(stages),
@@ -124,7 +126,11 @@ def tiny_training(folder: Path, data: CaptionDataModule, *, num_epochs: int, **t
         ledger=Ledger(folder / "quarantine.jsonl", 0.0, NUM_CLIPS),
         max_label_tokens=3 * MAX_CAPTION,
     )
-    config = SimpleNamespace(trainer=SimpleNamespace(checkpoint_every_n_steps=2), data=SimpleNamespace(monitor="train/loss"))
+    config = SimpleNamespace(
+        trainer=SimpleNamespace(checkpoint_every_n_steps=2),
+        data=SimpleNamespace(monitor=monitor),
+        better=lambda metric: "min" if metric == "val/loss" else "max",
+    )
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "max_epochs": num_epochs,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,12 @@ from vlmcap.assembly.parts import device_of
 from vlmcap.config import Config, EncoderTuning, Engine, OptimKind, Precision, Quantization, Strategy, is_lower_better
 from vlmcap.errors import UserError, first_line
 from vlmcap.training.processes import is_main, num_processes
+from vlmcap.training.schedule import StagePlan
 
 if TYPE_CHECKING:
     import lightning as L
 
+    from vlmcap.types import Clip
 
 _EXAMPLE = "lightning.pytorch.callbacks.LearningRateMonitor"
 
@@ -98,6 +102,60 @@ def check_facts(config: Config) -> None:
     for key, name in wrong.items():
         if name.removeprefix("val/facts/") not in known:
             raise UserError(f"{key}={name} is not measured; choose val/facts/ and one of {', '.join(known)}")
+
+
+def check_followed(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
+    """`UserError` where a metric that chooses or stops can have no value with the clips that there are."""
+    early = config.callbacks.early_stopping
+    split = config.objective.partition("/")[0]
+    if split not in clips:
+        raise UserError(
+            f"objective={config.objective}, but the data has no {split} split; set objective to a metric of val/, or add that split"
+        )
+    in_loop = min(len(clips["val"]), config.evaluation.max_clips)
+    followed = [("data.monitor", config.data.monitor, in_loop), ("objective", config.objective, len(clips[split]))]
+    if early.enabled:
+        followed.append(("callbacks.early_stopping.monitor", early.monitor or config.data.monitor, in_loop))
+    for key, metric, count in followed:
+        if count < 2 and _compares_clips(metric):
+            mode = " objective_mode=min" if key == "objective" else ""
+            raise UserError(
+                f"{key}={metric} compares clips with one another, and {metric.partition('/')[0]} has {count} clip for it; give more "
+                f"(evaluation.max_clips is {config.evaluation.max_clips}), or set {key}=val/loss{mode}"
+            )
+
+
+def _compares_clips(metric: str) -> bool:
+    """Whether a metric needs two clips, as CIDEr does, whose weights are how few clips have an n-gram, or an exchange of videos."""
+    words = metric.split("/")[1:]
+    return words in (["cider"], ["cider_d"]) or words[0] in ("swapped", "permuted", "grounding")
+
+
+def check_position(held: Mapping[str, Any], config: Config) -> None:
+    """`UserError` unless the stages and the accumulation of a run can go on where its checkpoint stands.
+
+    Args:
+        held: What the module added to the checkpoint.
+        config: Configuration of the run that resumes.
+    """
+    position, before, steps = held["position"], held["plan"], config.trainer.accumulate_grad_batches
+    if position["batches"] and before["accumulate"] != steps:
+        raise UserError(
+            f"the checkpoint stands inside an epoch of trainer.accumulate_grad_batches={before['accumulate']}, where {steps} cannot go "
+            "on; resume with the same number, or from a checkpoint at the end of an epoch"
+        )
+    num_begun = position["epoch"] + bool(position["batches"])
+    trained, asked = before["stages"][:num_begun], StagePlan(config.tuning.stages).stage_names()[:num_begun]
+    if trained != asked:
+        raise UserError(
+            f"the checkpoint has trained {_epochs(trained)}, but tuning.stages now begins with {_epochs(asked)}; keep the epochs of "
+            "stages that have begun, or lengthen the last of them, or start a new run"
+        )
+
+
+def _epochs(names: Sequence[str]) -> str:
+    """Such as "epochs align: 1, tune: 2"."""
+    return "epochs " + (", ".join(f"{name}: {count}" for name, count in Counter(names).items()) or "none")
 
 
 def _check_metric(key: str, metric: str, splits: tuple[str, ...], examples: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,11 +91,8 @@ def _may_shrink(config: Config, run: Run, resumed: Path | None) -> bool:
 
 def _fit_once(run: Run, resumed: Path | None) -> str | None:
     """Trains; what the allocator said where memory ran out. The exception itself is not kept, as it holds all that it came through."""
-    from vlmcap.training.callbacks.requeue import StopOnSignal
-
-    stop = next(callback for callback in run.trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
     try:
-        with run.data.watch.naming_clips(), stop.listening():
+        with run.data.watch.naming_clips(), listening(run):
             run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:
         if run.trainer.interrupted:  # what Lightning makes of Ctrl-C
@@ -105,6 +103,14 @@ def _fit_once(run: Run, resumed: Path | None) -> str | None:
             raise
         return first_line(error)
     return None
+
+
+def listening(run: Run) -> AbstractContextManager[None]:
+    """Within it, signals end the run with its state saved."""
+    from vlmcap.training.callbacks.requeue import StopOnSignal
+
+    stop = next(callback for callback in run.trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
+    return stop.listening()
 
 
 def _trained_weights(run: Run) -> dict[str, Tensor]:

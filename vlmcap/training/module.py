@@ -18,7 +18,7 @@ from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.quarantine import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.training.callbacks.saving import settle_loop
+from vlmcap.training.callbacks.saving import reopen_epoch, settle_loop
 from vlmcap.training.checkpoints.load import check_bases, check_weights, trained_parameters
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
@@ -56,6 +56,8 @@ class CaptioningModule(L.LightningModule):
         self.strict_loading = False  # frozen weights are never in a checkpoint; `on_load_checkpoint` checks the rest
         self.trained = trained_parameters(captioner, plan)
         self.num_truncated = 0
+        self.owes_validation = False  # a resumed run, whose last epoch was trained and not validated
+        self._position: Mapping[str, int] = {"epoch": 0, "batches": 0}  # of the first batch of this process
         self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
         self._step_rates: dict[str, float] = {}  # of the last step, by part: the scheduler has moved on when they are logged
@@ -88,10 +90,16 @@ class CaptioningModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Sets the rates of the first step, and the stage of a run that resumes inside an epoch, where no epoch starts."""
-        rates = self.lr_schedulers()
-        assert isinstance(rates, StageRates)
-        rates.begin(self.global_step, self.steps_per_epoch)
+        epoch, batches = self._position["epoch"], self._position["batches"]
+        self.rates.begin(epoch, -(-batches // self.trainer.accumulate_grad_batches), self.steps_per_epoch)
+        if self.owes_validation:  # at the end of the epoch, which may have another number of batches now
+            counts: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            counts.ready = counts.started = counts.processed = counts.completed = int(self.trainer.num_training_batches)
         self._set_stage()
+
+    def on_validation_end(self) -> None:
+        """Notes that nothing is owed."""
+        self.owes_validation = False
 
     def on_train_epoch_start(self) -> None:
         """Sets the stage that the epoch belongs to."""
@@ -105,6 +113,13 @@ class CaptioningModule(L.LightningModule):
             for parameter in parameters.values():
                 parameter.requires_grad_(peak_rate(stage, part) > 0)
         self._log_time = time.perf_counter()
+
+    @property
+    def rates(self) -> StageRates:
+        """The scheduler."""
+        rates = self.lr_schedulers()
+        assert isinstance(rates, StageRates)
+        return rates
 
     @property
     def steps_per_epoch(self) -> int:
@@ -236,13 +251,26 @@ class CaptioningModule(L.LightningModule):
         """Adds identity, random states and the position in the data."""
         # Not `completed`: Lightning counts a batch as completed only after the callbacks that save on its end.
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
         epoch = self.trainer.current_epoch
         position = self._train_sampler().position(epoch, int(progress.processed))
+        is_last = position["epoch"] > epoch == epochs.processed  # an epoch counts as processed once its validation is over
         settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
         sums = self._sums(self._log_loss, self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
         first, *others = states_of_all()
-        checkpoint["vlmcap"] = self.identity | {"position": position, "random": first, "random_of_others": others, "log": log}
+        checkpoint["vlmcap"] = self.identity | {
+            "position": position,
+            "owes_validation": is_last and self._is_validated(epoch),
+            "plan": {"stages": self.plan.stage_names(), "accumulate": self.trainer.accumulate_grad_batches},
+            "random": first,
+            "random_of_others": others,
+            "log": log,
+        }
+
+    def _is_validated(self, epoch: int) -> bool:
+        """Whether the loop validates after an epoch."""
+        return self.trainer.enable_validation and (epoch + 1) % (self.trainer.check_val_every_n_epoch or 1) == 0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
@@ -264,6 +292,11 @@ class CaptioningModule(L.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, CaptionDataModule):
             datamodule.resume_at(held["position"])
+        self._position = held["position"]
+        epoch = self._position["epoch"] - 1
+        self.owes_validation = held["owes_validation"] and self._is_validated(epoch)
+        if self.owes_validation:
+            reopen_epoch(checkpoint["loops"]["fit_loop"], epoch, checkpoint["global_step"])
 
     def on_train_end(self) -> None:
         """Counts cut captions over all ranks, for the first one's summary."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +16,21 @@ from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
-from vlmcap.errors import UserError
+from vlmcap.errors import Pruned
 from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
 from vlmcap.planning.make_plan import enforce_plan, num_kept_layers
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
-from vlmcap.training.checks import check_facts, check_run, find_resume
-from vlmcap.training.fitting import fit, release_memory
+from vlmcap.training.checks import check_facts, check_followed, check_position, check_run, find_resume
+from vlmcap.training.fitting import fit, listening, release_memory
 from vlmcap.training.objects import Run, build_run
 from vlmcap.training.processes import as_process, is_hollow, is_main, run_folder
 from vlmcap.training.summary import plain_scores, show_end, summarize, tokenizer_version
 
 if TYPE_CHECKING:
+    from vlmcap.assembly.model import Assembly
     from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.types import Clip
 
@@ -57,7 +59,6 @@ def train(config: Config, trial: Trial | None = None) -> float:
 def _train(config: Config, trial: Trial | None) -> float:
     import lightning as L
 
-    from vlmcap.training.callbacks.saving import best_checkpoint
     from vlmcap.training.loggers.make import end_loggers
 
     started = time.perf_counter()
@@ -68,7 +69,12 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     # 1. Read the checkpoint that the run resumes from, if there is one.
     resumed = find_resume(config)
-    step = None if resumed is None else int(read_checkpoint(resumed)["global_step"])
+    step = None
+    if resumed is not None:
+        checkpoint = read_checkpoint(resumed)
+        check_position(checkpoint["vlmcap"], config)
+        step = int(checkpoint["global_step"])
+        del checkpoint
 
     # 2. Check what can be checked before anything is made or loaded.
     check_run(config, resumed)
@@ -95,12 +101,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     seconds["fit"] = time.perf_counter() - started - seconds["prepare"]
 
     # 8. Score the best checkpoint on whole splits.
-    scores = dict(run.evaluation.scores)
-    best = best_checkpoint(run.trainer)
-    if best is not None and best.is_file():
-        load_weights(assembly, read_checkpoint(best), config)
-    for split in list(clips)[1:]:
-        scores |= test(run, Split[split])
+    scores = _score_best(config, run, assembly)
     seconds["total"] = time.perf_counter() - started
 
     # 9. Report.
@@ -109,9 +110,42 @@ def _train(config: Config, trial: Trial | None) -> float:
         summary = summarize(config, run, assembly, scores, seconds, shrunk_from=asked if asked != config.data.batch_size else None)
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
-    if config.objective not in scores:
-        raise UserError(f"objective={config.objective} was not measured; choose one of {', '.join(sorted(scores))}")
-    return scores[config.objective]
+    return _objective(config, scores)
+
+
+def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float]:
+    """Scores of the best checkpoint, or else of the last state, on whole splits, and what its validation found besides."""
+    from vlmcap.training.callbacks.saving import run_checkpoints
+
+    saved = run_checkpoints(run.trainer)
+    scores = dict(run.evaluation.scores)
+    if saved.best is not None:
+        load_weights(assembly, read_checkpoint(saved.best_path), config)
+        scores = dict(saved.best.scores)
+    with listening(run):
+        for split in list(run.data.clips)[1:]:
+            scores |= test(run, Split[split])
+        if config.objective == "val/loss" and not math.isfinite(scores.get("val/loss", math.nan)):
+            scores |= _validation_loss(run)
+    return scores
+
+
+def _validation_loss(run: Run) -> dict[str, float]:
+    """The loss of the validation clips of the loop, where no validation was reached while training."""
+    run.data.trainer = run.trainer
+    _, labelled = run.data.val_dataloader()
+    with run.data.watch.naming_clips(), suppress(Pruned):  # the run is over, and nothing is left to prune
+        run.trainer.validate(run.module, dataloaders=labelled, verbose=False)
+    return dict(run.evaluation.scores)
+
+
+def _objective(config: Config, scores: Mapping[str, float]) -> float:
+    """The value of the objective; NaN where only the data could say that there is none, as the run itself is finished."""
+    value = scores.get(config.objective, math.nan)
+    if not math.isfinite(value):
+        names = ", ".join(sorted(name for name, score in scores.items() if math.isfinite(score)))
+        print(f"Warning: objective={config.objective} has no value in this run; those that have one are {names}.", flush=True)
+    return value
 
 
 def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
@@ -123,6 +157,7 @@ def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
     config = prepare(config)
     check_facts(config)
     clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    check_followed(config, clips)
     if is_main(config):
         warn_of_clips(config, clips)
     return config, clips

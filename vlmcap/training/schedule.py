@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step alone: the stages of tuning, and the scheduler that follows them."""
+"""Learning rates as a function of the place in the stages: the stages of tuning, and the scheduler that follows them."""
 
 from __future__ import annotations
 
@@ -53,12 +53,16 @@ class StagePlan:
         assert position is not None, "checked with the configuration"
         return position
 
+    def stage_names(self) -> list[str]:
+        """The name of the stage of each epoch."""
+        return [name for name, stage in self.stages.items() for _ in range(stage.epochs)]
+
     def trained_parts(self) -> tuple[str, ...]:
         """Parts with a rate above 0 in any stage."""
         return tuple(part for part in PARTS if any(peak_rate(stage, part) > 0 for stage in self.stages.values() if stage.epochs))
 
     def rate(self, part: str, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of `part` at an optimiser step."""
+        """The learning rate of `part` at an optimiser step, counted as if all epochs had had `steps_per_epoch`."""
         position = self.at_epoch(step // steps_per_epoch)
         num_steps = position.stage.epochs * steps_per_epoch
         return cosine_rate(
@@ -73,7 +77,8 @@ class StagePlan:
 class StageRates(LRScheduler):
     """Gives each parameter group the rate that a `StagePlan` has for its `part`, one optimiser step after another.
 
-    Its state is empty: a rate depends on nothing but the step, so `begin` sets those of a fresh and of a resumed run.
+    Its state is empty: a rate depends on nothing but the place in the stages, so `begin` sets those of a fresh and of a resumed
+    run. A place is an epoch and a step in it. The steps of earlier epochs do not count, as those may have had other batches.
 
     Args:
         optimizer: Each of its groups has a `part`.
@@ -84,15 +89,21 @@ class StageRates(LRScheduler):
         self.plan, self.steps_per_epoch = plan, 0
         super().__init__(optimizer)
 
-    def begin(self, step: int, steps_per_epoch: int) -> None:
+    def begin(self, epoch: int, step: int, steps_per_epoch: int) -> None:
         """Sets the rates of the step to come.
 
         Args:
-            step: Optimiser steps already done.
+            epoch: Epoch of the step to come, from 0.
+            step: Optimiser steps already done in it.
             steps_per_epoch: Optimiser steps of an epoch; not known before, as Lightning makes schedulers before loaders.
         """
         self.steps_per_epoch = steps_per_epoch
-        self.step(step)
+        self.step(epoch * steps_per_epoch + step)
+
+    @property
+    def steps_left(self) -> int:
+        """Optimiser steps to the end of the last stage."""
+        return self.plan.num_epochs * self.steps_per_epoch - self.last_epoch
 
     def step(self, epoch: int | None = None) -> None:
         """Goes to the next step, or to `epoch`, as torch calls a step.

@@ -135,8 +135,9 @@ class DivergenceGuard(L.Callback):
         self.settle(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Looks at the last step before it goes into a file."""
+        """Looks at the last step before it goes into a file, and counts it there, as Lightning has taken the state already."""
         self.settle(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def settle(self, trainer: L.Trainer) -> None:
         """Looks at the gradients of the last step.

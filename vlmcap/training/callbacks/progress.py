@@ -148,12 +148,12 @@ class RunProgress(L.Callback):
         self._schedule = LineClock(self._clock)
         self._started, self._first_step, self._logged_step = time.perf_counter(), trainer.global_step, trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Logs after every few optimiser steps and after the last of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
         self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module.plan.at_epoch(trainer.current_epoch)))
         step = trainer.global_step
-        is_due = step % self.log_every_n_steps == 0 or step % pl_module.steps_per_epoch == 0
+        is_due = step % self.log_every_n_steps == 0 or batch_idx + 1 >= trainer.num_training_batches
         if step == self._logged_step or not is_due:
             return
         self._logged_step = step
@@ -204,8 +204,9 @@ class RunProgress(L.Callback):
         return (time.perf_counter() - self._started) / max(1, done) * max(0, left)
 
     def _last_step(self, trainer: L.Trainer) -> int:
-        total = int(trainer.estimated_stepping_batches)
-        return min(total, self.max_steps) if self.max_steps >= 0 else total
+        assert isinstance(trainer.lightning_module, CaptioningModule)
+        last = trainer.global_step + trainer.lightning_module.rates.steps_left
+        return min(last, self.max_steps) if self.max_steps >= 0 else last
 
     def _time_left(self, trainer: L.Trainer) -> str:
         left = self.seconds_left(trainer)

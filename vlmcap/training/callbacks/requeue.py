@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
@@ -26,8 +26,9 @@ _JOB = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID")
 class StopOnSignal(L.Callback):
     """Saves `last.ckpt` at the end of the optimiser step that a signal comes in, and stops.
 
-    Inside accumulation it waits, as no checkpoint holds gradients; inside validation it stops at the next batch, with the state of the
-    step before. A second signal ends the process at once.
+    Inside accumulation it waits, as no checkpoint holds gradients; inside validation it stops at the next batch, with the state
+    of the step before, and the resumed run repeats the validation. After the last validation the state is saved already, and the
+    run stops before the final scoring, or at its next batch. A second signal ends the process at once.
 
     Args:
         folder: Of the run.
@@ -96,14 +97,29 @@ class StopOnSignal(L.Callback):
             set_random_states(self._random)
             self._stop_if_asked(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops before the final scoring, which may take hours; the last epoch is saved by now."""
+        if self._is_asked(trainer):
+            self._stop(trainer)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Stops within the final scoring, where a resumed run begins again; ranks may have different numbers of batches."""
+        if trainer.world_size == 1 and self.received is not None:
+            self._stop(trainer)
+
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        if self._is_asked(trainer):
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+            self._stop(trainer)
+
+    def _is_asked(self, trainer: L.Trainer) -> bool:
         asked = self.received is not None
         if trainer.world_size > 1:  # a signal reaches processes in different steps, or one of them alone
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if not asked:
-            return
+        return asked
+
+    def _stop(self, trainer: L.Trainer) -> NoReturn:
         number = self.received or signal.SIGTERM
-        trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         if number == signal.SIGUSR1 and self.is_requeued and trainer.is_global_zero:
             requeue()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

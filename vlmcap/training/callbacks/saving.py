@@ -1,19 +1,23 @@
-"""`last.ckpt` and `best.ckpt`, by Lightning's callback; whole or not at all."""
+"""`last.ckpt` and `best.ckpt`, written at one point of an epoch; whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from vlmcap.config import Config
 from vlmcap.files import replacing
+from vlmcap.training.callbacks.choosing import Choice, Score
+from vlmcap.training.loggers.jsonl import JsonlLogger
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,14 +43,111 @@ def _is_full(checkpoint: dict[str, Any], file: Path) -> bool:
     return False
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """Saves every few optimiser steps, and never between the micro-batches of one: their gradients are in no checkpoint."""
+class RunCheckpoints(Checkpoint):
+    """Keeps the last state of a run, and the best one by a metric.
+
+    Both are written at the end of an epoch, when all callbacks have heard of its validation: the best state first, and then the
+    last one, so that no state says of the best one what is no longer true. The score of `best.ckpt` is read from that file when a
+    run resumes. Within epochs, the last state is also saved every few optimiser steps, and never between the micro-batches of one
+    step, whose gradients are in no checkpoint.
+
+    Args:
+        folder: Run folder.
+        monitor: Metric that the best checkpoint follows, such as "val/cider"; None keeps no best checkpoint.
+        mode: "min" or "max", whichever is better.
+        every_n_steps: Optimiser steps between saves within an epoch; 0 saves at the end of epochs only.
+    """
+
+    filename = "best"
+
+    def __init__(self, folder: Path, *, monitor: str | None, mode: str = "max", every_n_steps: int = 0) -> None:
+        self.folder, self.monitor, self.mode, self.every_n_steps = folder / "checkpoints", monitor, mode, every_n_steps
+        self.best: Score | None = None
+        self._choice = None if monitor is None else Choice("best.ckpt", monitor, mode)
+        self._is_resumed = self._is_validated = False
+        self._saved_step = 0
+
+    @property
+    def last_path(self) -> Path:
+        """The checkpoint that a run resumes from."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def best_path(self) -> Path:
+        """The best checkpoint; it is this run's where `best` is not None."""
+        return self.folder / f"{self.filename}.ckpt"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Removes the checkpoints of an earlier run in this folder, which a fresh run must neither resume nor score."""
+        if not self._is_resumed and trainer.is_global_zero:
+            self.last_path.unlink(missing_ok=True)
+            self.best_path.unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves if a step is done and due."""
-        done = batch_idx + 1
-        if done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Saves the last state if a step is done and due."""
+        done, step = batch_idx + 1, trainer.global_step
+        is_step_done = done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches
+        if self.every_n_steps and is_step_done and step % self.every_n_steps == 0 and step != self._saved_step:
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes that the metrics are of the weights as they are."""
+        self._is_validated = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the best state if this one is better, and then the last one."""
+        if self._is_validated and self._choice is not None:
+            score = Score.of(trainer, self.monitor)
+            if trainer.strategy.broadcast(self._choice.is_better(score, self.best)):
+                self.best = score
+                trainer.save_checkpoint(self.best_path)
+        self._is_validated = False
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.last_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score of the best checkpoint, which its own file must hold."""
+        return {"best": None if self.best is None else self.best.plain()}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds how many lines of `metrics.jsonl` are of before."""
+        rows = [logger.num_rows for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
+        checkpoint["callbacks"][self.state_key]["rows"] = rows[0] if rows else None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Finds out what `best.ckpt` holds, and drops the lines of `metrics.jsonl` that this run will write again."""
+        self._is_resumed, self._saved_step = True, int(checkpoint["global_step"])
+        source = Path(str(trainer.ckpt_path)).resolve().parent
+        is_here, best = source == self.folder.resolve(), source / self.best_path.name
+        found = _best_of(best) if self.monitor is not None and best.is_file() else None
+        if found is not None and found.step > self._saved_step:
+            if not is_here:
+                found = None  # of a run that this one branches off from
+            elif trainer.is_global_zero:
+                print(f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is better.")
+        self.best = trainer.strategy.broadcast(found)
+        if not trainer.is_global_zero:
+            return
+        if not is_here:
+            self.best_path.unlink(missing_ok=True)  # of another run
+        if not is_here and self.best is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.best_path) as partial:
+                shutil.copyfile(best, partial)
+        rows = checkpoint["callbacks"].get(self.state_key, {}).get("rows")
+        for logger in trainer.loggers:
+            if is_here and rows is not None and isinstance(logger, JsonlLogger):
+                logger.cut_to(rows)
+
+
+def _best_of(path: Path) -> Score | None:
+    """The score that a best checkpoint says it has."""
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    held = content.get("callbacks", {}).get(RunCheckpoints.__qualname__, {}).get("best")
+    return None if held is None else Score(**held)
 
 
 class StepLimit(Callback):
@@ -60,11 +161,16 @@ class StepLimit(Callback):
         self.max_steps = max_steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops a resumed run that has nothing left to do."""
-        self._check(trainer)
+        """Stops a resumed run that has nothing left to do but, perhaps, a validation."""
+        if not getattr(pl_module, "owes_validation", False):
+            self._check(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Stops at the limit."""
+        self._check(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops behind a validation that was left of the run before."""
         self._check(trainer)
 
     def _check(self, trainer: L.Trainer) -> None:
@@ -72,42 +178,22 @@ class StepLimit(Callback):
             trainer.should_stop = True
 
 
-def best_checkpoint(trainer: L.Trainer) -> Path | None:
-    """The best checkpoint that this run saved, or None: a file of an earlier run in the same folder is not ours."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            return Path(callback.best_model_path)
-    return None
+def run_checkpoints(trainer: L.Trainer) -> RunCheckpoints:
+    """The callback of a training run that keeps its checkpoints."""
+    return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoints))
 
 
 def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
-    """Callbacks that keep the last state, and the best one by `data.monitor`.
-
-    The last state is saved after each epoch, and within epochs too where `trainer.checkpoint_every_n_steps` is set.
+    """The callback that keeps the last state, and the best one by `data.monitor`.
 
     Args:
-        folder: Of the run.
+        folder: Run folder.
         config: Names the metric.
     """
-    target = folder / "checkpoints"
-    common = {"dirpath": target, "enable_version_counter": False, "auto_insert_metric_name": False}
-    callbacks: list[Callback] = [ModelCheckpoint(filename="last", save_top_k=1, save_on_train_epoch_end=True, **common)]  # type: ignore[arg-type]
-    if config.trainer.checkpoint_every_n_steps:
-        callbacks.append(
-            StepCheckpoint(filename="last", save_top_k=1, every_n_train_steps=config.trainer.checkpoint_every_n_steps, **common)  # type: ignore[arg-type]
-        )
-    if config.data.monitor.startswith("val/"):
-        callbacks.append(
-            ModelCheckpoint(
-                filename="best",
-                monitor=config.data.monitor,
-                mode=config.better(config.data.monitor),
-                save_top_k=1,
-                save_on_train_epoch_end=True,
-                **common,  # type: ignore[arg-type]
-            )
-        )
-    return callbacks
+    monitor = config.data.monitor if config.data.monitor.startswith("val/") else None
+    mode = "max" if monitor is None else config.better(monitor)
+    every_n_steps = config.trainer.checkpoint_every_n_steps or 0
+    return [RunCheckpoints(folder, monitor=monitor, mode=mode, every_n_steps=every_n_steps)]
 
 
 def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
@@ -131,3 +217,20 @@ def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) ->
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
     # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its number of workers.
     loop["state_dict"].pop("combined_loader", None)
+
+
+def reopen_epoch(loop: dict[str, Any], epoch: int, step: int) -> None:
+    """Makes the state that `settle_loop` left say that an epoch is trained and that its validation is to be repeated.
+
+    Args:
+        loop: The state, changed in place.
+        epoch: The epoch whose validation is missing.
+        step: Optimiser steps done.
+    """
+    for count in loop["epoch_progress"].values():
+        count.update(ready=epoch + 1, started=epoch + 1, processed=epoch, completed=epoch)
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    validation["total"].update(ready=1, started=1, processed=0, completed=0)
+    validation["current"].update(ready=0, started=0, processed=0, completed=0)
+    # Lightning counts the last step of an epoch after the validation behind it.
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1

@@ -6,9 +6,12 @@ import math
 from typing import Any, Protocol
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
 
 from vlmcap.errors import Pruned
+from vlmcap.training.callbacks.choosing import FALLBACK, Choice, Score
 from vlmcap.training.schedule import StagePlan
 
 
@@ -17,7 +20,8 @@ class PatientStop(EarlyStopping):
 
     A stage is as long as its rates' schedule; ended before, the next one would begin with half-trained parts, and what follows a change of
     stage is not comparable with what was before. So earlier stages train to their ends, and neither their best value nor their waiting
-    counts in the last one. The state is in every checkpoint.
+    counts in the last one. The state is in every checkpoint. Where the metric has no value before it has ever had one, the validation loss
+    takes its place.
 
     Args:
         plan: Stages.
@@ -34,22 +38,46 @@ class PatientStop(EarlyStopping):
             monitor, mode=mode, patience=patience, min_delta=min_delta, check_finite=False, check_on_train_epoch_end=False, verbose=False
         )
         self._first_epoch = plan.at_epoch(plan.num_epochs - 1).first_epoch
-        self.best_epoch = -1
+        self.best_epoch = self._heard_epoch = -1
+        self._asked, self._choice = monitor, Choice("early stopping", monitor, mode)
+
+    @property
+    def state_key(self) -> str:
+        """One key, whatever metric is followed in the end."""
+        return type(self).__qualname__
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops a resumed run that had stopped early."""
-        if self.wait_count >= self.patience:
+        if not getattr(pl_module, "owes_validation", False) and self.wait_count >= self.patience:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Counts a validation, and says so when it was the last."""
-        if trainer.sanity_checking or trainer.current_epoch < self._first_epoch:
+        epoch = trainer.current_epoch
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or epoch < self._first_epoch:
             return
+        if epoch == self._heard_epoch:  # a validation that a resumed run repeats, heard before the checkpoint was saved
+            return
+        self._heard_epoch = epoch
+        if Score.of(trainer, None).value(self.monitor) is None:
+            self._do_without_value(trainer)
         super().on_validation_end(trainer, pl_module)
         if self.wait_count == 0:
             self.best_epoch = trainer.current_epoch
         if self.wait_count >= self.patience and trainer.is_global_zero:
             print(self.reason(trainer.current_epoch), flush=True)
+
+    def _do_without_value(self, trainer: L.Trainer) -> None:
+        """Follows the validation loss if the metric has never had a value; otherwise this validation is no better."""
+        if not bool(torch.isfinite(self.best_score)) and self.monitor != FALLBACK:
+            self._choice.say_fallback(trainer.current_epoch)
+            self._follow_loss()
+            self.best_score, self.wait_count = torch.tensor(torch.inf), 0
+        else:
+            trainer.callback_metrics.setdefault(self.monitor, torch.tensor(torch.nan))
+
+    def _follow_loss(self) -> None:
+        self.monitor, self.mode, self.min_delta = FALLBACK, "min", -abs(self.min_delta)
 
     def reason(self, epoch: int) -> str:
         """Why the run stopped after an epoch, counted from 0."""
@@ -58,13 +86,19 @@ class PatientStop(EarlyStopping):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and a tensor."""
-        return super().state_dict() | {"best_epoch": self.best_epoch}
+        own = {"best_epoch": self.best_epoch, "heard_epoch": self._heard_epoch}
+        return super().state_dict() | own | {"asked": self._asked, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As saved, but for the patience, which may be raised to go on."""
+        """As saved, but for the patience, which may be raised to go on; values of another metric say nothing of this one."""
+        if state_dict["asked"] != self._asked:
+            return
         patience = self.patience
         super().load_state_dict(state_dict)
-        self.patience, self.best_epoch = patience, state_dict.get("best_epoch", -1)
+        self.patience = patience
+        self.best_epoch, self._heard_epoch = state_dict["best_epoch"], state_dict["heard_epoch"]
+        if state_dict["monitor"] != self.monitor:
+            self._follow_loss()
 
 
 class Trial(Protocol):

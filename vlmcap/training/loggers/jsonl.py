@@ -46,6 +46,21 @@ class JsonlLogger(Logger):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    @property
+    def num_rows(self) -> int:
+        """Lines so far."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    def cut_to(self, num_rows: int) -> None:
+        """Keeps the first lines, which a checkpoint knew of: a resumed run writes later ones of the same step again."""
+        if self.num_rows > num_rows:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(self.path) as partial:
+                partial.write_text("".join(lines[:num_rows]), encoding="utf-8")
+
     def cut_after(self, step: int) -> list[dict[str, Any]]:
         """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again. Returns the others."""
         if not self.path.is_file():

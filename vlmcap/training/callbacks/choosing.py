@@ -1,0 +1,85 @@
+"""Which of two validations is better, also where the metric that should say so has no value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+FALLBACK = "val/loss"  # every validation has it, and less is better
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a validation found.
+
+    Attributes:
+        epoch: Epoch that was validated, from 0.
+        step: Optimiser steps done.
+        monitor: Metric that is followed.
+        scores: All metrics of the validation by name, such as "val/cider".
+    """
+
+    epoch: int
+    step: int
+    monitor: str | None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trainer: L.Trainer, monitor: str | None) -> Score:
+        """The score of the validation that has just ended."""
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        return cls(trainer.current_epoch, trainer.global_step, monitor, scores)
+
+    def value(self, name: str) -> float | None:
+        """A metric; None where it was not measured or is no number."""
+        value = self.scores.get(name, math.nan)
+        return value if math.isfinite(value) else None
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return asdict(self)
+
+
+class Choice:
+    """Compares validations by a metric, and by the validation loss where one of the two has no value of it.
+
+    Args:
+        what: What follows the metric, for the sentence that says it does not.
+        monitor: Name of the metric.
+        mode: "min" or "max".
+        min_delta: By which a value must be better.
+    """
+
+    def __init__(self, what: str, monitor: str, mode: str, min_delta: float = 0.0) -> None:
+        self.what, self.monitor, self.mode, self.min_delta = what, monitor, mode, min_delta
+        self._has_said = False
+
+    def is_better(self, score: Score, best: Score | None) -> bool:
+        """Whether a validation is better than the best one so far; the first one is."""
+        value = score.value(self.monitor)
+        if value is None:
+            self.say_fallback(score.epoch)
+        if best is None:
+            return True
+        best_value = best.value(self.monitor)
+        if value is not None and best_value is not None:
+            return self._is_ahead(value, best_value, self.mode)
+        loss, best_loss = score.value(FALLBACK), best.value(FALLBACK)
+        if loss is not None and best_loss is not None:
+            return self._is_ahead(loss, best_loss, "min")
+        has_none = best_value is None and best_loss is None
+        return has_none and (value is not None or loss is not None)
+
+    def _is_ahead(self, value: float, best: float, mode: str) -> bool:
+        return value < best - self.min_delta if mode == "min" else value > best + self.min_delta
+
+    @rank_zero_only
+    def say_fallback(self, epoch: int) -> None:
+        """Says once that the metric has no value."""
+        if not self._has_said:
+            self._has_said = True
+            print(f"Warning: {self.monitor} has no value after epoch {epoch + 1}; {self.what} follows {FALLBACK} instead.", flush=True)
