@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from vlmcap.data.features.claims import CLAIMS, Claims, remove_free_claims
 from vlmcap.data.features.eviction import make_room
-from vlmcap.data.features.shards import Encode, ShardWriter
 from vlmcap.data.features.store import FeatureStore
+from vlmcap.data.features.writer import Encode, ShardWriter
 from vlmcap.errors import UserError
 from vlmcap.files import remove_leftovers
 from vlmcap.types import Sample, Skipped
