@@ -169,7 +169,7 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, Any]]:
     child.start()
     assert started.wait(30)
     yield folder, child
-    end.set()
+    child.kill()  # setting an event waits for ever for a process that was killed while it waited
     child.join(30)
 
 
