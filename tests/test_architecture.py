@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": set(),
     "libraries": set(),
     "types": {"errors"},
-    "locks": {"errors", "terminal"},
+    "locks": {"errors", "files", "terminal"},
     **{part: BASE for part in PARTS},
     "overrides": BASE | {"config"},
     "compose": BASE | {"config", "overrides"},

@@ -213,6 +213,7 @@ def test_long_reading_is_reported(root: Path, make: Make, monkeypatch: pytest.Mo
     load_splits(make(), ALL[:2])
     assert "reading" not in capsys.readouterr().err
     monkeypatch.setattr(module, "_REPORT_EVERY", 5)
+    monkeypatch.setattr(module, "_QUIET_S", 0.0)
     load_splits(make(), ALL[:2])
     assert "reading the annotations: 20 in" in capsys.readouterr().err
 

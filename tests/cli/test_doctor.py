@@ -55,7 +55,7 @@ def test_a_missing_card_is_a_problem_where_one_is_meant(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("free", "overrides", "level", "words"),
     [
-        (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "docker run --shm-size=8g"),
+        (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "--shm-size=8g"),
         (64 * 2**20, ("data.num_workers=8", "encoder=siglip2"), "warning", "data.num_workers=0"),
         (64 * 2**20, ("data.num_workers=0", "encoder=siglip2"), "ok", "67.1 MB"),
         (8 * 2**30, ("data.num_workers=8", "encoder=siglip2"), "ok", "8.6 GB of 8.6 GB free"),

@@ -85,7 +85,7 @@ def samples(*frames: int) -> list[Sample]:
     return [Sample(c, features=f, grid_thw=(len(f), 2, 2)) for c, f in zip(clips, features, strict=True)]
 
 
-def count(grid_thw: GridTHW | None) -> tuple[int]:
+def count(grid_thw: GridTHW | None, _times: object) -> tuple[int]:
     assert grid_thw is not None
     return (grid_thw[0] * grid_thw[1] * grid_thw[2],)
 

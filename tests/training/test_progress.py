@@ -12,6 +12,8 @@ from vlmcap.training.callbacks.progress import RunProgress
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.schedule import StagePlan
 
+NUM_STEPS = 900
+
 
 class Clock:
     """A clock that the test moves."""
@@ -28,7 +30,7 @@ def trainer_of(**values: Any) -> Any:
         "is_global_zero": True,
         "global_step": 0,
         "current_epoch": 1,
-        "estimated_stepping_batches": 900,
+        "num_training_batches": 300,
         "loggers": [],
         "num_val_batches": [3, 5],
         "num_test_batches": [7],
@@ -43,6 +45,8 @@ class Module(CaptioningModule):
 
     plan = StagePlan({"align": StageConfig(epochs=1), "tune": StageConfig(epochs=2)})
     steps_per_epoch = 300  # type: ignore[assignment]
+
+    rates = SimpleNamespace(steps_left=NUM_STEPS)  # type: ignore[assignment]
 
     def __init__(self) -> None:
         """Without a model."""
@@ -61,10 +65,12 @@ def module() -> CaptioningModule:
 
 def train(progress: RunProgress, clock: Clock, trainer: Any, module: Any, seconds: int) -> None:
     """A step each second."""
+    trainer.lightning_module = module
     for _ in range(seconds):
         clock.now += 1
         trainer.global_step += 1
-        progress.on_train_batch_end(trainer, module)
+        module.rates.steps_left = NUM_STEPS - trainer.global_step
+        progress.on_train_batch_end(trainer, module, None, None, (trainer.global_step - 1) % trainer.num_training_batches)
 
 
 def test_lines_by_time_within_an_epoch(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:

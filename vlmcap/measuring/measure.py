@@ -342,6 +342,8 @@ def distance(comparison: Comparison) -> str:
 
 
 def _off(ratio: float) -> str:
+    if ratio <= 0:
+        return "too small to be measured"
     if abs(ratio - 1) <= _CLOSE:
         return "right"
     return f"{abs(1 / ratio - 1):.0%} too {'low' if ratio > 1 else 'high'}"

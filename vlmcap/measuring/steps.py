@@ -246,8 +246,9 @@ def resident(name: str) -> float:
 
 
 def _return_freed_memory() -> None:
-    """Makes glibc give freed memory back at once, as the resident set is to show what is alive."""
+    """Makes glibc give back what was freed, now and from now on, as the resident set is to show what is alive."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
         library.mallopt(_TRIM_THRESHOLD, _LARGE)
+        library.malloc_trim(0)
