@@ -92,6 +92,7 @@ def test_ten_kills_change_no_bit(tmp_path: Path, settings: dict[str, Any], num_w
         time.sleep(rng.random() * 0.02)  # inside a step, a checkpoint or a validation
         process.kill()
         process.join()
+        done += wait_for(pipe, 10_000)  # what it did while this process slept
         assert process.exitcode == -signal.SIGKILL
     last = finish(tmp_path / "killed", settings | {"num_workers": num_workers[-1]})
     assert last < total < done + last, "killed in mid-run, and some batches done twice"
