@@ -13,6 +13,7 @@ from vlmcap.planning.make_plan import make_plan, num_kept_layers
 BASE = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "cache.enabled=true", "data.num_frames=2"]
 
 
+@pytest.mark.slow
 def test_the_budget_is_used_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path))
     again = make_plan(compose(BASE))

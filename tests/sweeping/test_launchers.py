@@ -36,6 +36,7 @@ def check(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert len(processes) == 2, "each in a process of its own"
 
 
+@pytest.mark.slow
 def test_joblib_gives_each_job_its_gpu(tmp_path: Path) -> None:
     pytest.importorskip("joblib")
     done = sweep(tmp_path, "launcher=joblib", "seed=0,1,2,3", CUDA_VISIBLE_DEVICES="4,7")

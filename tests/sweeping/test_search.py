@@ -62,6 +62,7 @@ def test_the_space_is_hydras_syntax() -> None:
         space_of("a=tag(log,interval(0.0,1.0))")
 
 
+@pytest.mark.slow
 def test_a_search_is_told_how_each_trial_ended_and_goes_on(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     def with_failures(config: Config) -> float:
         if config.tuning.lora.rank == 8:

@@ -201,6 +201,7 @@ def test_a_run_that_ends_inside_tells_what_it_has(
     assert "No profile/trace.json.gz" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_resumed_inside_the_timed_steps_writes_anew(tiny_config: MakeConfig, straight_run: Path, tmp_path: Path) -> None:
     overrides = ("tuning.lora.dropout=0.1", *PROFILE)
     train(tiny_config(tmp_path, *overrides, "trainer.max_steps=3"))

@@ -111,6 +111,7 @@ class Unwell:
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
+@pytest.mark.slow
 def test_a_process_that_hangs_or_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(module, "CHUNK", 2)
     monkeypatch.setattr(module, "_CHUNK_TIMEOUT_S", 15.0)
