@@ -32,8 +32,9 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "index.html"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def started_browser() -> Iterator[Browser]:
+    """A browser for the tests of a file: one that stays open takes a processor from the tests that follow."""
     program = find_chromium()
     assert program is not None
     try:
