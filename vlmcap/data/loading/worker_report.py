@@ -19,7 +19,6 @@ from vlmcap.types import Clip
 T_co = TypeVar("T_co", covariant=True)
 
 _MAX_NAMED = 4
-PREFETCHED = 2  # batches that a worker keeps ready, torch's own default
 _MAX_WORKERS = 256  # of one loader; those beyond are not watched
 _LAST_SECONDS = 120.0  # of a worker after SIGTERM
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
