@@ -17,27 +17,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap import config as schema
 from vlmcap.config import Config
+from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
+from vlmcap.config.run import check_own_parts
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
 
 CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
-_GROUPS = {
-    "model": schema.ModelConfig,
-    "encoder": schema.EncoderConfig,
-    "projector": schema.ProjectorConfig,
-    "llm": schema.LlmConfig,
-    "tuning": schema.TuningConfig,
+_PLAIN_GROUPS = {  # those of one kind
     "hardware": schema.HardwareConfig,
-    "data": schema.DataConfig,
     "evaluation": schema.EvaluationConfig,
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
-    "logger": schema.LoggerConfig,
     "callbacks": schema.CallbacksConfig,
-    "sweep": schema.SweepConfig,
-    "launcher": schema.LauncherConfig,
+    "paths": schema.PathsConfig,
 }
 
 
@@ -78,13 +72,43 @@ def config_file(name: str) -> Path:
 
 
 def register_schemas() -> None:
-    """Makes the dataclasses known as `config_schema` and `<group>/<group>_schema`, the first default of each YAML file."""
+    """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="config_schema", node=Config)
-    for group, node in _GROUPS.items():
-        store.store(group=group, name=f"{group}_schema", node=node)
+    store.store(name="config_schema", node=_following(Config))
+    for group, node in _PLAIN_GROUPS.items():
+        store.store(group=group, name=f"{group}_schema", node=_following(node))
+    for group, kinds in SCHEMAS.items():
+        for kind, node in kinds.items():
+            store.store(group=group, name=f"{kind}_schema", node=_following(node))
+
+
+def _following(schema_class: type) -> DictConfig:
+    """A dataclass with its defaults, and with references to other keys where fields follow those."""
+    node = OmegaConf.structured(schema_class)
+    for known in fields(schema_class):
+        if source := known.metadata.get("follows"):
+            OmegaConf.update(node, known.name, source)
+        elif is_dataclass(default := cast(Any, known.default_factory)):
+            node[known.name] = _following(cast(type, default))
+    return cast(DictConfig, node)
+
+
+def _typed(plain: Mapping[str, Any]) -> DictConfig:
+    """The schema of a configuration, each group's that of its kind.
+
+    Raises:
+        UserError: A group has no such kind.
+    """
+    node = OmegaConf.structured(Config)
+    for group in SCHEMAS:
+        kind = (plain.get(group) or {}).get("kind")
+        try:
+            node[group] = OmegaConf.structured(schema_of(group, str(kind)))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return cast(DictConfig, node)
 
 
 def compose(overrides: Sequence[str], *, name: str = "train") -> Config:
@@ -159,7 +183,13 @@ def to_config(node: DictConfig) -> Config:
     """
     try:
         # Hydra lets `+group.key=value` add any key; the schema, merged with plain values, does not.
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(node, resolve=False)))
+        plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+        for group in SCHEMAS:
+            composed = OmegaConf.get_type(node[group])
+            if is_dataclass(composed) and hasattr(composed, "kind"):
+                check_kind(group, plain[group], composed.kind)
+        check_own_parts(plain)
+        found = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     except ValueError as error:
@@ -179,8 +209,15 @@ def to_plain(config: object) -> Any:
     return config
 
 
-# What changes where a run writes, how it is shown, or how fast it is, but not what comes out.
+# What changes where a run writes, what it is called, how it is shown, or how fast it is, but not what comes out.
 _WITHOUT_EFFECT = (
+    *(f"{group}.name" for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")),
+    *(f"{group}.{name}" for group in ("model", "encoder", "llm") for name in ("gate", "licence")),
+    # Other groups have these values, their own or those of the profile.
+    *(f"hardware.{name}" for name in ("memory_gib", "num_frames", "batch_size", "eval_batch_size", "accumulate_grad_batches")),
+    *(f"hardware.{name}" for name in ("image_size", "frame_stack", "quantization", "attention")),
+    "llm.suggested",
+    "encoder.is_cached",
     "paths",
     "logger",
     "sweep",
@@ -257,7 +294,7 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
         UserError: The values do not fit the schema.
     """
     try:
-        node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), plain))
+        node = cast(DictConfig, OmegaConf.merge(_typed(plain), plain))
         for key, value in (overrides or {}).items():
             OmegaConf.update(node, key, value, merge=False)
         return node
@@ -287,11 +324,11 @@ def explain(error: Exception) -> str:
         literal = shell_quoted(f"{key}={quoted(value)}")
         return f"'{override}' cannot be read as key=value{_reason(text)}; as plain text the value is {literal}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        return f"there is no key '{unknown.group(1)}'; {_nearest(unknown.group(1))}"
+        return _unknown_key(unknown.group(1))
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
         return f"{name or first} has no value; set it on the command line: {name}=…"
     if "Key '" in text and "not in" in text:
-        return f"there is no key '{name}'; {_nearest(name)}"
+        return _unknown_key(name)
     if "ValidationError" in type(error).__name__ and name:
         return f"{name} has a wrong value: {first}"
     return first
@@ -307,6 +344,23 @@ def group_choices(group: str) -> list[str]:
     """The names that a group has in `conf/` and in the user's own folder, sorted."""
     names = {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
     return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
+
+
+def _unknown_key(key: str) -> str:
+    """A sentence that says whose key this is, or which one is near it."""
+    group, _, name = key.partition(".")
+    kinds = {kind for kind, schema_class in SCHEMAS.get(group, {}).items() if key in _paths(schema_class, f"{group}.")}
+    choices = [choice for choice in group_choices(group) if _kind_of(group, choice) in kinds]
+    if not choices:
+        return f"there is no key '{key}'; {_nearest(key)}"
+    others = " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
+    return f"'{name}' is no key of this {group}, but of {group}={others}; leave {key} out, or choose one of those"
+
+
+def _kind_of(group: str, choice: str) -> str:
+    """The kind whose schema a YAML file begins with, or the file that it begins with."""
+    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", config_file(f"{group}/{choice}").read_text(), re.MULTILINE)
+    return "" if found is None else found.group(1) if found.group(2) else _kind_of(group, found.group(1))
 
 
 def _nearest(key: str) -> str:
@@ -326,6 +380,9 @@ def _paths(schema_class: Any, prefix: str = "") -> Iterator[str]:
     for field in fields(schema_class):
         path, kind = f"{prefix}{field.name}", hints[field.name]
         yield path
+        if not prefix and field.name in SCHEMAS:
+            yield from dict.fromkeys(key for node in SCHEMAS[field.name].values() for key in _paths(node, f"{path}."))
+            continue
         if get_origin(kind) is dict:
             path, kind = f"{path}.<name>", get_args(kind)[1]
         if is_dataclass(kind):

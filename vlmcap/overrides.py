@@ -10,15 +10,14 @@ from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.config import LauncherConfig, SweepConfig
+from vlmcap.config.kinds import SCHEMAS
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-_RATES = "{adapters} for the adapters, {projector} for the projector beside them, {align} for the projector alone"
-_RATES = _RATES.format(adapters="llm.adapter_lr", projector="llm.projector_lr", align="llm.align_lr")
-_EPOCHS = "data.align_epochs is for the first stage of tuning=two_stage"
+_RATES = "adapter_lr is for the adapters, tuning.projector_lr for the projector, tuning.align_lr for the first stage of two_stage"
+_EPOCHS = "tuning.align_epochs of them are the first stage of tuning=two_stage"
 _QUANTIZATION = "llm.quantization"
 
 # Keys of Lightning, Hydra, transformers and lightning-hydra-template; what is set here instead, with the value that was typed where the
@@ -28,17 +27,27 @@ HINTS: dict[str, tuple[str, str]] = {
     for names, instead, more in (
         (
             "lr learning_rate base_lr optim.lr optim.learning_rate optimizer.lr optimizer.learning_rate trainer.lr trainer.learning_rate "
-            "model.lr model.learning_rate tuning.lr tuning.learning_rate tuning.lora.lr train.lr train.learning_rate",
-            "llm.adapter_lr=",
+            "model.lr model.learning_rate tuning.lr tuning.learning_rate tuning.lora.lr train.lr train.learning_rate "
+            "llm.lr llm.adapter_lr model.adapter_lr llm.suggested.adapter_lr",
+            "tuning.adapter_lr=",
             _RATES,
         ),
         (
             "epochs max_epochs num_epochs n_epochs num_train_epochs trainer.epochs trainer.max_epochs trainer.num_epochs "
-            "trainer.num_train_epochs train.epochs train.max_epochs training.epochs tuning.epochs tuning.max_epochs data.epochs "
-            "optim.epochs",
-            "data.tune_epochs=",
+            "trainer.num_train_epochs train.epochs train.max_epochs training.epochs tuning.max_epochs data.epochs "
+            "optim.epochs data.tune_epochs",
+            "tuning.epochs=",
             _EPOCHS,
         ),
+        ("llm.projector_lr model.projector_lr llm.suggested.projector_lr projector.lr", "tuning.projector_lr=", ""),
+        ("llm.align_lr model.align_lr llm.suggested.align_lr", "tuning.align_lr=", ""),
+        ("llm.suggested.reducer llm.reducer", "projector.reducer=", ""),
+        ("data.align_epochs", "tuning.align_epochs=", ""),
+        ("warmup_ratio optim.warmup_ratio trainer.warmup_ratio", "tuning.warmup_ratio=", ""),
+        ("objective metric data.monitor callbacks.early_stopping.monitor trainer.monitor", "monitor=", ""),
+        ("objective_mode callbacks.early_stopping.mode", "mode=", ""),
+        ("data.format", "data=", ""),
+        ("data.eval_every_n_epochs trainer.check_val_every_n_epoch check_val_every_n_epoch", "evaluation.every_n_epochs=", ""),
         (
             "batch_size bs train_batch_size per_device_train_batch_size trainer.batch_size trainer.per_device_train_batch_size "
             "train.batch_size training.batch_size data.train_batch_size data.bs dataloader.batch_size datamodule.batch_size",
@@ -102,7 +111,7 @@ HINTS: dict[str, tuple[str, str]] = {
     )
     for name in names.split()
 }
-_PLUGINS = {"hydra.sweeper.": ("sweep", SweepConfig), "hydra.launcher.": ("launcher", LauncherConfig)}  # keys of Hydra's own plugins
+_PLUGINS = {"hydra.sweeper.": "sweep", "hydra.launcher.": "launcher"}  # keys of Hydra's own plugins
 _LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has these itself
 
 
@@ -135,10 +144,10 @@ def foreign_key(override: str) -> str:
     if f"{key}={value}" in _LEFT_TO_HYDRA:
         return ""
     instead, more = HINTS.get(f"{key}={value}") or HINTS.get(key) or ("", "")
-    for theirs, (ours, schema) in _PLUGINS.items():
+    for theirs, ours in _PLUGINS.items():
         name = key.removeprefix(theirs)
         if name != key and name.partition(".")[0] not in ("_target_", "params", "max_batch_size"):
-            names = [field.name for field in fields(schema)]
+            names = sorted({field.name for schema in SCHEMAS[ours].values() for field in fields(schema)} - {"kind"})
             instead = f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
     if not instead:
         return ""

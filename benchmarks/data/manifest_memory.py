@@ -27,7 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import JsonlConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.data.manifest import write_table
 from vlmcap.types import Clip
 
@@ -91,7 +92,7 @@ def write_manifest(folder: Path, clips: int, characters: int) -> int:
 
 
 def read_clips(folder: Path) -> Iterator[Clip]:
-    for entry in read_records("jsonl", SourceSettings(str(folder), "all.jsonl", caption_key="caption")):
+    for entry in read_records(JsonlConfig(root=str(folder), annotations="all.jsonl")):
         assert isinstance(entry, Record), entry
         yield entry.clip
 

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from tests.data.fuzz import Damaged, damage_videos
 from tests.data.fuzz_labels import damage_labels
+from vlmcap.config import AihubConfig, JsonlConfig
 from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.decoding.video import DecodeLimits
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.data.formats import Record, read_records
 from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
 from vlmcap.data.quarantine import Ledger
 from vlmcap.data.text import normalize_caption
@@ -129,7 +130,7 @@ class TestLabels:
             (tmp_path / "train/labels" / f"{i:03d}.json").write_bytes(content)
             (tmp_path / "train/videos" / f"{i:03d}.mp4").write_bytes(b"video")
         before = peak_mib()
-        entries = list(read_records("aihub", SourceSettings(str(tmp_path)), "train"))
+        entries = list(read_records(AihubConfig(root=str(tmp_path)), "train"))
         assert peak_mib() - before < GROWTH_MIB
         ids = [entry.clip.id for entry in entries]
         assert ids == [f"{i:03d}" for i in range(len(labels))]
@@ -142,9 +143,9 @@ class TestLabels:
         lines = [content for _, content, is_good in one_line(labels) if is_good or not content.isspace()]
         with_video = [content.replace(b"{", b'{"video": "a.mp4", ', 1) for content in lines]
         (tmp_path / "clips.jsonl").write_bytes(b"\n".join(with_video))
-        settings = SourceSettings(str(tmp_path), annotations="clips.jsonl")
+        settings = JsonlConfig(root=str(tmp_path), annotations="clips.jsonl")
         before = peak_mib()
-        entries = list(read_records("jsonl", settings))
+        entries = list(read_records(settings))
         assert peak_mib() - before < GROWTH_MIB
         assert sum(isinstance(entry, Record) for entry in entries) >= 10
         assert sum(isinstance(entry, Skipped) for entry in entries) >= 50
@@ -153,7 +154,7 @@ class TestLabels:
 
     def test_a_file_that_is_no_jsonl_at_all_says_so_in_bounded_memory(self, tmp_path: Path, real_clips: dict[str, Path]) -> None:
         (tmp_path / "clips.jsonl").write_bytes(real_clips["bikes"].read_bytes())
-        for entry in read_records("jsonl", SourceSettings(str(tmp_path), annotations="clips.jsonl")):
+        for entry in read_records(JsonlConfig(root=str(tmp_path), annotations="clips.jsonl")):
             assert isinstance(entry, Skipped)
             check_label(entry)
 

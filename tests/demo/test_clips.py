@@ -11,7 +11,8 @@ from pathlib import Path
 import av
 import pytest
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import AihubConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.demo import clips as make
 from vlmcap.demo.clips import DemoSettings, is_held_out, make_demo
 from vlmcap.demo.grammar import FACTS, Scene
@@ -40,7 +41,7 @@ def test_equal_settings_give_equal_files_and_another_seed_others(demo: Path, tmp
 
 
 def read_clips(folder: Path, split: str) -> list[Clip]:
-    return [entry.clip for entry in read_records("aihub", SourceSettings(str(folder)), split) if isinstance(entry, Record)]
+    return [entry.clip for entry in read_records(AihubConfig(root=str(folder)), split) if isinstance(entry, Record)]
 
 
 def test_the_ordinary_loader_reads_it(demo: Path) -> None:

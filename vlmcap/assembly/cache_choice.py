@@ -200,7 +200,7 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
     final = sum(size for split, size in sizes.items() if split != "train")
     if "train" not in sizes:
         return final
-    num_epochs = sum(stage.epochs for stage in config.tuning.stages.values())
+    num_epochs = config.tuning.num_epochs
     trained = num_epochs * sizes["train"]
     if config.trainer.max_steps >= 0:
         trained = min(trained, config.trainer.max_steps * config.data.batch_size * config.trainer.accumulate_grad_batches)

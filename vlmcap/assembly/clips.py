@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmcap.config import Config, Split
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.data.formats import Record, read_records
 from vlmcap.data.formats.record import skip
 from vlmcap.data.manifest import ClipTable, TableWriter
 from vlmcap.data.media.archive_cache import use_index_folder
@@ -67,7 +67,7 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
     wanted = [split for split in Split if split in splits or split in optional]
     drawer = _drawer(config)
     only = wanted[0].value if len(wanted) == 1 and drawer is None else None
-    entries = read_records(config.data.format.value, source_settings(config), only)
+    entries = read_records(config.data, only)
     with ExitStack() as stack:
         folder = Path(config.paths.cache_dir) / "manifests"
         writers = {split.value: stack.enter_context(TableWriter(folder)) for split in wanted}
@@ -79,20 +79,6 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
     if train is not None and max_clips is not None and max_clips < len(train):
         tables["train"] = train.select(nested_subset(len(train), max_clips, config.seed))
     return Splits(tables, reading.skipped, reading.note)
-
-
-def source_settings(config: Config) -> SourceSettings:
-    """What the readers of formats need of a configuration."""
-    data = config.data
-    return SourceSettings(
-        root=data.root,
-        annotations=data.annotations,
-        media=data.media,
-        media_pattern=data.media_pattern,
-        caption_key=data.caption_key,
-        category_key=data.category_key,
-        allow_outside=data.allow_outside,
-    )
 
 
 def open_ledger(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Ledger:

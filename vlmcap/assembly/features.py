@@ -100,7 +100,7 @@ def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> 
     fill_store(plan, store, clips, hashes)
     if config.cache.max_gib is not None:
         prune(store.root, round(config.cache.max_gib * 2**30), keep=(store.key,))
-    return Features(store, clips, hashes, memo, config.projector.pool_size if config.cache.pooled else None)
+    return Features(store, clips, hashes, memo, config.pool_size)
 
 
 def open_store(plan: FeaturePlan) -> FeatureStore:
@@ -129,14 +129,14 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     base, transform = plan.sources.bases[vision_part(config)], cast(Any, plan.sketch.transform)
     return Recipe(
         encoder=base.sha256,
-        layer=config.encoder.feature_layer,
+        layer=plan.sketch.feature_layer,
         transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
         num_frames=config.data.num_frames,
         sampling=config.data.sampling.value,
         fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,
         variable_frames=config.data.variable_frames,
         decoder=resolve_decoder(config.data.decoder.value),
-        pooled={"kind": "pool", "size": config.projector.pool_size} if config.cache.pooled else None,
+        pooled={"kind": "pool", "size": config.pool_size} if config.pool_size else None,
         precision=config.hardware.precision.value,
         dtype=config.cache.dtype,
         encoder_name=base.name,
@@ -175,8 +175,8 @@ def clip_bytes(plan: FeaturePlan) -> int:
 
     config, sketch = plan.config, plan.sketch
     grids = sketch.possible_grids(config.data.num_frames)
-    if config.cache.pooled:
-        grids = [pooled_grid(grid, config.projector.pool_size) for grid in grids]
+    if config.pool_size is not None:
+        grids = [pooled_grid(grid, config.pool_size) for grid in grids]
     return max(size_bytes(1, frames, rows * columns, sketch.embed_dim, config.cache.dtype) for frames, rows, columns in grids)
 
 
@@ -232,8 +232,8 @@ def _pays(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[C
 
 def _obstacle(config: Config) -> str | None:
     """Why features of this configuration cannot be kept."""
-    if config.tuning.encoder is not EncoderTuning.none:
-        return f"tuning.encoder={config.tuning.encoder.name} changes the features"
+    if config.tuning.encoder_tuning is not EncoderTuning.none:
+        return f"tuning.encoder={config.tuning.encoder_tuning.name} changes the features"
     changed_by = config.data.changed_by
     return None if changed_by is None else f"{changed_by} changes the frames from epoch to epoch"
 
@@ -259,9 +259,9 @@ def encoding_of(
             features: torch.Tensor = encoder(frames.to(device), grids)
         return features
 
-    if not config.cache.pooled:
+    if config.pool_size is None:
         return encode
-    pool = PoolReducer(config.projector.pool_size)
+    pool = PoolReducer(config.pool_size)
 
     @torch.no_grad()
     def encode_pooled(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from vlmcap.assembly.parts import (
     train_encoder,
     vision_part,
 )
-from vlmcap.config import Batching, Config, Precision, Reducer
+from vlmcap.config import Batching, Config, Precision, Reducer, TokenProjectorConfig
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def check_length(config: Config, num_visual: int, text: int, context: int) -> No
     longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
     if num_visual + text + longest > context:
         name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
-        if config.projector.reducer is Reducer.none:
+        if isinstance(config.projector, TokenProjectorConfig) and config.projector.reducer is Reducer.none:
             mend = "set projector.reducer=pool"
         if config.is_whole:
             name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"

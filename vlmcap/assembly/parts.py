@@ -7,7 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.config import Config, EncoderTuning, Precision, ProjectorKind, Reducer, Temporal
+from vlmcap.config import (
+    Config,
+    EncoderTuning,
+    EncoderTuningConfig,
+    LoraConfig,
+    NaflexEncoderConfig,
+    NativeEncoderConfig,
+    PatchEncoderConfig,
+    PixelShuffleConfig,
+    Precision,
+    Qwen3VlConfig,
+    Reducer,
+    Temporal,
+    TokenProjectorConfig,
+)
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,14 +99,29 @@ def encoder_options(config: Config) -> EncoderOptions:
     settings, dtype = config.encoder, dtype_of(config.hardware.precision)
     # The plan and the tables build encoders for cards that are not there.
     device = device_of(config) if torch.cuda.is_available() else "cpu"
+    if isinstance(settings, NaflexEncoderConfig):
+        chosen: dict[str, Any] = {"max_patches": settings.max_patches}
+    else:
+        assert isinstance(settings, PatchEncoderConfig), "a pretrained VLM has no options for its tower"
+        chosen = {"image_size": settings.image_size, "max_tiles": settings.tiling}
     return EncoderOptions(
         feature_layer=settings.feature_layer,
         dtype=dtype,
-        image_size=settings.image_size,
-        max_patches=settings.max_patches,
-        max_tiles=settings.tiling,
+        **chosen,
         attention=choose_attention("auto", device, dtype) if config.hardware.attention == "auto" else "sdpa",
     )
+
+
+def family_of(config: Config) -> str:
+    """The class that reads the encoder's checkpoint, as a key of `FAMILIES`."""
+    settings = config.encoder
+    return settings.family if isinstance(settings, PatchEncoderConfig) else "siglip2_naflex"
+
+
+def max_patches(config: Config) -> int:
+    """Patches per frame at most, of a pretrained VLM."""
+    assert isinstance(config.encoder, NativeEncoderConfig)
+    return config.encoder.max_patches
 
 
 def load_encoder(config: Config, folder: Path) -> VisionEncoder:
@@ -100,11 +129,11 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
+        return encoders.load_encoder(family_of(config), folder, encoder_options(config))
     from vlmcap.models import pretrained
 
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
-    encoder: VisionEncoder = pretrained.load_vision(config.model.kind.value, folder, max_patches=config.encoder.max_patches, **options)
+    encoder: VisionEncoder = pretrained.load_vision(config.model.kind, folder, max_patches=max_patches(config), **options)
     return encoder
 
 
@@ -113,20 +142,21 @@ def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.sketch_encoder(config.encoder.family.value, folder, encoder_options(config))
+        return encoders.sketch_encoder(family_of(config), folder, encoder_options(config))
     from vlmcap.models import pretrained
 
     encoder: VisionEncoder = pretrained.sketch_vision(
-        config.model.kind.value, folder, dtype=dtype_of(config.hardware.precision), max_patches=config.encoder.max_patches
+        config.model.kind, folder, dtype=dtype_of(config.hardware.precision), max_patches=max_patches(config)
     )
     return encoder
 
 
 def train_encoder(config: Config, encoder: Any) -> None:
     """Thaws the encoder, or puts adapters on it, as `tuning.encoder` says."""
-    tuning, lora = config.tuning.encoder, config.tuning.lora
+    tuning = config.tuning.encoder_tuning
     if tuning is EncoderTuning.none:
         return
+    lora = lora_of(config)
     if tuning is EncoderTuning.full:
         encoder.float().requires_grad_(True)  # mixed precision wants float32 masters
     else:
@@ -139,13 +169,24 @@ def train_encoder(config: Config, encoder: Any) -> None:
         encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def lora_of(config: Config) -> LoraConfig:
+    """Settings of the adapters, for a tuning that has any."""
+    assert isinstance(config.tuning, EncoderTuningConfig)
+    return config.tuning.lora
+
+
+def uses_expert_adapters(config: Config) -> bool:
+    """Whether the experts of the language model get adapters."""
+    return config.tuning.use_lora and lora_of(config).use_experts
+
+
 def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSpec:
     """Settings and sizes of the projector."""
     from vlmcap.models.projectors import ProjectorSpec
 
     settings, grids = config.projector, encoder.possible_grids(config.data.num_frames)
     _check_tiling(config)
-    if settings.kind is ProjectorKind.pixel_shuffle and len({(height, width) for _, height, width in grids}) > 1:
+    if isinstance(settings, PixelShuffleConfig) and len({(height, width) for _, height, width in grids}) > 1:
         raise UserError(
             f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, and the grids of "
             f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another projector or encoder"
@@ -164,7 +205,10 @@ def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens
 
 
 def _check_tiling(config: Config) -> None:
-    projector, tiling = config.projector, config.encoder.tiling
+    projector, encoder = config.projector, config.encoder
+    if not (isinstance(projector, TokenProjectorConfig) and isinstance(encoder, PatchEncoderConfig)):
+        return
+    tiling = encoder.tiling
     wrong = {
         f"frame_stack={projector.frame_stack}": projector.frame_stack > 1,
         f"temporal={projector.temporal.name}": projector.temporal in (Temporal.attention, Temporal.position),
@@ -225,10 +269,10 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
 
     settings = config.model
     return load_pretrained(
-        settings.kind.value,
+        settings.kind,
         folder,
-        max_patches=config.encoder.max_patches,
-        use_outer_marks=settings.use_outer_marks,
+        max_patches=max_patches(config),
+        use_outer_marks=not isinstance(settings, Qwen3VlConfig) or settings.use_outer_marks,
         **language_options(config),
     )
 
@@ -243,11 +287,11 @@ def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
     settings, dtype = config.model, dtype_of(config.hardware.precision)
     with torch.device("meta"):
         return build_pretrained(
-            settings.kind.value,
+            settings.kind,
             read_config(folder),
             dtype=dtype,
-            max_patches=config.encoder.max_patches,
-            use_outer_marks=settings.use_outer_marks,
+            max_patches=max_patches(config),
+            use_outer_marks=not isinstance(settings, Qwen3VlConfig) or settings.use_outer_marks,
         )
 
 
@@ -272,10 +316,9 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
         checkpoint_layers(llm, is_offloaded=config.hardware.offload_checkpoints, num_kept=num_kept)
     if any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         llm.float().requires_grad_(True)  # mixed precision wants float32 masters
-    lora = config.tuning.lora
     if not config.tuning.use_lora:
         return llm
-    adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora))
+    adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora_of(config)))
     return adapted
 
 

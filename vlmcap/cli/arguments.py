@@ -198,20 +198,20 @@ def _report(parser: ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=text)
     text = "where everything is written (default: report)"
     parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help=text)
-    text = "by which runs are compared, such as test/cider (default: the objective that the runs name)"
+    text = "by which runs are compared, such as test/cider (default: what the runs monitored)"
     parser.add_argument("--metric", metavar="NAME", help=text)
     parser.add_argument("--title", metavar="TEXT", help="of the page (default: the folders)")
     text = "clips shown with all captions side by side (default: 40)"
     parser.add_argument("--clips", type=int, default=40, metavar="N", help=text)
     text = "score all captions again with this tokenizer, where runs used different ones"
     parser.add_argument("--tokenizer", metavar="NAME", help=text)
-    parser.epilog = "Among the folders, objective=NAME is --metric NAME and evaluation.tokenizer=NAME is --tokenizer NAME."
+    parser.epilog = "Among the folders, monitor=NAME is --metric NAME and evaluation.tokenizer=NAME is --tokenizer NAME."
     _add_config_dir(parser)
 
 
 def _check_report(options: Namespace) -> None:
     _part_overrides(options, "folders")
-    _check_read(options, ("objective", "evaluation.tokenizer"))
+    _check_read(options, ("monitor", "evaluation.tokenizer"))
     if options.clips < 0:
         raise UserError(f"--clips must be 0 or more, not {options.clips}")
 
@@ -242,7 +242,7 @@ def _dashboard(parser: ArgumentParser) -> None:
     parser.add_argument("--project", metavar="P", help=text)
     text = "user or team that has the project (default: logger.entity, or that of the key)"
     parser.add_argument("--entity", metavar="E", help=text)
-    text = "score to compare by (default: objective)"
+    text = "score to compare by (default: monitor)"
     parser.add_argument("--objective", metavar="NAME", help=text)
     text = "write the definition to a file and publish nothing"
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
@@ -252,7 +252,7 @@ def _dashboard(parser: ArgumentParser) -> None:
 
 def _check_dashboard(options: Namespace) -> None:
     if not options.sweep:
-        _check_read(options, ("logger.project", "logger.entity", "objective"))
+        _check_read(options, ("logger.project", "logger.entity", "monitor"))
 
 
 COMMANDS = (

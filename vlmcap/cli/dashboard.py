@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep
 
 from vlmcap.compose import compose, override_values, write_yaml
-from vlmcap.config import Config, LoggerConfig
+from vlmcap.config import Config, WandbConfig, WandbSweepConfig
 from vlmcap.config.sweep import SweepMethod
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import replacing
@@ -32,12 +32,12 @@ def run(options: Namespace) -> None:
         UserError: An override is wrong, a package is missing, or W&B refuses.
     """
     given = {} if options.sweep else override_values(options.overrides)
-    project = options.project or given.get("logger.project") or LoggerConfig.project
+    project = options.project or given.get("logger.project") or WandbConfig.project
     entity = options.entity or given.get("logger.entity")
     if options.sweep:
         write_sweep(options.overrides, options.sweep, project=project, entity=entity)
     else:
-        objective = options.objective or given.get("objective") or Config.objective
+        objective = options.objective or given.get("monitor") or Config.monitor
         show_dashboard(project, entity, objective=objective, file=options.json)
 
 
@@ -120,10 +120,12 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     for key, space in parameters.items():  # each value at least once: a typo is said now, not on an agent
         for value in _examples(space)[1:]:
             compose([*fixed, *(f"{other}={_examples(found)[0]}" for other, found in parameters.items() if other != key), f"{key}={value}"])
-    settings = config.sweep.wandb
+    settings = (
+        config.sweep if isinstance(config.sweep, WandbSweepConfig) else WandbSweepConfig("wandb", method=SweepMethod.grid, max_runs=None)
+    )
     if settings.method is SweepMethod.grid and any("values" not in space for space in parameters.values()):
-        raise UserError("a range has no end for sweep.wandb.method=grid; give values one by one, or set sweep=wandb")
-    goal = "maximize" if config.objective_mode == "max" else "minimize"
+        raise UserError("a range has no end for sweep.method=grid; give values one by one, or set sweep=wandb")
+    goal = "maximize" if config.monitor_mode == "max" else "minimize"
     command = ["${env}", "${interpreter}", "${program}", "logger=wandb", f"logger.project={project}", _FOLDER, *fixed, "${args_no_hyphens}"]
     return {
         "name": " ".join(parameters),
@@ -132,7 +134,7 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
         **({"entity": entity} if entity else {}),
         "method": settings.method.value,
         **({"run_cap": settings.max_runs} if settings.max_runs else {}),
-        "metric": {"name": config.objective, "goal": goal},
+        "metric": {"name": config.monitor, "goal": goal},
         "parameters": parameters,
         "command": command,
     }

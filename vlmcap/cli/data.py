@@ -61,7 +61,7 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
     splits = load_splits(config, (), tuple(Split))
     if not splits:
-        raise UserError(f"{config.data.root} holds no clip that can be used as data.format={config.data.format.name}")
+        raise UserError(f"{config.data.root} holds no clip that can be used as data={config.data.kind}")
     report = Inspection(same_captions=repeated_captions(splits))
     report.broken += [Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped]
     report.splits = {split: read_captions(clips) for split, clips in splits.items()}

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmcap.compose import NO_DATA, compose
-from vlmcap.config import Config
+from vlmcap.config import Config, PatchEncoderConfig, WandbConfig
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import import_libraries
@@ -253,7 +253,8 @@ def _check_shared_memory(config: Config) -> list[Check]:
     from vlmcap.data.loading.shared_memory import shared_memory_problem
 
     data = config.data
-    side = config.encoder.image_size or (_TINY_SIDE if config.encoder.checkpoint in TINY_ENCODERS else _LARGE_SIDE)
+    image_size = config.encoder.image_size if isinstance(config.encoder, PatchEncoderConfig) else None
+    side = image_size or (_TINY_SIDE if config.encoder.checkpoint in TINY_ENCODERS else _LARGE_SIDE)
     batch_bytes = max(data.batch_size, data.eval_batch_size) * data.num_frames * 3 * side**2
     needed = data.num_workers * _PREFETCHED * batch_bytes
     if problem := shared_memory_problem(needed):
@@ -269,11 +270,11 @@ def _check_shared_memory(config: Config) -> list[Check]:
 def _check_wandb(config: Config) -> list[Check]:
     """Whether a key is set, by its presence alone: it is neither shown nor sent."""
     mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("offline", "disabled", "dryrun") or config.logger.offline:
+    if mode in ("offline", "disabled", "dryrun") or (isinstance(config.logger, WandbConfig) and config.logger.offline):
         return [Check("W&B", "ok", "offline")]
     if os.environ.get("WANDB_API_KEY") or _has_netrc_entry():
         return [Check("W&B", "ok", "a key is set")]
-    is_wanted = config.logger.kind.name == "wandb"
+    is_wanted = isinstance(config.logger, WandbConfig)
     mend = "run `wandb login`, or set logger.offline=true or WANDB_MODE=offline"
     return [Check("W&B", "warning" if is_wanted else "ok", "no key is set", mend if is_wanted else "only logger=wandb needs one")]
 

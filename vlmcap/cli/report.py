@@ -27,7 +27,7 @@ def run(options: Namespace) -> None:
         UserError: There is no run, no run has the metric, or the folder cannot be made.
     """
     given = override_values(options.overrides)
-    metric, tokenizer = options.metric or given.get("objective"), options.tokenizer or given.get("evaluation.tokenizer")
+    metric, tokenizer = options.metric or given.get("monitor"), options.tokenizer or given.get("evaluation.tokenizer")
     wanted = Wanted(metric, options.title, options.clips, tokenizer)
     report = make_report(options.folders, options.output, wanted)
     show_report(report)

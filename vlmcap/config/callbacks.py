@@ -5,8 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmcap.config.checks import require, require_positive
-from vlmcap.config.grounding import GroundingConfig
+from vlmcap.config.checks import only_with, require, require_positive
+from vlmcap.config.choices import GroundingMode
+
+
+def _if_enabled(default: Any) -> Any:
+    return only_with("enabled=true", lambda values: values.enabled, default)
+
+
+@dataclass
+class GroundingConfig:
+    """Whether captions depend on the video: validation again with the videos exchanged between clips, and with black ones."""
+
+    enabled: bool = False
+    mode: GroundingMode = _if_enabled(GroundingMode.captions)  # loss: label loss alone; no captions are written, which is what takes long
+    max_clips: int = _if_enabled(64)  # the first ones of the split; while training, at most evaluation.max_clips
+    every_n_validations: int = _if_enabled(1)  # while training; every split that is scored at the end is measured there too
+
+    def __post_init__(self) -> None:
+        require_positive("callbacks.grounding", self, "max_clips", "every_n_validations")
 
 
 @dataclass
@@ -14,9 +31,9 @@ class ProfileConfig:
     """Where a step's time goes; steps are optimiser steps of this process, a resumed one starts again at 1."""
 
     enabled: bool = False
-    first_step: int = 5  # those before are slower: memory is taken, kernels are chosen
-    num_steps: int = 20  # that are timed
-    trace_steps: int = 2  # that follow and go into the trace, which slows them; 0 for no trace
+    first_step: int = _if_enabled(5)  # those before are slower: memory is taken, kernels are chosen
+    num_steps: int = _if_enabled(20)  # that are timed
+    trace_steps: int = _if_enabled(2)  # that follow and go into the trace, which slows them; 0 for no trace
 
     def __post_init__(self) -> None:
         require_positive("callbacks.profile", self, "first_step", "num_steps")
@@ -25,17 +42,14 @@ class ProfileConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """An end of training once a metric of validation gets no better; counted in the last stage alone, the others train to their ends."""
+    """An end of training once `monitor` gets no better; counted in the last stage alone, the others train to their ends."""
 
     enabled: bool = False
-    monitor: str | None = None  # val/ and a metric; null is data.monitor
-    mode: str | None = None  # min or max; null is by the metric: a loss is better when it is lower
-    patience: int = 3  # validations without a better value
-    min_delta: float = 0.0  # by which a value must be better to count
+    patience: int = _if_enabled(3)  # validations without a better value
+    min_delta: float = _if_enabled(0.0)  # by which a value must be better to count
 
     def __post_init__(self) -> None:
         require_positive("callbacks.early_stopping", self, "patience")
-        require(self.mode in (None, "min", "max"), f"callbacks.early_stopping.mode must be min, max or null, not {self.mode}")
         require(self.min_delta >= 0, f"callbacks.early_stopping.min_delta must not be negative, and is {self.min_delta}")
 
 
@@ -44,9 +58,9 @@ class GuardConfig:
     """The end of a run that has gone wrong, before its checkpoints: a loss or gradient that is no number, or a loss that ran off."""
 
     enabled: bool = True
-    factor: float = 2.0  # times the best loss so far, and 1 nat above it, is too high
-    window: int = 50  # optimiser steps in a row with a loss that is too high
-    fp16_skips: int = 20  # steps in a row that the scaler of float16 may skip; single ones are its way to find a scale
+    factor: float = _if_enabled(2.0)  # times the best loss so far, and 1 nat above it, is too high
+    window: int = _if_enabled(50)  # optimiser steps in a row with a loss that is too high
+    fp16_skips: int = _if_enabled(20)  # steps in a row that the scaler of float16 may skip; single ones are its way to find a scale
 
     def __post_init__(self) -> None:
         require_positive("callbacks.guard", self, "window", "fp16_skips")

@@ -5,39 +5,6 @@ from __future__ import annotations
 from enum import Enum
 
 
-class ModelKind(Enum):
-    """Parts joined by us, or a whole pretrained model's class."""
-
-    assembled = "assembled"
-    llava_next_video = "llava_next_video"
-    qwen2_vl = "qwen2_vl"
-    qwen2_5_vl = "qwen2_5_vl"
-    qwen3_vl = "qwen3_vl"
-
-
-class EncoderFamily(Enum):
-    """Which class reads the encoder's checkpoint; `own` is that of a whole model."""
-
-    clip = "clip"
-    siglip = "siglip"
-    siglip2_naflex = "siglip2_naflex"
-    dinov3 = "dinov3"
-    internvit = "internvit"
-    own = "own"
-
-
-class ProjectorKind(Enum):
-    """The map from vision width to language width; `own` is that of a whole model."""
-
-    linear = "linear"
-    mlp = "mlp"
-    cross_attention = "cross_attention"
-    perceiver = "perceiver"
-    c_abstractor = "c_abstractor"
-    pixel_shuffle = "pixel_shuffle"
-    own = "own"
-
-
 class Queries(Enum):
     """What attends to the visual features in `projector.kind=cross_attention`."""
 
@@ -108,19 +75,6 @@ class Split(Enum):
     test = "test"
 
 
-class DataFormat(Enum):
-    """Layout of a data set on disk; each has a reader of its own under vlmcap/data/formats/."""
-
-    aihub = "aihub"
-    jsonl = "jsonl"
-    coco_ko = "coco_ko"
-    nikl = "nikl"
-    msrvtt = "msrvtt"
-    vatex = "vatex"
-    llava = "llava"
-    webdataset = "webdataset"
-
-
 class Sampling(Enum):
     """Which frames of a clip the model sees."""
 
@@ -175,14 +129,3 @@ class Engine(Enum):
     own = "own"
     hf = "hf"
     vllm = "vllm"
-
-
-class LoggerKind(Enum):
-    """Where metrics go beside `metrics.jsonl`, which is always written."""
-
-    csv = "csv"
-    wandb = "wandb"
-    tensorboard = "tensorboard"
-    mlflow = "mlflow"
-    trackio = "trackio"
-    none = "none"

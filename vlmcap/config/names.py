@@ -30,7 +30,7 @@ def factors(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "num_frames": config.data.num_frames,
         "batch_size": config.data.batch_size * config.trainer.accumulate_grad_batches,
-        "lora_rank": config.tuning.lora.rank if config.tuning.use_lora else 0,
+        "lora_rank": config.tuning.lora_rank,
         "quantization": config.llm.quantization.name,
     }
 

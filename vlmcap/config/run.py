@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from omegaconf import MISSING
 
 from vlmcap.config.callbacks import CallbacksConfig
-from vlmcap.config.checks import require, require_positive, require_seed
-from vlmcap.config.choices import (
-    EncoderFamily,
-    EncoderTuning,
-    Enforce,
-    Engine,
-    EvaluationBackend,
-    LoggerKind,
-    ModelKind,
-    Precision,
-    ProjectorKind,
-    Quantization,
-    Reducer,
-)
+from vlmcap.config.checks import only_with, refuse_unread, require, require_positive, require_seed
+from vlmcap.config.choices import EncoderTuning, Enforce, Engine, EvaluationBackend, Precision, Quantization, Reducer
 from vlmcap.config.data import CacheConfig, DataConfig
-from vlmcap.config.model import EncoderConfig, LlmConfig, ModelConfig, ProjectorConfig, TuningConfig
+from vlmcap.config.logger import LoggerConfig
+from vlmcap.config.model import AssembledConfig, EncoderConfig, LlavaNextVideoConfig, LlmConfig, ModelConfig, NativeEncoderConfig
+from vlmcap.config.projector import ProjectorConfig, TokenProjectorConfig
 from vlmcap.config.sweep import LauncherConfig, SweepConfig
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
+from vlmcap.config.tuning import TuningConfig
 
 
 @dataclass
@@ -46,18 +38,16 @@ class HardwareConfig:
     image_size: int | None = None  # side of a frame in pixels; null is the encoder's own
     frame_stack: int = 1
     gradient_checkpointing: bool = False
-    activation_budget_gib: float | None = None  # gradient_checkpointing computes only so many layers again as this needs; null is all
+    # Gradient checkpointing computes only so many layers again as this needs; null is all.
+    activation_budget_gib: float | None = only_with("gradient_checkpointing=true", lambda c: c.gradient_checkpointing, None)
     compile: bool = False  # the language model's layers by torch.compile; benchmarks/train says what it brings
-    offload_checkpoints: bool = False  # what gradient_checkpointing keeps of the language model waits in host memory: slower, and smaller
+    # What gradient checkpointing keeps of the language model waits in host memory: slower, and smaller.
+    offload_checkpoints: bool = only_with("gradient_checkpointing=true", lambda c: c.gradient_checkpointing, False)
     num_workers: int = 2
     loss_chunk_mib: int | None = 128  # of float32 logits that the loss has at once; null is all of a batch
 
     def __post_init__(self) -> None:
         require_positive("hardware", self, "devices")
-        require(
-            self.gradient_checkpointing or not self.offload_checkpoints,
-            "hardware.offload_checkpoints=true has nothing to move without hardware.gradient_checkpointing=true; set both, or neither",
-        )
         budget = self.activation_budget_gib
         require(budget is None or budget > 0, f"hardware.activation_budget_gib must be above 0, or null for none, not {budget}")
         is_sized = self.loss_chunk_mib is None or self.loss_chunk_mib >= 1
@@ -74,29 +64,38 @@ class EvaluationConfig:
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
     engine: Engine = Engine.own  # what decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py
-    vllm_model: str | None = None  # folder of `vlmcap export`; null makes one under paths.cache_dir
-    vllm_python: str | None = None  # interpreter of vLLM's own environment; null takes the vllm installed here
-    vllm_gpu_memory: float = 0.7  # share of the card that vLLM takes; encoder and projector need the rest
+    # Folder of `vlmcap export`; null makes one under paths.cache_dir.
+    vllm_model: str | None = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, None)
+    # Interpreter of vLLM's own environment; null takes the vllm installed here.
+    vllm_python: str | None = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, None)
+    # Share of the card that vLLM takes; encoder and projector need the rest.
+    vllm_gpu_memory: float = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, 0.7)
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
-    clips_per_row: int = 4  # of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none
-    speculate_ngram: int = 0  # guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess
+    # Of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none.
+    clips_per_row: int = only_with("engine=own", lambda c: c.engine is Engine.own, 4)
+    # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
+    speculate_ngram: int = only_with("engine=own", lambda c: c.engine is Engine.own, 0)
     num_beams: int = 1
-    length_penalty: float = 1.0  # of beam search: above 0 favours longer captions
+    # Of beam search: above 0 favours longer captions.
+    length_penalty: float = only_with("num_beams=4", lambda c: c.num_beams > 1, 1.0)
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0  # n-grams of this many tokens come once a caption; 0 lets them repeat
     do_sample: bool = False
-    temperature: float = 1.0  # of sampling, as are the two below
-    top_p: float = 1.0
-    top_k: int = 50
+    # Of sampling, as are the two below.
+    temperature: float = only_with("do_sample=true", lambda c: c.do_sample, 1.0)
+    top_p: float = only_with("do_sample=true", lambda c: c.do_sample, 1.0)
+    top_k: int = only_with("do_sample=true", lambda c: c.do_sample, 50)
     facts: str | None = None  # JSON file of facts and the phrases that state them
     swap_videos: bool = False  # score again with the videos exchanged between clips
-    swap_shifts: int = 5
+    swap_shifts: int = only_with("swap_videos=true", lambda c: c.swap_videos, 5)
     siglip_checkpoint: str | None = None  # hub id or folder; image-text score of whole splits at the end. Rises when captions collapse
-    siglip_frames: int = 8  # of each clip
+    # Of each clip.
+    siglip_frames: int = only_with("siglip_checkpoint=…", lambda c: c.siglip_checkpoint is not None, 8)
     bert_checkpoint: str | None = None  # hub id or folder of a Korean text encoder; BERTScore of whole splits at the end
-    bert_layer: int | None = None  # hidden layer; null is the last
-    bert_idf: bool = False  # rare tokens weigh more
-    num_table_rows: int = 16  # of the W&B table
+    # Hidden layer; null is the last.
+    bert_layer: int | None = only_with("bert_checkpoint=…", lambda c: c.bert_checkpoint is not None, None)
+    # Rare tokens weigh more.
+    bert_idf: bool = only_with("bert_checkpoint=…", lambda c: c.bert_checkpoint is not None, False)
 
     def __post_init__(self) -> None:
         require_positive("evaluation", self, "num_beams", "siglip_frames")
@@ -109,33 +108,6 @@ class EvaluationConfig:
         share = self.vllm_gpu_memory
         require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
-
-
-LoggedCheckpoint = Enum("LoggedCheckpoint", {"best": "best", "last": "last", "none": "none"})
-LoggedCheckpoint.__doc__ = "Which checkpoint is sent to W&B at the end of a run."
-
-
-@dataclass
-class LoggerConfig:
-    """Metrics beside `metrics.jsonl`; what is sent to W&B beside numbers has a bound."""
-
-    kind: LoggerKind = LoggerKind.csv
-    project: str = "vlmcap"  # of W&B and trackio, and MLflow's experiment
-    entity: str | None = None  # of W&B: a user or a team; null is the key's default
-    group: str | None = None  # of W&B and trackio; null is the encoder and the language model
-    offline: bool = False
-    log_checkpoints: LoggedCheckpoint = LoggedCheckpoint.best  # of W&B: trained weights and optimiser state, never frozen weights
-    log_predictions: bool = True  # of W&B: the predictions of whole splits as an artifact
-    max_artifact_mib: int = 1024  # a larger checkpoint stays here
-    max_media_mib: int = 50  # of thumbnails and tables in a run; tables that would go beyond are left out
-    table_every_n_validations: int = 1
-    thumbnail_height: int = 96  # pixels of each of a clip's four frames
-    jpeg_quality: int = 70
-
-    def __post_init__(self) -> None:
-        require_positive("logger", self, "max_artifact_mib", "max_media_mib", "table_every_n_validations")
-        require(self.thumbnail_height >= 8, f"logger.thumbnail_height must be at least 8 pixels, not {self.thumbnail_height}")
-        require(1 <= self.jpeg_quality <= 95, f"logger.jpeg_quality must be 1 to 95, not {self.jpeg_quality}")
 
 
 @dataclass
@@ -169,21 +141,21 @@ class Config:
     optim: OptimConfig
     trainer: TrainerConfig
     logger: LoggerConfig
-    cache: CacheConfig
-    plan: PlanConfig
     paths: PathsConfig
     callbacks: CallbacksConfig
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    sweep: SweepConfig
+    launcher: LauncherConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = 0
-    objective: str = "val/cider"  # the metric that train.py returns, for sweeps
-    objective_mode: str = "max"
+    monitor: str = "val/cider"  # the metric that best.ckpt, early stopping and sweeps follow, and that train.py returns
+    mode: str = "auto"  # max, min, or auto: a loss is better when it is lower, all others when they are higher
     checkpoint: str | None = None  # resume: a file, or "last" for this output_dir's last one
 
     @property
     def is_whole(self) -> bool:
         """Whether a pretrained model stands in place of the three parts."""
-        return self.model.kind is not ModelKind.assembled
+        return not isinstance(self.model, AssembledConfig)
 
     @property
     def part_names(self) -> dict[str, str]:
@@ -191,28 +163,31 @@ class Config:
         groups = ("model",) if self.is_whole else ("encoder", "projector", "llm")
         return {group: getattr(self, group).name for group in groups}
 
-    def better(self, metric: str) -> str:
-        """Whether more or less of a metric is better, "max" or "min"; what `objective_mode` says of the objective counts."""
-        return self.objective_mode if metric == self.objective else "min" if is_lower_better(metric) else "max"
+    @property
+    def pool_size(self) -> int | None:
+        """Patches per side that are averaged before features are kept; None where they are kept as they are encoded."""
+        return self.projector.pool_size if self.cache.pooled and isinstance(self.projector, TokenProjectorConfig) else None
+
+    @property
+    def monitor_mode(self) -> str:
+        """Whether more or less of the monitored metric is better, "max" or "min"."""
+        return mode_of(self.monitor, self.mode)
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
-        own = {
-            "encoder": self.encoder.family is EncoderFamily.own,
-            "projector": self.projector.kind is ProjectorKind.own,
-            "llm": self.llm.name == "own",
-        }
-        for part, is_own in own.items():
-            name = getattr(self, part).name
-            mend = f"leave {part}={name} out, or set model=assembled" if self.is_whole else f"choose another {part}"
-            what = "brings its own" if self.is_whole else "has no own"
-            require(is_own == self.is_whole, f"model={self.model.name} {what} {part}, so {part}={name} does not go with it: {mend}")
-        if self.is_whole:
-            _refuse_unread("projector", self.projector, ProjectorConfig("own", ProjectorKind.own), self.model.name)
-            fixed = EncoderConfig("own", EncoderFamily.own)
-            fixed = replace(self.encoder, feature_layer=fixed.feature_layer, image_size=fixed.image_size, tiling=fixed.tiling)
-            _refuse_unread("encoder", self.encoder, fixed, self.model.name)
+        require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")
+        is_wrong = self.mode == "max" and is_lower_better(self.monitor)
+        require(not is_wrong, f"monitor={self.monitor} is better when it is lower; set mode=min, or leave mode out")
+        _check_unread_by_whole(self)
+        for known in fields(self):
+            if hasattr(value := getattr(self, known.name), "__dataclass_fields__"):
+                refuse_unread(known.name, value)
         _check_cache(self)
+
+
+def mode_of(metric: str, mode: str) -> str:
+    """Whether more or less of a metric is better, "max" or "min"; `mode` decides unless it is "auto"."""
+    return mode if mode != "auto" else "min" if is_lower_better(metric) else "max"
 
 
 def is_lower_better(metric: str) -> bool:
@@ -220,16 +195,50 @@ def is_lower_better(metric: str) -> bool:
     return metric.rsplit("/", 1)[-1] == "loss"
 
 
+def check_own_parts(plain: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` where a pretrained VLM and a part that it does not bring, or the reverse, were chosen.
+
+    Args:
+        plain: A configuration as plain data, its references to other keys not yet resolved.
+    """
+    model, is_whole = plain["model"]["name"], plain["model"]["kind"] != AssembledConfig.kind
+    for part in ("encoder", "projector", "llm"):
+        name = plain[part]["name"]
+        fix = f"leave {part}={name} out, or set model=assembled" if is_whole else f"choose another {part}"
+        what = "brings its own" if is_whole else "has no own"
+        is_right = (plain[part]["kind"] == "own") == is_whole
+        require(is_right, f"model={model} {what} {part}, so {part}={name} does not go with it: {fix}")
+
+
+def _check_unread_by_whole(config: Config) -> None:
+    """`ValueError` for settings that a pretrained VLM, which brings its own parts, does not read."""
+    model = config.model.name
+    if not config.is_whole:
+        return
+    for part in (config.encoder, config.llm):
+        group = "llm" if part is config.llm else "encoder"
+        for name in ("checkpoint", "revision", "gate", "licence"):
+            value, source = getattr(part, name), getattr(config.model, name)
+            require(value == source, f"{group}.{name}={value} changes nothing in model={model}, which brings its own; set model.{name}")
+    start = config.projector.checkpoint
+    require(start is None, f"projector.checkpoint={start} changes nothing in model={model}, which brings its own projector; leave it out")
+    if isinstance(config.model, LlavaNextVideoConfig) and isinstance(config.encoder, NativeEncoderConfig):
+        most = config.encoder.max_patches
+        is_default = most == NativeEncoderConfig.max_patches
+        require(is_default, f"encoder.max_patches={most} changes nothing in model={model}, whose frames have one size; leave it out")
+
+
 def _check_cache(config: Config) -> None:
     """`ValueError` for features that cannot be kept, as they change; `cache.enabled=auto` leaves them out by itself."""
-    cache, pooled = config.cache, config.projector.reducer
+    cache, projector = config.cache, config.projector
+    reducer = projector.reducer if isinstance(projector, TokenProjectorConfig) else Reducer.none
     require(
-        cache.enabled is False or not cache.pooled or pooled is Reducer.pool,
-        f"cache.pooled=true keeps what projector.reducer=pool leaves, and projector.reducer={pooled.name}; set cache.pooled=false",
+        cache.enabled is False or not cache.pooled or reducer is Reducer.pool,
+        f"cache.pooled=true keeps what projector.reducer=pool leaves, and projector.reducer={reducer.name}; set cache.pooled=false",
     )
     if cache.enabled is not True:
         return
-    tuned = config.tuning.encoder
+    tuned = config.tuning.encoder_tuning
     require(
         tuned is EncoderTuning.none,
         f"tuning.encoder={tuned.name} changes the features that cache.enabled=true keeps; set cache.enabled=false",
@@ -239,11 +248,3 @@ def _check_cache(config: Config) -> None:
         changed is None,
         f"{changed} gives a clip other frames in every epoch, and cache.enabled=true keeps the features of one; set cache.enabled=false",
     )
-
-
-def _refuse_unread(part: str, given: object, fixed: object, model: str) -> None:
-    """`ValueError` for a setting of a part that a whole model brings as it is."""
-    for known in fields(given):  # type: ignore[arg-type]
-        value = getattr(given, known.name)
-        key = f"{part}.{known.name}={getattr(value, 'value', value)}"
-        require(value == getattr(fixed, known.name), f"{key} changes nothing in model={model}, which brings its own {part}; leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmcap.config.checks import require_positive
+from vlmcap.config.checks import follows, require_positive
 from vlmcap.config.choices import OptimKind, Strategy
 
 
@@ -25,7 +25,7 @@ class TrainerConfig:
 
     strategy: Strategy = Strategy.auto  # of hardware.devices processes a machine; auto is ddp where there is more than one
     num_nodes: int = 1  # machines; each has hardware.devices
-    accumulate_grad_batches: int = 1
+    accumulate_grad_batches: int = follows("hardware.accumulate_grad_batches", 1)
     max_steps: int = -1
     log_every_n_steps: int = 10
     checkpoint_every_n_steps: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmcap.config import Config
+from vlmcap.config import AihubConfig, Config, DemoDataConfig
 
 TINY = "tiny"  # the checkpoint name of the language model that is made here
 TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of encoders
@@ -32,6 +32,7 @@ def demo_folder(config: Config) -> Path:
     """The demo data set, made on first use."""
     from vlmcap.demo.clips import DemoSettings, make_demo
 
+    assert isinstance(config.data, DemoDataConfig)
     settings = DemoSettings(**dataclasses.asdict(config.data.demo))
     return make_demo(Path(config.paths.cache_dir) / "demo", settings)
 
@@ -40,7 +41,7 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     """Folders of the tiny language model and the tiny encoder that is named, trained on first use on the demo's training split."""
     from transformers import AutoTokenizer
 
-    from vlmcap.data.formats import Record, SourceSettings, read_records
+    from vlmcap.data.formats import Record, read_records
     from vlmcap.data.once import make_once
     from vlmcap.demo.tiny_encoders import make_encoder
     from vlmcap.demo.tiny_llm import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_language_model
@@ -52,10 +53,11 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     made = {"llm": parts / "llm", "encoder": parts / name.replace(TINY, "encoder")}
     if all(path.is_dir() for path in made.values()):  # reading all labels would delay each run
         return made
-    entries = read_records("aihub", SourceSettings(root=str(folder)), "train")
+    entries = read_records(AihubConfig(root=str(folder)), "train")
     clips = [entry.clip for entry in entries if isinstance(entry, Record)]
     # A small demo, as tests make it, needs no long training.
     share = min(1.0, len(clips) / 2000)
+    assert isinstance(config.data, DemoDataConfig)
     seed = config.data.demo.seed
 
     def make_llm(target: Path) -> None:

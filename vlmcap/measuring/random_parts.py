@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, language_options, loss_chunk_bytes, train_encoder
-from vlmcap.config import Config, ModelKind
+from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, family_of, language_options, loss_chunk_bytes, train_encoder
+from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.encoders import FAMILIES
 from vlmcap.models.llm.attention import choose_attention
@@ -45,7 +45,7 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
     """
     paths = dataclasses.replace(config.paths, cache_dir=str(folder / "cache"))
     config = dataclasses.replace(config, paths=paths)
-    if config.is_whole:
+    if isinstance(config.model, PretrainedVlmConfig):
         values = architecture(config, "model")
         text = values.get("text_config") or values
         _cut(text, num_blocks)
@@ -56,6 +56,7 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
     text = architecture(config, "llm")
     _cut(text.get("text_config") or text, num_blocks)
     vision = architecture(config, "encoder")
+    assert isinstance(config.encoder, TowerConfig)
     layer = config.encoder.feature_layer
     _cut(vision.get("vision_config") or vision, _total_blocks(num_blocks, layer))
     encoder = dataclasses.replace(
@@ -116,7 +117,7 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
-    if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+    if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
         captioner_class = whole_parts(config, 1).captioner_class
     llm = random_llm(config, device, say)
     captioner = captioner_class(
@@ -137,7 +138,7 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
     dtype, kept = options["dtype"], None
     llm: Any
     with torch.device("meta"):
-        if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+        if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
             llm, kept = whole_parts(config, int(text.num_hidden_layers)).llm, ["lm_head"]
             llm.set_attn_implementation(choose_attention(options["attention"], device, dtype, type(llm)))
         else:
@@ -228,7 +229,7 @@ def _compute_tables(module: nn.Module) -> None:
 def _set_attention(config: Config, encoder: Any) -> None:
     """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
     attention = encoder_options(config).attention
-    has_flash = config.is_whole or FAMILIES[config.encoder.family.value].has_flash
+    has_flash = config.is_whole or FAMILIES[family_of(config)].has_flash
     if attention != "sdpa" and has_flash:
         encoder.tower.set_attn_implementation(attention)
 

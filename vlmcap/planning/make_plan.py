@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmcap.assembly.parts import lora_of
 from vlmcap.config import Config, Enforce, Strategy
 from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
 from vlmcap.planning.calibration import calibrated_card
@@ -41,7 +42,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         UserError: The parts do not fit together, or an architecture is not known.
         NotPlannedError: The memory of this combination cannot be predicted.
     """
-    if config.tuning.use_lora and config.tuning.lora.use_dora and config.llm.quantization.name == "4bit":
+    if config.tuning.use_lora and lora_of(config).use_dora and config.llm.quantization.name == "4bit":
         raise NotPlannedError(
             "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
             "plan it without DoRA, and leave room for one layer's weights in full"
@@ -112,7 +113,7 @@ def _prompt_tokens(tracer: Tracer) -> int:
 def _cached_bytes(tracer: Tracer) -> float:
     frames, rows, columns = tracer.sizes.grid
     size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
-    pooled = tracer.config.projector.pool_size**2 if tracer.config.cache.pooled else 1
+    pooled = (tracer.config.pool_size or 1) ** 2
     return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
 
 

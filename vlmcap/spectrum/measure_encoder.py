@@ -119,9 +119,9 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
         raise UserError(f"none of the {len(clips)} clips can be read; check data.root, or --images")
     spectrum = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
     middle = len(frames) // 2
+    layer = encoder.feature_layer
     del encoder
     free_memory()
-    layer = config.encoder.feature_layer
     return EncoderSpectrum(name, layer, spectrum, frames[middle], pictures[middle], layers)
 
 

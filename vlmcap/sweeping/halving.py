@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmcap.config import Config, Scaled, SweepConfig
+from vlmcap.config import Config, DemoDataConfig, HalvingSweepConfig, Scaled, TwoStageConfig
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.sweeping.composing import Composer, Job
@@ -49,7 +49,7 @@ class Halving:
         objective: Its name, and `max` or `min`.
     """
 
-    def __init__(self, sweep: SweepConfig, composer: Composer, runner: Runner, objective: tuple[str, str]) -> None:
+    def __init__(self, sweep: HalvingSweepConfig, composer: Composer, runner: Runner, objective: tuple[str, str]) -> None:
         self._sweep, self._composer, self._runner, self._objective = sweep, composer, runner, objective
 
     def check(self, candidates: Sequence[Job]) -> None:
@@ -128,7 +128,8 @@ def scaled(job: Job, share: float, what: Scaled) -> list[str]:
         more.append(f"data.max_clips={max(1, math.ceil(num_clips(config) * each))}")
     if what is not Scaled.clips:
         stages = {name: max(1, round(stage.epochs * each)) if stage.epochs else 0 for name, stage in config.tuning.stages.items()}
-        more += [f"tuning.stages.{name}.epochs={epochs}" for name, epochs in stages.items()]
+        more.append(f"tuning.epochs={sum(stages.values())}")
+        more += [f"tuning.align_epochs={stages['align']}"] if isinstance(config.tuning, TwoStageConfig) else []
     keys = {override.partition("=")[0] for override in more}
     return [*(override for override in job.overrides if override.partition("=")[0] not in keys), *more]
 
@@ -142,7 +143,7 @@ def num_clips(config: Config | None) -> int:
     assert config is not None
     if config.data.max_clips is not None:
         return config.data.max_clips
-    if config.data.is_demo:
+    if isinstance(config.data, DemoDataConfig):
         return config.data.demo.num_train
     raise UserError("sweep=halving takes shares of data.max_clips, which has no value; give the clips of the last round")
 

@@ -9,32 +9,33 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from vlmcap.config import LauncherConfig, LauncherKind
+from vlmcap.config import LauncherConfig, ParallelLauncherConfig, RayLauncherConfig, SubmititLauncherConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.sweeping.child import Packer, run_packed
 from vlmcap.sweeping.job import BEGUN, read_status
 from vlmcap.sweeping.runner import Starter
 
+L = TypeVar("L", bound=ParallelLauncherConfig)
 LOG = "output.log"  # in the folder of the run: what it printed
 
 
 def num_parallel(launcher: LauncherConfig) -> int:
     """Jobs that a search starts at a time."""
-    if launcher.kind is LauncherKind.basic:
+    if not isinstance(launcher, ParallelLauncherConfig):
         return 1
     return len(shares(launcher, visible_devices()))
 
 
 def batch_size(launcher: LauncherConfig) -> int | None:
     """Jobs that one call of the launcher is given; None is all of them, of which it runs as many at a time as it may."""
-    if launcher.kind is LauncherKind.basic:
+    if not isinstance(launcher, ParallelLauncherConfig):
         return 1  # the line of a job stands in front of what it prints
-    return launcher.n_jobs if launcher.kind is LauncherKind.submitit and launcher.is_local else None
+    return launcher.n_jobs if isinstance(launcher, SubmititLauncherConfig) and launcher.is_local else None
 
 
 def visible_devices() -> list[str]:
@@ -47,7 +48,7 @@ def visible_devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def shares(launcher: LauncherConfig, devices: list[str]) -> list[str]:
+def shares(launcher: ParallelLauncherConfig, devices: list[str]) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each job that runs at a time; with more jobs than GPUs they share them.
 
     Args:
@@ -81,7 +82,7 @@ def say_ended(folder: Path) -> None:
     print(f"Job {folder.name}: {word}{': ' if reason else ''}{reason}", flush=True)
 
 
-class _Launcher:
+class _Launcher(Generic[L]):
     """A launcher whose jobs run in processes of their own.
 
     Args:
@@ -94,7 +95,7 @@ class _Launcher:
 
     library: ClassVar[str]  # its module, and the name of the launcher
 
-    def __init__(self, launcher: LauncherConfig, packer: Packer) -> None:
+    def __init__(self, launcher: L, packer: Packer) -> None:
         self._library, self._launcher, self._packer = needed(self.library), launcher, packer
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> None:
@@ -106,7 +107,7 @@ class _Launcher:
         raise NotImplementedError
 
 
-class JoblibLauncher(_Launcher):
+class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
     """`launcher=joblib`: some jobs at a time on this computer, each in a fresh process that sees its own GPU and no other.
 
     joblib hands the jobs out; their processes are not joblib's own, as one that the system kills would end the others with it,
@@ -142,7 +143,7 @@ class JoblibLauncher(_Launcher):
         return {"OMP_NUM_THREADS": str(cores)} | dict(os.environ) | _module_paths()
 
 
-class RayLauncher(_Launcher):
+class RayLauncher(_Launcher[RayLauncherConfig]):
     """`launcher=ray`: a Ray task for each combination, on this computer or on a cluster; Ray gives each its own GPUs."""
 
     library = "ray"
@@ -172,7 +173,7 @@ class RayLauncher(_Launcher):
             self._library.shutdown()
 
 
-class SubmititLauncher(_Launcher):
+class SubmititLauncher(_Launcher[SubmititLauncherConfig]):
     """`launcher=submitit`: a Slurm job for each combination, as one array, or the same on this computer to try it.
 
     It uses submitit itself: Hydra's launcher for it gives up at the first job that fails, while the others still run.
@@ -195,7 +196,7 @@ class SubmititLauncher(_Launcher):
             raise
 
 
-def parameters(launcher: LauncherConfig) -> dict[str, Any]:
+def parameters(launcher: SubmititLauncherConfig) -> dict[str, Any]:
     """What submitit is told, for Slurm or for this computer."""
     common = {
         "name": "vlmcap",
@@ -226,9 +227,10 @@ def make_launcher(launcher: LauncherConfig, context: HydraContext, task: TaskFun
     Raises:
         UserError: Its extra is not installed.
     """
-    own = {kind.library: kind for kind in (JoblibLauncher, RayLauncher, SubmititLauncher)}
-    if launcher.kind.value in own:
-        return own[launcher.kind.value](launcher, Packer(context, task, master))
+    own: dict[str, Any] = {kind.library: kind for kind in (JoblibLauncher, RayLauncher, SubmititLauncher)}
+    if launcher.kind in own:
+        made: Starter = own[launcher.kind](launcher, Packer(context, task, master))
+        return made
     from hydra.core.plugins import Plugins
 
     return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.config import Sampler, SweepConfig
+from vlmcap.config import OptunaSweepConfig, Sampler
 from vlmcap.errors import UserError
 from vlmcap.overrides import sweep_values
 from vlmcap.sweep_syntax import short_names
@@ -134,7 +134,7 @@ class Search:
         UserError: A choice does not exist, or Optuna is not installed; nothing was made.
     """
 
-    def __init__(self, sweep: SweepConfig, space: SearchSpace, composer: Composer, runner: Runner, mode: str, width: int) -> None:
+    def __init__(self, sweep: OptunaSweepConfig, space: SearchSpace, composer: Composer, runner: Runner, mode: str, width: int) -> None:
         self._sweep, self._space, self._composer, self._runner, self._width = sweep, space, composer, runner, width
         import_optuna()
         for point in space.probes():

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.config import Sampler, SweepConfig
+from vlmcap.config import OptunaSweepConfig, Sampler, SweepConfig
 from vlmcap.errors import UserError
 from vlmcap.sweeping.job import TRIAL_VARIABLE
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FILE, NAME = "study.db", "vlmcap"
 
 
-def open_study(sweep: SweepConfig, folder: Path, mode: str, *, is_parallel: bool) -> optuna.Study:
+def open_study(sweep: OptunaSweepConfig, folder: Path, mode: str, *, is_parallel: bool) -> optuna.Study:
     """The study of a sweep, an earlier one where there is one.
 
     Args:
@@ -55,7 +55,7 @@ def trial_of_job(sweep: SweepConfig) -> optuna.Trial | None:
         sweep: How trials are pruned.
     """
     address = os.environ.get(TRIAL_VARIABLE, "")
-    if not address:
+    if not (address and isinstance(sweep, OptunaSweepConfig)):
         return None
     import_optuna()
     import optuna

@@ -12,7 +12,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from vlmcap.compose import write_yaml
-from vlmcap.config import LauncherConfig, SweepConfig, SweepKind
+from vlmcap.config import HalvingSweepConfig, LauncherConfig, OptunaSweepConfig, SweepConfig, mode_of
+from vlmcap.config.kinds import schema_of
 from vlmcap.errors import UserError
 from vlmcap.locks import claimed_folder
 from vlmcap.sweeping.composing import Composer, check_arguments
@@ -58,15 +59,15 @@ def run_sweep(context: HydraContext, task: TaskFunction, master: DictConfig, arg
 def _run(
     sweep: SweepConfig, launcher: LauncherConfig, composer: Composer, runner: Runner, arguments: Sequence[str], master: DictConfig
 ) -> None:
-    if sweep.kind is SweepKind.optuna:
+    if isinstance(sweep, OptunaSweepConfig):
         space = read_space(composer.parse(arguments))
         check_arguments(arguments, [*space.distributions])
-        search = Search(sweep, space, composer, runner, master.objective_mode, num_parallel(launcher))
+        search = Search(sweep, space, composer, runner, _objective(master)[1], num_parallel(launcher))
         keep_arguments(master, runner.folder)
         search.run()
         return
     jobs = composer.grid(arguments)
-    halving = Halving(sweep, composer, runner, _objective(master)) if sweep.kind is SweepKind.halving else None
+    halving = Halving(sweep, composer, runner, _objective(master)) if isinstance(sweep, HalvingSweepConfig) else None
     if halving is not None:
         halving.check(jobs)
     keep_arguments(master, runner.folder)
@@ -83,12 +84,13 @@ def keep_arguments(master: DictConfig, folder: Path) -> None:
 
 
 def _objective(master: DictConfig) -> tuple[str, str]:
-    return master.objective, master.objective_mode
+    return master.monitor, mode_of(master.monitor, master.mode)
 
 
 def _settings(master: DictConfig, group: str, schema: type[Any]) -> Any:
     try:
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(master[group], resolve=True)))
+        typed = OmegaConf.structured(schema_of(group, master[group].kind))
+        found = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(master[group], resolve=True)))
     except ValueError as error:
         raise UserError(str(error)) from error
     assert isinstance(found, schema)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.parts import device_of
-from vlmcap.config import Config, EncoderTuning, Engine, OptimKind, Precision, Quantization, Strategy, is_lower_better
+from vlmcap.assembly.parts import device_of, uses_expert_adapters
+from vlmcap.config import Config, EncoderTuning, Engine, OptimKind, Precision, Quantization, Strategy
 from vlmcap.errors import UserError, first_line
 from vlmcap.training.processes import is_main, num_processes
 from vlmcap.training.schedule import StagePlan
@@ -34,7 +34,7 @@ def check_run(config: Config, resumed: Path | None) -> None:
     """
     check_engine(config)
     check_stages(config)
-    check_objective(config)
+    check_monitor(config)
     if is_main(config):
         check_folder(config, resumed)
     device_of(config)  # a missing GPU is reported
@@ -55,74 +55,45 @@ def check_stages(config: Config) -> None:
     """`UserError` unless some stage trains something that there is."""
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
     if not stages:
-        raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.stages.<name>.epochs")
-    tuned = config.tuning.encoder
+        raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.epochs")
+    tuned = config.tuning.encoder_tuning
     if tuned is not EncoderTuning.none and not any(stage.encoder_lr > 0 for stage in stages):
-        raise UserError(
-            f"tuning.encoder={tuned.name}, but no stage of tuning={config.tuning.name} trains the encoder; "
-            "set tuning.stages.<name>.encoder_lr, or tuning.encoder=none"
-        )
-    if not config.tuning.use_lora and any(stage.adapter_lr > 0 for stage in stages):
-        raise UserError("tuning.stages gives the adapters a learning rate, but tuning.use_lora=false; set it to true, or adapter_lr to 0")
+        raise UserError(f"tuning.encoder={tuned.name}, but nothing trains the encoder; set tuning.encoder_lr, or tuning.encoder=none")
 
 
-def check_objective(config: Config) -> None:
-    """`UserError` unless the metrics that are followed will be measured: `data.monitor` in the loop, `objective` there or at the end."""
+def check_monitor(config: Config) -> None:
+    """`UserError` unless `monitor` will be measured in the validations of the loop."""
     from vlmcap.metrics import METRIC_NAMES
 
     has_facts = config.data.is_demo or config.evaluation.facts is not None
-    facts = ["facts/<fact>"] if has_facts else []
-    at_end = ["content/<class>_recall", "category/<name>/cider"]
-    at_end += ["swapped/cider"] if config.evaluation.swap_videos else []
-    at_end += ["siglip/cosine"] if config.evaluation.siglip_checkpoint else []
-    at_end += ["bertscore/f1"] if config.evaluation.bert_checkpoint else []
     grounding = config.callbacks.grounding
-    drops = ["grounding/swapped/cider_drop"] if grounding.enabled else []
-    at_end += drops
-    _check_metric("objective", config.objective, ("val", "test"), ["loss", *METRIC_NAMES, *facts, *at_end])
-    looped = ["loss", *METRIC_NAMES, *facts, *(drops if grounding.every_n_validations == 1 else [])]
-    _check_metric("data.monitor", config.data.monitor, ("val",), looped)
-    if early := config.callbacks.early_stopping.monitor:
-        _check_metric("callbacks.early_stopping.monitor", early, ("val",), looped)
-    if config.objective_mode not in ("min", "max"):
-        raise UserError(f"objective_mode={config.objective_mode} must be min or max")
-    if is_lower_better(config.objective) and config.objective_mode == "max":
-        raise UserError(f"objective={config.objective} is better when it is lower; set objective_mode=min")
+    looped = ["loss", *METRIC_NAMES, *(["facts/<fact>"] if has_facts else [])]
+    looped += ["grounding/swapped/cider_drop"] if grounding.enabled and grounding.every_n_validations == 1 else []
+    split, _, name = config.monitor.partition("/")
+    groups = tuple(example.partition("/")[0] + "/" for example in looped if "/" in example)
+    if split != "val" or not (name in looped or name.startswith(groups)):
+        raise UserError(f"monitor={config.monitor} is not measured while training; choose val/ and one of {', '.join(looped)}")
 
 
 def check_facts(config: Config) -> None:
-    """`UserError` where a metric that is followed is a fact that `evaluation.facts` does not have."""
+    """`UserError` where the monitored metric is a fact that `evaluation.facts` does not have."""
     from vlmcap.metrics import FactLexicon
 
-    keys = {"data.monitor": config.data.monitor, "callbacks.early_stopping.monitor": config.callbacks.early_stopping.monitor}
-    wrong = {key: name for key, name in keys.items() if name and name.startswith("val/facts/")}
-    if not wrong or config.evaluation.facts is None:
+    if not config.monitor.startswith("val/facts/") or config.evaluation.facts is None:
         return
     known = [*FactLexicon.from_json(Path(config.evaluation.facts)).phrases, "mean"]
-    for key, name in wrong.items():
-        if name.removeprefix("val/facts/") not in known:
-            raise UserError(f"{key}={name} is not measured; choose val/facts/ and one of {', '.join(known)}")
+    if config.monitor.removeprefix("val/facts/") not in known:
+        raise UserError(f"monitor={config.monitor} is not measured; choose val/facts/ and one of {', '.join(known)}")
 
 
 def check_followed(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
-    """`UserError` where a metric that chooses or stops can have no value with the clips that there are."""
-    early = config.callbacks.early_stopping
-    split = config.objective.partition("/")[0]
-    if split not in clips:
+    """`UserError` where the monitored metric can have no value with the clips that there are."""
+    count = min(len(clips["val"]), config.evaluation.max_clips)
+    if count < 2 and _compares_clips(config.monitor):
         raise UserError(
-            f"objective={config.objective}, but the data has no {split} split; set objective to a metric of val/, or add that split"
+            f"monitor={config.monitor} compares clips with one another, and val has {count} clip for it; give more "
+            f"(evaluation.max_clips is {config.evaluation.max_clips}), or set monitor=val/loss"
         )
-    in_loop = min(len(clips["val"]), config.evaluation.max_clips)
-    followed = [("data.monitor", config.data.monitor, in_loop), ("objective", config.objective, len(clips[split]))]
-    if early.enabled:
-        followed.append(("callbacks.early_stopping.monitor", early.monitor or config.data.monitor, in_loop))
-    for key, metric, count in followed:
-        if count < 2 and _compares_clips(metric):
-            mode = " objective_mode=min" if key == "objective" else ""
-            raise UserError(
-                f"{key}={metric} compares clips with one another, and {metric.partition('/')[0]} has {count} clip for it; give more "
-                f"(evaluation.max_clips is {config.evaluation.max_clips}), or set {key}=val/loss{mode}"
-            )
 
 
 def _compares_clips(metric: str) -> bool:
@@ -148,7 +119,7 @@ def check_position(held: Mapping[str, Any], config: Config) -> None:
     trained, asked = before["stages"][:num_begun], StagePlan(config.tuning.stages).stage_names()[:num_begun]
     if trained != asked:
         raise UserError(
-            f"the checkpoint has trained {_epochs(trained)}, but tuning.stages now begins with {_epochs(asked)}; keep the epochs of "
+            f"the checkpoint has trained {_epochs(trained)}, but tuning now begins with {_epochs(asked)}; keep the epochs of "
             "stages that have begun, or lengthen the last of them, or start a new run"
         )
 
@@ -156,14 +127,6 @@ def check_position(held: Mapping[str, Any], config: Config) -> None:
 def _epochs(names: Sequence[str]) -> str:
     """Such as "epochs align: 1, tune: 2"."""
     return "epochs " + (", ".join(f"{name}: {count}" for name, count in Counter(names).items()) or "none")
-
-
-def _check_metric(key: str, metric: str, splits: tuple[str, ...], examples: list[str]) -> None:
-    """`UserError` unless `metric` is an example or of its group: which facts and categories there are, only the data says."""
-    split, _, name = metric.partition("/")
-    groups = tuple(example.partition("/")[0] + "/" for example in examples if "/" in example)
-    if split not in splits or not (name in examples or name.startswith(groups)):
-        raise UserError(f"{key}={metric} is not measured; choose {'/ or '.join(splits)}/ and one of {', '.join(examples)}")
 
 
 def check_strategy(config: Config) -> None:
@@ -189,7 +152,7 @@ def _check_fsdp2(config: Config) -> None:
         raise UserError(
             f"trainer=fsdp2 keeps the optimiser's state in shards, which optim={config.optim.kind.name} cannot; set optim=adamw"
         )
-    if config.tuning.use_lora and config.tuning.lora.use_experts:
+    if uses_expert_adapters(config):
         raise UserError("trainer=fsdp2 does not cut adapters on experts; set tuning.lora.use_experts=false, or trainer=ddp")
     if config.hardware.offload_checkpoints:
         raise UserError("trainer=fsdp2 was not tried with hardware.offload_checkpoints=true; set it to false")

@@ -12,7 +12,7 @@ from vlmcap.assembly.clips import open_ledger
 from vlmcap.assembly.data import build_data
 from vlmcap.assembly.model import Assembly
 from vlmcap.compose import to_plain, write_yaml
-from vlmcap.config import Config, Precision
+from vlmcap.config import Config, Precision, WandbConfig
 from vlmcap.training.checkpoints.load import checkpoint_identity
 from vlmcap.training.checks import extra_callbacks
 from vlmcap.training.processes import is_main, make_sharder, make_strategy, process_rank
@@ -88,8 +88,7 @@ def build_run(
         max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
         sharder=make_sharder(config),
     )
-    followed = (config.data.monitor, config.callbacks.early_stopping.monitor)
-    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", followed)
+    evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)
     callbacks = _common_callbacks(config, data, evaluation, folder, trial)
     if not is_training:
         loggers = make_evaluation_loggers(config, to_plain(config), folder)
@@ -152,9 +151,10 @@ def _common_callbacks(
     if grounding := grounding_check(config, data, evaluation, folder):
         callbacks.append(grounding)
     if trial is not None:
-        callbacks.append(TrialPruning(config.objective, trial))
+        callbacks.append(TrialPruning(config.monitor, trial))
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)
-    callbacks += [WandbTable(evaluation, config.evaluation.num_table_rows, config.logger), progress]
+    callbacks += [WandbTable(evaluation, config.logger)] if isinstance(config.logger, WandbConfig) else []
+    callbacks.append(progress)
     return [*callbacks, TerminalBar(progress)] if _has_bar(config) else callbacks
 
 
@@ -169,8 +169,7 @@ def _training_callbacks(config: Config, plan: StagePlan, profile: StepProfile | 
     callbacks: list[L.Callback] = [profile] if profile else []
     callbacks += [*extra_callbacks(config), StepLimit(config.trainer.max_steps)]
     if early.enabled:
-        monitor = early.monitor or config.data.monitor
-        mode = early.mode or config.better(monitor)
+        monitor, mode = config.monitor, config.monitor_mode
         callbacks.append(PatientStop(plan, monitor=monitor, mode=mode, patience=early.patience, min_delta=early.min_delta))
     if guard.enabled:
         callbacks.append(DivergenceGuard(guard, folder, is_scaled=config.hardware.precision is Precision.fp16))

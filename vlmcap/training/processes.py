@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.parts import dtype_of
+from vlmcap.assembly.parts import dtype_of, uses_expert_adapters
 from vlmcap.config import Config, EncoderTuning, Precision, Strategy
 from vlmcap.locks import claimed_folder
 from vlmcap.overrides import quoted
@@ -137,7 +137,7 @@ def make_strategy(config: Config) -> LightningStrategy | str:
     if num_processes(config) == 1:
         return "auto"
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
-    is_simple = len(stages) == 1 and config.tuning.encoder is EncoderTuning.none and not config.tuning.lora.use_experts
+    is_simple = len(stages) == 1 and config.tuning.encoder_tuning is EncoderTuning.none and not uses_expert_adapters(config)
     return SharedStrategy(command, has_unused=not is_simple)
 
 

@@ -110,7 +110,7 @@ def _train(config: Config, trial: Trial | None) -> float:
         summary = summarize(config, run, assembly, scores, seconds, shrunk_from=asked if asked != config.data.batch_size else None)
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
-    return _objective(config, scores)
+    return _monitored(config, scores)
 
 
 def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float]:
@@ -125,7 +125,7 @@ def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float
     with listening(run):
         for split in list(run.data.clips)[1:]:
             scores |= test(run, Split[split])
-        if config.objective == "val/loss" and not math.isfinite(scores.get("val/loss", math.nan)):
+        if config.monitor == "val/loss" and not math.isfinite(scores.get("val/loss", math.nan)):
             scores |= _validation_loss(run)
     return scores
 
@@ -139,12 +139,12 @@ def _validation_loss(run: Run) -> dict[str, float]:
     return dict(run.evaluation.scores)
 
 
-def _objective(config: Config, scores: Mapping[str, float]) -> float:
-    """The value of the objective; NaN where only the data could say that there is none, as the run itself is finished."""
-    value = scores.get(config.objective, math.nan)
+def _monitored(config: Config, scores: Mapping[str, float]) -> float:
+    """The value of the monitored metric; NaN where only the data could say that there is none, as the run itself is finished."""
+    value = scores.get(config.monitor, math.nan)
     if not math.isfinite(value):
         names = ", ".join(sorted(name for name, score in scores.items() if math.isfinite(score)))
-        print(f"Warning: objective={config.objective} has no value in this run; those that have one are {names}.", flush=True)
+        print(f"Warning: monitor={config.monitor} has no value in this run; those that have one are {names}.", flush=True)
     return value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vlmcap.config import StageConfig
+from vlmcap.config import Stage
 from vlmcap.models.rates import cosine_rate
 
 PARTS = ("encoder", "projector", "adapter", "llm")
@@ -20,7 +20,7 @@ class StagePosition:
     """Where an epoch stands: its stage, the stage's name, and the epoch at which the stage begins."""
 
     name: str
-    stage: StageConfig
+    stage: Stage
     first_epoch: int
 
 
@@ -32,7 +32,7 @@ class StagePlan:
         stages: Name to settings, in order; those without epochs are passed over.
     """
 
-    stages: Mapping[str, StageConfig]
+    stages: Mapping[str, Stage]
 
     @property
     def num_epochs(self) -> int:
@@ -127,6 +127,6 @@ class StageRates(LRScheduler):
         return {}
 
 
-def peak_rate(stage: StageConfig, part: str) -> float:
+def peak_rate(stage: Stage, part: str) -> float:
     """The configured rate of a part in a stage; 0 where it is frozen."""
     return {"encoder": stage.encoder_lr, "projector": stage.projector_lr, "adapter": stage.adapter_lr, "llm": stage.llm_lr}[part]

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import AihubConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.data.media import open_media
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError
@@ -57,7 +58,7 @@ def stand_in(number: int, name: str, encoding: str) -> str:
 
 
 def read(root: Path, split: str | None = "train", **settings: Any) -> list[Record | Skipped]:
-    return list(read_records("aihub", SourceSettings(str(root), **settings), split))
+    return list(read_records(AihubConfig(root=str(root), **settings), split))
 
 
 def clips_of(root: Path, split: str | None = "train", **settings: Any) -> list[Clip]:

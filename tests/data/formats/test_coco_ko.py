@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import CocoKoConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.data.media import open_media
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
@@ -34,7 +35,7 @@ def write(root: Path, entries: Any) -> None:
 
 def read(root: Path, **changes: Any) -> list[Record | Skipped]:
     settings = {"annotations": NAME, "caption_key": "caption_ko", **changes}
-    return list(read_records("coco_ko", SourceSettings(str(root), **settings)))
+    return list(read_records(CocoKoConfig(root=str(root), **settings)))
 
 
 def test_an_image_has_all_its_captions_and_the_split_of_its_folder(tmp_path: Path) -> None:

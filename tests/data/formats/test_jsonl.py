@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from vlmcap.data.formats import Record, SourceSettings, jsonl, read_records
+from vlmcap.config import JsonlConfig
+from vlmcap.data.formats import Record, jsonl, read_records
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
@@ -31,7 +32,7 @@ def write(path: Path, *lines: Any) -> None:
 
 def read(root: Path, split: str | None = None, annotations: str | None = "*.jsonl", **settings: Any) -> list[Record | Skipped]:
     settings = {"caption_key": "caption"} | settings
-    return list(read_records("jsonl", SourceSettings(str(root), annotations, **settings), split))
+    return list(read_records(JsonlConfig(root=str(root), annotations=annotations, **settings), split))
 
 
 def test_videos_images_and_frames(root: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_line_too_long_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPa
 def test_memory_is_flat(root: Path) -> None:
     line = json.dumps(GOOD | {"pad": "x" * 500}).encode() + b"\n"
     (root / "set.jsonl").write_bytes(line * 20_000)
-    entries = read_records("jsonl", SourceSettings(str(root), "set.jsonl", caption_key="caption"))
+    entries = read_records(JsonlConfig(root=str(root), annotations="set.jsonl", caption_key="caption"))
     assert sum(1 for _ in itertools.islice(entries, 1000)) == 1000
     tracemalloc.start()
     try:

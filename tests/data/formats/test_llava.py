@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import LlavaConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
@@ -29,7 +30,7 @@ def root(tmp_path: Path) -> Path:
 
 def read(root: Path, *talks: Any, **changes: Any) -> list[Record | Skipped]:
     (root / "train.json").write_text(json.dumps(talks, ensure_ascii=False), encoding="utf-8")
-    return list(read_records("llava", SourceSettings(str(root), **{"annotations": "*.json*", **changes})))
+    return list(read_records(LlavaConfig(root=str(root), **{"annotations": "*.json*", **changes})))
 
 
 def test_the_first_answer_is_the_caption(root: Path) -> None:
@@ -61,7 +62,7 @@ def test_ids_that_come_again_get_a_number(root: Path) -> None:
 
 def test_json_lines_are_read_as_well(root: Path) -> None:
     (root / "talks.jsonl").write_text("\n".join([json.dumps(talk("1")), "{", json.dumps(talk("2"))]), encoding="utf-8")
-    entries = list(read_records("llava", SourceSettings(str(root), annotations="*.jsonl")))
+    entries = list(read_records(LlavaConfig(root=str(root), annotations="*.jsonl")))
     assert [type(item).__name__ for item in entries] == ["Record", "Skipped", "Record"]
 
 
@@ -96,4 +97,4 @@ def test_another_layout_is_described(root: Path) -> None:
         read(root, {"instruction": "x", "output": "y"})
     (root / "train.json").write_text('{"train": []}')
     with pytest.raises(UserError, match="the keys train where a list"):
-        list(read_records("llava", SourceSettings(str(root), annotations="train.json")))
+        list(read_records(LlavaConfig(root=str(root), annotations="train.json")))

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlmcap.config import MsrvttConfig
 from vlmcap.data.decoding.video import decode_frames, write_video
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.data.formats import Record, read_records
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
@@ -37,7 +38,7 @@ def write(root: Path, name: str = NAME, **content: Any) -> None:
 
 def read(root: Path, split: str | None = None, **changes: Any) -> list[Record | Skipped]:
     settings = {"annotations": "*videodatainfo*.json", "media": "videos", "caption_key": "caption", "category_key": "category", **changes}
-    return list(read_records("msrvtt", SourceSettings(str(root), **settings), split))
+    return list(read_records(MsrvttConfig(root=str(root), **settings), split))
 
 
 def test_a_video_has_the_sentences_that_name_it(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import NiklConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
@@ -30,7 +31,7 @@ def write(root: Path, name: str, lines: list[Any]) -> None:
 
 def read(root: Path, split: str | None = None, **changes: Any) -> list[Record | Skipped]:
     settings = {"annotations": "*{split}*.jsonl", "caption_key": "output", "media_pattern": "{id}.jpg", **changes}
-    return list(read_records("nikl", SourceSettings(str(root), **settings), split))
+    return list(read_records(NiklConfig(root=str(root), **settings), split))
 
 
 def test_a_line_is_an_image_with_five_captions_in_the_split_of_its_file(tmp_path: Path) -> None:

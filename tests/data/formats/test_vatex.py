@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.config import VatexConfig
+from vlmcap.data.formats import Record, read_records
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
@@ -27,7 +28,7 @@ def write(root: Path, name: str, entries: list[Any]) -> None:
 
 def read(root: Path, split: str | None = None, **changes: Any) -> list[Record | Skipped]:
     settings = {"annotations": "*{split}*.json", "media": "videos", "caption_key": "koCap", **changes}
-    return list(read_records("vatex", SourceSettings(str(root), **settings), split))
+    return list(read_records(VatexConfig(root=str(root), **settings), split))
 
 
 def test_videos_of_the_published_files(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import fsspec
 import pytest
 
+from vlmcap.config import WebdatasetConfig
 from vlmcap.data import media
 from vlmcap.data.decoding.video import decode_frames, write_video
-from vlmcap.data.formats import Record, SourceSettings, read_records
+from vlmcap.data.formats import Record, read_records
 from vlmcap.data.formats.webdataset import expand_braces
 from vlmcap.data.media import open_media
 from vlmcap.errors import UserError
@@ -41,8 +42,8 @@ def upload(root: Path) -> str:
 
 
 def read(root: Path | str, annotations: str = "*.tar", split: str | None = None, **changes: Any) -> list[Record | Skipped]:
-    settings = SourceSettings(str(root), annotations=annotations, **{"caption_key": "caption", **changes})
-    return list(read_records("webdataset", settings, split))
+    settings = WebdatasetConfig(root=str(root), annotations=annotations, **{"caption_key": "caption", **changes})
+    return list(read_records(settings, split))
 
 
 def samples(first: int, count: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vlmcap.data.formats.record import SourceSettings
+from vlmcap.config import JsonlConfig
 from vlmcap.data.media import open_media, parse_address
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
 from vlmcap.errors import UserError
@@ -75,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_name_escapes(root: Path, name: str, media: str) -> None:
     try:
-        address = resolve_media(SourceSettings(str(root), media=media), name)
+        address = resolve_media(JsonlConfig(root=str(root), media=media), name)
     except OutsideRoot as error:
         assert "\n" not in str(error)
         return
@@ -105,17 +105,17 @@ def test_no_name_escapes(root: Path, name: str, media: str) -> None:
 )
 def test_refusals_say_why(root: Path, name: str, reason: str) -> None:
     with pytest.raises(OutsideRoot) as caught:
-        resolve_media(SourceSettings(str(root)), name)
+        resolve_media(JsonlConfig(root=str(root)), name)
     assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["sub/b.mp4", "./sub//b.mp4", "sub\\b.mp4", "sub/up/sub/b.mp4", "alias.mp4"])
 def test_files_inside_are_found(root: Path, name: str) -> None:
-    assert Path(resolve_media(SourceSettings(str(root)), name)).resolve() == root / "sub" / "b.mp4"
+    assert Path(resolve_media(JsonlConfig(root=str(root)), name)).resolve() == root / "sub" / "b.mp4"
 
 
 def test_what_is_outside_may_be_allowed(root: Path) -> None:
-    free = SourceSettings(str(root), allow_outside=True)
+    free = JsonlConfig(root=str(root), allow_outside=True)
     outside = str(root.parent / "secret.mp4")
     assert resolve_media(free, outside) == outside
     assert resolve_media(free, "s3://bucket/a.mp4") == "s3://bucket/a.mp4"
@@ -125,7 +125,7 @@ def test_what_is_outside_may_be_allowed(root: Path) -> None:
 
 def test_the_media_folder_must_be_inside_too(root: Path) -> None:
     with pytest.raises(UserError, match=r"data\.media: '\.\./outside' has '\.\.' in it"):
-        resolve_media(SourceSettings(str(root), media="../outside"), "secret.mp4")
+        resolve_media(JsonlConfig(root=str(root), media="../outside"), "secret.mp4")
 
 
 @pytest.mark.parametrize(("on_disk", "in_text"), [("NFC", "NFD"), ("NFD", "NFC")])
@@ -135,7 +135,7 @@ def test_both_forms_of_hangul_are_tried(tmp_path: Path, on_disk: str, in_text: s
     (tmp_path / stored).write_bytes(b"x")
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr(unicodedata.normalize(on_disk, "숲.mp4"), "x")
-    source = SourceSettings(str(tmp_path))
+    source = JsonlConfig(root=str(tmp_path))
     assert resolve_media(source, unicodedata.normalize(in_text, "바다/파도.mp4")) == str(tmp_path / stored)
     assert resolve_media(source, unicodedata.normalize(in_text, "숲.mp4")).startswith("zip://")
 
@@ -145,14 +145,14 @@ def test_both_forms_of_hangul_are_tried(tmp_path: Path, on_disk: str, in_text: s
     [("", "sub/c.mp4"), ("inner", "sub/c.mp4"), ("inner.zip", "sub/c.mp4"), ("inner/sub", "c.mp4"), ("", "inner/sub/c.mp4")],
 )
 def test_members_of_archives_are_found(root: Path, media: str, name: str) -> None:
-    assert resolve_media(SourceSettings(str(root), media=media), name) == f"zip://sub/c.mp4::{root}/inner.zip"
+    assert resolve_media(JsonlConfig(root=str(root), media=media), name) == f"zip://sub/c.mp4::{root}/inner.zip"
 
 
 def test_the_root_may_be_an_archive(root: Path) -> None:
     archive = f"{root}/inner.zip"
-    assert resolve_media(SourceSettings(archive), "sub/c.mp4") == f"zip://sub/c.mp4::{archive}"
+    assert resolve_media(JsonlConfig(root=archive), "sub/c.mp4") == f"zip://sub/c.mp4::{archive}"
     with pytest.raises(OutsideRoot, match="there is no file"):
-        resolve_media(SourceSettings(archive), "d.mp4")
+        resolve_media(JsonlConfig(root=archive), "d.mp4")
 
 
 def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path) -> None:
@@ -160,18 +160,18 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             archive.writestr("a.mp4", name)
     with pytest.raises(OutsideRoot, match=r"x\.zip and .*y\.zip have the same name: set data\.media"):
-        resolve_media(SourceSettings(str(tmp_path)), "a.mp4")
-    assert resolve_media(SourceSettings(str(tmp_path), media="y"), "a.mp4").endswith("y.zip")
+        resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
+    assert resolve_media(JsonlConfig(root=str(tmp_path), media="y"), "a.mp4").endswith("y.zip")
 
 
 def test_a_broken_archive_is_named_where_a_file_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
     with pytest.raises(OutsideRoot, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"):
-        resolve_media(SourceSettings(str(tmp_path)), "a.mp4")
+        resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
 
 
 def test_remote_roots_are_joined_and_names_cannot_mislead_a_server() -> None:
-    source = SourceSettings("https://example.org/set", media="videos")
+    source = JsonlConfig(root="https://example.org/set", media="videos")
     assert resolve_media(source, "a/b.mp4") == "https://example.org/set/videos/a/b.mp4"
     for name in ("%2e%2e/secret", "a?b", "../x", "https://evil.example/x"):
         with pytest.raises(OutsideRoot):
@@ -184,7 +184,7 @@ def test_annotations_are_a_file_or_a_pattern(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
 
     def found(pattern: str) -> list[str]:
-        return [os.path.relpath(path, tmp_path) for path in annotation_files(SourceSettings(str(tmp_path), pattern))]
+        return [os.path.relpath(path, tmp_path) for path in annotation_files(JsonlConfig(root=str(tmp_path), annotations=pattern))]
 
     assert found("a.jsonl") == ["a.jsonl"]
     assert found("?.jsonl") == ["a.jsonl", "b.jsonl"]
@@ -193,7 +193,7 @@ def test_annotations_are_a_file_or_a_pattern(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr("x/a.jsonl", "")
         archive.writestr("b.txt", "")
-    assert annotation_files(SourceSettings(f"{tmp_path}/z.zip", "*.jsonl")) == [f"zip://x/a.jsonl::{tmp_path}/z.zip"]
+    assert annotation_files(JsonlConfig(root=f"{tmp_path}/z.zip", annotations="*.jsonl")) == [f"zip://x/a.jsonl::{tmp_path}/z.zip"]
 
 
 @pytest.mark.parametrize("pattern", ["../x.jsonl", "/etc/*", "out/*.jsonl", "s3://x/a.jsonl"])
@@ -203,7 +203,7 @@ def test_annotations_stay_inside(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "x.jsonl").write_text("")
     (root / "out").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"data\.root"):
-        annotation_files(SourceSettings(str(root), pattern))
+        annotation_files(JsonlConfig(root=str(root), annotations=pattern))
 
 
 @pytest.mark.parametrize(

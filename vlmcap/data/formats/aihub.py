@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from vlmcap.config import AihubConfig
 from vlmcap.data.formats.keys import captions_at, text_at, why_no_caption
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.media import MediaError, read_text
 from vlmcap.data.media.tree import IMAGE_ENDINGS, VIDEO_ENDINGS, TreeFile, list_files
 from vlmcap.data.splits import split_in_path, standard_split
@@ -38,7 +39,7 @@ class _Named:
         return self.key.rpartition("/")[2]
 
 
-def read_aihub(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
     """The clips of labels, sorted by path: `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
 
     A label and its clip have the same path below their folders, up to the ending, or else a stem that no other has. A folder named as
@@ -124,7 +125,7 @@ def _videos_first(files: list[_Named]) -> list[_Named]:
     return videos or files
 
 
-def _read_label(label: _Named, clip_id: str, video: str, settings: SourceSettings) -> Record | Skipped:
+def _read_label(label: _Named, clip_id: str, video: str, settings: AihubConfig) -> Record | Skipped:
     name = label.file.address
     try:
         content: Any = json.loads(read_text(name, MAX_LABEL_BYTES))

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vlmcap.config import AnnotatedConfig, KeyedConfig, MediaConfig, PatternConfig
 from vlmcap.data.formats.keys import Captions, text_at, value_at, why_no_caption
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.media import MediaError, read_text
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
 from vlmcap.data.splits import KOREAN_ENDING, SPELLINGS
@@ -19,7 +20,7 @@ from vlmcap.types import Clip, Skipped
 _MAX_NAMED = 12
 
 
-def annotation_sources(settings: SourceSettings, split: str | None) -> list[tuple[str, str]]:
+def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tuple[str, str]]:
     """Splits and addresses of the annotation files; the split is "" unless `data.annotations` has `{split}` in it.
 
     `{split}` stands for `train`, `val`, `test` and their other spellings, of which the first that finds files counts.
@@ -42,7 +43,7 @@ def annotation_sources(settings: SourceSettings, split: str | None) -> list[tupl
     return wanted
 
 
-def _first_spelling(settings: SourceSettings, pattern: str, split: str) -> list[str]:
+def _first_spelling(settings: AnnotatedConfig, pattern: str, split: str) -> list[str]:
     for spelling in SPELLINGS.get(split, (split,)):
         try:
             files = annotation_files(replace(settings, annotations=pattern.replace("{split}", spelling)))
@@ -82,7 +83,7 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
     raise UserError(f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file or data.format")
 
 
-def list_entries(settings: SourceSettings, split: str | None) -> Iterator[tuple[str, int, Any]]:
+def list_entries(settings: AnnotatedConfig, split: str | None) -> Iterator[tuple[str, int, Any]]:
     """Split, number and value of each entry of annotation files that are lists.
 
     Raises:
@@ -117,13 +118,13 @@ def name_at(entry: Any, key: str) -> str:
     return value if isinstance(value, str) else text_at(entry, key)
 
 
-def media_name(settings: SourceSettings, id: str) -> str:
+def media_name(settings: PatternConfig, id: str) -> str:
     """The file of a clip that is named by its id, after `data.media_pattern`."""
     return settings.media_pattern.replace("{id}", id)
 
 
 def make_record(
-    settings: SourceSettings, id: str, files: Sequence[str], captions: Captions, entry: Any, *, split: str = "", group: str = ""
+    settings: MediaConfig, id: str, files: Sequence[str], captions: Captions, entry: Any, *, split: str = "", group: str = ""
 ) -> Record | Skipped:
     """The record of an entry, or why there is none: no caption, or a file that is missing or lies outside the root.
 
@@ -137,6 +138,7 @@ def make_record(
         group: Names the source that must not be in two splits.
     """
     if not captions.texts:
+        assert isinstance(settings, KeyedConfig), "other formats have no entries without a caption"
         return skip(id, f"no caption at data.caption_key={settings.caption_key}{why_no_caption(entry, settings.caption_key)}", files[0])
     try:
         addresses = tuple(resolve_media(settings, name) for name in files)
@@ -147,7 +149,7 @@ def make_record(
     return Record(Clip(id, addresses[0], captions.texts, category, frames), split, group, captions.num_empty)
 
 
-def checked(entries: Entries, settings: SourceSettings) -> Entries:
+def checked(entries: Entries, settings: AnnotatedConfig) -> Entries:
     """The entries, unless none is good.
 
     Raises:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from vlmcap.config import CocoKoConfig
 from vlmcap.data.formats.annotations import checked, list_entries, make_record, name_at
 from vlmcap.data.formats.keys import captions_at, text_at
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.splits import split_in_path
 from vlmcap.types import Skipped
 
 _YEAR = re.compile(r"(?<=\w)20\d\d(?=/)")
 
 
-def read_coco_ko(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_coco_ko(settings: CocoKoConfig, split: str | None = None) -> Entries:
     """A record an image with all its captions; the split is that of its folder (`train2014/`, `val2014/`).
 
     `file_path` is looked for below `data.root/data.media`.
@@ -26,7 +27,7 @@ def read_coco_ko(settings: SourceSettings, split: str | None = None) -> Entries:
     return checked(records, settings)
 
 
-def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Record | Skipped:
+def _record(settings: CocoKoConfig, entry: Any, number: int, split: str) -> Record | Skipped:
     path = name_at(entry, "file_path")
     if not path:
         return skip(text_at(entry, "id") or f"entry {number}", "the entry has no file_path")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from vlmcap.config import JsonlConfig
 from vlmcap.data.formats.keys import captions_at, text_at, why_no_caption
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.media import MediaError, open_media
 from vlmcap.data.media.roots import OutsideRoot, annotation_files, resolve_media
 from vlmcap.data.splits import SPLITS, standard_split
@@ -26,7 +27,7 @@ class _BadLineError(Exception):
         self.video = video
 
 
-def read_jsonl(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
     """The clips of all lines, in order, one file after the other; blank lines are passed over.
 
     Keys of a line: one of `video`, `image` and `frames` (a list of images), paths below `root/media`; the caption at `caption_key`, a
@@ -69,7 +70,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _read_line(
-    line: bytes | None, place: str, number: int, file_split: str, settings: SourceSettings, wanted: str | None
+    line: bytes | None, place: str, number: int, file_split: str, settings: JsonlConfig, wanted: str | None
 ) -> Record | Skipped | None:
     """The entry of a line, or None where it is blank or of another split."""
     if line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf"):
@@ -103,7 +104,7 @@ def _parse(line: bytes | None) -> dict[str, Any]:
     return content
 
 
-def _clip(content: dict[str, Any], number: int, settings: SourceSettings) -> tuple[Clip, int]:
+def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[Clip, int]:
     """The clip of a line, and how many of its captions are none."""
     names = _media_names(content)
     try:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from vlmcap.config import LlavaConfig
 from vlmcap.data.formats.annotations import annotation_sources, checked, json_lines, json_list, load_json, make_record
 from vlmcap.data.formats.keys import Captions, text_at, value_at
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.text import normalize_caption
 from vlmcap.types import Skipped
 
@@ -17,7 +18,7 @@ _TAG = re.compile(r"<(?:image|video)>")
 _ANSWERERS = ("gpt", "assistant")
 
 
-def read_llava(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_llava(settings: LlavaConfig, split: str | None = None) -> Entries:
     """A record a conversation, whose caption is the first answer in it; questions and later turns are left out.
 
     A list under `image` is the frames of one clip. Ids that come again, as in mixtures, get a number: `000123`, `000123#2`.
@@ -28,7 +29,7 @@ def read_llava(settings: SourceSettings, split: str | None = None) -> Entries:
     return checked(_entries(settings, split), settings)
 
 
-def _entries(settings: SourceSettings, split: str | None) -> Entries:
+def _entries(settings: LlavaConfig, split: str | None) -> Entries:
     seen: Counter[str] = Counter()
     for name, address in annotation_sources(settings, split):
         for number, entry in _conversations(address):
@@ -42,7 +43,7 @@ def _conversations(address: str) -> Iterator[tuple[int, Any | Skipped]]:
         yield from enumerate(json_list(load_json(address), address))
 
 
-def _record(settings: SourceSettings, entry: Any, number: int, split: str, seen: Counter[str]) -> Record | Skipped:
+def _record(settings: LlavaConfig, entry: Any, number: int, split: str, seen: Counter[str]) -> Record | Skipped:
     files = _files(entry)
     id = text_at(entry, "id") or (files[0].rpartition(".")[0] if files else f"entry {number}")
     seen[id] += 1

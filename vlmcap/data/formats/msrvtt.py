@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from vlmcap.config import MsrvttConfig
 from vlmcap.data.formats.annotations import annotation_sources, checked, json_list, load_json, make_record, media_name
 from vlmcap.data.formats.keys import Captions, captions_at, describe_keys, text_at
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.errors import UserError
 from vlmcap.types import Skipped
 
 
-def read_msrvtt(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_msrvtt(settings: MsrvttConfig, split: str | None = None) -> Entries:
     """A record a video with all its sentences, in the order of `videos`; the group is the film that it was cut from (`url`).
 
     `data.caption_key` is a path in a sentence, `data.category_key` one in a video.
@@ -23,7 +24,7 @@ def read_msrvtt(settings: SourceSettings, split: str | None = None) -> Entries:
     return checked(_entries(settings, split), settings)
 
 
-def _entries(settings: SourceSettings, split: str | None) -> Entries:
+def _entries(settings: MsrvttConfig, split: str | None) -> Entries:
     for name, address in annotation_sources(settings, split):
         content = load_json(address)
         videos, sentences = (json_list(content, address, key) for key in ("videos", "sentences"))
@@ -34,7 +35,7 @@ def _entries(settings: SourceSettings, split: str | None) -> Entries:
             yield skip(id or "a sentence", "sentences of a video that is not among 'videos'")
 
 
-def _captions_by_video(settings: SourceSettings, sentences: list[Any]) -> dict[str, Captions]:
+def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str, Captions]:
     captions: defaultdict[str, list[Captions]] = defaultdict(list)
     for sentence in sentences:
         found = captions_at(sentence, settings.caption_key)
@@ -46,7 +47,7 @@ def _captions_by_video(settings: SourceSettings, sentences: list[Any]) -> dict[s
     return {id: Captions(sum((p.texts for p in parts), ()), sum(p.num_empty for p in parts)) for id, parts in captions.items()}
 
 
-def _record(settings: SourceSettings, video: Any, number: int, captions: dict[str, Captions], split: str) -> Record | Skipped:
+def _record(settings: MsrvttConfig, video: Any, number: int, captions: dict[str, Captions], split: str) -> Record | Skipped:
     id = text_at(video, "video_id")
     if not id:
         return skip(f"video {number}", "the video has no video_id")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmcap.config import NiklConfig
 from vlmcap.data.formats.annotations import annotation_sources, checked, json_lines, make_record, media_name, name_at
 from vlmcap.data.formats.keys import captions_at, text_at
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.types import Skipped
 
 
-def read_nikl(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_nikl(settings: NiklConfig, split: str | None = None) -> Entries:
     """A record a line; the split is that of the file where `data.annotations` has `{split}` in it.
 
     `input` names the image: a file below `data.root/data.media` where it has an ending, else the `{id}` of `data.media_pattern`.
@@ -21,13 +22,13 @@ def read_nikl(settings: SourceSettings, split: str | None = None) -> Entries:
     return checked(_entries(settings, split), settings)
 
 
-def _entries(settings: SourceSettings, split: str | None) -> Entries:
+def _entries(settings: NiklConfig, split: str | None) -> Entries:
     for name, address in annotation_sources(settings, split):
         for number, entry in json_lines(address):
             yield entry if isinstance(entry, Skipped) else _record(settings, entry, number, name)
 
 
-def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Record | Skipped:
+def _record(settings: NiklConfig, entry: Any, number: int, split: str) -> Record | Skipped:
     image = name_at(entry, "input")
     id = text_at(entry, "id") or image or f"line {number}"
     if not image:

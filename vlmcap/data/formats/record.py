@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlmcap.types import Clip, Skipped
 
@@ -26,26 +26,13 @@ class Record:
     num_empty: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SourceSettings:
-    """Where a data set is and how its annotations are read; the keys of `data` with the same names."""
-
-    root: str
-    annotations: str | None = None
-    media: str = ""
-    media_pattern: str = "{id}.mp4"
-    caption_key: str = "annotation.description_kr"
-    category_key: str | None = None
-    allow_outside: bool = False
-
-
 Entries = Iterator[Record | Skipped]
 
 
 class Reader(Protocol):
     """Gives the entries of a data set in a stable order; of one split where that is asked, though it may give others too."""
 
-    def __call__(self, settings: SourceSettings, split: str | None = None) -> Entries:
+    def __call__(self, settings: Any, split: str | None = None) -> Entries:
         """The entries."""
 
 

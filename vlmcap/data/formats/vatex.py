@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from vlmcap.config import VatexConfig
 from vlmcap.data.formats.annotations import checked, list_entries, make_record, media_name
 from vlmcap.data.formats.keys import captions_at, text_at
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.types import Skipped
 
 _CUT = re.compile(r"(.+)_\d{6}_\d{6}")  # a film's name, and the seconds between which the video lies in it
 
 
-def read_vatex(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_vatex(settings: VatexConfig, split: str | None = None) -> Entries:
     """A record a video with all captions of one language; the group is the film that it was cut from.
 
     The split is that of the file, where `data.annotations` has `{split}` in it; the video is the `{id}` of `data.media_pattern`.
@@ -25,7 +26,7 @@ def read_vatex(settings: SourceSettings, split: str | None = None) -> Entries:
     return checked(records, settings)
 
 
-def _record(settings: SourceSettings, entry: Any, number: int, split: str) -> Record | Skipped:
+def _record(settings: VatexConfig, entry: Any, number: int, split: str) -> Record | Skipped:
     id = text_at(entry, "videoID")
     if not id:
         return skip(f"entry {number}", "the entry has no videoID")

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from typing import Any
 
+from vlmcap.config import WebdatasetConfig
 from vlmcap.data.formats.annotations import annotation_sources, checked
 from vlmcap.data.formats.keys import Captions, captions_at, text_at, why_no_caption
-from vlmcap.data.formats.record import Entries, Record, SourceSettings, skip
+from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.media import MediaError, list_members, member_address, read_text
 from vlmcap.data.media.roots import relative_address
 from vlmcap.data.media.storage import local_file
@@ -43,7 +44,7 @@ class _Sample:
     members: dict[str, str] = field(default_factory=dict)
 
 
-def read_webdataset(settings: SourceSettings, split: str | None = None) -> Entries:
+def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Entries:
     """A record a sample, shard by shard; its id is the shard's path below the root and the basename of its members.
 
     `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; `{split}` in it says which split a shard is
@@ -81,7 +82,7 @@ def _choices(piece: str) -> list[str]:
     return [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
 
 
-def _entries(settings: SourceSettings, split: str | None) -> Entries:
+def _entries(settings: WebdatasetConfig, split: str | None) -> Entries:
     seen: set[str] = set()
     for pattern in expand_braces(settings.annotations or ""):
         for name, shard in annotation_sources(replace(settings, annotations=pattern), split):
@@ -90,7 +91,7 @@ def _entries(settings: SourceSettings, split: str | None) -> Entries:
                 yield from _shard_entries(settings, shard, name)
 
 
-def _shard_entries(settings: SourceSettings, shard: str, split: str) -> Entries:
+def _shard_entries(settings: WebdatasetConfig, shard: str, split: str) -> Entries:
     samples = _samples(settings, shard)
     if local_file(shard) is not None:
         yield from (_record(settings, sample, split) for sample in samples)
@@ -99,7 +100,7 @@ def _shard_entries(settings: SourceSettings, shard: str, split: str) -> Entries:
         yield from threads.map(lambda sample: _record(settings, sample, split), samples)
 
 
-def _samples(settings: SourceSettings, shard: str) -> Iterator[_Sample]:
+def _samples(settings: WebdatasetConfig, shard: str) -> Iterator[_Sample]:
     """The samples of a shard in its order; hidden members and those of other endings are left out."""
     try:
         members = list_members(shard)
@@ -115,7 +116,7 @@ def _samples(settings: SourceSettings, shard: str) -> Iterator[_Sample]:
     return iter(samples.values())
 
 
-def _record(settings: SourceSettings, sample: _Sample, split: str) -> Record | Skipped:
+def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record | Skipped:
     video = next((sample.members[ending] for ending in MEDIA if ending in sample.members), None)
     if video is None:
         return skip(sample.id, f"the sample has no video or image, only {', '.join(sample.members)}")

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 
-from vlmcap.data.formats.record import SourceSettings
+from vlmcap.config import AnnotatedConfig, MediaConfig
 from vlmcap.data.media import MediaError, list_members, member_address, parse_address, stat_media
 from vlmcap.data.media.storage import list_files as list_remote
 from vlmcap.data.media.storage import local_file
@@ -27,7 +27,7 @@ class OutsideRoot(Exception):  # noqa: N818 - says where the file is
     """A name in annotations leads to no file inside the root, told in one sentence."""
 
 
-def resolve_media(settings: SourceSettings, name: str) -> str:
+def resolve_media(settings: MediaConfig, name: str) -> str:
     """The address of a file that annotations name, below `root/media`; in NFC and in NFD, in a folder or inside an archive.
 
     An archive stands for a folder of its name, and for the folder that it lies in. A remote root is not asked whether the file is there.
@@ -57,7 +57,7 @@ def resolve_media(settings: SourceSettings, name: str) -> str:
     return found
 
 
-def annotation_files(settings: SourceSettings) -> list[str]:
+def annotation_files(settings: AnnotatedConfig) -> list[str]:
     """Addresses of the files that `data.annotations` names, sorted; it is a file or a pattern with `*`, `?` and `**` below the root.
 
     Raises:
@@ -122,7 +122,7 @@ def _forms(name: str) -> Iterator[str]:
     yield from dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
 
 
-def _local_file(settings: SourceSettings, relative: str) -> str | None:
+def _local_file(settings: AnnotatedConfig, relative: str) -> str | None:
     for form in _forms(relative):
         path = os.path.join(settings.root, form)
         try:
@@ -137,7 +137,7 @@ def _local_file(settings: SourceSettings, relative: str) -> str | None:
     return None
 
 
-def _check_inside(settings: SourceSettings, path: str, *, is_link: bool) -> None:
+def _check_inside(settings: AnnotatedConfig, path: str, *, is_link: bool) -> None:
     if settings.allow_outside:
         return
     folder, name = os.path.split(path)
@@ -156,7 +156,7 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _member(settings: SourceSettings, relative: str, name: str) -> str | None:
+def _member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
     """The address of the member of an archive below the root that has this path, or this name."""
     archives = [archive for archive in _archives(settings) if not archive.error]
     below = [(a, relative.removeprefix(a.folder).lstrip("/")) for a in archives if relative.startswith(f"{a.folder}/" if a.folder else "")]
@@ -169,7 +169,7 @@ def _member(settings: SourceSettings, relative: str, name: str) -> str | None:
     return None
 
 
-def _archives(settings: SourceSettings) -> tuple[Archive, ...]:
+def _archives(settings: AnnotatedConfig) -> tuple[Archive, ...]:
     return archives_below(settings.root, "follow" if settings.allow_outside else "skip")
 
 
@@ -184,7 +184,7 @@ def _existing(archive: str, member: str) -> str | None:
     return None
 
 
-def _matching(settings: SourceSettings, pattern: str) -> Iterator[str]:
+def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
     root = settings.root
     if is_archive(root) and not os.path.isdir(root):
         for member in list_members(root):
@@ -204,7 +204,7 @@ def _matching(settings: SourceSettings, pattern: str) -> Iterator[str]:
                 return
 
 
-def _refuse_link(settings: SourceSettings, path: str) -> None:
+def _refuse_link(settings: AnnotatedConfig, path: str) -> None:
     try:
         _check_inside(settings, path, is_link=True)
     except OutsideRoot as error:

@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, projector_spec, train_encoder
-from vlmcap.config import Config, ModelKind
+from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, family_of, max_patches, projector_spec, train_encoder
+from vlmcap.config import Config, LlavaNextVideoConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS
 from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
@@ -98,7 +98,7 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
         vision["num_hidden_layers"] = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
     with torch.device("meta"):
-        return build_encoder(config.encoder.family.value, vision, options)
+        return build_encoder(family_of(config), vision, options)
 
 
 def num_blocks(encoder: Any) -> int:
@@ -133,7 +133,7 @@ def whole_parts(config: Config, depth: int, plain_vision: int | None = None) -> 
         values["vision_config"] = _cut_vision(values["vision_config"], plain_vision)
     dtype = dtype_of(config.hardware.precision)
     with torch.device("meta"):
-        return build_pretrained(config.model.kind.value, values, dtype=dtype, max_patches=config.encoder.max_patches)
+        return build_pretrained(config.model.kind, values, dtype=dtype, max_patches=max_patches(config))
 
 
 def _cut_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def whole_outline(config: Config) -> PretrainedParts:
 def _once(config: Config, make: Callable[[], Any]) -> Any:
     part = config.model if config.is_whole else config.encoder
     base = architecture(config, "model" if config.is_whole else "encoder")
-    return once([asdict(part), config.encoder.max_patches, config.hardware.precision, config.hardware.attention, base], make)
+    return once([asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make)
 
 
 def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
@@ -194,7 +194,7 @@ def hollow_llm(
     dtype, kept = dtype_of(config.hardware.precision), None
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     with torch.device("meta"):
-        if config.is_whole and config.model.kind is not ModelKind.llava_next_video:
+        if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
             parts = whole_parts(config, depth)
             llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
         else:

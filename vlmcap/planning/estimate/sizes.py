@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of
-from vlmcap.config import Config, ModelKind
+from vlmcap.config import Config, Qwen3VlConfig
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     num_blocks,
@@ -76,7 +76,7 @@ def sizes_of(config: Config) -> Sizes:
     steps, rows, columns = grid
     count = whole_outline(config).num_tokens if spec is None else spec.num_tokens
     num_visual = count(steps, (rows, columns))
-    is_timed = config.model.kind is ModelKind.qwen3_vl
+    is_timed = isinstance(config.model, Qwen3VlConfig)
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):

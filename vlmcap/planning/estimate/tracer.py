@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.assembly.parts import dtype_of, loss_chunk_bytes
-from vlmcap.config import Config, EncoderTuning, ModelKind, Precision
+from vlmcap.assembly.parts import dtype_of, lora_of, loss_chunk_bytes
+from vlmcap.config import Config, EncoderTuning, Precision, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.planning.estimate.meta_models import (
@@ -108,7 +108,7 @@ class Tracer:
         self.config, self.has_flash = config, has_flash
         self.sizes = sizes or sizes_of(config)
         self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
-        self.trains_encoder = config.tuning.encoder is not EncoderTuning.none
+        self.trains_encoder = config.tuning.encoder_tuning is not EncoderTuning.none
 
     @property
     def depth(self) -> int:
@@ -136,8 +136,13 @@ class Tracer:
 
     def projector(self, num_clips: int) -> StageTrace:
         """Features to visual tokens."""
+        model = self.config.model
         key = {"projector": dataclasses.asdict(self.config.projector), "sizes": dataclasses.asdict(self.sizes), "clips": num_clips}
-        key |= {"width": int(text_config(self.config).hidden_size), "base": self.config.model.checkpoint, "input": self.trains_encoder}
+        key |= {
+            "width": int(text_config(self.config).hidden_size),
+            "base": model.checkpoint if isinstance(model, PretrainedVlmConfig) else "",
+            "input": self.trains_encoder,
+        }
         key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
         return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
 
@@ -184,7 +189,7 @@ class Tracer:
         return architecture(self.config, "model" if self.config.is_whole else part)
 
     def _encoder_tuning(self) -> Any:
-        return [self.config.tuning.encoder.value, dataclasses.asdict(self.config.tuning.lora)] if self.trains_encoder else None
+        return [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))] if self.trains_encoder else None
 
     @property
     def _autocast(self) -> torch.dtype | None:
@@ -271,7 +276,7 @@ class Tracer:
 
     def _deep_layers(self) -> int:
         """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
-        if self.config.model.kind is not ModelKind.qwen3_vl:
+        if not isinstance(self.config.model, Qwen3VlConfig):
             return 1
         return 1 + int(whole_outline(self.config).encoder.num_deep_layers)
 

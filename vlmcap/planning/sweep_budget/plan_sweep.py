@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vlmcap.compose import NO_DATA, compose
-from vlmcap.config import Config, EncoderTuning
+from vlmcap.config import Config, DemoDataConfig, EncoderTuning
 from vlmcap.errors import UserError
 from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
 from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, propose
@@ -102,7 +102,7 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
         usable_gib=usable_gib,
         seconds=seconds,
         clips=num_clips(config),
-        num_epochs=sum(stage.epochs for stage in config.tuning.stages.values()),
+        num_epochs=config.tuning.num_epochs,
         every_n_epochs=config.evaluation.every_n_epochs,
         max_eval_clips=config.evaluation.max_clips,
         max_trained=None if steps < 0 else steps * config.data.batch_size * trainer.accumulate_grad_batches,
@@ -113,8 +113,9 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 def num_clips(config: Config) -> NumClips:
     """Clips of each split: the demo's own, or as many as AI Hub's data set has; `data.max_clips` of the training split at most."""
-    demo, train, val, test = config.data.demo, NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
-    if config.data.is_demo:
+    train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
+    if isinstance(config.data, DemoDataConfig):
+        demo = config.data.demo
         train, val, test = demo.num_train, demo.num_val, demo.num_test
     elif config.data.max_clips:
         train = config.data.max_clips
@@ -127,7 +128,9 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
 
     tracer, batch = Tracer(config, plan.card.has_flash), config.data.eval_batch_size
     speed = plan.card.utilisation * plan.card.peak_flops * batch
-    passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[config.tuning.encoder]  # a trained one's trace is a step
+    passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[
+        config.tuning.encoder_tuning
+    ]  # a trained one's trace is a step
     prompt = tracer.sizes.num_visual + tracer.sizes.num_prompt
     longer = 1 + config.llm.max_caption_tokens / prompt
     return ClipSeconds(
@@ -142,7 +145,7 @@ def _store(config: Config) -> str:
     """Equal for configurations that read the same stored features, and shown as the encoder's name."""
     part = {key: value for key, value in dataclasses.asdict(config.encoder).items() if key not in ("name", "is_cached", "attention")}
     data, cache = config.data, config.cache
-    pool = config.projector.pool_size if cache.pooled else None
+    pool = config.pool_size
     rest = [data.num_frames, data.sampling.value, data.fps, data.variable_frames, cache.dtype, pool, config.hardware.precision.value]
     return f"{config.model.name if config.is_whole else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
 
@@ -164,7 +167,7 @@ def _check_machines(configs: Sequence[Config], price: float | None) -> None:
 
 def _described(configs: Sequence[Config]) -> list[str]:
     """What was counted, and how far it may be trusted."""
-    counted = {(config.data.name, num_clips(config), sum(stage.epochs for stage in config.tuning.stages.values())) for config in configs}
+    counted = {(config.data.name, num_clips(config), config.tuning.num_epochs) for config in configs}
     lines = []
     for name, clips, epochs in sorted(counted, key=str):
         splits = f"{grouped(clips.train)} training, {grouped(clips.val)} validation and {grouped(clips.test)} test clips"

@@ -27,7 +27,7 @@ class Wanted:
     """What is asked of a report.
 
     Attributes:
-        metric: Such as `val/cider`; None for the runs' own objective.
+        metric: Such as `val/cider`; None for what the runs monitored.
         title: None for the names of the folders.
         clips: At most, with captions side by side.
         tokenizer: Scores everything anew by this one; None keeps the scores that the runs have.

@@ -18,7 +18,8 @@ _GROUPS = (*_PARTS, "tuning", "hardware", "data", "optim", "evaluation", "traine
 _ABSENT = {"own", "assembled"}  # the part of a whole model, and the absence of one
 _NO_MATTER = (
     "seed",
-    "objective",
+    "monitor",
+    "mode",
     "checkpoint",
     "paths.",
     "logger.",
@@ -101,7 +102,7 @@ def seed_of(run: RunFolder) -> int | None:
 
 
 def choose_metric(runs: Sequence[RunFolder], asked: str | None) -> str:
-    """The metric that was asked for, else the runs' own objective, else CIDEr of the split that most have.
+    """The metric that was asked for, else what the runs monitored, else CIDEr of the split that most have.
 
     Raises:
         UserError: No run has the metric, or any score at all.
@@ -115,7 +116,7 @@ def choose_metric(runs: Sequence[RunFolder], asked: str | None) -> str:
             known = ", ".join(sorted(name for name in counts if "category/" not in name and "swapped" not in name)[:40])
             raise UserError(f"--metric {asked} is in none of the runs; choose one of {known}")
         return asked
-    objectives = Counter(str(run.config["objective"]) for run in runs if run.config.get("objective") in counts)
+    objectives = Counter(str(run.config["monitor"]) for run in runs if run.config.get("monitor") in counts)
     wanted = [*(name for name, _ in objectives.most_common(1)), "val/cider", "test/cider"]
     return max([name for name in wanted if name in counts] or [next(iter(counts))], key=lambda name: counts[name])
 

@@ -61,7 +61,7 @@ class CaptionEvaluation(L.Callback):
         scorer: Scores a corpus of predictions.
         clips: Split to its clips.
         folder: Folder of the prediction files.
-        followed: Metrics such as "val/meteor" that a checkpoint or early stopping follows, measured while training
+        monitor: Metric such as "val/meteor" that a checkpoint or early stopping follows, measured while training
             whatever they cost.
     """
 
@@ -70,10 +70,10 @@ class CaptionEvaluation(L.Callback):
         scorer: CaptionScorer,
         clips: Mapping[str, Sequence[Clip]],
         folder: Path,
-        followed: Sequence[str | None] = (),
+        monitor: str = "",
     ) -> None:
         self.scorer, self.clips, self.folder = scorer, clips, folder
-        extra = {name.removeprefix("val/") for name in followed if name} & set(METRIC_NAMES) - set(LOOP_METRICS)
+        extra = {monitor.removeprefix("val/")} & set(METRIC_NAMES) - set(LOOP_METRICS)
         self._loop_metrics = (*LOOP_METRICS, *sorted(extra))
         self._captions = CaptionScore()  # gathers the corpus; `scorer` measures more of it than this metric does
         self._loss, self._labels = 0.0, 0

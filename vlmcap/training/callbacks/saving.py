@@ -184,16 +184,14 @@ def run_checkpoints(trainer: L.Trainer) -> RunCheckpoints:
 
 
 def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
-    """The callback that keeps the last state, and the best one by `data.monitor`.
+    """The callback that keeps the last state, and the best one by `monitor`.
 
     Args:
         folder: Run folder.
         config: Names the metric.
     """
-    monitor = config.data.monitor if config.data.monitor.startswith("val/") else None
-    mode = "max" if monitor is None else config.better(monitor)
     every_n_steps = config.trainer.checkpoint_every_n_steps or 0
-    return [RunCheckpoints(folder, monitor=monitor, mode=mode, every_n_steps=every_n_steps)]
+    return [RunCheckpoints(folder, monitor=config.monitor, mode=config.monitor_mode, every_n_steps=every_n_steps)]
 
 
 def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import vlmcap
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.parts import dtype_of, load_prompt_of
+from vlmcap.assembly.parts import dtype_of, load_prompt_of, lora_of
 from vlmcap.compose import from_plain, to_config, to_plain, write_yaml
-from vlmcap.config import Config, EncoderTuning, Quantization
+from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, Quantization
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import new_folder
 from vlmcap.libraries import quiet_libraries
@@ -104,10 +104,10 @@ def write_export(
     Raises:
         UserError: As for `export`.
     """
-    if config.is_whole and config.tuning.encoder is not EncoderTuning.none:
+    if config.is_whole and config.tuning.encoder_tuning is not EncoderTuning.none:
         raise UserError(
-            f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder.name}, and a trained encoder cannot be put "
-            "back into a whole model's folder; caption with the checkpoint itself"
+            f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and a trained encoder "
+            "cannot be put back into a whole model's folder; caption with the checkpoint itself"
         )
     folder = _base(config, content)
     _say(f"reading {folder}")
@@ -151,12 +151,11 @@ def as_exported(config: Config, folder: Path) -> Config:
         folder: Of the exported model, which takes the place of the base.
     """
     part = "model" if config.is_whole else "llm"
-    stages = {name: dataclasses.replace(stage, adapter_lr=0.0, llm_lr=0.0) for name, stage in config.tuning.stages.items()}
-    changed = dataclasses.replace(
-        config,
-        tuning=dataclasses.replace(config.tuning, stages=stages, use_lora=False),
-        llm=dataclasses.replace(config.llm, quantization=Quantization["none"]),
-    )
+    before = config.tuning
+    tuning = FullConfig(before.name, epochs=before.num_epochs, projector_lr=before.projector_lr, llm_lr=0.0)
+    if isinstance(before, EncoderTuningConfig):
+        tuning = dataclasses.replace(tuning, encoder=before.encoder, encoder_lr=before.encoder_lr, lora=before.lora)
+    changed = dataclasses.replace(config, tuning=tuning, llm=dataclasses.replace(config.llm, quantization=Quantization["none"]))
     base = dataclasses.replace(getattr(changed, part), checkpoint=str(folder), revision=None)
     return dataclasses.replace(changed, **{part: base})
 
@@ -207,14 +206,14 @@ def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: 
     from vlmcap.models.llm.merge import merged_model
     from vlmcap.models.pretrained.merged import merged_pretrained
 
-    lora = dataclasses.asdict(config.tuning.lora)
+    lora = dataclasses.asdict(lora_of(config)) if config.tuning.use_lora else {}
     # Adapters that no stage trained are in no checkpoint, and change nothing.
     is_adapted = config.tuning.use_lora and any(stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values())
     adapt: Callable[[nn.Module], nn.Module] | None = (lambda model: add_lora(model, **lora)) if is_adapted else None
     with progress_reporter("merging layers") as progress:
         settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress}
         if config.is_whole:
-            return merged_pretrained(config.model.kind.value, folder, weights, **settings)
+            return merged_pretrained(config.model.kind, folder, weights, **settings)
         return merged_model(folder, weights, **settings)
 
 

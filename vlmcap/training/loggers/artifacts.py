@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmcap.config import Config, LoggedCheckpoint
+from vlmcap.config import Config, LoggedCheckpoint, WandbConfig
 from vlmcap.training.loggers.identity import folder_of, known_ids
 
 
@@ -17,11 +17,11 @@ def log_run_files(run: Any, config: Config, folder: Path) -> None:
         config: Says what is sent, and how much at most.
         folder: Of the run.
     """
-    kind = config.logger.log_checkpoints
+    kind = _settings(config).log_checkpoints
     chosen = folder / "checkpoints" / f"{kind.name}.ckpt"
     if kind is not LoggedCheckpoint["none"] and chosen.is_file() and _is_small(chosen, config):
         run.log_artifact(_checkpoint_artifact(run.id, chosen, config), aliases=[kind.name])
-    if config.logger.log_predictions:
+    if _settings(config).log_predictions:
         _log_predictions(run, [folder / "predictions" / f"{split}.jsonl" for split in ("val", "test")])
 
 
@@ -35,7 +35,7 @@ def use_checkpoint(run: Any, config: Config, checkpoint: Path) -> None:
         config: Of the evaluation.
         checkpoint: The file.
     """
-    if config.logger.log_checkpoints is LoggedCheckpoint["none"] or not checkpoint.is_file() or not _is_small(checkpoint, config):
+    if _settings(config).log_checkpoints is LoggedCheckpoint["none"] or not checkpoint.is_file() or not _is_small(checkpoint, config):
         return
     trained_by = known_ids(folder_of(checkpoint)).get("wandb")
     artifact = _checkpoint_artifact(trained_by or f"{checkpoint.stem}-{run.id}", checkpoint, config)
@@ -72,7 +72,12 @@ def _log_predictions(run: Any, files: list[Path]) -> None:
 
 
 def _is_small(file: Path, config: Config) -> bool:
-    mib, most = file.stat().st_size / 2**20, config.logger.max_artifact_mib
+    mib, most = file.stat().st_size / 2**20, _settings(config).max_artifact_mib
     if mib > most:
         print(f"W&B: {file.name} of {mib:,.0f} MiB is not sent; logger.max_artifact_mib={most} is the limit.", flush=True)
     return mib <= most
+
+
+def _settings(config: Config) -> WandbConfig:
+    assert isinstance(config.logger, WandbConfig)
+    return config.logger

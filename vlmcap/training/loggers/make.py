@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from vlmcap.config import Config, LoggerKind
+from vlmcap.config import Config, CsvConfig, MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
 from vlmcap.config.names import FINAL_SCORES, PEAK_MEMORY, factors, flat_summary
 from vlmcap.training.loggers.artifacts import log_evaluation_files, log_run_files, use_checkpoint
 from vlmcap.training.loggers.identity import folder_of, ids_to_resume, keep_ids, known_ids
@@ -36,9 +36,9 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
     jsonl, rows = JsonlLogger(folder / "metrics.jsonl"), []
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         is_outside = any(isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) for logger in extra)
-        keep_ids(folder, known | ({config.logger.kind.name: str(extra[0].version)} if is_outside else {}))
+        keep_ids(folder, known | ({config.logger.kind: str(extra[0].version)} if is_outside else {}))
         rows = jsonl.cut_after(step if step is not None else -1)
-    if config.logger.kind is LoggerKind.csv:
+    if isinstance(config.logger, CsvConfig):
         extra = [csv_logger(folder, rows)]
     return [jsonl, *extra]
 
@@ -51,15 +51,15 @@ def make_evaluation_loggers(config: Config, plain: Mapping[str, Any], folder: Pa
 def _extra_loggers(
     config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known: Mapping[str, str], step: int | None
 ) -> list[Logger]:
-    known_id = known.get(config.logger.kind.name)
-    match config.logger.kind:
-        case LoggerKind.wandb:
+    known_id = known.get(config.logger.kind)
+    match config.logger:
+        case WandbConfig():
             return [wandb_logger(config, plain, folder, job_type, known_id)]
-        case LoggerKind.tensorboard:
+        case TensorboardConfig():
             return [tensorboard_logger(folder, step, is_training=job_type == "train")]
-        case LoggerKind.mlflow:
+        case MlflowConfig():
             return [mlflow_logger(config, folder, job_type, known_id)]
-        case LoggerKind.trackio:
+        case TrackioConfig():
             return [TrackioLogger(config, plain, job_type, known_id)]
     return []
 

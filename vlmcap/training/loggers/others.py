@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from vlmcap.config import Config
+from vlmcap.config import Config, MlflowConfig, TrackioConfig
 from vlmcap.config.names import factors
 from vlmcap.errors import UserError
 from vlmcap.training.loggers.wandb_run import group_name, run_name, run_tags
@@ -68,6 +68,7 @@ def mlflow_logger(config: Config, folder: Path, job_type: str, known_id: str | N
         UserError: MLflow is not installed.
     """
     require_package("mlflow", "pip install 'vlmcap[mlflow]'")
+    assert isinstance(config.logger, MlflowConfig)
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{(folder / 'mlruns').absolute()}"
     if address.startswith("file:"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -113,6 +114,7 @@ class TrackioLogger(Logger):
     def __init__(self, config: Config, plain: Mapping[str, Any], job_type: str, known_id: str | None = None) -> None:
         super().__init__()
         require_package("trackio", "docs/wandb.md says how to install it")
+        assert isinstance(config.logger, TrackioConfig)
         self._project, self._name = config.logger.project, known_id or run_name(config)
         resume = "allow" if known_id else "never"
         self._begin(factors(config) | {"job_type": job_type, "settings": dict(plain)}, group_name(config), resume)

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
-from vlmcap.config import LoggerConfig
+from vlmcap.config import WandbConfig
 from vlmcap.config.names import VAL_TABLE
 from vlmcap.data.decoding.video import VideoError, decode_frames
 from vlmcap.training.callbacks.evaluation import CaptionEvaluation
@@ -27,12 +27,11 @@ class WandbTable(L.Callback):
 
     Args:
         evaluation: Holds the predictions.
-        num_rows: Of the table; the same clips each time.
-        config: Size and quality of thumbnails, how often, and how many MiB a run may send.
+        config: Rows of the table, size and quality of thumbnails, how often, and how many MiB a run may send.
     """
 
-    def __init__(self, evaluation: CaptionEvaluation, num_rows: int, config: LoggerConfig) -> None:
-        self.evaluation, self.num_rows, self.config = evaluation, num_rows, config
+    def __init__(self, evaluation: CaptionEvaluation, config: WandbConfig) -> None:
+        self.evaluation, self.config = evaluation, config
         self.sent_bytes = 0
         self._thumbnails: dict[str, bytes | None] = {}
         self._validations = 0
@@ -51,7 +50,7 @@ class WandbTable(L.Callback):
 
     def _send(self, trainer: L.Trainer, key: str) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        rows = self.evaluation.predictions[: self.num_rows]
+        rows = self.evaluation.predictions[: self.config.num_table_rows]
         if not loggers or not rows or not trainer.is_global_zero:
             return
         size = self._size(rows)

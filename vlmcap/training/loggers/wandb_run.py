@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from vlmcap.config import Config
+from vlmcap.config import Config, TrackioConfig, WandbConfig
 from vlmcap.config.names import factors
 
 _OWN: dict[str, str | None] = {"run": None, "data": None}  # what an earlier job of this process left
@@ -31,13 +31,15 @@ def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_typ
     import wandb
 
     end_wandb(exit_code=1)  # a job of a sweep that failed would else take in what this one logs
-    reason = offline_reason(config.logger.offline)
+    settings = config.logger
+    assert isinstance(settings, WandbConfig)
+    reason = offline_reason(settings.offline)
     if reason:
         print(f"W&B: offline, {reason}; `wandb sync {folder / 'wandb'}/offline-run-*` uploads the run later.", flush=True)
         _stage_beside(folder)
     logger = WandbLogger(
-        project=config.logger.project,
-        entity=config.logger.entity,
+        project=settings.project,
+        entity=settings.entity,
         save_dir=folder,
         mode="offline" if reason else None,
         id=os.environ.get("WANDB_RUN_ID") or known_id,
@@ -60,7 +62,8 @@ def run_name(config: Config) -> str:
 
 def group_name(config: Config) -> str:
     """What is compared as one: all projectors, tunings and seeds of an encoder and a language model."""
-    return config.logger.group or "+".join(name for part, name in config.part_names.items() if part != "projector")
+    given = config.logger.group if isinstance(config.logger, WandbConfig | TrackioConfig) else None
+    return given or "+".join(name for part, name in config.part_names.items() if part != "projector")
 
 
 def run_tags(config: Config) -> list[str]:

@@ -1,0 +1,208 @@
+"""What is trained, for how long and at which learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from vlmcap.config.checks import follows, only_with, require, require_positive
+from vlmcap.config.choices import EncoderTuning
+from vlmcap.config.kinds import register
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (peft)."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # or names of the language model's modules, as a list or with commas between
+    use_dora: bool = False  # weight-decomposed: https://arxiv.org/abs/2402.09353
+    use_rslora: bool = False  # scaled by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732
+    use_experts: bool = False  # on the experts of a mixture-of-experts model too
+
+    def __post_init__(self) -> None:
+        require_positive("tuning.lora", self, "rank")
+        targets = self.target_modules
+        self.target_modules = ",".join(map(str, targets)) if isinstance(targets, list) else targets
+        is_named = isinstance(self.target_modules, str) and bool(self.target_modules)
+        require(is_named, f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]")
+        require(0 <= self.dropout < 1, f"tuning.lora.dropout must be in [0, 1), not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs with one set of trained parts; a part is trained where its learning rate is above 0.
+
+    Attributes:
+        epochs: Passes over the training clips.
+        encoder_lr: Peak learning rate of what `tuning.encoder` names, as are those below of their parts.
+        projector_lr: Of the projector.
+        adapter_lr: Of LoRA on the language model.
+        llm_lr: Of the language model's own weights.
+        warmup_ratio: Share of the stage's steps with a rising rate; a cosine decay follows.
+        final_lr_ratio: Rate at the end of the stage over its peak.
+    """
+
+    epochs: int
+    encoder_lr: float = 0.0
+    projector_lr: float = 0.0
+    adapter_lr: float = 0.0
+    llm_lr: float = 0.0
+    warmup_ratio: float = 0.03
+    final_lr_ratio: float = 0.0
+
+
+@dataclass
+class TuningConfig:
+    """What every kind of tuning has: the projector is trained."""
+
+    name: str = MISSING
+    kind: str = MISSING
+    epochs: int = 3  # passes over the training clips
+    projector_lr: float = follows("llm.suggested.projector_lr", 1e-4)
+    warmup_ratio: float = 0.03  # share of a stage's steps with a rising rate; cosine decay after it
+    final_lr_ratio: float = 0.0  # rate at the end of a stage over its peak
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """Stages by name, in order."""
+        return {"tune": self._stage(self.epochs, projector_lr=self.projector_lr)}
+
+    @property
+    def use_lora(self) -> bool:
+        """Whether the language model gets adapters."""
+        return False
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the language model's adapters; 0 where it gets none."""
+        return 0
+
+    @property
+    def encoder_tuning(self) -> EncoderTuning:
+        """What is trained of the encoder."""
+        return EncoderTuning.none
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of all stages."""
+        return sum(stage.epochs for stage in self.stages.values())
+
+    def _stage(self, epochs: int, **rates: float) -> Stage:
+        return Stage(epochs, warmup_ratio=self.warmup_ratio, final_lr_ratio=self.final_lr_ratio, **rates)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "align_epochs"):
+            require(getattr(self, name, 0) >= 0, f"tuning.{name} must not be negative, not {getattr(self, name, 0)}")
+        for name in ("projector_lr", "adapter_lr", "llm_lr", "align_lr", "encoder_lr"):
+            require(getattr(self, name, 0) >= 0, f"tuning.{name} must not be negative, not {getattr(self, name, 0)}")
+        require(0 <= self.warmup_ratio < 1, f"tuning.warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        require(0 <= self.final_lr_ratio <= 1, f"tuning.final_lr_ratio must be in [0, 1], not {self.final_lr_ratio}")
+
+
+@register("tuning")
+@dataclass
+class ProjectorOnlyConfig(TuningConfig):
+    """The projector alone, on a frozen encoder and language model."""
+
+    kind: str = "projector_only"
+    projector_lr: float = follows("llm.suggested.align_lr", 1e-3)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The one stage."""
+        return {"align": self._stage(self.epochs, projector_lr=self.projector_lr)}
+
+
+@dataclass
+class EncoderTuningConfig(TuningConfig):
+    """Tuning that may reach the encoder."""
+
+    encoder: EncoderTuning = EncoderTuning.none
+    encoder_lr: float = only_with("encoder=lora", lambda c: c.encoder is not EncoderTuning.none, 2e-5)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def encoder_tuning(self) -> EncoderTuning:
+        """What is trained of the encoder."""
+        return self.encoder
+
+    @property
+    def _encoder_lr(self) -> float:
+        return 0.0 if self.encoder is EncoderTuning.none else self.encoder_lr
+
+
+@register("tuning")
+@dataclass
+class FullConfig(EncoderTuningConfig):
+    """Projector and all of the language model's own weights."""
+
+    kind: str = "full"
+    llm_lr: float = 2e-5
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The one stage."""
+        rates = {"encoder_lr": self._encoder_lr, "projector_lr": self.projector_lr, "llm_lr": self.llm_lr}
+        return {"tune": self._stage(self.epochs, **rates)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_read = self.encoder is EncoderTuning.lora or self.lora == LoraConfig()
+        require(is_read, f"tuning.lora changes nothing in tuning={self.name} without tuning.encoder=lora; leave it out")
+
+
+@register("tuning")
+@dataclass
+class LoraTuningConfig(EncoderTuningConfig):
+    """Projector in full and LoRA on the language model, from the first step."""
+
+    kind: str = "lora"
+    adapter_lr: float = follows("llm.suggested.adapter_lr", 2e-4)
+
+    @property
+    def use_lora(self) -> bool:
+        """Whether the language model gets adapters."""
+        return True
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the language model's adapters."""
+        return self.lora.rank
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The one stage."""
+        return {"tune": self._stage(self.epochs, **self._rates)}
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        return {"encoder_lr": self._encoder_lr, "projector_lr": self.projector_lr, "adapter_lr": self.adapter_lr}
+
+
+@register("tuning")
+@dataclass
+class TwoStageConfig(LoraTuningConfig):
+    """First the projector alone at a high rate, then projector and LoRA together."""
+
+    kind: str = "two_stage"
+    epochs: int = 4  # of both stages
+    align_epochs: int = 1  # of the first stage
+    align_lr: float = follows("llm.suggested.align_lr", 1e-3)  # of the projector in the first stage
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """Both stages."""
+        return {
+            "align": self._stage(self.align_epochs, projector_lr=self.align_lr),
+            "tune": self._stage(self.epochs - self.align_epochs, **self._rates),
+        }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_possible = self.align_epochs <= self.epochs
+        require(is_possible, f"tuning.align_epochs={self.align_epochs} are more than tuning.epochs={self.epochs}, which counts both stages")
