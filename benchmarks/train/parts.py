@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmcap.config import OptimConfig, StageConfig
+from vlmcap.config import OptimConfig, Stage
 from vlmcap.data.loading.collate import Collator
 from vlmcap.data.quarantine import Ledger
 from vlmcap.models.captioner import VideoCaptioner
@@ -148,7 +148,7 @@ def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) ->
     set_adapters(llm)
     encoder = None if is_cached else parts.encoder
     captioner = VideoCaptioner(encoder, parts.projector, llm, Words(), GenerationSettings(1), loss_chunk_bytes=CHUNK_BYTES)  # type: ignore[arg-type]
-    stage = StageConfig(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
+    stage = Stage(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
     ledger = Ledger(Path(tempfile.gettempdir()) / "vlmcap-no-clips.jsonl", 0.0, num_steps)
     plan, unit = StagePlan({"tune": stage}), sum(shape.captions)
     module = CaptioningModule(captioner, plan, OptimConfig(), identity={}, ledger=ledger, max_label_tokens=unit)
