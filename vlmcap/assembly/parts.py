@@ -162,9 +162,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
     else:
         from vlmcap.models.encoders.tower import add_tower_lora
 
-        add_tower_lora(
-            encoder.tower, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_dora=lora.use_dora, use_rslora=lora.use_rslora
-        )
+        add_tower_lora(encoder.tower, lora)
     if config.hardware.gradient_checkpointing:
         encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -318,7 +316,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
         llm.float().requires_grad_(True)  # mixed precision wants float32 masters
     if not config.tuning.use_lora:
         return llm
-    adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora_of(config)))
+    adapted: nn.Module = add_lora(llm, lora_of(config))
     return adapted
 
 

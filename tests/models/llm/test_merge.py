@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
@@ -30,8 +31,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, quantization: str = "
 
 
 def adapter_of(**settings: Any) -> Callable[[nn.Module], nn.Module]:
-    options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear", **settings}
-    return lambda model: add_lora(model, **options)
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.1, **settings)
+    return lambda model: add_lora(model, lora)
 
 
 def trained(model: Any) -> Any:
