@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.config import LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -39,7 +39,7 @@ def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
         for name, parameter in llm.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)  # as after some training
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
     projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES))
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=12)).eval()
 

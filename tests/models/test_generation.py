@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmcap.config import Engine, EvaluationConfig, LoraConfig
+from vlmcap.config import Engine, EvaluationConfig, LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -66,7 +66,7 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     encoder = load_encoder("siglip", encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
     with torch.no_grad():
         [module for module in projector.modules() if isinstance(module, nn.Linear)][-1].weight.mul_(10)  # captions then depend on the video

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmcap.config import LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -55,7 +55,7 @@ def make(llm_folder: Path) -> Make:
     """A captioner around a tiny language model, with adapters as after some training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
 
     def build(kind: str, attention: str = "sdpa") -> VideoCaptioner:
         torch.manual_seed(0)

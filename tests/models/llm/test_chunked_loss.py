@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.compose import compose
-from vlmcap.config import LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
@@ -54,7 +54,7 @@ def make(llm_folder: Path) -> Make:
     """A captioner around a tiny language model, with adapters as after some training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
 
     def build(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> VideoCaptioner:
         torch.manual_seed(0)
@@ -219,7 +219,7 @@ def test_whole_models(kind: str, qwen_folders: dict[str, Path], spy: list[int]) 
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
     captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4)).eval()
     items = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from vlmcap.config import LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
@@ -106,8 +106,7 @@ def _all_weights(folder: Path) -> dict[str, Tensor]:
 def test_the_folder_is_whole(llm_folder: Path, tmp_path: Path) -> None:
     adapt = adapter_of()
     merge_adapters(llm_folder, adapters(trained(adapt(load(llm_folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
-    options: dict[str, Any] = {"prompt": "설명해 주세요.", "system_prompt": None, "enable_thinking": False}
-    old, new = load_prompt(llm_folder, **options), load_prompt(tmp_path / "merged", **options)
+    old, new = (load_prompt(folder, LlmConfig()) for folder in (llm_folder, tmp_path / "merged"))
     assert (new.prefix_ids, new.suffix_ids, new.stop_ids) == (old.prefix_ids, old.suffix_ids, old.stop_ids)
     assert [file.name for file in tmp_path.iterdir()] == ["merged"]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.pretrained import VISION
-from vlmcap.config import LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -35,7 +35,7 @@ def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
 def adapted(parts: PretrainedParts, folder: Path) -> tuple[VideoCaptioner, Batch]:
     """The captioner with LoRA on its language part, and a batch of two clips of other sizes."""
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
     captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4))
     transform, samples = parts.encoder.transform, []

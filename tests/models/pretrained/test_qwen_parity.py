@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.config import EvaluationConfig
+from vlmcap.config import EvaluationConfig, LlmConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
@@ -104,14 +104,7 @@ def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
 
 
 def join(parts: PretrainedParts, folder: Path, **settings: Any) -> QwenVLCaptioner:
-    prompt = load_prompt(
-        folder,
-        prompt="설명해 주세요.",
-        system_prompt=None,
-        enable_thinking=False,
-        visual_prefix=parts.visual_prefix,
-        visual_suffix=parts.visual_suffix,
-    )
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix)
     generation = GenerationSettings(max_new_tokens=6, rules=EvaluationConfig(**settings))
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, generation)
     assert isinstance(captioner, QwenVLCaptioner)
