@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vlmcap.config import Batching, Config, DataConfig, OptimConfig, StageConfig
+from vlmcap.config import Batching, Config, DataConfig, OptimConfig, Stage
 from vlmcap.data.loading.batches import Draw
 from vlmcap.data.loading.collate import Collator
 from vlmcap.data.loading.datamodule import CaptionDataModule
@@ -121,7 +121,7 @@ def tiny_training(
 ) -> tuple[L.Trainer, CaptioningModule]:
     """Trainer and module, checkpoints in `folder / "checkpoints"` every two steps of two micro-batches."""
     L.seed_everything(11, verbose=False)
-    stages = stages or {"tune": StageConfig(epochs=num_epochs, projector_lr=0.02, llm_lr=0.01)}
+    stages = stages or {"tune": Stage(epochs=num_epochs, projector_lr=0.02, llm_lr=0.01)}
     module = CaptioningModule(
         cast(VideoCaptioner, TinyCaptioner()),
         StagePlan(stages),
@@ -132,8 +132,8 @@ def tiny_training(
     )
     config = SimpleNamespace(
         trainer=SimpleNamespace(checkpoint_every_n_steps=2),
-        data=SimpleNamespace(monitor=monitor),
-        better=lambda metric: "min" if metric == "val/loss" else "max",
+        monitor=monitor,
+        monitor_mode="min" if monitor == "val/loss" else "max",
     )
     settings: dict[str, Any] = {
         "accelerator": "cpu",

@@ -77,7 +77,7 @@ def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) 
 
     embeddings = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left")
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(one)).long() for one in own], batch_first=True, padding_side="left")
-    penalty = settings.repetition_penalty
+    penalty = settings.rules.repetition_penalty
     ids = model.generate(  # type: ignore[operator]
         inputs_embeds=embeddings,
         attention_mask=mask,

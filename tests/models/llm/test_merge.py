@@ -31,7 +31,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, quantization: str = "
 
 
 def adapter_of(**settings: Any) -> Callable[[nn.Module], nn.Module]:
-    lora = LoraConfig(rank=4, alpha=8, dropout=0.1, **settings)
+    lora = LoraConfig(**{"rank": 4, "alpha": 8, "dropout": 0.1, **settings})
     return lambda model: add_lora(model, lora)
 
 
