@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 
+from vlmcap.config import LoraConfig
 from vlmcap.data.loading.batches import BatchPlan, length_plan, packed_plan, shuffled_plan
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
@@ -63,7 +64,7 @@ def make_captioner(num_visual: int, width: int, layers: int, device: str) -> Vid
         head_dim=64,
     )
     llm = transformers.Qwen3ForCausalLM(config).requires_grad_(False)
-    adapted = add_lora(llm, rank=8, alpha=16, dropout=0.0, target_modules="all-linear")
+    adapted = add_lora(llm, LoraConfig(rank=8, alpha=16))
     projector = build_projector(ProjectorSpec("mlp", in_dim=64, out_dim=width, grid=(1, num_visual), num_frames=1))
     words: Any = Words()
     return VideoCaptioner(None, projector, adapted, words, GenerationSettings(1)).to(device).train()
