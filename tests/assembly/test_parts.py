@@ -203,4 +203,4 @@ def test_keep_encoder_and_projector_and_swap_the_language_model(
     with pytest.raises(UserError, match=r"language model of width 64, but llm is 32 wide; set projector\.checkpoint=null") as caught:
         assembled(compose(other))
     assert "\n" not in str(caught.value)
-    assert assembled(compose([*other, "projector.checkpoint=null"])).captioner.projector.spec.out_dim == 32
+    assert assembled(compose([*other, "projector.checkpoint=null"])).captioner.projector.sizes.out_dim == 32

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.config import LlmConfig, LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -20,7 +20,7 @@ from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import load_prompt
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.types import Batch, Clip, Sample, Skipped
 
 FRAMES = 2
@@ -40,7 +40,7 @@ def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)  # as after some training
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
-    projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES))
+    projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES))
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=12)).eval()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmcap.config import Engine, EvaluationConfig, LlmConfig, LoraConfig
+from vlmcap.config import Engine, EvaluationConfig, LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -20,7 +20,7 @@ from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import load_prompt
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.types import Batch, Clip, GridTHW, Sample
 
 NEW = 10  # tokens
@@ -67,7 +67,7 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
                 parameter.normal_(std=0.1)
     encoder = load_encoder("siglip", encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
-    projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
+    projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
     with torch.no_grad():
         [module for module in projector.modules() if isinstance(module, nn.Linear)][-1].weight.mul_(10)  # captions then depend on the video
     return VideoCaptioner(encoder, projector, adapted, prompt, GenerationSettings(NEW)).eval()

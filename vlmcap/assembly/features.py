@@ -244,7 +244,7 @@ def encoding_of(
     """A function from frames, and the clips' sizes where they vary, to what is stored of them."""
     import torch
 
-    from vlmcap.models.projectors.reducers import PoolReducer
+    from vlmcap.models.projectors.reducers import pool_grid
 
     device = torch.device(device_of(config))
     encoder.to(device)
@@ -259,16 +259,15 @@ def encoding_of(
             features: torch.Tensor = encoder(frames.to(device), grids)
         return features
 
-    if config.pool_size is None:
+    if (size := config.pool_size) is None:
         return encode
-    pool = PoolReducer(config.pool_size)
 
     @torch.no_grad()
     def encode_pooled(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> list[torch.Tensor]:
         features = encode(frames, grids).float()  # as the projector averages them
         sizes = grids or [(features.shape[1], *encoder.grid)] * len(features)
         return [
-            pool(own[None, :count, : rows * columns], (rows, columns))[0]
+            pool_grid(own[None, :count, : rows * columns], (rows, columns), size)[0]
             for own, (count, rows, columns) in zip(features, sizes, strict=True)
         ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from vlmcap.models.encoders import EncoderOptions, VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.models.pretrained import PretrainedParts
-    from vlmcap.models.projectors import ProjectorSpec
+    from vlmcap.models.projectors import ProjectorSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +177,13 @@ def uses_expert_adapters(config: Config) -> bool:
     return config.tuning.use_lora and lora_of(config).use_experts
 
 
-def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSpec:
-    """Settings and sizes of the projector."""
-    from vlmcap.models.projectors import ProjectorSpec
+def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSizes:
+    """What encoder, clips and language model make of the projector.
+
+    Raises:
+        UserError: The projector cannot take all clips that the encoder may give.
+    """
+    from vlmcap.models.projectors import ProjectorSizes
 
     settings, grids = config.projector, encoder.possible_grids(config.data.num_frames)
     _check_tiling(config)
@@ -189,17 +192,8 @@ def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens
             f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, and the grids of "
             f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another projector or encoder"
         )
-    names = {field.name for field in dataclasses.fields(ProjectorSpec)} & {field.name for field in dataclasses.fields(settings)}
-    values = {name: getattr(settings, name) for name in names}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}
-    return ProjectorSpec(
-        in_dim=encoder.embed_dim,
-        out_dim=out_dim,
-        grid=encoder.grid,
-        num_frames=max(frames for frames, _, _ in grids),
-        num_prompt_tokens=num_prompt_tokens,
-        **plain,
-    )
+    most_frames = max(frames for frames, _, _ in grids)
+    return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens)
 
 
 def _check_tiling(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.compose import compose
-from vlmcap.config import LlmConfig, LoraConfig
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
@@ -23,7 +24,7 @@ from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_en
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.types import Batch, Clip, Sample
 
 SIZES: dict[str, Any] = {
@@ -65,7 +66,7 @@ def make(llm_folder: Path) -> Make:
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
-        projector = build_projector(ProjectorSpec("mlp", in_dim=8, out_dim=64, grid=(1, 2), num_frames=2))
+        projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=2))
         return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(4)).eval()
 
     return build
@@ -77,7 +78,12 @@ def batch_of(captioner: VideoCaptioner, *, is_packed: bool = False) -> Batch:
         Sample(Clip(str(i), f"{i}.mp4", (text,)), features=torch.randn(2, 2, 8, generator=generator), grid_thw=(2, 1, 2))
         for i, text in enumerate(CAPTIONS)
     ]
-    return Collator(captioner.prompt, VisualRun(captioner.projector.spec.num_tokens, (2, 1, 2)), 200, is_packed=is_packed)(items)
+    return Collator(
+        captioner.prompt,
+        VisualRun(partial(count_tokens, captioner.projector.config, captioner.projector.sizes), (2, 1, 2)),
+        200,
+        is_packed=is_packed,
+    )(items)
 
 
 def chunk_bytes(captioner: VideoCaptioner, rows: int = 4) -> int:
