@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.config import LlmConfig, MlpConfig, Temporal
 from tests.models.projectors.settings import settings_of
+from vlmcap.config import LlmConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
