@@ -142,7 +142,7 @@ class TestLabels:
         lines = [content for _, content, is_good in one_line(labels) if is_good or not content.isspace()]
         with_video = [content.replace(b"{", b'{"video": "a.mp4", ', 1) for content in lines]
         (tmp_path / "clips.jsonl").write_bytes(b"\n".join(with_video))
-        settings = JsonlConfig(root=str(tmp_path), annotations="clips.jsonl")
+        settings = JsonlConfig(root=str(tmp_path), annotations="clips.jsonl", caption_key="annotation.description_kr")
         before = peak_mib()
         entries = list(read_records(settings))
         assert peak_mib() - before < GROWTH_MIB

@@ -159,7 +159,7 @@ def test_a_setting_that_the_template_does_not_use_is_refused(llm_folder: Path, t
     with pytest.raises(UserError, match=r"llm\.enable_thinking=true changes nothing.* leave it out, or set llm\.chat_template"):
         load_prompt(llm_folder, LlmConfig(enable_thinking=True, chat_template=plain))
     with pytest.raises(UserError, match=r"llm\.system_prompt changes nothing.*drops the system turn.*llm\.prompt"):
-        load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", chat_template=plain))
+        load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", prompt="짧게 답한다.", chat_template=plain))
     # A template may have the very text as its own.
     own = "{% if messages[0].role != 'system' %}짧게 답한다.{% else %}{{ messages[0].content }}{% endif %}" + plain
     prompt = load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", chat_template=own))

@@ -215,7 +215,8 @@ def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str)
     first, name = turns[0], f"the chat template of {template.folder}"
     if template.enable_thinking and rendered == replace(template, enable_thinking=False).render(turns, add_generation_prompt=True):
         raise UserError(f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set llm.chat_template")
-    is_dropped = first["role"] == "system" and first["content"].strip() not in rendered  # a template's own system turn may be the same
+    # A template's own system turn may have the very text.
+    is_dropped = first["role"] == "system" and first["content"].strip() not in rendered.partition(_VISUAL)[0]
     if is_dropped and rendered == template.render(turns[1:], add_generation_prompt=True):
         raise UserError(
             f"llm.system_prompt changes nothing, as {name} drops the system turn; leave it out and put its text into llm.prompt, "
