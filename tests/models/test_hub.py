@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from huggingface_hub import constants
 
 from tests.checkpoints.hub import REFUSALS, TOKEN, Hub, commit_of
 from vlmcap.errors import UserError
+from vlmcap.libraries import quiet_libraries
 from vlmcap.models import hub as hub_module
 from vlmcap.models.checkpoint import fingerprint, is_present, locate, locate_description
 from vlmcap.models.hub import HubUnreachableError, hub_error
@@ -164,7 +167,7 @@ def test_what_a_plan_fetched_is_no_download(hub_here: Hub, tmp_path: Path, monke
 SENTENCES = {
     "gated, no account": "is gated and no account is logged in: accept its license (Some License) at https://huggingface.co/someone/model,",
     "gated, no access": "is gated and the account that is logged in has no access yet: accept its license (Some License) at",
-    "no repository": "the hub has no model 'someone/model', or it is private: correct llm.checkpoint, or log in",
+    "no repository": "no folder 'someone/model' here, and the hub has no such model or it is private: correct llm.checkpoint, or log in",
     "bad token": "the hub does not accept this machine's token",
     "forbidden": "this machine's token may not read 'someone/model'",
     "busy": "after too many requests: wait some minutes",
@@ -206,7 +209,7 @@ def test_what_a_checkpoint_lacks(hub_here: Hub, tmp_path: Path, is_plan: bool) -
     sentence = refused(revision="v2", is_plan=is_plan)
     assert "has no revision 'v2': set llm.revision to a branch, tag or commit of" in sentence
     assert "is neither a folder nor a hub id" in refused("some one/model", is_plan=is_plan)
-    assert "the hub has no model 'someone/else'" in refused("someone/else", is_plan=is_plan)
+    assert "there is no folder 'someone/else' here, and the hub has no such model" in refused("someone/else", is_plan=is_plan)
 
 
 @pytest.mark.parametrize("is_plan", [False, True])
@@ -231,6 +234,26 @@ def test_no_server_at_all(hub_here: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "password" not in sentence
     with pytest.raises(HubUnreachableError):
         locate_description(NAME, None, key="llm.checkpoint")
+
+
+def test_the_library_logs_no_address(hub_here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warnings hold whole addresses: a mirror's password, or the signature of a storage server."""
+    endpoint = hub_here.endpoint.replace("//", "//somebody:password@")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    hub_here.add(NAME, small_folder(tmp_path / "model")).fault = "cut"
+    logger, lines = logging.getLogger("huggingface_hub"), io.StringIO()
+    before = logger.level
+    logger.addHandler(handler := logging.StreamHandler(lines))
+    try:
+        refused()
+        assert "password" in lines.getvalue()
+        lines.truncate(0)
+        quiet_libraries()
+        refused()
+        assert lines.getvalue() == ""
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def test_a_cache_that_cannot_be_written_to(hub_here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.known import known_config
 from vlmcap.planning.estimate.meta_models import architecture
 from vlmcap.planning.estimate.sizes import download_bytes, sizes_of
-from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.make_plan import enforce_plan, make_plan
 
 LLM, ENCODER, WHOLE = "someone/llm", "someone/encoder", "someone/vlm"
 GPU = ("data.root=unset", "data.num_frames=2", "hardware=l4")
@@ -61,6 +61,7 @@ def test_a_plan_by_id_is_the_plan_by_folder(
     before = len(hub_here.log)
     main(["plan", *by_id])
     assert "B to download" in capsys.readouterr().out
+    enforce_plan(compose(by_id))  # as training does
     assert len(hub_here.log) == before  # a program asks once
     main(["plan", *by_folder])
     assert "for stored features, nothing to download" in capsys.readouterr().out
@@ -156,7 +157,7 @@ def test_a_fault_is_one_sentence_of_the_command(
     assert caught.value.code == 2
     sentence = capsys.readouterr().err
     assert sentence.count("\n") == 1
-    assert SENTENCES[fault].split("accept")[0].replace("someone/model", f"someone/{key}").replace("llm.", f"{key}.") in sentence
+    assert SENTENCES[fault].partition("accept")[0].replace("someone/model", f"someone/{key}").replace("llm.", f"{key}.") in sentence
     assert TOKEN not in sentence
 
 

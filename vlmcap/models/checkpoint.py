@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -124,8 +124,6 @@ def _local_folder(checkpoint: str, key: str) -> Path | None:
 
 def _download(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path:
     """The folder of a snapshot, or of an earlier one where the hub cannot be reached."""
-    from huggingface_hub.utils import filter_repo_objects
-
     # 1. One small file says whether the checkpoint may be read, and which commit the revision is.
     try:
         folder = fetch_file(checkpoint, "config.json", revision).parent
@@ -136,13 +134,13 @@ def _download(checkpoint: str, revision: str | None, part: str | None, has_weigh
         raise
 
     # 2. The small files come first: where the weights are whole, so is the rest.
-    fetch_files(checkpoint, filter_repo_objects(names, allow_patterns=_PATTERNS), folder.name)
+    fetch_files(checkpoint, _matching(names, _PATTERNS), folder.name)
 
     # 3. The weights, of a whole model only the files with the wanted part.
     weights = [_weights_pattern(names)] if has_weights else []
     if weights and part is not None and (index := folder / _index_of(weights[0])).is_file():
         weights = _shards(index, part)
-    fetch_files(checkpoint, filter_repo_objects(names, allow_patterns=weights), folder.name)
+    fetch_files(checkpoint, _matching(names, weights), folder.name)
     return folder
 
 
@@ -159,6 +157,10 @@ def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_we
         if (index := folder / _index_of(pattern)).is_file() and all((folder / file).is_file() for file in _shards(index, part or "")):
             return folder
     return None
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def _weights_pattern(names: Iterable[str]) -> str:

@@ -116,8 +116,8 @@ def _access_sentence(error: BaseException, checkpoint: str, revision: str | None
             )
         case errors.RepositoryNotFoundError():
             return (
-                f"the hub has no model '{checkpoint}', or it is private: correct {key}, or log in with `hf auth login` "
-                "to an account that may read it"
+                f"there is no folder '{checkpoint}' here, and the hub has no such model or it is private: correct {key}, or log in with "
+                "`hf auth login` to an account that may read it"
             )
         case errors.HfHubHTTPError() if _status(error) < 500:
             return _refusal(_status(error), checkpoint, key)
