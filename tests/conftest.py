@@ -27,7 +27,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ[name] = "1"
 
 # Tiny checkpoints in true layouts, for tests of more than one folder.
-pytest_plugins = ["tests.checkpoints.encoders", "tests.checkpoints.moe", "tests.checkpoints.pretrained", "tests.sweeping.program"]
+pytest_plugins = [
+    "tests.checkpoints.encoders",
+    "tests.checkpoints.hub",
+    "tests.checkpoints.moe",
+    "tests.checkpoints.pretrained",
+    "tests.sweeping.program",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,14 +52,14 @@ def locate_sources(config: Config, *, is_encoder_only: bool = False) -> Sources:
     Raises:
         UserError: A checkpoint is not there.
     """
-    from vlmcap.models.checkpoint import fingerprint, locate
+    from vlmcap.models.checkpoint import VISION, fingerprint, locate
 
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
     parts = ("encoder",) if is_encoder_only else ("encoder", "llm")
     for part in ("model",) if config.is_whole else parts:
-        settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
+        settings, wanted = getattr(config, part), VISION if part == "encoder" else None
         folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
         bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
     return Sources(folders, bases)
