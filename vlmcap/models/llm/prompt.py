@@ -99,7 +99,7 @@ def load_prompt(
     Raises:
         UserError: No tokenizer, no chat template, or no end token.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     break_after = visual_suffix or "\n"
     turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{prompt}"}]
     if system_prompt:
@@ -128,7 +128,12 @@ def load_prompt(
     return encoder
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UserError: There is none, or it names no end token.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -247,12 +252,17 @@ def _following_ids(tokenizer: Any, text: str) -> list[int]:
     return list(ids)
 
 
-def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
-    """The end tokens and whatever else the checkpoint's generation settings stop at, without doubles."""
+def generation_config(folder: Path) -> Any:
+    """Transformers' generation settings of a checkpoint; None where it has none."""
     from transformers import GenerationConfig
 
     try:
-        stops = GenerationConfig.from_pretrained(folder).eos_token_id
+        return GenerationConfig.from_pretrained(folder)
     except OSError:
-        stops = None
+        return None
+
+
+def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
+    """The end tokens and whatever else the checkpoint's generation settings stop at, without doubles."""
+    stops = getattr(generation_config(folder), "eos_token_id", None)
     return list(dict.fromkeys([*ends, *([stops] if isinstance(stops, int) else stops or [])]))
