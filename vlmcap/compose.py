@@ -21,6 +21,7 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
 
+CUSTOM = "custom"  # the file of a group that any checkpoint goes with
 CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
 _GROUPS = {
@@ -114,9 +115,53 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
         raise UserError(explain(innermost(error))) from error
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
+    name_parts(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
         node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
     return node
+
+
+# What a group's file says of its own checkpoint, and what is known of another one before it is found.
+_OF_CHECKPOINT: dict[str, Any] = {"revision": None, "gate": None, "licence": "unknown", "chat_template": None}
+
+
+def name_parts(node: DictConfig, hydra_node: Any) -> None:
+    """Names parts by their checkpoints, where those are not the ones of the files that the parts come from.
+
+    With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model. What the command
+    line sets stays.
+
+    Args:
+        node: Composed configuration before its interpolations are resolved, changed in place.
+        hydra_node: Hydra's own part of it, with the choices and the overrides.
+
+    Raises:
+        UserError: `llm=own` is chosen without a whole model, or another one beside it.
+    """
+    choices = hydra_node.runtime.choices
+    kind, is_own = OmegaConf.select(node, "model.kind"), choices.get("llm") == "own"
+    if is_own == (kind is schema.ModelKind.assembled):
+        what, fix = ("has no own", "choose another llm") if is_own else ("brings its own", f"leave llm={choices.get('llm')} out")
+        raise UserError(f"model={choices.get('model')} {what} llm, so llm={choices.get('llm')} does not go with it: {fix}")
+    typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
+    for part in ("model", "encoder", "llm"):
+        file = config_file(f"{part}/{choices.get(part)}")
+        if not file.is_file() or OmegaConf.is_missing(node[part], "checkpoint") or not node[part].checkpoint:
+            continue
+        own, found = read_yaml(file), cast(dict[str, Any], OmegaConf.to_container(node[part], resolve=False))
+        is_another = found["checkpoint"] != own["checkpoint"] if "checkpoint" in own else f"{part}.checkpoint" in typed
+        if is_another:
+            replaced = {"name": checkpoint_name(node[part].checkpoint)} | _OF_CHECKPOINT
+            came = [key for key in replaced if key in found and f"{part}.{key}" not in typed and found[key] == own.get(key, found[key])]
+            for key in came:
+                node[part][key] = replaced[key]
+
+
+def checkpoint_name(checkpoint: str) -> str:
+    """The name of a hub id or a folder: its last component in lower case; for a folder of the hub's cache, that of its id."""
+    path = Path(os.path.abspath(os.path.expanduser(checkpoint)))
+    is_cached = path.parent.name == "snapshots"
+    return (path.parents[1].name.rpartition("--")[2] if is_cached else path.name).lower()
 
 
 class Composed:

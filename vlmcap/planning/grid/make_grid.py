@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmcap.compose import Composed, config_file, group_choices, read_yaml
+from vlmcap.compose import CUSTOM, Composed, config_file, group_choices, read_yaml
 from vlmcap.config import Config
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
@@ -21,7 +21,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.terminal import passing_bar
 
 _GROUPS = ("hardware", "encoder", "llm")
-_LEFT_OUT = {"hardware": {"cpu"}, "encoder": set(TINY_ENCODERS), "llm": {"tiny"}}
+_LEFT_OUT = {"hardware": {"cpu"}, "encoder": set(TINY_ENCODERS), "llm": {"tiny", CUSTOM}}
 _FOLLOWS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}  # groups whose values come from these groups
 _MOST_PROCESSES = 8
 _configs: GridConfigs | None = None  # what a forked process finds
