@@ -11,7 +11,7 @@ import yaml
 
 from tests.thinned import thinned
 from vlmcap.compose import CUSTOM, compose, config_dir, from_plain, to_config, to_plain, use_config_dir, write_yaml
-from vlmcap.config import Config, LlmConfig, Precision, Quantization
+from vlmcap.config import ASSUMED_CAPTION_TOKENS, AUTO, Config, LlmConfig, Precision, Quantization
 from vlmcap.config.names import factors
 from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import expand
@@ -199,6 +199,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["tuning.lora.rank=0"], ["tuning.lora.rank"]),
         (["tuning.lora.dropout=1.5"], ["tuning.lora.dropout"]),
         (["llm.max_new_tokens=0"], ["llm.max_new_tokens must be at least 1"]),
+        (["llm.max_caption_tokens=viel"], ["llm.max_caption_tokens must be at least 1, or auto", "not viel"]),
         (["encoder.tiling=0"], ["encoder.tiling must be at least 1"]),
         (["encoder.image_size=0"], ["encoder.image_size must be at least 1"]),
         (["projector.keep_ratio=0"], ["projector.keep_ratio must be above 0"]),
@@ -246,7 +247,7 @@ def test_a_saved_configuration_with_overrides() -> None:
     plain = to_plain(compose([]))
     config = to_config(from_plain(plain, {"llm.max_new_tokens": 7, "data.split": "val"}))
     assert (config.llm.max_new_tokens, config.data.split.name) == (7, "val")
-    for bad in ({"llm.max_token": 7}, {"llm.max_new_tokens": "viel"}):
+    for bad in ({"llm.max_token": 7}, {"data.num_frames": "viel"}):
         with pytest.raises(UserError, match="saved configuration"):
             from_plain(plain, bad)
 
@@ -306,6 +307,15 @@ def test_the_output_folder_is_a_path() -> None:
 def test_schema_defaults_are_what_a_file_leaves_out() -> None:
     assert compose(["llm=qwen3_4b"]).llm.max_caption_tokens == LlmConfig().max_caption_tokens
     assert isinstance(compose([]), Config)
+
+
+def test_lengths_of_captions_are_left_to_the_data() -> None:
+    config = compose(["llm=custom", "llm.checkpoint=a/b"]).llm
+    assert (config.max_caption_tokens, config.max_new_tokens) == (AUTO, AUTO)
+    assert (config.caption_tokens, config.new_tokens) == (ASSUMED_CAPTION_TOKENS,) * 2
+    borrowed, given = ["llm=vicuna_7b", "llm.checkpoint=a/b"], "llm.max_new_tokens=200"
+    assert (compose(borrowed).llm.max_caption_tokens, compose([*borrowed, given]).llm.new_tokens) == (AUTO, 200)
+    assert compose(["llm=vicuna_7b"]).llm.caption_tokens == 1600
 
 
 def test_modules_are_named_as_a_list_or_as_text() -> None:

@@ -122,7 +122,14 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
 
 
 # What a group's file says of its own checkpoint, and what is known of another one before it is found.
-_OF_CHECKPOINT: dict[str, Any] = {"revision": None, "gate": None, "licence": "unknown", "chat_template": None}
+_OF_CHECKPOINT: dict[str, Any] = {
+    "revision": None,
+    "gate": None,
+    "licence": schema.UNKNOWN,
+    "chat_template": None,
+    "max_caption_tokens": schema.AUTO,
+    "max_new_tokens": schema.AUTO,
+}
 
 
 def name_parts(node: DictConfig, hydra_node: Any) -> None:

@@ -32,7 +32,18 @@ from vlmcap.config.choices import (
 )
 from vlmcap.config.data import AugmentConfig, CacheConfig, DataConfig, DemoConfig, SplitConfig
 from vlmcap.config.grounding import GroundingConfig
-from vlmcap.config.model import EncoderConfig, LlmConfig, LoraConfig, ModelConfig, ProjectorConfig, StageConfig, TuningConfig
+from vlmcap.config.model import (
+    ASSUMED_CAPTION_TOKENS,
+    AUTO,
+    UNKNOWN,
+    EncoderConfig,
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    StageConfig,
+    TuningConfig,
+)
 from vlmcap.config.run import (
     Config,
     EvaluationConfig,
@@ -47,6 +58,9 @@ from vlmcap.config.sweep import LauncherConfig, LauncherKind, Sampler, Scaled, S
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
+    "ASSUMED_CAPTION_TOKENS",
+    "AUTO",
+    "UNKNOWN",
     "AugmentConfig",
     "Batching",
     "CacheConfig",

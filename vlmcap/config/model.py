@@ -10,6 +10,10 @@ from omegaconf import MISSING
 from vlmcap.config.checks import require, require_positive
 from vlmcap.config.choices import EncoderFamily, EncoderTuning, ModelKind, ProjectorKind, Quantization, Queries, Reducer, Temporal
 
+AUTO = "auto"  # value of a setting that the data decides
+UNKNOWN = "unknown"  # license of a checkpoint that does not state one
+ASSUMED_CAPTION_TOKENS = 768  # of the longest caption, where the data is not there: Qwen3's for AI Hub's Korean captions of 575 characters
+
 
 @dataclass
 class ModelConfig:
@@ -24,8 +28,8 @@ class ModelConfig:
     # An outer <|vision_start|>…<|vision_end|> stands around Qwen3-VL's frames, as in its processor since transformers 5.10.
     use_outer_marks: bool = True
     chat_template: str | None = None  # what a whole model's own `llm` settings take over
-    max_caption_tokens: int = 768
-    max_new_tokens: int = 768
+    max_caption_tokens: Any = AUTO
+    max_new_tokens: Any = AUTO
     align_lr: float = 1e-4
     projector_lr: float = 2e-5
     adapter_lr: float = 1e-4
@@ -121,8 +125,8 @@ class LlmConfig:
     system_prompt: str | None = None
     prompt: str = "이 영상을 한국어로 자세히 설명해 주세요."
     enable_thinking: bool = False  # passed to the chat template of hybrid-thinking models
-    max_caption_tokens: int = 768  # training captions are cut here, counted and said
-    max_new_tokens: int = 768
+    max_caption_tokens: Any = AUTO  # training captions are cut here; auto is what the longest caption of the data needs
+    max_new_tokens: Any = AUTO  # the same of captions that are written (OmegaConf takes no int | str from an interpolation)
     align_lr: float = 1e-3  # learning rates that suit its size: the projector alone,
     projector_lr: float = 1e-4  # the projector beside adapters,
     adapter_lr: float = 2e-4  # and the adapters; the stages of tuning read them
@@ -131,7 +135,20 @@ class LlmConfig:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        require_positive("llm", self, "max_caption_tokens", "max_new_tokens")
+        for name in ("max_caption_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(is_count or value == AUTO, f"llm.{name} must be at least 1, or auto for what the data needs, not {value}")
+
+    @property
+    def caption_tokens(self) -> int:
+        """Longest training caption in tokens; an assumption as long as the data has not decided it."""
+        return ASSUMED_CAPTION_TOKENS if self.max_caption_tokens == AUTO else int(self.max_caption_tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        """Longest written caption in tokens; an assumption as long as the data has not decided it."""
+        return ASSUMED_CAPTION_TOKENS if self.max_new_tokens == AUTO else int(self.max_new_tokens)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmcap.assembly.resolving import leaves_to_data
 from vlmcap.config import Config, Enforce, Strategy
 from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
 from vlmcap.planning.calibration import calibrated_card
@@ -59,7 +60,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
 
     # 2. Put them together: the fullest moments, and the seconds.
     training, generation = _peaks(config, tracer, steps, prompt, cache_bytes)
-    cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.max_new_tokens / 2)
+    cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.new_tokens / 2)
     caption_s, token_s = _caption_seconds(config, prompt, cache_in_the_middle, card)
     return Plan(
         title=" + ".join(config.part_names.values()),
@@ -68,7 +69,9 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         training=scale_beyond(training, card.beyond_ratio),
         generation=scale_beyond(generation, card.beyond_ratio),
         num_visual=tracer.sizes.num_visual,
-        num_text=tracer.sizes.num_prompt + config.llm.max_caption_tokens,
+        num_text=tracer.sizes.num_prompt + config.llm.caption_tokens,
+        num_caption=max(config.llm.caption_tokens, config.llm.new_tokens),
+        is_caption_assumed=leaves_to_data(config),
         batch_size=config.data.batch_size,
         eval_batch_size=config.data.eval_batch_size,
         num_frames=config.data.num_frames,
@@ -98,7 +101,7 @@ def _peaks(config: Config, tracer: Tracer, steps: Sequence[Stage], prompt: Stage
         prompt.trace,
         cache_bytes=cache_bytes,
         prompt_tokens=_prompt_tokens(tracer),
-        new_tokens=config.llm.max_new_tokens,
+        new_tokens=config.llm.new_tokens,
         depth=tracer.depth,
     )
     return training, generation
@@ -128,7 +131,7 @@ def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
 
 def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> tuple[float, float]:
     weight_bytes, packed = sum(prompt.trace.weights.values()), _packed_bytes(config, prompt)
-    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.max_new_tokens, card)
+    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.new_tokens, card)
     return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
 
 
@@ -197,7 +200,7 @@ def kept_within(config: Config, tracer: Tracer) -> int:
 
 def training_stages(config: Config, tracer: Tracer, num_kept: int) -> list[Stage]:
     """The stages of a training step, the encoder left out where its features are stored."""
-    language = tracer.language(config.data.batch_size, config.llm.max_caption_tokens, num_kept)
+    language = tracer.language(config.data.batch_size, config.llm.caption_tokens, num_kept)
     return [*stages_in_front(config, tracer, config.data.batch_size), Stage("language model", language)]
 
 

@@ -20,7 +20,6 @@ from vlmcap.models.llm.attention import PACKABLE, supported_attention
 from vlmcap.models.llm.load import language_config
 from vlmcap.models.llm.prompt import PromptEncoder, generation_config, load_prompt, load_tokenizer
 
-UNKNOWN = "unknown"  # license of a checkpoint that does not state one
 _LONGEST_LICENSE = 120  # characters of the first line of a LICENSE file
 # transformers replaces these functions by those of a package where it is installed, and is correct but slower where it is not.
 _PACKAGE = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
@@ -141,7 +140,7 @@ def license_of(folder: Path) -> str:
         except Exception:  # whatever is wrong with a README, it states no license
             stated = {}
     named = stated.get("license")
-    if named in (None, "other", UNKNOWN):
+    if named in (None, "other", "unknown"):
         named = stated.get("license_name") or named
     if named:
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named)

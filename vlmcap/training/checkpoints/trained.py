@@ -65,7 +65,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     settings = VllmSettings(
         folder=folder,
         dtype=str(dtype).removeprefix("torch."),
-        max_model_len=assembly.num_visual_tokens + assembly.captioner.prompt.num_prompt_tokens + config.llm.max_new_tokens,
+        max_model_len=assembly.num_visual_tokens + assembly.captioner.prompt.num_prompt_tokens + config.llm.new_tokens,
         gpu_memory=config.evaluation.vllm_gpu_memory,
         seed=config.seed,
         python=config.evaluation.vllm_python,
