@@ -24,19 +24,20 @@ from vlmcap.planning.plan import Plan
 if TYPE_CHECKING:
     from vlmcap.planning.estimate.tracer import Tracer
 
-NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about; data.max_clips where it is set
+NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
 UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
 READ_AGAIN = 2  # bytes: then the product reads it
 CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
 
 
-def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None) -> Plan:
+def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None, *, num_clips: int | None = None) -> Plan:
     """The plan of a configuration for its GPU.
 
     Args:
         config: Run configuration.
         card: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
         tracer: Tracer of the same configuration, in place of an exact one.
+        num_clips: Training clips, where they were counted; None takes data.max_clips, or as many as AI Hub's data set has.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
@@ -79,7 +80,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         clip_s=_clip_seconds(config, steps, card),
         caption_s=caption_s,
         token_s=token_s,
-        num_clips=config.data.max_clips or NUM_CLIPS,
+        num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
         cache_bytes=_cached_bytes(tracer),
         download_bytes=download_bytes(config),
         is_cached=config.cache.enabled is True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vlmcap.compose import NO_DATA
 from vlmcap.config import Config, EncoderTuning
 from vlmcap.errors import UserError
-from vlmcap.planning.known_data import planned
+from vlmcap.planning.known_data import known_clips, planned
 from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
 from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, propose
 from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
@@ -113,7 +113,12 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split: the demo's own, or as many as AI Hub's data set has; `data.max_clips` of the training split at most."""
+    """Clips of each split: of the data where it is there, of the demo by its settings, and else as many as AI Hub's data set has.
+
+    Of the training split there are `data.max_clips` at most.
+    """
+    if known := known_clips(config):
+        return NumClips(*(len(known.get(split, ())) for split in ("train", "val", "test")))
     demo, train, val, test = config.data.demo, NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if config.data.is_demo:
         train, val, test = demo.num_train, demo.num_val, demo.num_test
