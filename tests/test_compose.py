@@ -309,13 +309,14 @@ def test_schema_defaults_are_what_a_file_leaves_out() -> None:
     assert isinstance(compose([]), Config)
 
 
-def test_lengths_of_captions_are_left_to_the_data() -> None:
+def test_lengths_of_captions_and_the_prompt_are_left_to_the_data() -> None:
     config = compose(["llm=custom", "llm.checkpoint=a/b"]).llm
     assert (config.max_caption_tokens, config.max_new_tokens) == (AUTO, AUTO)
     assert (config.caption_tokens, config.new_tokens) == (ASSUMED_CAPTION_TOKENS,) * 2
     borrowed, given = ["llm=vicuna_7b", "llm.checkpoint=a/b"], "llm.max_new_tokens=200"
     assert (compose(borrowed).llm.max_caption_tokens, compose([*borrowed, given]).llm.new_tokens) == (AUTO, 200)
     assert compose(["llm=vicuna_7b"]).llm.caption_tokens == 1600
+    assert (compose([]).llm.prompt, compose(["llm.checkpoint=a/b"]).llm.prompt) == ("영상을 설명해 주세요.", AUTO)
 
 
 def test_modules_are_named_as_a_list_or_as_text() -> None:

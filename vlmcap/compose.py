@@ -129,6 +129,7 @@ _OF_CHECKPOINT: dict[str, Any] = {
     "chat_template": None,
     "max_caption_tokens": schema.AUTO,
     "max_new_tokens": schema.AUTO,
+    "prompt": schema.AUTO,
 }
 
 

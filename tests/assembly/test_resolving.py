@@ -1,4 +1,4 @@
-"""What the data and the checkpoints decide: lengths of captions, and licenses."""
+"""What the data and the checkpoints decide: the prompt, lengths of captions, and licenses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from vlmcap.assembly import resolving
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.resolving import leaves_to_data, resolve, token_limit
 from vlmcap.compose import compose, to_plain
-from vlmcap.config import Config, Split
+from vlmcap.config import ENGLISH_PROMPT, KOREAN_PROMPT, Config, Split
 from vlmcap.models.llm.prompt import load_prompt
+from vlmcap.types import Clip
 
 LENGTHS = ("llm.max_caption_tokens=", "llm.max_new_tokens=")
 
@@ -80,3 +81,22 @@ def test_the_license_is_that_of_the_folder(left: Callable[..., Config], llm_fold
     assert decided.encoder.licence == "unknown"
     known = dataclasses.replace(config, llm=dataclasses.replace(config.llm, licence="MIT"))
     assert resolve(known, load_splits(config, [Split.train])).llm.licence == "MIT"
+
+
+@pytest.mark.parametrize(
+    ("captions", "prompt"),
+    [
+        (["푸른 바다 위로 해가 뜬다.", "눈이 온다."], KOREAN_PROMPT),
+        (["간판에 Seoul 2024라고 쓰인 거리를 택시가 지나간다."], KOREAN_PROMPT),
+        (["A dog runs in the park.", "개"], ENGLISH_PROMPT),
+        (["一只狗在跑。"], ENGLISH_PROMPT),
+    ],
+)
+def test_the_prompt_speaks_the_language_of_the_captions(captions: list[str], prompt: str, left: Callable[..., Config]) -> None:
+    config = left(*(f"{name}9" for name in LENGTHS))
+    clips = {"train": [Clip(str(index), "clip.mp4", (text,)) for index, text in enumerate(captions)]}
+    assert config.llm.question == KOREAN_PROMPT
+    decided = resolve(config, clips)
+    assert (decided.llm.prompt, decided.llm.question) == (prompt, prompt)
+    given = left(*(f"{name}9" for name in LENGTHS), "llm.prompt=Was?")
+    assert resolve(given, clips).llm.prompt == "Was?"

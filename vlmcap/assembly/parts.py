@@ -185,7 +185,7 @@ def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder
     settings = config.llm
     return load_prompt(
         folder,
-        prompt=settings.prompt,
+        prompt=settings.question,
         system_prompt=settings.system_prompt,
         enable_thinking=settings.enable_thinking,
         chat_template=settings.chat_template,

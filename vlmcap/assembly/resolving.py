@@ -1,4 +1,4 @@
-"""What a configuration leaves to its data and its checkpoints, decided once: lengths of captions and licenses.
+"""What a configuration leaves to its data and its checkpoints, decided once: prompt, lengths of captions and licenses.
 
 Decided values take the places of `auto` in the configuration, so that the run's files and checkpoints hold them, and evaluation and
 captioning need no data.
@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.parts import load_prompt_of
-from vlmcap.config import AUTO, UNKNOWN, Config
+from vlmcap.config import AUTO, ENGLISH_PROMPT, KOREAN_PROMPT, UNKNOWN, Config
 
 if TYPE_CHECKING:
     from vlmcap.types import Clip
 
 _STEP = 32  # tokens; limits are multiples of it, so that a few more clips rarely change them
+_READ = 1_000  # captions of each split that say which language the data has
 _COUNTED = ("train", "val")  # splits whose captions decide; the test split decides nothing unless it is all there is
 
 
 def leaves_to_data(config: Config) -> bool:
     """Whether the data decides any setting of a configuration."""
-    return AUTO in (config.llm.max_caption_tokens, config.llm.max_new_tokens)
+    return AUTO in (config.llm.max_caption_tokens, config.llm.max_new_tokens, config.llm.prompt)
 
 
 def resolve(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
@@ -52,9 +53,20 @@ def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Co
     if not leaves_to_data(config):
         return config
     counted = [clips[split] for split in _COUNTED if split in clips] or list(clips.values())
-    limit = token_limit(longest_caption(config, counted))
-    decided: dict[str, Any] = {name: limit for name in ("max_caption_tokens", "max_new_tokens") if getattr(config.llm, name) == AUTO}
+    decided: dict[str, Any] = {}
+    if config.llm.prompt == AUTO:
+        decided["prompt"] = KOREAN_PROMPT if _is_korean(counted) else ENGLISH_PROMPT
+    if names := [name for name in ("max_caption_tokens", "max_new_tokens") if getattr(config.llm, name) == AUTO]:
+        decided |= dict.fromkeys(names, token_limit(longest_caption(config, counted)))
     return dataclasses.replace(config, llm=dataclasses.replace(config.llm, **decided))
+
+
+def _is_korean(splits: Sequence[Sequence[Clip]]) -> bool:
+    """Whether captions are mainly Hangul, by some that are spread over each split."""
+    from vlmcap.data.text import is_mainly_hangul
+
+    chosen = (clips[place] for clips in splits for place in range(0, len(clips), max(1, len(clips) // _READ)))
+    return is_mainly_hangul(clip.captions[0] for clip in chosen if clip.captions)
 
 
 def token_limit(longest: int) -> int:

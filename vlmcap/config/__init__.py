@@ -35,6 +35,8 @@ from vlmcap.config.grounding import GroundingConfig
 from vlmcap.config.model import (
     ASSUMED_CAPTION_TOKENS,
     AUTO,
+    ENGLISH_PROMPT,
+    KOREAN_PROMPT,
     UNKNOWN,
     EncoderConfig,
     LlmConfig,
@@ -60,6 +62,8 @@ from vlmcap.config.trainer import OptimConfig, TrainerConfig
 __all__ = [
     "ASSUMED_CAPTION_TOKENS",
     "AUTO",
+    "ENGLISH_PROMPT",
+    "KOREAN_PROMPT",
     "UNKNOWN",
     "AugmentConfig",
     "Batching",

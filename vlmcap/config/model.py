@@ -14,6 +14,9 @@ AUTO = "auto"  # value of a setting that the data decides
 UNKNOWN = "unknown"  # license of a checkpoint that does not state one
 ASSUMED_CAPTION_TOKENS = 768  # of the longest caption, where the data is not there: Qwen3's for AI Hub's Korean captions of 575 characters
 
+KOREAN_PROMPT = "이 영상을 한국어로 자세히 설명해 주세요."
+ENGLISH_PROMPT = "Describe this video in detail."
+
 
 @dataclass
 class ModelConfig:
@@ -123,7 +126,7 @@ class LlmConfig:
     attention: str = "sdpa"  # auto (FlashAttention where it is installed and works, else sdpa) or a name of transformers
     chat_template: str | None = None  # in place of the tokenizer's, for models that carry none
     system_prompt: str | None = None
-    prompt: str = "이 영상을 한국어로 자세히 설명해 주세요."
+    prompt: str = AUTO  # auto asks in Korean where the captions of the data are mainly Hangul, and in English elsewhere
     enable_thinking: bool = False  # passed to the chat template of hybrid-thinking models
     max_caption_tokens: Any = AUTO  # training captions are cut here; auto is what the longest caption of the data needs
     max_new_tokens: Any = AUTO  # the same of captions that are written (OmegaConf takes no int | str from an interpolation)
@@ -139,6 +142,11 @@ class LlmConfig:
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             require(is_count or value == AUTO, f"llm.{name} must be at least 1, or auto for what the data needs, not {value}")
+
+    @property
+    def question(self) -> str:
+        """What the user's turn asks; the Korean prompt as long as the data has not decided it."""
+        return KOREAN_PROMPT if self.prompt == AUTO else self.prompt
 
     @property
     def caption_tokens(self) -> int:

@@ -34,6 +34,7 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
         "captions up to": f"{max(config.llm.caption_tokens, config.llm.new_tokens)} tokens",
+        "prompt": config.llm.question,
         "batch": describe_batch(config),
         "precision": config.hardware.precision.value,
     }
