@@ -11,7 +11,7 @@ import pytest
 
 from vlmcap.assembly import resolving
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.resolving import leaves_to_data, resolve, token_limit
+from vlmcap.assembly.resolving import resolve, token_limit
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import ENGLISH_PROMPT, KOREAN_PROMPT, Config, Split
 from vlmcap.models.llm.prompt import load_prompt
@@ -44,11 +44,11 @@ def test_a_limit_is_a_multiple_of_32(longest: int, limit: int) -> None:
 
 def test_the_longest_caption_decides_and_the_numbers_are_plain(left: Callable[..., Config]) -> None:
     config = left()
-    assert leaves_to_data(config)
+    assert config.llm.is_length_open
     decided = resolve(config, load_splits(config, list(Split)))
     limit = needed(config, Split.train, Split.val)
     assert (decided.llm.max_caption_tokens, decided.llm.max_new_tokens) == (limit, limit)
-    assert not leaves_to_data(decided)
+    assert not decided.llm.is_length_open
     assert to_plain(decided)["llm"]["max_new_tokens"] == limit
 
 

@@ -22,11 +22,6 @@ _READ = 1_000  # captions of each split that say which language the data has
 _COUNTED = ("train", "val")  # splits whose captions decide; the test split decides nothing unless it is all there is
 
 
-def leaves_to_data(config: Config) -> bool:
-    """Whether the data decides any setting of a configuration."""
-    return AUTO in (config.llm.max_caption_tokens, config.llm.max_new_tokens, config.llm.prompt)
-
-
 def resolve(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
     """The configuration with its `auto` values decided by the data, and the licenses that the checkpoints' folders state.
 
@@ -50,8 +45,6 @@ def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Co
     Raises:
         UserError: The language model's tokenizer is not there.
     """
-    if not leaves_to_data(config):
-        return config
     counted = [clips[split] for split in _COUNTED if split in clips] or list(clips.values())
     decided: dict[str, Any] = {}
     if config.llm.prompt == AUTO:

@@ -149,6 +149,11 @@ class LlmConfig:
         return KOREAN_PROMPT if self.prompt == AUTO else self.prompt
 
     @property
+    def is_length_open(self) -> bool:
+        """Whether the data still has to decide how long captions may be."""
+        return AUTO in (self.max_caption_tokens, self.max_new_tokens)
+
+    @property
     def caption_tokens(self) -> int:
         """Longest training caption in tokens; an assumption as long as the data has not decided it."""
         return ASSUMED_CAPTION_TOKENS if self.max_caption_tokens == AUTO else int(self.max_caption_tokens)

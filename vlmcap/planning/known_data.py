@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.resolving import leaves_to_data, resolve_from_data
+from vlmcap.assembly.resolving import resolve_from_data
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
@@ -32,7 +32,7 @@ def with_known_data(config: Config) -> Config:
     Raises:
         UserError: The data cannot be read.
     """
-    if not leaves_to_data(config) or not (clips := known_clips(config)):
+    if not config.llm.is_length_open or not (clips := known_clips(config)):
         return config
     from vlmcap.planning.estimate.meta_models import once
 

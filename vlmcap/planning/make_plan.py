@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmcap.config import AUTO, Config, Enforce, Strategy
+from vlmcap.config import Config, Enforce, Strategy
 from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
 from vlmcap.planning.calibration import calibrated_card
 from vlmcap.planning.hardware import GIB, Card, card_of
@@ -71,7 +71,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         num_visual=tracer.sizes.num_visual,
         num_text=tracer.sizes.num_prompt + config.llm.caption_tokens,
         num_caption=max(config.llm.caption_tokens, config.llm.new_tokens),
-        is_caption_assumed=AUTO in (config.llm.max_caption_tokens, config.llm.max_new_tokens),
+        is_caption_assumed=config.llm.is_length_open,
         batch_size=config.data.batch_size,
         eval_batch_size=config.data.eval_batch_size,
         num_frames=config.data.num_frames,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlmcap.assembly.clips import load_splits, open_ledger
 from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
-from vlmcap.assembly.resolving import leaves_to_data, resolve, resolve_from_data
+from vlmcap.assembly.resolving import resolve, resolve_from_data
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
@@ -83,7 +83,7 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read before that.
     clips: Mapping[str, Sequence[Clip]] = {}
-    if leaves_to_data(config) and not config.data.is_demo:
+    if config.llm.is_length_open and not config.data.is_demo:
         clips = load_splits(config, NEEDED, OPTIONAL)
     if is_main(config):
         enforce_plan(for_plan(config, clips))
