@@ -16,7 +16,7 @@ import torch
 
 from vlmcap.assembly.model import check_context
 from vlmcap.assembly.parts import encoder_options, projector_sizes
-from vlmcap.compose import compose, config_dir
+from vlmcap.compose import CUSTOM, compose, config_dir
 from vlmcap.config import Config, EncoderConfig, LlmConfig, ProjectorConfig, Reducer, TuningConfig
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
@@ -39,7 +39,7 @@ class FakePrompt:
 def names(group: str) -> list[str]:
     files = (Path(config_dir()) / group).glob("*.yaml")
     names = (file.stem for file in files)
-    return sorted(name for name in names if name not in ("own", *TINY_ENCODERS))  # no published checkpoint; the demo runs them
+    return sorted(name for name in names if name not in ("own", CUSTOM, *TINY_ENCODERS))  # no published checkpoint; the demo runs them
 
 
 ENCODERS, PROJECTORS, LLMS = names("encoder"), names("projector"), names("llm")

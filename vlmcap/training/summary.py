@@ -33,6 +33,8 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
+        "captions up to": f"{max(config.llm.caption_tokens, config.llm.new_tokens)} tokens",
+        "prompt": config.llm.question,
         "batch": describe_batch(config),
         "precision": config.hardware.precision.value,
     }

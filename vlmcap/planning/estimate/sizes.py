@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, Qwen3VlConfig
-from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
+from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     num_blocks,
