@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.clips import load_splits, open_ledger
+from vlmcap.assembly.clips import Splits, load_splits, open_ledger
 from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.compose import to_plain, write_yaml
@@ -152,15 +152,23 @@ def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
     """Split name to clips, and the configuration with what the demo made; bad data is reported before that."""
     clips: Mapping[str, Sequence[Clip]] = {}
     if not config.data.is_demo:
-        clips = load_splits(config, NEEDED, OPTIONAL)
+        clips = _read_splits(config)
         open_ledger(config, clips)
     config = prepare(config)
     check_facts(config)
-    clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    clips = clips or _read_splits(config)
     check_followed(config, clips)
     if is_main(config):
         warn_of_clips(config, clips)
     return config, clips
+
+
+def _read_splits(config: Config) -> Splits:
+    """The splits of a training run; the training clips stand in for those of validation where they are to be learned by heart."""
+    if not config.trainer.overfit:
+        return load_splits(config, NEEDED, OPTIONAL)
+    read = load_splits(config, [Split.train])
+    return Splits({"train": read["train"], "val": read["train"]}, read.skipped, read.note)
 
 
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:

@@ -112,14 +112,18 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split: the demo's own, or as many as AI Hub's data set has; `data.max_clips` of the training split at most."""
+    """Clips of each split: the demo's own, or as many as AI Hub's data set has, each cut as a run would cut it."""
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
         demo = config.data.demo
         train, val, test = demo.num_train, demo.num_val, demo.num_test
     elif config.data.max_clips:
         train = config.data.max_clips
-    return NumClips(min(train, config.data.max_clips or train), val, test)
+    train = min(train, config.data.max_clips or train)
+    if config.trainer.overfit:
+        return NumClips(train, train, 0)
+    most = config.evaluation.max_final_clips
+    return NumClips(train, min(val, most or val), min(test, most or test))
 
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
