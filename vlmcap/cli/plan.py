@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlmcap.compose import NO_DATA, compose
 from vlmcap.libraries import quiet_libraries
+from vlmcap.overrides import check_single_run
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.grid.grid_table import draw_grid, show_grid
 from vlmcap.planning.grid.make_grid import grid_names, make_grid
@@ -35,8 +36,9 @@ def run(options: Namespace) -> None:
 
 
 def _one(overrides: Sequence[str], *, as_json: bool, is_whole: bool) -> None:
-    overrides = [NO_DATA, *overrides]
-    plan = with_changes(make_plan(compose(overrides)), overrides)
+    config = compose([NO_DATA, *overrides])
+    check_single_run(overrides, config)
+    plan = with_changes(make_plan(config), [NO_DATA, *overrides])
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:

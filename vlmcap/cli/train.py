@@ -6,7 +6,8 @@ import hydra
 from omegaconf import DictConfig
 
 from vlmcap.compose import config_dir, to_config
-from vlmcap.program import told_in_one_sentence
+from vlmcap.overrides import check_single_run, check_training
+from vlmcap.program import is_sweep, told_in_one_sentence
 from vlmcap.sweeping.job import recorded, taken_up
 from vlmcap.sweeping.study import trial_of_job
 
@@ -16,6 +17,9 @@ def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
     with told_in_one_sentence(), recorded() as record:
         config = to_config(node)
+        check_training(record.overrides, config)
+        if not is_sweep():
+            check_single_run(record.overrides, config)
         record.begin(config)
         from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
 
