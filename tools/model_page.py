@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from vlmcap.config import EncoderConfig, EncoderFamily, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
+from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
 from vlmcap.models.projectors import ProjectorSpec, build_projector
