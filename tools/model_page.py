@@ -15,7 +15,7 @@ from torch import nn
 from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.terminal import grouped
 
 Row = Sequence[str]
@@ -78,18 +78,18 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
 PROJECTOR_HEADER = ("name", "parameters, 1 024 → 4 096", "tokens of 8 frames of 24 × 24 patches", *PARITY_HEADER)
 
 
-def projector_row(config: ProjectorConfig, spec: ProjectorSpec, parity: Mapping[str, Parity]) -> Row:
+def projector_row(config: ProjectorConfig, sizes: ProjectorSizes, parity: Mapping[str, Parity]) -> Row:
     """Of one projector.
 
     Args:
         config: Its settings.
-        spec: The same with sizes: widths 1 024 and 4 096, 8 frames of 24 × 24 patches.
+        sizes: Those of the example: widths 1 024 and 4 096, 8 frames of 24 × 24 patches.
         parity: All measured errors.
     """
     with torch.device("meta"):
-        projector = build_projector(spec)
-    tokens = grouped(spec.num_tokens(spec.num_frames))
-    return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind.value}"))
+        projector = build_projector(config, sizes)
+    tokens = grouped(count_tokens(config, sizes, sizes.num_frames))
+    return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind}"))
 
 
 LLM_HEADER = ("name", "checkpoint", "class", "parameters", "width", "layers", "context", "licence", *PARITY_HEADER)

@@ -22,13 +22,13 @@ from xml.etree import ElementTree
 import torch
 
 from tools import model_page as table
-from vlmcap.assembly.parts import encoder_options, projector_spec
+from vlmcap.assembly.parts import encoder_options, projector_sizes
 from vlmcap.compose import compose, group_choices
 from vlmcap.config import Config
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
-from vlmcap.models.projectors import ProjectorSpec
+from vlmcap.models.projectors import ProjectorSizes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PARITY = DOCS / "models.md", DOCS / "parity.json"
@@ -126,10 +126,10 @@ def _encoder(config: Config) -> VisionEncoder:
         return build_encoder(config.encoder.family.value, known_model_config(config.encoder.checkpoint), encoder_options(config))
 
 
-def _example(config: Config) -> ProjectorSpec:
-    """The projector with the sizes that the table's head names."""
+def _example(config: Config) -> ProjectorSizes:
+    """The sizes that the table's head names."""
     encoder = SimpleNamespace(embed_dim=1024, grid=(24, 24), possible_grids=lambda num_frames: [(8, 24, 24)])
-    return projector_spec(config, encoder, out_dim=4096, num_prompt_tokens=32)
+    return projector_sizes(config, encoder, out_dim=4096, num_prompt_tokens=32)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vlmcap.config import MlpConfig, Temporal
 from vlmcap.errors import UserError, first_line
 from vlmcap.models import checkpoint as checkpoints
 from vlmcap.models.checkpoint import fingerprint, locate, read_safetensors
 from vlmcap.models.encoders import EncoderOptions, load_encoder
-from vlmcap.models.projectors import ProjectorSpec, build_projector, load_projector_weights
+from vlmcap.models.projectors import ProjectorSizes, build_projector, load_projector_weights
 
 
 def test_a_folder_is_taken_as_it_is(siglip_folder: Path) -> None:
@@ -241,7 +242,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_by_every_reader(outsid
     with pytest.raises(UserError, match="not in its own folder"):
         load_encoder("clip", tmp_path, EncoderOptions(-1, torch.float32))
     with pytest.raises(UserError, match="not in its own folder"):
-        load_projector_weights(build_projector(ProjectorSpec("mlp", 2, 2, (2, 2), 1)), tmp_path)
+        load_projector_weights(build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(2, 2, (2, 2), 1)), tmp_path)
 
 
 def test_an_error_without_words_is_told_by_its_kind() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -22,7 +24,7 @@ from vlmcap.models.known import known_checkpoints, known_config
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.attention import PACKABLE, check_packing
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.types import Batch, Clip, Sample
 
 WORDS = ("푸른", "바다", "위로", "아침", "해가", "천천히", "떠오른다", "눈", "내리는", "밤의", "궁궐이")
@@ -54,18 +56,18 @@ def make(llm_folder: Path) -> Make:
     """A captioner around a tiny language model, with adapters as after some training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
 
     def build(kind: str, attention: str = "sdpa") -> VideoCaptioner:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind.partition("-")[0], vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS[kind]))
         llm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
-        adapted = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
-        projector = build_projector(ProjectorSpec("mlp", in_dim=8, out_dim=64, grid=(1, 2), num_frames=3))
+        projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=3))
         return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(4)).eval()
 
     return build
@@ -84,7 +86,7 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
 
 
 def collate(captioner: VideoCaptioner, items: list[Sample], *, is_packed: bool) -> Batch:
-    visual = VisualRun(captioner.projector.spec.num_tokens, (3, 1, 2))
+    visual = VisualRun(partial(count_tokens, captioner.projector.config, captioner.projector.sizes), (3, 1, 2))
     return Collator(captioner.prompt, visual, 200, is_packed=is_packed)(items)
 
 

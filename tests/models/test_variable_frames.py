@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.projectors.settings import settings_of
+from vlmcap.config import LlmConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -20,7 +23,7 @@ from vlmcap.models.encoders.preprocessing import StatedGrid
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.types import Clip, Sample
 
 FRAMES = 4
@@ -47,10 +50,10 @@ def load_llm(folder: Path) -> Any:
 @pytest.fixture(params=PROJECTORS)
 def captioner(request: pytest.FixtureRequest, siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
     encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32))
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
-    options = {"kind": "mlp", "num_heads": 2, "num_prompt_tokens": len(prompt.question_ids)} | PROJECTORS[request.param]
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
+    options = {"kind": "mlp", "num_heads": 2, "num_layers": 2} | PROJECTORS[request.param]
     torch.manual_seed(0)
-    projector = build_projector(ProjectorSpec(in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES, **options))
+    projector = build_projector(settings_of(**options), ProjectorSizes(32, 64, (2, 2), FRAMES, len(prompt.question_ids)))
     return VideoCaptioner(encoder, projector, load_llm(llm_folder), prompt, GenerationSettings(4)).eval()
 
 
@@ -63,7 +66,7 @@ def noise(num_frames: int, height: int = 28, width: int = 28) -> Tensor:
 def test_the_loss_is_that_of_each_clip_alone(captioner: VideoCaptioner, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert captioner.encoder is not None
     grid_of = pickle.loads(pickle.dumps(StatedGrid(captioner.encoder.transform.grid_thw, captioner.encoder.grid)))
-    visual = VisualRun(captioner.projector.spec.num_tokens, (FRAMES, 2, 2))
+    visual = VisualRun(partial(count_tokens, captioner.projector.config, captioner.projector.sizes), (FRAMES, 2, 2))
     collator = Collator(captioner.prompt, visual, 200, is_packed=is_packed)
     items = [
         Sample(Clip(str(length), f"{length}.mp4", ("배" * (length + 1),)), frames=noise(length), grid_thw=grid_of(length, 90, 160))
@@ -84,7 +87,7 @@ def test_the_loss_is_that_of_each_clip_alone(captioner: VideoCaptioner, is_packe
 
 @torch.no_grad()
 def test_captions_are_those_of_each_clip_alone(captioner: VideoCaptioner) -> None:
-    visual = VisualRun(captioner.projector.spec.num_tokens, (FRAMES, 2, 2))
+    visual = VisualRun(partial(count_tokens, captioner.projector.config, captioner.projector.sizes), (FRAMES, 2, 2))
     collator = Collator(captioner.prompt, visual, 200, mode="generate")
     items = [Sample(Clip(str(length), "", ()), frames=noise(length), grid_thw=(length, 2, 2)) for length in LENGTHS]
     assert captioner.generate(collator(items)) == [captioner.generate(collator([item]))[0] for item in items]
@@ -97,7 +100,9 @@ def test_the_stated_grid_is_the_encoders_own_where_it_varies() -> None:
 
 def test_an_image_fills_its_stack() -> None:
     """An image is what a clip would be that shows it all the time."""
-    projector = build_projector(ProjectorSpec("mlp", in_dim=6, out_dim=8, grid=(2, 2), num_frames=FRAMES, frame_stack=4))
+    projector = build_projector(
+        MlpConfig(temporal=Temporal.none, frame_stack=4), ProjectorSizes(in_dim=6, out_dim=8, grid=(2, 2), num_frames=FRAMES)
+    )
     image = torch.randn(1, 1, 4, 6)
     torch.testing.assert_close(projector(image), projector(image.expand(-1, 4, -1, -1)))
 
@@ -109,7 +114,7 @@ def test_temporal_patches_are_filled_up(kind: str, qwen_folders: dict[str, Path]
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, GenerationSettings(4)).eval()
     transform = parts.encoder.transform
     visual = parts.visual_layout or VisualRun(parts.num_tokens, (FRAMES // 2, *parts.encoder.grid))

@@ -135,7 +135,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
         sampling=config.data.sampling.value,
         fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,
         variable_frames=config.data.variable_frames,
-        decoder=resolve_decoder(config.data.decoder.value),
+        decoder=resolve_decoder(config.data.decoder).value,
         pooled={"kind": "pool", "size": config.pool_size} if config.pool_size else None,
         precision=config.hardware.precision.value,
         dtype=config.cache.dtype,
@@ -245,7 +245,7 @@ def encoding_of(
     """A function from frames, and the clips' sizes where they vary, to what is stored of them."""
     import torch
 
-    from vlmcap.models.projectors.reducers import PoolReducer
+    from vlmcap.models.projectors.reducers import pool_grid
 
     device = torch.device(device_of(config))
     encoder.to(device)
@@ -260,16 +260,15 @@ def encoding_of(
             features: torch.Tensor = encoder(frames.to(device), grids)
         return features
 
-    if config.pool_size is None:
+    if (size := config.pool_size) is None:
         return encode
-    pool = PoolReducer(config.pool_size)
 
     @torch.no_grad()
     def encode_pooled(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> list[torch.Tensor]:
         features = encode(frames, grids).float()  # as the projector averages them
         sizes = grids or [(features.shape[1], *encoder.grid)] * len(features)
         return [
-            pool(own[None, :count, : rows * columns], (rows, columns))[0]
+            pool_grid(own[None, :count, : rows * columns], (rows, columns), size)[0]
             for own, (count, rows, columns) in zip(features, sizes, strict=True)
         ]
 
@@ -291,7 +290,7 @@ def _batches_of(dataset: ClipDataset, batch_size: int, num_workers: int) -> Call
             sampler=positions.tolist(),
             collate_fn=list,
             generator=torch.Generator(),
-            **worker_options(workers, batch_size, dataset.settings.limits.timeout_s),
+            **worker_options(workers, batch_size, dataset.data.decode_timeout_s),
         )
         with watch.naming_clips():
             yield from loader

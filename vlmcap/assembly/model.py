@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from vlmcap.assembly.parts import (
     load_whole,
     locate_sources,
     loss_chunk_bytes,
-    projector_spec,
+    projector_sizes,
     sketch_encoder,
     sketch_whole,
     train_encoder,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.decoding.settings import GenerationSettings
     from vlmcap.models.llm.prompt import PromptEncoder
-    from vlmcap.models.projectors import Projector, ProjectorSpec
+    from vlmcap.models.projectors import Projector, ProjectorSizes
     from vlmcap.types import FrameTimes, GridTHW, VisualLayout
 
 
@@ -48,14 +49,14 @@ class ModelSpec:
     Attributes:
         feature_plan: Configuration, base checkpoints, and the vision encoder without its weights.
         prompt: The language model's tokenizer and the text around the visual tokens.
-        projector: Settings and sizes of the projector; None for a whole pretrained model, which brings its own.
+        projector: Sizes of the projector; None for a whole pretrained model, which brings its own.
         visual: A clip's size and times -> placeholders, and text between them; picklable.
         context: Positions of the language model.
     """
 
     feature_plan: FeaturePlan
     prompt: PromptEncoder
-    projector: ProjectorSpec | None
+    projector: ProjectorSizes | None
     visual: VisualLayout
     context: int
 
@@ -108,6 +109,7 @@ def describe_model(config: Config) -> ModelSpec:
     from vlmcap.models.llm.attention import check_packing
     from vlmcap.models.llm.load import context_length, text_width
     from vlmcap.models.llm.prompt import VisualRun
+    from vlmcap.models.projectors import check_projector, count_tokens
 
     sources = locate_sources(config)
     part = "model" if config.is_whole else "llm"
@@ -117,17 +119,17 @@ def describe_model(config: Config) -> ModelSpec:
     encoder = sketch_encoder(config, sources.folders[vision_part(config)])
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
     if config.is_whole:
-        spec, outline = None, sketch_whole(config, folder)
+        sizes, outline = None, sketch_whole(config, folder)
         prompt = load_prompt_of(config, folder, visual_prefix=outline.visual_prefix, visual_suffix=outline.visual_suffix)
         visual = VisualRun(outline.num_tokens, grids[0])
     else:
         prompt = load_prompt_of(config, folder)
-        spec = projector_spec(config, encoder, text_width(folder), len(prompt.question_ids))
-        spec.check()
-        visual = VisualRun(spec.num_tokens, grids[0])
+        sizes = projector_sizes(config, encoder, text_width(folder), len(prompt.question_ids))
+        check_projector(config.projector, sizes)
+        visual = VisualRun(partial(count_tokens, config.projector, sizes), grids[0])
     num_visual = check_context(config, visual, grids, prompt, context)
     feature_plan = FeaturePlan(config, sources, encoder, grid_of_frames(config, encoder), num_visual)
-    return ModelSpec(feature_plan, prompt, spec, visual, context)
+    return ModelSpec(feature_plan, prompt, sizes, visual, context)
 
 
 def assemble(
@@ -162,19 +164,21 @@ def _assemble_parts(
 ) -> Assembly:
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.llm.prompt import VisualRun
-    from vlmcap.models.projectors import build_projector
+    from vlmcap.models.projectors import build_projector, count_tokens
+    from vlmcap.models.projectors.reducers import reduced_grid
 
     config, folders = spec.config, spec.feature_plan.sources.folders
-    visual, shape = spec.visual, spec.projector
-    assert shape is not None
-    if features is not None and features.pool_size is not None:
+    visual, settings, sizes = spec.visual, config.projector, spec.projector
+    assert sizes is not None
+    if features is not None and features.pool_size is not None and isinstance(settings, TokenProjectorConfig):
         from vlmcap.data.features.dataset import pooled_grid
 
         # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are encoded on the fly.
         frames, *side = pooled_grid(spec.grids[0], features.pool_size)
-        shape = dataclasses.replace(shape, grid=shape.reduced_grid(shape.grid), reducer="none")
-        visual = VisualRun(shape.num_tokens, (frames, side[0], side[1]))
-    projector = build_projector(shape)
+        sizes = dataclasses.replace(sizes, grid=reduced_grid(settings, sizes.grid))
+        settings = dataclasses.replace(settings, reducer=Reducer.none)
+        visual = VisualRun(partial(count_tokens, settings, sizes), (frames, side[0], side[1]))
+    projector = build_projector(settings, sizes)
     if is_fresh and config.projector.checkpoint:
         warm_start(projector, config.projector.checkpoint)
     encoder = None
@@ -234,10 +238,7 @@ def generation_settings(config: Config) -> GenerationSettings:
     """How captions are decoded."""
     from vlmcap.models.decoding.settings import GenerationSettings
 
-    known = {field.name for field in dataclasses.fields(GenerationSettings)}
-    chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
-    chosen |= {"engine": config.evaluation.engine.value, "num_rows": config.data.eval_batch_size}
-    return GenerationSettings(config.llm.max_new_tokens, **chosen)
+    return GenerationSettings(config.llm.max_new_tokens, config.evaluation, config.data.eval_batch_size)
 
 
 def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from vlmcap.models.encoders import EncoderOptions, VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.models.pretrained import PretrainedParts
-    from vlmcap.models.projectors import ProjectorSpec
+    from vlmcap.models.projectors import ProjectorSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +161,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
     else:
         from vlmcap.models.encoders.tower import add_tower_lora
 
-        add_tower_lora(
-            encoder.tower, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_dora=lora.use_dora, use_rslora=lora.use_rslora
-        )
+        add_tower_lora(encoder.tower, lora)
     if config.hardware.gradient_checkpointing:
         encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -180,9 +177,13 @@ def uses_expert_adapters(config: Config) -> bool:
     return config.tuning.use_lora and lora_of(config).use_experts
 
 
-def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSpec:
-    """Settings and sizes of the projector."""
-    from vlmcap.models.projectors import ProjectorSpec
+def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_tokens: int) -> ProjectorSizes:
+    """What encoder, clips and language model make of the projector.
+
+    Raises:
+        UserError: The projector cannot take all clips that the encoder may give.
+    """
+    from vlmcap.models.projectors import ProjectorSizes
 
     settings, grids = config.projector, encoder.possible_grids(config.data.num_frames)
     _check_tiling(config)
@@ -191,17 +192,8 @@ def projector_spec(config: Config, encoder: Any, out_dim: int, num_prompt_tokens
             f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, and the grids of "
             f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another projector or encoder"
         )
-    names = {field.name for field in dataclasses.fields(ProjectorSpec)} & {field.name for field in dataclasses.fields(settings)}
-    values = {name: getattr(settings, name) for name in names}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}
-    return ProjectorSpec(
-        in_dim=encoder.embed_dim,
-        out_dim=out_dim,
-        grid=encoder.grid,
-        num_frames=max(frames for frames, _, _ in grids),
-        num_prompt_tokens=num_prompt_tokens,
-        **plain,
-    )
+    most_frames = max(frames for frames, _, _ in grids)
+    return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens)
 
 
 def _check_tiling(config: Config) -> None:
@@ -226,15 +218,7 @@ def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder
     """The language model's tokenizer with the prompt; `around` is text that stands directly around the visual tokens."""
     from vlmcap.models.llm.prompt import load_prompt
 
-    settings = config.llm
-    return load_prompt(
-        folder,
-        prompt=settings.prompt,
-        system_prompt=settings.system_prompt,
-        enable_thinking=settings.enable_thinking,
-        chat_template=settings.chat_template,
-        **around,
-    )
+    return load_prompt(folder, config.llm, **around)
 
 
 def language_options(config: Config) -> dict[str, Any]:
@@ -267,12 +251,11 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
     """The parts of a whole pretrained model, frozen but for its projector."""
     from vlmcap.models.pretrained import load_pretrained
 
-    settings = config.model
     return load_pretrained(
-        settings.kind,
+        config.model.kind,
         folder,
         max_patches=max_patches(config),
-        use_outer_marks=not isinstance(settings, Qwen3VlConfig) or settings.use_outer_marks,
+        use_outer_marks=_uses_outer_marks(config),
         **language_options(config),
     )
 
@@ -284,15 +267,18 @@ def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
     from vlmcap.models.encoders.tower import read_config
     from vlmcap.models.pretrained import build_pretrained
 
-    settings, dtype = config.model, dtype_of(config.hardware.precision)
     with torch.device("meta"):
         return build_pretrained(
-            settings.kind,
+            config.model.kind,
             read_config(folder),
-            dtype=dtype,
+            dtype=dtype_of(config.hardware.precision),
             max_patches=max_patches(config),
-            use_outer_marks=not isinstance(settings, Qwen3VlConfig) or settings.use_outer_marks,
+            use_outer_marks=_uses_outer_marks(config),
         )
+
+
+def _uses_outer_marks(config: Config) -> bool:
+    return config.model.use_outer_marks if isinstance(config.model, Qwen3VlConfig) else True
 
 
 def loss_chunk_bytes(config: Config) -> int | None:
@@ -318,7 +304,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
         llm.float().requires_grad_(True)  # mixed precision wants float32 masters
     if not config.tuning.use_lora:
         return llm
-    adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora_of(config)))
+    adapted: nn.Module = add_lora(llm, lora_of(config))
     return adapted
 
 

@@ -49,6 +49,11 @@ class TokenProjectorConfig(ProjectorConfig):
         return self.temporal in (Temporal.attention, Temporal.local_global)
 
     @property
+    def has_heads(self) -> bool:
+        """Whether any part has attention heads, of which `hidden_dim` must be a multiple."""
+        return self.attends
+
+    @property
     def chooses_tokens(self) -> bool:
         """Whether the reducer leaves tokens that stand on no grid."""
         return self.reducer in (Reducer.merge, Reducer.saliency)
@@ -112,6 +117,11 @@ class CrossAttentionConfig(TokenProjectorConfig):
     num_queries: int = only_with("queries=learned", lambda c: c.queries is Queries.learned, 64)  # per frame
     temporal: Temporal = Temporal.position
 
+    @property
+    def has_heads(self) -> bool:
+        """Always."""
+        return True
+
 
 @register("projector")
 @dataclass
@@ -122,6 +132,11 @@ class PerceiverConfig(TokenProjectorConfig):
     num_layers: int = 2
     num_queries: int = 128  # latents per clip
     frame_stack: int = 1
+
+    @property
+    def has_heads(self) -> bool:
+        """Always."""
+        return True
 
 
 @register("projector")

@@ -30,14 +30,13 @@ def prepare(config: Config) -> Config:
 
 def demo_folder(config: Config) -> Path:
     """The demo data set, made on first use."""
-    from vlmcap.demo.clips import DemoSettings, make_demo
+    from vlmcap.demo.clips import make_demo
 
-    settings = DemoSettings(**dataclasses.asdict(demo_settings(config)))
-    return make_demo(Path(config.paths.cache_dir) / "demo", settings)
+    return make_demo(Path(config.paths.cache_dir) / "demo", demo_settings(config))
 
 
 def demo_settings(config: Config) -> DemoConfig:
-    """Of the clips that the tiny parts are trained on, which may go with any data."""
+    """Settings of the clips that the tiny parts are trained on; the parts go with any data."""
     return config.data.demo if isinstance(config.data, DemoDataConfig) else DemoConfig()
 
 

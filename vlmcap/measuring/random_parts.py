@@ -28,8 +28,8 @@ from vlmcap.models.encoders import FAMILIES
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
-from vlmcap.models.projectors import build_projector
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_spec, sketch, text_config, whole_parts
+from vlmcap.models.projectors import build_projector, check_projector
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_sizes, sketch, text_config, whole_parts
 
 _STD = 0.02  # of random weights, as transformers' own
 _PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
@@ -102,9 +102,9 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
     device = device_of(config)
     torch.manual_seed(config.seed)
     outline = sketch(config)
-    spec = planned_spec(config, outline)
-    if spec is not None:
-        spec.check()
+    sizes = planned_sizes(config, outline)
+    if sizes is not None:
+        check_projector(config.projector, sizes)
     encoder = None
     if has_encoder:
         say(f"encoder ({_billions(outline)})")
@@ -112,7 +112,7 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
         _set_attention(config, encoder)
         train_encoder(config, encoder)
     with torch.device("meta"):
-        projector: Any = whole_parts(config, 1).projector if spec is None else build_projector(spec)
+        projector: Any = whole_parts(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
     say(f"projector ({_billions(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.compose import compose
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
@@ -22,7 +24,7 @@ from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_en
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
 from vlmcap.types import Batch, Clip, Sample
 
 SIZES: dict[str, Any] = {
@@ -53,18 +55,18 @@ def make(llm_folder: Path) -> Make:
     """A captioner around a tiny language model, with adapters as after some training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
 
     def build(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> VideoCaptioner:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS.get(kind, {}) | options))
         llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval().requires_grad_(False)
-        adapted = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
-        projector = build_projector(ProjectorSpec("mlp", in_dim=8, out_dim=64, grid=(1, 2), num_frames=2))
+        projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=2))
         return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(4)).eval()
 
     return build
@@ -76,7 +78,12 @@ def batch_of(captioner: VideoCaptioner, *, is_packed: bool = False) -> Batch:
         Sample(Clip(str(i), f"{i}.mp4", (text,)), features=torch.randn(2, 2, 8, generator=generator), grid_thw=(2, 1, 2))
         for i, text in enumerate(CAPTIONS)
     ]
-    return Collator(captioner.prompt, VisualRun(captioner.projector.spec.num_tokens, (2, 1, 2)), 200, is_packed=is_packed)(items)
+    return Collator(
+        captioner.prompt,
+        VisualRun(partial(count_tokens, captioner.projector.config, captioner.projector.sizes), (2, 1, 2)),
+        200,
+        is_packed=is_packed,
+    )(items)
 
 
 def chunk_bytes(captioner: VideoCaptioner, rows: int = 4) -> int:
@@ -218,8 +225,8 @@ def test_whole_models(kind: str, qwen_folders: dict[str, Path], spy: list[int]) 
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
-    llm = add_lora(parts.llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
+    llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
     captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4)).eval()
     items = []
     for i, (text, size) in enumerate(zip(CAPTIONS, sizes, strict=True)):

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import load_prompt
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.types import Batch, Clip, Sample
 
 MAX = torch.finfo(torch.float16).max
@@ -24,9 +25,9 @@ MAX = torch.finfo(torch.float16).max
 def captioner(folder: Path, quantization: str) -> VideoCaptioner:
     torch.manual_seed(0)
     llm = load_language_model(folder, dtype=torch.float16, quantization=quantization, attention="sdpa", device="cpu")
-    adapted = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
-    projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=2))
+    adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
+    projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=2))
     return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(max_new_tokens=4))
 
 

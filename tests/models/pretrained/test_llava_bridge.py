@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmcap.config import LlmConfig, MlpConfig, Reducer, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -22,7 +23,7 @@ from vlmcap.models.encoders import EncoderOptions, load_encoder
 from vlmcap.models.llm.load import load_language_model, text_width
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
-from vlmcap.models.projectors import ProjectorSpec, build_projector, load_projector_weights
+from vlmcap.models.projectors import ProjectorSizes, build_projector, load_projector_weights
 from vlmcap.types import Batch, Clip, Sample
 
 FRAMES = 2
@@ -40,14 +41,15 @@ def assembled(folder: Path) -> VideoCaptioner:
     """`encoder=clip projector=mlp projector.reducer=pool`, with all three checkpoints naming one folder."""
     encoder = load_encoder("clip", folder, EncoderOptions(feature_layer=-2, dtype=torch.float32))
     projector = build_projector(
-        ProjectorSpec("mlp", encoder.embed_dim, text_width(folder), encoder.grid, num_frames=FRAMES, reducer="pool")
+        MlpConfig(temporal=Temporal.none, reducer=Reducer.pool),
+        ProjectorSizes(encoder.embed_dim, text_width(folder), encoder.grid, num_frames=FRAMES),
     )
     load_projector_weights(projector, folder)
     return joined(encoder, projector, load_language_model(folder, **LANGUAGE), folder)  # type: ignore[arg-type]
 
 
 def joined(encoder: Any, projector: Any, llm: Any, folder: Path) -> VideoCaptioner:
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=8)).eval()
 
 

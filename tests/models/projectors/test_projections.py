@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from tests.models.projectors.settings import settings_of
+from vlmcap.config import ProjectorConfig
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.models.projectors.base import CrossAttention
 
-Make = Callable[..., ProjectorSpec]
+Make = Callable[..., tuple[ProjectorConfig, ProjectorSizes]]
 
 DV, DL, FRAMES = 6, 8, 4
 
@@ -21,14 +23,15 @@ DV, DL, FRAMES = 6, 8, 4
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("use_layer_norm", [False, True])
 def test_layers(kind: str, use_layer_norm: bool, spec_of: Make) -> None:
-    projection = build_projector(spec_of(kind, depth=4, use_layer_norm=use_layer_norm)).projection
+    depth = {"depth": 4} if kind == "mlp" else {}
+    projection = build_projector(*spec_of(kind, use_layer_norm=use_layer_norm, **depth)).projection
     sizes = [(layer.in_features, layer.out_features) for layer in projection.modules() if isinstance(layer, nn.Linear)]
     assert sizes == ([(DV, DL)] if kind == "linear" else [(DV, DL)] + [(DL, DL)] * 3)
     assert [m.normalized_shape for m in projection.modules() if isinstance(m, nn.LayerNorm)] == ([(DV,)] if use_layer_norm else [])
 
 
 def test_layer_norm_gives_features_a_common_scale(spec_of: Make) -> None:
-    projector = build_projector(spec_of(use_layer_norm=True))
+    projector = build_projector(*spec_of(use_layer_norm=True))
     features = torch.randn(1, 4, 16, DV)
     torch.testing.assert_close(projector(features * 1000), projector(features), atol=1e-3, rtol=1e-3)
 
@@ -40,7 +43,7 @@ def test_two_layers_are_llava_next_videos_projector(spec_of: Make, record_proper
     text: Any = LlamaConfig(hidden_size=DL, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     vision: Any = CLIPVisionConfig(hidden_size=DV, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     theirs = LlavaNextVideoMultiModalProjector(LlavaNextVideoConfig(vision_config=vision, text_config=text))
-    ours = build_projector(spec_of())
+    ours = build_projector(*spec_of())
     names = {"linear_1": "projection.layers.0", "linear_2": "projection.layers.2"}
     ours.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
     features = torch.randn(2, 4, 16, DV)
@@ -59,7 +62,7 @@ def test_pixel_shuffle_is_internvls(side: int, spec_of: Make, record_property: C
     with torch.no_grad():
         for weight in theirs.layer_norm.parameters():
             weight.normal_()
-    ours = build_projector(spec_of("pixel_shuffle", grid=(side, side)))
+    ours = build_projector(*spec_of("pixel_shuffle", grid=(side, side)))
     names = {"layer_norm": "projection.norm", "linear_1": "projection.layers.0", "linear_2": "projection.layers.2"}
     ours.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
     features = torch.randn(2, 4, side**2, DV)
@@ -93,7 +96,7 @@ def torch_attention(ours: CrossAttention, feature_dim: int) -> nn.MultiheadAtten
 
 
 def test_the_question_attends_to_the_whole_clip_with_residual_and_norm(spec_of: Make) -> None:
-    projector = build_projector(spec_of("cross_attention", queries="prompt", num_layers=3, hidden_dim=12))
+    projector = build_projector(*spec_of("cross_attention", queries="prompt", num_layers=3, hidden_dim=12))
     features, question = torch.randn(2, FRAMES, 16, DV), torch.randn(5, DL)
     projection: Any = projector.projection
     words = projection.embed(question).expand(2, -1, -1)
@@ -106,7 +109,7 @@ def test_the_question_attends_to_the_whole_clip_with_residual_and_norm(spec_of: 
 
 
 def test_learned_queries_attend_with_residual_and_feed_forward(spec_of: Make) -> None:
-    projector = build_projector(spec_of("cross_attention", num_layers=2, hidden_dim=12))
+    projector = build_projector(*spec_of("cross_attention", num_layers=2, hidden_dim=12))
     features = torch.randn(2, FRAMES, 16, DV)
     projection: Any = projector.projection
     seen, queries = projection.norm(features).flatten(0, 1), projection.queries.expand(2 * FRAMES, -1, -1)
@@ -117,7 +120,7 @@ def test_learned_queries_attend_with_residual_and_feed_forward(spec_of: Make) ->
 
 
 def test_latents_attend_to_all_features_and_to_themselves(spec_of: Make) -> None:
-    projector = build_projector(spec_of("perceiver", num_layers=2, hidden_dim=12))
+    projector = build_projector(*spec_of("perceiver", num_layers=2, hidden_dim=12))
     features = torch.randn(2, FRAMES, 16, DV)
     projection: Any = projector.projection
     seen = projection.enter(projector.before(features, (4, 4)).flatten(1, 2))  # type: ignore[misc]
@@ -140,12 +143,12 @@ def moved_frames(projector: nn.Module, features: Tensor, frame: int) -> Tensor:
 
 def test_learned_queries_see_their_own_frame_only(spec_of: Make) -> None:
     features = torch.randn(1, FRAMES, 16, DV)
-    assert moved_frames(build_projector(spec_of("cross_attention")), features, 1).tolist() == [False, True, False, False]
+    assert moved_frames(build_projector(*spec_of("cross_attention")), features, 1).tolist() == [False, True, False, False]
 
 
 def test_learned_queries_see_the_kept_tokens_of_their_frame(spec_of: Make) -> None:
     """Behind saliency, frames hold different numbers of tokens; with a frame embedding, each must still read its own."""
-    projector = build_projector(spec_of("cross_attention", reducer="saliency", keep_ratio=0.5))
+    projector = build_projector(*spec_of("cross_attention", reducer="saliency", keep_ratio=0.5))
     features = torch.randn(1, FRAMES, 16, DV)
     tokens, layout = projector._prepare(features, (4, 4), None)
     assert layout.frame_of is not None
@@ -163,7 +166,7 @@ def build_alone(projector: Any, tokens: Tensor) -> Tensor:
 
 
 def test_latents_tell_frames_apart(spec_of: Make) -> None:
-    projector = build_projector(spec_of("perceiver"))
+    projector = build_projector(*spec_of("perceiver"))
     features = torch.randn(1, FRAMES, 16, DV)
     assert not torch.allclose(projector(features), projector(features.flip(1)), atol=1e-4)
     assert torch.allclose(projector(features), projector(features.flip(2)), atol=1e-5)  # places it does not tell apart
@@ -174,9 +177,10 @@ def test_the_inner_width_keeps_true_sizes_small(kind: str) -> None:
     """DINOv3-H+ to Qwen3-32B with four layers: 17 to 19 GiB of weights and optimiser state at the language model's width."""
     millions = {}
     for hidden_dim in (None, 5120):
-        spec = ProjectorSpec(kind, 1280, 5120, (16, 16), 16, num_layers=4, hidden_dim=hidden_dim)
+        config = settings_of(kind, num_layers=4, num_queries=64, hidden_dim=hidden_dim)
         with torch.device("meta"):
-            millions[hidden_dim] = sum(weight.numel() for weight in build_projector(spec).parameters()) / 1e6
+            projector = build_projector(config, ProjectorSizes(1280, 5120, (16, 16), 16))
+        millions[hidden_dim] = sum(weight.numel() for weight in projector.parameters()) / 1e6
     expected = {"cross_attention": (85.4, 1127.8), "perceiver": (87.1, 1291.7)}[kind]
     assert millions[None] == pytest.approx(expected[0], abs=0.1)
     assert millions[5120] == pytest.approx(expected[1], abs=0.1)
@@ -185,7 +189,7 @@ def test_the_inner_width_keeps_true_sizes_small(kind: str) -> None:
 @pytest.mark.parametrize("queries", ["learned", "prompt"])
 def test_half_precision_keeps_the_features_once_for_all_layers(spec_of: Make, queries: str) -> None:
     """At true size a copy is a quarter of a GiB."""
-    projector = build_projector(spec_of("cross_attention", queries=queries, num_layers=3, hidden_dim=12))
+    projector = build_projector(*spec_of("cross_attention", queries=queries, num_layers=3, hidden_dim=12))
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -219,7 +223,7 @@ def block(maps: Tensor, layer: Any) -> Tensor:
 
 @pytest.mark.parametrize("hidden_dim", [None, 10])
 def test_blocks_stand_around_an_adaptive_pooling(hidden_dim: int | None, spec_of: Make) -> None:
-    projector = build_projector(spec_of("c_abstractor", grid=(5, 7), hidden_dim=hidden_dim, num_queries=9))
+    projector = build_projector(*spec_of("c_abstractor", grid=(5, 7), hidden_dim=hidden_dim, num_queries=9))
     with torch.no_grad():
         for module in projector.modules():
             if isinstance(module, nn.LayerNorm):
@@ -241,7 +245,7 @@ def test_blocks_stand_around_an_adaptive_pooling(hidden_dim: int | None, spec_of
 
 def test_a_patch_moves_its_own_corner_most(spec_of: Make) -> None:
     """Tokens are row-major: a change in the last patch of the first row is the second of four tokens."""
-    projector = build_projector(spec_of("c_abstractor", grid=(12, 12), num_layers=1))
+    projector = build_projector(*spec_of("c_abstractor", grid=(12, 12), num_layers=1))
     features = torch.randn(1, 1, 144, DV)
     changed = features.clone()
     changed[0, 0, 9:12] += 5

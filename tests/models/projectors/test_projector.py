@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.config import ProjectorConfig
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 
-Make = Callable[..., ProjectorSpec]
+Make = Callable[..., tuple[ProjectorConfig, ProjectorSizes]]
 
 DV, DL, FRAMES = 6, 8, 4
 COMBINATIONS: list[dict[str, Any]] = [
@@ -36,7 +37,7 @@ def inputs(batch: int = 1, grid: tuple[int, int] = (4, 4)) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_clips_of_a_batch_do_not_see_each_other(options: dict[str, Any], spec_of: Make) -> None:
-    projector = build_projector(spec_of(**options))
+    projector = build_projector(*spec_of(**options))
     features, prompt = inputs(3)
     alone = torch.cat([projector(clip[None], prompt=prompt) for clip in features])
     torch.testing.assert_close(projector(features, prompt=prompt), alone)
@@ -44,7 +45,7 @@ def test_clips_of_a_batch_do_not_see_each_other(options: dict[str, Any], spec_of
 
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_every_weight_learns(options: dict[str, Any], spec_of: Make) -> None:
-    projector = build_projector(spec_of(**options))
+    projector = build_projector(*spec_of(**options))
     features, prompt = inputs(2)
     projector(features, prompt=prompt).square().sum().backward()
     assert [name for name, weight in projector.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()] == []
@@ -54,7 +55,7 @@ def test_every_weight_learns(options: dict[str, Any], spec_of: Make) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_on_a_gpu_gradients_are_those_of_the_cpu_by_deterministic_kernels(options: dict[str, Any], spec_of: Make) -> None:
-    projector = build_projector(spec_of(**options))
+    projector = build_projector(*spec_of(**options))
     features, prompt = inputs(2)
     weights = list(projector.parameters())
     expected = torch.autograd.grad(projector(features, prompt=prompt).square().sum(), weights)
@@ -70,7 +71,7 @@ def test_on_a_gpu_gradients_are_those_of_the_cpu_by_deterministic_kernels(option
 
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_half_precision_features_give_float32_tokens(options: dict[str, Any], spec_of: Make) -> None:
-    projector = build_projector(spec_of(**options))
+    projector = build_projector(*spec_of(**options))
     features, prompt = inputs()
     tokens = projector(features.half(), prompt=prompt.half())
     assert tokens.dtype == torch.float32
@@ -79,7 +80,7 @@ def test_half_precision_features_give_float32_tokens(options: dict[str, Any], sp
 
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_float16_autocast_ends_at_the_edge(options: dict[str, Any], spec_of: Make) -> None:
-    projector = build_projector(spec_of(**options))
+    projector = build_projector(*spec_of(**options))
     features, prompt = inputs()
     exact = projector(features * 1e4, prompt=prompt)
     with torch.autocast("cpu", dtype=torch.float16):
@@ -90,7 +91,7 @@ def test_float16_autocast_ends_at_the_edge(options: dict[str, Any], spec_of: Mak
 
 @pytest.mark.parametrize("temporal", ["none", "attention"])
 def test_float16_autocast_does_not_overflow(temporal: str, spec_of: Make) -> None:
-    projector = build_projector(spec_of(temporal=temporal, depth=3, reducer="pool", frame_stack=2))
+    projector = build_projector(*spec_of(temporal=temporal, depth=3, reducer="pool", frame_stack=2))
     with torch.no_grad():
         for module in projector.projection.modules():
             if isinstance(module, torch.nn.Linear):
@@ -104,7 +105,7 @@ def test_float16_autocast_does_not_overflow(temporal: str, spec_of: Make) -> Non
 
 @pytest.mark.parametrize("options", COMBINATIONS)
 def test_bfloat16_autocast_gives_float32_tokens(options: dict[str, Any], spec_of: Make) -> None:
-    projector = build_projector(spec_of(**options))
+    projector = build_projector(*spec_of(**options))
     features, prompt = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = projector(features, prompt=prompt)
@@ -114,7 +115,7 @@ def test_bfloat16_autocast_gives_float32_tokens(options: dict[str, Any], spec_of
 
 
 def test_tokens_are_in_frame_order_then_patch_order(spec_of: Make) -> None:
-    projector = build_projector(spec_of("linear", grid=(1, 3)))
+    projector = build_projector(*spec_of("linear", grid=(1, 3)))
     features, _ = inputs(2, (1, 3))
     linear = projector.projection.layers[0]  # type: ignore[union-attr,index]
     expected = F.linear(features[1, 2, 1], linear.weight, linear.bias)
@@ -132,22 +133,21 @@ def test_tokens_are_in_frame_order_then_patch_order(spec_of: Make) -> None:
     ],
 )
 def test_clips_of_any_grid_and_length_go_through(grid: tuple[int, int], options: dict[str, Any], spec_of: Make) -> None:
-    spec = spec_of(**options)
-    projector = build_projector(spec)
+    projector = build_projector(*spec_of(**options))
     features = inputs(1, grid)[0][:, :2]
     tokens = projector(features, grid=grid)
-    assert tokens.shape == (1, spec.num_tokens(2, grid), DL)
+    assert tokens.shape == (1, projector.num_tokens(2, grid[0] * grid[1], grid), DL)
     assert bool(tokens.isfinite().all())
 
 
 def test_patches_that_are_no_grid_are_caught(spec_of: Make) -> None:
-    projector = build_projector(spec_of())
+    projector = build_projector(*spec_of())
     with pytest.raises(AssertionError, match="12 patches are no grid of 4 × 4"):
         projector(inputs(1, (3, 4))[0])
 
 
 def test_more_frames_than_were_announced_are_caught(spec_of: Make) -> None:
-    projector = build_projector(spec_of(temporal="position", num_frames=2))
+    projector = build_projector(*spec_of(temporal="position", num_frames=2))
     with pytest.raises(AssertionError, match="4 frames, at most 2"):
         projector(inputs()[0])
 
@@ -160,4 +160,4 @@ def test_more_frames_than_were_announced_are_caught(spec_of: Make) -> None:
     ],
 )
 def test_names_in_checkpoints_stay(options: dict[str, Any], names: list[str], spec_of: Make) -> None:
-    assert set(names) <= build_projector(spec_of(**options)).state_dict().keys()
+    assert set(names) <= build_projector(*spec_of(**options)).state_dict().keys()

@@ -12,27 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.config import ProjectorConfig
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.models.projectors.reducers import (
-    MergeReducer,
-    PoolReducer,
-    ResampleReducer,
-    SaliencyReducer,
     assign_groups,
+    keep_salient,
     linear_weights,
+    merge_tokens,
+    pool_grid,
     pool_maps,
     resize_grid,
     stack_frames,
 )
 
-Make = Callable[..., ProjectorSpec]
+Make = Callable[..., tuple[ProjectorConfig, ProjectorSizes]]
 
 
 def test_pooling_averages_neighbours_and_what_is_there_at_an_odd_edge() -> None:
     features = torch.randn(1, 1, 9, 2)
     maps = features.reshape(3, 3, 2)
     expected = [maps[:2, :2].mean((0, 1)), maps[:2, 2].mean(0), maps[2, :2].mean(0), maps[2, 2]]
-    torch.testing.assert_close(PoolReducer(2)(features, (3, 3))[0, 0], torch.stack(expected))
+    torch.testing.assert_close(pool_grid(features, (3, 3), 2)[0, 0], torch.stack(expected))
 
 
 def test_pooling_is_llava_next_videos() -> None:
@@ -42,7 +42,7 @@ def test_pooling_is_llava_next_videos() -> None:
     vision: Any = CLIPVisionConfig(hidden_size=6, num_attention_heads=1, image_size=336, patch_size=14)
     theirs = LlavaNextVideoPooler(LlavaNextVideoConfig(vision_config=vision))
     features = torch.randn(3, 576, 6)
-    torch.testing.assert_close(PoolReducer(2)(features[None], (24, 24))[0], theirs(features), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pool_grid(features[None], (24, 24), 2)[0], theirs(features), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("grid", "size"), [((27, 27), 12), ((24, 24), 12), ((5, 9), 12), ((12, 12), 12), ((7, 30), 3), ((1, 1), 2)])
@@ -50,7 +50,7 @@ def test_resampling_is_torchs_antialiased_interpolation(grid: tuple[int, int], s
     features = torch.randn(2, 3, grid[0] * grid[1], 4)
     maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
     expected = F.interpolate(maps, (size, size), mode="bilinear", antialias=True).flatten(2).transpose(1, 2).unflatten(0, (2, 3))
-    torch.testing.assert_close(ResampleReducer(size)(features, grid), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(resize_grid(features, grid, (size, size)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (4, 4)), ((4, 4), (8, 6)), ((3, 5), (5, 9)), ((1, 1), (2, 3))])
@@ -101,7 +101,7 @@ def merge_slowly(features: Tensor, num_kept: int) -> tuple[Tensor, list[list[int
 @pytest.mark.parametrize(("num_patches", "num_kept"), [(16, 4), (15, 7), (9, 1), (16, 15), (7, 7), (2, 1)])
 def test_merging_is_tome_in_rounds(num_patches: int, num_kept: int) -> None:
     features = torch.randn(2, 3, num_patches, 5, generator=torch.Generator().manual_seed(0))
-    merged, _ = MergeReducer(num_kept / num_patches)(features, features, (1, num_patches))
+    merged = merge_tokens(features, features, num_kept / num_patches)
     assert merged.shape == (2, 3, num_kept, 5)
     for clip, frame in ((0, 0), (1, 2)):
         expected, members = merge_slowly(features[clip, frame], num_kept)
@@ -112,13 +112,13 @@ def test_merging_is_tome_in_rounds(num_patches: int, num_kept: int) -> None:
 
 def test_equal_patches_become_one() -> None:
     colours = torch.eye(4)[torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])]
-    merged, _ = MergeReducer(0.5)(colours[None, None], colours[None, None], (2, 4))
+    merged = merge_tokens(colours[None, None], colours[None, None], 0.5)
     torch.testing.assert_close(merged[0, 0], torch.eye(4))
 
 
 def test_merging_carries_the_positions_of_what_it_joins(spec_of: Make) -> None:
     """What is alike is told by the encoder's features alone; a place must not keep equal patches apart."""
-    projector = build_projector(spec_of(temporal="position", reducer="merge"))
+    projector = build_projector(*spec_of(temporal="position", reducer="merge"))
     with torch.no_grad():
         projector.before.position.place.mul_(100)  # type: ignore[union-attr]
     colours = torch.randn(4, 6).repeat_interleave(4, 0).repeat(1, 4, 1, 1)
@@ -128,7 +128,7 @@ def test_merging_carries_the_positions_of_what_it_joins(spec_of: Make) -> None:
 
 
 def kept_per_frame(features: Tensor, grid: tuple[int, int], keep_ratio: float) -> list[int]:
-    _, frame_of = SaliencyReducer(keep_ratio)(features, features, grid)
+    _, frame_of = keep_salient(features, features, grid, keep_ratio)
     return frame_of[0].bincount(minlength=features.shape[1]).tolist()
 
 
@@ -136,7 +136,7 @@ def kept_per_frame(features: Tensor, grid: tuple[int, int], keep_ratio: float) -
 def test_the_budget_is_kept_in_order_of_frame_and_place(keep_ratio: float) -> None:
     places = torch.arange(2 * 5 * 12).float().reshape(2, 5, 12, 1)
     features = torch.randn(2, 5, 12, 6, generator=torch.Generator().manual_seed(0))
-    tokens, frame_of = SaliencyReducer(keep_ratio)(features, places, (3, 4))
+    tokens, frame_of = keep_salient(features, places, (3, 4), keep_ratio)
     assert tokens.shape == (2, 1, max(5, math.ceil(keep_ratio * 60)), 1)
     for clip in range(2):
         kept = tokens[clip, 0, :, 0].long() - 60 * clip
@@ -161,7 +161,7 @@ def test_what_moves_and_what_stands_out_is_kept() -> None:
     features[:, :, 5] = torch.tensor([1.0, -1.0, 1.0])
     for frame in range(4):
         features[:, frame, 12 + frame] = torch.tensor([-1.0, 1.0, 1.0])
-    tokens, frame_of = SaliencyReducer(8 / 64)(features, torch.arange(16.0).reshape(1, 1, 16, 1).expand(1, 4, 16, 1), (4, 4))
+    tokens, frame_of = keep_salient(features, torch.arange(16.0).reshape(1, 1, 16, 1).expand(1, 4, 16, 1), (4, 4), 8 / 64)
     kept = {(int(frame), int(place)) for frame, place in zip(frame_of[0], tokens[0, 0, :, 0], strict=True)}
     assert {(frame, 12 + frame) for frame in range(4)} <= kept
     assert len(kept & {(frame, 5) for frame in range(4)}) >= 2

@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.config import ProjectorConfig
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.models.projectors.base import join_heads, split_heads
 from vlmcap.models.projectors.temporal import LocalGlobalAttention, _block_mask, rotate, windowed_attention
 
-Make = Callable[..., ProjectorSpec]
+Make = Callable[..., tuple[ProjectorConfig, ProjectorSizes]]
 
 DV, DL, FRAMES = 6, 8, 4
 
 
 def test_temporal_attention_looks_along_time_at_its_own_place_only(spec_of: Make) -> None:
-    projector = build_projector(spec_of("linear", grid=(1, 3), temporal="attention"))
+    projector = build_projector(*spec_of("linear", grid=(1, 3), temporal="attention"))
     features = torch.randn(1, FRAMES, 3, DV)
     changed = features.clone()
     changed[0, 0, 1] += 1
@@ -33,7 +34,7 @@ def test_temporal_attention_looks_along_time_at_its_own_place_only(spec_of: Make
 @pytest.mark.parametrize(("temporal", "is_bag"), [("none", True), ("position", False), ("attention", False), ("local_global", False)])
 def test_frame_order_matters_with_temporal_modelling(temporal: str, is_bag: bool, spec_of: Make) -> None:
     """Bags of frames cannot tell left from right."""
-    projector = build_projector(spec_of(temporal=temporal, window=20))
+    projector = build_projector(*spec_of(temporal=temporal, window=20))
     features = torch.randn(1, FRAMES, 16, DV)
     tokens = projector(features).reshape(FRAMES, 16, DL)
     reversed_tokens = projector(features.flip(1)).reshape(FRAMES, 16, DL).flip(0)
@@ -42,13 +43,13 @@ def test_frame_order_matters_with_temporal_modelling(temporal: str, is_bag: bool
 
 def test_attention_has_the_inner_width(spec_of: Make) -> None:
     for hidden_dim, expected in ((None, 8), (32, 32)):  # 6, rounded up to two even heads
-        after: Any = build_projector(spec_of(temporal="attention", hidden_dim=hidden_dim)).after
+        after: Any = build_projector(*spec_of(temporal="attention", hidden_dim=hidden_dim)).after
         assert after.qkv.weight.shape == (3 * expected, DL)
         assert after.out.weight.shape == (DL, expected)
 
 
 def test_places_of_another_grid_are_interpolated(spec_of: Make) -> None:
-    projector = build_projector(spec_of(temporal="position"))
+    projector = build_projector(*spec_of(temporal="position"))
     before: Any = projector.before
     features = torch.randn(1, 2, 8 * 6, DV)
     place = before.position.place.transpose(1, 2).unflatten(2, (4, 4))
@@ -119,7 +120,7 @@ def test_far_tokens_are_heard_through_global_ones_only(num_global: int, is_far: 
 
 
 def test_work_and_saved_memory_grow_with_the_length_not_its_square(spec_of: Make) -> None:
-    part: Any = build_projector(spec_of(temporal="local_global", window=16)).after
+    part: Any = build_projector(*spec_of(temporal="local_global", window=16)).after
     flops, saved = [], []
     for length in (512, 1024, 2048):
         sizes: dict[int, int] = {}

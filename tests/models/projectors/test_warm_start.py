@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmcap.config import ProjectorConfig
 from vlmcap.errors import UserError
-from vlmcap.models.projectors import Projector, ProjectorSpec, build_projector, load_projector_weights
+from vlmcap.models.projectors import Projector, ProjectorSizes, build_projector, load_projector_weights
 
-Make = Callable[..., ProjectorSpec]
+Make = Callable[..., tuple[ProjectorConfig, ProjectorSizes]]
 
 DV, DL = 6, 8
 
@@ -57,7 +58,7 @@ def save_folder(folder: Path, prefix: str, out_dim: int = DL, in_dim: int = DV, 
     ],
 )
 def test_a_saved_projector_comes_back(options: dict[str, Any], spec_of: Make, tmp_path: Path) -> None:
-    trained, fresh = build_projector(spec_of(**options)), build_projector(spec_of(**options))
+    trained, fresh = build_projector(*spec_of(**options)), build_projector(*spec_of(**options))
     with torch.no_grad():
         for weight in trained.parameters():
             weight.normal_()
@@ -69,7 +70,7 @@ def test_a_saved_projector_comes_back(options: dict[str, Any], spec_of: Make, tm
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_llavas_projector_is_read_from_its_own_shard(prefix: str, spec_of: Make, tmp_path: Path) -> None:
     theirs = save_folder(tmp_path / "llava", prefix)
-    projector = build_projector(spec_of())
+    projector = build_projector(*spec_of())
     load_projector_weights(projector, str(tmp_path / "llava"))
     features = torch.randn(1, 4, 16, DV)
     hidden = torch.nn.functional.gelu(features @ theirs["linear_1.weight"].T + theirs["linear_1.bias"])
@@ -80,7 +81,7 @@ def test_llavas_projector_is_read_from_its_own_shard(prefix: str, spec_of: Make,
 
 def test_internvls_projector_is_read_with_its_norm(spec_of: Make, tmp_path: Path) -> None:
     theirs = save_folder(tmp_path / "internvl", "", in_dim=4 * DV, has_norm=True)
-    projector = build_projector(spec_of("pixel_shuffle"))
+    projector = build_projector(*spec_of("pixel_shuffle"))
     load_projector_weights(projector, tmp_path / "internvl")
     state = projector.state_dict()
     names = {"projection.norm": "layer_norm", "projection.layers.0": "linear_1", "projection.layers.2": "linear_2"}
@@ -98,7 +99,7 @@ def test_the_real_classes_are_read(spec_of: Make, tmp_path: Path) -> None:
     vision: Any = CLIPVisionConfig(hidden_size=DV, image_size=8, patch_size=4, **small)
     theirs = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=15))
     theirs.save_pretrained(tmp_path)
-    projector = build_projector(spec_of())
+    projector = build_projector(*spec_of())
     load_projector_weights(projector, tmp_path)
     features = torch.randn(1, 4, 16, DV)
     torch.testing.assert_close(projector(features), theirs.model.multi_modal_projector(features).flatten(1, 2), atol=1e-6, rtol=1e-6)
@@ -124,7 +125,7 @@ def test_what_does_not_fit_is_refused_in_words(
     theirs: dict[str, Any], ours: dict[str, Any], words: str, spec_of: Make, tmp_path: Path
 ) -> None:
     save_folder(tmp_path / "llava", "", **theirs)
-    projector = build_projector(spec_of(**ours))
+    projector = build_projector(*spec_of(**ours))
     before = {name: weight.clone() for name, weight in projector.state_dict().items()}
     with pytest.raises(UserError, match=words) as error:
         load_projector_weights(projector, tmp_path / "llava")
@@ -147,9 +148,9 @@ def test_what_does_not_fit_is_refused_in_words(
 def test_a_run_with_other_settings_is_refused_in_words(
     theirs: dict[str, Any], ours: dict[str, Any], words: str, spec_of: Make, tmp_path: Path
 ) -> None:
-    file = save_run(build_projector(spec_of(**theirs)), tmp_path / "last.ckpt")
+    file = save_run(build_projector(*spec_of(**theirs)), tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=words):
-        load_projector_weights(build_projector(spec_of(**ours)), file)
+        load_projector_weights(build_projector(*spec_of(**ours)), file)
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", None])
@@ -158,17 +159,17 @@ def test_a_file_that_is_no_run_is_refused_in_words(content: bytes | None, spec_o
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"neither a \.ckpt file of a run nor a folder"):
-        load_projector_weights(build_projector(spec_of()), file)
+        load_projector_weights(build_projector(*spec_of()), file)
     torch.save([1], file)
     with pytest.raises(UserError, match=r"neither a \.ckpt file of a run nor a folder"):
-        load_projector_weights(build_projector(spec_of()), file)
+        load_projector_weights(build_projector(*spec_of()), file)
 
 
 def test_weights_without_a_projector_are_refused_in_words(spec_of: Make, tmp_path: Path) -> None:
     torch.save({"state_dict": {"captioner.llm.x": torch.zeros(1)}}, tmp_path / "x.ckpt")
     for path in (tmp_path / "x.ckpt", tmp_path):
         with pytest.raises(UserError, match="holds no projector"):
-            load_projector_weights(build_projector(spec_of()), path)
+            load_projector_weights(build_projector(*spec_of()), path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="could not be read"):
-        load_projector_weights(build_projector(spec_of()), tmp_path)
+        load_projector_weights(build_projector(*spec_of()), tmp_path)

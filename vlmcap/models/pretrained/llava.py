@@ -6,17 +6,20 @@ Source: https://llava-vl.github.io/blog/2024-04-30-llava-next-video.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from vlmcap.config import MlpConfig, Reducer, Temporal
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.load import load_language_model, text_width
 from vlmcap.models.pretrained.parts import PretrainedParts
-from vlmcap.models.projectors import ProjectorSpec, build_projector, load_projector_weights
+from vlmcap.models.projectors import Projector, ProjectorSizes, build_projector, count_tokens, load_projector_weights
 
 # What the published checkpoints do; the class could do more.
 _SETTINGS = {
@@ -35,11 +38,10 @@ def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention
     """
     config = read_config(folder)
     encoder = load_encoder("clip", folder, vision_options(config, dtype))
-    spec = _spec(config, encoder, text_width(folder))
-    projector = build_projector(spec)
+    projector = _projector(config, encoder, text_width(folder))
     load_projector_weights(projector, folder)
     llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
-    return PretrainedParts(encoder, projector, llm, spec.num_tokens)
+    return _parts(encoder, projector, llm)
 
 
 def build_llava(config: Mapping[str, Any], *, dtype: torch.dtype) -> PretrainedParts:
@@ -48,9 +50,8 @@ def build_llava(config: Mapping[str, Any], *, dtype: torch.dtype) -> PretrainedP
 
     text = AutoConfig.for_model(**config["text_config"])
     encoder = build_encoder("clip", config, vision_options(config, dtype))
-    spec = _spec(config, encoder, int(text.hidden_size))
     llm = AutoModelForCausalLM.from_config(text, dtype=dtype).requires_grad_(False).eval()
-    return PretrainedParts(encoder, build_projector(spec), llm, spec.num_tokens)
+    return _parts(encoder, _projector(config, encoder, int(text.hidden_size)), llm)
 
 
 def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOptions:
@@ -68,9 +69,14 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
     return EncoderOptions(feature_layer=layer, dtype=dtype)
 
 
-def _spec(config: Mapping[str, Any], encoder: VisionEncoder, out_dim: int) -> ProjectorSpec:
+def _projector(config: Mapping[str, Any], encoder: VisionEncoder, out_dim: int) -> Projector:
     stride = int(config.get("spatial_pool_stride", 2))
     if any(side % stride for side in encoder.grid):  # the class drops what we average
         rows, columns = encoder.grid
         raise UserError(f"model.checkpoint pools {stride} × {stride} of {rows} × {columns} patches, which leaves a rest; take another one")
-    return ProjectorSpec("mlp", encoder.embed_dim, out_dim, encoder.grid, num_frames=1, depth=2, reducer="pool", pool_size=stride)
+    settings = MlpConfig(depth=2, reducer=Reducer.pool, pool_size=stride, temporal=Temporal.none)
+    return build_projector(settings, ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, num_frames=1))
+
+
+def _parts(encoder: VisionEncoder, projector: Projector, llm: nn.Module) -> PretrainedParts:
+    return PretrainedParts(encoder, projector, llm, partial(count_tokens, projector.config, projector.sizes))

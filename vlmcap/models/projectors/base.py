@@ -1,4 +1,4 @@
-"""What projections share: their interface, attention, and arithmetic under autocast.
+"""What projections share: their interface and registry, attention, and arithmetic under autocast.
 
 Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl language width; of
 attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
@@ -6,12 +6,41 @@ attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlmcap.config import ProjectorConfig
+from vlmcap.config.kinds import register
+
+Grid = tuple[int, int]
+C = TypeVar("C", bound=ProjectorConfig)
+P = TypeVar("P", bound="type[Projection[Any]]")
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorSizes:
+    """What the other parts of a model make of a projector.
+
+    Attributes:
+        in_dim: Dv.
+        out_dim: Dl.
+        grid: The encoder's own (h, w), or that of one clip.
+        num_frames: The most frames of a clip, or those of one clip.
+        num_prompt_tokens: N; None where there is no question.
+    """
+
+    in_dim: int
+    out_dim: int
+    grid: Grid
+    num_frames: int
+    num_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +54,87 @@ class TokenLayout:
         prompt: (N, Dl), embeddings of the question.
     """
 
-    grid: tuple[int, int]
+    grid: Grid
     num_frames: int
     frame_of: Tensor | None = None
     prompt: Tensor | None = None
 
 
-class Projection(nn.Module):
-    """Map from vision to language width: what every kind of projector is inside."""
+class Projection(nn.Module, Generic[C]):
+    """Map from vision to language width: what a kind of projector is, inside of what stands around every kind.
+
+    A subclass is made of `(config, sizes)`, its configuration and the sizes of what reaches it: behind the reducer and stacks of frames,
+    where the configuration has them, and with `hidden_dim` filled in.
+
+    Attributes:
+        reads: "token" if it maps each token alone, "grid" if it needs all patches of a frame in their places, "set" if it reads any
+            number of tokens in any places. It decides which reducers may stand in front.
+        chosen_by: The setting that chooses this class where its kind alone does not.
+        embeds_frames: Whether a frame embedding stands in front without `temporal=position`.
+    """
+
+    reads: ClassVar[Literal["token", "grid", "set"]] = "grid"
+    chosen_by: ClassVar[str | None] = None
+    embeds_frames: ClassVar[bool] = False
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the language model, (B, F, P, D) -> (B, F, P', Dl), or (B, 1, V, Dl) where none belongs to a frame."""
+        """Tokens of the language model, (B, F, P, D) -> (B, F, P', Dl), or (B, V, Dl) where none belongs to a frame."""
         raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: C, sizes: ProjectorSizes) -> None:
+        """Checks that there can be such a projection for clips of a size.
+
+        Args:
+            config: Settings.
+            sizes: Sizes of what the encoder gives, in front of any reducer.
+
+        Raises:
+            UserError: There cannot.
+        """
+
+    @classmethod
+    def out_grid(cls, config: C, sizes: ProjectorSizes) -> Grid | None:
+        """Places of a frame's tokens in a clip of these sizes; None where tokens belong to no frame."""
+        return sizes.grid
+
+    @classmethod
+    def num_tokens(cls, config: C, sizes: ProjectorSizes) -> int:
+        """V of a clip of these sizes; to be stated where `out_grid` is None."""
+        grid = cls.out_grid(config, sizes)
+        assert grid is not None, f"{cls.__name__} has to state its number of tokens"
+        return sizes.num_frames * math.prod(grid)
+
+    @classmethod
+    def variant(cls, config: C) -> type[Projection[Any]]:
+        """The class for these settings, where a kind has more than one."""
+        return cls
+
+
+_CLASSES: dict[str, type[Projection[Any]]] = {}
+
+
+def register_projector(schema: type[ProjectorConfig]) -> Callable[[P], P]:
+    """Makes a class the projector of a kind, and a dataclass the schema of its settings.
+
+    Args:
+        schema: Dataclass whose field `kind` names the kind by its default.
+
+    Raises:
+        ValueError: Another dataclass has that kind.
+    """
+
+    def decorate(projection: P) -> P:
+        register("projector")(schema)
+        _CLASSES[schema.kind] = projection
+        return projection
+
+    return decorate
+
+
+def projection_class(config: ProjectorConfig) -> type[Projection[Any]]:
+    """The class that a configuration asks for."""
+    return _CLASSES[config.kind].variant(config)
 
 
 class CrossAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""All maps from vision to language width, each with the interface of `Projection`: tokens and their layout in, tokens out.
+"""All maps from vision to language width: each says what it needs, how many tokens it gives, and how.
 
 Token by token (`MLPProjector`, `PixelShuffleProjector`), by attention of queries (`QueryProjector` for each frame, `PromptProjector` and
 `PerceiverProjector` for the clip), or by convolutions (`CAbstractorProjector`).
@@ -16,29 +16,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmcap.models.projectors.base import CrossAttention, FeedForward, Projection, TokenLayout, cast_once
-from vlmcap.models.projectors.reducers import pool_maps, resize_grid
+from vlmcap.config import (
+    CAbstractorConfig,
+    CrossAttentionConfig,
+    LinearConfig,
+    MlpConfig,
+    PerceiverConfig,
+    PixelShuffleConfig,
+    Queries,
+    Reducer,
+)
+from vlmcap.errors import UserError
+from vlmcap.models.projectors.base import (
+    CrossAttention,
+    FeedForward,
+    Grid,
+    Projection,
+    ProjectorSizes,
+    TokenLayout,
+    cast_once,
+    register_projector,
+)
+from vlmcap.models.projectors.reducers import pool_maps, reduced_grid, resize_grid
 
 
-class MLPProjector(Projection):
+@register_projector(LinearConfig)
+@register_projector(MlpConfig)
+class MLPProjector(Projection[LinearConfig]):
     """`depth` linear layers with GELU between them, the same for every token; depth 2 is LLaVA-1.5's projector.
 
+    One layer is `projector=linear`. A LayerNorm in front gives the features of any encoder a common scale.
     Source: Liu et al., "Improved Baselines with Visual Instruction Tuning", https://arxiv.org/abs/2310.03744.
-
-    Args:
-        in_dim: D.
-        out_dim: Dl.
-        depth: Number of linear layers, at least 1; 1 is a linear projector.
-        use_layer_norm: LayerNorm in front, which gives the features of any encoder a common scale.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, depth: int = 2, *, use_layer_norm: bool = False) -> None:
+    reads = "token"
+
+    def __init__(self, config: LinearConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
-        for _ in range(depth - 1):
-            layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
-        self.norm = nn.LayerNorm(in_dim) if use_layer_norm else nn.Identity()
-        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(sizes.in_dim) if config.use_layer_norm else nn.Identity()
+        self.layers = _linear_layers(sizes.in_dim, sizes.out_dim, config.depth if isinstance(config, MlpConfig) else 1)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Projected tokens, (B, F, P, D) -> (B, F, P, Dl)."""
@@ -46,29 +62,62 @@ class MLPProjector(Projection):
         return projected
 
 
-class PixelShuffleProjector(MLPProjector):
+def _linear_layers(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
+    """`depth` linear layers with GELU between them."""
+    later = (layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(out_dim, out_dim)))
+    return nn.Sequential(nn.Linear(in_dim, out_dim), *later)
+
+
+@register_projector(PixelShuffleConfig)
+class PixelShuffleProjector(Projection[PixelShuffleConfig]):
     """InternVL's projector: joins s × s patches into a token of s² · D, then LayerNorm and an MLP.
 
     Order of tokens and of the channels in a token are InternVL's, so its weights fit.
     Source: Chen et al., "How Far Are We to GPT-4V?", https://arxiv.org/abs/2404.16821.
-
-    Args:
-        in_dim: D.
-        out_dim: Dl.
-        factor: s, a divisor of the grid.
-        depth: Linear layers; InternVL has two.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, factor: int = 2, depth: int = 2) -> None:
-        super().__init__(in_dim * factor**2, out_dim, depth, use_layer_norm=True)
-        self.factor = factor
+    def __init__(self, config: PixelShuffleConfig, sizes: ProjectorSizes) -> None:
+        super().__init__()
+        self.factor = config.shuffle
+        in_dim = sizes.in_dim * config.shuffle**2
+        self.norm, self.layers = nn.LayerNorm(in_dim), _linear_layers(in_dim, sizes.out_dim, config.depth)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Projected tokens, (B, F, P, D) -> (B, F, P / s², Dl)."""
-        return super().forward(shuffle_patches(tokens, layout.grid, self.factor), layout)
+        projected: Tensor = self.layers(self.norm(shuffle_patches(tokens, layout.grid, self.factor)))
+        return projected
+
+    @classmethod
+    def check(cls, config: PixelShuffleConfig, sizes: ProjectorSizes) -> None:
+        """Raises a `UserError` unless s divides the grid, with the nearest grid that it divides."""
+        shuffle, grid = config.shuffle, sizes.grid
+        if not any(side % shuffle for side in reduced_grid(config, grid)):
+            return
+        wrong = f"projector.shuffle={shuffle} does not divide the grid"
+        if config.reducer is Reducer.resample:
+            size = config.resample_size
+            raise UserError(f"{wrong} of {size} × {size} patches; set projector.resample_size={_nearest(size, shuffle)}")
+        pool = config.pool_size if config.reducer is Reducer.pool else 1
+        rows, columns = (_nearest(side, shuffle, pool) for side in grid)
+        behind = f", pooled {pool} × {pool}" if pool > 1 else ""
+        raise UserError(
+            f"{wrong} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × {columns} patches, "
+            "or choose another projector"
+        )
+
+    @classmethod
+    def out_grid(cls, config: PixelShuffleConfig, sizes: ProjectorSizes) -> Grid:
+        """The grid divided by s."""
+        return sizes.grid[0] // config.shuffle, sizes.grid[1] // config.shuffle
 
 
-def shuffle_patches(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
+def _nearest(side: int, factor: int, pool: int = 1) -> int:
+    """The side nearest to `side` that `factor` divides behind pooling; the larger of two."""
+    fitting = (n for n in range(1, side + 2 * factor * pool) if math.ceil(n / pool) % factor == 0)
+    return min(fitting, key=lambda n: (abs(n - side), -n))
+
+
+def shuffle_patches(tokens: Tensor, grid: Grid, factor: int) -> Tensor:
     """Patches joined s × s, (B, F, P, D) -> (B, F, P / s², s² · D): rows inside a token first, then columns, then channels."""
     batch, frames, _, width = tokens.shape
     rows, columns = grid[0] // factor, grid[1] // factor
@@ -76,28 +125,24 @@ def shuffle_patches(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tenso
     return cells.reshape(batch, frames, rows * columns, factor**2 * width)
 
 
-class QueryProjector(Projection):
+@register_projector(CrossAttentionConfig)
+class QueryProjector(Projection[CrossAttentionConfig]):
     """Learned queries attend to each frame on its own: Q tokens a frame whatever its size.
 
     A layer is pre-norm cross-attention and a feed-forward part, both with residual: the Q-Former of BLIP-2 (Li et al.,
     https://arxiv.org/abs/2301.12597) without its self-attention, or the resampler of Qwen-VL (Bai et al.,
     https://arxiv.org/abs/2308.12966) with more than one layer. All layers have the inner width and one last linear layer leads to Dl.
-
-    Args:
-        in_dim: D.
-        out_dim: Dl.
-        hidden_dim: C, a multiple of `num_heads`.
-        num_layers: Cross-attention layers.
-        num_heads: Attention heads.
-        num_queries: Q.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, num_layers: int, num_heads: int, num_queries: int) -> None:
+    reads = "set"
+
+    def __init__(self, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(num_queries, hidden_dim) * 0.02)
+        in_dim, hidden_dim = sizes.in_dim, config.hidden_dim or sizes.in_dim
+        self.queries = nn.Parameter(torch.randn(config.num_queries, hidden_dim) * 0.02)
         self.norm = nn.LayerNorm(in_dim)
-        self.layers = nn.ModuleList(_QueryLayer(hidden_dim, in_dim, num_heads) for _ in range(num_layers))
-        self.readout = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim))
+        self.layers = nn.ModuleList(_QueryLayer(hidden_dim, in_dim, config.num_heads) for _ in range(config.num_layers))
+        self.readout = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, sizes.out_dim))
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens of the queries, (B, F, P, D) -> (B, F, Q, Dl)."""
@@ -114,6 +159,16 @@ class QueryProjector(Projection):
         projected: Tensor = self.readout(queries)
         return projected.reshape(batch, frames, len(self.queries), -1)
 
+    @classmethod
+    def out_grid(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> Grid | None:
+        """The queries of a frame in a row."""
+        return 1, config.num_queries
+
+    @classmethod
+    def variant(cls, config: CrossAttentionConfig) -> type[Projection[CrossAttentionConfig]]:
+        """What attends: learned queries, or the question."""
+        return PromptProjector if config.queries is Queries.prompt else cls
+
 
 class _QueryLayer(nn.Module):
     def __init__(self, dim: int, feature_dim: int, num_heads: int) -> None:
@@ -127,35 +182,48 @@ class _QueryLayer(nn.Module):
         return queries + self.feed_forward(queries)
 
 
-class PromptProjector(Projection):
+class PromptProjector(Projection[CrossAttentionConfig]):
     """The question's tokens attend to all features of the clip: N tokens a clip, each a word with what the video shows of it.
 
     A layer is attention, residual and LayerNorm behind them, without a feed-forward part. InstructBLIP (Dai et al.,
     https://arxiv.org/abs/2305.06500) lets the instruction choose features in a similar way.
-
-    Args:
-        in_dim: D.
-        out_dim: Dl, also the width of the question's embeddings.
-        hidden_dim: C, a multiple of `num_heads`.
-        num_layers: Cross-attention layers.
-        num_heads: Attention heads.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, num_layers: int, num_heads: int) -> None:
+    reads = "set"
+    chosen_by = "projector.queries=prompt"
+
+    def __init__(self, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
-        self.embed = nn.Linear(out_dim, hidden_dim)
-        self.layers = nn.ModuleList(_PromptLayer(hidden_dim, in_dim, num_heads) for _ in range(num_layers))
-        self.readout = nn.Linear(hidden_dim, out_dim)
+        hidden_dim = config.hidden_dim or sizes.in_dim
+        self.embed = nn.Linear(sizes.out_dim, hidden_dim)
+        self.layers = nn.ModuleList(_PromptLayer(hidden_dim, sizes.in_dim, config.num_heads) for _ in range(config.num_layers))
+        self.readout = nn.Linear(hidden_dim, sizes.out_dim)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the question, (B, F, P, D) -> (B, 1, N, Dl)."""
+        """Tokens of the question, (B, F, P, D) -> (B, N, Dl)."""
         assert layout.prompt is not None, "queries=prompt needs the embeddings of the question"
         features = cast_once(tokens.flatten(1, 2))
         words: Tensor = self.embed(layout.prompt.float()).expand(len(tokens), -1, -1)
         for layer in self.layers:
             words = layer(words, features)
         projected: Tensor = self.readout(words)
-        return projected.unsqueeze(1)
+        return projected
+
+    @classmethod
+    def check(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
+        """Raises a `UserError` where there is no question."""
+        if not sizes.num_prompt_tokens:
+            raise UserError("projector.queries=prompt needs a question, and there is none; set llm.prompt, or projector.queries=learned")
+
+    @classmethod
+    def out_grid(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
+        """The question's tokens belong to the whole clip."""
+
+    @classmethod
+    def num_tokens(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> int:
+        """N."""
+        assert sizes.num_prompt_tokens is not None
+        return sizes.num_prompt_tokens
 
 
 class _PromptLayer(nn.Module):
@@ -169,36 +237,42 @@ class _PromptLayer(nn.Module):
         return attended
 
 
-class PerceiverProjector(Projection):
+@register_projector(PerceiverConfig)
+class PerceiverProjector(Projection[PerceiverConfig]):
     """Flamingo's resampler: learned latents attend to the features of all frames and to themselves, Q tokens a clip.
 
     The frame embedding that tells frames apart is added in front of it (`NormalizedPosition`), where it survives a choice of tokens.
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", https://arxiv.org/abs/2204.14198.
-
-    Args:
-        in_dim: D.
-        out_dim: Dl.
-        hidden_dim: C, a multiple of `num_heads`.
-        num_layers: Layers of attention and feed-forward parts.
-        num_heads: Attention heads.
-        num_latents: Q.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, num_layers: int, num_heads: int, num_latents: int) -> None:
+    reads = "set"
+    embeds_frames = True
+
+    def __init__(self, config: PerceiverConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
-        self.enter = nn.Linear(in_dim, hidden_dim)
-        self.latents = nn.Parameter(torch.randn(num_latents, hidden_dim) * 0.02)
-        self.layers = nn.ModuleList(_PerceiverLayer(hidden_dim, num_heads) for _ in range(num_layers))
-        self.readout = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim))
+        hidden_dim = config.hidden_dim or sizes.in_dim
+        self.enter = nn.Linear(sizes.in_dim, hidden_dim)
+        self.latents = nn.Parameter(torch.randn(config.num_queries, hidden_dim) * 0.02)
+        self.layers = nn.ModuleList(_PerceiverLayer(hidden_dim, config.num_heads) for _ in range(config.num_layers))
+        self.readout = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, sizes.out_dim))
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the latents, (B, F, P, D) -> (B, 1, Q, Dl)."""
+        """Tokens of the latents, (B, F, P, D) -> (B, Q, Dl)."""
         features = self.enter(tokens.flatten(1, 2))
         latents = self.latents.expand(len(tokens), -1, -1)
         for layer in self.layers:
             latents = layer(latents, features)
         projected: Tensor = self.readout(latents)
-        return projected.unsqueeze(1)
+        return projected
+
+    @classmethod
+    def out_grid(cls, config: PerceiverConfig, sizes: ProjectorSizes) -> None:
+        """The latents belong to the whole clip."""
+
+    @classmethod
+    def num_tokens(cls, config: PerceiverConfig, sizes: ProjectorSizes) -> int:
+        """Q."""
+        return config.num_queries
 
 
 class _PerceiverLayer(nn.Module):
@@ -214,27 +288,21 @@ class _PerceiverLayer(nn.Module):
         return latents + self.feed_forward(latents)
 
 
-class CAbstractorProjector(Projection):
+@register_projector(CAbstractorConfig)
+class CAbstractorProjector(Projection[CAbstractorConfig]):
     """Position, convolution blocks, pooling to a square, convolution blocks, then an MLP to Dl: neighbours stay neighbours.
 
     Source: Cha et al., "Honeybee: Locality-enhanced Projector for Multimodal LLM", https://arxiv.org/abs/2312.06742.
-
-    Args:
-        in_dim: D.
-        out_dim: Dl.
-        grid: (h, w) that the position embedding is for; other grids interpolate it.
-        hidden_dim: C.
-        num_layers: Blocks on each side of the pooling.
-        num_queries: Tokens a frame, a square number.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, grid: tuple[int, int], hidden_dim: int, num_layers: int, num_queries: int) -> None:
+    def __init__(self, config: CAbstractorConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
-        self.grid, self.side = grid, math.isqrt(num_queries)
-        self.position = nn.Parameter(torch.randn(1, grid[0] * grid[1], in_dim) * 0.02)
-        widths = [in_dim] + [hidden_dim] * num_layers
+        in_dim, out_dim, hidden_dim = sizes.in_dim, sizes.out_dim, config.hidden_dim or sizes.in_dim
+        self.grid, self.side = sizes.grid, math.isqrt(config.num_queries)
+        self.position = nn.Parameter(torch.randn(1, math.prod(sizes.grid), in_dim) * 0.02)  # other grids interpolate it
+        widths = [in_dim] + [hidden_dim] * config.num_layers
         self.before = nn.Sequential(*(_ConvBlock(*pair) for pair in pairwise(widths)))
-        self.after = nn.Sequential(*(_ConvBlock(hidden_dim, hidden_dim) for _ in range(num_layers)))
+        self.after = nn.Sequential(*(_ConvBlock(hidden_dim, hidden_dim) for _ in range(config.num_layers)))
         self.readout = nn.Sequential(nn.Linear(hidden_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
@@ -244,6 +312,20 @@ class CAbstractorProjector(Projection):
         pooled = pool_maps(self.before(maps), self.side)
         projected: Tensor = self.readout(self.after(pooled).flatten(2).transpose(1, 2))
         return projected.unflatten(0, tokens.shape[:2])
+
+    @classmethod
+    def check(cls, config: CAbstractorConfig, sizes: ProjectorSizes) -> None:
+        """Raises a `UserError` unless the tokens of a frame make a square."""
+        if math.isqrt(config.num_queries) ** 2 != config.num_queries:
+            raise UserError(
+                f"projector=c_abstractor gives a square of tokens per frame, which projector.num_queries={config.num_queries} is not; "
+                f"set it to {round(math.sqrt(config.num_queries)) ** 2}"
+            )
+
+    @classmethod
+    def out_grid(cls, config: CAbstractorConfig, sizes: ProjectorSizes) -> Grid:
+        """The square."""
+        return math.isqrt(config.num_queries), math.isqrt(config.num_queries)
 
 
 class _ConvBlock(nn.Module):

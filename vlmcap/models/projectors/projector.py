@@ -1,4 +1,4 @@
-"""One projector out of its parts.
+"""One projector out of its parts: what stands around every kind, what it needs, and how many tokens come of it.
 
 Legend: B batch, F frames (tiles count), P patches a frame on a grid h × w, Dv vision width, V visual tokens a clip, N tokens of the
 question, Dl language width.
@@ -6,45 +6,59 @@ question, Dl language width.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from vlmcap.models.projectors.base import Projection, TokenLayout, autocast_device, wide_autocast
-from vlmcap.models.projectors.projections import (
-    CAbstractorProjector,
-    MLPProjector,
-    PerceiverProjector,
-    PixelShuffleProjector,
-    PromptProjector,
-    QueryProjector,
+from vlmcap.config import ProjectorConfig, Reducer, Temporal, TokenProjectorConfig
+from vlmcap.errors import UserError
+from vlmcap.models.projectors import projections  # noqa: F401 - registers the kinds of this package
+from vlmcap.models.projectors.base import (
+    Grid,
+    Projection,
+    ProjectorSizes,
+    TokenLayout,
+    autocast_device,
+    projection_class,
+    wide_autocast,
 )
-from vlmcap.models.projectors.reducers import MergeReducer, PoolReducer, ResampleReducer, SaliencyReducer, stack_frames
-from vlmcap.models.projectors.spec import Grid, ProjectorSpec
+from vlmcap.models.projectors.reducers import keep_salient, merge_tokens, num_chosen, reduced_grid, resize, stack_frames
 from vlmcap.models.projectors.temporal import LocalGlobalAttention, NormalizedPosition, TemporalAttention
 
 
 class Projector(nn.Module):
     """Reducer, stacks of frames, position, the map to Dl, attention along time, then all tokens of a clip in frame order.
 
+    A kind whose configuration is no `TokenProjectorConfig` has its map to Dl alone.
+
     Weights stay in float32 and the input is cast at the edge, so that half precision in the encoder cannot overflow here; float16 autocast
     ends at the same edge, as its largest number is 65 504.
 
     Args:
-        spec: Checked settings and sizes.
+        config: Settings, checked with the sizes (`check_projector`).
+        sizes: Sizes of the other parts.
     """
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, config: ProjectorConfig, sizes: ProjectorSizes) -> None:
         super().__init__()
-        self.spec = spec
-        self.resize, self.select = _resizing(spec), _selection(spec)
-        self.projection = _projection(spec)
-        self.before, self.after = _position(spec), _attention(spec)
+        self.config, self.sizes = config, sizes
+        self.around, inner = _around(config), _inner_sizes(config, sizes)
+        if isinstance(config, TokenProjectorConfig):
+            config = dataclasses.replace(config, hidden_dim=_inner_dim(config, sizes.in_dim))
+        self.kind = projection_class(config)
+        self.projection: Projection[Any] = self.kind(config, inner)
+        is_placed = self.around.temporal is Temporal.position
+        needs_position = is_placed or self.kind.embeds_frames
+        self.before = NormalizedPosition(inner.in_dim, inner.num_frames, inner.grid if is_placed else None) if needs_position else None
+        self.after = _attention(config, self.kind, inner)
 
     def num_tokens(self, num_frames: int, num_patches: int, grid: Grid | None = None) -> int:
         """V for a clip of F frames with P patches on `grid`, without running; None is the encoder's own grid."""
-        rows, columns = grid or self.spec.grid
-        assert num_patches == rows * columns
-        return self.spec.num_tokens(num_frames, grid)
+        assert num_patches == math.prod(grid or self.sizes.grid)
+        return count_tokens(self.config, self.sizes, num_frames, grid)
 
     def forward(self, features: Tensor, grid: Grid | None = None, prompt: Tensor | None = None) -> Tensor:
         """Visual tokens, (B, F, P, Dv) -> float32 (B, V, Dl).
@@ -54,80 +68,152 @@ class Projector(nn.Module):
             grid: Their (h, w); None is the encoder's own.
             prompt: (N, Dl), embeddings of the question; only queries=prompt looks at them.
         """
-        grid = grid or self.spec.grid
+        grid = grid or self.sizes.grid
         assert features.shape[2] == grid[0] * grid[1], f"{features.shape[2]} patches are no grid of {grid[0]} × {grid[1]}"
         with torch.autocast(autocast_device(features), enabled=False):
             tokens, layout = self._prepare(features.float(), grid, prompt)
         with wide_autocast(features):
             tokens = self.projection(tokens, layout)
+            tokens = tokens.unsqueeze(1) if tokens.dim() == 3 else tokens  # those of a whole clip: (B, V, Dl) -> (B, 1, V, Dl)
             if self.after is not None:
-                tokens = self.after(tokens, self.spec.out_grid(grid))
-        return tokens.float().flatten(1, 2)
+                inner = dataclasses.replace(_inner_sizes(self.config, self.sizes), grid=layout.grid, num_frames=layout.num_frames)
+                tokens = self.after(tokens, self.kind.out_grid(self.config, inner) or layout.grid)
+        return tokens.float().flatten(1, 2)  # (B, F, P', Dl) -> (B, V, Dl)
 
     def _prepare(self, features: Tensor, grid: Grid, prompt: Tensor | None) -> tuple[Tensor, TokenLayout]:
         """What the projection gets."""
-        if self.resize is not None:
-            features = self.resize(features, grid)
-        grid, num_steps = self.spec.reduced_grid(grid), self.spec.num_steps(features.shape[1])
-        features = stack_frames(features, self.spec.frame_stack)
-        tokens = features if self.before is None else self.before(features, grid)
-        frame_of = None
-        if self.select is not None:
-            tokens, frame_of = self.select(features, tokens, grid)
-        return tokens, TokenLayout(grid, num_steps, frame_of, prompt)
+        around = self.around
+        features, grid = resize(around, features, grid), reduced_grid(around, grid)
+        features = stack_frames(features, around.frame_stack)
+        tokens, frame_of = features if self.before is None else self.before(features, grid), None
+        if around.reducer is Reducer.merge:
+            tokens = merge_tokens(features, tokens, around.keep_ratio)
+        elif around.reducer is Reducer.saliency:
+            tokens, frame_of = keep_salient(features, tokens, grid, around.keep_ratio)
+        return tokens, TokenLayout(grid, features.shape[1], frame_of, prompt)
 
 
-def build_projector(spec: ProjectorSpec) -> Projector:
-    """The projector of a specification, its weights fresh.
+def build_projector(config: ProjectorConfig, sizes: ProjectorSizes) -> Projector:
+    """The projector of a configuration, its weights fresh.
 
     Raises:
         UserError: There cannot be such a projector.
     """
-    spec.check()
-    return Projector(spec)
+    check_projector(config, sizes)
+    return Projector(config, sizes)
 
 
-def _resizing(spec: ProjectorSpec) -> PoolReducer | ResampleReducer | None:
-    if spec.reducer == "pool":
-        return PoolReducer(spec.pool_size)
-    return ResampleReducer(spec.resample_size) if spec.reducer == "resample" else None
+def check_projector(config: ProjectorConfig, sizes: ProjectorSizes) -> None:
+    """Checks that there can be such a projector.
+
+    Raises:
+        UserError: Two settings exclude each other, or one does not go with the sizes.
+    """
+    if isinstance(config, TokenProjectorConfig):
+        _check_heads(config, sizes)
+        _check_reducer(config)
+        _check_time(config, sizes)
+    projection_class(config).check(config, sizes)
 
 
-def _selection(spec: ProjectorSpec) -> MergeReducer | SaliencyReducer | None:
-    if not spec.chooses_tokens:
+def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int, grid: Grid | None = None) -> int:
+    """V of a clip, without building anything.
+
+    Args:
+        config: Settings of the projector.
+        sizes: Sizes of the other parts.
+        num_frames: F of the clip.
+        grid: Its (h, w); None is the encoder's own.
+
+    Raises:
+        UserError: The projector cannot take such a clip.
+    """
+    kind, around = projection_class(config), _around(config)
+    sizes = dataclasses.replace(sizes, num_frames=num_frames, grid=grid or sizes.grid)
+    kind.check(config, sizes)
+    inner = _inner_sizes(config, sizes)
+    if around.chooses_tokens and kind.reads == "token":
+        return num_chosen(around.reducer, around.keep_ratio, inner.num_frames, math.prod(inner.grid))
+    return kind.num_tokens(config, inner)
+
+
+def _around(config: ProjectorConfig) -> TokenProjectorConfig:
+    """What stands around the projection; nothing where the configuration has no keys for it."""
+    return config if isinstance(config, TokenProjectorConfig) else TokenProjectorConfig()
+
+
+def _inner_sizes(config: ProjectorConfig, sizes: ProjectorSizes) -> ProjectorSizes:
+    """Sizes behind the reducer and the stacks of frames; the last stack of a short clip is filled up."""
+    around = _around(config)
+    stack = around.frame_stack
+    return dataclasses.replace(
+        sizes, in_dim=sizes.in_dim * stack, grid=reduced_grid(around, sizes.grid), num_frames=math.ceil(sizes.num_frames / stack)
+    )
+
+
+def _inner_dim(config: TokenProjectorConfig, in_dim: int) -> int:
+    """Width of attention and convolutions: `hidden_dim`, or Dv rounded up to even heads, as rotary embeddings turn pairs."""
+    if config.hidden_dim is not None:
+        return config.hidden_dim
+    step = 2 * config.num_heads if config.has_heads else 1
+    return math.ceil(in_dim / step) * step
+
+
+def _attention(config: ProjectorConfig, kind: type[Projection[Any]], inner: ProjectorSizes) -> nn.Module | None:
+    if not isinstance(config, TokenProjectorConfig) or not config.attends:
         return None
-    return MergeReducer(spec.keep_ratio) if spec.reducer == "merge" else SaliencyReducer(spec.keep_ratio)
+    assert config.hidden_dim is not None, "filled in by the projector"
+    width, hidden, heads = inner.out_dim, config.hidden_dim, config.num_heads
+    if config.temporal is Temporal.local_global:
+        return LocalGlobalAttention(width, hidden_dim=hidden, num_heads=heads, window=config.window, num_global=config.num_global)
+    grid = kind.out_grid(config, inner)
+    assert grid is not None, "refused by `check_projector`"
+    return TemporalAttention(width, hidden_dim=hidden, num_heads=heads, max_frames=inner.num_frames, grid=grid)
 
 
-def _projection(spec: ProjectorSpec) -> Projection:
-    widths, hidden = (spec.stacked_dim, spec.out_dim), spec.inner_dim
-    if spec.kind == "pixel_shuffle":
-        return PixelShuffleProjector(*widths, spec.shuffle, spec.depth)
-    if spec.kind == "c_abstractor":
-        grid = spec.reduced_grid(spec.grid)
-        return CAbstractorProjector(*widths, grid=grid, hidden_dim=hidden, num_layers=spec.num_layers, num_queries=spec.num_queries)
-    layers, heads, queries = spec.num_layers, spec.num_heads, spec.num_queries
-    if spec.kind == "perceiver":
-        return PerceiverProjector(*widths, hidden_dim=hidden, num_layers=layers, num_heads=heads, num_latents=queries)
-    if spec.reads_clip:
-        return PromptProjector(*widths, hidden_dim=hidden, num_layers=layers, num_heads=heads)
-    if spec.kind == "cross_attention":
-        return QueryProjector(*widths, hidden_dim=hidden, num_layers=layers, num_heads=heads, num_queries=queries)
-    return MLPProjector(*widths, 1 if spec.kind == "linear" else spec.depth, use_layer_norm=spec.use_layer_norm)
+def _check_heads(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
+    is_rotary = config.temporal is Temporal.local_global
+    step, inner_dim = config.num_heads * (2 if is_rotary else 1), _inner_dim(config, sizes.in_dim)
+    if not config.has_heads or inner_dim % step == 0:
+        return
+    wanted = "twice projector.num_heads, as temporal=local_global needs heads of even width" if is_rotary else "projector.num_heads"
+    raise UserError(
+        f"projector.hidden_dim={config.hidden_dim} is no multiple of {wanted} ({step}); "
+        f"set projector.hidden_dim={math.ceil(inner_dim / step) * step} or null"
+    )
 
 
-def _position(spec: ProjectorSpec) -> NormalizedPosition | None:
-    if spec.temporal != "position" and spec.kind != "perceiver":
-        return None
-    grid = spec.reduced_grid(spec.grid) if spec.temporal == "position" else None
-    return NormalizedPosition(spec.stacked_dim, spec.num_steps(spec.num_frames), grid)
+def _check_reducer(config: TokenProjectorConfig) -> None:
+    if not config.chooses_tokens:
+        return
+    chosen = f"projector.reducer={config.reducer.name}"
+    if config.frame_stack > 1:
+        raise UserError(
+            f"{chosen} keeps other places in each frame, so frames cannot be stacked behind it; "
+            "set projector.frame_stack=1, or projector.reducer=pool"
+        )
+    if projection_class(config).reads == "grid":
+        raise UserError(
+            f"projector={config.kind} needs the grid of patches that {chosen} takes apart; "
+            "set projector.reducer to none, pool or resample, or choose another projector"
+        )
+    if config.temporal is Temporal.attention:
+        raise UserError(
+            f"projector.temporal=attention follows one place through time, and {chosen} keeps other places "
+            "in each frame; set projector.temporal to none, position or local_global"
+        )
 
 
-def _attention(spec: ProjectorSpec) -> TemporalAttention | LocalGlobalAttention | None:
-    width, hidden, heads = spec.out_dim, spec.inner_dim, spec.num_heads
-    if spec.temporal == "local_global":
-        return LocalGlobalAttention(width, hidden_dim=hidden, num_heads=heads, window=spec.window, num_global=spec.num_global)
-    if spec.temporal == "attention":
-        steps, grid = spec.num_steps(spec.num_frames), spec.out_grid(spec.grid)
-        return TemporalAttention(width, hidden_dim=hidden, num_heads=heads, max_frames=steps, grid=grid)
-    return None
+def _check_time(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
+    if sizes.num_frames % config.frame_stack:
+        raise UserError(
+            f"projector.frame_stack={config.frame_stack} does not divide data.num_frames={sizes.num_frames}; "
+            "set one to a divisor of the other"
+        )
+    kind = projection_class(config)
+    if config.temporal is Temporal.attention and kind.out_grid(config, sizes) is None:
+        chosen = kind.chosen_by or f"projector={config.kind}"
+        raise UserError(
+            f"projector.temporal=attention follows one place through time, but the tokens of {chosen} belong to the whole clip; "
+            "set projector.temporal to none, position or local_global"
+        )

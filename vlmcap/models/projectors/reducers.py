@@ -8,47 +8,49 @@ Legend: B batch, F frames, N = B · F, P patches a frame (row-major over a grid 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlmcap.models.projectors.spec import Grid, num_chosen
+from vlmcap.config import Reducer, TokenProjectorConfig
+from vlmcap.models.projectors.base import Grid
 
 
-class PoolReducer(nn.Module):
-    """Averages k × k neighbouring patches of each frame; windows that pass the edge of an odd grid average what is there.
+def reduced_grid(config: TokenProjectorConfig, grid: Grid) -> Grid:
+    """Grid of a frame in front of the projection; merge and saliency choose from it later."""
+    if config.reducer is Reducer.pool:
+        return math.ceil(grid[0] / config.pool_size), math.ceil(grid[1] / config.pool_size)
+    return (config.resample_size, config.resample_size) if config.reducer is Reducer.resample else grid
 
-    LLaVA-NeXT-Video pools 2 × 2 so: 576 patches become 144.
 
-    Args:
-        size: k.
+def num_chosen(reducer: Reducer, keep_ratio: float, num_frames: int, num_patches: int) -> int:
+    """Tokens of a clip that merge or saliency leaves: a share of each frame, or of the clip with at least one per frame."""
+    if reducer is Reducer.merge:
+        return num_frames * _share(keep_ratio, num_patches)
+    return max(num_frames, _share(keep_ratio, num_frames * num_patches))
+
+
+def _share(ratio: float, count: int) -> int:
+    return math.ceil(ratio * count - 1e-9)  # 0.07 · 100 is 7.000000000000001
+
+
+def resize(config: TokenProjectorConfig, features: Tensor, grid: Grid) -> Tensor:
+    """Features on the grid that the configuration's reducer leaves, (B, F, P, D) -> (B, F, P', D)."""
+    if config.reducer is Reducer.pool:
+        return pool_grid(features, grid, config.pool_size)
+    return resize_grid(features, grid, reduced_grid(config, grid))
+
+
+def pool_grid(features: Tensor, grid: Grid, size: int) -> Tensor:
+    """Averages size × size neighbouring patches of each frame, (B, F, P, D) -> (B, F, P', D).
+
+    Windows that pass the edge of an odd grid average what is there. LLaVA-NeXT-Video pools 2 × 2 so: 576 patches become 144.
     """
-
-    def __init__(self, size: int = 2) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        """Pooled features, (B, F, P, D) -> (B, F, P', D)."""
-        maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
-        pooled = F.avg_pool2d(maps, self.size, ceil_mode=True, count_include_pad=False)
-        return pooled.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])
-
-
-class ResampleReducer(nn.Module):
-    """Brings each frame to a square of size × size tokens by antialiased bilinear interpolation, whatever its grid.
-
-    Args:
-        size: Side of the square.
-    """
-
-    def __init__(self, size: int = 12) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        """Resampled features, (B, F, P, D) -> (B, F, size², D)."""
-        return resize_grid(features, grid, (self.size, self.size))
+    maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (B, F, P, D) -> (N, D, h, w)
+    pooled = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False)
+    return pooled.flatten(2).transpose(1, 2).unflatten(0, features.shape[:2])
 
 
 def stack_frames(features: Tensor, size: int) -> Tensor:
@@ -63,50 +65,47 @@ def stack_frames(features: Tensor, size: int) -> Tensor:
     return features.unflatten(1, (-1, size)).transpose(2, 3).flatten(3)
 
 
-class MergeReducer(nn.Module):
+def merge_tokens(features: Tensor, tokens: Tensor, keep_ratio: float) -> Tensor:
     """Averages the most similar tokens of a frame until a share is left, in order of their places.
 
     Bipartite soft matching in rounds, as in ToMe (Bolya et al., "Token Merging: Your ViT But Faster",
     https://arxiv.org/abs/2210.09461): every other token may join the most similar of those between, and the most similar pairs do.
 
     Args:
+        features: (B, F, P, D), which decide what is similar.
+        tokens: (B, F, P, D), which are averaged.
         keep_ratio: Share of a frame's tokens that is left.
+
+    Returns:
+        (B, F, K, D).
     """
-
-    def __init__(self, keep_ratio: float) -> None:
-        super().__init__()
-        self.keep_ratio = keep_ratio
-
-    def forward(self, features: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, None]:
-        """Merged tokens, features and tokens (B, F, P, D) -> (B, F, K, D)."""
-        num_kept = num_chosen("merge", self.keep_ratio, 1, features.shape[2])
-        group = assign_groups(features.flatten(0, 1), num_kept)
-        return average_groups(tokens.flatten(0, 1), group, num_kept).unflatten(0, features.shape[:2]), None
+    num_kept = num_chosen(Reducer.merge, keep_ratio, 1, features.shape[2])
+    group = assign_groups(features.flatten(0, 1), num_kept)
+    return average_groups(tokens.flatten(0, 1), group, num_kept).unflatten(0, features.shape[:2])
 
 
-class SaliencyReducer(nn.Module):
+def keep_salient(features: Tensor, tokens: Tensor, grid: Grid, keep_ratio: float) -> tuple[Tensor, Tensor]:
     """Keeps a fixed share of a clip's tokens, more in frames and regions that differ from what is around them in time and space.
 
-    At least one token a frame is kept, and the kept stand in order of frame and place.
+    At least one token per frame is kept, and the kept stand in order of frame and place.
 
     Args:
+        features: (B, F, P, D), which decide what differs.
+        tokens: (B, F, P, D), of which some are kept.
+        grid: (h, w).
         keep_ratio: Share of the clip's tokens that is left.
+
+    Returns:
+        The kept tokens and the frame of each, (B, 1, K, D) and int64 (B, K).
     """
-
-    def __init__(self, keep_ratio: float) -> None:
-        super().__init__()
-        self.keep_ratio = keep_ratio
-
-    def forward(self, features: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Kept tokens and the frame of each, features and tokens (B, F, P, D) -> (B, 1, K, D) and int64 (B, K)."""
-        _, num_frames, num_patches, width = tokens.shape
-        scores = saliency(features, grid)
-        first = scores.argmax(-1, keepdim=True)
-        scores = scores.scatter(-1, first, torch.inf).flatten(1)
-        num_kept = num_chosen("saliency", self.keep_ratio, num_frames, num_patches)
-        kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept].sort(dim=1).values
-        chosen = tokens.flatten(1, 2).gather(1, kept.unsqueeze(-1).expand(-1, -1, width))
-        return chosen.unsqueeze(1), kept // num_patches
+    _, num_frames, num_patches, width = tokens.shape
+    scores = saliency(features, grid)
+    first = scores.argmax(-1, keepdim=True)
+    scores = scores.scatter(-1, first, torch.inf).flatten(1)
+    num_kept = num_chosen(Reducer.saliency, keep_ratio, num_frames, num_patches)
+    kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept].sort(dim=1).values
+    chosen = tokens.flatten(1, 2).gather(1, kept.unsqueeze(-1).expand(-1, -1, width))
+    return chosen.unsqueeze(1), kept // num_patches
 
 
 @torch.no_grad()

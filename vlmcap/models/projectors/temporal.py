@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmcap.models.projectors.base import join_heads, split_heads
+from vlmcap.models.projectors.base import Grid, join_heads, split_heads
 from vlmcap.models.projectors.reducers import resize_grid
-from vlmcap.models.projectors.spec import Grid
 
 
 class FramePosition(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, family_of, max_patches, projector_spec, train_encoder
+from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, family_of, max_patches, projector_sizes, train_encoder
 from vlmcap.config import Config, LlavaNextVideoConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS
@@ -26,7 +26,7 @@ from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
 from vlmcap.models.pretrained import PretrainedParts, build_pretrained
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
 
 _DEPTHS = ("depth", "num_hidden_layers")
@@ -169,10 +169,10 @@ def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None)
     return encoder
 
 
-def hollow_projector(config: Config, spec: ProjectorSpec | None, mode: FakeTensorMode) -> nn.Module:
+def hollow_projector(config: Config, sizes: ProjectorSizes | None, mode: FakeTensorMode) -> nn.Module:
     """The projector in fake tensors, trained."""
     with torch.device("meta"):
-        projector: nn.Module = whole_parts(config, 1).projector if spec is None else build_projector(spec)
+        projector: nn.Module = whole_parts(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
     is_trained = any(stage.projector_lr > 0 for stage in config.tuning.stages.values())
     projector.requires_grad_(is_trained)
     fill_hollow(projector, mode)
@@ -217,11 +217,11 @@ def _repeated_keys() -> str:
     return REPEATED
 
 
-def planned_spec(config: Config, encoder: Any) -> ProjectorSpec | None:
-    """The projector's settings and sizes; None for a whole model's own."""
+def planned_sizes(config: Config, encoder: Any) -> ProjectorSizes | None:
+    """The projector's sizes; None for a whole model's own."""
     if config.is_whole:
         return None
-    return projector_spec(config, encoder, int(text_config(config).hidden_size), PROMPT_TOKENS // 2)
+    return projector_sizes(config, encoder, int(text_config(config).hidden_size), PROMPT_TOKENS // 2)
 
 
 _made: dict[str, Any] = {}

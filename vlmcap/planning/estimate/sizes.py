@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, Qwen3VlConfig
+from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     num_blocks,
     once,
     outline,
     plain_vision_blocks,
-    planned_spec,
+    planned_sizes,
     text_config,
     text_values,
     whole_outline,
@@ -70,12 +71,13 @@ def sizes_of(config: Config) -> Sizes:
     """
     encoder = outline(config)
     grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
-    spec = planned_spec(config, encoder)
-    if spec is not None:
-        spec.check()
+    projector = planned_sizes(config, encoder)
     steps, rows, columns = grid
-    count = whole_outline(config).num_tokens if spec is None else spec.num_tokens
-    num_visual = count(steps, (rows, columns))
+    if projector is None:
+        num_visual = whole_outline(config).num_tokens(steps, (rows, columns))
+    else:
+        check_projector(config.projector, projector)
+        num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
     is_timed = isinstance(config.model, Qwen3VlConfig)
     runs = (num_visual // steps,) * steps if is_timed else (num_visual,)
     frame_bytes = 1

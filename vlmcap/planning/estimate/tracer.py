@@ -30,7 +30,7 @@ from vlmcap.planning.estimate.meta_models import (
     hollow_projector,
     outline,
     plain_vision_blocks,
-    planned_spec,
+    planned_sizes,
     text_config,
     whole_outline,
 )
@@ -219,7 +219,7 @@ class Tracer:
     def _trace_projector(self, num_clips: int) -> StageTrace:
         mode = _fake_mode()
         encoder = outline(self.config)
-        projector = hollow_projector(self.config, planned_spec(self.config, encoder), mode)
+        projector = hollow_projector(self.config, planned_sizes(self.config, encoder), mode)
         frames, rows, columns = self.sizes.grid
         dtype, width = dtype_of(self.config.hardware.precision), int(text_config(self.config).hidden_size)
         with mode:
