@@ -33,10 +33,11 @@ HEAD = """# Keys
 
 <!-- Made by `python -m tools.keys_page`; edit the dataclasses under vlmcap/config/ instead. -->
 
-Every key, as `python train.py KEY=VALUE` takes it. A YAML file under `conf/` may give another value than the default that stands here;
-`python train.py --cfg job …` shows what holds for a command. Where a group has kinds, a key stands at the kind that reads it, and beside another
-kind it is refused; what all kinds have comes first. *→ key* is a default that follows another key, *required* one that a file or the command line
-must give, and *only with* what to set for a key to be read. [conf/README.md](../conf/README.md) says how the files work together.
+Every key, as `python train.py KEY=VALUE` takes it. A YAML file under `conf/` may give another value than the default that
+stands here; `python train.py --cfg job …` shows what holds for a command. Where a group has kinds, what all of them have comes
+first, and any other key stands at the kinds that read it; beside another kind it is refused. *→ key* is a default that follows
+another key, *required* one that a file or the command line must give, and *only with* what to set for a key to be read.
+[conf/README.md](../conf/README.md) says how the files work together.
 
 """
 
