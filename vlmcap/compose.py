@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
+from math import prod
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -76,6 +77,7 @@ def register_schemas() -> None:
     """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file."""
     from hydra.core.config_store import ConfigStore
 
+    OmegaConf.register_new_resolver("product", lambda *factors: prod(factors), replace=True)  # as conf/debug/fast.yaml multiplies
     store = ConfigStore.instance()
     store.store(name="config_schema", node=_following(Config))
     for group, node in _PLAIN_GROUPS.items():

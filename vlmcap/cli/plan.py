@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlmcap.compose import NO_DATA
 from vlmcap.libraries import quiet_libraries
+from vlmcap.overrides import check_single_run
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.grid.grid_table import draw_grid, show_grid
 from vlmcap.planning.grid.make_grid import grid_names, make_grid
@@ -38,6 +39,7 @@ def run(options: Namespace) -> None:
 def _one(overrides: Sequence[str], *, as_json: bool, is_whole: bool) -> None:
     overrides = [NO_DATA, *overrides]
     config = planned(overrides)
+    check_single_run(overrides, config)
     train = known_clips(config).get("train", ())
     plan = with_changes(make_plan(config, num_clips=len(train) or None), overrides, composed=planned)
     if as_json:

@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.clips import load_splits, open_ledger
+from vlmcap.assembly.clips import Splits, load_splits, open_ledger
 from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.assembly.resolving import resolve, resolve_from_data
@@ -84,7 +84,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read before that.
     clips: Mapping[str, Sequence[Clip]] = {}
     if config.llm.is_length_open and not config.data.is_demo:
-        clips = load_splits(config, NEEDED, OPTIONAL)
+        clips = _read_splits(config)
     if is_main(config):
         enforce_plan(for_plan(config, clips))
 
@@ -162,15 +162,23 @@ def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Co
         clips: The clips, where they were read already.
     """
     if not config.data.is_demo:
-        clips = clips or load_splits(config, NEEDED, OPTIONAL)
+        clips = clips or _read_splits(config)
         open_ledger(config, clips)
     config = prepare(config)
     check_facts(config)
-    clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    clips = clips or _read_splits(config)
     check_followed(config, clips)
     if is_main(config):
         warn_of_clips(config, clips)
     return config, clips
+
+
+def _read_splits(config: Config) -> Splits:
+    """The splits of a training run; the training clips stand in for those of validation where they are to be learned by heart."""
+    if not config.trainer.overfit:
+        return load_splits(config, NEEDED, OPTIONAL)
+    read = load_splits(config, [Split.train])
+    return Splits({"train": read["train"], "val": read["train"]}, read.skipped, read.note)
 
 
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:

@@ -113,19 +113,20 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split: of the data where it is there, of the demo by its settings, and else as many as AI Hub's data set has.
-
-    Of the training split there are `data.max_clips` at most.
-    """
-    if known := known_clips(config):
-        return NumClips(*(len(known.get(split, ())) for split in ("train", "val", "test")))
+    """Clips of each split, each cut as a run would cut it: of the data where it is there, else the demo's, or as many as AI Hub's set has."""
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
         demo = config.data.demo
         train, val, test = demo.num_train, demo.num_val, demo.num_test
+    elif known := known_clips(config):
+        train, val, test = (len(known.get(split, ())) for split in ("train", "val", "test"))
     elif config.data.max_clips:
         train = config.data.max_clips
-    return NumClips(min(train, config.data.max_clips or train), val, test)
+    train = min(train, config.data.max_clips or train)
+    if config.trainer.overfit:
+        return NumClips(train, train, 0)
+    most = config.evaluation.max_final_clips
+    return NumClips(train, min(val, most or val), min(test, most or test))
 
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
