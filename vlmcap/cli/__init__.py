@@ -72,11 +72,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read_overrides(options: argparse.Namespace, given: Sequence[str]) -> None:
-    """Puts the overrides into Hydra's grammar, and takes the user's folder of YAML files.
+    """Puts the overrides into Hydra's grammar, and takes the user's plugins and folder of YAML files.
 
     Raises:
-        UserError: An override cannot be right, or the folder is not there.
+        UserError: An override cannot be right, a plugin cannot be loaded, or the folder is not there.
     """
+    if options.plugin:
+        from vlmcap.plugins import use_plugins
+
+        use_plugins(options.plugin)
     if options.config_dir:
         from vlmcap.compose import use_config_dir
 

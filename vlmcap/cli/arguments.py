@@ -46,6 +46,8 @@ def _add_overrides(parser: ArgumentParser, text: str = _PARTS) -> None:
 def _add_config_dir(parser: ArgumentParser) -> None:
     text = "folder of your own YAML files, laid out as conf/, which are found before ours"
     parser.add_argument("--config-dir", metavar="DIR", help=text)
+    text = "Python file or importable module with parts of your own; may be given several times"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help=text)
     parser.set_defaults(overrides=[])
 
 
