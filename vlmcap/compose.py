@@ -88,6 +88,8 @@ def register_schemas() -> None:
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=_following(node))
         for kind in plugin_kinds(group):
+            if config_file(f"{group}/{kind}").is_file():
+                continue
             named = _following(kinds[kind])
             named.name = kind
             store.store(group=group, name=kind, node=named)

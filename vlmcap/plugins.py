@@ -156,13 +156,13 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
 
 def plugin_kinds(group: str) -> list[str]:
     """Kinds of a group that plugins registered, sorted."""
-    return sorted(kind for kind, schema in SCHEMAS.get(group, {}).items() if _is_foreign(schema))
+    return sorted(kind for kind, schema in SCHEMAS.get(group, {}).items() if is_foreign(schema))
 
 
 def plugins_of(config: Any) -> dict[str, dict[str, str]]:
     """Group to kind, plugin and version of each part of a configuration that a plugin brought, as plain data."""
     parts = {group: getattr(config, group) for group in SCHEMAS}
-    found = {group: part for group, part in parts.items() if is_dataclass(part) and _is_foreign(type(part))}
+    found = {group: part for group, part in parts.items() if is_dataclass(part) and is_foreign(type(part))}
     return {group: {"kind": part.kind, **origin(maker_of(group, part.kind) or type(part))} for group, part in found.items()}
 
 
@@ -209,5 +209,6 @@ def check_plugins(saved: Mapping[str, Mapping[str, str]]) -> None:
             )
 
 
-def _is_foreign(part: Any) -> bool:
+def is_foreign(part: Any) -> bool:
+    """Whether a class or function is no part of this package."""
     return bool(part.__module__.partition(".")[0] != "vlmcap")

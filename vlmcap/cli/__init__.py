@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _read_overrides(options, given)
         if command.traces_models:
             import_libraries(with_adapters=command.name == "plan", with_training=False)
-        import_module(f"vlmcap.cli.{command.name}").run(options)
+        import_module(f"vlmcap.cli.{command.name.replace('-', '_')}").run(options)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
