@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from pathlib import Path
@@ -161,8 +160,8 @@ def plugin_kinds(group: str) -> list[str]:
 
 def plugins_of(config: Any) -> dict[str, dict[str, str]]:
     """Group to kind, plugin and version of each part of a configuration that a plugin brought, as plain data."""
-    parts = {group: getattr(config, group) for group in SCHEMAS}
-    found = {group: part for group, part in parts.items() if is_dataclass(part) and is_foreign(type(part))}
+    parts: dict[str, Any] = {group: getattr(config, group) for group in SCHEMAS}
+    found = {group: part for group, part in parts.items() if is_foreign(type(part))}
     return {group: {"kind": part.kind, **origin(maker_of(group, part.kind) or type(part))} for group, part in found.items()}
 
 

@@ -31,7 +31,7 @@ def register(group: str) -> Callable[[T], T]:
         kind = getattr(schema, "kind", None)
         if not isinstance(kind, str) or kind in ("", "???"):
             raise ValueError(f"{schema.__qualname__} names no kind; give its field `kind` a default, such as kind: str = 'mine'")
-        _claim(SCHEMAS.setdefault(group, {}), group, kind, schema)
+        claim(SCHEMAS.setdefault(group, {}), group, kind, schema)
         return schema
 
     return decorate
@@ -39,6 +39,10 @@ def register(group: str) -> Callable[[T], T]:
 
 def register_part(group: str, schema: type) -> Callable[[M], M]:
     """Makes a class or a function the maker of a kind, and its dataclass the schema of that kind.
+
+    A projector's maker is a `Projection`; an encoder's a function of settings and folder that returns a `FrameEncoder`, its weights
+    random where the folder is None; a language model's a function of settings and folder, with the arguments dtype, quantization,
+    attention and device; a data format's a `Reader`.
 
     Args:
         group: "encoder", "projector", "llm" or "data".
@@ -50,13 +54,13 @@ def register_part(group: str, schema: type) -> Callable[[M], M]:
 
     def decorate(maker: M) -> M:
         register(group)(schema)
-        _claim(MAKERS.setdefault(group, {}), group, schema.kind, maker)  # type: ignore[attr-defined]
+        claim(MAKERS.setdefault(group, {}), group, schema.kind, maker)  # type: ignore[attr-defined]
         return maker
 
     return decorate
 
 
-def _claim(known: dict[str, Any], group: str, kind: str, part: Any) -> None:
+def claim(known: dict[str, Any], group: str, kind: str, part: Any) -> None:
     """Enters a part under its kind; a module that is imported again replaces its own."""
     before = known.get(kind)
     if before is not None and (before.__module__, before.__qualname__) != (part.__module__, part.__qualname__):

@@ -212,7 +212,7 @@ class Tracer:
             encoder,
             lambda: encoder(frames, grids),
             mode=mode,
-            blocks=() if self.config.is_whole else list(blocks_of(encoder, depth)),
+            blocks=() if self.config.is_whole or not depth else list(blocks_of(encoder, depth)),
             inputs=[frames],
             dtype=self._autocast,
             has_flash=self.has_flash,
