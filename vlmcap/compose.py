@@ -23,6 +23,7 @@ from vlmcap.config.run import check_own_parts
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
+from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
 
 CUSTOM = "custom"  # the file of a group that any checkpoint goes with
 CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
@@ -74,9 +75,13 @@ def config_file(name: str) -> Path:
 
 
 def register_schemas() -> None:
-    """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file."""
+    """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file.
+
+    A kind of a plugin is known by its own name, too, so that it needs no file; one of that name is found before it.
+    """
     from hydra.core.config_store import ConfigStore
 
+    load_plugins()
     OmegaConf.register_new_resolver("product", lambda *factors: prod(factors), replace=True)  # as conf/debug/fast.yaml multiplies
     store = ConfigStore.instance()
     store.store(name="config_schema", node=_following(Config))
@@ -85,6 +90,12 @@ def register_schemas() -> None:
     for group, kinds in SCHEMAS.items():
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=_following(node))
+        for kind in plugin_kinds(group):
+            if config_file(f"{group}/{kind}").is_file():
+                continue
+            named = _following(kinds[kind])
+            named.name = kind
+            store.store(group=group, name=kind, node=named)
 
 
 def _following(schema_class: type) -> DictConfig:
@@ -104,6 +115,7 @@ def _typed(plain: Mapping[str, Any]) -> DictConfig:
     Raises:
         UserError: A group has no such kind.
     """
+    load_plugins()
     node = OmegaConf.structured(Config)
     for group in SCHEMAS:
         kind = (plain.get(group) or {}).get("kind")
@@ -300,6 +312,8 @@ def config_hash(config: Config) -> str:
         for group in groups:
             node = node[group]
         node.pop(name, None)
+    if plugins := plugins_of(config):
+        plain["plugins"] = plugins
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -399,8 +413,9 @@ def _reason(text: str) -> str:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names that a group has in `conf/` and in the user's own folder, sorted."""
-    names = {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
+    """The names that a group has in `conf/`, in the user's own folder and from plugins, sorted."""
+    load_plugins()
+    names = {*plugin_kinds(group)} | {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
     return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
 
 
@@ -416,8 +431,11 @@ def _unknown_key(key: str) -> str:
 
 
 def _kind_of(group: str, choice: str) -> str:
-    """The kind whose schema a YAML file begins with, or the file that it begins with."""
-    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", config_file(f"{group}/{choice}").read_text(), re.MULTILINE)
+    """The kind whose schema a YAML file begins with, or the file that it begins with; a plugin's kind needs no file."""
+    file = config_file(f"{group}/{choice}")
+    if not file.is_file():
+        return choice
+    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", file.read_text(), re.MULTILINE)
     return "" if found is None else found.group(1) if found.group(2) else _kind_of(group, found.group(1))
 
 

@@ -21,7 +21,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, family_of, language_options, loss_chunk_bytes, train_encoder
+from vlmcap.assembly.parts import (
+    add_adapters,
+    device_of,
+    encoder_options,
+    family_of,
+    has_own_encoder,
+    language_options,
+    loss_chunk_bytes,
+    train_encoder,
+)
 from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.encoders import FAMILIES
@@ -229,6 +238,8 @@ def _compute_tables(module: nn.Module) -> None:
 
 def _set_attention(config: Config, encoder: Any) -> None:
     """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
+    if has_own_encoder(config):
+        return
     attention = encoder_options(config).attention
     has_flash = config.is_whole or FAMILIES[family_of(config)].has_flash
     if attention != "sdpa" and has_flash:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap import __version__
 from vlmcap.config import Config
+from vlmcap.plugins import plugins_of
 from vlmcap.training.processes import describe_batch
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def summarize(
         "truncated_captions": run.module.num_truncated,
         "skipped_clips": len(run.module.ledger),
         "versions": {"vlmcap": __version__} | {name: version(name) for name in _VERSIONS} | {"python": sys.version.split()[0]},
+        "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
         "shrunk_from": shrunk_from,

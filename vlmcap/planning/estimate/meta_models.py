@@ -17,7 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, family_of, max_patches, projector_sizes, train_encoder
+from vlmcap.assembly.parts import (
+    add_adapters,
+    dtype_of,
+    encoder_options,
+    family_of,
+    has_own_encoder,
+    max_patches,
+    projector_sizes,
+    sketch_encoder,
+    train_encoder,
+)
 from vlmcap.config import Config, LlavaNextVideoConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS
@@ -51,6 +61,8 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
         UserError: There is none to be had.
     """
     checkpoint = getattr(config, part).checkpoint
+    if part == "encoder" and has_own_encoder(config):  # its settings say all
+        return {}
     if part == "llm" and checkpoint == TINY:  # made on first use
         return dict(LANGUAGE_CONFIG)
     if part == "encoder" and checkpoint in TINY_ENCODERS:
@@ -131,6 +143,8 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
     if config.is_whole:
         encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
         return encoder
+    if has_own_encoder(config):
+        return sketch_encoder(config, Path())
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
     vision = dict(values.get("vision_config") or values)
     if num_blocks is not None:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
-from vlmcap.assembly.parts import dtype_of
+from vlmcap.assembly.parts import dtype_of, has_own_encoder
 from vlmcap.config import Config, Qwen3VlConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
+from vlmcap.models.encoders.own import FrameEncoder
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
@@ -85,7 +86,7 @@ def sizes_of(config: Config) -> Sizes:
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
-    depth = num_blocks(encoder) if not config.is_whole else 0
+    depth = 0 if config.is_whole or has_own_encoder(config) else num_blocks(encoder)  # a plugin's blocks are not known
     sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
@@ -94,6 +95,8 @@ def sizes_of(config: Config) -> Sizes:
 def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Of one clip's frames as the encoder takes them, bytes."""
     frames, rows, columns = grid
+    if isinstance(encoder, FrameEncoder):
+        return (frames, 3, encoder.transform.image_size, encoder.transform.image_size)
     tower = encoder.tower.config
     patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
     depth = int(getattr(tower, "temporal_patch_size", 1) or 1)

@@ -113,7 +113,7 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split, each cut as a run would cut it: of the data where it is there, else the demo's, or as many as AI Hub's set has."""
+    """Clips of each split, each cut as a run would cut it: those of the data where it is there, or as many as AI Hub's set has."""
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
         demo = config.data.demo
