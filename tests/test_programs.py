@@ -72,6 +72,7 @@ def test_cfg_resolves(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
     """The two commands, with 4-bit weights; the second knows nothing but the checkpoint."""
     folder = tmp_path / "here"
