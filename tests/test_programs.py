@@ -49,6 +49,7 @@ def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], 
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_missing_data_leave_nothing_behind(real_path: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.planning.trial import Trial, trace_trial
-from tests.thinned import thinned
 from vlmcap.planning.estimate.stages import extrapolate, extrapolate_kept
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +63,8 @@ def _nonzero(peak: Any) -> dict[str, float]:
     return {tag: size for tag, size in peak.items() if size}
 
 
-@pytest.mark.parametrize("has_checkpointing", thinned([True, False], bool))
+@pytest.mark.slow
+@pytest.mark.parametrize("has_checkpointing", [True, False])
 def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
     """Against the peak of the resident set of a fresh process that takes the same step in earnest."""
     trial = Trial("qwen3", width=256, vocabulary=8000, has_checkpointing=has_checkpointing, num_visual=1024, num_caption=512)

@@ -69,6 +69,7 @@ def test_smaller_micro_batches_train_the_same(
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_batch_that_was_asked_for(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """Without dropout, as its draws go by micro-batch."""
     quiet = (*SMALL[:-1], "tuning.lora.dropout=0", "cache.enabled=true")
