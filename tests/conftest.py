@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -52,6 +53,7 @@ def composed_once() -> Iterator[None]:
     from vlmcap import compose as module
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "register_schemas", functools.cache(module.register_schemas))
         patch.setattr(module, "compose_node", Remembered(module.compose_node))
         yield
 
