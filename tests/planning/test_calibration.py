@@ -128,7 +128,7 @@ def test_the_figures_change_what_they_should() -> None:
 
 
 def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["llm.quantization=none", "hardware=l4"]  # the tiny parts
+    overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=l4"]
     config = configured(*overrides)
     before = make_plan(config)
     write_calibration(calibration_folder(config), L4)
@@ -147,7 +147,7 @@ def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", *overrides, "--json"])
     assert json.loads(capsys.readouterr().out)["calibrated"] == "NVIDIA L4, 2026-11-28"
     assert make_plan(config, assumed_card(config)) == before
-    assert make_plan(configured("hardware=a100")).card.calibrated == ""
+    assert make_plan(configured("encoder=clip", "llm=qwen3_4b", "hardware=a100")).card.calibrated == ""
 
 
 def test_another_card_here_leaves_the_plan_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
