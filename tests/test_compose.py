@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from tests.composing import Remembered
 from tests.thinned import thinned
-from vlmcap.compose import CUSTOM, compose, config_dir, from_plain, to_config, to_plain, use_config_dir, write_yaml
+from vlmcap.compose import CUSTOM, compose, compose_node, config_dir, from_plain, to_config, to_plain, use_config_dir, write_yaml
 from vlmcap.config import ASSUMED_CAPTION_TOKENS, AUTO, Config, LlmConfig, Precision, Quantization
 from vlmcap.config.names import factors
 from vlmcap.errors import UserError
@@ -154,6 +156,23 @@ def test_help_names_every_choice() -> None:
         listed.setdefault(group, set()).update(re.sub(r"[,:()]", " ", names).split())
     for group, name in GROUPS:
         assert name in listed[group] or name == "own"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.num_frames=3", "tuning.lora.target_modules='q_proj,k_proj'", "seed=4"],
+        ["experiment=efficient_t4", "data.root='a b=c'", "data.batch_size=2", "++data.num_frames=3", "cache.enabled=true"],
+    ],
+)
+def test_what_the_tests_remember_is_what_hydra_composes(overrides: list[str]) -> None:
+    remembered = Remembered(compose_node)
+    for _ in range(2):
+        found, expected = remembered([*overrides, "paths.output_dir=here"]), compose_node([*overrides, "paths.output_dir=here"])
+        assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
+        assert to_config(found) == to_config(expected)
+    with pytest.raises(UserError, match=r"there is no key 'data\.num_frame'"):
+        remembered([*overrides, "data.num_frame=3"])
 
 
 def test_the_real_combination() -> None:
