@@ -14,7 +14,9 @@ from vlmcap.overrides import read_overrides
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_VALUE = re.compile(r"(?!hydra\.)(\w+(\.\w+)+|seed|objective|objective_mode|checkpoint)=.*")  # chooses no file
+_VALUE = re.compile(r"(?!hydra\.)(\w+(\.\w+)+|seed|monitor|mode|checkpoint)=.*")  # chooses no file
+_PART = re.compile(r"(model|encoder|llm)\.")
+_CHECKPOINT = re.compile(r"(model|encoder|llm)\.checkpoint=")
 
 
 class Remembered:
@@ -45,8 +47,10 @@ class Remembered:
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from omegaconf import OmegaConf
 
-        values = [override for override in overrides if _VALUE.fullmatch(override)]
-        files = [override for override in overrides if not _VALUE.fullmatch(override)]
+        # Another checkpoint than that of a file changes other values of its group, unless they were typed as well.
+        is_renamed = any(_CHECKPOINT.match(override) for override in overrides)
+        values = [one for one in overrides if _VALUE.fullmatch(one) and not (is_renamed and _PART.match(one))]
+        files = [one for one in overrides if one not in values]
         key = (name, *files)
         if key not in self._composed:
             self._composed[key] = self._compose_node(files, name=name)
