@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import CAPTIONS
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -20,7 +21,7 @@ from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.inspection import describe_llm, license_of
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
-from vlmcap.models.projectors import ProjectorSpec, build_projector
+from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.types import Clip, Sample
 
 SIZES = {
@@ -123,12 +124,13 @@ def test_a_model_of_any_class_trains_and_captions_as_it_was_described(kind: str,
     loaded = load_language_model(folder, dtype=torch.float32, quantization="none", attention=attention, device="cpu")
     assert type(loaded).__name__ == found.model_class
     assert can_decode(loaded) == found.is_native
-    llm = add_lora(loaded, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
-    spec = ProjectorSpec("mlp", in_dim=8, out_dim=found.hidden_size, grid=(2, 2), num_frames=2)
-    captioner = VideoCaptioner(None, build_projector(spec), llm, prompt, GenerationSettings(4))
+    llm = add_lora(loaded, LoraConfig(rank=4, alpha=8))
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
+    sizes = ProjectorSizes(in_dim=8, out_dim=found.hidden_size, grid=(2, 2), num_frames=2)
+    projector = build_projector(MlpConfig(temporal=Temporal.none), sizes)
+    captioner = VideoCaptioner(None, projector, llm, prompt, GenerationSettings(4))
     items = [Sample(Clip(text, "clip.mp4", (text,)), features=torch.randn(2, 4, 8)) for text in CAPTIONS[:2]]
-    visual = VisualRun(spec.num_tokens, (2, 2, 2))
+    visual = VisualRun(lambda frames, grid: frames * grid[0] * grid[1], (2, 2, 2))
     loss, num_tokens = captioner.loss_sum(Collator(prompt, visual, 64)(items))
     loss.backward()  # type: ignore[no-untyped-call]
     assert num_tokens > 0
