@@ -123,7 +123,7 @@ def _distinct(configs: Sequence[Config], group: str) -> list[Config]:
 
 def _encoder(config: Config) -> VisionEncoder:
     with torch.device("meta"):
-        return build_encoder(config.encoder.family.value, known_model_config(config.encoder.checkpoint), encoder_options(config))
+        return build_encoder(known_model_config(config.encoder.checkpoint), encoder_options(config))
 
 
 def _example(config: Config) -> ProjectorSpec:

@@ -64,7 +64,7 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    encoder = load_encoder("siglip", encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
+    encoder = load_encoder(encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
     prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
     projector = build_projector(ProjectorSpec("mlp", in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
     with torch.no_grad():

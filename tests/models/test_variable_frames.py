@@ -46,7 +46,7 @@ def load_llm(folder: Path) -> Any:
 
 @pytest.fixture(params=PROJECTORS)
 def captioner(request: pytest.FixtureRequest, siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
-    encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32))
+    encoder = load_encoder(siglip_folder, EncoderOptions(-1, torch.float32))
     prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
     options = {"kind": "mlp", "num_heads": 2, "num_prompt_tokens": len(prompt.question_ids)} | PROJECTORS[request.param]
     torch.manual_seed(0)

@@ -100,7 +100,7 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.load_encoder(config.encoder.family.value, folder, encoder_options(config))
+        return encoders.load_encoder(folder, encoder_options(config))
     from vlmcap.models import pretrained
 
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
@@ -113,7 +113,7 @@ def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.sketch_encoder(config.encoder.family.value, folder, encoder_options(config))
+        return encoders.sketch_encoder(folder, encoder_options(config))
     from vlmcap.models import pretrained
 
     encoder: VisionEncoder = pretrained.sketch_vision(
@@ -135,7 +135,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
         add_tower_lora(
             encoder.tower, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_dora=lora.use_dora, use_rslora=lora.use_rslora
         )
-    if config.hardware.gradient_checkpointing:
+    if config.hardware.gradient_checkpointing and encoder.tower.supports_gradient_checkpointing:
         encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

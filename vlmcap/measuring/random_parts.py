@@ -24,7 +24,6 @@ from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, language_options, loss_chunk_bytes, train_encoder
 from vlmcap.config import Config, ModelKind
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.models.encoders import FAMILIES
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
@@ -228,8 +227,7 @@ def _compute_tables(module: nn.Module) -> None:
 def _set_attention(config: Config, encoder: Any) -> None:
     """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
     attention = encoder_options(config).attention
-    has_flash = config.is_whole or FAMILIES[config.encoder.family.value].has_flash
-    if attention != "sdpa" and has_flash:
+    if attention != "sdpa" and (config.is_whole or encoder.has_flash):
         encoder.tower.set_attn_implementation(attention)
 
 

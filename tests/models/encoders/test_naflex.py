@@ -95,7 +95,7 @@ def test_the_model_can_be_traced_without_values(naflex: Checkpoint) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
-        encoder = build_encoder("siglip2_naflex", naflex.model.config, EncoderOptions(-1, torch.float32, max_patches=24))
+        encoder = build_encoder(naflex.model.config, EncoderOptions(-1, torch.float32, max_patches=24))
     with FakeTensorMode(allow_non_fake_inputs=True):
         features = encoder.to_empty(device="cpu")(torch.zeros(2, 3, 24, 48, dtype=torch.uint8), [(3, 4, 6), (2, 2, 5)])
     assert features.shape == (2, 3, 24, 32)
