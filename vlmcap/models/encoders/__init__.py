@@ -13,7 +13,8 @@ from torch import nn
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
 from vlmcap.models.encoders.families import family_of
-from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, Transform, preprocessing_of, read_processor
+from vlmcap.models.encoders.layout import set_depth
+from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, Transform, preprocessing_of, read_processor, timm_processor
 from vlmcap.models.encoders.tower import build_tower, load_tower, read_config, vision_config
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ def sketch_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
 
 
 def build_encoder(
-    config: Mapping[str, Any] | PretrainedConfig, options: EncoderOptions, *, processor: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | PretrainedConfig,
+    options: EncoderOptions,
+    *,
+    processor: Mapping[str, Any] | None = None,
+    num_blocks: int | None = None,
 ) -> VisionEncoder:
     """The encoder of a configuration with random weights, frozen; without any under `torch.device("meta")`.
 
@@ -62,12 +67,15 @@ def build_encoder(
         config: A `config.json`, or transformers' object, of the tower or of a whole model.
         options: What is chosen.
         processor: Content of a processor file; None leaves the values of transformers' processor.
+        num_blocks: Blocks that the tower has, whatever the configuration says, before it is cut behind the chosen layer.
 
     Raises:
         UserError: There is no vision tower with a grid of patch features in it, or an option is impossible for it.
     """
     source = "this configuration"
     family, vision = vision_config(config if isinstance(config, Mapping) else config.to_dict(), source)
+    if num_blocks is not None:
+        set_depth(vision, num_blocks)
     return _assemble(family, build_tower(family, vision, options, source), vision, options, processor or {}, source)
 
 
@@ -80,7 +88,8 @@ def _assemble(
     family: Family, tower: nn.Module, config: Any, options: EncoderOptions, processor: Mapping[str, Any], source: str
 ) -> VisionEncoder:
     """The frozen encoder; what is chosen stands above a processor file, and that above the defaults."""
-    preprocessing = default_preprocessing(config.model_type).updated(processor)
+    timm = timm_processor(getattr(config, "pretrained_cfg", None) or {})
+    preprocessing = default_preprocessing(config.model_type).updated(processor or timm)
     preprocessing = replace(preprocessing, mean=options.mean or preprocessing.mean, std=options.std or preprocessing.std)
     if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
         raise UserError(

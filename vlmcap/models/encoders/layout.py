@@ -22,6 +22,7 @@ from vlmcap.errors import UserError, first_line
 
 _SIDE = 4  # K
 _ARGUMENT = "interpolate_pos_encoding"
+TIMM = "timm_wrapper"
 _NEEDED = ("num_hidden_layers", "hidden_size", "patch_size")
 
 
@@ -107,6 +108,33 @@ def find_final_norm(config: Any) -> FinalNorm | None:
     return _find_final_norm(_Key(config))
 
 
+def set_depth(config: Any, num_blocks: int) -> None:
+    """Sets the number of blocks of a tower."""
+    config.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_blocks]
+    if config.model_type == TIMM:
+        config.model_args = {**(config.model_args or {}), "depth": num_blocks}
+
+
+def describe_timm(config: Any) -> None:
+    """Puts sizes into the configuration of a timm model, which has only a name; towers without blocks or patches are left without.
+
+    Raises:
+        UnknownLayoutError: timm is not installed, or has no such model.
+    """
+    try:
+        with torch.device("meta"):
+            model = tower_class(config)._from_config(config).timm_model
+    except ImportError as error:
+        raise UnknownLayoutError(f"needs timm ({first_line(error)}); run `pip install timm`, or") from error
+    patches, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList) and getattr(patches, "patch_size", None):
+        config.hidden_size, config.patch_size = int(model.num_features), list(patches.patch_size)
+        config.image_size = None if patches.img_size is None else list(patches.img_size)
+        set_depth(config, len(blocks))
+
+
 def as_tokens(features: Tensor) -> Tensor:
     """Features as a sequence, whether a class returns (N, T, Dv) or a map (N, Dv, h, w)."""
     return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features  # (N, Dv, h, w) -> (N, h · w, Dv)
@@ -144,7 +172,7 @@ class _Key:
     @property
     def _text(self) -> str:
         alike = copy.deepcopy(self.config)
-        alike.num_hidden_layers = 1
+        set_depth(alike, 1)
         return str(alike.to_json_string(use_diff=False))
 
 
@@ -152,9 +180,13 @@ class _Key:
 def _find_layout(key: _Key, patch: int) -> Layout:
     config, model_class = key.config, tower_class(key.config)
     with _probing():
-        tower, width = _shrunk(config, model_class, depth=0, size=_SIDE * patch)
-        first = _first_patch(tower, patch)
-        _check_true_size(config, model_class, patch, first)
+        try:
+            tower, width = _shrunk(config, model_class, depth=0, size=_SIDE * patch)
+            first = _first_patch(tower, patch, _run)
+        except RuntimeError:  # some classes need a block; what enters it is not mixed either
+            tower, width = _shrunk(config, model_class, depth=1, size=_SIDE * patch)
+            first = _first_patch(tower, patch, _run_embeddings)
+        _check_true_size(config, model_class, patch, first, int(tower.config.num_hidden_layers))
         size = (_SIDE + 2) * patch
         is_any_size = _has_patches(tower, size, patch, first)
         takes_argument = _ARGUMENT in inspect.signature(model_class.forward).parameters
@@ -173,6 +205,8 @@ def _check_class(config: Any, model_class: Any) -> int:
     parameters = inspect.signature(model_class.forward).parameters
     if "pixel_values" not in parameters:
         raise UnknownLayoutError("takes no pictures")
+    if getattr(config, "depths", None):
+        raise UnknownLayoutError("is hierarchical, with stages of different grids")
     optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     others = [name for name, value in parameters.items() if value.default is value.empty and value.kind not in optional]
     others = [name for name in others if name not in ("self", "pixel_values")]
@@ -206,10 +240,12 @@ def _probing() -> Iterator[None]:
 def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) -> Any:
     """A configuration of fewer and narrower blocks for smaller pictures; the width of a head stays, as positions may depend on it."""
     small = copy.deepcopy(config)
-    small.num_hidden_layers = depth
+    set_depth(small, depth)
     own = getattr(config, "image_size", None)
     if size is not None and own is not None:
         small.image_size = type(own)([size] * len(own)) if isinstance(own, list | tuple) else size
+        if small.model_type == TIMM:
+            small.model_args = {**small.model_args, "img_size": size}
     if is_narrow:
         head = config.hidden_size // config.num_attention_heads
         small.num_attention_heads, small.hidden_size = 2, 2 * head
@@ -251,8 +287,17 @@ def _run(tower: Any, pixels: Tensor, **arguments: Any) -> Tensor:
     return as_tokens(features)
 
 
+def _run_embeddings(tower: Any, pixels: Tensor) -> Tensor:
+    """What enters the first block, (N, 3, S, S) -> (N, T, Dv), of a class that returns tokens in the same places."""
+    outputs = tower(pixel_values=pixels, output_hidden_states=True)
+    embeddings = as_tokens(outputs.hidden_states[0])
+    if embeddings.shape != as_tokens(outputs.last_hidden_state).shape:
+        raise UnknownLayoutError("returns other tokens than it makes of its patches")
+    return embeddings
+
+
 @torch.no_grad()
-def _first_patch(tower: Any, patch: int) -> int:
+def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -> int:
     """Index of the first patch among the tokens.
 
     Raises:
@@ -262,8 +307,8 @@ def _first_patch(tower: Any, patch: int) -> int:
     for index in range(_SIDE**2):
         rows, columns = (slice(place * patch, (place + 1) * patch) for place in divmod(index, _SIDE))
         pixels[1 + index, :, rows, columns] = torch.randn(3, patch, patch)
-    tokens = _run(tower, pixels)
-    is_map = getattr(tower(pixel_values=pixels[:1]), "last_hidden_state").dim() == 4  # noqa: B009 - a class may have no such output
+    tokens = run(tower, pixels)
+    is_map = tower(pixel_values=pixels[:1]).last_hidden_state.dim() == 4
     is_moved = ((tokens[1:] - tokens[:1]).abs().amax(-1) > 1e-4).T  # (T, P): tokens by the patches that move them
     patches = is_moved.any(1).nonzero().flatten().tolist()
     if len(patches) != _SIDE**2 or patches[-1] - patches[0] != len(patches) - 1:
@@ -293,13 +338,13 @@ def _has_patches(tower: Any, size: int, patch: int, first: int, **arguments: Any
     return found - known == (size // patch) ** 2 and first <= known
 
 
-def _check_true_size(config: Any, model_class: Any, patch: int, first: int) -> None:
+def _check_true_size(config: Any, model_class: Any, patch: int, first: int, depth: int) -> None:
     """`UnknownLayoutError` where pictures of the configuration's own size give another number of patches, as in hierarchical towers."""
     own = getattr(config, "image_size", None)
     if own is None:
         return
     side = square_side(own)
-    tower, _ = _shrunk(config, model_class, depth=0, size=None)
+    tower, _ = _shrunk(config, model_class, depth=depth, size=None)
     with torch.no_grad():
         found = _run(tower, torch.zeros(1, 3, side, side)).shape[1]
     if found < first + (side // patch) ** 2:

@@ -95,6 +95,21 @@ def read_processor(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says, in the words of a processor file of transformers; nothing of other configurations."""
+    if "mean" not in values:
+        return {}
+    side = int((values.get("input_size") or (3, 224, 224))[-1])
+    return {
+        "image_mean": values["mean"],
+        "image_std": values["std"],
+        "resample": {"bilinear": 2}.get(values.get("interpolation", "bicubic"), 3),
+        "do_center_crop": values.get("crop_mode", "center") == "center",
+        "size": {"shortest_edge": int(side / (values.get("crop_pct") or 1))},
+        "crop_size": side,
+    }
+
+
 def preprocessing_of(model_type: str) -> Preprocessing:
     """What the image processor of a type of model does in transformers, sizes left out; without mean and std where there is none."""
     import transformers

@@ -17,7 +17,7 @@ from vlmcap.errors import UserError, first_line
 from vlmcap.models.checkpoint import holding, read_safetensors, weight_files
 from vlmcap.models.encoders.base import EncoderOptions, Family
 from vlmcap.models.encoders.families import family_of
-from vlmcap.models.encoders.layout import UnknownLayoutError, numberless, refusal, tower_class
+from vlmcap.models.encoders.layout import TIMM, UnknownLayoutError, describe_timm, numberless, refusal, set_depth, tower_class
 
 _PARTS = ("vision_config", "image_config")  # where the configurations of whole models have their tower's
 _OF_TOWER = re.compile(r"vision|visual|image|backbone")  # what whole models put in front of the names of its tensors
@@ -38,7 +38,8 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     part = next((values[key] for key in _PARTS if values.get(key)), values)
-    model_type = part.get("model_type") or _type_of_part(values)
+    # timm's own files name no type.
+    model_type = part.get("model_type") or (TIMM if "pretrained_cfg" in part and "architecture" in part else _type_of_part(values))
     family = family_of(model_type)
     known = {**family.config_values({**part, "model_type": model_type})}
     if known["model_type"] not in CONFIG_MAPPING:
@@ -51,7 +52,14 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     except Exception as error:  # each class validates in its own way
         raise UserError(f"the config.json of {source} is not valid ({first_line(error)}); copy it again") from error
     inner = next((getattr(whole, key) for key in _PARTS if key in getattr(whole, "sub_configs", ())), None)
-    return (family, whole) if inner is None else (family_of(inner.model_type), inner)
+    if inner is not None:
+        family, whole = family_of(inner.model_type), inner
+    if whole.model_type == TIMM:
+        try:
+            describe_timm(whole)
+        except UnknownLayoutError as error:
+            raise refusal(source, whole, error) from error
+    return family, whole
 
 
 def _type_of_part(values: Mapping[str, Any]) -> str:
@@ -118,7 +126,7 @@ def _cut(family: Family, config: Any, options: EncoderOptions, source: str) -> t
     kept = layer if layer >= 0 else depth + 1 + layer
     if kept == depth and norm.is_counted and not family.is_raw:
         return idle
-    config.num_hidden_layers = kept
+    set_depth(config, kept)
     return (*idle, norm.name) if norm.name else idle
 
 

@@ -22,7 +22,7 @@ from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.encoders import VisionEncoder, build_encoder
-from vlmcap.models.encoders.tower import read_config, vision_config
+from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
 from vlmcap.models.pretrained import PretrainedParts, build_pretrained
@@ -92,13 +92,13 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
         encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
         return encoder
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
-    _, vision = vision_config(values, f"encoder.checkpoint={config.encoder.checkpoint}")
+    depth = None
     if num_blocks is not None:
         layer = options.feature_layer
-        vision.num_hidden_layers = num_blocks if layer >= 0 else num_blocks - 1 - layer
+        depth = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
     with torch.device("meta"):
-        return build_encoder(vision, options)
+        return build_encoder(values, options, num_blocks=depth)
 
 
 def num_blocks(encoder: Any) -> int:
