@@ -143,6 +143,6 @@ def test_sizes_that_cannot_be(checkpoints: dict[str, Checkpoint], family: str, s
 
 
 @pytest.mark.parametrize(("options", "key"), [({"max_patches": 0}, "encoder.max_patches"), ({"max_tiles": 0}, "encoder.tiling")])
-def test_budgets_that_cannot_be(options: dict[str, int], key: str) -> None:
+def test_budgets_that_cannot_be(options: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=f"{key} must be at least 1, not 0"):
         EncoderOptions(-1, torch.float32, **options)

@@ -80,7 +80,7 @@ def tower_class(config: Any) -> Any:
         found = MODEL_MAPPING[type(config)]
     except (KeyError, ValueError):
         module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        models = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PreTrainedModel)]
+        models: list[Any] = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PreTrainedModel)]
         found = [model for model in models if model.config_class is type(config) and "forward" in vars(model)]
         if not found:
             raise UnknownLayoutError("has no class of its own in transformers") from None
@@ -128,7 +128,8 @@ def describe_timm(config: Any) -> None:
             model = tower_class(config)._from_config(config).timm_model
     except ImportError as error:
         raise UnknownLayoutError(f"needs timm ({first_line(error)}); run `pip install timm`, or") from error
-    patches, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
+    patches: Any = getattr(model, "patch_embed", None)
+    blocks = getattr(model, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList) and getattr(patches, "patch_size", None):
         config.hidden_size, config.patch_size = int(model.num_features), list(patches.patch_size)
         config.image_size = None if patches.img_size is None else list(patches.img_size)
