@@ -22,6 +22,7 @@ from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.encoders import VisionEncoder, build_encoder
+from vlmcap.models.encoders.preprocessing import read_processor
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
@@ -97,8 +98,12 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
         layer = options.feature_layer
         depth = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
+    folder = Path(config.encoder.checkpoint).expanduser()
+    processor = read_processor(folder) if folder.is_dir() else {}
+    # Sizes do not depend on how pixels are normalised, which only the checkpoint's processor file may say.
+    options = replace(options, mean=options.mean or (0.5, 0.5, 0.5), std=options.std or (0.5, 0.5, 0.5))
     with torch.device("meta"):
-        return build_encoder(values, options, num_blocks=depth)
+        return build_encoder(values, options, processor=processor, num_blocks=depth)
 
 
 def num_blocks(encoder: Any) -> int:
