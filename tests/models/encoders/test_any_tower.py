@@ -18,7 +18,8 @@ from torch import Tensor
 from tests.checkpoints.encoders import IMAGENET, randomize
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
-from vlmcap.models.encoders.layout import as_tokens, tower_class
+from vlmcap.models.encoders.classes import tower_class
+from vlmcap.models.encoders.layout import as_tokens
 from vlmcap.models.encoders.tower import add_tower_lora
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

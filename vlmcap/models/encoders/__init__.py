@@ -12,8 +12,8 @@ from torch import nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
+from vlmcap.models.encoders.classes import set_depth
 from vlmcap.models.encoders.families import family_of
-from vlmcap.models.encoders.layout import set_depth
 from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, Transform, preprocessing_of, read_processor, timm_processor
 from vlmcap.models.encoders.tower import build_tower, load_tower, read_config, vision_config
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.encoders.layout import FinalNorm, Layout, as_tokens, find_final_norm, find_layout, square_side
+from vlmcap.models.encoders.classes import square_side
+from vlmcap.models.encoders.layout import FinalNorm, Layout, as_tokens, find_final_norm, find_layout
 from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, TileTransform, Transform, num_tiles
 from vlmcap.types import GridTHW
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.checkpoint import holding, read_safetensors, weight_files
 from vlmcap.models.encoders.base import EncoderOptions, Family
+from vlmcap.models.encoders.classes import TIMM, UnknownLayoutError, describe_timm, refusal, set_depth, tower_class
 from vlmcap.models.encoders.families import family_of
-from vlmcap.models.encoders.layout import TIMM, UnknownLayoutError, describe_timm, numberless, refusal, set_depth, tower_class
+from vlmcap.models.encoders.layout import numberless
 
 _PARTS = ("vision_config", "image_config")  # where the configurations of whole models have their tower's
 _OF_TOWER = re.compile(r"vision|visual|image|backbone")  # what whole models put in front of the names of its tensors
