@@ -20,7 +20,8 @@ from vlmcap.sweep_syntax import expand
 
 CONF = Path(config_dir())
 GROUPS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
-FILLED = ["data.root=data/clips"]  # the one value that has no default, and only in some files
+FILLED = ["data.root=data/clips"]  # what has no default, in some files
+CHECKPOINT = "encoder.checkpoint=models/tower"  # likewise in encoder=custom
 
 
 def test_the_groups_were_found() -> None:
@@ -349,9 +350,7 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("VLMCAP_CONFIG_DIR", "")  # undone at the end
     for name, text in (("mine", "checkpoint: hub/mine"), ("clip", "checkpoint: hub/other")):
         (tmp_path / "encoder").mkdir(exist_ok=True)
-        (tmp_path / "encoder" / f"{name}.yaml").write_text(
-            f"# Of my own.\ndefaults: [patches_schema]\nname: {name}\nfamily: clip\n{text}\n"
-        )
+        (tmp_path / "encoder" / f"{name}.yaml").write_text(f"# Of my own.\ndefaults: [patches_schema]\nname: {name}\n{text}\n")
     use_config_dir(str(tmp_path))
     assert [compose([f"encoder={name}"]).encoder.checkpoint for name in ("mine", "clip")] == ["hub/mine", "hub/other"]
     assert compose(["encoder=mine"]).encoder.name == "mine"

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, NaflexEncoderConfig, PretrainedVlmConfig, ProjectorConfig
+from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, PretrainedVlmConfig, ProjectorConfig
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
 from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
@@ -62,8 +62,9 @@ def encoder_row(config: EncoderConfig, family: str, encoder: VisionEncoder, pari
         parity: All measured errors.
     """
     whole = known_model_config(config.checkpoint)
-    tower = _without_weights("AutoModel", getattr(whole, "vision_config", whole))
-    up_to = "at most " if isinstance(config, NaflexEncoderConfig) else ""
+    vision = getattr(whole, "vision_config", whole)
+    tower = _without_weights("AutoModel", vision)
+    up_to = "at most " if len(encoder.possible_grids(1)) > 1 else ""
     return (
         f"`{config.name}`",
         _link(config.checkpoint),
@@ -72,7 +73,7 @@ def encoder_row(config: EncoderConfig, family: str, encoder: VisionEncoder, pari
         str(encoder.embed_dim),
         f"{up_to}{encoder.num_patches}",
         _licence(config.licence, config.gate),
-        *_parity(parity, f"encoder:{family}"),
+        *_parity(parity, f"encoder:{vision.model_type}"),
     )
 
 

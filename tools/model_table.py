@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import torch
 
 from tools import model_page as table
-from vlmcap.assembly.parts import encoder_options, family_of, projector_sizes
+from vlmcap.assembly.parts import encoder_options, projector_sizes
 from vlmcap.compose import CUSTOM, compose, group_choices
 from vlmcap.config import Config, PretrainedVlmConfig
 from vlmcap.demo.prepare import TINY_ENCODERS
@@ -56,7 +56,7 @@ def page() -> str:
     """The whole page, as it should be now."""
     parity = table.read_parity(PARITY)
     configs = list(_configurations())
-    encoders = [(config.encoder, family_of(config), _encoder(config)) for config in _distinct(configs, "encoder")]
+    encoders = [(config.encoder(config), _encoder(config)) for config in _distinct(configs, "encoder")]
     whole = [config.model for config in _distinct(configs, "model") if isinstance(config.model, PretrainedVlmConfig)]
     sections = {
         "Encoders": (table.ENCODER_HEADER, [table.encoder_row(*encoder, parity) for encoder in encoders]),
@@ -124,7 +124,7 @@ def _distinct(configs: Sequence[Config], group: str) -> list[Config]:
 
 def _encoder(config: Config) -> VisionEncoder:
     with torch.device("meta"):
-        return build_encoder(family_of(config), known_model_config(config.encoder.checkpoint), encoder_options(config))
+        return build_encoder(known_model_config(config.encoder.checkpoint), encoder_options(config))
 
 
 def _example(config: Config) -> ProjectorSizes:

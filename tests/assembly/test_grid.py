@@ -92,7 +92,7 @@ def parts() -> Parts:
 def encoder_of(name: str) -> VisionEncoder:
     config = cell_config(name, "mlp", "qwen3_8b")
     with torch.device("meta"):
-        return build_encoder(config.encoder.family.value, known_model_config(config.encoder.checkpoint), encoder_options(config))
+        return build_encoder(known_model_config(config.encoder.checkpoint), encoder_options(config))
 
 
 @cache

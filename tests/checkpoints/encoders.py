@@ -31,7 +31,7 @@ class Checkpoint:
     num_prefix_tokens: int
 
     def load(self, layer: int = -1, **options: Any) -> VisionEncoder:
-        return load_encoder(self.family, self.folder, EncoderOptions(layer, options.pop("dtype", torch.float32), **options))
+        return load_encoder(self.folder, EncoderOptions(layer, options.pop("dtype", torch.float32), **options))
 
 
 def randomize(model: Any, seed: int) -> Any:

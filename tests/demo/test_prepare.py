@@ -31,7 +31,7 @@ def test_a_tiny_encoder_is_its_familys_and_made_once(name: str, tiny_config: Cal
     assert prepare(tiny_config(tmp_path, f"encoder={name}")).encoder.checkpoint == str(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
     options = EncoderOptions(config.encoder.feature_layer, torch.float32)
-    encoder = load_encoder(config.encoder.family.value, folder, options)
+    encoder = load_encoder(folder, options)
     assert type(encoder.tower).__name__ == CLASSES[name]
     features = encoder(torch.randint(0, 256, (1, 2, 3, 64, 64), dtype=torch.uint8))
     assert features.shape == (1, 2, 64, 96)

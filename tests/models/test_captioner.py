@@ -32,7 +32,7 @@ SHORT = "산이다."
 @pytest.fixture
 def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
     torch.manual_seed(0)
-    encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False).eval()
+    encoder = load_encoder(siglip_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False).eval()
     llm = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
     llm = add_lora(llm, LoraConfig(rank=4, alpha=8))
     with torch.no_grad():

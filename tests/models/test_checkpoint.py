@@ -136,7 +136,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_by_every_reader(outsid
     names = ("embeddings.class_embedding", "multi_modal_projector.linear_1.weight")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, outside)}))
     with pytest.raises(UserError, match="not in its own folder"):
-        load_encoder("clip", tmp_path, EncoderOptions(-1, torch.float32))
+        load_encoder(tmp_path, EncoderOptions(-1, torch.float32))
     with pytest.raises(UserError, match="not in its own folder"):
         load_projector_weights(build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(2, 2, (2, 2), 1)), tmp_path)
 

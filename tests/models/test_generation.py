@@ -65,7 +65,7 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    encoder = load_encoder("siglip", encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
+    encoder = load_encoder(encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
     with torch.no_grad():

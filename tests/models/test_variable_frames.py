@@ -49,7 +49,7 @@ def load_llm(folder: Path) -> Any:
 
 @pytest.fixture(params=PROJECTORS)
 def captioner(request: pytest.FixtureRequest, siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
-    encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32))
+    encoder = load_encoder(siglip_folder, EncoderOptions(-1, torch.float32))
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
     options = {"kind": "mlp", "num_heads": 2, "num_layers": 2} | PROJECTORS[request.param]
     torch.manual_seed(0)

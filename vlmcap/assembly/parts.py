@@ -111,6 +111,7 @@ def encoder_options(config: Config) -> EncoderOptions:
     else:
         assert isinstance(settings, PatchEncoderConfig), "a pretrained VLM has no options for its tower"
         chosen = {"image_size": settings.image_size, "max_tiles": settings.tiling}
+        chosen |= {key: tuple(values) for key in ("mean", "std") if (values := getattr(settings, f"image_{key}"))}
     return EncoderOptions(
         feature_layer=settings.feature_layer,
         dtype=dtype,
@@ -130,12 +131,6 @@ def own_encoder(config: Config, folder: Path | None) -> VisionEncoder:
     return made.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
 
 
-def family_of(config: Config) -> str:
-    """The class that reads the encoder's checkpoint, as a key of `FAMILIES`."""
-    settings = config.encoder
-    return settings.family if isinstance(settings, PatchEncoderConfig) else "siglip2_naflex"
-
-
 def max_patches(config: Config) -> int:
     """Patches per frame at most, of a pretrained VLM."""
     assert isinstance(config.encoder, NativeEncoderConfig)
@@ -149,7 +144,7 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.load_encoder(family_of(config), folder, encoder_options(config))
+        return encoders.load_encoder(folder, encoder_options(config))
     from vlmcap.models import pretrained
 
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
@@ -167,7 +162,7 @@ def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.sketch_encoder(family_of(config), folder, encoder_options(config))
+        return encoders.sketch_encoder(folder, encoder_options(config))
     from vlmcap.models import pretrained
 
     encoder: VisionEncoder = pretrained.sketch_vision(
@@ -188,7 +183,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
         from vlmcap.models.encoders.tower import add_tower_lora
 
         add_tower_lora(encoder.tower, lora)
-    if config.hardware.gradient_checkpointing:
+    if config.hardware.gradient_checkpointing and encoder.tower.supports_gradient_checkpointing:
         encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

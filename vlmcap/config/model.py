@@ -105,12 +105,16 @@ class PatchEncoderConfig(TowerConfig):
     """A vision tower on frames of one size."""
 
     kind: str = "patches"
-    family: str = MISSING  # which class reads the checkpoint
     image_size: int | None = follows("hardware.image_size", None)  # side of a frame in pixels; null is the checkpoint's own
+    image_mean: list[float] | None = None  # per channel, of pixels in 0…1; null is what the checkpoint's processor file says
+    image_std: list[float] | None = None  # standard deviation, likewise
     tiling: int = 1  # tiles that a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
 
     def __post_init__(self) -> None:
         require_positive("encoder", self, "image_size", "tiling")
+        for key, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            require(values is None or len(values) == 3, f"encoder.{key} must have three numbers, one per channel, not {values}")
+        require(self.image_std is None or min(self.image_std) > 0, f"encoder.image_std must be above 0, not {self.image_std}")
 
 
 @register("encoder")

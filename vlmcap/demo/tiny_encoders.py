@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlmcap.config import DataConfig
 from vlmcap.data.loading.dataset import ClipDataset
 from vlmcap.demo.tiny_llm import Progress, optimise
-from vlmcap.models.encoders import FAMILIES, FrameTransform
+from vlmcap.models.encoders import FrameTransform, default_preprocessing
 from vlmcap.models.encoders.preprocessing import Preprocessing
 from vlmcap.models.rates import cosine_rate
 from vlmcap.types import Clip, Sample
@@ -54,7 +54,8 @@ def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: s
 
     num_steps = 0 if name == "tiny_untrained" else num_steps
     total = len(clips) + num_steps
-    frames = _read_frames(clips, lambda done: progress(done, total), _preprocessing(name)) if num_steps else None
+    preprocessing = default_preprocessing(VISION_CONFIGS[name]["model_type"])
+    frames = _read_frames(clips, lambda done: progress(done, total), preprocessing) if num_steps else None
     ids, mask = _encode_captions(clips, tokenizer)
     text = _SHARED | {
         "intermediate_size": 192,
@@ -69,7 +70,7 @@ def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: s
         if VISION_CONFIGS[name] is not _CLIP:
             model.vision_model = _Pooled(VISION_CONFIGS[name])
         if frames is not None:
-            batches = _batches(frames, ids, mask, _preprocessing(name))
+            batches = _batches(frames, ids, mask, preprocessing)
             _contrast(model, batches, num_steps, lambda step: progress(len(clips) + step, total))
     _save(model.vision_model, folder)
 
@@ -121,12 +122,6 @@ def _save(tower: Any, folder: Path) -> None:
         return
     tower.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": _IMAGE_SIZE}, crop_size=_IMAGE_SIZE).save_pretrained(folder)
-
-
-def _preprocessing(name: str) -> Preprocessing:
-    """Of the encoder's family."""
-    kind = VISION_CONFIGS[name]["model_type"]
-    return next(family.preprocessing for family in FAMILIES.values() if family.model_type == kind)
 
 
 def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ from vlmcap.assembly.parts import (
     add_adapters,
     device_of,
     encoder_options,
-    family_of,
     has_own_encoder,
     language_options,
     loss_chunk_bytes,
@@ -33,7 +32,6 @@ from vlmcap.assembly.parts import (
 )
 from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.models.encoders import FAMILIES
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
@@ -241,8 +239,7 @@ def _set_attention(config: Config, encoder: Any) -> None:
     if has_own_encoder(config):
         return
     attention = encoder_options(config).attention
-    has_flash = config.is_whole or FAMILIES[family_of(config)].has_flash
-    if attention != "sdpa" and has_flash:
+    if attention != "sdpa" and (config.is_whole or encoder.has_flash):
         encoder.tower.set_attn_implementation(attention)
 
 

@@ -61,7 +61,7 @@ def test_features_on_equal_pixels(naflex: Checkpoint, layer: int, record_propert
             spatial_shapes=torch.tensor([[height, width]] * frames),
             output_hidden_states=True,
         ).hidden_states[layer]
-        record_property("parity:encoder:siglip2_naflex", (features[row, :frames, :count] - expected[:, :count]).abs().max().item())
+        record_property("parity:encoder:siglip2_vision_model", (features[row, :frames, :count] - expected[:, :count]).abs().max().item())
         torch.testing.assert_close(features[row, :frames, :count], expected[:, :count], atol=1e-5, rtol=1e-5)
         assert not features[row, frames:].any()
         assert not features[row, :, count:].any()
@@ -95,7 +95,7 @@ def test_the_model_can_be_traced_without_values(naflex: Checkpoint) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
-        encoder = build_encoder("siglip2_naflex", naflex.model.config, EncoderOptions(-1, torch.float32, max_patches=24))
+        encoder = build_encoder(naflex.model.config, EncoderOptions(-1, torch.float32, max_patches=24))
     with FakeTensorMode(allow_non_fake_inputs=True):
         features = encoder.to_empty(device="cpu")(torch.zeros(2, 3, 24, 48, dtype=torch.uint8), [(3, 4, 6), (2, 2, 5)])
     assert features.shape == (2, 3, 24, 32)

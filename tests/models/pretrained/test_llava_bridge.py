@@ -39,7 +39,7 @@ def whole(folder: Path) -> VideoCaptioner:
 
 def assembled(folder: Path) -> VideoCaptioner:
     """`encoder=clip projector=mlp projector.reducer=pool`, with all three checkpoints naming one folder."""
-    encoder = load_encoder("clip", folder, EncoderOptions(feature_layer=-2, dtype=torch.float32))
+    encoder = load_encoder(folder, EncoderOptions(feature_layer=-2, dtype=torch.float32))
     projector = build_projector(
         MlpConfig(temporal=Temporal.none, reducer=Reducer.pool),
         ProjectorSizes(encoder.embed_dim, text_width(folder), encoder.grid, num_frames=FRAMES),

@@ -3,91 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
-from vlmcap.models.encoders.families import FAMILIES
-from vlmcap.models.encoders.preprocessing import FrameTransform, Transform, read_processor
+from vlmcap.models.encoders.classes import set_depth
+from vlmcap.models.encoders.families import family_of
+from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, Transform, preprocessing_of, read_processor, timm_processor
 from vlmcap.models.encoders.tower import build_tower, load_tower, read_config, vision_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def load_encoder(family: str, folder: Path, options: EncoderOptions) -> VisionEncoder:
-    """The vision encoder in `folder`, frozen; of a whole checkpoint (CLIP, SigLIP, LLaVA, InternVL) only the tower is read.
+def load_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
+    """The vision encoder in `folder`, frozen; of a whole checkpoint (CLIP, SigLIP, LLaVA, InternVL, …) only the tower is read.
 
     Args:
-        family: A key of `FAMILIES`.
-        folder: Checkpoint in Hugging Face layout.
+        folder: Checkpoint in Hugging Face layout, of any vision tower of transformers that gives a grid of patch features.
         options: What is chosen.
 
     Raises:
-        UserError: The checkpoint is another family's or incomplete, or an option is impossible for it.
+        UserError: The checkpoint has no such tower or is incomplete, or an option is impossible for it.
     """
-    kind = FAMILIES[family]
-    config = vision_config(kind, read_config(folder), f"encoder.checkpoint {folder}")
-    tower = load_tower(kind, config, folder, options)
-    encoder = kind.assemble(tower, config, options, kind.preprocessing.updated(read_processor(folder)))
-    return encoder.requires_grad_(False).eval()
+    source = f"encoder.checkpoint {folder}"
+    family, config = vision_config(read_config(folder), source)
+    tower = load_tower(family, config, folder, options)
+    return _assemble(family, tower, config, options, read_processor(folder), source)
 
 
-def sketch_encoder(family: str, folder: Path, options: EncoderOptions) -> VisionEncoder:
+def sketch_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
     """The same encoder without its weights, on the meta device: its sizes and its transform, out of the configuration files alone.
 
     Args:
-        family: A key of `FAMILIES`.
         folder: Checkpoint in Hugging Face layout.
         options: What is chosen.
 
     Raises:
-        UserError: The checkpoint is another family's, or an option is impossible for it.
+        UserError: The checkpoint has no vision tower with a grid of patch features, or an option is impossible for it.
     """
-    kind = FAMILIES[family]
-    config = vision_config(kind, read_config(folder), f"encoder.checkpoint {folder}")
+    source = f"encoder.checkpoint {folder}"
+    family, config = vision_config(read_config(folder), source)
     with torch.device("meta"):
-        tower = build_tower(kind, config, options)
-        encoder = kind.assemble(tower, config, options, kind.preprocessing.updated(read_processor(folder)))
-    return encoder.requires_grad_(False).eval()
+        tower = build_tower(family, config, options, source)
+        return _assemble(family, tower, config, options, read_processor(folder), source)
 
 
 def build_encoder(
-    family: str,
     config: Mapping[str, Any] | PretrainedConfig,
     options: EncoderOptions,
     *,
     processor: Mapping[str, Any] | None = None,
+    num_blocks: int | None = None,
 ) -> VisionEncoder:
     """The encoder of a configuration with random weights, frozen; without any under `torch.device("meta")`.
 
     Args:
-        family: A key of `FAMILIES`.
         config: A `config.json`, or transformers' object, of the tower or of a whole model.
         options: What is chosen.
-        processor: Content of a processor file; None leaves the family's values.
+        processor: Content of a processor file; None leaves the values of transformers' processor.
+        num_blocks: Blocks that the tower has, whatever the configuration says, before it is cut behind the chosen layer.
 
     Raises:
-        UserError: The configuration is another family's, or an option is impossible for it.
+        UserError: There is no vision tower with a grid of patch features in it, or an option is impossible for it.
     """
-    kind = FAMILIES[family]
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    vision = vision_config(kind, values, "this configuration")
-    tower = build_tower(kind, vision, options)
-    encoder = kind.assemble(tower, vision, options, kind.preprocessing.updated(processor or {}))
-    return encoder.requires_grad_(False).eval()
+    source = "this configuration"
+    family, vision = vision_config(config if isinstance(config, Mapping) else config.to_dict(), source)
+    if num_blocks is not None:
+        set_depth(vision, num_blocks)
+    return _assemble(family, build_tower(family, vision, options, source), vision, options, processor or {}, source)
+
+
+def default_preprocessing(model_type: str) -> Preprocessing:
+    """What a type of tower wants where no processor file says it; without mean and std where transformers does not know them."""
+    return family_of(model_type).preprocessing or preprocessing_of(model_type)
+
+
+def _assemble(
+    family: Family, tower: nn.Module, config: Any, options: EncoderOptions, processor: Mapping[str, Any], source: str
+) -> VisionEncoder:
+    """The frozen encoder; what is chosen stands above a processor file, and that above the defaults."""
+    timm = timm_processor(getattr(config, "pretrained_cfg", None) or {})
+    preprocessing = default_preprocessing(config.model_type).updated(processor or timm)
+    preprocessing = replace(preprocessing, mean=options.mean or preprocessing.mean, std=options.std or preprocessing.std)
+    if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
+        raise UserError(
+            f"{source} has no preprocessor_config.json with a mean and a standard deviation for three channels, and none is known for "
+            f"'{config.model_type}'; set encoder.image_mean and encoder.image_std, such as [0.5,0.5,0.5]"
+        )
+    return family.assemble(tower, config, options, preprocessing).requires_grad_(False).eval()
 
 
 __all__ = [
-    "FAMILIES",
     "EncoderOptions",
     "Family",
     "FrameTransform",
     "Transform",
     "VisionEncoder",
     "build_encoder",
+    "default_preprocessing",
     "load_encoder",
     "sketch_encoder",
 ]

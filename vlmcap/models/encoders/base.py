@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
+from vlmcap.models.encoders.classes import square_side
+from vlmcap.models.encoders.layout import FinalNorm, Layout, as_tokens, find_final_norm, find_layout
 from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, TileTransform, Transform, num_tiles
 from vlmcap.types import GridTHW
 
@@ -23,13 +25,16 @@ class EncoderOptions:
     """What may be chosen of an encoder.
 
     Attributes:
-        feature_layer: Index into the hidden states that the class of transformers returns, 0 before the first block. -1 is after the
-            last block and before a final norm, except in the families whose features are published normed (DINOv3, InternViT).
+        feature_layer: Index into the hidden states that the class of transformers returns, 0 before the first block. -1 is what the
+            class returns as `last_hidden_state`, so it is behind a final norm where the class has one on the way (DINOv2, DINOv3,
+            InternViT, ViT, AIMv2, …); only of SigLIP and SigLIP 2 it is the last hidden state before the final norm.
         dtype: Of the weights.
         image_size: Side of a frame in pixels; None is the checkpoint's own.
         max_patches: Budget a frame where sizes vary (NaFlex); others ignore it.
         max_tiles: Tiles that a frame may be cut into, the overview not counted; 1 cuts nothing.
-        attention: Implementation in the words of transformers; "sdpa" where a class has no FlashAttention.
+        attention: Implementation in the words of transformers; "sdpa" where a class has no FlashAttention, "eager" without either.
+        mean: Per channel, of pixels in 0…1, in place of the checkpoint's.
+        std: Likewise.
     """
 
     feature_layer: int
@@ -38,6 +43,8 @@ class EncoderOptions:
     max_patches: int = 256
     max_tiles: int = 1
     attention: str = "sdpa"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for key, value in (("max_patches", self.max_patches), ("tiling", self.max_tiles)):
@@ -54,6 +61,7 @@ class VisionEncoder(nn.Module):
         preprocessing: Mean and standard deviation, applied here, on the device.
         grid: (h, w) patches of a frame.
         feature_layer: As configured.
+        embed_dim: Dv.
         num_prefix_tokens: CLS and register tokens in front of the patches, dropped.
         arguments: Further ones of the tower's `forward`.
     """
@@ -69,16 +77,22 @@ class VisionEncoder(nn.Module):
         preprocessing: Preprocessing,
         grid: tuple[int, int],
         feature_layer: int,
+        embed_dim: int,
         num_prefix_tokens: int = 0,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.tower, self.transform, self.grid, self.feature_layer = tower, transform, grid, feature_layer
         self.num_prefix_tokens, self.arguments = num_prefix_tokens, dict(arguments or {})
-        self.embed_dim = int(cast(Any, tower).config.hidden_size)
+        self.embed_dim = embed_dim
         self.max_tiles = transform.max_tiles if isinstance(transform, TileTransform) else 1
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1) * 255, persistent=False)
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether the class runs with FlashAttention."""
+        return bool(cast(Any, self.tower)._supports_flash_attn)
 
     @property
     def num_patches(self) -> int:
@@ -116,8 +130,8 @@ class VisionEncoder(nn.Module):
             sizes: Patch rows and columns of each; here all have the encoder's own.
         """
         pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)  # in place: large frames
-        hidden: Tensor = self.tower(pixel_values=pixels.to(self._dtype), **self.arguments).last_hidden_state
-        patches = hidden[:, self.num_prefix_tokens :]
+        hidden = as_tokens(self.tower(pixel_values=pixels.to(self._dtype), **self.arguments).last_hidden_state)
+        patches = hidden[:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_patches]
         assert patches.shape[1] == self.num_patches, f"{patches.shape[1]} patches, {self.num_patches} expected"
         return patches
 
@@ -127,26 +141,16 @@ class VisionEncoder(nn.Module):
 
 
 class Family:
-    """What sets one family of vision towers apart; the attributes are stated by each.
+    """Rules for a type of vision tower; these are for all that need none of their own.
 
     Attributes:
-        model_type: Name of its configuration in transformers.
-        other_model_types: Further names that `config_values` understands.
-        preprocessing: Where the checkpoint has no processor file.
-        final_norm: Name of the module behind the last block.
-        is_normed: `feature_layer=-1` is behind that norm.
-        interpolates_on_request: Other image sizes take an argument of `forward`, and any size is possible.
-        is_rotary: Positions are computed, so that the processor file decides on the native size.
-        has_flash: The class runs with FlashAttention.
+        preprocessing: Where the checkpoint has no processor file; None takes the values of the processor class in transformers.
+        is_raw: `feature_layer=-1` is before the final norm.
+        has_flash: False where the class cannot run with FlashAttention although it says so.
     """
 
-    model_type: str
-    other_model_types: tuple[str, ...] = ()
-    preprocessing: Preprocessing
-    final_norm: str
-    is_normed: bool = False
-    interpolates_on_request: bool = False
-    is_rotary: bool = False
+    preprocessing: Preprocessing | None = None
+    is_raw: bool = False
     has_flash: bool = True
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -154,12 +158,20 @@ class Family:
         return values
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Names in the tower of a tensor whose name in the checkpoint, the part of a whole model cut off, is `name`."""
+        """Names, as transformers reads them, of a tensor of the checkpoint; several where it holds several, stacked."""
         return (name,)
 
-    def num_prefix_tokens(self, config: Any) -> int:
-        """CLS and register tokens in front of the patches."""
-        return 0
+    def layout(self, config: Any) -> Layout:
+        """What the class makes of a picture.
+
+        Raises:
+            UnknownLayoutError: No grid of patch features.
+        """
+        return find_layout(config)
+
+    def final_norm(self, config: Any) -> FinalNorm | None:
+        """The module behind the last block, or None where cutting the tower gives no hidden state."""
+        return find_final_norm(config)
 
     def assemble(self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing) -> VisionEncoder:
         """The encoder around a tower.
@@ -167,36 +179,42 @@ class Family:
         Raises:
             UserError: There can be no such image size.
         """
-        patch, native = _side(config.patch_size), _side(config.image_size)
-        if self.is_rotary:
-            native = preprocessing.image_size or native
-        size = native if options.image_size is None else options.image_size
-        if size != native:
-            self._check_size(size, patch)
-        grid, transform = (size // patch, size // patch), None
+        layout = self.layout(config)
+        size, arguments = _image_size(config, options, layout, preprocessing)
+        grid = (size // layout.patch_size, size // layout.patch_size)
+        transform: Transform = FrameTransform(size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size))
         if options.max_tiles > 1:
             transform = TileTransform(size, grid, options.max_tiles, preprocessing.resampling)
         return VisionEncoder(
             tower,
-            transform=transform
-            or FrameTransform(size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size)),
+            transform=transform,
             preprocessing=preprocessing,
             grid=grid,
             feature_layer=options.feature_layer,
-            num_prefix_tokens=self.num_prefix_tokens(config),
-            arguments={"interpolate_pos_encoding": True} if self.interpolates_on_request and size != native else None,
+            embed_dim=layout.embed_dim,
+            num_prefix_tokens=layout.num_prefix_tokens,
+            arguments=dict.fromkeys(arguments, True),
         )
 
-    def _check_size(self, size: int, patch: int) -> None:
-        if size < patch:
-            raise UserError(f"encoder.image_size={size} is less than one patch; the smallest possible is {patch}")
-        if size % patch and not self.interpolates_on_request:
-            below = size // patch * patch
-            raise UserError(f"encoder.image_size={size} is no multiple of the patch of {patch} pixels; take {below} or {below + patch}")
 
-
-def _side(size: Any) -> int:
-    """Of a square that a configuration gives as one number or as two."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    assert len(sides) == 1, "no published checkpoint of these families has another than square frames and patches"
-    return int(sides.pop())
+def _image_size(config: Any, options: EncoderOptions, layout: Layout, preprocessing: Preprocessing) -> tuple[int, tuple[str, ...]]:
+    """Side of a frame in pixels, and the arguments that the class needs for it; where any size is possible the processor file decides."""
+    own = getattr(config, "image_size", None)
+    own = None if own is None else square_side(own)
+    native = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
+    size = native if options.image_size is None else options.image_size
+    if size is None:
+        raise UserError("neither config.json nor a processor file of encoder.checkpoint says its image size; set encoder.image_size")
+    patch = layout.patch_size
+    if size == own:
+        return size, ()
+    if size < patch:
+        raise UserError(f"encoder.image_size={size} is less than one patch; the smallest possible is {patch}")
+    if layout.arguments:
+        return size, layout.arguments
+    if not layout.is_any_size:
+        raise UserError(f"encoder.image_size={size} is not possible: this encoder has positions for {own} pixels alone; leave it out")
+    if size % patch:
+        below = size // patch * patch
+        raise UserError(f"encoder.image_size={size} is no multiple of the patch of {patch} pixels; take {below} or {below + patch}")
+    return size, ()

@@ -1,4 +1,4 @@
-"""The families of vision encoders, each a class of transformers: a class and a line here, and a YAML file under `conf/encoder/`."""
+"""What the general way does not know of some vision towers: names and values of other layouts, and rules that their publishers keep."""
 
 from __future__ import annotations
 
@@ -10,56 +10,23 @@ from vlmcap.models.encoders.base import Family
 from vlmcap.models.encoders.preprocessing import Preprocessing
 from vlmcap.models.encoders.siglip2_naflex import Siglip2Naflex
 
-
-class Clip(Family):
-    """CLIP's vision tower (Radford et al., https://arxiv.org/abs/2103.00020), that of LLaVA's checkpoints included."""
-
-    model_type = "clip_vision_model"
-    preprocessing = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), is_cropped=True)
-    final_norm = "post_layernorm"
-    interpolates_on_request = True
-
-    def num_prefix_tokens(self, config: Any) -> int:
-        """CLS."""
-        return 1
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Siglip(Family):
-    """SigLIP, and SigLIP 2 at a fixed resolution (Tschannen et al., https://arxiv.org/abs/2502.14786); it has no CLS token."""
+    """SigLIP, and SigLIP 2 at a fixed resolution (Tschannen et al., https://arxiv.org/abs/2502.14786): features are not normed."""
 
-    model_type = "siglip_vision_model"
-    preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    final_norm = "post_layernorm"
-    interpolates_on_request = True
-
-    def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Without the pooling head."""
-        return {**values, "vision_use_head": False}
+    is_raw = True
 
 
 class Dinov3(Family):
-    """DINOv3 ViT of every size (Siméoni et al., https://arxiv.org/abs/2508.10104).
+    """DINOv3 ViT of every size (Siméoni et al., https://arxiv.org/abs/2508.10104)."""
 
-    Positions are rotary, so any multiple of the patch will do.
-    """
-
-    model_type = "dinov3_vit"
-    preprocessing = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
-    final_norm = "norm"
-    is_normed = True
-    is_rotary = True
+    preprocessing = Preprocessing(*_IMAGENET, "bilinear")  # the class of its processor needs torchvision
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Without the random positions of its pre-training, which its class adds in training mode."""
         return {**values, "pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None}
-
-    def names(self, name: str) -> tuple[str, ...]:
-        """Files have the blocks at the top, the class has them one level down."""
-        return (re.sub(r"^(?:model\.)?layer\.", "model.layer.", name),)
-
-    def num_prefix_tokens(self, config: Any) -> int:
-        """CLS and registers."""
-        return 1 + int(config.num_register_tokens)
 
 
 _REMOTE = "intern_vit_6b"  # the model type of InternViT's remote code, whatever the size
@@ -101,11 +68,7 @@ class Internvit(Family):
     bring along. That code is never run: names and values are put into the words of transformers' class.
     """
 
-    model_type = "internvl_vision"
-    other_model_types = (_REMOTE,)
-    preprocessing = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    final_norm = "layernorm"
-    is_normed = True
+    preprocessing = Preprocessing(*_IMAGENET)  # GotOcr2ImageProcessor, which its files name, has other values of its own
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """A remote configuration in transformers' words; dropout and the code's own switches are left out."""
@@ -113,7 +76,7 @@ class Internvit(Family):
             return values
         renamed = {_CONFIG_NAMES.get(key, key): value for key, value in values.items()}
         kept = {key: renamed[key] for key in (*_REMOTE_DEFAULTS, "layer_scale_init_value") if key in renamed}
-        return _REMOTE_DEFAULTS | kept
+        return {"model_type": "internvl_vision"} | _REMOTE_DEFAULTS | kept
 
     def names(self, name: str) -> tuple[str, ...]:
         """Remote names in transformers' words; queries, keys and values are one tensor there."""
@@ -123,15 +86,17 @@ class Internvit(Family):
             return (name,)
         return tuple(name.replace(".qkv.", f".{part}_proj.") for part in "qkv")
 
-    def num_prefix_tokens(self, config: Any) -> int:
-        """CLS."""
-        return 1
 
-
-FAMILIES: dict[str, Family] = {
-    "clip": Clip(),
-    "siglip": Siglip(),
-    "siglip2_naflex": Siglip2Naflex(),
-    "dinov3": Dinov3(),
-    "internvit": Internvit(),
+_INTERNVIT = Internvit()
+_FAMILIES: dict[str, Family] = {
+    "siglip_vision_model": Siglip(),
+    "siglip2_vision_model": Siglip2Naflex(),
+    "dinov3_vit": Dinov3(),
+    "internvl_vision": _INTERNVIT,
+    _REMOTE: _INTERNVIT,
 }
+
+
+def family_of(model_type: str) -> Family:
+    """The rules for a type of tower; most types need none."""
+    return _FAMILIES.get(model_type, Family())

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vlmcap.types import GridTHW
 
-_RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processor files hold them
+# PIL's numbers, as processor files hold them; of what torch can antialias, bicubic is nearest to Lanczos.
+_RESAMPLING = {1: "bicubic", 2: "bilinear", 3: "bicubic"}
 # A tower's own checkpoint has the first file; whole checkpoints keep all processors in the second, and some have one for video alone.
 _FILES = (
     ("preprocessor_config.json", None),
@@ -32,7 +33,7 @@ class Preprocessing:
     """Normalisation and resizing; a family's values, or those of a checkpoint.
 
     Attributes:
-        mean: A channel, of pixels in 0…1.
+        mean: A channel, of pixels in 0…1; empty where nothing says it.
         std: Standard deviation a channel.
         resampling: "bicubic" or "bilinear".
         is_cropped: The shorter side is resized and the centre cut, instead of squeezing both sides.
@@ -53,15 +54,27 @@ class Preprocessing:
         is_squeezed = isinstance(size, Mapping) and "height" in size
         is_cropped = bool(values.get("do_center_crop", self.is_cropped)) and not is_squeezed
         edge = _edge(size)
+        mean, std = self._normalisation(values)
         return replace(
             self,
-            mean=tuple(values.get("image_mean", self.mean)),
-            std=tuple(values.get("image_std", self.std)),
+            mean=mean,
+            std=std,
             resampling=_RESAMPLING.get(values.get("resample"), self.resampling),  # type: ignore[arg-type]
             is_cropped=is_cropped,
             image_size=_edge(crop) or edge if is_cropped else edge,
             short_side=edge if is_cropped else None,
         )
+
+    def _normalisation(self, values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of pixels in 0…1, whatever range a processor brings them to first."""
+        mean, std = values.get("image_mean") or self.mean, values.get("image_std") or self.std
+        if values.get("do_normalize") is False:
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        factor = 1.0 if values.get("do_rescale") is False else values.get("rescale_factor") or 1 / 255
+        scale = factor * 255  # of pixels in 0…1
+        if abs(scale - 1) < 1e-6:
+            return tuple(mean), tuple(std)
+        return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
     def short_side_for(self, image_size: int) -> int | None:
         """Pixels of the shorter side before a cut of `image_size`, in the checkpoint's proportion; None if they are the same."""
@@ -80,6 +93,44 @@ def read_processor(folder: Path) -> dict[str, Any]:
         if section is None or section in values:
             return values if section is None else values[section]
     return {}
+
+
+def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says, in the words of a processor file of transformers; nothing of other configurations."""
+    if "mean" not in values:
+        return {}
+    side = int((values.get("input_size") or (3, 224, 224))[-1])
+    return {
+        "image_mean": values["mean"],
+        "image_std": values["std"],
+        "resample": {"bilinear": 2}.get(values.get("interpolation", "bicubic"), 3),
+        "do_center_crop": values.get("crop_mode", "center") == "center",
+        "size": {"shortest_edge": int(side / (values.get("crop_pct") or 1))},
+        "crop_size": side,
+    }
+
+
+def preprocessing_of(model_type: str) -> Preprocessing:
+    """What the image processor of a type of model does in transformers, sizes left out; without mean and std where there is none."""
+    import transformers
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
+
+    module = model_type_to_module_name(model_type)
+    names = KNOWN.get(model_type) or KNOWN.get(module) or KNOWN.get(module.replace("_", "-")) or {}
+    unknown = Preprocessing((), ())
+    for name in (names.get("pil"), names.get("torchvision")):
+        try:
+            processor = getattr(transformers, name or "", None)
+            values = {key: getattr(processor, key, None) for key in _DEFAULTS}
+        except ImportError:  # torchvision is not installed
+            continue
+        if processor is not None:
+            return unknown.updated({key: value for key, value in values.items() if value is not None})
+    return unknown
+
+
+_DEFAULTS = ("image_mean", "image_std", "resample", "do_center_crop", "do_normalize", "do_rescale", "rescale_factor")
 
 
 def _edge(size: Any) -> int | None:

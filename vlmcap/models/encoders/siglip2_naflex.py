@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
+from vlmcap.models.encoders.layout import FinalNorm, Layout
 from vlmcap.models.encoders.preprocessing import PatchTransform, Preprocessing
 from vlmcap.types import GridTHW
 
 
 class NaflexEncoder(VisionEncoder):
     """An encoder whose frames come as patches, as many as their aspect ratio asks for; its `grid` is that of a square frame."""
+
+    has_flash = False
 
     @property
     def num_patches(self) -> int:
@@ -65,14 +68,21 @@ class NaflexEncoder(VisionEncoder):
 class Siglip2Naflex(Family):
     """SigLIP 2, NaFlex."""
 
-    model_type = "siglip2_vision_model"
     preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
-    final_norm = "post_layernorm"
+    is_raw = True
     has_flash = False
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Without the pooling head."""
         return {**values, "vision_use_head": False}
+
+    def layout(self, config: Any) -> Layout:
+        """As its class takes patches and no pictures."""
+        return Layout(int(config.patch_size), num_prefix_tokens=0, embed_dim=int(config.hidden_size))
+
+    def final_norm(self, config: Any) -> FinalNorm | None:
+        """Likewise."""
+        return FinalNorm("post_layernorm", is_counted=False)
 
     def assemble(self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing) -> VisionEncoder:
         """The encoder around a tower.
@@ -91,4 +101,5 @@ class Siglip2Naflex(Family):
             preprocessing=preprocessing,
             grid=(side, side),
             feature_layer=options.feature_layer,
+            embed_dim=int(config.hidden_size),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import re
@@ -18,33 +17,64 @@ from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.checkpoint import holding, read_safetensors, weight_files
 from vlmcap.models.encoders.base import EncoderOptions, Family
+from vlmcap.models.encoders.classes import TIMM, UnknownLayoutError, describe_timm, refusal, set_depth, tower_class
+from vlmcap.models.encoders.families import family_of
+from vlmcap.models.encoders.layout import numberless
 from vlmcap.models.llm.adapt import peft_settings
 
-# Where whole models keep their tower: CLIPModel and SiglipModel, InternVL and LLaVA, either of them inside the other, old and new.
-_PREFIX = re.compile(r"^(?:model\.)?(?:vision_(?:tower|model)\.)+")
-Names = Callable[[str], tuple[str, ...]]
-"""From a tensor's name in the checkpoint to its names in the tower; several where one tensor holds several, stacked."""
+_PARTS = ("vision_config", "image_config")  # where the configurations of whole models have their tower's
+_OF_TOWER = re.compile(r"vision|visual|image|backbone")  # what whole models put in front of the names of its tensors
+_OF_TEXT = re.compile(r"text|language")
 
 
-def vision_config(family: Family, values: Mapping[str, Any], source: str) -> Any:
-    """The configuration of the tower alone, in transformers' class.
+def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
+    """The rules for the tower and its configuration alone, in transformers' class.
 
     Args:
-        family: Whose class it is.
         values: A `config.json`, of the tower or of a whole model.
         source: What it was read from, for the error.
 
     Raises:
-        UserError: It is another family's.
+        UserError: transformers has no such type of model.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    part = values.get("vision_config") or values
-    model_type = part.get("model_type", family.model_type)
-    if model_type not in (family.model_type, *family.other_model_types):
-        raise UserError(f"{source} holds a vision tower of type '{model_type}', not '{family.model_type}'; check encoder.family")
-    known = {key: value for key, value in family.config_values(part).items() if key != "model_type"}
-    return AutoConfig.for_model(family.model_type, **known)
+    part = next((values[key] for key in _PARTS if values.get(key)), values)
+    # timm's own files name no type.
+    model_type = part.get("model_type") or (TIMM if "pretrained_cfg" in part and "architecture" in part else _type_of_part(values))
+    family = family_of(model_type)
+    known = {**family.config_values({**part, "model_type": model_type})}
+    if known["model_type"] not in CONFIG_MAPPING:
+        raise UserError(
+            f"{source} holds a model of type '{model_type}', which transformers does not know, and code inside a checkpoint is never run; "
+            "set encoder.checkpoint to one in the layout of transformers"
+        )
+    try:
+        whole = AutoConfig.for_model(**known)
+    except Exception as error:  # each class validates in its own way
+        raise UserError(f"the config.json of {source} is not valid ({first_line(error)}); copy it again") from error
+    inner = next((getattr(whole, key) for key in _PARTS if key in getattr(whole, "sub_configs", ())), None)
+    if inner is not None:
+        family, whole = family_of(inner.model_type), inner
+    if whole.model_type == TIMM:
+        try:
+            describe_timm(whole)
+        except UnknownLayoutError as error:
+            raise refusal(source, whole, error) from error
+    return family, whole
+
+
+def _type_of_part(values: Mapping[str, Any]) -> str:
+    """Type of a tower that a whole model's configuration leaves unnamed."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    whole = values.get("model_type")
+    if whole not in CONFIG_MAPPING:
+        return str(whole)
+    config = AutoConfig.for_model(whole)
+    return str(next((getattr(config, key).model_type for key in _PARTS if getattr(config, key, None) is not None), whole))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -60,27 +90,59 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def build_tower(family: Family, config: Any, options: EncoderOptions) -> nn.Module:
+def build_tower(family: Family, config: Any, options: EncoderOptions, source: str) -> nn.Module:
     """The tower with random weights, without the blocks behind the chosen layer: its last hidden state is the features.
 
     Args:
-        family: Of the tower.
+        family: Rules for the tower.
         config: As `vision_config` returned it; its number of layers is set to those kept.
         options: Layer, type of weights and attention.
+        source: What the configuration was read from, for the error.
 
     Raises:
-        UserError: There is no such layer.
+        UserError: There is no such layer, or the class gives no grid of patch features.
     """
-    from transformers import AutoModel
+    dropped = _cut(family, config, options, source)
+    model_class = tower_class(config)
+    tower: nn.Module = model_class._from_config(
+        config, dtype=options.dtype, attn_implementation=_attention(family, model_class, options.attention)
+    )
+    return _without(tower, dropped)
 
-    layer, depth = options.feature_layer, int(config.num_hidden_layers)
-    if not -depth - 1 <= layer <= depth:
-        raise UserError(f"encoder.feature_layer must be in {-depth - 1}…{depth} for this encoder, not {layer}")
-    config.num_hidden_layers = layer if layer >= 0 else depth + 1 + layer
-    attention = "sdpa" if "flash" in options.attention and not family.has_flash else options.attention
-    tower: nn.Module = AutoModel.from_config(config, dtype=options.dtype, attn_implementation=attention)
-    if not (family.is_normed and layer == -1):
-        setattr(tower, family.final_norm, nn.Identity())
+
+def _cut(family: Family, config: Any, options: EncoderOptions, source: str) -> tuple[str, ...]:
+    """Sets the number of blocks and names the modules to leave out."""
+    try:
+        idle, layer, depth = family.layout(config).idle, options.feature_layer, int(config.num_hidden_layers)
+        if not -depth - 1 <= layer <= depth:
+            raise UserError(f"encoder.feature_layer must be in {-depth - 1}…{depth} for this encoder, not {layer}")
+        if layer == -1 and not family.is_raw:
+            return idle
+        norm = family.final_norm(config)
+    except UnknownLayoutError as error:
+        raise refusal(source, config, error) from error
+    if norm is None:
+        raise UserError(
+            f"encoder.feature_layer={layer} is not possible for '{config.model_type}', whose class gives no features of inner layers; "
+            "set encoder.feature_layer=-1"
+        )
+    kept = layer if layer >= 0 else depth + 1 + layer
+    if kept == depth and norm.is_counted and not family.is_raw:
+        return idle
+    set_depth(config, kept)
+    return (*idle, norm.name) if norm.name else idle
+
+
+def _attention(family: Family, model_class: Any, wanted: str) -> str:
+    """Implementation that the class has."""
+    if "flash" in wanted and not (family.has_flash and model_class._supports_flash_attn):
+        wanted = "sdpa"
+    return "eager" if wanted == "sdpa" and not model_class._supports_sdpa else wanted
+
+
+def _without(tower: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name in names:
+        tower.set_submodule(name, nn.Identity())
     return tower
 
 
@@ -88,7 +150,7 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
     """The tower with its weights out of `folder`; nothing else is read, no memory is spent on anything else.
 
     Args:
-        family: Of the tower.
+        family: Rules for the tower.
         config: As `vision_config` returned it.
         folder: Checkpoint of the tower or of a whole model.
         options: Layer, type of weights and attention.
@@ -96,79 +158,106 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
     Raises:
         UserError: No such layer, or weights are missing, unreadable or of another shape.
     """
+    source = f"encoder.checkpoint {folder}"
+    dropped = _cut(family, config, options, source)
+    model_class = tower_class(config)
     with torch.device("meta"):
-        tower = build_tower(family, config, options)
-    shapes = {name: tensor.shape for name, tensor in tower.state_dict().items()}
-    weights = read_weights(folder, shapes, lambda key: family.names(_PREFIX.sub("", key)), options.dtype)
-    tower.load_state_dict(weights, assign=True)
-    _fill_buffers(tower, config, options)
-    return tower
+        names = _Names(family, model_class._from_config(config), dropped)
+    weights = read_weights(folder, names)
+    settings = {"dtype": options.dtype, "attn_implementation": _attention(family, model_class, options.attention)}
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        tower, loading = model_class.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    _check(folder, names.required(family.layout(config).unused), loading)
+    return _without(tower, dropped)
 
 
-def _fill_buffers(tower: nn.Module, config: Any, options: EncoderOptions) -> None:
-    """Computes the tables that are in no checkpoint (position ids, frequencies), by building a tower of no blocks in earnest."""
-    from transformers import AutoModel
+class _Names:
+    """What the names in a checkpoint mean.
 
-    if not any(buffer.is_meta for buffer in tower.buffers()):
-        return
-    shallow = copy.deepcopy(config)
-    shallow.num_hidden_layers = 0
-    with torch.random.fork_rng(devices=[]):
-        buffers = AutoModel.from_config(shallow, dtype=options.dtype).named_buffers()
-    for name, buffer in buffers:
-        module, _, leaf = name.rpartition(".")
-        setattr(tower.get_submodule(module), leaf, buffer)
-    assert not any(buffer.is_meta for buffer in tower.buffers()), "a table inside a block"
+    Args:
+        family: Rules for the tower.
+        tower: The same on the meta device, whole.
+        dropped: Modules that the encoder leaves out.
+    """
+
+    def __init__(self, family: Family, tower: Any, dropped: tuple[str, ...]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        self._family, self._prefix, self._class = family, tower.base_model_prefix, type(tower)
+        self._state = {name: value for name, value in tower.state_dict().items() if not name.startswith(tuple(f"{d}." for d in dropped))}
+        conversions = get_model_conversion_mapping(tower)
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+
+    def required(self, unused: frozenset[str]) -> set[str]:
+        """Tensors that a checkpoint must have: all that count, less those that the class fills in by a rule, such as scales of 1."""
+        optional = [re.compile(pattern) for pattern in self._class._keys_to_ignore_on_load_missing or ()]
+        return {name for name in self._state if numberless(name) not in unused and not any(pattern.search(name) for pattern in optional)}
+
+    def __call__(self, key: str) -> tuple[str, ...]:
+        """Names under which transformers reads a tensor of the tower, what a whole model puts in front cut off; of others, none."""
+        parts = key.split(".")
+        for index in range(len(parts)):
+            front = ".".join(parts[:index])
+            if index and (not _OF_TOWER.search(front) or _OF_TEXT.search(front)):
+                continue
+            names = self._family.names(".".join(parts[index:]))
+            if all(self._is_known(name) for name in names):
+                return names
+        return ()
+
+    def _is_known(self, name: str) -> bool:
+        from transformers.core_model_loading import rename_source_key
+
+        found, _ = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        return found in self._state or name in self._state
 
 
-def read_weights(folder: Path, shapes: Mapping[str, torch.Size], names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor in `shapes` and no other; files that hold none of them are not opened.
+def read_weights(folder: Path, names: Callable[[str], tuple[str, ...]]) -> dict[str, Tensor]:
+    """Every tensor that has a name and no other; files that hold none of them are not opened.
 
     Args:
         folder: Checkpoint in Hugging Face layout, of the tower alone or of a whole model.
-        shapes: Of the tower's tensors, by name.
-        names: What the checkpoint's names mean.
-        dtype: Of what is returned.
+        names: What the checkpoint's names mean; several names where one tensor holds several, stacked.
 
     Raises:
-        UserError: Weights are missing, unreadable or of another shape; transformers would fill the gaps with random numbers.
+        UserError: Weights are unreadable, or there are two of a name.
     """
     from safetensors import SafetensorError
 
     weights: dict[str, Tensor] = {}
     try:
-        for key, tensor in _read(folder, lambda key: any(name in shapes for name in names(key))):
+        for key, tensor in _read(folder, lambda key: bool(names(key))):
             targets = names(key)
+            if twice := sorted(weights.keys() & set(targets)):
+                raise UserError(
+                    f"encoder.checkpoint {folder} holds two vision towers, as {twice[0]} is there twice; take one with a single one"
+                )
             parts = tensor.chunk(len(targets))
-            weights |= {
-                # A part of a larger tensor would keep all of it in memory.
-                name: part.to(dtype).clone() if len(targets) > 1 else part.to(dtype)
-                for name, part in zip(targets, parts, strict=True)
-                if name in shapes
-            }
+            # A part of a larger tensor would keep all of it in memory.
+            weights |= {name: part.clone() if len(targets) > 1 else part for name, part in zip(targets, parts, strict=True)}
     except UserError:
         raise
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"encoder.checkpoint {folder} could not be read ({first_line(error)}); check encoder.family, or copy it again"
-        ) from error
-    _check(folder, shapes, weights)
+        raise UserError(f"encoder.checkpoint {folder} could not be read ({first_line(error)}); copy it again") from error
     return weights
 
 
-def _check(folder: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
-    missing = sorted(shapes.keys() - weights.keys())
-    if missing:
+def _check(folder: Path, required: set[str], loading: Mapping[str, Any]) -> None:
+    """`UserError` for a gap that transformers filled with random numbers."""
+    source = f"encoder.checkpoint {folder}"
+    for name, found, expected in sorted(loading["mismatched_keys"]):
         raise UserError(
-            f"encoder.checkpoint {folder} lacks {len(missing)} weights of the vision tower, first: {missing[0]}; "
-            "check encoder.family, or take a whole checkpoint"
+            f"{source} has {name} of shape {tuple(found)} where its config.json means {tuple(expected)}; "
+            "take config.json and weights of one checkpoint"
         )
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise UserError(
-                f"encoder.checkpoint {folder} has {name} of shape {tuple(weights[name].shape)} where its config.json means "
-                f"{tuple(shape)}; take config.json and weights of one checkpoint"
-            )
+    if missing := sorted(required & set(loading["missing_keys"])):
+        raise UserError(f"{source} lacks {len(missing)} weights of the vision tower, first: {missing[0]}; take a whole checkpoint")
+    if errors := loading.get("error_msgs"):
+        raise UserError(f"{source} could not be read ({str(errors[0]).splitlines()[0]}); copy it again")
 
 
 def _read(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:

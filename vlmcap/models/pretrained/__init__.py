@@ -84,7 +84,7 @@ def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, 
         UserError: The folder holds no such model, or only a part of its tower.
     """
     if kind == "llava_next_video":
-        return load_encoder("clip", folder, vision_options(read_config(folder), dtype))
+        return load_encoder(folder, vision_options(read_config(folder), dtype))
     tower_class, config = _tower_of(kind, folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, tower_class)}
     tower = read_model(tower_class, kind, folder, config=config, key_mapping=_OUT_OF_WHOLE, **options)
@@ -98,7 +98,7 @@ def sketch_vision(kind: str, folder: Path, *, dtype: torch.dtype, max_patches: i
         UserError: The folder holds no such model.
     """
     if kind == "llava_next_video":
-        return sketch_encoder("clip", folder, vision_options(read_config(folder), dtype))
+        return sketch_encoder(folder, vision_options(read_config(folder), dtype))
     tower_class, config = _tower_of(kind, folder)
     with torch.device("meta"):
         tower = tower_class._from_config(config, dtype=dtype)

@@ -37,7 +37,7 @@ def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention
         UserError: The folder holds only a part of a model, or one that pools or projects in another way.
     """
     config = read_config(folder)
-    encoder = load_encoder("clip", folder, vision_options(config, dtype))
+    encoder = load_encoder(folder, vision_options(config, dtype))
     projector = _projector(config, encoder, text_width(folder))
     load_projector_weights(projector, folder)
     llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
@@ -49,7 +49,7 @@ def build_llava(config: Mapping[str, Any], *, dtype: torch.dtype) -> PretrainedP
     from transformers import AutoConfig, AutoModelForCausalLM
 
     text = AutoConfig.for_model(**config["text_config"])
-    encoder = build_encoder("clip", config, vision_options(config, dtype))
+    encoder = build_encoder(config, vision_options(config, dtype))
     llm = AutoModelForCausalLM.from_config(text, dtype=dtype).requires_grad_(False).eval()
     return _parts(encoder, _projector(config, encoder, int(text.hidden_size)), llm)
 

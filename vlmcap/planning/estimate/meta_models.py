@@ -21,7 +21,6 @@ from vlmcap.assembly.parts import (
     add_adapters,
     dtype_of,
     encoder_options,
-    family_of,
     has_own_encoder,
     max_patches,
     projector_sizes,
@@ -146,13 +145,15 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
     if has_own_encoder(config):
         return sketch_encoder(config, Path())
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
-    vision = dict(values.get("vision_config") or values)
+    depth = None
     if num_blocks is not None:
         layer = options.feature_layer
-        vision["num_hidden_layers"] = num_blocks if layer >= 0 else num_blocks - 1 - layer
+        depth = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
+    # Sizes do not depend on how pixels are normalised, which only the checkpoint's processor file may say.
+    options = replace(options, mean=options.mean or (0.5, 0.5, 0.5), std=options.std or (0.5, 0.5, 0.5))
     with torch.device("meta"):
-        return build_encoder(family_of(config), vision, options, processor=processor(config))
+        return build_encoder(values, options, processor=processor(config), num_blocks=depth)
 
 
 def num_blocks(encoder: Any) -> int:

@@ -1,0 +1,87 @@
+"""Classes of transformers for vision towers, and the sizes in their configurations."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmcap.errors import UserError, first_line
+
+TIMM = "timm_wrapper"
+"""Type of a model of timm, whose configuration has a name and no sizes."""
+
+
+class UnknownLayoutError(ValueError):
+    """A class whose output is no grid of patch features; the text completes "…, which"."""
+
+
+def tower_class(config: Any) -> Any:
+    """The class of transformers that a configuration builds.
+
+    Raises:
+        UnknownLayoutError: There is none.
+    """
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    try:
+        found = MODEL_MAPPING[type(config)]
+    except (KeyError, ValueError):
+        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        models: list[Any] = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PreTrainedModel)]
+        found = [model for model in models if model.config_class is type(config) and "forward" in vars(model)]
+        if not found:
+            raise UnknownLayoutError("has no class of its own in transformers") from None
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def set_depth(config: Any, num_blocks: int) -> None:
+    """Sets the number of blocks of a tower."""
+    config.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_blocks]
+    if config.model_type == TIMM:
+        config.model_args = {**(config.model_args or {}), "depth": num_blocks}
+
+
+def describe_timm(config: Any) -> None:
+    """Puts sizes into the configuration of a timm model, which has only a name; towers without blocks or patches are left without.
+
+    Raises:
+        UnknownLayoutError: timm is not installed, or has no such model.
+    """
+    try:
+        with torch.device("meta"):
+            model = tower_class(config)._from_config(config).timm_model
+    except ImportError as error:
+        raise UnknownLayoutError(f"needs timm ({first_line(error)}); run `pip install timm`, or") from error
+    patches: Any = getattr(model, "patch_embed", None)
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList) and getattr(patches, "patch_size", None):
+        config.hidden_size, config.patch_size = int(model.num_features), list(patches.patch_size)
+        config.image_size = None if patches.img_size is None else list(patches.img_size)
+        set_depth(config, len(blocks))
+
+
+def square_side(size: Any) -> int:
+    """Side of a square that a configuration gives as one number or as two.
+
+    Raises:
+        UnknownLayoutError: It is no square.
+    """
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1 or not isinstance(next(iter(sides)), int):
+        raise UnknownLayoutError(f"has no square frames and patches ({size})")
+    return int(sides.pop())
+
+
+def refusal(source: str, config: Any, error: UnknownLayoutError) -> UserError:
+    """The sentence for a checkpoint whose class has no known layout."""
+    return UserError(
+        f"{source} holds a model of type '{config.model_type}', which {error}; "
+        "set encoder.checkpoint to a vision tower of square patches, such as DINOv2, SigLIP or CLIP"
+    )
