@@ -17,7 +17,8 @@ from vlmcap.sweep_syntax import expand
 
 CONF = Path(config_dir())
 GROUPS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
-FILLED = ["data.root=data/clips"]  # the one value that has no default, and only in some files
+FILLED = ["data.root=data/clips"]  # what has no default, in some files
+CHECKPOINT = "encoder.checkpoint=models/tower"  # likewise in encoder=custom
 
 
 def test_the_groups_were_found() -> None:
@@ -33,7 +34,8 @@ def rounds() -> list[list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("chosen", rounds(), ids=lambda chosen: "+".join(name for _, name in chosen))
 def test_every_file_composes(chosen: list[tuple[str, str]]) -> None:
-    config = compose([*(f"{group}={name}" for group, name in chosen), *FILLED])
+    filled = [*FILLED, CHECKPOINT] if ("encoder", "custom") in chosen else FILLED
+    config = compose([*(f"{group}={name}" for group, name in chosen), *filled])
     for group, name in chosen:
         part = getattr(config, group)
         assert dataclasses.is_dataclass(part)
@@ -172,7 +174,10 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["encoder=siglp2"], ["no encoder named 'siglp2'", "choose encoder= one of clip, dinov3_7b,", "siglip2, siglip2_naflex, tiny"]),
+        (
+            ["encoder=siglp2"],
+            ["no encoder named 'siglp2'", "choose encoder= one of clip, custom, dinov3_7b,", "siglip2, siglip2_naflex, tiny"],
+        ),
         (["tuning=lroa"], ["no tuning named 'lroa'", "lora"]),
         (["encodr=clip"], ["no key 'encodr'", "did you mean encoder"]),
         (["data.num_frame=8"], ["no key 'data.num_frame'", "did you mean data.num_frames"]),
@@ -277,9 +282,7 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("VLMCAP_CONFIG_DIR", "")  # undone at the end
     for name, text in (("mine", "checkpoint: hub/mine"), ("clip", "checkpoint: hub/other")):
         (tmp_path / "encoder").mkdir(exist_ok=True)
-        (tmp_path / "encoder" / f"{name}.yaml").write_text(
-            f"# Of my own.\ndefaults: [encoder_schema]\nname: {name}\nfamily: clip\n{text}\n"
-        )
+        (tmp_path / "encoder" / f"{name}.yaml").write_text(f"# Of my own.\ndefaults: [encoder_schema]\nname: {name}\n{text}\n")
     use_config_dir(str(tmp_path))
     assert [compose([f"encoder={name}"]).encoder.checkpoint for name in ("mine", "clip")] == ["hub/mine", "hub/other"]
     assert compose(["encoder=siglip2"]).encoder.checkpoint.startswith("google/")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from vlmcap.config import EncoderConfig, EncoderFamily, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
+from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
 from vlmcap.models.projectors import ProjectorSpec, build_projector
@@ -61,8 +61,9 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
         parity: All measured errors.
     """
     whole = known_model_config(config.checkpoint)
-    tower = _without_weights("AutoModel", getattr(whole, "vision_config", whole))
-    up_to = "at most " if config.family is EncoderFamily.siglip2_naflex else ""
+    vision = getattr(whole, "vision_config", whole)
+    tower = _without_weights("AutoModel", vision)
+    up_to = "at most " if len(encoder.possible_grids(1)) > 1 else ""
     return (
         f"`{config.name}`",
         _link(config.checkpoint),
@@ -71,7 +72,7 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
         str(encoder.embed_dim),
         f"{up_to}{encoder.num_patches}",
         _licence(config.licence, config.gate),
-        *_parity(parity, f"encoder:{config.family.value}"),
+        *_parity(parity, f"encoder:{vision.model_type}"),
     )
 
 

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(group: str) -> list[str]:
-    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, "assembled")]
+    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, "assembled", "custom")]
 
 
 def _configurations() -> Iterator[Config]:

@@ -39,7 +39,7 @@ class FakePrompt:
 def names(group: str) -> list[str]:
     files = (Path(config_dir()) / group).glob("*.yaml")
     names = (file.stem for file in files)
-    return sorted(name for name in names if name not in ("own", *TINY_ENCODERS))  # no published checkpoint; the demo runs them
+    return sorted(name for name in names if name not in ("own", "custom", *TINY_ENCODERS))  # no published checkpoint; the demo runs them
 
 
 ENCODERS, PROJECTORS, LLMS = names("encoder"), names("projector"), names("llm")

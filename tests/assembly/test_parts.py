@@ -178,7 +178,7 @@ def test_splits_may_share_ids(real_path: list[str], aihub_root: Path, tmp_path: 
 
 def test_a_run_outlives_the_projector_it_started_from(llava_folder: Path, real_path: list[str], tmp_path: Path) -> None:
     start = Path(shutil.copytree(llava_folder, tmp_path / "start"))
-    llava = ["encoder.family=clip", "encoder.feature_layer=-2", f"encoder.checkpoint={llava_folder}", f"projector.checkpoint={start}"]
+    llava = ["encoder.feature_layer=-2", f"encoder.checkpoint={llava_folder}", f"projector.checkpoint={start}"]
     train(compose([*real_path, *llava, "data.align_epochs=0", "trainer.max_steps=1"]))
     shutil.rmtree(start)
     assert vlmcap.load(tmp_path / "run" / "checkpoints" / "last.ckpt").projector is not None
@@ -191,7 +191,6 @@ def test_keep_encoder_and_projector_and_swap_the_language_model(
     llava = [
         f"encoder.checkpoint={llava_folder}",
         f"projector.checkpoint={llava_folder}",
-        "encoder.family=clip",
         "encoder.feature_layer=-2",
     ]
     projector = assembled(compose([*real_path, *llava])).captioner.projector.state_dict()

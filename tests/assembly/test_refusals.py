@@ -31,7 +31,7 @@ def refused(overrides: list[str]) -> str:
         ("llm.max_caption_tokens=500", ["context of 512", "projector.reducer=pool", "llm.max_caption_tokens"]),
         ("projector.frame_stack=3", ["projector.frame_stack=3", "data.num_frames=2"]),
         ("encoder.feature_layer=5", ["encoder.feature_layer", "-3…2"]),
-        ("encoder.family=clip", ["encoder.checkpoint", "encoder.family"]),
+        ("encoder.image_mean=[0.5]", ["encoder.image_mean", "three numbers"]),
         ("encoder.image_size=10", ["encoder.image_size=10", "14"]),
         ("projector.checkpoint=missing", ["projector.checkpoint"]),
         ("+projector.temporal=attention", []),

@@ -15,17 +15,6 @@ class ModelKind(Enum):
     qwen3_vl = "qwen3_vl"
 
 
-class EncoderFamily(Enum):
-    """Which class reads the encoder's checkpoint; `own` is that of a whole model."""
-
-    clip = "clip"
-    siglip = "siglip"
-    siglip2_naflex = "siglip2_naflex"
-    dinov3 = "dinov3"
-    internvit = "internvit"
-    own = "own"
-
-
 class ProjectorKind(Enum):
     """The map from vision width to language width; `own` is that of a whole model."""
 

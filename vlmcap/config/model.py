@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from vlmcap.config.checks import require, require_positive
-from vlmcap.config.choices import EncoderFamily, EncoderTuning, ModelKind, ProjectorKind, Quantization, Queries, Reducer, Temporal
+from vlmcap.config.choices import EncoderTuning, ModelKind, ProjectorKind, Quantization, Queries, Reducer, Temporal
 
 
 @dataclass
@@ -40,11 +40,12 @@ class EncoderConfig:
     """Vision encoder."""
 
     name: str = MISSING
-    family: EncoderFamily = MISSING
     checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout; a whole model's gives its vision tower
     revision: str | None = None  # branch, tag or commit on the hub
     feature_layer: int = -1  # index into the hidden states; -1 is after the last block, -2 before it
     image_size: int | None = None  # side of a frame in pixels; null is the checkpoint's own
+    image_mean: list[float] | None = None  # per channel, of pixels in 0…1; null is what the checkpoint's processor file says
+    image_std: list[float] | None = None  # standard deviation, likewise
     max_patches: int = 256  # patches a frame at most, where frames keep their aspect ratio (siglip2_naflex, Qwen-VL)
     tiling: int = 1  # tiles a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
     is_cached: bool = False  # keep its features on disk unless cache.enabled says otherwise
@@ -54,6 +55,9 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         require_positive("encoder", self, "max_patches", "tiling")
         require(self.image_size is None or self.image_size >= 1, f"encoder.image_size must be at least 1, not {self.image_size}")
+        for key, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            require(values is None or len(values) == 3, f"encoder.{key} must have three numbers, one per channel, not {values}")
+        require(self.image_std is None or min(self.image_std) > 0, f"encoder.image_std must be above 0, not {self.image_std}")
 
 
 @dataclass

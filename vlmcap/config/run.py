@@ -10,7 +10,6 @@ from omegaconf import MISSING
 from vlmcap.config.callbacks import CallbacksConfig
 from vlmcap.config.checks import require, require_positive, require_seed
 from vlmcap.config.choices import (
-    EncoderFamily,
     EncoderTuning,
     Enforce,
     Engine,
@@ -198,7 +197,7 @@ class Config:
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
         own = {
-            "encoder": self.encoder.family is EncoderFamily.own,
+            "encoder": self.encoder.name == "own",
             "projector": self.projector.kind is ProjectorKind.own,
             "llm": self.llm.name == "own",
         }
@@ -209,8 +208,8 @@ class Config:
             require(is_own == self.is_whole, f"model={self.model.name} {what} {part}, so {part}={name} does not go with it: {mend}")
         if self.is_whole:
             _refuse_unread("projector", self.projector, ProjectorConfig("own", ProjectorKind.own), self.model.name)
-            fixed = EncoderConfig("own", EncoderFamily.own)
-            fixed = replace(self.encoder, feature_layer=fixed.feature_layer, image_size=fixed.image_size, tiling=fixed.tiling)
+            unread = ("feature_layer", "image_size", "image_mean", "image_std", "tiling")
+            fixed = replace(self.encoder, **{name: getattr(EncoderConfig("own"), name) for name in unread})
             _refuse_unread("encoder", self.encoder, fixed, self.model.name)
         _check_cache(self)
 

@@ -41,7 +41,7 @@ def test_features_are_the_hidden_states_of_the_class(
     assert encoder.grid == (4, 4)
     assert features.shape == (2, 3, encoder.num_patches, encoder.embed_dim) == (2, 3, 16, 32)
     expected = hidden_state(checkpoint, pixels_of(checkpoint, frames), layer)
-    record_property(f"parity:encoder:{checkpoint.family}", (features.flatten(0, 1) - expected).abs().max().item())
+    record_property(f"parity:encoder:{checkpoint.model.config.model_type}", (features.flatten(0, 1) - expected).abs().max().item())
     torch.testing.assert_close(features.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -61,7 +61,7 @@ def test_features_on_equal_pixels(naflex: Checkpoint, layer: int, record_propert
             spatial_shapes=torch.tensor([[height, width]] * frames),
             output_hidden_states=True,
         ).hidden_states[layer]
-        record_property("parity:encoder:siglip2_naflex", (features[row, :frames, :count] - expected[:, :count]).abs().max().item())
+        record_property("parity:encoder:siglip2_vision_model", (features[row, :frames, :count] - expected[:, :count]).abs().max().item())
         torch.testing.assert_close(features[row, :frames, :count], expected[:, :count], atol=1e-5, rtol=1e-5)
         assert not features[row, frames:].any()
         assert not features[row, :, count:].any()

@@ -21,7 +21,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.terminal import passing_bar
 
 _GROUPS = ("hardware", "encoder", "llm")
-_LEFT_OUT = {"hardware": {"cpu"}, "encoder": set(TINY_ENCODERS), "llm": {"tiny"}}
+_LEFT_OUT = {"hardware": {"cpu"}, "encoder": {*TINY_ENCODERS, "custom"}, "llm": {"tiny"}}
 _FOLLOWS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}  # groups whose values come from these groups
 _MOST_PROCESSES = 8
 _configs: GridConfigs | None = None  # what a forked process finds
