@@ -67,6 +67,7 @@ def test_interpolation_is_near_the_exact_plan(overrides: list[str]) -> None:
     assert quick.generation_gib == pytest.approx(exact.generation_gib, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--grid", "hardware=a100", "encoder=dinov3_s", "llm=exaone4_1_2b,vicuna_7b", CONTEXT, "--json"])
     fits, impossible = json.loads(capsys.readouterr().out)

@@ -121,6 +121,7 @@ def test_a_resumed_sweep_runs_what_is_not_finished(program: Program, capsys: pyt
     assert "Job 3, linear seed=1: finished before." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_how_it_goes_on(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     def stopped(config: Config) -> float:
         if (config.projector.name, config.seed) == ("mlp", 1):

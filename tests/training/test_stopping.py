@@ -68,6 +68,7 @@ def test_what_is_never_measured_is_refused_before_training(override: str, expect
 WAITING = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "tuning.epochs=12", "trainer.log_every_n_steps=1")
 
 
+@pytest.mark.slow
 def test_an_early_end_counts_in_the_last_stage_alone(tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a delta that nothing reaches, the first validation of the last stage is the best, and two more are waited for."""
     folder = tmp_path / "run"
