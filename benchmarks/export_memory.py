@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.merge import merged_model, new_folder, save_merged
 
@@ -50,7 +51,7 @@ def main() -> None:
         return
 
     def adapt(model: nn.Module) -> nn.Module:
-        adapted = add_lora(model, rank=16, alpha=32, dropout=0.0, target_modules="all-linear")
+        adapted = add_lora(model, LoraConfig(rank=16, alpha=32))
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)

@@ -124,10 +124,11 @@ def parameter_bytes(model: Any) -> Counter[Any]:
 
 
 def train_step(model: Any) -> None:
+    from vlmcap.config import LoraConfig
     from vlmcap.models.llm.adapt import add_lora
 
     model.requires_grad_(False)
-    adapted = add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="q_proj,v_proj").train()
+    adapted = add_lora(model, LoraConfig(rank=8, alpha=16, target_modules="q_proj,v_proj")).train()
     adapted.enable_input_require_grads()
     adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))

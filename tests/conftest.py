@@ -27,7 +27,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ[name] = "1"
 
 # Tiny checkpoints in true layouts, for tests of more than one folder.
-pytest_plugins = ["tests.checkpoints.encoders", "tests.checkpoints.moe", "tests.checkpoints.pretrained", "tests.sweeping.program"]
+pytest_plugins = [
+    "tests.checkpoints.encoders",
+    "tests.checkpoints.hub",
+    "tests.checkpoints.moe",
+    "tests.checkpoints.pretrained",
+    "tests.sweeping.program",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,16 +69,16 @@ _FOLDER = re.compile(r"paths\.(output_dir|cache_dir)=[\w./-]+")  # plain absolut
 
 TINY_RUN = (
     "data.demo.num_train=24",
-    "data.monitor=val/cider",
-    "data.eval_every_n_epochs=1",
+    "monitor=val/cider",
+    "evaluation.every_n_epochs=1",
     "data.demo.num_val=8",
     "data.demo.num_test=8",
     "data.num_workers=0",
     "data.num_frames=2",
     "data.batch_size=3",
     "data.eval_batch_size=8",
-    "data.align_epochs=1",
-    "data.tune_epochs=1",
+    "tuning.align_epochs=1",
+    "tuning.epochs=2",
     "cache.enabled=true",
     "projector.reducer=pool",
     "projector.pool_size=4",
@@ -281,7 +287,7 @@ def real_path(siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path:
         "projector.temporal=none",
         "llm.max_caption_tokens=96",
         "llm.max_new_tokens=6",
-        "tuning.stages.tune.epochs=1",
+        "tuning.epochs=2",
         f"paths.output_dir={tmp_path / 'run'}",
         f"paths.cache_dir={tmp_path / 'cache'}",
     ]

@@ -149,6 +149,7 @@ VIOLATIONS = [
     ("vlmcap.models.captioner", "from vlmcap.data import video"),
     ("vlmcap.models.captioner", "from ..data import video"),
     ("vlmcap.models.captioner", "def f():\n    import vlmcap.data.decoding.video"),
+    ("vlmcap.models.captioner", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.compose import compose"),
     ("vlmcap.models.captioner", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.data import video"),
     ("vlmcap.models.captioner", "try:\n    import lightning.pytorch as pl\nexcept ImportError:\n    pl = None"),
     ("vlmcap.models.llm.load", "class A:\n    async def f(self):\n        import wandb"),
@@ -174,8 +175,8 @@ VIOLATIONS = [
     ("vlmcap.training.run", "import train"),
 ]
 HARMLESS = [
-    ("vlmcap.models.projectors.base", "from vlmcap.config import MlpConfig"),
     ("vlmcap.models.captioner", "import torch\nfrom vlmcap.types import Batch\nfrom vlmcap.models.llm import load"),
+    ("vlmcap.models.captioner", "from vlmcap.config import LlmConfig"),
     ("vlmcap.data.loading.datamodule", "import lightning\nfrom vlmcap.errors import UserError"),
     (
         "vlmcap.metrics.ngram_scores",

@@ -127,7 +127,7 @@ def test_a_key_of_another_program_names_one_of_ours(key: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("+lr=1e-4", "llm.adapter_lr=1e-4"),
+        ("+lr=1e-4", "tuning.adapter_lr=1e-4"),
         ("ckpt_path=a b.ckpt", "'checkpoint=a b.ckpt'"),
         ("hydra/sweeper=ax", "default, optuna"),
         ("hydra.sweeper.n_trials=9", "sweep.n_trials=9"),

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vlmcap.config import DataConfig
 from vlmcap.data.features.filling import fill_store
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.features.store import FeatureStore
@@ -110,7 +111,20 @@ def run(way: str, folder: Path, shape: tuple[int, ...], num_clips: int) -> dict[
 
 
 def write_store(folder: Path, way: str, features: torch.Tensor, num_clips: int) -> Callable[[], Callable[[int], torch.Tensor]]:
-    recipe = Recipe("00" * 32, -2, {"size": 384}, 8, dtype=STORED[way])
+    data = DataConfig()
+    recipe = Recipe(
+        encoder="00" * 32,
+        layer=-2,
+        transform={"size": 384},
+        num_frames=8,
+        sampling=data.sampling.value,
+        fps=data.fps,
+        variable_frames=data.variable_frames,
+        decoder=data.decoder.value,
+        pooled=None,
+        precision="32-true",
+        dtype=STORED[way],
+    )
     hashes = np.array([hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(num_clips)], "S32")
     frame = torch.zeros(features.shape[1], 3, 1, 1, dtype=torch.uint8)
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.batches import BatchPlan, length_plan, packed_plan, shuffled_plan
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
@@ -64,7 +64,7 @@ def make_captioner(num_visual: int, width: int, layers: int, device: str) -> Vid
         head_dim=64,
     )
     llm = transformers.Qwen3ForCausalLM(config).requires_grad_(False)
-    adapted = add_lora(llm, rank=8, alpha=16, dropout=0.0, target_modules="all-linear")
+    adapted = add_lora(llm, LoraConfig(rank=8, alpha=16))
     projector = build_projector(
         MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=64, out_dim=width, grid=(1, num_visual), num_frames=1)
     )

@@ -29,9 +29,10 @@ import numpy as np
 from clips import long_clip, real_clips
 from peers import PEERS, Frames
 
+from vlmcap.config import DataConfig
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile
 from vlmcap.data.decoding.frame_reader import FrameReader
-from vlmcap.data.decoding.video import FrameSampling, decode_frames
+from vlmcap.data.decoding.video import decode_frames
 
 NUM_FRAMES = 8
 TARGETS = {"1080p-gop60": 4.0, "1080p-gop250": 1.6}  # times faster than reading all
@@ -114,7 +115,7 @@ def count_given(path: Path) -> tuple[int, list[float]]:
     file = MediaFile(str(path))
     with file.open_container(60) as container:
         reader = FrameReader(file, container, time.monotonic() + 60, DecodeLimits())
-        moments_s = reader.choose_moments(FrameSampling(num_frames=NUM_FRAMES), None)
+        moments_s = reader.choose_moments(DataConfig(num_frames=NUM_FRAMES), None)
         for moment_s in moments_s:
             reader.frame_at(moment_s)
         tick_s = float(container.streams.video[0].time_base)

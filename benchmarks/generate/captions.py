@@ -36,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 import torch  # noqa: E402
 from scripted import END, LEAST, MEAN, MOST, ScriptedQwen3, Task, make_model, make_task  # noqa: E402
 
+from vlmcap.config import EvaluationConfig  # noqa: E402
 from vlmcap.models.decoding.engine import greedy_ids  # noqa: E402
 from vlmcap.models.decoding.settings import GenerationSettings  # noqa: E402
 
@@ -117,7 +118,7 @@ class Tasks:
 
     def captions(self, task: Task, method: str, rows: int) -> list[list[int]]:
         starts = range(0, len(task.prompts), rows)
-        settings = GenerationSettings(MAX_NEW, speculate_ngram=int(method[-1]) if "speculate" in method else 0)
+        settings = GenerationSettings(MAX_NEW, EvaluationConfig(speculate_ngram=int(method[-1]) if "speculate" in method else 0))
         if method == HF:
             return [ids for start in starts for ids in by_transformers(self.model, task.prompts[start : start + rows])]
         if method == "drop":

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmcap.config import OptimConfig, StageConfig
+from vlmcap.config import LoraConfig, OptimConfig, Stage
 from vlmcap.data.loading.collate import Collator
 from vlmcap.data.quarantine import Ledger
 from vlmcap.models.captioner import VideoCaptioner
@@ -144,11 +144,11 @@ def make_stock(folder: Path, shape: Shape) -> tuple[Any, dict[str, Tensor]]:
 def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) -> tuple[CaptioningModule, Batch]:
     """This project's module around the parts of the same folder."""
     parts = load(folder)
-    llm = add_lora(parts.llm, rank=RANK, alpha=ALPHA, dropout=0.0, target_modules="all-linear")
+    llm = add_lora(parts.llm, LoraConfig(rank=RANK, alpha=ALPHA))
     set_adapters(llm)
     encoder = None if is_cached else parts.encoder
     captioner = VideoCaptioner(encoder, parts.projector, llm, Words(), GenerationSettings(1), loss_chunk_bytes=CHUNK_BYTES)  # type: ignore[arg-type]
-    stage = StageConfig(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
+    stage = Stage(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
     ledger = Ledger(Path(tempfile.gettempdir()) / "vlmcap-no-clips.jsonl", 0.0, num_steps)
     plan, unit = StagePlan({"tune": stage}), sum(shape.captions)
     module = CaptioningModule(captioner, plan, OptimConfig(), identity={}, ledger=ledger, max_label_tokens=unit)

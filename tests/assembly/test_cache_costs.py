@@ -48,17 +48,17 @@ def test_auto_leaves_out_what_cannot_be_kept(override: str, real_path: list[str]
 
 def test_auto_is_decided_by_the_costs_of_this_run(real_path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Decoding costs more than reading 2 kB, so a hundred epochs pay; a full disk or a limit forbid it."""
-    config = compose([*real_path, "cache.enabled=auto", "tuning.stages.tune.epochs=100"])
+    config = compose([*real_path, "cache.enabled=auto", "tuning.epochs=101"])
     assembly = assembled(config)
     assert assembly.features is not None
     assert "cache.enabled=auto: on, as " in capsys.readouterr().out
-    limited = assembled(compose([*real_path, "cache.enabled=auto", "tuning.stages.tune.epochs=100", "cache.max_gib=1e-6"]))
+    limited = assembled(compose([*real_path, "cache.enabled=auto", "tuning.epochs=101", "cache.max_gib=1e-6"]))
     assert limited.features is None
     assert "cache.max_gib allows" in capsys.readouterr().out
 
 
 def test_the_costs_count_every_epoch_and_evaluation() -> None:
-    base = ["tuning.stages.align.epochs=1", "tuning.stages.tune.epochs=3", "evaluation.every_n_epochs=2", "evaluation.max_clips=10"]
+    base = ["tuning.align_epochs=1", "tuning.epochs=4", "evaluation.every_n_epochs=2", "evaluation.max_clips=10"]
     sizes = {"train": 100, "val": 30, "test": 20}
     assert num_visits(compose(base), sizes) == 4 * 100 + 2 * 2 * 10 + 30 + 20
     steps = [*base, "trainer.max_steps=5", "data.batch_size=4", "trainer.accumulate_grad_batches=2"]

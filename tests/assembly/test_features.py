@@ -28,7 +28,7 @@ from vlmcap.training.run import evaluate, train
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[[Config], Run]
-SHORT = ("trainer.max_steps=3", "data.align_epochs=0", "evaluation.every_n_epochs=9", "trainer.log_every_n_steps=1")
+SHORT = ("trainer.max_steps=3", "tuning.align_epochs=0", "tuning.epochs=1", "evaluation.every_n_epochs=9", "trainer.log_every_n_steps=1")
 
 
 def losses(folder: Path) -> list[float]:
@@ -90,7 +90,7 @@ def test_losses_are_those_without_the_cache(
 
 
 def test_a_checkpoint_from_pooled_features_captions_fresh_video(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: Any) -> None:
-    config = tiny_config(tmp_path / "run", *SHORT, "cache.pooled=true", "cache.dtype=float32", "llm.projector_lr=0.05")
+    config = tiny_config(tmp_path / "run", *SHORT, "cache.pooled=true", "cache.dtype=float32", "tuning.projector_lr=0.05")
     train(config)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     saved = to_config(from_plain(read_checkpoint(checkpoint)["vlmcap"]["config"]))
@@ -219,8 +219,8 @@ def test_whole_models_too(
         "data.batch_size=3",
         "data.eval_batch_size=3",
         "data.num_workers=0",
-        "data.align_epochs=0",
-        "data.tune_epochs=1",
+        "tuning.align_epochs=0",
+        "tuning.epochs=1",
         "llm.max_caption_tokens=48",
         "llm.max_new_tokens=4",
         "cache.dtype=float32",

@@ -25,7 +25,7 @@ from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
 from vlmcap.training.run import train
 
-SHORT = ("trainer.max_steps=2", "data.align_epochs=0", "evaluation.max_clips=4")
+SHORT = ("trainer.max_steps=2", "tuning.align_epochs=0", "tuning.epochs=1", "evaluation.max_clips=4")
 PROJECTORS = [
     ["projector=linear", "projector.reducer=resample", "projector.resample_size=3"],
     ["projector=mlp", "projector.reducer=merge"],
@@ -108,8 +108,8 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
                 "data.batch_size=3",
                 "data.eval_batch_size=3",
                 "data.num_workers=0",
-                "data.align_epochs=0",
-                "data.tune_epochs=1",
+                "tuning.align_epochs=0",
+                "tuning.epochs=1",
                 "llm.max_caption_tokens=64",
                 "llm.max_new_tokens=4",
                 "trainer.log_every_n_steps=1",
@@ -179,7 +179,7 @@ def test_splits_may_share_ids(real_path: list[str], aihub_root: Path, tmp_path: 
 def test_a_run_outlives_the_projector_it_started_from(llava_folder: Path, real_path: list[str], tmp_path: Path) -> None:
     start = Path(shutil.copytree(llava_folder, tmp_path / "start"))
     llava = ["encoder.family=clip", "encoder.feature_layer=-2", f"encoder.checkpoint={llava_folder}", f"projector.checkpoint={start}"]
-    train(compose([*real_path, *llava, "data.align_epochs=0", "trainer.max_steps=1"]))
+    train(compose([*real_path, *llava, "tuning.align_epochs=0", "tuning.epochs=1", "trainer.max_steps=1"]))
     shutil.rmtree(start)
     assert vlmcap.load(tmp_path / "run" / "checkpoints" / "last.ckpt").projector is not None
 

@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader
 
 from tests.data.fuzz import Damaged, damage_videos
 from tests.data.fuzz_labels import damage_labels
-from vlmcap.config import AihubConfig, JsonlConfig
-from vlmcap.data.decoding.sampling import FrameSampling
+from vlmcap.config import AihubConfig, DataConfig, JsonlConfig
 from vlmcap.data.decoding.video import DecodeLimits
 from vlmcap.data.formats import Record, read_records
-from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+from vlmcap.data.loading.dataset import ClipDataset
 from vlmcap.data.quarantine import Ledger
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError
@@ -55,9 +54,9 @@ def damaged(real_clips: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def outcomes(damaged: list[Damaged]) -> list[Sample | Skipped]:
     clips = [Clip(f"{i}", str(one.path), ("글",)) for i, one in enumerate(damaged)]
-    limits = DecodeLimits(timeout_s=20.0, max_pixels=2_000_000)
-    settings = ReadSettings(FrameSampling(num_frames=3), limits, memory_gib=MEMORY_GIB)
-    loader = DataLoader(ClipDataset(clips, settings, frame_transform=first_frame_small), batch_size=8, num_workers=2, collate_fn=as_list)
+    data = DataConfig(num_frames=3, decode_timeout_s=20.0, decode_memory_gib=MEMORY_GIB)
+    dataset = ClipDataset(clips, data, seed=0, frame_transform=first_frame_small, limits=DecodeLimits(max_pixels=2_000_000))
+    loader = DataLoader(dataset, batch_size=8, num_workers=2, collate_fn=as_list)
     return [item for batch in loader for item in batch]
 
 

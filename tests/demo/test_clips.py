@@ -11,16 +11,16 @@ from pathlib import Path
 import av
 import pytest
 
-from vlmcap.config import AihubConfig
+from vlmcap.config import AihubConfig, DemoConfig
 from vlmcap.data.formats import Record, read_records
 from vlmcap.demo import clips as make
-from vlmcap.demo.clips import DemoSettings, is_held_out, make_demo
+from vlmcap.demo.clips import is_held_out, make_demo
 from vlmcap.demo.grammar import FACTS, Scene
 from vlmcap.demo.render import FPS, NUM_FRAMES, SIZE
 from vlmcap.metrics import FactLexicon
 from vlmcap.types import Clip
 
-SETTINGS = DemoSettings(num_train=6, num_val=3, num_test=3, seed=5)
+SETTINGS = DemoConfig(num_train=6, num_val=3, num_test=3, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_clips_are_h264_video(demo: Path) -> None:
             assert sum(1 for _ in container.decode(video=0)) == NUM_FRAMES
 
 
-def facts_of(settings: DemoSettings) -> dict[str, set[tuple[str, ...]]]:
+def facts_of(settings: DemoConfig) -> dict[str, set[tuple[str, ...]]]:
     scenes: dict[str, set[tuple[str, ...]]] = {}
     for job in make._plan(settings):
         facts = asdict(job.scene)
@@ -74,7 +74,7 @@ def facts_of(settings: DemoSettings) -> dict[str, set[tuple[str, ...]]]:
 
 
 def test_validation_and_test_hold_only_combinations_that_training_never_saw() -> None:
-    scenes = facts_of(DemoSettings(num_train=2000, num_val=100, num_test=200, seed=0))
+    scenes = facts_of(DemoConfig(num_train=2000, num_val=100, num_test=200, seed=0))
     assert not scenes["train"] & (scenes["val"] | scenes["test"])
     assert all(is_held_out(Scene(*facts, camera="고정")) for split in ("val", "test") for facts in scenes[split])
     assert not any(is_held_out(Scene(*facts, camera="이동")) for facts in scenes["train"])
@@ -107,5 +107,5 @@ def test_what_is_there_is_not_made_again(demo: Path, monkeypatch: pytest.MonkeyP
 def test_progress_counts_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(make, "progress_reporter", lambda label: nullcontext(lambda done, total: seen.append((done, total))))
-    make_demo(tmp_path, DemoSettings(2, 1, 1, seed=0))
+    make_demo(tmp_path, DemoConfig(2, 1, 1, seed=0))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

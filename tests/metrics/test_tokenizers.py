@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmcap.config import EvaluationBackend, EvaluationConfig
 from vlmcap.errors import UserError
 from vlmcap.metrics import tokenizers
-from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, get_tokenizer, normalize
+from vlmcap.metrics.backend import BACKENDS
+from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, TOKENIZER_NAMES, get_tokenizer, normalize
 
 CAPTION = "바닷가에서 사람이 왼쪽으로 달립니다."
 LINE_BREAKS = ["\r", "\n", "\r\n", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"]
@@ -136,3 +138,9 @@ def test_import_is_cheap() -> None:
     code = f"import sys, vlmcap.metrics; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_the_configuration_has_the_same_defaults() -> None:
+    assert EvaluationConfig.tokenizer == DEFAULT_TOKENIZER
+    assert tuple(backend.value for backend in EvaluationBackend) == BACKENDS
+    assert EvaluationConfig.backend.value == BACKENDS[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -34,12 +34,12 @@ def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
     torch.manual_seed(0)
     encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False).eval()
     llm = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
-    llm = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    llm = add_lora(llm, LoraConfig(rank=4, alpha=8))
     with torch.no_grad():
         for name, parameter in llm.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)  # as after some training
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
     projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES))
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=12)).eval()
 

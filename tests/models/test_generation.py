@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import Engine, EvaluationConfig, LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -60,21 +60,21 @@ def captioner(request: pytest.FixtureRequest, llm_folder: Path, llama_folder: Pa
 def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
     torch.manual_seed(0)
     llm = load_language_model(folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
-    adapted = add_lora(llm, rank=4, alpha=8, dropout=0.5, target_modules="q_proj,v_proj")
+    adapted = add_lora(llm, LoraConfig(rank=4, alpha=8, dropout=0.5, target_modules="q_proj,v_proj"))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     encoder = load_encoder("siglip", encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
     with torch.no_grad():
         [module for module in projector.modules() if isinstance(module, nn.Linear)][-1].weight.mul_(10)  # captions then depend on the video
     return VideoCaptioner(encoder, projector, adapted, prompt, GenerationSettings(NEW)).eval()
 
 
-def with_settings(captioner: VideoCaptioner, **settings: Any) -> VideoCaptioner:
-    captioner.generation = GenerationSettings(NEW, **settings)
+def with_settings(captioner: VideoCaptioner, *, num_rows: int | None = None, use_cache: bool = True, **rules: Any) -> VideoCaptioner:
+    captioner.generation = GenerationSettings(NEW, EvaluationConfig(**rules), num_rows, use_cache)
     return captioner
 
 
@@ -137,15 +137,15 @@ def test_a_batch_is_its_clips_one_by_one(captioner: VideoCaptioner, settings: di
 )
 def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
-    expected = ids_of(with_settings(captioner, engine="hf", **settings), batch)
+    expected = ids_of(with_settings(captioner, engine=Engine.hf, **settings), batch)
     assert len({tuple(row) for row in expected}) == 5
-    for engine in ("own", "hf"):
+    for engine in (Engine.own, Engine.hf):
         assert ids_of(with_settings(captioner, engine=engine, num_rows=2, **settings), batch) == expected
 
 
 @pytest.mark.parametrize(
     ("settings", "is_own"),
-    [({}, True), ({"engine": "hf"}, False), ({"num_beams": 2}, False), ({"do_sample": True}, False), ({"use_cache": False}, False)],
+    [({}, True), ({"engine": Engine.hf}, False), ({"num_beams": 2}, False), ({"do_sample": True}, False), ({"use_cache": False}, False)],
 )
 def test_who_writes(captioner: VideoCaptioner, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], is_own: bool) -> None:
     calls: list[str] = []
@@ -260,11 +260,11 @@ def test_the_encoder_runs_once(captioner: VideoCaptioner, settings: dict[str, An
 def test_repetition_controls_work(captioner: VideoCaptioner) -> None:
     """However long the padding in front of a clip: it is no part of what was written."""
     batch = collate(captioner, samples(1, 3))
-    captioner.generation = GenerationSettings(24, no_repeat_ngram_size=2)
+    captioner.generation = GenerationSettings(24, EvaluationConfig(no_repeat_ngram_size=2))
     assert not any(has_repeated_pair(row) for row in ids_of(captioner, batch))
     captioner.generation = GenerationSettings(24)
     assert any(len(set(row)) < len(row) for row in ids_of(captioner, batch))
-    captioner.generation = GenerationSettings(24, repetition_penalty=1e4)
+    captioner.generation = GenerationSettings(24, EvaluationConfig(repetition_penalty=1e4))
     assert all(len(set(row)) == len(row) for row in ids_of(captioner, batch))
 
 

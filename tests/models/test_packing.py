@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -56,13 +56,13 @@ def make(llm_folder: Path) -> Make:
     """A captioner around a tiny language model, with adapters as after some training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
 
     def build(kind: str, attention: str = "sdpa") -> VideoCaptioner:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind.partition("-")[0], vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS[kind]))
         llm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
-        adapted = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models.projectors.settings import settings_of
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import LlmConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -50,7 +50,7 @@ def load_llm(folder: Path) -> Any:
 @pytest.fixture(params=PROJECTORS)
 def captioner(request: pytest.FixtureRequest, siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
     encoder = load_encoder("siglip", siglip_folder, EncoderOptions(-1, torch.float32))
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
     options = {"kind": "mlp", "num_heads": 2, "num_layers": 2} | PROJECTORS[request.param]
     torch.manual_seed(0)
     projector = build_projector(settings_of(**options), ProjectorSizes(32, 64, (2, 2), FRAMES, len(prompt.question_ids)))
@@ -114,7 +114,7 @@ def test_temporal_patches_are_filled_up(kind: str, qwen_folders: dict[str, Path]
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, GenerationSettings(4)).eval()
     transform = parts.encoder.transform
     visual = parts.visual_layout or VisualRun(parts.num_tokens, (FRAMES // 2, *parts.encoder.grid))

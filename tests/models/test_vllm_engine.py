@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from vlmcap.config import EvaluationConfig
 from vlmcap.errors import UserError
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.vllm import engine as vllm_engine
 from vlmcap.models.vllm.captioner import TokenEmbeddings
-from vlmcap.models.vllm.engine import OtherProcess, VllmSettings, check_vllm, sampling_arguments, start_engine
+from vlmcap.models.vllm.engine import OtherProcess, VllmEngine, check_vllm, engine_arguments, sampling_arguments, start_engine
 
 
 def test_greedy_search() -> None:
@@ -23,7 +24,7 @@ def test_greedy_search() -> None:
 
 
 def test_sampling() -> None:
-    found = sampling_arguments(GenerationSettings(12, do_sample=True, temperature=0.7, top_p=0.9, top_k=0), [3])
+    found = sampling_arguments(GenerationSettings(12, EvaluationConfig(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)), [3])
     assert (found["temperature"], found["top_p"], found["top_k"]) == (0.7, 0.9, 0)
 
 
@@ -31,7 +32,7 @@ def test_sampling() -> None:
 def test_what_vllm_cannot_do_is_refused(setting: dict[str, Any]) -> None:
     (name,) = setting
     with pytest.raises(UserError, match=rf"evaluation\.{name}={setting[name]} "):
-        sampling_arguments(GenerationSettings(12, **setting), [3])
+        sampling_arguments(GenerationSettings(12, EvaluationConfig(**setting)), [3])
 
 
 def test_embeddings_are_those_of_the_model(llm_folder: Path, tmp_path: Path) -> None:
@@ -69,8 +70,9 @@ def interpreter(folder: Path, vllm: str | None) -> Path:
     return script
 
 
-def settings(python: Path) -> VllmSettings:
-    return VllmSettings(Path("merged"), "float32", 64, 0.5, 0, str(python))
+def start(python: Path) -> VllmEngine:
+    arguments = engine_arguments(Path("merged"), EvaluationConfig(vllm_gpu_memory=0.5), dtype="float32", max_model_len=64, seed=0)
+    return start_engine(arguments, str(python))
 
 
 ECHO = """
@@ -100,7 +102,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     """Whatever it prints; an error of a batch leaves it running; its end is told."""
     python = interpreter(tmp_path, ECHO)
     check_vllm(str(python))
-    engine = start_engine(settings(python))
+    engine = start(python)
     assert isinstance(engine, OtherProcess)
     prompts = [torch.ones(3, 2), torch.ones(5, 2, dtype=torch.bfloat16)]
     assert engine.generate(prompts, {"max_tokens": 7}) == [[3, 6, 7], [5, 10, 7]]
@@ -113,7 +115,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_it_ends_with_us(tmp_path: Path) -> None:
-    engine = start_engine(settings(interpreter(tmp_path, ECHO)))
+    engine = start(interpreter(tmp_path, ECHO))
     assert isinstance(engine, OtherProcess)
     process = engine._process
     del engine
@@ -123,4 +125,4 @@ def test_it_ends_with_us(tmp_path: Path) -> None:
 def test_a_card_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "class LLM:\n    def __init__(self, **_):\n        raise ValueError('No available memory for the cache blocks.')\n"
     with pytest.raises(UserError, match=r"did not start \(ValueError: No available memory.*lower evaluation\.vllm_gpu_memory"):
-        start_engine(settings(interpreter(tmp_path, broken)))
+        start(interpreter(tmp_path, broken))

@@ -118,7 +118,7 @@ def test_the_page_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_unknown_architecture_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"llm.checkpoint=someone/model is not known before its download; set llm.checkpoint"):
+    with pytest.raises(UserError, match=r"'someone/model' is not on this machine, and HF_HUB_OFFLINE forbids .* set llm.checkpoint"):
         planned("encoder=clip", "llm=qwen3_8b", "llm.checkpoint=someone/model", "hardware=l4")
 
 

@@ -49,7 +49,7 @@ SYNTAX = {
     "single": (["llm=tiny"], 1),
     "choice": (["optim=choice(adamw,adamw_8bit)", "seed=choice(1,2,3)"], 6),
     "range": (["seed=range(3)", "data.batch_size=range(2,9,step=3)"], 9),
-    "floats": (["llm.adapter_lr=1e-4,0.0002", "tuning.lora.dropout=range(0,0.3,0.1)"], 6),
+    "floats": (["tuning.adapter_lr=1e-4,0.0002", "tuning.lora.dropout=range(0,0.3,0.1)"], 6),
     "sorted": (["seed=sort(3,1,2)", "data.num_frames=sort(range(2,8,2),reverse=true)"], 9),
     "glob": (["optim=glob([adamw*],exclude=[*schema])", "seed=0"], 3),
     "lists of lists": (["+x=[1,2],[3]", "seed=1"], 2),

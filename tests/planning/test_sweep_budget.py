@@ -80,7 +80,7 @@ def test_visits_are_those_that_the_feature_cache_counts(overrides: list[str]) ->
         JOB,
         seconds=ClipSeconds(1.0, 1.0, 1.0, 0.0),
         clips=NumClips(**sizes),
-        num_epochs=sum(stage.epochs for stage in config.tuning.stages.values()),
+        num_epochs=config.tuning.num_epochs,
         every_n_epochs=config.evaluation.every_n_epochs,
         max_eval_clips=config.evaluation.max_clips,
         max_trained=None if steps < 0 else steps * config.data.batch_size,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.measuring.steps import reset_peak, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
@@ -71,8 +72,7 @@ def build_trial(trial: Trial, depth: int) -> nn.Module:
 def _adapted(trial: Trial, llm: nn.Module) -> nn.Module:
     if trial.has_checkpointing:
         checkpoint_layers(llm, is_offloaded=trial.is_offloaded, num_kept=trial.num_kept)
-    settings: dict[str, Any] = {"target_modules": "all-linear", "use_dora": False, "use_rslora": False, "use_experts": False}
-    adapted: nn.Module = add_lora(llm, rank=8, alpha=16, dropout=0.0, **settings)
+    adapted: nn.Module = add_lora(llm, LoraConfig(rank=8, alpha=16))
     return adapted.train()
 
 

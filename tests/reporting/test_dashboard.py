@@ -114,7 +114,7 @@ def test_the_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         command.show_dashboard("p", None, objective="val/cider", file=Path("x.json"))
 
 
-SWEPT = ["encoder=clip,siglip2", "llm.adapter_lr=tag(log,interval(1e-5,1e-3))", "seed=range(2)", "hardware=l4", "sweep=wandb"]
+SWEPT = ["encoder=clip,siglip2", "tuning.adapter_lr=tag(log,interval(1e-5,1e-3))", "seed=range(2)", "hardware=l4", "sweep=wandb"]
 
 
 def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -135,7 +135,7 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     file = tmp_path / "sweep.yaml"
     main(["dashboard", "--project", "captions", "--sweep", str(file), *SWEPT])
-    assert "bayes over encoder, llm.adapter_lr, seed" in capsys.readouterr().out
+    assert "bayes over encoder, tuning.adapter_lr, seed" in capsys.readouterr().out
     definition = utils.load_sweep_config(str(file))
     assert definition == yaml.safe_load(file.read_text(encoding="utf-8"))
     assert definition is not None
@@ -143,14 +143,14 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert definition["metric"] == {"name": "val/cider", "goal": "maximize"}
     assert definition["parameters"] == {
         "encoder": {"values": ["clip", "siglip2"]},
-        "llm.adapter_lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3},
+        "tuning.adapter_lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3},
         "seed": {"values": [0, 1]},
     }
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")  # as the agent does
-    words = agent_commands(definition, {"encoder": "siglip2", "llm.adapter_lr": 0.00021544, "seed": 1})
+    words = agent_commands(definition, {"encoder": "siglip2", "tuning.adapter_lr": 0.00021544, "seed": 1})
     assert words[:3] == ["/usr/bin/env", "python", "train.py"]
     config = compose(words[3:])
-    assert (config.encoder.name, config.llm.adapter_lr, config.seed, config.hardware.name) == ("siglip2", 0.00021544, 1, "l4")
+    assert (config.encoder.name, config.tuning.adapter_lr, config.seed, config.hardware.name) == ("siglip2", 0.00021544, 1, "l4")
     assert (config.logger.kind.name, config.logger.project) == ("wandb", "captions")
     assert config.paths.output_dir == "multirun/wandb/abc123"
 
@@ -160,8 +160,8 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (["encoder=clip"], "nothing is swept; give a key several values"),
         (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
-        (["llm.adapter_lr=interval(1e-5,1e-3)"], "a range has no end for sweep.wandb.method=grid"),
-        (["seed=0,1", "sweep.wandb.max_runs=0"], "sweep.wandb.max_runs must be at least 1"),
+        (["tuning.adapter_lr=interval(1e-5,1e-3)"], "a range has no end for sweep.method=grid"),
+        (["seed=0,1", "sweep=wandb", "sweep.max_runs=0"], "sweep.max_runs must be at least 1"),
     ],
 )
 def test_a_mistake_is_said_before_a_sweep_is_made(overrides: list[str], sentence: str) -> None:

@@ -39,7 +39,7 @@ def is_picture(file: Path) -> bool:
 
 def test_the_figures_are_those_of_the_features(checkpoint: Checkpoint, images: list[Path], tmp_path: Path) -> None:
     config = compose(overrides(checkpoint, tmp_path))
-    found = measure_encoder("own", config, SpectrumSettings(has_layers=True, images=tuple(images)))
+    found = measure_encoder("own", config, SpectrumSettings(32, 8192, has_layers=True, images=tuple(images)))
     encoder = checkpoint.load(-1)
     frames = [encoder.transform(torch.from_numpy(_pixels(file))) for file in images]
     with torch.no_grad():
@@ -81,5 +81,5 @@ def test_encoders_are_compared(
 
 def test_clips_of_the_data_are_looked_at(checkpoints: dict[str, Checkpoint], aihub_root: Path, tmp_path: Path) -> None:
     own = [*overrides(checkpoints["dinov3"], tmp_path), "data=aihub", f"data.root={aihub_root}", "data.num_frames=2"]
-    found = measure_encoder("own", compose(own), SpectrumSettings(num_clips=2, max_tokens=10))
+    found = measure_encoder("own", compose(own), SpectrumSettings(2, 10, has_layers=False, images=()))
     assert (found.spectrum.num_frames, found.spectrum.num_tokens) == (4, 10)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.sweeping.program import ROOT, statuses
 from vlmcap.compose import compose
-from vlmcap.config import LauncherConfig, LauncherKind
+from vlmcap.config import BasicLauncherConfig, JoblibLauncherConfig
 from vlmcap.errors import UserError
 from vlmcap.sweeping.launchers import batch_size, needed, num_parallel, parameters, shares, visible_devices
 
@@ -61,8 +61,8 @@ def test_a_local_ray_runs_them(tmp_path: Path) -> None:
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launcher(**values: int) -> LauncherConfig:
-        return LauncherConfig(kind=LauncherKind.joblib, **values)
+    def launcher(**values: int) -> JoblibLauncherConfig:
+        return JoblibLauncherConfig(**values)
 
     assert shares(launcher(), ["0", "1", "2"]) == ["0", "1", "2"]
     assert shares(launcher(gpus_per_job=2), ["0", "1", "2", "3"]) == ["0,1", "2,3"]
@@ -73,7 +73,7 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
     assert visible_devices() == ["2", "GPU-ab"]
     assert num_parallel(launcher()) == 2
-    assert num_parallel(LauncherConfig()) == batch_size(LauncherConfig()) == 1
+    assert num_parallel(BasicLauncherConfig()) == batch_size(BasicLauncherConfig()) == 1
     assert batch_size(launcher()) is None
 
 

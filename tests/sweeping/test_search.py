@@ -29,7 +29,7 @@ def study_in(folder: Path) -> Any:
 
 def peak(config: Config) -> float:
     """Best at a rank of 16 and a rate of 1e-3."""
-    return 1 - abs(config.tuning.lora.rank - 16) / 100 - abs(math.log10(config.llm.adapter_lr) + 3) / 10
+    return 1 - abs(config.tuning.lora.rank - 16) / 100 - abs(math.log10(config.tuning.adapter_lr) + 3) / 10
 
 
 def test_the_space_is_hydras_syntax() -> None:
@@ -69,7 +69,7 @@ def test_a_search_is_told_how_each_trial_ended_and_goes_on(program: Program, cap
             raise RuntimeError("too small")
         return peak(config)
 
-    arguments = [*SEARCH, "tuning.lora.rank=8,16", "llm.adapter_lr=tag(log,interval(1e-5,1e-2))"]
+    arguments = [*SEARCH, "tuning.lora.rank=8,16", "tuning.adapter_lr=tag(log,interval(1e-5,1e-2))"]
     program([*arguments, "sweep.n_trials=3"], with_failures)
     states = [trial.state.name for trial in study_in(program.folder / "here").trials]
     assert len(states) == 3

@@ -13,7 +13,7 @@ from vlmcap.training.checkpoints.load import load_captioner, read_checkpoint
 from vlmcap.training.objects import Run
 from vlmcap.training.run import train
 
-OVERRIDES = ("cache.enabled=false", "data.align_epochs=0", "tuning.encoder_lr=1e-2", "trainer.max_steps=3")
+OVERRIDES = ("cache.enabled=false", "tuning.align_epochs=0", "tuning.epochs=1", "tuning.encoder_lr=1e-2", "trainer.max_steps=3")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -59,7 +59,7 @@ def test_one_step_moves_the_encoder_only_where_it_is_tuned(
 def test_an_alignment_stage_leaves_the_encoder_alone(
     tiny_config: Callable[..., Config], make_run: Callable[[Config], Run], tmp_path: Path
 ) -> None:
-    run = make_run(tiny_config(tmp_path, "tuning.encoder=full", *OVERRIDES, "data.align_epochs=1"))
+    run = make_run(tiny_config(tmp_path, "tuning.encoder=full", *OVERRIDES, "tuning.align_epochs=1", "tuning.epochs=2"))
     encoder = run.module.captioner.encoder
     assert encoder is not None
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}

@@ -50,7 +50,17 @@ def damaged(aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def configure(real_path: list[str], root: Path, *overrides: str) -> Config:
-    return compose([*real_path, f"data.root={root}", "data.decode_timeout_s=2", "data.num_workers=1", "data.align_epochs=0", *overrides])
+    return compose(
+        [
+            *real_path,
+            f"data.root={root}",
+            "data.decode_timeout_s=2",
+            "data.num_workers=1",
+            "tuning.align_epochs=0",
+            "tuning.epochs=1",
+            *overrides,
+        ]
+    )
 
 
 def test_a_run_goes_on_without_its_bad_clips(real_path: list[str], damaged: Path, tmp_path: Path) -> None:

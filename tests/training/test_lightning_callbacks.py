@@ -92,7 +92,7 @@ def test_the_learning_rate_monitor_shows_each_group(straight_run: Path, tiny_con
 def test_weight_averaging_averages_trained_weights_and_leaves_frozen_ones(
     tiny_config: MakeConfig, make_run: Callable[[Config], Run], straight_run: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(tmp_path, DROPOUT, EMA, "cache.enabled=false", "data.tune_epochs=0")
+    config = tiny_config(tmp_path, DROPOUT, EMA, "cache.enabled=false", "tuning.epochs=1")
     run = make_run(config)
     before = {name: value.detach().clone() for name, value in run.module.named_parameters()}
     constants = {name: value.clone() for name, value in run.module.named_buffers()}
@@ -140,7 +140,7 @@ def test_an_averaged_run_resumes_to_the_same_end_and_is_scored_averaged(tiny_con
 
 
 def test_packed_4_bit_weights_stay_as_they_are(real_path: list[str], make_run: Callable[[Config], Run]) -> None:
-    config = compose([*real_path, "llm.quantization=4bit", EMA, "evaluation.every_n_epochs=9", "data.eval_every_n_epochs=9"])
+    config = compose([*real_path, "llm.quantization=4bit", EMA, "evaluation.every_n_epochs=9"])
     run = make_run(config)
     packed = {name: value.clone() for name, value in run.module.named_parameters() if value.dtype == torch.uint8}
     assert packed

@@ -174,7 +174,7 @@ def test_captions_without_tokens_are_named_and_long_ones_counted(
     from vlmcap.models.llm.prompt import PromptEncoder
 
     original = PromptEncoder.encode_caption
-    config = tiny_config(tmp_path / "run", "data.max_bad_fraction=0.1", "llm.max_caption_tokens=8", "data.tune_epochs=2")
+    config = tiny_config(tmp_path / "run", "data.max_bad_fraction=0.1", "llm.max_caption_tokens=8", "tuning.epochs=3")
     from vlmcap.assembly.clips import load_splits
     from vlmcap.config import Split
     from vlmcap.demo.prepare import prepare

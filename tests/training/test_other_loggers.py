@@ -17,7 +17,7 @@ from vlmcap.training.loggers.make import make_loggers
 from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
-SHORT = ("data.tune_epochs=0", "trainer.max_steps=2")
+SHORT = ("tuning.epochs=1", "trainer.max_steps=2")
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -104,9 +104,7 @@ def test_the_loggers_get_the_figures(profiled: Path) -> None:
 def test_with_frames_and_workers_vision_is_timed_and_decoding_stands_beside(
     tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(
-        tiny_config(tmp_path, *PROFILE, "cache.enabled=false", "data.num_workers=1", "trainer.max_steps=5", "data.tune_epochs=1")
-    )
+    run = make_run(tiny_config(tmp_path, *PROFILE, "cache.enabled=false", "data.num_workers=1", "trainer.max_steps=5", "tuning.epochs=2"))
     run.trainer.fit(run.module, datamodule=run.data)
     times = read(tmp_path / "profile" / "steps.json")
     assert times["parts"]["vision"] > 0

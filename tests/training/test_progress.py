@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlmcap.config import StageConfig
+from vlmcap.config import Stage
 from vlmcap.training.callbacks.progress import RunProgress
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.schedule import StagePlan
@@ -43,7 +43,7 @@ def trainer_of(**values: Any) -> Any:
 class Module(CaptioningModule):
     """A module of two stages whose log has fixed values."""
 
-    plan = StagePlan({"align": StageConfig(epochs=1), "tune": StageConfig(epochs=2)})
+    plan = StagePlan({"align": Stage(epochs=1), "tune": Stage(epochs=2)})
     steps_per_epoch = 300  # type: ignore[assignment]
 
     rates = SimpleNamespace(steps_left=NUM_STEPS)  # type: ignore[assignment]

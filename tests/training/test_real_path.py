@@ -57,9 +57,9 @@ def trained(siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path_fa
         "trainer.log_every_n_steps=1",
         "llm.max_caption_tokens=96",
         "llm.max_new_tokens=6",
-        "llm.projector_lr=1e-3",
-        "tuning.stages.align.epochs=1",
-        "tuning.stages.tune.epochs=1",
+        "tuning.projector_lr=1e-3",
+        "tuning.align_epochs=1",
+        "tuning.epochs=2",
         f"paths.output_dir={folder / 'run'}",
         f"paths.cache_dir={folder / 'cache'}",
     ]

@@ -157,7 +157,7 @@ def test_the_program_is_stopped_from_outside(
     number: int, settings: Sequence[str], tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, asked = tmp_path / "run", fake_scontrol(tmp_path / "bin", monkeypatch)
-    command = program(folder, tiny_cache, "data.tune_epochs=200", "trainer.log_every_n_steps=1", "evaluation.every_n_epochs=100", *settings)
+    command = program(folder, tiny_cache, "tuning.epochs=201", "trainer.log_every_n_steps=1", "evaluation.every_n_epochs=100", *settings)
     process = subprocess.Popen(command, cwd=ROOT, env=slurm_task(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     rows = folder / "metrics.jsonl"
     while process.poll() is None and not (rows.is_file() and rows.read_text(encoding="utf-8").count("\n") > 10):

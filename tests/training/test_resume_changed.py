@@ -13,7 +13,7 @@ from tests.training.test_kill_points import Points, differences
 from tests.training.test_kill_points import fit as fit_script
 from tests.training.tiny_training import tiny_clips, tiny_data, tiny_training
 from vlmcap.compose import compose
-from vlmcap.config import StageConfig
+from vlmcap.config import Stage
 from vlmcap.errors import UserError
 from vlmcap.training.callbacks.progress import RunProgress
 from vlmcap.training.checks import check_position
@@ -42,10 +42,10 @@ class Rates(L.Callback):
             raise DiedError
 
 
-def stages(align: int, tune: int) -> dict[str, StageConfig]:
+def stages(align: int, tune: int) -> dict[str, Stage]:
     return {
-        "align": StageConfig(epochs=align, projector_lr=0.02, warmup_ratio=0.2),
-        "tune": StageConfig(epochs=tune, projector_lr=0.004, llm_lr=0.01, warmup_ratio=0.1),
+        "align": Stage(epochs=align, projector_lr=0.02, warmup_ratio=0.2),
+        "tune": Stage(epochs=tune, projector_lr=0.004, llm_lr=0.01, warmup_ratio=0.1),
     }
 
 
@@ -128,7 +128,7 @@ def held(stage_names: list[str], epoch: int, batches: int = 0, accumulate: int =
 
 
 def check(held: dict[str, Any], align: int, tune: int, accumulate: int = 2) -> None:
-    numbers = (f"data.align_epochs={align}", f"data.tune_epochs={tune}", f"trainer.accumulate_grad_batches={accumulate}")
+    numbers = (f"tuning.align_epochs={align}", f"tuning.epochs={align + tune}", f"trainer.accumulate_grad_batches={accumulate}")
     check_position(held, compose(["tuning=two_stage", *numbers]))
 
 

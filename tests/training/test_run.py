@@ -51,23 +51,21 @@ def test_the_summary_counts_trained_and_frozen_parameters(summary: dict[str, Any
     assert parts["llm"]["trained"] == 0 < parts["llm"]["parameters"]
 
 
-def test_train_returns_the_objective(straight_run: Path, summary: dict[str, Any]) -> None:
+def test_train_returns_the_monitored_metric(straight_run: Path, summary: dict[str, Any]) -> None:
     assert json.loads((straight_run / "objective.json").read_text()) == summary["scores"]["val/cider"]
 
 
 def test_a_checkpoint_may_follow_a_metric_that_is_slow(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    train(
-        tiny_config(tmp_path / "run", "data.monitor=val/meteor", "trainer.max_steps=1", "data.tune_epochs=0", "data.eval_every_n_epochs=1")
-    )
+    train(tiny_config(tmp_path / "run", "monitor=val/meteor", "trainer.max_steps=1", "tuning.epochs=1", "evaluation.every_n_epochs=1"))
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any("val/meteor" in row and "val/loss" in row for row in logged)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_any_measured_objective_is_returned_and_another_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    assert 0 <= train(tiny_config(tmp_path / "run", "objective=test/length_ratio", "trainer.max_steps=1", "data.tune_epochs=0")) < 1000
-    with pytest.raises(UserError, match=r"objective=test/beauty is not measured; choose .*cider"):
-        train(tiny_config(tmp_path / "other", "objective=test/beauty"))
+def test_any_measured_metric_is_returned_and_another_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    assert 0 <= train(tiny_config(tmp_path / "run", "monitor=val/length_ratio", "trainer.max_steps=1", "tuning.epochs=1")) < 1000
+    with pytest.raises(UserError, match=r"monitor=val/beauty is not measured while training; choose .*cider"):
+        train(tiny_config(tmp_path / "other", "monitor=val/beauty"))
     assert not (tmp_path / "other").exists(), "said before anything is trained"
 
 
@@ -100,7 +98,7 @@ def test_ctrl_c_in_training_reaches_the_program(tiny_config: MakeConfig, tmp_pat
 
 def test_a_plan_without_epochs_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no epoch to train"):
-        train(tiny_config(tmp_path / "run", "data.align_epochs=0", "data.tune_epochs=0"))
+        train(tiny_config(tmp_path / "run", "tuning.align_epochs=0", "tuning.epochs=0"))
     assert not (tmp_path / "run").exists()
 
 

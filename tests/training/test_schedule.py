@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmcap.config import StageConfig
+from vlmcap.config import Stage
 from vlmcap.models.rates import cosine_rate
 from vlmcap.training.schedule import StagePlan
 
@@ -17,8 +17,8 @@ from vlmcap.training.schedule import StagePlan
 def two_stages(align: int = 2, tune: int = 3, warmup_ratio: float = 0.0) -> StagePlan:
     return StagePlan(
         {
-            "align": StageConfig(epochs=align, projector_lr=1e-3, warmup_ratio=warmup_ratio),
-            "tune": StageConfig(epochs=tune, projector_lr=1e-4, adapter_lr=2e-4, warmup_ratio=warmup_ratio, final_lr_ratio=0.1),
+            "align": Stage(epochs=align, projector_lr=1e-3, warmup_ratio=warmup_ratio),
+            "tune": Stage(epochs=tune, projector_lr=1e-4, adapter_lr=2e-4, warmup_ratio=warmup_ratio, final_lr_ratio=0.1),
         }
     )
 

@@ -100,7 +100,7 @@ def test_other_processes_run_the_command_again(started: str, tmp_path: Path, mon
 def runs(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     checkpoint = "checkpoint=" + str(folder / "{}" / "checkpoints" / "last.ckpt")
-    whole = "data.tune_epochs=1"
+    whole = "tuning.epochs=2"
     run_all(
         folder,
         tiny_cache,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.training.tiny_training import tiny_data, tiny_training
 from vlmcap.compose import compose
-from vlmcap.config import Config, GuardConfig, StageConfig
+from vlmcap.config import Config, GuardConfig, Stage
 from vlmcap.errors import DivergedError, Pruned, UserError
 from vlmcap.training.callbacks.guard import DivergenceGuard
 from vlmcap.training.callbacks.saving import checkpoint_callbacks
@@ -37,11 +37,10 @@ def metrics(folder: Path, name: str) -> list[float]:
 @pytest.mark.parametrize(
     ("overrides", "mode"),
     [
-        (["data.monitor=val/loss"], "min"),
-        (["data.monitor=val/cider"], "max"),
-        (["data.monitor=val/loss", "objective=val/loss", "objective_mode=min"], "min"),
-        (["data.monitor=val/cider", "objective=val/loss", "objective_mode=min"], "max"),
-        (["data.monitor=val/length_ratio", "objective=val/length_ratio", "objective_mode=min"], "min"),
+        (["monitor=val/loss"], "min"),
+        (["monitor=val/cider"], "max"),
+        (["monitor=val/loss", "mode=min"], "min"),
+        (["monitor=val/length_ratio", "mode=min"], "min"),
     ],
 )
 def test_best_follows_a_metric_in_its_own_direction(overrides: list[str], mode: str, tmp_path: Path) -> None:
@@ -52,10 +51,10 @@ def test_best_follows_a_metric_in_its_own_direction(overrides: list[str], mode: 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("callbacks.early_stopping.monitor=val/cidre", r"callbacks\.early_stopping\.monitor=val/cidre is not measured; .*cider"),
-        ("callbacks.early_stopping.monitor=train/loss", r"train/loss is not measured; choose val/"),
-        ("data.monitor=val/facts/wether", r"data\.monitor=val/facts/wether is not measured; choose val/facts/ .*weather.*mean"),
-        ("objective=val/loss", r"better when it is lower; set objective_mode=min"),
+        ("monitor=val/cidre", r"monitor=val/cidre is not measured while training; .*cider"),
+        ("monitor=train/loss", r"train/loss is not measured while training; choose val/"),
+        ("monitor=test/cider", r"test/cider is not measured while training; choose val/"),
+        ("monitor=val/facts/wether", r"monitor=val/facts/wether is not measured; choose val/facts/ .*weather.*mean"),
     ],
 )
 def test_what_is_never_measured_is_refused_before_training(override: str, expected: str, tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -66,13 +65,13 @@ def test_what_is_never_measured_is_refused_before_training(override: str, expect
 
 # --- early stopping ---------------------------------------------------------------------------------------------------------------------
 
-WAITING = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "data.tune_epochs=8", "trainer.log_every_n_steps=1")
+WAITING = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "tuning.epochs=12", "trainer.log_every_n_steps=1")
 
 
 def test_an_early_end_counts_in_the_last_stage_alone(tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a delta that nothing reaches, the first validation of the last stage is the best, and two more are waited for."""
     folder = tmp_path / "run"
-    delta = ("callbacks.early_stopping.monitor=val/meteor", "callbacks.early_stopping.min_delta=1000", "data.align_epochs=4")
+    delta = ("monitor=val/meteor", "callbacks.early_stopping.min_delta=1000", "tuning.align_epochs=4")
     train(tiny_config(folder, *WAITING, *delta))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 4 * (4 + 3)
@@ -83,7 +82,7 @@ def test_an_early_end_counts_in_the_last_stage_alone(tiny_config: MakeConfig, tm
 
 
 def test_waiting_goes_on_after_a_resume(tmp_path: Path) -> None:
-    plan = StagePlan({"tune": StageConfig(epochs=9, projector_lr=1.0)})
+    plan = StagePlan({"tune": Stage(epochs=9, projector_lr=1.0)})
     settings: dict[str, Any] = {"monitor": "val/loss", "mode": "min", "patience": 3, "min_delta": 0.0}
     first, second = PatientStop(plan, **settings), PatientStop(plan, **settings)
     for value in (2.0, 1.0, 1.5):
@@ -96,7 +95,7 @@ def test_waiting_goes_on_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_metric_without_a_value_is_waited_for_as_one_that_is_no_better() -> None:
-    stop = PatientStop(StagePlan({"a": StageConfig(epochs=1)}), monitor="val/facts/mean", mode="max", patience=2, min_delta=0.0)
+    stop = PatientStop(StagePlan({"a": Stage(epochs=1)}), monitor="val/facts/mean", mode="max", patience=2, min_delta=0.0)
     values = (torch.nan, 0.5, torch.nan, torch.nan)
     assert [stop._evaluate_stopping_criteria(torch.tensor(value))[0] for value in values] == [False, False, False, True]
 

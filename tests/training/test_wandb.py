@@ -63,7 +63,7 @@ def done(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> I
         patch.delenv("WANDB_DATA_DIR", raising=False)
         for name, secret in SECRETS.items():
             patch.setenv(name, secret)
-        words = ("logger=wandb", "data.align_epochs=2", "evaluation.num_table_rows=2")
+        words = ("logger=wandb", "tuning.align_epochs=2", "tuning.epochs=3", "logger.num_table_rows=2")
         words = (*words, "logger.table_every_n_validations=2")
         with contextlib.redirect_stdout(printed):
             train(tiny_config(folder, *words))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vlmcap.config import Config, OptimConfig, StageConfig
+from vlmcap.config import Batching, Config, DataConfig, OptimConfig, Stage
 from vlmcap.data.loading.batches import Draw
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.loading.datamodule import CaptionDataModule, LoaderSettings
+from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.loading.lengths import count_tokens, sequence_lengths
 from vlmcap.data.quarantine import Ledger
 from vlmcap.models.captioner import VideoCaptioner
@@ -90,8 +90,10 @@ def tiny_clips(count: int = NUM_CLIPS) -> list[Clip]:
     return [Clip(f"clip{index}", f"clip{index}.mp4", (caption,)) for index, caption in enumerate(letters)]
 
 
-def tiny_data(clips: Sequence[Clip] | None = None, **settings: Any) -> CaptionDataModule:
-    """26 training clips and 5 to validate, unless `clips` are given for both."""
+def tiny_data(
+    clips: Sequence[Clip] | None = None, *, batching: str = "shuffled", max_eval_clips: int = 10, seed: int = 5, **settings: Any
+) -> CaptionDataModule:
+    """26 training clips and 5 to validate, unless `clips` are given for both; `settings` are those of `DataConfig`."""
     train = tiny_clips() if clips is None else clips
     prompt = LetterPrompt()
     collator = Collator(prompt, NUM_VISUAL, MAX_CAPTION)
@@ -101,14 +103,16 @@ def tiny_data(clips: Sequence[Clip] | None = None, **settings: Any) -> CaptionDa
         prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
         visual_tokens=NUM_VISUAL,
     )
-    sizes = {"batch_size": 3, "eval_batch_size": 4, "prompt_batch_size": 4}
-    common = {**sizes, "num_workers": 0, "seed": 5, "max_eval_clips": 10, "lengths": lengths}
     return CaptionDataModule(
         {"train": train, "val": train[:5] if clips is None else clips},
         NoisyFeatures,
         collator,
         replace(collator, mode="generate"),
-        LoaderSettings(**{**common, **settings}),
+        DataConfig(**{"batch_size": 3, "eval_batch_size": 4, "num_workers": 0, "batching": Batching[batching], **settings}),
+        prompt_batch_size=4,
+        seed=seed,
+        max_eval_clips=max_eval_clips,
+        lengths=lengths,
     )
 
 
@@ -117,7 +121,7 @@ def tiny_training(
 ) -> tuple[L.Trainer, CaptioningModule]:
     """Trainer and module, checkpoints in `folder / "checkpoints"` every two steps of two micro-batches."""
     L.seed_everything(11, verbose=False)
-    stages = stages or {"tune": StageConfig(epochs=num_epochs, projector_lr=0.02, llm_lr=0.01)}
+    stages = stages or {"tune": Stage(epochs=num_epochs, projector_lr=0.02, llm_lr=0.01)}
     module = CaptioningModule(
         cast(VideoCaptioner, TinyCaptioner()),
         StagePlan(stages),
@@ -128,8 +132,8 @@ def tiny_training(
     )
     config = SimpleNamespace(
         trainer=SimpleNamespace(checkpoint_every_n_steps=2),
-        data=SimpleNamespace(monitor=monitor),
-        better=lambda metric: "min" if metric == "val/loss" else "max",
+        monitor=monitor,
+        monitor_mode="min" if monitor == "val/loss" else "max",
     )
     settings: dict[str, Any] = {
         "accelerator": "cpu",

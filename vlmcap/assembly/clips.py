@@ -14,7 +14,7 @@ from vlmcap.data.formats.record import skip
 from vlmcap.data.manifest import ClipTable, TableWriter
 from vlmcap.data.media.archive_cache import use_index_folder
 from vlmcap.data.quarantine import Ledger
-from vlmcap.data.splits import DrawnSplits, SplitDrawer, nested_subset, standard_split
+from vlmcap.data.splits import SplitDrawer, nested_subset, standard_split
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.types import Clip, Skipped
@@ -173,10 +173,7 @@ def _told(skipped: Skipped) -> str:
 
 
 def _drawer(config: Config) -> SplitDrawer | None:
-    drawn = config.data.splits
-    if not drawn.is_drawn:
-        return None
-    return SplitDrawer(DrawnSplits(drawn.val, drawn.test, drawn.seed, drawn.group_pattern), config.data.root)
+    return SplitDrawer(config.data.splits, config.data.root) if config.data.splits.is_drawn else None
 
 
 def _with_progress(entries: Entries) -> Iterator[Record | Skipped]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[Clip]]) -> CaptionDataModule:
     """Loaders for splits as `load_splits` returns them, out of the feature store where the assembly has one."""
     from vlmcap.data.loading.collate import Collator
-    from vlmcap.data.loading.datamodule import CaptionDataModule, LoaderSettings
+    from vlmcap.data.loading.datamodule import CaptionDataModule
 
     collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens)
     features = assembly.features
@@ -32,24 +32,25 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
             return features.dataset(chosen)
         return assembly.feature_plan.decoded(chosen)
 
-    is_shuffled = config.data.batching is Batching.shuffled
-    settings = LoaderSettings(
-        batch_size=config.data.batch_size,
-        eval_batch_size=config.data.eval_batch_size,
-        prompt_batch_size=assembly.captioner.prompt_batch_size,
+    data = config.data
+    if features is not None and config.encoder.is_cached:
         # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
-        num_workers=0 if features is not None and config.encoder.is_cached else config.data.num_workers,
+        data = dataclasses.replace(data, num_workers=0)
+    is_shuffled = data.batching is Batching.shuffled
+    return CaptionDataModule(
+        clips,
+        make_dataset,
+        collator,
+        dataclasses.replace(collator, mode="generate"),
+        data,
+        prompt_batch_size=assembly.captioner.prompt_batch_size,
         seed=config.seed,
-        clip_timeout_s=config.data.decode_timeout_s,
         max_eval_clips=config.evaluation.max_clips,
+        lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
         pin_memory=config.hardware.accelerator != "cpu",
-        batching=config.data.batching.value,
-        max_tokens_per_batch=config.data.max_tokens_per_batch,
         # With shards, every rank takes part in every forward pass, so all must write the same captions in the same steps.
         is_evaluation_shared=config.trainer.strategy is not Strategy.fsdp2,
-        lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
     )
-    return CaptionDataModule(clips, make_dataset, collator, dataclasses.replace(collator, mode="generate"), settings)
 
 
 def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> NDArray[np.int64]:

@@ -33,24 +33,9 @@ def decoded_dataset(
         grid_of: As in `FeaturePlan`.
         clips: In the order of the data set.
     """
-    from vlmcap.data.decoding.augment import Augment
-    from vlmcap.data.decoding.sampling import FrameSampling
-    from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
-    from vlmcap.data.decoding.video import DecodeLimits
-    from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+    from vlmcap.data.loading.dataset import ClipDataset
 
-    data = config.data
-    settings = ReadSettings(
-        sampling=FrameSampling(data.sampling.value, data.num_frames, data.fps, data.augment.jitter),
-        limits=DecodeLimits(timeout_s=data.decode_timeout_s),
-        decoder=resolve_decoder(data.decoder.value),
-        is_variable=data.variable_frames,
-        augment=Augment(data.augment.color, data.augment.crop),
-        seed=config.seed,
-        is_isolated=data.is_isolated,
-        memory_gib=data.decode_memory_gib,
-    )
-    return ClipDataset(clips, settings, frame_transform=transform, grid_of=grid_of)
+    return ClipDataset(clips, config.data, seed=config.seed, frame_transform=transform, grid_of=grid_of)
 
 
 @dataclass(frozen=True, slots=True)

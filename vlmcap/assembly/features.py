@@ -140,7 +140,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
         sampling=config.data.sampling.value,
         fps=config.data.fps if config.data.sampling is Sampling.fps else 0.0,
         variable_frames=config.data.variable_frames,
-        decoder=resolve_decoder(config.data.decoder.value),
+        decoder=resolve_decoder(config.data.decoder).value,
         pooled={"kind": "pool", "size": config.pool_size} if config.pool_size else None,
         precision=config.hardware.precision.value,
         dtype=config.cache.dtype,
@@ -294,7 +294,7 @@ def _batches_of(dataset: ClipDataset, batch_size: int, num_workers: int) -> Call
             sampler=positions.tolist(),
             collate_fn=list,
             generator=torch.Generator(),
-            **worker_options(workers, batch_size, dataset.settings.limits.timeout_s),
+            **worker_options(workers, batch_size, dataset.data.decode_timeout_s),
         )
         with watch.naming_clips():
             yield from loader

@@ -238,10 +238,7 @@ def generation_settings(config: Config) -> GenerationSettings:
     """How captions are decoded."""
     from vlmcap.models.decoding.settings import GenerationSettings
 
-    known = {field.name for field in dataclasses.fields(GenerationSettings)}
-    chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in known}
-    chosen |= {"engine": config.evaluation.engine.value, "num_rows": config.data.eval_batch_size}
-    return GenerationSettings(config.llm.max_new_tokens, **chosen)
+    return GenerationSettings(config.llm.max_new_tokens, config.evaluation, config.data.eval_batch_size)
 
 
 def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +55,14 @@ def locate_sources(config: Config, *, is_encoder_only: bool = False) -> Sources:
     Raises:
         UserError: A checkpoint is not there.
     """
-    from vlmcap.models.checkpoint import Fingerprint, fingerprint, locate
+    from vlmcap.models.checkpoint import VISION, Fingerprint, fingerprint, locate
 
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
     parts = ("encoder",) if is_encoder_only else ("encoder", "llm")
     for part in ("model",) if config.is_whole else parts:
-        settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
+        settings, wanted = getattr(config, part), VISION if part == "encoder" else None
         if part == "encoder" and has_own_encoder(config):
             if not settings.checkpoint:
                 folders[part], bases[part] = Path(), Fingerprint(settings.kind, "", hashlib.sha256(settings.kind.encode()).hexdigest())
@@ -188,9 +187,7 @@ def train_encoder(config: Config, encoder: Any) -> None:
     else:
         from vlmcap.models.encoders.tower import add_tower_lora
 
-        add_tower_lora(
-            encoder.tower, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, use_dora=lora.use_dora, use_rslora=lora.use_rslora
-        )
+        add_tower_lora(encoder.tower, lora)
     if config.hardware.gradient_checkpointing:
         encoder.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -247,15 +244,7 @@ def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder
     """The language model's tokenizer with the prompt; `around` is text that stands directly around the visual tokens."""
     from vlmcap.models.llm.prompt import load_prompt
 
-    settings = config.llm
-    return load_prompt(
-        folder,
-        prompt=settings.prompt,
-        system_prompt=settings.system_prompt,
-        enable_thinking=settings.enable_thinking,
-        chat_template=settings.chat_template,
-        **around,
-    )
+    return load_prompt(folder, config.llm, **around)
 
 
 def language_options(config: Config) -> dict[str, Any]:
@@ -294,12 +283,11 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
     """The parts of a whole pretrained model, frozen but for its projector."""
     from vlmcap.models.pretrained import load_pretrained
 
-    settings = config.model
     return load_pretrained(
-        settings.kind,
+        config.model.kind,
         folder,
         max_patches=max_patches(config),
-        use_outer_marks=not isinstance(settings, Qwen3VlConfig) or settings.use_outer_marks,
+        use_outer_marks=_uses_outer_marks(config),
         **language_options(config),
     )
 
@@ -311,15 +299,18 @@ def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
     from vlmcap.models.encoders.tower import read_config
     from vlmcap.models.pretrained import build_pretrained
 
-    settings, dtype = config.model, dtype_of(config.hardware.precision)
     with torch.device("meta"):
         return build_pretrained(
-            settings.kind,
+            config.model.kind,
             read_config(folder),
-            dtype=dtype,
+            dtype=dtype_of(config.hardware.precision),
             max_patches=max_patches(config),
-            use_outer_marks=not isinstance(settings, Qwen3VlConfig) or settings.use_outer_marks,
+            use_outer_marks=_uses_outer_marks(config),
         )
+
+
+def _uses_outer_marks(config: Config) -> bool:
+    return config.model.use_outer_marks if isinstance(config.model, Qwen3VlConfig) else True
 
 
 def loss_chunk_bytes(config: Config) -> int | None:
@@ -345,7 +336,7 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
         llm.float().requires_grad_(True)  # mixed precision wants float32 masters
     if not config.tuning.use_lora:
         return llm
-    adapted: nn.Module = add_lora(llm, **dataclasses.asdict(lora_of(config)))
+    adapted: nn.Module = add_lora(llm, lora_of(config))
     return adapted
 
 

@@ -86,7 +86,7 @@ def _publish(project: str, entity: str | None, objective: str) -> str:
 def _command(project: str, entity: str | None, objective: str) -> str:
     words = ["vlmcap", "dashboard", "--project", project]
     words += ["--entity", entity] if entity else []
-    return shlex.join([*words, *(["--objective", objective] if objective != "val/cider" else [])])
+    return shlex.join([*words, *(["--objective", objective] if objective != Config.monitor else [])])
 
 
 def write_sweep(overrides: Sequence[str], file: Path, *, project: str, entity: str | None) -> None:

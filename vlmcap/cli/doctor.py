@@ -226,10 +226,11 @@ def _check_decoder() -> list[Check]:
 
 
 def _check_ffmpeg() -> list[Check]:
+    from vlmcap.config import Decoder
     from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
 
     program = shutil.which("ffmpeg")
-    has_codec = resolve_decoder("auto") == "torchcodec"
+    has_codec = resolve_decoder(Decoder.auto) is Decoder.torchcodec
     text = f"torchcodec {'loads' if has_codec else 'is not there'}, the program ffmpeg is {'there' if program else 'not there'}"
     return [Check("ffmpeg", "ok", f"{text}; neither is needed, PyAV brings its own")]
 

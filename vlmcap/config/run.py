@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vlmcap.config.callbacks import CallbacksConfig
+from vlmcap.config.callbacks import CallbacksConfig, GuardConfig
 from vlmcap.config.checks import only_with, refuse_unread, require, require_positive, require_seed
 from vlmcap.config.choices import EncoderTuning, Enforce, Engine, EvaluationBackend, Precision, Quantization, Reducer
 from vlmcap.config.data import CacheConfig, DataConfig
@@ -183,6 +183,9 @@ class Config:
             if hasattr(value := getattr(self, known.name), "__dataclass_fields__"):
                 refuse_unread(known.name, value)
         _check_cache(self)
+        skips = self.callbacks.guard.fp16_skips
+        is_read = self.hardware.precision is Precision.fp16 or skips == GuardConfig().fp16_skips
+        require(is_read, f"callbacks.guard.fp16_skips={skips} changes nothing without hardware.precision=fp16; leave it out")
 
 
 def mode_of(metric: str, mode: str) -> str:

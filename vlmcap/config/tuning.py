@@ -31,6 +31,8 @@ class LoraConfig:
         is_named = isinstance(self.target_modules, str) and bool(self.target_modules)
         require(is_named, f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]")
         require(0 <= self.dropout < 1, f"tuning.lora.dropout must be in [0, 1), not {self.dropout}")
+        is_reached = not (self.use_dora and self.use_experts)
+        require(is_reached, "tuning.lora.use_dora=true does not reach experts; set it or tuning.lora.use_experts to false")
 
 
 @dataclass(frozen=True)

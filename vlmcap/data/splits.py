@@ -6,11 +6,11 @@ import hashlib
 import random
 import re
 import unicodedata
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmcap.config import SplitConfig
 from vlmcap.data.formats.record import Record
 from vlmcap.data.media.roots import real_address, relative_address
 from vlmcap.errors import UserError
@@ -48,16 +48,6 @@ def split_in_path(path: str) -> tuple[str, str]:
     return "", path
 
 
-@dataclass(frozen=True, slots=True)
-class DrawnSplits:
-    """How splits are drawn; the keys of `data.splits` with the same names."""
-
-    val: float
-    test: float
-    seed: int = 0
-    group_pattern: str | None = None
-
-
 class SplitDrawer:
     """Draws a clip's split from its group alone, so that a group is never in two splits and a growing data set keeps its old ones.
 
@@ -71,7 +61,7 @@ class SplitDrawer:
         UserError: The pattern is no regular expression, or has no group in parentheses.
     """
 
-    def __init__(self, settings: DrawnSplits, root: str) -> None:
+    def __init__(self, settings: SplitConfig, root: str) -> None:
         self.settings, self.root = settings, root
         self._pattern = None if settings.group_pattern is None else _compile(settings.group_pattern)
         self._num_matches = 0
@@ -105,7 +95,7 @@ class SplitDrawer:
             )
 
 
-def draw_split(group: str, settings: DrawnSplits) -> str:
+def draw_split(group: str, settings: SplitConfig) -> str:
     """The split of a group, by a hash of it and the seed.
 
     Test lies at one end of the hashes and validation at the other, so that a change of one share leaves the other split as it was.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from vlmcap.config import DemoConfig
 from vlmcap.data.once import make_once
 from vlmcap.demo.grammar import FACTS, Scene, describe, draw_scene
 from vlmcap.terminal import progress_reporter
@@ -20,22 +21,12 @@ _VERSION = 2  # raise when clips or captions of a seed change
 _HELD_OUT = 8  # one in so many combinations of facts is kept for validation and test
 
 
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """What a demo data set is made from; equal settings give equal clips and captions."""
-
-    num_train: int
-    num_val: int
-    num_test: int
-    seed: int
-
-
-def make_demo(folder: Path, settings: DemoSettings) -> Path:
+def make_demo(folder: Path, settings: DemoConfig) -> Path:
     """The folder of the data set, written if it is not there yet: nothing half-written is ever found under its name.
 
     Args:
         folder: Parent; data sets of other settings may stand beside it.
-        settings: Sizes and seed.
+        settings: Sizes and seed; equal ones give equal clips and captions.
     """
     key = hashlib.sha256(json.dumps([_VERSION, asdict(settings)]).encode()).hexdigest()[:10]
 
@@ -62,7 +53,7 @@ def is_held_out(scene: Scene) -> bool:
     return hashlib.sha256("|".join(facts.values()).encode()).digest()[0] % _HELD_OUT == 0
 
 
-def _plan(settings: DemoSettings) -> Iterator[_Job]:
+def _plan(settings: DemoConfig) -> Iterator[_Job]:
     for split, count in (("train", settings.num_train), ("val", settings.num_val), ("test", settings.num_test)):
         rng = random.Random(f"{settings.seed}/{split}")
         for index in range(count):

@@ -30,11 +30,10 @@ def prepare(config: Config) -> Config:
 
 def demo_folder(config: Config) -> Path:
     """The demo data set, made on first use."""
-    from vlmcap.demo.clips import DemoSettings, make_demo
+    from vlmcap.demo.clips import make_demo
 
     assert isinstance(config.data, DemoDataConfig)
-    settings = DemoSettings(**dataclasses.asdict(config.data.demo))
-    return make_demo(Path(config.paths.cache_dir) / "demo", settings)
+    return make_demo(Path(config.paths.cache_dir) / "demo", config.data.demo)
 
 
 def tiny_parts(config: Config) -> dict[str, Path]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmcap.data.decoding.sampling import FrameSampling
-from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+from vlmcap.config import DataConfig
+from vlmcap.data.loading.dataset import ClipDataset
 from vlmcap.demo.tiny_llm import Progress, optimise
 from vlmcap.models.encoders import FAMILIES, FrameTransform
 from vlmcap.models.encoders.preprocessing import Preprocessing
@@ -140,9 +140,9 @@ def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Ten
 
 def _read_frames(clips: Sequence[Clip], progress: Callable[[int], None], preprocessing: Preprocessing) -> Tensor:
     """Frames of all clips, uint8 (N, F, 3, H, W)."""
-    settings = ReadSettings(FrameSampling(num_frames=8), is_isolated=False)  # the demo's own clips
+    data = DataConfig(num_frames=8, is_isolated=False)  # the demo's own clips
     transform = FrameTransform(_IMAGE_SIZE, preprocessing.resampling, preprocessing.is_cropped)
-    dataset = ClipDataset(clips, settings, frame_transform=transform)
+    dataset = ClipDataset(clips, data, seed=0, frame_transform=transform)
     frames: list[Tensor] = []
     for index in range(len(dataset)):
         sample = dataset[index]

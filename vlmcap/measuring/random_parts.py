@@ -38,7 +38,7 @@ from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
 from vlmcap.models.projectors import build_projector, check_projector
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_sizes, sketch, text_config, whole_parts
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_sizes, processor, sketch, text_config, whole_parts
 
 _STD = 0.02  # of random weights, as transformers' own
 _PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
@@ -68,9 +68,10 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
     assert isinstance(config.encoder, TowerConfig)
     layer = config.encoder.feature_layer
     _cut(vision.get("vision_config") or vision, _total_blocks(num_blocks, layer))
-    encoder = dataclasses.replace(
-        config.encoder, checkpoint=_write(folder / "encoder", vision), feature_layer=min(layer, num_blocks) if layer >= 0 else layer
-    )
+    checkpoint = _write(folder / "encoder", vision)
+    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor(config)), encoding="utf-8")
+    layer = min(layer, num_blocks) if layer >= 0 else layer
+    encoder = dataclasses.replace(config.encoder, checkpoint=checkpoint, feature_layer=layer)
     llm = dataclasses.replace(config.llm, checkpoint=_write(folder / "llm", text))
     return dataclasses.replace(config, encoder=encoder, llm=llm)
 

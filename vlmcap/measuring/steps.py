@@ -155,7 +155,8 @@ def token_seconds(config: Config, captioner: VideoCaptioner, batch: Batch, num_n
         say: Told how far it is.
     """
     captioner.eval()
-    device, settings = str(captioner.device), dataclasses.replace(captioner.generation, do_sample=False)
+    device, chosen = str(captioner.device), captioner.generation
+    settings = dataclasses.replace(chosen, rules=dataclasses.replace(chosen.rules, do_sample=False))
 
     def write(count: int) -> None:
         captioner.generation = dataclasses.replace(settings, max_new_tokens=count)

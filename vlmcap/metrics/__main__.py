@@ -15,7 +15,7 @@ from vlmcap.metrics.backend import BACKENDS, score_with
 from vlmcap.metrics.captions import read_captions
 from vlmcap.metrics.diversity import collapse_warning
 from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, score_by_category
-from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer
+from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, TOKENIZER_NAMES, Tokenizer, get_tokenizer
 
 _GROUP_METRICS = ("bleu_4", "cider", "rouge_l")
 _FILES = """\
@@ -51,11 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="JSONL, JSON or text, see below")
     parser.add_argument("--references", type=Path, nargs="+", default=[], metavar="FILE", help="where they stand in files of their own")
-    parser.add_argument("--tokenizer", default="mecab_ko", metavar="NAME", help=f"one of {', '.join(TOKENIZER_NAMES)} (default: mecab_ko)")
+    parser.add_argument(
+        "--tokenizer", default=DEFAULT_TOKENIZER, metavar="NAME", help=f"one of {', '.join(TOKENIZER_NAMES)} (default: %(default)s)"
+    )
     parser.add_argument("--metrics", metavar="NAME,NAME", help="only these, parted by commas (default: all)")
     parser.add_argument("--fold-width", action="store_true", help="count full-width forms (３ｋｍ) as the usual ones (3km)")
     parser.add_argument("--synonyms", type=Path, metavar="FILE", help='JSON of content words that count as the same: {"바다": ["해양"]}')
-    parser.add_argument("--backend", default="native", metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: native)")
+    parser.add_argument("--backend", default=BACKENDS[0], metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table; NaN is null")
     return parser
 

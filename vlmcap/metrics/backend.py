@@ -16,7 +16,7 @@ from vlmcap.metrics.captions import check_captions
 from vlmcap.metrics.content import Synonyms
 from vlmcap.metrics.ngrams import Tokens
 from vlmcap.metrics.scores import STANDARD_METRICS, score_captions
-from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer
+from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, Tokenizer, get_tokenizer
 
 BACKENDS: tuple[str, ...] = ("native", "pycocoevalcap")
 COCO_METRICS: tuple[str, ...] = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l")
@@ -34,7 +34,7 @@ def score_with(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
-    tokenizer: str | Tokenizer = "mecab_ko",
+    tokenizer: str | Tokenizer = DEFAULT_TOKENIZER,
     metrics: Sequence[str] | None = None,
     synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:

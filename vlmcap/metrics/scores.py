@@ -15,7 +15,7 @@ from vlmcap.metrics.corpus import ReferenceCorpus, by_category, clip_statistics,
 from vlmcap.metrics.diversity import distinct_ratio, repetition_rate, self_bleu
 from vlmcap.metrics.meteor import corpus_meteor, corpus_meteor_ko
 from vlmcap.metrics.ngram_scores import bleu_from_counts, warn_of_one_clip
-from vlmcap.metrics.tokenizers import Tokenizer, get_tokenizer, normalize
+from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, Tokenizer, get_tokenizer, normalize
 
 METRIC_LABELS: dict[str, str] = {
     "bleu_1": "BLEU-1",
@@ -47,7 +47,7 @@ def score_captions(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
-    tokenizer: str | Tokenizer = "mecab_ko",
+    tokenizer: str | Tokenizer = DEFAULT_TOKENIZER,
     metrics: Sequence[str] | None = None,
     synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
@@ -89,7 +89,7 @@ def score_captions(
 
 
 def score_each(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer: str | Tokenizer = "mecab_ko"
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer: str | Tokenizer = DEFAULT_TOKENIZER
 ) -> list[dict[str, float]]:
     """The scores of each caption by itself, for a file of predictions: `cider`, `cider_d`, `rouge_l`, `bleu_4`.
 
@@ -124,7 +124,7 @@ def score_by_category(
     references: Sequence[Sequence[str]],
     categories: Sequence[Hashable],
     *,
-    tokenizer: str | Tokenizer = "mecab_ko",
+    tokenizer: str | Tokenizer = DEFAULT_TOKENIZER,
 ) -> dict[Hashable, dict[str, float]]:
     """BLEU, CIDEr, CIDEr-D and ROUGE-L of the clips of each category, and their number as `clips`; see `by_category`.
 

@@ -228,6 +228,8 @@ _BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "ptb": _ptb,
 }
 TOKENIZER_NAMES: tuple[str, ...] = tuple(_BUILDERS)
+# The default of `evaluation.tokenizer`, written again, since the configuration takes longer to import than all of these metrics.
+DEFAULT_TOKENIZER = "mecab_ko"
 
 
 # COCO's evaluation removes these tokens after lower-casing. It means to remove brackets too, but lists them in capitals, so

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from vlmcap.config import EvaluationConfig
 from vlmcap.errors import UserError
 from vlmcap.metrics.backend import check_backend, score_with
 from vlmcap.metrics.captions import check_captions
@@ -54,11 +55,11 @@ class CaptionScore(Metric):
 
     def __init__(
         self,
-        tokenizer: str = "mecab_ko",
+        tokenizer: str = EvaluationConfig.tokenizer,
         metrics: Sequence[str] | None = None,
         *,
-        backend: str = "native",
-        fold_width: bool = False,
+        backend: str = EvaluationConfig.backend.value,
+        fold_width: bool = EvaluationConfig.fold_width,
         synonyms: Synonyms | str | Path | None = None,
         **kwargs: Any,
     ) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmcap.config import Engine
 from vlmcap.errors import UserError
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import VisionEncoder
@@ -181,13 +182,13 @@ class VideoCaptioner(nn.Module):
         from vlmcap.models.decoding.engine import can_decode
 
         chosen = self.generation
-        return chosen.engine == "own" and chosen.is_greedy and self.has_plain_inputs and can_decode(self.llm)
+        return chosen.rules.engine is Engine.own and chosen.is_greedy and self.has_plain_inputs and can_decode(self.llm)
 
     @property
     def prompt_batch_size(self) -> int:
         """Clips of a batch to caption: more than there are rows where waiting clips can take the rows of those that end."""
         chosen = self.generation
-        return (chosen.num_rows or 1) * (chosen.clips_per_row if self.is_refilling else 1)
+        return (chosen.num_rows or 1) * (chosen.rules.clips_per_row if self.is_refilling else 1)
 
     def _own_ids(self, batch: Batch) -> list[list[int]]:
         """Greedy captions in row order, each up to and with its end token."""
@@ -222,7 +223,7 @@ class VideoCaptioner(nn.Module):
 
         # transformers takes a row's left padding off its generated tokens, as if they were the prompt, when it penalises repetition
         # itself, so a caption would depend on what it is batched with. The 1.0 overrides what a checkpoint may ask for.
-        penalty = self.generation.repetition_penalty
+        penalty = self.generation.rules.repetition_penalty
         processors = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
         ids: Tensor = self.llm.generate(  # type: ignore[operator]
             **self.language_inputs(batch, self.visual_tokens(batch)),

@@ -57,7 +57,7 @@ class Plan:
         token_s: Of them, of one token of a whole evaluation batch.
         num_clips: That an epoch and the store of features are counted for.
         cache_bytes: Of a clip's features on disk.
-        download_bytes: Of the bases.
+        download_bytes: Weights of the bases that this machine does not have yet.
         is_cached: Features come from disk, and the encoder is not on the card.
         num_kept: Layers that are not computed again under hardware.activation_budget_gib.
         changes: That make it fit where it does not.
@@ -192,9 +192,8 @@ def _costs(plan: Plan) -> Table:
     table.add_row("a clip", f"{plan.num_frames} frames, {grouped(plan.num_visual)} visual and {grouped(plan.num_text)} text tokens")
     table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
     table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
-    table.add_row(
-        "disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {gigabytes(plan.download_bytes)} to download"
-    )
+    download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
+    table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {download}")
     if plan.card.calibrated:
         table.add_row("figures", f"calibrated on {plan.card.calibrated}")
     return table

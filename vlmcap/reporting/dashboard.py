@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vlmcap.config import names
+from vlmcap.config import Config, names
 
 PARALLEL = ("encoder", "projector", "llm", "tuning", "hardware", "num_frames", "lora_rank", "seed")
 """Factors of the parallel coordinates, in front of memory and score."""
 
 
-def sections(objective: str = "val/cider") -> dict[str, list[Any]]:
+def sections(objective: str = Config.monitor) -> dict[str, list[Any]]:
     """Title to panels.
 
     Args:
@@ -31,7 +31,7 @@ def sections(objective: str = "val/cider") -> dict[str, list[Any]]:
     }
 
 
-def workspace(project: str, entity: str, objective: str = "val/cider") -> Any:
+def workspace(project: str, entity: str, objective: str = Config.monitor) -> Any:
     """The workspace, whose runs are grouped by encoder and language model; `.save()` publishes it.
 
     Args:

@@ -46,10 +46,10 @@ class SpectrumSettings:
         images: Images or videos in place of the data's clips.
     """
 
-    num_clips: int = 32
-    max_tokens: int = 8192
-    has_layers: bool = False
-    images: tuple[Path, ...] = ()
+    num_clips: int
+    max_tokens: int
+    has_layers: bool
+    images: tuple[Path, ...]
 
 
 def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: Path, *, as_json: bool = False) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlmcap.data.decoding.augment import Augment, crop_frames, recolor_frames
+from vlmcap.config import AugmentConfig
+from vlmcap.data.decoding.augment import augment_frames, crop_frames, recolor_frames
 
 
 def noise(num_frames: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -23,7 +24,7 @@ shares = st.floats(0, 0.5)
 @given(size=sizes, seed=st.integers(0, 1000))
 def test_off_is_the_identity_and_still_draws_six_numbers(size: tuple[int, int, int], seed: int) -> None:
     frames, rng = noise(*size), np.random.default_rng(seed)
-    assert Augment()(frames, rng) is frames
+    assert augment_frames(frames, AugmentConfig(), rng) is frames
     other = np.random.default_rng(seed)
     other.random(6)
     assert rng.random() == other.random()
@@ -32,10 +33,10 @@ def test_off_is_the_identity_and_still_draws_six_numbers(size: tuple[int, int, i
 @settings(deadline=None)
 @given(size=sizes, color=shares, crop=shares, seed=st.integers(0, 1000))
 def test_shapes_and_draws(size: tuple[int, int, int], color: float, crop: float, seed: int) -> None:
-    frames, augment = noise(*size), Augment(color, crop)
+    frames, augment = noise(*size), AugmentConfig(color, crop)
     before = frames.clone()
-    changed = augment(frames, np.random.default_rng([seed, 1, 2]))
-    assert torch.equal(changed, augment(frames, np.random.default_rng([seed, 1, 2])))
+    changed = augment_frames(frames, augment, np.random.default_rng([seed, 1, 2]))
+    assert torch.equal(changed, augment_frames(frames, augment, np.random.default_rng([seed, 1, 2])))
     assert torch.equal(frames, before)
     assert changed.dtype == torch.uint8
     assert changed.shape[:2] == frames.shape[:2]
@@ -55,15 +56,15 @@ def test_a_cut_is_a_window_on_every_frame(size: tuple[int, int, int], share: flo
 
 
 def test_draws_of_neighbours_differ() -> None:
-    frames, augment = noise(2, 32, 32), Augment(0.3, 0.3)
-    drawn = [augment(frames, np.random.default_rng([0, epoch, index])) for epoch in range(3) for index in range(3)]
+    frames, augment = noise(2, 32, 32), AugmentConfig(0.3, 0.3)
+    drawn = [augment_frames(frames, augment, np.random.default_rng([0, epoch, index])) for epoch in range(3) for index in range(3)]
     assert len({(tuple(one.shape), one.float().mean().item()) for one in drawn}) == 9
 
 
 def test_colour_does_not_move_the_cut() -> None:
     frames = noise(2, 50, 50)
-    cut = Augment(crop=0.4)(frames, np.random.default_rng(5))
-    both = Augment(color=1e-9, crop=0.4)(frames, np.random.default_rng(5))
+    cut = augment_frames(frames, AugmentConfig(crop=0.4), np.random.default_rng(5))
+    both = augment_frames(frames, AugmentConfig(color=1e-9, crop=0.4), np.random.default_rng(5))
     assert torch.equal(cut, both)
 
 
@@ -86,12 +87,12 @@ def test_each_factor_does_what_it_says() -> None:
     duller = recolor_frames(frames, 1, 1, 0.0)
     torch.testing.assert_close(gray(duller), gray(frames), atol=1.0, rtol=0)
     assert (duller.float().amax(1) - duller.float().amin(1)).max() <= 1
-    one = Augment(color=0.5)(frames, np.random.default_rng(3))
+    one = augment_frames(frames, AugmentConfig(color=0.5), np.random.default_rng(3))
     ratio = one.float().mean((1, 2, 3)) / frames.float().mean((1, 2, 3))
     assert ratio[0].item() == pytest.approx(ratio[1].item(), rel=0.02)  # one change for all frames
 
 
-@pytest.mark.parametrize("values", [{"color": -0.1}, {"color": 0.6}, {"crop": 0.51}, {"crop": float("nan")}])
+@pytest.mark.parametrize("values", [{"color": -0.1}, {"color": 0.6}, {"crop": 0.51}, {"crop": float("nan")}, {"jitter": 0.6}])
 def test_values_outside_their_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"must be 0 to 0\.5"):
-        Augment(**values)
+        AugmentConfig(**values)

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from tests.data.encoding import Frames, encode
-from vlmcap.data.decoding.video import DecodeLimits, FrameSampling, VideoError, read_frames
+from vlmcap.config import DataConfig, Sampling
+from vlmcap.data.decoding.video import VideoError, read_frames
 
 B_FRAMES = {"crf": "10", "x264-params": "bframes=3:b-adapt=0"}
 
@@ -41,7 +42,11 @@ def packed(path: Path, kind: str) -> str:
 def test_archives_and_remote_files_give_the_same_frames(tmp_path: Path, kind: str, suffix: str, make_frames: Callable[..., Frames]) -> None:
     path = encode(tmp_path / f"x.{suffix}", make_frames(100), gop=20, options=B_FRAMES)
     address = packed(path, kind)
-    for sampling in (FrameSampling(num_frames=6), FrameSampling("keyframe", 6), FrameSampling("adaptive", 6)):
+    for sampling in (
+        DataConfig(num_frames=6),
+        DataConfig(sampling=Sampling.keyframe, num_frames=6),
+        DataConfig(sampling=Sampling.adaptive, num_frames=6),
+    ):
         np.testing.assert_array_equal(read_frames(address, sampling), read_frames(str(path), sampling))
 
 
@@ -49,7 +54,7 @@ def test_images_in_archives(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     for kind in ("stored", "tar"):
-        frame = read_frames(packed(tmp_path / "x.png", kind), FrameSampling())[0]
+        frame = read_frames(packed(tmp_path / "x.png", kind), DataConfig())[0]
         np.testing.assert_array_equal(frame.permute(1, 2, 0), pixels)
 
 
@@ -71,26 +76,26 @@ def test_playlists_lead_nowhere(tmp_path: Path, kind: str, name: str, playlist: 
     path = tmp_path / name
     path.write_text(PLAYLISTS[playlist], encoding="utf-8")
     with pytest.raises(VideoError, match="damaged, truncated or no video"):
-        read_frames(str(path) if kind == "plain" else packed(path, kind), FrameSampling(num_frames=2))
+        read_frames(str(path) if kind == "plain" else packed(path, kind), DataConfig(num_frames=2))
 
 
 def test_numbered_pictures_lead_nowhere(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
     with pytest.raises(VideoError, match="no such file"):
-        read_frames(str(tmp_path / "%d.png"), FrameSampling(num_frames=2))
+        read_frames(str(tmp_path / "%d.png"), DataConfig(num_frames=2))
     (tmp_path / "%d.png").write_bytes(b"\0" * 100)
     with pytest.raises(VideoError, match="damaged, truncated or no video"):
-        read_frames(str(tmp_path / "%d.png"), FrameSampling(num_frames=2))
+        read_frames(str(tmp_path / "%d.png"), DataConfig(num_frames=2))
 
 
 def test_what_is_missing_in_an_archive_is_named(tmp_path: Path, make_frames: Callable[..., Frames]) -> None:
     address = packed(encode(tmp_path / "x.mp4", make_frames(8)), "stored")
     with pytest.raises(VideoError, match=r"gone\.mp4"):
-        read_frames(address.replace("x.mp4::", "gone.mp4::"), FrameSampling())
+        read_frames(address.replace("x.mp4::", "gone.mp4::"), DataConfig())
     (tmp_path / "empty").touch()
     with pytest.raises(VideoError, match=r"x\.mp4.*the file is empty"):
-        read_frames(packed(tmp_path / "empty", "stored"), FrameSampling())
+        read_frames(packed(tmp_path / "empty", "stored"), DataConfig())
 
 
 def test_what_another_try_may_mend_is_told_from_what_is_broken(
@@ -100,13 +105,13 @@ def test_what_another_try_may_mend_is_told_from_what_is_broken(
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video" * 100)
 
-    def outcome(file: Path, limits: DecodeLimits | None = None) -> tuple[str, bool]:
+    def outcome(file: Path, timeout_s: float = 60.0) -> tuple[str, bool]:
         with pytest.raises(VideoError) as refused:
-            read_frames(str(file), FrameSampling(num_frames=4), limits=limits or DecodeLimits())
+            read_frames(str(file), DataConfig(num_frames=4, decode_timeout_s=timeout_s))
         return str(refused.value), refused.value.is_final
 
     assert outcome(broken)[1]
-    message, is_final = outcome(path, DecodeLimits(timeout_s=1e-9))
+    message, is_final = outcome(path, 1e-9)
     assert "data.decode_timeout_s" in message and not is_final
 
     def fail(*_: object, **__: object) -> None:

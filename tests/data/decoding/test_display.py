@@ -15,10 +15,10 @@ from av.video.stream import VideoStream
 
 from tests.data.decoding.document import check_table
 from tests.data.encoding import Frames
+from vlmcap.config import DataConfig
 from vlmcap.data.decoding.container import VideoError
 from vlmcap.data.decoding.display import display_matrix
 from vlmcap.data.decoding.hdr import to_sdr
-from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.decoding.video import DecodeLimits, read_frames
 
 SetUp = Callable[[VideoStream], None]
@@ -30,7 +30,7 @@ OPTIONS = {
     "libvpx-vp9": {"b": "9M", "deadline": "realtime", "cpu-used": "8"},
     "libsvtav1": {"crf": "4", "preset": "12", "svtav1-params": "lp=1"},
 }
-STILL = FrameSampling(num_frames=1)
+STILL = DataConfig(num_frames=1)
 PQ, HLG, BT2020, BT2020_NCL = 16, 18, 9, 9
 
 

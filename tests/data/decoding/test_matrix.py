@@ -27,12 +27,15 @@ from tests.data.decoding.matrix import (
     read_number,
 )
 from tests.data.encoding import Frames, on_screen
+from vlmcap.config import AugmentConfig, DataConfig, Sampling
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile
 from vlmcap.data.decoding.frame_reader import FrameReader
-from vlmcap.data.decoding.sampling import KINDS, FrameSampling, choose_moments, spread
+from vlmcap.data.decoding.sampling import choose_moments, spread
 from vlmcap.data.decoding.video import read_timed_frames
 
-SAMPLINGS = [FrameSampling(kind, 5, fps=1.9) for kind in KINDS] + [FrameSampling("uniform", 7, jitter=0.4)]
+SAMPLINGS = [DataConfig(sampling=kind, num_frames=5, fps=1.9) for kind in Sampling] + [
+    DataConfig(sampling=Sampling.uniform, num_frames=7, augment=AugmentConfig(jitter=0.4))
+]
 WITH_DISPLAY = ("mp4", "mov", "mkv", "webm")  # containers that say how the picture is turned
 FRAME_S, ROUNDING_S = 0.04, 0.0021  # of containers that count milliseconds
 SLICE = [
@@ -79,7 +82,7 @@ def reference_times(video: Video, decoded: Decoded, encoding: str, container: st
     return video.times_s
 
 
-def read(path: Path, sampling: FrameSampling) -> tuple[list[float], float, Frames, list[float]]:
+def read(path: Path, sampling: DataConfig) -> tuple[list[float], float, Frames, list[float]]:
     """Moments and length as the reader takes them, and the frames (F, H, W, 3) with their times, one for each moment."""
     file = MediaFile(str(path))
     with file.open_container(60) as container:
@@ -101,7 +104,7 @@ def check(video: Video, encoding: str, container: str, kind: str) -> int:
     times_s = reference_times(video, decoded, encoding, container, kind)
     for sampling in SAMPLINGS:
         moments, length_s, frames, read_s = read(video.path, sampling)
-        if sampling.kind in ("uniform", "random", "fps"):
+        if sampling.sampling in (Sampling.uniform, Sampling.random, Sampling.fps):
             assert moments == pytest.approx(choose_moments(sampling, length_s, np.random.default_rng(0)))
         if decoded.is_turned:  # turned back, so that the numbers can be read
             frames = np.rot90(frames, -1, axes=(1, 2)) if kind == "rotated" else frames[:, :, ::-1]

@@ -12,16 +12,16 @@ from PIL import Image
 
 from tests.data.decoding.matrix import NUM_FRAMES, Video, make_video, picture, read_number
 from tests.data.encoding import encode
+from vlmcap.config import DataConfig, Sampling
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError
 from vlmcap.data.decoding.frame_reader import FrameReader
-from vlmcap.data.decoding.sampling import FrameSampling
 from vlmcap.data.decoding.video import pad_frames, read_frames, read_timed_frames
 
 EVEN = [7, 22, 37, 52]  # the middles of four quarters of 60 frames
-FOUR = FrameSampling(num_frames=4)
+FOUR = DataConfig(num_frames=4)
 
 
-def numbers(path: Path, sampling: FrameSampling = FOUR) -> list[int]:
+def numbers(path: Path, sampling: DataConfig = FOUR) -> list[int]:
     return [read_number(frame.permute(1, 2, 0).numpy()) for frame in read_frames(str(path), sampling)]
 
 
@@ -78,8 +78,8 @@ def test_fragments(tmp_path: Path, flags: str, bframes: int) -> None:
     options = {"crf": "12", "x264-params": f"bframes={bframes}:b-adapt=0"}
     times = [700 + 40 * i for i in range(NUM_FRAMES)]
     path = encode(tmp_path / "x.mp4", frames, times=times, gop=12, options=options, container_options={"movflags": flags})
-    for kind in ("uniform", "keyframe", "adaptive"):
-        assert len(set(numbers(path, FrameSampling(kind, 4)))) == 4
+    for kind in (Sampling.uniform, Sampling.keyframe, Sampling.adaptive):
+        assert len(set(numbers(path, DataConfig(sampling=kind, num_frames=4)))) == 4
     assert numbers(path) == EVEN
 
 
@@ -98,7 +98,7 @@ def test_half_a_matroska_file_is_refused(tmp_path: Path, tag: str, share: float)
 def test_recordings_joined_without_new_times(tmp_path: Path, encoding: str) -> None:
     video = make_video(tmp_path, encoding, "ts", "B-frames")
     video.path.write_bytes(video.path.read_bytes() * 2)
-    assert numbers(video.path, FrameSampling(num_frames=8)) == EVEN + EVEN
+    assert numbers(video.path, DataConfig(num_frames=8)) == EVEN + EVEN
     assert reader_of(video.path).duration_s == pytest.approx(4.8, abs=0.05)
 
 
@@ -132,8 +132,8 @@ def relabel(source: Path, container: str) -> Path:
 @pytest.mark.parametrize(("encoding", "container"), [("h264", "mp4"), ("hevc", "mkv"), ("mpeg4", "mkv"), ("h264", "flv")])
 def test_frames_that_are_called_key_frames(tmp_path: Path, encoding: str, container: str, kind: str) -> None:
     path = relabel(make_video(tmp_path, encoding, "mp4", kind).path, container)
-    for sampling in ("uniform", "random", "keyframe", "adaptive"):
-        frames, times_s = read_timed_frames(str(path), FrameSampling(sampling, 6), rng=np.random.default_rng(2))
+    for sampling in (Sampling.uniform, Sampling.random, Sampling.keyframe, Sampling.adaptive):
+        frames, times_s = read_timed_frames(str(path), DataConfig(sampling=sampling, num_frames=6), rng=np.random.default_rng(2))
         assert times_s is not None
         shown = [read_number(frame.permute(1, 2, 0).numpy()) for frame in frames]
         assert shown == [round(25 * float(moment)) for moment in times_s]
@@ -144,7 +144,7 @@ def test_frames_that_are_called_key_frames(tmp_path: Path, encoding: str, contai
 def test_seeking_where_it_does_not_pay_changes_nothing(tmp_path: Path, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
     video = make_video(tmp_path, "h264", container, "B-frames")
     monkeypatch.setattr(FrameReader, "_saves_decoding", lambda *_: True)
-    assert numbers(video.path, FrameSampling(num_frames=10)) == list(range(3, 60, 6))
+    assert numbers(video.path, DataConfig(num_frames=10)) == list(range(3, 60, 6))
 
 
 @pytest.mark.parametrize(("length_ms", "first"), [(1200, 0), (1200, 25), (800, 17), (2400, 25)])
@@ -161,11 +161,11 @@ def test_an_edit_list_that_shows_a_part(tmp_path: Path, kind: str, length_ms: in
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "mpg"])
-@pytest.mark.parametrize("kind", ["uniform", "random", "fps", "keyframe", "adaptive"])
-def test_periodic_intra_refresh(tmp_path: Path, container: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", Sampling)
+def test_periodic_intra_refresh(tmp_path: Path, container: str, kind: Sampling) -> None:
     """Its key frames only begin to build up the picture."""
     video = make_video(tmp_path, "h264_intra_refresh", container, "constant")
-    found, times_s = read_timed_frames(str(video.path), FrameSampling(kind, 6, fps=2.5), rng=np.random.default_rng(1))
+    found, times_s = read_timed_frames(str(video.path), DataConfig(sampling=kind, num_frames=6, fps=2.5), rng=np.random.default_rng(1))
     assert times_s is not None
     shown = [read_number(frame.permute(1, 2, 0).numpy()) for frame in found]
     assert shown == [round(25 * float(moment)) for moment in times_s]

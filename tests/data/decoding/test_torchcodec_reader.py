@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from tests.data.decoding.test_sampling import B_FRAMES, SETTINGS, MakeFrames, make_clip
 from tests.data.encoding import encode
+from vlmcap.config import DataConfig, Decoder
 from vlmcap.data.decoding import torchcodec_reader
 from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
-from vlmcap.data.decoding.video import DecodeLimits, FrameSampling, VideoError, read_frames
+from vlmcap.data.decoding.video import DecodeLimits, VideoError, read_frames
 from vlmcap.errors import UserError
 
 CLIPS = ["variable rate", "rotated", "odd sides", "open groups", "late start", "edit list", "one frame"]
@@ -34,11 +36,14 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("loaded")
-@pytest.mark.parametrize("sampling", SETTINGS, ids=lambda sampling: f"{sampling.kind}{sampling.jitter or ''}")
+@pytest.mark.parametrize("sampling", SETTINGS, ids=lambda data: f"{data.sampling.name}{data.augment.jitter or ''}")
 @pytest.mark.parametrize("kind", CLIPS)
-def test_both_decoders_give_the_same_frames(tmp_path: Path, kind: str, sampling: FrameSampling, make_frames: MakeFrames) -> None:
+def test_both_decoders_give_the_same_frames(tmp_path: Path, kind: str, sampling: DataConfig, make_frames: MakeFrames) -> None:
     path = make_clip(kind, tmp_path, make_frames)
-    mine, other = (read_frames(str(path), sampling, rng=np.random.default_rng(0), decoder=name) for name in ("pyav", "torchcodec"))
+    mine, other = (
+        read_frames(str(path), dataclasses.replace(sampling, decoder=decoder), rng=np.random.default_rng(0))
+        for decoder in (Decoder.pyav, Decoder.torchcodec)
+    )
     assert mine.shape == other.shape
     assert psnr(mine, other) > 40
 
@@ -46,7 +51,9 @@ def test_both_decoders_give_the_same_frames(tmp_path: Path, kind: str, sampling:
 @pytest.mark.usefixtures("loaded")
 def test_real_clips_are_the_same(real_clips: dict[str, Path]) -> None:
     for name in ("bikes", "carphone_pristine"):
-        mine, other = (read_frames(str(real_clips[name]), FrameSampling(num_frames=6), decoder=name_) for name_ in ("pyav", "auto"))
+        mine, other = (
+            read_frames(str(real_clips[name]), DataConfig(num_frames=6, decoder=decoder)) for decoder in (Decoder.pyav, Decoder.auto)
+        )
         assert psnr(mine, other) > 40
 
 
@@ -57,8 +64,8 @@ def test_archives_are_read_in_place(tmp_path: Path, make_frames: MakeFrames) -> 
     path = encode(tmp_path / "x.mp4", make_frames(30), gop=10, options=B_FRAMES)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(path, "x.mp4")
-    frames = read_frames(f"zip://x.mp4::{tmp_path / 'a.zip'}", FrameSampling(num_frames=4), decoder="torchcodec")
-    assert psnr(frames, read_frames(str(path), FrameSampling(num_frames=4))) > 40
+    frames = read_frames(f"zip://x.mp4::{tmp_path / 'a.zip'}", DataConfig(num_frames=4, decoder=Decoder.torchcodec))
+    assert psnr(frames, read_frames(str(path), DataConfig(num_frames=4))) > 40
 
 
 @pytest.mark.usefixtures("loaded")
@@ -66,13 +73,13 @@ def test_the_checks_hold_for_both(tmp_path: Path, make_frames: MakeFrames, real_
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile x.mp4\n", encoding="utf-8")
     encode(tmp_path / "x.mp4", make_frames(8))
     with pytest.raises(VideoError, match=r"list\.mp4 cannot be read"):
-        read_frames(str(tmp_path / "list.mp4"), FrameSampling(), decoder="torchcodec")
+        read_frames(str(tmp_path / "list.mp4"), DataConfig(decoder=Decoder.torchcodec))
     with pytest.raises(VideoError, match="outside the allowed 1 to 1000 pixels"):
-        read_frames(str(real_clips["bikes"]), FrameSampling(), limits=DecodeLimits(max_pixels=1000), decoder="torchcodec")
+        read_frames(str(real_clips["bikes"]), DataConfig(decoder=Decoder.torchcodec), limits=DecodeLimits(max_pixels=1000))
     whole = encode(tmp_path / "cut.mp4", make_frames(250), container_options={"movflags": "+faststart"}).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VideoError, match=r"cut\.mp4 cannot be read"):
-        read_frames(str(tmp_path / "cut.mp4"), FrameSampling(), decoder="torchcodec")
+        read_frames(str(tmp_path / "cut.mp4"), DataConfig(decoder=Decoder.torchcodec))
 
 
 class FakeDecoder:
@@ -111,7 +118,7 @@ def test_what_fails_inside_is_one_sentence(real_clips: dict[str, Path], faked: t
 
     monkeypatch.setattr(faked, "get_frames_played_at", fail)
     with pytest.raises(VideoError, match=r"^bikes\.mp4 cannot be read: torchcodec cannot decode it \(no such thing\)$"):
-        read_frames(str(real_clips["bikes"]), FrameSampling(), decoder="torchcodec")
+        read_frames(str(real_clips["bikes"]), DataConfig(decoder=Decoder.torchcodec))
 
 
 def test_without_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +128,8 @@ def test_without_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", fail)
     torchcodec_reader._load.cache_clear()
     try:
-        assert resolve_decoder("auto") == "pyav"
+        assert resolve_decoder(Decoder.auto) is Decoder.pyav
         with pytest.raises(UserError, match=r"data\.decoder=torchcodec cannot be used.*Could not load libtorchcodec\).*data\.decoder=pyav"):
-            resolve_decoder("torchcodec")
+            resolve_decoder(Decoder.torchcodec)
     finally:
         torchcodec_reader._load.cache_clear()
-    with pytest.raises(ValueError, match="decoder"):
-        resolve_decoder("opencv")

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from tests.data.encoding import Frames, decode_all, encode
+from vlmcap.config import DataConfig
 from vlmcap.data.decoding import frame_reader
 from vlmcap.data.decoding.container import MediaFile
 from vlmcap.data.decoding.display import to_rgb
 from vlmcap.data.decoding.sampling import uniform_moments
-from vlmcap.data.decoding.video import DecodeLimits, VideoError, decode_frames, write_video
+from vlmcap.data.decoding.video import DecodeLimits, VideoError, decode_frames, read_frames, write_video
 
 
 def centres(num_all: int, num_frames: int) -> list[int]:
@@ -179,7 +180,7 @@ def test_too_large_frames_and_too_little_time(real_clips: dict[str, Path]) -> No
         decode_frames(real_clips["bigbuckbunny"], 2, limits=DecodeLimits(max_pixels=1000))
     start = time.monotonic()
     with pytest.raises(VideoError, match=r"longer than data\.decode_timeout_s"):
-        decode_frames(real_clips["bigbuckbunny"], 8, limits=DecodeLimits(timeout_s=0.05))
+        read_frames(str(real_clips["bigbuckbunny"]), DataConfig(num_frames=8, decode_timeout_s=0.05))
     assert time.monotonic() - start < 2
 
 

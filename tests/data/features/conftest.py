@@ -78,6 +78,8 @@ def numbered(tmp_path: Path) -> Callable[..., NumberedClips]:
 @pytest.fixture
 def make_recipe() -> Callable[..., Recipe]:
     def make(**changes: object) -> Recipe:
-        return Recipe(**{"encoder": "ab" * 32, "layer": -2, "transform": {"kind": "Resize", "size": 4}, "num_frames": 2, **changes})  # type: ignore[arg-type]
+        encoder = {"encoder": "ab" * 32, "layer": -2, "transform": {"kind": "Resize", "size": 4}, "precision": "32-true"}
+        data = {"num_frames": 2, "sampling": "uniform", "fps": 1.0, "variable_frames": False, "decoder": "pyav"}
+        return Recipe(**{**encoder, **data, "pooled": None, "dtype": "float16", **changes})  # type: ignore[arg-type]
 
     return make

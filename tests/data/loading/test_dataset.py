@@ -17,17 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.data.decoding.matrix import make_video, read_number
-from vlmcap.data.decoding.augment import Augment
-from vlmcap.data.decoding.sampling import KINDS, FrameSampling
-from vlmcap.data.decoding.video import DecodedFrames, DecodeLimits, read_frames, read_timed_frames
+from vlmcap.config import AugmentConfig, DataConfig, Sampling
+from vlmcap.data.decoding.video import DecodedFrames, read_frames, read_timed_frames
 from vlmcap.data.loading import dataset as dataset_module
 from vlmcap.data.loading import isolation
-from vlmcap.data.loading.dataset import ClipDataset, ReadSettings
+from vlmcap.data.loading.dataset import ClipDataset
 from vlmcap.data.loading.isolation import is_available
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped
 
-PLAIN = ReadSettings(FrameSampling(num_frames=4))
+PLAIN = DataConfig(num_frames=4)
 isolations = pytest.mark.parametrize("is_isolated", [False, True])
 
 
@@ -61,7 +60,7 @@ def first_pixels(item: Sample | Skipped) -> bytes:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_workers: int, is_isolated: bool) -> None:
     clips = [*small_clips, Clip("gone", "folder/gone.mp4", ())]
-    dataset = ClipDataset(clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), frame_transform=shrink, grid_of=grid_of)
+    dataset = ClipDataset(clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=shrink, grid_of=grid_of)
     assert len(dataset) == 6
     items = [item for batch in DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=as_list) for item in batch]
     assert {item.clip.id: item.reason for item in items if isinstance(item, Skipped)} == {
@@ -74,42 +73,42 @@ def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_worke
     for sample in samples:
         assert sample.features is None
         assert sample.grid_thw == (4, 48, 64)
-        assert torch.equal(frames_of(sample), shrink(read_frames(sample.clip, PLAIN.sampling)))
+        assert torch.equal(frames_of(sample), shrink(read_frames(sample.clip, PLAIN)))
 
 
 @isolations
 def test_an_index_is_always_the_same_and_a_draw_is_its_own(small_clips: list[Clip], is_isolated: bool) -> None:
     clips = small_clips[1:4]
-    settings = ReadSettings(FrameSampling("random", 4, jitter=0.3), augment=Augment(0.3, 0.3), seed=3, is_isolated=is_isolated)
-    dataset = ClipDataset(clips, settings, frame_transform=keep)
-    again = ClipDataset(clips, settings, frame_transform=keep)
+    data = DataConfig(sampling=Sampling.random, num_frames=4, augment=AugmentConfig(0.3, 0.3, 0.3), is_isolated=is_isolated)
+    dataset = ClipDataset(clips, data, seed=3, frame_transform=keep)
+    again = ClipDataset(clips, data, seed=3, frame_transform=keep)
     for index in range(3):
-        assert torch.equal(frames_of(dataset[index]), read_frames(clips[index], FrameSampling(num_frames=4)))
+        assert torch.equal(frames_of(dataset[index]), read_frames(clips[index], DataConfig(num_frames=4)))
     draws = [(epoch, index) for epoch in range(3) for index in range(3)]
     drawn = {draw: frames_of(dataset[draw]) for draw in draws}
     for draw in reversed(draws):  # in another order, by another object
         assert torch.equal(drawn[draw], frames_of(again[draw]))
     assert len({first_pixels(dataset[epoch, 0]) for epoch in range(3)}) == 3
-    other = ClipDataset(clips, dataclasses.replace(settings, seed=4), frame_transform=keep)
+    other = ClipDataset(clips, data, seed=4, frame_transform=keep)
     assert first_pixels(other[0, 0]) != first_pixels(dataset[0, 0])
 
 
 def test_numbers_of_numpy_are_keys_too(small_clips: list[Clip]) -> None:
-    dataset = ClipDataset(small_clips[1:4], PLAIN, frame_transform=keep)
+    dataset = ClipDataset(small_clips[1:4], PLAIN, seed=0, frame_transform=keep)
     assert torch.equal(frames_of(dataset[np.int64(2)]), frames_of(dataset[np.int32(0), np.int64(2)]))  # type: ignore[index]
 
 
 @isolations
 def test_without_chance_a_draw_is_the_index_bit_by_bit(small_clips: list[Clip], is_isolated: bool) -> None:
-    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), frame_transform=keep)
+    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=keep)
     assert torch.equal(frames_of(dataset[5, 1]), frames_of(dataset[1]))
 
 
 @pytest.mark.parametrize("is_variable", [False, True])
 def test_short_clips_are_padded_unless_they_may_vary(small_clips: list[Clip], is_variable: bool) -> None:
-    settings = ReadSettings(FrameSampling(num_frames=40), is_variable=is_variable)
-    dataset = ClipDataset(small_clips[1:4], settings, frame_transform=keep, grid_of=grid_of)
-    own = [len(read_frames(clip, settings.sampling)) for clip in dataset.clips]
+    data = DataConfig(num_frames=40, variable_frames=is_variable)
+    dataset = ClipDataset(small_clips[1:4], data, seed=0, frame_transform=keep, grid_of=grid_of)
+    own = [len(read_frames(clip, data)) for clip in dataset.clips]
     assert max(own) < 40
     items = [dataset[index] for index in range(3)]
     assert [len(frames_of(item)) for item in items] == (own if is_variable else [40] * 3)
@@ -127,21 +126,22 @@ def timed(item: Sample | Skipped) -> list[tuple[int, float]]:
 @isolations
 @pytest.mark.parametrize("key", [0, (3, 0)], ids=["plain", "drawn"])
 @pytest.mark.parametrize(("container", "kind"), [("mp4", "constant"), ("mkv", "variable"), ("mkv", "late start")])
-@pytest.mark.parametrize("sampling", KINDS)
+@pytest.mark.parametrize("sampling", Sampling)
 def test_times_are_those_of_the_frames_whatever_the_sampling(
-    sampling: str, container: str, kind: str, key: Any, is_isolated: bool, tmp_path: Path
+    sampling: Sampling, container: str, kind: str, key: Any, is_isolated: bool, tmp_path: Path
 ) -> None:
     video = make_video(tmp_path, "h264", container, kind)
-    settings = ReadSettings(FrameSampling(sampling, 6, fps=2.0, jitter=0.4), is_isolated=is_isolated)
-    found = timed(ClipDataset([Clip("a", str(video.path), ())], settings, frame_transform=keep)[key])
+    augment = AugmentConfig(jitter=0.4)
+    data = DataConfig(sampling=sampling, num_frames=6, fps=2.0, augment=augment, is_isolated=is_isolated)
+    found = timed(ClipDataset([Clip("a", str(video.path), ())], data, seed=0, frame_transform=keep)[key])
     assert len({number for number, _ in found}) > 3
     assert [time_s for _, time_s in found] == pytest.approx([video.times_s[number] for number, _ in found], abs=0.0011)
 
 
 @pytest.mark.parametrize("is_variable", [False, True])
 def test_frames_that_are_repeated_repeat_their_times(small_clips: list[Clip], is_variable: bool) -> None:
-    settings = ReadSettings(FrameSampling(num_frames=16), is_variable=is_variable)
-    item = ClipDataset(small_clips[1:2], settings, frame_transform=keep)[0]  # 8 frames, 8 per second
+    data = DataConfig(num_frames=16, variable_frames=is_variable)
+    item = ClipDataset(small_clips[1:2], data, seed=0, frame_transform=keep)[0]  # 8 frames, 8 per second
     assert isinstance(item, Sample)
     assert item.times_s == tuple(index / 8 for index in range(8) for _ in range(1 if is_variable else 2))
 
@@ -151,7 +151,7 @@ def test_images_count_as_taken_at_two_a_second(tmp_path: Path) -> None:
     for index, path in enumerate(paths):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
     clips = [Clip("list", paths[0], (), frames=tuple(paths)), Clip("one", paths[0], ())]
-    dataset = ClipDataset(clips, ReadSettings(FrameSampling(num_frames=6)), frame_transform=keep)
+    dataset = ClipDataset(clips, DataConfig(num_frames=6), seed=0, frame_transform=keep)
     assert [dataset[index].times_s for index in range(2)] == [(0.0, 0.0, 0.5, 0.5, 1.0, 1.0), (0.0,) * 6]  # type: ignore[union-attr]
 
 
@@ -189,8 +189,8 @@ def test_a_decoder_that_fails_costs_one_clip(
 ) -> None:
     monkeypatch.setattr(dataset_module, "read_timed_frames", decode_badly(how))
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
-    settings = ReadSettings(FrameSampling(num_frames=4), DecodeLimits(timeout_s=1.0), memory_gib=1.0)
-    dataset = ClipDataset(small_clips[1:4], settings, frame_transform=keep)
+    data = DataConfig(num_frames=4, decode_timeout_s=1.0, decode_memory_gib=1.0)
+    dataset = ClipDataset(small_clips[1:4], data, seed=0, frame_transform=keep)
     items = [item for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list) for item in batch]
     assert [type(item) for item in items] == [Sample, Skipped, Sample]
     assert isinstance(items[1], Skipped)
@@ -212,7 +212,7 @@ def test_a_clip_that_hangs_is_tried_once(
 
     monkeypatch.setattr(dataset_module, "read_timed_frames", read)
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
-    dataset = ClipDataset(small_clips[1:4], ReadSettings(FrameSampling(num_frames=4), DecodeLimits(timeout_s=1.0)), frame_transform=keep)
+    dataset = ClipDataset(small_clips[1:4], DataConfig(num_frames=4, decode_timeout_s=1.0), seed=0, frame_transform=keep)
     for _ in range(3):  # new workers each time
         items = [item for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list) for item in batch]
         assert [type(item) for item in items] == [Sample, Skipped, Sample]
@@ -222,7 +222,7 @@ def test_a_clip_that_hangs_is_tried_once(
 def test_without_isolation_memory_and_unexpected_errors_cost_one_clip_too(small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
     for how in ("eat", "raise"):
         monkeypatch.setattr(dataset_module, "read_timed_frames", decode_badly(how))
-        dataset = ClipDataset(small_clips[1:4], dataclasses.replace(PLAIN, is_isolated=False), frame_transform=keep)
+        dataset = ClipDataset(small_clips[1:4], dataclasses.replace(PLAIN, is_isolated=False), seed=0, frame_transform=keep)
         assert [type(dataset[index]) for index in range(3)] == [Sample, Skipped, Sample]
 
 
@@ -231,12 +231,12 @@ def test_a_mistake_in_the_configuration_is_raised(small_clips: list[Clip], is_is
     def refuse(num_frames: int, height: int, width: int) -> None:
         raise UserError(f"data.num_frames must be even, not {num_frames}")
 
-    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), frame_transform=keep, grid_of=refuse)
+    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=keep, grid_of=refuse)
     with pytest.raises(UserError, match=r"^data\.num_frames must be even, not 4$"):
         dataset[1]
 
 
 def test_it_can_be_pickled_for_spawned_workers(small_clips: list[Clip]) -> None:
-    dataset = ClipDataset(small_clips, PLAIN, frame_transform=shrink)
+    dataset = ClipDataset(small_clips, PLAIN, seed=0, frame_transform=shrink)
     expected = frames_of(dataset[1])  # with a child running
     assert torch.equal(frames_of(pickle.loads(pickle.dumps(dataset))[1]), expected)

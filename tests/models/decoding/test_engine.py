@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlmcap.config import EvaluationConfig, LoraConfig
 from vlmcap.models.decoding.engine import can_decode, greedy_ids
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
@@ -56,7 +57,7 @@ def make_model(kind: str, **changes: Any) -> nn.Module:
 def model(request: pytest.FixtureRequest) -> nn.Module:
     if request.param != "adapted":
         return make_model(request.param)
-    adapted = add_lora(make_model("Qwen3"), rank=4, alpha=8, dropout=0.5, target_modules="all-linear")
+    adapted = add_lora(make_model("Qwen3"), LoraConfig(rank=4, alpha=8, dropout=0.5))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -76,7 +77,7 @@ def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) 
 
     embeddings = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left")
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(one)).long() for one in own], batch_first=True, padding_side="left")
-    penalty = settings.repetition_penalty
+    penalty = settings.rules.repetition_penalty
     ids = model.generate(  # type: ignore[operator]
         inputs_embeds=embeddings,
         attention_mask=mask,
@@ -120,7 +121,7 @@ class Calls:
 @pytest.mark.parametrize("num_rows", [3, 9])
 @pytest.mark.parametrize("rules", RULES)
 def test_captions_are_those_of_transformers(model: nn.Module, rules: dict[str, Any], num_rows: int) -> None:
-    settings = GenerationSettings(NEW, **rules)
+    settings = GenerationSettings(NEW, EvaluationConfig(**rules))
     theirs = expected(model, prompts(), settings)
     assert greedy_ids(model, prompts(), settings, STOPS, num_rows) == theirs
     assert len({len(row) for row in theirs}) > 3, "rows must stop at different times"
@@ -129,8 +130,8 @@ def test_captions_are_those_of_transformers(model: nn.Module, rules: dict[str, A
 @pytest.mark.parametrize("lookup", [1, 2])
 @pytest.mark.parametrize("rules", RULES)
 def test_guessing_changes_no_caption(model: nn.Module, rules: dict[str, Any], lookup: int) -> None:
-    plain = GenerationSettings(NEW, **rules)
-    guessing = GenerationSettings(NEW, speculate_ngram=lookup, **rules)
+    plain = GenerationSettings(NEW, EvaluationConfig(**rules))
+    guessing = GenerationSettings(NEW, EvaluationConfig(speculate_ngram=lookup, **rules))
     assert greedy_ids(model, prompts(), guessing, STOPS, 4) == expected(model, prompts(), plain)
 
 
@@ -144,7 +145,7 @@ def test_guesses_save_steps_where_text_goes_in_circles(seed: int) -> None:
     counts = {}
     for lookup in (0, 2):
         with Calls(model) as calls:
-            ids = greedy_ids(model, prompts((9, 4, 13), seed), GenerationSettings(100, speculate_ngram=lookup), (), 3)
+            ids = greedy_ids(model, prompts((9, 4, 13), seed), GenerationSettings(100, EvaluationConfig(speculate_ngram=lookup)), (), 3)
         counts[lookup] = (len(calls.steps), ids)
     assert counts[0][1] == counts[2][1]
     assert counts[2][0] < counts[0][0] / 2
@@ -200,7 +201,7 @@ def test_prompts_are_drawn_as_rows_get_free() -> None:
 @pytest.mark.parametrize("most", [1, 2])
 def test_short_limits(most: int) -> None:
     model = make_model("Llama")
-    settings = GenerationSettings(most, speculate_ngram=1)
+    settings = GenerationSettings(most, EvaluationConfig(speculate_ngram=1))
     assert greedy_ids(model, prompts(), settings, STOPS, 2) == expected(model, prompts(), settings)
     assert greedy_ids(model, [], settings, STOPS, 2) == []
 
@@ -215,7 +216,7 @@ def sketch(kind: str, **changes: Any) -> Any:
 def test_full_attention_is_taken_with_and_without_adapters() -> None:
     for kind in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe"):
         assert can_decode(sketch(kind)), kind
-    assert can_decode(add_lora(sketch("Qwen3"), rank=2, alpha=2, dropout=0.0, target_modules="all-linear"))
+    assert can_decode(add_lora(sketch("Qwen3"), LoraConfig(rank=2, alpha=2)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.compose import compose
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
@@ -55,13 +55,13 @@ def make(llm_folder: Path) -> Make:
     """A captioner around a tiny language model, with adapters as after some training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    prompt = load_prompt(llm_folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
 
     def build(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> VideoCaptioner:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS.get(kind, {}) | options))
         llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval().requires_grad_(False)
-        adapted = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
@@ -225,8 +225,8 @@ def test_whole_models(kind: str, qwen_folders: dict[str, Path], spy: list[int]) 
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
-    llm = add_lora(parts.llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
+    llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
     captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4)).eval()
     items = []
     for i, (text, size) in enumerate(zip(CAPTIONS, sizes, strict=True)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.experts import MATRICES, add_expert_lora, fused_experts, merge_expert_lora
@@ -37,7 +38,7 @@ def with_attention_lora(model: Any) -> Any:
 def with_expert_lora(model: Any, *, rank: int = 4, is_random: bool = False, **options: Any) -> Any:
     torch.manual_seed(0)
     settings = {"alpha": 8, "dropout": 0.0, "use_rslora": False} | options
-    assert add_expert_lora(model, rank=rank, **settings) == 3
+    assert add_expert_lora(model, LoraConfig(rank=rank, **settings)) == 3
     if is_random:  # as after training
         for experts in fused_experts(model):
             for factor in experts.lora_B.values():
@@ -155,7 +156,7 @@ def test_both_kinds_of_adapters_are_trained_together(moe_folder: Path) -> None:
 
 def test_through_the_projects_own_functions_no_router_is_adapted(moe_folder: Path) -> None:
     model = load_language_model(moe_folder, dtype=torch.float32, quantization="4bit", attention="sdpa", device="cpu")
-    adapted = add_lora(model, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", use_experts=True)
+    adapted = add_lora(model, LoraConfig(rank=4, alpha=8, use_experts=True))
     names = trained(adapted)
     assert len(names) == 3 * (4 * 2 + 2 * 2)  # four linear layers of attention, two matrices of experts
     assert not any(".gate." in name for name in names)
@@ -187,4 +188,4 @@ def test_merging_into_four_bit_is_refused(moe_folder: Path) -> None:
 
 def test_a_model_without_experts_is_refused(llm_folder: Path) -> None:
     with pytest.raises(UserError, match=r"tuning\.lora\.use_experts"):
-        add_expert_lora(load(llm_folder), rank=4, alpha=8, dropout=0.0, use_rslora=False)
+        add_expert_lora(load(llm_folder), LoraConfig(rank=4, alpha=8, use_rslora=False))

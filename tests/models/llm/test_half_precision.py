@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmcap.config import MlpConfig, Temporal
+from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
@@ -25,8 +25,8 @@ MAX = torch.finfo(torch.float16).max
 def captioner(folder: Path, quantization: str) -> VideoCaptioner:
     torch.manual_seed(0)
     llm = load_language_model(folder, dtype=torch.float16, quantization=quantization, attention="sdpa", device="cpu")
-    adapted = add_lora(llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=2))
     return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(max_new_tokens=4))
 

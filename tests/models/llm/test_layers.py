@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from vlmcap.assembly.parts import add_adapters
 from vlmcap.compose import compose
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm import layers
 from vlmcap.models.llm.adapt import add_lora
@@ -42,7 +43,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def model_of(folder: Path, dropout: float = 0.1) -> Any:
     torch.manual_seed(0)
     llm = load_language_model(folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
-    return add_lora(llm, rank=4, alpha=8, dropout=dropout, target_modules="all-linear").train()
+    return add_lora(llm, LoraConfig(rank=4, alpha=8, dropout=dropout)).train()
 
 
 def loss_and_gradients(model: Any, length: int = 9) -> list[Tensor]:

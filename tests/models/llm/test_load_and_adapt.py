@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.load import context_length, load_language_model, text_width
@@ -21,7 +22,7 @@ def load(folder: Path, quantization: str = "none", dtype: torch.dtype = torch.fl
 
 
 def with_lora(model: nn.Module, targets: str = "all-linear") -> Any:
-    return add_lora(model, rank=4, alpha=8, dropout=0.0, target_modules=targets)
+    return add_lora(model, LoraConfig(rank=4, alpha=8, target_modules=targets))
 
 
 def raw_bytes(model: nn.Module) -> dict[str, Tensor]:
@@ -154,15 +155,15 @@ def test_a_router_that_is_a_linear_layer_is_known_by_its_outputs(moe_folder: Pat
 
 
 def test_experts_get_adapters_when_asked(moe_folder: Path, llm_folder: Path) -> None:
-    model = add_lora(load(moe_folder, "4bit"), rank=2, alpha=4, dropout=0.0, target_modules="all-linear", use_experts=True)
+    model = add_lora(load(moe_folder, "4bit"), LoraConfig(rank=2, alpha=4, use_experts=True))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert sum(".experts." in name for name in trained) == 3 * 4  # layers, and two factors of two matrices
     assert adapted_layers(model) > {"model.layers.0.self_attn.q_proj"}
     with pytest.raises(UserError, match=r"tuning\.lora\.use_experts"):
-        add_lora(load(llm_folder), rank=2, alpha=4, dropout=0.0, target_modules="all-linear", use_experts=True)
-    with pytest.raises(UserError, match=r"tuning\.lora\.use_dora"):
-        add_lora(load(moe_folder), rank=2, alpha=4, dropout=0.0, target_modules="all-linear", use_experts=True, use_dora=True)
+        add_lora(load(llm_folder), LoraConfig(rank=2, alpha=4, use_experts=True))
+    with pytest.raises(ValueError, match=r"tuning\.lora\.use_dora"):
+        LoraConfig(rank=2, alpha=4, use_experts=True, use_dora=True)
 
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
@@ -173,7 +174,7 @@ def test_every_kind_learns_and_comes_back(llm_folder: Path, quantization: str, k
     def build() -> Any:
         base = load(llm_folder, quantization)
         kinds = {"use_dora": kind == "dora", "use_rslora": kind == "rslora"}
-        return add_lora(base, rank=4, alpha=8, dropout=0.0, target_modules="all-linear", **kinds)
+        return add_lora(base, LoraConfig(rank=4, alpha=8, **kinds))
 
     torch.manual_seed(0)
     model, ids = build(), torch.arange(12)[None]
@@ -202,7 +203,7 @@ def test_every_kind_learns_and_comes_back(llm_folder: Path, quantization: str, k
 
 def test_rank_stabilised_scaling(llm_folder: Path) -> None:
     for use_rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
-        model: Any = add_lora(load(llm_folder), rank=4, alpha=8, dropout=0.0, target_modules="q_proj", use_rslora=use_rslora)
+        model: Any = add_lora(load(llm_folder), LoraConfig(rank=4, alpha=8, target_modules="q_proj", use_rslora=use_rslora))
         assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
 
 

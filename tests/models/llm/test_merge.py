@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
@@ -30,8 +31,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, quantization: str = "
 
 
 def adapter_of(**settings: Any) -> Callable[[nn.Module], nn.Module]:
-    options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear", **settings}
-    return lambda model: add_lora(model, **options)
+    lora = LoraConfig(**{"rank": 4, "alpha": 8, "dropout": 0.1, **settings})
+    return lambda model: add_lora(model, lora)
 
 
 def trained(model: Any) -> Any:
@@ -105,8 +106,7 @@ def _all_weights(folder: Path) -> dict[str, Tensor]:
 def test_the_folder_is_whole(llm_folder: Path, tmp_path: Path) -> None:
     adapt = adapter_of()
     merge_adapters(llm_folder, adapters(trained(adapt(load(llm_folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
-    options: dict[str, Any] = {"prompt": "설명해 주세요.", "system_prompt": None, "enable_thinking": False}
-    old, new = load_prompt(llm_folder, **options), load_prompt(tmp_path / "merged", **options)
+    old, new = (load_prompt(folder, LlmConfig()) for folder in (llm_folder, tmp_path / "merged"))
     assert (new.prefix_ids, new.suffix_ids, new.stop_ids) == (old.prefix_ids, old.suffix_ids, old.stop_ids)
     assert [file.name for file in tmp_path.iterdir()] == ["merged"]
 

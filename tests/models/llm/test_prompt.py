@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlmcap.config import LlmConfig
 from vlmcap.data.loading.collate import IGNORED, Collator
 from vlmcap.errors import UserError
 from vlmcap.models.llm.prompt import PromptEncoder, load_prompt
@@ -25,7 +26,7 @@ CAPTIONS = (
 
 
 def prompt_of(folder: Path, *, system: str | None = None, thinking: bool = False) -> PromptEncoder:
-    return load_prompt(folder, prompt=QUESTION, system_prompt=system, enable_thinking=thinking)
+    return load_prompt(folder, LlmConfig(prompt=QUESTION, system_prompt=system, enable_thinking=thinking))
 
 
 def sample(caption: str) -> Sample:
@@ -98,9 +99,7 @@ def test_no_chat_template(llm_folder: Path, tmp_path: Path) -> None:
     folder = copy_without(llm_folder, tmp_path, "*.jinja")
     with pytest.raises(UserError, match=r"no chat template; set llm\.chat_template.* llm\.checkpoint"):
         prompt_of(folder)
-    assert load_prompt(
-        folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template="{{ messages[-1].content }}<|im_end|>"
-    ).suffix_ids
+    assert load_prompt(folder, LlmConfig(prompt=QUESTION, chat_template="{{ messages[-1].content }}<|im_end|>")).suffix_ids
 
 
 def test_no_tokenizer(llm_folder: Path, tmp_path: Path) -> None:
@@ -137,29 +136,34 @@ def test_a_template_made_for_a_processor(llm_folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("template", ["{% for %}", "{{ messages[0].content + 1 }}", "{{ nothing.at.all }}"])
 def test_a_broken_template(llm_folder: Path, template: str) -> None:
     with pytest.raises(UserError, match=r"llm\.chat_template") as caught:
-        load_prompt(llm_folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=template)
+        load_prompt(llm_folder, LlmConfig(prompt=QUESTION, chat_template=template))
     assert "\n" not in str(caught.value)
 
 
 def test_a_given_template_goes_before_the_tokenizers(llm_folder: Path, tokenizer: Any) -> None:
     template = "Q: {{ messages[-1].content }}{% if add_generation_prompt %} A:{% endif %}"
-    prompt = load_prompt(llm_folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=template)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt=QUESTION, chat_template=template))
     assert tokenizer.decode(prompt.prefix_ids) == "Q: "
     assert tokenizer.decode(prompt.suffix_ids) == f"\n{QUESTION} A:"
 
 
 def test_marks_stand_directly_around_the_visual_tokens(llm_folder: Path, tokenizer: Any) -> None:
-    prompt = load_prompt(
-        llm_folder,
-        prompt=QUESTION,
-        system_prompt=None,
-        enable_thinking=False,
-        visual_prefix="<|im_start|>",
-        visual_suffix="<|endoftext|>",
-    )
+    prompt = load_prompt(llm_folder, LlmConfig(prompt=QUESTION), visual_prefix="<|im_start|>", visual_suffix="<|endoftext|>")
     assert prompt.prefix_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert prompt.suffix_ids[0] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert tokenizer.decode(prompt.suffix_ids[1:]).startswith(QUESTION)  # no line break of ours between, as with Qwen-VL
+
+
+def test_a_setting_that_the_template_does_not_use_is_refused(llm_folder: Path, tokenizer: Any) -> None:
+    plain = "{{ messages[-1].content }}<|im_end|>"
+    with pytest.raises(UserError, match=r"llm\.enable_thinking=true changes nothing.* leave it out, or set llm\.chat_template"):
+        load_prompt(llm_folder, LlmConfig(enable_thinking=True, chat_template=plain))
+    with pytest.raises(UserError, match=r"llm\.system_prompt changes nothing.*drops the system turn.*llm\.prompt"):
+        load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", chat_template=plain))
+    # A template may have the very text as its own.
+    own = "{% if messages[0].role != 'system' %}짧게 답한다.{% else %}{{ messages[0].content }}{% endif %}" + plain
+    prompt = load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", chat_template=own))
+    assert tokenizer.decode(prompt.prefix_ids) == "짧게 답한다."
 
 
 def test_the_question_alone(llm_folder: Path, tokenizer: Any) -> None:
@@ -183,7 +187,7 @@ def test_an_answer_is_framed_as_the_template_frames_it(llm_folder: Path, tokeniz
         "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content }}<|endoftext|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )
-    prompt = load_prompt(llm_folder, prompt=QUESTION, system_prompt=None, enable_thinking=thinking, chat_template=template)
+    prompt = load_prompt(llm_folder, LlmConfig(prompt=QUESTION, chat_template=template))
     assert prompt.caption_lead == " "
     assert tokenizer.decode([*prompt.suffix_ids, *prompt.encode_caption("바다")]).endswith(" ASSISTANT: 바다")
     assert prompt.end_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -203,7 +207,7 @@ def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path
     tokenizer.save_pretrained(folder)
     template = "{{ messages[-1].content }}"
     for written in ("", "{{ bos_token }}"):
-        prompt = load_prompt(folder, prompt=QUESTION, system_prompt=None, enable_thinking=False, chat_template=written + template)
+        prompt = load_prompt(folder, LlmConfig(prompt=QUESTION, chat_template=written + template))
         assert prompt.prefix_ids == [bos]
         assert bos not in [*prompt.suffix_ids, *prompt.encode_caption("바다"), *prompt.question_ids]
 
@@ -230,7 +234,7 @@ def test_a_pad_token_beyond_the_embedding_is_never_looked_up(llm_folder: Path, t
     batch = Collator(prompt, 5, max_caption_tokens=200)([sample("<새패드> 바다"), sample(CAPTIONS[0] * 3)])
     assert int(batch.input_ids.max()) < rows
     with pytest.raises(UserError, match=r"1 tokens beyond the .* rows .*<새패드>"):  # a prompt is read with its special tokens
-        load_prompt(folder, prompt="<새패드> 설명", system_prompt=None, enable_thinking=False)
+        load_prompt(folder, LlmConfig(prompt="<새패드> 설명"))
 
 
 def test_a_word_beyond_the_embedding_is_refused(llm_folder: Path, tmp_path: Path) -> None:

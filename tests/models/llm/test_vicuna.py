@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from tests.conftest import CAPTIONS
+from vlmcap.config import LlmConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm.load import context_length, load_language_model, text_width
 from vlmcap.models.llm.prompt import PromptEncoder, load_prompt
@@ -93,7 +94,7 @@ def template() -> str:
 
 def vicuna_prompt(folder: Path, *, chat_template: str | None = None, system: str | None = None, **around: str) -> PromptEncoder:
     chat_template = template() if chat_template is None else chat_template
-    return load_prompt(folder, prompt=QUESTION, system_prompt=system, enable_thinking=False, chat_template=chat_template, **around)
+    return load_prompt(folder, LlmConfig(prompt=QUESTION, system_prompt=system, chat_template=chat_template), **around)
 
 
 def load(folder: Path, quantization: str = "none") -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmcap.config import MlpConfig, Reducer, Temporal
+from vlmcap.config import LlmConfig, MlpConfig, Reducer, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -49,7 +49,7 @@ def assembled(folder: Path) -> VideoCaptioner:
 
 
 def joined(encoder: Any, projector: Any, llm: Any, folder: Path) -> VideoCaptioner:
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=8)).eval()
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.pretrained import VISION
+from vlmcap.config import LlmConfig, LoraConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
@@ -34,8 +35,8 @@ def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
 def adapted(parts: PretrainedParts, folder: Path) -> tuple[VideoCaptioner, Batch]:
     """The captioner with LoRA on its language part, and a batch of two clips of other sizes."""
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(folder, prompt="설명해 주세요.", system_prompt=None, enable_thinking=False, **around)
-    llm = add_lora(parts.llm, rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
+    llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
     captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4))
     transform, samples = parts.encoder.transform, []
     for row, (height, width) in enumerate(((84, 112), (128, 56))):
@@ -74,7 +75,7 @@ def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[s
     """Clips of two sizes, so that one is padded; adapters on linear layers alone, not on the convolution that shares a name with one."""
     parts = load(kind, qwen_folders[kind])
     if tuning == "lora":
-        add_tower_lora(parts.encoder.tower, rank=2, alpha=4, dropout=0.0)
+        add_tower_lora(parts.encoder.tower, LoraConfig(rank=2, alpha=4))
     else:
         parts.encoder.requires_grad_(True)
     captioner, batch = adapted(parts, qwen_folders[kind])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmcap.config import EvaluationConfig, LlmConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
@@ -103,15 +104,8 @@ def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
 
 
 def join(parts: PretrainedParts, folder: Path, **settings: Any) -> QwenVLCaptioner:
-    prompt = load_prompt(
-        folder,
-        prompt="설명해 주세요.",
-        system_prompt=None,
-        enable_thinking=False,
-        visual_prefix=parts.visual_prefix,
-        visual_suffix=parts.visual_suffix,
-    )
-    generation = GenerationSettings(max_new_tokens=6, **settings)
+    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix)
+    generation = GenerationSettings(max_new_tokens=6, rules=EvaluationConfig(**settings))
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, generation)
     assert isinstance(captioner, QwenVLCaptioner)
     return captioner.eval()
@@ -191,7 +185,7 @@ def test_loss_is_the_references(setup: Setup) -> None:
 def test_captions_are_the_references(setup: Setup, qwen_folders: dict[str, Path], beams: int) -> None:
     """Rows of unequal length, so padded on the left; the reference sees the raw pixels."""
     captioner = setup.captioner
-    captioner.generation = replace(captioner.generation, num_beams=beams)
+    captioner.generation = replace(captioner.generation, rules=EvaluationConfig(num_beams=beams))
     batch = setup.batch("generate")
     assert batch.attention_mask.min() == 0
     stop = {"eos_token_id": captioner.prompt.stop_ids, "pad_token_id": captioner.prompt.pad_id}
@@ -205,7 +199,7 @@ def test_captions_are_the_references(setup: Setup, qwen_folders: dict[str, Path]
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_captions_of_two_are_those_of_one_and_one(setup: Setup, beams: int) -> None:
-    setup.captioner.generation = replace(setup.captioner.generation, num_beams=beams)
+    setup.captioner.generation = replace(setup.captioner.generation, rules=EvaluationConfig(num_beams=beams))
     both = setup.captioner.generate(setup.batch("generate"))
     assert both == [setup.captioner.generate(setup.batch("generate", (row,)))[0] for row in (0, 1)]
     setup.captioner.generation = replace(setup.captioner.generation, num_rows=1)
@@ -226,7 +220,7 @@ def test_visual_tokens_are_encoded_once_for_all_beams(setup: Setup) -> None:
         part.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
         for part in (setup.parts.encoder, setup.parts.projector.mergers[0])
     ]
-    setup.captioner.generation = replace(setup.captioner.generation, num_beams=3)
+    setup.captioner.generation = replace(setup.captioner.generation, rules=EvaluationConfig(num_beams=3))
     setup.captioner.generate(setup.batch("generate", (0,)))
     for handle in handles:
         handle.remove()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlmcap.config import LlmConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.models.pretrained import load_pretrained
@@ -43,7 +44,7 @@ def test_prompts_are_the_processors(
     parts = load_pretrained("qwen3_vl", qwen_folders["qwen3_vl"], use_outer_marks=use_outer_marks, **OPTIONS)
     frames = torch.randint(0, 256, (len(taken), 3, height, width), dtype=torch.uint8)
     marks = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
-    prompt = load_prompt(qwen_folders["qwen3_vl"], prompt=question, system_prompt=system, enable_thinking=False, **marks)
+    prompt = load_prompt(qwen_folders["qwen3_vl"], LlmConfig(prompt=question, system_prompt=system), **marks)
     transform = parts.encoder.transform
     sample = Sample(
         Clip("a", "a.mp4", ()),
@@ -94,7 +95,7 @@ def test_clips_without_a_clock_count_as_taken_at_two_a_second(qwen_tokenizer: An
 )
 def test_seconds_per_patch(times_s: FrameTimes | None, expected: float, qwen_folders: dict[str, Path]) -> None:
     parts = load_pretrained("qwen2_5_vl", qwen_folders["qwen2_5_vl"], **OPTIONS)
-    prompt = load_prompt(qwen_folders["qwen2_5_vl"], prompt="", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(qwen_folders["qwen2_5_vl"], LlmConfig(prompt=""))
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, None)
     assert isinstance(captioner, QwenVLCaptioner)
     assert captioner.seconds_per_patch(times_s) == expected

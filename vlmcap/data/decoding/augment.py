@@ -9,49 +9,38 @@ Legend: F frames, H/W pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from vlmcap.config import AugmentConfig
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MEAN_STEP = 4  # the mean grey is that of every fourth pixel of every fourth row
-_MAX_SHARE = 0.5
 _ROWS = 64  # recoloured at a time: a third of the time of whole frames at 1080p
 
 
-@dataclass(frozen=True, slots=True)
-class Augment:
-    """A random cut and random colours, the same for all frames of a clip, so that its motion stays; 0 is off.
+def augment_frames(frames: Tensor, augment: AugmentConfig, rng: Generator) -> Tensor:
+    """Frames after a random cut and with random colours, the same for all frames of a clip, so that its motion stays.
 
-    Attributes:
-        color: Brightness, contrast and saturation are multiplied by factors within 1 ± `color`, each drawn for itself.
-        crop: Up to this share of the height and of the width is cut off, the same share of both; where is drawn for each.
+    Six numbers are always drawn from `rng`, so that switching one change on leaves the other as it was.
 
-    Raises:
-        ValueError: A value is outside 0 to 0.5.
+    Args:
+        frames: uint8 (F, 3, H, W).
+        augment: `color`: brightness, contrast and saturation are multiplied by factors within 1 ± `color`, each drawn for itself.
+            `crop`: up to this share of the height and of the width is cut off, the same share of both; where is drawn for each.
+        rng: Source of chance.
+
+    Returns:
+        uint8 (F, 3, H', W'); the frames themselves where everything is off.
     """
-
-    color: float = 0.0
-    crop: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("color", "crop"):
-            if not 0 <= getattr(self, name) <= _MAX_SHARE:
-                raise ValueError(f"{name} must be 0 to {_MAX_SHARE}, not {getattr(self, name)}")
-
-    def __call__(self, frames: Tensor, rng: Generator) -> Tensor:
-        """Changed frames, uint8 (F, 3, H, W) -> uint8 (F, 3, H', W'); those given where everything is off.
-
-        Six numbers are always drawn from `rng`, so that switching one change on leaves the other as it was.
-        """
-        share, top, left, *factors = rng.random(6).tolist()
-        if self.crop:
-            frames = crop_frames(frames, share * self.crop, top, left)
-        if self.color:
-            frames = recolor_frames(frames, *(1 + self.color * (2 * factor - 1) for factor in factors))
-        return frames
+    share, top, left, *factors = rng.random(6).tolist()
+    if augment.crop:
+        frames = crop_frames(frames, share * augment.crop, top, left)
+    if augment.color:
+        frames = recolor_frames(frames, *(1 + augment.color * (2 * factor - 1) for factor in factors))
+    return frames
 
 
 def crop_frames(frames: Tensor, share: float, top: float, left: float) -> Tensor:

@@ -48,15 +48,13 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What one clip may cost.
+    """What one clip may cost beside `data.decode_timeout_s`.
 
     Attributes:
-        timeout_s: Seconds after which reading is given up; looked at between frames.
         max_pixels: Frames with more pixels are refused.
         max_duration_s: Clips whose header claims more are refused.
     """
 
-    timeout_s: float = 60.0
     max_pixels: int = 7680 * 4320  # 8K
     max_duration_s: float = 24 * 3600.0
 

@@ -22,10 +22,11 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.random import Generator
 
+from vlmcap.config import DataConfig, Sampling
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, find_video_stream
 from vlmcap.data.decoding.display import is_plain
 from vlmcap.data.decoding.key_frames import key_frame_times, picture_changes
-from vlmcap.data.decoding.sampling import FrameSampling, adaptive_moments, choose_moments, jitter_moments, keyframe_moments
+from vlmcap.data.decoding.sampling import adaptive_moments, choose_moments, jitter_moments, keyframe_moments
 from vlmcap.data.decoding.timeline import KeyPacket, check_missing, frame_rate, has_sample_table, indexed_timeline, scanned_timeline
 
 _MIN_SEEK_FRAMES = 4  # below this, decoding on is cheaper than refilling the decoder after a seek
@@ -113,23 +114,23 @@ class FrameReader:
         assert self._shown is not None
         return float(max(0, self._shown[0] - self.timeline.start) * self.timeline.tick_s)
 
-    def choose_moments(self, sampling: FrameSampling, rng: Generator | None) -> list[float]:
-        """The moments that `sampling` takes of this clip, ascending, in seconds from its start.
+    def choose_moments(self, data: DataConfig, rng: Generator | None) -> list[float]:
+        """The moments that `data.sampling` takes of this clip, ascending, in seconds from its start.
 
         Raises:
             VideoError: The deadline has passed.
         """
-        if sampling.kind == "keyframe":
+        if data.sampling is Sampling.keyframe:
             with self._reopened() as (container, stream):
-                times = key_frame_times(container, stream, self.timeline, sampling.num_frames, self._deadline_s)
-            moments = keyframe_moments(self._in_seconds(times), self.duration_s, sampling.num_frames)
-        elif sampling.kind == "adaptive":
+                times = key_frame_times(container, stream, self.timeline, data.num_frames, self._deadline_s)
+            moments = keyframe_moments(self._in_seconds(times), self.duration_s, data.num_frames)
+        elif data.sampling is Sampling.adaptive:
             with self._reopened() as (container, stream):
-                times, changes = picture_changes(container, stream, self.timeline, sampling.num_frames, self._deadline_s)
-            moments = adaptive_moments(self._in_seconds(times), changes, self.duration_s, sampling.num_frames)
+                times, changes = picture_changes(container, stream, self.timeline, data.num_frames, self._deadline_s)
+            moments = adaptive_moments(self._in_seconds(times), changes, self.duration_s, data.num_frames)
         else:
-            return choose_moments(sampling, self.duration_s, rng)
-        return jitter_moments(moments, sampling, self.duration_s, rng)
+            return choose_moments(data, self.duration_s, rng)
+        return jitter_moments(moments, data, self.duration_s, rng)
 
     def stream_time_s(self, moment_s: float) -> float:
         """The stream's own time of a moment of the clip: amid the tick that decides which frame is on screen."""

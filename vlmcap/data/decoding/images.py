@@ -5,6 +5,7 @@ The frames of an animation count as equally long, as those of a list do.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, ImageOps
 from torch import Tensor
 
+from vlmcap.config import DataConfig, Sampling
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, check_size, explained
-from vlmcap.data.decoding.sampling import FrameSampling, choose_moments
+from vlmcap.data.decoding.sampling import choose_moments
 
 # Formats that only hold pixels: others run programs (EPS) or are never pictures of a data set.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -36,12 +38,12 @@ def is_image(stream: BinaryIO) -> bool:
     return is_riff_webp or is_avif or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*"))
 
 
-def read_image(stream: BinaryIO, sampling: FrameSampling, rng: Generator | None, limits: DecodeLimits, deadline_s: float) -> Tensor:
+def read_image(stream: BinaryIO, data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float) -> Tensor:
     """uint8 (F', 3, H, W): the image, or sampled frames of an animation, turned as its EXIF data says."""
     frames = []
     with open_image(stream, limits) as image:
         num_all = count_frames(image)
-        for index in sample_indices(num_all, sampling, rng):
+        for index in sample_indices(num_all, data, rng):
             check_deadline(deadline_s)
             if num_all > 1:
                 image.seek(index)
@@ -49,12 +51,10 @@ def read_image(stream: BinaryIO, sampling: FrameSampling, rng: Generator | None,
     return torch.from_numpy(np.stack(frames))
 
 
-def read_image_list(
-    addresses: Sequence[str], sampling: FrameSampling, rng: Generator | None, limits: DecodeLimits, deadline_s: float
-) -> Tensor:
+def read_image_list(addresses: Sequence[str], data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float) -> Tensor:
     """uint8 (F', 3, H, W): sampled images of a list, each scaled to the size of the first one sampled."""
     frames: list[NDArray[np.uint8]] = []
-    for index in sample_indices(len(addresses), sampling, rng):
+    for index in sample_indices(len(addresses), data, rng):
         file = MediaFile(addresses[index])
         with explained(file.name):
             check_deadline(deadline_s)
@@ -63,13 +63,13 @@ def read_image_list(
     return torch.from_numpy(np.stack(frames))
 
 
-def sample_indices(num_all: int, sampling: FrameSampling, rng: Generator | None) -> list[int]:
+def sample_indices(num_all: int, data: DataConfig, rng: Generator | None) -> list[int]:
     """Which of `num_all` equally long frames are sampled, ascending, each at most once.
 
     There is no clock and no stream: `fps`, `keyframe` and `adaptive` are `uniform`.
     """
-    kind = sampling.kind if sampling.kind == "random" else "uniform"
-    moments = choose_moments(FrameSampling(kind, sampling.num_frames, jitter=sampling.jitter), float(num_all), rng)
+    chosen = data if data.sampling is Sampling.random else dataclasses.replace(data, sampling=Sampling.uniform)
+    moments = choose_moments(chosen, float(num_all), rng)
     return sorted({min(int(moment + 1e-9), num_all - 1) for moment in moments})
 
 

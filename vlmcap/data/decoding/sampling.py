@@ -1,4 +1,7 @@
-"""Which moments of a clip the model sees.
+"""Which moments of a clip the model sees, by `data.sampling`.
+
+`uniform` takes the centres of equal segments; `random` takes a moment drawn in each of them; `fps` takes one frame every 1 / fps seconds;
+`keyframe` takes the key frames of the stream; `adaptive` takes more frames where the picture changes.
 
 Moments are seconds from the start of a clip, ascending. Lists of images have no clock: there a moment counts images, and the clip lasts
 as many seconds as it has images.
@@ -8,70 +11,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-KINDS = ("uniform", "fps", "keyframe", "adaptive", "random")
+from vlmcap.config import DataConfig, Sampling
 
 # Share of the adaptive moments that is spread evenly whatever changes, so that a still part of a clip is seen too.
 _EVEN_SHARE = 0.2
 
 
-@dataclass(frozen=True)
-class FrameSampling:
-    """How frames are chosen out of a clip.
-
-    Attributes:
-        kind: `uniform` takes the centres of equal segments; `random` a moment drawn in each of them; `fps` one frame every 1 / fps
-            seconds; `keyframe` the key frames of the stream; `adaptive` more frames where the picture changes.
-        num_frames: F, the most frames taken, at least 1.
-        fps: Frames a second of `kind="fps"`, positive.
-        jitter: Each moment moves by up to this share of a segment (the clip's length / num_frames) to either side, 0 to 0.5.
-
-    Raises:
-        ValueError: A value is outside its range.
-    """
-
-    kind: str = "uniform"
-    num_frames: int = 8
-    fps: float = 1.0
-    jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, not {self.num_frames}")
-        if not self.fps > 0:
-            raise ValueError(f"fps must be above 0, not {self.fps}")
-        if not 0 <= self.jitter <= 0.5:
-            raise ValueError(f"jitter must be 0 to 0.5, not {self.jitter}")
-
-
-def choose_moments(sampling: FrameSampling, duration_s: float, rng: Generator | None = None) -> list[float]:
+def choose_moments(data: DataConfig, duration_s: float, rng: Generator | None = None) -> list[float]:
     """The moments of a clip that lasts `duration_s`, where nothing of its content is needed or known.
 
     `keyframe` and `adaptive` are then `uniform`; so is `random` without `rng`.
     """
-    if sampling.kind == "fps":
-        moments = fps_moments(duration_s, sampling.fps, sampling.num_frames)
-    elif sampling.kind == "random" and rng is not None:
-        segment_s = duration_s / sampling.num_frames
-        moments = [(i + float(share)) * segment_s for i, share in enumerate(rng.random(sampling.num_frames))]
+    if data.sampling is Sampling.fps:
+        moments = fps_moments(duration_s, data.fps, data.num_frames)
+    elif data.sampling is Sampling.random and rng is not None:
+        segment_s = duration_s / data.num_frames
+        moments = [(i + float(share)) * segment_s for i, share in enumerate(rng.random(data.num_frames))]
     else:
-        moments = uniform_moments(duration_s, sampling.num_frames)
-    return jitter_moments(moments, sampling, duration_s, rng)
+        moments = uniform_moments(duration_s, data.num_frames)
+    return jitter_moments(moments, data, duration_s, rng)
 
 
-def jitter_moments(moments: list[float], sampling: FrameSampling, duration_s: float, rng: Generator | None) -> list[float]:
-    """The moments, moved by up to `sampling.jitter` of a segment within the clip; unchanged without `rng`."""
-    if rng is None or sampling.jitter == 0:
+def jitter_moments(moments: list[float], data: DataConfig, duration_s: float, rng: Generator | None) -> list[float]:
+    """The moments, moved by up to `data.augment.jitter` of a segment within the clip; unchanged without `rng`."""
+    jitter = data.augment.jitter
+    if rng is None or jitter == 0:
         return moments
-    shifts = rng.uniform(-sampling.jitter, sampling.jitter, len(moments)) * duration_s / sampling.num_frames
+    shifts = rng.uniform(-jitter, jitter, len(moments)) * duration_s / data.num_frames
     return sorted(min(max(0.0, moment + float(shift)), duration_s) for moment, shift in zip(moments, shifts, strict=True))
 
 

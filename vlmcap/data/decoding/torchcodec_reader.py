@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from vlmcap.config import Decoder
 from vlmcap.data.decoding.container import VideoError, check_size
 from vlmcap.errors import UserError, first_line
 
@@ -27,26 +28,23 @@ def _load() -> ModuleType | str:
         return first_line(error)
 
 
-def resolve_decoder(decoder: str) -> str:
+def resolve_decoder(decoder: Decoder) -> Decoder:
     """`pyav` or `torchcodec`: what `decoder` means here; `auto` is torchcodec where it loads.
 
     Raises:
         UserError: torchcodec is asked for and does not load.
-        ValueError: There is no such decoder.
     """
-    if decoder not in ("auto", "pyav", "torchcodec"):
-        raise ValueError(f"decoder must be auto, pyav or torchcodec, not {decoder!r}")
-    if decoder == "pyav":
+    if decoder is Decoder.pyav:
         return decoder
     loaded = _load()
     if isinstance(loaded, ModuleType):
-        return "torchcodec"
-    if decoder == "torchcodec":
+        return Decoder.torchcodec
+    if decoder is Decoder.torchcodec:
         raise UserError(
             f"data.decoder=torchcodec cannot be used, as torchcodec does not load ({loaded}): install it together with FFmpeg's shared "
             "libraries, or set data.decoder=pyav"
         )
-    return "pyav"
+    return Decoder.pyav
 
 
 class TorchcodecReader:

@@ -20,11 +20,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmcap.config import DataConfig, Decoder
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, explained
 from vlmcap.data.decoding.display import square_size, to_rgb
 from vlmcap.data.decoding.frame_reader import FrameReader
 from vlmcap.data.decoding.images import is_image, read_image, read_image_list
-from vlmcap.data.decoding.sampling import FrameSampling, spread
+from vlmcap.data.decoding.sampling import spread
 from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
 from vlmcap.data.media import local_path
 from vlmcap.types import Clip
@@ -32,7 +33,6 @@ from vlmcap.types import Clip
 __all__ = [
     "DecodeLimits",
     "DecodedFrames",
-    "FrameSampling",
     "VideoError",
     "decode_frames",
     "pad_frames",
@@ -58,56 +58,53 @@ class DecodedFrames(NamedTuple):
 
 def read_frames(
     clip: Clip | str,
-    sampling: FrameSampling,
+    data: DataConfig,
     *,
     rng: Generator | None = None,
     limits: DecodeLimits | None = None,
-    decoder: str = "pyav",
 ) -> Tensor:
     """Frames of a video, an image or a list of images, upright, in the order of time.
 
-    There are fewer than `sampling.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips; `pad_frames`
+    There are fewer than `data.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips; `pad_frames`
     gives such clips the rest. Reading stops after the last wanted frame, and jumps to key frames where the file has an index of them.
 
     Args:
         clip: A clip, or the address of a video or image.
-        sampling: Which frames.
+        data: Which frames, how long reading may take, and the decoder. torchcodec reads MP4 and MOV files that need no more than a
+            turn to be shown; PyAV reads the others.
         rng: Source of chance; without one, random sampling is uniform and nothing is jittered.
-        limits: What the clip may cost; `DecodeLimits()` by default.
-        decoder: `pyav`, `torchcodec` (for MP4 and MOV files that need no more than a turn to be shown; PyAV reads the others), or
-            `auto`: torchcodec where it is installed and loads.
+        limits: What else the clip may cost; `DecodeLimits()` by default.
 
     Returns:
-        uint8 (F', 3, H, W), RGB, 1 <= F' <= `sampling.num_frames`.
+        uint8 (F', 3, H, W), RGB, 1 <= F' <= `data.num_frames`.
 
     Raises:
         VideoError: The file cannot be read, is truncated, too large a picture, too long, or too slow.
     """
-    return read_timed_frames(clip, sampling, rng=rng, limits=limits, decoder=decoder).frames
+    return read_timed_frames(clip, data, rng=rng, limits=limits).frames
 
 
 def read_timed_frames(
     clip: Clip | str,
-    sampling: FrameSampling,
+    data: DataConfig,
     *,
     rng: Generator | None = None,
     limits: DecodeLimits | None = None,
-    decoder: str = "pyav",
 ) -> DecodedFrames:
     """As `read_frames`, with the time of each frame; `pad_frames` repeats times as it repeats frames."""
     limits = limits or DecodeLimits()
-    deadline_s = time.monotonic() + limits.timeout_s
+    deadline_s = time.monotonic() + data.decode_timeout_s
     file = MediaFile(clip if isinstance(clip, str) else clip.video)
     if isinstance(clip, Clip) and clip.frames:
-        return DecodedFrames(read_image_list(clip.frames, sampling, rng, limits, deadline_s), None)
+        return DecodedFrames(read_image_list(clip.frames, data, rng, limits, deadline_s), None)
     with explained(file.name), file.open_bytes() as stream:
         if is_image(stream):
-            return DecodedFrames(read_image(stream, sampling, rng, limits, deadline_s), None)
-        with file.open_container(limits.timeout_s, stream) as container:
+            return DecodedFrames(read_image(stream, data, rng, limits, deadline_s), None)
+        with file.open_container(data.decode_timeout_s, stream) as container:
             reader = FrameReader(file, container, deadline_s, limits)
-            moments = reader.choose_moments(sampling, rng)
+            moments = reader.choose_moments(data, rng)
             # torchcodec seeks to wrong frames in other files, and shows as stored what is mirrored, interlaced, stretched or HDR.
-            if resolve_decoder(decoder) == "pyav" or not (reader.timeline.is_indexed and reader.is_plain):
+            if resolve_decoder(data.decoder) is Decoder.pyav or not (reader.timeline.is_indexed and reader.is_plain):
                 return _without_repeats(*_read(reader, moments, limits.max_pixels))
         path = local_path(file.address)
         stream.seek(0)
@@ -130,7 +127,7 @@ def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | N
         VideoError: As `read_frames`.
         ValueError: `num_frames` is below 1.
     """
-    return pad_frames(read_frames(str(path), FrameSampling(num_frames=num_frames), limits=limits), num_frames)
+    return pad_frames(read_frames(str(path), DataConfig(num_frames=num_frames), limits=limits), num_frames)
 
 
 def pad_frames(frames: Tensor, num_frames: int) -> Tensor:

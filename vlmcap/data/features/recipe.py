@@ -43,13 +43,13 @@ class Recipe:
     layer: int
     transform: Mapping[str, object]
     num_frames: int
-    sampling: str = "uniform"
-    fps: float = 1.0
-    variable_frames: bool = False
-    decoder: str = "pyav"
-    pooled: Mapping[str, object] | None = None
-    precision: str = "32-true"
-    dtype: str = "float16"
+    sampling: str
+    fps: float
+    variable_frames: bool
+    decoder: str
+    pooled: Mapping[str, object] | None
+    precision: str
+    dtype: str
     version: int = VERSION
     encoder_name: str = field(default="", compare=False)
     revision: str = field(default="", compare=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePath
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmcap.data.decoding.augment import Augment
-from vlmcap.data.decoding.sampling import FrameSampling
+from vlmcap.config import DataConfig
+from vlmcap.data.decoding.augment import augment_frames
+from vlmcap.data.decoding.torchcodec_reader import resolve_decoder
 from vlmcap.data.decoding.video import DecodeLimits, VideoError, pad_frames, read_timed_frames
 from vlmcap.data.loading.isolation import Answer, Isolated, LostError, is_available, is_out_of_memory
 from vlmcap.data.loading.shared_memory import shared_zeros
@@ -26,31 +26,6 @@ from vlmcap.types import CLOCKLESS_FPS, Clip, GridTHW, Sample, Skipped
 
 Key = int | tuple[int, int]
 """An index, or for training (epoch, index)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadSettings:
-    """How clips become frames.
-
-    Attributes:
-        sampling: Which frames.
-        limits: What one clip may cost.
-        decoder: As `read_timed_frames` takes it.
-        is_variable: Keep fewer frames than `sampling.num_frames` where a clip has fewer; otherwise they are repeated.
-        augment: Of training samples only.
-        seed: Of everything random.
-        is_isolated: Decode in a child process where the system has them.
-        memory_gib: Of that process.
-    """
-
-    sampling: FrameSampling
-    limits: DecodeLimits = field(default_factory=DecodeLimits)
-    decoder: str = "pyav"
-    is_variable: bool = False
-    augment: Augment = field(default_factory=Augment)
-    seed: int = 0
-    is_isolated: bool = True
-    memory_gib: float = 4.0
 
 
 class ClipDataset(Dataset[Sample | Skipped]):
@@ -63,23 +38,31 @@ class ClipDataset(Dataset[Sample | Skipped]):
 
     Args:
         clips: The clips, in the order of the indices.
-        settings: How they are read.
+        data: How they are read; only training samples are augmented.
+        seed: Seed of everything random.
         frame_transform: uint8 (F, 3, H, W) of any size -> uint8 as the encoder wants it; picklable for data workers.
         grid_of: F, H and W of decoded frames -> the clip's size in patches, or None where it is the encoder's own; picklable too.
+        limits: What else a clip may cost; `DecodeLimits()` by default.
+
+    Raises:
+        UserError: The decoder that `data` names does not load.
     """
 
     def __init__(
         self,
         clips: Sequence[Clip],
-        settings: ReadSettings,
+        data: DataConfig,
         *,
+        seed: int,
         frame_transform: Callable[[Tensor], Tensor],
         grid_of: Callable[[int, int, int], GridTHW | None] | None = None,
+        limits: DecodeLimits | None = None,
     ) -> None:
-        self.clips, self.settings = clips, settings
+        resolve_decoder(data.decoder)  # before the workers start, so that none of them has to report it
+        self.clips, self.data, self.seed, self.limits = clips, data, seed, limits
         self.frame_transform, self.grid_of = frame_transform, grid_of
-        is_isolated = settings.is_isolated and is_available()
-        self._isolated = Isolated(settings.limits.timeout_s, settings.memory_gib) if is_isolated else None
+        is_isolated = data.is_isolated and is_available()
+        self._isolated = Isolated(data.decode_timeout_s, data.decode_memory_gib) if is_isolated else None
         self._is_too_slow = shared_zeros(len(clips), dtype=torch.bool)  # all workers know
 
     def __len__(self) -> int:
@@ -87,7 +70,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
 
     def __getitem__(self, key: Key) -> Sample | Skipped:
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        clip, timeout_s = self.clips[index], self.settings.limits.timeout_s
+        clip, timeout_s = self.clips[index], self.data.decode_timeout_s
         if self._is_too_slow[index]:
             reason = f"decoding took longer than data.decode_timeout_s={timeout_s:g} before"
             return Skipped(clip, _cannot_read(clip, reason), is_final=False)
@@ -112,7 +95,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         epoch, index = request
         assert index is not None
         clip = self.clips[index]
-        rng = None if epoch is None else np.random.default_rng([self.settings.seed, epoch, index])
+        rng = None if epoch is None else np.random.default_rng([self.seed, epoch, index])
         try:
             return self._frames(clip, rng)
         except VideoError as error:
@@ -125,15 +108,14 @@ class ClipDataset(Dataset[Sample | Skipped]):
             return {"reason": _cannot_read(clip, _describe(error)), "is_final": False}, None
 
     def _frames(self, clip: Clip, rng: np.random.Generator | None) -> Answer:
-        settings = self.settings
-        frames, times_s = read_timed_frames(clip, settings.sampling, rng=rng, limits=settings.limits, decoder=settings.decoder)
+        data = self.data
+        frames, times_s = read_timed_frames(clip, data, rng=rng, limits=self.limits)
         if times_s is None:
             times_s = torch.arange(len(frames), dtype=torch.float64) / CLOCKLESS_FPS
-        if not settings.is_variable:
-            num_frames = settings.sampling.num_frames
-            frames, times_s = pad_frames(frames, num_frames), pad_frames(times_s, num_frames)
+        if not data.variable_frames:
+            frames, times_s = pad_frames(frames, data.num_frames), pad_frames(times_s, data.num_frames)
         if rng is not None:
-            frames = settings.augment(frames, rng)
+            frames = augment_frames(frames, data.augment, rng)
         num_frames, _, height, width = frames.shape
         grid_thw = None if self.grid_of is None else self.grid_of(num_frames, height, width)
         return {"grid_thw": grid_thw, "times_s": times_s.tolist()}, self.frame_transform(frames)

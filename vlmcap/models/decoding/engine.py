@@ -89,7 +89,7 @@ class _Decoder:
         self.settings, self.stop_ids, self.num_rows = settings, frozenset(stop_ids), num_rows
         self.cache = RowCache(num_rows)
         self.rows: list[CaptionRow] = []
-        self.is_plain = settings.repetition_penalty == 1.0 and not settings.no_repeat_ngram_size
+        self.is_plain = settings.rules.repetition_penalty == 1.0 and not settings.rules.no_repeat_ngram_size
 
     def admit(self, waiting: Iterable[tuple[int, Tensor]]) -> int:
         """Number of newcomers, whose prompts were read and whose first token was written."""
@@ -102,7 +102,7 @@ class _Decoder:
         return len(newcomers)
 
     def _new_row(self, request: int, num_prompt_tokens: int) -> CaptionRow:
-        chosen = self.settings
+        chosen = self.settings.rules
         return CaptionRow(request, num_prompt_tokens, no_repeat=chosen.no_repeat_ngram_size, lookup=chosen.speculate_ngram)
 
     def _read(self, prompts: list[Tensor], newcomers: list[CaptionRow]) -> None:
@@ -161,7 +161,7 @@ class _Decoder:
                 tokens = [best[index][place] for index in going]
             else:
                 own = [rows[index] for index in going]
-                tokens = penalised(logits[going, place], own, self.settings.repetition_penalty).argmax(-1).tolist()
+                tokens = penalised(logits[going, place], own, self.settings.rules.repetition_penalty).argmax(-1).tolist()
             right = []
             for index, token in zip(going, tokens, strict=True):
                 rows[index].write(token)

@@ -14,9 +14,11 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.checkpoint import holding, read_safetensors, weight_files
 from vlmcap.models.encoders.base import EncoderOptions, Family
+from vlmcap.models.llm.adapt import peft_settings
 
 # Where whole models keep their tower: CLIPModel and SiglipModel, InternVL and LLaVA, either of them inside the other, old and new.
 _PREFIX = re.compile(r"^(?:model\.)?(?:vision_(?:tower|model)\.)+")
@@ -183,28 +185,23 @@ def _read(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str,
         yield from ((key, tensor) for key, tensor in pickled.items() if is_wanted(key))
 
 
-def add_tower_lora(tower: nn.Module, *, rank: int, alpha: int, dropout: float, use_dora: bool = False, use_rslora: bool = False) -> None:
+def add_tower_lora(tower: nn.Module, lora: LoraConfig) -> None:
     """Puts adapters in float32 on every linear layer of a frozen tower, in place, so that it keeps its class and interface.
 
     Args:
         tower: Of a `VisionEncoder`.
-        rank: Of the two factors.
-        alpha: The adapter's output is scaled by alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-        dropout: On the adapter's input.
-        use_dora: Weight-decomposed adapters.
-        use_rslora: Rank-stabilised scaling.
+        lora: Settings of the adapters; which modules they are on, and experts, are the language model's matter.
 
     Raises:
         UserError: The tower has no linear layer.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     # Full names: in Qwen's towers a convolution has the last name of a linear layer (proj), and peft would adapt it too.
     targets = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not targets:
         raise UserError("tuning.encoder=lora finds no linear layer in this encoder; set tuning.encoder=full or none")
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora, target_modules=targets)
-    inject_adapter_in_model(settings, tower)
+    inject_adapter_in_model(peft_settings(lora, targets), tower)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:

@@ -7,65 +7,61 @@ LoRA (Hu et al., https://arxiv.org/abs/2106.09685), and as options DoRA (Liu et 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.llm.experts import add_expert_lora, is_router
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    import peft
 
 _KEY = "tuning.lora.target_modules"
 
 
-def add_lora(
-    model: nn.Module,
-    *,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    target_modules: str,
-    use_dora: bool = False,
-    use_rslora: bool = False,
-    use_experts: bool = False,
-) -> PeftModel:
+def add_lora(model: nn.Module, lora: LoraConfig) -> peft.PeftModel:
     """`model` with adapters in float32 beside its frozen weights; head, embeddings and the routers of experts never get one.
 
     Args:
         model: As `load_language_model` returns it; changed in place.
-        rank: Of the two factors.
-        alpha: The adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
-        dropout: On the adapter's input.
-        target_modules: "all-linear" (every linear layer that may have an adapter), or module names with commas between.
-        use_dora: Learn the length of each weight column beside its direction.
-        use_rslora: Another scale, which lets higher ranks learn more.
-        use_experts: Plain LoRA on the experts of a mixture-of-experts model too.
+        lora: Settings of the adapters; "all-linear" stands for every linear layer that may have one.
 
     Raises:
         UserError: A name fits no layer that may have an adapter, or experts are asked for and there are none.
     """
-    from peft import LoraConfig, get_peft_model
+    import peft
 
-    if use_dora and use_experts:
-        raise UserError("tuning.lora.use_dora=true does not reach experts; set it or tuning.lora.use_experts to false")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=_targets(model, target_modules),
-        use_dora=use_dora,
-        use_rslora=use_rslora,
-        task_type="CAUSAL_LM",
-    )
-    adapted = cast("PeftModel", get_peft_model(model, config))
-    if use_experts:
-        add_expert_lora(adapted, rank=rank, alpha=alpha, dropout=dropout, use_rslora=use_rslora)
+    settings = peft_settings(lora, _targets(model, lora.target_modules), task_type="CAUSAL_LM")
+    adapted = cast("peft.PeftModel", peft.get_peft_model(model, settings))
+    if lora.use_experts:
+        add_expert_lora(adapted, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # mixed precision wants float32 masters
     return adapted
+
+
+def peft_settings(lora: LoraConfig, targets: list[str], **others: Any) -> peft.LoraConfig:
+    """The settings in peft's own class.
+
+    Args:
+        lora: Settings of the adapters.
+        targets: Full names of the layers to adapt.
+        others: Further arguments of peft's class.
+    """
+    import peft
+
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        **others,
+    )
 
 
 def base_model(model: nn.Module) -> nn.Module:

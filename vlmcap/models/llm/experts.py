@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -217,17 +218,14 @@ def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     return bool(experts) and leaf in ("gate", "router", "shared_expert_gate") and getattr(module, "out_features", None) in (*experts, 1)
 
 
-def add_expert_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, use_rslora: bool) -> int:
+def add_expert_lora(model: nn.Module, lora: LoraConfig) -> int:
     """The number of layers whose experts now have adapters, a pair of factors for each expert and matrix, in float32.
 
     Source: Hu et al., https://arxiv.org/abs/2106.09685.
 
     Args:
         model: Changed in place; experts may be packed or not. Call peft first, as it freezes what it did not make.
-        rank: Of the two factors.
-        alpha: The adapter's output is scaled by alpha / rank.
-        dropout: On the adapter's input.
-        use_rslora: Scale by alpha / sqrt(rank) instead (Kalajdzievski, https://arxiv.org/abs/2312.03732).
+        lora: Settings of the adapters.
 
     Raises:
         UserError: The model has no experts.
@@ -237,7 +235,7 @@ def add_expert_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, 
     if not layers:
         raise UserError("tuning.lora.use_experts=true, but the language model has no experts; set it to false")
     for experts in layers:
-        experts.add_lora(rank, alpha / (rank**0.5 if use_rslora else rank), dropout)
+        experts.add_lora(lora.rank, lora.alpha / (lora.rank**0.5 if lora.use_rslora else lora.rank), lora.dropout)
     return len(layers)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vlmcap.config import LlmConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.types import FrameTimes, GridTHW
 
@@ -74,43 +75,33 @@ class VisualRun:
         return (self.num_tokens(num_frames, (height, width)),)
 
 
-def load_prompt(
-    folder: Path,
-    *,
-    prompt: str,
-    system_prompt: str | None,
-    enable_thinking: bool,
-    chat_template: str | None = None,
-    visual_prefix: str = "",
-    visual_suffix: str = "",
-) -> PromptEncoder:
+def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual_suffix: str = "") -> PromptEncoder:
     """The prompt of a language model, rendered by its chat template.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
-        prompt: What the user asks about the video; the visual tokens stand in front of it, on a line of their own unless a
-            `visual_suffix` parts them.
-        system_prompt: None leaves the system turn to the template.
-        enable_thinking: Passed to the template; templates that know no thinking ignore it.
-        chat_template: Jinja template in place of the tokenizer's.
+        llm: `prompt` is what the user asks about the video; the visual tokens stand in front of it, on a line of their own unless a
+            `visual_suffix` parts them. A `system_prompt` of None leaves the system turn to the template, and `chat_template` is a Jinja
+            template in place of the tokenizer's.
         visual_prefix: Directly before the visual tokens, such as Qwen-VL's <|vision_start|>.
         visual_suffix: Directly behind them, such as <|vision_end|>.
 
     Raises:
-        UserError: No tokenizer, no chat template, or no end token.
+        UserError: There is no tokenizer, chat template or end token, or the template does not use a setting that was made.
     """
     tokenizer = _load_tokenizer(folder)
     break_after = visual_suffix or "\n"
-    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{prompt}"}]
-    if system_prompt:
-        turns.insert(0, {"role": "system", "content": system_prompt})
-    template = _Template(tokenizer, folder, chat_template, enable_thinking)
+    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{llm.prompt}"}]
+    if llm.system_prompt:
+        turns.insert(0, {"role": "system", "content": llm.system_prompt})
+    template = _Template(tokenizer, folder, llm.chat_template, llm.enable_thinking)
     rendered = template.render(turns, add_generation_prompt=True)
     before, placeholder, after = rendered.partition(_VISUAL)
     if not placeholder:
         raise UserError(
             f"the chat template of {folder} drops the user's text, as one made for a processor does; set llm.chat_template to one for text"
         )
+    _check_used(template, turns, rendered)
     lead, end_id = _answer_frame(template, turns, rendered)
     num_rows = _num_embeddings(folder)
     pad_id = end_id if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_rows else int(tokenizer.pad_token_id)
@@ -121,7 +112,7 @@ def load_prompt(
         end_id=end_id,
         pad_id=pad_id,
         stop_ids=[token for token in _stop_ids(folder, [end_id, int(tokenizer.eos_token_id)]) if token < num_rows],
-        question_ids=list(tokenizer(prompt, add_special_tokens=False)["input_ids"]),
+        question_ids=list(tokenizer(llm.prompt, add_special_tokens=False)["input_ids"]),
         caption_lead=lead,
     )
     _check_rows(encoder, folder, num_rows)
@@ -213,6 +204,23 @@ class _Template:
             raise UserError(
                 f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or llm.chat_template"
             ) from error
+
+
+def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str) -> None:
+    """Refuses settings without which the template renders the same prompt.
+
+    Raises:
+        UserError: There is such a setting.
+    """
+    first, name = turns[0], f"the chat template of {template.folder}"
+    if template.enable_thinking and rendered == replace(template, enable_thinking=False).render(turns, add_generation_prompt=True):
+        raise UserError(f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set llm.chat_template")
+    is_dropped = first["role"] == "system" and first["content"].strip() not in rendered  # a template's own system turn may be the same
+    if is_dropped and rendered == template.render(turns[1:], add_generation_prompt=True):
+        raise UserError(
+            f"llm.system_prompt changes nothing, as {name} drops the system turn; leave it out and put its text into llm.prompt, "
+            "or set llm.chat_template"
+        )
 
 
 def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: str) -> tuple[str, int]:

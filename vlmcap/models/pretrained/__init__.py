@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vlmcap.config import Qwen3VlConfig
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import load_encoder, sketch_encoder
 from vlmcap.models.encoders.preprocessing import read_processor
@@ -34,7 +35,7 @@ def load_pretrained(
     attention: str,
     device: str,
     max_patches: int,
-    use_outer_marks: bool = True,
+    use_outer_marks: bool = Qwen3VlConfig.use_outer_marks,
 ) -> PretrainedParts:
     """A whole model taken apart: encoder and language model frozen, projector in float32.
 
@@ -60,7 +61,7 @@ def load_pretrained(
 
 
 def build_pretrained(
-    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = True
+    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = Qwen3VlConfig.use_outer_marks
 ) -> PretrainedParts:
     """The parts of a `config.json` with random weights; without any under `torch.device("meta")`."""
     if kind == "llava_next_video":

@@ -66,7 +66,9 @@ def merged_pretrained(
 
 def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[str, Tensor]) -> Any:
     """The model with its tower, and the trained mergers in it."""
-    parts = load_qwen_vl(kind, folder, dtype=dtype, quantization="none", attention="sdpa", device="cpu", max_patches=1 << 10)
+    parts = load_qwen_vl(
+        kind, folder, dtype=dtype, quantization="none", attention="sdpa", device="cpu", max_patches=1 << 10, use_outer_marks=True
+    )
     _put_projector(parts.projector, projector)
     whole: Any = parts.llm
     tower: Any = parts.encoder.tower

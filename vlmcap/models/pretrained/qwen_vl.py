@@ -58,7 +58,7 @@ def load_qwen_vl(
     attention: str,
     device: str,
     max_patches: int,
-    use_outer_marks: bool = True,
+    use_outer_marks: bool,
 ) -> PretrainedParts:
     """A Qwen-VL checkpoint, taken apart; arguments as `load_pretrained`'s.
 
@@ -83,9 +83,7 @@ def load_qwen_vl(
     return split_qwen_vl(kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks, processor=processor, tokenizer=tokenizer)
 
 
-def build_qwen_vl(
-    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = True
-) -> PretrainedParts:
+def build_qwen_vl(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool) -> PretrainedParts:
     """The parts of a configuration with random weights, without a tokenizer and so without `visual_layout`."""
     import transformers
 
@@ -99,7 +97,7 @@ def split_qwen_vl(
     model: Any,
     *,
     max_patches: int,
-    use_outer_marks: bool = True,
+    use_outer_marks: bool,
     processor: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
 ) -> PretrainedParts:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vlmcap.config import EvaluationConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.vllm import worker as vllm_worker
@@ -25,39 +26,27 @@ from vlmcap.models.vllm import worker as vllm_worker
 _ENGINE = "evaluation.engine=vllm"
 
 
-@dataclass(frozen=True, slots=True)
-class VllmSettings:
-    """How vLLM is started.
+def engine_arguments(folder: Path, evaluation: EvaluationConfig, *, dtype: str, max_model_len: int, seed: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`.
 
-    Attributes:
+    Args:
         folder: Language model in Hugging Face layout, adapters merged.
-        dtype: Of weights and arithmetic, such as "bfloat16".
+        evaluation: Share of the GPU's memory that vLLM takes.
+        dtype: Type of weights and arithmetic, such as "bfloat16".
         max_model_len: Most tokens of a prompt and its caption.
-        gpu_memory: Share of the card's memory that vLLM takes.
-        seed: Of sampling.
-        python: Interpreter of an environment with vLLM; None for this one.
+        seed: Seed of sampling.
     """
-
-    folder: Path
-    dtype: str
-    max_model_len: int
-    gpu_memory: float
-    seed: int
-    python: str | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `vllm.LLM`."""
-        return {
-            "model": str(self.folder),
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            "gpu_memory_utilization": self.gpu_memory,
-            "seed": self.seed,
-            "enable_prompt_embeds": True,
-            # Clips share no more of their prompts than a few words, so there is nothing to gain by keeping them.
-            "enable_prefix_caching": False,
-            "generation_config": "vllm",  # what a caption is decoded with stands in each request, and nothing else counts
-        }
+    return {
+        "model": str(folder),
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": evaluation.vllm_gpu_memory,
+        "seed": seed,
+        "enable_prompt_embeds": True,
+        # Clips share no more of their prompts than a few words, so there is nothing to gain by keeping them.
+        "enable_prefix_caching": False,
+        "generation_config": "vllm",  # what a caption is decoded with stands in each request, and nothing else counts
+    }
 
 
 class VllmEngine(Protocol):
@@ -73,23 +62,24 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
     Raises:
         UserError: vLLM has no such thing, or not for prompts that are embeddings.
     """
-    if settings.num_beams > 1:
-        beams = settings.num_beams
+    rules = settings.rules
+    if rules.num_beams > 1:
+        beams = rules.num_beams
         raise UserError(f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=own")
-    if settings.no_repeat_ngram_size:
-        size = settings.no_repeat_ngram_size
+    if rules.no_repeat_ngram_size:
+        size = rules.no_repeat_ngram_size
         raise UserError(f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=own")
-    if settings.repetition_penalty != 1.0:
+    if rules.repetition_penalty != 1.0:
         # It counts the ids of the prompt too, and a prompt of embeddings has none: https://github.com/vllm-project/vllm/issues/57719.
-        penalty = settings.repetition_penalty
+        penalty = rules.repetition_penalty
         raise UserError(
             f"evaluation.repetition_penalty={penalty} stops vLLM where prompts are embeddings (vLLM issue 57719); "
             "set it to 1, or evaluation.engine=own"
         )
     arguments: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_token_ids": list(stop_ids), "detokenize": False}
-    if not settings.do_sample:
+    if not rules.do_sample:
         return arguments | {"temperature": 0.0}
-    return arguments | {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return arguments | {"temperature": rules.temperature, "top_p": rules.top_p, "top_k": rules.top_k}
 
 
 def check_vllm(python: str | None) -> None:
@@ -110,16 +100,20 @@ def check_vllm(python: str | None) -> None:
         raise UserError(f"evaluation.vllm_python={python} cannot import vllm ({reason}); install it there with pip install vllm")
 
 
-def start_engine(settings: VllmSettings) -> VllmEngine:
+def start_engine(arguments: dict[str, Any], python: str | None) -> VllmEngine:
     """vLLM, started here or in its own environment.
+
+    Args:
+        arguments: As `engine_arguments` returns them.
+        python: Interpreter of an environment with vLLM; None for this one.
 
     Raises:
         UserError: It does not start.
     """
-    if settings.python is not None:
-        return OtherProcess(settings)
+    if python is not None:
+        return OtherProcess(arguments, python)
     try:
-        return ThisProcess(vllm_worker.start(settings.arguments()))
+        return ThisProcess(vllm_worker.start(arguments))
     except Exception as error:  # vLLM raises many kinds; most are a card that is too small
         raise _not_started(f"{type(error).__name__}: {first_line(error)}") from error
 
@@ -143,19 +137,19 @@ class OtherProcess:
     """vLLM in an environment of its own, as its versions of torch and transformers are not ours.
 
     Args:
-        settings: With the interpreter.
+        arguments: As `engine_arguments` returns them.
+        python: Interpreter of that environment.
 
     Raises:
         UserError: It does not start.
     """
 
-    def __init__(self, settings: VllmSettings) -> None:
-        assert settings.python is not None
+    def __init__(self, arguments: dict[str, Any], python: str) -> None:
         # -P: the folder of the program is no place to import from, as vLLM would find our modules there.
-        command = [settings.python, "-P", str(Path(vllm_worker.__file__))]
+        command = [python, "-P", str(Path(vllm_worker.__file__))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         self.close = weakref.finalize(self, _end, self._process)
-        answer = self._ask({"engine": settings.arguments()})
+        answer = self._ask({"engine": arguments})
         if "error" in answer:
             self.close()
             raise _not_started(answer["error"])

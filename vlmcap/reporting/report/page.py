@@ -138,12 +138,13 @@ def clip_pictures(video: str, num_frames: int = NUM_FRAMES, height: int = HEIGHT
         num_frames: F, at least 1; a shorter clip has fewer.
         height: In pixels; smaller pictures stay as they are, wide ones are at most `MAX_WIDTH` wide.
     """
-    from vlmcap.data.decoding.video import DecodeLimits, FrameSampling, VideoError, read_frames
+    from vlmcap.config import DataConfig
+    from vlmcap.data.decoding.video import VideoError, read_frames
 
     if not video:
         return Pictures(reason="the predictions name no video")
     try:
-        frames = read_frames(video, FrameSampling(num_frames=num_frames), limits=DecodeLimits(timeout_s=_TIMEOUT_S))
+        frames = read_frames(video, DataConfig(num_frames=num_frames, decode_timeout_s=_TIMEOUT_S))
     except (VideoError, UserError, OSError) as error:
         return Pictures(reason=str(error))
     pixels = frames.permute(0, 2, 3, 1).contiguous().numpy()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmcap.config import EvaluationConfig
 from vlmcap.errors import UserError
 from vlmcap.metrics import FactLexicon, get_tokenizer
 from vlmcap.metrics.clip_metrics import COUNTED, ClipMetric, clip_scores, is_clip_score, mean_metric
@@ -124,7 +125,7 @@ def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, Clip
 def _tokenizer_of(run: RunFolder, captions: Captions) -> Tokenizer:
     """The tokeniser that the file, the scores or the configuration names."""
     said = captions.tokenizer or run.tokenizer
-    name = said.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or "mecab_ko")
+    name = said.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
     return get_tokenizer(name, fold_width="full-width folded" in said)
 
 

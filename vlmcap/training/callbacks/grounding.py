@@ -152,7 +152,7 @@ class _Look:
 
     def _write_of_one(self, samples: list[Sample]) -> list[str]:
         """One caption for all: they have one video and one prompt, and only sampling would make more of them."""
-        if self.module.captioner.generation.do_sample:
+        if self.module.captioner.generation.rules.do_sample:
             return self._write(samples)
         return self._write(samples[:1]) * len(samples)
 

@@ -206,10 +206,9 @@ def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: 
     from vlmcap.models.llm.merge import merged_model
     from vlmcap.models.pretrained.merged import merged_pretrained
 
-    lora = dataclasses.asdict(lora_of(config)) if config.tuning.use_lora else {}
     # Adapters that no stage trained are in no checkpoint, and change nothing.
     is_adapted = config.tuning.use_lora and any(stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values())
-    adapt: Callable[[nn.Module], nn.Module] | None = (lambda model: add_lora(model, **lora)) if is_adapted else None
+    adapt: Callable[[nn.Module], nn.Module] | None = (lambda model: add_lora(model, lora_of(config))) if is_adapted else None
     with progress_reporter("merging layers") as progress:
         settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress}
         if config.is_whole:
@@ -261,7 +260,7 @@ def _write_generation(folder: Path, config: Config, base: Path) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     values = {name: value for name, value in values.items() if name not in _SAMPLING}
     chosen = {name: value for name, value in settings.as_arguments().items() if value is not None}
-    chosen |= {"repetition_penalty": settings.repetition_penalty, "eos_token_id": prompt.stop_ids, "pad_token_id": prompt.pad_id}
+    chosen |= {"repetition_penalty": settings.rules.repetition_penalty, "eos_token_id": prompt.stop_ids, "pad_token_id": prompt.pad_id}
     file.write_text(json.dumps(values | chosen, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     import torch
 
     from vlmcap.models.vllm.captioner import TokenEmbeddings, VllmCaptioner
-    from vlmcap.models.vllm.engine import VllmSettings, check_vllm, sampling_arguments, start_engine
+    from vlmcap.models.vllm.engine import check_vllm, engine_arguments, sampling_arguments, start_engine
 
     if config.is_whole:
         raise UserError(
@@ -62,15 +62,15 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     load_weights(assembly, read_export(folder), config)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what encoding left is vLLM's
-    settings = VllmSettings(
-        folder=folder,
+    arguments = engine_arguments(
+        folder,
+        config.evaluation,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=assembly.num_visual_tokens + assembly.captioner.prompt.num_prompt_tokens + config.llm.max_new_tokens,
-        gpu_memory=config.evaluation.vllm_gpu_memory,
         seed=config.seed,
-        python=config.evaluation.vllm_python,
     )
-    return config, dataclasses.replace(assembly, captioner=VllmCaptioner(assembly.captioner, start_engine(settings)))
+    engine = start_engine(arguments, config.evaluation.vllm_python)
+    return config, dataclasses.replace(assembly, captioner=VllmCaptioner(assembly.captioner, engine))
 
 
 def merged_folder(config: Config, checkpoint: Path) -> Path:
