@@ -194,17 +194,17 @@ class _EncoderContracts:
         yield "its settings have defaults, and it is built without a folder", lambda: void(self.build())
         yield "it gives the stated grid and width", self.check_shape
         yield "clips of a batch do not see each other", self.check_batch
-        yield "equal frames give equal features", self.check_repeat
+        yield "equal frames give equal features, at each load", self.check_repeat
         yield "its transform makes what it takes, in another process too", self.check_transform
         yield "it runs in bfloat16", self.check_half
         yield "it is built on the meta device, as the plan does", self.check_meta
 
-    def build(self) -> VisionEncoder:
-        """The encoder."""
+    def build(self, seed: int = 0) -> VisionEncoder:
+        """The encoder, weights that it draws from a seed."""
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             encoder: VisionEncoder = maker_of("encoder", self.kind)(schema_of("encoder", self.kind)(), None)
         return encoder.eval()
 
@@ -233,6 +233,9 @@ class _EncoderContracts:
         """Features may be kept."""
         encoder = self.build()
         assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be kept"
+        if not schema_of("encoder", self.kind)().checkpoint:
+            is_fixed = bool((self.run(encoder) == self.run(self.build(1))).all())
+            assert is_fixed, "its weights are random at each load, and no checkpoint keeps them; read them from encoder.checkpoint"
 
     def check_transform(self) -> None:
         """Frames of any size become frames of the encoder's."""

@@ -72,7 +72,7 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
 
 def processor(config: Config) -> dict[str, Any]:
     """What a checkpoint's image processor says, or nothing where the family's values are used: it decides the grid of a rotary encoder."""
-    is_made = config.encoder.checkpoint in TINY_ENCODERS
+    is_made = config.encoder.checkpoint in TINY_ENCODERS or has_own_encoder(config)
     folder = None if is_made else _description(config, "encoder")
     return {} if folder is None else read_processor(folder)
 
