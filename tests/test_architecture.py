@@ -18,7 +18,7 @@ from tools.import_graph import ROOT, Import, all_imports, find_circle, our_files
 
 BASE = {"types", "errors", "files", "locks", "terminal", "libraries"}
 PARTS = {"models", "data", "metrics"}
-CONFIGURED = BASE | PARTS | {"config", "overrides", "compose", "sweep_syntax"}
+CONFIGURED = BASE | PARTS | {"config", "overrides", "plugins", "compose", "sweep_syntax"}
 TRAINED = CONFIGURED | {"demo", "assembly", "planning", "training", ""}  # "" is vlmcap/__init__.py, which has the version
 FEATURES = {"measuring", "spectrum", "reporting", "sweeping", "program"}
 # What each part of the package may import beside itself; "train" and "evaluate" are the programs.
@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "locks": {"errors", "files", "terminal"},
     **{part: BASE | {"config"} for part in PARTS},
     "overrides": BASE | {"config"},
-    "compose": BASE | {"config", "overrides"},
-    "program": BASE | {"overrides", "compose"},
+    "plugins": BASE | {"config"},
+    "compose": BASE | {"config", "overrides", "plugins"},
+    "program": BASE | {"config", "overrides", "plugins", "compose"},
     "sweep_syntax": BASE | {"overrides", "compose"},
     "demo": CONFIGURED,
     "assembly": CONFIGURED | {"demo"},

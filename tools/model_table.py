@@ -23,7 +23,7 @@ import torch
 
 from tools import model_page as table
 from vlmcap.assembly.parts import encoder_options, family_of, projector_sizes
-from vlmcap.compose import compose, group_choices
+from vlmcap.compose import CUSTOM, compose, group_choices
 from vlmcap.config import Config, PretrainedVlmConfig
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.models.encoders import VisionEncoder, build_encoder
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(group: str) -> list[str]:
-    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, "assembled")]
+    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, CUSTOM, "assembled")]
 
 
 def _configurations() -> Iterator[Config]:

@@ -23,7 +23,9 @@ from vlmcap.config.run import check_own_parts
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
+from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
 
+CUSTOM = "custom"  # the file of a group that any checkpoint goes with
 CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
 _PLAIN_GROUPS = {  # those of one kind
@@ -73,9 +75,13 @@ def config_file(name: str) -> Path:
 
 
 def register_schemas() -> None:
-    """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file."""
+    """Makes the dataclasses known as `config_schema` and `<group>/<kind>_schema`, the first default of each YAML file.
+
+    A kind of a plugin is known by its own name, too, so that it needs no file; one of that name is found before it.
+    """
     from hydra.core.config_store import ConfigStore
 
+    load_plugins()
     OmegaConf.register_new_resolver("product", lambda *factors: prod(factors), replace=True)  # as conf/debug/fast.yaml multiplies
     store = ConfigStore.instance()
     store.store(name="config_schema", node=_following(Config))
@@ -84,6 +90,12 @@ def register_schemas() -> None:
     for group, kinds in SCHEMAS.items():
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=_following(node))
+        for kind in plugin_kinds(group):
+            if config_file(f"{group}/{kind}").is_file():
+                continue
+            named = _following(kinds[kind])
+            named.name = kind
+            store.store(group=group, name=kind, node=named)
 
 
 def _following(schema_class: type) -> DictConfig:
@@ -103,6 +115,7 @@ def _typed(plain: Mapping[str, Any]) -> DictConfig:
     Raises:
         UserError: A group has no such kind.
     """
+    load_plugins()
     node = OmegaConf.structured(Config)
     for group in SCHEMAS:
         kind = (plain.get(group) or {}).get("kind")
@@ -140,9 +153,64 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
         raise UserError(explain(innermost(error))) from error
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
+    name_parts(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
         node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
     return node
+
+
+# What a group's file says of its own checkpoint, and what is known of another one before it is found.
+_OF_CHECKPOINT: dict[str, Any] = {
+    "revision": None,
+    "gate": None,
+    "licence": schema.UNKNOWN,
+    "chat_template": None,
+    "max_caption_tokens": schema.AUTO,
+    "max_new_tokens": schema.AUTO,
+    "prompt": schema.AUTO,
+}
+
+
+def name_parts(node: DictConfig, hydra_node: Any) -> None:
+    """Names parts by their checkpoints, where those are not the ones of the files that the parts come from.
+
+    With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model. What the command
+    line sets stays.
+
+    Args:
+        node: Composed configuration before its interpolations are resolved, changed in place.
+        hydra_node: Hydra's own part of it, with the choices and the overrides.
+    """
+    choices = hydra_node.runtime.choices
+    typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
+    for part in ("model", "encoder", "llm"):
+        file = config_file(f"{part}/{choices.get(part)}")
+        values = cast(dict[str, Any], OmegaConf.to_container(node[part], resolve=False))
+        if not file.is_file() or values.get("checkpoint", "???") == "???" or OmegaConf.is_interpolation(node[part], "checkpoint"):
+            continue
+        content = read_yaml(file)
+        own = content if part != "model" else content["model"]  # the file of a pretrained VLM sets keys of other groups as well
+        is_another = values["checkpoint"] != own["checkpoint"] if "checkpoint" in own else f"{part}.checkpoint" in typed
+        if not is_another:
+            continue
+        _replace(node, part, {"name": checkpoint_name(values["checkpoint"])} | _OF_CHECKPOINT, own, typed)
+        if part == "model":
+            _replace(node, "llm", _OF_CHECKPOINT, content.get("llm", {}), typed)
+
+
+def _replace(node: DictConfig, part: str, values: Mapping[str, Any], own: Mapping[str, Any], typed: set[str]) -> None:
+    """Puts values in place of those that a group's file has or leaves at their default; what was typed stays."""
+    for key, value in values.items():
+        is_there = key in node[part] and not OmegaConf.is_interpolation(node[part], key)
+        if is_there and f"{part}.{key}" not in typed and node[part][key] == own.get(key, node[part][key]):
+            node[part][key] = value
+
+
+def checkpoint_name(checkpoint: str) -> str:
+    """The name of a hub id or a folder: its last component in lower case; for a folder of the hub's cache, that of its id."""
+    path = Path(os.path.abspath(os.path.expanduser(checkpoint)))
+    is_cached = path.parent.name == "snapshots"
+    return (path.parents[1].name.rpartition("--")[2] if is_cached else path.name).lower()
 
 
 class Composed:
@@ -244,6 +312,8 @@ def config_hash(config: Config) -> str:
         for group in groups:
             node = node[group]
         node.pop(name, None)
+    if plugins := plugins_of(config):
+        plain["plugins"] = plugins
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -343,8 +413,9 @@ def _reason(text: str) -> str:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names that a group has in `conf/` and in the user's own folder, sorted."""
-    names = {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
+    """The names that a group has in `conf/`, in the user's own folder and from plugins, sorted."""
+    load_plugins()
+    names = {*plugin_kinds(group)} | {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
     return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
 
 
@@ -360,8 +431,11 @@ def _unknown_key(key: str) -> str:
 
 
 def _kind_of(group: str, choice: str) -> str:
-    """The kind whose schema a YAML file begins with, or the file that it begins with."""
-    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", config_file(f"{group}/{choice}").read_text(), re.MULTILINE)
+    """The kind whose schema a YAML file begins with, or the file that it begins with; a plugin's kind needs no file."""
+    file = config_file(f"{group}/{choice}")
+    if not file.is_file():
+        return choice
+    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", file.read_text(), re.MULTILINE)
     return "" if found is None else found.group(1) if found.group(2) else _kind_of(group, found.group(1))
 
 

@@ -44,7 +44,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "bitsandbytes"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(lightning|torchdata)\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap.compose import config_file, explain, innermost, register_schemas, use_config_dir
+from vlmcap.config.kinds import SCHEMAS
 from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
+from vlmcap.plugins import load_plugins, plugin_kinds, take_plugins
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
@@ -93,12 +95,13 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
     """
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     command = command or f"python {shlex.quote(sys.argv[0])}"
-    if {"-h", "--help"} & set(given):
-        print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
-        return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
     try:
         with told_in_one_sentence():
+            given = take_plugins(given)
+            if {"-h", "--help"} & set(given):
+                print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
+                return
             register_schemas()
             sys.argv[1:] = hydra_arguments(given, command)
             main()
@@ -140,7 +143,10 @@ def help_text(name: str) -> str:
     Hydra would print the same, but lists every choice of every group before, whether the template names them or not, and copies all of
     its configuration for each: three quarters of the time that `--help` took.
     """
-    return str(OmegaConf.load(config_file(name)).hydra.help.template)
+    text = str(OmegaConf.load(config_file(name)).hydra.help.template)
+    load_plugins()
+    parts = [f"{group}={kind}" for group in SCHEMAS for kind in plugin_kinds(group)]
+    return f"{text}\nFrom plugins: {', '.join(parts)}" if parts else text
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from vlmcap.assembly.clips import Splits, with_blank
 from vlmcap.assembly.datasets import FeaturePlan
 from vlmcap.assembly.parts import device_of, dtype_of, load_encoder, vision_part
 from vlmcap.config import Config, EncoderTuning, Precision, Sampling
+from vlmcap.plugins import plugins_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,8 +130,10 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
 
     config = plan.config
     base, transform = plan.sources.bases[vision_part(config)], cast(Any, plan.sketch.transform)
+    own = plugins_of(config).get("encoder")
+    code = json.dumps([base.sha256, own, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
-        encoder=base.sha256,
+        encoder=base.sha256 if own is None else hashlib.sha256(code.encode()).hexdigest(),
         layer=plan.sketch.feature_layer,
         transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
         num_frames=config.data.num_frames,

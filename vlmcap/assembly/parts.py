@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from vlmcap.config import (
     Temporal,
     TokenProjectorConfig,
 )
+from vlmcap.config.kinds import maker_of
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,14 +55,19 @@ def locate_sources(config: Config, *, is_encoder_only: bool = False) -> Sources:
     Raises:
         UserError: A checkpoint is not there.
     """
-    from vlmcap.models.checkpoint import fingerprint, locate
+    from vlmcap.models.checkpoint import VISION, Fingerprint, fingerprint, locate
 
     memo = Path(config.paths.cache_dir) / "fingerprints.json"
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
     parts = ("encoder",) if is_encoder_only else ("encoder", "llm")
     for part in ("model",) if config.is_whole else parts:
-        settings, wanted = getattr(config, part), "vision_" if part == "encoder" else None
+        settings, wanted = getattr(config, part), VISION if part == "encoder" else None
+        if part == "encoder" and has_own_encoder(config):
+            if not settings.checkpoint:
+                folders[part], bases[part] = Path(), Fingerprint(settings.kind, "", hashlib.sha256(settings.kind.encode()).hexdigest())
+                continue
+            wanted = None
         folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
         bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
     return Sources(folders, bases)
@@ -111,6 +119,17 @@ def encoder_options(config: Config) -> EncoderOptions:
     )
 
 
+def has_own_encoder(config: Config) -> bool:
+    """Whether the encoder is a plugin's."""
+    return maker_of("encoder", config.encoder.kind) is not None
+
+
+def own_encoder(config: Config, folder: Path | None) -> VisionEncoder:
+    """The encoder of a plugin, frozen; with random weights where there is no folder."""
+    made: VisionEncoder = maker_of("encoder", config.encoder.kind)(config.encoder, folder if config.encoder.checkpoint else None)
+    return made.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
+
+
 def family_of(config: Config) -> str:
     """The class that reads the encoder's checkpoint, as a key of `FAMILIES`."""
     settings = config.encoder
@@ -125,6 +144,8 @@ def max_patches(config: Config) -> int:
 
 def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder, frozen; of a whole model it alone is read."""
+    if has_own_encoder(config):
+        return own_encoder(config, folder)
     if not config.is_whole:
         from vlmcap.models import encoders
 
@@ -138,6 +159,11 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
 
 def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder without its weights, on the meta device: its sizes and its transform."""
+    if has_own_encoder(config):
+        import torch
+
+        with torch.device("meta"):
+            return own_encoder(config, None)
     if not config.is_whole:
         from vlmcap.models import encoders
 
@@ -241,6 +267,12 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
     """The language model, frozen; without weights, on the meta device, where `is_meta`."""
     from vlmcap.models.llm.load import load_language_model, sketch_language_model
 
+    if own := maker_of("llm", config.llm.kind):
+        import torch
+
+        with torch.device("meta") if is_meta else contextlib.nullcontext():
+            made: nn.Module = own(config.llm, folder, **language_options(config))
+        return made.requires_grad_(False)
     if is_meta:
         options = {name: value for name, value in language_options(config).items() if name != "quantization"}
         return sketch_language_model(folder, **options)

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _read_overrides(options, given)
         if command.traces_models:
             import_libraries(with_adapters=command.name == "plan", with_training=False)
-        import_module(f"vlmcap.cli.{command.name}").run(options)
+        import_module(f"vlmcap.cli.{command.name.replace('-', '_')}").run(options)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -72,11 +72,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read_overrides(options: argparse.Namespace, given: Sequence[str]) -> None:
-    """Puts the overrides into Hydra's grammar, and takes the user's folder of YAML files.
+    """Puts the overrides into Hydra's grammar, and takes the user's plugins and folder of YAML files.
 
     Raises:
-        UserError: An override cannot be right, or the folder is not there.
+        UserError: An override cannot be right, a plugin cannot be loaded, or the folder is not there.
     """
+    if options.plugin:
+        from vlmcap.plugins import use_plugins
+
+        use_plugins(options.plugin)
     if options.config_dir:
         from vlmcap.compose import use_config_dir
 

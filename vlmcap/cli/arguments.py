@@ -24,7 +24,7 @@ class Command:
     """A command, whose body is `run(options)` in the module of its name.
 
     Attributes:
-        name: What is typed, and the module under `vlmcap.cli`.
+        name: What is typed, and with _ for - the module under `vlmcap.cli`.
         help: Its line in `vlmcap --help`.
         add_arguments: Adds its arguments to its parser.
         check: Raises `UserError` for arguments that do not go together.
@@ -46,6 +46,8 @@ def _add_overrides(parser: ArgumentParser, text: str = _PARTS) -> None:
 def _add_config_dir(parser: ArgumentParser) -> None:
     text = "folder of your own YAML files, laid out as conf/, which are found before ours"
     parser.add_argument("--config-dir", metavar="DIR", help=text)
+    text = "Python file or importable module with parts of your own; may be given several times"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help=text)
     parser.set_defaults(overrides=[])
 
 
@@ -80,7 +82,7 @@ def _add_json(parser: ArgumentParser, what: str) -> None:
 
 
 def _doctor(parser: ArgumentParser) -> None:
-    parser.epilog = "Exit code 1 on a problem."
+    parser.epilog = "llm.checkpoint=… or encoder.checkpoint=… describes that checkpoint instead. Exit code 1 on a problem."
     _add_overrides(parser)
     text = "take three training steps and write short captions at true size with random weights"
     parser.add_argument("--measure", action="store_true", help=text)
@@ -255,6 +257,12 @@ def _check_dashboard(options: Namespace) -> None:
         _check_read(options, ("logger.project", "logger.entity", "monitor"))
 
 
+def _check_plugin(parser: ArgumentParser) -> None:
+    parser.epilog = "Exit code 1 where a contract does not hold."
+    parser.add_argument("plugins", nargs="+", metavar="FILE", help="Python files or importable modules that register parts")
+    parser.set_defaults(overrides=[], config_dir=None, plugin=[])
+
+
 COMMANDS = (
     Command("doctor", "whether this machine is ready; with --measure, how far a plan is off on its GPU", _doctor, _check_doctor),
     Command(
@@ -272,5 +280,6 @@ COMMANDS = (
         _check_spectrum,
         traces_models=True,
     ),
+    Command("check-plugin", "whether the parts of a plugin hold what everything else relies on", _check_plugin),
     Command("dashboard", "the Weights & Biases dashboard that compares runs, and sweeps for W&B's agents", _dashboard, _check_dashboard),
 )

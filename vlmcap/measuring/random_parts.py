@@ -21,7 +21,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.parts import add_adapters, device_of, encoder_options, family_of, language_options, loss_chunk_bytes, train_encoder
+from vlmcap.assembly.parts import (
+    add_adapters,
+    device_of,
+    encoder_options,
+    family_of,
+    has_own_encoder,
+    language_options,
+    loss_chunk_bytes,
+    train_encoder,
+)
 from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.encoders import FAMILIES
@@ -29,7 +38,7 @@ from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
 from vlmcap.models.projectors import build_projector, check_projector
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_sizes, sketch, text_config, whole_parts
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_sizes, processor, sketch, text_config, whole_parts
 
 _STD = 0.02  # of random weights, as transformers' own
 _PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
@@ -59,9 +68,10 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
     assert isinstance(config.encoder, TowerConfig)
     layer = config.encoder.feature_layer
     _cut(vision.get("vision_config") or vision, _total_blocks(num_blocks, layer))
-    encoder = dataclasses.replace(
-        config.encoder, checkpoint=_write(folder / "encoder", vision), feature_layer=min(layer, num_blocks) if layer >= 0 else layer
-    )
+    checkpoint = _write(folder / "encoder", vision)
+    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor(config)), encoding="utf-8")
+    layer = min(layer, num_blocks) if layer >= 0 else layer
+    encoder = dataclasses.replace(config.encoder, checkpoint=checkpoint, feature_layer=layer)
     llm = dataclasses.replace(config.llm, checkpoint=_write(folder / "llm", text))
     return dataclasses.replace(config, encoder=encoder, llm=llm)
 
@@ -228,6 +238,8 @@ def _compute_tables(module: nn.Module) -> None:
 
 def _set_attention(config: Config, encoder: Any) -> None:
     """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
+    if has_own_encoder(config):
+        return
     attention = encoder_options(config).attention
     has_flash = config.is_whole or FAMILIES[family_of(config)].has_flash
     if attention != "sdpa" and has_flash:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,20 +14,15 @@ from torch import Tensor
 
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
+from vlmcap.models.hub import cached_folder, fetch_file, fetch_files, hub_error, list_files
 
 # Neither remote code nor pickles beside the weights, such as training_args.bin, are ever fetched.
 _PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _SAFE, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
-_CONTENT = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+VISION = "vision_"  # in the names of a vision tower's tensors, where they are a part of a whole model
+_CONTENT = ("config.json", *_PROCESSORS, *_TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +53,65 @@ def locate(
         checkpoint: Folder in Hugging Face layout, or a hub id.
         revision: Branch, tag or commit on the hub.
         key: Configuration key, for the error.
-        gate: Licence that the hub wants accepted first.
-        part: Text in the names of the wanted tensors, such as `vision_`; files of a whole model that hold none are not downloaded.
+        gate: License that the hub wants accepted first.
+        part: Text in the names of the wanted tensors, such as `VISION`; files of a whole model that hold none are not downloaded.
         has_weights: False downloads the small files alone: configuration, tokenizer, chat template.
 
     Raises:
-        UserError: No such folder and no download.
+        UserError: No such folder and no download; each way in which the hub fails has a sentence of its own.
     """
+    if (folder := _local_folder(checkpoint, key)) is not None:
+        return folder
+    try:
+        return _download(checkpoint, revision, part, has_weights)
+    except UserError:
+        raise
+    except Exception as error:
+        raise hub_error(error, checkpoint, revision, key=key, gate=gate) from error
+
+
+def locate_description(checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, has_processor: bool = False) -> Path:
+    """A folder with the small files that say how large a checkpoint is; of a hub id they alone are downloaded.
+
+    Args:
+        checkpoint: Folder in Hugging Face layout, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        key: Configuration key, for the error.
+        gate: License that the hub wants accepted first.
+        has_processor: Whether an encoder's image processor belongs to them, beside `config.json`.
+
+    Raises:
+        UserError: As for `locate`; a `HubUnreachableError` where the hub gave no answer.
+    """
+    if (folder := _local_folder(checkpoint, key)) is not None:
+        return folder
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        folder = fetch_file(checkpoint, "config.json", revision).parent
+        for name in _PROCESSORS if has_processor else ():
+            with suppress(RemoteEntryNotFoundError):  # a checkpoint has one or two of them
+                fetch_file(checkpoint, name, folder.name)
+    except Exception as error:
+        if folder is None and (folder := cached_folder(checkpoint, revision)) is not None:
+            return folder
+        raise hub_error(error, checkpoint, revision, key=key, gate=gate) from error
+    return folder
+
+
+def is_present(checkpoint: str, revision: str | None, part: str | None = None) -> bool:
+    """Whether nothing of a checkpoint is left to download; the hub is not asked.
+
+    Args:
+        checkpoint: Folder in Hugging Face layout, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        part: As for `locate`.
+    """
+    return Path(checkpoint).expanduser().is_dir() or _find_cached(checkpoint, revision, part, has_weights=True) is not None
+
+
+def _local_folder(checkpoint: str, key: str) -> Path | None:
+    """The folder that a name means; None for a hub id."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -71,35 +119,48 @@ def locate(
         return folder
     if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # no hub id looks so
         raise UserError(f"{folder} does not exist; set {key} to a local folder in Hugging Face layout or a hub id")
-    try:
-        return _download(checkpoint, revision, part, has_weights)
-    except Exception as error:  # the hub client raises a dozen kinds; to the user they are one
-        licence = f", accept its licence there ({gate}) and log in with `hf auth login`" if gate else ""
-        raise UserError(
-            f"checkpoint '{checkpoint}' is neither a folder nor could it be downloaded ({type(error).__name__}): "
-            f"set {key} to a local folder in Hugging Face layout, or connect to the hub{licence}"
-        ) from error
+    return None
 
 
 def _download(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path:
     """The folder of a snapshot, or of an earlier one where the hub cannot be reached."""
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-
+    # 1. One small file says whether the checkpoint may be read, and which commit the revision is.
     try:
-        names = list_repo_files(checkpoint, revision=revision)
-    except Exception as unreachable:
-        try:
-            folder = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
-        except Exception:
-            raise unreachable from None  # says more than that there is no snapshot
-        listed = folder / _index_of(_SAFE)
-        if has_weights and listed.is_file() and not all((folder / file).is_file() for file in _shards(listed, part or "")):
-            raise unreachable from None  # another part of the same model was fetched
-        return folder
+        folder = fetch_file(checkpoint, "config.json", revision).parent
+        names = list_files(checkpoint, folder.name)
+    except Exception:
+        if (cached := _find_cached(checkpoint, revision, part, has_weights)) is not None:
+            return cached
+        raise
+
+    # 2. The small files come first: where the weights are whole, so is the rest.
+    fetch_files(checkpoint, _matching(names, _PATTERNS), folder.name)
+
+    # 3. The weights, of a whole model only the files with the wanted part.
     weights = [_weights_pattern(names)] if has_weights else []
-    if weights and part is not None and (index := _index_of(weights[0])) in names:
-        weights = _shards(Path(hf_hub_download(checkpoint, index, revision=revision)), part)
-    return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=[*_PATTERNS, *weights]))
+    if weights and part is not None and (index := folder / _index_of(weights[0])).is_file():
+        weights = _shards(index, part)
+    fetch_files(checkpoint, _matching(names, weights), folder.name)
+    return folder
+
+
+def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path | None:
+    """The snapshot in the hub's cache, unless files of it are missing: a plan fetches the configuration alone, and downloads break off."""
+    folder = cached_folder(checkpoint, revision)
+    if folder is None:
+        return None
+    if not has_weights:
+        return folder if any((folder / name).is_file() for name in (*_TOKENIZERS, "vocab.json")) else None
+    for pattern in (_SAFE, _PICKLED):
+        if (folder / pattern.replace("*", "")).is_file():
+            return folder
+        if (index := folder / _index_of(pattern)).is_file() and all((folder / file).is_file() for file in _shards(index, part or "")):
+            return folder
+    return None
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def _weights_pattern(names: Iterable[str]) -> str:

@@ -64,10 +64,11 @@ def check_stages(config: Config) -> None:
 def check_monitor(config: Config) -> None:
     """`UserError` unless `monitor` will be measured in the validations of the loop."""
     from vlmcap.metrics import METRIC_NAMES
+    from vlmcap.metrics.own import own_metrics
 
     has_facts = config.data.is_demo or config.evaluation.facts is not None
     grounding = config.callbacks.grounding
-    looped = ["loss", *METRIC_NAMES, *(["facts/<fact>"] if has_facts else [])]
+    looped = ["loss", *METRIC_NAMES, *own_metrics(), *(["facts/<fact>"] if has_facts else [])]
     looped += ["grounding/swapped/cider_drop"] if grounding.enabled and grounding.every_n_validations == 1 else []
     split, _, name = config.monitor.partition("/")
     groups = tuple(example.partition("/")[0] + "/" for example in looped if "/" in example)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap import __version__
 from vlmcap.config import Config
+from vlmcap.plugins import plugins_of
 from vlmcap.training.processes import describe_batch
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
+        "captions up to": f"{max(config.llm.caption_tokens, config.llm.new_tokens)} tokens",
+        "prompt": config.llm.question,
         "batch": describe_batch(config),
         "precision": config.hardware.precision.value,
     }
@@ -103,6 +106,7 @@ def summarize(
         "truncated_captions": run.module.num_truncated,
         "skipped_clips": len(run.module.ledger),
         "versions": {"vlmcap": __version__} | {name: version(name) for name in _VERSIONS} | {"python": sys.version.split()[0]},
+        "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
         "shrunk_from": shrunk_from,

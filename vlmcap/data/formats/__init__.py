@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 
 from vlmcap.config import DataConfig
+from vlmcap.config.kinds import maker_of
 from vlmcap.data.formats.record import Entries, Reader, Record
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, first_line
 
 __all__ = ["FORMATS", "Reader", "Record", "read_records"]
 
@@ -24,7 +25,20 @@ def read_records(settings: DataConfig, split: str | None = None) -> Entries:
         UserError: There is no reader of the format, or the data set cannot be read at all.
     """
     name = "aihub" if settings.is_demo else settings.kind
+    if own := maker_of("data", name):
+        return _own_entries(own, settings, split)
     if name not in FORMATS:
         raise UserError(f"data.kind={name} has no reader; choose one of {', '.join(FORMATS)}")
     reader: Reader = getattr(import_module(f"vlmcap.data.formats.{name}"), f"read_{name}")
     return reader(settings, split)
+
+
+def _own_entries(reader: Reader, settings: DataConfig, split: str | None) -> Entries:
+    """The entries that a user's own reader gives; whatever it raises is said in one sentence."""
+    try:
+        yield from reader(settings, split)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the reader of data={settings.kind} failed ({reason}); check data.root={settings.root}, or correct it") from error

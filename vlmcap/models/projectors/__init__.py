@@ -3,7 +3,7 @@
 Legend: B batch, F frames, P patches a frame, Dv vision width, V visual tokens a clip, Dl language width.
 """
 
-from vlmcap.models.projectors.base import Projection, ProjectorSizes, TokenLayout, register_projector
+from vlmcap.models.projectors.base import Projection, ProjectorSizes, TokenLayout
 from vlmcap.models.projectors.projector import Projector, build_projector, check_projector, count_tokens
 from vlmcap.models.projectors.warm_start import load_projector_weights
 
@@ -16,5 +16,4 @@ __all__ = [
     "check_projector",
     "count_tokens",
     "load_projector_weights",
-    "register_projector",
 ]

@@ -1,4 +1,4 @@
-"""What projections share: their interface and registry, attention, and arithmetic under autocast.
+"""What projections share: their interface, attention, and arithmetic under autocast.
 
 Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl language width; of
 attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
@@ -7,7 +7,6 @@ attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.config import ProjectorConfig
-from vlmcap.config.kinds import register
+from vlmcap.config.kinds import maker_of
 
 Grid = tuple[int, int]
 C = TypeVar("C", bound=ProjectorConfig)
-P = TypeVar("P", bound="type[Projection[Any]]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,30 +109,10 @@ class Projection(nn.Module, Generic[C]):
         return cls
 
 
-_CLASSES: dict[str, type[Projection[Any]]] = {}
-
-
-def register_projector(schema: type[ProjectorConfig]) -> Callable[[P], P]:
-    """Makes a class the projector of a kind, and a dataclass the schema of its settings.
-
-    Args:
-        schema: Dataclass whose field `kind` names the kind by its default.
-
-    Raises:
-        ValueError: Another dataclass has that kind.
-    """
-
-    def decorate(projection: P) -> P:
-        register("projector")(schema)
-        _CLASSES[schema.kind] = projection
-        return projection
-
-    return decorate
-
-
 def projection_class(config: ProjectorConfig) -> type[Projection[Any]]:
     """The class that a configuration asks for."""
-    return _CLASSES[config.kind].variant(config)
+    kind: type[Projection[Any]] = maker_of("projector", config.kind)
+    return kind.variant(config)
 
 
 class CrossAttention(nn.Module):

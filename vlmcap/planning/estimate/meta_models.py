@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,19 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vlmcap.assembly.parts import add_adapters, dtype_of, encoder_options, family_of, max_patches, projector_sizes, train_encoder
+from vlmcap.assembly.parts import (
+    add_adapters,
+    dtype_of,
+    encoder_options,
+    family_of,
+    has_own_encoder,
+    max_patches,
+    projector_sizes,
+    sketch_encoder,
+    train_encoder,
+)
 from vlmcap.config import Config, LlavaNextVideoConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS
 from vlmcap.demo.tiny_llm import LANGUAGE_CONFIG
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.models.checkpoint import locate_description
 from vlmcap.models.encoders import VisionEncoder, build_encoder
+from vlmcap.models.encoders.preprocessing import read_processor
 from vlmcap.models.encoders.tower import read_config
+from vlmcap.models.hub import HubUnreachableError
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
 from vlmcap.models.pretrained import PretrainedParts, build_pretrained
@@ -35,33 +51,69 @@ PROMPT_TOKENS = 32  # of the text around the visual tokens; no tokenizer is ther
 
 
 def architecture(config: Config, part: str) -> dict[str, Any]:
-    """The `config.json` of a base: of its folder, or packaged for the published names.
+    """The `config.json` of a base: of its folder, packaged for the published names, or fetched alone from the hub.
 
     Args:
-        config: Of the run.
+        config: Run configuration.
         part: "encoder", "llm" or "model".
 
     Raises:
-        UserError: Neither is there.
+        UserError: There is none to be had.
     """
     checkpoint = getattr(config, part).checkpoint
+    if part == "encoder" and has_own_encoder(config):  # its settings say all
+        return {}
     if part == "llm" and checkpoint == TINY:  # made on first use
         return dict(LANGUAGE_CONFIG)
     if part == "encoder" and checkpoint in TINY_ENCODERS:
         return dict(VISION_CONFIGS[checkpoint])
-    if Path(checkpoint).expanduser().is_dir():
-        return read_config(Path(checkpoint).expanduser())
-    values = known_config(checkpoint)
-    if values is None:
-        mend = f"set {part}.checkpoint to a local folder in Hugging Face layout or to a name that conf/{part} has"
-        raise UserError(f"the architecture of {part}.checkpoint={checkpoint} is not known before its download; {mend}")
-    return copy.deepcopy(values)
+    folder = _description(config, part)
+    return copy.deepcopy(known_config(checkpoint) or {}) if folder is None else read_config(folder)
+
+
+def processor(config: Config) -> dict[str, Any]:
+    """What a checkpoint's image processor says, or nothing where the family's values are used: it decides the grid of a rotary encoder."""
+    is_made = config.encoder.checkpoint in TINY_ENCODERS
+    folder = None if is_made else _description(config, "encoder")
+    return {} if folder is None else read_processor(folder)
+
+
+def _description(config: Config, part: str) -> Path | None:
+    """The folder with the configuration files of a base; None where the packaged values are used: without a revision, or without a hub."""
+    settings = getattr(config, part)
+    key, is_known = f"{part}.checkpoint", known_config(settings.checkpoint) is not None
+    if Path(settings.checkpoint).expanduser().is_dir():
+        return locate_description(settings.checkpoint, None, key=key)
+    if is_known and settings.revision is None:
+        return None
+    try:
+        return _fetch(settings.checkpoint, settings.revision, key, settings.gate)
+    except HubUnreachableError:
+        if is_known:
+            return None
+        raise
+
+
+@functools.cache  # the hub is asked once for all readers of a plan
+def _fetch(checkpoint: str, revision: str | None, key: str, gate: str | None) -> Path:
+    return locate_description(checkpoint, revision, key=key, gate=gate, has_processor=key == "encoder.checkpoint")
 
 
 def text_values(config: Config) -> dict[str, Any]:
-    """The language model's part of the architecture."""
-    values = architecture(config, "model" if config.is_whole else "llm")
-    return dict(values.get("text_config") or values)
+    """The language model's part of the architecture.
+
+    Raises:
+        UserError: The installed transformers does not have its class.
+    """
+    part = "model" if config.is_whole else "llm"
+    values = architecture(config, part)
+    text = dict(values.get("text_config") or values)
+    if text.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(
+            f"{part}.checkpoint={getattr(config, part).checkpoint} has the model_type {text.get('model_type')!r}, which the installed "
+            f"transformers {transformers.__version__} does not know: update transformers, or choose another checkpoint"
+        )
+    return text
 
 
 def text_config(config: Config, depth: int | None = None) -> Any:
@@ -91,6 +143,8 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
     if config.is_whole:
         encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
         return encoder
+    if has_own_encoder(config):
+        return sketch_encoder(config, Path())
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
     vision = dict(values.get("vision_config") or values)
     if num_blocks is not None:
@@ -98,7 +152,7 @@ def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
         vision["num_hidden_layers"] = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
     with torch.device("meta"):
-        return build_encoder(family_of(config), vision, options)
+        return build_encoder(family_of(config), vision, options, processor=processor(config))
 
 
 def num_blocks(encoder: Any) -> int:
@@ -157,7 +211,7 @@ def whole_outline(config: Config) -> PretrainedParts:
 
 def _once(config: Config, make: Callable[[], Any]) -> Any:
     part = config.model if config.is_whole else config.encoder
-    base = architecture(config, "model" if config.is_whole else "encoder")
+    base = architecture(config, "model") if config.is_whole else [architecture(config, "encoder"), processor(config)]
     return once([asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make)
 
 

@@ -14,8 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
-from vlmcap.assembly.parts import dtype_of
+from vlmcap.assembly.parts import dtype_of, has_own_encoder
 from vlmcap.config import Config, Qwen3VlConfig
+from vlmcap.demo.prepare import TINY, TINY_ENCODERS
+from vlmcap.models.checkpoint import VISION, is_present
+from vlmcap.models.encoders.own import FrameEncoder
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
@@ -83,7 +86,7 @@ def sizes_of(config: Config) -> Sizes:
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
-    depth = num_blocks(encoder) if not config.is_whole else 0
+    depth = 0 if config.is_whole or has_own_encoder(config) else num_blocks(encoder)  # a plugin's blocks are not known
     sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
@@ -92,6 +95,8 @@ def sizes_of(config: Config) -> Sizes:
 def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
     """Of one clip's frames as the encoder takes them, bytes."""
     frames, rows, columns = grid
+    if isinstance(encoder, FrameEncoder):
+        return (frames, 3, encoder.transform.image_size, encoder.transform.image_size)
     tower = encoder.tower.config
     patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
     depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
@@ -109,13 +114,28 @@ def key_value_bytes(config: Config) -> float:
 
 
 def download_bytes(config: Config) -> float:
-    """Bytes of the published weights, two a parameter, that the parts read; a language model's blocks are alike, so two say how large."""
+    """Bytes of the published weights, two per parameter, that the parts read and this machine does not have yet."""
+    if config.is_whole:
+        if _is_here(config, "model"):
+            return 0.0
+        return 2.0 * (_language_total(config) + _parameters(outline(config)) + _parameters(whole_outline(config).projector))
+    vision = 0 if _is_here(config, "encoder") else _parameters(outline(config))
+    return 2.0 * (vision + (0 if _is_here(config, "llm") else _language_total(config)))
+
+
+def _is_here(config: Config, part: str) -> bool:
+    """Whether nothing of a part is to be downloaded; the demo makes its own."""
+    settings = getattr(config, part)
+    is_made = settings.checkpoint in (TINY, *TINY_ENCODERS)
+    return is_made or is_present(settings.checkpoint, settings.revision, VISION if part == "encoder" else None)
+
+
+def _language_total(config: Config) -> int:
+    """Parameters of the language model; its blocks are alike, so two say how large it is."""
     num_blocks = int(text_config(config).num_hidden_layers)
     key, short = ["parameters", text_values(config), config.is_whole], range(1, min(2, num_blocks) + 1)
     counts: list[int] = once(key, lambda: [_language_parameters(config, depth) for depth in short])
-    language = counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
-    rest = [outline(config), whole_outline(config).projector] if config.is_whole else [outline(config)]
-    return 2.0 * (language + sum(map(_parameters, rest)))
+    return counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
 
 
 def _language_parameters(config: Config, depth: int) -> int:

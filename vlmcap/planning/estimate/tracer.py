@@ -44,6 +44,7 @@ from vlmcap.planning.estimate.stages import (
     extrapolate_kept,
     trace_stage,
 )
+from vlmcap.plugins import plugins_of
 
 _SHORT = 2  # blocks of the shorter of two traces
 _FEW, _MANY = 4096, 24576  # tokens of a batch that the language model is traced at
@@ -130,6 +131,7 @@ class Tracer:
             "base": self._base("encoder"),
             "tuning": self._encoder_tuning(),
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
+            "plugin": plugins_of(self.config).get("encoder"),
         }
         depth = plain_vision_blocks(self.config) if self.config.is_whole else self.sizes.num_encoder_blocks
         return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
@@ -142,6 +144,7 @@ class Tracer:
             "width": int(text_config(self.config).hidden_size),
             "base": model.checkpoint if isinstance(model, PretrainedVlmConfig) else "",
             "input": self.trains_encoder,
+            "plugin": plugins_of(self.config).get("projector"),
         }
         key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
         return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
@@ -209,7 +212,7 @@ class Tracer:
             encoder,
             lambda: encoder(frames, grids),
             mode=mode,
-            blocks=() if self.config.is_whole else list(blocks_of(encoder, depth)),
+            blocks=() if self.config.is_whole or not depth else list(blocks_of(encoder, depth)),
             inputs=[frames],
             dtype=self._autocast,
             has_flash=self.has_flash,

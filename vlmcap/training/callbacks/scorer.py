@@ -23,6 +23,7 @@ from vlmcap.metrics import (
 )
 from vlmcap.metrics.backend import score_with
 from vlmcap.metrics.content import content_scores, load_synonyms
+from vlmcap.metrics.own import own_scores, own_scores_each
 from vlmcap.types import Clip
 
 # While training; the slower ones follow at the end.
@@ -66,7 +67,7 @@ class CaptionScorer:
         load_synonyms(config.synonyms)  # a mistake in them is said now, not after an epoch
 
     def score(self, predictions: Sequence[Prediction], *, metrics: Sequence[str] | None = None, device: str = "cpu") -> dict[str, float]:
-        """Text scores, `facts/*` where facts are configured, and more where `metrics` is None.
+        """Text scores, those of a user's metrics, `facts/*` where facts are configured, and more where `metrics` is None.
 
         That is content words by class (`content/*`), scores by category (`category/<name>/*`) where clips have one, model-based scores
         whose checkpoints are configured, and `swapped/*` if videos are to be swapped.
@@ -83,7 +84,7 @@ class CaptionScorer:
             Name to score.
         """
         texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
-        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics)
+        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | own_scores(texts, references)
         if metrics is None:
             words = content_scores(texts, references, self.synonyms)
             scores |= {name: value for name, value in words.items() if name.startswith("content/") and not math.isnan(value)}
@@ -178,7 +179,9 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     `category` is there for clips that have one.
     """
     named = describe_tokenizer(tokenizer)
-    each = score_each([row.text for row in predictions], [row.clip.captions for row in predictions], tokenizer=tokenizer)
+    texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
+    each = score_each(texts, references, tokenizer=tokenizer)
+    each = [scores | own for scores, own in zip(each, own_scores_each(texts, references), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, scores in zip(predictions, each, strict=True):

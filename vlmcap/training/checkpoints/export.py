@@ -270,6 +270,7 @@ def _origin(checkpoint: Path, content: Mapping[str, Any], dtype: str, difference
         "checkpoint_sha256": checkpoint_sha256(checkpoint),
         "step": int(content["global_step"]),
         "bases": content["vlmcap"]["bases"],
+        "plugins": content["vlmcap"].get("plugins", {}),
         "dtype": dtype,
         "logit_difference": difference,
         "vlmcap": vlmcap.__version__,

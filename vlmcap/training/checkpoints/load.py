@@ -14,6 +14,7 @@ from vlmcap.compose import from_plain, to_config, to_plain
 from vlmcap.config import Config, Engine, Strategy
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import quiet_libraries
+from vlmcap.plugins import check_plugins, plugins_of
 from vlmcap.training.schedule import StagePlan
 
 if TYPE_CHECKING:
@@ -60,14 +61,15 @@ def single_process(config: Config) -> Config:
 
 def checkpoint_identity(config: Config, sources: Sources) -> dict[str, Any]:
     """What every checkpoint says of itself, as plain data."""
-    return {"config": to_plain(config), "bases": {part: base.as_dict() for part, base in sources.bases.items()}}
+    bases = {part: base.as_dict() for part, base in sources.bases.items()}
+    return {"config": to_plain(config), "bases": bases, "plugins": plugins_of(config)}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's plain data and tensors; pickled code is refused. A folder of `vlmcap export` is read as one.
 
     Raises:
-        UserError: No such file, or not a checkpoint of ours.
+        UserError: No such file, not a checkpoint of ours, or one with parts of a plugin that is not loaded.
     """
     import pickle
 
@@ -87,6 +89,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
     if not isinstance(content, dict) or "vlmcap" not in content:
         raise UserError(f"{file} was not written by vlmcap's train.py; give a .ckpt file under the checkpoints/ folder of a run")
+    check_plugins(content["vlmcap"].get("plugins", {}))
     return content
 
 
@@ -121,6 +124,7 @@ def read_export(folder: Path) -> dict[str, Any]:
         origin = read_origin(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{beside} cannot be read ({first_line(error)}); run `vlmcap export` again") from error
+    check_plugins(origin.get("plugins", {}))
     plain["llm" if plain["model"]["kind"] == "assembled" else "model"]["checkpoint"] = str(folder.resolve())
     bases = {part: base for part, base in origin["bases"].items() if part == "encoder"}  # the other one is this folder
     return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}

@@ -1,0 +1,73 @@
+"""The contracts of plugins hold for our own parts, and each is broken by a part that is made to break it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.plugins import GATED, own_registries, plugin_file
+from vlmcap.assembly.contracts import check_part
+from vlmcap.cli import main
+from vlmcap.plugins import use_plugins
+
+KINDS = ("linear", "mlp", "cross_attention", "perceiver", "c_abstractor", "pixel_shuffle")
+
+
+@pytest.fixture
+def _registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with own_registries(monkeypatch):
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_projectors_hold_them(kind: str) -> None:
+    import vlmcap.models.projectors  # noqa: F401 - registers them
+
+    assert [outcome for outcome in check_part("projector", kind) if outcome.problem] == []
+
+
+LINE = "        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))\n"
+INIT = "        super().__init__()\n"
+
+
+@pytest.mark.usefixtures("_registries")
+@pytest.mark.parametrize(
+    ("old", "new", "contract", "words"),
+    [
+        (LINE, f"{LINE[:-1]}[:, :, ::2]\n", "num_tokens", r"forward gives \(2, 128, 48\), num_tokens states \(2, 256, 48\)"),
+        (INIT, f"{INIT}        self.idle = nn.Linear(2, 2)\n", "a gradient", "no gradient reaches projection.idle.weight"),
+        ("self.up(tokens))", "self.up(tokens - tokens.mean(0)))", "clips of a batch", "differs by"),
+        (INIT, f"{INIT}        self.norm = nn.BatchNorm1d(32)\n", "a gradient", "no gradient reaches projection.norm.weight"),
+        ("self.up(tokens))", "self.up(tokens)) + torch.rand(1)", "equal input", "two calls differ"),
+        ("self.up(tokens))", "self.up(tokens)) + self.table", "its state_dict", "register every weight"),
+        ("self.up(tokens))", "self.up(tokens)) + torch.ones(48, device='cpu')", "it runs on the meta device", "device"),
+        ("expansion: int = 2", "expansion: int = -1", "its settings", "negative"),
+    ],
+)
+def test_a_part_that_breaks_one_is_found(old: str, new: str, contract: str, words: str, tmp_path: Path) -> None:
+    source = GATED.replace(old, new).replace("import torch.nn", "import torch\nimport torch.nn")
+    source = source.replace(INIT, f"{INIT}        self.table = torch.randn(48)\n")
+    assert source != GATED
+    use_plugins([plugin_file(tmp_path, "my_gated", source)])
+    problems = {outcome.contract: outcome.problem for outcome in check_part("projector", "gated") if outcome.problem}
+    found = [problem for text, problem in problems.items() if text.startswith(contract)]
+    assert len(found) == 1
+    assert re.search(words, found[0])
+
+
+@pytest.mark.usefixtures("_registries")
+def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check-plugin", plugin_file(tmp_path, "my_gated", GATED)])
+    told = capsys.readouterr().out
+    assert told.count("projector=gated") == 8
+    assert "All 8 hold." in told
+    bad = GATED.replace('"gated"', '"lame"').replace(LINE, LINE[:-1] + "[:, :, ::2]\n")
+    with pytest.raises(SystemExit) as exit_:
+        main(["check-plugin", plugin_file(tmp_path, "my_lame", bad)])
+    assert exit_.value.code == 1
+    told = capsys.readouterr().out
+    assert "fails: F=4, P=8 × 8: forward gives (2, 128, 48)" in told
+    assert "projector=gated" not in told

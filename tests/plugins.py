@@ -1,0 +1,75 @@
+"""Plugin files for tests, and registries as they were before."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from vlmcap import plugins
+from vlmcap.config.kinds import MAKERS, SCHEMAS
+from vlmcap.plugins import is_foreign
+
+GATED = """
+from dataclasses import dataclass
+import torch.nn.functional as F
+from torch import nn
+from vlmcap.config import TokenProjectorConfig
+from vlmcap.config.kinds import register_part
+from vlmcap.models.projectors import Projection
+
+@dataclass
+class GatedConfig(TokenProjectorConfig):
+    kind: str = "gated"
+    expansion: int = 2
+
+@register_part("projector", GatedConfig)
+class GatedProjector(Projection[GatedConfig]):
+    reads = "token"
+
+    def __init__(self, config, sizes):
+        super().__init__()
+        inner = sizes.out_dim * config.expansion
+        self.gate, self.up, self.down = nn.Linear(sizes.in_dim, inner), nn.Linear(sizes.in_dim, inner), nn.Linear(inner, sizes.out_dim)
+
+    def forward(self, tokens, layout):
+        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))
+"""
+
+
+@contextmanager
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, parts may be registered and modules imported; nothing of it is left afterwards."""
+    before = {(group, kind) for registry in (SCHEMAS, MAKERS) for group, kinds in registry.items() for kind in kinds}
+    modules, path = set(sys.modules), list(sys.path)
+    monkeypatch.delenv(plugins.PLUGINS_VARIABLE, raising=False)
+    monkeypatch.setattr(plugins, "_loaded", set())
+    plugins._installed.cache_clear()
+    plugins._origin.cache_clear()
+    try:
+        yield
+    finally:
+        for registry in (SCHEMAS, MAKERS):
+            for group, kinds in registry.items():
+                for kind in [kind for kind, part in kinds.items() if (group, kind) not in before and is_foreign(part)]:
+                    del kinds[kind]
+                    for name in (kind, f"{kind}_schema"):
+                        ConfigStore.instance().repo.get(group, {}).pop(f"{name}.yaml", None)
+        for name in set(sys.modules) - modules:
+            if Path(str(getattr(sys.modules[name], "__file__", ""))).is_relative_to(tempfile.gettempdir()):
+                del sys.modules[name]
+        sys.path[:] = path
+        plugins._installed.cache_clear()
+        plugins._origin.cache_clear()
+
+
+def plugin_file(folder: Path, name: str, source: str) -> str:
+    """A plugin's file."""
+    file = folder / f"{name}.py"
+    file.write_text(source, encoding="utf-8")
+    return str(file)

@@ -1,0 +1,331 @@
+"""What a user's own part has to hold so that everything else may rely on it, checked at small sizes without a model around it.
+
+Legend: B batch, F frames, P patches per frame, Dv vision width, V visual tokens per clip, Dl language width.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from vlmcap.config import ProjectorConfig
+from vlmcap.config.kinds import maker_of, schema_of
+from vlmcap.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmcap.models.encoders import VisionEncoder
+    from vlmcap.models.projectors import Projector
+
+Contract = tuple[str, Callable[[], None]]
+_GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the encoder's own
+_FRAMES = (4, 2, 1)
+_PROMPT = 5  # tokens of the question
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one contract of one part.
+
+    Attributes:
+        group: Such as "projector".
+        kind: Of the part.
+        contract: What it should do.
+        problem: What it does instead, in one line; empty where it holds.
+    """
+
+    group: str
+    kind: str
+    contract: str
+    problem: str = ""
+
+
+def check_part(group: str, kind: str) -> list[Outcome]:
+    """Every contract of a part, each checked whatever became of the others.
+
+    Args:
+        group: "projector", "encoder", "llm", "metric" or "data".
+        kind: A registered one.
+    """
+    return [Outcome(group, kind, text, _problem(check)) for text, check in _CONTRACTS[group](kind)]
+
+
+def _problem(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except AssertionError as error:
+        return first_line(error)
+    except Exception as error:  # whatever the user's code raises is what the table is for
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+# --- projectors -------------------------------------------------------------------------------------------------------------------------
+
+
+class _ProjectorContracts:
+    """The contracts of one kind of projector, with its default settings.
+
+    Args:
+        kind: A registered one.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self) -> Iterator[Contract]:
+        yield "its settings have defaults, and it is built from them", lambda: void(self.build())
+        yield "num_tokens is what forward gives, for several F and P", self.check_tokens
+        yield "a gradient reaches every trainable weight", self.check_gradients
+        yield "clips of a batch do not see each other", self.check_batch
+        yield "equal input gives equal output in evaluation", self.check_repeat
+        yield "its state_dict saves and loads to the same output", self.check_state
+        yield "it takes float16 and bfloat16 features", self.check_half
+        yield "it runs on the meta device, as the plan does", self.check_meta
+
+    def build(self, seed: int = 0) -> Projector:
+        """The projector, its weights from a seed."""
+        import torch
+
+        from vlmcap.models.projectors import ProjectorSizes, build_projector
+
+        config: ProjectorConfig = schema_of("projector", self.kind)()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_projector(config, ProjectorSizes(32, 48, _GRIDS[0], _FRAMES[0], _PROMPT)).eval()
+
+    def run(self, projector: Projector, num_clips: int = 2, num_frames: int = _FRAMES[0], grid: tuple[int, int] = _GRIDS[0]) -> Tensor:
+        """Visual tokens of clips of noise, which are the same at each call."""
+        import torch
+
+        device = next(projector.parameters()).device if any(True for _ in projector.parameters()) else torch.device("cpu")
+        features = noise(num_clips, num_frames, math.prod(grid), projector.sizes.in_dim).to(device)
+        tokens: Tensor = projector(features, grid=grid, prompt=noise(_PROMPT, projector.sizes.out_dim).to(device))
+        return tokens
+
+    def check_tokens(self) -> None:
+        """(B, V, Dl) with the stated V, all finite."""
+        projector = self.build()
+        for num_frames in _FRAMES:
+            for grid in _GRIDS:
+                try:
+                    stated = projector.num_tokens(num_frames, math.prod(grid), grid)
+                except UserError as refusal:
+                    assert grid != _GRIDS[0], f"it refuses its own grid: {first_line(refusal)}"
+                    continue
+                tokens, what = self.run(projector, 2, num_frames, grid), f"F={num_frames}, P={grid[0]} × {grid[1]}"
+                expected = (2, stated, projector.sizes.out_dim)
+                assert tuple(tokens.shape) == expected, f"{what}: forward gives {tuple(tokens.shape)}, num_tokens states {expected}"
+                assert bool(tokens.isfinite().all()), f"{what}: the output is not finite"
+
+    def check_gradients(self) -> None:
+        """No trainable weight is left out."""
+        projector = self.build().train()
+        self.run(projector).square().sum().backward()
+        weights = {name: weight for name, weight in projector.named_parameters() if weight.requires_grad}
+        dead = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
+        assert not dead, f"no gradient reaches {', '.join(dead)}"
+        wild = [name for name, weight in weights.items() if weight.grad is not None and not weight.grad.isfinite().all()]
+        assert not wild, f"the gradient of {', '.join(wild)} is not finite"
+
+    def check_batch(self) -> None:
+        """A clip's tokens are the same alone and beside others, and in training no other clip moves them."""
+        projector = self.build()
+        error = difference(self.run(projector, 3)[:1], self.run(projector, 1))
+        assert error < 1e-4, f"the first clip of three differs by {error:.1e} from the same clip alone"
+        features = noise(3, _FRAMES[0], math.prod(_GRIDS[0]), projector.sizes.in_dim).requires_grad_()
+        projector.train()(features, prompt=noise(_PROMPT, projector.sizes.out_dim))[0].square().sum().backward()
+        is_alone = features.grad is not None and not features.grad[1:].any()
+        assert is_alone, "in training the first clip's tokens depend on the others; normalise each clip by itself"
+
+    def check_repeat(self) -> None:
+        """Nothing is random after `eval()`."""
+        projector = self.build()
+        assert bool((self.run(projector) == self.run(projector)).all()), "two calls differ; use dropout and noise in training alone"
+
+    def check_state(self) -> None:
+        """Another projector with the same weights is the same projector."""
+        first, second = self.build(0), self.build(1)
+        second.load_state_dict(first.state_dict())
+        error = difference(self.run(first), self.run(second))
+        assert error < 1e-6, f"the outputs differ by {error:.1e}; register every weight as a parameter, and every table as a buffer"
+
+    def check_half(self) -> None:
+        """Half precision outside, float32 tokens."""
+        import torch
+
+        projector = self.build()
+        for dtype in (torch.float16, torch.bfloat16):
+            features = noise(2, _FRAMES[0], math.prod(_GRIDS[0]), projector.sizes.in_dim).to(dtype)
+            with torch.autocast("cpu", dtype):
+                tokens = projector(features, prompt=noise(_PROMPT, projector.sizes.out_dim).to(dtype))
+            assert tokens.dtype == torch.float32, f"{dtype} features give {tokens.dtype}"
+            assert bool(tokens.isfinite().all()), f"{dtype} features give tokens that are not finite"
+
+    def check_meta(self) -> None:
+        """Shapes alone, without numbers."""
+        import torch
+
+        with torch.device("meta"):
+            projector = self.build()
+            features = torch.empty(1, _FRAMES[0], math.prod(_GRIDS[0]), projector.sizes.in_dim)
+            tokens = projector(features, prompt=torch.empty(_PROMPT, projector.sizes.out_dim))
+        assert tokens.is_meta, "it leaves the meta device; make tensors on the device of its input"
+
+
+# --- the other kinds ---------------------------------------------------------------------------------------------------------------------
+
+
+class _EncoderContracts:
+    """The contracts of one kind of encoder, with its default settings and random weights.
+
+    Args:
+        kind: A registered one.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self) -> Iterator[Contract]:
+        yield "its settings have defaults, and it is built without a folder", lambda: void(self.build())
+        yield "it gives the stated grid and width", self.check_shape
+        yield "clips of a batch do not see each other", self.check_batch
+        yield "equal frames give equal features", self.check_repeat
+        yield "its transform makes what it takes, in another process too", self.check_transform
+        yield "it runs in bfloat16", self.check_half
+        yield "it is built on the meta device, as the plan does", self.check_meta
+
+    def build(self) -> VisionEncoder:
+        """The encoder."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder: VisionEncoder = maker_of("encoder", self.kind)(schema_of("encoder", self.kind)(), None)
+        return encoder.eval()
+
+    def run(self, encoder: VisionEncoder, num_clips: int = 2) -> Tensor:
+        """Features of clips of two frames of noise, which are the same at each call."""
+        import torch
+
+        size = cast(Any, encoder.transform).image_size
+        frames = (noise(num_clips, 2, 3, size, size).sigmoid() * 255).to(torch.uint8)
+        with torch.no_grad():
+            return cast("Tensor", encoder(frames))
+
+    def check_shape(self) -> None:
+        """(B, F, P, Dv)."""
+        encoder = self.build()
+        found, expected = tuple(self.run(encoder).shape), (2, 2, encoder.num_patches, encoder.embed_dim)
+        assert found == expected, f"forward gives {found}, grid and embed_dim state {expected}"
+
+    def check_batch(self) -> None:
+        """A clip's features are the same alone and beside others."""
+        encoder = self.build()
+        error = difference(self.run(encoder, 3)[:1], self.run(encoder, 1))
+        assert error < 1e-4, f"the first clip of three differs by {error:.1e} from the same clip alone"
+
+    def check_repeat(self) -> None:
+        """Features may be kept."""
+        encoder = self.build()
+        assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be kept"
+
+    def check_transform(self) -> None:
+        """Frames of any size become frames of the encoder's."""
+        import pickle
+
+        import torch
+
+        transform: Any = pickle.loads(pickle.dumps(self.build().transform))
+        frames, size = transform(torch.zeros(2, 3, 90, 160, dtype=torch.uint8)), transform.image_size
+        found = (tuple(frames.shape), frames.dtype)
+        assert found == ((2, 3, size, size), torch.uint8), f"it gives {found}, expected uint8 of {size} × {size}"
+
+    def check_half(self) -> None:
+        """Frozen weights have the run's type."""
+        import torch
+
+        features = self.run(self.build().to(torch.bfloat16))
+        assert bool(features.isfinite().all()), "features in bfloat16 are not finite"
+
+    def check_meta(self) -> None:
+        """Sizes without weights."""
+        import torch
+
+        with torch.device("meta"):
+            encoder = self.build()
+        assert all(weight.is_meta for weight in encoder.parameters()), "it reads weights although there is no folder"
+
+
+def _metric_contracts(name: str) -> Iterator[Contract]:
+    from vlmcap.metrics.own import own_scores
+
+    texts, references = ["파도가 치는 바다.", "", "산 위의 구름."], [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
+
+    def check_value() -> None:
+        score = own_scores(texts, references)[name]
+        assert math.isfinite(score), f"it gives {score}"
+
+    def check_repeat() -> None:
+        assert own_scores(texts, references)[name] == own_scores(texts, references)[name], "two calls differ"
+
+    def check_order() -> None:
+        error = abs(own_scores(texts, references)[name] - own_scores(texts[::-1], references[::-1])[name])
+        assert error < 1e-9, f"clips in another order differ by {error:.1e}"
+
+    yield "it gives a finite number, or one per clip, for several references and an empty caption", check_value
+    yield "equal captions give equal scores", check_repeat
+    yield "the order of clips makes no difference", check_order
+
+
+def _format_contracts(kind: str) -> Iterator[Contract]:
+    from vlmcap.data.formats import read_records
+    from vlmcap.data.formats.record import Record
+    from vlmcap.types import Skipped
+
+    def check_empty() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = schema_of("data", kind)(name=kind, root=folder)
+            try:
+                entries: list[object] = [*read_records(settings, None)]
+            except UserError as error:
+                assert "\n" not in str(error), "its UserError is longer than one line"
+                return
+        wrong = [type(entry).__name__ for entry in entries if not isinstance(entry, Record | Skipped)]
+        assert not wrong, f"it gives {wrong[0]}, expected Record or Skipped"
+
+    yield "its settings have defaults beside root", lambda: void(schema_of("data", kind)(name=kind, root="."))
+    yield "an empty folder gives nothing, or a UserError of one line", check_empty
+
+
+def _llm_contracts(kind: str) -> Iterator[Contract]:
+    yield "its settings have defaults", lambda: void(schema_of("llm", kind)())
+
+
+def noise(*shape: int) -> Tensor:
+    """Normal numbers, the same at each call; more clips begin with those of fewer."""
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+
+
+def difference(tokens: Tensor, others: Tensor) -> float:
+    """The largest absolute difference."""
+    return float((tokens - others).detach().abs().max())
+
+
+def void(_: object) -> None:
+    """Nothing, of a result that does not matter."""
+
+
+_CONTRACTS: dict[str, Callable[[str], Iterator[Contract]]] = {
+    "projector": lambda kind: _ProjectorContracts(kind)(),
+    "encoder": lambda kind: _EncoderContracts(kind)(),
+    "llm": _llm_contracts,
+    "metric": _metric_contracts,
+    "data": _format_contracts,
+}

@@ -1,0 +1,42 @@
+"""`vlmcap check-plugin`: whether a plugin's parts hold what everything else relies on."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from vlmcap.assembly.contracts import Outcome, check_part
+from vlmcap.config.kinds import MAKERS
+from vlmcap.plugins import use_plugins
+from vlmcap.terminal import wide_console
+
+
+def run(options: Namespace) -> None:
+    """Loads plugins, and prints a table of the contracts of their parts.
+
+    Raises:
+        UserError: A plugin cannot be loaded.
+        SystemExit: With code 1 where a contract does not hold.
+    """
+    use_plugins(options.plugins)
+    own = {Path(name).stem if name.endswith(".py") else name.partition(".")[0] for name in options.plugins}
+    parts = [(group, kind) for group, kinds in MAKERS.items() for kind, part in kinds.items() if part.__module__.partition(".")[0] in own]
+    outcomes = [outcome for group, kind in parts for outcome in check_part(group, kind)]
+    show(outcomes)
+    failed = sum(bool(outcome.problem) for outcome in outcomes)
+    print(f"{len(outcomes) - failed} of {len(outcomes)} hold." if failed else f"All {len(outcomes)} hold.")
+    if failed:
+        raise SystemExit(1)
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """Prints a line for each contract."""
+    table = Table("part", "contract", "result", box=None)
+    for outcome in outcomes:
+        result = f"[bold red]fails[/]: {escape(outcome.problem)}" if outcome.problem else "[green]holds[/]"
+        table.add_row(f"{outcome.group}={outcome.kind}", outcome.contract, result)
+    wide_console().print(table)
