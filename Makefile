@@ -9,7 +9,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all models check format wheel clean
+.PHONY: help venv demo test test-all models keys check format wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -31,6 +31,9 @@ models: $(STAMP) ## measure parity with the reference implementations and write 
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models
 	$(BIN)/python -m tools.model_table --measured .parity.xml
 	@rm -f .parity.xml; echo "docs/models.md is current."
+
+keys: $(STAMP) ## write docs/keys.md out of the dataclasses of the configuration
+	$(BIN)/python -m tools.keys_page
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

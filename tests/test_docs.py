@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +17,13 @@ from tests.thinned import thinned
 from vlmcap.compose import compose
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
+READING = ROOT / "conf" / "README.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md")), READING]
 BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:\$ )?python (train|evaluate)\.py\b(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"^`([\w./]+\.yaml)`:\n\n```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r"^\$ python (\w+\.py) (.*)\n((?:(?!\$ |```).*\n)+)", re.MULTILINE)  # a command and what it prints
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -28,7 +34,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def runs(arguments: list[str]) -> Iterator[list[str]]:
     """The overrides of each run: `-m` tries every combination of the values that commas part."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]  # `--cfg job` is none
     if "-m" not in arguments and "--multirun" not in arguments:
         yield overrides
         return
@@ -37,7 +43,13 @@ def runs(arguments: list[str]) -> Iterator[list[str]]:
     yield from map(list, itertools.product(*choices))
 
 
-WRITTEN = [command for document in DOCUMENTS for command in commands(document.read_text("utf-8"))]
+def text_of(document: Path) -> str:
+    """A document without what is run for real below."""
+    text = document.read_text("utf-8")
+    return SHOWN.sub("", text) if document == READING else text
+
+
+WRITTEN = [command for document in DOCUMENTS for command in commands(text_of(document))]
 COMMANDS = sorted({(program, tuple(run)) for program, arguments in WRITTEN for run in runs(arguments)})
 FIRST = {(program, tuple(next(runs(arguments)))) for program, arguments in WRITTEN}  # of the runs that each command starts
 
@@ -67,3 +79,39 @@ def test_commands_are_read_out_of_a_document() -> None:
 def test_what_a_document_links_to_exists(document: Path) -> None:
     targets = [link.partition("#")[0] for link in LINK.findall(document.read_text("utf-8")) if "://" not in link]
     assert [target for target in targets if target and not (document.parent / target).exists()] == []
+
+
+def test_the_files_that_are_shown_are_those_of_conf() -> None:
+    shown = {path: content for path, content in FILE.findall(READING.read_text("utf-8")) if path.startswith("conf/")}
+    assert shown == {path: (ROOT / path).read_text("utf-8") for path in shown}
+    assert "conf/projector/mlp4.yaml" in shown
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that conf/README.md tells people to write."""
+    folder = tmp_path_factory.mktemp("reading")
+    for path, content in FILE.findall(READING.read_text("utf-8")):
+        if not path.startswith("conf/"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(content, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("program", "arguments", "expected"), SHOWN.findall(READING.read_text("utf-8")), ids=lambda value: value[:70])
+def test_a_command_prints_what_is_shown(own_files: Path, program: str, arguments: str, expected: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / program), *shlex.split(arguments)]
+    done = subprocess.run(command, cwd=own_files, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout + done.stderr).strip() == expected.strip()
+
+
+def test_the_tables_of_groups_name_every_choice() -> None:
+    """The README's table, in both languages, and `--help` name the groups that there are."""
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    for document in ("README.md", "README.ko.md"):
+        text = (ROOT / document).read_text("utf-8")
+        named = {line.split("`")[1] for line in text.splitlines() if re.match(r"\| `[a-z]+` \|", line)}
+        assert groups - {"paths"} <= named | {"optim"}, document
+    for folder in re.findall(r"`(\w+)/`", READING.read_text("utf-8")):
+        assert folder in groups

@@ -80,7 +80,9 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
     if isinstance(found, list):
         return found
     wanted = "a list of entries" if key is None else f"an object with a list '{key}'"
-    raise UserError(f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file or data.format")
+    raise UserError(
+        f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file, or choose another data=NAME"
+    )
 
 
 def list_entries(settings: AnnotatedConfig, split: str | None) -> Iterator[tuple[str, int, Any]]:

@@ -32,7 +32,6 @@ _NO_MATTER = (
     "data.num_workers",
     "trainer.progress_bar",
     "trainer.log_every_n_steps",
-    "evaluation.num_table_rows",
 )
 """Keys, and beginnings of keys, that say where, how often or how watched a run is, and not what comes out."""
 _LOWER = ("loss", "self_bleu", "repetition_rate")  # ends of names; of all others more is better

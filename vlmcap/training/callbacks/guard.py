@@ -180,7 +180,7 @@ class DivergenceGuard(L.Callback):
         write_window(window, reason, target, precision=str(trainer.precision))
         last = self.folder / "checkpoints" / "last.ckpt"
         saved = "last.ckpt is of before" if last.is_file() else "no checkpoint was saved yet"
-        mend = "optim.max_grad_norm=0.3, a longer warm-up (tuning.stages.<name>.warmup_ratio) or half the learning rates"
+        mend = "optim.max_grad_norm=0.3, a longer warm-up (tuning.warmup_ratio) or half the learning rates"
         if self.is_scaled:
             mend = "a card with bfloat16 (hardware.precision=bf16), or " + mend
         raise DivergedError(

@@ -164,7 +164,7 @@ def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, 
             parts[part][name] = parameter
     for part, parameters in parts.items():
         if not parameters:
-            raise UserError(f"tuning.stages gives the {part} a learning rate, but the model has no such part; check tuning.use_lora")
+            raise UserError(f"tuning gives the {part} a learning rate, but the model has no such part; choose another tuning=NAME")
     return parts
 
 
