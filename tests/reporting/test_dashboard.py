@@ -140,7 +140,7 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert definition == yaml.safe_load(file.read_text(encoding="utf-8"))
     assert definition is not None
     assert (definition["method"], definition["run_cap"]) == ("bayes", 20)
-    assert definition["metric"] == {"name": "val/cider", "goal": "maximize"}
+    assert definition["metric"] == {"name": "val/facts/mean", "goal": "maximize"}
     assert definition["parameters"] == {
         "encoder": {"values": ["clip", "siglip2"]},
         "tuning.adapter_lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3},

@@ -117,8 +117,6 @@ def encoder_options(config: Config) -> EncoderOptions:
         dtype=dtype,
         **chosen,
         attention=choose_attention("auto", device, dtype) if config.hardware.attention == "auto" else "sdpa",
-        mean=tuple(settings.image_mean) if settings.image_mean else None,
-        std=tuple(settings.image_std) if settings.image_std else None,
     )
 
 

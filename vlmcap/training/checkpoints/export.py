@@ -15,7 +15,7 @@ import vlmcap
 from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import dtype_of, load_prompt_of, lora_of
 from vlmcap.compose import from_plain, to_config, to_plain, write_yaml
-from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, Quantization
+from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, LoraConfig, Quantization
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import new_folder
 from vlmcap.libraries import quiet_libraries
@@ -154,7 +154,8 @@ def as_exported(config: Config, folder: Path) -> Config:
     before = config.tuning
     tuning = FullConfig(before.name, epochs=before.num_epochs, projector_lr=before.projector_lr, llm_lr=0.0)
     if isinstance(before, EncoderTuningConfig):
-        tuning = dataclasses.replace(tuning, encoder=before.encoder, encoder_lr=before.encoder_lr, lora=before.lora)
+        lora = before.lora if before.encoder is EncoderTuning.lora else LoraConfig()  # the adapters of the encoder alone are left
+        tuning = dataclasses.replace(tuning, encoder=before.encoder, encoder_lr=before.encoder_lr, lora=lora)
     changed = dataclasses.replace(config, tuning=tuning, llm=dataclasses.replace(config.llm, quantization=Quantization["none"]))
     base = dataclasses.replace(getattr(changed, part), checkpoint=str(folder), revision=None)
     return dataclasses.replace(changed, **{part: base})
