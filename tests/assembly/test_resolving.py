@@ -11,9 +11,10 @@ import pytest
 
 from vlmcap.assembly import resolving
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.resolving import resolve, token_limit
+from vlmcap.assembly.resolving import resolve, token_limit, with_model_kind
 from vlmcap.compose import compose, to_plain
-from vlmcap.config import ENGLISH_PROMPT, KOREAN_PROMPT, Config, Split
+from vlmcap.config import ENGLISH_PROMPT, KOREAN_PROMPT, Config, LlmConfig, Split
+from vlmcap.errors import UserError
 from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.types import Clip
 
@@ -32,7 +33,7 @@ def left(real_path: list[str]) -> Callable[..., Config]:
 
 def needed(config: Config, *splits: Split) -> int:
     """The limit by another way: every caption encoded."""
-    prompt = load_prompt(Path(config.llm.checkpoint), prompt="?", system_prompt=None, enable_thinking=False)
+    prompt = load_prompt(Path(config.llm.checkpoint), LlmConfig(prompt="?"))
     clips = [clip for own in load_splits(config, splits).values() for clip in own]
     return token_limit(max(len(prompt.encode_caption(clip.captions[0])) + 1 for clip in clips))
 
@@ -100,3 +101,16 @@ def test_the_prompt_speaks_the_language_of_the_captions(captions: list[str], pro
     assert (decided.llm.prompt, decided.llm.question) == (prompt, prompt)
     given = left(*(f"{name}9" for name in LENGTHS), "llm.prompt=Was?")
     assert resolve(given, clips).llm.prompt == "Was?"
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video"])
+def test_the_class_of_a_custom_model_is_that_of_its_checkpoint(kind: str, qwen_folders: dict[str, Path], llava_folder: Path) -> None:
+    folder = (qwen_folders | {"llava_next_video": llava_folder})[kind]
+    config = with_model_kind(compose(["model=custom", f"model.checkpoint={folder}"]))
+    assert (config.model.kind, config.model.name) == (kind, folder.name.lower())
+    assert config.encoder.checkpoint == config.llm.checkpoint == str(folder)
+
+
+def test_another_class_is_no_whole_model(llm_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"is of the type qwen3, and model=custom takes llava_next_video, .*encoder=custom and llm=custom"):
+        with_model_kind(compose(["model=custom", f"model.checkpoint={llm_folder}"]))

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.parts import load_prompt_of
-from vlmcap.config import AUTO, ENGLISH_PROMPT, KOREAN_PROMPT, UNKNOWN, Config
+from vlmcap.config import AUTO, ENGLISH_PROMPT, KOREAN_PROMPT, UNKNOWN, Config, CustomVlmConfig, PretrainedVlmConfig
+from vlmcap.config.kinds import SCHEMAS
+from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
     from vlmcap.types import Clip
@@ -33,6 +35,30 @@ def resolve(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
         UserError: The language model's tokenizer is not there.
     """
     return _with_licenses(resolve_from_data(config, clips))
+
+
+def with_model_kind(config: Config) -> Config:
+    """The configuration with the class of `model=custom`, which the checkpoint's `config.json` says.
+
+    Raises:
+        UserError: The checkpoint is not there, or of a class that is not taken as a whole.
+    """
+    model = config.model
+    if not isinstance(model, CustomVlmConfig):
+        return config
+    from vlmcap.models.checkpoint import locate_description
+    from vlmcap.models.encoders.tower import read_config
+
+    folder = locate_description(model.checkpoint, model.revision, key="model.checkpoint", gate=model.gate)
+    found = str(read_config(folder).get("model_type"))
+    kinds = {kind: schema for kind, schema in SCHEMAS["model"].items() if issubclass(schema, PretrainedVlmConfig) and kind != model.kind}
+    if found not in kinds:
+        raise UserError(
+            f"model.checkpoint={model.checkpoint} is of the type {found}, and model=custom takes {', '.join(kinds)}; "
+            "join its parts by encoder=custom and llm=custom"
+        )
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(PretrainedVlmConfig) if field.name != "kind"}
+    return dataclasses.replace(config, model=kinds[found](**values))
 
 
 def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:

@@ -17,6 +17,7 @@ from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
 from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store
 from vlmcap.assembly.parts import device_of, locate_sources, sketch_encoder, vision_part
+from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
 from vlmcap.data.features.content import UNREADABLE
@@ -57,7 +58,7 @@ def build(overrides: Sequence[str]) -> None:
     Raises:
         UserError: The configuration, its encoder or its data do not do.
     """
-    config = compose([*overrides, "cache.enabled=true"])
+    config = with_model_kind(compose([*overrides, "cache.enabled=true"]))
     device_of(config)
     quiet_libraries()
     config = prepare(config)

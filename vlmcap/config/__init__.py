@@ -62,6 +62,7 @@ from vlmcap.config.model import (
     KOREAN_PROMPT,
     UNKNOWN,
     AssembledConfig,
+    CustomVlmConfig,
     EncoderConfig,
     LlavaNextVideoConfig,
     LlmConfig,
@@ -90,6 +91,7 @@ from vlmcap.config.projector import (
 )
 from vlmcap.config.run import Config, EvaluationConfig, HardwareConfig, PathsConfig, PlanConfig, is_lower_better, mode_of
 from vlmcap.config.sweep import (
+    OF_A_SWEEP,
     BasicLauncherConfig,
     GridSweepConfig,
     HalvingSweepConfig,
@@ -122,6 +124,7 @@ __all__ = [
     "AUTO",
     "ENGLISH_PROMPT",
     "KOREAN_PROMPT",
+    "OF_A_SWEEP",
     "UNKNOWN",
     "AihubConfig",
     "AnnotatedConfig",
@@ -136,6 +139,7 @@ __all__ = [
     "Config",
     "CrossAttentionConfig",
     "CsvConfig",
+    "CustomVlmConfig",
     "DataConfig",
     "Decoder",
     "DemoConfig",

@@ -79,6 +79,14 @@ class Qwen3VlConfig(PretrainedVlmConfig):
     use_outer_marks: bool = True
 
 
+@register("model")
+@dataclass
+class CustomVlmConfig(PretrainedVlmConfig):
+    """A pretrained VLM of one of the classes above; which one, its checkpoint says."""
+
+    kind: str = "custom"
+
+
 @dataclass
 class EncoderConfig:
     """What every vision encoder has."""

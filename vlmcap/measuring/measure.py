@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmcap.assembly.parts import device_of
+from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import NO_DATA, compose
 from vlmcap.config import Config
 from vlmcap.errors import UserError, is_out_of_memory
@@ -178,7 +179,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     """
     quiet_libraries()
     overrides = [NO_DATA, *overrides]
-    config = compose(overrides)
+    config = with_model_kind(compose(overrides))
     _check(config)
     device_of(config)
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
@@ -262,7 +263,7 @@ def _explained(config: Config, plan: Plan, overrides: Sequence[str], moment: dic
 def _advice(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
     """What makes it smaller: so small that it fits, or by a sixth where the plan said that it would fit."""
     card = dataclasses.replace(plan.card, usable_gib=min(plan.card.usable_gib, _HEADROOM * plan.peak_gib))
-    whole = make_plan(compose(list(overrides)), card)
+    whole = make_plan(with_model_kind(compose(list(overrides))), card)
     changes = with_changes(whole, overrides, card).changes
     if not changes:
         return "take a smaller llm or a larger card, or measure less of it with --blocks"

@@ -17,7 +17,7 @@ from vlmcap.files import replacing
 from vlmcap.models.hub import cached_folder, fetch_file, fetch_files, hub_error, list_files
 
 # Neither remote code nor pickles beside the weights, such as training_args.bin, are ever fetched.
-_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _SAFE, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.resolving import resolve_from_data
+from vlmcap.assembly.resolving import resolve_from_data, with_model_kind
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
@@ -23,7 +23,7 @@ def planned(overrides: Sequence[str]) -> Config:
     Raises:
         UserError: An override is wrong, or the data cannot be read.
     """
-    return with_known_data(compose(overrides))
+    return with_known_data(with_model_kind(compose(overrides)))
 
 
 def with_known_data(config: Config) -> Config:

@@ -17,6 +17,7 @@ from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
 from vlmcap.assembly.features import encoding_of, free_memory
 from vlmcap.assembly.parts import device_of, load_encoder, locate_sources, vision_part
+from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import TINY, prepare
@@ -66,7 +67,7 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     """
     quiet_libraries()
     jobs, swept = expand(overrides)
-    configs = [compose(job) for job in jobs]
+    configs = [with_model_kind(compose(job)) for job in jobs]
     names = short_names(jobs, swept) if len(jobs) > 1 else [configs[0].model.name if configs[0].is_whole else configs[0].encoder.name]
     spectra: list[EncoderSpectrum] = []
     with claimed_folder(folder, "--output"):

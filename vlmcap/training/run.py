@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlmcap.assembly.clips import Splits, load_splits, open_ledger
 from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
-from vlmcap.assembly.resolving import resolve, resolve_from_data
+from vlmcap.assembly.resolving import resolve, resolve_from_data, with_model_kind
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
@@ -80,6 +80,7 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     # 2. Check what can be checked before anything is made or loaded.
     check_run(config, resumed)
+    config = with_model_kind(config)
 
     # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read before that.
     clips: Mapping[str, Sequence[Clip]] = {}
