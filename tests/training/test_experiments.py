@@ -22,6 +22,7 @@ WHOLE = [
     ("qwen2_vl_7b", "qwen2_vl", False),
     ("qwen2_5_vl_7b", "qwen2_5_vl", False),
     ("qwen3_vl_8b", "qwen3_vl", True),
+    ("custom", "qwen2_5_vl", False),
 ]
 Run = Callable[..., Path]
 
