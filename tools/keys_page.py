@@ -37,7 +37,7 @@ Every key, as `python train.py KEY=VALUE` takes it. A YAML file under `conf/` ma
 stands here; `python train.py --cfg job …` shows what holds for a command. Where a group has kinds, what all of them have comes
 first, and any other key stands at the kinds that read it; beside another kind it is refused. *→ key* is a default that follows
 another key, *required* one that a file or the command line must give, and *only with* what to set for a key to be read.
-[conf/README.md](../conf/README.md) says how the files work together.
+[conf/README.md](../conf/README.md) says how the files work together. What stands under `llm.suggested` is for files alone.
 
 """
 

@@ -14,7 +14,8 @@ from vlmcap.cli import dashboard as command
 from vlmcap.cli import main
 from vlmcap.cli.dashboard import sweep_definition
 from vlmcap.compose import compose
-from vlmcap.config import names
+from vlmcap.config import WandbConfig, names
+from vlmcap.config.sweep import OF_A_SWEEP
 from vlmcap.errors import UserError
 
 CURVES = {names.TRAIN_LOSS, names.VAL_LOSS, names.TOKENS_PER_S, *names.SCORES, *names.RATES, *names.COLLAPSE}
@@ -140,7 +141,7 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert definition == yaml.safe_load(file.read_text(encoding="utf-8"))
     assert definition is not None
     assert (definition["method"], definition["run_cap"]) == ("bayes", 20)
-    assert definition["metric"] == {"name": "val/facts/mean", "goal": "maximize"}
+    assert definition["metric"] == {"name": "val/facts/mean", "goal": "maximize"}  # the demo's
     assert definition["parameters"] == {
         "encoder": {"values": ["clip", "siglip2"]},
         "tuning.adapter_lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3},
@@ -151,7 +152,9 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert words[:3] == ["/usr/bin/env", "python", "train.py"]
     config = compose(words[3:])
     assert (config.encoder.name, config.tuning.adapter_lr, config.seed, config.hardware.name) == ("siglip2", 0.00021544, 1, "l4")
-    assert (config.logger.kind.name, config.logger.project) == ("wandb", "captions")
+    assert not [word for word in words if word.startswith(OF_A_SWEEP)]  # a single run would refuse it
+    assert isinstance(config.logger, WandbConfig)
+    assert config.logger.project == "captions"
     assert config.paths.output_dir == "multirun/wandb/abc123"
 
 
