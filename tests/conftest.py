@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import gc
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,33 +36,32 @@ pytest_plugins = [
 ]
 
 
+gc.disable()  # until the test modules are imported, which define much and leave nothing to collect
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay for good, so the collector need not search them after each of many tests."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_once() -> None:
+    """What earlier modules imported and keep is searched no more either."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
-    """Hydra composes equal overrides once per worker; what only says where a run writes is put in afterwards."""
-    from omegaconf import DictConfig, OmegaConf
-
+    """Hydra composes each choice of files once per worker."""
+    from tests.composing import Remembered
     from vlmcap import compose as module
 
-    compose_node = module.compose_node
-    composed: dict[tuple[str, ...], DictConfig] = {}
-
-    def remembered(overrides: Sequence[str], *, name: str = "train") -> DictConfig:
-        folders = dict(override.split("=", 1) for override in overrides if _FOLDER.fullmatch(override))
-        rest = [override for override in overrides if not _FOLDER.fullmatch(override)]
-        key = (name, *rest)
-        if key not in composed:
-            composed[key] = compose_node(rest, name=name)
-        node = copy.deepcopy(composed[key])
-        for path, value in folders.items():
-            OmegaConf.update(node, path, value)
-        return node
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "compose_node", remembered)
+        patch.setattr(module, "register_schemas", functools.cache(module.register_schemas))
+        patch.setattr(module, "compose_node", Remembered(module.compose_node))
         yield
-
-
-_FOLDER = re.compile(r"paths\.(output_dir|cache_dir)=[\w./-]+")  # plain absolute paths, which Hydra takes as they are
 
 
 # --- a whole tiny run -------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from tests.composing import Remembered
 from tests.thinned import thinned
-from vlmcap.compose import compose, config_dir, from_plain, to_config, to_plain, use_config_dir, write_yaml
-from vlmcap.config import Config, LlmConfig, Precision, Quantization
+from vlmcap.compose import CUSTOM, compose, compose_node, config_dir, from_plain, to_config, to_plain, use_config_dir, write_yaml
+from vlmcap.config import ASSUMED_CAPTION_TOKENS, AUTO, Config, LlmConfig, Precision, Quantization
+from vlmcap.config.names import factors
 from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import expand
 
@@ -33,7 +36,8 @@ def rounds() -> list[list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("chosen", rounds(), ids=lambda chosen: "+".join(name for _, name in chosen))
 def test_every_file_composes(chosen: list[tuple[str, str]]) -> None:
-    config = compose([*(f"{group}={name}" for group, name in chosen), *FILLED])
+    named = [f"{group}.checkpoint=hub/{CUSTOM}" for group, name in chosen if name == CUSTOM]
+    config = compose([*(f"{group}={name}" for group, name in chosen), *named, *FILLED])
     for group, name in chosen:
         part = getattr(config, group)
         assert dataclasses.is_dataclass(part)
@@ -154,6 +158,23 @@ def test_help_names_every_choice() -> None:
         assert name in listed[group] or name == "own"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.num_frames=3", "tuning.lora.target_modules='q_proj,k_proj'", "seed=4"],
+        ["experiment=efficient_t4", "data.root='a b=c'", "data.batch_size=2", "++data.num_frames=3", "cache.enabled=true"],
+    ],
+)
+def test_what_the_tests_remember_is_what_hydra_composes(overrides: list[str]) -> None:
+    remembered = Remembered(compose_node)
+    for _ in range(2):
+        found, expected = remembered([*overrides, "paths.output_dir=here"]), compose_node([*overrides, "paths.output_dir=here"])
+        assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
+        assert to_config(found) == to_config(expected)
+    with pytest.raises(UserError, match=r"there is no key 'data\.num_frame'"):
+        remembered([*overrides, "data.num_frame=3"])
+
+
 def test_the_real_combination() -> None:
     config = compose(["encoder=siglip2", "llm=qwen3_8b", "hardware=l4", "data=aihub", *FILLED])
     assert config.encoder.checkpoint == "google/siglip2-so400m-patch14-384"
@@ -199,6 +220,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["tuning.lora.rank=0"], ["tuning.lora.rank"]),
         (["tuning.lora.dropout=1.5"], ["tuning.lora.dropout"]),
         (["llm.max_new_tokens=0"], ["llm.max_new_tokens must be at least 1"]),
+        (["llm.max_caption_tokens=viel"], ["llm.max_caption_tokens must be at least 1, or auto", "not viel"]),
         (["encoder.tiling=0"], ["encoder.tiling must be at least 1"]),
         (["encoder.image_size=0"], ["encoder.image_size must be at least 1"]),
         (["projector.keep_ratio=0"], ["projector.keep_ratio must be above 0"]),
@@ -217,6 +239,11 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["sweep.budget_h=week"], ["sweep.budget_h", "'week'"]),
         (["sweep.budget=5"], ["no key 'sweep.budget'", "did you mean sweep.budget_h"]),
         (["encoder=own"], ["model=assembled has no own encoder", "choose another encoder"]),
+        (["llm=own", "llm.name=x"], ["model=assembled has no own llm", "choose another llm"]),
+        (["llm=own", "llm.name=x", "llm.checkpoint=a/b"], ["model=assembled has no own llm", "choose another llm"]),
+        (["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"], ["model=qwen2_vl_7b brings its own llm", "leave llm=qwen3_8b out"]),
+        (["model=qwen2_vl_7b", "llm.checkpoint=a/b"], ["model=qwen2_vl_7b brings its own llm"]),
+        (["llm=custom"], ["llm.checkpoint has no value", "set it on the command line: llm.checkpoint=…"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -241,7 +268,7 @@ def test_a_saved_configuration_with_overrides() -> None:
     plain = to_plain(compose([]))
     config = to_config(from_plain(plain, {"llm.max_new_tokens": 7, "data.split": "val"}))
     assert (config.llm.max_new_tokens, config.data.split.name) == (7, "val")
-    for bad in ({"llm.max_token": 7}, {"llm.max_new_tokens": "viel"}):
+    for bad in ({"llm.max_token": 7}, {"data.num_frames": "viel"}):
         with pytest.raises(UserError, match="saved configuration"):
             from_plain(plain, bad)
 
@@ -260,6 +287,39 @@ def test_a_saved_configuration_that_lacks_a_value() -> None:
         to_config(from_plain(plain))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "part", "expected"),
+    [
+        (["llm=vicuna_7b", "llm.checkpoint=HuggingFaceTB/SmolLM2-135M-Instruct"], "llm", ("smollm2-135m-instruct", "unknown", None)),
+        (["llm=custom", "llm.checkpoint=models/My-LLM/"], "llm", ("my-llm", "unknown", None)),
+        (["llm=custom", "llm.checkpoint=cache/models--org--Solar/snapshots/0a1b"], "llm", ("solar", "unknown", None)),
+        (["llm=qwen3_4b", "llm.checkpoint=a/b", "llm.name=mine", "llm.licence=MIT"], "llm", ("mine", "MIT", None)),
+        (["llm=vicuna_7b", "llm.checkpoint=a/b", "llm.chat_template=hello"], "llm", ("b", "unknown", "hello")),
+        (["llm=qwen3_4b", "llm.checkpoint=Qwen/Qwen3-4B-Instruct-2507"], "llm", ("qwen3_4b", "Apache-2.0", None)),
+        (["model=qwen2_vl_7b", "model.checkpoint=org/Other-VL"], "model", ("other-vl", "unknown", None)),
+    ],
+)
+def test_a_part_is_called_what_its_checkpoint_is(overrides: list[str], part: str, expected: tuple[str, str, str | None]) -> None:
+    config = compose(overrides)
+    found = getattr(config, part)
+    assert (found.name, found.licence, found.chat_template) == expected
+    assert config.part_names[part] == expected[0] == factors(config)[part]
+
+
+def test_a_gate_and_a_revision_are_those_of_the_checkpoint() -> None:
+    own = compose(["encoder=dinov3_l"]).encoder
+    other = compose(["encoder=dinov3_l", "encoder.checkpoint=org/free"]).encoder
+    assert own.gate
+    assert (other.gate, other.revision, other.name, other.family) == (None, None, "free", own.family)
+    assert compose(["encoder=dinov3_l", "encoder.checkpoint=org/free", "encoder.revision=main"]).encoder.revision == "main"
+
+
+def test_a_saved_configuration_keeps_its_names() -> None:
+    config = compose(["llm=vicuna_7b", "llm.checkpoint=org/Other"])
+    moved = to_config(from_plain(to_plain(config), {"llm.checkpoint": "elsewhere/llm"}))
+    assert (moved.llm.name, moved.llm.checkpoint) == ("other", "elsewhere/llm")
+
+
 def test_the_output_folder_is_a_path() -> None:
     assert compose([]).paths.output_dir.startswith("outputs/")
     assert compose(["paths.output_dir=here"]).paths.output_dir == "here"
@@ -268,6 +328,16 @@ def test_the_output_folder_is_a_path() -> None:
 def test_schema_defaults_are_what_a_file_leaves_out() -> None:
     assert compose(["llm=qwen3_4b"]).llm.max_caption_tokens == LlmConfig().max_caption_tokens
     assert isinstance(compose([]), Config)
+
+
+def test_lengths_of_captions_and_the_prompt_are_left_to_the_data() -> None:
+    config = compose(["llm=custom", "llm.checkpoint=a/b"]).llm
+    assert (config.max_caption_tokens, config.max_new_tokens) == (AUTO, AUTO)
+    assert (config.caption_tokens, config.new_tokens) == (ASSUMED_CAPTION_TOKENS,) * 2
+    borrowed, given = ["llm=vicuna_7b", "llm.checkpoint=a/b"], "llm.max_new_tokens=200"
+    assert (compose(borrowed).llm.max_caption_tokens, compose([*borrowed, given]).llm.new_tokens) == (AUTO, 200)
+    assert compose(["llm=vicuna_7b"]).llm.caption_tokens == 1600
+    assert (compose([]).llm.prompt, compose(["llm.checkpoint=a/b"]).llm.prompt) == ("영상을 설명해 주세요.", AUTO)
 
 
 def test_modules_are_named_as_a_list_or_as_text() -> None:
@@ -284,6 +354,8 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
         )
     use_config_dir(str(tmp_path))
     assert [compose([f"encoder={name}"]).encoder.checkpoint for name in ("mine", "clip")] == ["hub/mine", "hub/other"]
+    assert compose(["encoder=mine"]).encoder.name == "mine"
+    assert compose(["encoder=mine", "encoder.checkpoint=hub/third"]).encoder.name == "third"
     assert compose(["encoder=siglip2"]).encoder.checkpoint.startswith("google/")
     with pytest.raises(UserError, match=r"choose encoder= one of .*mine"):
         compose(["encoder=mien"])

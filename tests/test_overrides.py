@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shlex
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hydra.errors import HydraException
 from vlmcap.compose import _paths, compose, compose_node
 from vlmcap.config import Config
 from vlmcap.errors import UserError
-from vlmcap.overrides import HINTS, foreign_key, quoted, read_overrides
+from vlmcap.overrides import HINTS, check_single_run, check_training, foreign_key, quoted, read_overrides
 from vlmcap.sweep_syntax import expand
 
 PARSER = OverridesParser.create()
@@ -115,7 +116,7 @@ def test_several_values_without_m_are_answered_with_the_command() -> None:
 
 @pytest.mark.parametrize("key", HINTS)
 def test_a_key_of_another_program_names_one_of_ours(key: str) -> None:
-    known, groups = {*_paths(Config)}, {"data", "optim", "encoder", "llm", "projector", "launcher", "sweep"}
+    known, groups = {*_paths(Config)}, {"data", "optim", "encoder", "llm", "projector", "launcher", "sweep", "debug"}
     assert key not in known
     instead = HINTS[key][0]
     for own in instead.split():
@@ -153,3 +154,42 @@ def test_a_known_last_name_beats_a_similar_spelling() -> None:
 def test_quotes_survive_hydra() -> None:
     for text in ("a'b", "a\\", "a\\'b", "", "'", "\\\\"):
         assert text_of(f"x={quoted(text)}") == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["sweep.budget_h=4"], "sweep.budget_h=4"),
+        (["sweep=optuna", "sweep.n_trials=3"], "sweep.n_trials=3"),
+        (["sweep=optuna"], "sweep=optuna"),
+        (["launcher=basic", "launcher=joblib"], "launcher=joblib"),
+        (["launcher=submitit", "++launcher.is_local=true"], "++launcher.is_local=true"),
+        (["sweep=default", "launcher=basic", "sweep.resume=false"], ""),
+    ],
+    ids=["a key", "the last one first", "a group", "the group that counts", "with signs", "defaults"],
+)
+def test_a_single_run_refuses_what_a_sweep_reads(overrides: list[str], refused: str) -> None:
+    config = compose(overrides)
+    if not refused:
+        check_single_run(overrides, config)
+        return
+    with pytest.raises(UserError, match=re.escape(f"{refused} changes nothing without -m")):
+        check_single_run(overrides, config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        (["data.split=val"], True),
+        (["data.split=test"], False),
+        (["data=coco_ko", "data.root=x", "data.split=test"], True),
+        (["data=coco_ko", "data.root=x"], False),
+    ],
+)
+def test_training_refuses_the_split_of_an_evaluation(overrides: list[str], is_refused: bool) -> None:
+    config = compose(overrides)
+    if not is_refused:
+        check_training(overrides, config)
+        return
+    with pytest.raises(UserError, match=r"data\.split=\w+ changes nothing in training"):
+        check_training(overrides, config)

@@ -42,6 +42,8 @@ def left_in(folder: Path) -> list[str]:
         ("train.py", ["encoder=clip,siglip2"], ["train.py -m encoder=clip,siglip2"]),
         ("train.py", ["-m", "hydra/launcher=joblib"], ["set launcher=joblib"]),
         ("train.py", ["--config-dir", "missing"], ["--config-dir missing is no folder"]),
+        ("train.py", ["data.split=val"], ["data.split=val changes nothing in training", "give it to evaluate.py"]),
+        ("train.py", ["sweep.budget_h=4"], ["sweep.budget_h=4 changes nothing without -m"]),
     ],
 )
 def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], expected: list[str]) -> None:
@@ -49,6 +51,7 @@ def test_a_wrong_configuration(tmp_path: Path, name: str, overrides: list[str], 
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_missing_data_leave_nothing_behind(real_path: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
@@ -72,6 +75,7 @@ def test_cfg_resolves(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
     """The two commands, with 4-bit weights; the second knows nothing but the checkpoint."""
     folder = tmp_path / "here"

@@ -58,6 +58,7 @@ def test_nothing_heavy_is_loaded(arguments: tuple[str, ...], expected: str) -> N
     assert [name for name in HEAVY if name in modules] == []
 
 
+@pytest.mark.slow
 def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
     assert all(importlib.util.find_spec(name) for name in HEAVY)
     code = "import json, sys, vlmcap.training.run, vlmcap.training.module; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"

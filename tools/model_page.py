@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from vlmcap.config import EncoderConfig, EncoderFamily, HardwareConfig, LlmConfig, ModelConfig, ProjectorConfig
+from vlmcap.config import EncoderConfig, HardwareConfig, LlmConfig, NaflexEncoderConfig, PretrainedVlmConfig, ProjectorConfig
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.known import known_model_config
 from vlmcap.models.projectors import ProjectorSizes, build_projector, count_tokens
@@ -52,17 +52,18 @@ def markdown_table(header: Row, rows: Iterable[Row]) -> str:
 ENCODER_HEADER = ("name", "checkpoint", "class", "parameters", "width", "visual tokens a frame", "licence", *PARITY_HEADER)
 
 
-def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
+def encoder_row(config: EncoderConfig, family: str, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
     """Of one encoder.
 
     Args:
         config: Its settings.
+        family: Of the class that reads its checkpoint.
         encoder: Built from them, weights not needed.
         parity: All measured errors.
     """
     whole = known_model_config(config.checkpoint)
     tower = _without_weights("AutoModel", getattr(whole, "vision_config", whole))
-    up_to = "at most " if config.family is EncoderFamily.siglip2_naflex else ""
+    up_to = "at most " if isinstance(config, NaflexEncoderConfig) else ""
     return (
         f"`{config.name}`",
         _link(config.checkpoint),
@@ -71,7 +72,7 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
         str(encoder.embed_dim),
         f"{up_to}{encoder.num_patches}",
         _licence(config.licence, config.gate),
-        *_parity(parity, f"encoder:{config.family.value}"),
+        *_parity(parity, f"encoder:{family}"),
     )
 
 
@@ -115,7 +116,7 @@ def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
 MODEL_HEADER = ("name", "checkpoint", "class", "parameters", "visual tokens", "licence", *PARITY_HEADER)
 
 
-def model_row(config: ModelConfig, parity: Mapping[str, Parity]) -> Row:
+def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
     """Of one whole model."""
     known = known_model_config(config.checkpoint)
     model = _without_weights("AutoModelForImageTextToText", known)
@@ -126,7 +127,7 @@ def model_row(config: ModelConfig, parity: Mapping[str, Parity]) -> Row:
         _millions(model),
         _whole_model_tokens(known),
         _licence(config.licence, config.gate),
-        *_parity(parity, f"model:{config.kind.value}"),
+        *_parity(parity, f"model:{config.kind}"),
     )
 
 

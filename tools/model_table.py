@@ -22,9 +22,9 @@ from xml.etree import ElementTree
 import torch
 
 from tools import model_page as table
-from vlmcap.assembly.parts import encoder_options, projector_sizes
-from vlmcap.compose import compose, group_choices
-from vlmcap.config import Config
+from vlmcap.assembly.parts import encoder_options, family_of, projector_sizes
+from vlmcap.compose import CUSTOM, compose, group_choices
+from vlmcap.config import Config, PretrainedVlmConfig
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
@@ -56,15 +56,16 @@ def page() -> str:
     """The whole page, as it should be now."""
     parity = table.read_parity(PARITY)
     configs = list(_configurations())
-    encoders = [(config.encoder, _encoder(config)) for config in _distinct(configs, "encoder")]
+    encoders = [(config.encoder, family_of(config), _encoder(config)) for config in _distinct(configs, "encoder")]
+    whole = [config.model for config in _distinct(configs, "model") if isinstance(config.model, PretrainedVlmConfig)]
     sections = {
-        "Encoders": (table.ENCODER_HEADER, [table.encoder_row(one, encoder, parity) for one, encoder in encoders]),
+        "Encoders": (table.ENCODER_HEADER, [table.encoder_row(*encoder, parity) for encoder in encoders]),
         "Projectors": (
             table.PROJECTOR_HEADER,
             [table.projector_row(config.projector, _example(config), parity) for config in _distinct(configs, "projector")],
         ),
         "Language models": (table.LLM_HEADER, [table.llm_row(config.llm, parity) for config in _distinct(configs, "llm")]),
-        "Whole models": (table.MODEL_HEADER, [table.model_row(config.model, parity) for config in _distinct(configs, "model")]),
+        "Whole models": (table.MODEL_HEADER, [table.model_row(model, parity) for model in whole]),
         "Hardware": (table.HARDWARE_HEADER, [table.hardware_row(config.hardware) for config in _distinct(configs, "hardware")]),
     }
     body = "\n".join(f"## {title}\n\n{table.markdown_table(header, rows)}" for title, (header, rows) in sections.items())
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(group: str) -> list[str]:
-    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, "assembled")]
+    return [name for name in group_choices(group) if name not in (*TINY_ENCODERS, CUSTOM, "assembled")]
 
 
 def _configurations() -> Iterator[Config]:
@@ -123,7 +124,7 @@ def _distinct(configs: Sequence[Config], group: str) -> list[Config]:
 
 def _encoder(config: Config) -> VisionEncoder:
     with torch.device("meta"):
-        return build_encoder(config.encoder.family.value, known_model_config(config.encoder.checkpoint), encoder_options(config))
+        return build_encoder(family_of(config), known_model_config(config.encoder.checkpoint), encoder_options(config))
 
 
 def _example(config: Config) -> ProjectorSizes:

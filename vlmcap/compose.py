@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
+from math import prod
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,7 @@ from vlmcap.files import replacing
 from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
 from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
 
+CUSTOM = "custom"  # the file of a group that any checkpoint goes with
 CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
 _PLAIN_GROUPS = {  # those of one kind
@@ -80,6 +82,7 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
     load_plugins()
+    OmegaConf.register_new_resolver("product", lambda *factors: prod(factors), replace=True)  # as conf/debug/fast.yaml multiplies
     store = ConfigStore.instance()
     store.store(name="config_schema", node=_following(Config))
     for group, node in _PLAIN_GROUPS.items():
@@ -150,9 +153,64 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
         raise UserError(explain(innermost(error))) from error
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
+    name_parts(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
         node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
     return node
+
+
+# What a group's file says of its own checkpoint, and what is known of another one before it is found.
+_OF_CHECKPOINT: dict[str, Any] = {
+    "revision": None,
+    "gate": None,
+    "licence": schema.UNKNOWN,
+    "chat_template": None,
+    "max_caption_tokens": schema.AUTO,
+    "max_new_tokens": schema.AUTO,
+    "prompt": schema.AUTO,
+}
+
+
+def name_parts(node: DictConfig, hydra_node: Any) -> None:
+    """Names parts by their checkpoints, where those are not the ones of the files that the parts come from.
+
+    With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model. What the command
+    line sets stays.
+
+    Args:
+        node: Composed configuration before its interpolations are resolved, changed in place.
+        hydra_node: Hydra's own part of it, with the choices and the overrides.
+    """
+    choices = hydra_node.runtime.choices
+    typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
+    for part in ("model", "encoder", "llm"):
+        file = config_file(f"{part}/{choices.get(part)}")
+        values = cast(dict[str, Any], OmegaConf.to_container(node[part], resolve=False))
+        if not file.is_file() or values.get("checkpoint", "???") == "???" or OmegaConf.is_interpolation(node[part], "checkpoint"):
+            continue
+        content = read_yaml(file)
+        own = content if part != "model" else content["model"]  # the file of a pretrained VLM sets keys of other groups as well
+        is_another = values["checkpoint"] != own["checkpoint"] if "checkpoint" in own else f"{part}.checkpoint" in typed
+        if not is_another:
+            continue
+        _replace(node, part, {"name": checkpoint_name(values["checkpoint"])} | _OF_CHECKPOINT, own, typed)
+        if part == "model":
+            _replace(node, "llm", _OF_CHECKPOINT, content.get("llm", {}), typed)
+
+
+def _replace(node: DictConfig, part: str, values: Mapping[str, Any], own: Mapping[str, Any], typed: set[str]) -> None:
+    """Puts values in place of those that a group's file has or leaves at their default; what was typed stays."""
+    for key, value in values.items():
+        is_there = key in node[part] and not OmegaConf.is_interpolation(node[part], key)
+        if is_there and f"{part}.{key}" not in typed and node[part][key] == own.get(key, node[part][key]):
+            node[part][key] = value
+
+
+def checkpoint_name(checkpoint: str) -> str:
+    """The name of a hub id or a folder: its last component in lower case; for a folder of the hub's cache, that of its id."""
+    path = Path(os.path.abspath(os.path.expanduser(checkpoint)))
+    is_cached = path.parent.name == "snapshots"
+    return (path.parents[1].name.rpartition("--")[2] if is_cached else path.name).lower()
 
 
 class Composed:

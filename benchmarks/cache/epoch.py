@@ -65,8 +65,8 @@ def parse() -> argparse.Namespace:
 def common(folder: Path, arguments: argparse.Namespace) -> list[str]:
     return [
         f"paths.cache_dir={folder / 'cache'}",
-        "data.align_epochs=0",
-        f"data.tune_epochs={arguments.epochs}",
+        "tuning.align_epochs=0",
+        f"tuning.epochs={arguments.epochs}",
         "evaluation.every_n_epochs=999",
         "trainer.progress_bar=false",
     ]
@@ -104,9 +104,7 @@ def large_case(folder: Path, arguments: argparse.Namespace) -> list[str]:
             path.write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
     return [
         *common(folder, arguments),
-        f"data.demo.num_train={25 * arguments.clips}",
-        "data.demo.num_val=2",
-        "data.demo.num_test=2",
+        f"llm.checkpoint={next((folder / 'cache' / 'demo').glob('parts*/llm'))}",  # that the tiny case has made
         "encoder=clip",
         f"encoder.checkpoint={encoder}",
         "data=aihub",

@@ -14,6 +14,7 @@ import torch
 
 import vlmcap
 from tests import assembling
+from tests.thinned import thinned
 from vlmcap.assembly import features as features_module
 from vlmcap.assembly import model as model_module
 from vlmcap.assembly.clips import load_splits
@@ -73,13 +74,12 @@ def decoded_losses(make_run: MakeRun, tiny_config: MakeConfig, tmp_path_factory:
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        (["cache.dtype=float32"], 0),
-        (["cache.dtype=float32", "cache.pooled=true"], 0),
-        (["cache.dtype=float16"], 1e-4),
-        (["cache.dtype=float16", "cache.pooled=true"], 1e-4),
-        (["cache.dtype=int8"], 1e-3),
+        pytest.param(["cache.dtype=float32"], 0, id="float32", marks=pytest.mark.slow),
+        pytest.param(["cache.dtype=float32", "cache.pooled=true"], 0, id="float32 pooled"),
+        pytest.param(["cache.dtype=float16"], 1e-4, id="float16"),
+        pytest.param(["cache.dtype=float16", "cache.pooled=true"], 1e-4, id="float16 pooled", marks=pytest.mark.slow),
+        pytest.param(["cache.dtype=int8"], 1e-3, id="int8"),
     ],
-    ids=["float32", "float32 pooled", "float16", "float16 pooled", "int8"],
 )
 def test_losses_are_those_without_the_cache(
     settings: list[str], tolerance: float, decoded_losses: list[float], make_run: MakeRun, tiny_config: MakeConfig, tmp_path: Path
@@ -199,7 +199,7 @@ def test_other_stores_go_when_there_is_no_room(real_path: list[str], tmp_path: P
     assert left <= limit * 2**30
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "llava_next_video"])
+@pytest.mark.parametrize("kind", thinned(["qwen3_vl", "qwen2_5_vl", "llava_next_video"], lambda kind: kind == "qwen3_vl"))
 def test_whole_models_too(
     kind: str,
     qwen_folders: dict[str, Path],
@@ -255,7 +255,7 @@ def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun
     assert all(len(own) == 4 for own in times_s)
 
 
-@pytest.mark.parametrize("batching", ["by_length", "packed"])
+@pytest.mark.parametrize("batching", thinned(["by_length", "packed"], lambda batching: batching == "packed"))
 def test_lengths_are_known_from_the_features(batching: str, real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
     overrides = [*real_path, f"data.batching={batching}", "data.max_tokens_per_batch=400", "cache.dtype=float32", *SHORT]
     decoded, cached = (

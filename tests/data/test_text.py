@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmcap.data.text import normalize_caption
+from vlmcap.data.text import is_mainly_hangul, normalize_caption
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,19 @@ def test_any_text_ends_on_one_line_that_a_file_can_hold(text: str) -> None:
     assert caption.encode("utf-8").decode() == caption
     assert len(caption.splitlines()) <= 1
     assert not any(unicodedata.category(char) == "Cc" for char in caption)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["바다가 보인다."], True),
+        ([unicodedata.normalize("NFD", "바다")], True),
+        (["'Seoul'이라 쓰인 간판이 보인다"], True),
+        (["Seoul 간판"], False),
+        (["바다", "A very long English caption"], False),
+        (["2024 … 🌊"], False),
+        ([], False),
+    ],
+)
+def test_the_language_of_captions(texts: list[str], expected: bool) -> None:
+    assert is_mainly_hangul(texts) is expected

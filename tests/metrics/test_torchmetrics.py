@@ -140,6 +140,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_to_the_last_digit(tmp_path: Path) -> None:
     commands = [[sys.executable, "-c", PROCESS, str(tmp_path / "meeting"), str(rank)] for rank in (0, 1)]
     processes = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8") for c in commands]

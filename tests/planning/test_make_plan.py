@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.thinned import thinned
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import DoesNotFit, UserError
@@ -59,7 +60,7 @@ def test_weights_are_those_of_the_published_sizes() -> None:
     assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["llava_next_video_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"])
+@pytest.mark.parametrize("name", thinned(["llava_next_video_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"], lambda name: name == "qwen3_vl_8b"))
 def test_whole_models_are_planned(name: str) -> None:
     plan = planned(f"model={name}", "hardware=l4", "data.eval_batch_size=1")
     assert 4 < plan.training_gib < 16

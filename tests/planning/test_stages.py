@@ -63,6 +63,7 @@ def _nonzero(peak: Any) -> dict[str, float]:
     return {tag: size for tag, size in peak.items() if size}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_checkpointing", [True, False])
 def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
     """Against the peak of the resident set of a fresh process that takes the same step in earnest."""

@@ -120,6 +120,7 @@ def test_a_run_holds_its_folder_to_its_end(program: Program) -> None:
     assert not list(program.folder.rglob(".claims"))
 
 
+@pytest.mark.slow
 def test_sweeps_of_one_moment_get_folders_of_their_own(program: Program) -> None:
     for seeds in ("0,1", "2,3"):
         assert program(["-m", f"seed={seeds}", 'hydra.sweep.dir="multirun/${now:%Y}"'], leave_a_file) == 0

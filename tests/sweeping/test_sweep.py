@@ -71,6 +71,16 @@ def test_a_combination_that_does_not_go_together_is_recorded_without_being_start
     assert (program.sweep_folder() / "1" / ".hydra" / "overrides.yaml").read_text() == "- encoder=own\n"
 
 
+def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: Program) -> None:
+    given = ["llm=custom", "llm.checkpoint=org/First,org/Second"]
+    assert program(["-m", *given], by_seed) == 0
+    assert [(config.llm.name, config.llm.licence) for config in program.runs] == [("first", "unknown"), ("second", "unknown")]
+    found = statuses(program.sweep_folder())
+    assert found["1"]["config_hash"] == config_hash(compose(["llm=custom", "llm.checkpoint=org/Second"]))
+    assert program(["llm=own", "llm.name=mine"]) == 2
+    assert program.runs == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -90,7 +90,8 @@ def test_every_experiment_runs(
     check(run(*overrides), aihub_root / "test" / "videos", run, *overrides)
 
 
-@pytest.mark.parametrize(("name", "kind", "is_cached"), thinned(WHOLE, lambda whole: whole[0] == "qwen3_vl_8b"))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind", "is_cached"), WHOLE)
 def test_every_whole_model_runs(
     name: str, kind: str, is_cached: bool, run: Run, llava_folder: Path, qwen_folders: dict[str, Path], aihub_root: Path
 ) -> None:

@@ -43,7 +43,9 @@ def hold(most: int, patch: pytest.MonkeyPatch, *, free_calls: int = 0) -> list[i
     return sizes
 
 
-@pytest.mark.parametrize("free_calls", [0, 3], ids=["in the first step", "in the fourth"])
+@pytest.mark.parametrize(
+    "free_calls", [pytest.param(0, id="in the first step"), pytest.param(3, id="in the fourth", marks=pytest.mark.slow)]
+)
 def test_smaller_micro_batches_train_the_same(
     free_calls: int, tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +69,7 @@ def test_smaller_micro_batches_train_the_same(
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_batch_that_was_asked_for(tiny_config: MakeConfig, tmp_path: Path) -> None:
     """Without dropout, as its draws go by micro-batch."""
     quiet = (*SMALL[:-1], "tuning.lora.dropout=0", "cache.enabled=true")

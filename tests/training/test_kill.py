@@ -73,11 +73,12 @@ def finish(folder: Path, settings: dict[str, Any]) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "num_workers"),
     [
-        pytest.param({}, [0], id="shuffled in this process", marks=pytest.mark.slow),
-        pytest.param({"batching": "by_length"}, [2], id="by length with workers", marks=pytest.mark.slow),
+        pytest.param({}, [0], id="shuffled in this process"),
+        pytest.param({"batching": "by_length"}, [2], id="by length with workers"),
         pytest.param({"batching": "packed", "max_tokens_per_batch": 90}, [2, 0, 1], id="packed with other workers each time"),
     ],
 )

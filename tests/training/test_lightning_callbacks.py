@@ -121,6 +121,7 @@ def test_weight_averaging_averages_trained_weights_and_leaves_frozen_ones(
     assert all(torch.equal(content["current_model_state"][name], steps[-1][name]) for name in average)
 
 
+@pytest.mark.slow
 def test_an_averaged_run_resumes_to_the_same_end_and_is_scored_averaged(tiny_config: MakeConfig, tmp_path: Path) -> None:
     straight, folder = tmp_path / "straight", tmp_path / "run"
     train(tiny_config(straight, DROPOUT, EMA))

@@ -122,6 +122,7 @@ def test_an_evaluation_names_the_run_of_its_checkpoint(start: Callable[..., list
     assert not (tmp_path / "eval" / FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_whole_run_that_is_resumed_is_one_run(start: object, tiny_config: MakeConfig, tmp_path: Path) -> None:
     folder, words = tmp_path / "run", ("logger=wandb", "logger.log_checkpoints=none", "logger.num_table_rows=1")
     train(tiny_config(folder, *words, "trainer.max_steps=3"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.thinned import thinned
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.training.objects import Run
@@ -147,7 +148,7 @@ def test_a_clip_that_does_not_decode_is_named_counted_and_skipped(
     assert "1 clips were skipped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("is_cached", [False, True], ids=["decoded", "cached"])
+@pytest.mark.parametrize("is_cached", thinned([False, True], bool), ids=["decoded", "cached"])
 def test_too_many_bad_clips_end_the_run(tiny_config: MakeConfig, tmp_path: Path, is_cached: bool) -> None:
     config = tiny_config(tmp_path / "run", f"cache.enabled={str(is_cached).lower()}", "data.max_bad_fraction=0.02")
     with pytest.raises(UserError, match=r"more than data\.max_bad_fraction=0\.02 allows; first: train_0000[137]"):

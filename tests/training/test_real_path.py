@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import vlmcap
 from vlmcap.cli import main
 from vlmcap.compose import compose, from_plain, to_config
-from vlmcap.config import Config
+from vlmcap.config import KOREAN_PROMPT, Config
 from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.load import load_captioner, read_checkpoint
 from vlmcap.training.run import evaluate, train
@@ -57,6 +57,7 @@ def trained(siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path_fa
         "trainer.log_every_n_steps=1",
         "llm.max_caption_tokens=96",
         "llm.max_new_tokens=6",
+        f"llm.prompt={KOREAN_PROMPT}",  # otherwise the data would decide it
         "tuning.projector_lr=1e-3",
         "tuning.align_epochs=1",
         "tuning.epochs=2",

@@ -44,13 +44,12 @@ def signal_at(step: int, number: int, patch: pytest.MonkeyPatch, hook: str = "tr
 @pytest.mark.parametrize(
     ("step", "number", "hook", "saved"),
     [
-        (2, signal.SIGTERM, "training_step", 3),
-        (5, signal.SIGUSR1, "training_step", 6),
-        (1, signal.SIGINT, "training_step", 2),
-        (3, signal.SIGTERM, "training_step", 4),
-        (4, signal.SIGTERM, "validation_step", 4),
+        pytest.param(2, signal.SIGTERM, "training_step", 3, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(5, signal.SIGUSR1, "training_step", 6, id="SIGUSR1 in the second stage"),
+        pytest.param(1, signal.SIGINT, "training_step", 2, id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(3, signal.SIGTERM, "training_step", 4, id="SIGTERM in an epoch's last step", marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGTERM, "validation_step", 4, id="SIGTERM in validation", marks=pytest.mark.slow),
     ],
-    ids=["SIGTERM", "SIGUSR1 in the second stage", "Ctrl-C", "SIGTERM in an epoch's last step", "SIGTERM in validation"],
 )
 def test_a_run_stopped_by_a_signal_resumes_to_the_same_end(
     straight_run: Path, tiny_config: MakeConfig, tmp_path: Path, step: int, number: int, hook: str, saved: int

@@ -66,8 +66,11 @@ def test_another_seed_is_another_run(straight_run: Path, tiny_config: MakeConfig
 # Four steps an epoch, two micro-batches a step; losses are logged every two steps, so 3 is inside a log window too.
 @pytest.mark.parametrize(
     ("stop", "position"),
-    [(3, {"epoch": 0, "batches": 6}), (4, {"epoch": 1, "batches": 0}), (6, {"epoch": 1, "batches": 4})],
-    ids=["inside the align stage", "between the stages", "inside the tune stage"],
+    [
+        pytest.param(3, {"epoch": 0, "batches": 6}, id="inside the align stage", marks=pytest.mark.slow),
+        pytest.param(4, {"epoch": 1, "batches": 0}, id="between the stages", marks=pytest.mark.slow),
+        pytest.param(6, {"epoch": 1, "batches": 4}, id="inside the tune stage"),
+    ],
 )
 def test_a_stopped_run_resumes_to_the_same_end(
     straight_run: Path, tiny_config: MakeConfig, tmp_path: Path, stop: int, position: dict[str, int]
@@ -84,8 +87,11 @@ def test_a_stopped_run_resumes_to_the_same_end(
 
 @pytest.mark.parametrize(
     ("kill", "step", "every"),
-    [(kill_training_at, 3, 3), (kill_training_at, 7, 3), (kill_validation, 4, 4)],
-    ids=["right after the checkpoint", "in the second epoch", "in the validation after an epoch's last step"],
+    [
+        pytest.param(kill_training_at, 3, 3, id="right after the checkpoint", marks=pytest.mark.slow),
+        pytest.param(kill_training_at, 7, 3, id="in the second epoch"),
+        pytest.param(kill_validation, 4, 4, id="in the validation after an epoch's last step", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_end(
     straight_run: Path,

@@ -237,5 +237,5 @@ def _language_flops(plan: FeaturePlan) -> float:
         return 0.0
     from vlmcap.models.llm.load import num_active_parameters
 
-    tokens = plan.num_visual_tokens + _PROMPT_TOKENS + round(_CAPTION_SHARE * config.llm.max_caption_tokens)
+    tokens = plan.num_visual_tokens + _PROMPT_TOKENS + round(_CAPTION_SHARE * config.llm.caption_tokens)
     return training_flops(num_active_parameters(folder), tokens, is_checkpointed=config.hardware.gradient_checkpointing)

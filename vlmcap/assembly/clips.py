@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vlmcap.config import Config, Split
 from vlmcap.data.formats import Record, read_records
 from vlmcap.data.formats.record import skip
@@ -53,10 +55,10 @@ class Splits(Mapping[str, ClipTable]):
 
 
 def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Split] = ()) -> Splits:
-    """The clips of splits, all read in one pass; the training split cut to `data.max_clips`.
+    """The clips of splits, all read in one pass: of train `data.max_clips`, of the others `evaluation.max_final_clips` at most.
 
     Args:
-        config: `data`, `seed` and `paths.cache_dir`, in which the tables are kept, are read.
+        config: `data`, `evaluation`, `seed` and `paths.cache_dir`, in which the tables are kept, are read.
         splits: What must be there.
         optional: What may be missing, and is left out then.
 
@@ -74,11 +76,16 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
         reading = _Reading(config, writers, drawer)
         reading.read(_with_progress(entries))
         reading.check([split.value for split in splits])
-        tables = {name: writer.close() for name, writer in writers.items() if len(writer)}
-    train, max_clips = tables.get("train"), config.data.max_clips
-    if train is not None and max_clips is not None and max_clips < len(train):
-        tables["train"] = train.select(nested_subset(len(train), max_clips, config.seed))
+        tables = {name: _cut(config, name, writer.close()) for name, writer in writers.items() if len(writer)}
     return Splits(tables, reading.skipped, reading.note)
+
+
+def _cut(config: Config, split: str, table: ClipTable) -> ClipTable:
+    """A split with no more clips than are asked for: of train a seeded choice, of the others the first ones."""
+    count = config.data.max_clips if split == "train" else config.evaluation.max_final_clips
+    if count is None or count >= len(table):
+        return table
+    return table.select(nested_subset(len(table), count, config.seed) if split == "train" else np.arange(count))
 
 
 def open_ledger(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Ledger:

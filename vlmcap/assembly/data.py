@@ -24,7 +24,7 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
     from vlmcap.data.loading.collate import Collator
     from vlmcap.data.loading.datamodule import CaptionDataModule
 
-    collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.max_caption_tokens)
+    collator = Collator(assembly.captioner.prompt, assembly.visual, config.llm.caption_tokens)
     features = assembly.features
 
     def make_dataset(chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
@@ -60,7 +60,7 @@ def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) 
     prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_whole else "llm"]
     folder = Path(config.paths.cache_dir) / "manifests"
     captions = caption_lengths(clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}")
-    limit = config.llm.max_caption_tokens
+    limit = config.llm.caption_tokens
     return sequence_lengths(
         captions, max_caption_tokens=limit, prompt_tokens=prompt.num_prompt_tokens, visual_tokens=_visual_lengths(config, assembly, clips)
     )

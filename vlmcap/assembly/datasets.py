@@ -98,7 +98,7 @@ class PathReader:
         data, llm = self.plan.config.data, self.plan.config.llm
         clips = [Clip(id=str(index), video=str(path), captions=()) for index, path in enumerate(paths)]
         dataset = self.plan.decoded(clips)
-        collator = Collator(self.prompt, self.visual, llm.max_caption_tokens, mode="generate")
+        collator = Collator(self.prompt, self.visual, llm.caption_tokens, mode="generate")
         num_workers = max(0, min(data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
         watched = watch.over(dataset, clips) if num_workers else dataset

@@ -168,7 +168,8 @@ def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
 
     note = clips.note if isinstance(clips, Splits) else ""
     problem = shared_memory_problem() if config.data.num_workers else None
-    for sentence in (note, describe_overlap(clips, hash_memo(config)), problem):
+    overlap = None if config.trainer.overfit else describe_overlap(clips, hash_memo(config))
+    for sentence in (note, overlap, problem):
         if sentence:
             print(f"Warning: {sentence}", file=sys.stderr, flush=True)
 

@@ -238,7 +238,7 @@ def generation_settings(config: Config) -> GenerationSettings:
     """How captions are decoded."""
     from vlmcap.models.decoding.settings import GenerationSettings
 
-    return GenerationSettings(config.llm.max_new_tokens, config.evaluation, config.data.eval_batch_size)
+    return GenerationSettings(config.llm.new_tokens, config.evaluation, config.data.eval_batch_size)
 
 
 def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:
@@ -268,7 +268,7 @@ def latest_times(num_frames: int) -> FrameTimes:
 
 def check_length(config: Config, num_visual: int, text: int, context: int) -> None:
     """`UserError` if visual tokens, those of the text around them and the longest caption exceed the model's positions."""
-    longest = max(config.llm.max_caption_tokens, config.llm.max_new_tokens)
+    longest = max(config.llm.caption_tokens, config.llm.new_tokens)
     if num_visual + text + longest > context:
         name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
         if isinstance(config.projector, TokenProjectorConfig) and config.projector.reducer is Reducer.none:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import IntervalSweep
 
 from vlmcap.compose import compose, override_values, write_yaml
 from vlmcap.config import Config, WandbConfig, WandbSweepConfig
-from vlmcap.config.sweep import SweepMethod
+from vlmcap.config.sweep import OF_A_SWEEP, SweepMethod
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides, sweep_values
@@ -126,7 +126,9 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     if settings.method is SweepMethod.grid and any("values" not in space for space in parameters.values()):
         raise UserError("a range has no end for sweep.method=grid; give values one by one, or set sweep=wandb")
     goal = "maximize" if config.monitor_mode == "max" else "minimize"
-    command = ["${env}", "${interpreter}", "${program}", "logger=wandb", f"logger.project={project}", _FOLDER, *fixed, "${args_no_hyphens}"]
+    # A run reads nothing of the sweep, which W&B has from this file.
+    own = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
+    command = ["${env}", "${interpreter}", "${program}", "logger=wandb", f"logger.project={project}", _FOLDER, *own, "${args_no_hyphens}"]
     return {
         "name": " ".join(parameters),
         "program": "train.py",

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from vlmcap.assembly.clips import Splits, load_splits
 from vlmcap.assembly.datasets import decoded_dataset
 from vlmcap.assembly.parts import load_prompt_of
+from vlmcap.assembly.resolving import token_limit
 from vlmcap.compose import compose
-from vlmcap.config import Config, Sampling, Split
+from vlmcap.config import AUTO, Config, Sampling, Split
 from vlmcap.data.duplicates import NUM_HASHED_FRAMES
 from vlmcap.data.inspection import Broken, Entry, Inspection, Thumbnails, read_captions, read_videos, repeated_captions
 from vlmcap.data.loading.lengths import caption_lengths
@@ -70,7 +71,7 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     note = _count_tokens(config, splits, report)
     if reads_videos:
         _read_videos(config, splits, report, max_clips)
-    limit = config.llm.max_caption_tokens
+    limit = _caption_limit(config, report)
     title = f"{config.data.name}: {config.data.root}"
     with replacing(output) as partial:
         partial.write_text(data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8")
@@ -95,6 +96,12 @@ def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
     for split, clips in splits.items():
         report.splits[split].tokens = caption_lengths(clips, encode, folder=counted, fingerprint=sha256)
     return ""
+
+
+def _caption_limit(config: Config, report: Inspection) -> int:
+    """The longest caption that training would not cut, as far as tokens could be counted."""
+    counted = [int(split.tokens.max()) for split in report.splits.values() if split.tokens is not None and len(split.tokens)]
+    return token_limit(max(counted)) if config.llm.max_caption_tokens == AUTO and counted else config.llm.caption_tokens
 
 
 def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: int | None) -> None:

@@ -1,4 +1,4 @@
-"""`vlmcap doctor`: whether this machine is ready, and how far a plan is off on its card."""
+"""`vlmcap doctor`: whether this machine is ready, how far a plan is off on its GPU, and what a checkpoint is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
+from vlmcap.cli.doctor_checkpoints import describe_and_show, described_parts
 from vlmcap.compose import NO_DATA, compose
 from vlmcap.config import Config, PatchEncoderConfig, WandbConfig
 from vlmcap.demo.prepare import TINY_ENCODERS
@@ -62,10 +63,10 @@ class Check:
 
 
 def run(options: Namespace) -> None:
-    """Checks this machine, or measures a configuration on it, or forgets earlier measurements.
+    """Checks this machine, or measures a configuration on it, or forgets earlier measurements, or describes a checkpoint.
 
     Raises:
-        UserError: An override is wrong.
+        UserError: An override is wrong, or a checkpoint is not there.
         SystemExit: With code 1 where something keeps runs from working.
     """
     config = compose([NO_DATA, *options.overrides])
@@ -73,6 +74,8 @@ def run(options: Namespace) -> None:
         forget(config)
     elif options.measure:
         measure_and_show(options.overrides, options.blocks, as_json=options.json)
+    elif parts := described_parts(options.overrides):
+        describe_and_show(config, parts, as_json=options.json)
     else:
         check_and_show(config, as_json=options.json)
 

@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, with_overrides
+from vlmcap.compose import config_dir, name_parts, with_overrides
 from vlmcap.errors import UserError
 from vlmcap.program import told_in_one_sentence
 
@@ -26,6 +26,7 @@ def main(node: DictConfig) -> float:
 
         checkpoint = Path(node.checkpoint)
         saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
+        name_parts(node, HydraConfig.get())
         config = with_overrides(saved, node, HydraConfig.get().overrides.task)
         scores = evaluate(config, checkpoint)
         show_scores(scores, tokenizer_version(config))

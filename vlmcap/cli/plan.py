@@ -7,11 +7,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmcap.compose import NO_DATA, compose
+from vlmcap.compose import NO_DATA
 from vlmcap.libraries import quiet_libraries
+from vlmcap.overrides import check_single_run
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.grid.grid_table import draw_grid, show_grid
 from vlmcap.planning.grid.make_grid import grid_names, make_grid
+from vlmcap.planning.known_data import known_clips, planned
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import show_plan
 from vlmcap.planning.sweep_budget.plan_sweep import plan_sweep
@@ -36,7 +38,10 @@ def run(options: Namespace) -> None:
 
 def _one(overrides: Sequence[str], *, as_json: bool, is_whole: bool) -> None:
     overrides = [NO_DATA, *overrides]
-    plan = with_changes(make_plan(compose(overrides)), overrides)
+    config = planned(overrides)
+    check_single_run(overrides, config)
+    train = known_clips(config).get("train", ())
+    plan = with_changes(make_plan(config, num_clips=len(train) or None), overrides, composed=planned)
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, to_config
-from vlmcap.program import told_in_one_sentence
+from vlmcap.compose import config_dir, name_parts, to_config
+from vlmcap.overrides import check_single_run, check_training
+from vlmcap.program import is_sweep, told_in_one_sentence
 from vlmcap.sweeping.job import recorded, taken_up
 from vlmcap.sweeping.study import trial_of_job
 
@@ -15,7 +17,11 @@ from vlmcap.sweeping.study import trial_of_job
 def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
     with told_in_one_sentence(), recorded() as record:
+        name_parts(node, HydraConfig.get())
         config = to_config(node)
+        check_training(record.overrides, config)
+        if not is_sweep():
+            check_single_run(record.overrides, config)
         record.begin(config)
         from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
 

@@ -56,6 +56,11 @@ from vlmcap.config.logger import (
     WandbConfig,
 )
 from vlmcap.config.model import (
+    ASSUMED_CAPTION_TOKENS,
+    AUTO,
+    ENGLISH_PROMPT,
+    KOREAN_PROMPT,
+    UNKNOWN,
     AssembledConfig,
     EncoderConfig,
     LlavaNextVideoConfig,
@@ -113,6 +118,11 @@ from vlmcap.config.tuning import (
 )
 
 __all__ = [
+    "ASSUMED_CAPTION_TOKENS",
+    "AUTO",
+    "ENGLISH_PROMPT",
+    "KOREAN_PROMPT",
+    "UNKNOWN",
     "AihubConfig",
     "AnnotatedConfig",
     "AssembledConfig",

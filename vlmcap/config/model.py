@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from vlmcap.config.checks import follows, require, require_positive
 from vlmcap.config.choices import Quantization, Reducer
 from vlmcap.config.kinds import register
+
+AUTO = "auto"  # value of a setting that the data decides
+UNKNOWN = "unknown"  # license of a checkpoint that does not state one
+ASSUMED_CAPTION_TOKENS = 768  # of the longest caption, where the data is not there: Qwen3's for AI Hub's Korean captions of 575 characters
+
+KOREAN_PROMPT = "이 영상을 한국어로 자세히 설명해 주세요."
+ENGLISH_PROMPT = "Describe this video in detail."
 
 
 @dataclass
@@ -158,17 +166,40 @@ class LlmConfig:
     attention: str = follows("hardware.attention", "sdpa")
     chat_template: str | None = None  # in place of the tokenizer's, for models that carry none
     system_prompt: str | None = None
-    prompt: str = "이 영상을 한국어로 자세히 설명해 주세요."
+    prompt: str = AUTO  # auto asks in Korean where the captions of the data are mainly Hangul, and in English elsewhere
     enable_thinking: bool = False  # passed to the chat template of hybrid-thinking models
-    max_caption_tokens: int = 768  # training captions are cut here, and the number of those is reported
-    max_new_tokens: int = 768
+    max_caption_tokens: Any = AUTO  # training captions are cut here; auto is what the longest caption of the data needs
+    max_new_tokens: Any = AUTO  # the same of captions that are written
     suggested: SuggestedConfig = field(default_factory=SuggestedConfig)
     gate: str | None = None  # licence to accept on the hub before the download works
     licence: str = ""
 
     def __post_init__(self) -> None:
-        require_positive("llm", self, "max_caption_tokens", "max_new_tokens")
         require(self.attention != "", "llm.attention is empty; set it to auto, sdpa or another implementation of transformers")
+        for name in ("max_caption_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(is_count or value == AUTO, f"llm.{name} must be at least 1, or auto for what the data needs, not {value}")
+
+    @property
+    def question(self) -> str:
+        """What the user's turn asks; the Korean prompt as long as the data has not decided it."""
+        return KOREAN_PROMPT if self.prompt == AUTO else self.prompt
+
+    @property
+    def is_length_open(self) -> bool:
+        """Whether the data still has to decide how long captions may be."""
+        return AUTO in (self.max_caption_tokens, self.max_new_tokens)
+
+    @property
+    def caption_tokens(self) -> int:
+        """Longest training caption in tokens; an assumption as long as the data has not decided it."""
+        return ASSUMED_CAPTION_TOKENS if self.max_caption_tokens == AUTO else int(self.max_caption_tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        """Longest written caption in tokens; an assumption as long as the data has not decided it."""
+        return ASSUMED_CAPTION_TOKENS if self.max_new_tokens == AUTO else int(self.max_new_tokens)
 
 
 @register("llm")

@@ -71,6 +71,7 @@ class EvaluationConfig:
     # Share of the card that vLLM takes; encoder and projector need the rest.
     vllm_gpu_memory: float = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, 0.7)
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
+    max_final_clips: int | None = None  # of each of the splits val and test, the first ones; null scores whole splits at the end
     # Of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none.
     clips_per_row: int = only_with("engine=own", lambda c: c.engine is Engine.own, 4)
     # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
@@ -98,7 +99,7 @@ class EvaluationConfig:
     bert_idf: bool = only_with("bert_checkpoint=…", lambda c: c.bert_checkpoint is not None, False)
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "num_beams", "siglip_frames")
+        require_positive("evaluation", self, "num_beams", "siglip_frames", "max_final_clips")
         for key in ("siglip_checkpoint", "bert_checkpoint"):
             require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
         require_positive("evaluation", self, "clips_per_row")

@@ -11,6 +11,9 @@ from omegaconf import MISSING
 from vlmcap.config.checks import only_with, require, require_positive, require_seed
 from vlmcap.config.kinds import register
 
+OF_A_SWEEP = ("sweep=", "sweep.", "launcher=", "launcher.")
+"""The beginnings of overrides that a single run does not read."""
+
 
 class Sampler(Enum):
     """Who proposes the next trial of `sweep=optuna`: a model of those before, chance, or every point of the grid."""

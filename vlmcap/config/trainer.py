@@ -27,6 +27,7 @@ class TrainerConfig:
     num_nodes: int = 1  # machines; each has hardware.devices
     accumulate_grad_batches: int = follows("hardware.accumulate_grad_batches", 1)
     max_steps: int = -1
+    overfit: bool = False  # validate and score on the very clips that are trained on, and on no others; see debug=overfit
     log_every_n_steps: int = 10
     checkpoint_every_n_steps: int | None = None
     deterministic: bool = True

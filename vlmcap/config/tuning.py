@@ -65,6 +65,7 @@ class TuningConfig:
     name: str = MISSING
     kind: str = MISSING
     epochs: int = 3  # passes over the training clips
+    max_stage_epochs: int | None = None  # that each stage is cut to, to try them all; null leaves them as they are
     projector_lr: float = follows("llm.suggested.projector_lr", 1e-4)
     warmup_ratio: float = 0.03  # share of a stage's steps with a rising rate; cosine decay after it
     final_lr_ratio: float = 0.0  # rate at the end of a stage over its peak
@@ -95,9 +96,11 @@ class TuningConfig:
         return sum(stage.epochs for stage in self.stages.values())
 
     def _stage(self, epochs: int, **rates: float) -> Stage:
-        return Stage(epochs, warmup_ratio=self.warmup_ratio, final_lr_ratio=self.final_lr_ratio, **rates)
+        num_epochs = epochs if self.max_stage_epochs is None else min(epochs, self.max_stage_epochs)
+        return Stage(num_epochs, warmup_ratio=self.warmup_ratio, final_lr_ratio=self.final_lr_ratio, **rates)
 
     def __post_init__(self) -> None:
+        require_positive("tuning", self, "max_stage_epochs")
         for name in ("epochs", "align_epochs"):
             require(getattr(self, name, 0) >= 0, f"tuning.{name} must not be negative, not {getattr(self, name, 0)}")
         for name in ("projector_lr", "adapter_lr", "llm_lr", "align_lr", "encoder_lr"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmcap.config import AihubConfig, Config, DemoDataConfig
+from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig
 
 TINY = "tiny"  # the checkpoint name of the language model that is made here
 TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of encoders
@@ -32,8 +32,12 @@ def demo_folder(config: Config) -> Path:
     """The demo data set, made on first use."""
     from vlmcap.demo.clips import make_demo
 
-    assert isinstance(config.data, DemoDataConfig)
-    return make_demo(Path(config.paths.cache_dir) / "demo", config.data.demo)
+    return make_demo(Path(config.paths.cache_dir) / "demo", demo_settings(config))
+
+
+def demo_settings(config: Config) -> DemoConfig:
+    """Settings of the clips that the tiny parts are trained on; the parts go with any data."""
+    return config.data.demo if isinstance(config.data, DemoDataConfig) else DemoConfig()
 
 
 def tiny_parts(config: Config) -> dict[str, Path]:
@@ -56,8 +60,7 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     clips = [entry.clip for entry in entries if isinstance(entry, Record)]
     # A small demo, as tests make it, needs no long training.
     share = min(1.0, len(clips) / 2000)
-    assert isinstance(config.data, DemoDataConfig)
-    seed = config.data.demo.seed
+    seed = demo_settings(config).seed
 
     def make_llm(target: Path) -> None:
         captions, steps = [clip.captions[0] for clip in clips], max(2, round(LANGUAGE_STEPS * share))

@@ -183,7 +183,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     device_of(config)
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
         cut = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
-        short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.max_new_tokens))
+        short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.new_tokens))
         measured_config = dataclasses.replace(cut, llm=short)
         plan = make_plan(measured_config, assumed_card(measured_config))
         present = _present(config)
@@ -195,8 +195,8 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
 
 
 def _check(config: Config) -> None:
-    if config.llm.max_new_tokens < 2:
-        raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, not {config.llm.max_new_tokens}")
+    if config.llm.new_tokens < 2:
+        raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, not {config.llm.new_tokens}")
     if config.cache.enabled is True and config.cache.pooled:
         raise UserError("pooled features cannot be measured; set cache.pooled=false")
 
@@ -221,7 +221,7 @@ def _check_room(plan: Plan, present: Present, config: Config) -> None:
 
 
 def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
-    device, sizes, num_new = device_of(config), sizes_of(config), config.llm.max_new_tokens
+    device, sizes, num_new = device_of(config), sizes_of(config), config.llm.new_tokens
     moment: dict[str, str] = {"doing": "making weights"}
     print_step = step_printer()
 
@@ -232,7 +232,7 @@ def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
     with _explained(config, plan, overrides, moment), gone_after(device):
         use = MemoryUse(device)
         captioner = random_captioner(config, has_encoder=config.cache.enabled is not True, say=say)
-        batch = random_batch(config, sizes, config.data.batch_size, config.llm.max_caption_tokens, device)
+        batch = random_batch(config, sizes, config.data.batch_size, config.llm.caption_tokens, device)
         moment["doing"] = "training"
         training = Training(config, captioner)
         use.start()

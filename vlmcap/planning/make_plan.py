@@ -24,19 +24,20 @@ from vlmcap.planning.plan import Plan
 if TYPE_CHECKING:
     from vlmcap.planning.estimate.tracer import Tracer
 
-NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about; data.max_clips where it is set
+NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
 UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
 READ_AGAIN = 2  # bytes: then the product reads it
 CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
 
 
-def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None) -> Plan:
+def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None, *, num_clips: int | None = None) -> Plan:
     """The plan of a configuration for its GPU.
 
     Args:
         config: Run configuration.
         card: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
         tracer: Tracer of the same configuration, in place of an exact one.
+        num_clips: Training clips, where they were counted; None takes data.max_clips, or as many as AI Hub's data set has.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
@@ -60,7 +61,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
 
     # 2. Put them together: the fullest moments, and the seconds.
     training, generation = _peaks(config, tracer, steps, prompt, cache_bytes)
-    cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.max_new_tokens / 2)
+    cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.new_tokens / 2)
     caption_s, token_s = _caption_seconds(config, prompt, cache_in_the_middle, card)
     return Plan(
         title=" + ".join(config.part_names.values()),
@@ -69,7 +70,9 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         training=scale_beyond(training, card.beyond_ratio),
         generation=scale_beyond(generation, card.beyond_ratio),
         num_visual=tracer.sizes.num_visual,
-        num_text=tracer.sizes.num_prompt + config.llm.max_caption_tokens,
+        num_text=tracer.sizes.num_prompt + config.llm.caption_tokens,
+        num_caption=max(config.llm.caption_tokens, config.llm.new_tokens),
+        is_caption_assumed=config.llm.is_length_open,
         batch_size=config.data.batch_size,
         eval_batch_size=config.data.eval_batch_size,
         num_frames=config.data.num_frames,
@@ -77,7 +80,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         clip_s=_clip_seconds(config, steps, card),
         caption_s=caption_s,
         token_s=token_s,
-        num_clips=config.data.max_clips or NUM_CLIPS,
+        num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
         cache_bytes=_cached_bytes(tracer),
         download_bytes=download_bytes(config),
         is_cached=config.cache.enabled is True,
@@ -99,7 +102,7 @@ def _peaks(config: Config, tracer: Tracer, steps: Sequence[Stage], prompt: Stage
         prompt.trace,
         cache_bytes=cache_bytes,
         prompt_tokens=_prompt_tokens(tracer),
-        new_tokens=config.llm.max_new_tokens,
+        new_tokens=config.llm.new_tokens,
         depth=tracer.depth,
     )
     return training, generation
@@ -129,7 +132,7 @@ def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
 
 def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> tuple[float, float]:
     weight_bytes, packed = sum(prompt.trace.weights.values()), _packed_bytes(config, prompt)
-    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.max_new_tokens, card)
+    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.new_tokens, card)
     return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
 
 
@@ -198,7 +201,7 @@ def kept_within(config: Config, tracer: Tracer) -> int:
 
 def training_stages(config: Config, tracer: Tracer, num_kept: int) -> list[Stage]:
     """The stages of a training step, the encoder left out where its features are stored."""
-    language = tracer.language(config.data.batch_size, config.llm.max_caption_tokens, num_kept)
+    language = tracer.language(config.data.batch_size, config.llm.caption_tokens, num_kept)
     return [*stages_in_front(config, tracer, config.data.batch_size), Stage("language model", language)]
 
 

@@ -48,6 +48,8 @@ class Plan:
         generation: The fullest moment while captions are written.
         num_visual: Visual tokens of a clip.
         num_text: Text tokens of a clip, the longest caption included.
+        num_caption: Tokens of the longest caption, read or written.
+        is_caption_assumed: Whether that is an assumption, as the data that decides it is not there.
         batch_size: Clips a micro-batch.
         eval_batch_size: Clips that are captioned together.
         num_frames: Of a clip.
@@ -70,6 +72,8 @@ class Plan:
     generation: Moment
     num_visual: int
     num_text: int
+    num_caption: int
+    is_caption_assumed: bool
     batch_size: int
     eval_batch_size: int
     num_frames: int
@@ -134,6 +138,8 @@ class Plan:
             "generation": {"moment": self.generation.name, "parts_gib": _rounded(self.generation.parts)},
             "visual_tokens": self.num_visual,
             "text_tokens": self.num_text,
+            "caption_tokens": self.num_caption,
+            "caption_tokens_assumed": self.is_caption_assumed,
             "batch_size": self.batch_size,
             "eval_batch_size": self.eval_batch_size,
             "num_frames": self.num_frames,
@@ -190,6 +196,8 @@ def _costs(plan: Plan) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     epoch = duration(plan.clip_s * plan.num_clips)
     table.add_row("a clip", f"{plan.num_frames} frames, {grouped(plan.num_visual)} visual and {grouped(plan.num_text)} text tokens")
+    source = ", assumed: name data.root, and its captions decide" if plan.is_caption_assumed else ""
+    table.add_row("captions", f"up to {grouped(plan.num_caption)} tokens{source}")
     table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
     table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
     download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"

@@ -12,6 +12,7 @@ from pathlib import Path
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from vlmcap.compose import register_schemas
 from vlmcap.program import HYDRA_FOLDER
 
 
@@ -47,6 +48,7 @@ def run_packed(packed: bytes) -> None:
     from hydra.core.singleton import Singleton
     from hydra.core.utils import run_job, setup_globals
 
+    register_schemas()
     context, task, config, state = cloudpickle.loads(packed)
     sys.argv = ["vlmcap", *config.hydra.overrides.task]  # whatever the launcher's process is, the job is one of `vlmcap train`
     setup_globals()

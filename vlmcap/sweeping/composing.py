@@ -13,7 +13,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import config_hash, explain, innermost, to_config
+from vlmcap.compose import config_hash, explain, innermost, name_parts, to_config
 from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import expand, short_names
@@ -95,9 +95,10 @@ class Composer:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(innermost(error))) from error
         OmegaConf.set_struct(node, False)
-        node.pop("hydra")
+        hydra_node = node.pop("hydra")
         node.paths.output_dir = ""  # not known yet, and without effect
         try:
+            name_parts(node, hydra_node)
             config, refusal = to_config(node), ""
         except UserError as error:
             config, refusal = None, str(error)

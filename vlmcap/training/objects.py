@@ -85,7 +85,7 @@ def build_run(
         config.optim,
         identity=checkpoint_identity(config, assembly.sources),
         ledger=open_ledger(config, data.clips),
-        max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.max_caption_tokens,
+        max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.caption_tokens,
         sharder=make_sharder(config),
     )
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)

@@ -10,15 +10,17 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.clips import load_splits, open_ledger
+from vlmcap.assembly.clips import Splits, load_splits, open_ledger
 from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
+from vlmcap.assembly.resolving import resolve, resolve_from_data
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
 from vlmcap.errors import Pruned
 from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
+from vlmcap.planning.known_data import for_plan
 from vlmcap.planning.make_plan import enforce_plan, num_kept_layers
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
@@ -79,12 +81,16 @@ def _train(config: Config, trial: Trial | None) -> float:
     # 2. Check what can be checked before anything is made or loaded.
     check_run(config, resumed)
 
-    # 3. Plan the memory, and refuse a run that cannot fit.
+    # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read before that.
+    clips: Mapping[str, Sequence[Clip]] = {}
+    if config.llm.is_length_open and not config.data.is_demo:
+        clips = _read_splits(config)
     if is_main(config):
-        enforce_plan(config)
+        enforce_plan(for_plan(config, clips))
 
-    # 4. Load the clips; the demo makes its own.
-    config, clips = _load_clips(config)
+    # 4. Load the clips, unless they are there, and let them decide what is left to them; the demo makes its own.
+    config, clips = _load_clips(config, clips)
+    config = resolve(config, clips)
 
     # 5. Prepare features before the language model is loaded, so that the two never share the memory.
     spec = describe_model(config)
@@ -148,19 +154,31 @@ def _monitored(config: Config, scores: Mapping[str, float]) -> float:
     return value
 
 
-def _load_clips(config: Config) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
-    """Split name to clips, and the configuration with what the demo made; bad data is reported before that."""
-    clips: Mapping[str, Sequence[Clip]] = {}
+def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Config, Mapping[str, Sequence[Clip]]]:
+    """The configuration with what the demo made, and split name to clips; bad data is reported before that.
+
+    Args:
+        config: Run configuration.
+        clips: The clips, where they were read already.
+    """
     if not config.data.is_demo:
-        clips = load_splits(config, NEEDED, OPTIONAL)
+        clips = clips or _read_splits(config)
         open_ledger(config, clips)
     config = prepare(config)
     check_facts(config)
-    clips = clips or load_splits(config, NEEDED, OPTIONAL)
+    clips = clips or _read_splits(config)
     check_followed(config, clips)
     if is_main(config):
         warn_of_clips(config, clips)
     return config, clips
+
+
+def _read_splits(config: Config) -> Splits:
+    """The splits of a training run; the training clips stand in for those of validation where they are to be learned by heart."""
+    if not config.trainer.overfit:
+        return load_splits(config, NEEDED, OPTIONAL)
+    read = load_splits(config, [Split.train])
+    return Splits({"train": read["train"], "val": read["train"]}, read.skipped, read.note)
 
 
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
@@ -191,6 +209,7 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     # 1. Load the clips, and assemble the model with the weights of the checkpoint.
     clips = load_splits(config, [split])
+    config = resolve_from_data(config, clips)
     with progress_reporter("loading the model"):
         config, assembly = assemble_trained(config, checkpoint, clips)
     folder.mkdir(parents=True, exist_ok=True)

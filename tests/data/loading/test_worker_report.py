@@ -9,16 +9,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from tests.thinned import thinned
 from vlmcap.data.loading import worker_report
 from vlmcap.data.loading.worker_report import WorkerWatch
 from vlmcap.errors import UserError
 from vlmcap.types import Clip
 
 CLIPS = [Clip(f"clip{i}", f"videos/clip{i}.mp4", ("글",)) for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits five seconds for a worker to end by itself before it ends it."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
 
 
 class Deadly(Dataset[int]):
@@ -119,7 +127,7 @@ def test_spawned_workers_are_watched_too() -> None:
 
 
 @pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
-@pytest.mark.parametrize("problem", [None, "/dev/shm has 1 MB free"])
+@pytest.mark.parametrize("problem", thinned([None, "/dev/shm has 1 MB free"], lambda problem: problem is None))
 def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(
     loader: Loader, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_equal_seeds_leave_the_clips() -> None:
     assert (twice.over, once.over) == ("clips and seeds", "clips")
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Runs = quality + seed + clip + noise; an interval over clips alone misses the truth three times too often."""
     inside = {True: 0, False: 0}

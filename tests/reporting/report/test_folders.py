@@ -124,6 +124,13 @@ def test_a_single_run_is_repeated_by_its_command_in_another_folder(tmp_path: Pat
     assert read(tmp_path).command == "python train.py 'llm.prompt=영상을 설명해 주세요.'"
 
 
+def test_a_job_is_repeated_without_what_is_of_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"scores": {}, "command": ["train.py", "-m", "seed=0,1"]}))
+    overrides = ["launcher=joblib", "seed=0", "sweep.folder=multirun/first", "sweep=optuna"]
+    (tmp_path / "status.json").write_text(json.dumps({"status": "finished", "overrides": overrides}))
+    assert read(tmp_path).command == "python train.py seed=0"
+
+
 def test_long_courses_are_thinned(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "train/loss": 1 / step, "train/lr_x": 1}) + "\n" for step in range(1, 1001)))

@@ -48,13 +48,24 @@ def can_decode(llm: nn.Module) -> bool:
     """Whether `greedy_ids` writes what transformers' generate would: all layers see all keys, and nothing else steers the choice."""
     model: Any = base_model(llm)
     config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "lm_head") or config.model_type not in PACKABLE:
+    if config is None or not hasattr(model, "lm_head") or config._attn_implementation not in _ATTENTION:
+        return False
+    return is_decodable(config, getattr(model, "generation_config", None))
+
+
+def is_decodable(config: Any, generation_config: Any) -> bool:
+    """Whether `can_decode` accepts a language model with these settings; no weights are needed.
+
+    Args:
+        config: transformers' configuration of the language model.
+        generation_config: Its generation settings; None where it has none.
+    """
+    if config.model_type not in PACKABLE:
         return False
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     is_full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    asked = getattr(model, "generation_config", None)
-    is_steered = any(getattr(asked, name, None) for name in _EXTRAS)
-    return bool(is_full and not is_steered and config._attn_implementation in _ATTENTION and rotary in _ROTARY)
+    is_steered = any(getattr(generation_config, name, None) for name in _EXTRAS)
+    return is_full and not is_steered and rotary in _ROTARY
 
 
 @torch.no_grad()

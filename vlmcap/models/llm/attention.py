@@ -56,6 +56,12 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
     return requested
 
 
+def supported_attention(model_class: Any) -> tuple[str, ...]:
+    """The implementations that a class of transformers supports by its own account, whatever is installed here."""
+    flags = {"sdpa": "_supports_sdpa", _FLASH[0]: "_supports_flash_attn"}
+    return (*(name for name, flag in flags.items() if getattr(model_class, flag, False)), "eager")
+
+
 def check_attention(model: Any, chosen: str) -> None:
     """Nothing, if the loaded model runs what was chosen.
 

@@ -55,7 +55,7 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
     Raises:
         UserError: The folder holds no causal language model, or only a part of one, or the attention is not to be had.
     """
-    config, model_class, is_part = _language_config(folder)
+    config, model_class, is_part = language_config(folder)
     chosen = choose_attention(attention, device, dtype, model_class)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": chosen}
     if is_part:
@@ -85,7 +85,7 @@ def sketch_language_model(folder: Path, *, dtype: torch.dtype, attention: str, d
     Raises:
         UserError: The folder holds no causal language model.
     """
-    config, model_class, _ = _language_config(folder)
+    config, model_class, _ = language_config(folder)
     chosen = choose_attention(attention, device, dtype, model_class)
     with torch.device("meta"):
         model: nn.Module = model_class._from_config(config, dtype=dtype, attn_implementation=chosen)
@@ -146,7 +146,7 @@ def _text_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
 
 
-def _language_config(folder: Path) -> tuple[Any, Any, bool]:
+def language_config(folder: Path) -> tuple[Any, Any, bool]:
     """The language model's configuration, its class, and whether it is a part of a larger model.
 
     Raises:

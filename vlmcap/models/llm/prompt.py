@@ -89,9 +89,9 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     Raises:
         UserError: There is no tokenizer, chat template or end token, or the template does not use a setting that was made.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     break_after = visual_suffix or "\n"
-    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{llm.prompt}"}]
+    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{llm.question}"}]
     if llm.system_prompt:
         turns.insert(0, {"role": "system", "content": llm.system_prompt})
     template = _Template(tokenizer, folder, llm.chat_template, llm.enable_thinking)
@@ -112,14 +112,19 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
         end_id=end_id,
         pad_id=pad_id,
         stop_ids=[token for token in _stop_ids(folder, [end_id, int(tokenizer.eos_token_id)]) if token < num_rows],
-        question_ids=list(tokenizer(llm.prompt, add_special_tokens=False)["input_ids"]),
+        question_ids=list(tokenizer(llm.question, add_special_tokens=False)["input_ids"]),
         caption_lead=lead,
     )
     _check_rows(encoder, folder, num_rows)
     return encoder
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UserError: There is none, or it names no end token.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -255,12 +260,17 @@ def _following_ids(tokenizer: Any, text: str) -> list[int]:
     return list(ids)
 
 
-def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
-    """The end tokens and whatever else the checkpoint's generation settings stop at, without doubles."""
+def generation_config(folder: Path) -> Any:
+    """Transformers' generation settings of a checkpoint; None where it has none."""
     from transformers import GenerationConfig
 
     try:
-        stops = GenerationConfig.from_pretrained(folder).eos_token_id
+        return GenerationConfig.from_pretrained(folder)
     except OSError:
-        stops = None
+        return None
+
+
+def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
+    """The end tokens and whatever else the checkpoint's generation settings stop at, without doubles."""
+    stops = getattr(generation_config(folder), "eos_token_id", None)
     return list(dict.fromkeys([*ends, *([stops] if isinstance(stops, int) else stops or [])]))

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmcap.compose import Composed, config_file, group_choices, read_yaml
+from vlmcap.compose import CUSTOM, Composed, config_file, group_choices, read_yaml
 from vlmcap.config import Config
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
 from vlmcap.planning.calibration import calibrated_card
 from vlmcap.planning.estimate.tracer import NO_SIZES, QuickTracer
 from vlmcap.planning.grid.grid_table import Cell
+from vlmcap.planning.known_data import with_known_data
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.terminal import passing_bar
 
 _GROUPS = ("hardware", "encoder", "llm")
-_LEFT_OUT = {"hardware": {"cpu"}, "encoder": set(TINY_ENCODERS), "llm": {"tiny"}}
+_LEFT_OUT = {"hardware": {"cpu"}, "encoder": set(TINY_ENCODERS), "llm": {"tiny", CUSTOM}}
 _FOLLOWS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}  # groups whose values come from these groups
 _MOST_PROCESSES = 8
 _configs: GridConfigs | None = None  # what a forked process finds
@@ -104,7 +105,7 @@ class GridConfigs:
         """
         parts = self._parts[hardware, "encoder", encoder] | self._parts[hardware, "llm", llm]
         try:
-            return dataclasses.replace(self._bases[hardware], **parts)
+            return with_known_data(dataclasses.replace(self._bases[hardware], **parts))
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -170,7 +171,7 @@ def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
             config = _configs.config(*cell)
             if what == "llm":
                 tracer = _tracer(config, sizes=False)
-                tracer.anchors(config.llm.max_caption_tokens)
+                tracer.anchors(config.llm.caption_tokens)
                 tracer.anchors(0)
                 continue
             tracer = _tracer(config)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmcap.compose import NO_DATA, compose
+from vlmcap.compose import NO_DATA
 from vlmcap.config import Config, DemoDataConfig, EncoderTuning
 from vlmcap.errors import UserError
+from vlmcap.planning.known_data import known_clips, planned
 from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
 from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, propose
 from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
@@ -57,7 +58,7 @@ class _Sweep:
         self.configs: list[Config] = []
         for name, combination in zip(names, combinations, strict=True):
             try:
-                self.configs.append(compose(combination))
+                self.configs.append(planned(combination))
             except UserError as error:
                 raise UserError(f"{name}: {error}" if name else str(error)) from error
 
@@ -76,7 +77,7 @@ class _Sweep:
         with passing_bar(f"Planning {what}", len(self.combinations)) as advance:
             for index, combination in enumerate(self.combinations):
                 try:
-                    config = compose([*combination, *more]) if more else self.configs[index]
+                    config = planned([*combination, *more]) if more else self.configs[index]
                 except UserError:
                     return None
                 jobs.append(_job(self.names[index], combination, config))
@@ -112,14 +113,20 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split: the demo's own, or as many as AI Hub's data set has; `data.max_clips` of the training split at most."""
+    """Clips of each split, each cut as a run would cut it: those of the data where it is there, or as many as AI Hub's set has."""
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
         demo = config.data.demo
         train, val, test = demo.num_train, demo.num_val, demo.num_test
+    elif known := known_clips(config):
+        train, val, test = (len(known.get(split, ())) for split in ("train", "val", "test"))
     elif config.data.max_clips:
         train = config.data.max_clips
-    return NumClips(min(train, config.data.max_clips or train), val, test)
+    train = min(train, config.data.max_clips or train)
+    if config.trainer.overfit:
+        return NumClips(train, train, 0)
+    most = config.evaluation.max_final_clips
+    return NumClips(train, min(val, most or val), min(test, most or test))
 
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
@@ -132,7 +139,7 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
         config.tuning.encoder_tuning
     ]  # a trained one's trace is a step
     prompt = tracer.sizes.num_visual + tracer.sizes.num_prompt
-    longer = 1 + config.llm.max_caption_tokens / prompt
+    longer = 1 + config.llm.caption_tokens / prompt
     return ClipSeconds(
         train=plan.clip_s,
         caption=plan.caption_s,

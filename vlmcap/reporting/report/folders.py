@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from vlmcap.config.sweep import OF_A_SWEEP
 from vlmcap.errors import UserError
 from vlmcap.reporting.report.data import Status
 
@@ -216,6 +217,7 @@ def _overrides(folder: Path, status: dict[str, Any], read_yaml: ReadYaml) -> lis
 
 def _command(summary: dict[str, Any], overrides: list[str]) -> str:
     """A job of a sweep is repeated by its own overrides, not by the sweep's command. Its folder is not to be written again."""
+    overrides = [override for override in overrides if not override.startswith(OF_A_SWEEP)]
     said = [str(word) for word in summary.get("command") or []]
     if not said or "-m" in said or "--multirun" in said:
         said = ["train.py", *overrides] if overrides or not said else said

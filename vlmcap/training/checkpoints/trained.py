@@ -66,7 +66,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
         folder,
         config.evaluation,
         dtype=str(dtype).removeprefix("torch."),
-        max_model_len=assembly.num_visual_tokens + assembly.captioner.prompt.num_prompt_tokens + config.llm.max_new_tokens,
+        max_model_len=assembly.num_visual_tokens + assembly.captioner.prompt.num_prompt_tokens + config.llm.new_tokens,
         seed=config.seed,
     )
     engine = start_engine(arguments, config.evaluation.vllm_python)

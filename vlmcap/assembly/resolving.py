@@ -1,0 +1,101 @@
+"""What a configuration leaves to its data and its checkpoints, decided once: prompt, lengths of captions and licenses.
+
+Decided values take the places of `auto` in the configuration, so that the run's files and checkpoints hold them, and evaluation and
+captioning need no data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.parts import load_prompt_of
+from vlmcap.config import AUTO, ENGLISH_PROMPT, KOREAN_PROMPT, UNKNOWN, Config
+
+if TYPE_CHECKING:
+    from vlmcap.types import Clip
+
+_STEP = 32  # tokens; limits are multiples of it, so that a few more clips rarely change them
+_READ = 1_000  # captions of each split that say which language the data has
+_COUNTED = ("train", "val")  # splits whose captions decide; the test split decides nothing unless it is all there is
+
+
+def resolve(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
+    """The configuration with its `auto` values decided by the data, and the licenses that the checkpoints' folders state.
+
+    Args:
+        config: Run configuration, whose demo data and parts are made.
+        clips: Split name to clips; training and validation clips count, or all where there are neither.
+
+    Raises:
+        UserError: The language model's tokenizer is not there.
+    """
+    return _with_licenses(resolve_from_data(config, clips))
+
+
+def resolve_from_data(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
+    """The configuration with its `auto` values decided by the data.
+
+    Args:
+        config: As for `resolve`, as are the others.
+        clips: Split name to clips.
+
+    Raises:
+        UserError: The language model's tokenizer is not there.
+    """
+    counted = [clips[split] for split in _COUNTED if split in clips] or list(clips.values())
+    decided: dict[str, Any] = {}
+    if config.llm.prompt == AUTO:
+        decided["prompt"] = KOREAN_PROMPT if _is_korean(counted) else ENGLISH_PROMPT
+    if names := [name for name in ("max_caption_tokens", "max_new_tokens") if getattr(config.llm, name) == AUTO]:
+        decided |= dict.fromkeys(names, token_limit(longest_caption(config, counted)))
+    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, **decided))
+
+
+def _is_korean(splits: Sequence[Sequence[Clip]]) -> bool:
+    """Whether captions are mainly Hangul, by some that are spread over each split."""
+    from vlmcap.data.text import is_mainly_hangul
+
+    chosen = (clips[place] for clips in splits for place in range(0, len(clips), max(1, len(clips) // _READ)))
+    return is_mainly_hangul(clip.captions[0] for clip in chosen if clip.captions)
+
+
+def token_limit(longest: int) -> int:
+    """The limit that suits a longest caption, in tokens with the end token."""
+    return max(1, -(-longest // _STEP)) * _STEP
+
+
+def longest_caption(config: Config, splits: Sequence[Sequence[Clip]]) -> int:
+    """Tokens of the longest caption with its end token; counted once for each set of captions and tokenizer, and remembered."""
+    from vlmcap.data.loading.lengths import caption_lengths
+    from vlmcap.models.checkpoint import fingerprint
+
+    part = "model" if config.is_whole else "llm"
+    folder = _folder(config, part)
+    prompt = load_prompt_of(config, folder)
+    sha256 = fingerprint(folder, getattr(config, part).checkpoint, has_weights=False).sha256
+    memo = Path(config.paths.cache_dir) / "manifests"
+    fingerprinted = f"{sha256}:{prompt.caption_lead}"
+    counts = [caption_lengths(clips, prompt.encode_caption, folder=memo, fingerprint=fingerprinted) for clips in splits]
+    return max((int(lengths.max()) for lengths in counts if len(lengths)), default=0)
+
+
+def _with_licenses(config: Config) -> Config:
+    """The configuration with the licenses of other checkpoints than those that `conf/` knows."""
+    from vlmcap.models.llm.inspection import license_of
+
+    changed: dict[str, Any] = {}
+    for part in ("model",) if config.is_whole else ("encoder", "llm"):
+        settings = getattr(config, part)
+        if settings.licence == UNKNOWN:
+            changed[part] = dataclasses.replace(settings, licence=license_of(_folder(config, part)) or UNKNOWN)
+    return dataclasses.replace(config, **changed) if changed else config
+
+
+def _folder(config: Config, part: str) -> Path:
+    from vlmcap.models.checkpoint import locate
+
+    settings = getattr(config, part)
+    return locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False)

@@ -1,0 +1,176 @@
+"""What a language model checkpoint is, read from its small files alone: no weights are opened.
+
+A published checkpoint is more than its name: the class that runs it, the text that ends an answer, the license. All of that stands in
+the folder, so nobody has to write it down for each model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmcap.config import LlmConfig
+from vlmcap.errors import UserError
+from vlmcap.models.decoding.engine import is_decodable
+from vlmcap.models.llm.attention import PACKABLE, supported_attention
+from vlmcap.models.llm.load import language_config
+from vlmcap.models.llm.prompt import PromptEncoder, generation_config, load_prompt, load_tokenizer
+
+_LONGEST_LICENSE = 120  # characters of the first line of a LICENSE file
+# transformers replaces these functions by those of a package where it is installed, and is correct but slower where it is not.
+_PACKAGE = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
+_HUB_KERNELS = "is_kernels_available()"  # in the source of the few classes that fetch compiled code by themselves
+_DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # where pip calls it otherwise than Python does
+
+
+@dataclass(frozen=True, slots=True)
+class LlmDescription:
+    """What is known of a language model before its weights are loaded.
+
+    Attributes:
+        model_class: Name of transformers' class.
+        model_type: Name of its configuration.
+        is_part: Whether it is a part of a whole vision-language model.
+        context: Number of tokens that its positions reach; None where it has no such limit.
+        hidden_size: Width of its embeddings.
+        num_layers: Number of its layers.
+        vocab_size: Number of rows of its embedding.
+        largest_id: Largest token id of the tokenizer, added tokens included; None without a tokenizer.
+        has_chat_template: Whether the tokenizer brings a chat template.
+        end_tokens: Tokens that end generation, the one that the template puts behind an answer first; empty without a template.
+        has_thinking_switch: Whether the chat template reads `enable_thinking`.
+        license: As the folder states it; empty where it does not.
+        attention: Implementations that the class supports.
+        sliding_window: Number of tokens that windowed layers look back at; None where every layer sees all.
+        is_packable: Whether `data.batching=packed` keeps the clips of a row apart.
+        is_native: Whether our own engine writes its captions; otherwise transformers' `generate` does.
+        optional_packages: Packages, by the names of pip, that make its class faster.
+        missing_packages: Those of them that are not installed here.
+        problems: One sentence for each thing that keeps a run from using the checkpoint as it is.
+    """
+
+    model_class: str
+    model_type: str
+    is_part: bool
+    context: int | None
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    largest_id: int | None
+    has_chat_template: bool
+    end_tokens: tuple[str, ...]
+    has_thinking_switch: bool
+    license: str
+    attention: tuple[str, ...]
+    sliding_window: int | None
+    is_packable: bool
+    is_native: bool
+    optional_packages: tuple[str, ...]
+    missing_packages: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """The description as plain data for JSON."""
+        return asdict(self)
+
+
+def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescription:
+    """Describes a language model, or the language model of a whole vision-language model.
+
+    Args:
+        folder: Checkpoint in Hugging Face layout; its weights need not be there.
+        chat_template: Template that will be used in place of the tokenizer's.
+
+    Raises:
+        UserError: The folder holds no causal language model that transformers knows.
+    """
+    config, model_class, is_part = language_config(folder)
+    packages = optional_packages(model_class)
+    problems = []
+    if "lm_head" not in inspect.getsource(model_class):
+        problems.append(f"{model_class.__name__} names its output layer otherwise than lm_head, which vlmcap needs; take another llm")
+    tokenizer, template, prompt = None, "", None
+    try:
+        tokenizer = load_tokenizer(folder)
+        template = _template_of(tokenizer)
+        prompt = load_prompt(folder, LlmConfig(prompt="?", chat_template=chat_template))
+    except UserError as error:
+        problems.append(str(error))
+    return LlmDescription(
+        model_class=model_class.__name__,
+        model_type=config.model_type,
+        is_part=is_part,
+        context=getattr(config, "max_position_embeddings", None),
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        vocab_size=int(config.vocab_size),
+        largest_id=None if tokenizer is None else max(tokenizer.get_vocab().values()),
+        has_chat_template=bool(template),
+        end_tokens=() if prompt is None else _end_tokens(prompt),
+        has_thinking_switch="enable_thinking" in (chat_template or template),
+        license=license_of(folder),
+        attention=supported_attention(model_class),
+        sliding_window=_sliding_window(config),
+        is_packable=config.model_type in PACKABLE,
+        is_native=is_decodable(config, generation_config(folder)),
+        optional_packages=tuple(_DISTRIBUTIONS.get(package, package.replace("_", "-")) for package in packages),
+        missing_packages=tuple(_DISTRIBUTIONS.get(one, one.replace("_", "-")) for one in packages if importlib.util.find_spec(one) is None),
+        problems=tuple(problems),
+    )
+
+
+def license_of(folder: Path) -> str:
+    """The license that the front matter of a README.md states, or else the title of a LICENSE file; empty where there is neither.
+
+    A name that only says that another license applies ("other") gives way to `license_name`.
+
+    Args:
+        folder: Checkpoint in Hugging Face layout.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    stated: dict[str, Any] = {}
+    if (folder / "README.md").is_file():
+        try:
+            stated = metadata_load(folder / "README.md") or {}
+        except Exception:  # whatever is wrong with a README, it states no license
+            stated = {}
+    named = stated.get("license")
+    if named in (None, "other", "unknown"):
+        named = stated.get("license_name") or named
+    if named:
+        return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
+    files = sorted(file for file in folder.glob("LICENSE*") if file.is_file())
+    lines = (line.strip(" #*\t") for file in files[:1] for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+    return next((line[:_LONGEST_LICENSE] for line in lines if line), "")
+
+
+def optional_packages(model_class: Any) -> tuple[str, ...]:
+    """Packages, by the names of Python, that the module of a class of transformers uses where they are installed."""
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    hub = ("kernels",) if _HUB_KERNELS in source else ()
+    return (*dict.fromkeys(_PACKAGE.findall(source)), *hub)
+
+
+def _template_of(tokenizer: Any) -> str:
+    """The tokenizer's default chat template; empty where it has none."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return ""
+
+
+def _end_tokens(prompt: PromptEncoder) -> tuple[str, ...]:
+    return tuple(prompt.tokenizer.convert_ids_to_tokens(prompt.stop_ids))
+
+
+def _sliding_window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    is_used = getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
+    return int(window) if window and is_used else None

@@ -1,0 +1,75 @@
+"""What a plan knows of the data: how long its captions are, where the data is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.resolving import resolve_from_data
+from vlmcap.compose import compose, to_plain
+from vlmcap.config import Config, Split
+from vlmcap.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmcap.types import Clip
+
+
+def planned(overrides: Sequence[str]) -> Config:
+    """The configuration of overrides as a plan takes it, with what its data decides.
+
+    Raises:
+        UserError: An override is wrong, or the data cannot be read.
+    """
+    return with_known_data(compose(overrides))
+
+
+def with_known_data(config: Config) -> Config:
+    """The configuration with what its data decides, where that is there; counted once for all plans of a process.
+
+    Raises:
+        UserError: The data cannot be read.
+    """
+    if not config.llm.is_length_open or not (clips := known_clips(config)):
+        return config
+    from vlmcap.planning.estimate.meta_models import once
+
+    key = ["llm", to_plain(config.llm), to_plain(config.model), _data_key(config)]
+    return dataclasses.replace(config, llm=once(key, lambda: for_plan(config, clips).llm))
+
+
+def for_plan(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
+    """The configuration with what its data decides, or as it is where there are no clips or the tokenizer cannot be had here.
+
+    Args:
+        config: Run configuration.
+        clips: Split name to clips; empty where the data is not there.
+    """
+    try:
+        return resolve_from_data(config, clips) if clips else config
+    except UserError:  # a plan is made before anything is downloaded
+        return config
+
+
+def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:
+    """Split name to all clips of the data, read once; empty for the demo, which makes its own, and where `data.root` is not there.
+
+    Raises:
+        UserError: The data cannot be read.
+    """
+    if config.data.is_demo or not Path(config.data.root).expanduser().exists():
+        return {}
+    from vlmcap.planning.estimate.meta_models import once  # loads all that a plan needs, and a run without one does not
+
+    return once(["clips", _data_key(config)], lambda: load_splits(config, (), tuple(Split)))  # type: ignore[no-any-return]
+
+
+def _data_key(config: Config) -> list[Any]:
+    data = {key: value for key, value in to_plain(config.data).items() if key not in _NO_MATTER}
+    return [data, config.paths.cache_dir, config.seed]
+
+
+# Keys of data that change how clips are read into batches, and not which there are.
+_NO_MATTER = ("batch_size", "eval_batch_size", "num_frames", "batching", "max_tokens_per_batch", "num_workers")
