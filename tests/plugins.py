@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from vlmcap import plugins
+from vlmcap import compose, plugins
 from vlmcap.config.kinds import MAKERS, SCHEMAS
 from vlmcap.plugins import is_foreign
 
@@ -49,6 +50,8 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     modules, path = set(sys.modules), list(sys.path)
     monkeypatch.delenv(plugins.PLUGINS_VARIABLE, raising=False)
     monkeypatch.setattr(plugins, "_loaded", set())
+    monkeypatch.setattr(compose, "register_schemas", inspect.unwrap(compose.register_schemas))
+    monkeypatch.setattr(compose, "compose_node", getattr(compose.compose_node, "_compose_node", compose.compose_node))  # without memory
     plugins._installed.cache_clear()
     plugins._origin.cache_clear()
     try:

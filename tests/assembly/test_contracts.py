@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins import GATED, own_registries, plugin_file
+from tests.test_contributing import PARTS
 from vlmcap.assembly.contracts import check_part
 from vlmcap.cli import main
 from vlmcap.plugins import use_plugins
@@ -71,3 +72,35 @@ def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(tmp
     told = capsys.readouterr().out
     assert "fails: F=4, P=8 × 8: forward gives (2, 128, 48)" in told
     assert "projector=gated" not in told
+
+
+@pytest.mark.usefixtures("_registries")
+@pytest.mark.parametrize(
+    ("old", "new", "contract", "words"),
+    [
+        (".flatten(2)", ".flatten(2)[..., ::2]", "it gives the stated grid", r"features gives \(4, 8, 32\)"),
+        ("self.cells(pixels)", "self.cells(pixels - pixels.mean(0))", "clips of a batch", "differs by"),
+        ('kind: str = "cells"', 'kind: str = "cells"; checkpoint: str = ""', "equal frames", "random at each load"),
+        ("return encoder", "return encoder.to_empty(device='cpu')", "it is built on the meta", "reads weights although there is no folder"),
+    ],
+)  # fmt: skip
+def test_an_encoder_that_breaks_one_is_found(old: str, new: str, contract: str, words: str, tmp_path: Path) -> None:
+    source = PARTS["my_cells"].replace(old, new)
+    assert source != PARTS["my_cells"]
+    use_plugins([plugin_file(tmp_path, "my_cells", source)])
+    problems = {outcome.contract: outcome.problem for outcome in check_part("encoder", "cells") if outcome.problem}
+    (found,) = [problem for text, problem in problems.items() if text.startswith(contract)]
+    assert re.search(words, found)
+
+
+@pytest.mark.usefixtures("_registries")
+def test_metrics_and_formats_that_break_one_are_found(tmp_path: Path) -> None:
+    metric = PARTS["my_metric"].replace('[float(text.count("?")) for text in predictions]', "float(len(predictions[0]))")
+    data = PARTS["my_format"].replace("yield Record(", "yield dict(clip=")
+    data = data.replace('(root / settings.file).read_text(encoding="utf-8")', r'"a\tb\tc\td"')
+    use_plugins([plugin_file(tmp_path, "my_metric", metric), plugin_file(tmp_path, "my_format", data)])
+    parts = (("metric", "question_marks"), ("data", "lines"))
+    problems = [outcome.problem for part in parts for outcome in check_part(*part) if outcome.problem]
+    assert len(problems) == 2
+    assert problems[0].startswith("clips in another order differ by")
+    assert problems[1] == "it gives dict, expected Record or Skipped"
