@@ -34,7 +34,7 @@ class Remembered:
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def __call__(self, overrides: Sequence[str], *, name: str = "train") -> DictConfig:
-        from vlmcap.compose import CONFIG_DIR_VARIABLE
+        from vlmcap.config_files import CONFIG_DIR_VARIABLE
 
         if CONFIG_DIR_VARIABLE in os.environ:  # files that a test may still change
             return self._compose_node(overrides, name=name)

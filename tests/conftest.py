@@ -104,7 +104,10 @@ def tiny_config(tiny_cache: Path) -> Callable[..., Config]:
     from vlmcap.compose import compose
 
     def make(folder: Path, *overrides: str) -> Config:
-        return compose([*TINY_RUN, f"paths.output_dir={folder}", f"paths.cache_dir={tiny_cache}", *overrides])
+        is_two_stage = not any(override.startswith("tuning=") for override in overrides)
+        run = [one for one in TINY_RUN if is_two_stage or not one.startswith("tuning.")]
+        epochs = [] if is_two_stage else ["tuning.epochs=1"]
+        return compose([*run, *epochs, f"paths.output_dir={folder}", f"paths.cache_dir={tiny_cache}", *overrides])
 
     return make
 

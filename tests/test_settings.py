@@ -53,6 +53,8 @@ OTHER = {
     "evaluation.facts": "facts.json",
     "evaluation.synonyms": "synonyms.json",
     "hardware.accelerator": "gpu",
+    "encoder.image_mean": "[0.5, 0.5, 0.4]",
+    "encoder.image_std": "[0.5, 0.5, 0.4]",
     "hardware.gradient_checkpointing": "true",
     "llm.attention": "eager",
     "monitor": "val/loss",

@@ -23,8 +23,9 @@ import torch
 
 from tools import model_page as table
 from vlmcap.assembly.parts import encoder_options, projector_sizes
-from vlmcap.compose import CUSTOM, compose, group_choices
+from vlmcap.compose import CUSTOM, compose
 from vlmcap.config import Config, PretrainedVlmConfig
+from vlmcap.config_files import group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.models.encoders import VisionEncoder, build_encoder
 from vlmcap.models.known import known_model_config
@@ -56,7 +57,7 @@ def page() -> str:
     """The whole page, as it should be now."""
     parity = table.read_parity(PARITY)
     configs = list(_configurations())
-    encoders = [(config.encoder(config), _encoder(config)) for config in _distinct(configs, "encoder")]
+    encoders = [(config.encoder, _encoder(config)) for config in _distinct(configs, "encoder")]
     whole = [config.model for config in _distinct(configs, "model") if isinstance(config.model, PretrainedVlmConfig)]
     sections = {
         "Encoders": (table.ENCODER_HEADER, [table.encoder_row(*encoder, parity) for encoder in encoders]),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,14 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
-from vlmcap.config.run import check_own_parts
+from vlmcap.config.run import OF_THE_MODEL, check_own_parts
+from vlmcap.config_errors import explain, innermost
+from vlmcap.config_files import config_dir, config_file
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.overrides import foreign_key, quoted, read_overrides, shell_quoted
+from vlmcap.overrides import read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
 
 CUSTOM = "custom"  # the file of a group that any checkpoint goes with
-CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
 NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
 _PLAIN_GROUPS = {  # those of one kind
     "hardware": schema.HardwareConfig,
@@ -36,42 +36,6 @@ _PLAIN_GROUPS = {  # those of one kind
     "callbacks": schema.CallbacksConfig,
     "paths": schema.PathsConfig,
 }
-
-
-def config_dir() -> str:
-    """The folder of YAML files: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return str(inside if inside.is_dir() else package.parent / "conf")
-
-
-def use_config_dir(folder: str | None) -> None:
-    """Takes YAML files from a folder of the user's own before ours, here and in the processes that this one starts.
-
-    Args:
-        folder: Laid out as `conf/`, such as with a file `encoder/mine.yaml`; None changes nothing.
-
-    Raises:
-        UserError: There is no such folder.
-    """
-    if folder is None:
-        return
-    path = Path(folder).expanduser().resolve()
-    if not path.is_dir():
-        raise UserError(f"--config-dir {folder} is no folder; give one with YAML files in folders such as encoder/ and llm/")
-    os.environ[CONFIG_DIR_VARIABLE] = str(path)
-
-
-def config_dirs() -> list[Path]:
-    """The folders of YAML files, the user's own first."""
-    own = os.environ.get(CONFIG_DIR_VARIABLE)
-    return [*([Path(own)] if own else []), Path(config_dir())]
-
-
-def config_file(name: str) -> Path:
-    """The file that Hydra takes for a name such as "hardware/l4"."""
-    files = [folder / f"{name}.yaml" for folder in config_dirs()]
-    return next((file for file in files if file.is_file()), files[-1])
 
 
 def register_schemas() -> None:
@@ -120,7 +84,7 @@ def _typed(plain: Mapping[str, Any]) -> DictConfig:
     for group in SCHEMAS:
         kind = (plain.get(group) or {}).get("kind")
         try:
-            node[group] = OmegaConf.structured(schema_of(group, str(kind)))
+            node[group] = _following(schema_of(group, str(kind))) if kind == "own" else OmegaConf.structured(schema_of(group, str(kind)))
         except ValueError as error:
             raise UserError(str(error)) from error
     return cast(DictConfig, node)
@@ -366,109 +330,14 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
         UserError: The values do not fit the schema.
     """
     try:
-        node = cast(DictConfig, OmegaConf.merge(_typed(plain), plain))
+        followed = {  # parts of a pretrained VLM have these from it, also where an override exchanges it
+            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL} if values.get("kind") == "own" else values
+            for group, values in plain.items()
+            if isinstance(values, dict)
+        }
+        node = cast(DictConfig, OmegaConf.merge(_typed(plain), plain | followed))
         for key, value in (overrides or {}).items():
             OmegaConf.update(node, key, value, merge=False)
         return node
     except OmegaConfBaseException as error:
         raise UserError(f"the saved configuration does not fit this version: {explain(error)}") from error
-
-
-def explain(error: Exception) -> str:
-    """One sentence for a configuration error of Hydra or OmegaConf."""
-    text = str(error)
-    key = re.search(r"full_key: (\S+)", text)
-    name = key.group(1) if key else ""
-    first = text.splitlines()[0].strip().rstrip(".")
-    if hint := foreign_key(name):
-        return hint
-    missing_group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
-    if missing_group:
-        group, choice = missing_group.groups()
-        choices = ", ".join(group_choices(group))
-        return f"there is no {group} named '{choice}'; " + (
-            f"choose {group}= one of {choices}" if choices else f"there are none under {group}/"
-        )
-    if override := getattr(error, "override", None):  # it could not be parsed
-        key, _, value = override.partition("=")
-        if not value:
-            return f"'{override}' cannot be read as key=value; write a key, an equals sign and a value without blanks around it"
-        literal = shell_quoted(f"{key}={quoted(value)}")
-        return f"'{override}' cannot be read as key=value{_reason(text)}; as plain text the value is {literal}"
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(unknown.group(1))
-    if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in text:
-        return f"{name or first} has no value; set it on the command line: {name}=…"
-    if "Key '" in text and "not in" in text:
-        return _unknown_key(name)
-    if "ValidationError" in type(error).__name__ and name:
-        return f"{name} has a wrong value: {first}"
-    return first
-
-
-def _reason(text: str) -> str:
-    """What a function such as `range()` says of its arguments; the parser's own words are of tokens, and say nothing to a user."""
-    found = re.search(r"while evaluating '.*': (.*)", text)
-    return f" ({found.group(1)})" if found else ""
-
-
-def group_choices(group: str) -> list[str]:
-    """The names that a group has in `conf/`, in the user's own folder and from plugins, sorted."""
-    load_plugins()
-    names = {*plugin_kinds(group)} | {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
-    return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
-
-
-def _unknown_key(key: str) -> str:
-    """A sentence that says whose key this is, or which one is near it."""
-    group, _, name = key.partition(".")
-    kinds = {kind for kind, schema_class in SCHEMAS.get(group, {}).items() if key in _paths(schema_class, f"{group}.")}
-    choices = [choice for choice in group_choices(group) if _kind_of(group, choice) in kinds]
-    if not choices:
-        return f"there is no key '{key}'; {_nearest(key)}"
-    others = " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
-    return f"'{name}' is no key of this {group}, but of {group}={others}; leave {key} out, or choose one of those"
-
-
-def _kind_of(group: str, choice: str) -> str:
-    """The kind whose schema a YAML file begins with, or the file that it begins with; a plugin's kind needs no file."""
-    file = config_file(f"{group}/{choice}")
-    if not file.is_file():
-        return choice
-    found = re.search(r"^defaults:\s*\[?[\s-]*(\w+?)(_schema)?(@\w+)?\b\]?", file.read_text(), re.MULTILINE)
-    return "" if found is None else found.group(1) if found.group(2) else _kind_of(group, found.group(1))
-
-
-def _nearest(key: str) -> str:
-    """A hint with the nearest known keys."""
-    from difflib import get_close_matches
-
-    known = list(_paths(Config))
-    leaf = key.rpartition(".")[2]
-    near = [path for path in known if path.rpartition(".")[2] == leaf and leaf != "name"][:3]  # such as trainer.precision
-    near = near or get_close_matches(key, known, n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else "`python train.py --cfg job` lists them"
-
-
-def _paths(schema_class: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a schema, groups included."""
-    hints = get_type_hints(schema_class)
-    for field in fields(schema_class):
-        path, kind = f"{prefix}{field.name}", hints[field.name]
-        yield path
-        if not prefix and field.name in SCHEMAS:
-            yield from dict.fromkeys(key for node in SCHEMAS[field.name].values() for key in _paths(node, f"{path}."))
-            continue
-        if get_origin(kind) is dict:
-            path, kind = f"{path}.<name>", get_args(kind)[1]
-        if is_dataclass(kind):
-            yield from _paths(kind, f"{path}.")
-
-
-def innermost(error: Exception) -> Exception:
-    """The error at the root, when it says more than the wrapper around it."""
-    cause = error.__cause__
-    wrapper = str(error)
-    if isinstance(cause, OmegaConfBaseException) and "Could not override" not in wrapper:
-        return cause
-    return error

@@ -16,8 +16,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import config_file, explain, innermost, register_schemas, use_config_dir
+from vlmcap.compose import register_schemas
 from vlmcap.config.kinds import SCHEMAS
+from vlmcap.config_errors import explain, innermost
+from vlmcap.config_files import config_file, use_config_dir
 from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides

@@ -11,7 +11,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from vlmcap.compose import config_dir, config_dirs, explain, innermost, register_schemas
+from vlmcap.compose import register_schemas
+from vlmcap.config_errors import explain, innermost
+from vlmcap.config_files import config_dir, config_dirs
 from vlmcap.errors import UserError
 from vlmcap.overrides import read_overrides, sweep_values
 

@@ -16,7 +16,7 @@ class OwnConfigDir(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Adds it, where there is one."""
-        from vlmcap.compose import config_dirs
+        from vlmcap.config_files import config_dirs
 
         for folder in reversed(config_dirs()[:-1]):
             search_path.prepend("--config-dir", f"file://{folder}")

@@ -75,7 +75,7 @@ def test_given_splits_are_read_in_one_pass(root: Path, make: Make, monkeypatch: 
     given(root, "train", "val", "test")
     calls: list[str | None] = []
     original = module.read_records
-    monkeypatch.setattr(module, "read_records", lambda *arguments: [calls.append(arguments[2]), original(*arguments)][1])
+    monkeypatch.setattr(module, "read_records", lambda *arguments: [calls.append(arguments[1]), original(*arguments)][1])
     splits = load_splits(make(), ALL)
     assert calls == [None]
     assert [(name, len(clips)) for name, clips in splits.items()] == [("train", 10), ("val", 10), ("test", 10)]

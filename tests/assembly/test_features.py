@@ -29,6 +29,7 @@ from vlmcap.training.run import evaluate, train
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[[Config], Run]
+CACHED = ["cache.enabled=true", "cache.dtype=float32"]
 SHORT = ("trainer.max_steps=3", "tuning.align_epochs=0", "tuning.epochs=1", "evaluation.every_n_epochs=9", "trainer.log_every_n_steps=1")
 
 
@@ -223,31 +224,30 @@ def test_whole_models_too(
         "tuning.epochs=1",
         "llm.max_caption_tokens=48",
         "llm.max_new_tokens=4",
-        "cache.dtype=float32",
         "trainer.log_every_n_steps=1",
         "evaluation.every_n_epochs=9",
         f"paths.cache_dir={tmp_path / 'cache'}",
         *([] if kind == "llava_next_video" else ["encoder.max_patches=16"]),
     ]
     decoded, cached = (
-        fit(make_run, compose([*overrides, f"cache.enabled={is_cached}", f"paths.output_dir={tmp_path / is_cached}"]))
-        for is_cached in ("false", "true")
+        fit(make_run, compose([*overrides, *cache, f"paths.output_dir={tmp_path / cache[0]}"]))
+        for cache in (["cache.enabled=false"], CACHED)
     )
     assert len(cached) == 2
     assert cached == pytest.approx(decoded, rel=1e-5)
     no_encoder(monkeypatch)
-    assembly = assembled(compose([*overrides, "cache.enabled=true", f"paths.output_dir={tmp_path / 'third'}"]))
+    assembly = assembled(compose([*overrides, *CACHED, f"paths.output_dir={tmp_path / 'third'}"]))
     assert assembly.captioner.encoder is None
 
 
 def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
-    overrides = [*real_path, "data.num_frames=8", "data.variable_frames=true", "cache.dtype=float32", *SHORT]
+    overrides = [*real_path, "data.num_frames=8", "data.variable_frames=true", *SHORT]
     decoded, cached = (
-        fit(make_run, compose([*overrides, f"cache.enabled={is_cached}", f"paths.output_dir={tmp_path / is_cached}"]))
-        for is_cached in ("false", "true")
+        fit(make_run, compose([*overrides, *cache, f"paths.output_dir={tmp_path / cache[0]}"]))
+        for cache in (["cache.enabled=false"], CACHED)
     )
     assert cached == pytest.approx(decoded, rel=1e-6)
-    assembly = assembled(compose([*overrides, "cache.enabled=true"]))
+    assembly = assembled(compose([*overrides, *CACHED]))
     assert assembly.features is not None
     clips = assembly.features.clips["train"]
     grids, times_s = zip(*assembly.features.layouts(clips), strict=True)
@@ -257,9 +257,9 @@ def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun
 
 @pytest.mark.parametrize("batching", thinned(["by_length", "packed"], lambda batching: batching == "packed"))
 def test_lengths_are_known_from_the_features(batching: str, real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
-    overrides = [*real_path, f"data.batching={batching}", "data.max_tokens_per_batch=400", "cache.dtype=float32", *SHORT]
+    overrides = [*real_path, f"data.batching={batching}", "data.max_tokens_per_batch=400", *SHORT]
     decoded, cached = (
-        fit(make_run, compose([*overrides, f"cache.enabled={is_cached}", f"paths.output_dir={tmp_path / is_cached}"]))
-        for is_cached in ("false", "true")
+        fit(make_run, compose([*overrides, *cache, f"paths.output_dir={tmp_path / cache[0]}"]))
+        for cache in (["cache.enabled=false"], CACHED)
     )
     assert cached == pytest.approx(decoded, rel=1e-6)

@@ -17,8 +17,9 @@ import torch
 from tests.thinned import thinned
 from vlmcap.assembly.model import check_context
 from vlmcap.assembly.parts import encoder_options, projector_sizes
-from vlmcap.compose import CUSTOM, compose, config_dir
-from vlmcap.config import Config, EncoderConfig, LlmConfig, ProjectorConfig, Reducer, TuningConfig
+from vlmcap.compose import CUSTOM, compose
+from vlmcap.config import Config, EncoderConfig, LinearConfig, LlmConfig, ProjectorConfig, Reducer, TuningConfig
+from vlmcap.config_files import config_dir
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import VisionEncoder, build_encoder
@@ -104,11 +105,11 @@ def cell_config(encoder: str, projector: str, llm: str) -> Config:
     """Put together by parts; what one part reads of another is put right."""
     found = parts()
     chosen, language = found.projectors[projector], found.llms[llm]
-    reads_reducer = "${llm.reducer}" in (Path(config_dir()) / "projector" / f"{projector}.yaml").read_text(encoding="utf-8")
+    reads_reducer = isinstance(chosen, LinearConfig)
     return dataclasses.replace(
         found.common,
         encoder=found.encoders[encoder],
-        projector=dataclasses.replace(chosen, reducer=language.reducer) if reads_reducer else chosen,
+        projector=dataclasses.replace(chosen, reducer=language.suggested.reducer) if reads_reducer else chosen,
         llm=language,
         tuning=composed_tuning(llm),
     )
@@ -117,12 +118,9 @@ def cell_config(encoder: str, projector: str, llm: str) -> Config:
 @cache
 def composed_tuning(llm: str) -> TuningConfig:
     """The learning rates follow the language model."""
-    language, tuning = parts().llms[llm], parts().common.tuning
-    rates = {
-        "align": {"projector_lr": language.align_lr},
-        "tune": {"projector_lr": language.projector_lr, "adapter_lr": language.adapter_lr},
-    }
-    return dataclasses.replace(tuning, stages={name: dataclasses.replace(stage, **rates[name]) for name, stage in tuning.stages.items()})
+    suggested, tuning = parts().llms[llm].suggested, parts().common.tuning
+    rates = {name: getattr(suggested, name) for name in ("align_lr", "projector_lr", "adapter_lr")}
+    return dataclasses.replace(tuning, **rates)
 
 
 PROJECTED: dict[object, tuple[int, ...]] = {}

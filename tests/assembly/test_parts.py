@@ -43,7 +43,7 @@ PROJECTORS = [
 @pytest.mark.parametrize("overrides", thinned(PROJECTORS, lambda projector: projector in PROJECTORS[3::4]), ids=" ".join)
 def test_every_projector_learns_from_the_demo(overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     reducer = [] if any("reducer" in override for override in overrides) else ["projector.reducer=none"]
-    config = tiny_config(tmp_path, *SHORT, *reducer, *overrides)
+    config = tiny_config(tmp_path, *SHORT, "projector.pool_size=2", *reducer, *overrides)
     assert math.isfinite(train(config))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parameters"]["projector"]["trained"] == summary["parameters"]["projector"]["parameters"] > 0
@@ -113,8 +113,7 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
                 "llm.max_caption_tokens=64",
                 "llm.max_new_tokens=4",
                 "trainer.log_every_n_steps=1",
-                f"cache.enabled={name == 'cached'}",
-                "cache.dtype=float32",
+                *(["cache.enabled=true", "cache.dtype=float32"] if name == "cached" else ["cache.enabled=false"]),
                 f"paths.output_dir={tmp_path / name}",
                 f"paths.cache_dir={tmp_path / 'cache'}",
             ]

@@ -105,7 +105,8 @@ def test_the_number_of_parameters_is_the_published_one(checkpoint: str) -> None:
 
 def named_in_conf() -> set[str]:
     """Hub ids in the files under conf/."""
-    checkpoints = (yaml.safe_load(file.read_text(encoding="utf-8")).get("checkpoint") for file in CONF.glob("*/*.yaml"))
+    contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONF.glob("*/*.yaml")]
+    checkpoints = [part.get("checkpoint") for content in contents for part in (content, content.get("model")) if isinstance(part, dict)]
     return {checkpoint for checkpoint in checkpoints if isinstance(checkpoint, str) and "/" in checkpoint}
 
 
@@ -155,7 +156,8 @@ SCALES = {"embedding_multiplier": 10.0, "logits_scaling": 0.5, "residual_multipl
 
 def language_models() -> dict[str, str]:
     """model_type to one checkpoint of conf/llm that has it: the last, and thereby the hybrid EXAONE."""
-    checkpoints = [yaml.safe_load(file.read_text(encoding="utf-8"))["checkpoint"] for file in sorted((CONF / "llm").glob("*.yaml"))]
+    contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CONF / "llm").glob("*.yaml"))]
+    checkpoints = [content.get("checkpoint") for content in contents]
     known = {checkpoint: config for checkpoint in checkpoints if checkpoint and (config := known_config(checkpoint))}
     return {config["model_type"]: checkpoint for checkpoint, config in known.items()}
 

@@ -54,6 +54,7 @@ def test_a_plan_by_id_is_the_plan_by_folder(
     by_id, by_folder = publish(hub_here, siglip_folder, llm_folder)
     found, expected = planned(by_id), planned(by_folder)
     assert found.pop("download_bytes") > expected.pop("download_bytes") == 0
+    assert (found.pop("model"), expected.pop("model")) == ("encoder + mlp + llm", f"{siglip_folder.name} + mlp + {llm_folder.name}")
     assert found == expected
     assert hub_here.fetched(LLM) == {"config.json"}
     assert hub_here.fetched(ENCODER) == {"config.json", "preprocessor_config.json"}

@@ -15,7 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from vlmcap.cli import main
-from vlmcap.compose import compose, config_dir, register_schemas
+from vlmcap.compose import compose, register_schemas
+from vlmcap.config_files import config_dir
 from vlmcap.errors import UserError
 from vlmcap.planning.sweep_budget import plan_sweep as module
 from vlmcap.planning.sweep_budget.budget import NumClips
@@ -83,8 +84,8 @@ def test_a_tiny_sweep_is_added_up() -> None:
     assert [job.name for job in plan.jobs] == ["two_stage seed=0", "two_stage seed=1", "projector_only seed=0", "projector_only seed=1"]
     assert all(job.fits for job in plan.jobs)
     assert plan.jobs[0].overrides == ("tuning=two_stage", "seed=0", *TINY)
-    assert plan.jobs[0].num_trained == 12 * 1000
-    assert plan.jobs[0].num_in_loop == 2 * 100
+    assert plan.jobs[0].num_trained == 4 * 1000
+    assert plan.jobs[0].num_in_loop == 0
     [encoding] = plan.encodings  # encoder=tiny keeps features, and all four read the same
     assert (encoding.encoder, encoding.num_clips, encoding.num_readers) == ("tiny", 1300, 4)
     hours = sum(job.training_s + job.evaluation_s for job in plan.jobs) / 3600 + encoding.seconds / 3600

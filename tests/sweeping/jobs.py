@@ -9,7 +9,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, to_config
+from vlmcap.compose import to_config
+from vlmcap.config_files import config_dir
 from vlmcap.program import run_program, told_in_one_sentence
 from vlmcap.sweeping.job import recorded
 

@@ -49,7 +49,7 @@ def test_a_sweep_survives_what_fails_and_says_what_became_of_each(program: Progr
     assert found["3"]["overrides"] == ["projector=linear", "seed=1"]
     assert found["3"]["config_hash"] == config_hash(compose(["projector=linear", "seed=1"]))
     printed = capsys.readouterr()
-    assert "Best val/cider: 0.2500, job 3, linear seed=1" in printed.out
+    assert "Best val/facts/mean: 0.2500, job 3, linear seed=1" in printed.out
     assert "3 of 4 came to nothing" in printed.out
     assert printed.out.splitlines()[-1] == f"To compare them: vlmcap report {program.sweep_folder().relative_to(program.folder)}"
     assert "shapes do not match" in printed.err
@@ -91,7 +91,7 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
         (["sweep.budget_h=1,2"], "sweep.budget_h is of the sweep as a whole"),
         (["seed=interval(0,1)"], "has no values to try one by one"),
         (["seed=0,1", "sweep.resume=true"], "sweep.resume=true goes on with the sweep in sweep.folder"),
-        (["seed=0,1", "launcher.n_jobs=2"], "launcher.n_jobs is of launcher=joblib"),
+        (["seed=0,1", "launcher.n_jobs=2"], "'n_jobs' is no key of this launcher, but of launcher=joblib, ray or submitit"),
     ],
 )
 def test_a_mistake_of_the_whole_sweep_leaves_nothing(
@@ -190,7 +190,7 @@ def test_a_plain_run_leaves_a_status_and_a_refused_one_nothing(program: Program)
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["paths.cache_dir=x", "logger=wandb", "sweep.kind=optuna", "launcher.kind=ray"],
+        ["paths.cache_dir=x", "logger=wandb", "sweep=optuna", "launcher=ray"],
         ["plan.enforce=off", "callbacks=profile", "checkpoint=x"],
     ],
 )

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tools import keys_page as program
-from vlmcap.compose import _paths, compose
+from vlmcap.compose import compose
 from vlmcap.config import Config, Reducer
 from vlmcap.config.checks import follows, only_with
 from vlmcap.config.kinds import SCHEMAS
+from vlmcap.config_errors import _paths
 
 
 @dataclass

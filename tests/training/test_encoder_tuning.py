@@ -13,12 +13,12 @@ from vlmcap.training.checkpoints.load import load_captioner, read_checkpoint
 from vlmcap.training.objects import Run
 from vlmcap.training.run import train
 
-OVERRIDES = ("cache.enabled=false", "tuning.align_epochs=0", "tuning.epochs=1", "tuning.encoder_lr=1e-2", "trainer.max_steps=3")
+OVERRIDES = ("cache.enabled=false", "tuning.align_epochs=0", "tuning.epochs=1", "trainer.max_steps=3")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_encoder_is_trained_saved_and_loaded(tiny_config: Callable[..., Config], tmp_path: Path, kind: str) -> None:
-    train(tiny_config(tmp_path, f"tuning.encoder={kind}", *OVERRIDES))
+    train(tiny_config(tmp_path, f"tuning.encoder={kind}", "tuning.encoder_lr=1e-2", *OVERRIDES))
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     saved = {
         name.removeprefix("captioner."): tensor
@@ -40,7 +40,8 @@ def test_one_step_moves_the_encoder_only_where_it_is_tuned(
     tiny_config: Callable[..., Config], make_run: Callable[[Config], Run], tmp_path: Path
 ) -> None:
     for kind in ("none", "lora", "full"):
-        run = make_run(tiny_config(tmp_path / kind, f"tuning.encoder={kind}", *OVERRIDES))
+        rate = [] if kind == "none" else ["tuning.encoder_lr=1e-2"]
+        run = make_run(tiny_config(tmp_path / kind, f"tuning.encoder={kind}", *rate, *OVERRIDES))
         encoder = run.module.captioner.encoder
         assert encoder is not None
         before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
@@ -59,7 +60,9 @@ def test_one_step_moves_the_encoder_only_where_it_is_tuned(
 def test_an_alignment_stage_leaves_the_encoder_alone(
     tiny_config: Callable[..., Config], make_run: Callable[[Config], Run], tmp_path: Path
 ) -> None:
-    run = make_run(tiny_config(tmp_path, "tuning.encoder=full", *OVERRIDES, "tuning.align_epochs=1", "tuning.epochs=2"))
+    run = make_run(
+        tiny_config(tmp_path, "tuning.encoder=full", "tuning.encoder_lr=1e-2", *OVERRIDES, "tuning.align_epochs=1", "tuning.epochs=2")
+    )
     encoder = run.module.captioner.encoder
     assert encoder is not None
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}

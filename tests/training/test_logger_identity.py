@@ -225,4 +225,4 @@ def test_trackio_goes_on_under_the_name_that_it_gave(
     start("trackio", None, 2)
     assert json.loads((tmp_path / "run" / FILE).read_text()) == {"trackio": "calm-river-3"}
     start("trackio", 2, 4)
-    assert [(words["name"], words["resume"]) for words in asked] == [("tiny-mlp-tiny-two_stage-s0", "never"), ("calm-river-3", "allow")]
+    assert [(words["name"], words["resume"]) for words in asked] == [("tiny-mlp-tiny-demo-s0", "never"), ("calm-river-3", "allow")]

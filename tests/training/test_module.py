@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.thinned import thinned
-from vlmcap.config import Config
+from vlmcap.config import AihubConfig, Config
 from vlmcap.errors import UserError
 from vlmcap.training.objects import Run
 from vlmcap.training.run import train
@@ -131,7 +131,8 @@ def spoil(config: Config, names: list[str], folder: Path) -> Config:
     shutil.copytree(config.data.root, folder)
     for name in names:
         (folder / "train" / "videos" / f"{name}.mp4").write_bytes(b"no video" * 100)
-    return replace(config, data=replace(config.data, is_demo=False, root=str(folder)))
+    values = {name: value for name, value in vars(config.data).items() if name not in ("demo", "kind")}
+    return replace(config, data=AihubConfig(**{**values, "root": str(folder)}))
 
 
 def test_a_clip_that_does_not_decode_is_named_counted_and_skipped(

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from tests.training.wandb_file import WandbFile
-from vlmcap.config import Config, LoggerConfig
+from vlmcap.config import Config, WandbConfig
 from vlmcap.config.names import (
     COLLAPSE,
     FINAL_SCORES,
@@ -80,9 +80,9 @@ def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
 
 def test_runs_are_grouped_tagged_and_typed(done: Done) -> None:
     run, evaluation = done.run.run, done.evaluation.run
-    assert (run.display_name, run.run_group, run.job_type, run.project) == ("tiny-mlp-tiny-two_stage-s0", "tiny+tiny", "train", "vlmcap")
-    assert list(run.tags) == ["encoder=tiny", "projector=mlp", "llm=tiny", "tuning=two_stage", "hardware=cpu", "data=demo"]
-    assert (evaluation.display_name, evaluation.job_type) == ("tiny-mlp-tiny-two_stage-s0-eval-test", "eval")
+    assert (run.display_name, run.run_group, run.job_type, run.project) == ("tiny-mlp-tiny-demo-s0", "tiny+tiny", "train", "vlmcap")
+    assert list(run.tags) == ["encoder=tiny", "projector=mlp", "llm=tiny", "tuning=demo", "hardware=cpu", "data=demo"]
+    assert (evaluation.display_name, evaluation.job_type) == ("tiny-mlp-tiny-demo-s0-eval-test", "eval")
     assert (evaluation.run_group, list(evaluation.tags)) == (run.run_group, list(run.tags))
     assert evaluation.run_id != run.run_id
 
@@ -92,7 +92,7 @@ def test_the_configuration_has_factors_as_words_and_every_setting(done: Done) ->
     for name, value in {"encoder": "tiny", "projector": "mlp", "llm": "tiny", "seed": 0, "batch_size": 6, "quantization": "none"}.items():
         assert config[name] == value, name
     assert config["settings"]["llm"]["max_caption_tokens"] == 16
-    assert config["settings"]["tuning"]["stages"]["align"]["epochs"] == 2
+    assert config["settings"]["tuning"]["align_epochs"] == 2
 
 
 def test_curves_and_final_numbers_are_there(done: Done) -> None:
@@ -162,7 +162,7 @@ def test_a_table_shows_thumbnails_prediction_and_reference(done: Done) -> None:
     for file in files:
         with Image.open(file) as picture:
             assert (picture.format, picture.width) == ("JPEG", 4 * picture.height), "four frames side by side"
-            assert picture.height <= LoggerConfig().thumbnail_height
+            assert picture.height <= WandbConfig().thumbnail_height
 
 
 def test_no_secret_is_in_a_file(done: Done) -> None:
@@ -196,7 +196,7 @@ def test_tables_of_a_run_stay_within_their_bound(tmp_path: Path, monkeypatch: py
     write_video(tmp_path / "clip.mp4", noise, fps=4)
     clip = Clip("clip", str(tmp_path / "clip.mp4"), ("바다 위로 해가 떠오른다.",))
     rows = [Prediction(clip, "산")] * 20
-    config = LoggerConfig(max_media_mib=1, thumbnail_height=96, jpeg_quality=90)
+    config = WandbConfig(max_media_mib=1, thumbnail_height=96, jpeg_quality=90)
     callback, recorder = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), 16, config), Recorder()
     trainer = cast(Any, SimpleNamespace(loggers=[recorder], is_global_zero=True, sanity_checking=False, global_step=1))
     for _ in range(8):

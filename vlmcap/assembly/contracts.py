@@ -5,6 +5,7 @@ Legend: B batch, F frames, P patches per frame, Dv vision width, V visual tokens
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -239,11 +240,9 @@ class _EncoderContracts:
 
     def check_transform(self) -> None:
         """Frames of any size become frames of the encoder's."""
-        import pickle
-
         import torch
 
-        transform: Any = pickle.loads(pickle.dumps(self.build().transform))
+        transform: Any = copy.deepcopy(self.build().transform)  # as a worker process gets it
         frames, size = transform(torch.zeros(2, 3, 90, 160, dtype=torch.uint8)), transform.image_size
         found = (tuple(frames.shape), frames.dtype)
         assert found == ((2, 3, size, size), torch.uint8), f"it gives {found}, expected uint8 of {size} × {size}"

@@ -82,7 +82,7 @@ def _read_overrides(options: argparse.Namespace, given: Sequence[str]) -> None:
 
         use_plugins(options.plugin)
     if options.config_dir:
-        from vlmcap.compose import use_config_dir
+        from vlmcap.config_files import use_config_dir
 
         use_config_dir(options.config_dir)
     if options.overrides:

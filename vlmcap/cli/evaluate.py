@@ -8,7 +8,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, name_parts, with_overrides
+from vlmcap.compose import name_parts, with_overrides
+from vlmcap.config_files import config_dir
 from vlmcap.errors import UserError
 from vlmcap.program import told_in_one_sentence
 

@@ -6,7 +6,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import config_dir, name_parts, to_config
+from vlmcap.compose import name_parts, to_config
+from vlmcap.config_files import config_dir
 from vlmcap.overrides import check_single_run, check_training
 from vlmcap.program import is_sweep, told_in_one_sentence
 from vlmcap.sweeping.job import recorded, taken_up

@@ -61,8 +61,13 @@ def refuse_unread(group: str, values: Any) -> None:
         setting = f"{path.rpartition('.')[0]}.{known.metadata['setting']}"
         require(
             value == known.default,
-            f"{path}={getattr(value, 'name', value)} changes nothing without {setting}; set that as well, or leave {path} out",
+            f"{path}={as_text(value)} changes nothing without {setting}; set that as well, or leave {path} out",
         )
+
+
+def as_text(value: Any) -> str:
+    """A value as it is typed on a command line."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(getattr(value, "name", value))
 
 
 def _fields(group: str, values: Any) -> Iterator[tuple[str, Any, Any]]:

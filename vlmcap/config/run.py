@@ -199,6 +199,9 @@ def is_lower_better(metric: str) -> bool:
     return metric.rsplit("/", 1)[-1] == "loss"
 
 
+OF_THE_MODEL = ("checkpoint", "revision", "gate", "licence")  # what encoder and language model of a pretrained VLM have from it
+
+
 def check_own_parts(plain: Mapping[str, Any]) -> None:
     """Raises a `ValueError` where a pretrained VLM and a part that it does not bring, or the reverse, were chosen.
 
@@ -212,6 +215,11 @@ def check_own_parts(plain: Mapping[str, Any]) -> None:
         what = "brings its own" if is_whole else "has no own"
         is_right = (plain[part]["kind"] == "own") == is_whole
         require(is_right, f"model={model} {what} {part}, so {part}={name} does not go with it: {fix}")
+    for part in ("encoder", "llm") if is_whole else ():
+        for key in OF_THE_MODEL:
+            value = plain[part][key]
+            is_followed = value in (f"${{model.{key}}}", plain["model"].get(key))
+            require(is_followed, f"{part}.{key}={value} changes nothing in model={model}, which brings its own {part}; set model.{key}")
 
 
 def _check_unread_by_whole(config: Config) -> None:
@@ -219,11 +227,6 @@ def _check_unread_by_whole(config: Config) -> None:
     model = config.model.name
     if not config.is_whole:
         return
-    for part in (config.encoder, config.llm):
-        group = "llm" if part is config.llm else "encoder"
-        for name in ("checkpoint", "revision", "gate", "licence"):
-            value, source = getattr(part, name), getattr(config.model, name)
-            require(value == source, f"{group}.{name}={value} changes nothing in model={model}, which brings its own; set model.{name}")
     start = config.projector.checkpoint
     require(start is None, f"projector.checkpoint={start} changes nothing in model={model}, which brings its own projector; leave it out")
     if isinstance(config.model, LlavaNextVideoConfig) and isinstance(config.encoder, NativeEncoderConfig):

@@ -13,8 +13,9 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import config_hash, explain, innermost, name_parts, to_config
+from vlmcap.compose import config_hash, name_parts, to_config
 from vlmcap.config import Config
+from vlmcap.config_errors import explain, innermost
 from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import expand, short_names
 

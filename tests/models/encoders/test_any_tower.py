@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.checkpoints.encoders import IMAGENET, randomize
+from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
 from vlmcap.models.encoders.classes import tower_class
@@ -249,7 +250,7 @@ def test_adapters_and_checkpointing(tmp_path: Path) -> None:
         save(tiny_model(model_type, {}), folder := tmp_path / model_type)
         encoder = load_encoder(folder, EncoderOptions(-1, torch.float32))
         tower: Any = encoder.tower
-        add_tower_lora(tower, rank=2, alpha=4, dropout=0.0)
+        add_tower_lora(tower, LoraConfig(rank=2, alpha=4))
         assert tower.supports_gradient_checkpointing
         tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoder.train()(frames_of(encoder)).square().mean().backward()

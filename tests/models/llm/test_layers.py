@@ -101,7 +101,9 @@ def test_the_keys(llm_folder: Path, moved: list[tuple[int, ...]]) -> None:
     llm = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
     loss_and_gradients(add_adapters(config, llm).train())
     assert moved
-    with pytest.raises(UserError, match=r"hardware\.offload_checkpoints=true has nothing to move without hardware\.gradient_checkpointing"):
+    with pytest.raises(
+        UserError, match=r"hardware\.offload_checkpoints=true changes nothing without hardware\.gradient_checkpointing=true"
+    ):
         compose(["paths.output_dir=out", "hardware.offload_checkpoints=true"])
 
 

@@ -51,11 +51,11 @@ def test_seeds_places_and_loggers_do_not_matter() -> None:
 
 
 def test_keys_are_told_apart_by_as_much_as_it_takes() -> None:
-    stages = [{"name": "x", "stages": {"align": {"epochs": a}, "tune": {"epochs": b}}} for a, b in ((1, 1), (2, 1), (1, 3))]
-    runs = [run({"tuning": stage}) for stage in stages]
+    loras = [{"name": "x", "lora": {"rank": a}, "other": {"rank": b}} for a, b in ((1, 1), (2, 1), (1, 3))]
+    runs = [run({"tuning": lora}) for lora in loras]
     factors = find_factors(runs)
-    assert factors == ["tuning.align_epochs"]
-    assert group_name(runs[2], factors) == "align.epochs=1, tune.epochs=3"
+    assert factors == ["tuning.lora.rank", "tuning.other.rank"]
+    assert group_name(runs[2], factors) == "lora.rank=1, other.rank=3"
 
 
 def test_a_whole_model_has_no_parts_of_its_own() -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmcap.compose import CUSTOM, Composed, config_file, group_choices, read_yaml
+from vlmcap.compose import CUSTOM, Composed, read_yaml
 from vlmcap.config import Config
+from vlmcap.config_files import config_file, group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
 from vlmcap.planning.calibration import calibrated_card
