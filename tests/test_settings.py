@@ -23,7 +23,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
-_NOT_READERS = ("vlmcap.config.checks", "vlmcap.compose", "dataclasses", "copy", "omegaconf", "tests.")
+_NOT_READERS = ("vlmcap.config.checks", "vlmcap.config.unread", "vlmcap.compose", "dataclasses", "copy", "omegaconf", "tests.")
 _CHECKS = ("__post_init__", "_check", "check")  # beginnings of the functions that read a value to check it alone
 
 

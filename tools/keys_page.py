@@ -82,7 +82,8 @@ def keys(schema: type, prefix: str) -> Iterator[Key]:
         if is_dataclass(kind):
             yield from _inside(known, kind, f"{path}.")
             continue
-        note = f"only with `{prefix}{setting}`" if (setting := known.metadata.get("setting")) else ""
+        settings = [f"{prefix}{setting}" for setting in known.metadata.get("setting", "").split()]
+        note = f"only with `{' '.join(settings)}`" if settings else ""
         yield Key(path, _type(kind), _default(known), "; ".join(filter(None, (texts.get(known.name, ""), note))))
 
 

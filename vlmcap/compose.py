@@ -25,9 +25,9 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
+from vlmcap.unread import unread_override
 
 CUSTOM = "custom"  # the file of a group that any checkpoint goes with
-NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
 _PLAIN_GROUPS = {  # those of one kind
     "hardware": schema.HardwareConfig,
     "evaluation": schema.EvaluationConfig,
@@ -96,7 +96,7 @@ def compose(overrides: Sequence[str], *, name: str = "train") -> Config:
     Raises:
         UserError: An override names what is not there, or has a wrong value.
     """
-    return to_config(compose_node(overrides, name=name))
+    return checked_config(compose_node(overrides, name=name), overrides)
 
 
 def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig:
@@ -232,6 +232,22 @@ def to_config(node: DictConfig) -> Config:
     return found
 
 
+def checked_config(node: DictConfig, overrides: Sequence[str]) -> Config:
+    """The typed configuration of a command line, on which every key has to change something.
+
+    Args:
+        node: Composed, its interpolations not yet resolved.
+        overrides: As typed.
+
+    Raises:
+        UserError: As of `to_config`, or a key that was typed is read by nobody.
+    """
+    config = to_config(node)
+    if sentence := unread_override(node, config, overrides):
+        raise UserError(sentence)
+    return config
+
+
 def to_plain(config: object) -> Any:
     """Dictionaries, lists, text and numbers: what goes into files and checkpoints."""
     if isinstance(config, Enum):
@@ -296,33 +312,6 @@ def read_yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
-def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """A saved configuration with the values that a command line gave, taken from where Hydra parsed and checked them.
-
-    Args:
-        base: Of the checkpoint.
-        composed: What Hydra composed, with the schema's types.
-        overrides: As given: `data=aihub` takes the whole group, `data.split=test` one value.
-    """
-    node = from_plain(base, _values(composed, overrides))
-    node.paths.output_dir = composed.paths.output_dir
-    return to_config(node)
-
-
-def override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Keys to the values that overrides give them, for a saved configuration; a name such as `hardware=l4` is a whole group.
-
-    Raises:
-        UserError: An override names what is not there, or has a wrong value.
-    """
-    return _values(compose_node(overrides, name="evaluate"), overrides) if overrides else {}
-
-
-def _values(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
-    return {key: composed._get_node(key) if "." not in key else OmegaConf.select(composed, key) for key in keys if key != "checkpoint"}
-
-
 def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> DictConfig:
     """A node with the schema's types around saved values, and dotted `overrides` over them.
 
@@ -336,8 +325,11 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
             if isinstance(values, dict)
         }
         node = cast(DictConfig, OmegaConf.merge(_typed(plain), plain | followed))
-        for key, value in (overrides or {}).items():
-            OmegaConf.update(node, key, value, merge=False)
-        return node
     except OmegaConfBaseException as error:
         raise UserError(f"the saved configuration does not fit this version: {explain(error)}") from error
+    try:
+        for key, value in (overrides or {}).items():
+            OmegaConf.update(node, key, value, merge=False)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    return node

@@ -10,7 +10,6 @@ from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.config import BasicLauncherConfig, Config, GridSweepConfig
 from vlmcap.config.kinds import SCHEMAS
 from vlmcap.errors import UserError
 
@@ -143,44 +142,7 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
     return found
 
 
-def check_single_run(overrides: Sequence[str], config: Config) -> None:
-    """Refuses settings of a whole sweep beside a single run or plan, which does not read them; values that are the defaults may stand.
-
-    Args:
-        overrides: As typed.
-        config: What they make.
-
-    Raises:
-        UserError: One of them changes nothing.
-    """
-    defaults: dict[str, Any] = {"sweep": GridSweepConfig(), "launcher": BasicLauncherConfig()}
-    for override in reversed(overrides):  # the last one of a key counts
-        group, _, name = _key(override).partition(".")
-        if group not in defaults:
-            continue
-        chosen = getattr(config, group)
-        known = {field.name: field.default for field in fields(chosen)}
-        if (getattr(chosen, name) != known[name]) if name else (chosen != defaults[group]):
-            raise UserError(f"{override} changes nothing without -m; add -m to run a sweep, or leave it out")
-
-
-def check_training(overrides: Sequence[str], config: Config) -> None:
-    """Refuses what only `evaluate.py` reads.
-
-    Args:
-        overrides: As typed.
-        config: What they make.
-
-    Raises:
-        UserError: One of them changes nothing in training.
-    """
-    default = next(field.default for field in fields(config.data) if field.name == "split")
-    for override in overrides:
-        if _key(override) == "data.split" and config.data.split is not default:
-            raise UserError(f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave it out")
-
-
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
     """The key of an override, without what adds or deletes and without a package."""
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 

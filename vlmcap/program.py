@@ -24,6 +24,7 @@ from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storag
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, take_plugins
+from vlmcap.saved import loosened
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
@@ -105,7 +106,7 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
                 print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
                 return
             register_schemas()
-            sys.argv[1:] = hydra_arguments(given, command)
+            sys.argv[1:] = hydra_arguments(given, command, of_checkpoint=name == "evaluate")
             main()
     finally:
         for folder in _made:  # those that nothing was written to
@@ -114,8 +115,13 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
         _made.clear()
 
 
-def hydra_arguments(given: Sequence[str], command: str) -> list[str]:
+def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool = False) -> list[str]:
     """The arguments with overrides in Hydra's grammar; a user's folder of YAML files is taken.
+
+    Args:
+        given: As typed.
+        command: What was typed in front of them.
+        of_checkpoint: Whether the configuration is a checkpoint's, which has the keys of its own kinds.
 
     Raises:
         UserError: A flag is unknown, an override cannot be right, or the folder is not there.
@@ -136,7 +142,8 @@ def hydra_arguments(given: Sequence[str], command: str) -> list[str]:
         flags.remove(override)
     is_sweep = known.multirun and known.cfg is None
     again = "" if known.cfg else shlex.join([*shlex.split(command), "-m", *given])
-    return [*flags, *read_overrides(known.overrides, is_sweep=is_sweep, command=again)]
+    overrides = read_overrides(known.overrides, is_sweep=is_sweep, command=again)
+    return [*flags, *(loosened(overrides) if of_checkpoint else overrides)]
 
 
 def help_text(name: str) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from vlmcap.cli import main
-from vlmcap.compose import NO_DATA
 from vlmcap.config import ASSUMED_CAPTION_TOKENS, Split
 from vlmcap.planning.known_data import known_clips, planned
 from vlmcap.planning.sweep_budget.budget import NumClips
 from vlmcap.planning.sweep_budget.plan_sweep import num_clips
+from vlmcap.unread import NO_DATA
 
 LENGTHS = ("llm.max_caption_tokens=", "llm.max_new_tokens=")
 

@@ -179,8 +179,7 @@ def test_whatever_writes_to_a_folder_claims_it(write: Callable[[Path], object], 
 
 def test_two_exports_to_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "read_checkpoint", lambda path: {"vlmcap": {"config": {}}})
-    monkeypatch.setattr(export, "from_plain", lambda plain, overrides: None)
-    monkeypatch.setattr(export, "to_config", lambda node: compose(["data.root=unset"]))
+    monkeypatch.setattr(export, "saved_config", lambda plain, overrides: compose(["data.root=unset"]))
 
     def write(config: Config, content: object, checkpoint: Path, output: Path, **_: object) -> None:
         with FORK.Pool(1) as pool:

@@ -12,12 +12,13 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
-from vlmcap.compose import compose, override_values, write_yaml
+from vlmcap.compose import compose, write_yaml
 from vlmcap.config import Config, WandbConfig, WandbSweepConfig
 from vlmcap.config.sweep import OF_A_SWEEP, SweepMethod
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides, sweep_values
+from vlmcap.saved import override_values
 from vlmcap.sweep_syntax import override_parser
 
 # Two agents may start in the same second, and a run's usual folder is named by it.
@@ -31,7 +32,8 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: An override is wrong, a package is missing, or W&B refuses.
     """
-    given = {} if options.sweep else override_values(options.overrides)
+    read = ("logger.project", "logger.entity", "monitor")
+    given = {} if options.sweep else override_values(options.overrides, program="vlmcap dashboard", read=read)
     project = options.project or given.get("logger.project") or WandbConfig.project
     entity = options.entity or given.get("logger.entity")
     if options.sweep:

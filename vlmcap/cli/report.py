@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap import __version__
-from vlmcap.compose import override_values, read_yaml
+from vlmcap.compose import read_yaml
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.locks import claimed_folder
@@ -17,6 +17,7 @@ from vlmcap.reporting.report.folders import find_runs, read_run
 from vlmcap.reporting.report.page import pictures_of, report_page
 from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown, show_report
+from vlmcap.saved import override_values
 from vlmcap.terminal import passing_bar
 
 
@@ -26,7 +27,7 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: There is no run, no run has the metric, or the folder cannot be made.
     """
-    given = override_values(options.overrides)
+    given = override_values(options.overrides, program="vlmcap report", read=("monitor", "evaluation.tokenizer"))
     metric, tokenizer = options.metric or given.get("monitor"), options.tokenizer or given.get("evaluation.tokenizer")
     wanted = Wanted(metric, options.title, options.clips, tokenizer)
     report = make_report(options.folders, options.output, wanted)

@@ -6,12 +6,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import name_parts, to_config
+from vlmcap.compose import checked_config, name_parts
 from vlmcap.config_files import config_dir
-from vlmcap.overrides import check_single_run, check_training
 from vlmcap.program import is_sweep, told_in_one_sentence
 from vlmcap.sweeping.job import recorded, taken_up
 from vlmcap.sweeping.study import trial_of_job
+from vlmcap.unread import check_single_run, check_training
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
@@ -19,7 +19,7 @@ def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
     with told_in_one_sentence(), recorded() as record:
         name_parts(node, HydraConfig.get())
-        config = to_config(node)
+        config = checked_config(node, record.overrides)
         check_training(record.overrides, config)
         if not is_sweep():
             check_single_run(record.overrides, config)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import field, fields, is_dataclass
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import field
 from typing import Any
 
 
@@ -40,40 +39,14 @@ def only_with(setting: str, is_read: Callable[[Any], bool], default: Any) -> Any
     """A field that is read only while another field of its dataclass has a certain value.
 
     Args:
-        setting: What to set for the field to be read, such as "do_sample=true"; keys are relative to the group.
+        setting: What to set for the field to be read, such as "do_sample=true", with blanks between several; keys are those of the
+            group.
         is_read: The dataclass -> whether it is so.
         default: Value that stands for "not set".
     """
     return field(default=default, metadata={"setting": setting, "is_read": is_read})
 
 
-def refuse_unread(group: str, values: Any) -> None:
-    """Raises a `ValueError` for a field that was set although nothing reads it beside the other settings.
-
-    Args:
-        group: Dotted key of the dataclass.
-        values: A dataclass, with those inside it.
-    """
-    for path, owner, known in _fields(group, values):
-        if (is_read := known.metadata.get("is_read")) is None or is_read(owner):
-            continue
-        value = getattr(owner, known.name)
-        setting = f"{path.rpartition('.')[0]}.{known.metadata['setting']}"
-        require(
-            value == known.default,
-            f"{path}={as_text(value)} changes nothing without {setting}; set that as well, or leave {path} out",
-        )
-
-
 def as_text(value: Any) -> str:
     """A value as it is typed on a command line."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(getattr(value, "name", value))
-
-
-def _fields(group: str, values: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key, dataclass and field of everything below a dataclass."""
-    for known in fields(values):
-        path, value = f"{group}.{known.name}".lstrip("."), getattr(values, known.name)
-        yield path, values, known
-        if is_dataclass(value) and not isinstance(value, Enum):
-            yield from _fields(path, value)

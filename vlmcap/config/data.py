@@ -23,6 +23,7 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_positive("data.demo", self, "num_train", "num_val", "num_test")
         require_seed("data.demo.seed", self.seed)
 
 
@@ -86,7 +87,7 @@ class DataConfig:
     max_clips: int | None = None  # training clips at most, the first of a seeded order
     max_bad_fraction: float = 0.02  # unreadable clips above this share stop the run
     decode_timeout_s: float = 60.0  # per clip; whatever takes longer is stopped and noted
-    decode_memory_gib: float = 4.0  # of one decoding process
+    decode_memory_gib: float = only_with("is_isolated=true", lambda c: c.is_isolated, 4.0)  # of one decoding process
     is_isolated: bool = True  # decode in a child process, which may hang or die without harm
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

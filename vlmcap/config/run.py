@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from vlmcap.config.callbacks import CallbacksConfig, GuardConfig
-from vlmcap.config.checks import only_with, refuse_unread, require, require_positive, require_seed
+from vlmcap.config.callbacks import CallbacksConfig
+from vlmcap.config.checks import only_with, require, require_positive, require_seed
 from vlmcap.config.choices import EncoderTuning, Enforce, Engine, EvaluationBackend, Precision, Quantization, Reducer
 from vlmcap.config.data import CacheConfig, DataConfig
 from vlmcap.config.logger import LoggerConfig
-from vlmcap.config.model import AssembledConfig, EncoderConfig, LlavaNextVideoConfig, LlmConfig, ModelConfig, NativeEncoderConfig
+from vlmcap.config.model import AssembledConfig, EncoderConfig, LlmConfig, ModelConfig
 from vlmcap.config.projector import ProjectorConfig, TokenProjectorConfig
 from vlmcap.config.sweep import LauncherConfig, SweepConfig
 from vlmcap.config.trainer import OptimConfig, TrainerConfig
 from vlmcap.config.tuning import TuningConfig
+from vlmcap.config.unread import check_unread
 
 
 @dataclass
@@ -54,6 +55,9 @@ class HardwareConfig:
         require(is_sized, f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}")
 
 
+_OWN = "engine=own num_beams=1 do_sample=false"  # where our own loop writes captions
+
+
 @dataclass
 class EvaluationConfig:
     """Captions generated in the loop and their scores."""
@@ -63,7 +67,8 @@ class EvaluationConfig:
     synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
-    engine: Engine = Engine.own  # what decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py
+    # What decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py; transformers alone has beams.
+    engine: Engine = only_with("num_beams=1 do_sample=false", lambda c: c.engine is Engine.vllm or c.is_greedy, Engine.own)
     # Folder of `vlmcap export`; null makes one under paths.cache_dir.
     vllm_model: str | None = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, None)
     # Interpreter of vLLM's own environment; null takes the vllm installed here.
@@ -73,9 +78,9 @@ class EvaluationConfig:
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
     max_final_clips: int | None = None  # of each of the splits val and test, the first ones; null scores whole splits at the end
     # Of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none.
-    clips_per_row: int = only_with("engine=own", lambda c: c.engine is Engine.own, 4)
+    clips_per_row: int = only_with(_OWN, lambda c: c.is_refilling, 4)
     # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
-    speculate_ngram: int = only_with("engine=own", lambda c: c.engine is Engine.own, 0)
+    speculate_ngram: int = only_with(_OWN, lambda c: c.is_refilling, 0)
     num_beams: int = 1
     # Of beam search: above 0 favours longer captions.
     length_penalty: float = only_with("num_beams=4", lambda c: c.num_beams > 1, 1.0)
@@ -99,7 +104,7 @@ class EvaluationConfig:
     bert_idf: bool = only_with("bert_checkpoint=…", lambda c: c.bert_checkpoint is not None, False)
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "num_beams", "siglip_frames", "max_final_clips")
+        require_positive("evaluation", self, "num_beams", "siglip_frames", "max_final_clips", "max_clips", "every_n_epochs", "swap_shifts")
         for key in ("siglip_checkpoint", "bert_checkpoint"):
             require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
         require_positive("evaluation", self, "clips_per_row")
@@ -109,6 +114,16 @@ class EvaluationConfig:
         share = self.vllm_gpu_memory
         require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best next token is all there is to choose."""
+        return self.num_beams == 1 and not self.do_sample
+
+    @property
+    def is_refilling(self) -> bool:
+        """Whether our own loop is asked for, in which waiting clips take the rows of those that ended."""
+        return self.engine is Engine.own and self.is_greedy
 
 
 @dataclass
@@ -179,14 +194,8 @@ class Config:
         require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")
         is_wrong = self.mode == "max" and is_lower_better(self.monitor)
         require(not is_wrong, f"monitor={self.monitor} is better when it is lower; set mode=min, or leave mode out")
-        _check_unread_by_whole(self)
-        for known in fields(self):
-            if hasattr(value := getattr(self, known.name), "__dataclass_fields__"):
-                refuse_unread(known.name, value)
+        check_unread(self)
         _check_cache(self)
-        skips = self.callbacks.guard.fp16_skips
-        is_read = self.hardware.precision is Precision.fp16 or skips == GuardConfig().fp16_skips
-        require(is_read, f"callbacks.guard.fp16_skips={skips} changes nothing without hardware.precision=fp16; leave it out")
 
 
 def mode_of(metric: str, mode: str) -> str:
@@ -220,19 +229,6 @@ def check_own_parts(plain: Mapping[str, Any]) -> None:
             value = plain[part][key]
             is_followed = value in (f"${{model.{key}}}", plain["model"].get(key))
             require(is_followed, f"{part}.{key}={value} changes nothing in model={model}, which brings its own {part}; set model.{key}")
-
-
-def _check_unread_by_whole(config: Config) -> None:
-    """`ValueError` for settings that a pretrained VLM, which brings its own parts, does not read."""
-    model = config.model.name
-    if not config.is_whole:
-        return
-    start = config.projector.checkpoint
-    require(start is None, f"projector.checkpoint={start} changes nothing in model={model}, which brings its own projector; leave it out")
-    if isinstance(config.model, LlavaNextVideoConfig) and isinstance(config.encoder, NativeEncoderConfig):
-        most = config.encoder.max_patches
-        is_default = most == NativeEncoderConfig.max_patches
-        require(is_default, f"encoder.max_patches={most} changes nothing in model={model}, whose frames have one size; leave it out")
 
 
 def _check_cache(config: Config) -> None:

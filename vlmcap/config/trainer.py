@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmcap.config.checks import follows, require_positive
+from vlmcap.config.checks import follows, require, require_positive
 from vlmcap.config.choices import OptimKind, Strategy
 
 
@@ -16,7 +16,13 @@ class OptimConfig:
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # gradients are scaled down to it; 0 leaves them as they are
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "max_grad_norm"):
+            require(getattr(self, name) >= 0, f"optim.{name} must not be negative, and is {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), not {getattr(self, name)}")
 
 
 @dataclass
@@ -26,7 +32,7 @@ class TrainerConfig:
     strategy: Strategy = Strategy.auto  # of hardware.devices processes a machine; auto is ddp where there is more than one
     num_nodes: int = 1  # machines; each has hardware.devices
     accumulate_grad_batches: int = follows("hardware.accumulate_grad_batches", 1)
-    max_steps: int = -1
+    max_steps: int = -1  # optimiser steps at most; -1 is no limit
     overfit: bool = False  # validate and score on the very clips that are trained on, and on no others; see debug=overfit
     log_every_n_steps: int = 10
     checkpoint_every_n_steps: int | None = None
@@ -36,4 +42,7 @@ class TrainerConfig:
     shrink_on_oom: bool = False  # where memory runs out in the first steps, start again with smaller micro-batches, and more to a step
 
     def __post_init__(self) -> None:
-        require_positive("trainer", self, "num_nodes")
+        require_positive("trainer", self, "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "checkpoint_every_n_steps")
+        require(
+            self.max_steps == -1 or self.max_steps >= 1, f"trainer.max_steps must be at least 1, or -1 for no limit, not {self.max_steps}"
+        )

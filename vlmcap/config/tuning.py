@@ -155,11 +155,6 @@ class FullConfig(EncoderTuningConfig):
         rates = {"encoder_lr": self._encoder_lr, "projector_lr": self.projector_lr, "llm_lr": self.llm_lr}
         return {"tune": self._stage(self.epochs, **rates)}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_read = self.encoder is EncoderTuning.lora or self.lora == LoraConfig()
-        require(is_read, f"tuning.lora changes nothing in tuning={self.name} without tuning.encoder=lora; leave it out")
-
 
 @register("tuning")
 @dataclass

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vlmcap.assembly.parts import device_of
 from vlmcap.assembly.resolving import with_model_kind
-from vlmcap.compose import NO_DATA, compose
+from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.libraries import quiet_libraries
@@ -31,6 +31,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.memory import Moment, is_known
 from vlmcap.planning.plan import Plan
 from vlmcap.terminal import duration, short_number, step_printer
+from vlmcap.unread import NO_DATA
 
 _CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still

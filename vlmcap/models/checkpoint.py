@@ -60,7 +60,7 @@ def locate(
     Raises:
         UserError: No such folder and no download; each way in which the hub fails has a sentence of its own.
     """
-    if (folder := _local_folder(checkpoint, key)) is not None:
+    if (folder := _local_folder(checkpoint, revision, key)) is not None:
         return folder
     try:
         return _download(checkpoint, revision, part, has_weights)
@@ -83,7 +83,7 @@ def locate_description(checkpoint: str, revision: str | None, *, key: str, gate:
     Raises:
         UserError: As for `locate`; a `HubUnreachableError` where the hub gave no answer.
     """
-    if (folder := _local_folder(checkpoint, key)) is not None:
+    if (folder := _local_folder(checkpoint, revision, key)) is not None:
         return folder
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -110,12 +110,15 @@ def is_present(checkpoint: str, revision: str | None, part: str | None = None) -
     return Path(checkpoint).expanduser().is_dir() or _find_cached(checkpoint, revision, part, has_weights=True) is not None
 
 
-def _local_folder(checkpoint: str, key: str) -> Path | None:
+def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | None:
     """The folder that a name means; None for a hub id."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; {key} must name a folder in Hugging Face layout or a hub id")
+        if revision is not None:
+            name = f"{key.rpartition('.')[0]}.revision"
+            raise UserError(f"{name}={revision} changes nothing, as {key}={checkpoint} is a folder, not a hub id; leave {name} out")
         return folder
     if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # no hub id looks so
         raise UserError(f"{folder} does not exist; set {key} to a local folder in Hugging Face layout or a hub id")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from vlmcap.compose import compose, from_plain, to_config, to_plain
+from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config
+from vlmcap.config.unread import unread_keys
 from vlmcap.errors import UserError
 from vlmcap.planning.hardware import Card
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change, Plan
+from vlmcap.saved import saved_config
 
 # In order of lost quality: override, where it changes anything, and what it costs.
 _CHANGES: tuple[tuple[str, str], ...] = (
@@ -77,7 +79,8 @@ def _needed(
 
 def advice(config: Config) -> str:
     """The cheapest changes by the plan, as a part of a sentence; general ones where there is no plan."""
-    shrink = "" if config.trainer.shrink_on_oom else "; trainer.shrink_on_oom=true finds a smaller micro-batch by itself"
+    is_possible = "trainer.shrink_on_oom" not in unread_keys(config) and not config.trainer.shrink_on_oom
+    shrink = "; trainer.shrink_on_oom=true finds a smaller micro-batch by itself" if is_possible else ""
     try:
         changes = planned_changes(config)
     except Exception:  # whatever a plan stumbles over, the user's trouble is the memory
@@ -93,7 +96,7 @@ def planned_changes(config: Config) -> list[str]:
 
     def changed(overrides: Sequence[str]) -> Config:
         pairs = (override.split("=", 1) for override in overrides)
-        return to_config(from_plain(plain, {_GROUPS.get(key, key): value for key, value in pairs}))
+        return saved_config(plain, {_GROUPS.get(key, key): value for key, value in pairs}, is_training=True)
 
     plan = make_plan(config)
     card = dataclasses.replace(plan.card, usable_gib=_SHRINK * min(plan.peak_gib, plan.card.usable_gib))

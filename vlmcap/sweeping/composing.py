@@ -13,7 +13,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import config_hash, name_parts, to_config
+from vlmcap.compose import checked_config, config_hash, name_parts
 from vlmcap.config import Config
 from vlmcap.config_errors import explain, innermost
 from vlmcap.errors import UserError
@@ -100,7 +100,7 @@ class Composer:
         node.paths.output_dir = ""  # not known yet, and without effect
         try:
             name_parts(node, hydra_node)
-            config, refusal = to_config(node), ""
+            config, refusal = checked_config(node, overrides), ""
         except UserError as error:
             config, refusal = None, str(error)
         return Job(tuple(overrides), name or " ".join(overrides) or "as configured", config, refusal, trial)

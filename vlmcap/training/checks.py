@@ -12,7 +12,7 @@ from vlmcap.assembly.parts import device_of, uses_expert_adapters
 from vlmcap.config import Config, EncoderTuning, Engine, OptimKind, Precision, Quantization, Strategy
 from vlmcap.errors import UserError, first_line
 from vlmcap.training.processes import is_main, num_processes
-from vlmcap.training.schedule import StagePlan
+from vlmcap.training.schedule import PARTS, StagePlan, peak_rate
 
 if TYPE_CHECKING:
     import lightning as L
@@ -52,10 +52,17 @@ def check_engine(config: Config) -> None:
 
 
 def check_stages(config: Config) -> None:
-    """`UserError` unless some stage trains something that there is."""
-    stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
+    """`UserError` unless every stage trains something that there is."""
+    named = {name: stage for name, stage in config.tuning.stages.items() if stage.epochs}
+    stages = [*named.values()]
     if not stages:
         raise UserError(f"tuning={config.tuning.name} has no epoch to train; set tuning.epochs")
+    for name, stage in named.items():
+        if not any(peak_rate(stage, part) > 0 for part in PARTS):
+            raise UserError(
+                f"the stage {name} of tuning={config.tuning.name} trains nothing, as all its learning rates are 0; "
+                f"set {'tuning.align_lr' if name == 'align' and len(config.tuning.stages) > 1 else 'tuning.projector_lr'} above 0"
+            )
     tuned = config.tuning.encoder_tuning
     if tuned is not EncoderTuning.none and not any(stage.encoder_lr > 0 for stage in stages):
         raise UserError(f"tuning.encoder={tuned.name}, but nothing trains the encoder; set tuning.encoder_lr, or tuning.encoder=none")

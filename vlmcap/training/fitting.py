@@ -77,11 +77,10 @@ def smaller_batches(config: Config) -> Config | None:
     factor = next((factor for factor in range(2, size + 1) if size % factor == 0), None)  # a half, or less where that is no whole number
     if factor is None or config.data.max_tokens_per_batch is not None:
         return None
-    return replace(
-        config,
-        data=replace(config.data, batch_size=size // factor),
-        trainer=replace(config.trainer, accumulate_grad_batches=config.trainer.accumulate_grad_batches * factor),
-    )
+    accumulated = config.trainer.accumulate_grad_batches * factor
+    # Batches of one clip can shrink no further, so the setting is refused beside them.
+    trainer = replace(config.trainer, accumulate_grad_batches=accumulated, shrink_on_oom=size > factor)
+    return replace(config, data=replace(config.data, batch_size=size // factor), trainer=trainer)
 
 
 def _may_shrink(config: Config, run: Run, resumed: Path | None) -> bool:

@@ -27,7 +27,7 @@ class GenerationSettings:
     @property
     def is_greedy(self) -> bool:
         """Whether the best next token is all there is to choose, and keys are kept."""
-        return self.rules.num_beams == 1 and not self.rules.do_sample and self.use_cache
+        return self.rules.is_greedy and self.use_cache
 
     def as_arguments(self) -> dict[str, Any]:
         """Arguments of transformers' `generate`, but for the penalty; those of sampling and beams only where they count, or it warns."""

@@ -82,7 +82,7 @@ def _description(config: Config, part: str) -> Path | None:
     settings = getattr(config, part)
     key, is_known = f"{part}.checkpoint", known_config(settings.checkpoint) is not None
     if Path(settings.checkpoint).expanduser().is_dir():
-        return locate_description(settings.checkpoint, None, key=key)
+        return locate_description(settings.checkpoint, settings.revision, key=key)
     if is_known and settings.revision is None:
         return None
     try:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmcap.compose import NO_DATA
 from vlmcap.config import Config, DemoDataConfig, EncoderTuning
 from vlmcap.errors import UserError
 from vlmcap.planning.known_data import known_clips, planned
@@ -16,6 +15,7 @@ from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, prop
 from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
 from vlmcap.sweep_syntax import expand, short_names
 from vlmcap.terminal import grouped, passing_bar
+from vlmcap.unread import NO_DATA
 
 if TYPE_CHECKING:
     from vlmcap.planning.plan import Plan

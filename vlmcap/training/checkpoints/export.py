@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import vlmcap
 from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import dtype_of, load_prompt_of, lora_of
-from vlmcap.compose import from_plain, to_config, to_plain, write_yaml
+from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, LoraConfig, Quantization
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import new_folder
 from vlmcap.libraries import quiet_libraries
 from vlmcap.locks import CLAIMS, claimed
+from vlmcap.saved import saved_config
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import (
     EXPORT_CONFIG,
@@ -79,7 +80,7 @@ def export(
     if is_export(Path(checkpoint)):
         raise UserError(f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run")
     content = read_checkpoint(checkpoint)
-    config = to_config(from_plain(content["vlmcap"]["config"], overrides))
+    config = saved_config(content["vlmcap"]["config"], overrides)
     # The claim lies beside the folder, which appears whole.
     with claimed(
         output.absolute().parent / CLAIMS / output.name, f"--output {output} is being written", "wait for it, or name a new folder"
@@ -154,7 +155,9 @@ def as_exported(config: Config, folder: Path) -> Config:
     before = config.tuning
     tuning = FullConfig(before.name, epochs=before.num_epochs, projector_lr=before.projector_lr, llm_lr=0.0)
     if isinstance(before, EncoderTuningConfig):
-        lora = before.lora if before.encoder is EncoderTuning.lora else LoraConfig()  # the adapters of the encoder alone are left
+        # The adapters of the encoder alone are left, which are on all its layers.
+        is_adapted, default = before.encoder is EncoderTuning.lora, LoraConfig()
+        lora = dataclasses.replace(before.lora, target_modules=default.target_modules, use_experts=False) if is_adapted else default
         tuning = dataclasses.replace(tuning, encoder=before.encoder, encoder_lr=before.encoder_lr, lora=lora)
     changed = dataclasses.replace(config, tuning=tuning, llm=dataclasses.replace(config.llm, quantization=Quantization["none"]))
     base = dataclasses.replace(getattr(changed, part), checkpoint=str(folder), revision=None)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.model import Assembly, assemble, describe_model
 from vlmcap.assembly.parts import Sources, device_of
-from vlmcap.compose import from_plain, to_config, to_plain
+from vlmcap.compose import to_plain
 from vlmcap.config import Config, Engine, Strategy
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import quiet_libraries
 from vlmcap.plugins import check_plugins, plugins_of
+from vlmcap.saved import saved_config
 from vlmcap.training.schedule import StagePlan
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     """
     quiet_libraries()
     content = read_checkpoint(checkpoint)
-    config = single_process(to_config(from_plain(content["vlmcap"]["config"], overrides)))
+    config = single_process(saved_config(content["vlmcap"]["config"], overrides))
     if config.evaluation.engine is Engine.vllm:
         raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
     assembly = assemble(describe_model(config), is_fresh=False)
@@ -125,7 +126,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{beside} cannot be read ({first_line(error)}); run `vlmcap export` again") from error
     check_plugins(origin.get("plugins", {}))
-    plain["llm" if plain["model"]["kind"] == "assembled" else "model"]["checkpoint"] = str(folder.resolve())
+    plain["llm" if plain["model"]["kind"] == "assembled" else "model"] |= {"checkpoint": str(folder.resolve()), "revision": None}
     bases = {part: base for part, base in origin["bases"].items() if part == "encoder"}  # the other one is this folder
     return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}
 

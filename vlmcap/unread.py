@@ -1,0 +1,132 @@
+"""Overrides that change nothing of the run or sweep that they are typed for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmcap.config import BasicLauncherConfig, Config, GridSweepConfig
+from vlmcap.config.checks import as_text
+from vlmcap.config.kinds import SCHEMAS
+from vlmcap.config.unread import default_at, unread_keys, value_at
+from vlmcap.errors import UserError
+from vlmcap.overrides import key_of
+
+NO_DATA = "data.root=unset"  # an override for what needs a configuration but no clips
+# Values that nothing reads but the keys that follow them, and when something else does.
+_SOURCES: dict[str, Callable[[Config], bool]] = {
+    f"hardware.{name}": lambda config: False
+    for name in ("num_frames", "batch_size", "eval_batch_size", "accumulate_grad_batches", "image_size", "frame_stack", "quantization")
+} | {
+    "hardware.num_workers": lambda config: False,
+    "hardware.attention": lambda config: not config.is_whole,  # "auto" is for the encoder too
+    "encoder.is_cached": lambda config: config.cache.enabled is not False,  # small features need no workers
+}
+
+
+def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) -> str:
+    """A sentence on the first key that was typed and that nothing reads beside the others; empty where each is read.
+
+    Args:
+        node: Composed, its interpolations not yet resolved.
+        config: What it comes to.
+        overrides: As typed.
+    """
+    unread = unread_keys(config)
+    plain = OmegaConf.to_container(node, resolve=False)
+    for key in dict.fromkeys(key_of(override) for override in overrides):
+        value = value_at(config, key)
+        if key in unread and value != default_at(config, key):
+            return f"{key}={as_text(value)} changes nothing {unread[key]}"
+        if key in _SOURCES and not _SOURCES[key](config) and (sentence := _unfollowed(key, value, config, plain, unread)):
+            return sentence
+    typed_root = any(key_of(override) == "data.root" and override != NO_DATA for override in overrides)
+    if typed_root and config.data.is_demo and config.data.root != default_at(config, "data.root"):
+        return (
+            f"data.root={config.data.root} changes nothing in data={config.data.name}, whose clips are made under paths.cache_dir; "
+            "choose another data=NAME, or leave data.root out"
+        )
+    return ""
+
+
+def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[str, str]) -> str:
+    """A sentence where nothing follows a key that is there to be followed."""
+    followers = _followers()[key]
+    places = set(_places(plain, f"${{{key}}}"))
+    if places - unread.keys():
+        return ""
+    there = [one for one in followers if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}]
+    if any(value_at(config, one) == value for one in there):
+        return ""
+    if not there:
+        group = followers[0].partition(".")[0]
+        return f"{key}={as_text(value)} changes nothing with {group}={getattr(config, group).name}, which has no such key; leave {key} out"
+    if there[0] in places:
+        return f"{key}={as_text(value)} changes nothing, as {there[0]} changes nothing {unread[there[0]].replace(there[0], key)}"
+    own = f"{there[0]}={as_text(value_at(config, there[0]))}"
+    return f"{key}={as_text(value)} changes nothing beside {own}; set {there[0]}, or leave {key} out"
+
+
+def _places(values: Any, text: str, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the values that hold a text."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _places(value, text, f"{prefix}{name}.")
+        elif isinstance(value, str) and text in value:
+            yield f"{prefix}{name}"
+
+
+@cache
+def _followers() -> dict[str, list[str]]:
+    """Key to the keys that follow it in some kind of their group."""
+    found: dict[str, list[str]] = {key: [] for key in _SOURCES}
+    for group, kind in get_type_hints(Config).items():
+        for schema in SCHEMAS.get(group, {"": kind}).values():
+            for known in fields(schema) if is_dataclass(schema) else ():
+                source = known.metadata.get("follows", "")[2:-1]
+                if source in found and f"{group}.{known.name}" not in found[source]:
+                    found[source].append(f"{group}.{known.name}")
+    return found
+
+
+def check_single_run(overrides: Sequence[str], config: Config) -> None:
+    """Refuses settings of a whole sweep beside a single run or plan, which does not read them; values that are the defaults may stand.
+
+    Args:
+        overrides: As typed.
+        config: What they make.
+
+    Raises:
+        UserError: One of them changes nothing.
+    """
+    defaults: dict[str, Any] = {"sweep": GridSweepConfig(), "launcher": BasicLauncherConfig()}
+    for override in reversed(overrides):  # the last one of a key counts
+        group, _, name = key_of(override).partition(".")
+        if group not in defaults:
+            continue
+        chosen = getattr(config, group)
+        known = {field.name: field.default for field in fields(chosen)}
+        if (getattr(chosen, name) != known[name]) if name else (chosen != defaults[group]):
+            raise UserError(f"{override} changes nothing without -m; add -m to run a sweep, or leave it out")
+
+
+def check_training(overrides: Sequence[str], config: Config) -> None:
+    """Refuses what only `evaluate.py` reads.
+
+    Args:
+        overrides: As typed.
+        config: What they make.
+
+    Raises:
+        UserError: One of them changes nothing in training.
+    """
+    for override in overrides:
+        key = key_of(override)
+        if key == "data.split" and config.data.split is not default_at(config, key):
+            raise UserError(f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave it out")
+        if key == "evaluation.max_final_clips" and config.trainer.overfit and config.evaluation.max_final_clips is not None:
+            raise UserError(f"{override} changes nothing with trainer.overfit=true, which scores the clips of data.max_clips; leave it out")
