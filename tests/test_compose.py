@@ -48,7 +48,7 @@ def test_every_file_composes(chosen: list[tuple[str, str]]) -> None:
 
 @pytest.mark.parametrize("name", [name for group, name in GROUPS if group == "model" and name != "assembled"])
 def test_every_whole_model_brings_its_parts(name: str) -> None:
-    config = compose([f"model={name}", "hardware=l4"])
+    config = compose([f"model={name}", "hardware=l4", *(["model.checkpoint=hub/some"] if name == CUSTOM else [])])
     assert (config.model.name, config.model.kind) != ("assembled", "assembled")
     assert {config.encoder.name, config.projector.name, config.llm.name} == {"own"}
     assert config.encoder.checkpoint == config.llm.checkpoint == config.model.checkpoint

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmcap import config as schema
 from vlmcap.config import Config
+from vlmcap.config.checks import unread_fields
 from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
 from vlmcap.config.run import OF_THE_MODEL, check_own_parts
 from vlmcap.config_errors import explain, innermost
@@ -296,6 +297,16 @@ def read_yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
+def _drop_unread(node: DictConfig, overrides: Mapping[str, Any]) -> None:
+    """Sets saved values that the overrides left without a reader to their defaults: `cache.enabled=false` takes `cache.dtype` with it."""
+    for group in {key.partition(".")[0] for key in overrides if "." in key}:
+        if dataclass := OmegaConf.get_type(node, group):
+            found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(dataclass), node[group]))
+            for key, _, known in [*unread_fields(group, found)]:
+                if key not in overrides:
+                    OmegaConf.update(node, key, known.default)
+
+
 def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
     """A saved configuration with the values that a command line gave, taken from where Hydra parsed and checked them.
 
@@ -338,6 +349,7 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
         node = cast(DictConfig, OmegaConf.merge(_typed(plain), plain | followed))
         for key, value in (overrides or {}).items():
             OmegaConf.update(node, key, value, merge=False)
+        _drop_unread(node, overrides or {})
         return node
     except OmegaConfBaseException as error:
         raise UserError(f"the saved configuration does not fit this version: {explain(error)}") from error

@@ -197,7 +197,7 @@ def test_tables_of_a_run_stay_within_their_bound(tmp_path: Path, monkeypatch: py
     clip = Clip("clip", str(tmp_path / "clip.mp4"), ("바다 위로 해가 떠오른다.",))
     rows = [Prediction(clip, "산")] * 20
     config = WandbConfig(max_media_mib=1, thumbnail_height=96, jpeg_quality=90)
-    callback, recorder = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), 16, config), Recorder()
+    callback, recorder = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), config), Recorder()
     trainer = cast(Any, SimpleNamespace(loggers=[recorder], is_global_zero=True, sanity_checking=False, global_step=1))
     for _ in range(8):
         callback.on_validation_end(trainer, cast(Any, None))

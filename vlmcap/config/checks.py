@@ -54,15 +54,22 @@ def refuse_unread(group: str, values: Any) -> None:
         group: Dotted key of the dataclass.
         values: A dataclass, with those inside it.
     """
-    for path, owner, known in _fields(group, values):
-        if (is_read := known.metadata.get("is_read")) is None or is_read(owner):
-            continue
-        value = getattr(owner, known.name)
+    for path, value, known in unread_fields(group, values):
         setting = f"{path.rpartition('.')[0]}.{known.metadata['setting']}"
-        require(
-            value == known.default,
-            f"{path}={as_text(value)} changes nothing without {setting}; set that as well, or leave {path} out",
-        )
+        raise ValueError(f"{path}={as_text(value)} changes nothing without {setting}; set that as well, or leave {path} out")
+
+
+def unread_fields(group: str, values: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, value and field of what was set although nothing reads it beside the other settings.
+
+    Args:
+        group: Dotted key of the dataclass.
+        values: A dataclass, with those inside it.
+    """
+    for path, owner, known in _fields(group, values):
+        is_read, value = known.metadata.get("is_read"), getattr(owner, known.name)
+        if is_read is not None and value != known.default and not is_read(owner):
+            yield path, value, known
 
 
 def as_text(value: Any) -> str:
