@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ from hydra.core.config_store import ConfigStore
 from vlmcap import compose, plugins
 from vlmcap.config.kinds import MAKERS, SCHEMAS
 from vlmcap.plugins import is_foreign
+
+_LIBRARIES = (Path(__file__).parents[1], sys.prefix, sys.base_prefix)  # what is imported from there stays
 
 GATED = """
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, parts may be registered and modules imported; nothing of it is left afterwards."""
     before = {(group, kind) for registry in (SCHEMAS, MAKERS) for group, kinds in registry.items() for kind in kinds}
     modules, path = set(sys.modules), list(sys.path)
-    monkeypatch.delenv(plugins.PLUGINS_VARIABLE, raising=False)
+    monkeypatch.setenv(plugins.PLUGINS_VARIABLE, "")  # put back afterwards, whatever a test makes of it
     monkeypatch.setattr(plugins, "_loaded", set())
     monkeypatch.setattr(compose, "register_schemas", inspect.unwrap(compose.register_schemas))
     monkeypatch.setattr(compose, "compose_node", getattr(compose.compose_node, "_compose_node", compose.compose_node))  # without memory
@@ -64,7 +65,8 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                     for name in (kind, f"{kind}_schema"):
                         ConfigStore.instance().repo.get(group, {}).pop(f"{name}.yaml", None)
         for name in set(sys.modules) - modules:
-            if Path(str(getattr(sys.modules[name], "__file__", ""))).is_relative_to(tempfile.gettempdir()):
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and not any(Path(file).is_relative_to(folder) for folder in _LIBRARIES):
                 del sys.modules[name]
         sys.path[:] = path
         plugins._installed.cache_clear()

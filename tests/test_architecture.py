@@ -1,7 +1,7 @@
 """Imports go one way, and the heavy or opinionated libraries stay where the design puts them.
 
     train.py, evaluate.py, cli -> measuring, spectrum, sweeping, reporting -> training -> planning -> assembly, demo
-        -> models, data, metrics -> compose, config, types, errors, files, locks, terminal, libraries
+        -> models, data, metrics -> compose, config_errors, config_files, config, types, errors, files, locks, terminal, libraries
 
 Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and *typing* (under
 `if TYPE_CHECKING:`). Directions, libraries and circles count all three: whoever reads a file must know the file that it names.
@@ -18,7 +18,8 @@ from tools.import_graph import ROOT, Import, all_imports, find_circle, our_files
 
 BASE = {"types", "errors", "files", "locks", "terminal", "libraries"}
 PARTS = {"models", "data", "metrics"}
-CONFIGURED = BASE | PARTS | {"config", "overrides", "plugins", "compose", "sweep_syntax"}
+COMPOSED = BASE | {"config", "config_errors", "config_files", "config_saved", "config_unread", "overrides", "plugins", "compose"}
+CONFIGURED = COMPOSED | PARTS | {"sweep_syntax"}
 TRAINED = CONFIGURED | {"demo", "assembly", "planning", "training", ""}  # "" is vlmcap/__init__.py, which has the version
 FEATURES = {"measuring", "spectrum", "reporting", "sweeping", "program"}
 # What each part of the package may import beside itself; "train" and "evaluate" are the programs.
@@ -33,9 +34,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: BASE | {"config"} for part in PARTS},
     "overrides": BASE | {"config"},
     "plugins": BASE | {"config"},
-    "compose": BASE | {"config", "overrides", "plugins"},
-    "program": BASE | {"config", "overrides", "plugins", "compose"},
-    "sweep_syntax": BASE | {"overrides", "compose"},
+    "config_files": BASE | {"config", "plugins"},
+    "config_errors": BASE | {"config", "overrides", "config_files"},
+    "config_unread": BASE | {"config", "overrides"},
+    "compose": COMPOSED - {"compose", "config_saved"},
+    "config_saved": COMPOSED - {"config_saved"},
+    "program": COMPOSED,
+    "sweep_syntax": COMPOSED,
     "demo": CONFIGURED,
     "assembly": CONFIGURED | {"demo"},
     "planning": CONFIGURED | {"demo", "assembly"},
@@ -58,7 +63,7 @@ UNKNOWN_TO: dict[str, set[str]] = {
 # Libraries that only these parts know.
 ONLY_IN: dict[str, set[str]] = {
     "hydra": {"cli", "overrides", "compose", "program", "sweeping", "sweep_syntax", "training"},
-    "omegaconf": {"cli", "compose", "program", "sweeping", "config", "training"},
+    "omegaconf": {"cli", "compose", "config_errors", "config_saved", "config_unread", "program", "sweeping", "config", "training"},
 }
 METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
 TORCH = {"torch", "torchmetrics"}

@@ -14,10 +14,10 @@ from hydra.errors import HydraException
 from vlmcap.compose import compose, compose_node
 from vlmcap.config import Config
 from vlmcap.config_errors import _paths
+from vlmcap.config_unread import check_single_run, check_training
 from vlmcap.errors import UserError
 from vlmcap.overrides import HINTS, foreign_key, quoted, read_overrides
 from vlmcap.sweep_syntax import expand
-from vlmcap.unread import check_single_run, check_training
 
 PARSER = OverridesParser.create()
 ALPHABET = [*"ab1 .,/:-+=~'\"\\()[]{}$#&;!?*@|<>%^`", "도심", "null", "true", "1e-3", "range(", "choice(", "${seed}"]

@@ -52,12 +52,11 @@ def markdown_table(header: Row, rows: Iterable[Row]) -> str:
 ENCODER_HEADER = ("name", "checkpoint", "class", "parameters", "width", "visual tokens a frame", "licence", *PARITY_HEADER)
 
 
-def encoder_row(config: EncoderConfig, family: str, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
+def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
     """Of one encoder.
 
     Args:
         config: Its settings.
-        family: Of the class that reads its checkpoint.
         encoder: Built from them, weights not needed.
         parity: All measured errors.
     """

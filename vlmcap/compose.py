@@ -21,11 +21,11 @@ from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
 from vlmcap.config.run import OF_THE_MODEL, check_own_parts
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
+from vlmcap.config_unread import unread_override
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
-from vlmcap.unread import unread_override
 
 CUSTOM = "custom"  # the file of a group that any checkpoint goes with
 _PLAIN_GROUPS = {  # those of one kind

@@ -20,11 +20,11 @@ from vlmcap.compose import register_schemas
 from vlmcap.config.kinds import SCHEMAS
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_file, use_config_dir
+from vlmcap.config_saved import loosened
 from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, take_plugins
-from vlmcap.saved import loosened
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 

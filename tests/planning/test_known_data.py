@@ -9,10 +9,10 @@ import pytest
 
 from vlmcap.cli import main
 from vlmcap.config import ASSUMED_CAPTION_TOKENS, Split
+from vlmcap.config_unread import NO_DATA
 from vlmcap.planning.known_data import known_clips, planned
 from vlmcap.planning.sweep_budget.budget import NumClips
 from vlmcap.planning.sweep_budget.plan_sweep import num_clips
-from vlmcap.unread import NO_DATA
 
 LENGTHS = ("llm.max_caption_tokens=", "llm.max_new_tokens=")
 

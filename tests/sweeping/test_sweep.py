@@ -191,7 +191,7 @@ def test_a_plain_run_leaves_a_status_and_a_refused_one_nothing(program: Program)
     "overrides",
     [
         ["paths.cache_dir=x", "logger=wandb", "sweep=optuna", "launcher=ray"],
-        ["plan.enforce=off", "callbacks=profile", "checkpoint=x"],
+        ["callbacks=profile", "checkpoint=x"],
     ],
 )
 def test_the_hash_leaves_out_what_changes_no_result(overrides: list[str]) -> None:

@@ -197,7 +197,7 @@ def test_tables_of_a_run_stay_within_their_bound(tmp_path: Path, monkeypatch: py
     clip = Clip("clip", str(tmp_path / "clip.mp4"), ("바다 위로 해가 떠오른다.",))
     rows = [Prediction(clip, "산")] * 20
     config = WandbConfig(max_media_mib=1, thumbnail_height=96, jpeg_quality=90)
-    callback, recorder = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), 16, config), Recorder()
+    callback, recorder = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), config), Recorder()
     trainer = cast(Any, SimpleNamespace(loggers=[recorder], is_global_zero=True, sanity_checking=False, global_step=1))
     for _ in range(8):
         callback.on_validation_end(trainer, cast(Any, None))
@@ -205,5 +205,5 @@ def test_tables_of_a_run_stay_within_their_bound(tmp_path: Path, monkeypatch: py
     assert sum(recorder.sizes) <= callback.sent_bytes <= 2**20
     assert sum(recorder.sizes) > 2**19, "the bound is used"
     assert capsys.readouterr().out == "W&B: no more tables of captions; logger.max_media_mib=1 is reached.\n"
-    smaller = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), 16, replace(config, jpeg_quality=10))
+    smaller = WandbTable(cast(Any, SimpleNamespace(predictions=rows, split="val")), replace(config, jpeg_quality=10))
     assert smaller._size(rows) < callback._size(rows) / 2

@@ -117,7 +117,7 @@ def tiny_data(
 
 
 def tiny_training(
-    folder: Path, data: CaptionDataModule, *, num_epochs: int, monitor: str = "train/loss", stages: Any = None, **trainer: Any
+    folder: Path, data: CaptionDataModule, *, num_epochs: int, monitor: str | None = None, stages: Any = None, **trainer: Any
 ) -> tuple[L.Trainer, CaptioningModule]:
     """Trainer and module, checkpoints in `folder / "checkpoints"` every two steps of two micro-batches."""
     L.seed_everything(11, verbose=False)

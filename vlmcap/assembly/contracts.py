@@ -5,7 +5,7 @@ Legend: B batch, F frames, P patches per frame, Dv vision width, V visual tokens
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmcap.models.projectors import Projector
 
 Contract = tuple[str, Callable[[], None]]
+Settings = Callable[[], Any]
 _GRIDS = ((8, 8), (4, 8), (12, 8))  # the first is the encoder's own
 _FRAMES = (4, 2, 1)
 _PROMPT = 5  # tokens of the question
@@ -45,14 +46,20 @@ class Outcome:
     problem: str = ""
 
 
-def check_part(group: str, kind: str) -> list[Outcome]:
+def check_part(group: str, kind: str, settings: Settings | None = None) -> list[Outcome]:
     """Every contract of a part, each checked whatever became of the others.
 
     Args:
         group: "projector", "encoder", "llm", "metric" or "data".
         kind: A registered one.
+        settings: Makes its settings; None takes their defaults.
     """
-    return [Outcome(group, kind, text, _problem(check)) for text, check in _CONTRACTS[group](kind)]
+    made = settings or (lambda: _defaults(group, kind))
+    return [Outcome(group, kind, text, _problem(check)) for text, check in _CONTRACTS[group](kind, made)]
+
+
+def _defaults(group: str, kind: str) -> Any:
+    return schema_of(group, kind)(**({"root": "."} if group == "data" else {}), name=kind)
 
 
 def _problem(check: Callable[[], None]) -> str:
@@ -73,10 +80,11 @@ class _ProjectorContracts:
 
     Args:
         kind: A registered one.
+        settings: Makes its settings.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, settings: Settings) -> None:
+        self.kind, self.settings = kind, settings
 
     def __call__(self) -> Iterator[Contract]:
         yield "its settings have defaults, and it is built from them", lambda: void(self.build())
@@ -94,7 +102,7 @@ class _ProjectorContracts:
 
         from vlmcap.models.projectors import ProjectorSizes, build_projector
 
-        config: ProjectorConfig = schema_of("projector", self.kind)()
+        config: ProjectorConfig = self.settings()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_projector(config, ProjectorSizes(32, 48, _GRIDS[0], _FRAMES[0], _PROMPT)).eval()
@@ -186,17 +194,18 @@ class _EncoderContracts:
 
     Args:
         kind: A registered one.
+        settings: Makes its settings.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, settings: Settings) -> None:
+        self.kind, self.settings = kind, settings
 
     def __call__(self) -> Iterator[Contract]:
         yield "its settings have defaults, and it is built without a folder", lambda: void(self.build())
         yield "it gives the stated grid and width", self.check_shape
         yield "clips of a batch do not see each other", self.check_batch
         yield "equal frames give equal features, at each load", self.check_repeat
-        yield "its transform makes what it takes, in another process too", self.check_transform
+        yield "its transform makes what it takes, and can be sent to data workers", self.check_transform
         yield "it runs in bfloat16", self.check_half
         yield "it is built on the meta device, as the plan does", self.check_meta
 
@@ -206,7 +215,7 @@ class _EncoderContracts:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder: VisionEncoder = maker_of("encoder", self.kind)(schema_of("encoder", self.kind)(), None)
+            encoder: VisionEncoder = maker_of("encoder", self.kind)(self.settings(), None)
         return encoder.eval()
 
     def run(self, encoder: VisionEncoder, num_clips: int = 2) -> Tensor:
@@ -234,15 +243,18 @@ class _EncoderContracts:
         """Features may be kept."""
         encoder = self.build()
         assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be kept"
-        if not schema_of("encoder", self.kind)().checkpoint:
+        if not self.settings().checkpoint:
             is_fixed = bool((self.run(encoder) == self.run(self.build(1))).all())
             assert is_fixed, "its weights are random at each load, and no checkpoint keeps them; read them from encoder.checkpoint"
 
     def check_transform(self) -> None:
         """Frames of any size become frames of the encoder's."""
+        from multiprocessing.reduction import ForkingPickler
+
         import torch
 
-        transform: Any = copy.deepcopy(self.build().transform)  # as a worker process gets it
+        transform: Any = self.build().transform
+        ForkingPickler.dumps(transform)  # for the data workers
         frames, size = transform(torch.zeros(2, 3, 90, 160, dtype=torch.uint8)), transform.image_size
         found = (tuple(frames.shape), frames.dtype)
         assert found == ((2, 3, size, size), torch.uint8), f"it gives {found}, expected uint8 of {size} × {size}"
@@ -263,7 +275,7 @@ class _EncoderContracts:
         assert all(weight.is_meta for weight in encoder.parameters()), "it reads weights although there is no folder"
 
 
-def _metric_contracts(name: str) -> Iterator[Contract]:
+def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
     from vlmcap.metrics.own import own_scores
 
     texts, references = ["파도가 치는 바다.", "", "산 위의 구름."], [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
@@ -284,14 +296,14 @@ def _metric_contracts(name: str) -> Iterator[Contract]:
     yield "the order of clips makes no difference", check_order
 
 
-def _format_contracts(kind: str) -> Iterator[Contract]:
+def _format_contracts(_: str, made: Settings) -> Iterator[Contract]:
     from vlmcap.data.formats import read_records
     from vlmcap.data.formats.record import Record
     from vlmcap.types import Skipped
 
     def check_empty() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            settings = schema_of("data", kind)(name=kind, root=folder)
+            settings = dataclasses.replace(made(), root=folder)
             try:
                 entries: list[object] = [*read_records(settings, None)]
             except UserError as error:
@@ -300,12 +312,12 @@ def _format_contracts(kind: str) -> Iterator[Contract]:
         wrong = [type(entry).__name__ for entry in entries if not isinstance(entry, Record | Skipped)]
         assert not wrong, f"it gives {wrong[0]}, expected Record or Skipped"
 
-    yield "its settings have defaults beside root", lambda: void(schema_of("data", kind)(name=kind, root="."))
+    yield "its settings have defaults beside root", lambda: void(made())
     yield "an empty folder gives nothing, or a UserError of one line", check_empty
 
 
-def _llm_contracts(kind: str) -> Iterator[Contract]:
-    yield "its settings have defaults", lambda: void(schema_of("llm", kind)())
+def _llm_contracts(_: str, made: Settings) -> Iterator[Contract]:
+    yield "its settings have defaults", lambda: void(made())
 
 
 def noise(*shape: int) -> Tensor:
@@ -324,9 +336,9 @@ def void(_: object) -> None:
     """Nothing, of a result that does not matter."""
 
 
-_CONTRACTS: dict[str, Callable[[str], Iterator[Contract]]] = {
-    "projector": lambda kind: _ProjectorContracts(kind)(),
-    "encoder": lambda kind: _EncoderContracts(kind)(),
+_CONTRACTS: dict[str, Callable[[str, Settings], Iterator[Contract]]] = {
+    "projector": lambda kind, made: _ProjectorContracts(kind, made)(),
+    "encoder": lambda kind, made: _EncoderContracts(kind, made)(),
     "llm": _llm_contracts,
     "metric": _metric_contracts,
     "data": _format_contracts,

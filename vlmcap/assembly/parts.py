@@ -97,15 +97,10 @@ def device_of(config: Config) -> str:
 
 
 def encoder_options(config: Config) -> EncoderOptions:
-    """What the encoder is asked for beside its checkpoint; FlashAttention where the hardware's `auto` finds it."""
-    import torch
-
+    """What the encoder is asked for beside its checkpoint."""
     from vlmcap.models.encoders import EncoderOptions
-    from vlmcap.models.llm.attention import choose_attention
 
-    settings, dtype = config.encoder, dtype_of(config.hardware.precision)
-    # The plan and the tables build encoders for cards that are not there.
-    device = device_of(config) if torch.cuda.is_available() else "cpu"
+    settings = config.encoder
     if isinstance(settings, NaflexEncoderConfig):
         chosen: dict[str, Any] = {"max_patches": settings.max_patches}
     else:
@@ -114,10 +109,21 @@ def encoder_options(config: Config) -> EncoderOptions:
         chosen |= {key: tuple(values) for key in ("mean", "std") if (values := getattr(settings, f"image_{key}"))}
     return EncoderOptions(
         feature_layer=settings.feature_layer,
-        dtype=dtype,
+        dtype=dtype_of(config.hardware.precision),
         **chosen,
-        attention=choose_attention("auto", device, dtype) if config.hardware.attention == "auto" else "sdpa",
+        attention=tower_attention(config),
     )
+
+
+def tower_attention(config: Config) -> str:
+    """Attention of a vision tower: FlashAttention where the hardware's `auto` finds it."""
+    import torch
+
+    from vlmcap.models.llm.attention import choose_attention
+
+    # The plan and the tables build encoders for GPUs that are not there.
+    device = device_of(config) if torch.cuda.is_available() else "cpu"
+    return choose_attention("auto", device, dtype_of(config.hardware.precision)) if config.hardware.attention == "auto" else "sdpa"
 
 
 def has_own_encoder(config: Config) -> bool:

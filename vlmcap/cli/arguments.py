@@ -259,8 +259,14 @@ def _check_dashboard(options: Namespace) -> None:
 
 def _check_plugin(parser: ArgumentParser) -> None:
     parser.epilog = "Exit code 1 where a contract does not hold."
-    parser.add_argument("plugins", nargs="+", metavar="FILE", help="Python files or importable modules that register parts")
-    parser.set_defaults(overrides=[], config_dir=None, plugin=[])
+    text = "Python files or importable modules that register parts; KEY=VALUE sets one of their settings, such as projector.expansion=4"
+    parser.add_argument("plugins", nargs="*", metavar="FILE", help=text)
+    _add_config_dir(parser)
+
+
+def _check_plugins(options: Namespace) -> None:
+    options.overrides = [*(name for name in options.plugins if is_override(name)), *options.overrides]
+    options.plugins = [*options.plugin, *(name for name in options.plugins if not is_override(name))]
 
 
 COMMANDS = (
@@ -280,6 +286,6 @@ COMMANDS = (
         _check_spectrum,
         traces_models=True,
     ),
-    Command("check-plugin", "whether the parts of a plugin hold what everything else relies on", _check_plugin),
+    Command("check-plugin", "whether the parts of a plugin hold what everything else relies on", _check_plugin, _check_plugins),
     Command("dashboard", "the Weights & Biases dashboard that compares runs, and sweeps for W&B's agents", _dashboard, _check_dashboard),
 )

@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 from vlmcap.cli.caption_file import CaptionFile
+from vlmcap.config_saved import override_values
 from vlmcap.errors import OutOfMemoryError, StoppedBySignal, UserError, first_line, is_out_of_memory
-from vlmcap.saved import override_values
 from vlmcap.terminal import progress_reporter
 from vlmcap.types import Skipped
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from vlmcap.assembly.contracts import Outcome, check_part
+from vlmcap.compose import NO_DATA, compose
 from vlmcap.config.kinds import MAKERS
+from vlmcap.errors import UserError
 from vlmcap.plugins import use_plugins
 from vlmcap.terminal import wide_console
 
@@ -22,15 +25,25 @@ def run(options: Namespace) -> None:
         UserError: A plugin cannot be loaded.
         SystemExit: With code 1 where a contract does not hold.
     """
+    if not options.plugins:
+        raise UserError("vlmcap check-plugin needs a FILE: a Python file or an importable module that registers parts")
     use_plugins(options.plugins)
     own = {Path(name).stem if name.endswith(".py") else name.partition(".")[0] for name in options.plugins}
     parts = [(group, kind) for group, kinds in MAKERS.items() for kind, part in kinds.items() if part.__module__.partition(".")[0] in own]
-    outcomes = [outcome for group, kind in parts for outcome in check_part(group, kind)]
+    if idle := [one for one in options.overrides if one.partition(".")[0] not in {group for group, _ in parts}]:
+        raise UserError(f"{idle[0]} is no setting of a part that is checked here; leave it out")
+    outcomes = [outcome for group, kind in parts for outcome in check_part(group, kind, _settings(group, kind, options.overrides))]
     show(outcomes)
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     print(f"{len(outcomes) - failed} of {len(outcomes)} hold." if failed else f"All {len(outcomes)} hold.")
     if failed:
         raise SystemExit(1)
+
+
+def _settings(group: str, kind: str, overrides: Sequence[str]) -> Callable[[], Any] | None:
+    """Composes the settings of a part where any of them is given."""
+    own = [override for override in overrides if override.startswith(f"{group}.")]
+    return (lambda: getattr(compose([NO_DATA, "hardware.frame_stack=1", f"{group}={kind}", *own]), group)) if own else None
 
 
 def show(outcomes: Sequence[Outcome]) -> None:

@@ -15,10 +15,10 @@ from hydra.core.override_parser.types import IntervalSweep
 from vlmcap.compose import compose, write_yaml
 from vlmcap.config import Config, WandbConfig, WandbSweepConfig
 from vlmcap.config.sweep import OF_A_SWEEP, SweepMethod
+from vlmcap.config_saved import override_values
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides, sweep_values
-from vlmcap.saved import override_values
 from vlmcap.sweep_syntax import override_parser
 
 # Two agents may start in the same second, and a run's usual folder is named by it.

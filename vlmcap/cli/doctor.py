@@ -23,13 +23,13 @@ from rich.table import Table
 from vlmcap.cli.doctor_checkpoints import describe_and_show, described_parts
 from vlmcap.compose import compose
 from vlmcap.config import Config, PatchEncoderConfig, WandbConfig
+from vlmcap.config_unread import NO_DATA
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import import_libraries
 from vlmcap.planning import hardware
 from vlmcap.planning.calibration import calibration_files, calibration_folder
 from vlmcap.terminal import gigabytes
-from vlmcap.unread import NO_DATA
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 _LOW_GIB, _TOO_LOW_GIB = 50.0, 1.0  # free on the disk: a base and its features need the first, nothing works below the second

@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 
 from vlmcap.compose import name_parts
 from vlmcap.config_files import config_dir
+from vlmcap.config_saved import with_overrides
 from vlmcap.errors import UserError
 from vlmcap.program import told_in_one_sentence
-from vlmcap.saved import with_overrides
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")

@@ -11,7 +11,7 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: The output is in use, or the checkpoint or its base does not do.
     """
-    from vlmcap.saved import override_values
+    from vlmcap.config_saved import override_values
     from vlmcap.training.checkpoints.export import export, tell
 
     overrides = override_values(options.overrides)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmcap.config_unread import NO_DATA, check_single_run
 from vlmcap.libraries import quiet_libraries
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.grid.grid_table import draw_grid, show_grid
@@ -16,7 +17,6 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import show_plan
 from vlmcap.planning.sweep_budget.plan_sweep import plan_sweep
 from vlmcap.planning.sweep_budget.sweep_plan import show_budget
-from vlmcap.unread import NO_DATA, check_single_run
 
 
 def run(options: Namespace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlmcap import __version__
 from vlmcap.compose import read_yaml
+from vlmcap.config_saved import override_values
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.locks import claimed_folder
@@ -17,7 +18,6 @@ from vlmcap.reporting.report.folders import find_runs, read_run
 from vlmcap.reporting.report.page import pictures_of, report_page
 from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown, show_report
-from vlmcap.saved import override_values
 from vlmcap.terminal import passing_bar
 
 

@@ -8,10 +8,10 @@ from omegaconf import DictConfig
 
 from vlmcap.compose import checked_config, name_parts
 from vlmcap.config_files import config_dir
+from vlmcap.config_unread import check_single_run, check_training
 from vlmcap.program import is_sweep, told_in_one_sentence
 from vlmcap.sweeping.job import recorded, taken_up
 from vlmcap.sweeping.study import trial_of_job
-from vlmcap.unread import check_single_run, check_training
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")

@@ -19,6 +19,7 @@ from vlmcap.assembly.parts import device_of
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Config
+from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.libraries import quiet_libraries
 from vlmcap.measuring.random_parts import random_captioner, with_blocks
@@ -31,7 +32,6 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.memory import Moment, is_known
 from vlmcap.planning.plan import Plan
 from vlmcap.terminal import duration, short_number, step_printer
-from vlmcap.unread import NO_DATA
 
 _CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still

@@ -24,10 +24,10 @@ from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import (
     add_adapters,
     device_of,
-    encoder_options,
     has_own_encoder,
     language_options,
     loss_chunk_bytes,
+    tower_attention,
     train_encoder,
 )
 from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
@@ -238,7 +238,7 @@ def _set_attention(config: Config, encoder: Any) -> None:
     """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
     if has_own_encoder(config):
         return
-    attention = encoder_options(config).attention
+    attention = tower_attention(config)
     if attention != "sdpa" and (config.is_whole or encoder.has_flash):
         encoder.tower.set_attn_implementation(attention)
 

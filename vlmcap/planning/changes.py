@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config
 from vlmcap.config.unread import unread_keys
+from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError
 from vlmcap.planning.hardware import Card
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change, Plan
-from vlmcap.saved import saved_config
 
 # In order of lost quality: override, where it changes anything, and what it costs.
 _CHANGES: tuple[tuple[str, str], ...] = (

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vlmcap.config import Config, DemoDataConfig, EncoderTuning
+from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError
 from vlmcap.planning.known_data import known_clips, planned
 from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
@@ -15,7 +16,6 @@ from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, prop
 from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
 from vlmcap.sweep_syntax import expand, short_names
 from vlmcap.terminal import grouped, passing_bar
-from vlmcap.unread import NO_DATA
 
 if TYPE_CHECKING:
     from vlmcap.planning.plan import Plan

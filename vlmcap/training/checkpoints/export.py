@@ -16,11 +16,11 @@ from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import dtype_of, load_prompt_of, lora_of
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, LoraConfig, Quantization
+from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import new_folder
 from vlmcap.libraries import quiet_libraries
 from vlmcap.locks import CLAIMS, claimed
-from vlmcap.saved import saved_config
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import (
     EXPORT_CONFIG,

@@ -12,10 +12,10 @@ from vlmcap.assembly.model import Assembly, assemble, describe_model
 from vlmcap.assembly.parts import Sources, device_of
 from vlmcap.compose import to_plain
 from vlmcap.config import Config, Engine, Strategy
+from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import quiet_libraries
 from vlmcap.plugins import check_plugins, plugins_of
-from vlmcap.saved import saved_config
 from vlmcap.training.schedule import StagePlan
 
 if TYPE_CHECKING:
