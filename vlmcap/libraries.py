@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 import warnings
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is PyTorch's newer name
+
+
+def use_expandable_segments() -> None:
+    """Lets the CUDA allocator grow its segments, unless the user set one of its variables; PyTorch reads them when it is imported.
+
+    Batches differ in length, and segments of fixed sizes fragment: torchtune measured 16.4 GiB reserved without and 10.8 with
+    expandable segments (https://github.com/pytorch/torchtune/issues/1185).
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None:

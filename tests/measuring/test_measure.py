@@ -16,11 +16,12 @@ from vlmcap.compose import compose
 from vlmcap.errors import UserError
 from vlmcap.measuring import measure as measure_module
 from vlmcap.measuring import steps as measured_steps
-from vlmcap.measuring.measure import measure
+from vlmcap.measuring.measure import Comparison, Measured, measure
 from vlmcap.measuring.random_parts import fill_random, quantize_meta, with_blocks
+from vlmcap.measuring.steps import Use
 from vlmcap.models.llm.experts import fused_experts
 from vlmcap.planning.estimate.stages import weights_of
-from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.make_plan import TokenWork, make_plan, token_seconds
 from vlmcap.planning.plan import Change
 
 TINY = ["hardware=cpu", "data.batch_size=4", "data.eval_batch_size=4", "llm.max_new_tokens=8"]
@@ -85,6 +86,19 @@ def test_a_whole_measurement_is_kept_and_used_by_the_plan(
     assert plan.clip_s == pytest.approx(comparison.measured.clip_s)
     main(["plan", *TINY])
     assert f"calibrated on {comparison.card}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("token_bytes", [1e3, 1e12], ids=["launches", "memory"])
+@pytest.mark.parametrize("ratio", [0.5, 3.0])
+def test_the_calibrated_plan_of_a_token_is_what_was_measured(token_bytes: float, ratio: float) -> None:
+    config = compose(["data.root=unset", *TINY])
+    plan = make_plan(config)
+    token_s = token_seconds(TokenWork(token_bytes, plan.token_launches), plan.card)
+    plan = dataclasses.replace(plan, token_bytes=token_bytes, token_s=token_s)
+    use = Use(plan.training_gib, plan.training_gib)
+    measured = Measured(use, use, 0.0, plan.clip_s, ratio * token_s, 8)
+    card = Comparison(plan, measured, "card", 8.0, None).calibration().on(plan.card)
+    assert token_seconds(TokenWork(token_bytes, plan.token_launches), card) == pytest.approx(ratio * token_s)
 
 
 def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:

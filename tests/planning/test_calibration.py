@@ -21,10 +21,10 @@ from vlmcap.planning.calibration import (
     write_calibration,
 )
 from vlmcap.planning.hardware import Present, assumed_card, card_of, own_profile, suitable_profile
-from vlmcap.planning.make_plan import make_plan, training_seconds
+from vlmcap.planning.make_plan import TokenWork, make_plan, token_seconds, training_seconds
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
-L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 90.0)
+L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 24e-6, 90.0)
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,8 @@ def test_the_figures_change_what_they_should() -> None:
     assert training_seconds(1e12, 0, measured, is_checkpointed=True) == pytest.approx(
         training_seconds(1e12, 0, plain, is_checkpointed=True) * 0.4 / 0.5
     )
+    assert token_seconds(TokenWork(30e9, 100), measured) == pytest.approx(30e9 / (0.7 * 300e9))
+    assert token_seconds(TokenWork(30e6, 10_000), measured) == pytest.approx(10_000 * 24e-6)
     moment = Moment("a", {"encoder: frozen weights": 8.0, "optimiser state": 4.0, "gradients": 2.0, "fragmentation": 1.0})
     assert scale_beyond(moment, 1.5).parts == {
         "encoder: frozen weights": 8.0,
@@ -140,7 +142,8 @@ def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert beyond(after.training.parts) == pytest.approx(1.2 * beyond(before.training.parts))
     assert after.training_gib - 0.4 > before.training_gib - 0.6
     assert after.weights_gib == before.weights_gib
-    assert after.token_s == pytest.approx(before.token_s / 0.7)
+    assert before.token_s == pytest.approx(before.token_launches * 15e-6), "launches take longer than the weights"
+    assert after.token_s == pytest.approx(before.token_s * 24 / 15)
     assert after.clip_s < before.clip_s
     main(["plan", *overrides])
     assert "calibrated on NVIDIA L4, 2026-11-28" in capsys.readouterr().out

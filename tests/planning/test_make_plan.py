@@ -14,7 +14,8 @@ from vlmcap.compose import compose
 from vlmcap.errors import DoesNotFit, UserError
 from vlmcap.planning import make_plan as plan_module
 from vlmcap.planning.changes import with_changes
-from vlmcap.planning.make_plan import enforce_plan, make_plan
+from vlmcap.planning.estimate.sizes import active_experts
+from vlmcap.planning.make_plan import FUSED_ROWS, enforce_plan, make_plan
 from vlmcap.planning.plan import Plan
 
 ATTENTION = "tuning.lora.target_modules='q_proj,k_proj,v_proj,o_proj'"
@@ -58,6 +59,38 @@ def test_weights_are_those_of_the_published_sizes() -> None:
     assert stored == pytest.approx(packed + embeddings, rel=1e-3)
     assert plan.training.parts["encoder: frozen weights"] == pytest.approx(2 * (303.5e6 - 12.6e6), rel=1e-3)  # the last block is cut off
     assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
+
+
+def test_a_caption_token_takes_as_long_as_its_kernels_are_launched() -> None:
+    """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits; adapters are half of them."""
+    overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1"]
+    plan, bare = planned(*overrides), planned(*overrides, "tuning=projector_only")
+    assert plan.token_launches == pytest.approx(4419, rel=0.02)
+    # Of each linear layer: input and factors cast for autocast, two products, their scale, the sum, and the way back to its format.
+    assert plan.token_launches - bare.token_launches == 36 * 7 * 9
+    assert plan.token_s == pytest.approx(plan.token_launches * plan.card.launch_s)
+    assert 0.050 < plan.token_s < 0.080
+    more = planned(*overrides[:-1], "data.eval_batch_size=4")
+    assert more.token_launches == pytest.approx(plan.token_launches), "rows launch nothing"
+
+
+def test_packed_weights_are_unpacked_for_a_token_of_many_rows_alone() -> None:
+    overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=h100"]
+    few, many = (planned(*overrides, f"data.eval_batch_size={rows}") for rows in (FUSED_ROWS, FUSED_ROWS + 1))
+    linear = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288)
+    row = 36 * 2 * 8 * 128 * 2 * (few.num_visual + 32 + 384)  # keys and values at the middle of a caption of 768 tokens
+    assert few.token_bytes == pytest.approx(linear / 2 + 2 * 2 * 151936 * 4096 + FUSED_ROWS * row, rel=0.02)
+    assert many.token_bytes - few.token_bytes == pytest.approx(4 * linear + row, rel=0.03)  # 2 bytes written and 2 read for each
+
+
+def test_a_token_launches_the_experts_that_its_batch_chooses() -> None:
+    config = compose(["data.root=unset", "llm=qwen3_30b_a3b", "hardware=h100"])
+    assert active_experts(config, 1) == (pytest.approx(8), 128)
+    assert active_experts(config, 16) == (pytest.approx(128 * (1 - (120 / 128) ** 16)), 128)
+    assert active_experts(compose(["data.root=unset", "llm=qwen3_8b"]), 16) == (0, 0)
+    one, sixteen = (planned("encoder=clip", "llm=qwen3_30b_a3b", "hardware=h100", f"data.eval_batch_size={rows}") for rows in (1, 16))
+    # A layer and expert: two weights unpacked by three kernels and multiplied, SiLU, and a product with the other half.
+    assert sixteen.token_launches - one.token_launches == pytest.approx(48 * 10 * (82.4 - 8), rel=0.01)
 
 
 @pytest.mark.parametrize(

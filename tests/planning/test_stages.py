@@ -33,6 +33,7 @@ def test_two_short_traces_give_the_whole_one(trial: Trial) -> None:
     assert guess.weights == whole.weights
     assert guess.num_trained == whole.num_trained
     assert guess.flops == pytest.approx(whole.flops)
+    assert guess.launches == whole.launches
     assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
 
 

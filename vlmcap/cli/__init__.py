@@ -14,11 +14,12 @@ from importlib import import_module
 
 from vlmcap.cli.arguments import COMMANDS, PROGRAMS, is_override
 from vlmcap.errors import StoppedBySignal, UserError, storage_problem
-from vlmcap.libraries import import_libraries
+from vlmcap.libraries import import_libraries, use_expandable_segments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    use_expandable_segments()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     if given[:1] and given[0] in PROGRAMS:
         from vlmcap.program import run_program

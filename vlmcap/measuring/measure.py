@@ -114,6 +114,10 @@ class Comparison:
         arithmetic_s = plan.flops / (plan.card.utilisation * plan.card.peak_flops)
         # Moving packed weights keeps its planned seconds; a tenth of the measured ones at least are arithmetic.
         measured_s = max(measured.clip_s - (plan.clip_s - arithmetic_s), 0.1 * measured.clip_s)
+        # The planned bound is the one that was measured; the other one cannot have been slower than what was measured.
+        share = plan.token_bytes / (plan.card.bytes_per_s * measured.token_s)
+        launch_s = measured.token_s / plan.token_launches
+        is_launch_bound = plan.token_s == plan.token_launches * plan.card.launch_s
         return Calibration(
             card=self.card,
             memory_gib=round(self.memory_gib, 2),
@@ -123,7 +127,8 @@ class Comparison:
             beyond_ratio=(measured.training.reserved - known) / beyond,
             context_gib=max(0.0, measured.context_gib),
             utilisation=plan.card.utilisation * arithmetic_s / measured_s,
-            bandwidth_share=plan.card.bandwidth_share * plan.token_s / measured.token_s,
+            bandwidth_share=max(share, plan.card.bandwidth_share) if is_launch_bound else share,
+            launch_s=launch_s if is_launch_bound else min(launch_s, plan.card.launch_s),
             tokens_per_s=self.tokens_per_s,
         )
 

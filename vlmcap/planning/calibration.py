@@ -29,6 +29,7 @@ class Calibration:
         context_gib: On the card beside what PyTorch allocates.
         utilisation: Share of the profile's peak arithmetic that training reached.
         bandwidth_share: Share of the profile's memory bandwidth that writing captions reached.
+        launch_s: Seconds per kernel launch while captions were written.
         tokens_per_s: Caption tokens, over all clips of an evaluation batch.
     """
 
@@ -41,13 +42,14 @@ class Calibration:
     context_gib: float
     utilisation: float
     bandwidth_share: float
+    launch_s: float
     tokens_per_s: float
 
     def __post_init__(self) -> None:
         for name in ("card", "hardware", "date", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be text")
-        for name in ("memory_gib", "beyond_ratio", "utilisation", "bandwidth_share", "tokens_per_s"):
+        for name in ("memory_gib", "beyond_ratio", "utilisation", "bandwidth_share", "launch_s", "tokens_per_s"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a number above 0")
         if not (math.isfinite(self.context_gib) and self.context_gib >= 0):
@@ -61,6 +63,7 @@ class Calibration:
             utilisation=self.utilisation,
             beyond_ratio=self.beyond_ratio,
             bandwidth_share=self.bandwidth_share,
+            launch_s=self.launch_s,
             calibrated=f"{self.card}, {self.date}",
         )
 

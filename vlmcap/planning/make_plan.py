@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmcap.assembly.parts import lora_of
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
 UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
 READ_AGAIN = 2  # bytes: then the product reads it
+# Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of these sizes on
+# each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
+FUSED_ROWS = 16
 CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
 
 
@@ -48,7 +52,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
             "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
             "plan it without DoRA, and leave room for one layer's weights in full"
         )
-    from vlmcap.planning.estimate.sizes import download_bytes, key_value_bytes
+    from vlmcap.planning.estimate.sizes import active_experts, download_bytes, key_value_bytes
     from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
 
     # 1. Trace the stages of a training step, and the language model's pass over prompts.
@@ -62,7 +66,8 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
     # 2. Put them together: the fullest moments, and the seconds.
     training, generation = _peaks(config, tracer, steps, prompt, cache_bytes)
     cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.new_tokens / 2)
-    caption_s, token_s = _caption_seconds(config, prompt, cache_in_the_middle, card)
+    token = _token_work(config, prompt, cache_in_the_middle, *active_experts(config, config.data.eval_batch_size))
+    token_s = token_seconds(token, card)
     return Plan(
         title=" + ".join(config.part_names.values()),
         hardware=config.hardware.name,
@@ -78,8 +83,10 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
         num_frames=config.data.num_frames,
         flops=sum(stage.trace.flops for stage in steps) / config.data.batch_size,
         clip_s=_clip_seconds(config, steps, card),
-        caption_s=caption_s,
+        caption_s=caption_seconds(prompt.trace.flops, token_s, config.llm.new_tokens, card) / config.data.eval_batch_size,
         token_s=token_s,
+        token_bytes=token.moved_bytes,
+        token_launches=token.num_launches,
         num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
         cache_bytes=_cached_bytes(tracer),
         download_bytes=download_bytes(config),
@@ -130,10 +137,40 @@ def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
     return training_seconds(flops, packed, card, is_checkpointed=checkpointed) / config.data.batch_size
 
 
-def _caption_seconds(config: Config, prompt: Stage, cache_bytes: float, card: Card) -> tuple[float, float]:
-    weight_bytes, packed = sum(prompt.trace.weights.values()), _packed_bytes(config, prompt)
-    seconds = caption_seconds(prompt.trace.flops, weight_bytes, packed, cache_bytes, config.llm.new_tokens, card)
-    return seconds / config.data.eval_batch_size, token_seconds(weight_bytes, packed, cache_bytes, card)
+@dataclass(frozen=True, slots=True)
+class TokenWork:
+    """What one caption token of every clip of an evaluation batch takes.
+
+    Attributes:
+        moved_bytes: Through the GPU's memory.
+        num_launches: Kernels.
+    """
+
+    moved_bytes: float
+    num_launches: float
+
+
+def _token_work(config: Config, prompt: Stage, cache_bytes: float, num_active: float, num_experts: int) -> TokenWork:
+    """The work of a token: all weights and the cache once, and the kernels of the prompt's pass, with as many experts as are chosen.
+
+    Args:
+        config: Run configuration.
+        prompt: The pass over the prompts.
+        cache_bytes: Keys and values at a caption's middle.
+        num_active: Experts of a layer that the batch's tokens choose.
+        num_experts: All experts of a layer; 0 without any.
+    """
+    from vlmcap.planning.estimate.fake_tensors import NUM_SHARES
+
+    launches, packed = prompt.trace.launches, _packed_bytes(config, prompt)
+    num_launches = launches.get("layers", 0.0)
+    if num_experts:
+        num_launches += launches.get("experts", 0.0) * num_active / min(NUM_SHARES, num_experts)
+        packed *= num_active / num_experts  # the loop unpacks those that are chosen
+    elif config.data.eval_batch_size <= FUSED_ROWS:
+        packed = 0.0
+    unpacking = 2 * packed * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
+    return TokenWork(sum(prompt.trace.weights.values()) + unpacking + cache_bytes, num_launches)
 
 
 def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkpointed: bool) -> float:
@@ -150,25 +187,21 @@ def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkp
     return flops / (card.utilisation * card.peak_flops) + moved / card.bytes_per_s
 
 
-def caption_seconds(flops: float, weight_bytes: float, packed_bytes: float, cache_bytes: float, max_tokens: int, card: Card) -> float:
-    """Seconds to caption a batch: its prompt by arithmetic, then for each token all weights and the cache through the memory.
+def caption_seconds(flops: float, token_s: float, max_tokens: int, card: Card) -> float:
+    """Seconds to caption a batch: its prompt by arithmetic, then one token of every clip after the other.
 
     Args:
         flops: Of the prompt's pass.
-        weight_bytes: Of all weights as they are stored.
-        packed_bytes: Of them, in 4 bits.
-        cache_bytes: Keys and values at a caption's middle.
+        token_s: Seconds per token of the whole batch.
         max_tokens: The longest caption, which ends the batch.
         card: That it runs on.
     """
-    token_s = token_seconds(weight_bytes, packed_bytes, cache_bytes, card)
     return flops / (card.utilisation * card.peak_flops) + CAPTION_SHARE * max_tokens * token_s
 
 
-def token_seconds(weight_bytes: float, packed_bytes: float, cache_bytes: float, card: Card) -> float:
-    """Seconds of one token of every clip of a batch; arguments as of `caption_seconds`."""
-    unpacking = 2 * packed_bytes * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
-    return (weight_bytes + unpacking + cache_bytes) / (card.bandwidth_share * card.bytes_per_s)
+def token_seconds(work: TokenWork, card: Card) -> float:
+    """Seconds of one token of every clip of a batch: the GPU's, or those that the host needs to launch its kernels if they are more."""
+    return max(work.moved_bytes / (card.bandwidth_share * card.bytes_per_s), work.num_launches * card.launch_s)
 
 
 def num_kept_layers(config: Config) -> int:

@@ -57,6 +57,8 @@ class Plan:
         clip_s: Seconds a clip in training.
         caption_s: Seconds to caption a clip.
         token_s: Of them, of one token of a whole evaluation batch.
+        token_bytes: Bytes that such a token moves through the GPU's memory.
+        token_launches: Kernels that such a token launches.
         num_clips: That an epoch and the store of features are counted for.
         cache_bytes: Of a clip's features on disk.
         download_bytes: Weights of the bases that this machine does not have yet.
@@ -81,6 +83,8 @@ class Plan:
     clip_s: float
     caption_s: float
     token_s: float
+    token_bytes: float
+    token_launches: float
     num_clips: int
     cache_bytes: float
     download_bytes: float
@@ -147,6 +151,7 @@ class Plan:
             "seconds_per_clip": round(self.clip_s, 4),
             "seconds_per_caption": round(self.caption_s, 4),
             "seconds_per_token": round(self.token_s, 6),
+            "launches_per_token": round(self.token_launches),
             "num_clips": self.num_clips,
             "seconds_per_epoch": round(self.clip_s * self.num_clips, 1),
             "cache_bytes": round(self.cache_bytes * self.num_clips),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
 
 MATRICES = ("gate_up_proj", "down_proj")  # (E, 2 I, H) and (E, H, I)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call E
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 
@@ -212,7 +213,7 @@ def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
         return True
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    counts = [getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    counts = [getattr(text, key, None) for key in EXPERT_COUNTS]
     experts = [count for count in counts if isinstance(count, int) and count > 0]
     leaf = name.rsplit(".", 1)[-1]
     return bool(experts) and leaf in ("gate", "router", "shared_expert_gate") and getattr(module, "out_features", None) in (*experts, 1)

@@ -12,8 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, replace_experts
+from vlmcap.planning.estimate.live_bytes import add_launches, launching
 
 NUM_SHARES = 16  # experts that stand for all in a trace: tokens are spread evenly over them
+_UNPACK_KERNELS = 3  # of an expert's 4-bit weight: its scales, their offset, the weight; bitsandbytes fuses those of linear layers
+_INT8_KERNELS = 2  # beside the product: the input to 8 bits, the output back
 
 
 def fill_hollow(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -140,6 +143,7 @@ class _Unpacking(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, out_dim: int, is_8bit: bool) -> Tensor:
         ctx.shape, ctx.dtype = (out_dim, hidden.shape[-1]), hidden.dtype
         if is_8bit:
+            add_launches(_INT8_KERNELS)
             _ = torch.empty_like(hidden, dtype=torch.int8)
             _ = hidden.new_empty(*hidden.shape[:-1], out_dim, dtype=torch.int32)
         return F.linear(hidden, hidden.new_empty(ctx.shape))
@@ -180,15 +184,17 @@ class _HollowExperts(FusedExperts):
         inputs = hidden_states[order // top_k].to(self.compute_dtype).split(counts)
         factors = {name: (self.lora_A[name].unbind(), self.lora_B[name].unbind()) for name in self.lora_A}
         outputs = []
-        for expert, tokens in enumerate(inputs):
-            gate, up = self._linear("gate_up_proj", tokens, expert, factors).chunk(2, dim=-1)
-            outputs.append(self._linear("down_proj", self.act_fn(gate) * up, expert, factors))
+        with launching("experts"):
+            for expert, tokens in enumerate(inputs):
+                gate, up = self._linear("gate_up_proj", tokens, expert, factors).chunk(2, dim=-1)
+                outputs.append(self._linear("down_proj", self.act_fn(gate) * up, expert, factors))
         weighted: Tensor = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k)) * top_k_weights[..., None]
         return weighted.sum(1).to(hidden_states.dtype)
 
     def _linear(self, name: str, hidden: Tensor, expert: int, factors: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> Tensor:
         if not self.hollow_packed:
             return super()._linear(name, hidden, expert, factors)
+        add_launches(_UNPACK_KERNELS)
         output: Tensor = _Unpacking.apply(hidden, self.shapes[name][1], False)
         if not factors:
             return output

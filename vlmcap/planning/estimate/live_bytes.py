@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+_aten = torch.ops.aten
+# These write nothing, or return their input as it is; views are recognised by their schema.
+_NO_KERNEL = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view}
 ROUNDING = 512  # bytes: the CUDA allocator hands out multiples of it
 
 
@@ -30,16 +34,27 @@ class LiveBytes(TorchDispatchMode):
         tag: What is made now belongs to it.
         peaks: Segment -> bytes by tag at the moment of the segment's largest sum.
         flops: Floating-point operations so far; a multiplication and an addition are two.
+        launches: Kernels launched so far, by kind: "experts" inside of `launching("experts")`, "layers" elsewhere.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.launch_kind = "layers"
         self.tag, self.flops = "other", 0.0
         self.peaks: dict[str, Counter[str]] = {}
         self._segment = "start"
         self._live: dict[int, tuple[str, int, Any]] = {}
         self._by_tag: Counter[str] = Counter()
         self._total, self._peak = 0, 0
+
+    def __enter__(self) -> Self:
+        _active.append(self)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        _active.remove(self)
+        super().__exit__(*error)
 
     def enter(self, segment: str) -> None:
         """What follows belongs to the segment; entered again, its peak may rise."""
@@ -73,6 +88,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._add(tensor, self.tag)
         packet = getattr(func, "_overloadpacket", None)
+        if func.namespace == "aten" and packet not in _NO_KERNEL and not func.is_view:
+            self.launches[self.launch_kind] += 1
         if packet in flop_registry:
             self.flops += float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
         return out
@@ -101,6 +118,26 @@ class LiveBytes(TorchDispatchMode):
         if self._total > self._peak:
             self._peak = self._total
             self.peaks[self._segment] = self.snapshot()
+
+
+_active: list[LiveBytes] = []
+
+
+def add_launches(count: int) -> None:
+    """Counts kernels that a GPU launches and the trace does not run."""
+    for live in _active:
+        live.launches[live.launch_kind] += count
+
+
+@contextmanager
+def launching(kind: str) -> Iterator[None]:
+    """Counts the kernels of the block as a kind of their own."""
+    before = [live.launch_kind for live in _active]
+    for live in _active:
+        live.launch_kind = kind
+    yield
+    for live, own in zip(_active, before, strict=True):
+        live.launch_kind = own
 
 
 def tag_module(module: torch.nn.Module, live: LiveBytes, tag: str) -> None:
@@ -208,6 +245,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_fused: bool, back: float, live: LiveBytes
     ) -> Tensor:
+        add_launches(1)
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         rows = query.new_empty(query.shape[:3], dtype=torch.float32)
         if not is_fused:

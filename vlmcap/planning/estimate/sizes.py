@@ -19,6 +19,7 @@ from vlmcap.config import Config, Qwen3VlConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.encoders.own import FrameEncoder
+from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
@@ -111,6 +112,14 @@ def key_value_bytes(config: Config) -> float:
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
+
+
+def active_experts(config: Config, num_tokens: int) -> tuple[float, int]:
+    """Experts of a layer that at least one of so many tokens chooses, under even routing, and all experts; (0, 0) without any."""
+    text = text_config(config)
+    total = next((int(getattr(text, key)) for key in EXPERT_COUNTS if getattr(text, key, None)), 0)
+    chosen = int(getattr(text, "num_experts_per_tok", 0) or 0)
+    return (total * (1 - (1 - chosen / total) ** num_tokens), total) if total else (0.0, 0)
 
 
 def download_bytes(config: Config) -> float:

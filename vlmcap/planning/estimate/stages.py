@@ -36,6 +36,7 @@ class StageTrace:
         retained: Behind the forward pass: what the way back needs, and the output.
         left: Behind the backward pass: gradients of the weights and of the input.
         flops: Of forward and backward pass.
+        launches: Kernels launched by the forward pass: those of the experts' loop, and all others.
     """
 
     weights: Bytes
@@ -44,6 +45,7 @@ class StageTrace:
     retained: Bytes
     left: Bytes
     flops: float
+    launches: Mapping[str, float]
 
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -67,6 +69,7 @@ def extrapolate(short: StageTrace, longer: StageTrace, num_more: int) -> StageTr
         retained=lines(short.retained, longer.retained),
         left=lines(short.left, longer.left),
         flops=line(short.flops, longer.flops),
+        launches=lines(short.launches, longer.launches),
     )
 
 
@@ -92,6 +95,7 @@ def extrapolate_kept(base: StageTrace, again: StageTrace, kept: StageTrace, num_
         retained=both(along.retained, across.retained, base.retained),
         left=both(along.left, across.left, base.left),
         flops=along.flops + across.flops - base.flops,
+        launches=both(along.launches, across.launches, base.launches),
     )
 
 
@@ -158,6 +162,7 @@ def _sum(terms: Sequence[tuple[float, StageTrace]]) -> StageTrace:
         retained=lines([trace.retained for trace in traces]),
         left=lines([trace.left for trace in traces]),
         flops=sum(times * trace.flops for times, trace in terms),
+        launches=lines([trace.launches for trace in traces]),
     )
 
 
@@ -172,6 +177,7 @@ def _grown(block: StageTrace, ratio: float) -> StageTrace:
         retained=lines(block.retained),
         left=lines(block.left),
         flops=ratio * block.flops,
+        launches=block.launches,
     )
 
 
@@ -225,6 +231,7 @@ def trace_stage(
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             output = forward()
         retained = live.snapshot()
+        launches = dict(live.launches)
     left: Bytes = {}
     if has_backward:
         stage.is_forward = False
@@ -243,7 +250,7 @@ def trace_stage(
             left = dict(live.snapshot())
     num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     peaks = {moment: dict(peak) for moment, peak in live.peaks.items() if moment != "start"}
-    return StageTrace(dict(weights_of(module)), num_trained, peaks, dict(retained), left, live.flops)
+    return StageTrace(dict(weights_of(module)), num_trained, peaks, dict(retained), left, live.flops, launches)
 
 
 class _Stage:
