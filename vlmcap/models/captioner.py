@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.config import Engine
+from vlmcap.determinism import fastest_kernels
 from vlmcap.errors import UserError
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import VisionEncoder
@@ -174,7 +175,9 @@ class VideoCaptioner(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
         """Captions of a left-padded batch, in row order; of more clips than `GenerationSettings.num_rows`, some wait for others."""
-        return self.prompt.decode(self._own_ids(batch) if self.is_refilling else self._library_ids(batch))
+        with fastest_kernels():
+            ids = self._own_ids(batch) if self.is_refilling else self._library_ids(batch)
+        return self.prompt.decode(ids)
 
     @property
     def is_refilling(self) -> bool:
