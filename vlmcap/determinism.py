@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vlmcap.errors import UserError, first_line
 
@@ -31,13 +32,15 @@ def deterministic_kernels(is_active: bool) -> Iterator[None]:
     if not is_active:
         yield
         return
-    import torch.utils.deterministic as filling
+    import torch
+
+    filling: Any = torch.utils.deterministic
 
     was_filling = filling.fill_uninitialized_memory
     added = [name for name in _VARIABLES if name not in os.environ]
     os.environ.update({name: _VARIABLES[name] for name in added})
     with _mode(True):
-        filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        filling.fill_uninitialized_memory = False
         try:
             yield
         except RuntimeError as error:
@@ -49,7 +52,7 @@ def deterministic_kernels(is_active: bool) -> Iterator[None]:
                 "set trainer.deterministic=false"
             ) from error
         finally:
-            filling.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]
+            filling.fill_uninitialized_memory = was_filling
             for name in added:
                 os.environ.pop(name, None)
 
