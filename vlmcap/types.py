@@ -99,6 +99,7 @@ class Batch:
         grid_thw: A clip each, where they vary; frames and features are then padded with zeros at the end of F and of P.
         times_s: Times of each clip's frames, None where they are not known; empty where they are known of no clip.
         position_ids: int64 (R, S), from 0 anew for each clip, of a packed batch; None where a clip has a row of its own.
+        is_right_padded: Whether all padding stands behind the clips of a row, so that causal attention needs no mask.
         skipped: Clips of this batch that could not be read.
         num_truncated: Captions cut to the limit in this batch.
     """
@@ -113,6 +114,7 @@ class Batch:
     grid_thw: tuple[GridTHW, ...] | None = None
     times_s: tuple[FrameTimes | None, ...] = ()
     position_ids: Tensor | None = None
+    is_right_padded: bool = False
     skipped: tuple[Skipped, ...] = ()
     num_truncated: int = 0
 

@@ -13,6 +13,8 @@ import torch
 
 from vlmcap.config import Config
 from vlmcap.errors import UserError
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.training.module import CaptioningModule
 from vlmcap.training.run import train
 from vlmcap.training.summary import plain_scores
 
@@ -81,8 +83,6 @@ def test_a_best_checkpoint_of_an_earlier_run_is_not_taken(straight_run: Path, ti
 def test_ctrl_c_in_training_reaches_the_program(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    from vlmcap.training.module import CaptioningModule
-
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -94,6 +94,49 @@ def test_ctrl_c_in_training_reaches_the_program(tiny_config: MakeConfig, tmp_pat
     finally:
         signal.signal(signal.SIGINT, handler)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_either(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"training": set(), "captioning": set(), "writing back": set()}
+    loss_sum, own_ids, step = VideoCaptioner.loss_sum, VideoCaptioner._own_ids, CaptioningModule.on_before_optimizer_step
+
+    def note(name: str, function: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            seen[name].add(torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled())
+            return function(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(VideoCaptioner, "loss_sum", note("training", loss_sum))
+    monkeypatch.setattr(VideoCaptioner, "_own_ids", note("captioning", own_ids))
+    monkeypatch.setattr(CaptioningModule, "on_before_optimizer_step", note("writing back", step))
+    losses, captions = [], []
+    for value in ("auto", "false"):
+        for found in seen.values():
+            found.clear()
+        folder = tmp_path / value
+        train(tiny_config(folder, f"trainer.deterministic={value}"))
+        is_on = value == "auto"  # on a CPU
+        assert seen == {"training": {is_on}, "captioning": {False}, "writing back": {is_on}}
+        assert not torch.are_deterministic_algorithms_enabled(), "it ends with the run"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses.append([row[name] for row in rows for name in ("train/loss", "val/loss") if name in row])
+        captions.append((folder / "predictions" / "val-epoch=01.jsonl").read_text(encoding="utf-8"))
+    assert losses[0] == losses[1] and len(losses[0]) > 4
+    assert captions[0] == captions[1]
+
+
+@pytest.mark.parametrize(("value", "accelerator", "is_on"), [("auto", "gpu", False), ("true", "gpu", True), ("false", "cpu", False)])
+def test_auto_is_off_on_a_gpu(value: str, accelerator: str, is_on: bool, tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, f"trainer.deterministic={value}", f"hardware.accelerator={accelerator}")
+    assert config.is_deterministic is is_on
+
+
+def test_another_value_of_deterministic_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.deterministic must be true, false or auto, not warn"):
+        tiny_config(tmp_path, "trainer.deterministic=warn")
 
 
 def test_a_plan_without_epochs_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:

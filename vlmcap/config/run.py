@@ -189,6 +189,12 @@ class Config:
         """Whether more or less of the monitored metric is better, "max" or "min"."""
         return mode_of(self.monitor, self.mode)
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether training uses deterministic kernels alone."""
+        chosen = self.trainer.deterministic
+        return self.hardware.accelerator == "cpu" if chosen == "auto" else bool(chosen)
+
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
         require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")

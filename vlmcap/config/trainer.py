@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vlmcap.config.checks import follows, require, require_positive
 from vlmcap.config.choices import OptimKind, Strategy
@@ -36,7 +37,8 @@ class TrainerConfig:
     overfit: bool = False  # validate and score on the very clips that are trained on, and on no others; see debug=overfit
     log_every_n_steps: int = 10
     checkpoint_every_n_steps: int | None = None
-    deterministic: bool = True
+    # Equal seeds give equal weights, bit for bit: true, false, or auto, which is true on a CPU and false on a GPU, where it costs time.
+    deterministic: Any = "auto"
     progress_bar: bool = True
     requeue: bool = False  # go on from the folder's last.ckpt where there is one, and ask Slurm for another turn at its signal USR1
     shrink_on_oom: bool = False  # where memory runs out in the first steps, start again with smaller micro-batches, and more to a step
@@ -46,3 +48,5 @@ class TrainerConfig:
         require(
             self.max_steps == -1 or self.max_steps >= 1, f"trainer.max_steps must be at least 1, or -1 for no limit, not {self.max_steps}"
         )
+        is_known = self.deterministic == "auto" or isinstance(self.deterministic, bool)
+        require(is_known, f"trainer.deterministic must be true, false or auto, not {self.deterministic}")

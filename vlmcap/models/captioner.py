@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.config import Engine
+from vlmcap.determinism import fastest_kernels
 from vlmcap.errors import UserError
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.llm.adapt import base_model
+from vlmcap.models.llm.attention import is_causal
 from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
 from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.projectors import Projector
@@ -63,6 +65,7 @@ class VideoCaptioner(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.projector, self.llm = encoder, projector, llm
+        self.is_causal = is_causal(base_model(llm))
         self.prompt, self.generation = prompt, generation
         self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
 
@@ -127,9 +130,16 @@ class VideoCaptioner(nn.Module):
         """What the language model is called with, in training and for generation."""
         embeddings = self.merge(batch, visual)
         if batch.position_ids is None:
-            return {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask}
+            return {"inputs_embeds": embeddings, "attention_mask": self.language_mask(batch)}
         # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that start at 0 again.
         return {"inputs_embeds": embeddings, "position_ids": batch.position_ids}
+
+    def language_mask(self, batch: Batch) -> Tensor | None:
+        """The mask (R, S) that the language model is called with; None where it changes nothing for real tokens.
+
+        With any mask, SDPA leaves its flash kernel, repeats keys and values for all heads, and takes a mask of S × S for each row.
+        """
+        return None if batch.is_right_padded and self.is_causal else batch.attention_mask
 
     def visual_tokens(self, batch: Batch) -> Tensor:
         """Visual tokens (sum of V, Dl) of all clips, encoded and projected."""
@@ -174,7 +184,9 @@ class VideoCaptioner(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
         """Captions of a left-padded batch, in row order; of more clips than `GenerationSettings.num_rows`, some wait for others."""
-        return self.prompt.decode(self._own_ids(batch) if self.is_refilling else self._library_ids(batch))
+        with fastest_kernels():
+            ids = self._own_ids(batch) if self.is_refilling else self._library_ids(batch)
+        return self.prompt.decode(ids)
 
     @property
     def is_refilling(self) -> bool:

@@ -128,7 +128,6 @@ def _make_trainer(
         enable_progress_bar=_has_bar(config),
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module's own sampler never repeats a clip in evaluation
-        deterministic="warn" if config.trainer.deterministic else False,  # an operation without such a kernel is no reason to lose a run
         default_root_dir=folder,
         **{"enable_checkpointing": False, **settings},
     )

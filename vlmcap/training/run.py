@@ -17,6 +17,7 @@ from vlmcap.assembly.resolving import resolve, resolve_from_data, with_model_kin
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
+from vlmcap.determinism import deterministic_kernels
 from vlmcap.errors import Pruned
 from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
@@ -51,10 +52,10 @@ def train(config: Config, trial: Trial | None = None) -> float:
 
     Raises:
         InUseError: Another process writes to the folder of the run.
-        UserError: Something in the configuration or the data is wrong, or memory ran out.
+        UserError: Something in the configuration or the data is wrong, memory ran out, or an operation has no deterministic kernel.
     """
     import_libraries(with_adapters=config.tuning.use_lora)
-    with run_folder(config), as_process(config):
+    with run_folder(config), as_process(config), deterministic_kernels(config.is_deterministic):
         return _train(config, trial)
 
 

@@ -117,6 +117,7 @@ class Collator:
             features=stack_padded([sequence.sample.features for sequence in sequences]),
             grid_thw=tuple(grids) or None,
             times_s=times_s if any(times_s) else (),
+            is_right_padded=self.mode == "train",
             skipped=tuple(skipped),
             num_truncated=num_truncated,
         )

@@ -97,6 +97,15 @@ def check_packing(folder: Path, name: str) -> None:
         )
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether no token of a language model sees a later one, by the account of its own layers; False where they say nothing.
+
+    Padding behind the real tokens then changes nothing for them, with or without a mask, in windowed and recurrent layers too.
+    """
+    flags = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(flags) and all(flags)
+
+
 def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> str:
     """Why the implementation cannot run; empty if it can."""
     if name == "eager":

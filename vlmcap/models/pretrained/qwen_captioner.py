@@ -92,7 +92,7 @@ class QwenVLCaptioner(VideoCaptioner):
         )
         return {
             "inputs_embeds": embeddings,
-            "attention_mask": batch.attention_mask,
+            "attention_mask": self.language_mask(batch),
             "position_ids": self.position_ids(batch, ids),
             "mm_encoder_outputs": {"video": output},
         }

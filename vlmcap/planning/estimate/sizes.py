@@ -189,5 +189,6 @@ def language_batch(
         attention_mask=torch.ones_like(ids),
         visual_mask=mask,
         labels=labels if num_caption else None,
+        is_right_padded=num_caption > 0,
         grid_thw=None if grid_thw is None else (grid_thw,) * num_clips,
     )

@@ -1,0 +1,79 @@
+"""Deterministic mode of PyTorch: on while a run trains that asks for it, and off while captions are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vlmcap.errors import UserError, first_line
+
+_NO_KERNEL = "does not have a deterministic implementation"  # PyTorch's words
+_VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
+    "FLASH_ATTENTION_DETERMINISTIC": "1",  # transformers reads it for the package flash-attn
+}
+
+
+@contextmanager
+def deterministic_kernels(is_active: bool) -> Iterator[None]:
+    """Within it, equal inputs give equal bits on the same machine; the earlier state comes back at the end.
+
+    The mode is strict, as the backward passes of flash and memory-efficient attention ignore `warn_only`. Fresh memory is not filled, which
+    would cost a pass over every unpacked 4-bit weight, and nothing here reads memory before it is written.
+
+    Args:
+        is_active: Whether the mode is wanted; the context changes nothing without it.
+
+    Raises:
+        UserError: An operation has no deterministic kernel on this device.
+    """
+    if not is_active:
+        yield
+        return
+    import torch
+
+    filling: Any = torch.utils.deterministic
+
+    was_filling = filling.fill_uninitialized_memory
+    added = [name for name in _VARIABLES if name not in os.environ]
+    os.environ.update({name: _VARIABLES[name] for name in added})
+    with _mode(True):
+        filling.fill_uninitialized_memory = False
+        try:
+            yield
+        except RuntimeError as error:
+            if _NO_KERNEL not in str(error):
+                raise
+            operation = first_line(error).partition(f" {_NO_KERNEL}")[0]
+            raise UserError(
+                f"trainer.deterministic is on, but the operation {operation} has no deterministic kernel here; "
+                "set trainer.deterministic=false"
+            ) from error
+        finally:
+            filling.fill_uninitialized_memory = was_filling
+            for name in added:
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """Within it, deterministic mode is off; the earlier state comes back at the end.
+
+    Writing captions has no backward pass, and the mode sends each write into the cache of keys down a path that sorts.
+    """
+    with _mode(False):
+        yield
+
+
+@contextmanager
+def _mode(is_active: bool) -> Iterator[None]:
+    import torch
+
+    was_active, was_lenient = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(is_active)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_active, warn_only=was_lenient)
