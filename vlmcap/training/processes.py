@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.parts import dtype_of, uses_expert_adapters
+from vlmcap.assembly.parts import device_of, dtype_of, uses_expert_adapters
 from vlmcap.config import Config, EncoderTuning, Precision, Strategy
 from vlmcap.locks import claimed_folder
 from vlmcap.overrides import quoted
@@ -127,15 +127,15 @@ def _program() -> list[str]:
     return [sys.executable, os.path.abspath(sys.argv[0])] if spec is None else [sys.executable, "-m", spec.name]
 
 
-def make_strategy(config: Config) -> LightningStrategy | str:
-    """Lightning's strategy; its own choice for one process."""
-    from vlmcap.training.strategies import ShardedStrategy, SharedStrategy
+def make_strategy(config: Config) -> LightningStrategy:
+    """The strategy of the trainer."""
+    from vlmcap.training.strategies import ShardedStrategy, SharedStrategy, SingleStrategy
 
     chosen, command = config.trainer.strategy, own_command(config)
     if chosen is Strategy.fsdp2:
         return ShardedStrategy(command, num_processes(config))
     if num_processes(config) == 1:
-        return "auto"
+        return SingleStrategy(device_of(config))
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
     is_simple = len(stages) == 1 and config.tuning.encoder_tuning is EncoderTuning.none and not uses_expert_adapters(config)
     return SharedStrategy(command, has_unused=not is_simple)

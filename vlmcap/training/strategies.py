@@ -1,4 +1,4 @@
-"""Lightning's strategies for more than one process, with checkpoints that a single process can read."""
+"""Lightning's strategies, which leave the model on its device, with checkpoints of many processes that a single one can read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim import Optimizer
@@ -48,7 +48,28 @@ class JobLauncher(_SubprocessScriptLauncher):
         _children.extend(self.procs)
 
 
-class SharedStrategy(DDPStrategy):
+class _StaysInPlace(Strategy):
+    """Leaves the model on its device when a fit or a test ends.
+
+    Lightning copies all of it to the host, frozen weights included, and back again before the next test.
+    """
+
+    def teardown(self) -> None:
+        """Frees what Lightning frees, but for the model."""
+        module = self.lightning_module
+        self._lightning_module = None  # what it does not know, it does not move
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
+        self.model = module  # without the wrapper of several processes
+
+
+class SingleStrategy(_StaysInPlace, SingleDeviceStrategy):
+    """One process on one device."""
+
+
+class SharedStrategy(_StaysInPlace, DDPStrategy):
     """Every process has the whole model and its own batches; gradients are averaged.
 
     Frozen weights, which may be quantised, are neither compared nor sent: each process has read the same files.
