@@ -1,7 +1,8 @@
 """Imports go one way, and the heavy or opinionated libraries stay where the design puts them.
 
     train.py, evaluate.py, cli -> measuring, spectrum, sweeping, reporting -> training -> planning -> assembly, demo
-        -> models, data, metrics -> compose, config_errors, config_files, config, types, errors, files, locks, terminal, libraries, determinism
+        -> models, data, metrics -> compose, config_errors, config_files, config
+        -> types, errors, files, locks, terminal, libraries, determinism
 
 Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and *typing* (under
 `if TYPE_CHECKING:`). Directions, libraries and circles count all three: whoever reads a file must know the file that it names.

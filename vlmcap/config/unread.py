@@ -178,7 +178,8 @@ def _default(run: Run, known: Field[Any]) -> Any:
     source = known.metadata.get("follows", "").removeprefix("${").removesuffix("}")
     if source and "${" not in source and "}" not in source:
         return value_at(run, source)
-    return known.default if known.default is not MISSING else known.default_factory()  # type: ignore[misc]
+    factory: Any = known.default_factory
+    return factory() if known.default is MISSING else known.default
 
 
 def default_at(run: Run, key: str) -> Any:
