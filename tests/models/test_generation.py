@@ -156,6 +156,25 @@ def test_who_writes(captioner: VideoCaptioner, monkeypatch: pytest.MonkeyPatch, 
     assert calls == ([] if is_own else ["hf"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_beams": 2}, "as it writes greedy captions alone.\n"),
+        ({"num_beams": 2, "speculate_ngram": 2}, "as it writes greedy captions alone; evaluation.speculate_ngram is ignored.\n"),
+        ({}, ""),
+        ({"engine": Engine.hf}, ""),
+    ],
+)
+def test_why_our_engine_cannot_run_is_said_once(
+    captioner: VideoCaptioner, settings: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captioner, "_has_explained", False)  # other tests share the captioner
+    for _ in range(2):
+        with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "evaluation.engine=own" in line]
+    assert [line.partition("own, ")[2] for line in lines] == said.splitlines()
+
+
 def test_clips_that_wait_are_encoded_when_a_row_is_free(captioner: VideoCaptioner) -> None:
     rows: list[int] = []
     hook = captioner.projector.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))

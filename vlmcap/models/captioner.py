@@ -6,6 +6,7 @@ Dl language width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ class VideoCaptioner(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.llm = encoder, projector, llm
         self.is_causal = is_causal(base_model(llm))
+        self._has_explained = False
         self.prompt, self.generation = prompt, generation
         self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
 
@@ -184,6 +186,7 @@ class VideoCaptioner(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
         """Captions of a left-padded batch, in row order; of more clips than `GenerationSettings.num_rows`, some wait for others."""
+        self._explain_engine()
         with fastest_kernels():
             ids = self._own_ids(batch) if self.is_refilling else self._library_ids(batch)
         return self.prompt.decode(ids)
@@ -191,10 +194,24 @@ class VideoCaptioner(nn.Module):
     @property
     def is_refilling(self) -> bool:
         """Whether our own decoding writes the captions, in which waiting clips take the rows of those that ended."""
-        from vlmcap.models.decoding.engine import can_decode
+        return self.generation.rules.engine is Engine.own and not self._engine_obstacle()
 
-        chosen = self.generation
-        return chosen.rules.engine is Engine.own and chosen.is_greedy and self.has_plain_inputs and can_decode(self.llm)
+    def _engine_obstacle(self) -> str:
+        """Why our own decoding cannot write the captions; empty if it can."""
+        from vlmcap.models.decoding.engine import obstacle
+
+        if not self.generation.is_greedy:
+            return "it writes greedy captions alone"
+        return obstacle(self.llm) if self.has_plain_inputs else "this model needs positions in time, height and width"
+
+    def _explain_engine(self) -> None:
+        """Says once why transformers writes the captions in place of our own decoding."""
+        if self._has_explained or self.is_refilling or self.generation.rules.engine is not Engine.own:
+            return
+        self._has_explained = True
+        ignored = "; evaluation.speculate_ngram is ignored" if self.generation.rules.speculate_ngram else ""
+        reason = self._engine_obstacle()
+        print(f"Captions are written by transformers, not by evaluation.engine=own, as {reason}{ignored}.", file=sys.stderr, flush=True)
 
     @property
     def prompt_batch_size(self) -> int:

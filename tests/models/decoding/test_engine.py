@@ -13,6 +13,7 @@ from vlmcap.config import EvaluationConfig, LoraConfig
 from vlmcap.models.decoding.engine import can_decode, greedy_ids
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
+from vlmcap.models.llm.attention import FLASH, REPEATED, register_repeated_keys
 
 VOCABULARY, WIDTH, NEW = 60, 64, 20
 LENGTHS = (9, 4, 13, 7, 13, 5, 10, 6, 11)  # of the prompts; more of them than rows
@@ -160,6 +161,22 @@ def test_eager_attention_writes_the_same() -> None:
     assert greedy_ids(model, prompts(), settings, STOPS, 3) == fused
 
 
+@pytest.mark.parametrize("attention", [REPEATED, *FLASH])
+def test_attention_of_other_gpus_writes_the_same(attention: str) -> None:
+    """A T4's attention decodes as it is; where flash-attn is installed, PyTorch's decodes in its place, which needs no such package."""
+    register_repeated_keys()
+    model: Any = make_model("Qwen3")
+    settings = GenerationSettings(NEW, EvaluationConfig(speculate_ngram=2))
+    expected_ids = greedy_ids(model, prompts(), settings, STOPS, 3)
+    seen: set[str] = set()
+    model.lm_head.register_forward_hook(lambda *_: seen.add(model.config._attn_implementation))
+    model.config._attn_implementation = attention
+    assert can_decode(model)
+    assert greedy_ids(model, prompts(), settings, STOPS, 3) == expected_ids
+    assert seen == {attention if attention == REPEATED else "sdpa"}
+    assert model.config._attn_implementation == attention, "training goes on with its own"
+
+
 def test_ended_rows_leave_and_waiting_clips_take_their_places(model: nn.Module) -> None:
     settings = GenerationSettings(NEW)
     lengths = [len(row) for row in expected(model, prompts(), settings)]
@@ -236,6 +253,6 @@ def test_what_only_transformers_does_is_left_to_it() -> None:
     model.generation_config.suppress_tokens = [3]
     assert not can_decode(model)
     model = sketch("Llama")
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = "flex_attention"
     assert not can_decode(model)
     assert not can_decode(nn.Linear(2, 2))

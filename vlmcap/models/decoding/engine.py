@@ -9,7 +9,8 @@ Legend: N rows, S sequence, q tokens a row in one step, Dl language width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmcap.models.decoding.cache import RowCache
 from vlmcap.models.llm.adapt import base_model
-from vlmcap.models.llm.attention import PACKABLE
+from vlmcap.models.llm.attention import FLASH, PACKABLE, REPEATED
 
 if TYPE_CHECKING:
     from vlmcap.models.decoding.settings import GenerationSettings
 
 _DRAFT = 4  # most tokens that are guessed at a time: every row pays for the longest guess
 _GROUP = 8  # newcomers come in when an eighth of the rows is free, as reading their prompts one by one would be slower
-_ATTENTION = ("sdpa", "eager")  # FlashAttention takes no mask in which each row ends at a place of its own
+_ATTENTION = ("sdpa", REPEATED, "eager", *FLASH)
 _ROTARY = ("default", "linear", "llama3", "yarn")  # others change all rows' angles with the longest row
 # Settings of a checkpoint's generation file that transformers' generate follows beside those that vlmcap sets.
 _EXTRAS = (
@@ -46,11 +47,18 @@ _EXTRAS = (
 
 def can_decode(llm: nn.Module) -> bool:
     """Whether `greedy_ids` writes what transformers' generate would: all layers see all keys, and nothing else steers the choice."""
+    return not obstacle(llm)
+
+
+def obstacle(llm: nn.Module) -> str:
+    """Why `can_decode` refuses a language model; empty if it accepts it."""
     model: Any = base_model(llm)
     config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "lm_head") or config._attn_implementation not in _ATTENTION:
-        return False
-    return is_decodable(config, getattr(model, "generation_config", None))
+    if config is None or not hasattr(model, "lm_head"):
+        return "the language model is of no class of transformers with a head"
+    if config._attn_implementation not in _ATTENTION:
+        return f"llm.attention={config._attn_implementation} is none of {', '.join(_ATTENTION)}"
+    return _obstacle(config, getattr(model, "generation_config", None))
 
 
 def is_decodable(config: Any, generation_config: Any) -> bool:
@@ -60,12 +68,19 @@ def is_decodable(config: Any, generation_config: Any) -> bool:
         config: transformers' configuration of the language model.
         generation_config: Its generation settings; None where it has none.
     """
+    return not _obstacle(config, generation_config)
+
+
+def _obstacle(config: Any, generation_config: Any) -> str:
     if config.model_type not in PACKABLE:
-        return False
+        return f"the class {config.model_type} is not known to keep rows apart"
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    is_full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    is_steered = any(getattr(generation_config, name, None) for name in _EXTRAS)
-    return is_full and not is_steered and rotary in _ROTARY
+    if rotary not in _ROTARY:
+        return f"its rope_type={rotary} changes all rows with the longest one"
+    if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers):
+        return "some of its layers see a window of the text"
+    steering = [name for name in _EXTRAS if getattr(generation_config, name, None)]
+    return f"its generation_config.json sets {', '.join(steering)}" if steering else ""
 
 
 @torch.no_grad()
@@ -84,12 +99,27 @@ def greedy_ids(
     decoder = _Decoder(llm, settings, stop_ids, num_rows)
     waiting = enumerate(prompts)
     done: dict[int, list[int]] = {}
-    while decoder.admit(waiting) or decoder.rows:
-        done |= {row.request: row.ids for row in decoder.take_finished()}
-        if decoder.rows:
-            decoder.step()
+    with _masked_attention(decoder.model.config):
+        while decoder.admit(waiting) or decoder.rows:
             done |= {row.request: row.ids for row in decoder.take_finished()}
+            if decoder.rows:
+                decoder.step()
+                done |= {row.request: row.ids for row in decoder.take_finished()}
     return [done[request] for request in range(len(done))]
+
+
+@contextmanager
+def _masked_attention(config: Any) -> Iterator[None]:
+    """Within it, PyTorch's attention runs in place of FlashAttention, which takes no mask in which each row ends at a place of its own."""
+    chosen = config._attn_implementation
+    if chosen not in FLASH:
+        yield
+        return
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
 
 
 class _Decoder:

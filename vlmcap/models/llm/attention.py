@@ -20,9 +20,9 @@ from vlmcap.errors import UserError
 
 REPEATED = "sdpa_repeated"
 _UNGROUPED = nn.Identity()  # in place of the layer, which would say how many queries share a key
-_FLASH = ("flash_attention_2", "flash_attention_3")
+FLASH = ("flash_attention_2", "flash_attention_3")
 _SDPA = ("sdpa", REPEATED)
-_NAMES = ("auto", *_SDPA, "eager", *_FLASH)
+_NAMES = ("auto", *_SDPA, "eager", *FLASH)
 # Names of transformers' configurations. In these classes, every layer that looks at other tokens is attention, full or in a window, and
 # transformers derives its mask from positions that start anew. Recurrent layers and convolutions have no mask to derive.
 PACKABLE = ("exaone4", "hyperclovax", "llama", "qwen2", "qwen3", "qwen3_moe")
@@ -44,7 +44,7 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
     if requested not in _NAMES:
         raise UserError(f"llm.attention={requested} is none of {', '.join(_NAMES)}; set it to one of them")
     if requested == "auto":
-        chosen = "sdpa" if _obstacle(_FLASH[0], device, dtype, model_class) else _FLASH[0]
+        chosen = "sdpa" if _obstacle(FLASH[0], device, dtype, model_class) else FLASH[0]
         return choose_attention(chosen, device, dtype, model_class)
     if obstacle := _obstacle(requested, device, dtype, model_class):
         mend = "eager, which is slow and needs much memory, or take another llm" if requested in _SDPA else "auto"
@@ -58,7 +58,7 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
 
 def supported_attention(model_class: Any) -> tuple[str, ...]:
     """The implementations that a class of transformers supports by its own account, whatever is installed here."""
-    flags = {"sdpa": "_supports_sdpa", _FLASH[0]: "_supports_flash_attn"}
+    flags = {"sdpa": "_supports_sdpa", FLASH[0]: "_supports_flash_attn"}
     return (*(name for name, flag in flags.items() if getattr(model_class, flag, False)), "eager")
 
 
