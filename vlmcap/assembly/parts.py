@@ -20,6 +20,7 @@ from vlmcap.config import (
     Precision,
     Qwen3VlConfig,
     Reducer,
+    Strategy,
     Temporal,
     TokenProjectorConfig,
 )
@@ -277,7 +278,7 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
     if is_meta:
         options = {name: value for name, value in language_options(config).items() if name != "quantization"}
         return sketch_language_model(folder, **options)
-    return load_language_model(folder, **language_options(config))
+    return load_language_model(folder, is_on_host=config.trainer.strategy is Strategy.fsdp2, **language_options(config))
 
 
 def load_whole(config: Config, folder: Path) -> PretrainedParts:
@@ -289,6 +290,7 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
         folder,
         max_patches=max_patches(config),
         use_outer_marks=_uses_outer_marks(config),
+        is_on_host=config.trainer.strategy is Strategy.fsdp2,
         **language_options(config),
     )
 

@@ -279,3 +279,10 @@ def test_a_gap_in_a_whole_model_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights, first: lm_head\.weight"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("is_on_host", "place"), [(False, "meta"), (True, "cpu")])
+def test_unquantised_weights_go_straight_to_the_device(llm_folder: Path, is_on_host: bool, place: str) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa"}
+    model = load_language_model(llm_folder, device="meta", is_on_host=is_on_host, **options)
+    assert {parameter.device.type for parameter in model.parameters()} == {place}

@@ -41,7 +41,9 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str) -> nn.Module:
+def load_language_model(
+    folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool = False
+) -> nn.Module:
     """A causal language model with every parameter frozen.
 
     Args:
@@ -50,7 +52,8 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
         dtype: Of unquantised weights, and of the arithmetic on quantised ones.
         quantization: "none", "8bit" or "4bit".
         attention: As `choose_attention` takes it.
-        device: Where the model will run, such as "cpu" or "cuda:0"; quantised weights are put there while loading.
+        device: Where the model will run, such as "cpu" or "cuda:0"; its weights are put there while loading.
+        is_on_host: Leaves unquantised weights in host memory, for a model that is cut into shards.
 
     Raises:
         UserError: The folder holds no causal language model, or only a part of one, or the attention is not to be had.
@@ -58,11 +61,11 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
     config, model_class, is_part = language_config(folder)
     chosen = choose_attention(attention, device, dtype, model_class)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": chosen}
+    options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if is_part:
         options["key_mapping"] = _OUT_OF_WHOLE
     if quantization != "none":
         options["quantization_config"] = expert_quantization(folder, quantization_config(quantization, dtype))
-        options["device_map"] = device
     model, missing = _from_pretrained(model_class, folder, options)
     if missing:  # transformers would fill them with random numbers
         raise UserError(f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
@@ -71,6 +74,11 @@ def load_language_model(folder: Path, *, dtype: torch.dtype, quantization: str, 
         keep_packing(model)
         check_experts_packed(model)
     return model.requires_grad_(False).eval()
+
+
+def device_map(device: str, quantization: str, *, is_on_host: bool) -> dict[str, str]:
+    """Where `from_pretrained` puts every weight as it is read, so that no second copy stands in host memory."""
+    return {"": "cpu" if is_on_host and quantization == "none" else device}
 
 
 def sketch_language_model(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> nn.Module:

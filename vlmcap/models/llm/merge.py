@@ -77,12 +77,13 @@ def merged_model(
     Raises:
         UserError: As `merge_adapters`.
     """
-    model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=device)
+    place = "cpu" if adapt is None else device
+    model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=place)
     refuse_quantized(model)
     if adapt is None:
         load_own_weights(model, weights)
         return model, 0.0
-    adapted = adapt(model.to(device))
+    adapted = adapt(model)
     load_adapters(adapted, weights)
     merged, difference = merge(adapted, progress)
     return merged.to("cpu"), difference

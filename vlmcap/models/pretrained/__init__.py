@@ -36,6 +36,7 @@ def load_pretrained(
     device: str,
     max_patches: int,
     use_outer_marks: bool = Qwen3VlConfig.use_outer_marks,
+    is_on_host: bool = False,
 ) -> PretrainedParts:
     """A whole model taken apart: encoder and language model frozen, projector in float32.
 
@@ -45,7 +46,8 @@ def load_pretrained(
         dtype: Of unquantised weights, and of the arithmetic on quantised ones.
         quantization: Of the language part: "none", "8bit" or "4bit".
         attention: As `choose_attention` takes it.
-        device: Where the model will run, such as "cpu" or "cuda:0"; quantised weights are put there while loading.
+        device: Where the model will run, such as "cpu" or "cuda:0"; its weights are put there while loading.
+        is_on_host: Leaves unquantised weights in host memory, for a model that is cut into shards.
         max_patches: Patches a frame at most, for the Qwen family; LLaVA's frames have one size.
         use_outer_marks: Whether an outer `<|vision_start|>…<|vision_end|>` stands around Qwen3-VL's frames, as its processor has it since
             transformers 5.10; other models have the one pair always.
@@ -55,8 +57,9 @@ def load_pretrained(
     """
     _check_kind(kind, folder)
     if kind == "llava_next_video":
-        return load_llava(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
+        return load_llava(folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host)
     language: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "attention": attention, "device": device}
+    language["is_on_host"] = is_on_host
     return load_qwen_vl(kind, folder, **language, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 

@@ -30,7 +30,7 @@ _SETTINGS = {
 }
 
 
-def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str) -> PretrainedParts:
+def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool) -> PretrainedParts:
     """A LLaVA-NeXT-Video checkpoint, taken apart; arguments as `load_pretrained`'s.
 
     Raises:
@@ -40,7 +40,7 @@ def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention
     encoder = load_encoder(folder, vision_options(config, dtype))
     projector = _projector(config, encoder, text_width(folder))
     load_projector_weights(projector, folder)
-    llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device)
+    llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host)
     return _parts(encoder, projector, llm)
 
 

@@ -67,7 +67,15 @@ def merged_pretrained(
 def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[str, Tensor]) -> Any:
     """The model with its tower, and the trained mergers in it."""
     parts = load_qwen_vl(
-        kind, folder, dtype=dtype, quantization="none", attention="sdpa", device="cpu", max_patches=1 << 10, use_outer_marks=True
+        kind,
+        folder,
+        dtype=dtype,
+        quantization="none",
+        attention="sdpa",
+        device="cpu",
+        is_on_host=True,
+        max_patches=1 << 10,
+        use_outer_marks=True,
     )
     _put_projector(parts.projector, projector)
     whole: Any = parts.llm

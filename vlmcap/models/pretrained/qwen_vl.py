@@ -16,7 +16,7 @@ import torch
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.preprocessing import Preprocessing, read_processor
 from vlmcap.models.llm.attention import check_attention, choose_attention
-from vlmcap.models.llm.load import keep_packing, quantization_config
+from vlmcap.models.llm.load import device_map, keep_packing, quantization_config
 from vlmcap.models.pretrained.parts import PretrainedParts, read_model, reading
 from vlmcap.models.pretrained.qwen_captioner import VISION_END, VISION_START, QwenVLCaptioner, TimestampedRuns
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
@@ -59,6 +59,7 @@ def load_qwen_vl(
     device: str,
     max_patches: int,
     use_outer_marks: bool,
+    is_on_host: bool,
 ) -> PretrainedParts:
     """A Qwen-VL checkpoint, taken apart; arguments as `load_pretrained`'s.
 
@@ -69,10 +70,11 @@ def load_qwen_vl(
 
     model_class = getattr(transformers, FAMILIES[kind].class_name)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, model_class)}
+    options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if quantization != "none":
         config = quantization_config(quantization, dtype)
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # matched from the start of a name
-        options |= {"quantization_config": config, "device_map": device}
+        options["quantization_config"] = config
     model = read_model(model_class, kind, folder, **options)
     with reading(kind, folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
