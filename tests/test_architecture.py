@@ -19,7 +19,17 @@ from tools.import_graph import ROOT, Import, all_imports, find_circle, our_files
 
 BASE = {"types", "errors", "files", "locks", "terminal", "libraries", "determinism"}
 PARTS = {"models", "data", "metrics"}
-COMPOSED = BASE | {"config", "config_errors", "config_files", "config_saved", "config_unread", "overrides", "plugins", "compose"}
+COMPOSED = BASE | {
+    "config",
+    "config_errors",
+    "config_files",
+    "config_hash",
+    "config_saved",
+    "config_unread",
+    "overrides",
+    "plugins",
+    "compose",
+}
 CONFIGURED = COMPOSED | PARTS | {"sweep_syntax"}
 TRAINED = CONFIGURED | {"demo", "assembly", "planning", "training", ""}  # "" is vlmcap/__init__.py, which has the version
 FEATURES = {"measuring", "spectrum", "reporting", "sweeping", "program"}
@@ -39,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_files": BASE | {"config", "plugins"},
     "config_errors": BASE | {"config", "overrides", "config_files"},
     "config_unread": BASE | {"config", "overrides"},
-    "compose": COMPOSED - {"compose", "config_saved"},
+    "compose": COMPOSED - {"compose", "config_hash", "config_saved"},
+    "config_hash": COMPOSED - {"config_hash"},
     "config_saved": COMPOSED - {"config_saved"},
     "program": COMPOSED,
     "sweep_syntax": COMPOSED,

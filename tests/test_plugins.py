@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.plugins import GATED, own_registries, plugin_file
-from vlmcap.compose import compose, config_hash, from_plain, to_config, to_plain
+from vlmcap.compose import compose, from_plain, to_config, to_plain
 from vlmcap.config_files import group_choices
+from vlmcap.config_hash import config_hash
 from vlmcap.errors import UserError
 from vlmcap.plugins import PLUGINS_VARIABLE, check_plugins, load_plugins, plugins_of, take_plugins, use_plugins
 

@@ -15,9 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.thinned import thinned
-from vlmcap.compose import compose, compose_node, config_hash, to_config
+from vlmcap.compose import compose, compose_node, to_config
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
+from vlmcap.config_hash import config_hash
 from vlmcap.errors import UserError
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.training.run import train

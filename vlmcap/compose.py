@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -25,9 +23,10 @@ from vlmcap.config_unread import unread_override
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.overrides import read_overrides
-from vlmcap.plugins import load_plugins, plugin_kinds, plugins_of
+from vlmcap.plugins import load_plugins, plugin_kinds
 
 CUSTOM = "custom"  # the file of a group that any checkpoint goes with
+_NAMED = ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")  # groups whose files state a name
 _PLAIN_GROUPS = {  # those of one kind
     "hardware": schema.HardwareConfig,
     "evaluation": schema.EvaluationConfig,
@@ -147,6 +146,9 @@ def name_parts(node: DictConfig, hydra_node: Any) -> None:
     """
     choices = hydra_node.runtime.choices
     typed = {override.lstrip("+").partition("=")[0] for override in hydra_node.overrides.task}
+    for group in _NAMED:
+        if f"{group}.name" not in typed:
+            _name_by_file(node, group, choices.get(group))
     for part in ("model", "encoder", "llm"):
         file = config_file(f"{part}/{choices.get(part)}")
         values = cast(dict[str, Any], OmegaConf.to_container(node[part], resolve=False))
@@ -160,6 +162,17 @@ def name_parts(node: DictConfig, hydra_node: Any) -> None:
         _replace(node, part, {"name": checkpoint_name(values["checkpoint"])} | _OF_CHECKPOINT, own, typed)
         if part == "model":
             _replace(node, "llm", _OF_CHECKPOINT, content.get("llm", {}), typed)
+
+
+def _name_by_file(node: DictConfig, group: str, choice: str | None) -> None:
+    """Calls a part as the user's own file is called where that states no name: it would have that of the file that it begins with."""
+    file = config_file(f"{group}/{choice}")
+    content = read_yaml(file) if file.is_file() else {"name": choice}
+    if "name" in content or "name" in content.get(group, {}):
+        return
+    is_inherited = OmegaConf.is_missing(node[group], "name") or config_file(f"{group}/{node[group].name}").is_file()
+    if is_inherited:
+        node[group].name = file.stem
 
 
 def _replace(node: DictConfig, part: str, values: Mapping[str, Any], own: Mapping[str, Any], typed: set[str]) -> None:
@@ -257,44 +270,6 @@ def to_plain(config: object) -> Any:
     if is_dataclass(config) and not isinstance(config, type):
         return {name: to_plain(value) for name, value in asdict(config).items()}
     return config
-
-
-# What changes where a run writes, what it is called, how it is shown, or how fast it is, but not what comes out.
-_WITHOUT_EFFECT = (
-    *(f"{group}.name" for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")),
-    *(f"{group}.{name}" for group in ("model", "encoder", "llm") for name in ("gate", "licence")),
-    # Other groups have these values, their own or those of the profile.
-    *(f"hardware.{name}" for name in ("memory_gib", "num_frames", "batch_size", "eval_batch_size", "accumulate_grad_batches")),
-    *(f"hardware.{name}" for name in ("image_size", "frame_stack", "quantization", "attention")),
-    "llm.suggested",
-    "encoder.is_cached",
-    "paths",
-    "logger",
-    "sweep",
-    "launcher",
-    "plan",
-    "checkpoint",
-    "callbacks.profile",
-    "trainer.progress_bar",
-    "trainer.requeue",
-    "hardware.num_workers",
-    "data.num_workers",
-    "cache.max_gib",
-)
-
-
-def config_hash(config: Config) -> str:
-    """16 hex digits that are equal for configurations whose runs come to the same."""
-    plain = to_plain(config)
-    for path in (*_WITHOUT_EFFECT, *(("data.root",) if config.data.is_demo else ())):  # the demo's root is a folder of the cache
-        *groups, name = path.split(".")
-        node = plain
-        for group in groups:
-            node = node[group]
-        node.pop(name, None)
-    if plugins := plugins_of(config):
-        plain["plugins"] = plugins
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def write_yaml(plain: Any, path: Path) -> None:

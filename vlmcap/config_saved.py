@@ -79,7 +79,7 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
     Args:
         overrides: As typed.
         program: That takes them, for the error.
-        read: The keys that it reads; all where there are none.
+        read: The keys, and groups of keys, that it reads; all where there are none.
 
     Raises:
         UserError: An override names what is not there, has a wrong value, or is of a key that the program does not read.
@@ -88,8 +88,8 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
         return {}
     values = _values(compose_node(loosened(overrides), name="evaluate"), overrides)
     for key in values if read else ():
-        if key not in read:
-            raise UserError(f"{key} changes nothing in {program}, which reads {' and '.join(read)}; leave {key} out")
+        if not any(_is_within(key, known) for known in read):
+            raise UserError(f"{key} changes nothing in {program}; leave {key} out")
     return values
 
 

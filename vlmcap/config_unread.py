@@ -62,6 +62,8 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
     there = [one for one in followers if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}]
     if any(value_at(config, one) == value for one in there):
         return ""
+    if not there and value == default_at(config, key):
+        return ""
     if not there:
         group = followers[0].partition(".")[0]
         return f"{key}={as_text(value)} changes nothing with {group}={getattr(config, group).name}, which has no such key; leave {key} out"

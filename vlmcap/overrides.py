@@ -117,6 +117,9 @@ HINTS: dict[str, tuple[str, str]] = {
     for name in names.split()
 }
 _PLUGINS = {"hydra.sweeper.": "sweep", "hydra.launcher.": "launcher"}  # keys of Hydra's own plugins
+_DEFAULT_KINDS = {"tuning": "two_stage", "logger": "csv", "sweep": "grid", "launcher": "basic", "llm": "tiny"}  # of conf/train.yaml
+_KINDS_OF_FILES = {"default": "grid", "demo": "two_stage"}  # where a file is not called as its kind
+_LIKE = {"adapter_lr": ("llm_lr", "projector_lr"), "align_lr": ("projector_lr",)}  # what a kind of tuning has where it lacks a rate
 _LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has these itself
 
 
@@ -132,7 +135,7 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
         UserError: A key is one of another program, or several values are given to what takes one.
     """
     for argument in arguments:
-        if hint := foreign_key(argument):
+        if hint := foreign_key(argument, arguments):
             raise UserError(hint)
     found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
     for argument, text in zip(arguments, found, strict=True):
@@ -147,8 +150,13 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def foreign_key(override: str) -> str:
-    """A sentence that names our key for one of Lightning, Hydra or transformers; empty for any other."""
+def foreign_key(override: str, beside: Sequence[str] = ()) -> str:
+    """A sentence that names our key for one of Lightning, Hydra or transformers; empty for any other.
+
+    Args:
+        override: As typed.
+        beside: The other overrides, which say what the key has to fit.
+    """
     key, _, value = override.lstrip("+~").partition("=")
     key = key.partition("@")[0]
     if f"{key}={value}" in _LEFT_TO_HYDRA:
@@ -161,8 +169,31 @@ def foreign_key(override: str) -> str:
             instead = f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
     if not instead:
         return ""
-    own = shell_quoted(instead + value) if instead.endswith("=") else instead
-    return f"there is no key '{key}' here: set {own}{f' ({more})' if more else ''}"
+    fitting, choice = _fitting(instead, beside)
+    own = shell_quoted(fitting + value) if fitting.endswith("=") else fitting
+    more = more if fitting == instead and not choice else ""
+    return f"there is no key '{key}' here: set {choice}{own}{f' ({more})' if more else ''}"
+
+
+def _fitting(instead: str, beside: Sequence[str]) -> tuple[str, str]:
+    """Our key for what is chosen beside it, and a choice that goes in front where that has no such key."""
+    group, dot, name = instead.removesuffix("=").partition(".")
+    if not dot or not instead.endswith("=") or group not in _DEFAULT_KINDS:
+        return instead, ""
+    chosen = _DEFAULT_KINDS[group]
+    for override in beside:
+        if key_of(override) == group:
+            chosen = override.partition("=")[2]
+    if group == "llm":  # the file of another model has what suits that one
+        return instead, "llm=custom " if chosen == _DEFAULT_KINDS[group] and name == "checkpoint" else ""
+    if (kind := SCHEMAS[group].get(_KINDS_OF_FILES.get(chosen, chosen))) is None:  # a file of the user's own
+        return instead, ""
+    for one in (name, *_LIKE.get(name, ())):
+        if one.partition(".")[0] in (field.name for field in fields(kind)) and not (one.startswith("lora.") and chosen == "full"):
+            return f"{group}.{one}=", ""
+    able = (other for other, schema in SCHEMAS[group].items() if name.partition(".")[0] in (field.name for field in fields(schema)))
+    preferred = {"tuning.lora": "lora", "logger.project": "wandb"}.get(f"{group}.{name.partition('.')[0]}") or next(able)
+    return instead, f"{group}={preferred} "
 
 
 def quoted(text: object) -> str:

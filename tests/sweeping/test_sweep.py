@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.sweeping.program import Program, statuses
-from vlmcap.compose import compose, config_hash
+from vlmcap.compose import compose
 from vlmcap.config import Config
+from vlmcap.config_hash import config_hash
 from vlmcap.errors import DoesNotFit, UserError
 from vlmcap.sweeping.job import read_status
 

@@ -31,7 +31,7 @@ ONE = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
         (["hardware.precision=fp16"], r"no scaler for hardware\.precision=fp16; set hardware\.precision=bf16"),
         (["optim=adamw_8bit"], r"optim=adamw_8bit cannot; set optim=adamw"),
         (["tuning.lora.use_experts=true"], r"set tuning\.lora\.use_experts=false"),
-        (["hardware.gradient_checkpointing=true", "hardware.offload_checkpoints=true"], r"offload_checkpoints=true; set it to false"),
+        (["hardware=l4", "llm.quantization=none", "hardware.offload_checkpoints=true"], r"offload_checkpoints=true; set it to false"),
     ],
 )
 def test_what_fsdp2_cannot_do_is_refused(overrides: list[str], message: str) -> None:

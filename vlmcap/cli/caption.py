@@ -20,6 +20,14 @@ from vlmcap.errors import OutOfMemoryError, StoppedBySignal, UserError, first_li
 from vlmcap.terminal import progress_reporter
 from vlmcap.types import Skipped
 
+_DATA = ("num_frames", "sampling", "fps", "variable_frames", "decoder", "eval_batch_size", "num_workers", "is_isolated")
+_SEARCH = ("engine", "clips_per_row", "speculate_ngram", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size")
+# The settings of a checkpoint that captioning reads.
+_READ = (
+    *("model", "encoder", "projector", "llm", "tuning.lora", "hardware", "paths.cache_dir"),
+    *(f"data.{name}" for name in (*_DATA, "decode_timeout_s", "decode_memory_gib")),
+    *(f"evaluation.{name}" for name in (*_SEARCH, "do_sample", "temperature", "top_p", "top_k")),
+)
 _MAX_NAMED = 10  # endings, and files, of a sentence
 
 
@@ -32,7 +40,7 @@ def run(options: Namespace) -> None:
     """
     if options.resume and not options.output:
         raise UserError("--resume needs --output, the file to go on with")
-    settings = override_values(options.overrides)
+    settings = override_values(options.overrides, program="vlmcap caption", read=_READ)
     found = find_videos([Path(path) for path in options.paths])
     for notice in found.notices():
         print(notice, file=sys.stderr)

@@ -276,4 +276,5 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require(self.enabled in (True, False, "auto"), f"cache.enabled must be true, false or auto, not {self.enabled}")
+        self.enabled = self.enabled if self.enabled == "auto" else bool(self.enabled)  # 0 and 1 are no other values
         require(self.max_gib is None or 0 < self.max_gib < inf, f"cache.max_gib must be above 0, or null for no limit, not {self.max_gib}")

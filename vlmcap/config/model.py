@@ -19,6 +19,10 @@ KOREAN_PROMPT = "이 영상을 한국어로 자세히 설명해 주세요."
 ENGLISH_PROMPT = "Describe this video in detail."
 
 
+def _require_checkpoint(group: str, checkpoint: str) -> None:
+    require(checkpoint.strip() != "", f"{group}.checkpoint is empty; set it to a hub id, or to a local folder in Hugging Face layout")
+
+
 @dataclass
 class ModelConfig:
     """Where the three parts come from."""
@@ -43,6 +47,9 @@ class PretrainedVlmConfig(ModelConfig):
     revision: str | None = None  # branch, tag or commit on the hub
     gate: str | None = None  # licence to accept on the hub before the download works
     licence: str = ""
+
+    def __post_init__(self) -> None:
+        _require_checkpoint("model", self.checkpoint)
 
 
 @register("model")
@@ -106,6 +113,9 @@ class TowerConfig(EncoderConfig):
 
     feature_layer: int = -1  # index into the hidden states; -1 is after the last block, -2 before it
 
+    def __post_init__(self) -> None:
+        _require_checkpoint("encoder", self.checkpoint)
+
 
 @register("encoder")
 @dataclass
@@ -119,6 +129,7 @@ class PatchEncoderConfig(TowerConfig):
     tiling: int = 1  # tiles that a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive("encoder", self, "image_size", "tiling")
         for key, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             require(values is None or len(values) == 3, f"encoder.{key} must have three numbers, one per channel, not {values}")
@@ -134,6 +145,7 @@ class NaflexEncoderConfig(TowerConfig):
     max_patches: int = 256  # per frame at most
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive("encoder", self, "max_patches")
 
 
@@ -187,6 +199,8 @@ class LlmConfig:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        if type(self) in (LlmConfig, NativeLlmConfig):  # a plugin's may need none
+            _require_checkpoint("llm", self.checkpoint)
         require(self.attention != "", "llm.attention is empty; set it to auto, sdpa or another implementation of transformers")
         for name in ("max_caption_tokens", "max_new_tokens"):
             value = getattr(self, name)

@@ -197,6 +197,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
+        for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data"):
+            require(getattr(self, group).name.strip() != "", f"{group}.name is empty; give a name, or leave {group}.name out")
         require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")
         is_wrong = self.mode == "max" and is_lower_better(self.monitor)
         require(not is_wrong, f"monitor={self.monitor} is better when it is lower; set mode=min, or leave mode out")

@@ -27,7 +27,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         require_positive("tuning.lora", self, "rank")
         targets = self.target_modules
-        self.target_modules = ",".join(map(str, targets)) if isinstance(targets, list) else targets
+        names = targets.split(",") if isinstance(targets, str) else targets
+        self.target_modules = ",".join(str(name).strip() for name in names) if isinstance(names, list) else targets
         is_named = isinstance(self.target_modules, str) and bool(self.target_modules)
         require(is_named, f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]")
         require(0 <= self.dropout < 1, f"tuning.lora.dropout must be in [0, 1), not {self.dropout}")

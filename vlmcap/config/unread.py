@@ -153,9 +153,15 @@ def check_unread(run: Run) -> None:
             raise UnreadError(path, default, f"{path}={as_text(value)} changes nothing {why.format(key=path)}")
 
 
-def unread_keys(run: Run) -> dict[str, str]:
-    """The keys that nothing reads beside the other values, and why, whatever their own values are."""
-    found = {path: _why_unread(run, path, owner, known) for path, owner, known in _leaves("", run)}
+def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
+    """The keys that nothing reads beside the other values, and why, whatever their own values are.
+
+    Args:
+        run: The run's configuration.
+        that_follow: Whether only keys count that follow others, and so have values of many kinds although they are not set.
+    """
+    leaves = [leaf for leaf in _leaves("", run) if not that_follow or "follows" in leaf[2].metadata]
+    found = {path: _why_unread(run, path, owner, known) for path, owner, known in leaves}
     return {path: why.format(key=path) for path, why in found.items() if why is not None}
 
 

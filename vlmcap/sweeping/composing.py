@@ -13,9 +13,10 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import checked_config, config_hash, name_parts
+from vlmcap.compose import checked_config, name_parts
 from vlmcap.config import Config
 from vlmcap.config_errors import explain, innermost
+from vlmcap.config_hash import config_hash
 from vlmcap.errors import UserError
 from vlmcap.sweep_syntax import expand, short_names
 

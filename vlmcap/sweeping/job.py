@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vlmcap.compose import config_hash
 from vlmcap.config import Config
+from vlmcap.config_hash import config_hash
 from vlmcap.errors import DoesNotFit, InUseError, Pruned, UserError, first_line, is_out_of_memory, storage_problem
 from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
