@@ -6,12 +6,15 @@ import functools
 import gc
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
+from tests.thinned import is_left_out
 
 if TYPE_CHECKING:
     from vlmcap.config import Config
@@ -43,6 +46,18 @@ def pytest_collection_finish() -> None:
     """Modules stay for good, so the collector need not search them after each of many tests."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests with many parameters that are alike, only some belong to the fast ones."""
+    counts: Counter[str] = Counter()
+    for item in items:
+        name, bracket, _ = item.nodeid.partition("[")
+        if bracket and item.get_closest_marker("slow") is None:
+            if is_left_out(name, counts[name]):
+                item.add_marker(pytest.mark.slow)
+            counts[name] += 1
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -181,7 +181,6 @@ def test_a_key_of_another_kind_is_refused_by_name(group: str, name: str) -> None
         ([], ["encoder.name=x", "llm.name=y", "hardware.name=z"]),
         (["projector=mlp4"], ["projector=mlp", "projector.depth=4"]),
         (["tuning=demo"], ["tuning=two_stage", "tuning.align_epochs=2", "tuning.epochs=12"]),
-        (["hardware.num_frames=4", "data.num_frames=8"], []),
         (["hardware.batch_size=4"], ["data.batch_size=4"]),
         (["hardware.frame_stack=4"], ["projector.frame_stack=4"]),
         (["tuning.adapter_lr=0.004"], []),

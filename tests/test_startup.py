@@ -79,6 +79,7 @@ register_schemas()
     assert run(f"{program}.py", "--help")[0] == run(code=code)[0] != ""
 
 
+@pytest.mark.slow
 def test_the_collector_of_circles_works_after_the_libraries_were_imported() -> None:
     code = """
 import gc, json, sys

@@ -20,3 +20,48 @@ def thinned(values: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
         value if is_fast(value) else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
         for value in values
     ]
+
+
+# Tests whose parameters are alike: `make test` takes every nth of them, and `make test-all` the others.
+EVERY_NTH = {
+    "tests/test_compose.py::test_every_file_composes": 3,
+    "tests/test_compose.py::test_every_run_of_a_study_composes_and_differs": 4,
+    "tests/test_compose.py::test_every_experiment_is_the_combination_of_the_tables": 3,
+    "tests/test_compose.py::test_a_mistake_is_one_sentence_with_the_key_and_the_mend": 4,
+    "tests/test_compose.py::test_a_part_is_called_what_its_checkpoint_is": 3,
+    "tests/test_settings.py::test_a_setting_is_read_or_refused": 3,
+    "tests/test_settings.py::test_configurations_whose_runs_are_equal_have_equal_hashes": 3,
+    "tests/test_overrides.py::test_a_key_of_another_program_names_one_of_ours": 8,
+    "tests/test_overrides.py::*": 3,
+    "tests/test_docs.py::test_a_command_prints_what_is_shown": 3,
+    "tests/assembly/test_grid.py::test_every_cell_fits_or_is_refused_in_words": 6,
+    "tests/assembly/test_refusals.py::*": 3,
+    "tests/planning/test_plan_sweep.py::*": 3,
+    "tests/planning/test_plan_by_id.py::*": 3,
+    "tests/planning/test_make_plan.py::test_the_targets_are_met": 2,
+    "tests/measuring/test_measure.py::*": 2,
+    "tests/models/test_padding.py::*": 4,
+    "tests/models/test_hub.py::*": 3,
+    "tests/models/llm/test_inspection.py::*": 4,
+    "tests/models/encoders/test_any_tower.py::*": 3,
+    "tests/models/decoding/test_engine.py::*": 3,
+    "tests/models/test_generation.py::*": 3,
+    "tests/data/decoding/test_matrix.py::*": 3,
+    "tests/data/decoding/test_sampling.py::*": 2,
+    "tests/data/decoding/test_timeline.py::*": 2,
+    "tests/data/loading/test_dataset.py::*": 2,
+    "tests/data/loading/test_isolation.py::*": 2,
+    "tests/training/test_kill_points.py::*": 2,
+    "tests/devices/test_devices.py::*": 2,
+}
+
+
+def is_left_out(name: str, number: int) -> bool:
+    """Whether `make test` leaves out the parameters of a test with this number, counted from 0.
+
+    Args:
+        name: Of the test, such as "tests/test_compose.py::test_every_file_composes".
+        number: Of its parameters.
+    """
+    step = EVERY_NTH.get(name) or EVERY_NTH.get(f"{name.partition('::')[0]}::*") or 1
+    return number % step != 0

@@ -57,6 +57,7 @@ def test_a_whole_model_leaves_nothing_to_combine() -> None:
         grid_names(["model=qwen3_vl_8b"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", thinned([[], ["hardware.gradient_checkpointing=false", "data.batch_size=2"]], bool), ids=["checkpointed", "plain"]
 )

@@ -37,6 +37,7 @@ def test_two_short_traces_give_the_whole_one(trial: Trial) -> None:
     assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
 
 
+@pytest.mark.slow
 def test_kept_blocks_are_three_short_traces() -> None:
     trial = Trial("qwen3", width=128)
     whole = trace_trial(replace(trial, num_kept=3), DEPTH + 1)

@@ -57,6 +57,7 @@ def test_a_sweep_survives_what_fails_and_says_what_became_of_each(program: Progr
     assert "Traceback" in printed.err, "a bug keeps its traceback"
 
 
+@pytest.mark.slow
 def test_a_sweep_in_which_all_goes_well_exits_with_0(program: Program) -> None:
     assert program(GRID, by_seed) == 0
     assert {one["status"] for one in statuses(program.sweep_folder()).values()} == {"finished"}
@@ -72,6 +73,7 @@ def test_a_combination_that_does_not_go_together_is_recorded_without_being_start
     assert (program.sweep_folder() / "1" / ".hydra" / "overrides.yaml").read_text() == "- encoder=own\n"
 
 
+@pytest.mark.slow
 def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: Program) -> None:
     given = ["llm=custom", "llm.checkpoint=org/First,org/Second"]
     assert program(["-m", *given], by_seed) == 0
@@ -148,6 +150,7 @@ def test_jobs_that_come_to_the_same_run_once(program: Program) -> None:
     assert len(program.runs) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_job_holds_no_memory(program: Program) -> None:
     kept: list[weakref.ref[torch.Tensor]] = []
 

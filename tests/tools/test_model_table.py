@@ -32,16 +32,19 @@ def rows(page: str, title: str) -> dict[str, list[str]]:
     return {cells[0].strip("`"): cells for cells in lines}
 
 
+@pytest.mark.slow
 def test_the_page_is_current(page: str) -> None:
     assert program.PAGE.read_text(encoding="utf-8") == page, "run python -m tools.model_table"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "group"), [("Encoders", "encoder"), ("Projectors", "projector"), ("Language models", "llm")])
 def test_every_name_of_a_group_has_a_row(page: str, title: str, group: str) -> None:
     names = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if not file.stem.startswith("tiny")} - {"own", "custom"}
     assert rows(page, title).keys() == names
 
 
+@pytest.mark.slow
 def test_a_row_has_the_true_sizes(page: str) -> None:
     encoder = rows(page, "Encoders")["clip"]
     assert encoder[2:6] == ["`CLIPVisionModel`", "303.5 M", "1024", "576"]
@@ -67,6 +70,7 @@ def test_errors_are_read_from_what_the_tests_recorded(tmp_path: Path) -> None:
     assert program.read_measured(tmp_path / "junit.xml") == {"encoder:clip": {"test": "tests/a.py::test_x", "error": 2e-6}}
 
 
+@pytest.mark.slow
 def test_check_tells_a_stale_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(program, "page", lambda: page)
     monkeypatch.setattr(program, "PAGE", tmp_path / "models.md")

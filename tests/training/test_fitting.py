@@ -104,6 +104,7 @@ def test_a_late_lack_of_memory_starts_nothing_again(tiny_config: MakeConfig, tmp
         train(tiny_config(tmp_path / "run", *command))
 
 
+@pytest.mark.slow
 def test_advice_comes_from_the_plan() -> None:
     config = compose(["encoder=siglip2", "llm=qwen3_4b", "hardware=l4", "data=aihub", "data.root=x", "paths.output_dir=out"])
     changes = planned_changes(config)

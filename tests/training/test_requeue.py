@@ -67,6 +67,7 @@ def test_a_run_stopped_by_a_signal_resumes_to_the_same_end(
     check_same_end(folder, straight_run)
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     stop = StopOnSignal(tmp_path)
     with stop.listening():

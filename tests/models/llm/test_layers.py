@@ -97,14 +97,16 @@ def test_nothing_is_moved_without_gradients(llm_folder: Path, moved: list[tuple[
 
 
 def test_the_keys(llm_folder: Path, moved: list[tuple[int, ...]]) -> None:
-    config = compose(["paths.output_dir=out", "hardware.gradient_checkpointing=true", "hardware.offload_checkpoints=true"])
+    config = compose(
+        ["paths.output_dir=out", "hardware=l4", "hardware.accelerator=gpu", "hardware.precision=fp32", "hardware.offload_checkpoints=true"]
+    )
     llm = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
     loss_and_gradients(add_adapters(config, llm).train())
     assert moved
     with pytest.raises(
         UserError, match=r"hardware\.offload_checkpoints=true changes nothing without hardware\.gradient_checkpointing=true"
     ):
-        compose(["paths.output_dir=out", "hardware.offload_checkpoints=true"])
+        compose(["paths.output_dir=out", "hardware=l4", "hardware.gradient_checkpointing=false", "hardware.offload_checkpoints=true"])
 
 
 @pytest.mark.gpu
