@@ -20,8 +20,8 @@ from vlmcap.assembly import model as model_module
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.model import Assembly
 from vlmcap.compose import compose, from_plain, to_config
-from vlmcap.config_saved import saved_config
 from vlmcap.config import Config, Split
+from vlmcap.config_saved import saved_config
 from vlmcap.demo.prepare import prepare
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.training.checkpoints.load import read_checkpoint
