@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import shlex
@@ -12,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from vlmcap.compose import compose, compose_node
-from vlmcap.config import Config
+from vlmcap.config import Config, LlmConfig
+from vlmcap.config.kinds import SCHEMAS
 from vlmcap.config_errors import _paths
-from vlmcap.config_unread import check_single_run, check_training
 from vlmcap.errors import UserError
 from vlmcap.overrides import HINTS, foreign_key, quoted, read_overrides
 from vlmcap.sweep_syntax import expand
@@ -153,45 +154,52 @@ def test_a_known_last_name_beats_a_similar_spelling() -> None:
         compose(["trainer.precision=bf16"])
 
 
+def test_nothing_chosen_is_the_default_or_one_sentence() -> None:
+    folder = "paths.output_dir=x"
+    assert compose(["experiment=null", "debug=null", folder]) == compose([folder])
+    with pytest.raises(UserError, match=r"^encoder=null chooses nothing; name one"):
+        compose(["encoder=null"])
+
+
 def test_quotes_survive_hydra() -> None:
     for text in ("a'b", "a\\", "a\\'b", "", "'", "\\\\"):
         assert text_of(f"x={quoted(text)}") == text
 
 
-@pytest.mark.parametrize(
-    ("overrides", "refused"),
-    [
-        (["sweep.budget_h=4"], "sweep.budget_h=4"),
-        (["sweep=optuna", "sweep.n_trials=3"], "sweep.n_trials=3"),
-        (["sweep=optuna"], "sweep=optuna"),
-        (["launcher=basic", "launcher=joblib"], "launcher=joblib"),
-        (["launcher=submitit", "++launcher.is_local=true"], "++launcher.is_local=true"),
-        (["sweep=default", "launcher=basic", "sweep.resume=false"], ""),
-    ],
-    ids=["a key", "the last one first", "a group", "the group that counts", "with signs", "defaults"],
-)
-def test_a_single_run_refuses_what_a_sweep_reads(overrides: list[str], refused: str) -> None:
-    config = compose(overrides)
-    if not refused:
-        check_single_run(overrides, config)
-        return
-    with pytest.raises(UserError, match=re.escape(f"{refused} changes nothing without -m")):
-        check_single_run(overrides, config)
+@pytest.mark.parametrize("tuning", ["two_stage", "lora", "full", "projector_only", "demo"])
+def test_a_hint_names_a_key_that_what_is_chosen_beside_it_has(tuning: str) -> None:
+    kinds = {"tuning": {"demo": "two_stage"}.get(tuning, tuning), "logger": "csv", "sweep": "grid", "launcher": "basic"}
+    for key in HINTS:
+        hint = foreign_key(key if "=" in key else f"{key}=7", [f"tuning={tuning}"])
+        words = shlex.split(hint.partition(" here: set ")[2].partition(" (")[0])
+        chosen = dict(kinds)
+        for word in words:
+            name, _, value = word.partition("=")
+            group, dot, rest = name.partition(".")
+            if not dot:
+                chosen[group] = value
+            elif group in chosen:
+                schema = SCHEMAS[group].get(chosen[group], LlmConfig)  # llm=custom is of the kind that llm=tiny is
+                assert rest.partition(".")[0] in {known.name for known in dataclasses.fields(schema)}, f"{key} with tuning={tuning}: {hint}"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "is_refused"),
+    ("arguments", "expected"),
     [
-        (["data.split=val"], True),
-        (["data.split=test"], False),
-        (["data=coco_ko", "data.root=x", "data.split=test"], True),
-        (["data=coco_ko", "data.root=x"], False),
+        (["lr=1"], "set tuning.adapter_lr=1 ("),
+        (["lr=1", "tuning=projector_only"], "set tuning.projector_lr=1"),
+        (["tuning=full", "lr=1"], "set tuning.llm_lr=1"),
+        (["lr=1", "tuning=mine"], "set tuning.adapter_lr=1 ("),
+        (["lora_r=8", "tuning=projector_only"], "set tuning=lora tuning.lora.rank=8"),
+        (["lora_r=8", "tuning=full"], "set tuning=lora tuning.lora.rank=8"),
+        (["wandb.project=x"], "set logger=wandb logger.project=x"),
+        (["wandb.project=x", "logger=trackio"], "set logger.project=x"),
+        (["hydra.sweeper.n_trials=9"], "set sweep=optuna sweep.n_trials=9"),
+        (["hydra.launcher.n_jobs=9", "launcher=ray"], "set launcher.n_jobs=9"),
+        (["model_name=a/b"], "set llm=custom llm.checkpoint=a/b"),
+        (["model_name=a/b", "llm=qwen3_8b"], "set llm.checkpoint=a/b"),
     ],
 )
-def test_training_refuses_the_split_of_an_evaluation(overrides: list[str], is_refused: bool) -> None:
-    config = compose(overrides)
-    if not is_refused:
-        check_training(overrides, config)
-        return
-    with pytest.raises(UserError, match=r"data\.split=\w+ changes nothing in training"):
-        check_training(overrides, config)
+def test_hints_fit_the_command_line(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)):
+        read_overrides(arguments)

@@ -18,7 +18,6 @@ from tests.thinned import thinned
 from vlmcap.compose import compose, compose_node, to_config
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS
-from vlmcap.config_hash import config_hash
 from vlmcap.errors import UserError
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.training.run import train
@@ -151,7 +150,7 @@ READ_ELSEWHERE = {
 
 
 def test_the_count_of_keys() -> None:
-    """What is checked above, and what is not: the kinds that are no default, whose keys their own tests check."""
+    """What is checked above; tests/test_config_unread.py goes over the kinds that are no default."""
     assert len(KEYS) > 150
     assert len({key for key, _, _ in KEYS}) == len(KEYS)
 
@@ -173,29 +172,6 @@ def is_first_of_group(key: tuple[str, str]) -> bool:
 def test_a_key_of_another_kind_is_refused_by_name(group: str, name: str) -> None:
     with pytest.raises(UserError, match=rf"'{name}' is no key of this {group}, but of {group}=|no key '{group}.{name}' here"):
         compose([f"{group}.{name}=1"])
-
-
-@pytest.mark.parametrize(
-    ("one", "another"),
-    [
-        ([], ["encoder.name=x", "llm.name=y", "hardware.name=z"]),
-        (["projector=mlp4"], ["projector=mlp", "projector.depth=4"]),
-        (["tuning=demo"], ["tuning=two_stage", "tuning.align_epochs=2", "tuning.epochs=12"]),
-        (["hardware.batch_size=4"], ["data.batch_size=4"]),
-        (["hardware.frame_stack=4"], ["projector.frame_stack=4"]),
-        (["tuning.adapter_lr=0.004"], []),
-        (["data.num_workers=7", "trainer.progress_bar=false", "logger=none"], []),
-        (["evaluation.do_sample=false"], []),
-        (["cache.enabled=true"], []),
-    ],
-)
-def test_configurations_whose_runs_are_equal_have_equal_hashes(one: list[str], another: list[str]) -> None:
-    assert config_hash(compose(one)) == config_hash(compose(another))
-
-
-@pytest.mark.parametrize("override", ["tuning.epochs=13", "tuning.adapter_lr=1e-3", "seed=1", "projector=linear", "data.num_frames=4"])
-def test_others_have_not(override: str) -> None:
-    assert config_hash(compose([override])) != config_hash(compose([]))
 
 
 def test_a_sweep_over_a_key_that_a_part_does_not_read_is_refused(tmp_path: Path) -> None:

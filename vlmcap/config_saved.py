@@ -106,7 +106,8 @@ def loosened(overrides: Sequence[str]) -> list[str]:
 
 def _values(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     keys = [key for override in overrides if (key := key_of(override)) != "checkpoint"]
-    return {key: composed._get_node(key) if "." not in key else OmegaConf.select(composed, key) for key in keys}
+    # An experiment is no key of what it composes.
+    return {key: composed._get_node(key) if key in composed else OmegaConf.select(composed, key) for key in keys}
 
 
 def saved_config(plain: dict[str, Any], values: Mapping[str, Any] | None = None, *, is_training: bool = False) -> Config:
@@ -148,7 +149,8 @@ def _refuse_of_training(plain: Mapping[str, Any], values: Mapping[str, Any]) -> 
         if found is None or is_read:
             continue
         saved = _at(plain, key)
-        if to_plain(value) == saved or (isinstance(value, DictConfig) and _is_choice(value, saved)):
+        is_kept = "." in key or key in plain
+        if (is_kept and to_plain(value) == saved) or (isinstance(value, DictConfig) and _is_choice(value, saved)):
             continue
         typed = key if isinstance(value, DictConfig) or value is None else f"{key}={as_text(value)}"
         instead = f"{_OF_TRAINING[found]}, or " if _OF_TRAINING[found] else ""

@@ -60,6 +60,8 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
     if places - unread.keys():
         return ""
     there = [one for one in followers if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}]
+    if there and there[0] in places:
+        return f"{key}={as_text(value)} changes nothing, as {there[0]} changes nothing {unread[there[0]].replace(there[0], key)}"
     if any(value_at(config, one) == value for one in there):
         return ""
     if not there and value == default_at(config, key):
@@ -67,8 +69,6 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
     if not there:
         group = followers[0].partition(".")[0]
         return f"{key}={as_text(value)} changes nothing with {group}={getattr(config, group).name}, which has no such key; leave {key} out"
-    if there[0] in places:
-        return f"{key}={as_text(value)} changes nothing, as {there[0]} changes nothing {unread[there[0]].replace(there[0], key)}"
     own = f"{there[0]}={as_text(value_at(config, there[0]))}"
     return f"{key}={as_text(value)} changes nothing beside {own}; set {there[0]}, or leave {key} out"
 

@@ -120,6 +120,7 @@ _PLUGINS = {"hydra.sweeper.": "sweep", "hydra.launcher.": "launcher"}  # keys of
 _DEFAULT_KINDS = {"tuning": "two_stage", "logger": "csv", "sweep": "grid", "launcher": "basic", "llm": "tiny"}  # of conf/train.yaml
 _KINDS_OF_FILES = {"default": "grid", "demo": "two_stage"}  # where a file is not called as its kind
 _LIKE = {"adapter_lr": ("llm_lr", "projector_lr"), "align_lr": ("projector_lr",)}  # what a kind of tuning has where it lacks a rate
+_NOTHING = ("experiment=null", "debug=null")  # their defaults, which Hydra refuses to hear again
 _LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has these itself
 
 
@@ -134,9 +135,13 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
     Raises:
         UserError: A key is one of another program, or several values are given to what takes one.
     """
+    arguments = [argument for argument in arguments if argument not in _NOTHING]
     for argument in arguments:
         if hint := foreign_key(argument, arguments):
             raise UserError(hint)
+        key, _, value = argument.partition("=")
+        if key in SCHEMAS and value in ("null", ""):
+            raise UserError(f"{key}={value} chooses nothing; name one of those that `python train.py --help` lists, or leave {key} out")
     found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
     for argument, text in zip(arguments, found, strict=True):
         override = _parsed(text)

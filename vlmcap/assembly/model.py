@@ -26,7 +26,9 @@ from vlmcap.assembly.parts import (
     train_encoder,
     vision_part,
 )
-from vlmcap.config import Batching, Config, Precision, Reducer, TokenProjectorConfig
+from vlmcap.config import Batching, Config, Engine, EvaluationConfig, Precision, Reducer, TokenProjectorConfig
+from vlmcap.config.checks import as_text
+from vlmcap.config.kinds import maker_of
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ def describe_model(config: Config) -> ModelSpec:
     folder = sources.folders[part]
     if config.data.batching is Batching.packed:
         check_packing(folder, f"{part}={config.part_names[part]}")
+    _check_decoding(config, folder, f"{part}={config.part_names[part]}")
     encoder = sketch_encoder(config, sources.folders[vision_part(config)])
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
     if config.is_whole:
@@ -130,6 +133,23 @@ def describe_model(config: Config) -> ModelSpec:
     num_visual = check_context(config, visual, grids, prompt, context)
     feature_plan = FeaturePlan(config, sources, encoder, grid_of_frames(config, encoder), num_visual)
     return ModelSpec(feature_plan, prompt, sizes, visual, context)
+
+
+def _check_decoding(config: Config, folder: Path, model: str) -> None:
+    """`UserError` for settings of our own decoding where transformers writes the captions of a language model."""
+    from vlmcap.models.decoding.engine import is_decodable
+    from vlmcap.models.llm.load import language_config
+    from vlmcap.models.llm.prompt import generation_config
+
+    chosen, default = config.evaluation, EvaluationConfig()
+    names = ("clips_per_row", "speculate_ngram", "engine") if chosen.engine is not Engine.vllm else ()
+    key = next((name for name in names if getattr(chosen, name) != getattr(default, name)), None)
+    is_known = maker_of("llm", config.llm.kind) is None
+    if key is not None and is_known and not is_decodable(language_config(folder)[0], generation_config(folder)):
+        raise UserError(
+            f"evaluation.{key}={as_text(getattr(chosen, key))} changes nothing with {model}, whose captions transformers writes; "
+            f"leave evaluation.{key} out"
+        )
 
 
 def assemble(

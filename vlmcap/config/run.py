@@ -234,9 +234,10 @@ def check_own_parts(plain: Mapping[str, Any]) -> None:
         require(is_right, f"model={model} {what} {part}, so {part}={name} does not go with it: {fix}")
     for part in ("encoder", "llm") if is_whole else ():
         for key in OF_THE_MODEL:
-            value = plain[part][key]
+            path, value = f"{part}.{key}", plain[part][key]
             is_followed = value in (f"${{model.{key}}}", plain["model"].get(key))
-            require(is_followed, f"{part}.{key}={value} changes nothing in model={model}, which brings its own {part}; set model.{key}")
+            own = f"changes nothing in model={model}, which brings its own {part}"
+            require(is_followed, f"{path}={value} {own}; set model.{key}, or leave {path} out")
 
 
 def _check_cache(config: Config) -> None:

@@ -167,12 +167,13 @@ def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
 
 def _why_unread(run: Run, path: str, owner: Any, known: Field[Any]) -> str | None:
     """What follows "changes nothing"; None where something reads the field."""
+    why = next((rule.why for rule in _RULES if _is_meant(path, rule.keys) and not rule.is_read(run)), None)
     is_read = known.metadata.get("is_read")
-    if is_read is not None and not is_read(owner):
-        group = path.rpartition(".")[0]
-        needed = " ".join(f"{group}.{one}" for one in known.metadata["setting"].split())
-        return f"without {needed}; set that as well, or leave {{key}} out"
-    return next((rule.why for rule in _RULES if _is_meant(path, rule.keys) and not rule.is_read(run)), None)
+    if why is not None or is_read is None or is_read(owner):  # what other groups rule out, no setting of its own group would help
+        return why
+    group = path.rpartition(".")[0]
+    needed = " ".join(f"{group}.{one}" for one in known.metadata["setting"].split())
+    return f"without {needed}; set that as well, or leave {{key}} out"
 
 
 def _is_meant(path: str, keys: tuple[str, ...]) -> bool:
