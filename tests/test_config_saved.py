@@ -112,6 +112,7 @@ def is_of_training(key: str) -> bool:
     return key.startswith(tuple(_OF_TRAINING)) and not key.startswith((*_READ, *_READ_OF_LORA))
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_what_it_takes(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", "trainer.max_steps=1")
     train(config)

@@ -55,7 +55,7 @@ _OF_TRAINING: dict[str, str] = {
     "hardware.offload_checkpoints": "",
 }
 # What others read of those, below them.
-_READ = ("trainer.deterministic", "trainer.progress_bar")
+_READ = ("trainer.progress_bar",)
 _READ_OF_LORA = tuple(f"tuning.lora.{name}" for name in ("rank", "alpha", "target_modules", "use_dora", "use_rslora", "use_experts"))
 
 

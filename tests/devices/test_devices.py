@@ -47,12 +47,12 @@ CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "bf16": (["hardware.precision=bf16"], USUAL),
     "chunked loss": (["hardware.loss_chunk_mib=1"], USUAL),
     "packed": (["data.batching=packed", "data.max_tokens_per_batch=256"], (8, 12, 3)),
-    "eager": (["llm.attention=eager"], (7, 12, 3)),
+    "eager": (["llm.attention=eager"], (8, 12, 3)),
     "moe": (["llm=qwen3_30b_a3b", "llm.quantization=none"], USUAL),
     "moe adapters": (["llm=qwen3_30b_a3b", "llm.quantization=none", "tuning.lora.use_experts=true"], (15, 18, 9)),
     "4bit": (["llm.quantization=4bit"], USUAL),
     "moe 4bit": (["llm=qwen3_30b_a3b", "llm.quantization=4bit"], (15, 18, 9)),
-    "beams": (["evaluation.num_beams=2", "evaluation.engine=hf"], (9, 15, 1)),
+    "beams": (["evaluation.num_beams=2"], (9, 15, 1)),
     "library": (["evaluation.engine=hf"], (9, 12, 1)),
     "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], (9, 15, 6)),
     "speculation": (["evaluation.speculate_ngram=2"], USUAL),
@@ -81,7 +81,8 @@ def overrides_of(
     def make(own: list[str]) -> list[str]:
         chosen = dict(override.split("=", 1) for override in own)
         both = [f"data.root={aihub_root}", f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}"]
-        both += ["hardware=cpu", "data=aihub", "data.num_frames=2", "data.batch_size=2", "data.eval_batch_size=2", "data.num_workers=0"]
+        both += ["hardware=cpu", "data=aihub", "data.num_frames=2", "data.eval_batch_size=2", "data.num_workers=0"]
+        both += [] if "data.max_tokens_per_batch" in chosen else ["data.batch_size=2"]
         if "model" in chosen:
             kind = chosen["model"].rsplit("_", 1)[0]
             own = [*own, f"model.checkpoint={qwen_folders[kind]}", "encoder.max_patches=16"]

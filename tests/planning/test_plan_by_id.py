@@ -102,6 +102,7 @@ def test_a_whole_plan_of_a_whole_model_by_its_id(hub_here: Hub, qwen_folders: di
     hub_here.add(WHOLE, folder)
     found, expected = (planned([*WHOLE_MODEL, f"model.checkpoint={name}"]) for name in (WHOLE, folder))
     assert found.pop("download_bytes") > expected.pop("download_bytes") == 0
+    assert (found.pop("model"), expected.pop("model")) == (WHOLE.rpartition("/")[2], folder.name)
     assert found == expected
 
 

@@ -30,7 +30,7 @@ def check(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert found["1"]["reason"] == "RuntimeError: diverged"
     assert found["2"]["reason"].startswith("its process ended without a word")
     assert [found[number]["objective"] for number in "0123"] == [0.0, None, None, 0.3]
-    assert "Best val/cider: 0.3000, job 3, seed=3" in done.stdout
+    assert "Best val/facts/mean: 0.3000, job 3, seed=3" in done.stdout
     assert done.stdout.rstrip().endswith("To compare them: vlmcap report here")
     processes = {(folder / "here" / number / "seen.txt").read_text().split()[0] for number in "03"}
     assert len(processes) == 2, "each in a process of its own"

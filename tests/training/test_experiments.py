@@ -98,5 +98,6 @@ def test_every_whole_model_runs(
     name: str, kind: str, is_cached: bool, run: Run, llava_folder: Path, qwen_folders: dict[str, Path], aihub_root: Path
 ) -> None:
     folder = ({"llava_next_video": llava_folder} | qwen_folders)[kind]
-    overrides = [f"model={name}", "hardware=l4", f"model.checkpoint={folder}", f"cache.enabled={is_cached}"]
+    patches = [] if kind == "llava_next_video" else ["encoder.max_patches=64"]
+    overrides = [f"model={name}", "hardware=l4", f"model.checkpoint={folder}", f"cache.enabled={is_cached}", *patches]
     check(run(*overrides), aihub_root / "test" / "videos", run, *overrides)

@@ -162,8 +162,8 @@ def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, 
 @pytest.mark.slow
 def test_black_features_are_those_of_black_frames(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
     found = []
-    for cache in ("true", "false"):
-        config = tiny_config(tmp_path / cache, ON, f"cache.enabled={cache}", "cache.dtype=float32")
+    for cache in (["cache.enabled=true", "cache.dtype=float32"], ["cache.enabled=false"]):
+        config = tiny_config(tmp_path / cache[0], ON, *cache)
         scores, _ = look(make_run(config))
         found.append({name: value for name, value in scores.items() if "loss" in name})
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4)
