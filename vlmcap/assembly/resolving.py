@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ def _with_licenses(config: Config) -> Config:
     for part in ("model",) if config.is_whole else ("encoder", "llm"):
         settings = getattr(config, part)
         if settings.licence == UNKNOWN:
-            changed[part] = dataclasses.replace(settings, licence=license_of(_folder(config, part)) or UNKNOWN)
+            with suppress(UserError):  # a checkpoint that is not there is reported where its weights are loaded
+                changed[part] = dataclasses.replace(settings, licence=license_of(_folder(config, part)) or UNKNOWN)
     return dataclasses.replace(config, **changed) if changed else config
 
 
