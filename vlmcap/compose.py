@@ -167,7 +167,7 @@ def name_parts(node: DictConfig, hydra_node: Any) -> None:
 def _name_by_file(node: DictConfig, group: str, choice: str | None) -> None:
     """Calls a part as the user's own file is called where that states no name: it would have that of the file that it begins with."""
     file = config_file(f"{group}/{choice}")
-    content = read_yaml(file) if file.is_file() else {"name": choice}
+    content: dict[str, Any] = read_yaml(file) if file.is_file() else {"name": choice}
     if "name" in content or "name" in content.get(group, {}):
         return
     is_inherited = OmegaConf.is_missing(node[group], "name") or config_file(f"{group}/{node[group].name}").is_file()

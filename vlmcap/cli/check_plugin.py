@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlmcap.assembly.contracts import Outcome, check_part
-from vlmcap.compose import NO_DATA, compose
+from vlmcap.compose import compose
 from vlmcap.config.kinds import MAKERS
+from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError
 from vlmcap.plugins import use_plugins
 from vlmcap.terminal import wide_console

@@ -185,7 +185,9 @@ def _default(run: Run, known: Field[Any]) -> Any:
     source = known.metadata.get("follows", "").removeprefix("${").removesuffix("}")
     if source and "${" not in source and "}" not in source:
         return value_at(run, source)
-    return known.default if known.default is not MISSING else known.default_factory()  # type: ignore[misc]
+    if known.default is not MISSING:
+        return known.default
+    return None if known.default_factory is MISSING else known.default_factory()
 
 
 def default_at(run: Run, key: str) -> Any:
