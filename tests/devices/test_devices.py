@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,15 +138,17 @@ def step_and_captions(run: Run, device: torch.device, counts: Counter[str]) -> R
     with plugin.test_step_context(), torch.no_grad():
         captions = module.test_step(prompts, 0)
     handle.remove()
-    if len(calls) < 3:  # the captions ended with their first tokens
-        return Result(numbers, captions, (of_batch, counts.copy(), Counter()))
-    return Result(numbers, captions, (of_batch, calls[1], calls[2] - calls[1]))
+    assert len(calls) > 1, "the captions ended with their first tokens; choose other weights"
+    # A step in which no caption ends: the next one would take its row.
+    steps = [later - earlier for earlier, later in itertools.pairwise(calls[1:])] or [Counter[str]()]
+    return Result(numbers, captions, (of_batch, calls[1], min(steps, key=Counter.total)))
 
 
 @pytest.mark.parametrize("name", thinned(CASES, lambda name: name in FAST))
 def test_a_step_and_captions_are_those_of_the_cpu_with_few_waits(
     name: str, overrides_of: Callable[[list[str]], list[str]], make_run: Callable[[Config], Run]
 ) -> None:
+    torch.manual_seed(0)
     run = make_run(compose(overrides_of(CASES[name][0])))
     captioner = run.module.captioner
     expected = step_and_captions(run, torch.device("cpu"), Counter())
