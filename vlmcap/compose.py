@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -79,13 +80,20 @@ def _typed(plain: Mapping[str, Any]) -> DictConfig:
         UserError: A group has no such kind.
     """
     load_plugins()
+    try:
+        kinds = {group: schema_of(group, str((plain.get(group) or {}).get("kind"))) for group in SCHEMAS}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return _structured(tuple(kinds.items())).copy()
+
+
+@cache
+def _structured(kinds: tuple[tuple[str, type], ...]) -> DictConfig:
+    """The schema with these dataclasses in its groups; making it takes longer than all else of a configuration."""
     node = OmegaConf.structured(Config)
-    for group in SCHEMAS:
-        kind = (plain.get(group) or {}).get("kind")
-        try:
-            node[group] = _following(schema_of(group, str(kind))) if kind == "own" else OmegaConf.structured(schema_of(group, str(kind)))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    for group, schema_class in kinds:
+        is_own = getattr(schema_class, "kind", None) == "own"
+        node[group] = _following(schema_class) if is_own else OmegaConf.structured(schema_class)
     return cast(DictConfig, node)
 
 

@@ -59,6 +59,7 @@ def test_a_part_that_breaks_one_is_found(old: str, new: str, contract: str, word
     assert re.search(words, found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_registries")
 def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["check-plugin", plugin_file(tmp_path, "my_gated", GATED), "projector.expansion=3"])

@@ -139,6 +139,7 @@ def test_tables_are_those_of_the_class(kind: str) -> None:
     assert all(torch.equal(p, torch.ones_like(p)) for name, p in llm.named_parameters() if "norm" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     thinned([["encoder=siglip2", "llm=qwen3_8b"], ["model=qwen3_vl_8b"], ["model=llava_next_video_7b"]], lambda parts: len(parts) == 2),
@@ -150,6 +151,7 @@ def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: P
     assert cut.weights_gib < 0.6 * whole.weights_gib
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", thinned(["qwen2_5_vl", "qwen3_vl"], lambda kind: kind == "qwen3_vl"))
 def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
     """Small ones of the same classes: positions in three directions, DeepStack, clips with sizes of their own."""

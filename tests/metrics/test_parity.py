@@ -94,6 +94,7 @@ def check_against_coco(corpus: Corpus) -> None:
     assert statistics.rouge_l.tolist() == close(list(rouge_each))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(corpora())
 def test_bleu_cider_rouge_equal_pycocoevalcap(corpus: Corpus) -> None:

@@ -129,6 +129,7 @@ def test_the_figures_change_what_they_should() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=l4"]
     config = configured(*overrides)

@@ -74,6 +74,7 @@ def test_a_caption_token_takes_as_long_as_its_kernels_are_launched() -> None:
     assert more.token_launches == pytest.approx(plan.token_launches), "rows launch nothing"
 
 
+@pytest.mark.slow
 def test_packed_weights_are_unpacked_for_a_token_of_many_rows_alone() -> None:
     overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=h100"]
     few, many = (planned(*overrides, f"data.eval_batch_size={rows}") for rows in (FUSED_ROWS, FUSED_ROWS + 1))
@@ -118,6 +119,7 @@ def test_stored_features_take_the_encoder_off_the_card() -> None:
     assert stored.cache_bytes == 2 * 8 * 576 * 1024
 
 
+@pytest.mark.slow
 def test_changes_make_it_fit_and_none_is_idle() -> None:
     overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=t4", "data.batch_size=8", "data.eval_batch_size=8"]
     plan = make_plan(compose(overrides))

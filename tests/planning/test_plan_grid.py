@@ -78,6 +78,7 @@ def test_the_command_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> No
     assert "exceed the context of 4096 tokens" in impossible["error"]
 
 
+@pytest.mark.slow
 def test_a_bar_counts_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
 

@@ -57,7 +57,7 @@ SYNTAX = {
     "quotes": (["llm.prompt='가, 나','다'", "seed=0"], 2),
     "escapes": ([r"llm.prompt=a\,b,c"], 2),
     "repeated": (["seed=1,2", "llm=tiny", "seed=3"], 1),
-    "null and group": (["experiment=null", "data.max_clips=null,100", "~logger", "++seed=1,2"], 4),
+    "null and removal": (["data.max_clips=null,100", "~logger", "++seed=1,2"], 4),
 }
 
 
@@ -107,6 +107,7 @@ def test_other_frames_are_other_features() -> None:
     assert [encoding.num_readers for encoding in plan.encodings] == [1, 1]
 
 
+@pytest.mark.slow
 def test_proposals_bring_it_under_the_budget_and_are_true() -> None:
     """What the last proposal promises is what a plan with all of them says."""
     overrides = ["seed=0,1", "cache.enabled=false", *TINY]

@@ -131,6 +131,7 @@ def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[s
     return words
 
 
+@pytest.mark.slow
 def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from wandb.sdk.launch.sweeps import utils
 

@@ -140,6 +140,7 @@ def test_a_sweep_into_a_live_one_is_refused(resume: str, program: Program, capsy
     assert program.runs == []
 
 
+@pytest.mark.slow
 def test_a_job_that_outlived_its_sweep_is_left_alone(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     folder = program.folder / "sweep"
 

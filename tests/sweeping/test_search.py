@@ -102,6 +102,7 @@ def test_a_search_that_was_killed_runs_its_open_trial_again(program: Program) ->
     assert statuses(program.folder / "here").keys() == {"0", "1", "2"}
 
 
+@pytest.mark.slow
 def test_a_job_reports_to_its_trial_and_is_stopped_by_the_median(program: Program) -> None:
     def reporting(config: Config) -> float:
         value = config.seed / 10

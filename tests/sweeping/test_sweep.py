@@ -109,6 +109,7 @@ def test_a_mistake_of_the_whole_sweep_leaves_nothing(
     assert told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_runs_what_is_not_finished(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     program([*GRID, "sweep.folder=here"], some_fail)
     checkpoint = program.folder / "here" / "1" / "checkpoints" / "last.ckpt"

@@ -73,6 +73,7 @@ def test_a_run_goes_on_without_its_bad_clips(real_path: list[str], damaged: Path
     assert summary["skipped_clips"] == len(REASONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, "3"), (0.3, "[56]")])
 def test_too_many_stop_it_before_or_in_training(real_path: list[str], damaged: Path, fraction: float, count: str) -> None:
     """3 of 14 labels are bad before anything is decoded; the clips come on top, and a batch may hold two of them."""

@@ -69,6 +69,7 @@ def test_wandb_segments_of_a_resumed_run_have_one_id(start: Callable[..., list[L
     assert segment(folder, 3).run.run_id == first.run_id
 
 
+@pytest.mark.slow
 def test_wandb_runs_from_the_start_and_from_elsewhere_are_new(start: Callable[..., list[Logger]], tmp_path: Path) -> None:
     start("wandb", None, 2)
     ids = {segment(tmp_path / "run", 1).run.run_id}
@@ -148,6 +149,7 @@ def mlflow_store(request: pytest.FixtureRequest, start: object, tmp_path: Path, 
     return address
 
 
+@pytest.mark.slow
 def test_mlflow_goes_on_with_its_run(start: Callable[..., list[Logger]], mlflow_store: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 

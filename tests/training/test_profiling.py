@@ -101,6 +101,7 @@ def test_the_loggers_get_the_figures(profiled: Path) -> None:
     assert rows[0]["profile/evaluation_captions_s"] == times["evaluation"]["captions"]
 
 
+@pytest.mark.slow
 def test_with_frames_and_workers_vision_is_timed_and_decoding_stands_beside(
     tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

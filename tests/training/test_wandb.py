@@ -72,6 +72,7 @@ def done(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> I
     os.environ.pop("WANDB_DATA_DIR", None)
 
 
+@pytest.mark.slow
 def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
     told = [line for line in done.printed.splitlines() if "W&B" in line]
     assert len(told) == 2

@@ -45,6 +45,7 @@ class _Rule:
     why: str
 
 
+_AS_WELL = "; set that as well"
 _LORA = "tuning.lora."
 _GENERATED = ("evaluation.clips_per_row", "evaluation.speculate_ngram", "evaluation.engine")
 _SECOND_STAGE = ("tuning.projector_lr", "tuning.adapter_lr", "tuning.encoder", "tuning.encoder_lr", _LORA)
@@ -169,11 +170,14 @@ def _why_unread(run: Run, path: str, owner: Any, known: Field[Any]) -> str | Non
     """What follows "changes nothing"; None where something reads the field."""
     why = next((rule.why for rule in _RULES if _is_meant(path, rule.keys) and not rule.is_read(run)), None)
     is_read = known.metadata.get("is_read")
-    if why is not None or is_read is None or is_read(owner):  # what other groups rule out, no setting of its own group would help
+    if is_read is None or is_read(owner):
         return why
     group = path.rpartition(".")[0]
     needed = " ".join(f"{group}.{one}" for one in known.metadata["setting"].split())
-    return f"without {needed}; set that as well, or leave {{key}} out"
+    if why is None:
+        return f"without {needed}; set that as well, or leave {{key}} out"
+    # Where the other group rules the key out altogether, no setting of its own group would help.
+    return why.replace("without ", f"without {needed} ", 1) if why.startswith("without ") and _AS_WELL in why else why
 
 
 def _is_meant(path: str, keys: tuple[str, ...]) -> bool:

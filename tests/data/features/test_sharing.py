@@ -95,6 +95,7 @@ def test_a_killed_writer_leaves_whole_clips_and_the_next_goes_on(tmp_path: Path,
     assert not list(store.folder.glob(".*.partial")) and not (store.folder / ".claims").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_share_the_work(tmp_path: Path, numbered: Make, make_recipe: Make, num_processes: int) -> None:
     clips = numbered(90, width=512, broken=(11, 60), batch_size=2, pause_s=0.01)

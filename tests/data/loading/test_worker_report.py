@@ -126,6 +126,7 @@ def test_spawned_workers_are_watched_too() -> None:
         list(DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="spawn"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("problem", thinned([None, "/dev/shm has 1 MB free"], lambda problem: problem is None))
 def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(

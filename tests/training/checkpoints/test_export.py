@@ -57,6 +57,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "moe", "moe_experts", "tied"])
 def test_logits_are_those_of_the_adapted_model(
     make: Callable[..., Checkpoint], kind: str, moe_folder: Path, llm_folder: Path, tmp_path: Path
