@@ -81,6 +81,7 @@ def test_the_keys_are_those_of_the_checkpoints_kinds(trained: list[str], overrid
         saved([], [override])
 
 
+@pytest.mark.slow
 def test_what_an_override_leaves_without_a_reader_is_as_if_it_had_not_been_set() -> None:
     sampled = ["evaluation.do_sample=true", "evaluation.top_k=5"]
     assert saved(sampled, ["evaluation.do_sample=false"]).evaluation.top_k == 50

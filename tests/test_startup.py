@@ -65,6 +65,7 @@ def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
     assert {"torch", "lightning", "numpy"} <= set(run(code=code)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_help_is_what_hydra_would_print(program: str) -> None:
     code = f"""

@@ -91,6 +91,7 @@ def test_losses_are_those_without_the_cache(
     assert found == pytest.approx(decoded_losses, rel=tolerance, abs=0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_pooled_features_captions_fresh_video(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: Any) -> None:
     config = tiny_config(tmp_path / "run", *SHORT, "cache.pooled=true", "cache.dtype=float32", "tuning.projector_lr=0.05")
     train(config)

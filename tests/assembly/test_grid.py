@@ -150,6 +150,7 @@ def projected(config: ProjectorConfig, sizes: ProjectorSizes, grid_thw: GridTHW)
         return tuple(build_projector(config, sizes)(features, grid=(height, width), prompt=prompt).shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", thinned(ENCODERS, lambda encoder: encoder in ONE_OF_EACH))
 def test_every_cell_fits_or_is_refused_in_words(encoder: str) -> None:
     built, wrong = encoder_of(encoder), []

@@ -84,6 +84,7 @@ def test_packed_weights_are_unpacked_for_a_token_of_many_rows_alone() -> None:
     assert many.token_bytes - few.token_bytes == pytest.approx(4 * linear + row, rel=0.03)  # 2 bytes written and 2 read for each
 
 
+@pytest.mark.slow
 def test_a_token_launches_the_experts_that_its_batch_chooses() -> None:
     config = compose(["data.root=unset", "llm=qwen3_30b_a3b", "hardware=h100"])
     assert active_experts(config, 1) == (pytest.approx(8), 128)
@@ -94,6 +95,7 @@ def test_a_token_launches_the_experts_that_its_batch_chooses() -> None:
     assert sixteen.token_launches - one.token_launches == pytest.approx(48 * 10 * (82.4 - 8), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", thinned(["llava_next_video_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"], lambda name: name == "llava_next_video_7b")
 )
@@ -141,6 +143,7 @@ def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPat
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
 
 
+@pytest.mark.slow
 def test_json_has_the_stated_keys(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "--json"])
     found = json.loads(capsys.readouterr().out)

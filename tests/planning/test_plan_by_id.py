@@ -48,6 +48,7 @@ def publish(hub: Hub, siglip_folder: Path, llm_folder: Path) -> tuple[list[str],
     return by_id, [*PARTS, f"llm.checkpoint={llm_folder}", f"encoder.checkpoint={siglip_folder}"]
 
 
+@pytest.mark.slow
 def test_a_plan_by_id_is_the_plan_by_folder(
     hub_here: Hub, siglip_folder: Path, llm_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

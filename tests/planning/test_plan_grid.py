@@ -36,6 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_cell_is_composed_as_train_composes_it() -> None:
     configs = GridConfigs(SMALL)
     for hardware, encoder, llm in cells(SMALL):

@@ -54,6 +54,7 @@ def test_kept_blocks_are_three_short_traces() -> None:
     assert guess.flops < trace_trial(trial, DEPTH + 1).flops
 
 
+@pytest.mark.slow
 def test_inputs_in_host_memory_take_nothing() -> None:
     trial = Trial("qwen3", width=128)
     stays, waits = trace_trial(trial, DEPTH), trace_trial(replace(trial, is_offloaded=True), DEPTH)

@@ -64,6 +64,7 @@ def test_runs_of_one_moment_get_folders_of_their_own(program: Program) -> None:
     assert [read_yaml(folder / ".hydra" / "config.yaml")["seed"] for folder in folders] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_that_comes_to_nothing_leaves_no_folder_and_takes_no_other_run_s(program: Program) -> None:
     folder = 'hydra.run.dir="outputs/${now:%Y}"'
     assert program([folder], leave_a_file) == 0
@@ -107,6 +108,7 @@ def test_processes_of_one_run_share_the_claim_of_the_first(rank: dict[str, str],
         assert not (folder / ".hydra").exists(), "the first process writes it"
 
 
+@pytest.mark.slow
 def test_a_run_holds_its_folder_to_its_end(program: Program) -> None:
     seen: list[str | None] = []
 

@@ -167,6 +167,7 @@ def test_a_failed_job_holds_no_memory(program: Program) -> None:
     assert reasons == ["RuntimeError: no training with 1000"] * 3
 
 
+@pytest.mark.slow
 def test_a_plain_run_leaves_a_status_and_a_refused_one_nothing(program: Program) -> None:
     def trained(config: Config) -> float:
         Path(config.paths.output_dir).mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from vlmcap.training.run import train
 OVERRIDES = ("cache.enabled=false", "tuning.align_epochs=0", "tuning.epochs=1", "trainer.max_steps=3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_encoder_is_trained_saved_and_loaded(tiny_config: Callable[..., Config], tmp_path: Path, kind: str) -> None:
     train(tiny_config(tmp_path, f"tuning.encoder={kind}", "tuning.encoder_lr=1e-2", *OVERRIDES))

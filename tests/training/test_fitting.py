@@ -97,6 +97,7 @@ def test_unasked_it_says_what_would_help(tiny_config: MakeConfig, tmp_path: Path
     assert "trainer.shrink_on_oom=true" in sentence
 
 
+@pytest.mark.slow
 def test_a_late_lack_of_memory_starts_nothing_again(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hold(2, monkeypatch, free_calls=21)
     command = (*SMALL, "trainer.shrink_on_oom=true", "evaluation.every_n_epochs=9", "tuning.align_epochs=6", "tuning.epochs=7")
