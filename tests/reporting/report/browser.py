@@ -110,6 +110,19 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline_s, "loading"))
 
+    def open_until(self, page: Path, script: str, value: object, *, within_s: float = 10.0) -> None:
+        """Loads a file until an expression has a value: what a page keeps is there for the next one in the browser's own time.
+
+        Raises:
+            AssertionError: It has another one for so long.
+        """
+        deadline_s = time.monotonic() + within_s
+        self.open(page)
+        while (found := self.run(script)) != value:
+            assert time.monotonic() < deadline_s, f"{script} is {found!r}, not {value!r}"
+            time.sleep(0.2)
+            self.open(page)
+
     def run(self, script: str) -> Any:
         """The value of an expression, which may be a promise."""
         answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
