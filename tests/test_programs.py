@@ -93,3 +93,13 @@ def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert {"val/cider", "val/bleu_4", "val/distinct_ratio"} <= metrics.keys()
     assert len((tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", ["train.py --help", "-m vlmcap.cli plan encoder=siglip2 hardware=l4", "train.py --cfg job"])
+def test_output_that_is_no_longer_read_ends_a_command_quietly(command: str) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, *command.split()], stdout=writes, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writes)
+    assert done.stderr == ""
+    assert done.returncode in (1, 141)  # 1 is rich's own way to end

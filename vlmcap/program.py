@@ -26,6 +26,7 @@ from vlmcap.libraries import use_expandable_segments
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, take_plugins
+from vlmcap.terminal import leave_closed_pipe
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
@@ -171,6 +172,7 @@ def told_in_one_sentence() -> Iterator[None]:
 
     try:
         yield
+        sys.stdout.flush()
         _remove_unused_folder()  # paths.output_dir may have led elsewhere
     except (UserError, HydraException, OmegaConfBaseException) as error:
         cause = error if isinstance(error, UserError) else innermost(error)
@@ -186,6 +188,8 @@ def told_in_one_sentence() -> Iterator[None]:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        leave_closed_pipe()
     except Exception as error:
         if problem := storage_problem(error, output_folder() if HydraConfig.initialized() else None):
             if is_sweep():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 _FIRST_LINE_S, _MAX_INTERVAL_S = 30.0, 300.0  # of work that is logged
 _PIPE_WIDTH = 140  # columns of a wide table that is not printed to a terminal
+
+
+def leave_closed_pipe() -> NoReturn:
+    """Ends a command whose output is no longer read, as `| head` leaves it: without a word, and with the exit code of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+    raise SystemExit(141) from None
 
 
 class LineClock:

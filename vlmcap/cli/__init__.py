@@ -15,6 +15,7 @@ from importlib import import_module
 from vlmcap.cli.arguments import COMMANDS, PROGRAMS, is_override
 from vlmcap.errors import StoppedBySignal, UserError, storage_problem
 from vlmcap.libraries import import_libraries, use_expandable_segments
+from vlmcap.terminal import leave_closed_pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command.traces_models:
             import_libraries(with_adapters=command.name == "plan", with_training=False)
         import_module(f"vlmcap.cli.{command.name.replace('-', '_')}").run(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        leave_closed_pipe()
     except OSError as error:
         if (sentence := storage_problem(error)) is None:
             raise

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,29 @@ def test_a_death_between_two_clips_says_what_it_can() -> None:
         os.kill(batches._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
         list(batches)
     assert loader
+
+
+def hand_over_and_die(watch: WorkerWatch, queue: Any, index: int | None) -> None:
+    if index is not None:
+        watch._notes[0]._rows[0, 0], watch._notes[0]._rows[0, 1] = os.getpid(), 1 + index
+    queue.put(torch.zeros(3))
+    time.sleep(0.5)  # until a thread of the queue has written it
+    by_oom_killer()
+
+
+@pytest.mark.parametrize(("index", "said"), [(3, r", process \d+, died while it read clip3 "), (None, r" died between two clips: ")])
+def test_a_batch_of_a_dead_worker_is_its_death(index: int | None, said: str) -> None:
+    watch = WorkerWatch()
+    watch.over(Deadly(-1, by_exit), CLIPS)
+    queue = torch.multiprocessing.get_context("fork").Queue()
+    worker = torch.multiprocessing.get_context("fork").Process(target=hand_over_and_die, args=(watch, queue, index))
+    worker.start()
+    worker.join()
+    with pytest.raises(UserError, match=f"^a data worker{said}") as caught, watch.naming_clips():
+        queue.get()
+    assert isinstance(caught.value.__cause__, EOFError | OSError)
+    with pytest.raises(FileNotFoundError), watch.naming_clips():
+        Path("nowhere").read_bytes()  # an error of the disk stays one
 
 
 def test_other_errors_pass_unchanged() -> None:

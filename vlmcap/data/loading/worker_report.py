@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -87,6 +89,10 @@ class WorkerNotes:
         """The clips that workers read now."""
         return [self._clips[int(noted) - 1] for _, noted in self._rows.tolist() if noted]
 
+    def readers(self) -> list[int]:
+        """The processes that read a clip now, or died of one."""
+        return [pid for pid, noted in self._rows.tolist() if noted]
+
     def clip_read_by(self, pid: int) -> Clip | None:
         """The clip that a worker process reads or died of; None between two clips and for processes that are no workers of this."""
         for owner, noted in self._rows.tolist():
@@ -142,6 +148,15 @@ class WorkerWatch:
                 raise
             pids = [int(pid) for pid in death[1].replace(" ", "").split(",")]
             raise UserError(self._describe(pids, death["signal"])) from error
+        except (EOFError, OSError) as error:
+            if not _was_fetched(error):
+                raise
+            raise UserError(self._describe(self._dead_workers(), None)) from error
+
+    def _dead_workers(self) -> list[int]:
+        """The processes that ended while they read a clip."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        return [pid for notes in self._notes for pid in notes.readers() if pid not in alive]
 
     def _describe_silence(self, seconds: float) -> str:
         clips = [clip for notes in self._notes for clip in notes.clips_read()]
@@ -153,11 +168,18 @@ class WorkerWatch:
         found = [notes.clip_read_by(pid) for pid in pids for notes in self._notes]
         clips = {clip.video: clip for clip in found if clip is not None}
         how = f" (signal {signal_name.strip()})" if signal_name else ""
-        who = f"a data worker, process {', '.join(map(str, pids))}, died{how}"
+        which = f", process {', '.join(map(str, pids))}," if pids else ""
+        who = f"a data worker{which} died{how}"
         if not clips:
             return f"{who} between two clips: most often memory or /dev/shm ran out, so lower data.num_workers or data.batch_size"
         names = ", ".join(f"{clip.id} ({clip.video})" for clip in clips.values())
         return f"{who} while it read {names}: take that clip out if it happens again, or lower data.num_workers if memory ran out"
+
+
+def _was_fetched(error: BaseException) -> bool:
+    """Whether the error arose while a tensor was fetched from its worker: one that died in between cannot hand it over."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
 
 
 def _text(error: BaseException) -> str:
