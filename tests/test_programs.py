@@ -95,7 +95,9 @@ def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
     assert len((tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("command", ["train.py --help", "-m vlmcap.cli plan encoder=siglip2 hardware=l4", "train.py --cfg job"])
+@pytest.mark.parametrize(
+    "command", ["train.py --help", "-m vlmcap.cli plan encoder=siglip2 llm=qwen3_8b hardware=l4", "train.py --cfg job"]
+)
 def test_output_that_is_no_longer_read_ends_a_command_quietly(command: str) -> None:
     reads, writes = os.pipe()
     os.close(reads)
