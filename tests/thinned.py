@@ -69,6 +69,7 @@ EVERY_NTH = {
     "tests/test_overrides.py::*": 3,
     "tests/test_overrides.py::test_a_key_of_another_program_names_one_of_ours": 8,
     "tests/test_programs.py::test_a_wrong_configuration": 4,
+    "tests/test_programs.py::test_output_that_is_no_longer_read_ends_a_command_quietly": 3,
     "tests/test_settings.py::*": 2,
     "tests/test_settings.py::test_a_setting_is_read_or_refused": 6,
     "tests/test_startup.py::*": 3,
