@@ -6,7 +6,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +106,21 @@ def summarize(
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
         "skipped_clips": len(run.module.ledger),
-        "versions": {"vlmcap": __version__} | {name: version(name) for name in _VERSIONS} | {"python": sys.version.split()[0]},
+        "versions": {"vlmcap": __version__} | _versions() | {"python": sys.version.split()[0]},
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
         "shrunk_from": shrunk_from,
     }
+
+
+def _versions() -> dict[str, str | None]:
+    """Version of each library; None for one that is not installed, as images need no PyAV and other tokenisers no mecab-ko."""
+    found: dict[str, str | None] = dict.fromkeys(_VERSIONS)
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _program() -> list[str]:
