@@ -1,0 +1,238 @@
+"""Models at true size with random weights, batches whose captions differ in length, and Lightning's loop around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.gpu.registry import Place
+from benchmarks.gpu.rows import Skip
+from vlmcap.assembly.resolving import with_model_kind
+from vlmcap.compose import compose
+from vlmcap.config import Config, Precision
+from vlmcap.config_unread import NO_DATA
+from vlmcap.data.quarantine import Ledger
+from vlmcap.libraries import quiet_libraries
+from vlmcap.measuring.random_parts import random_captioner, with_blocks
+from vlmcap.measuring.steps import random_batch
+from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.planning.estimate.sizes import IGNORED, Sizes, sizes_of
+from vlmcap.planning.hardware import CARDS, assumed_card, own_profile, present_card
+from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.plan import Plan
+from vlmcap.training.callbacks.guard import DivergenceGuard
+from vlmcap.training.module import CaptioningModule
+from vlmcap.training.processes import make_strategy
+from vlmcap.training.schedule import StagePlan
+from vlmcap.types import Batch
+
+NUM_NEW = 16  # tokens of the captions that are written
+ONE_STAGE = ("tuning.align_epochs=0", "tuning.epochs=1")  # so that all that any stage trains is trained
+_TINY = ("hardware=cpu", "cache.enabled=false", "data.batch_size=2", "data.eval_batch_size=2", "llm.max_caption_tokens=16")
+# Tokens of the Korean data's captions, as shares of the 768 that a plan assumes: 311 to 708, mean 402.
+_LEAST_LENGTH, _MEAN_LENGTH, _MOST_LENGTH = 0.40, 0.52, 0.92
+_TINY_MOE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 640,
+    "max_position_embeddings": 2048,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A configuration at true size.
+
+    Attributes:
+        config: Its captions cut to `NUM_NEW` tokens.
+        whole: The same with captions of full length.
+        plan: Of `config`, by data sheets alone.
+        sizes: Of a clip.
+        captioner: With random weights.
+    """
+
+    config: Config
+    whole: Config
+    plan: Plan
+    sizes: Sizes
+    captioner: VideoCaptioner
+
+
+def prepare(place: Place, overrides: Sequence[str], tiny: Sequence[str] = (), num_blocks: int | None = None) -> Prepared:
+    """A captioner and its plan.
+
+    Args:
+        place: Where it runs.
+        overrides: At true size.
+        tiny: In a rehearsal, on top of the demo's own parts.
+        num_blocks: That encoder and language model are cut to at true size; None leaves all.
+
+    Raises:
+        Skip: The GPU is too small or too old.
+    """
+    config = configuration(place, overrides, tiny)
+    if num_blocks is not None and not place.is_tiny:
+        config = with_blocks(config, num_blocks, place.folder / "cut")
+    short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=NUM_NEW))
+    plan = make_plan(short, assumed_card(short))
+    require_gpu(place, plan.peak_gib, config.hardware.precision)
+    captioner = random_captioner(short, has_encoder=True, say=say)
+    return Prepared(short, config, plan, sizes_of(short), captioner)
+
+
+def configuration(place: Place, overrides: Sequence[str], tiny: Sequence[str] = ()) -> Config:
+    """The configuration of a check, at true size or of a rehearsal."""
+    quiet_libraries()
+    chosen = [*_TINY, *tiny] if place.is_tiny else list(overrides)
+    folders = [f"paths.output_dir={place.folder / 'run'}", f"paths.cache_dir={place.folder / 'cache'}"]
+    return with_model_kind(compose([NO_DATA, *chosen, *ONE_STAGE, *folders]))
+
+
+def require_gpu(place: Place, gib: float, precision: Precision) -> None:
+    """Nothing, if the GPU at hand can run this.
+
+    Raises:
+        Skip: It has less memory than that, or no bfloat16.
+    """
+    gpu = present_card() if place.device == "cuda" else None
+    if gpu is None:
+        return
+    if gib > gpu.total_gib:
+        raise Skip(f"needs {gib:.0f} GiB, and {gpu.name} has {gpu.total_gib:.0f}")
+    if precision is Precision.bf16 and gpu.capability is not None and gpu.capability < (8, 0):
+        raise Skip(f"needs bfloat16, which {gpu.name} does not have")
+
+
+def peak_flops() -> float | None:
+    """Dense half-precision operations per second of the GPU at hand; None where no data sheet is known."""
+    gpu = present_card()
+    if gpu is None:
+        return None
+    if re.search(r"\bH200\b", gpu.name):  # the same processor with more memory
+        return CARDS["h100"].peak_flops
+    profile = own_profile(gpu.name, gpu.total_gib)
+    return None if profile is None else CARDS[profile].peak_flops
+
+
+def tiny_moe(folder: Path) -> str:
+    """A folder with the `config.json` of a mixture of experts of a few thousand weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **_TINY_MOE}), encoding="utf-8")
+    return str(folder)
+
+
+def say(text: str) -> None:
+    """What a check does at the moment, for its log."""
+    print(text, flush=True)
+
+
+# --- batches and the loop ---------------------------------------------------------------------------------------------------------------
+
+
+def training_batch(prepared: Prepared, rng: random.Random, *, is_longest: bool) -> Batch:
+    """A micro-batch on the CPU, padded on the right.
+
+    Args:
+        prepared: Of the run.
+        rng: Draws the lengths of the captions.
+        is_longest: Whether one of the captions has the most tokens that the plan counts with.
+    """
+    config, most = prepared.config, prepared.config.llm.caption_tokens
+    batch = random_batch(config, prepared.sizes, config.data.batch_size, most, "cpu")
+    assert batch.labels is not None
+    lengths = [draw_length(rng, most) for _ in range(len(batch))]
+    if is_longest:
+        lengths[0] = most
+    labels, mask = batch.labels.clone(), batch.attention_mask.clone()
+    for row, length in enumerate(lengths):
+        end = labels.shape[1] - most + length
+        labels[row, end:], mask[row, end:] = IGNORED, 0
+    width = labels.shape[1] - most + max(lengths)
+    cut = {"labels": labels, "attention_mask": mask, "input_ids": batch.input_ids, "visual_mask": batch.visual_mask}
+    return dataclasses.replace(batch, **{name: tensor[:, :width].contiguous() for name, tensor in cut.items()})
+
+
+def draw_length(rng: random.Random, most: int) -> int:
+    """Tokens of a caption, spread as those of the Korean data are between their least, mean and most."""
+    span = _MOST_LENGTH - _LEAST_LENGTH
+    first = 2.0
+    second = first * (span / (_MEAN_LENGTH - _LEAST_LENGTH) - 1)
+    return max(1, round(most * (_LEAST_LENGTH + span * rng.betavariate(first, second))))
+
+
+def training(
+    prepared: Prepared, place: Place, callbacks: Sequence[L.Callback], num_batches: int, accumulate: int
+) -> tuple[L.Trainer, CaptioningModule]:
+    """Lightning's trainer with the settings of a run, and the module around the captioner."""
+    config, plan = prepared.config, StagePlan(prepared.config.tuning.stages)
+    module = CaptioningModule(
+        prepared.captioner,
+        plan,
+        config.optim,
+        identity={},
+        ledger=Ledger(place.folder / "quarantine.jsonl", 0.0, num_batches),
+        max_label_tokens=config.data.batch_size * config.llm.caption_tokens,
+    )
+    guard = DivergenceGuard(config.callbacks.guard, place.folder, is_scaled=config.hardware.precision is Precision.fp16)
+    trainer = L.Trainer(
+        accelerator=config.hardware.accelerator,
+        devices=1,
+        strategy=make_strategy(config),
+        precision=config.hardware.precision.value,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=config.optim.max_grad_norm,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[*callbacks, guard],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        default_root_dir=place.folder,
+    )
+    return trainer, module
+
+
+def loader(batches: Sequence[Batch], place: Place) -> DataLoader[Any]:
+    """The batches one by one, in page-locked memory where they go to a GPU, as a run's loader has them."""
+    chosen: Any = list(batches)
+    return DataLoader(chosen, batch_size=None, collate_fn=_as_it_is, pin_memory=place.device == "cuda")
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def writer(prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_rows: int) -> Callable[[int], list[str]]:
+    """A function that writes captions of so many tokens for a batch of prompts, as the loop's evaluation does."""
+    device = str(module.captioner.device)
+    prompts = random_batch(prepared.config, prepared.sizes, num_rows, 0, device)
+    plugin: Any = trainer.precision_plugin
+
+    def write(num_new: int) -> list[str]:
+        chosen = module.captioner.generation
+        module.captioner.generation = dataclasses.replace(chosen, max_new_tokens=num_new)
+        with plugin.test_step_context(), torch.no_grad():
+            captions: list[str] = module.test_step(prompts, 0)
+        module.captioner.generation = chosen
+        return captions
+
+    return write
