@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def _run(options: argparse.Namespace, machine: dict[str, Any], chosen: Sequence[
     def write_page() -> None:
         shown.write_text(page(*read_rows(results), titles), encoding="utf-8")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends as Ctrl-C does
     started = time.monotonic()
     try:
         ends = run_checks(chosen, options.device, results, is_tiny=options.tiny, total_s=options.total, say=_say, after=write_page)

@@ -16,7 +16,7 @@ from benchmarks.gpu.counting import launches
 from benchmarks.gpu.models import Prepared, prepare
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
-from benchmarks.gpu.true_size import timed
+from benchmarks.gpu.true_size import PROFILED, timed
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Engine, Precision
 from vlmcap.determinism import deterministic_kernels
@@ -26,7 +26,6 @@ from vlmcap.types import Batch
 
 ROWS = (1, 8, 32)
 NUM_TOKENS = 8  # of the captions that are timed
-_PROFILED = 4  # tokens; a profile of thousands of kernels each takes a while
 # Prompts of about a hundred tokens: what is measured is a token, not the prompt.
 _SHORT = ("data.num_frames=1", "projector.frame_stack=1", "projector.reducer=pool", "projector.pool_size=3")
 
@@ -67,10 +66,14 @@ def matrix(report: Report, place: Place) -> None:
             write(2)  # takes memory, chooses kernels
             seconds = timed(write, NUM_TOKENS, place.device) - timed(write, 1, place.device)
             found[cell, rows] = max(1e-9, seconds) / (NUM_TOKENS - 1)
-            report.add(str(cell), f"ms per token, {rows} rows", 1e3 * found[cell, rows])
+            report.add(str(cell), f"ms per token, {_rows(rows)}", 1e3 * found[cell, rows])
             if not cell.is_deterministic and not cell.has_cache:
-                _report_launches(report, place, write, f"{rows} rows", str(cell), found[cell, rows])
+                _report_launches(report, place, write, _rows(rows), str(cell), found[cell, rows])
     _compare(report, found)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
 
 
 def _compare(report: Report, found: dict[tuple[Cell, int], float]) -> None:
@@ -79,17 +82,17 @@ def _compare(report: Report, found: dict[tuple[Cell, int], float]) -> None:
     for rows in dict.fromkeys(rows for _, rows in found):
         own = found[ours, rows]
         ratio = found[dataclasses.replace(ours, is_deterministic=True), rows] / own
-        report.add(f"{rows} rows", "deterministic mode over the fastest kernels", ratio, limits.DETERMINISTIC)
-        report.add(f"{rows} rows", "our engine over transformers'", own / found[Cell(Engine.hf), rows], limits.ENGINES)
-        report.add(f"{rows} rows", "no adapters over adapters", found[dataclasses.replace(ours, has_adapters=False), rows] / own)
-        report.add(f"{rows} rows", "a token over that of one row", own / found[ours, 1])
+        report.add(_rows(rows), "deterministic mode over the fastest kernels", ratio, limits.DETERMINISTIC)
+        report.add(_rows(rows), "our engine over transformers'", own / found[Cell(Engine.hf), rows], limits.ENGINES)
+        report.add(_rows(rows), "no adapters over adapters", found[dataclasses.replace(ours, has_adapters=False), rows] / own)
+        report.add(_rows(rows), "a token over that of one row", own / found[ours, 1])
 
 
 def _report_launches(report: Report, place: Place, write: Callable[[int], Any], rows: str, case: str, token_s: float) -> None:
-    longer, shorter = (launches(lambda count=count: write(count), place.device) for count in (_PROFILED, 1))
-    work, count = longer - shorter, _PROFILED - 1
-    report.add(case, f"launches per token, {rows}", work.count / count)
-    report.add(case, f"busy share, {rows}", work.busy_s / count / token_s)
+    longer, shorter = (launches(lambda count=count: write(count), place.device) for count in (1 + PROFILED, 1))
+    work = longer - shorter
+    report.add(case, f"launches per token, {rows}", work.count / PROFILED)
+    report.add(case, f"busy share, {rows}", work.busy_s / PROFILED / token_s)
 
 
 def _writer(captioner: VideoCaptioner, prepared: Prepared, prompts: Batch, cell: Cell, rows: int) -> Callable[[int], list[str]]:

@@ -37,7 +37,8 @@ from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch
 
 NUM_NEW = 16  # tokens of the captions that are written
-ONE_STAGE = ("tuning.align_epochs=0", "tuning.epochs=1")  # so that all that any stage trains is trained
+# All that any stage trains is trained, and no clips wait for rows, as a plan would have their frames on the GPU.
+_COMMON = ("tuning.align_epochs=0", "tuning.epochs=1", "evaluation.clips_per_row=1")
 _TINY = ("hardware=cpu", "cache.enabled=false", "data.batch_size=2", "data.eval_batch_size=2", "llm.max_caption_tokens=16")
 # Tokens of the Korean data's captions, as shares of the 768 that a plan assumes: 311 to 708, mean 402.
 _LEAST_LENGTH, _MEAN_LENGTH, _MOST_LENGTH = 0.40, 0.52, 0.92
@@ -102,7 +103,7 @@ def configuration(place: Place, overrides: Sequence[str], tiny: Sequence[str] = 
     quiet_libraries()
     chosen = [*_TINY, *tiny] if place.is_tiny else list(overrides)
     folders = [f"paths.output_dir={place.folder / 'run'}", f"paths.cache_dir={place.folder / 'cache'}"]
-    return with_model_kind(compose([NO_DATA, *chosen, *ONE_STAGE, *folders]))
+    return with_model_kind(compose([NO_DATA, *chosen, *_COMMON, *folders]))
 
 
 def require_gpu(place: Place, gib: float, precision: Precision) -> None:

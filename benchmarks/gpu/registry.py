@@ -52,7 +52,7 @@ CHECKS = (
         "parts",
         _HERE + "pytest_checks:parts",
         70,
-        "Loss, gradients and captions of every encoder, projector, reducer, temporal kind and number format, at tiny size, against the CPU.",
+        "Loss, gradients and captions of every encoder, projector, reducer and number format, at tiny size, against the CPU.",
     ),
     Check(
         "recommended_l4",

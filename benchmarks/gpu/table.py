@@ -26,7 +26,7 @@ def page(machine: dict[str, Any], rows: Sequence[Row], titles: dict[str, str]) -
         bounded, others = [row for row in own if _is_bounded(row)], [row for row in own if not _is_bounded(row)]
         parts += [f"## {name}", titles[name]]
         parts += [_bounded(bounded)] if bounded else []
-        parts += [_pivot(others)] if others else []
+        parts += _pivots(others)
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,13 +56,28 @@ def _bounded(rows: Sequence[Row]) -> str:
     return _table(["case", "measure", "value", "bound", "verdict", "note", "source of the bound"], lines)
 
 
+def _pivots(rows: Sequence[Row]) -> list[str]:
+    """Tables of figures without bounds, which are there to be compared: cases that share a measure stand in one."""
+    groups: list[list[Row]] = []
+    for case in dict.fromkeys(row.case for row in rows):
+        own = [row for row in rows if row.case == case]
+        measures = {row.measure for row in own}
+        group = next((group for group in groups if measures & {row.measure for row in group}), None)
+        if group is None:
+            groups.append(own)
+        else:
+            group += own
+    return [_pivot(group) for group in groups]
+
+
 def _pivot(rows: Sequence[Row]) -> str:
-    """A line a case and a column a measure: figures without bounds, which are there to be compared."""
+    """A line a case and a column a measure; measures that differ behind their comma stand side by side."""
     cases, measures = list(dict.fromkeys(row.case for row in rows)), list(dict.fromkeys(row.measure for row in rows))
+    kinds = [measure.partition(",")[0] for measure in measures]
+    measures.sort(key=lambda measure: kinds.index(measure.partition(",")[0]))
     found = {(row.case, row.measure): row for row in rows}
     lines = [[case, *(short(row.value) if (row := found.get((case, name))) else "" for name in measures)] for case in cases]
-    notes = [f"{row.case}, {row.measure}: {row.note}." for row in rows if row.note]
-    return "\n\n".join([_table(["without bounds", *measures], lines), *notes])
+    return _table(["without bounds", *measures], lines)
 
 
 def _sign(verdict: str) -> str:

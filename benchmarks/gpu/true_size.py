@@ -21,11 +21,13 @@ from vlmcap.measuring.steps import MemoryUse, Use
 from vlmcap.models.decoding.engine import obstacle
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import REPEATED
+from vlmcap.planning.estimate.meta_models import text_config
 from vlmcap.planning.hardware import GIB, assumed_card
 from vlmcap.planning.make_plan import CAPTION_SHARE, make_plan
 from vlmcap.planning.memory import Moment
 
 WARM, COUNTED, TIMED = 2, 4, 4  # micro-batches: the first ones take memory and choose kernels
+PROFILED = 3  # tokens of a profile, which takes a while to read
 ACCUMULATED = 2  # micro-batches to an optimiser step
 # Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 rows, 0.6 × 768 tokens, and the prompts.
 _PLANNED_CAPTIONS_S = 1.495
@@ -39,7 +41,7 @@ def recommended_l4(report: Report, place: Place) -> None:
 def recommended_h100(report: Report, place: Place) -> None:
     """DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
     prepared = prepare(place, ["experiment=recommended_h100"])
-    seconds = measure(report, place, prepared, is_bounded=True)
+    seconds = measure(report, place, prepared, is_bounded=True).seconds
     rows, most = prepared.whole.data.eval_batch_size, prepared.whole.llm.new_tokens
     caption_s = (seconds["prompt"] + CAPTION_SHARE * most * seconds["token"]) / rows
     report.add(f"captions, {rows} rows", "seconds per caption of 0.6 × its most tokens", caption_s)
@@ -53,15 +55,20 @@ def moe(report: Report, place: Place) -> None:
     tiny = [f"llm.checkpoint={tiny_moe(place.folder / 'moe')}", "llm.quantization=4bit"]
     overrides = ["encoder=clip", "llm=qwen3_30b_a3b", "hardware=l4", "data.batch_size=2", "data.eval_batch_size=8"]
     prepared = prepare(place, overrides, tiny, num_blocks=4)
-    measure(report, place, prepared, is_bounded=False)
+    watch = measure(report, place, prepared, is_bounded=False)
+    depth = int(text_config(prepared.config).num_hidden_layers)
+    report.add(f"captions, {watch.num_rows} rows", "launches per token and layer", watch.per_token.count / PROFILED / depth)
 
 
 def t4(report: Report, place: Place) -> None:
-    """What a T4 would run: attention by repeated keys, fp16 with loss scaling; four layers, as the path is the same in each."""
+    """What a T4 would run: attention by repeated keys, fp16 with loss scaling; four layers, as the path is the same in each.
+
+    A rehearsal computes in bf16, as CPUs have no layer norm of fp16.
+    """
     with ExitStack() as stack:
         if place.device == "cuda":  # which decides on the attention
             stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (7, 5)))
-        tiny = ["hardware.precision=fp16", f"llm.attention={REPEATED}"]
+        tiny = ["hardware.precision=bf16", f"llm.attention={REPEATED}"]
         overrides = ["encoder=siglip2", "llm=qwen3_8b", "hardware=t4"]
         prepared = prepare(place, overrides, tiny, num_blocks=4)
         model: Any = base_model(prepared.captioner.llm)
@@ -77,7 +84,7 @@ def t4(report: Report, place: Place) -> None:
         report.add("loss scaling", "weights of the projector that steps have changed", sum(changed) / len(changed), limits.ALL)
 
 
-def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: bool) -> dict[str, float]:
+def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: bool) -> Watch:
     """A few optimiser steps through Lightning, then captions; memory, time, waits and host memory of both.
 
     Args:
@@ -85,9 +92,6 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
         place: Where it runs.
         prepared: What runs.
         is_bounded: Whether utilisation and waits have bounds.
-
-    Returns:
-        Seconds of the prompts of an evaluation batch ("prompt") and of a token of all its captions ("token").
     """
     config, rng = prepared.config, random.Random(prepared.config.seed)
     longest = [index < WARM or index >= WARM + COUNTED for index in range(WARM + COUNTED + TIMED)]
@@ -106,7 +110,7 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
     weights = sum(parameter.numel() * parameter.element_size() for parameter in prepared.captioner.parameters())
     report.add("training", "host memory grown, GiB", host.grown_gib)
     report.add("training", "host memory grown over weights", host.grown_gib * GIB / weights, limits.HOST if is_bounded else None)
-    return watch.seconds
+    return watch
 
 
 class Watch(L.Callback):
@@ -117,6 +121,10 @@ class Watch(L.Callback):
         use: Its peaks.
         prepared: What runs.
         num_rows: Captions that are written together.
+
+    Attributes:
+        seconds: Of the prompts of an evaluation batch ("prompt"), and of a token of all its captions ("token").
+        per_token: Launches of `PROFILED` tokens.
     """
 
     def __init__(self, place: Place, use: MemoryUse, prepared: Prepared, num_rows: int) -> None:
@@ -158,7 +166,7 @@ class Watch(L.Callback):
         prompt_s, whole_s = (timed(write, count, device) for count in (1, NUM_NEW))
         self.generation = self.use.peak()
         self.seconds = {"prompt": prompt_s, "token": max(whole_s - prompt_s, 0.0) / (NUM_NEW - 1)}
-        longer, shorter = (launches(lambda count=count: write(count), device) for count in (4, 1))
+        longer, shorter = (launches(lambda count=count: write(count), device) for count in (1 + PROFILED, 1))
         self.per_token = longer - shorter
 
 
@@ -201,9 +209,9 @@ def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounde
     case = f"captions, {rows} rows"
     report.add(case, "ms per token", 1e3 * watch.seconds["token"])
     report.add(case, "planned ms per token", 1e3 * plan.token_s)
-    report.add(case, "launches per token", watch.per_token.count / 3)
+    report.add(case, "launches per token", watch.per_token.count / PROFILED)
     report.add(case, "planned launches per token", plan.token_launches)
-    report.add(case, "busy share of a token", watch.per_token.busy_s / 3 / max(watch.seconds["token"], 1e-9))
+    report.add(case, "busy share of a token", watch.per_token.busy_s / PROFILED / max(watch.seconds["token"], 1e-9))
 
 
 def _needed_flops(prepared: Prepared) -> float:

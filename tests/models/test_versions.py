@@ -29,7 +29,7 @@ def test_an_older_one_is_refused_for_whole_models_and_for_experts(
     expert_quantization(llm_folder, quantization_config("4bit", torch.float32))
 
 
-def test_the_least_one_and_a_preview_of_a_later_one_are_taken(moe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("5.23.0", "5.24.0.dev0"):
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-        expert_quantization(moe_folder, quantization_config("4bit", torch.float32))
+@pytest.mark.parametrize("version", ["5.23.0", "5.24.0.dev0"])
+def test_the_least_one_and_a_preview_of_a_later_one_are_taken(version: str, moe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    expert_quantization(moe_folder, quantization_config("4bit", torch.float32))
