@@ -17,6 +17,7 @@ from benchmarks.gpu.counting import watching_host
 from benchmarks.gpu.pytest_checks import ROOT
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
+from benchmarks.gpu.words import use_words_for_morphemes
 from vlmcap.compose import compose
 from vlmcap.demo.grammar import describe, draw_scene
 
@@ -39,6 +40,7 @@ def fp16(report: Report, place: Place) -> None:
 def _run(report: Report, place: Place, chosen: Sequence[str]) -> None:
     from vlmcap.training.run import train
 
+    use_words_for_morphemes()
     # 1. A run that is killed starts first, beside the first whole one.
     overrides = [*chosen, *_overrides(place)]
     killed = _start(place, overrides, "killed")
@@ -96,7 +98,7 @@ def _caption(report: Report, place: Place, checkpoint: Path) -> None:
 
 def _start(place: Place, overrides: Sequence[str], name: str) -> subprocess.Popen[bytes]:
     log = (place.folder / f"{name}.log").open("wb")
-    command = [sys.executable, "train.py", *overrides, _into(place, name)]
+    command = [sys.executable, "-m", "benchmarks.gpu.words", "train.py", *overrides, _into(place, name)]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
