@@ -83,7 +83,16 @@ def _run(options: argparse.Namespace, machine: dict[str, Any], chosen: Sequence[
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends as Ctrl-C does
     started = time.monotonic()
     try:
-        ends = run_checks(chosen, options.device, results, is_tiny=options.tiny, total_s=options.total, say=_say, after=write_page)
+        ends = run_checks(
+            chosen,
+            options.device,
+            results,
+            is_tiny=options.tiny,
+            total_s=options.total,
+            memory_gib=machine.get("memory GiB") if options.device == "cuda" else None,
+            say=_say,
+            after=write_page,
+        )
     except KeyboardInterrupt:
         write_page()
         _say(f"Interrupted after {time.monotonic() - started:.0f} s; {shown} has what was found until then.")

@@ -61,6 +61,7 @@ def run_checks(
     *,
     is_tiny: bool,
     total_s: float,
+    memory_gib: float | None,
     say: Callable[[str], None],
     after: Callable[[], None] = lambda: None,
 ) -> list[Row]:
@@ -72,6 +73,7 @@ def run_checks(
         results: File of JSON lines.
         is_tiny: Whether sizes are those of a rehearsal.
         total_s: Seconds of all checks together.
+        memory_gib: Of the GPU; None for a CPU.
         say: Takes a line as each check starts and ends.
         after: Called when the rows of a check are in the file.
 
@@ -80,23 +82,35 @@ def run_checks(
     """
     deadline, ends = time.monotonic() + total_s, []
     for number, check in enumerate(checks, 1):
-        left = deadline - time.monotonic()
-        budget_s = min(check.budget_s, left)
+        budget_s = min(check.budget_s, deadline - time.monotonic())
         place = f"[{number}/{len(checks)}] {check.name}"
-        if left < _LEAST_S:
-            ends.append(_end(check, 0.0, "stopped", f"not started, as the {total_s:.0f} s of the whole run were used up"))
-            results.open("a", encoding="utf-8").write(as_line(ends[-1]))
+        if reason := _too_small(check, memory_gib):
+            end = _note(results, _end(check, 0.0, "skipped", reason))
+        elif budget_s < _LEAST_S:
+            reason = f"not started, as the {total_s:.0f} s of the whole run were used up"
+            end = _note(results, _end(check, 0.0, "stopped", reason))
         else:
             say(f"{place} … (up to {budget_s:.0f} s)")
             with tempfile.TemporaryDirectory(prefix="vlmcap-gpu-", ignore_cleanup_errors=True) as folder:
-                ends.append(_run(check, Place(device, is_tiny, Path(folder)), results, budget_s, say))
+                end = _run(check, Place(device, is_tiny, Path(folder)), results, budget_s, say)
+        ends.append(end)
         after()
-        say(f"{place}: {ends[-1].verdict}, {ends[-1].value:.0f} s{_because(ends[-1])}")
+        say(f"{place}: {end.verdict}, {end.value:.0f} s" + (f" ({end.note})" if end.note else ""))
     return ends
 
 
-def _because(end: Row) -> str:
-    return f" ({end.note})" if end.note else ""
+def _too_small(check: Check, memory_gib: float | None) -> str:
+    """Why a check is not started on this GPU; empty if it is."""
+    if memory_gib is None or memory_gib >= check.least_gib:
+        return ""
+    return f"skipped: needs {check.least_gib:.0f} GiB, and this GPU has {memory_gib:.0f}"
+
+
+def _note(results: Path, *rows: Row) -> Row:
+    """Adds rows to the results; the last of them."""
+    with results.open("a", encoding="utf-8") as file:
+        file.write("".join(as_line(row) for row in rows))
+    return rows[-1]
 
 
 def _run(check: Check, place: Place, results: Path, budget_s: float, say: Callable[[str], None]) -> Row:
@@ -130,9 +144,7 @@ def _run(check: Check, place: Place, results: Path, budget_s: float, say: Callab
         if end.verdict in ("error", "stopped"):
             say("\n".join(f"    {line}" for line in _log(log)[-_MOST_LINES:]))
     finally:
-        kept = read_rows(rows)[1]
-        with results.open("a", encoding="utf-8") as file:
-            file.write("".join(as_line(row) for row in [*kept, end]))
+        _note(results, *read_rows(rows)[1], end)
     return end
 
 

