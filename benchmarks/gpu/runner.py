@@ -82,11 +82,12 @@ def run_checks(
     """
     deadline, ends = time.monotonic() + total_s, []
     for number, check in enumerate(checks, 1):
-        budget_s = min(check.budget_s, deadline - time.monotonic())
+        left_s = deadline - time.monotonic()
+        budget_s = min(check.budget_s, left_s)
         place = f"[{number}/{len(checks)}] {check.name}"
         if reason := _too_small(check, memory_gib):
             end = _note(results, _end(check, 0.0, "skipped", reason))
-        elif budget_s < _LEAST_S:
+        elif left_s < _LEAST_S:
             reason = f"not started, as the {total_s:.0f} s of the whole run were used up"
             end = _note(results, _end(check, 0.0, "stopped", reason))
         else:
