@@ -123,7 +123,7 @@ def explained(name: str) -> Iterator[None]:
         raise VideoError(str(error), is_final=False) from error
     except VideoError as error:
         raise VideoError(f"{name} cannot be read: {error}", is_final=error.is_final) from error
-    except (*_library_errors(), OSError, ValueError) as error:  # ValueError: a pixel format that cannot become RGB
+    except _reading_errors() as error:
         if type(error).__name__ == "ExitError":  # the library's own clock, while it opens a file
             raise VideoError(f"{name} cannot be read: {_TOO_SLOW}", is_final=False) from error
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -132,10 +132,11 @@ def explained(name: str) -> Iterator[None]:
         raise VideoError(f"{name} cannot be read: it is damaged, truncated or no video ({reason})") from error
 
 
-def _library_errors() -> tuple[type[Exception], ...]:
-    """The errors of PyAV; none where it was not imported, as no video was opened."""
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """What reading a bad file raises; the errors of PyAV only where it was imported, as a video was opened."""
     av: Any = sys.modules.get("av")
-    return () if av is None else (av.FFmpegError,)
+    own = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
+    return own if av is None else (av.FFmpegError, *own)
 
 
 def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
