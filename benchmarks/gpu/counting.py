@@ -1,7 +1,8 @@
-"""What a GPU and its host did meanwhile: waits of the host, launches, the time in which the GPU was busy, and host memory."""
+"""What a GPU and its host did meanwhile: waits of the host, launches, the time in which the GPU was busy, and memory of both."""
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from vlmcap.measuring.steps import resident
 
 _WAIT = "called a synchronizing CUDA operation"  # PyTorch's words under torch.cuda.set_sync_debug_mode("warn")
 _CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")  # beginnings of names
@@ -30,7 +29,7 @@ class Waits:
     def start(self) -> None:
         """Begins to count."""
         self._caught = warnings.catch_warnings(record=True)
-        self._list = self._caught.__enter__() or []
+        self._list = self._caught.__enter__()
         warnings.simplefilter("always")
         if self.is_cuda:
             torch.cuda.set_sync_debug_mode("warn")
@@ -83,6 +82,55 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Memory of the GPU, in GiB; on a CPU that of the process.
+
+    Attributes:
+        allocated: By tensors, at most.
+        reserved: Held by PyTorch's allocator, at most.
+    """
+
+    allocated: float = 0.0
+    reserved: float = 0.0
+
+
+class Memory:
+    """The most memory since `start`."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda = device == "cuda"
+        self._base_gib = resident_gib("VmRSS")
+
+    def start(self) -> None:
+        """Gives back what is not needed, and begins anew."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> Use:
+        """The most since then; a process keeps no peak that can be set back, so a CPU shows what is there now."""
+        if self.is_cuda:
+            return Use(torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
+        grown = resident_gib("VmRSS") - self._base_gib
+        return Use(grown, grown)
+
+    def context_gib(self) -> float:
+        """What is taken beside PyTorch's allocator: the context, kernels and workspaces, and other programs' memory."""
+        if not self.is_cuda:
+            return 0.0
+        free, total = torch.cuda.mem_get_info()
+        return float(total - free - torch.cuda.memory_reserved()) / GIB
+
+
+def resident_gib(name: str) -> float:
+    """Memory of this process by its name in /proc/self/status: all ("VmRSS"), or what no file stands behind ("RssAnon")."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(name))
+    return float(line.split()[1]) * 1024 / GIB
+
+
 @dataclass(slots=True)
 class HostMemory:
     """Host memory that no file stands behind.
@@ -104,12 +152,12 @@ class HostMemory:
 @contextmanager
 def watching_host() -> Iterator[HostMemory]:
     """Looks at this process's anonymous memory many times a second; pages of weight files that are mapped do not count."""
-    now = resident("RssAnon") / GIB
+    now = resident_gib("RssAnon")
     memory, is_over = HostMemory(now, now), threading.Event()
 
     def look() -> None:
         while not is_over.wait(_EVERY_S):
-            memory.peak_gib = max(memory.peak_gib, resident("RssAnon") / GIB)
+            memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -118,4 +166,4 @@ def watching_host() -> Iterator[HostMemory]:
     finally:
         is_over.set()
         thread.join()
-        memory.peak_gib = max(memory.peak_gib, resident("RssAnon") / GIB)
+        memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))

@@ -13,14 +13,12 @@ import torch
 
 from benchmarks.gpu import limits
 from benchmarks.gpu.counting import launches
-from benchmarks.gpu.models import Prepared, prepare
+from benchmarks.gpu.models import Prepared, prepare, prompt_batch
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
 from benchmarks.gpu.true_size import PROFILED, timed
-from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Engine, Precision
 from vlmcap.determinism import deterministic_kernels
-from vlmcap.measuring.steps import random_batch
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.types import Batch
 
@@ -56,11 +54,11 @@ def matrix(report: Report, place: Place) -> None:
     """Qwen3-8B in 4 bits with LoRA and short prompts, every cell at 1, 8 and 32 rows."""
     prepared = prepare(place, ["experiment=recommended_l4", *_SHORT])
     captioner = prepared.captioner.eval()
-    device = str(captioner.device)
     found: dict[tuple[Cell, int], float] = {}
-    cells = [Cell(engine, *flags) for engine in (Engine.own, Engine.hf) for flags in itertools.product((True, False), repeat=3)]
+    flags = list(itertools.product((True, False), (False, True), (False, True)))
+    cells = [Cell(engine, *chosen) for engine in (Engine.own, Engine.hf) for chosen in flags]
     for rows in ROWS[: 2 if place.is_tiny else None]:
-        prompts = random_batch(prepared.config, prepared.sizes, rows, 0, device)
+        prompts = prompt_batch(prepared, rows).to(captioner.device)
         for cell in cells:
             write = _writer(captioner, prepared, prompts, cell, rows)
             write(2)  # takes memory, chooses kernels
@@ -108,7 +106,7 @@ def _writer(captioner: VideoCaptioner, prepared: Prepared, prompts: Batch, cell:
                 llm: Any = captioner.llm
                 stack.enter_context(llm.disable_adapter())
             if is_mixed:
-                dtype = dtype_of(precision)
+                dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float16
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cell.has_cache))
             return captioner.generate(prompts)
 

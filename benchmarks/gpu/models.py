@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -21,12 +21,13 @@ from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Config, Precision
 from vlmcap.config_unread import NO_DATA
+from vlmcap.data.loading.collate import Collator
 from vlmcap.data.quarantine import Ledger
 from vlmcap.libraries import quiet_libraries
 from vlmcap.measuring.random_parts import random_captioner, with_blocks
-from vlmcap.measuring.steps import random_batch
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.planning.estimate.sizes import IGNORED, Sizes, sizes_of
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS
+from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of
 from vlmcap.planning.hardware import CARDS, assumed_card, own_profile, present_card
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
@@ -34,9 +35,10 @@ from vlmcap.training.callbacks.guard import DivergenceGuard
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.processes import make_strategy
 from vlmcap.training.schedule import StagePlan
-from vlmcap.types import Batch
+from vlmcap.types import Batch, Clip, Sample
 
 NUM_NEW = 16  # tokens of the captions that are written
+_MOST_ID = 600  # random ids stay below, where every vocabulary has tokens
 # All that any stage trains is trained, and no clips wait for rows, as a plan would have their frames on the GPU.
 _COMMON = ("tuning.align_epochs=0", "tuning.epochs=1", "evaluation.clips_per_row=1")
 _TINY = ("hardware=cpu", "cache.enabled=false", "data.batch_size=2", "data.eval_batch_size=2", "llm.max_caption_tokens=16")
@@ -147,27 +149,45 @@ def say(text: str) -> None:
 # --- batches and the loop ---------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """What the collator asks of a tokenizer: as much text as a plan counts with; a caption's text is the number of its tokens."""
+
+    prefix_ids: tuple[int, ...] = (1,) * (PROMPT_TOKENS // 2)
+    suffix_ids: tuple[int, ...] = (1,) * (PROMPT_TOKENS - PROMPT_TOKENS // 2)
+    end_id: int = 2
+    pad_id: int = 0
+
+    def encode_caption(self, text: str) -> list[int]:
+        """Random tokens, one less than the number, as the end token follows."""
+        rng = random.Random(text)
+        return [rng.randrange(3, _MOST_ID) for _ in range(int(text) - 1)]
+
+
 def training_batch(prepared: Prepared, rng: random.Random, *, is_longest: bool) -> Batch:
-    """A micro-batch on the CPU, padded on the right.
+    """A micro-batch on the CPU by the collator of a run, padded on the right.
 
     Args:
-        prepared: Of the run.
+        prepared: What runs.
         rng: Draws the lengths of the captions.
         is_longest: Whether one of the captions has the most tokens that the plan counts with.
     """
-    config, most = prepared.config, prepared.config.llm.caption_tokens
-    batch = random_batch(config, prepared.sizes, config.data.batch_size, most, "cpu")
-    assert batch.labels is not None
-    lengths = [draw_length(rng, most) for _ in range(len(batch))]
-    if is_longest:
-        lengths[0] = most
-    labels, mask = batch.labels.clone(), batch.attention_mask.clone()
-    for row, length in enumerate(lengths):
-        end = labels.shape[1] - most + length
-        labels[row, end:], mask[row, end:] = IGNORED, 0
-    width = labels.shape[1] - most + max(lengths)
-    cut = {"labels": labels, "attention_mask": mask, "input_ids": batch.input_ids, "visual_mask": batch.visual_mask}
-    return dataclasses.replace(batch, **{name: tensor[:, :width].contiguous() for name, tensor in cut.items()})
+    most, count = prepared.config.llm.caption_tokens, prepared.config.data.batch_size
+    lengths = [most if is_longest and not row else draw_length(rng, most) for row in range(count)]
+    return _collated(prepared, lengths, "train")
+
+
+def prompt_batch(prepared: Prepared, num_rows: int) -> Batch:
+    """Prompts on the CPU, of as many clips."""
+    return _collated(prepared, [1] * num_rows, "generate")
+
+
+def _collated(prepared: Prepared, lengths: Sequence[int], mode: Literal["train", "generate"]) -> Batch:
+    config, sizes = prepared.config, prepared.sizes
+    collator = Collator(_Prompt(), sizes.num_visual, config.llm.caption_tokens, mode)
+    shape = frames_shape(config, prepared.captioner.encoder, sizes.grid)
+    clips = [Clip(str(row), "", (str(length),)) for row, length in enumerate(lengths)]
+    return collator([Sample(clip, frames=torch.randint(0, 256, shape, dtype=torch.uint8)) for clip in clips])
 
 
 def draw_length(rng: random.Random, most: int) -> int:
@@ -175,7 +195,7 @@ def draw_length(rng: random.Random, most: int) -> int:
     span = _MOST_LENGTH - _LEAST_LENGTH
     first = 2.0
     second = first * (span / (_MEAN_LENGTH - _LEAST_LENGTH) - 1)
-    return max(1, round(most * (_LEAST_LENGTH + span * rng.betavariate(first, second))))
+    return max(2, round(most * (_LEAST_LENGTH + span * rng.betavariate(first, second))))
 
 
 def training(
@@ -224,8 +244,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def writer(prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_rows: int) -> Callable[[int], list[str]]:
     """A function that writes captions of so many tokens for a batch of prompts, as the loop's evaluation does."""
-    device = str(module.captioner.device)
-    prompts = random_batch(prepared.config, prepared.sizes, num_rows, 0, device)
+    prompts = prompt_batch(prepared, num_rows).to(module.captioner.device)
     plugin: Any = trainer.precision_plugin
 
     def write(num_new: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,9 +117,10 @@ class Report:
 
 
 def as_line(row: Row | dict[str, Any]) -> str:
-    """A row, or the description of a machine, as a line of JSON; no JSON knows a number that is none."""
+    """A row, or the description of a machine, as a line of JSON, which knows neither infinity nor what is no number."""
     plain = asdict(row) if isinstance(row, Row) else row
-    return json.dumps({key: None if value != value else value for key, value in plain.items()}, ensure_ascii=False) + "\n"
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:

@@ -175,7 +175,7 @@ def _problems(rows: Sequence[Row]) -> str:
         what = first.note if first.verdict == "error" else f"{first.measure} {first.value:.4g}, bound {first.limit}"
         return f"{first.case}: {what}" + (f"; and {len(bad) - 1} more" if len(bad) > 1 else "")
     skipped = [row for row in rows if row.verdict == "skipped"]
-    return "" if not skipped else skipped[0].note if len(rows) == 1 else f"{len(skipped)} of its cases were skipped"
+    return "" if not skipped else skipped[0].note if len(rows) == 1 else f"cases skipped: {len(skipped)}"
 
 
 def _name(code: int) -> str:

@@ -44,7 +44,7 @@ def _summary(names: Sequence[str], rows: Sequence[Row], titles: dict[str, str]) 
     for name in names:
         own = [row for row in rows if row.check == name]
         end = next((row for row in own if row.is_end), None)
-        bounded = [row for row in own if row.limit]
+        bounded = [row for row in own if row.limit and row.verdict != "rehearsed"]
         count = f"{sum(row.verdict == 'pass' for row in bounded)} of {len(bounded)}" if bounded else "–"
         seconds = short(end.value) if end else "–"
         lines.append([name, _sign(end.verdict if end else "stopped"), count, seconds, end.note if end else "it did not end"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from contextlib import ExitStack
@@ -13,11 +14,10 @@ import lightning as L
 import torch
 
 from benchmarks.gpu import limits
-from benchmarks.gpu.counting import Waits, launches, wait, watching_host
+from benchmarks.gpu.counting import Memory, Use, Waits, launches, wait, watching_host
 from benchmarks.gpu.models import NUM_NEW, Prepared, loader, peak_flops, prepare, tiny_moe, training, training_batch, writer
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
-from vlmcap.measuring.steps import MemoryUse, Use
 from vlmcap.models.decoding.engine import obstacle
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import REPEATED
@@ -43,7 +43,7 @@ def recommended_h100(report: Report, place: Place) -> None:
     """DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
     prepared = prepare(place, ["experiment=recommended_h100"])
     seconds = measure(report, place, prepared, is_bounded=True).seconds
-    rows, most = prepared.whole.data.eval_batch_size, prepared.whole.llm.new_tokens
+    rows, most = prepared.plan.eval_batch_size, prepared.whole.llm.new_tokens
     caption_s = (seconds["prompt"] + CAPTION_SHARE * most * seconds["token"]) / rows
     report.add(f"captions, {rows} rows", "seconds per caption of 0.6 × its most tokens", caption_s)
     ratio = _PLANNED_CAPTIONS_S / caption_s
@@ -95,11 +95,11 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
         prepared: What runs.
         is_bounded: Whether utilisation and waits have bounds.
     """
-    config, rng = prepared.config, random.Random(prepared.config.seed)
+    rng = random.Random(prepared.config.seed)
     longest = [index < WARM or index >= WARM + COUNTED for index in range(WARM + COUNTED + TIMED)]
     batches = [training_batch(prepared, rng, is_longest=is_longest) for is_longest in longest]
-    use = MemoryUse(str(prepared.captioner.device))
-    watch = Watch(place, use, prepared, config.data.eval_batch_size)
+    use = Memory(place.device)
+    watch = Watch(place, use, prepared, prepared.plan.eval_batch_size)
     with watching_host() as host:
         trainer, module = training(prepared, place, [watch], len(batches), ACCUMULATED)
         use.start()
@@ -129,20 +129,25 @@ class Watch(L.Callback):
         per_token: Launches of `PROFILED` tokens.
     """
 
-    def __init__(self, place: Place, use: MemoryUse, prepared: Prepared, num_rows: int) -> None:
+    def __init__(self, place: Place, use: Memory, prepared: Prepared, num_rows: int) -> None:
         self.place, self.use, self.prepared, self.num_rows = place, use, prepared, num_rows
         self.waits = Waits(place.device)
-        self.micro_s, self.losses = 0.0, list[float]()
-        self.training = self.generation = Use(0.0, 0.0)
+        self.micro_s = 0.0
+        self._sums: list[tuple[Any, int]] = []  # losses stay on the device, as reading them would be a wait
+        self.training = self.generation = Use()
         self.context_gib = 0.0
         self.seconds: dict[str, float] = {}
         self.per_token = launches(lambda: None, place.device)
         self._started = 0.0
 
+    @property
+    def losses(self) -> list[float]:
+        """Nats per label token of each micro-batch."""
+        return [float(loss) / max(1, count) for loss, count in self._sums]
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Turns the counting and the clock on and off between micro-batches."""
-        loss, count = pl_module.last_loss
-        self.losses.append(loss / max(1, count))
+        self._sums.append(pl_module.last_loss)
         if batch_idx + 1 == WARM:
             wait(self.place.device)
             self.waits.start()
@@ -191,10 +196,10 @@ def _report_memory(report: Report, case: str, found: Use, planned: Moment) -> No
 
 
 def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounded: bool) -> None:
-    plan, batch_size, rows = prepared.plan, prepared.config.data.batch_size, prepared.config.data.eval_batch_size
+    plan, batch_size, rows = prepared.plan, prepared.config.data.batch_size, watch.num_rows
     waits = watch.waits.count / COUNTED
     report.add("training", "host waits per micro-batch", waits, limits.WAITS if is_bounded else None)
-    is_finite = all(loss == loss and abs(loss) != float("inf") for loss in watch.losses)
+    is_finite = all(map(math.isfinite, watch.losses))
     report.add("training", "losses are numbers", is_finite, limits.ALL)
     peak = peak_flops() if watch.place.device == "cuda" else assumed_card(prepared.config).peak_flops
     if peak is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,19 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import benchmarks.gpu.__main__ as program
-from benchmarks.gpu.registry import CHECKS, TOTAL_S, Check
-from benchmarks.gpu.rows import Limit, Report, Row, read_rows, verdict_of
+from benchmarks.gpu.counting import Launches, Waits, launches
+from benchmarks.gpu.registry import CHECKS, TOTAL_S, Check, Place
+from benchmarks.gpu.rows import Limit, Report, Row, Skip, read_rows, verdict_of
 from benchmarks.gpu.runner import run_checks
 from benchmarks.gpu.table import page
 from tests.benchmarks.invented_checks import invented
 from tests.thinned import thinned
+from vlmcap.config import Precision
+from vlmcap.planning.hardware import Present
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {"gpu": "NVIDIA L4", "memory GiB": 22.0}
@@ -165,6 +171,60 @@ def test_half_a_line_of_a_stopped_check_is_left_out(tmp_path: Path) -> None:
         file.write('{"check": "che')
     ((row,),) = (read_rows(report.path)[1],)
     assert row.verdict == verdict_of([row]) == "rehearsed"
+
+
+def test_waits_of_the_host_are_those_that_pytorch_warns_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    waits = Waits("cuda")
+    waits.start()
+    for text in ("called a synchronizing CUDA operation (function warn_or_error_on_sync)", "something else") * 2:
+        warnings.warn(text, stacklevel=1)
+    waits.stop()
+    waits.stop()
+    assert (waits.count, modes) == (2, ["warn", "default"])
+
+
+def test_launches_are_calls_of_the_host_and_busy_is_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from torch.profiler import DeviceType
+
+    host, device = DeviceType.CPU, DeviceType.CUDA
+    found = [("cudaLaunchKernel", host, 5), ("cudaGraphLaunch", host, 9), ("cudaMemcpyAsync", host, 2), ("cudaStreamSynchronize", host, 99)]
+    found += [("gemm", device, 300), ("Memcpy DtoH", device, 100)]
+    events = [
+        SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda us=us: us)) for name, kind, us in found
+    ]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert launches(lambda: None, "cuda") == Launches(3, 4e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "peak"), [("NVIDIA L4", 22.0, 121e12), ("NVIDIA H200", 139.0, 989e12), ("NVIDIA GeForce RTX 4090", 23.6, None)]
+)
+def test_utilisation_is_of_a_peak_that_a_data_sheet_states(
+    name: str, gib: float, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.gpu import models
+
+    monkeypatch.setattr(models, "present_card", lambda: Present(name, gib, gib, "l4", (8, 9)))
+    assert models.peak_flops() == peak
+
+
+def test_a_model_that_the_gpu_cannot_hold_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import models
+
+    place = Place("cuda", False, tmp_path)
+    monkeypatch.setattr(models, "present_card", lambda: Present("Tesla T4", 14.6, 14.0, "t4", (7, 5)))
+    models.require_gpu(place, 12.0, Precision.fp16)
+    with pytest.raises(Skip, match="needs 31 GiB, and Tesla T4 has 15"):
+        models.require_gpu(place, 31.2, Precision.fp16)
+    with pytest.raises(Skip, match="needs bfloat16, which Tesla T4 does not have"):
+        models.require_gpu(place, 12.0, Precision.bf16)
 
 
 @pytest.mark.slow
