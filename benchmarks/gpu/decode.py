@@ -24,8 +24,6 @@ from vlmcap.types import Batch
 
 ROWS = (1, 8, 32)
 NUM_TOKENS = 8  # of the captions that are timed
-# Prompts of about a hundred tokens: what is measured is a token, not the prompt.
-_SHORT = ("data.num_frames=1", "projector.frame_stack=1", "projector.reducer=pool", "projector.pool_size=3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class Cell:
 
 def matrix(report: Report, place: Place) -> None:
     """Qwen3-8B in 4 bits with LoRA and short prompts, every cell at 1, 8 and 32 rows."""
-    prepared = prepare(place, ["experiment=recommended_l4", *_SHORT])
+    prepared = prepare(place, "decode")
     captioner = prepared.captioner.eval()
     found: dict[tuple[Cell, int], float] = {}
     flags = list(itertools.product((True, False), (False, True), (False, True)))

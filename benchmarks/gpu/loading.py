@@ -70,12 +70,7 @@ def _saved(place: Place) -> Path:
 
 def teardown_8bit(report: Report, place: Place) -> None:
     """Four layers of Qwen3-8B in 8 bits before and after a fit."""
-    prepared = prepare(
-        place,
-        ["experiment=recommended_l4", "llm.quantization=8bit"],
-        ["llm.quantization=8bit", "llm.checkpoint=tiny"],
-        num_blocks=4,
-    )
+    prepared = prepare(place, "teardown_8bit", ["llm.quantization=8bit"])
     captioner: Any = prepared.captioner
     rng = random.Random(0)
     batches = [training_batch(prepared, rng, is_longest=True) for _ in range(2)]

@@ -26,7 +26,7 @@ from vlmcap.data.quarantine import Ledger
 from vlmcap.libraries import quiet_libraries
 from vlmcap.measuring.random_parts import random_captioner, with_blocks
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch
 from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of
 from vlmcap.planning.hardware import CARDS, assumed_card, own_profile, present_card
 from vlmcap.planning.make_plan import make_plan
@@ -59,53 +59,78 @@ _TINY_MOE = {
 }
 
 
+# Overrides of the checks at true size, and the blocks that encoder and language model are cut to, where a path is the same in each.
+TRUE_SIZES: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "recommended_l4": (("experiment=recommended_l4",), None),
+    "recommended_h100": (("experiment=recommended_h100",), None),
+    "moe": (("encoder=clip", "llm=qwen3_30b_a3b", "hardware=l4", "data.batch_size=2", "data.eval_batch_size=8"), 4),
+    "t4": (("encoder=siglip2", "llm=qwen3_8b", "hardware=t4"), 4),
+    # Prompts of about a hundred tokens: what is measured is a token, not the prompt.
+    "decode": (
+        ("experiment=recommended_l4", "data.num_frames=1", "projector.reducer=pool", "projector.pool_size=3", "projector.frame_stack=1"),
+        None,
+    ),
+    "teardown_8bit": (("experiment=recommended_l4", "llm.quantization=8bit"), 4),
+}
+
+
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A configuration at true size.
+class Planned:
+    """A configuration at true size and its plan.
 
     Attributes:
         config: Its captions cut to `NUM_NEW` tokens.
         whole: The same with captions of full length.
         plan: Of `config`, by data sheets alone.
         sizes: Of a clip.
-        captioner: With random weights.
     """
 
     config: Config
     whole: Config
     plan: Plan
     sizes: Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Planned):
+    """The same with a model.
+
+    Attributes:
+        captioner: With random weights.
+    """
+
     captioner: VideoCaptioner
 
 
-def prepare(place: Place, overrides: Sequence[str], tiny: Sequence[str] = (), num_blocks: int | None = None) -> Prepared:
-    """A captioner and its plan.
+def planned(place: Place, name: str, tiny: Sequence[str] = ()) -> Planned:
+    """The configuration of a check.
 
     Args:
         place: Where it runs.
-        overrides: At true size.
-        tiny: In a rehearsal, on top of the demo's own parts.
-        num_blocks: That encoder and language model are cut to at true size; None leaves all.
+        name: A key of `TRUE_SIZES`.
+        tiny: Overrides of a rehearsal, on top of the demo's own parts.
+    """
+    quiet_libraries()
+    overrides, num_blocks = TRUE_SIZES[name]
+    chosen = [*_TINY, *tiny] if place.is_tiny else list(overrides)
+    folders = [f"paths.output_dir={place.folder / 'run'}", f"paths.cache_dir={place.folder / 'cache'}"]
+    config = with_model_kind(compose([NO_DATA, *chosen, *_COMMON, *folders]))
+    if num_blocks is not None and not place.is_tiny:
+        config = with_blocks(config, num_blocks, place.folder / "cut")
+    short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=NUM_NEW))
+    return Planned(short, config, make_plan(short, assumed_card(short)), sizes_of(short))
+
+
+def prepare(place: Place, name: str, tiny: Sequence[str] = ()) -> Prepared:
+    """The model of a check; arguments as those of `planned`.
 
     Raises:
         Skip: The GPU is too small or too old.
     """
-    config = configuration(place, overrides, tiny)
-    if num_blocks is not None and not place.is_tiny:
-        config = with_blocks(config, num_blocks, place.folder / "cut")
-    short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=NUM_NEW))
-    plan = make_plan(short, assumed_card(short))
-    require_gpu(place, plan.peak_gib, config.hardware.precision)
-    captioner = random_captioner(short, has_encoder=True, say=say)
-    return Prepared(short, config, plan, sizes_of(short), captioner)
-
-
-def configuration(place: Place, overrides: Sequence[str], tiny: Sequence[str] = ()) -> Config:
-    """The configuration of a check, at true size or of a rehearsal."""
-    quiet_libraries()
-    chosen = [*_TINY, *tiny] if place.is_tiny else list(overrides)
-    folders = [f"paths.output_dir={place.folder / 'run'}", f"paths.cache_dir={place.folder / 'cache'}"]
-    return with_model_kind(compose([NO_DATA, *chosen, *_COMMON, *folders]))
+    found = planned(place, name, tiny)
+    require_gpu(place, found.plan.peak_gib, found.config.hardware.precision)
+    captioner = random_captioner(found.config, has_encoder=True, say=say)
+    return Prepared(found.config, found.whole, found.plan, found.sizes, captioner)
 
 
 def require_gpu(place: Place, gib: float, precision: Precision) -> None:
@@ -164,28 +189,28 @@ class _Prompt:
         return [rng.randrange(3, _MOST_ID) for _ in range(int(text) - 1)]
 
 
-def training_batch(prepared: Prepared, rng: random.Random, *, is_longest: bool) -> Batch:
+def training_batch(found: Planned, rng: random.Random, *, is_longest: bool) -> Batch:
     """A micro-batch on the CPU by the collator of a run, padded on the right.
 
     Args:
-        prepared: What runs.
+        found: What runs.
         rng: Draws the lengths of the captions.
         is_longest: Whether one of the captions has the most tokens that the plan counts with.
     """
-    most, count = prepared.config.llm.caption_tokens, prepared.config.data.batch_size
+    most, count = found.config.llm.caption_tokens, found.config.data.batch_size
     lengths = [most if is_longest and not row else draw_length(rng, most) for row in range(count)]
-    return _collated(prepared, lengths, "train")
+    return _collated(found, lengths, "train")
 
 
-def prompt_batch(prepared: Prepared, num_rows: int) -> Batch:
+def prompt_batch(found: Planned, num_rows: int) -> Batch:
     """Prompts on the CPU, of as many clips."""
-    return _collated(prepared, [1] * num_rows, "generate")
+    return _collated(found, [1] * num_rows, "generate")
 
 
-def _collated(prepared: Prepared, lengths: Sequence[int], mode: Literal["train", "generate"]) -> Batch:
-    config, sizes = prepared.config, prepared.sizes
+def _collated(found: Planned, lengths: Sequence[int], mode: Literal["train", "generate"]) -> Batch:
+    config, sizes = found.config, found.sizes
     collator = Collator(_Prompt(), sizes.num_visual, config.llm.caption_tokens, mode)
-    shape = frames_shape(config, prepared.captioner.encoder, sizes.grid)
+    shape = frames_shape(config, sketch(config), sizes.grid)
     clips = [Clip(str(row), "", (str(length),)) for row, length in enumerate(lengths)]
     return collator([Sample(clip, frames=torch.randint(0, 256, shape, dtype=torch.uint8)) for clip in clips])
 

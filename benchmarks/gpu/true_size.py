@@ -37,12 +37,12 @@ _CAPTION_SHARE = 0.6  # of the most tokens: the mean caption of the Korean data
 
 def recommended_l4(report: Report, place: Place) -> None:
     """SigLIP 2, MLP and Qwen3-8B in 4 bits."""
-    measure(report, place, prepare(place, ["experiment=recommended_l4"]), is_bounded=True)
+    measure(report, place, prepare(place, "recommended_l4"), is_bounded=True)
 
 
 def recommended_h100(report: Report, place: Place) -> None:
     """DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
-    prepared = prepare(place, ["experiment=recommended_h100"])
+    prepared = prepare(place, "recommended_h100")
     seconds = measure(report, place, prepared, is_bounded=True).seconds
     rows, most = prepared.plan.eval_batch_size, prepared.whole.llm.new_tokens
     caption_s = (seconds["prompt"] + _CAPTION_SHARE * most * seconds["token"]) / rows
@@ -56,8 +56,7 @@ def moe(report: Report, place: Place) -> None:
     """Four layers of Qwen3-30B-A3B."""
     check_transformers("quantised experts")
     tiny = [f"llm.checkpoint={tiny_moe(place.folder / 'moe')}", "llm.quantization=4bit"]
-    overrides = ["encoder=clip", "llm=qwen3_30b_a3b", "hardware=l4", "data.batch_size=2", "data.eval_batch_size=8"]
-    prepared = prepare(place, overrides, tiny, num_blocks=4)
+    prepared = prepare(place, "moe", tiny)
     watch = measure(report, place, prepared, is_bounded=False)
     depth = int(text_config(prepared.config).num_hidden_layers)
     report.add(f"captions, {watch.num_rows} rows", "launches per token and layer", watch.per_token.count / PROFILED / depth)
@@ -72,8 +71,7 @@ def t4(report: Report, place: Place) -> None:
         if place.device == "cuda":  # which decides on the attention
             stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (7, 5)))
         tiny = ["hardware.precision=bf16", f"llm.attention={REPEATED}"]
-        overrides = ["encoder=siglip2", "llm=qwen3_8b", "hardware=t4"]
-        prepared = prepare(place, overrides, tiny, num_blocks=4)
+        prepared = prepare(place, "t4", tiny)
         model: Any = base_model(prepared.captioner.llm)
         report.add("attention", "is sdpa_repeated", model.config._attn_implementation == REPEATED, limits.ALL)
         report.add("our engine", "decodes it", not obstacle(prepared.captioner.llm), limits.ALL)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 import benchmarks.gpu.__main__ as program
 from benchmarks.gpu.counting import Launches, Waits, launches
+from benchmarks.gpu.models import PROMPT_TOKENS, TRUE_SIZES, draw_length, planned, prompt_batch, training_batch
 from benchmarks.gpu.registry import CHECKS, TOTAL_S, Check, Place
 from benchmarks.gpu.rows import Limit, Report, Row, Skip, read_rows, verdict_of
 from benchmarks.gpu.runner import run_checks
@@ -225,6 +227,29 @@ def test_a_model_that_the_gpu_cannot_hold_is_skipped(tmp_path: Path, monkeypatch
         models.require_gpu(place, 31.2, Precision.fp16)
     with pytest.raises(Skip, match="needs bfloat16, which Tesla T4 does not have"):
         models.require_gpu(place, 12.0, Precision.bf16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRUE_SIZES)
+def test_true_sizes_are_planned_and_their_batches_are_as_long(name: str, tmp_path: Path) -> None:
+    found = planned(Place("cuda", False, tmp_path), name)
+    assert 1 < found.plan.peak_gib < 80
+    longest = PROMPT_TOKENS + found.sizes.num_visual + found.config.llm.caption_tokens
+    rng = random.Random(0)
+    batch, drawn = (training_batch(found, rng, is_longest=is_longest) for is_longest in (True, False))
+    assert batch.input_ids.shape == (found.config.data.batch_size, longest)
+    lengths = drawn.attention_mask.sum(1) - PROMPT_TOKENS - found.sizes.num_visual
+    assert all(0.39 * 768 < length < 0.93 * 768 for length in lengths.tolist())
+    prompts = prompt_batch(found, 2)
+    assert prompts.input_ids.shape == (2, longest - found.config.llm.caption_tokens)
+    assert prompts.frames is not None and prompts.frames.shape[1] == found.config.data.num_frames
+
+
+def test_lengths_of_captions_are_those_of_the_data() -> None:
+    rng = random.Random(0)
+    lengths = [draw_length(rng, 768) for _ in range(4000)]
+    assert min(lengths) >= 307 and max(lengths) <= 707
+    assert sum(lengths) / len(lengths) == pytest.approx(402, rel=0.02)
 
 
 @pytest.mark.slow
