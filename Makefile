@@ -9,7 +9,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all models keys check format wheel clean
+.PHONY: help venv demo test test-all gpu models keys check format wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -26,6 +26,10 @@ test: $(STAMP) ## run the tests that need no GPU and no network (ARGS="-k name")
 
 test-all: $(STAMP) ## run the slow tests too (whole programs killed and resumed, several processes, large matrices)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "slow and not gpu and not network" $(ARGS)
+
+# Without $(STAMP): a machine with a GPU may have PyTorch and no package index.
+gpu: ## run the acceptance checks on a GPU, under eight minutes (ARGS="--only decode"; PYTHON=python3 where .venv is not there)
+	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks.gpu $(ARGS)
 
 models: $(STAMP) ## measure parity with the reference implementations and write docs/models.md
 	$(BIN)/python -m pytest -q -n $(WORKERS) -o junit_family=xunit1 --junit-xml=.parity.xml tests/models

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Before anything imports torch, transformers or wandb: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # `HF_HUB_OFFLINE=0 pytest -m network` may override
 os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch looks once a process whether products may be deterministic
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 if "PYTEST_XDIST_WORKER" in os.environ:

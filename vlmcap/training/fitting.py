@@ -129,6 +129,6 @@ def release_memory() -> None:
     import torch
 
     gc.collect()  # models hold themselves in circles
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking for it would take memory of a GPU that a run on the CPU does not use
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

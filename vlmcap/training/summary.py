@@ -6,7 +6,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,17 +101,26 @@ def summarize(
         "scores": plain_scores(scores),
         "tokenizer": tokenizer_version(config),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_memory_gib": round(_peak_memory_gib(), 3),
+        "peak_memory_gib": round(_peak_memory_gib(config), 3),
         "parameters": part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
         "skipped_clips": len(run.module.ledger),
-        "versions": {"vlmcap": __version__} | {name: version(name) for name in _VERSIONS} | {"python": sys.version.split()[0]},
+        "versions": {"vlmcap": __version__} | _versions() | {"python": sys.version.split()[0]},
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
         "shrunk_from": shrunk_from,
     }
+
+
+def _versions() -> dict[str, str | None]:
+    """Version of each library; None for one that is not installed, as images need no PyAV and other tokenisers no mecab-ko."""
+    found: dict[str, str | None] = dict.fromkeys(_VERSIONS)
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _program() -> list[str]:
@@ -123,13 +133,13 @@ def plain_scores(scores: dict[str, float]) -> dict[str, float | None]:
     return {name: None if value != value else value for name, value in scores.items()}
 
 
-def _peak_memory_gib() -> float:
-    """Of the device, or of this process where there is none."""
+def _peak_memory_gib(config: Config) -> float:
+    """Of the device, or of this process where the run is on the CPU."""
     import resource
 
     import torch
 
-    if torch.cuda.is_available():
+    if config.hardware.accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

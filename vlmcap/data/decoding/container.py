@@ -1,21 +1,24 @@
-"""Media files opened with the protections that files from elsewhere need."""
+"""Media files opened with the protections that files from elsewhere need.
+
+PyAV is imported where a video is opened, so that images and stored features need none.
+"""
 
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
-
-import av
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.stream import VideoStream
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlmcap.data.media import MediaError, local_path, open_media
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 # What holds video itself. Playlists, edit lists of other files and numbered pictures (hls, dash, concat, imf, image2, …) are missing on
 # purpose: they make the library open whatever files they name.
@@ -94,6 +97,8 @@ class MediaFile:
         Only this file is opened, whatever it says: a playlist renamed to .mp4 cannot send us to other files or the network. Metadata
         is not ours, so text in a legacy Korean encoding must not stop us.
         """
+        import av
+
         with ExitStack() as stack:
             path = local_path(self.address)
             source: str | BinaryIO
@@ -118,13 +123,20 @@ def explained(name: str) -> Iterator[None]:
         raise VideoError(str(error), is_final=False) from error
     except VideoError as error:
         raise VideoError(f"{name} cannot be read: {error}", is_final=error.is_final) from error
-    except av.error.ExitError as error:  # the library's own clock, while it opens a file
-        raise VideoError(f"{name} cannot be read: {_TOO_SLOW}", is_final=False) from error
-    except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: a pixel format that cannot become RGB
+    except _reading_errors() as error:
+        if type(error).__name__ == "ExitError":  # the library's own clock, while it opens a file
+            raise VideoError(f"{name} cannot be read: {_TOO_SLOW}", is_final=False) from error
         reason = getattr(error, "strerror", None) or type(error).__name__
         if getattr(error, "errno", None) in _TRANSIENT:
             raise VideoError(f"{name} cannot be read: the system says {reason}", is_final=False) from error
         raise VideoError(f"{name} cannot be read: it is damaged, truncated or no video ({reason})") from error
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """What reading a bad file raises; the errors of PyAV only where it was imported, as a video was opened."""
+    av: Any = sys.modules.get("av")
+    own = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
+    return own if av is None else (av.FFmpegError, *own)
 
 
 def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
@@ -133,6 +145,9 @@ def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream
     Raises:
         VideoError: There is no video stream (cover art is none), or a frame has no pixels or more than `max_pixels`.
     """
+    from av.stream import Disposition
+    from av.video.stream import VideoStream
+
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise VideoError("it has no video stream")

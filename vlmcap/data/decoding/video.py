@@ -1,5 +1,7 @@
 """Frames out of video files, and small video files out of frames.
 
+What needs PyAV is imported where a video is read or written, so that images need none.
+
 Legend: F sampled frames, T frames of a clip, H/W pixels.
 """
 
@@ -10,25 +12,24 @@ import secrets
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
 import numpy as np
 import torch
-from av.video.frame import VideoFrame
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.config import DataConfig, Decoder
 from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, explained
-from vlmcap.data.decoding.display import square_size, to_rgb
-from vlmcap.data.decoding.frame_reader import FrameReader
 from vlmcap.data.decoding.images import is_image, read_image, read_image_list
 from vlmcap.data.decoding.sampling import spread
 from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
 from vlmcap.data.media import local_path
 from vlmcap.types import Clip
+
+if TYPE_CHECKING:
+    from vlmcap.data.decoding.frame_reader import FrameReader
 
 __all__ = [
     "DecodeLimits",
@@ -100,6 +101,8 @@ def read_timed_frames(
     with explained(file.name), file.open_bytes() as stream:
         if is_image(stream):
             return DecodedFrames(read_image(stream, data, rng, limits, deadline_s), None)
+        from vlmcap.data.decoding.frame_reader import FrameReader
+
         with file.open_container(data.decode_timeout_s, stream) as container:
             reader = FrameReader(file, container, deadline_s, limits)
             moments = reader.choose_moments(data, rng)
@@ -144,6 +147,8 @@ def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
 
 def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[Tensor, Tensor, list[int]]:
     """The distinct frames on screen at the moments, their times, and for each moment which of them it is."""
+    from vlmcap.data.decoding.display import square_size, to_rgb
+
     frames: Tensor | None = None
     size, last, rows = (0, 0), None, []
     times_s: list[float] = []
@@ -210,6 +215,9 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf:
 
 
 def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict[str, str]) -> None:
+    import av
+    from av.video.frame import VideoFrame
+
     with av.open(f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -5,9 +5,11 @@ Legend: F frames, H/W pixels.
 
 from __future__ import annotations
 
+import importlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import PurePath
 
 import numpy as np
@@ -59,6 +61,8 @@ class ClipDataset(Dataset[Sample | Skipped]):
         limits: DecodeLimits | None = None,
     ) -> None:
         resolve_decoder(data.decoder)  # before the workers start, so that none of them has to report it
+        with suppress(ImportError):  # before they are forked, so that they share the library; images need none
+            importlib.import_module("vlmcap.data.decoding.frame_reader")
         self.clips, self.data, self.seed, self.limits = clips, data, seed, limits
         self.frame_transform, self.grid_of = frame_transform, grid_of
         is_isolated = data.is_isolated and is_available()

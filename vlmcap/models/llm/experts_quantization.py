@@ -16,19 +16,21 @@ from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, is_packed, pack_experts, replace_experts, stock_experts
+from vlmcap.models.versions import check_transformers
 
 
 def expert_quantization(folder: Path, config: Any) -> Any:
     """`config` (transformers' BitsAndBytesConfig), changed so that the experts of the model in `folder`, if it has any, are quantised too.
 
     Raises:
-        UserError: Experts and 8 bit: bitsandbytes has no such storage for them.
+        UserError: Experts and 8 bit: bitsandbytes has no such storage for them; or transformers is too old for experts in 4 bits.
     """
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     if not any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return config
+    check_transformers("quantised experts")
     if config.load_in_8bit:
         raise UserError(f"llm.quantization=8bit would leave the experts of {folder} in 16 bit; set llm.quantization=4bit")
     config.quant_method = _register()

@@ -20,6 +20,7 @@ from vlmcap.models.llm.load import device_map, keep_packing, quantization_config
 from vlmcap.models.pretrained.parts import PretrainedParts, read_model, reading
 from vlmcap.models.pretrained.qwen_captioner import VISION_END, VISION_START, QwenVLCaptioner, TimestampedRuns
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
+from vlmcap.models.versions import check_transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ def split_qwen_vl(
         tokenizer: Writes the timestamps of Qwen3-VL.
 
     Raises:
-        UserError: The budget is below one token a frame.
+        UserError: The budget is below one token a frame, or transformers is too old for these models.
     """
+    check_transformers("the Qwen-VL models")
     family, tower = FAMILIES[kind], model.model.visual
     merge, span = tower.config.spatial_merge_size, tower.config.temporal_patch_size
     mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]

@@ -74,6 +74,8 @@ def run_tags(config: Config) -> list[str]:
 
 def end_wandb(exit_code: int = 0) -> None:
     """Ends the run that this process began, if there is one: another `wandb.init` would else go on with it."""
+    if _OWN["run"] is None:  # so that a run without W&B does not import it
+        return
     import wandb
 
     if wandb.run is not None and wandb.run.id == _OWN["run"]:

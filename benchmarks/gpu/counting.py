@@ -1,0 +1,169 @@
+"""What a GPU and its host did meanwhile: waits of the host, launches, the time in which the GPU was busy, and memory of both."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_WAIT = "called a synchronizing CUDA operation"  # PyTorch's words under torch.cuda.set_sync_debug_mode("warn")
+_CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")  # beginnings of names
+_EVERY_S = 0.005
+GIB = 2**30
+
+
+class Waits:
+    """Counts the operations that made the host wait for the GPU, between `start` and `stop`; a CPU has none."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda, self.count = device == "cuda", 0
+        self._caught: Any = None
+        self._list: list[warnings.WarningMessage] = []
+
+    def start(self) -> None:
+        """Begins to count."""
+        self._caught = warnings.catch_warnings(record=True)
+        self._list = self._caught.__enter__()
+        warnings.simplefilter("always")
+        if self.is_cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def stop(self) -> None:
+        """Adds what was counted to `count`."""
+        if self._caught is None:
+            return
+        if self.is_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        self.count += sum(_WAIT in str(one.message) for one in self._list)
+        self._caught.__exit__(None, None, None)
+        self._caught = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """What one piece of work gave the GPU to do; on a CPU, the operations of PyTorch.
+
+    Attributes:
+        count: Calls by which the host started kernels, graphs and copies.
+        busy_s: Seconds of kernels and copies, which this program puts on one stream.
+    """
+
+    count: int
+    busy_s: float
+
+    def __sub__(self, other: Launches) -> Launches:
+        return Launches(self.count - other.count, self.busy_s - other.busy_s)
+
+
+def launches(work: Callable[[], object], device: str) -> Launches:
+    """Profiles a piece of work, which takes longer so."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    is_cuda = device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU], acc_events=True) as profiler:
+        work()
+        wait(device)
+    events = list(profiler.events() or [])
+    kinds = _CALLS if is_cuda else ("aten::",)
+    count = sum(event.device_type == DeviceType.CPU and event.name.startswith(kinds) for event in events)
+    busy = sum(event.time_range.elapsed_us() for event in events if event.device_type == DeviceType.CUDA)
+    return Launches(count, busy / 1e6)
+
+
+def wait(device: str) -> None:
+    """Returns when the GPU has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Memory of the GPU, in GiB; on a CPU that of the process.
+
+    Attributes:
+        allocated: By tensors, at most.
+        reserved: Held by PyTorch's allocator, at most.
+    """
+
+    allocated: float = 0.0
+    reserved: float = 0.0
+
+
+class Memory:
+    """The most memory since `start`."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda = device == "cuda"
+        self._base_gib = resident_gib("VmRSS")
+
+    def start(self) -> None:
+        """Gives back what is not needed, and begins anew."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> Use:
+        """The most since then; a process keeps no peak that can be set back, so a CPU shows what is there now."""
+        if self.is_cuda:
+            return Use(torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
+        grown = resident_gib("VmRSS") - self._base_gib
+        return Use(grown, grown)
+
+    def context_gib(self) -> float:
+        """What is taken beside PyTorch's allocator: the context, kernels and workspaces, and other programs' memory."""
+        if not self.is_cuda:
+            return 0.0
+        free, total = torch.cuda.mem_get_info()
+        return float(total - free - torch.cuda.memory_reserved()) / GIB
+
+
+def resident_gib(name: str) -> float:
+    """Memory of this process by its name in /proc/self/status: all ("VmRSS"), or what no file stands behind ("RssAnon")."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(name))
+    return float(line.split()[1]) * 1024 / GIB
+
+
+@dataclass(slots=True)
+class HostMemory:
+    """Host memory that no file stands behind.
+
+    Attributes:
+        base_gib: When the watch began.
+        peak_gib: The most since then.
+    """
+
+    base_gib: float
+    peak_gib: float
+
+    @property
+    def grown_gib(self) -> float:
+        """What came on top of the beginning."""
+        return self.peak_gib - self.base_gib
+
+
+@contextmanager
+def watching_host() -> Iterator[HostMemory]:
+    """Looks at this process's anonymous memory many times a second; pages of weight files that are mapped do not count."""
+    now = resident_gib("RssAnon")
+    memory, is_over = HostMemory(now, now), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(_EVERY_S):
+            memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        is_over.set()
+        thread.join()
+        memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))

@@ -1,0 +1,228 @@
+"""Training and captions at true size with random weights, beside their plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import torch
+
+from benchmarks.gpu import limits
+from benchmarks.gpu.counting import Memory, Use, Waits, launches, wait, watching_host
+from benchmarks.gpu.models import NUM_NEW, Prepared, loader, peak_flops, prepare, tiny_moe, training, training_batch, writer
+from benchmarks.gpu.registry import Place
+from benchmarks.gpu.rows import Report
+from vlmcap.models.decoding.engine import obstacle
+from vlmcap.models.llm.adapt import base_model
+from vlmcap.models.llm.attention import REPEATED
+from vlmcap.models.versions import check_transformers
+from vlmcap.planning.estimate.meta_models import text_config
+from vlmcap.planning.hardware import GIB, assumed_card
+from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.memory import Moment
+
+WARM, COUNTED, TIMED = 1, 2, 2  # micro-batches, of which one takes a slow GPU seconds: the first takes memory and chooses kernels
+PROFILED = 3  # tokens of a profile, which takes a while to read
+ACCUMULATED = 2  # micro-batches to an optimiser step
+# Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 rows, 0.6 × 768 tokens, and the prompts.
+_PLANNED_CAPTIONS_S = 1.495
+_CAPTION_SHARE = 0.6  # of the most tokens: the mean caption of the Korean data
+
+
+def recommended_l4(report: Report, place: Place) -> None:
+    """SigLIP 2, MLP and Qwen3-8B in 4 bits."""
+    measure(report, place, prepare(place, "recommended_l4"), is_bounded=True)
+
+
+def recommended_h100(report: Report, place: Place) -> None:
+    """DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
+    prepared = prepare(place, "recommended_h100")
+    seconds = measure(report, place, prepared, is_bounded=True).seconds
+    rows, most = prepared.plan.eval_batch_size, prepared.whole.llm.new_tokens
+    caption_s = (seconds["prompt"] + _CAPTION_SHARE * most * seconds["token"]) / rows
+    report.add(f"captions, {rows} rows", "seconds per caption of 0.6 × its most tokens", caption_s)
+    ratio = _PLANNED_CAPTIONS_S / caption_s
+    limit = limits.CAPTIONS if (peak_flops() or 0) >= 900e12 else None
+    report.add(f"captions, {rows} rows", "captions per second over the earlier plan's", ratio, limit)
+
+
+def moe(report: Report, place: Place) -> None:
+    """Four layers of Qwen3-30B-A3B."""
+    check_transformers("quantised experts")
+    tiny = [f"llm.checkpoint={tiny_moe(place.folder / 'moe')}", "llm.quantization=4bit"]
+    prepared = prepare(place, "moe", tiny)
+    watch = measure(report, place, prepared, is_bounded=False)
+    depth = int(text_config(prepared.config).num_hidden_layers)
+    report.add(f"captions, {watch.num_rows} rows", "launches per token and layer", watch.per_token.count / PROFILED / depth)
+
+
+def t4(report: Report, place: Place) -> None:
+    """What a T4 would run: attention by repeated keys, fp16 with loss scaling; four layers, as the path is the same in each.
+
+    A rehearsal computes in bf16, as CPUs have no layer norm of fp16.
+    """
+    with ExitStack() as stack:
+        if place.device == "cuda":  # which decides on the attention
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (7, 5)))
+        tiny = ["hardware.precision=bf16", f"llm.attention={REPEATED}"]
+        prepared = prepare(place, "t4", tiny)
+        model: Any = base_model(prepared.captioner.llm)
+        report.add("attention", "is sdpa_repeated", model.config._attn_implementation == REPEATED, limits.ALL)
+        report.add("our engine", "decodes it", not obstacle(prepared.captioner.llm), limits.ALL)
+        before = [parameter.detach().clone() for parameter in prepared.captioner.projector.parameters()]
+        if place.device == "cuda":  # without the kernels that a T4 does not have; plain products would hold S × S numbers
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            stack.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
+        measure(report, place, prepared, is_bounded=False)
+        changed = [not torch.equal(old, new) for old, new in zip(before, prepared.captioner.projector.parameters(), strict=True)]
+        report.add("loss scaling", "weights of the projector that steps have changed", sum(changed) / len(changed), limits.ALL)
+
+
+def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: bool) -> Watch:
+    """A few optimiser steps through Lightning, then captions; memory, time, waits and host memory of both.
+
+    Args:
+        report: Takes the figures.
+        place: Where it runs.
+        prepared: What runs.
+        is_bounded: Whether utilisation and waits have bounds.
+    """
+    rng = random.Random(prepared.config.seed)
+    longest = [index < WARM or index >= WARM + COUNTED for index in range(WARM + COUNTED + TIMED)]
+    batches = [training_batch(prepared, rng, is_longest=is_longest) for is_longest in longest]
+    use = Memory(place.device)
+    watch = Watch(place, use, prepared, prepared.plan.eval_batch_size)
+    with watching_host() as host:
+        trainer, module = training(prepared, place, [watch], len(batches), ACCUMULATED)
+        use.start()
+        trainer.fit(module, train_dataloaders=loader(batches, place))
+    _report_memory(report, "training", watch.training, prepared.plan.training)
+    _report_memory(report, "captions", watch.generation, prepared.plan.generation)
+    _report_speed(report, prepared, watch, is_bounded=is_bounded)
+    moved = [parameter.device.type for parameter in prepared.captioner.parameters()]
+    report.add("after the fit", "share of weights on the device", moved.count(place.device) / len(moved), limits.ALL)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in prepared.captioner.parameters())
+    report.add("training", "host memory grown, GiB", host.grown_gib)
+    report.add("training", "host memory grown over weights", host.grown_gib * GIB / weights, limits.HOST if is_bounded else None)
+    return watch
+
+
+class Watch(L.Callback):
+    """Counts waits in the middle micro-batches, times the last ones, and writes captions where a run would evaluate.
+
+    Args:
+        place: Where it runs.
+        use: Its peaks.
+        prepared: What runs.
+        num_rows: Captions that are written together.
+
+    Attributes:
+        seconds: Of the prompts of an evaluation batch ("prompt"), and of a token of all its captions ("token").
+        per_token: Launches of `PROFILED` tokens.
+    """
+
+    def __init__(self, place: Place, use: Memory, prepared: Prepared, num_rows: int) -> None:
+        self.place, self.use, self.prepared, self.num_rows = place, use, prepared, num_rows
+        self.waits = Waits(place.device)
+        self.micro_s = 0.0
+        self._sums: list[tuple[Any, int]] = []  # losses stay on the device, as reading them would be a wait
+        self.training = self.generation = Use()
+        self.context_gib = 0.0
+        self.seconds: dict[str, float] = {}
+        self.per_token = launches(lambda: None, place.device)
+        self._started = 0.0
+
+    @property
+    def losses(self) -> list[float]:
+        """Nats per label token of each micro-batch."""
+        return [float(loss) / max(1, count) for loss, count in self._sums]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Turns the counting and the clock on and off between micro-batches."""
+        self._sums.append(pl_module.last_loss)
+        if batch_idx + 1 == WARM:
+            wait(self.place.device)
+            self.waits.start()
+        elif batch_idx + 1 == WARM + COUNTED:
+            self.waits.stop()
+            wait(self.place.device)
+            self._started = time.perf_counter()
+        elif batch_idx + 1 == WARM + COUNTED + TIMED:
+            wait(self.place.device)
+            self.micro_s = (time.perf_counter() - self._started) / TIMED
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leaves PyTorch as it was."""
+        self.waits.stop()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Writes captions while gradients and optimiser state are there, as in a run's validation."""
+        self.training, self.context_gib = self.use.peak(), self.use.context_gib()
+        pl_module.eval()
+        self.use.start()
+        write, device = writer(self.prepared, trainer, pl_module, self.num_rows), self.place.device
+        longer, shorter = (launches(lambda count=count: write(count), device) for count in (1 + PROFILED, 1))
+        self.per_token = longer - shorter
+        prompt_s, whole_s = (timed(write, count, device) for count in (1, NUM_NEW))  # memory is taken and kernels are chosen by now
+        self.generation = self.use.peak()
+        self.seconds = {"prompt": prompt_s, "token": max(whole_s - prompt_s, 0.0) / (NUM_NEW - 1)}
+
+
+def timed(write: Any, count: int, device: str) -> float:
+    """Seconds of captions of so many tokens."""
+    wait(device)
+    started = time.perf_counter()
+    write(count)
+    wait(device)
+    return time.perf_counter() - started
+
+
+def _report_memory(report: Report, case: str, found: Use, planned: Moment) -> None:
+    total = planned.total / GIB
+    tensors = total - planned.parts.get("fragmentation", 0.0) / GIB
+    for name, measured, plan, limit in (
+        ("allocated", found.allocated, tensors, limits.ALLOCATED),
+        ("reserved", found.reserved, total, limits.RESERVED),
+    ):
+        report.add(case, f"{name} over planned", measured / plan, limit, note=f"{measured:.2f} of {plan:.2f} GiB")
+
+
+def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounded: bool) -> None:
+    plan, batch_size, rows = prepared.plan, prepared.config.data.batch_size, watch.num_rows
+    waits = watch.waits.count / COUNTED
+    report.add("training", "host waits per micro-batch", waits, limits.WAITS if is_bounded else None)
+    is_finite = all(map(math.isfinite, watch.losses))
+    report.add("training", "losses are numbers", is_finite, limits.ALL)
+    peak = peak_flops() if watch.place.device == "cuda" else assumed_card(prepared.config).peak_flops
+    if peak is None:
+        report.skip("training", "the peak of this GPU is not known, so there is no utilisation")
+    else:
+        flops, with_repeats = _needed_flops(prepared) * batch_size, plan.flops * batch_size
+        bound = limits.MFU if is_bounded else None
+        report.add("training", "utilisation (MFU), without what is computed again", flops / watch.micro_s / peak, bound)
+        report.add("training", "utilisation with what is computed again", with_repeats / watch.micro_s / peak)
+    report.add("training", "seconds per clip", watch.micro_s / batch_size)
+    report.add("training", "planned seconds per clip", plan.clip_s)
+    report.add("training", "memory beside PyTorch, GiB", watch.context_gib)
+    case = f"captions, {rows} rows"
+    report.add(case, "ms per token", 1e3 * watch.seconds["token"])
+    report.add(case, "planned ms per token", 1e3 * plan.token_s)
+    report.add(case, "launches per token", watch.per_token.count / PROFILED)
+    report.add(case, "planned launches per token", plan.token_launches)
+    report.add(case, "busy share of a token", watch.per_token.busy_s / PROFILED / max(watch.seconds["token"], 1e-9))
+
+
+def _needed_flops(prepared: Prepared) -> float:
+    """Operations of a clip, each counted once: those of gradient checkpointing's second forward pass are no progress."""
+    config = prepared.config
+    if not config.hardware.gradient_checkpointing:
+        return prepared.plan.flops
+    hardware = dataclasses.replace(config.hardware, gradient_checkpointing=False, activation_budget_gib=None, offload_checkpoints=False)
+    return make_plan(dataclasses.replace(config, hardware=hardware), assumed_card(config)).flops
