@@ -114,12 +114,11 @@ def key_value_bytes(config: Config) -> float:
     return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
-def active_experts(config: Config, num_tokens: int) -> tuple[float, int]:
-    """Experts of a layer that at least one of so many tokens chooses, under even routing, and all experts; (0, 0) without any."""
+def unpacked_experts(config: Config, num_tokens: int) -> float:
+    """Share of a layer's experts that a step of so many tokens unpacks; 0 where there are none."""
     text = text_config(config)
     total = next((int(getattr(text, key)) for key in EXPERT_COUNTS if getattr(text, key, None)), 0)
-    chosen = int(getattr(text, "num_experts_per_tok", 0) or 0)
-    return (total * (1 - (1 - chosen / total) ** num_tokens), total) if total else (0.0, 0)
+    return min(1.0, num_tokens * int(text.num_experts_per_tok) / total) if total else 0.0
 
 
 def download_bytes(config: Config) -> float:
