@@ -58,12 +58,13 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self.owes_validation = False  # a resumed run, whose last epoch was trained and not validated
         self._position: Mapping[str, int] = {"epoch": 0, "batches": 0}  # of the first batch of this process
-        self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
+        self.last_loss: tuple[float | Tensor, int] = (0.0, 0)  # of the last micro-batch: its sum, on the device, and its label tokens
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
         self._step_rates: dict[str, float] = {}  # of the last step, by part: the scheduler has moved on when they are logged
         self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
         self._window_tokens = 0
-        self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
+        self._log_loss: float | Tensor = 0.0  # stays on the device until it is asked for
+        self._log_labels, self._log_tokens, self._log_time = 0, 0, 0.0
         self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
 
     def configure_model(self) -> None:
@@ -136,10 +137,10 @@ class CaptioningModule(L.LightningModule):
         self._earlier = batch if self._is_sharded else None
         loss, num_labels = self.captioner.loss_sum(batch)
         self._window_tokens += num_labels
-        self.last_loss = (float(loss.detach()), num_labels)
-        self._log_loss += self.last_loss[0]
+        self.last_loss = (loss.detach(), num_labels)
+        self._log_loss = self._log_loss + loss.detach().double()
         self._log_labels += num_labels
-        self._log_tokens += int(batch.attention_mask.sum())
+        self._log_tokens += batch.num_tokens
         return loss / self.loss_unit
 
     def _zero(self) -> Tensor:
@@ -197,7 +198,7 @@ class CaptioningModule(L.LightningModule):
 
     def take_log(self) -> dict[str, float]:
         """Loss (nats a label token), rates and speed of all ranks since the last call; every rank must ask for them."""
-        loss, num_labels, num_tokens = self._sums(self._log_loss, self._log_labels, self._log_tokens)
+        loss, num_labels, num_tokens = self._sums(float(self._log_loss), self._log_labels, self._log_tokens)
         seconds, self._log_time = time.perf_counter() - self._log_time, time.perf_counter()
         values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
         values |= {f"train/lr_{part}": rate for part, rate in self._step_rates.items()}
@@ -256,7 +257,7 @@ class CaptioningModule(L.LightningModule):
         position = self._train_sampler().position(epoch, int(progress.processed))
         is_last = position["epoch"] > epoch == epochs.processed  # an epoch counts as processed once its validation is over
         settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
-        sums = self._sums(self._log_loss, self._log_labels, self._log_tokens, self.num_truncated)
+        sums = self._sums(float(self._log_loss), self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
         first, *others = states_of_all()
         checkpoint["vlmcap"] = self.identity | {

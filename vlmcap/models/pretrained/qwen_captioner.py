@@ -84,7 +84,7 @@ class QwenVLCaptioner(VideoCaptioner):
         # The class finds the places of visual tokens by the video token's embedding.
         ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)
         embeddings: Tensor = model.get_input_embeddings()(ids)
-        counts = batch.visual_mask.sum(1).tolist()
+        counts = batch.num_visual
         assert sum(counts) == len(visual), "placeholders and visual tokens differ in number"
         first, *deep = visual.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
         output = BaseModelOutputWithDeepstackFeatures(

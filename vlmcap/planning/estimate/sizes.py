@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of, has_own_encoder
 from vlmcap.config import Config, Qwen3VlConfig
+from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.encoders.own import FrameEncoder
@@ -33,9 +34,8 @@ from vlmcap.planning.estimate.meta_models import (
     whole_outline,
     whole_parts,
 )
-from vlmcap.types import Batch, Clip, GridTHW
+from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
-IGNORED = -100  # label of a token that is not learned
 _TEXT_BETWEEN_RUNS = 12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
 
 
@@ -186,8 +186,9 @@ def language_batch(
         clips=tuple(Clip(str(index), "", ("",)) for index in range(num_clips)),
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        visual_mask=mask,
-        labels=labels if num_caption else None,
+        **places_of(mask, labels if num_caption else None),
+        num_visual=(sum(runs),) * num_clips,
+        lengths=(len(visual),) * num_clips,
         is_right_padded=num_caption > 0,
         grid_thw=None if grid_thw is None else (grid_thw,) * num_clips,
     )
