@@ -173,17 +173,51 @@ class Batch:
         import torch
 
         assert self.targets is None, "prompts are taken apart, and labelled batches are not"
-        changed = {name: torch.stack([value[row] for row in rows]) for name in _OF_ROWS if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {name: torch.stack([value[row] for row in rows]) for name in _OF_ROWS if (value := getattr(self, name)) is not None}
         own, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
         places = torch.cat([own[row] + (place - row) * width for place, row in enumerate(rows)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[row] for row in rows)
         times_s = tuple(self.times_s[row] for row in rows) if self.times_s else ()
         clips = tuple(self.clips[row] for row in rows)
-        counts = {name: tuple(getattr(self, name)[row] for row in rows) for name in ("num_visual", "lengths")}
+        changed |= {name: tuple(getattr(self, name)[row] for row in rows) for name in ("num_visual", "lengths")}
         changed |= {"visual_places": places, "clips": clips, "grid_thw": grids, "times_s": times_s}
-        return replace(self, **changed, **counts, skipped=(), num_truncated=0)
+        return replace(self, **changed, skipped=(), num_truncated=0)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = (*_OF_ROWS, "visual_places", "targets", "label_places", "position_ids")
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **changed)
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationBatch:
+    """Clips that are read and encoded once, for their captions and for their loss.
+
+    Attributes:
+        prompts: The clips with their frames or features, as prompts.
+        labelled: Those with a caption to compare with, a few in each batch, without frames or features.
+        is_captioned: False where the loss alone is asked for.
+    """
+
+    prompts: Batch
+    labelled: tuple[Batch, ...]
+    is_captioned: bool = True
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Clips that could not be read, or have nothing to compare with."""
+        return tuple(skipped for batch in (self.prompts, *self.labelled) for skipped in batch.skipped)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ValidationBatch:
+        """As `Batch.to`."""
+        return self._map(lambda batch: batch.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ValidationBatch:
+        """As `Batch.pin_memory`."""
+        return self._map(lambda batch: batch.pin_memory())
+
+    def _map(self, change: Callable[[Batch], Batch]) -> ValidationBatch:
+        return replace(self, prompts=change(self.prompts), labelled=tuple(map(change, self.labelled)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,12 +101,21 @@ class VideoCaptioner(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """Patch features (B, F, P, Dv), of frames or out of the cache; with gradients only where the encoder is trained."""
         if batch.features is not None:
-            return batch.features
+            return batch.features.to(batch.input_ids.device)
         assert self.encoder is not None, "frames came, but the encoder was not loaded"
         is_trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             features: Tensor = self.encoder(_required(batch.frames), batch.grid_thw)  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
         return features
+
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """Prompts with features in the place of frames, encoded as many at a time as captions are written; they wait in host memory."""
+        if batch.features is not None or not len(batch):
+            return batch
+        size = self.generation.num_rows or len(batch)
+        groups = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+        return replace(batch, frames=None, features=torch.cat([self.encode(batch.part(rows)).cpu() for rows in groups]))
 
     def project(self, batch: Batch, features: Tensor) -> Tensor:
         """Visual tokens of all clips, one clip after another, float32 (B, F, P, Dv) -> (sum of V, Dl)."""

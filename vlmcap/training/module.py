@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning as L
@@ -23,7 +24,22 @@ from vlmcap.training.checkpoints.load import check_bases, check_weights, trained
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch
+from vlmcap.types import Batch, ValidationBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What validation finds in a batch.
+
+    Attributes:
+        captions: Of the prompts, in their order; empty where the loss alone was asked for.
+        loss: Summed, in nats.
+        num_labels: Tokens that the sum is over.
+    """
+
+    captions: list[str]
+    loss: float
+    num_labels: int
 
 
 class CaptioningModule(L.LightningModule):
@@ -177,22 +193,30 @@ class CaptioningModule(L.LightningModule):
         """The optimiser's groups, each with `part` and `lr`."""
         return self._adamw().param_groups
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Captions of prompts, or summed loss and label tokens of a labelled batch."""
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> Any:
+        """Captions of the clips, if they are asked for, and their loss, as `Validated`; each clip is encoded once."""
         self._note(batch)
-        if batch.labels is None:
-            return self.captioner.generate(batch) if len(batch) else []
-        if len(batch) == 0:
-            return 0.0, 0
-        loss, count = self.captioner.loss_sum(batch)
-        return float(loss), count
+        prompts = self.captioner.encoded(batch.prompts)
+        captions = self.captioner.generate(prompts) if batch.is_captioned and len(prompts) else []
+        losses, num_labels = [0.0], 0
+        rows = {clip.id: row for row, clip in enumerate(prompts.clips)}
+        for part in batch.labelled:
+            if len(part):
+                assert prompts.features is not None
+                features = torch.stack([prompts.features[rows[clip.id]] for clip in part.clips])
+                loss, count = self.captioner.loss_sum(replace(part, features=features))
+                losses.append(float(loss))
+                num_labels += count
+        return Validated(captions, sum(losses), num_labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Any:
         """Captions of prompts."""
         self._note(batch)
         return self.captioner.generate(batch) if len(batch) else []
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+    def transfer_batch_to_device(
+        self, batch: Batch | ValidationBatch, device: torch.device, dataloader_idx: int
+    ) -> Batch | ValidationBatch:
         """Moves the tensors of a batch."""
         return batch.to(device)
 
@@ -321,7 +345,7 @@ class CaptioningModule(L.LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         return optimizer
 
-    def _note(self, batch: Batch) -> None:
+    def _note(self, batch: Batch | ValidationBatch) -> None:
         """Counts what could not be used, and stops when it is too much."""
         if batch.skipped:
             for skipped in batch.skipped:

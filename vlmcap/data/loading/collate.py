@@ -6,14 +6,14 @@ Legend: B clips, R rows, F frames, P patches a frame, Dv vision width, V visual 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from vlmcap.types import IGNORED, Batch, Clip, FrameTimes, GridTHW, Sample, Skipped, VisualLayout
+from vlmcap.types import IGNORED, Batch, Clip, FrameTimes, GridTHW, Sample, Skipped, ValidationBatch, VisualLayout
 
 
 class PromptEncoder(Protocol):
@@ -176,14 +176,37 @@ class Collator:
         }
 
 
-def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:
+@dataclass(frozen=True, slots=True)
+class ValidationCollator:
+    """Turns a list of samples into a `ValidationBatch`; picklable if its collators are.
+
+    Attributes:
+        prompts: Makes the prompts.
+        labelled: Makes the labelled batches.
+        num_rows: Most clips of a labelled batch.
+        is_captioned: As in `ValidationBatch`.
+    """
+
+    prompts: Collator
+    labelled: Collator
+    num_rows: int
+    is_captioned: bool = True
+
+    def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
+        """The batch of the usable samples."""
+        bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
+        parts = [self.labelled(bare[start : start + self.num_rows]) for start in range(0, len(bare), self.num_rows)]
+        return ValidationBatch(self.prompts(items), tuple(parts), self.is_captioned)
+
+
+def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
     """Where visual tokens and labels stand, by their names in a `Batch`.
 
     Args:
         visual_mask: bool (R, S), True where a projected visual token goes.
         labels: int64 (R, S), `IGNORED` where the loss passes over, as it does at the start of a row; None for generation.
     """
-    found: dict[str, Tensor | None] = {"visual_places": visual_mask.flatten().nonzero().flatten(), "targets": None, "label_places": None}
+    found: dict[str, Any] = {"visual_places": visual_mask.flatten().nonzero().flatten(), "targets": None, "label_places": None}
     if labels is not None:
         flat = labels.flatten()  # (R, S) -> (R · S,)
         places = (flat != IGNORED).nonzero().flatten()
