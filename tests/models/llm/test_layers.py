@@ -41,10 +41,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def model_of(folder: Path, dropout: float = 0.1) -> Any:
+def model_of(folder: Path, dropout: float = 0.1, quantization: str = "none", **lora: Any) -> Any:
     torch.manual_seed(0)
-    llm = load_language_model(folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
-    return add_lora(llm, LoraConfig(rank=4, alpha=8, dropout=dropout)).train()
+    llm = load_language_model(folder, dtype=torch.float32, quantization=quantization, attention="sdpa", device="cpu")
+    return add_lora(llm, LoraConfig(rank=4, alpha=8, dropout=dropout, **lora)).train()
 
 
 def loss_and_gradients(model: Any, length: int = 9) -> list[Tensor]:
@@ -138,3 +138,26 @@ def test_loss_and_gradients_are_those_of_plain_layers(llm_folder: Path, backend:
     assert counters["stats"]["unique_graphs"] <= 2, "all layers and lengths share their code"
     assert list(compiled.state_dict()) == list(plain.state_dict())
     torch._dynamo.reset()  # and what it holds, for the tests to come
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "experts in 4bit"])
+def test_compiled_layers_go_with_packed_weights_adapters_and_checkpointing(
+    kind: str, backend: str, llm_folder: Path, moe_folder: Path
+) -> None:
+    has_experts = kind.startswith("experts")
+    folder, options = (moe_folder, {"use_experts": True}) if has_experts else (llm_folder, {})
+    plain, compiled = (model_of(folder, 0.0, kind.split()[-1].removeprefix("in "), **options) for _ in range(2))
+    for model in (plain, compiled):
+        checkpoint_layers(model.get_base_model())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(compiled, backend)
+    for length in (9, 14):
+        for found, expected in zip(loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True):
+            assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    print(f"\n{kind:16} {backend:10} {dict(counters['frames'])} {dict(counters['stats'])} breaks {len(counters['graph_break'])}")
+    assert counters["frames"]["ok"] > 0, "something was compiled"
+    torch._dynamo.reset()
