@@ -140,24 +140,28 @@ def test_loss_and_gradients_are_those_of_plain_layers(llm_folder: Path, backend:
     torch._dynamo.reset()  # and what it holds, for the tests to come
 
 
+COMPILED = [("4bit", True, "inductor"), ("4bit", True, "aot_eager"), ("8bit", True, "aot_eager")]
+COMPILED += [("experts", True, "aot_eager"), ("experts", False, "aot_eager")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", ["4bit", "8bit", "experts in 4bit"])
+@pytest.mark.parametrize(("kind", "has_checkpointing", "backend"), COMPILED)
 def test_compiled_layers_go_with_packed_weights_adapters_and_checkpointing(
-    kind: str, backend: str, llm_folder: Path, moe_folder: Path
+    kind: str, has_checkpointing: bool, backend: str, llm_folder: Path, moe_folder: Path
 ) -> None:
-    has_experts = kind.startswith("experts")
-    folder, options = (moe_folder, {"use_experts": True}) if has_experts else (llm_folder, {})
-    plain, compiled = (model_of(folder, 0.0, kind.split()[-1].removeprefix("in "), **options) for _ in range(2))
+    has_experts = kind == "experts"
+    folder, quantization = (moe_folder, "4bit") if has_experts else (llm_folder, kind)
+    plain, compiled = (model_of(folder, 0.0, quantization, use_experts=has_experts) for _ in range(2))
     for model in (plain, compiled):
-        checkpoint_layers(model.get_base_model())
+        if has_checkpointing:
+            checkpoint_layers(model.get_base_model())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_layers(compiled, backend)
     for length in (9, 14):
         for found, expected in zip(loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True):
             assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    counters = torch._dynamo.utils.counters
-    print(f"\n{kind:16} {backend:10} {dict(counters['frames'])} {dict(counters['stats'])} breaks {len(counters['graph_break'])}")
-    assert counters["frames"]["ok"] > 0, "something was compiled"
+    # A checkpointed layer is compiled whole or not at all, and bitsandbytes' 8 bits and our experts are not.
+    is_compiled = kind == "4bit" or not has_checkpointing
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == is_compiled
     torch._dynamo.reset()
