@@ -15,6 +15,7 @@ import torch
 from tests.checkpoints.encoders import Checkpoint
 from tests.devices.claimed import CUDA, ClaimedTensor, DeviceMixError, claim, claimed_device
 from tests.thinned import thinned
+from vlmcap.assembly import features
 from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.models.llm.adapt import base_model
@@ -167,6 +168,19 @@ def test_a_step_and_captions_are_those_of_the_cpu_with_few_waits(
     assert found.captions == expected.captions
     for kind, counted, most in zip(("micro-batch", "batch of prompts", "decoding step"), found.waits, CASES[name][1], strict=True):
         assert sum(counted.values()) <= most, f"host waits a {kind}: {dict(counted)}"
+
+
+def test_frames_to_encode_go_through_pinned_memory(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, frames = checkpoints["siglip"].load(-1), torch.randint(0, 256, (2, 2, 3, 56, 56), dtype=torch.uint8)
+    expected, pinned = encoder(frames), []
+    monkeypatch.setattr(features, "device_of", lambda config: "cuda:0")
+    monkeypatch.setattr(encoder, "to", lambda device: encoder)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tuple(tensor.shape)) or tensor)
+    with claimed_device() as counts:
+        claim(encoder)
+        found = features.encoding_of(compose(["paths.output_dir=out", "hardware=cpu"]), encoder)(frames, None)
+        assert not counts and pinned == [tuple(frames.shape)]
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_what_a_gpu_refuses_is_refused_and_waits_are_counted() -> None:
