@@ -21,6 +21,7 @@ from vlmcap.determinism import fastest_kernels
 from vlmcap.errors import UserError
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import VisionEncoder
+from vlmcap.models.encoders.base import on_device
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import is_causal
 from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
@@ -126,7 +127,8 @@ class VideoCaptioner(nn.Module):
         for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size go through the projector together, without their padding
             rows = [row for row, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
-            own = features[rows, :num_frames, : height * width]  # (B, F, P, Dv) -> the rows' own F and P
+            index = on_device(rows, features.device)
+            own = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> the rows' own F and P
             tokens |= dict(zip(rows, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
         return torch.cat([tokens[row] for row in range(len(batch))])
 

@@ -181,7 +181,8 @@ class FusedExperts(nn.Module):
             self.lora_A[name] = nn.Parameter(torch.empty(experts, rank, in_dim, device=device).uniform_(-bound, bound))
             self.lora_B[name] = nn.Parameter(torch.zeros(experts, out_dim, rank, device=device))
 
-    @torch.compiler.disable  # grouped products are compiled in bfloat16 alone, and packed weights are unpacked by kernels of their own
+    # Grouped products are compiled in bfloat16 alone, and packed weights are unpacked by kernels of their own.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum (N, H) of the chosen experts' outputs, in the type of the input.
 
