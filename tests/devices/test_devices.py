@@ -23,14 +23,14 @@ from vlmcap.training.checkpoints.load import trained_parameters
 from vlmcap.training.objects import Run
 
 NEW_TOKENS = 6
-USUAL = (9, 12, 3)
+USUAL = (1, 5, 3)
 # Overrides of a case, and the most waits and blocking copies of a micro-batch, of a batch of prompts, and of a decoding step.
 CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "siglip": ([], USUAL),
     "clip": (["encoder=clip"], USUAL),
     "dinov3": (["encoder=dinov3_l"], USUAL),
     "internvit": (["encoder=internvit_300m"], USUAL),
-    "naflex": (["encoder=siglip2_naflex", "encoder.max_patches=24"], (10, 13, 3)),
+    "naflex": (["encoder=siglip2_naflex", "encoder.max_patches=24"], USUAL),
     "encoder lora": (["tuning.encoder=lora"], USUAL),
     "linear": (["projector=linear"], USUAL),
     "pixel_shuffle": (["projector=pixel_shuffle"], USUAL),
@@ -48,21 +48,21 @@ CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "frame_stack": (["projector.frame_stack=2"], USUAL),
     "bf16": (["hardware.precision=bf16"], USUAL),
     "chunked loss": (["hardware.loss_chunk_mib=1"], USUAL),
-    "packed": (["data.batching=packed", "data.max_tokens_per_batch=256"], (8, 12, 3)),
-    "eager": (["llm.attention=eager"], (8, 12, 3)),
+    "packed": (["data.batching=packed", "data.max_tokens_per_batch=256"], USUAL),
+    "eager": (["llm.attention=eager"], USUAL),
     "moe": (["llm=qwen3_30b_a3b", "llm.quantization=none"], USUAL),
     "moe adapters": (["llm=qwen3_30b_a3b", "llm.quantization=none", "tuning.lora.use_experts=true"], USUAL),
     "4bit": (["llm.quantization=4bit"], USUAL),
     "moe 4bit": (["llm=qwen3_30b_a3b", "llm.quantization=4bit"], USUAL),
-    "beams": (["evaluation.num_beams=2"], (9, 15, 1)),
-    "library": (["evaluation.engine=hf"], (9, 12, 1)),
-    "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], (9, 15, 6)),
+    "beams": (["evaluation.num_beams=2"], (1, 13, 1)),
+    "library": (["evaluation.engine=hf"], (1, 10, 1)),
+    "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], (1, 8, 6)),
     "speculation": (["evaluation.speculate_ngram=2"], USUAL),
     "full": (["tuning=full"], USUAL),
     "checkpointing": (["hardware.gradient_checkpointing=true"], USUAL),
-    "qwen2_vl": (["model=qwen2_vl_7b"], (42, 47, 1)),
-    "qwen2_5_vl": (["model=qwen2_5_vl_7b"], (52, 57, 1)),
-    "qwen3_vl": (["model=qwen3_vl_8b"], (60, 59, 1)),
+    "qwen2_vl": (["model=qwen2_vl_7b"], (13, 25, 1)),
+    "qwen2_5_vl": (["model=qwen2_5_vl_7b"], (23, 35, 1)),
+    "qwen3_vl": (["model=qwen3_vl_8b"], (30, 36, 1)),
 }
 FAST = ("siglip", "naflex", "perceiver", "moe 4bit", "qwen3_vl")
 FAMILIES = {"clip": "clip", "dinov3_l": "dinov3", "internvit_300m": "internvit", "siglip2_naflex": "siglip2_naflex"}
