@@ -15,6 +15,7 @@ import torch
 from tests.checkpoints.encoders import Checkpoint
 from tests.devices.claimed import CUDA, ClaimedTensor, DeviceMixError, claim, claimed_device
 from tests.thinned import thinned
+from vlmcap.assembly import features
 from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.models.llm.adapt import base_model
@@ -22,14 +23,14 @@ from vlmcap.training.checkpoints.load import trained_parameters
 from vlmcap.training.objects import Run
 
 NEW_TOKENS = 6
-USUAL = (9, 12, 3)
+USUAL = (1, 5, 3)
 # Overrides of a case, and the most waits and blocking copies of a micro-batch, of a batch of prompts, and of a decoding step.
 CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "siglip": ([], USUAL),
     "clip": (["encoder=clip"], USUAL),
     "dinov3": (["encoder=dinov3_l"], USUAL),
     "internvit": (["encoder=internvit_300m"], USUAL),
-    "naflex": (["encoder=siglip2_naflex", "encoder.max_patches=24"], (10, 13, 3)),
+    "naflex": (["encoder=siglip2_naflex", "encoder.max_patches=24"], USUAL),
     "encoder lora": (["tuning.encoder=lora"], USUAL),
     "linear": (["projector=linear"], USUAL),
     "pixel_shuffle": (["projector=pixel_shuffle"], USUAL),
@@ -47,21 +48,21 @@ CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "frame_stack": (["projector.frame_stack=2"], USUAL),
     "bf16": (["hardware.precision=bf16"], USUAL),
     "chunked loss": (["hardware.loss_chunk_mib=1"], USUAL),
-    "packed": (["data.batching=packed", "data.max_tokens_per_batch=256"], (8, 12, 3)),
-    "eager": (["llm.attention=eager"], (8, 12, 3)),
+    "packed": (["data.batching=packed", "data.max_tokens_per_batch=256"], USUAL),
+    "eager": (["llm.attention=eager"], USUAL),
     "moe": (["llm=qwen3_30b_a3b", "llm.quantization=none"], USUAL),
-    "moe adapters": (["llm=qwen3_30b_a3b", "llm.quantization=none", "tuning.lora.use_experts=true"], (15, 18, 9)),
+    "moe adapters": (["llm=qwen3_30b_a3b", "llm.quantization=none", "tuning.lora.use_experts=true"], USUAL),
     "4bit": (["llm.quantization=4bit"], USUAL),
-    "moe 4bit": (["llm=qwen3_30b_a3b", "llm.quantization=4bit"], (15, 18, 9)),
-    "beams": (["evaluation.num_beams=2"], (9, 15, 1)),
-    "library": (["evaluation.engine=hf"], (9, 12, 1)),
-    "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], (9, 15, 6)),
+    "moe 4bit": (["llm=qwen3_30b_a3b", "llm.quantization=4bit"], USUAL),
+    "beams": (["evaluation.num_beams=2"], (1, 13, 1)),
+    "library": (["evaluation.engine=hf"], (1, 10, 1)),
+    "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], (1, 8, 6)),
     "speculation": (["evaluation.speculate_ngram=2"], USUAL),
     "full": (["tuning=full"], USUAL),
     "checkpointing": (["hardware.gradient_checkpointing=true"], USUAL),
-    "qwen2_vl": (["model=qwen2_vl_7b"], (42, 47, 1)),
-    "qwen2_5_vl": (["model=qwen2_5_vl_7b"], (52, 57, 1)),
-    "qwen3_vl": (["model=qwen3_vl_8b"], (60, 59, 1)),
+    "qwen2_vl": (["model=qwen2_vl_7b"], (13, 25, 1)),
+    "qwen2_5_vl": (["model=qwen2_5_vl_7b"], (23, 35, 1)),
+    "qwen3_vl": (["model=qwen3_vl_8b"], (30, 36, 1)),
 }
 FAST = ("siglip", "naflex", "perceiver", "moe 4bit", "qwen3_vl")
 FAMILIES = {"clip": "clip", "dinov3_l": "dinov3", "internvit_300m": "internvit", "siglip2_naflex": "siglip2_naflex"}
@@ -167,6 +168,19 @@ def test_a_step_and_captions_are_those_of_the_cpu_with_few_waits(
     assert found.captions == expected.captions
     for kind, counted, most in zip(("micro-batch", "batch of prompts", "decoding step"), found.waits, CASES[name][1], strict=True):
         assert sum(counted.values()) <= most, f"host waits a {kind}: {dict(counted)}"
+
+
+def test_frames_to_encode_go_through_pinned_memory(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, frames = checkpoints["siglip"].load(-1), torch.randint(0, 256, (2, 2, 3, 56, 56), dtype=torch.uint8)
+    expected, pinned = encoder(frames), []
+    monkeypatch.setattr(features, "device_of", lambda config: "cuda:0")
+    monkeypatch.setattr(encoder, "to", lambda device: encoder)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tuple(tensor.shape)) or tensor)
+    with claimed_device() as counts:
+        claim(encoder)
+        found = features.encoding_of(compose(["paths.output_dir=out", "hardware=cpu"]), encoder)(frames, None)
+        assert not counts and pinned == [tuple(frames.shape)]
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_what_a_gpu_refuses_is_refused_and_waits_are_counted() -> None:

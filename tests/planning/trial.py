@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,6 @@ from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.layers import checkpoint_layers
 from vlmcap.planning.estimate.sizes import language_batch
 from vlmcap.planning.estimate.stages import StageTrace, blocks_of, trace_stage
-from vlmcap.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +131,12 @@ def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth)).to(device)
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)
-    short = _on(language_batch(1, [1], 8, 2), device)
+    short = language_batch(1, [1], 8, 2).to(device)
     _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(short)[0].backward()
     llm.zero_grad(set_to_none=True)
     captioner, batch = (
         _captioner(trial, llm, visual),
-        _on(language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption), device),
+        language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption).to(device),
     )
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -145,14 +144,3 @@ def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
     captioner.loss_sum(batch)[0].backward()
     torch.cuda.synchronize(device)
     return float(torch.cuda.max_memory_allocated(device) - before)
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    assert batch.labels is not None
-    return replace(
-        batch,
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        visual_mask=batch.visual_mask.to(device),
-        labels=batch.labels.to(device),
-    )

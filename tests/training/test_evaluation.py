@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,33 @@ def test_the_validation_loss_is_a_mean_over_label_tokens(tiny_config: MakeConfig
     assert run.evaluation.scores["val/loss"] == pytest.approx(float(loss) / count, rel=1e-5)
     found = {name: value.item() for name, value in run.trainer.callback_metrics.items()}
     assert found == run.evaluation.scores, "any callback of Lightning finds the very values that are logged"
+
+
+def test_validation_reads_and_encodes_each_clip_once(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+    settings = ("data.eval_batch_size=3", "evaluation.max_clips=7", "evaluation.clips_per_row=2", "cache.enabled=false")
+    run = make_run(tiny_config(tmp_path, *settings))
+    captioner, seen = run.module.captioner, {"encoded": 0, "read": 0}
+    encoder, decoded = captioner.encoder, run.data.make_dataset
+    assert encoder is not None
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.update(encoded=seen["encoded"] + len(inputs[0])))
+
+    class Counted:
+        def __init__(self, clips: Sequence[Clip]) -> None:
+            self.inner = decoded(clips)
+
+        def __len__(self) -> int:
+            return len(self.inner)  # type: ignore[arg-type]
+
+        def __getitem__(self, index: int) -> Any:
+            seen["read"] += 1
+            return self.inner[index]
+
+    run.data.make_dataset = Counted  # type: ignore[assignment]
+    run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert seen == {"encoded": 7, "read": 7}
+    texts = {row.clip.id: row.text for row in run.evaluation.predictions}
+    clips = run.data.clips["val"][:7]
+    assert texts == dict(zip((clip.id for clip in clips), caption(run, clips), strict=True)), "those of frames"
 
 
 def test_a_collapsed_model_is_told(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def trainer_of(**values: Any) -> Any:
         "current_epoch": 1,
         "num_training_batches": 300,
         "loggers": [],
-        "num_val_batches": [3, 5],
+        "num_val_batches": [3],
         "num_test_batches": [7],
         "check_val_every_n_epoch": 1,
         "callback_metrics": {},
@@ -113,13 +113,13 @@ def test_validation_and_captioning_have_lines_too(module: CaptioningModule, caps
     clock.now = 40
     progress.on_validation_batch_end(trainer, module, None, None, 1)
     clock.now = 110
-    progress.on_validation_batch_end(trainer, module, None, None, 2, 1)
+    progress.on_validation_batch_end(trainer, module, None, None, 2)
     progress.on_test_start(trainer, module)
     progress.on_test_batch_end(trainer, module, None, None, 0)
     clock.now = 145
     progress.on_test_batch_end(trainer, module, None, None, 1)
     assert capsys.readouterr().out.splitlines() == [
-        "validation  captions  batch 2 of 3",
-        "validation  loss  batch 3 of 5",
+        "validation  batch 2 of 3",
+        "validation  batch 3 of 3",
         "captioning  batch 2 of 7",
     ]

@@ -79,6 +79,9 @@ class TinyCaptioner(nn.Module):
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         return loss, int((labels != -100).sum())
 
+    def encoded(self, batch: Batch) -> Batch:
+        return batch
+
     def generate(self, batch: Batch) -> list[str]:
         return ["a"] * len(batch)
 

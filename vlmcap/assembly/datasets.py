@@ -104,4 +104,5 @@ class PathReader:
         watched = watch.over(dataset, clips) if num_workers else dataset
         with watch.naming_clips():
             options = worker_options(num_workers, batch_size, data.decode_timeout_s)
-            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, **options)
+            is_pinned = self.plan.config.hardware.accelerator != "cpu"
+            yield from DataLoader(watched, batch_size=batch_size, collate_fn=collator, pin_memory=is_pinned, **options)

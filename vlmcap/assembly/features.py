@@ -261,8 +261,9 @@ def encoding_of(
 
     @torch.no_grad()
     def encode(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> torch.Tensor:
+        pinned = frames.pin_memory() if device.type == "cuda" else frames
         with autocast:
-            features: torch.Tensor = encoder(frames.to(device), grids)
+            features: torch.Tensor = encoder(pinned.to(device, non_blocking=True), grids)
         return features
 
     if (size := config.pool_size) is None:

@@ -87,7 +87,7 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 
 def device_of(config: Config) -> str:
-    """Device of quantised weights while loading."""
+    """Where weights are put while they are read."""
     import torch
 
     if config.hardware.accelerator == "cpu":
@@ -151,7 +151,8 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     if not config.is_whole:
         from vlmcap.models import encoders
 
-        return encoders.load_encoder(folder, encoder_options(config))
+        is_on_host = config.trainer.strategy is Strategy.fsdp2  # it is cut into shards
+        return encoders.load_encoder(folder, encoder_options(config), "cpu" if is_on_host else device_of(config))
     from vlmcap.models import pretrained
 
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}

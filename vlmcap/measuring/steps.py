@@ -23,7 +23,7 @@ from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, Precision
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch, text_config
-from vlmcap.planning.estimate.sizes import IGNORED, Sizes, frames_shape, language_batch
+from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch
 from vlmcap.planning.hardware import GIB
 from vlmcap.training.checkpoints.load import trained_parameters
 from vlmcap.training.optimizer import make_optimizer
@@ -54,8 +54,8 @@ def random_batch(config: Config, sizes: Sizes, num_clips: int, num_caption: int,
     batch = language_batch(num_clips, sizes.runs, PROMPT_TOKENS, num_caption, sizes.grid if varies else None, sizes.gap)
     most = min(_MOST_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_whole else batch.input_ids
-    labels = batch.labels if batch.labels is None else torch.where(batch.labels == IGNORED, IGNORED, ids)
-    batch = dataclasses.replace(batch, input_ids=ids, labels=labels).to(device, non_blocking=False)
+    targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
+    batch = dataclasses.replace(batch, input_ids=ids, targets=targets).to(device, non_blocking=False)
     if config.cache.enabled is True:
         frames, rows, columns = sizes.grid
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.cache.dtype, torch.float16)

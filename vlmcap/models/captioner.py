@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from vlmcap.determinism import fastest_kernels
 from vlmcap.errors import UserError
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import VisionEncoder
+from vlmcap.models.encoders.base import on_device
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import is_causal
 from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
@@ -50,6 +52,7 @@ class VideoCaptioner(nn.Module):
         reader: Reads the files of `caption`; None where only batches are captioned.
     """
 
+    question_ids: Tensor
     has_plain_inputs = True  # the language model is called with embeddings and a mask, and nothing else
 
     def __init__(
@@ -70,6 +73,7 @@ class VideoCaptioner(nn.Module):
         self._has_explained = False
         self.prompt, self.generation = prompt, generation
         self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
+        self.register_buffer("question_ids", torch.tensor(prompt.question_ids, dtype=torch.long), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +82,7 @@ class VideoCaptioner(nn.Module):
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
         """Summed negative log-likelihood of the T label tokens in nats, and T."""
-        labels = _required(batch.labels)[:, 1:]  # (R, S) -> (R, S - 1): each position predicts the token behind it
-        is_label = labels != -100  # (R, S - 1)
-        targets = labels[is_label]  # (R, S - 1) -> (T,)
+        targets, places = _required(batch.targets), _required(batch.label_places)  # (T,)
         # 1. Encode: frames become patch features, unless those come from the cache.
         features = self.encode(batch)  # (B, F, 3, H, W) -> (B, F, P, Dv)
         # 2. Project: the features of each clip become visual tokens of the language model's width.
@@ -90,7 +92,7 @@ class VideoCaptioner(nn.Module):
         del features, visual  # their memory is free while the language model runs
         # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
         chunk_rows = self._chunk_rows(len(targets))
-        hidden, logits = self._decode(inputs, is_label, has_head=chunk_rows is None)  # (R, S, Dl) -> (T, Dl), (T, N)
+        hidden, logits = self._decode(inputs, places, has_head=chunk_rows is None)  # (R, S, Dl) -> (T, Dl), (T, N)
         # 5. Loss: over the whole vocabulary of N tokens; where logits take too much room, a few of their rows at a time.
         if chunk_rows is not None:
             head: Any = base_model(self.llm).lm_head
@@ -100,33 +102,43 @@ class VideoCaptioner(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """Patch features (B, F, P, Dv), of frames or out of the cache; with gradients only where the encoder is trained."""
         if batch.features is not None:
-            return batch.features
+            return batch.features.to(batch.input_ids.device)
         assert self.encoder is not None, "frames came, but the encoder was not loaded"
         is_trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             features: Tensor = self.encoder(_required(batch.frames), batch.grid_thw)  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
         return features
 
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """Prompts with features in the place of frames, encoded as many at a time as captions are written; they wait in host memory."""
+        if batch.features is not None or not len(batch):
+            return batch
+        size = self.generation.num_rows or len(batch)
+        groups = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+        return replace(batch, frames=None, features=torch.cat([self.encode(batch.part(rows)).cpu() for rows in groups]))
+
     def project(self, batch: Batch, features: Tensor) -> Tensor:
         """Visual tokens of all clips, one clip after another, float32 (B, F, P, Dv) -> (sum of V, Dl)."""
-        question = torch.tensor(self.prompt.question_ids, device=features.device, dtype=torch.long)
-        prompt = self._embed_words(question)
+        prompt = self._embed_words(self.question_ids)
         if batch.grid_thw is None:
             return self.projector(features, prompt=prompt).flatten(0, 1)  # (B, V, Dl) -> (B * V, Dl)
         tokens: dict[int, Tensor] = {}
         for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size go through the projector together, without their padding
             rows = [row for row, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
-            own = features[rows, :num_frames, : height * width]  # (B, F, P, Dv) -> the rows' own F and P
+            index = on_device(rows, features.device)
+            own = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> the rows' own F and P
             tokens |= dict(zip(rows, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
         return torch.cat([tokens[row] for row in range(len(batch))])
 
     def merge(self, batch: Batch, visual: Tensor) -> Tensor:
         """Input embeddings (R, S, Dl) with the visual tokens (sum of V, Dl) in their places."""
         embeddings = self._embed_words(batch.input_ids)  # (R, S) -> (R, S, Dl)
-        assert int(batch.visual_mask.sum()) == visual.shape[0], "placeholders and visual tokens differ in number"
-        # By mask, not by position: ids, labels, mask and embeddings keep one length, whatever the padding side and the clips of a row.
-        return embeddings.masked_scatter(batch.visual_mask.unsqueeze(-1), visual.to(embeddings.dtype))
+        assert len(batch.visual_places) == len(visual), "placeholders and visual tokens differ in number"
+        # Ids, labels, mask and embeddings keep one length, whatever the padding side and the clips of a row.
+        flat = embeddings.flatten(0, 1).index_copy(0, batch.visual_places, visual.to(embeddings.dtype))
+        return flat.view(embeddings.shape)  # (R · S, Dl) -> (R, S, Dl)
 
     def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
         """What the language model is called with, in training and for generation."""
@@ -164,8 +176,8 @@ class VideoCaptioner(nn.Module):
         rows = rows_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
         return rows if num_labels > rows else None
 
-    def _decode(self, inputs: dict[str, Any], is_label: Tensor, *, has_head: bool) -> tuple[Tensor, Tensor]:
-        """Hidden states of label positions (T, Dl), and their logits (T, N), or (0, N) without the head.
+    def _decode(self, inputs: dict[str, Any], places: Tensor, *, has_head: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states of the places that predict labels (T, Dl), and their logits (T, N), or (0, N) without the head.
 
         The head is called by the class's own forward, as some scale what the head gives (HyperCLOVA X).
         """
@@ -173,7 +185,7 @@ class VideoCaptioner(nn.Module):
         seen: list[Tensor] = []
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-            seen.append(arguments[0][:, :-1][is_label])  # (R, S, Dl) -> (T, Dl)
+            seen.append(arguments[0].flatten(0, 1).index_select(0, places))  # (R, S, Dl) -> (T, Dl)
             return (seen[0] if has_head else seen[0][:0],)
 
         handle = model.lm_head.register_forward_pre_hook(keep)
@@ -224,7 +236,7 @@ class VideoCaptioner(nn.Module):
         from vlmcap.models.decoding.engine import greedy_ids
 
         num_rows = self.generation.num_rows or len(batch)
-        lengths = batch.attention_mask.sum(1).tolist()
+        lengths = batch.lengths
         order = sorted(range(len(batch)), key=lambda row: -lengths[row])  # like lengths together, so that little is padding
 
         def prompts() -> Iterator[Tensor]:

@@ -52,7 +52,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
             "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
             "plan it without DoRA, and leave room for one layer's weights in full"
         )
-    from vlmcap.planning.estimate.sizes import active_experts, download_bytes, key_value_bytes
+    from vlmcap.planning.estimate.sizes import download_bytes, key_value_bytes, unpacked_experts
     from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
 
     # 1. Trace the stages of a training step, and the language model's pass over prompts.
@@ -66,7 +66,7 @@ def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = 
     # 2. Put them together: the fullest moments, and the seconds.
     training, generation = _peaks(config, tracer, steps, prompt, cache_bytes)
     cache_in_the_middle = cache_bytes * (_prompt_tokens(tracer) + config.llm.new_tokens / 2)
-    token = _token_work(config, prompt, cache_in_the_middle, *active_experts(config, config.data.eval_batch_size))
+    token = _token_work(config, prompt, cache_in_the_middle, unpacked_experts(config, config.data.eval_batch_size))
     token_s = token_seconds(token, card)
     return Plan(
         title=" + ".join(config.part_names.values()),
@@ -150,27 +150,18 @@ class TokenWork:
     num_launches: float
 
 
-def _token_work(config: Config, prompt: Stage, cache_bytes: float, num_active: float, num_experts: int) -> TokenWork:
-    """The work of a token: all weights and the cache once, and the kernels of the prompt's pass, with as many experts as are chosen.
+def _token_work(config: Config, prompt: Stage, cache_bytes: float, unpacked_share: float) -> TokenWork:
+    """The work of a token: all weights and the cache once, and the kernels of the prompt's pass.
 
     Args:
         config: Run configuration.
         prompt: The pass over the prompts.
         cache_bytes: Keys and values at a caption's middle.
-        num_active: Experts of a layer that the batch's tokens choose.
-        num_experts: All experts of a layer; 0 without any.
+        unpacked_share: Share of the experts that are unpacked; 0 without experts.
     """
-    from vlmcap.planning.estimate.fake_tensors import NUM_SHARES
-
-    launches, packed = prompt.trace.launches, _packed_bytes(config, prompt)
-    num_launches = launches.get("layers", 0.0)
-    if num_experts:
-        num_launches += launches.get("experts", 0.0) * num_active / min(NUM_SHARES, num_experts)
-        packed *= num_active / num_experts  # the loop unpacks those that are chosen
-    elif config.data.eval_batch_size <= FUSED_ROWS:
-        packed = 0.0
+    packed = (unpacked_share or float(config.data.eval_batch_size > FUSED_ROWS)) * _packed_bytes(config, prompt)
     unpacking = 2 * packed * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
-    return TokenWork(sum(prompt.trace.weights.values()) + unpacking + cache_bytes, num_launches)
+    return TokenWork(sum(prompt.trace.weights.values()) + unpacking + cache_bytes, prompt.trace.launches)
 
 
 def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkpointed: bool) -> float:

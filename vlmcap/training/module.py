@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning as L
@@ -23,7 +24,22 @@ from vlmcap.training.checkpoints.load import check_bases, check_weights, trained
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch
+from vlmcap.types import Batch, ValidationBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What validation finds in a batch.
+
+    Attributes:
+        captions: Of the prompts, in their order; empty where the loss alone was asked for.
+        loss: Summed, in nats.
+        num_labels: Tokens that the sum is over.
+    """
+
+    captions: list[str]
+    loss: float
+    num_labels: int
 
 
 class CaptioningModule(L.LightningModule):
@@ -58,12 +74,13 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self.owes_validation = False  # a resumed run, whose last epoch was trained and not validated
         self._position: Mapping[str, int] = {"epoch": 0, "batches": 0}  # of the first batch of this process
-        self.last_loss: tuple[float, int] = (0.0, 0)  # of the last micro-batch: its sum, and the label tokens it is over
+        self.last_loss: tuple[float | Tensor, int] = (0.0, 0)  # of the last micro-batch: its sum, on the device, and its label tokens
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
         self._step_rates: dict[str, float] = {}  # of the last step, by part: the scheduler has moved on when they are logged
         self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
         self._window_tokens = 0
-        self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, 0.0
+        self._log_loss: float | Tensor = 0.0  # stays on the device until it is asked for
+        self._log_labels, self._log_tokens, self._log_time = 0, 0, 0.0
         self.train()  # parts come in evaluation mode, and Lightning leaves modes alone; gradient checkpointing works in training mode only
 
     def configure_model(self) -> None:
@@ -136,10 +153,10 @@ class CaptioningModule(L.LightningModule):
         self._earlier = batch if self._is_sharded else None
         loss, num_labels = self.captioner.loss_sum(batch)
         self._window_tokens += num_labels
-        self.last_loss = (float(loss.detach()), num_labels)
-        self._log_loss += self.last_loss[0]
+        self.last_loss = (loss.detach(), num_labels)
+        self._log_loss = self._log_loss + loss.detach().double()
         self._log_labels += num_labels
-        self._log_tokens += int(batch.attention_mask.sum())
+        self._log_tokens += batch.num_tokens
         return loss / self.loss_unit
 
     def _zero(self) -> Tensor:
@@ -176,28 +193,36 @@ class CaptioningModule(L.LightningModule):
         """The optimiser's groups, each with `part` and `lr`."""
         return self._adamw().param_groups
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Captions of prompts, or summed loss and label tokens of a labelled batch."""
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> Any:
+        """Captions of the clips, if they are asked for, and their loss, as `Validated`; each clip is encoded once."""
         self._note(batch)
-        if batch.labels is None:
-            return self.captioner.generate(batch) if len(batch) else []
-        if len(batch) == 0:
-            return 0.0, 0
-        loss, count = self.captioner.loss_sum(batch)
-        return float(loss), count
+        prompts = self.captioner.encoded(batch.prompts)
+        captions = self.captioner.generate(prompts) if batch.is_captioned and len(prompts) else []
+        losses, num_labels = [0.0], 0
+        rows = {clip.id: row for row, clip in enumerate(prompts.clips)}
+        for part in batch.labelled:
+            if len(part):
+                assert prompts.features is not None
+                features = torch.stack([prompts.features[rows[clip.id]] for clip in part.clips])
+                loss, count = self.captioner.loss_sum(replace(part, features=features))
+                losses.append(float(loss))
+                num_labels += count
+        return Validated(captions, sum(losses), num_labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Any:
         """Captions of prompts."""
         self._note(batch)
         return self.captioner.generate(batch) if len(batch) else []
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+    def transfer_batch_to_device(
+        self, batch: Batch | ValidationBatch, device: torch.device, dataloader_idx: int
+    ) -> Batch | ValidationBatch:
         """Moves the tensors of a batch."""
         return batch.to(device)
 
     def take_log(self) -> dict[str, float]:
         """Loss (nats a label token), rates and speed of all ranks since the last call; every rank must ask for them."""
-        loss, num_labels, num_tokens = self._sums(self._log_loss, self._log_labels, self._log_tokens)
+        loss, num_labels, num_tokens = self._sums(float(self._log_loss), self._log_labels, self._log_tokens)
         seconds, self._log_time = time.perf_counter() - self._log_time, time.perf_counter()
         values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
         values |= {f"train/lr_{part}": rate for part, rate in self._step_rates.items()}
@@ -256,7 +281,7 @@ class CaptioningModule(L.LightningModule):
         position = self._train_sampler().position(epoch, int(progress.processed))
         is_last = position["epoch"] > epoch == epochs.processed  # an epoch counts as processed once its validation is over
         settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
-        sums = self._sums(self._log_loss, self._log_labels, self._log_tokens, self.num_truncated)
+        sums = self._sums(float(self._log_loss), self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}
         first, *others = states_of_all()
         checkpoint["vlmcap"] = self.identity | {
@@ -320,7 +345,7 @@ class CaptioningModule(L.LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         return optimizer
 
-    def _note(self, batch: Batch) -> None:
+    def _note(self, batch: Batch | ValidationBatch) -> None:
         """Counts what could not be used, and stops when it is too much."""
         if batch.skipped:
             for skipped in batch.skipped:

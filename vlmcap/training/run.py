@@ -141,7 +141,7 @@ def _score_best(config: Config, run: Run, assembly: Assembly) -> dict[str, float
 def _validation_loss(run: Run) -> dict[str, float]:
     """The loss of the validation clips of the loop, where no validation was reached while training."""
     run.data.trainer = run.trainer
-    _, labelled = run.data.val_dataloader()
+    labelled = run.data.val_dataloader(is_captioned=False)
     with run.data.watch.naming_clips(), suppress(Pruned):  # the run is over, and nothing is left to prune
         run.trainer.validate(run.module, dataloaders=labelled, verbose=False)
     return dict(run.evaluation.scores)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
-from vlmcap.data.loading.collate import Collator
+from vlmcap.data.loading.collate import Collator, ValidationCollator
 from vlmcap.types import Batch, Clip, FrameTimes, GridTHW, Sample, Skipped
 
 
@@ -235,3 +235,36 @@ def test_lightning_moves_a_batch() -> None:
 def test_impossible_settings(arguments: tuple[int, int, Literal["train"]]) -> None:
     with pytest.raises(ValueError):
         Collator(CharPrompt(), *arguments)
+
+
+def test_places_and_numbers_are_those_of_the_masks() -> None:
+    items = [make_sample("a", "배가 간다"), make_sample("b", "산"), make_sample("c", "")]
+    batch = Collator(CharPrompt(), 7, 20)(items)
+    flat = batch.input_ids.flatten()
+    assert batch.targets is not None and batch.label_places is not None and batch.labels is not None
+    assert batch.targets.tolist() == [ord(char) for char in "배가 간다"] + [1, ord("산"), 1] == flat[batch.label_places + 1].tolist()
+    assert batch.labels.flatten()[batch.label_places + 1].tolist() == batch.targets.tolist()
+    assert batch.num_label_tokens == len(batch.targets) == int((batch.labels != -100).sum())
+    assert batch.visual_places.tolist() == batch.visual_mask.flatten().nonzero().flatten().tolist()
+    assert batch.num_visual == (7, 7) and batch.num_tokens == sum(batch.lengths) == int(batch.attention_mask.sum())
+
+
+def test_a_part_of_the_prompts_is_that_of_its_rows() -> None:
+    grids: list[GridTHW] = [(2, 1, 3), (1, 2, 2), (2, 2, 2)]
+    batch = Collator(CharPrompt(), layout, 20, "generate")([sized(name, grid, True) for name, grid in zip("abc", grids, strict=True)])
+    part = batch.part([2, 0])
+    assert [clip.id for clip in part.clips] == ["c", "a"]
+    for name in ("input_ids", "attention_mask", "visual_mask", "features"):
+        assert torch.equal(getattr(part, name), getattr(batch, name)[[2, 0]]), name
+    assert (part.num_visual, part.lengths) == ((8, 6), (batch.lengths[2], batch.lengths[0]))
+
+
+def test_validation_has_prompts_and_the_labels_of_the_same_clips() -> None:
+    collator = Collator(CharPrompt(), 7, 20)
+    items = [make_sample("a", "배"), Skipped(Clip("bad", "bad.mp4", ()), "broken"), make_sample("b", ""), make_sample("c", "강")]
+    batch = ValidationCollator(dataclasses.replace(collator, mode="generate"), collator, 2)(items)
+    assert [clip.id for clip in batch.prompts.clips] == ["a", "b", "c"]
+    assert batch.prompts.frames is not None
+    assert [[clip.id for clip in part.clips] for part in batch.labelled] == [["a"], ["c"]]
+    assert all(part.frames is None for part in batch.labelled)
+    assert sorted(skipped.clip.id for skipped in batch.skipped) == ["b", "bad"]

@@ -90,13 +90,14 @@ def test_features_drawn_at_random_differ_from_epoch_to_epoch() -> None:
 
 def test_validation_is_neither_packed_nor_shuffled() -> None:
     data = tiny_data(**BATCHINGS["packed"])
-    prompts, labelled = (list(loader) for loader in data.val_dataloader())
+    batches = list(data.val_dataloader())
+    prompts, labelled = [batch.prompts for batch in batches], [part for batch in batches for part in batch.labelled]
     assert [clip.id for batch in prompts for clip in batch.clips] == [f"clip{index}" for index in range(5)]
     assert [batch.clips for batch in prompts] == [batch.clips for batch in labelled]
     assert all(batch.labels is None for batch in prompts)
     assert [batch.input_ids.shape[0] for batch in labelled] == [4, 1]
-    again = [list(loader) for loader in data.val_dataloader()]
-    assert same(again[0], prompts)
+    assert all(batch.features is None for batch in labelled), "they are those of the prompts"
+    assert same([batch.prompts for batch in data.val_dataloader()], prompts)
     assert [batch.clips for batch in data.prompt_loader("val")] == [batch.clips for batch in prompts]
 
 
@@ -136,8 +137,7 @@ class Watch(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.train.append([clip.id for clip in batch.clips])
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-        if dataloader_idx == 0:
-            self.val.extend(clip.id for clip in batch.clips)
+        self.val.extend(clip.id for clip in batch.prompts.clips)
 
 data = tiny_data(batching="by_length")
 trainer, module = tiny_training(

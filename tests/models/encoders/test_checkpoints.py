@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.checkpoints.encoders import SQUARE, Checkpoint, hidden_state, randomize
 from vlmcap.errors import UserError
+from vlmcap.models.encoders import EncoderOptions, load_encoder
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 DECODER = TEXT | {"num_key_value_heads": 2, "vocab_size": 64}
@@ -225,3 +226,9 @@ def test_loading_leaves_the_random_state_alone(checkpoint: Checkpoint) -> None:
     torch.manual_seed(0)
     checkpoint.load()
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov3", "internvit"])
+def test_weights_go_straight_to_the_device(family: str, checkpoints: dict[str, Checkpoint]) -> None:
+    encoder = load_encoder(checkpoints[family].folder, EncoderOptions(-2, torch.bfloat16), "meta")
+    assert {tensor.device.type for tensor in (*encoder.parameters(), *encoder.buffers())} == {"meta"}

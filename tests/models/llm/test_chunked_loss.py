@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmcap.compose import compose
 from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
-from vlmcap.data.loading.collate import Collator
+from vlmcap.data.loading.collate import Collator, places_of
 from vlmcap.errors import UserError
 from vlmcap.models import captioner as captioner_module
 from vlmcap.models.captioner import VideoCaptioner
@@ -150,10 +151,12 @@ def test_a_head_tied_to_the_embedding(make: Make, spy: list[int]) -> None:
 def test_labels_anywhere_and_rows_without_any(make: Make, spy: list[int]) -> None:
     captioner = make("qwen3")
     batch = batch_of(captioner)
-    assert batch.labels is not None
-    batch.labels[1] = -100
-    batch.labels[0, 1::3] = -100
-    batch.labels[2, 1:4] = batch.input_ids[2, 1:4]
+    labels = batch.labels
+    assert labels is not None
+    labels[1] = -100
+    labels[0, 1::3] = -100
+    labels[2, 1:4] = batch.input_ids[2, 1:4]
+    batch = replace(batch, **places_of(batch.visual_mask, labels))
     assert_alike(*both(captioner, batch, spy))
 
 

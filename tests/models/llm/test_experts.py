@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm import experts as experts_module
-from vlmcap.models.llm.experts import FusedExperts, fused_experts, pack_experts, replace_experts, stock_experts, unpack_expert
+from vlmcap.models.llm.experts import FusedExperts, fused_experts, pack_experts, replace_experts, stock_experts, unpack_experts
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -73,15 +73,16 @@ def routing(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 64, 64), (5, 24, 40), (3, 256, 128)])
-def test_packing_gives_the_bits_of_bitsandbytes_and_an_expert_comes_out_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_packing_gives_the_bits_of_bitsandbytes_and_any_experts_come_out(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     packed = pack_experts(weight)
     bits, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     assert torch.equal(packed.data, bits)
     assert packed.quant_state == state
     whole = dequantize_4bit(bits, state)
-    for expert in range(shape[0]):
-        assert torch.equal(unpack_expert(packed, expert, dtype), whole[expert])
+    assert torch.equal(unpack_experts(packed, dtype), whole)
+    some = torch.tensor([2, 0, 2])
+    assert torch.equal(unpack_experts(packed, dtype, some), whole[some])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 50])
@@ -141,29 +142,106 @@ def test_the_gpu_gives_what_the_cpu_gives() -> None:
     torch.testing.assert_close(output.cpu(), before, rtol=1e-4, atol=1e-4)
 
 
-def test_only_experts_that_a_token_chose_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def loop(experts: FusedExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The same, one expert after the other, in plain products."""
+    total = torch.zeros_like(hidden)
+    for expert in range(experts.num_experts):
+        tokens, places = (index == expert).nonzero(as_tuple=True)
+        rows = hidden[tokens]
+        for name in experts_module.MATRICES:
+            weight = getattr(experts, name)
+            matrix = unpack_experts(weight, torch.float32)[expert] if experts.is_packed else weight[expert]
+            output = rows @ matrix.T
+            if name in experts.lora_A:
+                output = output + rows @ experts.lora_A[name][expert].T @ experts.lora_B[name][expert].T * experts.lora_scale
+            gate, up = output.chunk(2, -1) if name == "gate_up_proj" else (None, output)
+            rows = up if gate is None else experts.act_fn(gate) * up
+        total = total.index_add(0, tokens, rows * weights[tokens, places, None])
+    return total
+
+
+def with_factors(experts: FusedExperts, rank: int) -> FusedExperts:
+    torch.manual_seed(0)
+    experts.add_lora(rank, 0.5, 0.0)
+    for factor in experts.lora_B.values():
+        nn.init.normal_(factor, std=0.1)
+    return experts
+
+
+@pytest.mark.parametrize("rank", [0, 3, 8])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 50])
+def test_outputs_and_gradients_are_those_of_a_loop(tokens: int, packs: bool, rank: int) -> None:
+    module = stock_module()
+    experts = pack(module) if packs else FusedExperts(module.gate_up_proj, module.down_proj, module.act_fn)
+    if rank:
+        with_factors(experts, rank)
+    hidden, index, weights = routing(tokens)
+    results = []
+    for run in (experts, lambda *arguments: loop(experts, *arguments)):
+        inputs = [hidden.clone().requires_grad_(), weights.clone().requires_grad_()]
+        output = run(inputs[0], index, inputs[1])
+        output.square().sum().backward()
+        factors = [factor for factors in (experts.lora_A, experts.lora_B) for factor in factors.values()]
+        results.append([output, *(x.grad for x in (*inputs, *factors))])
+        experts.zero_grad()
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, **TOLERANCE)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_where_groups_would_make_the_host_wait_few_rows_go_through_all_experts(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = pack(stock_module())
+    if rank:
+        with_factors(experts, rank)
+    arguments = routing(20)
+    expected = experts(*arguments)
+    monkeypatch.setattr(experts_module, "waits_for_groups", lambda *_: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)
+    with torch.no_grad():
+        torch.testing.assert_close(experts(*arguments), expected, **TOLERANCE)
+
+
+def test_which_gpus_multiply_groups_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, own=capability: own)
+        found[capability] = experts_module.waits_for_groups(torch.device("cuda"), torch.bfloat16)
+    assert [capability for capability, waits in found.items() if not waits] == [(9, 0), (10, 0)]
+    assert not experts_module.waits_for_groups(torch.device("cpu"), torch.float32)
+
+
+def test_few_tokens_unpack_their_own_experts_and_many_unpack_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = pack(stock_module())
+    seen: list[list[int] | None] = []
+
+    def unpack(weight: Any, dtype: torch.dtype, chosen: Tensor | None = None) -> Tensor:
+        seen.append(None if chosen is None else chosen.tolist())
+        return unpack_experts(weight, dtype, chosen)
+
+    monkeypatch.setattr(experts_module, "unpack_experts", unpack)
     hidden, _, weights = routing(3)
-    seen = []
-    monkeypatch.setattr(experts_module, "unpack_expert", lambda w, e, d: seen.append(e) or unpack_expert(w, e, d))
     experts(hidden, torch.tensor([[6, 1], [1, 6], [1, 3]]), weights)
-    assert seen == [1, 1, 3, 3, 6, 6]
+    assert seen == [[6, 1, 1, 6, 1, 3]] * 2
+    seen.clear()
+    experts(*routing(4))
+    assert seen == [None, None]
 
 
 @contextmanager
 def counting_unpacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The most experts' matrices alive at a time, whoever holds them."""
+    """The most kinds of matrices alive at a time, whoever holds them."""
     alive: list[StorageWeakRef] = []
     most = [0]
 
     def unpack(*arguments: Any) -> Tensor:
-        weight = unpack_expert(*arguments)
+        weight = unpack_experts(*arguments)
         alive[:] = [reference for reference in alive if not reference.expired()] + [StorageWeakRef(weight.untyped_storage())]
         most[0] = max(most[0], len(alive))
         return weight
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts_module, "unpack_expert", unpack)
+        patch.setattr(experts_module, "unpack_experts", unpack)
         yield most
 
 
@@ -195,7 +273,7 @@ EXPERT_SHAPES = {(48, 64), (64, 48), (64, 24), (24, 64)}
 
 
 @pytest.mark.parametrize("use_checkpointing", [False, True])
-def test_one_experts_matrix_is_alive_at_a_time_and_none_is_saved(monkeypatch: pytest.MonkeyPatch, use_checkpointing: bool) -> None:
+def test_one_kind_of_matrices_is_alive_at_a_time_and_none_is_saved(monkeypatch: pytest.MonkeyPatch, use_checkpointing: bool) -> None:
     model = packed_model()
     if use_checkpointing:
         model.activation_checkpointing_enable()
@@ -208,14 +286,14 @@ def test_one_experts_matrix_is_alive_at_a_time_and_none_is_saved(monkeypatch: py
 
 
 def test_plain_autograd_would_keep_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keeping(hidden: Tensor, weight: Any, expert: int) -> Tensor:
-        return nn.functional.linear(hidden, experts_module.unpack_expert(weight, expert, hidden.dtype))
+    def keeping(rows: Tensor, offsets: Tensor | None, unpack: Callable[[], Tensor]) -> Tensor:
+        return experts_module._product(rows, unpack().transpose(1, 2), offsets)
 
     model = packed_model()
     monkeypatch.setattr(experts_module._PackedLinear, "apply", keeping)
     with counting_unpacked(monkeypatch) as most:
         saved = saved_shapes(model)
-    assert most[0] > 2 * 8  # more than the two matrices of one layer's experts
+    assert most[0] == 2 * 3  # both kinds of all layers
     assert saved & EXPERT_SHAPES
 
 

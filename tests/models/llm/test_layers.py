@@ -41,10 +41,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def model_of(folder: Path, dropout: float = 0.1) -> Any:
+def model_of(folder: Path, dropout: float = 0.1, quantization: str = "none", **lora: Any) -> Any:
     torch.manual_seed(0)
-    llm = load_language_model(folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
-    return add_lora(llm, LoraConfig(rank=4, alpha=8, dropout=dropout)).train()
+    llm = load_language_model(folder, dtype=torch.float32, quantization=quantization, attention="sdpa", device="cpu")
+    return add_lora(llm, LoraConfig(rank=4, alpha=8, dropout=dropout, **lora)).train()
 
 
 def loss_and_gradients(model: Any, length: int = 9) -> list[Tensor]:
@@ -138,3 +138,30 @@ def test_loss_and_gradients_are_those_of_plain_layers(llm_folder: Path, backend:
     assert counters["stats"]["unique_graphs"] <= 2, "all layers and lengths share their code"
     assert list(compiled.state_dict()) == list(plain.state_dict())
     torch._dynamo.reset()  # and what it holds, for the tests to come
+
+
+COMPILED = [("4bit", True, "inductor"), ("4bit", True, "aot_eager"), ("8bit", True, "aot_eager")]
+COMPILED += [("experts", True, "aot_eager"), ("experts", False, "aot_eager")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "has_checkpointing", "backend"), COMPILED)
+def test_compiled_layers_go_with_packed_weights_adapters_and_checkpointing(
+    kind: str, has_checkpointing: bool, backend: str, llm_folder: Path, moe_folder: Path
+) -> None:
+    has_experts = kind == "experts"
+    folder, quantization = (moe_folder, "4bit") if has_experts else (llm_folder, kind)
+    plain, compiled = (model_of(folder, 0.0, quantization, use_experts=has_experts) for _ in range(2))
+    for model in (plain, compiled):
+        if has_checkpointing:
+            checkpoint_layers(model.get_base_model())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(compiled, backend)
+    for length in (9, 14):
+        for found, expected in zip(loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True):
+            assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # A checkpointed layer is compiled whole or not at all, and bitsandbytes' 8 bits and our experts are not.
+    is_compiled = kind == "4bit" or not has_checkpointing
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == is_compiled
+    torch._dynamo.reset()

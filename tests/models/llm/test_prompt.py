@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from vlmcap.config import LlmConfig
-from vlmcap.data.loading.collate import IGNORED, Collator
+from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.llm.prompt import PromptEncoder, load_prompt
-from vlmcap.types import Clip, Sample
+from vlmcap.types import IGNORED, Clip, Sample
 
 QUESTION = "이 영상을 설명해 주세요."
 THOUGHT = "<think>\n\n</think>\n\n"

@@ -217,6 +217,16 @@ def test_a_sketch_has_the_sizes_and_no_weights(case: tuple[str, Path]) -> None:
     assert sum(p.numel() for p in sketch.parameters()) == sum(p.numel() for p in loaded.parameters())
 
 
+@pytest.mark.parametrize(("is_on_host", "place"), [(False, "meta"), (True, "cpu")])
+def test_weights_go_straight_to_the_device(case: tuple[str, Path], is_on_host: bool, place: str) -> None:
+    kind, folder = case
+    options: Any = OPTIONS | {"device": "meta"}
+    parts = load_pretrained(kind, folder, quantization="none", is_on_host=is_on_host, **options)
+    assert {parameter.device.type for part in (parts.encoder.tower, parts.llm) for parameter in part.parameters()} == {place}
+    alone = load_vision(kind, folder, **options)
+    assert {tensor.device.type for tensor in (*alone.parameters(), *alone.buffers())} == {"meta"}
+
+
 def test_a_missing_weight_of_the_tower_is_said(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(qwen_folders["qwen2_vl"], tmp_path / "copy"))
     weights = load_file(folder / "model.safetensors")

@@ -6,16 +6,14 @@ Legend: B clips, R rows, F frames, P patches a frame, Dv vision width, V visual 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from vlmcap.types import Batch, Clip, FrameTimes, GridTHW, Sample, Skipped, VisualLayout
-
-IGNORED = -100  # label of positions that the loss passes over
+from vlmcap.types import IGNORED, Batch, Clip, FrameTimes, GridTHW, Sample, Skipped, ValidationBatch, VisualLayout
 
 
 class PromptEncoder(Protocol):
@@ -113,6 +111,8 @@ class Collator:
         return Batch(
             clips=tuple(sequence.sample.clip for sequence in sequences),
             **self._tensors(sequences),
+            num_visual=tuple(sum(sequence.is_visual) for sequence in sequences),
+            lengths=tuple(map(len, sequences)),
             frames=stack_padded([sequence.sample.frames for sequence in sequences]),
             features=stack_padded([sequence.sample.features for sequence in sequences]),
             grid_thw=tuple(grids) or None,
@@ -154,7 +154,7 @@ class Collator:
         return (len(lengths), width), [(row, width - length if self.mode == "generate" else 0) for row, length in enumerate(lengths)]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
-        """Ids, masks, labels and positions, each (R, S), by their names in a `Batch`."""
+        """Ids, mask and positions, each (R, S), and places, by their names in a `Batch`."""
         shape, places = self._places(sequences)
         ids = torch.full(shape, self.prompt.pad_id, dtype=torch.int64)
         attention, positions = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -171,10 +171,47 @@ class Collator:
         return {
             "input_ids": ids,
             "attention_mask": attention,
-            "visual_mask": visual,
-            "labels": labels if self.mode == "train" else None,
+            **places_of(visual, labels if self.mode == "train" else None),
             "position_ids": positions if self._packs else None,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationCollator:
+    """Turns a list of samples into a `ValidationBatch`; picklable if its collators are.
+
+    Attributes:
+        prompts: Makes the prompts.
+        labelled: Makes the labelled batches.
+        num_rows: Most clips of a labelled batch.
+        is_captioned: As in `ValidationBatch`.
+    """
+
+    prompts: Collator
+    labelled: Collator
+    num_rows: int
+    is_captioned: bool = True
+
+    def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
+        """The batch of the usable samples."""
+        bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
+        parts = [self.labelled(bare[start : start + self.num_rows]) for start in range(0, len(bare), self.num_rows)]
+        return ValidationBatch(self.prompts(items), tuple(parts), self.is_captioned)
+
+
+def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    """Where visual tokens and labels stand, by their names in a `Batch`.
+
+    Args:
+        visual_mask: bool (R, S), True where a projected visual token goes.
+        labels: int64 (R, S), `IGNORED` where the loss passes over, as it does at the start of a row; None for generation.
+    """
+    found: dict[str, Any] = {"visual_places": visual_mask.flatten().nonzero().flatten(), "targets": None, "label_places": None}
+    if labels is not None:
+        flat = labels.flatten()  # (R, S) -> (R · S,)
+        places = (flat != IGNORED).nonzero().flatten()
+        found |= {"targets": flat[places], "label_places": places - 1}
+    return found
 
 
 def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:

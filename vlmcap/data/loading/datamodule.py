@@ -17,14 +17,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from vlmcap.config import Batching, DataConfig
 from vlmcap.data.loading.batches import BatchPlan, BatchSampler, length_plan, packed_plan, shuffled_plan
-from vlmcap.data.loading.collate import Collator
+from vlmcap.data.loading.collate import Collator, ValidationCollator
 from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped
 
 
 class CaptionDataModule(L.LightningDataModule):
-    """Training batches with labels; validation as prompts to caption and as labelled batches for the loss; any split as prompts.
+    """Training batches with labels; validation as prompts to caption and labelled batches of the same clips; any split as prompts.
 
     Args:
         clips: Split name to clips.
@@ -76,13 +76,10 @@ class CaptionDataModule(L.LightningDataModule):
         num_clips = int(np.diff(plan.bounds).max(initial=1))
         return StatefulDataLoader(batch_sampler=sampler, **self._common(self.clips["train"], collator, num_clips))
 
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The clips to caption while training, then the same clips with labels for the loss."""
-        clips = self.clips["val"][: self.max_eval_clips]
-        return [
-            self._eval_loader(clips, self.prompt_collator, self.prompt_batch_size),
-            self._eval_loader(clips, self.train_collator, self.data.eval_batch_size),
-        ]
+    def val_dataloader(self, *, is_captioned: bool = True) -> DataLoader[Any]:
+        """The clips of validation while training, to caption and with labels for the loss, or for the loss alone."""
+        collator = ValidationCollator(self.prompt_collator, self.train_collator, self.data.eval_batch_size, is_captioned)
+        return self._eval_loader(self.clips["val"][: self.max_eval_clips], collator, self.prompt_batch_size)
 
     def prompt_loader(self, split: str) -> DataLoader[Any]:
         """Every clip of a split once, as prompts."""
@@ -119,7 +116,7 @@ class CaptionDataModule(L.LightningDataModule):
         assert max_tokens is not None, "the configuration asks for it"
         return packed_plan(lengths, max_tokens)
 
-    def _eval_loader(self, clips: Sequence[Clip], collator: Collator, batch_size: int) -> DataLoader[Any]:
+    def _eval_loader(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], batch_size: int) -> DataLoader[Any]:
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
         own = range(rank, len(clips), world_size)

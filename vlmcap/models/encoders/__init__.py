@@ -21,20 +21,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def load_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
+def load_encoder(folder: Path, options: EncoderOptions, device: str = "cpu") -> VisionEncoder:
     """The vision encoder in `folder`, frozen; of a whole checkpoint (CLIP, SigLIP, LLaVA, InternVL, …) only the tower is read.
 
     Args:
         folder: Checkpoint in Hugging Face layout, of any vision tower of transformers that gives a grid of patch features.
         options: What is chosen.
+        device: Where its weights are put while they are read, such as "cpu" or "cuda:0".
 
     Raises:
         UserError: The checkpoint has no such tower or is incomplete, or an option is impossible for it.
     """
     source = f"encoder.checkpoint {folder}"
     family, config = vision_config(read_config(folder), source)
-    tower = load_tower(family, config, folder, options)
-    return _assemble(family, tower, config, options, read_processor(folder), source)
+    tower = load_tower(family, config, folder, options, device)
+    return _assemble(family, tower, config, options, read_processor(folder), source).to(device)
 
 
 def sketch_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:

@@ -117,7 +117,7 @@ class VisionEncoder(nn.Module):
         flat = frames.flatten(0, 1)
         if len(real) == len(flat):
             return self.encode(flat, sizes).unflatten(0, (batch, num_frames))
-        index = torch.tensor(real, device=frames.device)
+        index = on_device(real, frames.device)
         features = self.encode(flat[index], sizes)
         padded = features.new_zeros(len(flat), *features.shape[1:]).index_copy(0, index, features)
         return padded.unflatten(0, (batch, num_frames))
@@ -138,6 +138,11 @@ class VisionEncoder(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.tower.parameters()).dtype
+
+
+def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of the host's numbers on a device, which the host does not wait for."""
+    return torch.tensor(numbers, pin_memory=torch.cuda.is_available()).to(device, non_blocking=True)
 
 
 class Family:

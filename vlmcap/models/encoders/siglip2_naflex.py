@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
+from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder, on_device
 from vlmcap.models.encoders.layout import FinalNorm, Layout
 from vlmcap.models.encoders.preprocessing import PatchTransform, Preprocessing
 from vlmcap.types import GridTHW
@@ -50,7 +50,7 @@ class NaflexEncoder(VisionEncoder):
         pixels = (frames[:, :used].unflatten(-1, (-1, 3)).to(self.mean.dtype) - self.mean.flatten()) / self.std.flatten()
         is_real = bias = None
         if min(lengths) < used:
-            is_real = torch.arange(used, device=frames.device) < torch.tensor(lengths, device=frames.device)[:, None]
+            is_real = torch.arange(used, device=frames.device) < on_device(lengths, frames.device)[:, None]
             # In the form that attention adds: from a plain mask the class would ask the device whether anything is masked, and wait.
             bias = torch.zeros(is_real.shape, dtype=self._dtype, device=frames.device).masked_fill(~is_real, torch.finfo(self._dtype).min)
             bias = bias[:, None, None].expand(-1, 1, used, -1)

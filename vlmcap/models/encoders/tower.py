@@ -146,7 +146,7 @@ def _without(tower: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return tower
 
 
-def load_tower(family: Family, config: Any, folder: Path, options: EncoderOptions) -> nn.Module:
+def load_tower(family: Family, config: Any, folder: Path, options: EncoderOptions, device: str = "cpu") -> nn.Module:
     """The tower with its weights out of `folder`; nothing else is read, no memory is spent on anything else.
 
     Args:
@@ -154,6 +154,7 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
         config: As `vision_config` returned it.
         folder: Checkpoint of the tower or of a whole model.
         options: Layer, type of weights and attention.
+        device: Where each weight is put as it is read, so that no second copy stands in host memory.
 
     Raises:
         UserError: No such layer, or weights are missing, unreadable or of another shape.
@@ -164,10 +165,16 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
     with torch.device("meta"):
         names = _Names(family, model_class._from_config(config), dropped)
     weights = read_weights(folder, names)
-    settings = {"dtype": options.dtype, "attn_implementation": _attention(family, model_class, options.attention)}
+    settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": _attention(family, model_class, options.attention)}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         tower, loading = model_class.from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            None,
+            config=config,
+            state_dict=weights,
+            device_map={"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
         )
     _check(folder, names.required(family.layout(config).unused), loading)
     return _without(tower, dropped)

@@ -80,18 +80,19 @@ def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, 
         folder: Checkpoint in Hugging Face layout.
         dtype: Of the weights.
         attention: As `choose_attention` takes it.
-        device: Where it will run.
+        device: Where it will run; its weights are put there while they are read.
         max_patches: Patches a frame at most, for the Qwen family.
 
     Raises:
         UserError: The folder holds no such model, or only a part of its tower.
     """
     if kind == "llava_next_video":
-        return load_encoder(folder, vision_options(read_config(folder), dtype))
+        return load_encoder(folder, vision_options(read_config(folder), dtype), device)
     tower_class, config = _tower_of(kind, folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, tower_class)}
+    options["device_map"] = {"": device}
     tower = read_model(tower_class, kind, folder, config=config, key_mapping=_OUT_OF_WHOLE, **options)
-    return vision_encoder(kind, tower, max_patches=max_patches, processor=read_processor(folder))
+    return vision_encoder(kind, tower, max_patches=max_patches, processor=read_processor(folder)).to(device)
 
 
 def sketch_vision(kind: str, folder: Path, *, dtype: torch.dtype, max_patches: int) -> Any:

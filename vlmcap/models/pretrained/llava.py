@@ -37,7 +37,7 @@ def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention
         UserError: The folder holds only a part of a model, or one that pools or projects in another way.
     """
     config = read_config(folder)
-    encoder = load_encoder(folder, vision_options(config, dtype))
+    encoder = load_encoder(folder, vision_options(config, dtype), "cpu" if is_on_host else device)
     projector = _projector(config, encoder, text_width(folder))
     load_projector_weights(projector, folder)
     llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host)

@@ -84,7 +84,7 @@ class QwenVLCaptioner(VideoCaptioner):
         # The class finds the places of visual tokens by the video token's embedding.
         ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)
         embeddings: Tensor = model.get_input_embeddings()(ids)
-        counts = batch.visual_mask.sum(1).tolist()
+        counts = batch.num_visual
         assert sum(counts) == len(visual), "placeholders and visual tokens differ in number"
         first, *deep = visual.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
         output = BaseModelOutputWithDeepstackFeatures(
@@ -101,14 +101,16 @@ class QwenVLCaptioner(VideoCaptioner):
         """Positions in time, height and width, int64 (3, B, S)."""
         assert batch.grid_thw is not None, "clips of this model have sizes of their own"
         model: Any = base_model(self.llm)
+        # On the host, which waits once to get there: the class asks for one number after the other.
+        host_ids, kinds, mask = torch.stack([ids, batch.visual_mask * _VIDEO, batch.attention_mask]).cpu()
         positions, _ = model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=batch.visual_mask.int() * _VIDEO,
-            video_grid_thw=torch.tensor(batch.grid_thw, device=ids.device),
+            host_ids,
+            mm_token_type_ids=kinds,
+            video_grid_thw=torch.tensor(batch.grid_thw),
             second_per_grid_ts=[self.seconds_per_patch(times_s) for times_s in batch.times_s or [None] * len(batch)],
-            attention_mask=batch.attention_mask,
+            attention_mask=mask,
         )
-        return positions
+        return (positions.pin_memory() if ids.is_cuda and torch.cuda.is_available() else positions).to(ids.device, non_blocking=True)
 
     def seconds_per_patch(self, times_s: FrameTimes | None) -> float:
         """Time between temporal patches, from which Qwen2.5-VL makes positions.

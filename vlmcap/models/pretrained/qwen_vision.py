@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
+from vlmcap.models.encoders.base import on_device
 from vlmcap.models.encoders.preprocessing import Preprocessing, resize
 from vlmcap.models.projectors.base import wide_autocast
 from vlmcap.types import GridTHW
@@ -177,7 +178,7 @@ class QwenVisionEncoder(nn.Module):
         own = [to_blocks(clip[:steps, : h * w], (h, w), merge) for clip, (steps, h, w) in zip(frames, grid_thw, strict=True)]
         flat = torch.cat([clip.flatten(0, 1) for clip in own])
         pixels = (flat.unflatten(-1, (3, -1)).to(self.mean.dtype) - self.mean) / self.std
-        sizes = torch.tensor(grid_thw, device=frames.device)
+        sizes = on_device(grid_thw, frames.device)
         output = self.tower(pixels.flatten(1).to(self.tower.patch_embed.proj.weight.dtype), grid_thw=sizes)
         layers = [output.pooler_output, *(output.deepstack_features if self.num_deep_layers else ())]
         blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(0, 1)  # (4 · N, Dv)

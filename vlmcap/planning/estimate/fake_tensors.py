@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, replace_experts
-from vlmcap.planning.estimate.live_bytes import add_launches, launching
+from vlmcap.planning.estimate.live_bytes import add_launches
 
-NUM_SHARES = 16  # experts that stand for all in a trace: tokens are spread evenly over them
-_UNPACK_KERNELS = 3  # of an expert's 4-bit weight: its scales, their offset, the weight; bitsandbytes fuses those of linear layers
+_UNPACK_KERNELS = 3  # of the experts' 4-bit weights: scales, their offset, weights; bitsandbytes fuses those of linear layers
 _INT8_KERNELS = 2  # beside the product: the input to 8 bits, the output back
 
 
@@ -167,7 +167,7 @@ def _hollow_experts(experts: FusedExperts, is_packed: bool, dtype: torch.dtype) 
 
 
 class _HollowExperts(FusedExperts):
-    """Experts whose tokens are known in number only: spread evenly over a few that stand for all."""
+    """Experts whose weights are unpacked without being there."""
 
     hollow_dtype: torch.dtype
     hollow_packed: bool
@@ -176,27 +176,16 @@ class _HollowExperts(FusedExperts):
     def compute_dtype(self) -> torch.dtype:
         return self.hollow_dtype
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        top_k, total = top_k_index.shape[-1], top_k_index.numel()
-        order = top_k_index.flatten().argsort(stable=True)
-        shares = min(NUM_SHARES, self.num_experts)
-        counts = [total // shares + (share < total % shares) for share in range(shares)]
-        inputs = hidden_states[order // top_k].to(self.compute_dtype).split(counts)
-        factors = {name: (self.lora_A[name].unbind(), self.lora_B[name].unbind()) for name in self.lora_A}
-        outputs = []
-        with launching("experts"):
-            for expert, tokens in enumerate(inputs):
-                gate, up = self._linear("gate_up_proj", tokens, expert, factors).chunk(2, dim=-1)
-                outputs.append(self._linear("down_proj", self.act_fn(gate) * up, expert, factors))
-        weighted: Tensor = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k)) * top_k_weights[..., None]
-        return weighted.sum(1).to(hidden_states.dtype)
+    def _is_frozen(self, name: str) -> bool:
+        return self.hollow_packed
 
-    def _linear(self, name: str, hidden: Tensor, expert: int, factors: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> Tensor:
+    def _unpack(self, name: str, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
         if not self.hollow_packed:
-            return super()._linear(name, hidden, expert, factors)
+            return super()._unpack(name, dtype, experts)
         add_launches(_UNPACK_KERNELS)
-        output: Tensor = _Unpacking.apply(hidden, self.shapes[name][1], False)
-        if not factors:
-            return output
-        down, up = factors[name][0][expert], factors[name][1][expert]
-        return output + (F.linear(F.linear(hidden.to(down.dtype), down), up) * self.lora_scale).to(output.dtype)
+        count, *shape = self.shapes[name]
+        count = count if experts is None else len(experts)
+        scales = torch.empty(count * math.prod(shape) // BLOCK, dtype=torch.float32)
+        matrices = torch.empty(count, *shape, dtype=dtype)
+        del scales
+        return matrices

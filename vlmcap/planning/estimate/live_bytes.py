@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -34,13 +33,12 @@ class LiveBytes(TorchDispatchMode):
         tag: What is made now belongs to it.
         peaks: Segment -> bytes by tag at the moment of the segment's largest sum.
         flops: Floating-point operations so far; a multiplication and an addition are two.
-        launches: Kernels launched so far, by kind: "experts" inside of `launching("experts")`, "layers" elsewhere.
+        launches: Kernels launched so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches: Counter[str] = Counter()
-        self.launch_kind = "layers"
+        self.launches = 0
         self.tag, self.flops = "other", 0.0
         self.peaks: dict[str, Counter[str]] = {}
         self._segment = "start"
@@ -89,7 +87,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(tensor, self.tag)
         packet = getattr(func, "_overloadpacket", None)
         if func.namespace == "aten" and packet not in _NO_KERNEL and not func.is_view:
-            self.launches[self.launch_kind] += 1
+            self.launches += 1
         if packet in flop_registry:
             self.flops += float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
         return out
@@ -126,18 +124,7 @@ _active: list[LiveBytes] = []
 def add_launches(count: int) -> None:
     """Counts kernels that a GPU launches and the trace does not run."""
     for live in _active:
-        live.launches[live.launch_kind] += count
-
-
-@contextmanager
-def launching(kind: str) -> Iterator[None]:
-    """Counts the kernels of the block as a kind of their own."""
-    before = [live.launch_kind for live in _active]
-    for live in _active:
-        live.launch_kind = kind
-    yield
-    for live, own in zip(_active, before, strict=True):
-        live.launch_kind = own
+        live.launches += count
 
 
 def tag_module(module: torch.nn.Module, live: LiveBytes, tag: str) -> None:
@@ -202,6 +189,8 @@ class OnCard(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if func is torch._grouped_mm:  # fake ones are for bfloat16 alone; all rows in one group are as much arithmetic and memory
+            return torch.mm(args[0], args[1][0])
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if _makes_integers(func, args, kwargs) or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)):
             with unset_fake_temporarily():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of, has_own_encoder
 from vlmcap.config import Config, Qwen3VlConfig
+from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.encoders.own import FrameEncoder
@@ -33,9 +34,8 @@ from vlmcap.planning.estimate.meta_models import (
     whole_outline,
     whole_parts,
 )
-from vlmcap.types import Batch, Clip, GridTHW
+from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
-IGNORED = -100  # label of a token that is not learned
 _TEXT_BETWEEN_RUNS = 12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
 
 
@@ -114,12 +114,11 @@ def key_value_bytes(config: Config) -> float:
     return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
-def active_experts(config: Config, num_tokens: int) -> tuple[float, int]:
-    """Experts of a layer that at least one of so many tokens chooses, under even routing, and all experts; (0, 0) without any."""
+def unpacked_experts(config: Config, num_tokens: int) -> float:
+    """Share of a layer's experts that a step of so many tokens unpacks; 0 where there are none."""
     text = text_config(config)
     total = next((int(getattr(text, key)) for key in EXPERT_COUNTS if getattr(text, key, None)), 0)
-    chosen = int(getattr(text, "num_experts_per_tok", 0) or 0)
-    return (total * (1 - (1 - chosen / total) ** num_tokens), total) if total else (0.0, 0)
+    return min(1.0, num_tokens * int(text.num_experts_per_tok) / total) if total else 0.0
 
 
 def download_bytes(config: Config) -> float:
@@ -187,8 +186,9 @@ def language_batch(
         clips=tuple(Clip(str(index), "", ("",)) for index in range(num_clips)),
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        visual_mask=mask,
-        labels=labels if num_caption else None,
+        **places_of(mask, labels if num_caption else None),
+        num_visual=(sum(runs),) * num_clips,
+        lengths=(len(visual),) * num_clips,
         is_right_padded=num_caption > 0,
         grid_thw=None if grid_thw is None else (grid_thw,) * num_clips,
     )

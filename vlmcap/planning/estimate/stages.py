@@ -36,7 +36,7 @@ class StageTrace:
         retained: Behind the forward pass: what the way back needs, and the output.
         left: Behind the backward pass: gradients of the weights and of the input.
         flops: Of forward and backward pass.
-        launches: Kernels launched by the forward pass: those of the experts' loop, and all others.
+        launches: Kernels launched by the forward pass.
     """
 
     weights: Bytes
@@ -45,7 +45,7 @@ class StageTrace:
     retained: Bytes
     left: Bytes
     flops: float
-    launches: Mapping[str, float]
+    launches: float
 
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -69,7 +69,7 @@ def extrapolate(short: StageTrace, longer: StageTrace, num_more: int) -> StageTr
         retained=lines(short.retained, longer.retained),
         left=lines(short.left, longer.left),
         flops=line(short.flops, longer.flops),
-        launches=lines(short.launches, longer.launches),
+        launches=line(short.launches, longer.launches),
     )
 
 
@@ -95,7 +95,7 @@ def extrapolate_kept(base: StageTrace, again: StageTrace, kept: StageTrace, num_
         retained=both(along.retained, across.retained, base.retained),
         left=both(along.left, across.left, base.left),
         flops=along.flops + across.flops - base.flops,
-        launches=both(along.launches, across.launches, base.launches),
+        launches=along.launches + across.launches - base.launches,
     )
 
 
@@ -162,7 +162,7 @@ def _sum(terms: Sequence[tuple[float, StageTrace]]) -> StageTrace:
         retained=lines([trace.retained for trace in traces]),
         left=lines([trace.left for trace in traces]),
         flops=sum(times * trace.flops for times, trace in terms),
-        launches=lines([trace.launches for trace in traces]),
+        launches=sum(times * trace.launches for times, trace in terms),
     )
 
 
@@ -231,7 +231,7 @@ def trace_stage(
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             output = forward()
         retained = live.snapshot()
-        launches = dict(live.launches)
+        launches = live.launches
     left: Bytes = {}
     if has_backward:
         stage.is_forward = False

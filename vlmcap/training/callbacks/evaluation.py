@@ -15,6 +15,7 @@ from vlmcap.metrics.diversity import collapse_warning
 from vlmcap.metrics.torchmetrics import CaptionScore
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.scorer import LOOP_METRICS, CaptionScorer, Prediction, write_predictions
+from vlmcap.training.module import Validated
 from vlmcap.types import Batch, Clip
 
 
@@ -86,14 +87,14 @@ class CaptionEvaluation(L.Callback):
         self._captions.to(trainer.strategy.root_device)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keeps captions and sums of the loss."""
-        if isinstance(outputs, tuple):
-            self._loss += outputs[0]
-            self._labels += outputs[1]
-        else:
-            self._keep(batch, outputs)
+        assert isinstance(outputs, Validated)
+        self._loss += outputs.loss
+        self._labels += outputs.num_labels
+        if outputs.captions:
+            self._keep(batch.prompts, outputs.captions)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0

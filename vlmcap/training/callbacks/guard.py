@@ -37,7 +37,7 @@ class MicroBatch:
         input_ids: int64 (R, S).
         labels: int64 (R, S), or None.
         attention_mask: int64 (R, S).
-        loss: Summed, in nats.
+        loss: Summed, in nats; on the device until it is looked at.
         num_labels: Tokens that the sum is over.
     """
 
@@ -45,7 +45,7 @@ class MicroBatch:
     input_ids: Tensor
     labels: Tensor | None
     attention_mask: Tensor
-    loss: float = 0.0
+    loss: float | Tensor = 0.0
     num_labels: int = 0
 
 
@@ -74,11 +74,11 @@ class Window:
     @property
     def loss(self) -> float:
         """Nats a label token."""
-        return sum(batch.loss for batch in self.batches) / max(1, sum(batch.num_labels for batch in self.batches))
+        return sum(float(batch.loss) for batch in self.batches) / max(1, sum(batch.num_labels for batch in self.batches))
 
 
 class DivergenceGuard(L.Callback):
-    """Watches what `training_step` has read of each micro-batch anyway; of the device it asks nothing that is not done by then.
+    """Watches the loss of each micro-batch, for which the host waits once per step, and the gradients.
 
     A loss is looked at before the optimiser's step. The norm of the gradients is read with the next step's loss, when it has long been
     computed, and before anything is saved: a step with a wrong gradient has then spoiled the weights, but no checkpoint.
@@ -106,7 +106,7 @@ class DivergenceGuard(L.Callback):
         self._window.batches.append(MicroBatch(batch.clips, batch.input_ids, batch.labels, batch.attention_mask))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        """Keeps the loss that `training_step` has read."""
+        """Keeps the loss of `training_step`."""
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
         self._window.batches[-1].loss, self._window.batches[-1].num_labels = pl_module.last_loss
 
@@ -225,7 +225,7 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
         "precision": precision,
         "batches": [
             {
-                "loss": _plain(batch.loss / max(1, batch.num_labels)),
+                "loss": _plain(float(batch.loss) / max(1, batch.num_labels)),
                 "label_tokens": batch.num_labels,
                 "shape": list(batch.input_ids.shape),
                 "clips": [{"id": clip.id, "video": clip.video, "captions": list(clip.captions)} for clip in batch.clips],

@@ -166,8 +166,7 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Prints how far validation is, now and then."""
-        total = trainer.num_val_batches[dataloader_idx]
-        self._print_if_due(trainer, lambda: f"validation  {'loss' if dataloader_idx else 'captions'}  batch {batch_idx + 1} of {total}")
+        self._print_if_due(trainer, lambda: f"validation  batch {batch_idx + 1} of {trainer.num_val_batches[0]}")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""

@@ -133,9 +133,8 @@ class StepProfile(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Prompts come from the first loader, labelled batches for the loss from the second."""
-        if dataloader_idx == 0:
-            self.profiler.start("captions")
+        """Captions of a batch begin; its loss counts with them."""
+        self.profiler.start("captions")
 
     def on_validation_batch_end(
         self,

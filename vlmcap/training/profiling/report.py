@@ -23,7 +23,7 @@ LABELS = {
     "optimiser": "optimiser",
     "other": "other",
 }
-AROUND_LABELS = {"captions": "evaluation: captions", "scores": "evaluation: scores", "rest": "evaluation: loss and the rest"}
+AROUND_LABELS = {"captions": "evaluation: captions, loss", "scores": "evaluation: scores", "rest": "evaluation: the rest"}
 
 
 @dataclass(frozen=True, slots=True)
