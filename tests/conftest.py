@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,13 @@ def pytest_collection_finish() -> None:
     """Modules stay for good, so the collector need not search them after each of many tests."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Random weights are the same whichever tests ran before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
