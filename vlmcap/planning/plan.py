@@ -45,7 +45,8 @@ class Plan:
         hardware: Name of the profile.
         card: Its figures.
         training: The fullest moment of a training step.
-        generation: The fullest moment while captions are written.
+        generation: The fullest moment while captions are written and scored.
+        host: The fullest moment of the host's memory.
         num_visual: Visual tokens of a clip.
         num_text: Text tokens of a clip, the longest caption included.
         num_caption: Tokens of the longest caption, read or written.
@@ -64,6 +65,7 @@ class Plan:
         download_bytes: Weights of the bases that this machine does not have yet.
         is_cached: Features come from disk, and the encoder is not on the card.
         num_kept: Layers that are not computed again under hardware.activation_budget_gib.
+        not_counted: Settings of models whose size is not known here.
         changes: That make it fit where it does not.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     card: Card
     training: Moment
     generation: Moment
+    host: Moment
     num_visual: int
     num_text: int
     num_caption: int
@@ -90,20 +93,23 @@ class Plan:
     download_bytes: float
     is_cached: bool
     num_kept: int = 0
+    not_counted: Sequence[str] = ()
     changes: Sequence[Change] = ()
-
-    def _gib(self, moment: Moment) -> float:
-        return moment.total / GIB + self.card.context_gib
 
     @property
     def training_gib(self) -> float:
-        """Peak of a training step, the context included."""
-        return self._gib(self.training)
+        """Peak of a training step: what PyTorch reserves, and the context."""
+        return self.training.total / GIB + self.card.context_gib
 
     @property
     def generation_gib(self) -> float:
-        """Peak of generation, the context included."""
-        return self._gib(self.generation)
+        """Peak of generation: what PyTorch reserves, and the context."""
+        return self.generation.total / GIB + self.card.context_gib
+
+    @property
+    def host_gib(self) -> float:
+        """Peak of the host's memory."""
+        return self.host.total / GIB
 
     @property
     def peak_gib(self) -> float:
@@ -138,8 +144,11 @@ class Plan:
             "weights_gib": round(self.weights_gib, 3),
             "activations_gib": round(self.activations_gib, 3),
             "context_gib": self.card.context_gib,
-            "training": {"moment": self.training.name, "parts_gib": _rounded(self.training.parts)},
-            "generation": {"moment": self.generation.name, "parts_gib": _rounded(self.generation.parts)},
+            "training": _plain_moment(self.training),
+            "generation": _plain_moment(self.generation),
+            "host_gib": round(self.host_gib, 3),
+            "host": {"moment": self.host.name, "parts_gib": _rounded(self.host.parts)},
+            "not_counted": list(self.not_counted),
             "visual_tokens": self.num_visual,
             "text_tokens": self.num_text,
             "caption_tokens": self.num_caption,
@@ -161,6 +170,11 @@ class Plan:
             "kept_layers": self.num_kept,
             "changes": [change.plain() for change in self.changes],
         }
+
+
+def _plain_moment(moment: Moment) -> dict[str, Any]:
+    sizes = {"allocated_gib": round(moment.allocated / GIB, 3), "reserved_gib": round(moment.total / GIB, 3)}
+    return {"moment": moment.name, **sizes, "parts_gib": _rounded(moment.parts)}
 
 
 def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
