@@ -182,7 +182,7 @@ class _Clock(L.Callback):
         if dataloader_idx == 0:
             self.caption_s.append(self._lap())
             self.captions.append(outputs)
-            self.say(f"captions of {max(map(len, outputs))} tokens")
+            self.say(f"captions of up to {max(map(len, outputs))} tokens")
 
     @property
     def longest(self) -> int:
