@@ -1,4 +1,4 @@
-"""What is measured, and what `vlmcap caption` writes, is computed as in a run: in the same modes, under the same autocast, on like batches."""
+"""What is measured, and what `vlmcap caption` writes, is computed as in a run: in the same modes and on like batches."""
 
 from __future__ import annotations
 

@@ -128,20 +128,19 @@ def fullest_batch(config: Config, tracer: Tracer, captions: CaptionLengths) -> t
 
 def _captioning(config: Config, tracer: Tracer, card: Card) -> Captioning:
     """The language model's part of an evaluation batch."""
-    from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes, writes_itself
+    from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes
 
     num_clips, rows = config.data.eval_batch_size, config.data.eval_batch_size * config.evaluation.num_beams
-    # Our cache grows by an empty one beside the old, transformers' by a concatenation of keys and then of values. With a mask, or before
-    # compute capability 8.0, the attention of a token reads keys and values that are repeated for all queries.
-    grown, groups = (1.0 if writes_itself(config) else 0.5), grouped_queries(config)
-    is_masked = writes_itself(config) or num_clips > 1 or not card.has_flash
+    # A block's cache grows by a larger one beside it. Keys and values are repeated for all queries of a token before compute capability
+    # 8.0, and where guesses make it several tokens.
+    is_repeated = not card.has_flash or config.evaluation.speculate_ngram > 0
     return Captioning(
         prefill=tracer.language(rows, 0),
         validation=tracer.language(num_clips, config.llm.caption_tokens, is_training=False),
         token_bytes=key_value_bytes(config) * rows,
         prompt_tokens=_prompt_tokens(tracer),
         new_tokens=config.llm.new_tokens,
-        copied_share=max(grown, groups if is_masked and groups > 1 else 0.0) / tracer.depth,
+        copied_share=(grouped_queries(config) if is_repeated else 1.0) / tracer.depth,
     )
 
 

@@ -112,7 +112,7 @@ class Captioning:
         token_bytes: Keys and values of one token of every row.
         prompt_tokens: Tokens of a prompt, visual ones included.
         new_tokens: Most tokens of a caption.
-        copied_share: What a token copies of the keys and values: those of one block, repeated for its queries.
+        copied_share: What a token copies of the keys and values, which are those of one block at a time.
     """
 
     prefill: StageTrace
