@@ -148,7 +148,7 @@ class Replay(LiveBytes):
 
 
 def simulate(config: Config) -> dict[str, float]:
-    """GiB beyond weights in steps on captions of the data's lengths: allocated, and reserved with segments that grow and with fixed ones."""
+    """GiB beyond weights in steps on captions of the data's lengths: allocated, reserved by segments that grow, and by fixed ones."""
     sizes, card = sizes_of(config), assumed_card(config)
     depth = int(text_config(config).num_hidden_layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -28,6 +28,7 @@ from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.estimate.sizes import sizes_of
 from vlmcap.planning.hardware import GIB, Present, assumed_card, present_card, present_processor
+from vlmcap.planning.host import PROCESS_BYTES
 from vlmcap.planning.known_data import known_captions, planned
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.memory import Moment, is_known
@@ -120,17 +121,18 @@ class Comparison:
     def plain(self) -> dict[str, Any]:
         """As `--json` prints it; GiB and seconds as the names say."""
         plan, measured, ratios = self.plan, self.measured, self.ratios
-        phases = {"training": (plan.training_gib, measured.training, self.training_gib)}
-        phases["generation"] = (plan.generation_gib, measured.generation, self.generation_gib)
+        phases = {"training": (plan.training_gib, plan.training, measured.training, self.training_gib)}
+        phases["generation"] = (plan.generation_gib, plan.generation, measured.generation, self.generation_gib)
         memory = {
             phase: {
                 "planned_gib": round(planned, 3),
                 "measured_gib": round(total, 3),
+                "planned_allocated_gib": round(moment.allocated / GIB, 3),
                 "allocated_gib": round(use.allocated, 3),
                 "reserved_gib": round(use.reserved, 3),
                 "ratio": round(ratios[f"{phase}_gib"], 3),
             }
-            for phase, (planned, use, total) in phases.items()
+            for phase, (planned, moment, use, total) in phases.items()
         }
         seconds = {"seconds_per_clip": (plan.clip_s, measured.clip_s), "seconds_per_token": (plan.token_s, measured.token_s)}
         return {
@@ -141,6 +143,7 @@ class Comparison:
             "batch_size": plan.batch_size,
             "eval_batch_size": plan.eval_batch_size,
             **memory,
+            "process_gib": {"planned": round(PROCESS_BYTES / GIB, 3), "measured": round(measured.process_gib, 3)},
             "context_gib": {"planned": plan.card.context_gib, "measured": round(measured.context_gib, 3)},
             **{
                 name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
@@ -292,9 +295,13 @@ def show_comparison(comparison: Comparison) -> None:
     memory = {"training": (plan.training_gib, comparison.training_gib), "generation": (plan.generation_gib, comparison.generation_gib)}
     for name, (expected, found) in memory.items():
         table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
-    for name, use in (("training", measured.training), ("generation", measured.generation)):
-        table.add_row(f"  of it by tensors, {name}", "", f"{use.allocated:.2f} GiB", "")
+    for name, moment, use in (("training", plan.training, measured.training), ("generation", plan.generation, measured.generation)):
+        expected = moment.allocated / GIB
+        ratio = f"{use.allocated / expected:.2f}"
+        table.add_row(f"  of it by tensors, {name}", f"{expected:.2f} GiB", f"{use.allocated:.2f} GiB", ratio)
     table.add_row("  of it beside PyTorch", f"{plan.card.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
+    if measured.process_gib:
+        table.add_row("memory of the host's process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", "")
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
     for name, (label, expected, found) in rows.items():

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 from vlmcap.config import Batching, Config, Stage
 from vlmcap.data.quarantine import Ledger
 from vlmcap.determinism import deterministic_kernels
-from vlmcap.measuring.memory import MemoryUse, Use
+from vlmcap.measuring.memory import MemoryUse, Use, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch, text_config
 from vlmcap.planning.estimate.sizes import IGNORED, Sizes, frames_shape, language_batch
+from vlmcap.planning.hardware import GIB
 from vlmcap.training.fitting import keeping_interrupts
 from vlmcap.training.objects import make_module, make_trainer
 from vlmcap.training.schedule import StagePlan
@@ -50,6 +51,7 @@ class Measured:
         clip_s: Seconds per clip of a step, the optimizer's share of the accumulated batches included.
         token_s: Seconds per caption token of every clip of an evaluation batch.
         num_new: Tokens of the longest caption that was timed.
+        process_gib: Host memory of the process at most, where the model is on a GPU; 0 elsewhere.
     """
 
     training: Use
@@ -58,6 +60,7 @@ class Measured:
     clip_s: float
     token_s: float
     num_new: int
+    process_gib: float = 0.0
 
 
 def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch:
@@ -234,7 +237,8 @@ def measured_run(
         trainer.fit(module, _loader(config, batches), validation)
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
     context_gib = max(clock.context_gib, use.context_gib())
-    return Measured(clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest)
+    process_gib = resident("VmHWM") / GIB if use.is_cuda else 0.0
+    return Measured(clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib)
 
 
 def _fullest_stage(config: Config) -> Stage:

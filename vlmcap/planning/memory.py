@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from vlmcap.planning.estimate.stages import Bytes, StageTrace
 
-# What the allocator holds and cannot hand out, of all but weights.
-EXPANDABLE_SHARE, FIXED_SHARE = 0.05, 0.05
+# What the allocator holds beside tensors, of all but weights, where its segments grow and where they have fixed sizes: at most so much in
+# steps on captions of different lengths, with PyTorch's allocator simulated (experiments/allocator).
+EXPANDABLE_SHARE, FIXED_SHARE = 0.12, 0.55
 _UNUSED = "fragmentation"
 FLOAT = 4  # bytes of a trained weight and of its gradient
 # Bytes a trained parameter: kept between steps, and taken while one is made.

@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.planning.hardware import GIB, Card
+from vlmcap.planning.hardware import GIB, Card, present_processor
 from vlmcap.planning.memory import Moment, activations, is_weight
 from vlmcap.terminal import duration, gigabytes, grouped
 
 _WIDTH = 30  # characters of the longest bar
 _SMALL = 0.1 * GIB  # parts below are added up
+_HOST_PARTS = 3  # of the host's memory that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ def show_plan(plan: Plan, *, is_whole: bool = False) -> None:
     """
     console = Console(highlight=False)
     for what, moment, gib in (("Training", plan.training, plan.training_gib), ("Generation", plan.generation, plan.generation_gib)):
-        console.print(f"{what}: {gib:.1f} GiB at its peak ({moment.name})", style="bold", markup=False)
+        tensors = f", {moment.allocated / GIB:.1f} of it tensors" if moment.allocated < moment.total else ""
+        console.print(f"{what}: {gib:.1f} GiB at its peak{tensors} ({moment.name})", style="bold", markup=False)
         table = Table(box=None, show_header=False)
         table.add_column(overflow="fold")
         table.add_column(justify="right")
@@ -220,10 +222,21 @@ def _costs(plan: Plan) -> Table:
     table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
     table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
     download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
+    table.add_row("host", _host(plan.host))
     table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {download}")
+    if plan.not_counted:
+        table.add_row("not counted", f"{' and '.join(plan.not_counted)}, whose config.json is not here")
     if plan.card.calibrated:
         table.add_row("figures", f"calibrated on {plan.card.calibrated}")
     return table
+
+
+def _host(host: Moment) -> str:
+    """The host's memory, what takes most of it, and what is here."""
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*host.parts.items()][:_HOST_PARTS])
+    here = present_processor().total_gib
+    machine = f"; this machine has {here:.1f}" if here else ""
+    return f"{host.total / GIB:.1f} GiB of memory while {host.name} ({parts}){machine}"
 
 
 def _verdict(plan: Plan) -> str:
