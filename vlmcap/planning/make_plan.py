@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.parts import lora_of
 from vlmcap.config import Batching, Config, Enforce, Strategy
@@ -29,6 +29,7 @@ from vlmcap.planning.memory import (
 from vlmcap.planning.plan import Plan
 
 if TYPE_CHECKING:
+    from vlmcap.planning.estimate.stages import StageTrace
     from vlmcap.planning.estimate.tracer import Tracer
 
 NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
@@ -60,12 +61,8 @@ def make_plan(
         UserError: The parts do not fit together, or an architecture is not known.
         NotPlannedError: The memory of this combination cannot be predicted.
     """
-    if config.tuning.use_lora and lora_of(config).use_dora and config.llm.quantization.name == "4bit":
-        raise NotPlannedError(
-            "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
-            "plan it without DoRA, and leave room for one layer's weights in full"
-        )
-    from vlmcap.planning.estimate.sizes import active_experts, download_bytes
+    _check_plannable(config)
+    from vlmcap.planning.estimate.sizes import download_bytes
     from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
 
     # 1. Trace the stages of a training step, and the language model's passes in evaluation.
@@ -80,38 +77,52 @@ def make_plan(
 
     # 2. Put them together: the fullest moments, and the seconds.
     training, generation = _peaks(config, tracer, steps, work, scores, batch_size)
-    prompt = Stage("language model", work.prefill)
-    cache_in_the_middle = work.token_bytes * (work.prompt_tokens + work.new_tokens / 2)
-    token = _token_work(config, prompt, cache_in_the_middle, *active_experts(config, config.data.eval_batch_size))
+    token = _token_work(config, work)
     token_s = token_seconds(token, card)
     flops = _padded_flops(config, tracer, steps, captions, batch_size)
     return Plan(
-        title=" + ".join(config.part_names.values()),
-        hardware=config.hardware.name,
+        **_stated(config, tracer),
         card=card,
         training=scale_beyond(training, card.beyond_ratio),
         generation=scale_beyond(generation, card.beyond_ratio),
         host=_host_peak(config, tracer, steps, scores, batch_size),
-        num_visual=tracer.sizes.num_visual,
-        num_text=tracer.sizes.num_prompt + config.llm.caption_tokens,
-        num_caption=max(config.llm.caption_tokens, config.llm.new_tokens),
-        is_caption_assumed=config.llm.is_length_open,
         batch_size=batch_size,
-        eval_batch_size=config.data.eval_batch_size,
-        num_frames=config.data.num_frames,
         flops=flops / batch_size,
         clip_s=_step_seconds(config, flops, steps, card) / batch_size,
-        caption_s=_caption_seconds(config, prompt.trace.flops, token_s, captions, card),
+        caption_s=_caption_seconds(config, work.prefill.flops, token_s, captions, card),
         token_s=token_s,
         token_bytes=token.moved_bytes,
         token_launches=token.num_launches,
         num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
         cache_bytes=_cached_bytes(tracer),
         download_bytes=download_bytes(config),
-        is_cached=config.cache.enabled is True,
         num_kept=num_kept,
         not_counted=unknown,
     )
+
+
+def _check_plannable(config: Config) -> None:
+    """`NotPlannedError` for what cannot be traced."""
+    if config.tuning.use_lora and lora_of(config).use_dora and config.llm.quantization.name == "4bit":
+        raise NotPlannedError(
+            "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
+            "plan it without DoRA, and leave room for one layer's weights in full"
+        )
+
+
+def _stated(config: Config, tracer: Tracer) -> dict[str, Any]:
+    """What a plan says of its configuration."""
+    return {
+        "title": " + ".join(config.part_names.values()),
+        "hardware": config.hardware.name,
+        "is_cached": config.cache.enabled is True,
+        "num_visual": tracer.sizes.num_visual,
+        "num_text": tracer.sizes.num_prompt + config.llm.caption_tokens,
+        "num_caption": max(config.llm.caption_tokens, config.llm.new_tokens),
+        "is_caption_assumed": config.llm.is_length_open,
+        "eval_batch_size": config.data.eval_batch_size,
+        "num_frames": config.data.num_frames,
+    }
 
 
 def fullest_batch(config: Config, tracer: Tracer, captions: CaptionLengths) -> tuple[int, int]:
@@ -204,8 +215,8 @@ def _cached_bytes(tracer: Tracer) -> float:
     return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
 
 
-def _packed_bytes(config: Config, stage: Stage) -> float:
-    return stage.trace.weights.get("quantisation state", 0.0) * 32 if config.llm.quantization.value == "4bit" else 0.0
+def _packed_bytes(config: Config, trace: StageTrace) -> float:
+    return trace.weights.get("quantisation state", 0.0) * 32 if config.llm.quantization.value == "4bit" else 0.0
 
 
 def _padded_flops(config: Config, tracer: Tracer, steps: Sequence[Stage], captions: CaptionLengths, batch_size: int) -> float:
@@ -223,7 +234,7 @@ def _padded_flops(config: Config, tracer: Tracer, steps: Sequence[Stage], captio
 
 
 def _step_seconds(config: Config, flops: float, steps: Sequence[Stage], card: Card) -> float:
-    packed, checkpointed = _packed_bytes(config, steps[-1]), config.hardware.gradient_checkpointing
+    packed, checkpointed = _packed_bytes(config, steps[-1].trace), config.hardware.gradient_checkpointing
     return training_seconds(flops, packed, card, is_checkpointed=checkpointed)
 
 
@@ -253,19 +264,16 @@ class TokenWork:
     num_launches: float
 
 
-def _token_work(config: Config, prompt: Stage, cache_bytes: float, num_active: float, num_experts: int) -> TokenWork:
-    """The work of a token: all weights and the cache once, and the kernels of the prompt's pass, with as many experts as are chosen.
+def _token_work(config: Config, work: Captioning) -> TokenWork:
+    """The work of a token: all weights and the cache at a caption's middle once, and the kernels of the prompt's pass.
 
-    Args:
-        config: Run configuration.
-        prompt: The pass over the prompts.
-        cache_bytes: Keys and values at a caption's middle.
-        num_active: Experts of a layer that the batch's tokens choose.
-        num_experts: All experts of a layer; 0 without any.
+    Of experts those run that the tokens of the batch choose.
     """
     from vlmcap.planning.estimate.fake_tensors import NUM_SHARES
+    from vlmcap.planning.estimate.sizes import active_experts
 
-    launches, packed = prompt.trace.launches, _packed_bytes(config, prompt)
+    num_active, num_experts = active_experts(config, config.data.eval_batch_size)
+    launches, packed = work.prefill.launches, _packed_bytes(config, work.prefill)
     num_launches = launches.get("layers", 0.0)
     if num_experts:
         num_launches += launches.get("experts", 0.0) * num_active / min(NUM_SHARES, num_experts)
@@ -273,7 +281,8 @@ def _token_work(config: Config, prompt: Stage, cache_bytes: float, num_active: f
     elif config.data.eval_batch_size <= FUSED_ROWS:
         packed = 0.0
     unpacking = 2 * packed * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
-    return TokenWork(sum(prompt.trace.weights.values()) + unpacking + cache_bytes, num_launches)
+    cache_bytes = work.token_bytes * (work.prompt_tokens + work.new_tokens / 2)
+    return TokenWork(sum(work.prefill.weights.values()) + unpacking + cache_bytes, num_launches)
 
 
 def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkpointed: bool) -> float:
