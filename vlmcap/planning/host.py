@@ -44,8 +44,8 @@ def host_peak(
     Args:
         config: Run configuration.
         steps: Stages of a training step.
-        batches: Batches of the loaders whose workers live at once: those of training, and of the validation in its loop.
-        offloaded: Bytes of checkpointed inputs that wait in host memory.
+        batches: Batches of the loaders whose workers live at once: those of training, of captions, and of the loss of validation.
+        offloaded: Bytes that checkpointed inputs of blocks take in host memory.
         scores: Stages of models of scores.
     """
     num_trained = sum(stage.trace.num_trained for stage in steps)
@@ -54,7 +54,7 @@ def host_peak(
     tower = next((sum(stage.trace.weights.values()) for stage in steps if stage.name == "encoder" and not config.is_whole), 0.0)
     moments = {
         "loading": process | {"encoder on its way to the device": tower},
-        "training": process | loaders | {"offloaded checkpoints": _pinned(offloaded)},
+        "training": process | loaders | {"offloaded checkpoints": offloaded},
     }
     # Lightning moves the optimiser's state to the host when a fit ends.
     ended = process | {name: size for name, size in loaders.items() if name.startswith("pinned")}
@@ -62,8 +62,8 @@ def host_peak(
     if config.trainer.shrink_on_oom:
         moments["training"]["copies of trained weights"] = FLOAT * num_trained
     for name, stage in scores.items():
-        moments[name] = ended | {f"{name}, on its way to the device": sum(stage.trace.weights.values())}
-    moments["final evaluation"] = ended | _loaders(config, batches[1:2])
+        moments[f"scoring by {name}"] = ended | {f"{name} on its way to the device": sum(stage.trace.weights.values())}
+    moments["captioning a whole split"] = ended | _loaders(config, batches[1:2])
     name, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     return Moment(name, largest_first(parts))
 
@@ -79,13 +79,13 @@ def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
     waiting = max(1, _PREFETCHED * workers)
     for batch in batches:
         if is_on_gpu:  # page-locked copies take the places of what the workers sent, and are kept for later batches
-            parts[f"pinned batches, {batch.loader}"] = waiting * _pinned(batch.num_bytes)
+            parts[f"pinned batches, {batch.loader}"] = waiting * pinned_bytes(batch.num_bytes)
         parts[f"batches, {batch.loader}"] = (1 if is_on_gpu else waiting) * batch.num_bytes
     return parts
 
 
-def _pinned(num_bytes: float) -> float:
-    """Bytes that PyTorch locks: powers of two (ATen/core/CachingHostAllocator.h)."""
+def pinned_bytes(num_bytes: float) -> float:
+    """Bytes that PyTorch locks for so many: powers of two (ATen/core/CachingHostAllocator.h)."""
     return float(2 ** math.ceil(math.log2(num_bytes))) if num_bytes > 0 else 0.0
 
 
@@ -96,6 +96,6 @@ def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
         return ""
     largest = next(name for name in host.parts if name != "process")
     return (
-        f"the host needs {needed:.1f} GiB of memory while {host.name}, of which {largest} take {host.parts[largest] / GIB:.1f}, and this "
-        f"machine has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
+        f"the host needs {needed:.1f} GiB of memory while {host.name}, {host.parts[largest] / GIB:.1f} of it for {largest}, and this machine "
+        f"has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
     )

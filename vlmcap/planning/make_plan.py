@@ -13,7 +13,7 @@ from vlmcap.libraries import has_expandable_segments
 from vlmcap.planning.calibration import calibrated_card
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.hardware import GIB, Card, card_of, present_processor
-from vlmcap.planning.host import HostBatch, host_peak, host_sentence
+from vlmcap.planning.host import HostBatch, host_peak, host_sentence, pinned_bytes
 from vlmcap.planning.memory import (
     EXPANDABLE_SHARE,
     FIXED_SHARE,
@@ -199,7 +199,8 @@ def _host_peak(config: Config, tracer: Tracer, steps: Sequence[Stage], scores: M
         "captions of validation": data.eval_batch_size * config.evaluation.clips_per_row,
         "loss of validation": data.eval_batch_size,
     }
-    offloaded = tracer.offloaded_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
+    block_bytes = tracer.checkpoint_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
+    offloaded = tracer.depth * pinned_bytes(block_bytes)
     return host_peak(config, steps, [HostBatch(name, size * count) for name, count in clips.items()], offloaded, scores)
 
 

@@ -176,11 +176,11 @@ class Tracer:
         checkpoints = {key: getattr(self.config.evaluation, key) for key in KEYS}
         return once(["scores", checkpoints], lambda: trace_scores(self.config, self.has_flash))  # type: ignore[no-any-return]
 
-    def offloaded_bytes(self, num_clips: int, num_caption: int) -> float:
-        """Inputs of checkpointed blocks, which wait in host memory."""
+    def checkpoint_bytes(self, num_clips: int, num_caption: int) -> float:
+        """Input of a checkpointed block of the language model."""
         width = int(text_config(self.config).hidden_size)
         num_tokens = num_clips * (self.sizes.num_visual + self.sizes.num_prompt + num_caption)
-        return float(self.depth * num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
+        return float(num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
 
     def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
