@@ -94,8 +94,8 @@ def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
     needed = host.total / GIB * (1 if config.trainer.strategy is Strategy.auto else config.hardware.devices)
     if not machine_gib or needed <= machine_gib:
         return ""
-    largest = next(name for name in host.parts if name != "process")
+    largest, size = next((name, size) for name, size in host.parts.items() if name != "process")
     return (
-        f"the host needs {needed:.1f} GiB of memory while {host.name}, {host.parts[largest] / GIB:.1f} of it for {largest}, and this machine "
-        f"has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
+        f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this machine has "
+        f"{machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
     )
