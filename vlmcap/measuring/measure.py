@@ -34,6 +34,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.memory import Moment, is_known
 from vlmcap.planning.plan import Plan
 from vlmcap.terminal import duration, short_number, step_printer
+from vlmcap.training.checkpoints.load import single_process
 
 _CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still
@@ -168,7 +169,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     """
     quiet_libraries()
     overrides = [NO_DATA, *overrides]
-    config = planned(overrides)
+    config = single_process(planned(overrides))
     _check(config)
     lengths = known_captions(config) or CaptionLengths.assumed(config.llm.caption_tokens)
     device_of(config)
