@@ -97,7 +97,7 @@ def _write(folder: Path, values: dict[str, Any]) -> str:
     return str(folder)
 
 
-def random_captioner(config: Config, *, has_encoder: bool, num_kept_layers: int, say: Callable[[str], None]) -> VideoCaptioner:
+def random_captioner(config: Config, *, has_encoder: bool, num_kept_layers: int = 0, say: Callable[[str], None]) -> VideoCaptioner:
     """The captioner of a configuration, trained parts as training has them.
 
     Args:
