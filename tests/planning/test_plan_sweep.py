@@ -150,7 +150,7 @@ def test_parts_that_do_not_go_together_are_named_and_the_others_counted(
 ) -> None:
     make_plan = module.make_plan
 
-    def refuse(config: Any) -> Any:
+    def refuse(config: Any, **_: Any) -> Any:
         if config.seed == 1:
             raise UserError("the widths differ")
         return make_plan(config)

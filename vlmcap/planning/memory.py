@@ -1,7 +1,4 @@
-"""The stages of a step put together: what is alive at each moment, and the most of it.
-
-Legend: B clips of an evaluation batch.
-"""
+"""The stages of a step put together: what is alive at each moment, and the most of it."""
 
 from __future__ import annotations
 
@@ -11,7 +8,10 @@ from dataclasses import dataclass
 
 from vlmcap.planning.estimate.stages import Bytes, StageTrace
 
-FRAGMENTATION = 0.05  # of all but weights: what the allocator holds and cannot hand out
+# What the allocator holds beside tensors, of all but weights, where its segments grow and where they have fixed sizes: at most so much in
+# steps on captions of different lengths, with PyTorch's allocator simulated (experiments/allocator).
+EXPANDABLE_SHARE, FIXED_SHARE = 0.12, 0.55
+_UNUSED = "fragmentation"
 FLOAT = 4  # bytes of a trained weight and of its gradient
 # Bytes a trained parameter: kept between steps, and taken while one is made.
 OPTIMIZERS = {"adamw": (8, 4), "adamw_fused": (8, 0), "adamw_8bit": (2.04, 0)}
@@ -31,8 +31,13 @@ class Moment:
 
     @property
     def total(self) -> float:
-        """Bytes."""
+        """Bytes that are reserved."""
         return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors."""
+        return self.total - self.parts.get(_UNUSED, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ def is_known(part: str) -> bool:
 
 def activations(moment: Moment) -> float:
     """Bytes that a step adds to weights, gradients and optimiser state."""
-    kept = ("gradients", "optimiser state", "fragmentation")
+    kept = ("gradients", "optimiser state", _UNUSED)
     return sum(size for name, size in moment.parts.items() if not is_weight(name) and name not in kept)
 
 
@@ -64,7 +69,7 @@ def weights(stages: Sequence[Stage]) -> Counter[str]:
     return Counter({f"{stage.name}: {kind}": size for stage in stages for kind, size in stage.trace.weights.items() if size})
 
 
-def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool) -> Moment:
+def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool, unused_share: float = 0.0) -> Moment:
     """The fullest moment of a training step.
 
     Args:
@@ -72,6 +77,7 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
         held: Bytes that lie on the card throughout, such as frames or stored features.
         optimizer: A key of `OPTIMIZERS`.
         accumulates: Gradients of earlier micro-batches are there from the beginning.
+        unused_share: What the allocator cannot hand out, of all but weights.
     """
     num_trained = sum(stage.trace.num_trained for stage in stages)
     state, work = OPTIMIZERS[optimizer]
@@ -88,7 +94,7 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
                 alive["gradients"] = FLOAT * num_trained  # type: ignore[assignment]
             moments[f"{stage.name}, {moment}"] = alive
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
-    return Moment(name, _finish(always, fullest))
+    return Moment(name, _finish(always, fullest, unused_share))
 
 
 def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, float]:
@@ -97,30 +103,53 @@ def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, flo
     return {"optimiser state": OPTIMIZERS[optimizer][0] * num_trained, "gradients": FLOAT * num_trained}
 
 
+@dataclass(frozen=True, slots=True)
+class Captioning:
+    """What captions of an evaluation batch take in the language model.
+
+    Attributes:
+        prefill: Pass over the prompts, without gradients.
+        validation: Pass for the loss of the same clips.
+        token_bytes: Keys and values of one token of every row.
+        prompt_tokens: Tokens of a prompt, visual ones included.
+        new_tokens: Most tokens of a caption.
+        copied_share: What a token copies of the keys and values, which are those of one block at a time.
+    """
+
+    prefill: StageTrace
+    validation: StageTrace
+    token_bytes: float
+    prompt_tokens: int
+    new_tokens: int
+    copied_share: float
+
+
 def generation_peak(
-    stages: Sequence[Stage], held: Bytes, prefill: StageTrace, *, cache_bytes: float, prompt_tokens: int, new_tokens: int, depth: int
+    stages: Sequence[Stage], held: Bytes, work: Captioning, scores: Mapping[str, Stage], *, unused_share: float = 0.0
 ) -> Moment:
-    """The fullest moment while B captions are written: the prompt's pass, or the last token with the cache at its longest.
+    """The fullest moment of evaluation: the prompt's pass, the last token with the cache at its longest, the loss, or a model of a score.
 
     Args:
         stages: Of the training step: their weights, and the forward passes in front of the language model.
         held: As there.
-        prefill: The language model's pass over B prompts, without gradients.
-        cache_bytes: Keys and values of one token of B clips.
-        prompt_tokens: Of a clip, visual ones included.
-        new_tokens: The most of a caption.
-        depth: Blocks of the language model.
+        work: Captions of an evaluation batch.
+        scores: Models of scores by their names, which run when the captions are written.
+        unused_share: As there.
     """
-    always = weights(stages) + Counter(dict(held))
+    always, last = weights(stages) + Counter(dict(held)), stages[-1].name
     moments = {f"{stage.name}, {name}": _named(stage.name, peak) for stage in stages[:-1] for name, peak in _forward(stage.trace)}
-    for name, peak in _forward(prefill):
-        alive = _named(stages[-1].name, peak)
-        kept = min(cache_bytes * prompt_tokens, alive[f"{stages[-1].name}: attention"]) if name in ("forward last", "forward end") else 0
-        moments[f"prompt, {name}"] = alive + Counter({"keys and values": kept}) - Counter({f"{stages[-1].name}: attention": kept})
-    cache = cache_bytes * (prompt_tokens + new_tokens)
-    moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache / depth})
+    moments |= {f"validation loss, {name}": _named(last, peak) for name, peak in _forward(work.validation)}
+    for name, peak in _forward(work.prefill):
+        alive, cached = _named(last, peak), work.token_bytes * work.prompt_tokens
+        kept = min(cached, alive[f"{last}: attention"]) if name in ("forward last", "forward end") else 0
+        moments[f"prompt, {name}"] = alive + Counter({"keys and values": kept}) - Counter({f"{last}: attention": kept})
+    cache = work.token_bytes * (work.prompt_tokens + work.new_tokens)
+    moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache * work.copied_share})
+    for name, stage in scores.items():
+        own = Counter({f"{name}: weights": sum(stage.trace.weights.values())})
+        moments |= {f"{name}, {moment}": own + _named(name, peak) for moment, peak in _forward(stage.trace)}
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
-    return Moment(name, _finish(always, fullest))
+    return Moment(name, _finish(always, fullest, unused_share))
 
 
 def _forward(trace: StageTrace) -> list[tuple[str, Bytes]]:
@@ -142,10 +171,15 @@ def _sum(stages: object) -> Counter[str]:
     return total
 
 
-def _finish(always: Counter[str], fullest: Counter[str]) -> dict[str, float]:
-    """All parts, largest first, with what fragmentation takes."""
+def _finish(always: Counter[str], fullest: Counter[str], unused_share: float) -> dict[str, float]:
+    """All parts, largest first, with what the allocator holds beside them."""
     parts = always + fullest
-    parts["fragmentation"] = FRAGMENTATION * fullest.total()  # type: ignore[assignment]
+    parts[_UNUSED] = unused_share * fullest.total()  # type: ignore[assignment]
+    return largest_first(parts)
+
+
+def largest_first(parts: Bytes) -> dict[str, float]:
+    """The parts that take anything, largest first."""
     return dict(sorted(((name, float(size)) for name, size in parts.items() if size > 0), key=lambda item: -item[1]))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of, has_own_encoder
-from vlmcap.config import Config, Qwen3VlConfig
+from vlmcap.config import Config, LlavaNextVideoConfig, Qwen3VlConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
+from vlmcap.models.decoding.engine import is_decodable
 from vlmcap.models.encoders.own import FrameEncoder
 from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
@@ -114,6 +116,18 @@ def key_value_bytes(config: Config) -> float:
     return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
+def writes_itself(config: Config) -> bool:
+    """Whether our own decoding writes the captions, as far as a model tells without weights."""
+    has_plain_inputs = not config.is_whole or isinstance(config.model, LlavaNextVideoConfig)
+    return config.evaluation.is_refilling and has_plain_inputs and is_decodable(text_config(config), None)
+
+
+def grouped_queries(config: Config) -> float:
+    """Heads of queries that share one of keys and values."""
+    text = text_config(config)
+    return float(text.num_attention_heads / (getattr(text, "num_key_value_heads", None) or text.num_attention_heads))
+
+
 def unpacked_experts(config: Config, num_tokens: int) -> float:
     """Share of a layer's experts that a step of so many tokens unpacks; 0 where there are none."""
     text = text_config(config)
@@ -158,37 +172,51 @@ def _parameters(module: nn.Module) -> int:
 
 
 def language_batch(
-    num_clips: int, runs: Sequence[int], num_prompt: int, num_caption: int, grid_thw: GridTHW | None = None, gap: int = 0
+    captions: Sequence[int],
+    runs: Sequence[int],
+    num_prompt: int,
+    grid_thw: GridTHW | None = None,
+    gap: int = 0,
+    *,
+    is_packed: bool = False,
 ) -> Batch:
-    """A batch of equal clips without padding, as the collator makes it; its frames or features are made elsewhere.
+    """A batch of clips of one size, as the collator makes it: padded on the right, or packed; its frames or features are made elsewhere.
 
     Its ids and masks are real tensors, as their values decide on shapes.
 
     Args:
-        num_clips: B.
+        captions: Caption tokens of each clip, end token included; those of a batch for generation are 0.
         runs: Visual tokens of each run; V is their sum.
         num_prompt: Text tokens in front of the caption, half of them before the visual tokens.
-        num_caption: T, end token included; 0 makes a batch for generation.
         grid_thw: A clip's size in patches, where the model's positions go by it.
         gap: Text tokens between two runs.
+        is_packed: Whether all clips stand in one row.
     """
     before = num_prompt // 2
-    visual = [False] * before
+    prompt = [False] * before
     for index, run in enumerate(runs):
-        visual += [False] * (gap if index else 0) + [True] * run
-    visual += [False] * (num_prompt - before + num_caption)
-    mask = torch.tensor(visual).expand(num_clips, -1).clone()
-    ids = torch.ones(mask.shape, dtype=torch.int64)
-    labels = torch.full_like(ids, IGNORED)
-    if num_caption:
-        labels[:, -num_caption:] = 1
+        prompt += [False] * (gap if index else 0) + [True] * run
+    prompt += [False] * (num_prompt - before)
+    is_visual, lengths = torch.tensor(prompt), [len(prompt) + count for count in captions]
+    shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
+    starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
+    ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    attention, visual, labels = torch.zeros_like(ids), torch.zeros(shape, dtype=torch.bool), torch.full_like(ids, IGNORED)
+    for index, length in enumerate(lengths):
+        row, start = (0 if is_packed else index), starts[index]
+        visual[row, start : start + len(prompt)] = is_visual
+        attention[row, start : start + length] = 1
+        labels[row, start + len(prompt) : start + length] = 1
+        positions[row, start : start + length] = torch.arange(length)
+    is_labelled = any(captions)
     return Batch(
-        clips=tuple(Clip(str(index), "", ("",)) for index in range(num_clips)),
+        clips=tuple(Clip(str(index), "", ("",)) for index in range(len(captions))),
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **places_of(mask, labels if num_caption else None),
-        num_visual=(sum(runs),) * num_clips,
-        lengths=(len(visual),) * num_clips,
-        is_right_padded=num_caption > 0,
-        grid_thw=None if grid_thw is None else (grid_thw,) * num_clips,
+        attention_mask=attention,
+        **places_of(visual, labels if is_labelled else None),
+        num_visual=(sum(runs),) * len(captions),
+        lengths=tuple(lengths),
+        is_right_padded=is_labelled,
+        position_ids=positions if is_packed else None,
+        grid_thw=None if grid_thw is None else (grid_thw,) * len(captions),
     )

@@ -173,6 +173,7 @@ def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
             if what == "llm":
                 tracer = _tracer(config, sizes=False)
                 tracer.anchors(config.llm.caption_tokens)
+                tracer.anchors(config.llm.caption_tokens, is_training=False)
                 tracer.anchors(0)
                 continue
             tracer = _tracer(config)
