@@ -30,7 +30,7 @@ from vlmcap.planning.hardware import GIB
 from vlmcap.training.fitting import keeping_interrupts
 from vlmcap.training.objects import make_module, make_trainer
 from vlmcap.training.schedule import StagePlan
-from vlmcap.types import Batch
+from vlmcap.types import Batch, ValidationBatch
 
 NUM_TIMED = 2  # optimiser steps on captions as long as the data's
 # With the first one, which takes memory and chooses kernels, and a last one on the longest captions, which takes the most memory.
@@ -182,10 +182,9 @@ class _Clock(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keeps captions and their seconds."""
-        if dataloader_idx == 0:
-            self.caption_s.append(self._lap())
-            self.captions.append(outputs)
-            self.say(f"captions of up to {max(map(len, outputs))} tokens")
+        self.caption_s.append(self._lap())
+        self.captions.append(outputs.captions)
+        self.say(f"captions of up to {max(map(len, outputs.captions))} tokens")
 
     @property
     def longest(self) -> int:
@@ -232,7 +231,8 @@ def measured_run(
     trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
     module = make_module(config, captioner, plan, {}, Ledger(folder / "quarantine.jsonl", 0.0, 1))
     batches = [random_batch(config, sizes, captions) for captions in rows]
-    validation = [_loader(config, [prompts] * 3), _loader(config, [labelled])]
+    # The loss of the clips comes with the captions that are not timed.
+    validation = _loader(config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())])
     with deterministic_kernels(config.is_deterministic), keeping_interrupts(trainer):
         trainer.fit(module, _loader(config, batches), validation)
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
@@ -248,13 +248,13 @@ def _fullest_stage(config: Config) -> Stage:
     return Stage(epochs=1, **{part: _RATE if any(getattr(stage, part) > 0 for stage in stages) else 0.0 for part in parts})
 
 
-def _loader(config: Config, batches: list[Batch]) -> DataLoader[Batch]:
+def _loader(config: Config, batches: Sequence[Batch | ValidationBatch]) -> DataLoader[Any]:
     """A loader whose batches are ready, in page-locked memory where a run's are."""
     pin_memory = config.hardware.accelerator != "cpu"
     return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, pin_memory=pin_memory)  # type: ignore[arg-type]
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | ValidationBatch) -> Batch | ValidationBatch:
     return batch
 
 

@@ -37,6 +37,7 @@ def host_peak(
     steps: Sequence[Stage],
     batches: Sequence[HostBatch],
     offloaded: float,
+    waiting: float,
     scores: Mapping[str, Stage],
 ) -> Moment:
     """The fullest moment of the host.
@@ -44,8 +45,9 @@ def host_peak(
     Args:
         config: Run configuration.
         steps: Stages of a training step.
-        batches: Batches of the loaders whose workers live at once: those of training, of captions, and of the loss of validation.
+        batches: Batches of the loaders whose workers live at once: those of training, and of validation.
         offloaded: Bytes that checkpointed inputs of blocks take in host memory.
+        waiting: Bytes of features that wait for their captions to be written.
         scores: Stages of models of scores.
     """
     num_trained = sum(stage.trace.num_trained for stage in steps)
@@ -55,6 +57,7 @@ def host_peak(
     moments = {
         "loading": process | {"encoder on its way to the device": tower},
         "training": process | loaders | {"offloaded checkpoints": offloaded},
+        "validating": process | loaders | {"features to caption": waiting},
     }
     # Lightning moves the optimiser's state to the host when a fit ends.
     ended = process | {name: size for name, size in loaders.items() if name.startswith("pinned")}
@@ -63,7 +66,7 @@ def host_peak(
         moments["training"]["copies of trained weights"] = FLOAT * num_trained
     for name, stage in scores.items():
         moments[f"scoring by {name}"] = ended | {f"{name} on its way to the device": sum(stage.trace.weights.values())}
-    moments["captioning a whole split"] = ended | _loaders(config, batches[1:2])
+    moments["captioning a whole split"] = ended | _loaders(config, batches[1:]) | {"features to caption": waiting}
     name, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     return Moment(name, largest_first(parts))
 

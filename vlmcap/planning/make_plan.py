@@ -194,14 +194,13 @@ def _host_peak(config: Config, tracer: Tracer, steps: Sequence[Stage], scores: M
     """The fullest moment of the host."""
     _, size = _clip_input(config, tracer)
     data = config.data
-    clips = {
-        "training": batch_size,
-        "captions of validation": data.eval_batch_size * config.evaluation.clips_per_row,
-        "loss of validation": data.eval_batch_size,
-    }
+    num_captioned = data.eval_batch_size * config.evaluation.clips_per_row
+    clips = {"training": batch_size, "validation": num_captioned}
+    feature_bytes = 0.0 if config.cache.enabled is True else _feature_values(tracer) * dtype_of(config.hardware.precision).itemsize
     block_bytes = tracer.checkpoint_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
     offloaded = tracer.depth * pinned_bytes(block_bytes)
-    return host_peak(config, steps, [HostBatch(name, size * count) for name, count in clips.items()], offloaded, scores)
+    batches = [HostBatch(name, size * count) for name, count in clips.items()]
+    return host_peak(config, steps, batches, offloaded, num_captioned * feature_bytes, scores)
 
 
 def _prompt_tokens(tracer: Tracer) -> int:
@@ -209,11 +208,15 @@ def _prompt_tokens(tracer: Tracer) -> int:
     return tracer.sizes.num_visual + tracer.sizes.num_prompt
 
 
-def _cached_bytes(tracer: Tracer) -> float:
+def _feature_values(tracer: Tracer) -> float:
+    """Numbers in the features of a clip."""
     frames, rows, columns = tracer.sizes.grid
+    return float(frames * rows * columns * tracer.sizes.embed_dim)
+
+
+def _cached_bytes(tracer: Tracer) -> float:
     size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
-    pooled = (tracer.config.pool_size or 1) ** 2
-    return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
+    return size * _feature_values(tracer) / (tracer.config.pool_size or 1) ** 2
 
 
 def _packed_bytes(config: Config, trace: StageTrace) -> float:
