@@ -1,7 +1,4 @@
-"""The stages of a step put together: what is alive at each moment, and the most of it.
-
-Legend: B clips of an evaluation batch.
-"""
+"""The stages of a step put together: what is alive at each moment, and the most of it."""
 
 from __future__ import annotations
 
@@ -98,26 +95,45 @@ def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, flo
 
 
 def generation_peak(
-    stages: Sequence[Stage], held: Bytes, prefill: StageTrace, *, cache_bytes: float, prompt_tokens: int, new_tokens: int, depth: int
+    stages: Sequence[Stage],
+    held: Bytes,
+    prefill: StageTrace,
+    *,
+    cache_bytes: float,
+    num_rows: int,
+    num_read: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    depth: int,
+    is_reserved: bool,
 ) -> Moment:
-    """The fullest moment while B captions are written: the prompt's pass, or the last token with the cache at its longest.
+    """The fullest moment while captions are written: the pass of some clips up to their first token, or the last token of all.
 
     Args:
         stages: Of the training step: their weights, and the forward passes in front of the language model.
         held: As there.
-        prefill: The language model's pass over B prompts, without gradients.
-        cache_bytes: Keys and values of one token of B clips.
+        prefill: The language model's pass over prompts, without gradients.
+        cache_bytes: Keys and values of one token of one clip.
+        num_rows: Captions at a time.
+        num_read: Prompts of that pass.
         prompt_tokens: Of a clip, visual ones included.
         new_tokens: The most of a caption.
         depth: Blocks of the language model.
+        is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are written.
     """
     always = weights(stages) + Counter(dict(held))
-    moments = {f"{stage.name}, {name}": _named(stage.name, peak) for stage in stages[:-1] for name, peak in _forward(stage.trace)}
+    cache = cache_bytes * num_rows * (prompt_tokens + new_tokens)
+    reserved: Counter[str] = Counter({"keys and values": cache}) if is_reserved else Counter()
+    moments = {
+        f"{stage.name}, {name}": _named(stage.name, peak) + reserved for stage in stages[:-1] for name, peak in _forward(stage.trace)
+    }
+    attention = f"{stages[-1].name}: attention"
     for name, peak in _forward(prefill):
         alive = _named(stages[-1].name, peak)
-        kept = min(cache_bytes * prompt_tokens, alive[f"{stages[-1].name}: attention"]) if name in ("forward last", "forward end") else 0
-        moments[f"prompt, {name}"] = alive + Counter({"keys and values": kept}) - Counter({f"{stages[-1].name}: attention": kept})
-    cache = cache_bytes * (prompt_tokens + new_tokens)
+        # The trace keeps the keys and values of all blocks until its end, among what attention made.
+        kept = min(cache_bytes * num_read * prompt_tokens, alive[attention]) if name in ("forward last", "forward end") else 0
+        own = Counter({"keys and values": kept}) if not is_reserved else reserved
+        moments[f"prompt, {name}"] = alive - Counter({attention: kept}) + own
     moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache / depth})
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
     return Moment(name, _finish(always, fullest))

@@ -92,9 +92,10 @@ def test_validation_is_neither_packed_nor_shuffled() -> None:
     data = tiny_data(**BATCHINGS["packed"])
     prompts, labelled = (list(loader) for loader in data.val_dataloader())
     assert [clip.id for batch in prompts for clip in batch.clips] == [f"clip{index}" for index in range(5)]
-    assert [batch.clips for batch in prompts] == [batch.clips for batch in labelled]
+    assert [clip for batch in prompts for clip in batch.clips] == [clip for batch in labelled for clip in batch.clips]
     assert all(batch.labels is None for batch in prompts)
-    assert [batch.input_ids.shape[0] for batch in labelled] == [4, 1]
+    assert [batch.input_ids.shape[0] for batch in prompts] == [4, 1]
+    assert [batch.input_ids.shape[0] for batch in labelled] == [3, 2], "the loss is computed on batches of the size of training"
     again = [list(loader) for loader in data.val_dataloader()]
     assert same(again[0], prompts)
     assert [batch.clips for batch in data.prompt_loader("val")] == [batch.clips for batch in prompts]

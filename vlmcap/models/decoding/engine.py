@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 _DRAFT = 4  # tokens that are guessed at a time: every row pays for them
 _GROUP = 8  # newcomers come in when an eighth of the rows is free, as reading their prompts one by one would be slower
 PROMPT_TOKENS = 8192  # of prompts that are read at a time: they keep a GPU busy, and more would only take memory
-# Steps between two looks at which captions have ended. A look makes the host wait for the GPU; between two, a row that has ended idles for
-# half of them, 2 % of a caption of 400 tokens. On a CPU a look costs nothing.
+# Steps between two looks at which captions have ended. A look makes the host wait for the GPU; between two, a row that
+# has ended idles for half of them, 2 % of a caption of 400 tokens. On a CPU a look costs nothing.
 LOOK_EVERY = 16
-# Columns, a multiple of which a step looks at: a captured step has one shape, and a caption of 768 tokens meets four of this size.
+# Columns, a multiple of which a step looks at: a captured step has one shape, and a caption of 768 tokens meets four of
+# this size, while the columns beyond the longest row's end are a few per cent of all.
 _BLOCK, _CPU_BLOCK = 256, 8  # on a CPU, kernels want rows of the mask that are a multiple of 8 long
 _ATTENTION = ("sdpa", REPEATED, "eager", *FLASH)
 _ROTARY = ("default", "linear", "llama3", "yarn")  # others change all rows' angles with the longest row
@@ -184,9 +185,9 @@ class _Decoder:
     def __init__(
         self, llm: nn.Module, settings: GenerationSettings, stop_ids: Collection[int], num_rows: int, graphs: Graphs | None = None
     ) -> None:
-        self.model: Any = base_model(llm)
-        self.num_rows, self.max_new_tokens = num_rows, settings.max_new_tokens
-        device = self.model.get_input_embeddings().weight.device
+        model: Any = base_model(llm)
+        self.model, self.num_rows, self.max_new_tokens = model, num_rows, settings.max_new_tokens
+        device = model.get_input_embeddings().weight.device
         self.is_on_host = device.type == "cpu" and graphs is None
         self.look_every, self.block = (1, _CPU_BLOCK) if self.is_on_host else (LOOK_EVERY, _BLOCK)
         self.cache, self.texts = RowCache(num_rows), RowTexts(num_rows, settings, stop_ids, device)

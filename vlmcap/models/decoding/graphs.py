@@ -1,6 +1,7 @@
 """The decoding step as a CUDA graph: the host launches one graph per token in place of thousands of kernels.
 
-A graph repeats the same kernels on the same memory, so a step may wait for nothing, and its inputs and outputs stay where they are.
+A graph repeats the same kernels on the same memory, so a step may wait for nothing, and its inputs and outputs stay
+where they are.
 See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
 
@@ -124,7 +125,8 @@ def make_graphs(llm: nn.Module, wanted: bool | str, device: torch.device) -> Gra
 
     Args:
         llm: The language model, with or without adapters.
-        wanted: `evaluation.cuda_graphs`: true, false, or "auto", which is true on a GPU where nothing stands in the way.
+        wanted: `evaluation.cuda_graphs`: true, false, or "auto", which is true on a GPU where nothing stands in the
+            way.
         device: Where it runs.
 
     Raises:
@@ -145,7 +147,8 @@ def make_graphs(llm: nn.Module, wanted: bool | str, device: torch.device) -> Gra
 def capture_obstacle(llm: nn.Module) -> str:
     """Why a decoding step of a language model cannot be captured; empty if it can.
 
-    bitsandbytes' 4-bit products launch their kernels on the current stream and wait for nothing, as of 0.50 (backends/cuda/ops.py).
+    bitsandbytes' 4-bit products launch their kernels on the current stream and wait for nothing, as of 0.50
+    (backends/cuda/ops.py).
     """
     from torch.distributed.tensor import DTensor
 

@@ -1,4 +1,6 @@
-"""What each row has written, on the device, and the choice of its next tokens: nothing here waits for the device or changes a shape.
+"""What each row has written, on the device, and the choice of its next tokens.
+
+Nothing here waits for the device or changes a shape.
 
 Legend: R rows, N rows of one call, M most tokens of a caption, q tokens a row in one step, K tokens that are guessed.
 """
@@ -35,7 +37,7 @@ class RowTexts:
         self.lookup = rules.speculate_ngram if rules.speculate_ngram < self.most else 0
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.ids = torch.zeros(num_rows, self.most, dtype=torch.int64, device=device)
-        # A row that nobody has taken yet reads one token at the first position, so that no row of a step attends to nothing.
+        # A row that nobody has taken reads one token at the first position, so that no row of a step attends to nothing.
         self.counts = torch.ones(num_rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.zeros_like(self.counts)
         self.is_done = torch.ones(num_rows, dtype=torch.bool, device=device)
@@ -62,7 +64,8 @@ class RowTexts:
     def drafts(self, count: int, num_tokens: int) -> Tensor:
         """Guesses at the next tokens of rows 0 to N, int64 (N, K), -1 where there is none.
 
-        They are what came behind the last n-gram when it stood in the caption before; a text that goes in circles is read on and on.
+        They are what came behind the last n-gram when it stood in the caption before; a text that goes in circles is
+        read on and on.
         Prompt lookup decoding (Saxena, https://github.com/apoorvumang/prompt-lookup-decoding), on the caption itself.
         """
         ids, counts, size = self.ids[:count], self.counts[:count, None], self.lookup
@@ -71,10 +74,10 @@ class RowTexts:
         starts = torch.arange(self.most - size, device=ids.device)
         windows = ids.unfold(1, size, 1)[:, :-1]  # (N, M) -> (N, M - n, n): those that something may follow
         is_match = (windows == _tail(ids, self.counts[:count], size)[:, None]).all(-1) & (starts < counts - size)
-        place = torch.where(is_match, starts + size, -1).amax(1, keepdim=True)  # (N, 1), where the text goes on behind the latest match
+        place = (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)  # (N, 1), where the text goes on behind the latest match
         period = (counts - place).clamp(min=1)
         index = place.clamp(min=0) + torch.arange(num_tokens, device=ids.device) % period
-        return torch.where(place >= 0, ids.gather(1, index), -1)
+        return ids.gather(1, index).masked_fill(place < 0, -1)
 
     def write(self, logits: Tensor, drafts: Tensor, first: int = 0) -> None:
         """Puts the best tokens behind rows `first` to `first` + N: behind a right guess, the next one's too.
@@ -129,7 +132,7 @@ def without_repeats(logits: Tensor, ids: Tensor, counts: Tensor, size: int) -> T
     windows = ids.unfold(1, size, 1)  # (N, M) -> (N, M - n + 1, n)
     is_repeat = (windows[..., :-1] == _tail(ids, counts, size - 1)[:, None]).all(-1)
     is_repeat &= torch.arange(windows.shape[1], device=ids.device) <= counts[:, None] - size  # written to their end
-    banned = torch.where(is_repeat, -torch.inf, torch.inf)
+    banned = logits.new_full(is_repeat.shape, torch.inf).masked_fill(is_repeat, -torch.inf)
     return logits.scatter_reduce(1, windows[..., -1], banned, "amin")
 
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
 from vlmcap.assembly.parts import dtype_of, has_own_encoder
-from vlmcap.config import Config, Qwen3VlConfig
+from vlmcap.config import Config, LlavaNextVideoConfig, Qwen3VlConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
+from vlmcap.models.decoding.engine import is_decodable
 from vlmcap.models.encoders.own import FrameEncoder
 from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
@@ -112,6 +113,12 @@ def key_value_bytes(config: Config) -> float:
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
+
+
+def writes_itself(config: Config) -> bool:
+    """Whether our own decoding writes the captions, as far as a model tells without weights."""
+    has_plain_inputs = not config.is_whole or isinstance(config.model, LlavaNextVideoConfig)
+    return config.evaluation.is_refilling and has_plain_inputs and is_decodable(text_config(config), None)
 
 
 def active_experts(config: Config, num_tokens: int) -> tuple[float, int]:

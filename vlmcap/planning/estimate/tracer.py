@@ -5,6 +5,7 @@ Legend: B clips, F frames, P patches a frame, Dv vision width, V visual tokens a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,7 @@ from vlmcap.assembly.parts import dtype_of, lora_of, loss_chunk_bytes
 from vlmcap.config import Config, EncoderTuning, Precision, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
+from vlmcap.models.llm.merge import adapters_for_captions
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     architecture,
@@ -46,6 +48,7 @@ from vlmcap.planning.estimate.stages import (
 )
 from vlmcap.plugins import plugins_of
 
+ORIGINALS = "originals of weights"  # that others stand in for while captions are written
 _SHORT = 2  # blocks of the shorter of two traces
 _FEW, _MANY = 4096, 24576  # tokens of a batch that the language model is traced at
 NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # where only the language model is asked for
@@ -109,7 +112,14 @@ class Tracer:
         self.config, self.has_flash = config, has_flash
         self.sizes = sizes or sizes_of(config)
         self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
+        self.is_merged = False  # whether adapters are merged while captions are written
         self.trains_encoder = config.tuning.encoder_tuning is not EncoderTuning.none
+
+    def with_adapters(self, *, is_merged: bool) -> Self:
+        """The same tracer for captions with adapters that are merged, or are not."""
+        other = copy.copy(self)
+        other.is_merged = is_merged
+        return other
 
     @property
     def depth(self) -> int:
@@ -163,6 +173,7 @@ class Tracer:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
         key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
+        key |= {"merged": self.is_merged and not num_caption}
         return key | {"offload": self.config.hardware.offload_checkpoints}
 
     def short(self, what: str) -> int:
@@ -265,7 +276,8 @@ class Tracer:
             logits: torch.Tensor = output.logits
             return logits
 
-        return trace_stage(
+        trace = partial(
+            trace_stage,
             llm,
             (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
             mode=mode,
@@ -276,6 +288,17 @@ class Tracer:
             has_backward=num_caption > 0,
             num_kept=num_kept,
         )
+        return trace() if num_caption else self._for_captions(llm, mode, trace)
+
+    def _for_captions(self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageTrace]) -> StageTrace:
+        """A trace with the adapters as they are while captions are written; what they stand in for is among the weights."""
+        before = {id(parameter): parameter for parameter in llm.parameters()}
+        autocast = torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None)
+        with mode, autocast, torch.no_grad(), adapters_for_captions(llm, is_merged=self.is_merged):
+            found = trace()
+            now = {id(parameter) for parameter in llm.parameters()}
+        originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
+        return dataclasses.replace(found, weights={**found.weights, ORIGINALS: originals})
 
     def _deep_layers(self) -> int:
         """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
@@ -320,7 +343,7 @@ class QuickTracer(Tracer):
 
     def _with_visual(self, num_visual: int) -> Tracer:
         sizes = Sizes((1, 1, num_visual), 0, 1, 0, num_visual, (num_visual,), 0)
-        return Tracer(self.config, self.has_flash, sizes)
+        return Tracer(self.config, self.has_flash, sizes).with_adapters(is_merged=self.is_merged)
 
 
 def _fake_mode() -> FakeTensorMode:

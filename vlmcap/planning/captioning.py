@@ -1,0 +1,237 @@
+"""Captions by the plan: how many are written at a time, the fullest moment meanwhile, and their seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlmcap.config import Config, Engine, Quantization, Strategy
+from vlmcap.planning.hardware import GIB, Card
+from vlmcap.planning.memory import Moment, Stage, generation_peak, kept_between_steps, scale_beyond
+
+if TYPE_CHECKING:
+    from vlmcap.planning.estimate.tracer import Tracer
+
+# Rows at most: each one more adds less to the captions per second, and more clips wait in the host's memory.
+MOST_ROWS = 64
+FILL = 0.9  # of a GPU's memory that rows are added up to: a plan is an estimate
+UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
+READ_AGAIN = 2  # bytes: then the product reads it
+# Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of these sizes on
+# each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
+FUSED_ROWS = 16
+CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWork:
+    """What one caption token of every clip of an evaluation batch takes.
+
+    Attributes:
+        moved_bytes: Through the GPU's memory.
+        num_launches: Kernels.
+        is_captured: Whether they are launched as one graph.
+    """
+
+    moved_bytes: float
+    num_launches: float
+    is_captured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionPlan:
+    """How captions are written.
+
+    Attributes:
+        num_rows: Captions at a time.
+        is_merged: Whether adapters are merged into copies of the weights.
+        moment: The fullest moment.
+        token: Work of a token of every row.
+        token_s: Its seconds.
+        caption_s: Seconds to caption a clip.
+    """
+
+    num_rows: int
+    is_merged: bool
+    moment: Moment
+    token: TokenWork
+    token_s: float
+    caption_s: float
+
+
+def plan_captions(config: Config, card: Card, tracer: Tracer, steps: Sequence[Stage]) -> CaptionPlan:
+    """How a configuration writes captions on a GPU: with as many rows as fit, or as it says itself.
+
+    Args:
+        config: Run configuration.
+        card: GPU that it runs on.
+        tracer: Tracer of the configuration.
+        steps: Stages of a training step, whose weights are there.
+    """
+    merged = ways_to_merge(config)
+    plans = [_Captions(config, card, tracer, steps, is_merged).largest() for is_merged in merged]
+    fitting = [plan for plan in plans if _fits(plan.moment, card, 1.0)]
+    return min(fitting or plans[-1:], key=lambda plan: plan.caption_s)
+
+
+def ways_to_merge(config: Config) -> list[bool]:
+    """Ways to treat adapters that are possible, the one with copies of the weights first."""
+    wanted = config.evaluation.merge_adapters
+    can_merge = config.tuning.use_lora and config.llm.quantization is Quantization["none"] and config.evaluation.engine is not Engine.vllm
+    if wanted == "auto":  # a CPU's memory is not planned
+        return [True, False] if can_merge and config.hardware.accelerator != "cpu" else [False]
+    return [can_merge and wanted is True]
+
+
+def _fits(moment: Moment, card: Card, share: float) -> bool:
+    return moment.total / GIB + card.context_gib <= share * card.usable_gib
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """Captions of any number of rows."""
+
+    config: Config
+    card: Card
+    tracer: Tracer
+    steps: Sequence[Stage]
+    is_merged: bool
+
+    def largest(self) -> CaptionPlan:
+        """The plan of the configured number of rows, or of the largest one that fits; of one row where none does."""
+        rows = self.config.data.eval_batch_size
+        if rows is None:
+            low, high = 1, MOST_ROWS
+            while low < high:  # memory rises with the rows
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if _fits(self.moment(middle), self.card, FILL) else (low, middle - 1)
+            rows = low
+        return self.plan(rows)
+
+    def plan(self, rows: int) -> CaptionPlan:
+        """The plan of a number of rows."""
+        token, prompt = self.token(rows), self.prompt(rows)
+        token_s = token_seconds(token, self.card)
+        passes_s = prompt.trace.flops / self.group(rows) / (self.card.utilisation * self.card.peak_flops)
+        seconds = passes_s + CAPTION_SHARE * self.config.llm.new_tokens * token_s / rows
+        return CaptionPlan(rows, self.is_merged, self.moment(rows), token, token_s, seconds)
+
+    def group(self, rows: int) -> int:
+        """Prompts that the language model reads at a time."""
+        from vlmcap.models.decoding.engine import PROMPT_TOKENS
+        from vlmcap.planning.estimate.sizes import writes_itself
+
+        return min(rows, max(1, PROMPT_TOKENS // self.prompt_tokens)) if writes_itself(self.config) else rows
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Visual and text tokens in front of a caption."""
+        return self.tracer.sizes.num_visual + self.tracer.sizes.num_prompt
+
+    def prompt(self, rows: int) -> Stage:
+        """The language model's pass over the prompts that are read at a time."""
+        from vlmcap.planning.estimate.stages import clips_of
+
+        group = self.group(rows)
+        traces = [self.tracer.with_adapters(is_merged=self.is_merged).language(count, 0) for count in range(1, min(2, group) + 1)]
+        return Stage("language model", clips_of(traces[0], traces[-1], group))
+
+    def moment(self, rows: int) -> Moment:
+        """The fullest moment."""
+        from vlmcap.models.captioner import CLIPS_AT_A_TIME
+        from vlmcap.models.decoding.settings import clips_for
+        from vlmcap.planning.estimate.sizes import key_value_bytes, writes_itself
+
+        config, tracer, is_own = self.config, self.tracer, writes_itself(self.config)
+        name, size = clip_bytes(config, tracer)
+        waiting = clips_for(rows, config.evaluation.clips_per_row if is_own else 1)  # clips that are captioned later wait on the GPU
+        held = {name: size * waiting} | kept_between_steps(self.steps, config.optim.kind.value)
+        prompt = self.prompt(rows).trace
+        held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(self.steps[-1].trace.weights.values())
+        moment = generation_peak(
+            [*stages_in_front(config, tracer, min(rows, CLIPS_AT_A_TIME) if is_own else rows), self.steps[-1]],
+            held,
+            prompt,
+            cache_bytes=key_value_bytes(config),
+            num_rows=rows,
+            num_read=self.group(rows),
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=config.llm.new_tokens,
+            depth=tracer.depth,
+            is_reserved=is_own,
+        )
+        return scale_beyond(moment, self.card.beyond_ratio)
+
+    def token(self, rows: int) -> TokenWork:
+        """The work of a token: all weights and the cache once, and the kernels of the prompt's pass.
+
+        Of experts those run that the tokens of the batch choose.
+        """
+        from vlmcap.planning.estimate.fake_tensors import NUM_SHARES
+        from vlmcap.planning.estimate.sizes import active_experts, key_value_bytes
+        from vlmcap.planning.estimate.tracer import ORIGINALS
+
+        prompt = self.prompt(rows)
+        launches, packed = prompt.trace.launches, packed_bytes(self.config, prompt)
+        num_launches = launches.get("layers", 0.0)
+        num_active, num_experts = active_experts(self.config, rows)
+        if num_experts:
+            num_launches += launches.get("experts", 0.0) * num_active / min(NUM_SHARES, num_experts)
+            packed *= num_active / num_experts  # the loop unpacks those that are chosen
+        elif rows <= FUSED_ROWS:
+            packed = 0.0
+        unpacking = 2 * packed * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
+        weights = sum(size for kind, size in prompt.trace.weights.items() if kind != ORIGINALS)
+        cached = key_value_bytes(self.config) * rows * (self.prompt_tokens + self.config.llm.new_tokens / 2)
+        return TokenWork(weights + unpacking + cached, num_launches, is_captured(self.config))
+
+
+def is_captured(config: Config) -> bool:
+    """Whether decoding steps are CUDA graphs, as far as a configuration tells; see `vlmcap.models.decoding.graphs`."""
+    from vlmcap.planning.estimate.sizes import active_experts, writes_itself
+
+    waits = config.llm.quantization is Quantization["8bit"] or active_experts(config, 1)[1] > 0
+    is_wanted = config.hardware.accelerator != "cpu" and config.evaluation.cuda_graphs is not False
+    return (
+        is_wanted and writes_itself(config) and not waits and not config.hardware.compile and config.trainer.strategy is not Strategy.fsdp2
+    )
+
+
+def token_seconds(work: TokenWork, card: Card) -> float:
+    """Seconds of one token of every clip of a batch.
+
+    They are the GPU's, for moving bytes or for running kernels that are small, or the host's for launching kernels,
+    where those are more.
+    """
+    return max(work.moved_bytes / (card.bandwidth_share * card.bytes_per_s), work.num_launches * seconds_per_kernel(work, card))
+
+
+def seconds_per_kernel(work: TokenWork, card: Card) -> float:
+    """The GPU's in a graph, or else the host's."""
+    return card.kernel_s if work.is_captured else card.launch_s
+
+
+def stages_in_front(config: Config, tracer: Tracer, num_clips: int) -> list[Stage]:
+    """What clips go through in front of the language model."""
+    first = [] if config.cache.enabled is True else [Stage("encoder", tracer.encoder(num_clips))]
+    return [*first, Stage("projector", tracer.projector(num_clips))]
+
+
+def clip_bytes(config: Config, tracer: Tracer) -> tuple[str, float]:
+    """What a clip is on the GPU in front of the first stage, and its bytes."""
+    is_cached = config.cache.enabled is True
+    return ("stored features", cached_bytes(tracer)) if is_cached else ("frames", float(tracer.sizes.frame_bytes))
+
+
+def cached_bytes(tracer: Tracer) -> float:
+    """Bytes of a clip's stored features."""
+    frames, rows, columns = tracer.sizes.grid
+    size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
+    pooled = (tracer.config.pool_size or 1) ** 2
+    return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
+
+
+def packed_bytes(config: Config, stage: Stage) -> float:
+    """Bytes of 4-bit weights."""
+    return stage.trace.weights.get("quantisation state", 0.0) * 32 if config.llm.quantization is Quantization["4bit"] else 0.0
