@@ -21,6 +21,12 @@ def use_expandable_segments() -> None:
         os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
+def has_expandable_segments() -> bool:
+    """Whether a run started from here has a CUDA allocator whose segments grow."""
+    chosen = [os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ]
+    return not chosen or any("expandable_segments:true" in value.lower() for value in chosen)
+
+
 def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None:
     """Imports the heavy libraries without the collector of circles, which would search all that they define again and again.
 

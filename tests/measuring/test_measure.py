@@ -15,10 +15,11 @@ from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
 from vlmcap.measuring import measure as measure_module
-from vlmcap.measuring import steps as measured_steps
-from vlmcap.measuring.measure import Comparison, Measured, measure
+from vlmcap.measuring.measure import Comparison, measure
+from vlmcap.measuring.memory import Use
 from vlmcap.measuring.random_parts import fill_random, quantize_meta, with_blocks
-from vlmcap.measuring.steps import Use
+from vlmcap.measuring.steps import Measured
+from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.experts import fused_experts
 from vlmcap.planning.captioning import TokenWork, token_seconds
 from vlmcap.planning.estimate.stages import weights_of
@@ -67,7 +68,7 @@ def test_the_page_ends_with_how_far_off_the_plan_is(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert shown.out.strip().splitlines()[-1].startswith("The plan's memory is ")
     assert "only 1 block of each part ran" in shown.out
-    assert "training step 3 of 3" in shown.err
+    assert "training step 4 of 4" in shown.err
     assert kept(cache_dir) == []
 
 
@@ -167,10 +168,10 @@ def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> 
 def test_memory_that_ends_is_one_sentence_with_the_plan_s_advice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_dir: Path
 ) -> None:
-    def fail(*_: Any, **__: Any) -> float:
+    def fail(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(measured_steps.Training, "run", fail)
+    monkeypatch.setattr(VideoCaptioner, "loss_sum", fail)
     monkeypatch.setattr(measure_module, "with_changes", lambda plan, *_: dataclasses.replace(plan, changes=[CHANGE]))
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--measure", *TINY])
@@ -182,10 +183,10 @@ def test_memory_that_ends_is_one_sentence_with_the_plan_s_advice(
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> float:
+    def fail(*_: Any) -> float:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(measured_steps.Training, "run", fail)
+    monkeypatch.setattr(VideoCaptioner, "loss_sum", fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         measure(TINY)
 
@@ -197,7 +198,7 @@ def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path,
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(measure_module.tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(measure_module, "token_seconds", interrupted)
+    monkeypatch.setattr(VideoCaptioner, "generate", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--measure", "--blocks", "1", *TINY])
     assert stop.value.code == 130

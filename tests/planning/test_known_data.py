@@ -10,7 +10,8 @@ import pytest
 from vlmcap.cli import main
 from vlmcap.config import ASSUMED_CAPTION_TOKENS, Split
 from vlmcap.config_unread import NO_DATA
-from vlmcap.planning.known_data import known_clips, planned
+from vlmcap.planning.known_data import known_captions, known_clips, planned
+from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.sweep_budget.budget import NumClips
 from vlmcap.planning.sweep_budget.plan_sweep import num_clips
 
@@ -39,6 +40,18 @@ def test_captions_of_the_data_decide_a_plan(open_path: list[str], capsys: pytest
     assert limit % 32 == 0
     assert limit < ASSUMED_CAPTION_TOKENS
     assert (plan["num_clips"], plan["caption_tokens"], plan["caption_tokens_assumed"]) == (6, limit, False)
+
+
+def test_seconds_are_those_of_the_data_s_captions(open_path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = planned(open_path)
+    lengths = known_captions(config)
+    assert lengths is not None and len(lengths.tokens) == 6
+    assert lengths.longest <= config.llm.caption_tokens < lengths.longest + 32
+    main(["plan", "--json", *open_path])
+    assert json.loads(capsys.readouterr().out)["flops_per_clip"] == make_plan(config, captions=lengths).flops
+    assert make_plan(config).flops != make_plan(config, captions=lengths).flops, "assumed captions are others"
+    assert known_captions(planned([*open_path, NO_DATA])) is None
+    assert known_captions(planned([*open_path, "llm.checkpoint=nobody/no-such-model"])) is None
 
 
 def test_an_assumption_is_stated(capsys: pytest.CaptureFixture[str]) -> None:

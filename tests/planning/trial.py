@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.config import LoraConfig
-from vlmcap.measuring.steps import reset_peak, resident
+from vlmcap.measuring.memory import reset_peak, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.layers import checkpoint_layers
@@ -103,7 +103,7 @@ def trace_trial(trial: Trial, depth: int) -> StageTrace:
     with mode:
         visual = torch.empty(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
     captioner = _captioner(trial, llm, visual)
-    batch = language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
+    batch = language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8)
     blocks = list(blocks_of(base_model(llm), depth))
     return trace_stage(
         llm, lambda: captioner.loss_sum(batch)[0], mode=mode, blocks=blocks, inputs=[visual], dtype=None, num_kept=trial.num_kept
@@ -118,9 +118,9 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth))
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
-    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch(1, [1], 8, 2))[0].backward()
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch([2], [1], 8))[0].backward()
     llm.zero_grad(set_to_none=True)
-    captioner, batch = _captioner(trial, llm, visual), language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption)
+    captioner, batch = _captioner(trial, llm, visual), language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8)
     reset_peak()
     before = resident("VmRSS")
     captioner.loss_sum(batch)[0].backward()
@@ -132,12 +132,12 @@ def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth)).to(device)
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)
-    short = _on(language_batch(1, [1], 8, 2), device)
+    short = _on(language_batch([2], [1], 8), device)
     _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(short)[0].backward()
     llm.zero_grad(set_to_none=True)
     captioner, batch = (
         _captioner(trial, llm, visual),
-        _on(language_batch(trial.num_clips, [trial.num_visual], 8, trial.num_caption), device),
+        _on(language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8), device),
     )
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.assembly.clips import Splits, with_blank
 from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.parts import device_of, dtype_of, load_encoder, vision_part
-from vlmcap.config import Config, EncoderTuning, Precision, Sampling
+from vlmcap.assembly.parts import autocast_dtype, device_of, load_encoder, vision_part
+from vlmcap.config import Config, EncoderTuning, Sampling
 from vlmcap.plugins import plugins_of
 
 if TYPE_CHECKING:
@@ -250,18 +250,15 @@ def encoding_of(
     """A function from frames, and the clips' sizes where they vary, to what is stored of them."""
     import torch
 
+    from vlmcap.models.precision import autocast
     from vlmcap.models.projectors.reducers import pool_grid
 
     device = torch.device(device_of(config))
     encoder.to(device)
 
-    precision = config.hardware.precision
-    # As in training, where norms of an encoder in half precision are computed in float32.
-    autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision is not Precision.fp32)
-
     @torch.no_grad()
     def encode(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> torch.Tensor:
-        with autocast:
+        with autocast(device, autocast_dtype(config)):  # as in training, where norms of an encoder in half precision are float32
             features: torch.Tensor = encoder(frames.to(device), grids)
         return features
 

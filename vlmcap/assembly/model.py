@@ -12,8 +12,8 @@ from vlmcap.assembly.datasets import FeaturePlan, PathReader, grid_of_frames
 from vlmcap.assembly.parts import (
     Sources,
     add_adapters,
+    autocast_dtype,
     compile_blocks,
-    dtype_of,
     load_encoder,
     load_llm,
     load_prompt_of,
@@ -26,7 +26,7 @@ from vlmcap.assembly.parts import (
     train_encoder,
     vision_part,
 )
-from vlmcap.config import Batching, Config, Engine, EvaluationConfig, Precision, Reducer, TokenProjectorConfig
+from vlmcap.config import Batching, Config, Engine, EvaluationConfig, Reducer, TokenProjectorConfig
 from vlmcap.config.checks import as_text
 from vlmcap.config.kinds import maker_of
 from vlmcap.errors import UserError
@@ -232,10 +232,9 @@ def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers:
 
 def captioner_options(spec: ModelSpec, visual: VisualLayout) -> dict[str, Any]:
     """Arguments of a captioner beside its parts: memory of its loss, arithmetic of its captions, and the reader of its files."""
-    precision = spec.config.hardware.precision
     return {
         "loss_chunk_bytes": loss_chunk_bytes(spec.config),
-        "autocast_dtype": None if precision is Precision.fp32 else dtype_of(precision),
+        "autocast_dtype": autocast_dtype(spec.config),
         "reader": PathReader(spec.feature_plan, spec.prompt, visual),
     }
 

@@ -86,6 +86,12 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[precision]
 
 
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """Type of the arithmetic under autocast; None without it."""
+    precision = config.hardware.precision
+    return None if precision is Precision.fp32 else dtype_of(precision)
+
+
 def device_of(config: Config) -> str:
     """Device of quantised weights while loading."""
     import torch

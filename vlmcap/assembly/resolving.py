@@ -18,6 +18,9 @@ from vlmcap.config.kinds import SCHEMAS
 from vlmcap.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from vlmcap.types import Clip
 
 _STEP = 32  # tokens; limits are multiples of it, so that a few more clips rarely change them
@@ -95,7 +98,16 @@ def token_limit(longest: int) -> int:
 
 
 def longest_caption(config: Config, splits: Sequence[Sequence[Clip]]) -> int:
-    """Tokens of the longest caption with its end token; counted once for each set of captions and tokenizer, and remembered."""
+    """Tokens of the longest caption with its end token."""
+    return max((int(lengths.max()) for lengths in caption_counts(config, splits) if len(lengths)), default=0)
+
+
+def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDArray[np.int32]]:
+    """Tokens of each caption with its end token, by split; counted once for each set of captions and tokenizer, and remembered.
+
+    Raises:
+        UserError: The language model's tokenizer is not there.
+    """
     from vlmcap.data.loading.lengths import caption_lengths
     from vlmcap.models.checkpoint import fingerprint
 
@@ -105,8 +117,7 @@ def longest_caption(config: Config, splits: Sequence[Sequence[Clip]]) -> int:
     sha256 = fingerprint(folder, getattr(config, part).checkpoint, has_weights=False).sha256
     memo = Path(config.paths.cache_dir) / "manifests"
     fingerprinted = f"{sha256}:{prompt.caption_lead}"
-    counts = [caption_lengths(clips, prompt.encode_caption, folder=memo, fingerprint=fingerprinted) for clips in splits]
-    return max((int(lengths.max()) for lengths in counts if len(lengths)), default=0)
+    return [caption_lengths(clips, prompt.encode_caption, folder=memo, fingerprint=fingerprinted) for clips in splits]
 
 
 def _with_licenses(config: Config) -> Config:

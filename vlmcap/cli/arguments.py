@@ -84,7 +84,7 @@ def _add_json(parser: ArgumentParser, what: str) -> None:
 def _doctor(parser: ArgumentParser) -> None:
     parser.epilog = "llm.checkpoint=… or encoder.checkpoint=… describes that checkpoint instead. Exit code 1 on a problem."
     _add_overrides(parser)
-    text = "take three training steps and write short captions at true size with random weights"
+    text = "take four training steps and write short captions at true size with random weights"
     parser.add_argument("--measure", action="store_true", help=text)
     text = "measure and plan with only N blocks of encoder and language model"
     parser.add_argument("--blocks", type=int, metavar="N", help=text)

@@ -12,7 +12,7 @@ from vlmcap.libraries import quiet_libraries
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.grid.grid_table import draw_grid, show_grid
 from vlmcap.planning.grid.make_grid import grid_names, make_grid
-from vlmcap.planning.known_data import known_clips, planned
+from vlmcap.planning.known_data import known_captions, known_clips, planned
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import show_plan
 from vlmcap.planning.sweep_budget.plan_sweep import plan_sweep
@@ -40,7 +40,8 @@ def _one(overrides: Sequence[str], *, as_json: bool, is_whole: bool) -> None:
     config = planned(overrides)
     check_single_run(overrides, config)
     train = known_clips(config).get("train", ())
-    plan = with_changes(make_plan(config, num_clips=len(train) or None), overrides, composed=planned)
+    plan = make_plan(config, captions=known_captions(config), num_clips=len(train) or None)
+    plan = with_changes(plan, overrides, composed=planned)
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:

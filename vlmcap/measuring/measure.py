@@ -1,4 +1,4 @@
-"""`vlmcap doctor --measure`: three training steps and a short generation at true size on random weights, beside their plan."""
+"""`vlmcap doctor --measure`: training steps and short captions at true size on random weights, beside their plan."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmcap.assembly.parts import device_of
-from vlmcap.assembly.resolving import with_model_kind
-from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.libraries import quiet_libraries
+from vlmcap.measuring.memory import MemoryUse
 from vlmcap.measuring.random_parts import random_captioner, with_blocks
-from vlmcap.measuring.steps import MemoryUse, Training, Use, gone_after, random_batch, token_seconds
+from vlmcap.measuring.steps import Measured, gone_after, measured_run
 from vlmcap.planning.calibration import Calibration, calibration_folder, write_calibration
+from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.estimate.sizes import sizes_of
 from vlmcap.planning.hardware import GIB, Present, assumed_card, present_card, present_processor
+from vlmcap.planning.host import PROCESS_BYTES
+from vlmcap.planning.known_data import known_captions, planned
 from vlmcap.planning.make_plan import make_plan, with_caption_plan
 from vlmcap.planning.memory import Moment, is_known
 from vlmcap.planning.plan import Plan
 from vlmcap.terminal import duration, short_number, step_printer
+from vlmcap.training.checkpoints.load import single_process
 
 _CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still
@@ -39,27 +42,6 @@ _MOST_CONTEXT_GIB = 2.0  # more on the card beside our own memory is another pro
 # Planned weights, and bytes beyond them: below, what is measured is the cost of calling kernels and the noise of the allocator.
 _LEAST_WEIGHTS_GIB, _LEAST_GIB = 0.5, 0.1
 _HEADROOM = 0.85  # of the memory that ended: what a change has to come down to
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Three training steps and a short generation.
-
-    Attributes:
-        training: Memory of the steps.
-        generation: Memory while captions were written.
-        context_gib: On the card beside PyTorch's allocator.
-        clip_s: Seconds a clip of a step.
-        token_s: Seconds of a caption token of every clip of an evaluation batch.
-        num_new: Tokens of the short captions.
-    """
-
-    training: Use
-    generation: Use
-    context_gib: float
-    clip_s: float
-    token_s: float
-    num_new: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +125,18 @@ class Comparison:
     def plain(self) -> dict[str, Any]:
         """As `--json` prints it; GiB and seconds as the names say."""
         plan, measured, ratios = self.plan, self.measured, self.ratios
-        phases = {"training": (plan.training_gib, measured.training, self.training_gib)}
-        phases["generation"] = (plan.generation_gib, measured.generation, self.generation_gib)
+        phases = {"training": (plan.training_gib, plan.training, measured.training, self.training_gib)}
+        phases["generation"] = (plan.generation_gib, plan.generation, measured.generation, self.generation_gib)
         memory = {
             phase: {
                 "planned_gib": round(planned, 3),
                 "measured_gib": round(total, 3),
+                "planned_allocated_gib": round(moment.allocated / GIB, 3),
                 "allocated_gib": round(use.allocated, 3),
                 "reserved_gib": round(use.reserved, 3),
                 "ratio": round(ratios[f"{phase}_gib"], 3),
             }
-            for phase, (planned, use, total) in phases.items()
+            for phase, (planned, moment, use, total) in phases.items()
         }
         seconds = {"seconds_per_clip": (plan.clip_s, measured.clip_s), "seconds_per_token": (plan.token_s, measured.token_s)}
         return {
@@ -164,6 +147,7 @@ class Comparison:
             "batch_size": plan.batch_size,
             "eval_batch_size": plan.eval_batch_size,
             **memory,
+            "process_gib": {"planned": round(PROCESS_BYTES / GIB, 3), "measured": round(measured.process_gib, 3)},
             "context_gib": {"planned": plan.card.context_gib, "measured": round(measured.context_gib, 3)},
             **{
                 name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
@@ -188,17 +172,18 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     """
     quiet_libraries()
     overrides = [NO_DATA, *overrides]
-    config = with_model_kind(compose(overrides))
+    config = single_process(planned(overrides))
     _check(config)
+    lengths = known_captions(config) or CaptionLengths.assumed(config.llm.caption_tokens)
     device_of(config)
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
         cut = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
         short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.new_tokens))
         measured_config = with_caption_plan(dataclasses.replace(cut, llm=short))
-        plan = make_plan(measured_config, assumed_card(measured_config))
+        plan = make_plan(measured_config, assumed_card(measured_config), captions=lengths)
         present = _present(config)
         _check_room(plan, present, config)
-        measured = _measured(measured_config, plan, overrides)
+        measured = _measured(measured_config, plan, lengths, overrides, Path(folder))
     comparison = Comparison(plan, measured, present.name, present.total_gib, num_blocks)
     comparison = dataclasses.replace(comparison, why_not_kept=_obstacle(comparison, present))
     return comparison if comparison.why_not_kept else _kept(config, comparison)
@@ -230,8 +215,8 @@ def _check_room(plan: Plan, present: Present, config: Config) -> None:
     print(f"Warning: {sentence}.", file=sys.stderr, flush=True)
 
 
-def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
-    device, sizes, num_new = device_of(config), sizes_of(config), config.llm.new_tokens
+def _measured(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measured:
+    device = device_of(config)
     moment: dict[str, str] = {"doing": "making weights"}
     print_step = step_printer()
 
@@ -241,19 +226,10 @@ def _measured(config: Config, plan: Plan, overrides: Sequence[str]) -> Measured:
 
     with _explained(config, plan, overrides, moment), gone_after(device):
         use = MemoryUse(device)
-        captioner = random_captioner(config, has_encoder=config.cache.enabled is not True, say=say)
-        batch = random_batch(config, sizes, config.data.batch_size, config.llm.caption_tokens, device)
+        has_encoder = config.cache.enabled is not True
+        captioner = random_captioner(config, has_encoder=has_encoder, num_kept_layers=plan.num_kept, say=say)
         moment["doing"] = "training"
-        training = Training(config, captioner)
-        use.start()
-        clip_s = training.run(batch, say)
-        train_use, context_gib = use.peak(), use.context_gib()
-        del batch
-        prompts = random_batch(config, sizes, plan.eval_batch_size, 0, device)
-        moment["doing"] = "writing captions"
-        use.start()
-        token_s = token_seconds(config, captioner, prompts, num_new, say)
-        return Measured(train_use, use.peak(), max(context_gib, use.context_gib()), clip_s, token_s, num_new)
+        return measured_run(config, captioner, sizes_of(config), lengths, plan.batch_size, folder, use, say)
 
 
 @contextmanager
@@ -272,7 +248,7 @@ def _explained(config: Config, plan: Plan, overrides: Sequence[str], moment: dic
 def _advice(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
     """What makes it smaller: so small that it fits, or by a sixth where the plan said that it would fit."""
     card = dataclasses.replace(plan.card, usable_gib=min(plan.card.usable_gib, _HEADROOM * plan.peak_gib))
-    whole = make_plan(with_model_kind(compose(list(overrides))), card)
+    whole = make_plan(planned(overrides), card)
     changes = with_changes(whole, overrides, card).changes
     if not changes:
         return "take a smaller llm or a larger card, or measure less of it with --blocks"
@@ -321,15 +297,19 @@ def show_comparison(comparison: Comparison) -> None:
     for column in ("", "plan", "measured", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     memory = {"training": (plan.training_gib, comparison.training_gib), "generation": (plan.generation_gib, comparison.generation_gib)}
-    for name, (planned, found) in memory.items():
-        table.add_row(f"memory in {name}", f"{planned:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
-    for name, use in (("training", measured.training), ("generation", measured.generation)):
-        table.add_row(f"  of it by tensors, {name}", "", f"{use.allocated:.2f} GiB", "")
+    for name, (expected, found) in memory.items():
+        table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
+    for name, moment, use in (("training", plan.training, measured.training), ("generation", plan.generation, measured.generation)):
+        expected = moment.allocated / GIB
+        ratio = f"{use.allocated / expected:.2f}"
+        table.add_row(f"  of it by tensors, {name}", f"{expected:.2f} GiB", f"{use.allocated:.2f} GiB", ratio)
     table.add_row("  of it beside PyTorch", f"{plan.card.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
+    if measured.process_gib:
+        table.add_row("memory of the host's process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", "")
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
-    for name, (label, planned, found) in rows.items():
-        table.add_row(label, duration(planned), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
+    for name, (label, expected, found) in rows.items():
+        table.add_row(label, duration(expected), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
     console.print(table)
     if comparison.why_not_kept:
         console.print(f"Not kept for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)

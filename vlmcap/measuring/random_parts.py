@@ -23,6 +23,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.parts import (
     add_adapters,
+    compile_blocks,
     device_of,
     has_own_encoder,
     language_options,
@@ -96,13 +97,14 @@ def _write(folder: Path, values: dict[str, Any]) -> str:
     return str(folder)
 
 
-def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], None]) -> VideoCaptioner:
+def random_captioner(config: Config, *, has_encoder: bool, num_kept_layers: int = 0, say: Callable[[str], None]) -> VideoCaptioner:
     """The captioner of a configuration, trained parts as training has them.
 
     Args:
         config: Of the run.
         has_encoder: False where features come from disk.
-        say: Told what is made.
+        num_kept_layers: Last layers that are not computed again although the language model is checkpointed.
+        say: Receives what is made.
 
     Raises:
         UserError: The parts do not fit together, an architecture is not known, or the device is not there.
@@ -127,7 +129,8 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
         captioner_class = whole_parts(config, 1).captioner_class
-    llm = random_llm(config, device, say)
+    llm = add_adapters(config, random_llm(config, device, say), num_kept_layers)
+    compile_blocks(config, llm)
     captioner = captioner_class(
         encoder, projector, llm, _prompt(config), generation_settings(config), loss_chunk_bytes=loss_chunk_bytes(config)
     )
@@ -135,7 +138,7 @@ def random_captioner(config: Config, *, has_encoder: bool, say: Callable[[str], 
 
 
 def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Module:
-    """The language model, quantised and with adapters as training has it.
+    """The language model, quantised as training has it.
 
     Args:
         config: Of the run.
@@ -154,8 +157,8 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
             llm = AutoModelForCausalLM.from_config(text, dtype=dtype, attn_implementation=attention)
     say(f"language model ({_billions(llm)}, {options['quantization']} quantisation)")
     quantize_meta(llm, options["quantization"], dtype, kept)
-    fill_random(llm.requires_grad_(False).eval(), device, dtype)
-    return add_adapters(config, llm)
+    filled: nn.Module = fill_random(llm.requires_grad_(False).eval(), device, dtype)
+    return filled
 
 
 def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[str] | None = None) -> None:
@@ -244,11 +247,9 @@ def _set_attention(config: Config, encoder: Any) -> None:
 
 
 def _prompt(config: Config) -> Any:
-    """What a captioner asks of its prompt, without a tokenizer; no token ends a caption, so all have the length that is asked for."""
+    """What a captioner asks of its prompt, without a tokenizer: captions stay ids, and at first no token ends one."""
     beyond = int(text_config(config).vocab_size)
-    return SimpleNamespace(
-        question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: [str(len(ids)) for ids in rows]
-    )
+    return SimpleNamespace(question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: rows)
 
 
 def _billions(module: nn.Module) -> str:

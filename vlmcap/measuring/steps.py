@@ -1,175 +1,262 @@
-"""Training steps and captions of a captioner with random weights, as a run would take them: their time and their memory.
+"""Training steps and captions of a captioner with random weights, taken by the trainer of a run: their time and their memory.
 
-Legend: B clips, F frames, P patches a frame, Dv vision width.
+Legend: B clips, F frames, P patches per frame, Dv vision width.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
+import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from vlmcap.assembly.parts import dtype_of
-from vlmcap.config import Config, Precision
+from vlmcap.config import Batching, Config, Stage
+from vlmcap.data.quarantine import Ledger
+from vlmcap.determinism import deterministic_kernels
+from vlmcap.measuring.memory import MemoryUse, Use, resident
 from vlmcap.models.captioner import VideoCaptioner
+from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch, text_config
 from vlmcap.planning.estimate.sizes import IGNORED, Sizes, frames_shape, language_batch
 from vlmcap.planning.hardware import GIB
-from vlmcap.training.checkpoints.load import trained_parameters
-from vlmcap.training.optimizer import make_optimizer
+from vlmcap.training.fitting import keeping_interrupts
+from vlmcap.training.objects import make_module, make_trainer
 from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch
 
-NUM_STEPS = 3  # of the optimiser; the first one is not timed, as it takes memory and chooses kernels
-MOST_MICRO = 2  # batches a step where gradients are accumulated: the second finds the gradients of the first, as all later ones would
+NUM_TIMED = 2  # optimiser steps on captions as long as the data's
+# With the first one, which takes memory and chooses kernels, and a last one on the longest captions, which takes the most memory.
+NUM_STEPS = NUM_TIMED + 2
+MOST_MICRO = 2  # batches per step where gradients are accumulated: the second finds the gradients of the first, as all later ones would
 _RATE = 1e-6
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
-_LARGE = 1 << 16  # bytes: what is larger goes back to the system when it is freed
 _MOST_ID = 1000  # random ids stay below, where no vocabulary has special tokens
 
 
-def random_batch(config: Config, sizes: Sizes, num_clips: int, num_caption: int, device: str) -> Batch:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """Training steps and captions, as the trainer of a run takes them.
+
+    Attributes:
+        training: Memory of the steps.
+        generation: Memory of the validation, in which captions are written.
+        context_gib: Memory of the GPU beside PyTorch's allocator.
+        clip_s: Seconds per clip of a step, the optimizer's share of the accumulated batches included.
+        token_s: Seconds per caption token of every clip of an evaluation batch.
+        num_new: Tokens of the longest caption that was timed.
+        process_gib: Host memory of the process at most, where the model is on a GPU; 0 elsewhere.
+    """
+
+    training: Use
+    generation: Use
+    context_gib: float
+    clip_s: float
+    token_s: float
+    num_new: int
+    process_gib: float = 0.0
+
+
+def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch:
     """A batch of the largest clips that a configuration may meet: random frames, or features where they are stored.
 
     Args:
-        config: Of the run.
-        sizes: Of a clip.
-        num_clips: B.
-        num_caption: Tokens of each caption; 0 makes a batch for generation.
-        device: Where it is made.
+        config: Run configuration.
+        sizes: Sizes of a clip.
+        captions: Tokens of the caption of each clip; those of a batch for generation are 0.
     """
     encoder = sketch(config)
     shape = frames_shape(config, encoder, sizes.grid)
     varies = config.is_whole or shape[1] != 3
-    batch = language_batch(num_clips, sizes.runs, PROMPT_TOKENS, num_caption, sizes.grid if varies else None, sizes.gap)
+    is_packed = config.data.batching is Batching.packed and any(captions)
+    batch = language_batch(captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed)
     most = min(_MOST_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_whole else batch.input_ids
     labels = batch.labels if batch.labels is None else torch.where(batch.labels == IGNORED, IGNORED, ids)
-    batch = dataclasses.replace(batch, input_ids=ids, labels=labels).to(device, non_blocking=False)
+    batch = dataclasses.replace(batch, input_ids=ids, labels=labels)
     if config.cache.enabled is True:
         frames, rows, columns = sizes.grid
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.cache.dtype, torch.float16)
-        features = torch.randn(num_clips, frames, rows * columns, sizes.embed_dim, dtype=dtype, device=device)
-        return dataclasses.replace(batch, features=features)
-    return dataclasses.replace(batch, frames=torch.randint(0, 256, (num_clips, *shape), dtype=torch.uint8, device=device))
+        return dataclasses.replace(batch, features=torch.randn(len(captions), frames, rows * columns, sizes.embed_dim, dtype=dtype))
+    return dataclasses.replace(batch, frames=torch.randint(0, 256, (len(captions), *shape), dtype=torch.uint8))
 
 
-def autocast(config: Config, device: str) -> torch.autocast:
-    """What Lightning computes in under `hardware.precision`."""
-    precision = config.hardware.precision
-    is_mixed = precision is not Precision.fp32
-    return torch.autocast(torch.device(device).type, dtype=dtype_of(precision) if is_mixed else None, enabled=is_mixed)
-
-
-class Training:
-    """Steps of the optimiser that is configured, on all that any stage trains, in Lightning's order.
+def step_captions(lengths: CaptionLengths, batch_size: int, num_micro: int, *, is_sorted: bool) -> list[list[int]]:
+    """Caption lengths of the micro-batches of all steps: any, then as long as the data's, and the longest last.
 
     Args:
-        config: Of the run.
-        captioner: With random weights.
+        lengths: Lengths of the data.
+        batch_size: Clips of a micro-batch.
+        num_micro: Micro-batches of an optimizer step.
+        is_sorted: Whether clips of like length share a batch.
     """
-
-    def __init__(self, config: Config, captioner: VideoCaptioner) -> None:
-        self.config, self.captioner, self.device = config, captioner, str(captioner.device)
-        trained = trained_parameters(captioner, StagePlan(config.tuning.stages))
-        self.parameters: list[nn.Parameter] = [parameter for part in trained.values() for parameter in part.values()]
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self.optimizer = make_optimizer(trained, config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = _RATE
-        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=config.hardware.precision is Precision.fp16)
-        captioner.train()
-        if captioner.encoder is not None and "encoder" not in trained:
-            captioner.encoder.eval()
-
-    def run(self, batch: Batch, say: Callable[[str], None]) -> float:
-        """Seconds a clip of the steps behind the first, the optimiser's share of the accumulated batches in it.
-
-        Args:
-            batch: A micro-batch, which all steps take.
-            say: Told how far it is.
-        """
-        accumulate = self.config.trainer.accumulate_grad_batches
-        micro_s, optimizer_s = [], []
-        for step in range(NUM_STEPS):
-            for index in range(min(accumulate, MOST_MICRO)):
-                seconds = self._timed(partial(self._accumulate, batch, is_first=index == 0))
-                micro_s += [seconds] if step else []
-            seconds = self._timed(self._step)
-            optimizer_s += [seconds] if step else []
-            say(f"training step {step + 1} of {NUM_STEPS}")
-        per_batch_s = sum(micro_s) / len(micro_s) + sum(optimizer_s) / len(optimizer_s) / accumulate
-        return per_batch_s / len(batch)
-
-    def _accumulate(self, batch: Batch, *, is_first: bool) -> None:
-        with autocast(self.config, self.device):
-            loss, num_labels = self.captioner.loss_sum(batch)
-        if is_first:  # behind the forward pass, as Lightning does it
-            self.optimizer.zero_grad()
-        scaled: Tensor = self.scaler.scale(loss / num_labels)
-        scaled.backward()
-
-    def _step(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def _timed(self, work: Callable[[], None]) -> float:
-        return timed(work, self.device)
+    count = NUM_TIMED * num_micro
+    timed = lengths.spread(count * batch_size)
+    if not is_sorted:
+        random.Random(0).shuffle(timed)
+    rows = [timed[start : start + batch_size] for start in range(0, len(timed), batch_size)]
+    return [rows[index % count] for index in range(num_micro)] + rows + [[lengths.longest] * batch_size] * num_micro
 
 
-def timed(work: Callable[[], Any], device: str) -> float:
-    """Seconds of the work, all that it gave the device to do included."""
-    _wait(device)
-    started = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def token_seconds(config: Config, captioner: VideoCaptioner, batch: Batch, num_new: int, say: Callable[[str], None]) -> float:
-    """Seconds of a caption token of every clip: what captions of `num_new` tokens take over captions of one.
+def ending_ids(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens that end captions at different places of their second halves, as far as the captions allow it.
 
     Args:
-        config: Of the run.
-        captioner: Set to evaluation.
-        batch: For generation.
-        num_new: Tokens of the longer captions, 2 at least.
-        say: Told how far it is.
+        rows: Captions as they are written where no token ends them.
     """
-    captioner.eval()
-    device, chosen = str(captioner.device), captioner.generation
-    settings = dataclasses.replace(chosen, rules=dataclasses.replace(chosen.rules, do_sample=False))
+    longest = max(map(len, rows))
+    half = longest // 2
+    wanted = [half + row * (longest - half) // len(rows) for row in range(len(rows))]
+    found = []
+    for row, start in enumerate(wanted):
+        before = {token for other, end in enumerate(wanted) for token in rows[other][: end if other != row else start]}
+        found += [token for token in rows[row][start:] if token not in before][:1]
+    return found
 
-    def write(count: int) -> None:
-        captioner.generation = dataclasses.replace(settings, max_new_tokens=count)
-        with autocast(config, device):
-            captioner.generate(batch)
 
-    write(2)  # takes memory, chooses kernels
-    say("captions of 2 tokens")
-    first_s = timed(lambda: write(1), device)
-    say("captions of 1 token")
-    whole_s = timed(lambda: write(num_new), device)
-    say(f"captions of {num_new} tokens")
-    return max(whole_s - first_s, 1e-9) / (num_new - 1)
+class _Clock(L.Callback):
+    """Takes the time and the memory of what the trainer does."""
+
+    def __init__(self, captioner: VideoCaptioner, num_micro: int, num_new: int, use: MemoryUse, say: Callable[[str], None]) -> None:
+        self.captioner, self.num_micro, self.num_new, self.use, self.say = captioner, num_micro, num_new, use, say
+        self.micro_s: list[float] = []  # of timed steps: forward and backward passes
+        self.optimizer_s: list[float] = []
+        self.training = Use(0.0, 0.0)
+        self.context_gib = 0.0
+        self.captions: list[list[list[int]]] = []
+        self.caption_s: list[float] = []
+        self._mark_s, self._has_stepped = 0.0, False
+
+    def _lap(self) -> float:
+        """Seconds since the last call, with all that the device was given to do."""
+        if self.captioner.device.type == "cuda":
+            torch.cuda.synchronize(self.captioner.device)
+        started, self._mark_s = self._mark_s, time.perf_counter()
+        return self._mark_s - started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the first phase."""
+        self.use.start()
+        self._lap()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Ends the passes of the last micro-batch of a step."""
+        self._note(trainer, self.micro_s)
+        self._has_stepped = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ends a micro-batch, or the step of the optimizer behind it."""
+        self._note(trainer, self.optimizer_s if self._has_stepped else self.micro_s, batch_idx)
+        self._has_stepped = False
+        if (batch_idx + 1) % self.num_micro == 0:
+            self.say(f"training step {(batch_idx + 1) // self.num_micro} of {NUM_STEPS}")
+
+    def _note(self, trainer: L.Trainer, into: list[float], batch_idx: int | None = None) -> None:
+        index = trainer.fit_loop.epoch_loop.batch_idx if batch_idx is None else batch_idx
+        seconds = self._lap()
+        if 1 <= index // self.num_micro <= NUM_TIMED:
+            into.append(seconds)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the second phase, with what a run keeps while it validates."""
+        self.training, self.context_gib = self.use.peak(), self.use.context_gib()
+        self.use.start()
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sets the length of the captions: the longest without an end, a single token, and the longest with ends."""
+        tokens = (self.num_new, 1, self.num_new)[batch_idx]
+        self.captioner.generation = dataclasses.replace(self.captioner.generation, max_new_tokens=tokens)
+        if len(self.captions) == 2:
+            self.captioner.prompt.stop_ids = ending_ids(self.captions[0])  # type: ignore[misc]
+        self._lap()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keeps captions and their seconds."""
+        if dataloader_idx == 0:
+            self.caption_s.append(self._lap())
+            self.captions.append(outputs)
+            self.say(f"captions of up to {max(map(len, outputs))} tokens")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption that was timed."""
+        return max(map(len, self.captions[-1]))
+
+    @property
+    def token_s(self) -> float:
+        """Seconds per token: what long captions take over captions of one token."""
+        return max(self.caption_s[2] - self.caption_s[1], 1e-9) / max(1, self.longest - 1)
+
+
+def measured_run(
+    config: Config,
+    captioner: VideoCaptioner,
+    sizes: Sizes,
+    lengths: CaptionLengths,
+    batch_size: int,
+    folder: Path,
+    use: MemoryUse,
+    say: Callable[[str], None],
+) -> Measured:
+    """Takes steps of the configured optimizer on all that any stage trains, and validates, by the module and the trainer of a run.
+
+    Args:
+        config: Run configuration; `llm.new_tokens` are the most tokens of a caption that is written.
+        captioner: Captioner with random weights.
+        sizes: Sizes of a clip.
+        lengths: Caption lengths of the data.
+        batch_size: Clips of a micro-batch.
+        folder: Folder that the trainer may write to.
+        use: Memory, which is taken for the two phases.
+        say: Receives how far it is.
+    """
+    accumulated = config.trainer.accumulate_grad_batches
+    num_micro = min(accumulated, MOST_MICRO)
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, accumulate_grad_batches=num_micro))
+    is_sorted = config.data.batching is not Batching.shuffled
+    rows = step_captions(lengths, batch_size, num_micro, is_sorted=is_sorted)
+    assert config.data.eval_batch_size is not None, "the plan has decided"
+    prompts = random_batch(config, sizes, [0] * config.data.eval_batch_size)
+    labelled = random_batch(config, sizes, [lengths.longest] * config.data.batch_size)
+    clock = _Clock(captioner, num_micro, config.llm.new_tokens, use, say)
+    plan = StagePlan({"measured": _fullest_stage(config)})
+    trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
+    module = make_module(config, captioner, plan, {}, Ledger(folder / "quarantine.jsonl", 0.0, 1))
+    batches = [random_batch(config, sizes, captions) for captions in rows]
+    validation = [_loader(config, [prompts] * 3), _loader(config, [labelled])]
+    with deterministic_kernels(config.is_deterministic), keeping_interrupts(trainer):
+        trainer.fit(module, _loader(config, batches), validation)
+    step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
+    context_gib = max(clock.context_gib, use.context_gib())
+    process_gib = resident("VmHWM") / GIB if use.is_cuda else 0.0
+    return Measured(clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib)
+
+
+def _fullest_stage(config: Config) -> Stage:
+    """One epoch that trains all that any stage trains, with so low rates that random weights stay numbers."""
+    stages = config.tuning.stages.values()
+    parts = ("encoder_lr", "projector_lr", "adapter_lr", "llm_lr")
+    return Stage(epochs=1, **{part: _RATE if any(getattr(stage, part) > 0 for stage in stages) else 0.0 for part in parts})
+
+
+def _loader(config: Config, batches: list[Batch]) -> DataLoader[Batch]:
+    """A loader whose batches are ready, in page-locked memory where a run's are."""
+    pin_memory = config.hardware.accelerator != "cpu"
+    return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, pin_memory=pin_memory)  # type: ignore[arg-type]
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 @contextlib.contextmanager
@@ -181,75 +268,3 @@ def gone_after(device: str) -> Iterator[None]:
         gc.collect()
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """Memory in use, in GiB.
-
-    Attributes:
-        allocated: By tensors, at most; on a CPU by the process, over what it had before the model.
-        reserved: Held by PyTorch's allocator, at most; the same as `allocated` on a CPU.
-    """
-
-    allocated: float
-    reserved: float
-
-
-class MemoryUse:
-    """Peaks of phases.
-
-    Args:
-        device: "cpu", or a CUDA device.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device, self.is_cuda = device, torch.device(device).type == "cuda"
-        if not self.is_cuda:
-            _return_freed_memory()
-        self._base = 0.0 if self.is_cuda else resident("VmRSS")
-
-    def start(self) -> None:
-        """Begins a phase: what is not needed goes back, and the peak is counted anew."""
-        gc.collect()
-        if self.is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            reset_peak()
-
-    def peak(self) -> Use:
-        """The most since the phase began."""
-        if self.is_cuda:
-            allocated = torch.cuda.max_memory_allocated(self.device) / GIB
-            return Use(allocated, torch.cuda.max_memory_reserved(self.device) / GIB)
-        grown = (resident("VmHWM") - self._base) / GIB
-        return Use(grown, grown)
-
-    def context_gib(self) -> float:
-        """What is taken on the card beside PyTorch's allocator: the context, kernels and workspaces, and other programs'."""
-        if not self.is_cuda:
-            return 0.0
-        free, total = torch.cuda.mem_get_info(self.device)
-        return (total - free - torch.cuda.memory_reserved(self.device)) / GIB
-
-
-def reset_peak() -> None:
-    """Linux alone keeps a peak that can be set back."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def resident(name: str) -> float:
-    """Bytes of the process in memory, now ("VmRSS") or at most ("VmHWM")."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(name))
-    return float(line.split()[1]) * 1024
-
-
-def _return_freed_memory() -> None:
-    """Makes glibc give back what was freed, now and from now on, as the resident set is to show what is alive."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, _LARGE)
-        library.mallopt(_TRIM_THRESHOLD, _LARGE)
-        library.malloc_trim(0)

@@ -26,6 +26,7 @@ from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import is_causal
 from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
 from vlmcap.models.llm.prompt import PromptEncoder
+from vlmcap.models.precision import autocast
 from vlmcap.models.projectors import Projector
 from vlmcap.types import Batch, Skipped
 
@@ -306,7 +307,7 @@ class VideoCaptioner(nn.Module):
         self.eval()
         for batch in self.reader(paths, self.prompt_batch_size):
             batch = batch.to(self.device)
-            with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            with torch.inference_mode(), autocast(self.device, self.autocast_dtype):  # as Lightning's test loop
                 texts = self.generate(batch) if len(batch) else []
             found: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
             found |= {skipped.clip.id: skipped for skipped in batch.skipped}

@@ -1,14 +1,25 @@
-"""Captions by the plan: how many are written at a time, the fullest moment meanwhile, and their seconds."""
+"""Captions by the plan: how many are written at a time, the fullest moment meanwhile, and the seconds that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmcap.config import Config, Engine, Quantization, Strategy
+from vlmcap.libraries import has_expandable_segments
+from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.hardware import GIB, Card
-from vlmcap.planning.memory import Moment, Stage, generation_peak, kept_between_steps, scale_beyond
+from vlmcap.planning.memory import (
+    EXPANDABLE_SHARE,
+    FIXED_SHARE,
+    Captioning,
+    Moment,
+    Stage,
+    generation_peak,
+    kept_between_steps,
+    scale_beyond,
+)
 
 if TYPE_CHECKING:
     from vlmcap.planning.estimate.tracer import Tracer
@@ -21,7 +32,6 @@ READ_AGAIN = 2  # bytes: then the product reads it
 # Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of these sizes on
 # each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
 FUSED_ROWS = 16
-CAPTION_SHARE = 0.6  # of the longest caption: the mean one, as in the Korean data
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,9 @@ class CaptionPlan:
     caption_s: float
 
 
-def plan_captions(config: Config, card: Card, tracer: Tracer, steps: Sequence[Stage]) -> CaptionPlan:
+def plan_captions(
+    config: Config, card: Card, tracer: Tracer, steps: Sequence[Stage], lengths: CaptionLengths, scores: Mapping[str, Stage]
+) -> CaptionPlan:
     """How a configuration writes captions on a GPU: with as many rows as fit, or as it says itself.
 
     Args:
@@ -68,9 +80,10 @@ def plan_captions(config: Config, card: Card, tracer: Tracer, steps: Sequence[St
         card: GPU that it runs on.
         tracer: Tracer of the configuration.
         steps: Stages of a training step, whose weights are there.
+        lengths: Lengths of captions.
+        scores: Models of scores by their names.
     """
-    merged = ways_to_merge(config)
-    plans = [_Captions(config, card, tracer, steps, is_merged).largest() for is_merged in merged]
+    plans = [_Captions(config, card, tracer, steps, lengths, scores, is_merged).largest() for is_merged in ways_to_merge(config)]
     fitting = [plan for plan in plans if _fits(plan.moment, card, 1.0)]
     return min(fitting or plans[-1:], key=lambda plan: plan.caption_s)
 
@@ -96,6 +109,8 @@ class _Captions:
     card: Card
     tracer: Tracer
     steps: Sequence[Stage]
+    lengths: CaptionLengths
+    scores: Mapping[str, Stage]
     is_merged: bool
 
     def largest(self) -> CaptionPlan:
@@ -111,18 +126,33 @@ class _Captions:
 
     def plan(self, rows: int) -> CaptionPlan:
         """The plan of a number of rows."""
-        token, prompt = self.token(rows), self.prompt(rows)
+        token = self.token(rows)
         token_s = token_seconds(token, self.card)
-        passes_s = prompt.trace.flops / self.group(rows) / (self.card.utilisation * self.card.peak_flops)
-        seconds = passes_s + CAPTION_SHARE * self.config.llm.new_tokens * token_s / rows
-        return CaptionPlan(rows, self.is_merged, self.moment(rows), token, token_s, seconds)
+        return CaptionPlan(rows, self.is_merged, self.moment(rows), token, token_s, self.seconds(rows, token_s))
+
+    def seconds(self, rows: int, token_s: float) -> float:
+        """Seconds to caption a clip of many.
+
+        A row writes one caption after the other, and the last of its batch waits for the longest of those of the other rows.
+        """
+        from vlmcap.models.decoding.settings import clips_for
+        from vlmcap.planning.estimate.sizes import writes_itself
+
+        per_row = clips_for(rows, self.config.evaluation.clips_per_row if writes_itself(self.config) else 1) / rows
+        num_tokens = (per_row - 1) * self.lengths.mean + self.lengths.longest_of(rows)
+        read_s = self.prompt(rows).trace.flops / self.group(rows) / (self.card.utilisation * self.card.peak_flops)
+        return read_s + num_tokens * token_s / (per_row * rows)
 
     def group(self, rows: int) -> int:
         """Prompts that the language model reads at a time."""
         from vlmcap.models.decoding.engine import PROMPT_TOKENS
         from vlmcap.planning.estimate.sizes import writes_itself
 
-        return min(rows, max(1, PROMPT_TOKENS // self.prompt_tokens)) if writes_itself(self.config) else rows
+        return (
+            min(rows, max(1, PROMPT_TOKENS // self.prompt_tokens))
+            if writes_itself(self.config)
+            else rows * self.config.evaluation.num_beams
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -141,26 +171,29 @@ class _Captions:
         """The fullest moment."""
         from vlmcap.models.captioner import CLIPS_AT_A_TIME
         from vlmcap.models.decoding.settings import clips_for
-        from vlmcap.planning.estimate.sizes import key_value_bytes, writes_itself
+        from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes, writes_itself
 
         config, tracer, is_own = self.config, self.tracer, writes_itself(self.config)
+        # Keys and values are repeated for all queries of a token before compute capability 8.0, and where guesses make it several tokens.
+        is_repeated = not self.card.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, tracer)
         waiting = clips_for(rows, config.evaluation.clips_per_row if is_own else 1)  # clips that are captioned later wait on the GPU
         held = {name: size * waiting} | kept_between_steps(self.steps, config.optim.kind.value)
         prompt = self.prompt(rows).trace
         held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(self.steps[-1].trace.weights.values())
-        moment = generation_peak(
-            [*stages_in_front(config, tracer, min(rows, CLIPS_AT_A_TIME) if is_own else rows), self.steps[-1]],
-            held,
-            prompt,
-            cache_bytes=key_value_bytes(config),
-            num_rows=rows,
+        work = Captioning(
+            prefill=prompt,
+            validation=tracer.language(config.data.batch_size, config.llm.caption_tokens, is_training=False),
+            token_bytes=key_value_bytes(config),
+            num_rows=rows * config.evaluation.num_beams,
             num_read=self.group(rows),
             prompt_tokens=self.prompt_tokens,
             new_tokens=config.llm.new_tokens,
-            depth=tracer.depth,
+            copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_own else 1.0) / tracer.depth,
             is_reserved=is_own,
         )
+        stages = [*stages_in_front(config, tracer, min(rows, CLIPS_AT_A_TIME) if is_own else rows), self.steps[-1]]
+        moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))
         return scale_beyond(moment, self.card.beyond_ratio)
 
     def token(self, rows: int) -> TokenWork:
@@ -230,6 +263,13 @@ def cached_bytes(tracer: Tracer) -> float:
     size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
     pooled = (tracer.config.pool_size or 1) ** 2
     return size * frames * rows * columns * tracer.sizes.embed_dim / pooled
+
+
+def unused_share(config: Config) -> float:
+    """What the allocator cannot hand out, of all but weights."""
+    if config.hardware.accelerator == "cpu":
+        return 0.0
+    return EXPANDABLE_SHARE if has_expandable_segments() else FIXED_SHARE
 
 
 def packed_bytes(config: Config, stage: Stage) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -152,13 +153,45 @@ def _processor_name() -> str:
 
 
 def _memory_gib() -> tuple[float, float]:
-    """All, and what a program may take; 0 where the system does not say."""
+    """All, and what a program may take; 0 where the system does not say. A container's limit counts as the machine's memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = {name: float(rest.split()[0]) * 1024 / GIB for name, _, rest in (line.partition(":") for line in lines)}
-        return sizes["MemTotal"], sizes["MemAvailable"]
+        total, free = sizes["MemTotal"], sizes["MemAvailable"]
     except (OSError, KeyError, ValueError, IndexError):
         return 0.0, 0.0
+    for limit, used in _container_gib():
+        total, free = min(total, limit), min(free, max(0.0, limit - used))
+    return total, free
+
+
+_GROUPS = Path("/sys/fs/cgroup")
+_NAMES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # of control groups, version 2 and 1
+
+
+def _container_gib() -> list[tuple[float, float]]:
+    """Limit and use of the control groups that this process is in, where they have a limit; files in memory that can go count as free."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    own = [path.strip("/") for _, kinds, path in (line.split(":", 2) for line in lines) if kinds in ("", "memory")]
+    folders = {folder for path in own for root in (_GROUPS, _GROUPS / "memory") for folder in (root / path, *(root / path).parents)}
+    found = []
+    for folder in sorted(folder for folder in folders if folder.is_relative_to(_GROUPS)):
+        for limit, use in _NAMES:
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+                most, used = int((folder / limit).read_text()), int((folder / use).read_text())
+                found.append((most / GIB, (used - _droppable_bytes(folder)) / GIB))
+    return found
+
+
+def _droppable_bytes(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def assumed_card(config: Config) -> Card:

@@ -1,4 +1,4 @@
-"""What a plan knows of the data: how long its captions are, where the data is there."""
+"""What a plan knows of the data, where the data is there: how many clips it has and how long its captions are."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.clips import load_splits
-from vlmcap.assembly.resolving import resolve_from_data, with_model_kind
+from vlmcap.assembly.resolving import caption_counts, resolve_from_data, with_model_kind
 from vlmcap.compose import compose, to_plain
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
+from vlmcap.planning.caption_lengths import CaptionLengths
 
 if TYPE_CHECKING:
     from vlmcap.types import Clip
@@ -51,6 +52,24 @@ def for_plan(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
         return resolve_from_data(config, clips) if clips else config
     except UserError:  # a plan is made before anything is downloaded
         return config
+
+
+def known_captions(config: Config) -> CaptionLengths | None:
+    """Lengths of the training captions; None where the data is not there, or the tokenizer cannot be had here.
+
+    Args:
+        config: Run configuration, as `planned` gives it.
+
+    Raises:
+        UserError: The data cannot be read.
+    """
+    if not (clips := known_clips(config).get("train")):
+        return None
+    try:
+        (counts,) = caption_counts(config, [clips])
+    except UserError:  # a plan is made before anything is downloaded
+        return None
+    return CaptionLengths.of(counts.tolist(), config.llm.caption_tokens) if counts.any() else None
 
 
 def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:

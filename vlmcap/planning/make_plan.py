@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.parts import lora_of
-from vlmcap.config import Config, Enforce, Engine, Strategy
+from vlmcap.config import Batching, Config, Enforce, Engine, Strategy
 from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
+from vlmcap.models.decoding.settings import clips_for
 from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.captioning import (
     MOST_ROWS,
     UNPACKED_BYTES,
@@ -18,10 +20,12 @@ from vlmcap.planning.captioning import (
     packed_bytes,
     plan_captions,
     stages_in_front,
+    unused_share,
     ways_to_merge,
 )
-from vlmcap.planning.hardware import GIB, Card, card_of
-from vlmcap.planning.memory import Stage, activations, scale_beyond, training_peak
+from vlmcap.planning.hardware import GIB, Card, card_of, present_processor
+from vlmcap.planning.host import HostBatch, host_peak, host_sentence, pinned_bytes
+from vlmcap.planning.memory import Moment, Stage, activations, scale_beyond, training_peak
 from vlmcap.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,71 +34,156 @@ if TYPE_CHECKING:
 NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
 
 
-def make_plan(config: Config, card: Card | None = None, tracer: Tracer | None = None, *, num_clips: int | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    card: Card | None = None,
+    tracer: Tracer | None = None,
+    *,
+    captions: CaptionLengths | None = None,
+    num_clips: int | None = None,
+) -> Plan:
     """The plan of a configuration for its GPU.
 
     Args:
         config: Run configuration.
         card: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
         tracer: Tracer of the same configuration, in place of an exact one.
+        captions: Lengths of the training captions, where they were counted; None assumes those of Korean captions.
         num_clips: Training clips, where they were counted; None takes data.max_clips, or as many as AI Hub's data set has.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
         NotPlannedError: The memory of this combination cannot be predicted.
     """
+    _check_plannable(config)
+    from vlmcap.planning.estimate.sizes import download_bytes
+    from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
+
+    # 1. Trace the stages of a training step, and models of scores.
+    card = card or calibrated_card(config)
+    tracer = tracer or Tracer(config, card.has_flash)
+    captions = captions or CaptionLengths.assumed(config.llm.caption_tokens)
+    num_kept = kept_within(config, tracer)
+    batch_size, _ = fullest_batch(config, tracer, captions)
+    steps = training_stages(config, tracer, num_kept, captions)
+    scores, unknown = _scores(config, tracer)
+    flops = _padded_flops(config, tracer, steps, captions, batch_size)
+
+    # 2. Find how many captions are written at a time, and put all together.
+    training = _training_moment(config, tracer, steps, batch_size)
+    written = plan_captions(config, card, tracer, steps, captions, scores)
+    return Plan(
+        **_stated(config, tracer),
+        card=card,
+        training=scale_beyond(training, card.beyond_ratio),
+        generation=written.moment,
+        host=_host_peak(config, tracer, steps, scores, batch_size, written.num_rows),
+        batch_size=batch_size,
+        flops=flops / batch_size,
+        clip_s=_step_seconds(config, flops, steps, card) / batch_size,
+        eval_batch_size=written.num_rows,
+        caption_s=written.caption_s,
+        token_s=written.token_s,
+        token_bytes=written.token.moved_bytes,
+        token_launches=written.token.num_launches,
+        is_captured=written.token.is_captured,
+        is_merged=written.is_merged,
+        num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
+        cache_bytes=cached_bytes(tracer),
+        download_bytes=download_bytes(config),
+        num_kept=num_kept,
+        not_counted=unknown,
+    )
+
+
+def _check_plannable(config: Config) -> None:
+    """`NotPlannedError` for what cannot be traced."""
     if config.tuning.use_lora and lora_of(config).use_dora and config.llm.quantization.name == "4bit":
         raise NotPlannedError(
             "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
             "plan it without DoRA, and leave room for one layer's weights in full"
         )
-    from vlmcap.planning.estimate.sizes import download_bytes
-    from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
 
-    # 1. Trace the stages of a training step, and find its fullest moment.
-    card = card or calibrated_card(config)
-    tracer = tracer or Tracer(config, card.has_flash)
-    num_kept = kept_within(config, tracer)
-    steps = training_stages(config, tracer, num_kept)
+
+def _stated(config: Config, tracer: Tracer) -> dict[str, Any]:
+    """What a plan says of its configuration."""
+    return {
+        "title": " + ".join(config.part_names.values()),
+        "hardware": config.hardware.name,
+        "is_cached": config.cache.enabled is True,
+        "num_visual": tracer.sizes.num_visual,
+        "num_text": tracer.sizes.num_prompt + config.llm.caption_tokens,
+        "num_caption": max(config.llm.caption_tokens, config.llm.new_tokens),
+        "is_caption_assumed": config.llm.is_length_open,
+        "num_frames": config.data.num_frames,
+    }
+
+
+def fullest_batch(config: Config, tracer: Tracer, captions: CaptionLengths) -> tuple[int, int]:
+    """Clips of a training batch, and caption tokens that each of them is padded to.
+
+    Under `data.max_tokens_per_batch` it holds as many of the shortest clips as there may be, and captions fill what is left.
+    """
+    budget, longest = config.data.max_tokens_per_batch, config.llm.caption_tokens
+    if budget is None:
+        return config.data.batch_size, longest
+    count = max(1, budget // (_prompt_tokens(tracer) + captions.tokens[0]))
+    return count, min(longest, max(1, budget // count - _prompt_tokens(tracer)))
+
+
+def _scores(config: Config, tracer: Tracer) -> tuple[dict[str, Stage], list[str]]:
+    """Models of scores by their names, and the settings of those that are not known here."""
+    traced = tracer.scores()
+    stages = {key.partition("_")[0]: Stage(key, trace) for key, trace in traced.items() if trace is not None}
+    return stages, [f"evaluation.{key}" for key, trace in traced.items() if trace is None]
+
+
+def _training_moment(config: Config, tracer: Tracer, steps: Sequence[Stage], batch_size: int) -> Moment:
+    """The fullest moment of a training step."""
     name, size = clip_bytes(config, tracer)
     accumulates = config.trainer.accumulate_grad_batches > 1
-    training = training_peak(steps, {name: size * config.data.batch_size}, config.optim.kind.value, accumulates=accumulates)
-
-    # 2. Find how many captions are written at a time, and what they take.
-    captions = plan_captions(config, card, tracer, steps)
-    return Plan(
-        title=" + ".join(config.part_names.values()),
-        hardware=config.hardware.name,
-        card=card,
-        training=scale_beyond(training, card.beyond_ratio),
-        generation=captions.moment,
-        num_visual=tracer.sizes.num_visual,
-        num_text=tracer.sizes.num_prompt + config.llm.caption_tokens,
-        num_caption=max(config.llm.caption_tokens, config.llm.new_tokens),
-        is_caption_assumed=config.llm.is_length_open,
-        batch_size=config.data.batch_size,
-        eval_batch_size=captions.num_rows,
-        num_frames=config.data.num_frames,
-        flops=sum(stage.trace.flops for stage in steps) / config.data.batch_size,
-        clip_s=_clip_seconds(config, steps, card),
-        caption_s=captions.caption_s,
-        token_s=captions.token_s,
-        token_bytes=captions.token.moved_bytes,
-        token_launches=captions.token.num_launches,
-        is_captured=captions.token.is_captured,
-        is_merged=captions.is_merged,
-        num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
-        cache_bytes=cached_bytes(tracer),
-        download_bytes=download_bytes(config),
-        is_cached=config.cache.enabled is True,
-        num_kept=num_kept,
-    )
+    held = {name: size * batch_size}
+    return training_peak(steps, held, config.optim.kind.value, accumulates=accumulates, unused_share=unused_share(config))
 
 
-def _clip_seconds(config: Config, steps: Sequence[Stage], card: Card) -> float:
-    flops, packed = sum(stage.trace.flops for stage in steps), packed_bytes(config, steps[-1])
-    checkpointed = config.hardware.gradient_checkpointing
-    return training_seconds(flops, packed, card, is_checkpointed=checkpointed) / config.data.batch_size
+def _host_peak(
+    config: Config, tracer: Tracer, steps: Sequence[Stage], scores: Mapping[str, Stage], batch_size: int, num_rows: int
+) -> Moment:
+    """The fullest moment of the host."""
+    _, size = clip_bytes(config, tracer)
+    data = config.data
+    clips = {
+        "training": batch_size,
+        "captions of validation": clips_for(num_rows, config.evaluation.clips_per_row),
+        "loss of validation": data.batch_size,
+    }
+    block_bytes = tracer.checkpoint_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
+    offloaded = tracer.depth * pinned_bytes(block_bytes)
+    return host_peak(config, steps, [HostBatch(name, size * count) for name, count in clips.items()], offloaded, scores)
+
+
+def _prompt_tokens(tracer: Tracer) -> int:
+    """Visual and text tokens in front of a caption."""
+    return tracer.sizes.num_visual + tracer.sizes.num_prompt
+
+
+def _padded_flops(config: Config, tracer: Tracer, steps: Sequence[Stage], captions: CaptionLengths, batch_size: int) -> float:
+    """Arithmetic of a step on a batch as long as batches are, where the trace has one of the longest captions.
+
+    A batch is padded to its longest clip: that of so many random ones, or of clips of like length. Arithmetic counts by tokens, which
+    leaves out that attention grows faster.
+    """
+    _, traced = fullest_batch(config, tracer, captions)
+    length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
+    padded = length if config.data.max_tokens_per_batch is None else traced
+    share = (_prompt_tokens(tracer) + min(padded, traced)) / (_prompt_tokens(tracer) + traced)
+    *front, language = (stage.trace.flops for stage in steps)
+    return sum(front) + share * language
+
+
+def _step_seconds(config: Config, flops: float, steps: Sequence[Stage], card: Card) -> float:
+    packed, checkpointed = packed_bytes(config, steps[-1]), config.hardware.gradient_checkpointing
+    return training_seconds(flops, packed, card, is_checkpointed=checkpointed)
 
 
 def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkpointed: bool) -> float:
@@ -131,18 +220,21 @@ def kept_within(config: Config, tracer: Tracer) -> int:
         return 0
     accumulates = config.trainer.accumulate_grad_batches > 1
 
+    captions = CaptionLengths.assumed(config.llm.caption_tokens)
+
     def needed(num_kept: int) -> float:
-        stages = training_stages(config, tracer, num_kept)
+        stages = training_stages(config, tracer, num_kept, captions)
         return activations(training_peak(stages, {}, config.optim.kind.value, accumulates=accumulates))
 
     most = tracer.depth - tracer.fewest_again
     return next((kept for kept in range(most, 0, -1) if needed(kept) <= budget * GIB), 0)
 
 
-def training_stages(config: Config, tracer: Tracer, num_kept: int) -> list[Stage]:
+def training_stages(config: Config, tracer: Tracer, num_kept: int, captions: CaptionLengths) -> list[Stage]:
     """The stages of a training step, the encoder left out where its features are stored."""
-    language = tracer.language(config.data.batch_size, config.llm.caption_tokens, num_kept)
-    return [*stages_in_front(config, tracer, config.data.batch_size), Stage("language model", language)]
+    num_clips, num_caption = fullest_batch(config, tracer, captions)
+    language = tracer.language(num_clips, num_caption, num_kept)
+    return [*stages_in_front(config, tracer, num_clips), Stage("language model", language)]
 
 
 def enforce_plan(config: Config) -> None:
@@ -166,15 +258,22 @@ def enforce_plan(config: Config) -> None:
     except Exception as error:  # a model that cannot be traced is no reason to lose a run
         print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
         return
-    if plan.fits:
-        return
-    sentence = (
-        f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) and "
-        f"hardware={plan.hardware} has {plan.card.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
-        "plan.enforce=warn trains all the same"
-    )
+    if not plan.fits:
+        sentence = (
+            f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) "
+            f"and hardware={plan.hardware} has {plan.card.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
+            "plan.enforce=warn trains all the same"
+        )
+        _refuse(config, sentence, plan.peak_gib, plan.card.usable_gib)
+    machine_gib = present_processor().total_gib
+    if sentence := host_sentence(config, plan.host, machine_gib):
+        _refuse(config, f"{sentence}, and plan.enforce=warn trains all the same", plan.host_gib, machine_gib)
+
+
+def _refuse(config: Config, sentence: str, needed_gib: float, usable_gib: float) -> None:
+    """Ends a run that cannot fit, or warns of it, as `plan.enforce` says."""
     if config.plan.enforce is Enforce.error:
-        raise DoesNotFit(sentence, plan.peak_gib, plan.card.usable_gib)
+        raise DoesNotFit(sentence, needed_gib, usable_gib)
     print(f"Warning: {sentence}", flush=True)
 
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from vlmcap.planning.estimate.stages import Bytes, StageTrace
 
-FRAGMENTATION = 0.05  # of all but weights: what the allocator holds and cannot hand out
+# What the allocator holds beside tensors, of all but weights, where its segments grow and where they have fixed sizes: at most so much in
+# steps on captions of different lengths, with PyTorch's allocator simulated (experiments/allocator).
+EXPANDABLE_SHARE, FIXED_SHARE = 0.12, 0.55
+_UNUSED = "fragmentation"
 FLOAT = 4  # bytes of a trained weight and of its gradient
 # Bytes a trained parameter: kept between steps, and taken while one is made.
 OPTIMIZERS = {"adamw": (8, 4), "adamw_fused": (8, 0), "adamw_8bit": (2.04, 0)}
@@ -28,8 +31,13 @@ class Moment:
 
     @property
     def total(self) -> float:
-        """Bytes."""
+        """Bytes that are reserved."""
         return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors."""
+        return self.total - self.parts.get(_UNUSED, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ def is_known(part: str) -> bool:
 
 def activations(moment: Moment) -> float:
     """Bytes that a step adds to weights, gradients and optimiser state."""
-    kept = ("gradients", "optimiser state", "fragmentation")
+    kept = ("gradients", "optimiser state", _UNUSED)
     return sum(size for name, size in moment.parts.items() if not is_weight(name) and name not in kept)
 
 
@@ -61,7 +69,7 @@ def weights(stages: Sequence[Stage]) -> Counter[str]:
     return Counter({f"{stage.name}: {kind}": size for stage in stages for kind, size in stage.trace.weights.items() if size})
 
 
-def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool) -> Moment:
+def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool, unused_share: float = 0.0) -> Moment:
     """The fullest moment of a training step.
 
     Args:
@@ -69,6 +77,7 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
         held: Bytes that lie on the card throughout, such as frames or stored features.
         optimizer: A key of `OPTIMIZERS`.
         accumulates: Gradients of earlier micro-batches are there from the beginning.
+        unused_share: What the allocator cannot hand out, of all but weights.
     """
     num_trained = sum(stage.trace.num_trained for stage in stages)
     state, work = OPTIMIZERS[optimizer]
@@ -85,7 +94,7 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
                 alive["gradients"] = FLOAT * num_trained  # type: ignore[assignment]
             moments[f"{stage.name}, {moment}"] = alive
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
-    return Moment(name, _finish(always, fullest))
+    return Moment(name, _finish(always, fullest, unused_share))
 
 
 def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, float]:
@@ -94,49 +103,65 @@ def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, flo
     return {"optimiser state": OPTIMIZERS[optimizer][0] * num_trained, "gradients": FLOAT * num_trained}
 
 
+@dataclass(frozen=True, slots=True)
+class Captioning:
+    """What captions of an evaluation batch take in the language model.
+
+    Attributes:
+        prefill: Pass over the prompts, without gradients.
+        validation: Pass for the loss of the same clips.
+        token_bytes: Keys and values of one token of one row.
+        num_rows: Rows that are written at a time.
+        num_read: Prompts of that pass.
+        prompt_tokens: Tokens of a prompt, visual ones included.
+        new_tokens: Most tokens of a caption.
+        copied_share: What a token copies of the keys and values, which are those of one block at a time.
+        is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are written.
+    """
+
+    prefill: StageTrace
+    validation: StageTrace
+    token_bytes: float
+    num_rows: int
+    num_read: int
+    prompt_tokens: int
+    new_tokens: int
+    copied_share: float
+    is_reserved: bool
+
+
 def generation_peak(
-    stages: Sequence[Stage],
-    held: Bytes,
-    prefill: StageTrace,
-    *,
-    cache_bytes: float,
-    num_rows: int,
-    num_read: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    depth: int,
-    is_reserved: bool,
+    stages: Sequence[Stage], held: Bytes, work: Captioning, scores: Mapping[str, Stage], *, unused_share: float = 0.0
 ) -> Moment:
-    """The fullest moment while captions are written: the pass of some clips up to their first token, or the last token of all.
+    """The fullest moment of evaluation: the prompt's pass, the last token with the cache at its longest, the loss, or a model of a score.
 
     Args:
         stages: Of the training step: their weights, and the forward passes in front of the language model.
         held: As there.
-        prefill: The language model's pass over prompts, without gradients.
-        cache_bytes: Keys and values of one token of one clip.
-        num_rows: Captions at a time.
-        num_read: Prompts of that pass.
-        prompt_tokens: Of a clip, visual ones included.
-        new_tokens: The most of a caption.
-        depth: Blocks of the language model.
-        is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are written.
+        work: Captions of an evaluation batch.
+        scores: Models of scores by their names, which run when the captions are written.
+        unused_share: As there.
     """
-    always = weights(stages) + Counter(dict(held))
-    cache = cache_bytes * num_rows * (prompt_tokens + new_tokens)
-    reserved: Counter[str] = Counter({"keys and values": cache}) if is_reserved else Counter()
+    always, last = weights(stages) + Counter(dict(held)), stages[-1].name
+    cache = work.token_bytes * work.num_rows * (work.prompt_tokens + work.new_tokens)
+    reserved: Counter[str] = Counter({"keys and values": cache}) if work.is_reserved else Counter()
     moments = {
         f"{stage.name}, {name}": _named(stage.name, peak) + reserved for stage in stages[:-1] for name, peak in _forward(stage.trace)
     }
-    attention = f"{stages[-1].name}: attention"
-    for name, peak in _forward(prefill):
-        alive = _named(stages[-1].name, peak)
+    moments |= {f"validation loss, {name}": _named(last, peak) for name, peak in _forward(work.validation)}
+    attention = f"{last}: attention"
+    for name, peak in _forward(work.prefill):
+        alive, cached = _named(last, peak), work.token_bytes * work.num_read * work.prompt_tokens
         # The trace keeps the keys and values of all blocks until its end, among what attention made.
-        kept = min(cache_bytes * num_read * prompt_tokens, alive[attention]) if name in ("forward last", "forward end") else 0
-        own = Counter({"keys and values": kept}) if not is_reserved else reserved
+        kept = min(cached, alive[attention]) if name in ("forward last", "forward end") else 0
+        own = reserved if work.is_reserved else Counter({"keys and values": kept})
         moments[f"prompt, {name}"] = alive - Counter({attention: kept}) + own
-    moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache / depth})
+    moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache * work.copied_share})
+    for name, stage in scores.items():
+        own = Counter({f"{name}: weights": sum(stage.trace.weights.values())})
+        moments |= {f"{name}, {moment}": own + _named(name, peak) for moment, peak in _forward(stage.trace)}
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
-    return Moment(name, _finish(always, fullest))
+    return Moment(name, _finish(always, fullest, unused_share))
 
 
 def _forward(trace: StageTrace) -> list[tuple[str, Bytes]]:
@@ -158,10 +183,15 @@ def _sum(stages: object) -> Counter[str]:
     return total
 
 
-def _finish(always: Counter[str], fullest: Counter[str]) -> dict[str, float]:
-    """All parts, largest first, with what fragmentation takes."""
+def _finish(always: Counter[str], fullest: Counter[str], unused_share: float) -> dict[str, float]:
+    """All parts, largest first, with what the allocator holds beside them."""
     parts = always + fullest
-    parts["fragmentation"] = FRAGMENTATION * fullest.total()  # type: ignore[assignment]
+    parts[_UNUSED] = unused_share * fullest.total()  # type: ignore[assignment]
+    return largest_first(parts)
+
+
+def largest_first(parts: Bytes) -> dict[str, float]:
+    """The parts that take anything, largest first."""
     return dict(sorted(((name, float(size)) for name, size in parts.items() if size > 0), key=lambda item: -item[1]))
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.planning.hardware import GIB, Card
+from vlmcap.planning.hardware import GIB, Card, present_processor
 from vlmcap.planning.memory import Moment, activations, is_weight
 from vlmcap.terminal import duration, gigabytes, grouped
 
 _WIDTH = 30  # characters of the longest bar
 _SMALL = 0.1 * GIB  # parts below are added up
+_HOST_PARTS = 3  # of the host's memory that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class Plan:
         hardware: Name of the profile.
         card: Its figures.
         training: The fullest moment of a training step.
-        generation: The fullest moment while captions are written.
+        generation: The fullest moment while captions are written and scored.
+        host: The fullest moment of the host's memory.
         num_visual: Visual tokens of a clip.
         num_text: Text tokens of a clip, the longest caption included.
         num_caption: Tokens of the longest caption, read or written.
@@ -66,6 +68,7 @@ class Plan:
         download_bytes: Weights of the bases that this machine does not have yet.
         is_cached: Features come from disk, and the encoder is not on the card.
         num_kept: Layers that are not computed again under hardware.activation_budget_gib.
+        not_counted: Settings of models whose size is not known here.
         changes: That make it fit where it does not.
     """
 
@@ -74,6 +77,7 @@ class Plan:
     card: Card
     training: Moment
     generation: Moment
+    host: Moment
     num_visual: int
     num_text: int
     num_caption: int
@@ -94,20 +98,23 @@ class Plan:
     download_bytes: float
     is_cached: bool
     num_kept: int = 0
+    not_counted: Sequence[str] = ()
     changes: Sequence[Change] = ()
-
-    def _gib(self, moment: Moment) -> float:
-        return moment.total / GIB + self.card.context_gib
 
     @property
     def training_gib(self) -> float:
-        """Peak of a training step, the context included."""
-        return self._gib(self.training)
+        """Peak of a training step: what PyTorch reserves, and the context."""
+        return self.training.total / GIB + self.card.context_gib
 
     @property
     def generation_gib(self) -> float:
-        """Peak of generation, the context included."""
-        return self._gib(self.generation)
+        """Peak of generation: what PyTorch reserves, and the context."""
+        return self.generation.total / GIB + self.card.context_gib
+
+    @property
+    def host_gib(self) -> float:
+        """Peak of the host's memory."""
+        return self.host.total / GIB
 
     @property
     def peak_gib(self) -> float:
@@ -142,8 +149,11 @@ class Plan:
             "weights_gib": round(self.weights_gib, 3),
             "activations_gib": round(self.activations_gib, 3),
             "context_gib": self.card.context_gib,
-            "training": {"moment": self.training.name, "parts_gib": _rounded(self.training.parts)},
-            "generation": {"moment": self.generation.name, "parts_gib": _rounded(self.generation.parts)},
+            "training": _plain_moment(self.training),
+            "generation": _plain_moment(self.generation),
+            "host_gib": round(self.host_gib, 3),
+            "host": {"moment": self.host.name, "parts_gib": _rounded(self.host.parts)},
+            "not_counted": list(self.not_counted),
             "visual_tokens": self.num_visual,
             "text_tokens": self.num_text,
             "caption_tokens": self.num_caption,
@@ -169,6 +179,11 @@ class Plan:
         }
 
 
+def _plain_moment(moment: Moment) -> dict[str, Any]:
+    sizes = {"allocated_gib": round(moment.allocated / GIB, 3), "reserved_gib": round(moment.total / GIB, 3)}
+    return {"moment": moment.name, **sizes, "parts_gib": _rounded(moment.parts)}
+
+
 def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: round(size / GIB, 4) for name, size in parts.items()}
 
@@ -182,7 +197,8 @@ def show_plan(plan: Plan, *, is_whole: bool = False) -> None:
     """
     console = Console(highlight=False)
     for what, moment, gib in (("Training", plan.training, plan.training_gib), ("Generation", plan.generation, plan.generation_gib)):
-        console.print(f"{what}: {gib:.1f} GiB at its peak ({moment.name})", style="bold", markup=False)
+        tensors = f", {moment.allocated / GIB:.1f} of it tensors" if moment.allocated < moment.total else ""
+        console.print(f"{what}: {gib:.1f} GiB at its peak{tensors} ({moment.name})", style="bold", markup=False)
         table = Table(box=None, show_header=False)
         table.add_column(overflow="fold")
         table.add_column(justify="right")
@@ -213,10 +229,21 @@ def _costs(plan: Plan) -> Table:
     table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
     table.add_row("captioning", f"{plan.eval_batch_size} at a time")
     download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
+    table.add_row("host", _host(plan.host))
     table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {download}")
+    if plan.not_counted:
+        table.add_row("not counted", f"{' and '.join(plan.not_counted)}, whose config.json is not here")
     if plan.card.calibrated:
         table.add_row("figures", f"calibrated on {plan.card.calibrated}")
     return table
+
+
+def _host(host: Moment) -> str:
+    """The host's memory, what takes most of it, and what is here."""
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*host.parts.items()][:_HOST_PARTS])
+    here = present_processor().total_gib
+    machine = f"; this machine has {here:.1f}" if here else ""
+    return f"{host.total / GIB:.1f} GiB of memory while {host.name} ({parts}){machine}"
 
 
 def _verdict(plan: Plan) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from vlmcap.training.objects import Run, build_run
 from vlmcap.training.summary import show_start
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch import Tensor
 
     from vlmcap.assembly.model import Assembly
@@ -91,17 +92,24 @@ def _may_shrink(config: Config, run: Run, resumed: Path | None) -> bool:
 def _fit_once(run: Run, resumed: Path | None) -> str | None:
     """Trains; what the allocator said where memory ran out. The exception itself is not kept, as it holds all that it came through."""
     try:
-        with run.data.watch.naming_clips(), listening(run):
+        with run.data.watch.naming_clips(), listening(run), keeping_interrupts(run.trainer):
             run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resumed, weights_only=True)
-    except SystemExit as error:
-        if run.trainer.interrupted:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return first_line(error)
     return None
+
+
+@contextmanager
+def keeping_interrupts(trainer: L.Trainer) -> Iterator[None]:
+    """Within it, Ctrl-C stays a KeyboardInterrupt, of which Lightning makes a SystemExit."""
+    try:
+        yield
+    except SystemExit as error:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
 
 
 def listening(run: Run) -> AbstractContextManager[None]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from vlmcap.data.loading.datamodule import CaptionDataModule
+    from vlmcap.data.quarantine import Ledger
+    from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.stopping import Trial
     from vlmcap.training.module import CaptioningModule
@@ -67,7 +69,6 @@ def build_run(
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.scorer import CaptionScorer
     from vlmcap.training.loggers.make import make_evaluation_loggers, make_loggers
-    from vlmcap.training.module import CaptioningModule
     from vlmcap.training.profiling.callback import step_profile
     from vlmcap.training.schedule import StagePlan
 
@@ -79,33 +80,51 @@ def build_run(
         # Training starts from the same random state whatever was cached before, and each process drops out other units.
         L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
-    module = CaptioningModule(
-        assembly.captioner,
-        plan,
-        config.optim,
-        identity=checkpoint_identity(config, assembly.sources),
-        ledger=open_ledger(config, data.clips),
-        max_label_tokens=config.data.max_tokens_per_batch or config.data.batch_size * config.llm.caption_tokens,
-        sharder=make_sharder(config),
-    )
+    module = make_module(config, assembly.captioner, plan, checkpoint_identity(config, assembly.sources), open_ledger(config, data.clips))
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)
     callbacks = _common_callbacks(config, data, evaluation, folder, trial)
     if not is_training:
         loggers = make_evaluation_loggers(config, to_plain(config), folder)
-        return Run(module, data, _make_trainer(config, plan, folder, callbacks, loggers), evaluation, folder)
+        return Run(module, data, make_trainer(config, plan, folder, callbacks, loggers), evaluation, folder)
     profile = step_profile(config, data, folder)
     callbacks += _training_callbacks(config, plan, profile, folder)
     loggers = make_loggers(config, to_plain(config), folder, step)
-    trainer = _make_trainer(
+    trainer = make_trainer(
         config, plan, folder, callbacks, loggers, enable_checkpointing=True, profiler=profile.profiler if profile else None
     )
     return Run(module, data, trainer, evaluation, folder)
 
 
-def _make_trainer(
+def make_module(
+    config: Config, captioner: VideoCaptioner, plan: StagePlan, identity: Mapping[str, Any], ledger: Ledger
+) -> CaptioningModule:
+    """The module of a run, and of a measurement.
+
+    Args:
+        config: Run configuration.
+        captioner: The model.
+        plan: Stages and rates.
+        identity: Plain data that goes into every checkpoint.
+        ledger: Takes the clips that cannot be used.
+    """
+    from vlmcap.training.module import CaptioningModule
+
+    max_label_tokens = config.data.max_tokens_per_batch or config.data.batch_size * config.llm.caption_tokens
+    return CaptioningModule(
+        captioner,
+        plan,
+        config.optim,
+        identity=identity,
+        ledger=ledger,
+        max_label_tokens=max_label_tokens,
+        sharder=make_sharder(config),
+    )
+
+
+def make_trainer(
     config: Config, plan: StagePlan, folder: Path, callbacks: list[L.Callback], loggers: list[Logger], **settings: Any
 ) -> L.Trainer:
-    """The trainer; `settings` are those that an evaluation leaves out."""
+    """The trainer of a run, and of a measurement; `settings` are further ones of Lightning's."""
     import lightning as L
 
     from vlmcap.training.callbacks.saving import AtomicCheckpointIO
@@ -119,7 +138,6 @@ def _make_trainer(
         max_epochs=plan.num_epochs,
         accumulate_grad_batches=config.trainer.accumulate_grad_batches,
         gradient_clip_val=config.optim.max_grad_norm,
-        check_val_every_n_epoch=config.evaluation.every_n_epochs,
         log_every_n_steps=config.trainer.log_every_n_steps,
         num_sanity_val_steps=0,
         logger=loggers or False,
@@ -129,7 +147,7 @@ def _make_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,  # the data module's own sampler never repeats a clip in evaluation
         default_root_dir=folder,
-        **{"enable_checkpointing": False, **settings},
+        **{"enable_checkpointing": False, "check_val_every_n_epoch": config.evaluation.every_n_epochs, **settings},
     )
 
 

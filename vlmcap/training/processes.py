@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.parts import device_of, dtype_of, uses_expert_adapters
-from vlmcap.config import Config, EncoderTuning, Precision, Strategy
+from vlmcap.assembly.parts import autocast_dtype, device_of, uses_expert_adapters
+from vlmcap.config import Config, EncoderTuning, Strategy
 from vlmcap.locks import claimed_folder
 from vlmcap.overrides import quoted
 
@@ -145,7 +145,7 @@ def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.devic
     """What cuts the captioner into shards, or None where it stays whole."""
     if config.trainer.strategy is not Strategy.fsdp2:
         return None
-    dtype = None if config.hardware.precision is Precision.fp32 else dtype_of(config.hardware.precision)
+    dtype = autocast_dtype(config)
 
     def shard(captioner: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         from vlmcap.training.sharding import shard_captioner

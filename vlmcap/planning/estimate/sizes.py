@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -121,6 +122,12 @@ def writes_itself(config: Config) -> bool:
     return config.evaluation.is_refilling and has_plain_inputs and is_decodable(text_config(config), None)
 
 
+def grouped_queries(config: Config) -> float:
+    """Heads of queries that share one of keys and values."""
+    text = text_config(config)
+    return float(text.num_attention_heads / (getattr(text, "num_key_value_heads", None) or text.num_attention_heads))
+
+
 def active_experts(config: Config, num_tokens: int) -> tuple[float, int]:
     """Experts of a layer that at least one of so many tokens chooses, under even routing, and all experts; (0, 0) without any."""
     text = text_config(config)
@@ -166,36 +173,50 @@ def _parameters(module: nn.Module) -> int:
 
 
 def language_batch(
-    num_clips: int, runs: Sequence[int], num_prompt: int, num_caption: int, grid_thw: GridTHW | None = None, gap: int = 0
+    captions: Sequence[int],
+    runs: Sequence[int],
+    num_prompt: int,
+    grid_thw: GridTHW | None = None,
+    gap: int = 0,
+    *,
+    is_packed: bool = False,
 ) -> Batch:
-    """A batch of equal clips without padding, as the collator makes it; its frames or features are made elsewhere.
+    """A batch of clips of one size, as the collator makes it: padded on the right, or packed; its frames or features are made elsewhere.
 
     Its ids and masks are real tensors, as their values decide on shapes.
 
     Args:
-        num_clips: B.
+        captions: Caption tokens of each clip, end token included; those of a batch for generation are 0.
         runs: Visual tokens of each run; V is their sum.
         num_prompt: Text tokens in front of the caption, half of them before the visual tokens.
-        num_caption: T, end token included; 0 makes a batch for generation.
         grid_thw: A clip's size in patches, where the model's positions go by it.
         gap: Text tokens between two runs.
+        is_packed: Whether all clips stand in one row.
     """
     before = num_prompt // 2
-    visual = [False] * before
+    prompt = [False] * before
     for index, run in enumerate(runs):
-        visual += [False] * (gap if index else 0) + [True] * run
-    visual += [False] * (num_prompt - before + num_caption)
-    mask = torch.tensor(visual).expand(num_clips, -1).clone()
-    ids = torch.ones(mask.shape, dtype=torch.int64)
-    labels = torch.full_like(ids, IGNORED)
-    if num_caption:
-        labels[:, -num_caption:] = 1
+        prompt += [False] * (gap if index else 0) + [True] * run
+    prompt += [False] * (num_prompt - before)
+    is_visual, lengths = torch.tensor(prompt), [len(prompt) + count for count in captions]
+    shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
+    starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
+    ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    attention, visual, labels = torch.zeros_like(ids), torch.zeros(shape, dtype=torch.bool), torch.full_like(ids, IGNORED)
+    for index, length in enumerate(lengths):
+        row, start = (0 if is_packed else index), starts[index]
+        visual[row, start : start + len(prompt)] = is_visual
+        attention[row, start : start + length] = 1
+        labels[row, start + len(prompt) : start + length] = 1
+        positions[row, start : start + length] = torch.arange(length)
+    is_labelled = any(captions)
     return Batch(
-        clips=tuple(Clip(str(index), "", ("",)) for index in range(num_clips)),
+        clips=tuple(Clip(str(index), "", ("",)) for index in range(len(captions))),
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        visual_mask=mask,
-        labels=labels if num_caption else None,
-        is_right_padded=num_caption > 0,
-        grid_thw=None if grid_thw is None else (grid_thw,) * num_clips,
+        attention_mask=attention,
+        visual_mask=visual,
+        labels=labels if is_labelled else None,
+        is_right_padded=is_labelled,
+        position_ids=positions if is_packed else None,
+        grid_thw=None if grid_thw is None else (grid_thw,) * len(captions),
     )

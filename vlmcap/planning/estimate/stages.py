@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
+from vlmcap.models.precision import autocast
 from vlmcap.planning.estimate.live_bytes import LiveBytes, OnCard, tag_module
 
 Bytes = Mapping[str, float]
@@ -228,7 +229,7 @@ def trace_stage(
     stage.mark(module, live)
     with mode, live, OnCard(live, has_flash), torch.set_grad_enabled(has_backward):
         live.enter("forward start")
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        with autocast("cpu", dtype):
             output = forward()
         retained = live.snapshot()
         launches = dict(live.launches)

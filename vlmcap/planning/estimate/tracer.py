@@ -19,8 +19,8 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.assembly.parts import dtype_of, lora_of, loss_chunk_bytes
-from vlmcap.config import Config, EncoderTuning, Precision, PretrainedVlmConfig, Qwen3VlConfig
+from vlmcap.assembly.parts import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
+from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.merge import adapters_for_captions
@@ -30,13 +30,15 @@ from vlmcap.planning.estimate.meta_models import (
     hollow_encoder,
     hollow_llm,
     hollow_projector,
+    once,
     outline,
     plain_vision_blocks,
     planned_sizes,
     text_config,
     whole_outline,
 )
-from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch, sizes_of
+from vlmcap.planning.estimate.score_models import KEYS, trace_scores
+from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch, sizes_of, writes_itself
 from vlmcap.planning.estimate.stages import (
     Anchors,
     StageTrace,
@@ -47,6 +49,7 @@ from vlmcap.planning.estimate.stages import (
     trace_stage,
 )
 from vlmcap.plugins import plugins_of
+from vlmcap.types import Batch
 
 ORIGINALS = "originals of weights"  # that others stand in for while captions are written
 _SHORT = 2  # blocks of the shorter of two traces
@@ -159,22 +162,46 @@ class Tracer:
         key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
         return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
 
-    def language(self, num_clips: int, num_caption: int, num_kept: int = 0) -> StageTrace:
-        """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with."""
-        key, make = self._language_key(num_clips, num_caption), partial(self._trace_language, num_clips, num_caption)
+    def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageTrace:
+        """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with.
+
+        Args:
+            num_clips: B.
+            num_caption: Caption tokens of each clip.
+            num_kept: Last blocks that are not computed again.
+            is_training: False for the loss of validation, which has no way back.
+        """
+        key = self._language_key(num_clips, num_caption, is_training)
+        make = partial(self._trace_language, num_clips, num_caption, is_training)
         return self._trace_kept(key, num_kept, make) if num_kept else self._trace("language", key, self.depth, make)
 
-    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0) -> StageTrace:
+    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0, *, is_training: bool = True) -> StageTrace:
         """The same of as few blocks as may stand for all, and `num_more`."""
-        key, make = self._language_key(num_clips, num_caption), partial(self._trace_language, num_clips, num_caption)
+        key = self._language_key(num_clips, num_caption, is_training)
+        make = partial(self._trace_language, num_clips, num_caption, is_training)
         return self._keep("language", key, self.short("language") + num_more, make)
 
-    def _language_key(self, num_clips: int, num_caption: int) -> dict[str, Any]:
+    def scores(self) -> dict[str, StageTrace | None]:
+        """Models of scores by their settings; None for those that are not known here. They are the same for all configurations."""
+        checkpoints = {key: getattr(self.config.evaluation, key) for key in KEYS}
+        return once(["scores", checkpoints], lambda: trace_scores(self.config, self.has_flash))  # type: ignore[no-any-return]
+
+    def checkpoint_bytes(self, num_clips: int, num_caption: int) -> float:
+        """Input of a checkpointed block of the language model."""
+        width = int(text_config(self.config).hidden_size)
+        num_tokens = num_clips * (self.sizes.num_visual + self.sizes.num_prompt + num_caption)
+        return float(num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
+
+    def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
         key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
         key |= {"merged": self.is_merged and not num_caption}
+        key |= {"training": is_training, "packed": self._packs(num_caption, is_training), "engine": writes_itself(self.config)}
         return key | {"offload": self.config.hardware.offload_checkpoints}
+
+    def _packs(self, num_caption: int, is_training: bool) -> bool:
+        return self.config.data.batching is Batching.packed and num_caption > 0 and is_training
 
     def short(self, what: str) -> int:
         """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
@@ -205,11 +232,6 @@ class Tracer:
     def _encoder_tuning(self) -> Any:
         return [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))] if self.trains_encoder else None
 
-    @property
-    def _autocast(self) -> torch.dtype | None:
-        precision = self.config.hardware.precision
-        return None if precision is Precision.fp32 else dtype_of(precision)
-
     def _trace_encoder(self, num_clips: int, depth: int) -> StageTrace:
         mode = _fake_mode()
         encoder = hollow_encoder(self.config, mode, depth or None)
@@ -225,7 +247,7 @@ class Tracer:
             mode=mode,
             blocks=() if self.config.is_whole or not depth else list(blocks_of(encoder, depth)),
             inputs=[frames],
-            dtype=self._autocast,
+            dtype=autocast_dtype(self.config),
             has_flash=self.has_flash,
             has_backward=self.trains_encoder,
         )
@@ -246,20 +268,25 @@ class Tracer:
             lambda: projector(features, grid=(rows, columns), prompt=prompt),
             mode=mode,
             inputs=[features, prompt],
-            dtype=self._autocast,
+            dtype=autocast_dtype(self.config),
             has_flash=self.has_flash,
             has_backward=is_trained or self.trains_encoder,
         )
 
-    def _trace_language(self, num_clips: int, num_caption: int, depth: int, num_kept: int = 0) -> StageTrace:
+    def _trace_language(self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0) -> StageTrace:
         mode = _fake_mode()
+        is_training = is_training and num_caption > 0
         llm, captioner_class = hollow_llm(self.config, mode, depth, self.has_flash, num_kept)
-        llm.train(num_caption > 0)
+        llm.train(is_training)
         width = int(text_config(self.config).hidden_size) * self._deep_layers()
         with mode:
-            visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=num_caption > 0)
+            visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=is_training)
         grid = self.sizes.grid if self.config.is_whole else None
-        batch = language_batch(num_clips, self.sizes.runs, PROMPT_TOKENS, num_caption, grid, self.sizes.gap)
+        captions = [num_caption, *[max(0, num_caption - 1)] * (num_clips - 1)]  # padded, as batches are: a mask that says so is not dropped
+        is_packed = self._packs(num_caption, is_training)
+        batch = language_batch(captions, self.sizes.runs, PROMPT_TOKENS, grid, self.sizes.gap, is_packed=is_packed)
+        if not num_caption:
+            batch = self._padded_prompts(batch)
         prompt: Any = SimpleNamespace(question_ids=[1])
         captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config))
         captioner.encode = lambda batch: visual  # type: ignore[method-assign]
@@ -283,9 +310,9 @@ class Tracer:
             mode=mode,
             blocks=list(blocks_of(base_model(llm), depth)),
             inputs=[visual],
-            dtype=self._autocast,
+            dtype=autocast_dtype(self.config),
             has_flash=self.has_flash,
-            has_backward=num_caption > 0,
+            has_backward=is_training,
             num_kept=num_kept,
         )
         return trace() if num_caption else self._for_captions(llm, mode, trace)
@@ -293,12 +320,21 @@ class Tracer:
     def _for_captions(self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageTrace]) -> StageTrace:
         """A trace with the adapters as they are while captions are written; what they stand in for is among the weights."""
         before = {id(parameter): parameter for parameter in llm.parameters()}
-        autocast = torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None)
+        dtype = autocast_dtype(self.config)
+        autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
         with mode, autocast, torch.no_grad(), adapters_for_captions(llm, is_merged=self.is_merged):
             found = trace()
             now = {id(parameter) for parameter in llm.parameters()}
         originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
         return dataclasses.replace(found, weights={**found.weights, ORIGINALS: originals})
+
+    def _padded_prompts(self, batch: Batch) -> Batch:
+        """Prompts as the engine reads them: ours on the right and without a mask, transformers' on the left where clips differ in size."""
+        if writes_itself(self.config):
+            return dataclasses.replace(batch, is_right_padded=True)
+        if self.config.is_whole or len(outline(self.config).possible_grids(self.config.data.num_frames)) > 1:
+            batch.attention_mask[1:, 0] = 0
+        return batch
 
     def _deep_layers(self) -> int:
         """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
@@ -319,26 +355,28 @@ class QuickTracer(Tracer):
         """Features to visual tokens, from one and two clips."""
         return clips_of(super().projector(1), super().projector(2), num_clips)
 
-    def language(self, num_clips: int, num_caption: int, num_kept: int = 0) -> StageTrace:
+    def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageTrace:
         """Interpolated by tokens and blocks; with kept layers, traced as ever."""
         if num_kept:
             return super().language(num_clips, num_caption, num_kept)
         num_tokens = num_clips * (self.sizes.num_visual + PROMPT_TOKENS + num_caption)
-        return self.anchors(num_caption).at(num_tokens, self.depth - self.short("language"), num_clips)
+        return self.anchors(num_caption, is_training=is_training).at(num_tokens, self.depth - self.short("language"), num_clips)
 
-    def anchors(self, num_caption: int) -> Anchors:
+    def anchors(self, num_caption: int, *, is_training: bool = True) -> Anchors:
         """The traces of the language model, the same for all sizes of this configuration."""
-        text, has_more = PROMPT_TOKENS + num_caption, num_caption > 0 and self.config.data.batch_size > 1
+        text, data = PROMPT_TOKENS + num_caption, self.config.data
+        has_more = num_caption > 0 and data.batch_size > 1
+        is_checkpointed = is_training and num_caption > 0 and self.config.hardware.gradient_checkpointing
         few = max(_FEW, 4 * text)
         base, wide = self._with_visual(few - text), self._with_visual(few + _MANY - text)
         return Anchors(
             num_tokens=few,
             num_more_tokens=few + _MANY,
-            short=base.shallow_language(1, num_caption),
-            longer=base.shallow_language(1, num_caption, 1),
-            wide=wide.shallow_language(1, num_caption),
-            wide_longer=None if num_caption and self.config.hardware.gradient_checkpointing else wide.shallow_language(1, num_caption, 1),
-            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption) if has_more else None,
+            short=base.shallow_language(1, num_caption, is_training=is_training),
+            longer=base.shallow_language(1, num_caption, 1, is_training=is_training),
+            wide=wide.shallow_language(1, num_caption, is_training=is_training),
+            wide_longer=None if is_checkpointed else wide.shallow_language(1, num_caption, 1, is_training=is_training),
+            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption, is_training=is_training) if has_more else None,
         )
 
     def _with_visual(self, num_visual: int) -> Tracer:

@@ -176,6 +176,7 @@ def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
             if what == "llm":
                 tracer = _tracer(config, sizes=False)
                 tracer.anchors(config.llm.caption_tokens)
+                tracer.anchors(config.llm.caption_tokens, is_training=False)
                 for is_merged in ways_to_merge(config):
                     tracer.with_adapters(is_merged=is_merged).anchors(0)
                 continue

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vlmcap.config import Config, DemoDataConfig, EncoderTuning
 from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError
-from vlmcap.planning.known_data import known_clips, planned
+from vlmcap.planning.known_data import known_captions, known_clips, planned
 from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
 from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, propose
 from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
@@ -90,7 +90,7 @@ class _Sweep:
 def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
     refusal, peak_gib, usable_gib, seconds = "", 0.0, 0.0, ClipSeconds(0.0, 0.0, 0.0, 0.0)
     try:
-        plan = make_plan(config)
+        plan = make_plan(config, captions=known_captions(config))
         peak_gib, usable_gib, seconds = plan.peak_gib, plan.card.usable_gib, _seconds(config, plan)
     except UserError as error:  # the others run
         refusal = str(error)

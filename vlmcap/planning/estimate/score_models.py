@@ -1,0 +1,94 @@
+"""The models of scores that run on the GPU when a run ends, at true size and without weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModel
+
+from vlmcap.config import Config
+from vlmcap.errors import UserError
+from vlmcap.metrics.model_based import BertScorer, SiglipScorer
+from vlmcap.models.checkpoint import locate_description
+from vlmcap.models.encoders.tower import read_config
+from vlmcap.models.known import known_config
+from vlmcap.planning.estimate.fake_tensors import fill_hollow
+from vlmcap.planning.estimate.stages import StageTrace, trace_stage
+
+KEYS = ("siglip_checkpoint", "bert_checkpoint")
+
+
+def trace_scores(config: Config, has_flash: bool) -> dict[str, StageTrace | None]:
+    """A trace of each model that `evaluation` names, by its key; None where its `config.json` cannot be had.
+
+    Args:
+        config: Run configuration.
+        has_flash: Whether the GPU has fused attention for grouped queries.
+    """
+    traced: dict[str, StageTrace | None] = {}
+    for key in KEYS:
+        if (checkpoint := getattr(config.evaluation, key)) is not None:
+            try:
+                traced[key] = _trace(key, _settings(key, checkpoint), has_flash)
+            except UserError:  # a plan is made before anything is downloaded, and the run says what is missing
+                traced[key] = None
+    return traced
+
+
+def _settings(key: str, checkpoint: str) -> Any:
+    values = known_config(checkpoint) or read_config(locate_description(checkpoint, None, key=f"evaluation.{key}"))
+    return AutoConfig.for_model(**values)
+
+
+def _trace(key: str, settings: Any, has_flash: bool) -> StageTrace:
+    """The scorer's pass over a full batch, in float32 as the scorer computes."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(settings, dtype=torch.float32).eval().requires_grad_(False)
+    fill_hollow(model, mode)
+    forward = _text_pass(model) if key == "bert_checkpoint" else _image_pass(model, mode)
+    return trace_stage(model, forward, mode=mode, dtype=None, has_flash=has_flash, has_backward=False)
+
+
+def _text_pass(model: Any) -> Callable[[], Tensor]:
+    """Texts as long as the encoder reads; all layers' states are kept, as the scorer takes one of them."""
+    ids = torch.ones(_batch_size(BertScorer), int(model.config.max_position_embeddings), dtype=torch.int64)
+    if "roberta" in model.config.model_type:  # which counts positions from behind the padding's
+        ids = ids[:, : -(model.config.pad_token_id + 1)] + model.config.pad_token_id + 1
+
+    def forward() -> Tensor:
+        output: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states[-1]
+        return output
+
+    return forward
+
+
+def _image_pass(model: Any, mode: FakeTensorMode) -> Callable[[], Tensor]:
+    """Frames of the tower's own size, or as many patches where sizes vary; texts are shorter."""
+    vision, count = model.config.vision_config, _batch_size(SiglipScorer)
+    inputs: dict[str, Any] = {}
+    with mode:
+        if getattr(vision, "num_patches", None) and model.config.model_type == "siglip2":
+            inputs["pixel_values"] = torch.empty(count, vision.num_patches, 3 * vision.patch_size**2)
+        else:
+            inputs["pixel_values"] = torch.empty(count, 3, vision.image_size, vision.image_size)
+    if model.config.model_type == "siglip2":
+        side = int(vision.num_patches**0.5)
+        inputs["pixel_attention_mask"] = torch.ones(count, vision.num_patches, dtype=torch.int64)
+        inputs["spatial_shapes"] = torch.tensor([[side, side]] * count)
+
+    def forward() -> Tensor:
+        pooled: Tensor = model.get_image_features(**inputs).pooler_output
+        return pooled
+
+    return forward
+
+
+def _batch_size(scorer: type) -> int:
+    """Texts or frames at a time, as the scorer has it."""
+    return int(inspect.signature(scorer).parameters["batch_size"].default)

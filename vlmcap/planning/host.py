@@ -1,0 +1,101 @@
+"""Memory of the host that a run takes: the process itself, what passes through it, and data workers with their batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlmcap.config import Config, Strategy
+from vlmcap.planning.hardware import GIB
+from vlmcap.planning.memory import FLOAT, OPTIMIZERS, Moment, Stage, largest_first
+
+_MIB = 2**20
+# Measured with the CPU builds of torch 2.13, transformers 5.23, peft and lightning: private memory of a process that has imported all that
+# a run imports, and of a data worker and its decoding process after a few clips. What a CUDA build adds is not known here.
+PROCESS_BYTES = 550 * _MIB
+WORKER_BYTES, DECODER_BYTES = 60 * _MIB, 120 * _MIB
+_DECODED_BYTES = 2 * 1920 * 1080 * 3  # of a frame of 1080p, as it is decoded and while it is resized
+_PREFETCHED = 2  # training batches of each worker that wait, torch's own default; of others one waits
+
+
+@dataclass(frozen=True, slots=True)
+class HostBatch:
+    """A batch as data workers hand it over.
+
+    Attributes:
+        loader: Name of its loader.
+        num_bytes: Bytes of its frames or features.
+    """
+
+    loader: str
+    num_bytes: float
+
+
+def host_peak(
+    config: Config,
+    steps: Sequence[Stage],
+    batches: Sequence[HostBatch],
+    offloaded: float,
+    scores: Mapping[str, Stage],
+) -> Moment:
+    """The fullest moment of the host.
+
+    Args:
+        config: Run configuration.
+        steps: Stages of a training step.
+        batches: Batches of the loaders whose workers live at once: those of training, of captions, and of the loss of validation.
+        offloaded: Bytes that checkpointed inputs of blocks take in host memory.
+        scores: Stages of models of scores.
+    """
+    num_trained = sum(stage.trace.num_trained for stage in steps)
+    process = {"process": float(PROCESS_BYTES)}
+    loaders = _loaders(config, batches)
+    tower = next((sum(stage.trace.weights.values()) for stage in steps if stage.name == "encoder" and not config.is_whole), 0.0)
+    moments = {
+        "loading": process | {"encoder on its way to the device": tower},
+        "training": process | loaders | {"offloaded checkpoints": offloaded},
+    }
+    # Lightning moves the optimiser's state to the host when a fit ends.
+    ended = process | {name: size for name, size in loaders.items() if name.startswith("pinned")}
+    ended |= {"optimiser state": OPTIMIZERS[config.optim.kind.value][0] * num_trained}
+    if config.trainer.shrink_on_oom:
+        moments["training"]["copies of trained weights"] = FLOAT * num_trained
+    for name, stage in scores.items():
+        moments[f"scoring by {name}"] = ended | {f"{name} on its way to the device": sum(stage.trace.weights.values())}
+    moments["captioning a whole split"] = ended | _loaders(config, batches[1:2])
+    name, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
+    return Moment(name, largest_first(parts))
+
+
+def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
+    """Workers that stay alive between epochs, their decoding processes, and the batches that wait."""
+    is_on_gpu, workers = config.hardware.accelerator != "cpu", config.data.num_workers
+    if config.cache.enabled is True and config.encoder.is_cached:
+        workers = 0  # small features are read without workers
+    decodes = config.cache.enabled is not True
+    decoder = DECODER_BYTES + config.data.num_frames * _DECODED_BYTES if decodes and config.data.is_isolated else 0.0
+    parts = {"data workers": float(len(batches) * workers * WORKER_BYTES), "decoding": float(len(batches) * max(workers, 1) * decoder)}
+    for batch in batches:
+        waiting = max(1, (_PREFETCHED if batch.loader == "training" else 1) * workers)
+        if is_on_gpu:  # page-locked copies take the places of what the workers sent, and are kept for later batches
+            parts[f"pinned batches, {batch.loader}"] = waiting * pinned_bytes(batch.num_bytes)
+        parts[f"batches, {batch.loader}"] = (1 if is_on_gpu else waiting) * batch.num_bytes
+    return parts
+
+
+def pinned_bytes(num_bytes: float) -> float:
+    """Bytes that PyTorch locks for so many: powers of two (ATen/core/CachingHostAllocator.h)."""
+    return float(2 ** math.ceil(math.log2(num_bytes))) if num_bytes > 0 else 0.0
+
+
+def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
+    """What is wrong if the host is too small; empty if it is not, or if it does not say how large it is."""
+    needed = host.total / GIB * (1 if config.trainer.strategy is Strategy.auto else config.hardware.devices)
+    if not machine_gib or needed <= machine_gib:
+        return ""
+    largest, size = next((name, size) for name, size in host.parts.items() if name != "process")
+    return (
+        f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this machine has "
+        f"{machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
+    )
