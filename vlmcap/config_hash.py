@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = (
     *(f"{group}.name" for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")),
     *(f"{group}.{name}" for group in ("model", "encoder", "llm") for name in ("gate", "licence")),
     # Other groups have these values, their own or those of the profile.
-    *(f"hardware.{name}" for name in ("memory_gib", "num_frames", "batch_size", "eval_batch_size", "accumulate_grad_batches")),
+    *(f"hardware.{name}" for name in ("memory_gib", "num_frames", "batch_size", "accumulate_grad_batches")),
     *(f"hardware.{name}" for name in ("image_size", "frame_stack", "quantization")),
     "llm.suggested",
     "encoder.is_cached",

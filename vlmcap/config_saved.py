@@ -44,7 +44,6 @@ _OF_TRAINING: dict[str, str] = {
     "hardware.memory_gib": "",
     "hardware.num_frames": "set data.num_frames",
     "hardware.batch_size": "set data.eval_batch_size",
-    "hardware.eval_batch_size": "set data.eval_batch_size",
     "hardware.accumulate_grad_batches": "",
     "hardware.image_size": "set encoder.image_size",
     "hardware.frame_stack": "set projector.frame_stack",

@@ -20,7 +20,7 @@ NO_DATA = "data.root=unset"  # an override for what needs a configuration but no
 # Values that nothing reads but the keys that follow them, and when something else does.
 _SOURCES: dict[str, Callable[[Config], bool]] = {
     f"hardware.{name}": lambda config: False
-    for name in ("num_frames", "batch_size", "eval_batch_size", "accumulate_grad_batches", "image_size", "frame_stack", "quantization")
+    for name in ("num_frames", "batch_size", "accumulate_grad_batches", "image_size", "frame_stack", "quantization")
 } | {
     "hardware.num_workers": lambda config: False,
     "hardware.attention": lambda config: not config.is_whole,  # "auto" is for the encoder too

@@ -23,7 +23,7 @@ from vlmcap.training.checkpoints.load import trained_parameters
 from vlmcap.training.objects import Run
 
 NEW_TOKENS = 6
-USUAL = (1, 5, 3)
+USUAL = (1, 5, 0)
 # Overrides of a case, and the most waits and blocking copies of a micro-batch, of a batch of prompts, and of a decoding step.
 CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "siglip": ([], USUAL),
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "moe 4bit": (["llm=qwen3_30b_a3b", "llm.quantization=4bit"], USUAL),
     "beams": (["evaluation.num_beams=2"], (1, 13, 1)),
     "library": (["evaluation.engine=hf"], (1, 10, 1)),
-    "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], (1, 8, 6)),
+    "penalties": (["evaluation.repetition_penalty=1.2", "evaluation.no_repeat_ngram_size=2"], USUAL),
     "speculation": (["evaluation.speculate_ngram=2"], USUAL),
     "full": (["tuning=full"], USUAL),
     "checkpointing": (["hardware.gradient_checkpointing=true"], USUAL),

@@ -21,8 +21,9 @@ from vlmcap.measuring.random_parts import fill_random, quantize_meta, with_block
 from vlmcap.measuring.steps import Measured
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.experts import fused_experts
+from vlmcap.planning.captioning import TokenWork, token_seconds
 from vlmcap.planning.estimate.stages import weights_of
-from vlmcap.planning.make_plan import TokenWork, make_plan, token_seconds
+from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change
 
 TINY = ["hardware=cpu", "data.batch_size=4", "data.eval_batch_size=4", "llm.max_new_tokens=8"]
@@ -91,15 +92,17 @@ def test_a_whole_measurement_is_kept_and_used_by_the_plan(
 
 @pytest.mark.parametrize("token_bytes", [1e3, 1e12], ids=["launches", "memory"])
 @pytest.mark.parametrize("ratio", [0.5, 3.0])
-def test_the_calibrated_plan_of_a_token_is_what_was_measured(token_bytes: float, ratio: float) -> None:
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_the_calibrated_plan_of_a_token_is_what_was_measured(token_bytes: float, ratio: float, is_captured: bool) -> None:
     config = compose(["data.root=unset", *TINY])
     plan = make_plan(config)
-    token_s = token_seconds(TokenWork(token_bytes, plan.token_launches), plan.card)
-    plan = dataclasses.replace(plan, token_bytes=token_bytes, token_s=token_s)
+    work = TokenWork(token_bytes, plan.token_launches, is_captured)
+    token_s = token_seconds(work, plan.card)
+    plan = dataclasses.replace(plan, token_bytes=token_bytes, token_s=token_s, is_captured=is_captured)
     use = Use(plan.training_gib, plan.training_gib)
     measured = Measured(use, use, 0.0, plan.clip_s, ratio * token_s, 8)
     card = Comparison(plan, measured, "card", 8.0, None).calibration().on(plan.card)
-    assert token_seconds(TokenWork(token_bytes, plan.token_launches), card) == pytest.approx(ratio * token_s)
+    assert token_seconds(work, card) == pytest.approx(ratio * token_s)
 
 
 def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:

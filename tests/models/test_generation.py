@@ -17,7 +17,7 @@ from vlmcap.data.loading.collate import Collator
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.encoders import EncoderOptions, load_encoder
-from vlmcap.models.llm.adapt import add_lora
+from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import load_prompt
 from vlmcap.models.projectors import ProjectorSizes, build_projector
@@ -175,6 +175,44 @@ def test_why_our_engine_cannot_run_is_said_once(
     assert [line.partition("own, ")[2] for line in lines] == said.splitlines()
 
 
+def test_where_memory_runs_out_fewer_rows_write_the_same(captioner: VideoCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = collate(captioner, samples(1, 3, 2, 3, 1))
+    expected = ids_of(with_settings(captioner), batch)
+
+    def run_out(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        if "input_ids" in arguments and len(arguments["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model: Any = base_model(captioner.llm)
+    hook = model.register_forward_pre_hook(run_out, with_kwargs=True)
+    try:
+        most = 1
+        assert ids_of(with_settings(captioner, num_rows=4), batch) == expected
+        assert captioner.generation.num_rows == 1
+        assert capsys.readouterr().err == "".join(
+            f"Memory ran out: captions are written {rows} at a time from here on.\n" for rows in (2, 1)
+        )
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            captioner.generate(batch)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("engine", [Engine.own, Engine.hf])
+def test_merged_adapters_write_the_same(captioner: VideoCaptioner, engine: Engine) -> None:
+    batch = collate(captioner, samples(1, 3, 2, 3, 1))
+    expected = ids_of(with_settings(captioner, engine=engine), batch)
+    captioner.generation = dataclasses.replace(captioner.generation, is_merged=True)
+    seen: set[bool] = set()
+    layer: Any = next(module for module in captioner.llm.modules() if hasattr(module, "merged_adapters"))
+    hook = layer.register_forward_hook(lambda own, *_: seen.add(own.merged))
+    assert ids_of(captioner, batch) == expected
+    hook.remove()
+    assert seen == {True}
+    assert not layer.merged
+
+
 def test_clips_that_wait_are_encoded_when_a_row_is_free(captioner: VideoCaptioner) -> None:
     rows: list[int] = []
     hook = captioner.projector.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
@@ -318,3 +356,9 @@ def test_the_checkpoints_own_settings_do_not_sample(llm_folder: Path, siglip_fol
         captioner = build(folder, siglip_folder)
         captioner.prompt = reference.prompt
         assert ids_of(captioner, batch) == expected
+
+
+def test_a_batch_to_caption_has_some_clips_for_each_row_and_not_too_many(captioner: VideoCaptioner) -> None:
+    sizes = {rows: with_settings(captioner, num_rows=rows).prompt_batch_size for rows in (1, 10, 64, 200)}
+    assert sizes == {1: 4, 10: 40, 64: 128, 200: 200}
+    assert with_settings(captioner, num_rows=10, engine=Engine.hf).prompt_batch_size == 10

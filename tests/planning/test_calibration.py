@@ -20,11 +20,12 @@ from vlmcap.planning.calibration import (
     read_calibrations,
     write_calibration,
 )
+from vlmcap.planning.captioning import TokenWork, token_seconds
 from vlmcap.planning.hardware import Present, assumed_card, card_of, own_profile, suitable_profile
-from vlmcap.planning.make_plan import TokenWork, make_plan, token_seconds, training_seconds
+from vlmcap.planning.make_plan import make_plan, training_seconds
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
-L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 24e-6, 90.0)
+L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 24e-6, 3e-6, 90.0)
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,7 @@ def test_the_figures_change_what_they_should() -> None:
     )
     assert token_seconds(TokenWork(30e9, 100), measured) == pytest.approx(30e9 / (0.7 * 300e9))
     assert token_seconds(TokenWork(30e6, 10_000), measured) == pytest.approx(10_000 * 24e-6)
+    assert token_seconds(TokenWork(30e6, 10_000, is_captured=True), measured) == pytest.approx(10_000 * 3e-6)
     moment = Moment("a", {"encoder: frozen weights": 8.0, "optimiser state": 4.0, "gradients": 2.0, "fragmentation": 1.0})
     assert scale_beyond(moment, 1.5).parts == {
         "encoder: frozen weights": 8.0,
@@ -131,7 +133,7 @@ def test_the_figures_change_what_they_should() -> None:
 
 @pytest.mark.slow
 def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=l4"]
+    overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.eval_batch_size=4", "evaluation.cuda_graphs=false"]
     config = configured(*overrides)
     before = make_plan(config)
     write_calibration(calibration_folder(config), L4)

@@ -23,7 +23,7 @@ from vlmcap.planning.hardware import GIB, assumed_card
 from vlmcap.planning.make_plan import fullest_batch, make_plan
 from vlmcap.planning.plan import Plan
 
-ROWS, PROMPT, NEW = 4, 2040, 16  # our cache grows within the steps
+ROWS, PROMPT, NEW = 4, 2040, 16
 LAYERS, HEADS, KV_HEADS, DIM = 4, 8, 2, 64
 CACHE = 2 * LAYERS * KV_HEADS * DIM * 4 * ROWS * (PROMPT + NEW)
 
@@ -40,7 +40,7 @@ def planned(*overrides: str, captions: CaptionLengths | None = None) -> Plan:
     return make_plan(compose(["data.root=unset", *overrides]), captions=captions)
 
 
-def test_both_engines_copy_a_block_of_the_cache_for_each_token_as_planned() -> None:
+def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as_planned() -> None:
     """Counted on running models: what is alive in the last steps, over what the plan has for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,8 +69,7 @@ def test_both_engines_copy_a_block_of_the_cache_for_each_token_as_planned() -> N
         return float(live.peaks["step"].total())
 
     assert peak_of_steps("hf") == pytest.approx(CACHE * (1 + 1 / LAYERS), rel=0.05)
-    columns = -(-(PROMPT + NEW) // 128) * 128  # ours has room for a few tokens more
-    assert peak_of_steps("own") == pytest.approx(CACHE * columns / (PROMPT + NEW) * (1 + 1 / LAYERS), rel=0.08)
+    assert CACHE <= peak_of_steps("own") < CACHE * (1 + 0.5 / LAYERS)
 
 
 def test_the_plan_counts_those_copies_and_beams() -> None:
@@ -81,17 +80,16 @@ def test_the_plan_counts_those_copies_and_beams() -> None:
     assert not writes_itself(compose(["data.root=unset", "model=qwen3_vl_8b", "hardware=l4"]))
     cache = 2 * 36 * 8 * 128 * 2 * 8 * (own.num_visual + 32 + 4000)
     for plan in (own, beams):  # eight rows each
-        assert plan.generation.name == "last token"
         assert plan.generation.parts["keys and values"] == cache
-        assert plan.generation.parts["one block's copy of them"] == pytest.approx(cache / 36)
+    assert beams.generation.parts["one block's copy of them"] == pytest.approx(cache / 36)
+    assert "one block's copy of them" not in own.generation.parts, "it is there from the first prompt on"
     old = planned(*base, "hardware=t4", "data.eval_batch_size=8")
     assert old.generation.parts["one block's copy of them"] == pytest.approx(old.generation.parts["keys and values"] * 4 / 36)
 
 
 def test_the_loss_of_validation_is_planned_where_logits_are_all_made_at_once() -> None:
-    base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=h100", "data.batch_size=1"]
+    base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=h100", "data.batch_size=16", "data.eval_batch_size=16"]
     few, all_at_once = planned(*base), planned(*base, "hardware.loss_chunk_mib=null")
-    assert few.generation.name in ("last token", "prompt, forward last")
     assert all_at_once.generation.name.startswith("validation loss")
     logits = 16 * 768 * 151936 * (2 + 4)  # the head's, and those in float32
     assert all_at_once.generation.allocated - few.generation.allocated > 0.5 * logits
@@ -113,7 +111,7 @@ def test_a_batch_of_tokens_holds_as_many_short_clips_as_there_may_be() -> None:
 
 
 def test_seconds_go_by_padded_batches_and_memory_by_the_longest_caption() -> None:
-    base = ["encoder=dinov3_l", "llm=qwen3_4b", "hardware=h100"]
+    base = ["encoder=dinov3_l", "llm=qwen3_4b", "hardware=h100", "data.eval_batch_size=16"]
     short, equal = CaptionLengths.of([100, 120, 140, 768], 768), CaptionLengths.of([768], 768)
     some, all_long = planned(*base, captions=short), planned(*base, captions=equal)
     assert some.training == all_long.training

@@ -42,7 +42,8 @@ def test_a_cell_is_composed_as_train_composes_it() -> None:
     for hardware, encoder, llm in cells(SMALL):
         whole = compose([NO_DATA, f"hardware={hardware}", f"encoder={encoder}", f"llm={llm}"])
         found = configs.config(hardware, encoder, llm)
-        assert dataclasses.replace(found, paths=whole.paths) == whole
+        assert found.data.eval_batch_size == 1, "the least that captions take"
+        assert dataclasses.replace(found, paths=whole.paths, data=dataclasses.replace(found.data, eval_batch_size=None)) == whole
 
 
 def test_names_left_out_are_all_of_conf_but_the_small_ones() -> None:

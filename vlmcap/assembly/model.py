@@ -142,7 +142,7 @@ def _check_decoding(config: Config, folder: Path, model: str) -> None:
     from vlmcap.models.llm.prompt import generation_config
 
     chosen, default = config.evaluation, EvaluationConfig()
-    names = ("clips_per_row", "speculate_ngram", "engine") if chosen.engine is not Engine.vllm else ()
+    names = ("clips_per_row", "speculate_ngram", "engine", "cuda_graphs") if chosen.engine is not Engine.vllm else ()
     key = next((name for name in names if getattr(chosen, name) != getattr(default, name)), None)
     is_known = maker_of("llm", config.llm.kind) is None
     if key is not None and is_known and not is_decodable(language_config(folder)[0], generation_config(folder)):
@@ -257,7 +257,8 @@ def generation_settings(config: Config) -> GenerationSettings:
     """How captions are decoded."""
     from vlmcap.models.decoding.settings import GenerationSettings
 
-    return GenerationSettings(config.llm.new_tokens, config.evaluation, config.data.eval_batch_size)
+    is_merged = config.evaluation.merge_adapters is True
+    return GenerationSettings(config.llm.new_tokens, config.evaluation, config.data.eval_batch_size, is_merged=is_merged)
 
 
 def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:

@@ -21,7 +21,17 @@ from vlmcap.terminal import progress_reporter
 from vlmcap.types import Skipped
 
 _DATA = ("num_frames", "sampling", "fps", "variable_frames", "decoder", "eval_batch_size", "num_workers", "is_isolated")
-_SEARCH = ("engine", "clips_per_row", "speculate_ngram", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size")
+_SEARCH = (
+    "engine",
+    "cuda_graphs",
+    "merge_adapters",
+    "clips_per_row",
+    "speculate_ngram",
+    "num_beams",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
 # The settings of a checkpoint that captioning reads.
 _READ = (
     *("model", "encoder", "projector", "llm", "tuning.lora", "hardware", "paths.cache_dir"),

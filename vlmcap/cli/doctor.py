@@ -260,7 +260,7 @@ def _check_shared_memory(config: Config) -> list[Check]:
     data = config.data
     image_size = config.encoder.image_size if isinstance(config.encoder, PatchEncoderConfig) else None
     side = image_size or (_TINY_SIDE if config.encoder.checkpoint in TINY_ENCODERS else _LARGE_SIDE)
-    batch_bytes = max(data.batch_size, data.eval_batch_size) * data.num_frames * 3 * side**2
+    batch_bytes = max(data.batch_size, data.eval_batch_size or 1) * data.num_frames * 3 * side**2
     needed = data.num_workers * _PREFETCHED * batch_bytes
     if problem := shared_memory_problem(needed):
         found, _, mend = problem.partition(": ")

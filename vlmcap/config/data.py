@@ -80,7 +80,7 @@ class DataConfig:
     variable_frames: bool = False  # images and short clips keep fewer frames than num_frames; false repeats frames
     decoder: Decoder = Decoder.pyav
     batch_size: int = follows("hardware.batch_size", 1)
-    eval_batch_size: int = follows("hardware.eval_batch_size", 1)
+    eval_batch_size: int | None = None  # clips that are captioned together; null takes the most that the memory plan has room for
     batching: Batching = Batching.shuffled
     max_tokens_per_batch: int | None = None  # visual tokens, prompt, caption and padding together; in place of batch_size
     num_workers: int = follows("hardware.num_workers", 2)

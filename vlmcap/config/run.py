@@ -33,7 +33,6 @@ class HardwareConfig:
     quantization: Quantization = Quantization["none"]
     attention: str = "sdpa"
     batch_size: int = MISSING
-    eval_batch_size: int = MISSING
     accumulate_grad_batches: int = 1
     num_frames: int = MISSING
     image_size: int | None = None  # side of a frame in pixels; null is the encoder's own
@@ -77,10 +76,15 @@ class EvaluationConfig:
     vllm_gpu_memory: float = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, 0.7)
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
     max_final_clips: int | None = None  # of each of the splits val and test, the first ones; null scores whole splits at the end
-    # Of a batch to caption, for each of data.eval_batch_size rows: those beyond wait for rows that end; 1 for none.
+    # Clips of a batch to caption for each row, at most 128 together: those beyond wait for rows that end; 1 for none.
     clips_per_row: int = only_with(_OWN, lambda c: c.is_refilling, 4)
     # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
     speculate_ngram: int = only_with(_OWN, lambda c: c.is_refilling, 0)
+    # Repeat a decoding step as a CUDA graph: true, false, or auto, which is true on a GPU wherever a step can be captured.
+    cuda_graphs: Any = only_with(_OWN, lambda c: c.is_refilling, "auto")
+    # Add adapters to copies of unquantised weights while captions are written: true, false, or auto, which is true where the plan has
+    # memory for the copies. In 16 bits the sum is rounded, as in `vlmcap export`.
+    merge_adapters: Any = only_with("engine=own", lambda c: c.engine is not Engine.vllm, "auto")
     num_beams: int = 1
     # Of beam search: above 0 favours longer captions.
     length_penalty: float = only_with("num_beams=4", lambda c: c.num_beams > 1, 1.0)
@@ -108,6 +112,9 @@ class EvaluationConfig:
         for key in ("siglip_checkpoint", "bert_checkpoint"):
             require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
         require_positive("evaluation", self, "clips_per_row")
+        for key in ("cuda_graphs", "merge_adapters"):
+            value = getattr(self, key)
+            require(value == "auto" or isinstance(value, bool), f"evaluation.{key} must be true, false or auto, not {value}")
         for key in ("no_repeat_ngram_size", "speculate_ngram"):
             require(getattr(self, key) >= 0, f"evaluation.{key} must be 0 or a number of tokens, not {getattr(self, key)}")
         require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")

@@ -47,7 +47,7 @@ class _Rule:
 
 _AS_WELL = "; set that as well"
 _LORA = "tuning.lora."
-_GENERATED = ("evaluation.clips_per_row", "evaluation.speculate_ngram", "evaluation.engine")
+_GENERATED = ("evaluation.clips_per_row", "evaluation.speculate_ngram", "evaluation.engine", "evaluation.cuda_graphs")
 _SECOND_STAGE = ("tuning.projector_lr", "tuning.adapter_lr", "tuning.encoder", "tuning.encoder_lr", _LORA)
 
 
@@ -103,6 +103,16 @@ _RULES = (
         _GENERATED,
         lambda run: run.evaluation.engine is Engine.vllm or not isinstance(run.model, Qwen2VlConfig | Qwen25VlConfig | Qwen3VlConfig),
         "in a Qwen-VL model, whose captions transformers writes; leave {key} out",
+    ),
+    _Rule(
+        ("evaluation.merge_adapters",),
+        lambda run: run.tuning.use_lora and run.llm.quantization.value == "none",
+        "without adapters on unquantised weights; set tuning=lora and llm.quantization=none as well, or leave {key} out",
+    ),
+    _Rule(
+        ("evaluation.cuda_graphs",),
+        lambda run: run.hardware.accelerator != "cpu",
+        "on a CPU; leave {key} out",
     ),
     _Rule(
         ("encoder.max_patches",),

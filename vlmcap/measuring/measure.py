@@ -30,7 +30,7 @@ from vlmcap.planning.estimate.sizes import sizes_of
 from vlmcap.planning.hardware import GIB, Present, assumed_card, present_card, present_processor
 from vlmcap.planning.host import PROCESS_BYTES
 from vlmcap.planning.known_data import known_captions, planned
-from vlmcap.planning.make_plan import make_plan
+from vlmcap.planning.make_plan import make_plan, with_caption_plan
 from vlmcap.planning.memory import Moment, is_known
 from vlmcap.planning.plan import Plan
 from vlmcap.terminal import duration, short_number, step_printer
@@ -98,8 +98,11 @@ class Comparison:
         measured_s = max(measured.clip_s - (plan.clip_s - arithmetic_s), 0.1 * measured.clip_s)
         # The planned bound is the one that was measured; the other one cannot have been slower than what was measured.
         share = plan.token_bytes / (plan.card.bytes_per_s * measured.token_s)
-        launch_s = measured.token_s / plan.token_launches
-        is_launch_bound = plan.token_s == plan.token_launches * plan.card.launch_s
+        kernel = "kernel_s" if plan.is_captured else "launch_s"
+        planned_s, measured_s_each = getattr(plan.card, kernel), measured.token_s / plan.token_launches
+        is_launch_bound = plan.token_s == plan.token_launches * planned_s
+        kernels = {"launch_s": plan.card.launch_s, "kernel_s": plan.card.kernel_s}
+        kernels[kernel] = measured_s_each if is_launch_bound else min(measured_s_each, planned_s)
         return Calibration(
             card=self.card,
             memory_gib=round(self.memory_gib, 2),
@@ -110,7 +113,7 @@ class Comparison:
             context_gib=max(0.0, measured.context_gib),
             utilisation=plan.card.utilisation * arithmetic_s / measured_s,
             bandwidth_share=max(share, plan.card.bandwidth_share) if is_launch_bound else share,
-            launch_s=launch_s if is_launch_bound else min(launch_s, plan.card.launch_s),
+            **kernels,
             tokens_per_s=self.tokens_per_s,
         )
 
@@ -176,7 +179,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
         cut = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
         short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.new_tokens))
-        measured_config = dataclasses.replace(cut, llm=short)
+        measured_config = with_caption_plan(dataclasses.replace(cut, llm=short))
         plan = make_plan(measured_config, assumed_card(measured_config), captions=lengths)
         present = _present(config)
         _check_room(plan, present, config)

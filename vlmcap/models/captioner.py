@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vlmcap.config import Engine
 from vlmcap.determinism import fastest_kernels
-from vlmcap.errors import UserError
-from vlmcap.models.decoding.settings import GenerationSettings
+from vlmcap.errors import UserError, is_out_of_memory
+from vlmcap.models.decoding.graphs import Graphs
+from vlmcap.models.decoding.settings import GenerationSettings, clips_for
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.encoders.base import on_device
 from vlmcap.models.llm.adapt import base_model
@@ -29,6 +30,8 @@ from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.precision import autocast
 from vlmcap.models.projectors import Projector
 from vlmcap.types import Batch, Skipped
+
+CLIPS_AT_A_TIME = 4  # clips that are encoded together for captions: more would only take memory
 
 
 class ClipReader(Protocol):
@@ -72,6 +75,7 @@ class VideoCaptioner(nn.Module):
         self.encoder, self.projector, self.llm = encoder, projector, llm
         self.is_causal = is_causal(base_model(llm))
         self._has_explained = False
+        self._graphs: tuple[Graphs | None] | None = None  # made at the first caption
         self.prompt, self.generation = prompt, generation
         self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
         self.register_buffer("question_ids", torch.tensor(prompt.question_ids, dtype=torch.long), persistent=False)
@@ -199,8 +203,10 @@ class VideoCaptioner(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
         """Captions of a left-padded batch, in row order; of more clips than `GenerationSettings.num_rows`, some wait for others."""
+        from vlmcap.models.llm.merge import adapters_for_captions
+
         self._explain_engine()
-        with fastest_kernels():
+        with fastest_kernels(), adapters_for_captions(self.llm, is_merged=self.generation.is_merged):
             ids = self._own_ids(batch) if self.is_refilling else self._library_ids(batch)
         return self.prompt.decode(ids)
 
@@ -230,23 +236,39 @@ class VideoCaptioner(nn.Module):
     def prompt_batch_size(self) -> int:
         """Clips of a batch to caption: more than there are rows where waiting clips can take the rows of those that end."""
         chosen = self.generation
-        return (chosen.num_rows or 1) * (chosen.rules.clips_per_row if self.is_refilling else 1)
+        return clips_for(chosen.num_rows or 1, chosen.rules.clips_per_row if self.is_refilling else 1)
 
     def _own_ids(self, batch: Batch) -> list[list[int]]:
-        """Greedy captions in row order, each up to and with its end token."""
-        from vlmcap.models.decoding.engine import greedy_ids
-
+        """Greedy captions in row order, each up to and with its end token; with half of the rows from now on where memory runs out."""
         num_rows = self.generation.num_rows or len(batch)
+        try:
+            return self._ids_of_rows(batch, num_rows)
+        except RuntimeError as error:  # PyTorch's own kind is one of these
+            if num_rows == 1 or not is_out_of_memory(error):
+                raise
+        self.generation = replace(self.generation, num_rows=num_rows // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"Memory ran out: captions are written {num_rows // 2} at a time from here on.", file=sys.stderr, flush=True)
+        return self._own_ids(batch)
+
+    def _ids_of_rows(self, batch: Batch, num_rows: int) -> list[list[int]]:
+        from vlmcap.models.decoding.engine import greedy_ids
+        from vlmcap.models.decoding.graphs import make_graphs
+
+        if self._graphs is None:
+            self._graphs = (make_graphs(self.llm, self.generation.rules.cuda_graphs, self.device),)
+        group = min(num_rows, CLIPS_AT_A_TIME)
         lengths = batch.lengths
         order = sorted(range(len(batch)), key=lambda row: -lengths[row])  # like lengths together, so that little is padding
 
         def prompts() -> Iterator[Tensor]:
-            for start in range(0, len(order), num_rows):  # clips that wait are not encoded yet
-                rows = order[start : start + num_rows]
+            for start in range(0, len(order), group):  # clips that wait are not encoded yet
+                rows = order[start : start + group]
                 embeddings = self.embed(batch.part(rows))
                 yield from (embeddings[place, -lengths[row] :] for place, row in enumerate(rows))
 
-        ids = greedy_ids(self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_rows, len(batch)))
+        ids = greedy_ids(self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_rows, len(batch)), *self._graphs)
         by_row = dict(zip(order, ids, strict=True))
         return [by_row[row] for row in range(len(batch))]
 

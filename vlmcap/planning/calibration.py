@@ -30,6 +30,7 @@ class Calibration:
         utilisation: Share of the profile's peak arithmetic that training reached.
         bandwidth_share: Share of the profile's memory bandwidth that writing captions reached.
         launch_s: Seconds per kernel launch while captions were written.
+        kernel_s: The same where steps were CUDA graphs.
         tokens_per_s: Caption tokens, over all clips of an evaluation batch.
     """
 
@@ -43,13 +44,14 @@ class Calibration:
     utilisation: float
     bandwidth_share: float
     launch_s: float
+    kernel_s: float
     tokens_per_s: float
 
     def __post_init__(self) -> None:
         for name in ("card", "hardware", "date", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be text")
-        for name in ("memory_gib", "beyond_ratio", "utilisation", "bandwidth_share", "launch_s", "tokens_per_s"):
+        for name in ("memory_gib", "beyond_ratio", "utilisation", "bandwidth_share", "launch_s", "kernel_s", "tokens_per_s"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a number above 0")
         if not (math.isfinite(self.context_gib) and self.context_gib >= 0):
@@ -64,6 +66,7 @@ class Calibration:
             beyond_ratio=self.beyond_ratio,
             bandwidth_share=self.bandwidth_share,
             launch_s=self.launch_s,
+            kernel_s=self.kernel_s,
             calibrated=f"{self.card}, {self.date}",
         )
 

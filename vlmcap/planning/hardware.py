@@ -17,6 +17,9 @@ CORE_FLOPS = 60e9  # float32 on one core: measured with CLIP-L's layers on a ser
 # An estimate, not a measurement: 4 419 kernels per token of Qwen3-8B with LoRA in 4 bits are expected to take 50 to 80 ms on an L4 or an
 # H100, as eager PyTorch, peft and bitsandbytes need 11 to 18 microseconds of the host for each. The cores of a T4's host are older.
 LAUNCH_S, OLD_HOST_LAUNCH_S = 15e-6, 20e-6
+# An estimate: what a small kernel takes on the GPU in a graph, where the next one follows within half a microsecond
+# (https://developer.nvidia.com/blog/cuda-graphs/). No host is faster than this.
+KERNEL_S = 2.5e-6
 CPU_LAUNCH_S = 28e-6  # measured: 123 ms for those 4 419 operations at a tiny width, the operations themselves included
 
 
@@ -34,6 +37,7 @@ class Card:
         beyond_ratio: What is multiplied with the planned bytes beyond weights and optimiser state.
         bandwidth_share: Share of `bytes_per_s` that writing captions reaches.
         launch_s: Host seconds per kernel launch while captions are written, dispatch by PyTorch and Python included.
+        kernel_s: The same where the step is a CUDA graph.
         calibrated: Card and day of the measurement that the last four and the context come from; empty where they are assumed.
     """
 
@@ -46,6 +50,7 @@ class Card:
     beyond_ratio: float = 1.0
     bandwidth_share: float = 1.0
     launch_s: float = LAUNCH_S
+    kernel_s: float = KERNEL_S
     calibrated: str = ""
 
 

@@ -16,7 +16,7 @@ _MIB = 2**20
 PROCESS_BYTES = 550 * _MIB
 WORKER_BYTES, DECODER_BYTES = 60 * _MIB, 120 * _MIB
 _DECODED_BYTES = 2 * 1920 * 1080 * 3  # of a frame of 1080p, as it is decoded and while it is resized
-_PREFETCHED = 2  # batches of each worker that wait, torch's own default
+_PREFETCHED = 2  # training batches of each worker that wait, torch's own default; of others one waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
     decodes = config.cache.enabled is not True
     decoder = DECODER_BYTES + config.data.num_frames * _DECODED_BYTES if decodes and config.data.is_isolated else 0.0
     parts = {"data workers": float(len(batches) * workers * WORKER_BYTES), "decoding": float(len(batches) * max(workers, 1) * decoder)}
-    waiting = max(1, _PREFETCHED * workers)
     for batch in batches:
+        waiting = max(1, (_PREFETCHED if batch.loader == "training" else 1) * workers)
         if is_on_gpu:  # page-locked copies take the places of what the workers sent, and are kept for later batches
             parts[f"pinned batches, {batch.loader}"] = waiting * pinned_bytes(batch.num_bytes)
         parts[f"batches, {batch.loader}"] = (1 if is_on_gpu else waiting) * batch.num_bytes

@@ -110,18 +110,24 @@ class Captioning:
     Attributes:
         prefill: Pass over the prompts, without gradients.
         validation: Pass for the loss of the same clips.
-        token_bytes: Keys and values of one token of every row.
+        token_bytes: Keys and values of one token of one row.
+        num_rows: Rows that are written at a time.
+        num_read: Prompts of that pass.
         prompt_tokens: Tokens of a prompt, visual ones included.
         new_tokens: Most tokens of a caption.
         copied_share: What a token copies of the keys and values, which are those of one block at a time.
+        is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are written.
     """
 
     prefill: StageTrace
     validation: StageTrace
     token_bytes: float
+    num_rows: int
+    num_read: int
     prompt_tokens: int
     new_tokens: int
     copied_share: float
+    is_reserved: bool
 
 
 def generation_peak(
@@ -137,13 +143,19 @@ def generation_peak(
         unused_share: As there.
     """
     always, last = weights(stages) + Counter(dict(held)), stages[-1].name
-    moments = {f"{stage.name}, {name}": _named(stage.name, peak) for stage in stages[:-1] for name, peak in _forward(stage.trace)}
+    cache = work.token_bytes * work.num_rows * (work.prompt_tokens + work.new_tokens)
+    reserved: Counter[str] = Counter({"keys and values": cache}) if work.is_reserved else Counter()
+    moments = {
+        f"{stage.name}, {name}": _named(stage.name, peak) + reserved for stage in stages[:-1] for name, peak in _forward(stage.trace)
+    }
     moments |= {f"validation loss, {name}": _named(last, peak) for name, peak in _forward(work.validation)}
+    attention = f"{last}: attention"
     for name, peak in _forward(work.prefill):
-        alive, cached = _named(last, peak), work.token_bytes * work.prompt_tokens
-        kept = min(cached, alive[f"{last}: attention"]) if name in ("forward last", "forward end") else 0
-        moments[f"prompt, {name}"] = alive + Counter({"keys and values": kept}) - Counter({f"{last}: attention": kept})
-    cache = work.token_bytes * (work.prompt_tokens + work.new_tokens)
+        alive, cached = _named(last, peak), work.token_bytes * work.num_read * work.prompt_tokens
+        # The trace keeps the keys and values of all blocks until its end, among what attention made.
+        kept = min(cached, alive[attention]) if name in ("forward last", "forward end") else 0
+        own = reserved if work.is_reserved else Counter({"keys and values": kept})
+        moments[f"prompt, {name}"] = alive - Counter({attention: kept}) + own
     moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache * work.copied_share})
     for name, stage in scores.items():
         own = Counter({f"{name}: weights": sum(stage.trace.weights.values())})

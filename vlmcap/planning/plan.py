@@ -61,6 +61,8 @@ class Plan:
         token_s: Of them, of one token of a whole evaluation batch.
         token_bytes: Bytes that such a token moves through the GPU's memory.
         token_launches: Kernels that such a token launches.
+        is_captured: Whether they are launched as one CUDA graph.
+        is_merged: Whether adapters are merged into copies of the weights for captions.
         num_clips: That an epoch and the store of features are counted for.
         cache_bytes: Of a clip's features on disk.
         download_bytes: Weights of the bases that this machine does not have yet.
@@ -89,6 +91,8 @@ class Plan:
     token_s: float
     token_bytes: float
     token_launches: float
+    is_captured: bool
+    is_merged: bool
     num_clips: int
     cache_bytes: float
     download_bytes: float
@@ -162,6 +166,8 @@ class Plan:
             "seconds_per_caption": round(self.caption_s, 4),
             "seconds_per_token": round(self.token_s, 6),
             "launches_per_token": round(self.token_launches),
+            "cuda_graphs": self.is_captured,
+            "merged_adapters": self.is_merged,
             "num_clips": self.num_clips,
             "seconds_per_epoch": round(self.clip_s * self.num_clips, 1),
             "cache_bytes": round(self.cache_bytes * self.num_clips),
@@ -221,6 +227,7 @@ def _costs(plan: Plan) -> Table:
     table.add_row("captions", f"up to {grouped(plan.num_caption)} tokens{source}")
     table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
     table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
+    table.add_row("captioning", f"{plan.eval_batch_size} at a time")
     download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
     table.add_row("host", _host(plan.host))
     table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {download}")

@@ -22,7 +22,7 @@ from vlmcap.errors import Pruned
 from vlmcap.files import replacing
 from vlmcap.libraries import import_libraries, quiet_libraries
 from vlmcap.planning.known_data import for_plan
-from vlmcap.planning.make_plan import enforce_plan, num_kept_layers
+from vlmcap.planning.make_plan import enforce_plan, num_kept_layers, with_caption_plan
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import load_weights, read_checkpoint, single_process
 from vlmcap.training.checkpoints.trained import assemble_trained
@@ -95,7 +95,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     config = resolve(config, clips)
 
     # 5. Prepare features before the language model is loaded, so that the two never share the memory.
-    spec = describe_model(config)
+    spec = describe_model(with_caption_plan(config))
     features = prepare_features(spec.feature_plan, clips)
 
     # 6. Assemble the model.

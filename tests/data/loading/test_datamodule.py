@@ -93,9 +93,10 @@ def test_validation_is_neither_packed_nor_shuffled() -> None:
     batches = list(data.val_dataloader())
     prompts, labelled = [batch.prompts for batch in batches], [part for batch in batches for part in batch.labelled]
     assert [clip.id for batch in prompts for clip in batch.clips] == [f"clip{index}" for index in range(5)]
-    assert [batch.clips for batch in prompts] == [batch.clips for batch in labelled]
+    assert [clip for batch in prompts for clip in batch.clips] == [clip for batch in labelled for clip in batch.clips]
     assert all(batch.labels is None for batch in prompts)
-    assert [batch.input_ids.shape[0] for batch in labelled] == [4, 1]
+    assert [batch.input_ids.shape[0] for batch in prompts] == [4, 1]
+    assert [batch.input_ids.shape[0] for batch in labelled] == [3, 1, 1], "the loss is computed on batches of the size of training"
     assert all(batch.features is None for batch in labelled), "they are those of the prompts"
     assert same([batch.prompts for batch in data.val_dataloader()], prompts)
     assert [batch.clips for batch in data.prompt_loader("val")] == [batch.clips for batch in prompts]

@@ -1,4 +1,4 @@
-"""Rows of the cache: written in place, moved, and grown by blocks."""
+"""Rows of the cache: written in place, moved, and grown where a longer prompt comes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ def states(rows: int, tokens: int, value: float) -> Tensor:
 
 def test_rows_of_different_lengths_see_their_own_tokens() -> None:
     cache = RowCache(3)
+    assert cache.reserve(16)
     cache.expect_newcomers(0, 5)
     keys, _ = cache.update(states(2, 5, 1.0), states(2, 5, 2.0), 0)
     assert keys.shape == (2, 2, 5, 4)
     cache.expect_newcomers(2, 3)
     cache.update(states(1, 3, 5.0), states(1, 3, 6.0), 0)
     lengths = torch.tensor([5, 4, 3])  # the second prompt was padded
-    positions, mask = cache.expect_step(lengths, 5, 2)
+    positions, mask = cache.expect_step(lengths, 8, 2)
     keys, values = cache.update(states(3, 2, 7.0), states(3, 2, 8.0), 0)
     assert positions.tolist() == [[5, 6], [4, 5], [3, 4]]
     assert mask.shape == (3, 1, 2, keys.shape[2])
@@ -30,26 +31,31 @@ def test_rows_of_different_lengths_see_their_own_tokens() -> None:
         assert values[row, 0, : length + 2, 0].tolist() == [prompt + 1] * length + [8.0] * 2
 
 
-def test_it_grows_by_blocks_and_keeps_what_it_holds() -> None:
+def test_buffers_stay_in_place_until_more_is_reserved_and_keep_what_they_hold() -> None:
     cache = RowCache(1)
+    cache.reserve(256)
     cache.expect_newcomers(0, 3)
     cache.update(states(1, 3, 1.0), states(1, 3, 1.0), 0)
-    places = set()
+    places = []
     for length in range(3, 300):
-        cache.expect_step(torch.tensor([length]), length, 1)
+        if length == 256:
+            assert cache.reserve(304)
+            assert not cache.reserve(300)
+        cache.expect_step(torch.tensor([length]), length + 1, 1)
         keys, _ = cache.update(states(1, 1, float(length)), states(1, 1, float(length)), 0)
-        places.add(keys.data_ptr())
-    assert len(places) <= 3
+        places.append(keys.data_ptr())
+    assert len(set(places[:253])) == len(set(places[253:])) == 1
     assert keys[0, 1, :300, 2].tolist() == [1.0, 1.0, 1.0, *map(float, range(3, 300))]
 
 
 def test_moved_rows_take_everything_along() -> None:
     cache = RowCache(4)
+    cache.reserve(8)
     for layer in (0, 1):
         cache.expect_newcomers(0, 2)
         cache.update(torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 2, 2, 4), states(4, 2, 0.0), layer)
     cache.move_rows([3, 2], [0, 1])
     for layer in (0, 1):
-        cache.expect_step(torch.tensor([2, 2]), 2, 1)
+        cache.expect_step(torch.tensor([2, 2]), 4, 1)
         keys, _ = cache.update(states(2, 1, 9.0), states(2, 1, 9.0), layer)
         assert keys[:, 0, :3, 0].tolist() == [[3.0, 3.0, 9.0], [2.0, 2.0, 9.0]]

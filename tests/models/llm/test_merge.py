@@ -20,7 +20,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.llm.merge import Routing, fold_in, load_adapters, load_own_weights, merge, merge_adapters
+from vlmcap.models.llm.merge import Routing, adapters_for_captions, fold_in, load_adapters, load_own_weights, merge, merge_adapters
 from vlmcap.models.llm.prompt import load_prompt
 
 KINDS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -207,3 +207,87 @@ def test_equal_experts_do_not_make_a_good_merge_look_bad(moe_folder: Path) -> No
 
 def test_the_probe_is_shorter_than_any_context() -> None:
     assert merging._PROBE <= 64
+
+
+def identities(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (id(parameter), parameter.data_ptr()) for name, parameter in model.named_parameters()}
+
+
+def num_products(model: nn.Module) -> int:
+    """Linear layers that run for a token."""
+    calls: list[nn.Module] = []
+    handles = [module.register_forward_hook(lambda own, *_: calls.append(own)) for module in model.modules() if type(module) is nn.Linear]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": "q_proj,down_proj"}])
+def test_merged_for_captions_is_close_and_gone_afterwards(llm_folder: Path, settings: dict[str, Any]) -> None:
+    bare = num_products(load(llm_folder))
+    model = trained(adapter_of(**settings)(load(llm_folder)))
+    before, expected, places = logits(model), num_products(model), identities(model)
+    with adapters_for_captions(model, is_merged=True):
+        assert torch.allclose(logits(model), before, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(logits(model), logits(load(llm_folder)))
+        assert num_products(model) == bare < expected, "adapters launch nothing"
+    assert identities(model) == places
+    assert num_products(model) == expected
+    assert torch.equal(logits(model), before)
+
+
+def test_weights_come_back_after_an_error(llm_folder: Path) -> None:
+    model = trained(adapter_of()(load(llm_folder, torch.bfloat16)))
+    before, places = logits(model), identities(model)
+    with pytest.raises(KeyboardInterrupt), adapters_for_captions(model, is_merged=True):
+        raise KeyboardInterrupt
+    assert identities(model) == places
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_adapters_that_stay_apart_give_the_same_bits_with_fewer_casts(llm_folder: Path, quantization: str) -> None:
+    model = trained(adapter_of()(load(llm_folder, torch.bfloat16, quantization)))
+    places = identities(model)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        before = logits(model)
+        with adapters_for_captions(model, is_merged=quantization == "4bit"):  # which cannot be
+            dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
+            assert dtypes == {torch.bfloat16}
+            assert torch.equal(logits(model), before)
+        assert torch.equal(logits(model), before)
+    assert identities(model) == places
+    with adapters_for_captions(model, is_merged=False):
+        assert identities(model) == places, "without autocast nothing would be cast"
+
+
+def test_dora_and_models_without_adapters_stay_as_they_are(llm_folder: Path) -> None:
+    for model in (load(llm_folder), trained(adapter_of(use_dora=True)(load(llm_folder)))):
+        places = identities(model)
+        with adapters_for_captions(model, is_merged=True), torch.autocast("cpu", torch.bfloat16):
+            assert identities(model) == places
+
+
+def test_training_goes_on_as_if_nothing_had_been_merged(llm_folder: Path) -> None:
+    """Losses and weights of two steps, with and without captions between them, are equal bit for bit."""
+
+    def losses(*, has_captions: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = trained(adapter_of(dropout=0.0)(load(llm_folder))).train()
+        trained_ones = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer, found = torch.optim.AdamW(trained_ones, lr=1e-2), []
+        for _ in range(3):
+            ids = torch.arange(40).view(2, 20)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+            if has_captions:
+                with adapters_for_captions(model, is_merged=True), torch.inference_mode():
+                    model(input_ids=ids)
+            optimizer.zero_grad()
+        return [*found, *(parameter.detach() for parameter in trained_ones)]
+
+    for one, other in zip(losses(has_captions=True), losses(has_captions=False), strict=True):
+        assert torch.equal(one, other)

@@ -78,7 +78,7 @@ class CaptionDataModule(L.LightningDataModule):
 
     def val_dataloader(self, *, is_captioned: bool = True) -> DataLoader[Any]:
         """The clips of validation while training, to caption and with labels for the loss, or for the loss alone."""
-        collator = ValidationCollator(self.prompt_collator, self.train_collator, self.data.eval_batch_size, is_captioned)
+        collator = ValidationCollator(self.prompt_collator, self.train_collator, self.data.batch_size, is_captioned)
         return self._eval_loader(self.clips["val"][: self.max_eval_clips], collator, self.prompt_batch_size)
 
     def prompt_loader(self, split: str) -> DataLoader[Any]:
@@ -120,7 +120,9 @@ class CaptionDataModule(L.LightningDataModule):
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
         own = range(rank, len(clips), world_size)
-        return DataLoader(sampler=own, batch_size=batch_size, **self._common(clips, collator, batch_size))
+        # A batch keeps a GPU busy for minutes, so one of each worker in advance is enough; with many rows its frames are gigabytes.
+        prefetch = 1 if self.data.num_workers else None
+        return DataLoader(sampler=own, batch_size=batch_size, prefetch_factor=prefetch, **self._common(clips, collator, batch_size))
 
     def _common(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], num_clips: int) -> dict[str, Any]:
         """Arguments of every loader, whose batches have at most `num_clips` clips."""

@@ -1,4 +1,4 @@
-"""Keys and values of rows that start and end at different times, written in place.
+"""Keys and values of rows that start and end at different times, written in place into buffers that stay where they are.
 
 Legend: R rows, N rows of one call, H heads of keys, D width of a head, S columns, q tokens a row in one step.
 """
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_BLOCK = 128  # columns that are allocated at a time
-_ALIGNED = 8  # kernels want masks whose rows are a multiple of this long
-
 
 @dataclass
 class _Places:
@@ -24,12 +21,14 @@ class _Places:
 
     Attributes:
         num_rows: R that the buffers hold.
+        num_columns: S that the buffers hold.
         first: First row of newcomers; None in a step of all rows.
         width: S of the newcomers' prompts, or columns that a step looks at.
         rows: int64 (N, 1), and `columns`, int64 (N, q), of a step's tokens.
     """
 
     num_rows: int
+    num_columns: int = 0
     first: int | None = None
     width: int = 0
     rows: Tensor | None = None
@@ -46,9 +45,9 @@ class _RowLayer(CacheLayerMixin):
         self.places = places
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty buffers, of the number format that the states have."""
+        """Buffers of the number format that the states have."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (self._room(states, 0) for states in (key_states, value_states))
+        self.keys, self.values = (self._room(states) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -56,26 +55,24 @@ class _RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         places = self.places
-        if places.width > self.keys.shape[2]:
+        if places.num_columns > self.keys.shape[2]:
             self.keys, self.values = (self._grown(buffer) for buffer in (self.keys, self.values))
         if places.first is not None:
             rows = slice(places.first, places.first + len(key_states))
             self.keys[rows, :, : places.width] = key_states
             self.values[rows, :, : places.width] = value_states
             return key_states, value_states
-        assert places.rows is not None and places.columns is not None
-        rows_, columns = places.rows.to(self.keys.device), places.columns.to(self.keys.device)
-        self.keys[rows_, :, columns] = key_states.transpose(1, 2).to(self.keys.dtype)
-        self.values[rows_, :, columns] = value_states.transpose(1, 2).to(self.values.dtype)
+        self.keys[places.rows, :, places.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[places.rows, :, places.columns] = value_states.transpose(1, 2).to(self.values.dtype)
         count = len(key_states)
         return self.keys[:count, :, : places.width], self.values[:count, :, : places.width]
 
-    def _room(self, like: Tensor, columns: int) -> Tensor:
+    def _room(self, like: Tensor) -> Tensor:
         # Zeros: what stands behind a row's end has no weight, but 0 times what memory happens to hold may be no number.
-        return like.new_zeros(self.places.num_rows, like.shape[1], columns, like.shape[3])
+        return like.new_zeros(self.places.num_rows, like.shape[1], self.places.num_columns, like.shape[3])
 
     def _grown(self, buffer: Tensor) -> Tensor:
-        room = self._room(buffer, -(-self.places.width // _BLOCK) * _BLOCK)
+        room = self._room(buffer)
         room[:, :, : buffer.shape[2]] = buffer
         return room
 
@@ -103,29 +100,40 @@ class RowCache(Cache):
         self._places = _Places(num_rows)
         super().__init__(layer_class_to_replicate=partial(_RowLayer, self._places))
 
+    @property
+    def num_columns(self) -> int:
+        """S, the tokens that a row has room for."""
+        return self._places.num_columns
+
+    def reserve(self, num_columns: int) -> bool:
+        """Makes room for rows of so many tokens; returns whether the buffers are replaced by larger ones."""
+        is_larger = num_columns > self._places.num_columns
+        if is_larger:
+            self._places.num_columns = num_columns
+        return is_larger
+
     def expect_newcomers(self, first: int, width: int) -> None:
         """The next call brings the prompts, padded on the right to `width`, of rows `first` and behind."""
         self._places.first, self._places.width = first, width
 
-    def expect_step(self, lengths: Tensor, longest: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def expect_step(self, lengths: Tensor, width: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Positions, int64 (N, q), and what each token may look at, bool (N, 1, q, S), of the next call: q tokens for each of rows 0 to N.
 
         Args:
             lengths: int64 (N,), tokens that each row holds.
-            longest: The largest of them.
+            width: S, columns that the step looks at; at least the largest length and q.
             num_tokens: q.
         """
         places = self._places
-        places.first, places.width = None, -(-(longest + num_tokens) // _ALIGNED) * _ALIGNED
+        places.first, places.width = None, width
         places.rows = torch.arange(len(lengths), device=lengths.device)[:, None]
         places.columns = lengths[:, None] + torch.arange(num_tokens, device=lengths.device)
-        mask = torch.arange(places.width, device=lengths.device) <= places.columns[:, :, None]
+        mask = torch.arange(width, device=lengths.device) <= places.columns[:, :, None]
         return places.columns, mask[:, None]
 
     def move_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Rows `sources` to the places of rows `targets`, which are lost."""
-        if not sources:
-            return
         for layer in self.layers:
-            layer.keys[list(targets)] = layer.keys[list(sources)]
-            layer.values[list(targets)] = layer.values[list(sources)]
+            for source, target in zip(sources, targets, strict=True):
+                layer.keys[target] = layer.keys[source]
+                layer.values[target] = layer.values[source]

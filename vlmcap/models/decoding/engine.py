@@ -1,17 +1,20 @@
 """Greedy captions of many clips by a few rows, which are never idle while clips wait.
 
 A step of the language model costs nearly the same for one row as for many, and captions differ in length: in plain batches, rows that
-have ended wait for the longest. Here they leave at once, and waiting clips take their places, as in continuous batching (Yu et al.,
+have ended wait for the longest. Here they leave, and waiting clips take their places, as in continuous batching (Yu et al.,
 Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
 
-Legend: N rows, S sequence, q tokens a row in one step, Dl language width.
+All that a step needs and changes stays on the device, and its shapes are few, so that it can be captured as a CUDA graph.
+
+Legend: R rows, N rows of one call, S sequence, q tokens a row in one step, Dl language width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +22,23 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlmcap.models.decoding.cache import RowCache
+from vlmcap.models.decoding.graphs import CapturedSteps, Graphs
+from vlmcap.models.decoding.texts import RowTexts
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import FLASH, PACKABLE, REPEATED
 
 if TYPE_CHECKING:
     from vlmcap.models.decoding.settings import GenerationSettings
 
-_DRAFT = 4  # most tokens that are guessed at a time: every row pays for the longest guess
+_DRAFT = 4  # tokens that are guessed at a time: every row pays for them
 _GROUP = 8  # newcomers come in when an eighth of the rows is free, as reading their prompts one by one would be slower
+PROMPT_TOKENS = 8192  # of prompts that are read at a time: they keep a GPU busy, and more would only take memory
+# Steps between two looks at which captions have ended. A look makes the host wait for the GPU; between two, a row that
+# has ended idles for half of them, 2 % of a caption of 400 tokens. On a CPU a look costs nothing.
+LOOK_EVERY = 16
+# Columns, a multiple of which a step looks at: a captured step has one shape, and a caption of 768 tokens meets four of
+# this size, while the columns beyond the longest row's end are a few per cent of all.
+_BLOCK, _CPU_BLOCK = 256, 8  # on a CPU, kernels want rows of the mask that are a multiple of 8 long
 _ATTENTION = ("sdpa", REPEATED, "eager", *FLASH)
 _ROTARY = ("default", "linear", "llama3", "yarn")  # others change all rows' angles with the longest row
 # Settings of a checkpoint's generation file that transformers' generate follows beside those that vlmcap sets.
@@ -85,7 +97,12 @@ def _obstacle(config: Any, generation_config: Any) -> str:
 
 @torch.no_grad()
 def greedy_ids(
-    llm: nn.Module, prompts: Iterable[Tensor], settings: GenerationSettings, stop_ids: Collection[int], num_rows: int
+    llm: nn.Module,
+    prompts: Iterable[Tensor],
+    settings: GenerationSettings,
+    stop_ids: Collection[int],
+    num_rows: int,
+    graphs: Graphs | None = None,
 ) -> list[list[int]]:
     """Ids of captions in the order of the prompts, each up to and with its first end token, as transformers' greedy search finds them.
 
@@ -95,16 +112,17 @@ def greedy_ids(
         settings: Length, repetition controls and guessing.
         stop_ids: Tokens that end a caption.
         num_rows: Captions that are written at a time.
+        graphs: Captures steps as graphs; None runs them as they are.
     """
-    decoder = _Decoder(llm, settings, stop_ids, num_rows)
-    waiting = enumerate(prompts)
+    decoder = _Decoder(llm, settings, stop_ids, num_rows, graphs)
+    waiting = _Waiting(prompts)
     done: dict[int, list[int]] = {}
     with _masked_attention(decoder.model.config):
         while decoder.admit(waiting) or decoder.rows:
-            done |= {row.request: row.ids for row in decoder.take_finished()}
+            done |= decoder.take_finished()
             if decoder.rows:
-                decoder.step()
-                done |= {row.request: row.ids for row in decoder.take_finished()}
+                decoder.advance()
+                done |= decoder.take_finished()
     return [done[request] for request in range(len(done))]
 
 
@@ -122,63 +140,119 @@ def _masked_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = chosen
 
 
+class _Waiting:
+    """Prompts with their numbers, of which the next one can be looked at before it is taken."""
+
+    def __init__(self, prompts: Iterable[Tensor]) -> None:
+        self._prompts = enumerate(prompts)
+        self._next: tuple[int, Tensor] | None = None
+
+    def take(self, most: int) -> list[tuple[int, Tensor]]:
+        """Up to `most` prompts of `PROMPT_TOKENS` tokens together, padded to the longest; one at least where there is any."""
+        taken: list[tuple[int, Tensor]] = []
+        longest = 0
+        while len(taken) < most:
+            if self._next is None:
+                self._next = next(self._prompts, None)
+            if self._next is None:
+                break
+            longest = max(longest, len(self._next[1]))
+            if taken and longest * (len(taken) + 1) > PROMPT_TOKENS:
+                break
+            taken.append(self._next)
+            self._next = None
+        return taken
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row.
+
+    Attributes:
+        request: Number of its clip.
+        num_prompt_tokens: Before the caption.
+        num_written: Tokens that the caption had at the last look.
+    """
+
+    request: int
+    num_prompt_tokens: int
+    num_written: int = 1
+
+
 class _Decoder:
     """The rows that are being written, in the places 0 to N of the cache."""
 
-    def __init__(self, llm: nn.Module, settings: GenerationSettings, stop_ids: Collection[int], num_rows: int) -> None:
-        self.model: Any = base_model(llm)
-        self.settings, self.stop_ids, self.num_rows = settings, frozenset(stop_ids), num_rows
-        self.cache = RowCache(num_rows)
-        self.rows: list[CaptionRow] = []
-        self.is_plain = settings.rules.repetition_penalty == 1.0 and not settings.rules.no_repeat_ngram_size
+    def __init__(
+        self, llm: nn.Module, settings: GenerationSettings, stop_ids: Collection[int], num_rows: int, graphs: Graphs | None = None
+    ) -> None:
+        model: Any = base_model(llm)
+        self.model, self.num_rows, self.max_new_tokens = model, num_rows, settings.max_new_tokens
+        device = model.get_input_embeddings().weight.device
+        self.is_on_host = device.type == "cpu" and graphs is None
+        self.look_every, self.block = (1, _CPU_BLOCK) if self.is_on_host else (LOOK_EVERY, _BLOCK)
+        self.cache, self.texts = RowCache(num_rows), RowTexts(num_rows, settings, stop_ids, device)
+        self.steps = CapturedSteps(graphs)
+        self.rows: list[_Row] = []
+        self._has_looked = True
 
-    def admit(self, waiting: Iterable[tuple[int, Tensor]]) -> int:
+    def admit(self, waiting: _Waiting) -> int:
         """Number of newcomers, whose prompts were read and whose first token was written."""
-        free = self.num_rows - len(self.rows)
-        if self.rows and free < max(1, self.num_rows // _GROUP):
+        before = len(self.rows)
+        if before and self.num_rows - before < max(1, self.num_rows // _GROUP):
             return 0
-        newcomers = list(islice(waiting, free))
-        if newcomers:
-            self._read([prompt for _, prompt in newcomers], [self._new_row(request, len(prompt)) for request, prompt in newcomers])
-        return len(newcomers)
+        while newcomers := waiting.take(self.num_rows - len(self.rows)):
+            self._read([prompt for _, prompt in newcomers])
+            self.rows += [_Row(request, len(prompt)) for request, prompt in newcomers]
+        return len(self.rows) - before
 
-    def _new_row(self, request: int, num_prompt_tokens: int) -> CaptionRow:
-        chosen = self.settings.rules
-        return CaptionRow(request, num_prompt_tokens, no_repeat=chosen.no_repeat_ngram_size, lookup=chosen.speculate_ngram)
-
-    def _read(self, prompts: list[Tensor], newcomers: list[CaptionRow]) -> None:
+    def _read(self, prompts: list[Tensor]) -> None:
         # Padded on the right, so that keys stand from the first column on, and no token sees padding: it comes later than all of them.
         embeddings = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=embeddings.device)
-        self.cache.expect_newcomers(len(self.rows), embeddings.shape[1])
+        first, width = len(self.rows), embeddings.shape[1]
+        if self.cache.reserve(_rounded(width + self.max_new_tokens + _DRAFT, self.block)):
+            self.steps.forget()
+        self.cache.expect_newcomers(first, width)
+        for row, prompt in enumerate(prompts, first):
+            self.texts.start(row, len(prompt))
         # The head runs on last tokens only, through the class's own forward, as some scale what it gives (HyperCLOVA X).
         handle = self.model.lm_head.register_forward_pre_hook(
-            lambda _, inputs: (inputs[0][torch.arange(len(last)), last.to(inputs[0].device)].unsqueeze(1),)
+            # (N, S, Dl) -> (N, 1, Dl)
+            lambda _, inputs: (torch.stack([hidden[len(prompt) - 1] for hidden, prompt in zip(inputs[0], prompts, strict=True)])[:, None],)
         )
         try:
             logits = self.model(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True).logits
         finally:
             handle.remove()
-        self._write(logits, newcomers, [[] for _ in newcomers])
-        self.rows += newcomers
+        self.texts.write(logits, logits.new_empty(len(prompts), 0), first)
+        self._has_looked = False
 
-    def step(self) -> None:
-        """Writes the next token of every row, and those behind it that were guessed rightly."""
-        most = self.settings.max_new_tokens
-        drafts = [row.draft(min(_DRAFT, most - len(row.ids) - 1)) for row in self.rows]
-        num_tokens = 1 + max(map(len, drafts))
-        device = self.model.get_input_embeddings().weight.device
-        tokens = [([row.ids[-1], *draft] + [0] * num_tokens)[:num_tokens] for row, draft in zip(self.rows, drafts, strict=True)]
-        lengths = [row.num_cached for row in self.rows]
-        positions, mask = self.cache.expect_step(torch.tensor(lengths, device=device), max(lengths), num_tokens)
+    def advance(self) -> None:
+        """Writes the next tokens of every row, up to the next look at which have ended."""
+        count = len(self.rows) if self.is_on_host else min(self.num_rows, 1 << (len(self.rows) - 1).bit_length())
+        num_tokens = 1 + (_DRAFT if self.texts.lookup else 0)
+        num_steps = min(self.look_every, self.max_new_tokens - min(row.num_written for row in self.rows))
+        ahead = (num_steps - 1) * num_tokens  # that a row may have written before the last of the steps
+        longest = max(row.num_prompt_tokens + min(row.num_written + ahead, self.max_new_tokens) for row in self.rows)
+        width = min(_rounded(longest - 1 + num_tokens, self.block), self.cache.num_columns)
+        for _ in range(num_steps):
+            self.steps.run((count, width), partial(self._step, count, width))
+        self._has_looked = False
+
+    def _step(self, count: int, width: int) -> None:
+        """Writes the next token of rows 0 to `count`, and those behind it that were guessed rightly."""
+        drafts = self.texts.drafts(count, _DRAFT)
+        if self.is_on_host and drafts.numel() and not bool((drafts >= 0).any()):
+            drafts = drafts[:, :0]
+        tokens = torch.cat([self.texts.last(count), drafts.clamp(min=0)], dim=1)
+        positions, mask = self.cache.expect_step(self.texts.num_cached(count), width, tokens.shape[1])
         logits = self.model(
-            input_ids=torch.tensor(tokens, device=device),
+            input_ids=tokens,
             attention_mask=self._as_wanted(mask),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).logits
-        self._write(logits, self.rows, drafts)
+        self.texts.write(logits, drafts)
 
     def _as_wanted(self, mask: Tensor) -> Tensor:
         """The mask as the model's attention takes it."""
@@ -187,118 +261,31 @@ class _Decoder:
         dtype = self.model.get_input_embeddings().weight.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
-    def _write(self, logits: Tensor, rows: list[CaptionRow], drafts: list[list[int]]) -> None:
-        """Puts the best tokens behind the rows: behind a right guess, the next one's too.
-
-        Args:
-            logits: (N, q, vocabulary), behind the last token and behind each guess.
-            rows: The N rows.
-            drafts: Up to q - 1 guesses of each.
-        """
-        best = logits.argmax(-1).tolist() if self.is_plain else None
-        going = list(range(len(rows)))
-        for place in range(logits.shape[1]):
-            if best is not None:
-                tokens = [best[index][place] for index in going]
-            else:
-                own = [rows[index] for index in going]
-                tokens = penalised(logits[going, place], own, self.settings.rules.repetition_penalty).argmax(-1).tolist()
-            right = []
-            for index, token in zip(going, tokens, strict=True):
-                rows[index].write(token)
-                if not self._is_finished(rows[index]) and drafts[index][place : place + 1] == [token]:
-                    right.append(index)
-            going = right
-            if not going:
-                break
-
-    def _is_finished(self, row: CaptionRow) -> bool:
-        return row.ids[-1] in self.stop_ids or len(row.ids) >= self.settings.max_new_tokens
-
-    def take_finished(self) -> list[CaptionRow]:
-        """The rows that have ended; the last of the others take their places."""
-        finished = [row for row in self.rows if self._is_finished(row)]
-        count = len(self.rows) - len(finished)
-        free = [index for index, row in enumerate(self.rows[:count]) if self._is_finished(row)]
-        movers = [index for index in range(count, len(self.rows)) if not self._is_finished(self.rows[index])]
+    def take_finished(self) -> dict[int, list[int]]:
+        """Ids of the captions that have ended, by request; the last of the other rows take their places."""
+        if self._has_looked:
+            return {}
+        self._has_looked = True
+        texts, num_rows = self.texts, len(self.rows)
+        counts, ends = torch.stack([texts.counts[:num_rows], texts.is_done[:num_rows].long()]).tolist()
+        for row, written in zip(self.rows, counts, strict=True):
+            row.num_written = written
+        finished = [index for index in range(num_rows) if ends[index]]
+        if not finished:
+            return {}
+        ids = torch.stack([texts.ids[index] for index in finished]).tolist()
+        found = {self.rows[index].request: own[: counts[index]] for index, own in zip(finished, ids, strict=True)}
+        going = num_rows - len(finished)
+        free = [index for index in finished if index < going]
+        movers = [index for index in range(going, num_rows) if not ends[index]]
         self.cache.move_rows(movers, free)
         for source, target in zip(movers, free, strict=True):
+            texts.move(source, target)
             self.rows[target] = self.rows[source]
-        del self.rows[count:]
-        return finished
+        texts.is_done[going:num_rows] = True
+        del self.rows[going:]
+        return found
 
 
-class CaptionRow:
-    """What a row of the batch has written.
-
-    Args:
-        request: Number of its clip.
-        num_prompt_tokens: Before the caption.
-        no_repeat: Length of n-grams that come once; 0 lets them repeat.
-        lookup: Length of the n-grams by which the text to come is looked up in the text so far; 0 guesses nothing.
-    """
-
-    def __init__(self, request: int, num_prompt_tokens: int, *, no_repeat: int = 0, lookup: int = 0) -> None:
-        self.request, self.num_prompt_tokens = request, num_prompt_tokens
-        self.no_repeat, self.lookup = no_repeat, lookup
-        self.ids: list[int] = []
-        self.used: set[int] = set()
-        self._followers: dict[tuple[int, ...], list[int]] = {}  # of the first no_repeat - 1 tokens of an n-gram
-        self._places: dict[tuple[int, ...], int] = {}  # where the text goes on behind the latest n-gram
-
-    @property
-    def num_cached(self) -> int:
-        """Tokens whose keys the cache holds: all but the last, which the next step reads."""
-        return self.num_prompt_tokens + len(self.ids) - 1
-
-    def write(self, token: int) -> None:
-        """Puts a token behind the text."""
-        self.ids.append(token)
-        self.used.add(token)
-        if self.no_repeat and len(self.ids) >= self.no_repeat:
-            self._followers.setdefault(tuple(self.ids[-self.no_repeat : -1]), []).append(token)
-        if self.lookup and len(self.ids) > self.lookup:
-            self._places[tuple(self.ids[-self.lookup - 1 : -1])] = len(self.ids) - 1
-
-    def banned(self) -> Sequence[int]:
-        """Tokens that would repeat an n-gram."""
-        known = len(self.ids) - (self.no_repeat - 1)
-        return self._followers.get(tuple(self.ids[known:]), ()) if self.no_repeat and known >= 0 else ()
-
-    def draft(self, limit: int) -> list[int]:
-        """Up to `limit` tokens that came behind the last n-gram when it stood there before, a text that goes in circles read on and on.
-
-        Prompt lookup decoding (Saxena, https://github.com/apoorvumang/prompt-lookup-decoding), on the caption itself.
-        """
-        place = self._places.get(tuple(self.ids[-self.lookup :])) if self.lookup else None
-        if place is None:
-            return []
-        tokens: list[int] = []
-        for index in range(place, place + limit):
-            tokens.append(self.ids[index] if index < len(self.ids) else tokens[index - len(self.ids)])
-        return tokens
-
-
-def penalised(logits: Tensor, rows: Sequence[CaptionRow], penalty: float) -> Tensor:
-    """Logits (N, vocabulary), float32, after repetition penalty and n-gram ban, as transformers' processors leave them.
-
-    Args:
-        logits: (N, vocabulary).
-        rows: The N captions so far.
-        penalty: Divides the logits above 0 of tokens that were used, and multiplies those below (Keskar et al.,
-            https://arxiv.org/abs/1909.05858); 1 changes nothing.
-    """
-    logits = logits.to(torch.float32, copy=True)
-    if penalty != 1.0:
-        used = _places([row.used for row in rows], logits.device)
-        found = logits[used]
-        logits[used] = torch.where(found < 0, found * penalty, found / penalty)
-    logits[_places([row.banned() for row in rows], logits.device)] = -torch.inf
-    return logits
-
-
-def _places(tokens: Sequence[Sequence[int] | set[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of rows and tokens."""
-    pairs = [(row, token) for row, own in enumerate(tokens) for token in own]
-    index = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2)
-    return index[:, 0], index[:, 1]
+def _rounded(number: int, block: int) -> int:
+    return -(-number // block) * block

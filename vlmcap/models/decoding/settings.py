@@ -7,6 +7,13 @@ from typing import Any
 
 from vlmcap.config import EvaluationConfig
 
+MOST_CLIPS = 128  # of a batch to caption where there are fewer rows: each data worker holds such a batch in host memory
+
+
+def clips_for(num_rows: int, clips_per_row: int) -> int:
+    """Clips of a batch to caption, those beyond the rows waiting for rows that end."""
+    return max(num_rows, min(num_rows * clips_per_row, MOST_CLIPS))
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
@@ -17,12 +24,14 @@ class GenerationSettings:
         rules: Engine, search and sampling; names and ranges are those of transformers.
         num_rows: Most captions that are written at a time; None writes those of a whole batch.
         use_cache: Whether the keys of earlier tokens are kept.
+        is_merged: Whether adapters are merged into unquantised weights meanwhile, of which the originals are kept beside.
     """
 
     max_new_tokens: int
     rules: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_rows: int | None = None
     use_cache: bool = True
+    is_merged: bool = False
 
     @property
     def is_greedy(self) -> bool:

@@ -173,6 +173,65 @@ def fold_in(adapted: Any, progress: Progress | None = None) -> None:
             progress(done, len(layers))
 
 
+@contextmanager
+def adapters_for_captions(llm: nn.Module, *, is_merged: bool) -> Iterator[None]:
+    """Within it, LoRA takes fewer kernels per token; afterwards all parameters are the very objects that they were before.
+
+    Adapters are added to copies of the weights beside them, where those are stored as plain numbers. All others are held in the type that
+    autocast computes in, to which it would convert them at each call.
+
+    Args:
+        llm: The language model, with or without adapters.
+        is_merged: Whether there is memory for the copies.
+    """
+    dtype = torch.get_autocast_dtype(next(llm.parameters()).device.type)
+    is_cast = torch.is_autocast_enabled(next(llm.parameters()).device.type)
+    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    merged: list[Any] = []
+
+    def exchange(module: Any, make: Callable[[Tensor], Tensor]) -> None:
+        kept.append((module, module.weight))
+        module._parameters["weight"] = nn.Parameter(make(module.weight.detach()), requires_grad=False)
+
+    try:
+        for layer in _adapted_layers(llm):
+            if is_merged and is_mergeable(layer):
+                exchange(layer.get_base_layer(), torch.clone)
+                with torch.autocast(layer.weight.device.type, enabled=False):
+                    layer.merge()
+                merged.append(layer)
+            elif is_cast and not _is_sharded(layer):
+                for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                    exchange(factor, lambda weight: weight.to(dtype))
+        yield
+    finally:
+        for layer in merged:
+            layer.merged_adapters.clear()
+        for module, parameter in reversed(kept):
+            module._parameters["weight"] = parameter
+
+
+def _adapted_layers(llm: nn.Module) -> list[Any]:
+    """The layers with LoRA on them; DoRA's, whose effect is no sum, are left as they are."""
+    if not hasattr(llm, "peft_config"):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in llm.modules() if isinstance(module, LoraLayer) and not module.lora_variant]
+
+
+def is_mergeable(layer: Any) -> bool:
+    """Whether the adapters of a layer can be added to its weights: they are plain numbers, all of them on this device."""
+    weight = layer.get_base_layer().weight
+    return weight.is_floating_point() and not hasattr(weight, "quant_state") and not _is_sharded(layer)
+
+
+def _is_sharded(layer: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in layer.parameters())
+
+
 def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Puts saved adapters in the places of fresh ones.
 

@@ -5,6 +5,7 @@ Legend: B clips, F frames, P patches a frame, Dv vision width, V visual tokens a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,7 @@ from vlmcap.assembly.parts import autocast_dtype, dtype_of, lora_of, loss_chunk_
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
+from vlmcap.models.llm.merge import adapters_for_captions
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     architecture,
@@ -49,6 +51,7 @@ from vlmcap.planning.estimate.stages import (
 from vlmcap.plugins import plugins_of
 from vlmcap.types import Batch
 
+ORIGINALS = "originals of weights"  # that others stand in for while captions are written
 _SHORT = 2  # blocks of the shorter of two traces
 _FEW, _MANY = 4096, 24576  # tokens of a batch that the language model is traced at
 NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # where only the language model is asked for
@@ -112,7 +115,14 @@ class Tracer:
         self.config, self.has_flash = config, has_flash
         self.sizes = sizes or sizes_of(config)
         self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
+        self.is_merged = False  # whether adapters are merged while captions are written
         self.trains_encoder = config.tuning.encoder_tuning is not EncoderTuning.none
+
+    def with_adapters(self, *, is_merged: bool) -> Self:
+        """The same tracer for captions with adapters that are merged, or are not."""
+        other = copy.copy(self)
+        other.is_merged = is_merged
+        return other
 
     @property
     def depth(self) -> int:
@@ -186,6 +196,7 @@ class Tracer:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
         key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
+        key |= {"merged": self.is_merged and not num_caption}
         key |= {"training": is_training, "packed": self._packs(num_caption, is_training), "engine": writes_itself(self.config)}
         return key | {"offload": self.config.hardware.offload_checkpoints}
 
@@ -292,7 +303,8 @@ class Tracer:
             logits: torch.Tensor = output.logits
             return logits
 
-        return trace_stage(
+        trace = partial(
+            trace_stage,
             llm,
             (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
             mode=mode,
@@ -303,6 +315,18 @@ class Tracer:
             has_backward=is_training,
             num_kept=num_kept,
         )
+        return trace() if num_caption else self._for_captions(llm, mode, trace)
+
+    def _for_captions(self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageTrace]) -> StageTrace:
+        """A trace with the adapters as they are while captions are written; what they stand in for is among the weights."""
+        before = {id(parameter): parameter for parameter in llm.parameters()}
+        dtype = autocast_dtype(self.config)
+        autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+        with mode, autocast, torch.no_grad(), adapters_for_captions(llm, is_merged=self.is_merged):
+            found = trace()
+            now = {id(parameter) for parameter in llm.parameters()}
+        originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
+        return dataclasses.replace(found, weights={**found.weights, ORIGINALS: originals})
 
     def _padded_prompts(self, batch: Batch) -> Batch:
         """Prompts as the engine reads them: ours on the right and without a mask, transformers' on the left where clips differ in size."""
@@ -341,7 +365,7 @@ class QuickTracer(Tracer):
     def anchors(self, num_caption: int, *, is_training: bool = True) -> Anchors:
         """The traces of the language model, the same for all sizes of this configuration."""
         text, data = PROMPT_TOKENS + num_caption, self.config.data
-        has_more = num_caption > 0 and max(data.batch_size, data.eval_batch_size) > 1
+        has_more = num_caption > 0 and data.batch_size > 1
         is_checkpointed = is_training and num_caption > 0 and self.config.hardware.gradient_checkpointing
         few = max(_FEW, 4 * text)
         base, wide = self._with_visual(few - text), self._with_visual(few + _MANY - text)
@@ -357,7 +381,7 @@ class QuickTracer(Tracer):
 
     def _with_visual(self, num_visual: int) -> Tracer:
         sizes = Sizes((1, 1, num_visual), 0, 1, 0, num_visual, (num_visual,), 0)
-        return Tracer(self.config, self.has_flash, sizes)
+        return Tracer(self.config, self.has_flash, sizes).with_adapters(is_merged=self.is_merged)
 
 
 def _fake_mode() -> FakeTensorMode:

@@ -15,7 +15,9 @@ from vlmcap.config import Config
 from vlmcap.config_files import config_file, group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
+from vlmcap.models.captioner import CLIPS_AT_A_TIME
 from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.captioning import ways_to_merge
 from vlmcap.planning.estimate.tracer import NO_SIZES, QuickTracer
 from vlmcap.planning.grid.grid_table import Cell
 from vlmcap.planning.known_data import with_known_data
@@ -27,6 +29,7 @@ _LEFT_OUT = {"hardware": {"cpu"}, "encoder": {*TINY_ENCODERS, CUSTOM}, "llm": {"
 _FOLLOWS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}  # groups whose values come from these groups
 _MOST_PROCESSES = 8
 _configs: GridConfigs | None = None  # what a forked process finds
+_ONE_CAPTION = "data.eval_batch_size=1"  # the least that captions take: more are written at a time only where there is room
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class GridConfigs:
         for group in _GROUPS:
             for name in getattr(names, group):
                 chosen = first | {group: name}
-                composed[group, name] = Composed([*names.rest, *(f"{key}={value}" for key, value in chosen.items())])
+                composed[group, name] = Composed([_ONE_CAPTION, *names.rest, *(f"{key}={value}" for key, value in chosen.items())])
         self._bases = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
         self._parts = {
             (hardware, group, name): composed["hardware", hardware].parts_with(group, composed[group, name], follows)
@@ -174,10 +177,11 @@ def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
                 tracer = _tracer(config, sizes=False)
                 tracer.anchors(config.llm.caption_tokens)
                 tracer.anchors(config.llm.caption_tokens, is_training=False)
-                tracer.anchors(0)
+                for is_merged in ways_to_merge(config):
+                    tracer.with_adapters(is_merged=is_merged).anchors(0)
                 continue
             tracer = _tracer(config)
-            for num_clips in {config.data.batch_size, config.data.eval_batch_size}:
+            for num_clips in {config.data.batch_size, CLIPS_AT_A_TIME}:
                 key = (cell[0], num_clips, tracer.width)
                 if key not in done:
                     done.add(key)

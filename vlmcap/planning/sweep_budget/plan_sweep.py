@@ -133,7 +133,7 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
     from vlmcap.planning.estimate.tracer import Tracer
 
-    tracer, batch = Tracer(config, plan.card.has_flash), config.data.eval_batch_size
+    tracer, batch = Tracer(config, plan.card.has_flash), config.data.batch_size
     speed = plan.card.utilisation * plan.card.peak_flops * batch
     passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[
         config.tuning.encoder_tuning

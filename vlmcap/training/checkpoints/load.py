@@ -15,6 +15,7 @@ from vlmcap.config import Config, Engine, Strategy
 from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError, first_line
 from vlmcap.libraries import quiet_libraries
+from vlmcap.planning.make_plan import with_caption_plan
 from vlmcap.plugins import check_plugins, plugins_of
 from vlmcap.training.schedule import StagePlan
 
@@ -44,7 +45,7 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     config = single_process(saved_config(content["vlmcap"]["config"], overrides))
     if config.evaluation.engine is Engine.vllm:
         raise UserError("evaluation.engine=vllm is for evaluate.py; leave it out here")
-    assembly = assemble(describe_model(config), is_fresh=False)
+    assembly = assemble(describe_model(with_caption_plan(config)), is_fresh=False)
     load_weights(assembly, content, config)
     return assembly.captioner.to(device_of(config)).eval()
 

@@ -13,6 +13,7 @@ from vlmcap.assembly.model import Assembly, assemble, describe_model, generation
 from vlmcap.assembly.parts import dtype_of
 from vlmcap.config import Config, Engine
 from vlmcap.errors import UserError
+from vlmcap.planning.make_plan import with_caption_plan
 from vlmcap.training.checkpoints.export import as_exported
 from vlmcap.training.checkpoints.load import is_export, load_weights, read_checkpoint, read_export, read_origin
 
@@ -33,7 +34,7 @@ def assemble_trained(config: Config, checkpoint: Path, clips: Mapping[str, Seque
     """
     if config.evaluation.engine is Engine.vllm:
         return _assemble_on_vllm(config, checkpoint, clips)
-    spec = describe_model(config)
+    spec = describe_model(with_caption_plan(config))
     assembly = assemble(spec, prepare_features(spec.feature_plan, clips), is_fresh=False)
     load_weights(assembly, read_checkpoint(checkpoint), config)
     return config, assembly
@@ -56,7 +57,7 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     folder = merged_folder(config, checkpoint)
     config = as_exported(config, folder)
     dtype = dtype_of(config.hardware.precision)
-    spec = describe_model(config)
+    spec = describe_model(with_caption_plan(config))
     features = prepare_features(spec.feature_plan, clips)
     assembly = assemble(spec, features, is_fresh=False, llm=TokenEmbeddings(folder, dtype))
     load_weights(assembly, read_export(folder), config)
