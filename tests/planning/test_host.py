@@ -178,7 +178,7 @@ def test_a_host_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, ca
     small = type(present)(present.name, 15.6, 10.0, "cpu")
     monkeypatch.setattr(plan_module, "present_processor", lambda: small)
     with pytest.raises(
-        DoesNotFit, match=r"the host needs \d+\.\d GiB of memory while training, .* of it for .* machine has 15\.6; lower data"
+        DoesNotFit, match=r"the host needs \d+\.\d GiB of memory while validating, .* of it for .* machine has 15\.6; lower data"
     ) as caught:
         enforce_plan(compose(overrides))
     assert caught.value.peak_gib > caught.value.usable_gib == 15.6
