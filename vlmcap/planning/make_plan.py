@@ -244,29 +244,29 @@ def stages_in_front(config: Config, tracer: Tracer, num_clips: int) -> list[Stag
     return [*first, Stage("projector", tracer.projector(num_clips))]
 
 
-def enforce_plan(config: Config) -> None:
-    """Nothing where the configuration fits its card.
+def enforce_plan(config: Config) -> Plan | None:
+    """The plan of a run, which says so where it does not fit; None where no plan is made.
 
     Raises:
         DoesNotFit: And `plan.enforce=error`.
     """
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
-        return
+        return None
     if config.trainer.strategy is Strategy.fsdp2:
         print("No memory plan: a plan is made for a GPU that holds the whole model, and trainer=fsdp2 shards it.", flush=True)
-        return
+        return None
     try:
         plan = make_plan(config)
     except NotPlannedError as error:
         print(f"No memory plan: {error}", flush=True)
-        return
+        return None
     except UserError:
         raise
     except Exception as error:  # a model that cannot be traced is no reason to lose a run
         print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
-        return
+        return None
     if plan.fits:
-        return
+        return plan
     sentence = (
         f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) and "
         f"hardware={plan.hardware} has {plan.card.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
@@ -275,3 +275,4 @@ def enforce_plan(config: Config) -> None:
     if config.plan.enforce is Enforce.error:
         raise DoesNotFit(sentence, plan.peak_gib, plan.card.usable_gib)
     print(f"Warning: {sentence}", flush=True)
+    return plan

@@ -17,6 +17,7 @@ from vlmcap.training.processes import describe_batch
 
 if TYPE_CHECKING:
     from vlmcap.assembly.model import Assembly
+    from vlmcap.planning.plan import Plan
     from vlmcap.training.objects import Run
 
 LEARNED = 0.1  # nats per token: a model that knows a caption by heart is below
@@ -91,9 +92,16 @@ def tried(config: Config, scores: Mapping[str, float], num_clips: Mapping[str, i
 
 
 def summarize(
-    config: Config, run: Run, assembly: Assembly, scores: dict[str, float], seconds: dict[str, float], *, shrunk_from: int | None
+    config: Config,
+    run: Run,
+    assembly: Assembly,
+    scores: dict[str, float],
+    seconds: dict[str, float],
+    *,
+    plan: dict[str, float] | None,
+    shrunk_from: int | None,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `shrunk_from` is the configured batch size where a smaller one was trained."""
+    """The content of `summary.json`; `plan` is that of `expected`, `shrunk_from` the configured batch size where a smaller one was trained."""
     from vlmcap.training.callbacks.progress import part_counts
 
     return {
@@ -101,6 +109,7 @@ def summarize(
         "tokenizer": tokenizer_version(config),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_gib": round(_peak_memory_gib(), 3),
+        "plan": plan,
         "parameters": part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
@@ -111,6 +120,24 @@ def summarize(
         "command": [*_program(), *sys.argv[1:]],
         "shrunk_from": shrunk_from,
     }
+
+
+def expected(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dict[str, float] | None:
+    """What the plan expects of the run, beside which stands what it took: `peak_gib`, `usable_gib`, and `fit_s`, seconds of the fit.
+
+    Args:
+        config: Run configuration.
+        run: The run, which has ended.
+        plan: The plan; None where none was made.
+        num_steps: Optimiser steps that this process has trained.
+    """
+    if plan is None:
+        return None
+    num_trained = num_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
+    num_validations = num_trained // len(run.data.clips["train"]) // config.evaluation.every_n_epochs
+    num_captioned = num_validations * min(config.evaluation.max_clips, len(run.data.clips["val"]))
+    fit_s = num_trained * plan.clip_s + num_captioned * plan.caption_s
+    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.card.usable_gib, 3), "fit_s": round(fit_s, 1)}
 
 
 def _program() -> list[str]:
