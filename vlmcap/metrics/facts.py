@@ -197,7 +197,9 @@ def _find(text: str, phrases: Mapping[str, str]) -> list[Span]:
     spans = [(start, start + len(phrase), value) for phrase, value in phrases.items() for start in _occurrences(text, phrase)]
     # A longer phrase takes what lies inside it: only spans that no other span contains are said.
     return sorted(
-        (start, end, value) for start, end, value in spans if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)
+        (start, end, value)
+        for start, end, value in spans
+        if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)
     )
 
 

@@ -101,7 +101,7 @@ def summarize(
     plan: dict[str, float] | None,
     shrunk_from: int | None,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `plan` is that of `expected`, `shrunk_from` the configured batch size where a smaller one was trained."""
+    """The content of `summary.json`; `plan` is what `expected` gives, `shrunk_from` the batch size that was too large."""
     from vlmcap.training.callbacks.progress import part_counts
 
     return {
