@@ -115,8 +115,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     show_end(config, run, scores, seconds)
     if is_main(config):
         planned = expected(config, run, plan, run.trainer.global_step - (step or 0))
-        shrunk_from = asked if asked != config.data.batch_size else None
-        summary = summarize(config, run, assembly, scores, seconds, plan=planned, shrunk_from=shrunk_from)
+        summary = summarize(config, run, assembly, scores, seconds, plan=planned, asked_batch_size=asked)
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
     return _monitored(config, scores)

@@ -99,9 +99,9 @@ def summarize(
     seconds: dict[str, float],
     *,
     plan: dict[str, float] | None,
-    shrunk_from: int | None,
+    asked_batch_size: int,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `plan` is what `expected` gives, `shrunk_from` the batch size that was too large."""
+    """The content of `summary.json`; `plan` is what `expected` gives, `asked_batch_size` may have been too large."""
     from vlmcap.training.callbacks.progress import part_counts
 
     return {
@@ -118,7 +118,7 @@ def summarize(
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
-        "shrunk_from": shrunk_from,
+        "shrunk_from": asked_batch_size if asked_batch_size != config.data.batch_size else None,
     }
 
 

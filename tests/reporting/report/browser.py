@@ -150,7 +150,9 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
-    def show_as(self, *, width: int, height: int = 900, scheme: str = "light", scale: float = 1.0, media: str = "", motion: str = "no-preference") -> None:
+    def show_as(
+        self, *, width: int, height: int = 900, scheme: str = "light", scale: float = 1.0, media: str = "", motion: str = "no-preference"
+    ) -> None:
         """Size of the window, the system's colours, `print` or the screen, and whether the system asks to `reduce` motion."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
         features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": motion}]

@@ -161,7 +161,15 @@ def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
     """Losses of 40 steps, two validations, and the final scores, as the logger writes them."""
     records: list[dict[str, Any]] = []
     for step in range(2, 42, 2):
-        records.append({"step": step, "epoch": (step - 1) // 20, "train/loss": 4 / step**0.5, "train/lr_projector": 1e-3 / step, "train/tokens_per_s": 900.0})
+        records.append(
+            {
+                "step": step,
+                "epoch": (step - 1) // 20,
+                "train/loss": 4 / step**0.5,
+                "train/lr_projector": 1e-3 / step,
+                "train/tokens_per_s": 900.0,
+            }
+        )
         if step % 20 == 0:
             loop = {"val/cider": scores.get("val/cider", 0.0) * step / 45, "val/loss": 5 / step**0.5}
             records.append({"step": step, "epoch": (step - 1) // 20, **loop})

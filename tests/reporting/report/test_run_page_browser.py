@@ -70,7 +70,9 @@ def test_hostile_text_stays_text(run_browser: Browser) -> None:
 def test_scores_say_how_to_read_them(run_browser: Browser) -> None:
     rows = run_browser.texts(".readings:first-of-type tbody tr[data-score='facts/direction'] *")
     assert rows[0].startswith("Fact: direction") and "A model that does not look reaches about 0." in rows[1]
-    unread = "[...document.querySelectorAll('#scores > .scroll tbody tr')].filter((row) => !row.querySelector('.reading').textContent).length"
+    unread = (
+        "[...document.querySelectorAll('#scores > .scroll tbody tr')].filter((row) => !row.querySelector('.reading').textContent).length"
+    )
     assert run_browser.run(unread) == 0
     assert run_browser.texts("#took tbody tr") == [
         "Peak memory11.5\u00a0GiB10.0\u00a0GiB",
@@ -103,7 +105,13 @@ def test_nothing_is_wider_than_the_window(run_browser: Browser, width: int, run_
     run_browser.show_as(width=width)
     run_browser.open(run_page_file)
     assert run_browser.run("document.documentElement.scrollWidth") <= width
-    assert run_browser.run("Math.max(...[...document.querySelectorAll('.drawing svg, .film, .readings')].map((node) => node.getBoundingClientRect().right))") <= width
+    assert (
+        run_browser.run(
+    edges = "[...document.querySelectorAll('.drawing svg, .film, .readings')].map((node) => node.getBoundingClientRect().right)"
+    assert run_browser.run(f"Math.max(...{edges})") <= width
+        )
+        <= width
+    )
 
 
 def test_it_prints(run_browser: Browser) -> None:
