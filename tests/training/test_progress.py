@@ -110,16 +110,19 @@ def test_validation_and_captioning_have_lines_too(module: CaptioningModule, caps
     clock, trainer = Clock(), trainer_of()
     progress = RunProgress(10, clock=clock)
     progress.on_train_start(trainer, module)
-    clock.now = 40
-    progress.on_validation_batch_end(trainer, module, None, None, 1)
-    clock.now = 110
-    progress.on_validation_batch_end(trainer, module, None, None, 2, 1)
+    for batch in range(3):
+        clock.now += 20
+        progress.on_validation_batch_end(trainer, module, None, None, batch)
+    clock.now += 10
+    progress.on_validation_batch_end(trainer, module, None, None, 0, 1)
+    clock.now += 35
+    progress.on_validation_batch_end(trainer, module, None, None, 1, 1)
     progress.on_test_start(trainer, module)
     progress.on_test_batch_end(trainer, module, None, None, 0)
-    clock.now = 145
+    clock.now += 32
     progress.on_test_batch_end(trainer, module, None, None, 1)
     assert capsys.readouterr().out.splitlines() == [
-        "validation  captions  batch 2 of 3",
-        "validation  loss  batch 3 of 5",
-        "captioning  batch 2 of 7",
+        "validation captions, batches: 2 of 3, 20 s so far, 20 s left",
+        "validation loss, batches: 2 of 5, 35 s so far, 1.8 min left",
+        "captioning, batches: 2 of 7, 32 s so far, 2.7 min left",
     ]

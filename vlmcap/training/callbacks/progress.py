@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vlmcap.metrics import METRIC_LABELS
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.terminal import LineClock
+from vlmcap.terminal import LineClock, WorkLines
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.schedule import StagePosition
 
@@ -138,6 +138,7 @@ class RunProgress(L.Callback):
     def __init__(self, log_every_n_steps: int, max_steps: int = -1, clock: Callable[[], float] = time.monotonic) -> None:
         self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
         self._clock, self._schedule = clock, LineClock(clock)
+        self._batches = WorkLines("", clock)  # of the loop that captions or measures now
         self._logged_step = -1
         self._started = 0.0
         self._first_step = 0
@@ -166,8 +167,9 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Prints how far validation is, now and then."""
-        total = trainer.num_val_batches[dataloader_idx]
-        self._print_if_due(trainer, lambda: f"validation  {'loss' if dataloader_idx else 'captions'}  batch {batch_idx + 1} of {total}")
+        self._report(
+            trainer, ("validation captions", "validation loss")[dataloader_idx], batch_idx, trainer.num_val_batches[dataloader_idx]
+        )
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
@@ -177,7 +179,13 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Prints how far the captions of a split are, now and then."""
-        self._print_if_due(trainer, lambda: f"captioning  batch {batch_idx + 1} of {trainer.num_test_batches[dataloader_idx]}")
+        self._report(trainer, "captioning", batch_idx, trainer.num_test_batches[dataloader_idx])
+
+    def _report(self, trainer: L.Trainer, label: str, batch_idx: int, total: int | float) -> None:
+        if batch_idx == 0:
+            self._batches = WorkLines(f"{label}, batches", self._clock)
+        self._batches.report(batch_idx + 1, int(total))
+        self._print_if_due(trainer, self._batches.text)
 
     def _print_if_due(self, trainer: L.Trainer, line: Callable[[], str]) -> None:
         if trainer.progress_bar_callback is None and trainer.is_global_zero and self._schedule.is_due():
