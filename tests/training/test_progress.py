@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from vlmcap.config import Stage
 from vlmcap.training.callbacks.progress import RunProgress
@@ -126,3 +128,16 @@ def test_validation_and_captioning_have_lines_too(module: CaptioningModule, caps
         "validation loss, batches: 2 of 5, 35 s so far, 1.8 min left",
         "captioning, batches: 2 of 7, 32 s so far, 2.7 min left",
     ]
+
+
+def test_an_epoch_line_stands_above_the_bar(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of(progress_bar_callback=object())
+    progress = RunProgress(10, clock=clock)
+    progress.on_train_start(trainer, module)
+    train(progress, clock, trainer, module, 20)
+    with Tqdm(total=20, file=sys.stdout, leave=False) as bar:
+        bar.update(20)
+        progress.on_train_epoch_end(trainer, module)
+        shown = capsys.readouterr().out
+    (line,) = [text for text in shown.split("\n") if "loss 1.250" in text]
+    assert line.split("\r")[-1].startswith("tune 1/2  loss 1.250"), "a line of its own, once"

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 from rich.table import Table
 
@@ -119,6 +120,14 @@ def _show_grounding(split: str, scores: Mapping[str, float]) -> None:
     Console().print(table)
 
 
+def print_line(trainer: L.Trainer, text: str) -> None:
+    """Prints a line, above the bar where there is one."""
+    if trainer.progress_bar_callback is None:
+        print(text, flush=True)
+    else:
+        Tqdm.write(text)
+
+
 _SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "facts", "val/distinct_ratio": "distinct"}
 
 
@@ -189,7 +198,7 @@ class RunProgress(L.Callback):
 
     def _print_if_due(self, trainer: L.Trainer, line: Callable[[], str]) -> None:
         if trainer.progress_bar_callback is None and trainer.is_global_zero and self._schedule.is_due():
-            print(line(), flush=True)
+            print_line(trainer, line())
 
     def _step_line(self, trainer: L.Trainer, position: StagePosition) -> str:
         """Stage and epoch, optimiser step, the metrics of the last log step, and the time left."""
@@ -238,7 +247,7 @@ class RunProgress(L.Callback):
         if self._last:
             parts.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
         parts.append(self._time_left(trainer))
-        print("  ".join(parts), flush=True)
+        print_line(trainer, "  ".join(parts))
         self._schedule.postpone()
 
 
