@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,7 +203,8 @@ def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
     else:
         from tqdm.notebook import tqdm
 
-    bar, started = None, time.monotonic()
+    bar: Any = None
+    started = time.monotonic()
 
     def report(done: int, total: int | None) -> None:
         nonlocal bar

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import re
@@ -90,6 +91,10 @@ def test_commands_go_on_from_the_run(one_run: Path) -> None:
     assert commands["sweep"].startswith("python train.py -m ") and commands["sweep"].endswith(" seed=0,1,2")
     assert commands["sweep"].count("seed=") == 1
     assert commands["compare"] == f"vlmcap report {one_run} multirun --output report"
+    installed = next_commands(dataclasses.replace(run, command="vlmcap train encoder=clip checkpoint=last"))
+    assert installed["caption"].startswith("vlmcap caption clip.mp4 ") and installed["evaluate"].startswith("vlmcap evaluate checkpoint=")
+    assert installed["resume"] == f"vlmcap train encoder=clip paths.output_dir={one_run} checkpoint=last"
+    assert installed["sweep"] == "vlmcap train -m encoder=clip seed=0,1,2"
 
 
 def test_an_evaluation_has_a_page_without_what_only_training_has(one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
