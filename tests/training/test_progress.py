@@ -56,6 +56,9 @@ class Module(CaptioningModule):
     def take_log(self) -> dict[str, float]:
         return {"train/loss": 1.25, "train/tokens_per_s": 3200.0, "train/lr_adapters": 1e-4}
 
+    def read_log(self) -> dict[str, float]:
+        return {"train/loss": 2.5, "train/tokens_per_s": 40.0, "train/lr_adapters": 1e-5}
+
     def log_dict(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -85,6 +88,14 @@ def test_lines_by_time_within_an_epoch(module: CaptioningModule, capsys: pytest.
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("tune 1/2  step 30 of 900  loss 1.250  lr 0.0001  tok/s 3,200  ") and second.startswith("tune 1/2  step 90 of")
     assert first.endswith((" left", "done"))
+
+
+def test_a_line_before_the_first_log_step_has_the_values_so_far(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of()
+    progress = RunProgress(500, clock=clock)
+    progress.on_train_start(trainer, module)
+    train(progress, clock, trainer, module, 30)
+    assert capsys.readouterr().out.startswith("tune 1/2  step 30 of 900  loss 2.500  lr 1e-05  tok/s 40  ")
 
 
 def test_an_epoch_line_postpones_the_next(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ from vlmcap.metrics import METRIC_LABELS
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.terminal import LineClock, WorkLines
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.schedule import StagePosition
 
 
 def part_counts(
@@ -161,7 +160,7 @@ class RunProgress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Logs after every few optimiser steps and after the last of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
-        self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module.plan.at_epoch(trainer.current_epoch)))
+        self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module))
         step = trainer.global_step
         is_due = step % self.log_every_n_steps == 0 or batch_idx + 1 >= trainer.num_training_batches
         if step == self._logged_step or not is_due:
@@ -200,20 +199,17 @@ class RunProgress(L.Callback):
         if trainer.progress_bar_callback is None and trainer.is_global_zero and self._schedule.is_due():
             print_line(trainer, line())
 
-    def _step_line(self, trainer: L.Trainer, position: StagePosition) -> str:
-        """Stage and epoch, optimiser step, the metrics of the last log step, and the time left."""
+    def _step_line(self, trainer: L.Trainer, pl_module: CaptioningModule) -> str:
+        """Stage and epoch, optimiser step, the metrics of the last log step or, before the first one, those so far, and the time left."""
+        position = pl_module.plan.at_epoch(trainer.current_epoch)
         number = trainer.current_epoch - position.first_epoch + 1
-        items = [f"{name} {value}" for name, value in self.bar_items().items()]
+        items = [f"{name} {value}" for name, value in _shown_items(self._last or pl_module.read_log()).items()]
         step = f"step {trainer.global_step} of {self._last_step(trainer)}"
         return "  ".join([f"{position.name} {number}/{position.stage.epochs}", step, *items, self._time_left(trainer)])
 
     def bar_items(self) -> dict[str, str]:
         """What a bar shows of the last metrics."""
-        if not self._last:
-            return {}
-        rate = max(value for name, value in self._last.items() if name.startswith("train/lr_"))
-        loss, speed = self._last["train/loss"], self._last["train/tokens_per_s"]
-        return {"loss": f"{loss:.3f}", "lr": f"{rate:.3g}", "tok/s": f"{speed:,.0f}"}
+        return _shown_items(self._last)
 
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Expected seconds to the end, from the steps so far."""
@@ -249,6 +245,15 @@ class RunProgress(L.Callback):
         parts.append(self._time_left(trainer))
         print_line(trainer, "  ".join(parts))
         self._schedule.postpone()
+
+
+def _shown_items(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Loss, highest rate and speed as a bar and a line show them."""
+    if not metrics:
+        return {}
+    rate = max(value for name, value in metrics.items() if name.startswith("train/lr_"))
+    loss, speed = metrics["train/loss"], metrics["train/tokens_per_s"]
+    return {"loss": f"{loss:.3f}", "lr": f"{rate:.3g}", "tok/s": f"{speed:,.0f}"}
 
 
 class TerminalBar(TQDMProgressBar):
