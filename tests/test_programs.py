@@ -86,10 +86,13 @@ def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["command"][0] == "train.py"
+    assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'run' / 'index.html'}: ")
+    assert "best.ckpt" in (tmp_path / "run" / "index.html").read_text(encoding="utf-8")
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     overrides = [f"checkpoint={checkpoint}", "data.split=val", "llm.max_new_tokens=3", f"paths.output_dir={tmp_path / 'scores'}"]
     done = program("evaluate.py", overrides, folder)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'scores' / 'index.html'}: ")
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert {"val/cider", "val/bleu_4", "val/distinct_ratio"} <= metrics.keys()
     assert len((tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()) == 3

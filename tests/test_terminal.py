@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlmcap import terminal
-from vlmcap.terminal import LineClock, passing_bar, progress_reporter
+from vlmcap.terminal import LineClock, WorkLines, passing_bar, progress_reporter
 
 
 class FakeClock:
@@ -47,7 +48,7 @@ def test_another_line_postpones_the_next() -> None:
 
 def test_lines_tell_what_is_done_and_left(capsys: pytest.CaptureFixture[str]) -> None:
     clock = FakeClock()
-    lines = terminal._Lines("encoding", clock)
+    lines = WorkLines("encoding", clock)
     lines.report(100, 2300)  # was there before
     for done in range(101, 131):
         clock.now += 1
@@ -65,7 +66,7 @@ def test_lines_tell_what_is_done_and_left(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(("reports", "expected"), [([], "30 s so far"), ([(0, 8)], "0 of 8, 30 s so far"), ([(7, None)], "7, 30 s so far")])
 def test_a_line_says_no_more_than_is_known(reports: list[tuple[int, int | None]], expected: str) -> None:
     clock = FakeClock()
-    lines = terminal._Lines("scoring", clock)
+    lines = WorkLines("scoring", clock)
     for done, total in reports:
         lines.report(done, total)
     clock.now += 30
@@ -127,3 +128,71 @@ def test_a_terminal_gets_the_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch) -
         time.sleep(0.05)
         report(2, 2)
     assert "2/2" in "".join(written) and "so far" not in "".join(written)
+
+
+class OutStream:
+    """A stream of a notebook's kernel, as far as bars know one."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> None:
+        self.written.append(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def begin_notebook(monkeypatch: pytest.MonkeyPatch) -> OutStream:
+    """Makes this process look like a kernel without ipywidgets."""
+    stream = OutStream()
+    monkeypatch.setitem(sys.modules, "ipykernel.iostream", SimpleNamespace(OutStream=OutStream))
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    return stream
+
+
+def test_a_notebook_gets_a_bar_that_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = begin_notebook(monkeypatch)
+    monkeypatch.setattr(terminal, "_FIRST_LINE_S", 0.01)
+    with progress_reporter("work") as report:
+        report(1, 4)
+        time.sleep(0.05)
+        report(4, 4)
+    with progress_reporter("short", quiet_s=5) as report:
+        report(1, 1)
+    with passing_bar("a step", 2) as advance:
+        advance()
+    text = "".join(notebook.written)
+    assert "\rwork: 100%" in text and "4/4" in text and "so far" not in text and "short" not in text
+    assert text.rstrip(" ").endswith("\r"), "what is only a step on the way is wiped out"
+
+
+def test_a_notebook_gets_a_widget_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = begin_notebook(monkeypatch)
+    made: list[dict[str, object]] = []
+
+    class Widget:
+        n, total = 0, 0
+
+        def __init__(self, **options: object) -> None:
+            made.append(options)
+
+        def update(self, number: int) -> None:
+            self.n += number
+
+        def close(self) -> None:
+            made.append({"at": self.n})
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "ipywidgets" else None)
+    monkeypatch.setitem(sys.modules, "tqdm.notebook", SimpleNamespace(tqdm=Widget))
+    with progress_reporter("work") as report:
+        report(1, 4)
+        report(3, 4)
+    assert made == [{"desc": "work", "total": 4, "leave": True}, {"at": 3}]
+    assert notebook.written == []

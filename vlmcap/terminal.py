@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 _FIRST_LINE_S, _MAX_INTERVAL_S = 30.0, 300.0  # of work that is logged
 _PIPE_WIDTH = 140  # columns of a wide table that is not printed to a terminal
@@ -54,8 +54,10 @@ class LineClock:
         self._due = self._clock() + self._interval_s
 
 
-class _Lines:
-    """Lines about long work in a log, from a thread of their own, so that work that reports nothing for long is not silent either.
+class WorkLines:
+    """Lines about long work in a log.
+
+    Whoever does the work prints them, or a thread of their own does, so that work that reports nothing for long is not silent either.
 
     Args:
         label: What is done.
@@ -95,12 +97,12 @@ class _Lines:
             print(self.text(), file=sys.stderr, flush=True)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the work: lines are printed as they become due."""
+    def running(self) -> Iterator[Callable[[int, int | None], None]]:
+        """Around the work: lines are printed as they become due; yields `report`."""
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
-            yield
+            yield self.report
         finally:
             self._ended.set()
             thread.join()
@@ -110,9 +112,20 @@ class _Lines:
             self.tick()
 
 
+def draws_bars() -> bool:
+    """Whether progress is drawn as bars: on a terminal and in a notebook. Elsewhere it is lines in a log."""
+    return sys.stderr.isatty() or is_notebook()
+
+
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which shows what is written to its streams."""
+    streams = sys.modules.get("ipykernel.iostream")
+    return streams is not None and isinstance(sys.stderr, streams.OutStream)
+
+
 @contextmanager
 def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[[int, int | None], None]]:
-    """Progress of long work whose result stays: a bar that stays on a terminal; in a log a line now and then, and one at the end.
+    """Progress of long work whose result stays: a bar that stays; in a log a line now and then, and one at the end.
 
     Args:
         label: What is done.
@@ -122,31 +135,20 @@ def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[
         A function of the work done and of all work, None where nobody knows how much that is. Work that never calls it has no bar
             and no line at the end.
     """
-    if not sys.stderr.isatty():
-        lines = _Lines(label)
-        with lines.running():
-            yield lines.report
-        if lines.total is not None and lines.done == lines.total and lines.seconds >= quiet_s:
-            print(f"{label}: {lines.total} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
+    if draws_bars():
+        with _bar(label, is_transient=False, quiet_s=quiet_s) as report:
+            yield report
         return
-    bar, started = _bar(is_transient=False), time.monotonic()
-    task = bar.add_task(label, total=None)
-
-    def report_bar(done: int, total: int | None) -> None:
-        bar.update(task, completed=done, total=total)
-        if not bar.live.is_started and time.monotonic() - started >= quiet_s:
-            bar.start()
-
-    try:
-        yield report_bar
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+    lines = WorkLines(label)
+    with lines.running() as report:
+        yield report
+    if lines.total is not None and lines.done == lines.total and lines.seconds >= quiet_s:
+        print(f"{label}: {lines.total} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def passing_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
-    """Progress of work that is only a step on the way: a bar on a terminal that disappears at the end; in a log lines of long work alone.
+    """Progress of work that is only a step on the way: a bar that disappears at the end; in a log lines of long work alone.
 
     Args:
         label: What is done.
@@ -155,23 +157,68 @@ def passing_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
     Yields:
         A function that moves the bar by one step.
     """
-    if not sys.stderr.isatty():
-        lines = _Lines(label)
-        lines.report(0, total)
-        with lines.running():
-            yield lambda: lines.report(lines.done + 1, total)
-        return
-    with _bar(is_transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+    done = 0
+    with _bar(label, is_transient=True) if draws_bars() else WorkLines(label).running() as report:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            report(done, total)
+
+        report(0, total)
+        yield advance
 
 
-def _bar(*, is_transient: bool) -> Progress:
+def _bar(label: str, *, is_transient: bool, quiet_s: float = 0.0) -> AbstractContextManager[Callable[[int, int | None], None]]:
+    """A bar that begins with the first report after `quiet_s`; yields the function that reports."""
+    return (_notebook_bar if is_notebook() else _terminal_bar)(label, is_transient=is_transient, quiet_s=quiet_s)
+
+
+@contextmanager
+def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=is_transient)
+    bar, started = Progress(*columns, console=Console(stderr=True), transient=is_transient), time.monotonic()
+    task = bar.add_task(label, total=None)
+
+    def report(done: int, total: int | None) -> None:
+        bar.update(task, completed=done, total=total)
+        if not bar.live.is_started and time.monotonic() - started >= quiet_s:
+            bar.start()
+
+    try:
+        yield report
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+@contextmanager
+def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
+    """A widget where ipywidgets is installed, as Lightning's bar is one, else a line that is written over; rich knows only the widget."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        from tqdm import tqdm
+    else:
+        from tqdm.notebook import tqdm
+
+    bar: Any = None
+    started = time.monotonic()
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal bar
+        if bar is None and time.monotonic() - started >= quiet_s:
+            bar = tqdm(desc=label, total=total, leave=not is_transient)
+        if bar is not None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def step_printer() -> Callable[[str], None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from vlmcap.config import Stage
 from vlmcap.training.callbacks.progress import RunProgress
@@ -54,6 +56,9 @@ class Module(CaptioningModule):
     def take_log(self) -> dict[str, float]:
         return {"train/loss": 1.25, "train/tokens_per_s": 3200.0, "train/lr_adapters": 1e-4}
 
+    def read_log(self) -> dict[str, float]:
+        return {"train/loss": 2.5, "train/tokens_per_s": 40.0, "train/lr_adapters": 1e-5}
+
     def log_dict(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -85,6 +90,14 @@ def test_lines_by_time_within_an_epoch(module: CaptioningModule, capsys: pytest.
     assert first.endswith((" left", "done"))
 
 
+def test_a_line_before_the_first_log_step_has_the_values_so_far(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of()
+    progress = RunProgress(500, clock=clock)
+    progress.on_train_start(trainer, module)
+    train(progress, clock, trainer, module, 30)
+    assert capsys.readouterr().out.startswith("tune 1/2  step 30 of 900  loss 2.500  lr 1e-05  tok/s 40  ")
+
+
 def test_an_epoch_line_postpones_the_next(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
     clock, trainer = Clock(), trainer_of()
     progress = RunProgress(10, clock=clock)
@@ -110,16 +123,28 @@ def test_validation_and_captioning_have_lines_too(module: CaptioningModule, caps
     clock, trainer = Clock(), trainer_of()
     progress = RunProgress(10, clock=clock)
     progress.on_train_start(trainer, module)
-    clock.now = 40
-    progress.on_validation_batch_end(trainer, module, None, None, 1)
-    clock.now = 110
-    progress.on_validation_batch_end(trainer, module, None, None, 2)
+    for batch in range(3):
+        clock.now += 20
+        progress.on_validation_batch_end(trainer, module, None, None, batch)
+    clock.now += 45
     progress.on_test_start(trainer, module)
     progress.on_test_batch_end(trainer, module, None, None, 0)
-    clock.now = 145
+    clock.now += 32
     progress.on_test_batch_end(trainer, module, None, None, 1)
     assert capsys.readouterr().out.splitlines() == [
-        "validation  batch 2 of 3",
-        "validation  batch 3 of 3",
-        "captioning  batch 2 of 7",
+        "validation, batches: 2 of 3, 20 s so far, 20 s left",
+        "captioning, batches: 2 of 7, 32 s so far, 2.7 min left",
     ]
+
+
+def test_an_epoch_line_stands_above_the_bar(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, trainer = Clock(), trainer_of(progress_bar_callback=object())
+    progress = RunProgress(10, clock=clock)
+    progress.on_train_start(trainer, module)
+    train(progress, clock, trainer, module, 20)
+    with Tqdm(total=20, file=sys.stdout, leave=False) as bar:
+        bar.update(20)
+        progress.on_train_epoch_end(trainer, module)
+        shown = capsys.readouterr().out
+    (line,) = [text for text in shown.split("\n") if "loss 1.250" in text]
+    assert line.split("\r")[-1].startswith("tune 1/2  loss 1.250"), "a line of its own, once"

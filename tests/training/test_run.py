@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.run import train
-from vlmcap.training.summary import plain_scores
+from vlmcap.training.summary import expected, plain_scores
 
 MakeConfig = Callable[..., Config]
 
@@ -44,6 +45,16 @@ def test_the_summary_says_scores_costs_and_versions(summary: dict[str, Any]) -> 
     assert 0.1 < summary["peak_memory_gib"] < 100
     assert {"vlmcap", "torch", "lightning", "transformers", "peft", "mecab-ko", "python"} <= set(summary["versions"])
     assert {"git_revision", "command"} <= set(summary)
+
+
+def test_the_summary_says_what_the_plan_expected_of_what_was_trained(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    overrides = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "evaluation.every_n_epochs=2", "evaluation.max_clips=3"]
+    config = tiny_config(tmp_path, *overrides)
+    run = SimpleNamespace(data=SimpleNamespace(clips={"train": range(20), "val": range(9)}))
+    plan = SimpleNamespace(peak_gib=9.5, card=SimpleNamespace(usable_gib=22.0), clip_s=0.5, caption_s=2.0)
+    # 10 steps of 8 clips are four epochs of 20, with two validations of 3 captions.
+    assert expected(config, cast(Any, run), cast(Any, plan), 10) == {"peak_gib": 9.5, "usable_gib": 22.0, "fit_s": 52.0}
+    assert expected(config, cast(Any, run), None, 10) is None
 
 
 def test_the_summary_counts_trained_and_frozen_parameters(summary: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -216,7 +217,7 @@ def fill_store(
                     _batches_of(plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers),
                     encode,
                     progress=report,
-                    on_wait=print,
+                    on_wait=functools.partial(print, flush=True),
                     retry_lost=True,
                     max_bytes=max_bytes,
                 )

@@ -8,7 +8,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import name_parts
+from vlmcap import __version__
+from vlmcap.compose import name_parts, read_yaml
 from vlmcap.config_files import config_dir
 from vlmcap.config_saved import with_overrides
 from vlmcap.errors import UserError
@@ -21,6 +22,7 @@ def main(node: DictConfig) -> float:
     with told_in_one_sentence():
         if node.checkpoint is None:
             raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
+        from vlmcap.reporting.report.run_page import leave_page
         from vlmcap.training.callbacks.progress import show_scores
         from vlmcap.training.checkpoints.load import read_checkpoint  # heavy, and not needed for --help and --cfg
         from vlmcap.training.run import evaluate
@@ -33,4 +35,5 @@ def main(node: DictConfig) -> float:
         scores = evaluate(config, checkpoint)
         show_scores(scores, tokenizer_version(config))
         print(f"metrics.json and predictions.jsonl: {config.paths.output_dir}")
+        leave_page(Path(config.paths.output_dir), read_yaml, version=__version__)
         return scores.get(f"{config.data.split.value}/cider", float("nan"))

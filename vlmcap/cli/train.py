@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from vlmcap.compose import checked_config, name_parts
+from vlmcap import __version__
+from vlmcap.compose import checked_config, name_parts, read_yaml
 from vlmcap.config_files import config_dir
 from vlmcap.config_unread import check_single_run, check_training
 from vlmcap.program import is_sweep, told_in_one_sentence
@@ -17,14 +20,20 @@ from vlmcap.sweeping.study import trial_of_job
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
-    with told_in_one_sentence(), recorded() as record:
-        name_parts(node, HydraConfig.get())
-        config = checked_config(node, record.overrides)
-        check_training(record.overrides, config)
-        if not is_sweep():
-            check_single_run(record.overrides, config)
-        record.begin(config)
-        from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
+    with told_in_one_sentence():
+        with recorded() as record:
+            name_parts(node, HydraConfig.get())
+            config = checked_config(node, record.overrides)
+            check_training(record.overrides, config)
+            if not is_sweep():
+                check_single_run(record.overrides, config)
+            record.begin(config)
+            from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
 
-        record.objective = train(taken_up(config), trial_of_job(config.sweep))
+            record.objective = train(taken_up(config), trial_of_job(config.sweep))
+        from vlmcap.reporting.report.run_page import leave_page
+        from vlmcap.training.processes import is_main
+
+        if is_main(config):  # the run is over and its end is written down: nothing that happens to its page changes that
+            leave_page(Path(config.paths.output_dir), read_yaml, version=__version__)
         return record.objective

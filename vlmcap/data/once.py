@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmcap.files import new_folder
 from vlmcap.locks import CLAIMS, claimed
 
-_WAIT_S = 600.0
+_WAIT_S = 3600.0  # a slow machine takes minutes to train a tiny part, and lines say for whom it waits
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -21,7 +21,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
         make: Called with an empty folder to fill.
 
     Raises:
-        InUseError: Another process makes it and has not finished in ten minutes.
+        InUseError: Another process makes it and has not finished in an hour.
     """
     if folder.is_dir():
         return folder

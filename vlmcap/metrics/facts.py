@@ -23,6 +23,8 @@ from vlmcap.metrics.tokenizers import normalize
 
 _MEAN = "mean"
 _Values: TypeAlias = list[str | None]
+Span: TypeAlias = tuple[int, int, str]
+"""Start, end and value of a phrase in a normalised text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,12 @@ class FactLexicon:
         Phrases are found anywhere in the normalised text, inside words too, because Korean particles and endings attach to them. A phrase
         inside a longer phrase of the same fact does not count: "바닷가" does not say what "바닷가 마을" says.
         """
+        return {fact: _only({value for _, _, value in spans}) for fact, spans in self.find(text).items()}
+
+    def find(self, text: str) -> dict[str, list[Span]]:
+        """Where the normalised text states each fact: start, end and value of the phrases that count, in the order of the text."""
         normalized = normalize(text)
-        return {fact: _stated_value(normalized, phrases) for fact, phrases in self.phrases.items()}
+        return {fact: _find(normalized, phrases) for fact, phrases in self.phrases.items()}
 
 
 def fact_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, float]:
@@ -187,10 +193,17 @@ def _phrases_of(values: object, where: str) -> dict[str, str]:
     return phrases
 
 
-def _stated_value(text: str, phrases: Mapping[str, str]) -> str | None:
+def _find(text: str, phrases: Mapping[str, str]) -> list[Span]:
     spans = [(start, start + len(phrase), value) for phrase, value in phrases.items() for start in _occurrences(text, phrase)]
     # A longer phrase takes what lies inside it: only spans that no other span contains are said.
-    values = {value for start, end, value in spans if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)}
+    return sorted(
+        (start, end, value)
+        for start, end, value in spans
+        if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)
+    )
+
+
+def _only(values: set[str]) -> str | None:
     return values.pop() if len(values) == 1 else None
 
 

@@ -236,27 +236,27 @@ def training_stages(config: Config, tracer: Tracer, num_kept: int, captions: Cap
     return [*stages_in_front(config, tracer, num_clips), Stage("language model", language)]
 
 
-def enforce_plan(config: Config) -> None:
-    """Nothing where the configuration fits its card.
+def enforce_plan(config: Config) -> Plan | None:
+    """The plan of a run, which says so where it does not fit; None where no plan is made.
 
     Raises:
         DoesNotFit: And `plan.enforce=error`.
     """
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
-        return
+        return None
     if config.trainer.strategy is Strategy.fsdp2:
         print("No memory plan: a plan is made for a GPU that holds the whole model, and trainer=fsdp2 shards it.", flush=True)
-        return
+        return None
     try:
         plan = make_plan(config)
     except NotPlannedError as error:
         print(f"No memory plan: {error}", flush=True)
-        return
+        return None
     except UserError:
         raise
     except Exception as error:  # a model that cannot be traced is no reason to lose a run
         print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
-        return
+        return None
     if not plan.fits:
         sentence = (
             f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) "
@@ -267,6 +267,7 @@ def enforce_plan(config: Config) -> None:
     machine_gib = present_processor().total_gib
     if sentence := host_sentence(config, plan.host, machine_gib):
         _refuse(config, f"{sentence}, and plan.enforce=warn trains all the same", plan.host_gib, machine_gib)
+    return plan
 
 
 def _refuse(config: Config, sentence: str, needed_gib: float, usable_gib: float) -> None:

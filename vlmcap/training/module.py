@@ -222,12 +222,18 @@ class CaptioningModule(L.LightningModule):
 
     def take_log(self) -> dict[str, float]:
         """Loss (nats a label token), rates and speed of all ranks since the last call; every rank must ask for them."""
-        loss, num_labels, num_tokens = self._sums(float(self._log_loss), self._log_labels, self._log_tokens)
-        seconds, self._log_time = time.perf_counter() - self._log_time, time.perf_counter()
-        values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
-        values |= {f"train/lr_{part}": rate for part, rate in self._step_rates.items()}
-        self._log_loss, self._log_labels, self._log_tokens = 0.0, 0, 0
+        values = self._log_values(*self._sums(float(self._log_loss), self._log_labels, self._log_tokens))
+        self._log_loss, self._log_labels, self._log_tokens, self._log_time = 0.0, 0, 0, time.perf_counter()
         return values
+
+    def read_log(self) -> dict[str, float]:
+        """What `take_log` would give for this rank alone, which may ask at any time; empty before the first optimiser step."""
+        return self._log_values(float(self._log_loss), self._log_labels, self._log_tokens) if self._step_rates else {}
+
+    def _log_values(self, loss: float, num_labels: float, num_tokens: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._log_time
+        values = {"train/loss": loss / max(1, num_labels), "train/tokens_per_s": num_tokens / max(seconds, 1e-9)}
+        return values | {f"train/lr_{part}": rate for part, rate in self._step_rates.items()}
 
     # --- trained weights alone are saved, averaged and copied: the frozen ones are in the checkpoints that the run starts from
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from vlmcap.assembly.data import build_data
 from vlmcap.assembly.model import Assembly
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Precision, WandbConfig
+from vlmcap.terminal import draws_bars
 from vlmcap.training.checkpoints.load import checkpoint_identity
 from vlmcap.training.checks import extra_callbacks
 from vlmcap.training.processes import is_main, make_sharder, make_strategy, process_rank
@@ -152,7 +152,7 @@ def make_trainer(
 
 
 def _has_bar(config: Config) -> bool:
-    return config.trainer.progress_bar and sys.stderr.isatty()
+    return config.trainer.progress_bar and draws_bars()
 
 
 def _common_callbacks(

@@ -30,7 +30,7 @@ from vlmcap.training.checks import check_facts, check_followed, check_position, 
 from vlmcap.training.fitting import fit, listening, release_memory
 from vlmcap.training.objects import Run, build_run
 from vlmcap.training.processes import as_process, is_hollow, is_main, run_folder
-from vlmcap.training.summary import plain_scores, show_end, summarize, tokenizer_version
+from vlmcap.training.summary import expected, plain_scores, show_end, summarize, tokenizer_version
 
 if TYPE_CHECKING:
     from vlmcap.assembly.model import Assembly
@@ -87,8 +87,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     clips: Mapping[str, Sequence[Clip]] = {}
     if config.llm.is_length_open and not config.data.is_demo:
         clips = _read_splits(config)
-    if is_main(config):
-        enforce_plan(for_plan(config, clips))
+    plan = enforce_plan(for_plan(config, clips)) if is_main(config) else None
 
     # 4. Load the clips, unless they are there, and let them decide what is left to them; the demo makes its own.
     config, clips = _load_clips(config, clips)
@@ -115,7 +114,8 @@ def _train(config: Config, trial: Trial | None) -> float:
     # 9. Report.
     show_end(config, run, scores, seconds)
     if is_main(config):
-        summary = summarize(config, run, assembly, scores, seconds, shrunk_from=asked if asked != config.data.batch_size else None)
+        planned = expected(config, run, plan, run.trainer.global_step - (step or 0))
+        summary = summarize(config, run, assembly, scores, seconds, plan=planned, asked_batch_size=asked)
         write_json(folder / "summary.json", summary)
         end_loggers(run.trainer.loggers, config, folder, summary)
     return _monitored(config, scores)

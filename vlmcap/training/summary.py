@@ -18,6 +18,7 @@ from vlmcap.training.processes import describe_batch
 
 if TYPE_CHECKING:
     from vlmcap.assembly.model import Assembly
+    from vlmcap.planning.plan import Plan
     from vlmcap.training.objects import Run
 
 LEARNED = 0.1  # nats per token: a model that knows a caption by heart is below
@@ -92,9 +93,16 @@ def tried(config: Config, scores: Mapping[str, float], num_clips: Mapping[str, i
 
 
 def summarize(
-    config: Config, run: Run, assembly: Assembly, scores: dict[str, float], seconds: dict[str, float], *, shrunk_from: int | None
+    config: Config,
+    run: Run,
+    assembly: Assembly,
+    scores: dict[str, float],
+    seconds: dict[str, float],
+    *,
+    plan: dict[str, float] | None,
+    asked_batch_size: int,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; `shrunk_from` is the configured batch size where a smaller one was trained."""
+    """The content of `summary.json`; `plan` is what `expected` gives, `asked_batch_size` may have been too large."""
     from vlmcap.training.callbacks.progress import part_counts
 
     return {
@@ -102,6 +110,7 @@ def summarize(
         "tokenizer": tokenizer_version(config),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_gib": round(_peak_memory_gib(config), 3),
+        "plan": plan,
         "parameters": part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
@@ -110,7 +119,7 @@ def summarize(
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
         "command": [*_program(), *sys.argv[1:]],
-        "shrunk_from": shrunk_from,
+        "shrunk_from": asked_batch_size if asked_batch_size != config.data.batch_size else None,
     }
 
 
@@ -121,6 +130,24 @@ def _versions() -> dict[str, str | None]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def expected(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dict[str, float] | None:
+    """What the plan expects of the run, beside which stands what it took: `peak_gib`, `usable_gib`, and `fit_s`, seconds of the fit.
+
+    Args:
+        config: Run configuration.
+        run: The run, which has ended.
+        plan: The plan; None where none was made.
+        num_steps: Optimiser steps that this process has trained.
+    """
+    if plan is None:
+        return None
+    num_trained = num_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
+    num_validations = num_trained // len(run.data.clips["train"]) // config.evaluation.every_n_epochs
+    num_captioned = num_validations * min(config.evaluation.max_clips, len(run.data.clips["val"]))
+    fit_s = num_trained * plan.clip_s + num_captioned * plan.caption_s
+    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.card.usable_gib, 3), "fit_s": round(fit_s, 1)}
 
 
 def _program() -> list[str]:

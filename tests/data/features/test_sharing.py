@@ -133,7 +133,7 @@ def test_a_process_waits_for_what_another_holds_and_takes_over_when_that_dies(tm
 
     store = FeatureStore(root, recipe)
     fill_store(store, clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS)
-    assert len(said) == 1 and said[0].startswith("waiting for 5 clips that other processes encode into ")
+    assert len(said) == 1 and said[0].startswith(f"waiting for 5 clips that process {child.pid} on ")
     assert require_exact(store, clips) == set(range(20))
 
 

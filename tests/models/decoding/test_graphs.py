@@ -167,4 +167,7 @@ def test_graphs_are_asked_for_or_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     assert isinstance(found, CudaGraphs) and made == [cuda]
     assert make_graphs(model, False, cuda) is None
     assert make_graphs(sketch("Qwen3Moe"), "auto", cuda) is None
-    assert capsys.readouterr().err == "Captions are written without CUDA graphs, as transformers may wait for the number of tokens of each expert.\n"
+    assert (
+        capsys.readouterr().err
+        == "Captions are written without CUDA graphs, as transformers may wait for the number of tokens of each expert.\n"
+    )

@@ -150,10 +150,13 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
-    def show_as(self, *, width: int, height: int = 900, scheme: str = "light", scale: float = 1.0, media: str = "") -> None:
-        """Size of the window, the system's colours, and `print` or the screen."""
+    def show_as(
+        self, *, width: int, height: int = 900, scheme: str = "light", scale: float = 1.0, media: str = "", motion: str = "no-preference"
+    ) -> None:
+        """Size of the window, the system's colours, `print` or the screen, and whether the system asks to `reduce` motion."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
-        self.send("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": motion}]
+        self.send("Emulation.setEmulatedMedia", media=media, features=features)
 
     def picture(self, *, whole: bool = False, clip: dict[str, float] | None = None) -> bytes:
         """A PNG of what is to be seen, of the whole page, or of a part (x, y, width, height in CSS pixels)."""

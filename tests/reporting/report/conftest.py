@@ -10,13 +10,20 @@ import pytest
 
 from tests.reporting.report.browser import Browser, find_chromium
 from tests.reporting.report.invented import make_report
-from tests.reporting.report.run_folders import write_sweep
+from tests.reporting.report.run_folders import write_one_run, write_sweep
 
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multirun folder of eight runs that finished, one that was refused and one that failed; see `write_sweep`. Not to be changed."""
     return write_sweep(tmp_path_factory.mktemp("multirun") / "sweep")
+
+
+@pytest.fixture(scope="session")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended, as `write_one_run` makes it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("one")
+    return write_one_run(folder / "run", folder / "videos")
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +37,16 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = make_report(videos=[str(folder / "a.mp4")] * 3)
     (folder / "index.html").write_text(report_page(report, pictures_of(report.clips)), encoding="utf-8")
     return folder / "index.html"
+
+
+@pytest.fixture(scope="session")
+def run_page_file(one_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vlmcap.compose import read_yaml
+    from vlmcap.reporting.report.run_page import run_page
+
+    file = tmp_path_factory.mktemp("run_page") / "index.html"
+    file.write_text(run_page(one_run, read_yaml, version="0.1.0"), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +65,20 @@ def started_browser() -> Iterator[Browser]:
 @pytest.fixture
 def browser(started_browser: Browser, page_file: Path) -> Iterator[Browser]:
     """The page, freshly loaded; whatever a test does to it may raise no error and ask for no address."""
-    started_browser.show_as(width=1280)
-    started_browser.open(page_file)
-    yield started_browser
-    started_browser.run("localStorage.clear()")
-    assert started_browser.errors() == []
-    assert started_browser.requests() == [page_file.resolve().as_uri()]
+    yield from shown(started_browser, page_file)
+
+
+@pytest.fixture
+def run_browser(started_browser: Browser, run_page_file: Path) -> Iterator[Browser]:
+    """The page of one run, as `browser` shows that of many."""
+    yield from shown(started_browser, run_page_file)
+
+
+def shown(browser: Browser, page: Path) -> Iterator[Browser]:
+    """A page in a browser, for a test; it raises no error and asks for no address."""
+    browser.show_as(width=1280)
+    browser.open(page)
+    yield browser
+    browser.run("localStorage.clear()")
+    assert browser.errors() == []
+    assert browser.requests() == [page.resolve().as_uri()]

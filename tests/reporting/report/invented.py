@@ -41,6 +41,7 @@ def make_run(name: str, group: str, factors: dict[str, Any], score: float | None
         seconds={} if score is None else {"fit": 500.0, "total": 4000 / (score + 1)},
         peak_memory_gib=None if score is None else 3 + 2 * score,
         planned_gib=12.5,
+        planned_fit_s=450.0,
         parameters={} if score is None else {"total": 400_000_000, "trained": 20_000_000},
         curve={"train/loss": [(step, 4 / step + 0.1 * (score or 0)) for step in range(1, 40)], METRIC: [(20, 0.5), (39, score or 0.0)]},
         is_collapsed=False,

@@ -130,11 +130,46 @@ def write_run(
     return folder
 
 
+def write_one_run(folder: Path, videos: Path) -> Path:
+    """A run of the demo that knows facts: 12 test clips, of which three are videos and one says what could harm a page, and a plan."""
+    from tests.reporting.report.invented import HOSTILE
+    from vlmcap.config import EvaluationConfig
+    from vlmcap.demo.grammar import FACTS
+    from vlmcap.training.callbacks.scorer import CaptionScorer
+
+    videos.mkdir(parents=True)
+    facts = videos / "facts.json"
+    facts.write_text(json.dumps(FACTS, ensure_ascii=False), encoding="utf-8")
+    clips = {split: make_clips(12, split=split, folder=videos / split) for split in ("val", "test")}
+    predictions = {split: say(those, 0.7, 3) for split, those in clips.items()}
+    predictions["test"][4] = Prediction(clips["test"][4], HOSTILE)
+    overrides = ["monitor=val/facts/mean", f"evaluation.facts={facts}"]
+    write_run(folder, overrides, clips=clips, predictions=predictions, sweep=False)
+    scorer = CaptionScorer(EvaluationConfig(tokenizer="mecab_ko", facts=str(facts), swap_videos=True))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for split, those in predictions.items():
+        summary["scores"] |= {f"{split}/{name}": value for name, value in scorer.score(those).items() if value == value}
+    summary["plan"] = {"peak_gib": 11.5, "usable_gib": 22.0, "fit_s": 480.0}
+    (folder / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    (folder / "checkpoints").mkdir()
+    for name in ("best.ckpt", "last.ckpt"):
+        (folder / "checkpoints" / name).touch()
+    return folder
+
+
 def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
     """Losses of 40 steps, two validations, and the final scores, as the logger writes them."""
     records: list[dict[str, Any]] = []
     for step in range(2, 42, 2):
-        records.append({"step": step, "epoch": (step - 1) // 20, "train/loss": 4 / step**0.5, "train/tokens_per_s": 900.0})
+        records.append(
+            {
+                "step": step,
+                "epoch": (step - 1) // 20,
+                "train/loss": 4 / step**0.5,
+                "train/lr_projector": 1e-3 / step,
+                "train/tokens_per_s": 900.0,
+            }
+        )
         if step % 20 == 0:
             loop = {"val/cider": scores.get("val/cider", 0.0) * step / 45, "val/loss": 5 / step**0.5}
             records.append({"step": step, "epoch": (step - 1) // 20, **loop})

@@ -1,4 +1,8 @@
-"""The pictures of docs/report: python -m tests.reporting.report.screenshots report/index.html docs/report."""
+"""The pictures of docs/report, those of a report's page or that of a run's page.
+
+python -m tests.reporting.report.screenshots report/index.html docs/report
+python -m tests.reporting.report.screenshots outputs/first/index.html docs/report
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ PICTURES = (
     ("charts-dark-korean", "ko", "dark", "effects", "costs", 1500),
     ("captions", "en", "light", "clips", "clips", 1300),
 )
+RUN_PICTURES = (("run-korean", "ko", "light", "overview", "clips", 1180),)
 _BOX = """(() => {{ const top = document.getElementById({first!r}).getBoundingClientRect().top + scrollY - 24;
   const end = document.getElementById({last!r}).getBoundingClientRect().bottom + scrollY + 24;
   return {{x: 0, y: top, width: {width}, height: Math.min({most}, end - top)}}; }})()"""
@@ -31,7 +36,9 @@ def main(page: Path, folder: Path) -> None:
         sys.exit("no Chromium found")
     folder.mkdir(parents=True, exist_ok=True)
     with Browser(program, timeout_s=120) as browser:
-        for name, language, theme, first, last, most in PICTURES:
+        browser.open(page)
+        pictures = RUN_PICTURES if browser.run("IS_ONE_RUN") else PICTURES
+        for name, language, theme, first, last, most in pictures:
             browser.show_as(width=WIDTH, height=1000)
             browser.open(page)
             browser.run(f"remembered('language', {language!r}); remembered('theme', {theme!r})")

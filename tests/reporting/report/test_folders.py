@@ -133,9 +133,13 @@ def test_a_job_is_repeated_without_what_is_of_the_sweep(tmp_path: Path) -> None:
 
 def test_long_courses_are_thinned(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "train/loss": 1 / step, "train/lr_x": 1}) + "\n" for step in range(1, 1001)))
+    path.write_text(
+        "".join(
+            json.dumps({"step": step, "train/loss": 1 / step, "train/lr_x": 1, "train/tokens_per_s": 9}) + "\n" for step in range(1, 1001)
+        )
+    )
     course = read_course(path, [])
-    assert course.keys() == {"train/loss"}
+    assert course.keys() == {"train/loss", "train/lr_x"}
     assert len(course["train/loss"]) <= MOST_POINTS + 1
     assert course["train/loss"][0][0] == 1
     assert course["train/loss"][-1] == (1000, 0.001)

@@ -205,9 +205,14 @@ class _Filling:
     def _wait(self) -> None:
         """Sleep a little, with a word now and then."""
         if self.on_wait is not None and time.monotonic() - self._said >= _SAY_S:
-            self.on_wait(f"waiting for {sum(self._left.values())} clips that other processes encode into {self.store.folder}")
+            self.on_wait(f"waiting for {sum(self._left.values())} clips that {self._owner()} encodes into {self.store.folder}")
             self._said = time.monotonic()
         time.sleep(self.settings.poll_s)
+
+    def _owner(self) -> str:
+        """Who holds the first of the chunks that are left."""
+        described = (self._claims.owner(name)[0].partition("\n")[2] for name, left in self._left.items() if left)
+        return next(filter(None, described), "another process")
 
     def _known_shape(self) -> tuple[int, int] | None:
         """(F, P) of a clip that is there already, as all without a size of their own must agree."""

@@ -17,7 +17,7 @@ from vlmcap.reporting.report.estimates import find_effects
 from vlmcap.reporting.report.folders import RunFolder
 from vlmcap.reporting.report.naming import choose_metric, columns, find_factors, is_higher_better, metric_label
 from vlmcap.reporting.report.rows import Member, find_categories, group_rows, identify, run_rows
-from vlmcap.reporting.report.scoring import comparable, resample, score_clips
+from vlmcap.reporting.report.scoring import comparable, find_lexicon, resample, score_clips
 
 Advance = Callable[[], object]
 
@@ -90,7 +90,7 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
         effects=find_effects(factors, ranked, estimator, is_higher_better=is_higher_better(metric)),
         fronts=find_fronts([group for group in groups if group.id in ranked], metric, is_higher_better=is_higher_better(metric)),
         categories=find_categories(members, split),
-        clips=choose_clips(compared, clip_metric, wanted.clips),
+        clips=choose_clips(compared, clip_metric, wanted.clips, find_lexicon(runs)),
         notes=make_notes(rows, groups, metric),
     )
 

@@ -11,13 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from vlmcap.metrics import FactLexicon
 from vlmcap.metrics.diversity import collapse_warning
-from vlmcap.reporting.report.data import CaptionRow, ClipRow, Reason
+from vlmcap.metrics.tokenizers import normalize
+from vlmcap.reporting.report.data import CaptionRow, ClipRow, Mark, Reason
 
 Floats = npt.NDArray[np.float64]
 
@@ -130,42 +132,61 @@ def find_clip_metric(runs: Sequence[Captions]) -> str:
     return next((name for name in _PREFERRED if runs and all(name in run.scores for run in runs)), "")
 
 
-def choose_clips(runs: Mapping[str, Captions], metric: str, count: int) -> list[ClipRow]:
-    """Up to `count` clips with the captions of all runs, a quarter for each `Reason`.
+def choose_clips(runs: Mapping[str, Captions], metric: str, count: int, lexicon: FactLexicon | None = None) -> list[ClipRow]:
+    """Up to `count` clips with the captions of all runs, an equal share for each `Reason`; runs differ where there are two.
 
     Args:
         runs: Run id to its captions, best run first, all of the same clips.
         metric: A score of clips that all runs have.
         count: At most; 0 for none.
+        lexicon: Facts that are marked in the texts.
     """
     if not runs or not metric or count < 1:
         return []
     shown = dict(list(runs.items())[:MOST_RUNS])
     scores = np.stack([run.scores[metric] for run in shown.values()])  # (runs, clips)
     means, spreads = scores.mean(0), np.ptp(scores, axis=0)
-    reasons = _choose(means, spreads, count)
+    reasons = _choose(means, spreads, count, [name for name in get_args(Reason) if name != "different" or len(runs) > 1])
     first = next(iter(shown.values()))
     return [
         ClipRow(
             id=first.ids[index],
             video=first.videos[index],
-            references=[_cut(text) for text in first.references[index]],
+            references=[shown_text(text, lexicon) for text in first.references[index]],
             category=first.categories[index],
             chosen=why,
             score=float(means[index]),
             spread=float(spreads[index]),
             captions=[
-                CaptionRow(name, _cut(run.texts[index]), {key: float(values[index]) for key, values in run.scores.items()})
+                CaptionRow(
+                    run=name,
+                    text=shown_text(run.texts[index], lexicon),
+                    scores={key: float(values[index]) for key, values in run.scores.items()},
+                    marks=mark_facts(run.texts[index], first.references[index][0], lexicon),
+                )
                 for name, run in shown.items()
             ],
+            reference_marks=mark_facts(first.references[index][0], first.references[index][0], lexicon),
         )
         for index, why in reasons.items()
     ]
 
 
-def _choose(means: Floats, spreads: Floats, count: int) -> dict[int, list[Reason]]:
+def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[Mark]:
+    """Where the text as it is shown states facts that the reference states, in the order of the text; no two marks overlap."""
+    if lexicon is None:
+        return []
+    stated, wanted, length = lexicon.extract(text), lexicon.extract(reference), len(shown_text(text, lexicon))
+    found = sorted((start, end, fact) for fact, spans in lexicon.find(text).items() if wanted[fact] is not None for start, end, _ in spans)
+    marks: list[Mark] = []
+    for start, end, fact in found:
+        if end <= min(length, MOST_CHARACTERS) and (not marks or start >= marks[-1][1]):
+            marks.append((start, end, fact, stated[fact] == wanted[fact]))
+    return marks
+
+
+def _choose(means: Floats, spreads: Floats, count: int, names: Sequence[Reason]) -> dict[int, list[Reason]]:
     """Clip to why it is chosen, in the order of reasons; ties go by place, so that the choice is the same each time."""
-    names = cast(tuple[Reason, ...], get_args(Reason))
     orders: dict[Reason, npt.NDArray[np.intp]] = {
         "worst": np.argsort(means, kind="stable"),
         "best": np.argsort(-means, kind="stable"),
@@ -178,8 +199,13 @@ def _choose(means: Floats, spreads: Floats, count: int) -> dict[int, list[Reason
         for index in orders[name][:share].tolist():
             if name != "different" or spreads[index] > 0:
                 chosen.setdefault(index, []).append(name)
+    for index in orders["random"].tolist():  # in place of those that two reasons chose
+        if len(chosen) < count and index not in chosen:
+            chosen[index] = ["random"]
     return chosen
 
 
-def _cut(text: str) -> str:
+def shown_text(text: str, lexicon: FactLexicon | None) -> str:
+    """The text, not too long, and normalised where facts are to be marked in it."""
+    text = text if lexicon is None else normalize(text)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"

@@ -15,6 +15,8 @@ Over = Literal["", "clips", "seeds", "clips and seeds"]
 Reason = Literal["worst", "best", "different", "random"]
 Value = str | int | float | bool | None
 Ends = tuple[float, float]
+Mark = tuple[int, int, str, bool]
+"""Start and end in a text, in code points, of words that state a fact, its name, and whether that is what the first reference states."""
 
 COSTS = ("peak_memory_gib", "seconds", "trained")
 """What a score is set against: GiB at the peak, seconds of the whole run, trained parameters."""
@@ -46,6 +48,7 @@ class RunRow:
         seconds: `prepare`, `fit`, `total`, as far as known.
         peak_memory_gib: Measured.
         planned_gib: What the plan said beforehand.
+        planned_fit_s: Seconds of training and of the validations in it that the plan expects of what was trained.
         parameters: `total` and `trained`; empty if unknown.
         curve: Metric to steps and values, of the run's own course: `train/loss`, `val/loss`, `val/cider` and so on.
         is_collapsed: Whether its captions are all alike, or repeat themselves.
@@ -70,6 +73,7 @@ class RunRow:
     seconds: dict[str, float]
     peak_memory_gib: float | None
     planned_gib: float | None
+    planned_fit_s: float | None
     parameters: dict[str, int]
     curve: dict[str, list[tuple[int, float]]]
     is_collapsed: bool
@@ -202,11 +206,27 @@ class CategoryRow:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRow:
-    """What one run said of a clip; `scores` are of this caption alone."""
+    """What one run said of a clip; `scores` are of this caption alone, and `marks` are there where the run knows facts."""
 
     run: str
     text: str
     scores: dict[str, float]
+    marks: list[Mark] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherVideo:
+    """What a run said when it got the video of another clip.
+
+    Attributes:
+        clip: Id or file of the clip whose video it was.
+        text: The caption.
+        marks: Its facts, compared with the reference of the clip that the video was not of.
+    """
+
+    clip: str
+    text: str
+    marks: list[Mark]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +243,8 @@ class ClipRow:
         spread: The highest less the lowest.
         captions: In the order of the leaderboard.
         thumbnails: Frames as base64 of JPEG; none if the video cannot be read.
+        reference_marks: Facts of the first reference.
+        other: On the page of one run, what it said of another clip's video; None where there is no other clip.
     """
 
     id: str
@@ -234,6 +256,8 @@ class ClipRow:
     spread: float
     captions: list[CaptionRow]
     thumbnails: list[str] = field(default_factory=list)
+    reference_marks: list[Mark] = field(default_factory=list)
+    other: OtherVideo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +283,7 @@ class Report:
         categories: Empty where clips have none.
         clips: A choice.
         notes: What a reader has to know: how intervals are made, what was left out.
+        commands: On the page of one run, the commands to go on, by their purpose; empty on a page that compares runs.
     """
 
     title: str
@@ -279,6 +304,7 @@ class Report:
     categories: list[CategoryRow]
     clips: list[ClipRow]
     notes: list[Note]
+    commands: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """The report as dictionaries, lists, texts and numbers."""

@@ -30,10 +30,11 @@ MOST_POINTS = 300
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """What one folder says; the fields are those of `RunRow`, and two more.
+    """What one folder says; the fields are those of `RunRow`, and three more.
 
     Attributes:
         overrides: What was typed for this run alone.
+        checkpoint: That the scores at the end are of; empty where it is not known.
         predictions: The file of each split whose captions are whole.
     """
 
@@ -43,11 +44,13 @@ class RunFolder:
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     command: str = ""
+    checkpoint: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     tokenizer: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_gib: float | None = None
     planned_gib: float | None = None
+    planned_fit_s: float | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     curve: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     revision: str = ""
@@ -92,6 +95,7 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         predictions.setdefault(split, folder / "predictions.jsonl")
     parts = [part for part in _part(summary, "parameters").values() if isinstance(part, dict)]
     seconds = _numbers(_part(summary, "seconds")) or _numbers({"total": status.get("seconds")})
+    plan = _numbers(_part(summary, "plan")) or _numbers(_part(status, "plan"))
     return RunFolder(
         path=folder,
         status=_status(summary, status, evaluation),
@@ -99,11 +103,13 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         config=_config(folder, read_yaml, warnings),
         overrides=overrides,
         command=_evaluation_command(evaluation, overrides) if is_evaluation else _command(summary, overrides),
+        checkpoint=str(evaluation.get("checkpoint") or "") if is_evaluation else _checkpoint(folder / "checkpoints"),
         scores=scores,
         tokenizer=str(summary.get("tokenizer") or evaluation.get("tokenizer") or ""),
         seconds=seconds,
         peak_memory_gib=_numbers(summary).get("peak_memory_gib"),
-        planned_gib=_numbers(_part(status, "plan")).get("peak_gib"),
+        planned_gib=plan.get("peak_gib"),
+        planned_fit_s=plan.get("fit_s"),
         parameters={name: sum(int(part.get(key) or 0) for part in parts) for name, key in _COUNTS.items()} if parts else {},
         curve=read_course(folder / "metrics.jsonl", warnings),
         revision=str(summary.get("git_revision") or ""),
@@ -113,7 +119,7 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
 
 
 def read_course(path: Path, warnings: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """Metric to steps and values: the training loss, and every metric of the validations while training.
+    """Metric to steps and values: the training loss, the rates, and every metric of the validations while training.
 
     The scores at the end, which the same file holds, are of other clips and of the best checkpoint: they would be a false last point.
 
@@ -225,6 +231,10 @@ def _command(summary: dict[str, Any], overrides: list[str]) -> str:
     return shlex.join([*python, *(word for word in said if not word.startswith("paths.output_dir="))])
 
 
+def _checkpoint(folder: Path) -> str:
+    return next((str(folder / name) for name in ("best.ckpt", "last.ckpt") if (folder / name).is_file()), "")
+
+
 def _evaluation_command(evaluation: dict[str, Any], overrides: list[str]) -> str:
     rest = [override for override in overrides if not override.startswith(("checkpoint=", "paths.output_dir="))]
     return shlex.join(["python", "evaluate.py", f"checkpoint={evaluation.get('checkpoint', '')}", *rest])
@@ -232,7 +242,7 @@ def _evaluation_command(evaluation: dict[str, Any], overrides: list[str]) -> str
 
 def _is_course(name: str, record: dict[str, Any]) -> bool:
     # Only a validation while training has a loss.
-    return name == "train/loss" or (name.startswith("val/") and "val/loss" in record)
+    return name == "train/loss" or name.startswith("train/lr_") or (name.startswith("val/") and "val/loss" in record)
 
 
 def _lines(path: Path) -> list[str]:

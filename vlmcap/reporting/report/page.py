@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,7 +21,7 @@ from vlmcap.errors import UserError
 from vlmcap.metrics.scores import METRIC_LABELS
 from vlmcap.reporting.report.data import ClipRow, Report
 
-SCRIPTS = ("words.js", "dom.js", "leaderboard.js", "charts.js", "clips.js", "main.js")
+SCRIPTS = ("words.js", "dom.js", "leaderboard.js", "charts.js", "clips.js", "run.js", "main.js")
 MAX_POINTS = 240  # of a curve; more cannot be told apart on a screen
 _DIGITS = 6
 
@@ -154,22 +156,28 @@ def clip_pictures(video: str, num_frames: int = NUM_FRAMES, height: int = HEIGHT
 def pictures_of(
     clips: Sequence[ClipRow],
     *,
+    num_frames: int = NUM_FRAMES,
+    height: int = HEIGHT,
     max_clips: int = MAX_CLIPS,
     max_bytes: int = MAX_BYTES,
+    max_s: float = math.inf,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Pictures]:
     """Frames of the clips of a report, by clip id, within a bound that a page can carry.
 
     Args:
         clips: The first ones matter most.
+        num_frames: Of each clip, as in `clip_pictures`.
+        height: In pixels.
         max_clips: Clips that get pictures.
         max_bytes: All pictures together; the clips after it get none.
+        max_s: Seconds for reading; the clips after it get none.
         advance: Called once a clip.
     """
-    found, total = {}, 0
+    found, total, started = {}, 0, time.monotonic()
     for index, clip in enumerate(clips):
-        is_room = index < max_clips and total < max_bytes
-        pictures = clip_pictures(clip.video) if is_room else Pictures(reason=FULL)
+        is_room = index < max_clips and total < max_bytes and time.monotonic() - started < max_s
+        pictures = clip_pictures(clip.video, num_frames, height) if is_room else Pictures(reason=FULL)
         total += sum(map(len, pictures.frames))
         found[clip.id] = pictures
         advance()

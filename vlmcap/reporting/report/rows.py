@@ -225,6 +225,7 @@ def _run_row(member: Member, name: str, factors: Sequence[str], split: str) -> R
         seconds=run.seconds,
         peak_memory_gib=run.peak_memory_gib,
         planned_gib=run.planned_gib,
+        planned_fit_s=run.planned_fit_s,
         parameters=run.parameters,
         curve=run.curve,
         is_collapsed=bool(collapses.get(split) if split in member.captions else collapses),

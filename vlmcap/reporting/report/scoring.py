@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import defaultdict
@@ -108,6 +109,15 @@ def _why_not(own: Captions | None, most: Captions) -> str:
         f"Not compared: its tokens are by {own.tokenizer or 'an unnamed tokeniser'}, those of most runs by "
         f"{most.tokenizer or 'an unnamed one'}; --tokenizer mecab_ko scores all anew."
     )
+
+
+def find_lexicon(runs: Sequence[RunFolder]) -> FactLexicon | None:
+    """The facts of the first run whose file of them is still there; None where no run has any."""
+    for path in dict.fromkeys(run.config.get("evaluation.facts") for run in runs):
+        with contextlib.suppress(UserError):
+            if path:
+                return FactLexicon.from_json(Path(path))
+    return None
 
 
 def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, ClipMetric]:

@@ -14,6 +14,7 @@ from vlmcap.metrics import METRIC_NAMES
 from vlmcap.metrics.diversity import collapse_warning
 from vlmcap.metrics.torchmetrics import CaptionScore
 from vlmcap.terminal import progress_reporter
+from vlmcap.training.callbacks.progress import print_line
 from vlmcap.training.callbacks.scorer import LOOP_METRICS, CaptionScorer, Prediction, write_predictions
 from vlmcap.training.module import Validated
 from vlmcap.types import Batch, Clip
@@ -145,4 +146,4 @@ class CaptionEvaluation(L.Callback):
         collapsed = {f"{split}/is_collapsed": float(warning is not None)} if self.predictions else {}
         log_scores(trainer, pl_module, self.scores, collapsed)
         if warning and trainer.is_global_zero:
-            print(f"Warning: {split}: {warning}", flush=True)
+            print_line(trainer, f"Warning: {split}: {warning}")

@@ -18,6 +18,7 @@ from vlmcap.errors import UserError
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.evaluation import CaptionEvaluation, log_scores
 from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
+from vlmcap.training.callbacks.progress import print_line
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.types import Clip, Sample
@@ -96,9 +97,9 @@ class GroundingCheck(L.Callback):
         if not trainer.is_global_zero:
             return
         write_grounding(self.folder / f"{name}.jsonl", found)
-        print(f"{split}, {len(found.clips)} clips: {found.sentence()}", flush=True)
+        print_line(trainer, f"{split}, {len(found.clips)} clips: {found.sentence()}")
         if found.is_blind:
-            print(f"Warning: {split}: the captions do not depend on the video: another clip's does as well.", flush=True)
+            print_line(trainer, f"Warning: {split}: the captions do not depend on the video: another clip's does as well.")
 
 
 class _Look:

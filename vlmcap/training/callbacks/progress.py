@@ -8,14 +8,14 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 from rich.table import Table
 
 from vlmcap.metrics import METRIC_LABELS
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.terminal import LineClock
+from vlmcap.terminal import LineClock, WorkLines
 from vlmcap.training.module import CaptioningModule
-from vlmcap.training.schedule import StagePosition
 
 
 def part_counts(
@@ -119,6 +119,14 @@ def _show_grounding(split: str, scores: Mapping[str, float]) -> None:
     Console().print(table)
 
 
+def print_line(trainer: L.Trainer, text: str) -> None:
+    """Prints a line, above the bar where there is one."""
+    if trainer.progress_bar_callback is None:
+        print(text, flush=True)
+    else:
+        Tqdm.write(text)
+
+
 _SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "facts", "val/distinct_ratio": "distinct"}
 
 
@@ -138,6 +146,7 @@ class RunProgress(L.Callback):
     def __init__(self, log_every_n_steps: int, max_steps: int = -1, clock: Callable[[], float] = time.monotonic) -> None:
         self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
         self._clock, self._schedule = clock, LineClock(clock)
+        self._batches = WorkLines("", clock)  # of the loop that captions or measures now
         self._logged_step = -1
         self._started = 0.0
         self._first_step = 0
@@ -151,7 +160,7 @@ class RunProgress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
         """Logs after every few optimiser steps and after the last of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
-        self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module.plan.at_epoch(trainer.current_epoch)))
+        self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module))
         step = trainer.global_step
         is_due = step % self.log_every_n_steps == 0 or batch_idx + 1 >= trainer.num_training_batches
         if step == self._logged_step or not is_due:
@@ -166,7 +175,7 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Prints how far validation is, now and then."""
-        self._print_if_due(trainer, lambda: f"validation  batch {batch_idx + 1} of {trainer.num_val_batches[0]}")
+        self._report(trainer, "validation", batch_idx, trainer.num_val_batches[0])
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
@@ -176,26 +185,29 @@ class RunProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Prints how far the captions of a split are, now and then."""
-        self._print_if_due(trainer, lambda: f"captioning  batch {batch_idx + 1} of {trainer.num_test_batches[dataloader_idx]}")
+        self._report(trainer, "captioning", batch_idx, trainer.num_test_batches[dataloader_idx])
+
+    def _report(self, trainer: L.Trainer, label: str, batch_idx: int, total: int | float) -> None:
+        if batch_idx == 0:
+            self._batches = WorkLines(f"{label}, batches", self._clock)
+        self._batches.report(batch_idx + 1, int(total))
+        self._print_if_due(trainer, self._batches.text)
 
     def _print_if_due(self, trainer: L.Trainer, line: Callable[[], str]) -> None:
         if trainer.progress_bar_callback is None and trainer.is_global_zero and self._schedule.is_due():
-            print(line(), flush=True)
+            print_line(trainer, line())
 
-    def _step_line(self, trainer: L.Trainer, position: StagePosition) -> str:
-        """Stage and epoch, optimiser step, the metrics of the last log step, and the time left."""
+    def _step_line(self, trainer: L.Trainer, pl_module: CaptioningModule) -> str:
+        """Stage and epoch, optimiser step, the metrics of the last log step or, before the first one, those so far, and the time left."""
+        position = pl_module.plan.at_epoch(trainer.current_epoch)
         number = trainer.current_epoch - position.first_epoch + 1
-        items = [f"{name} {value}" for name, value in self.bar_items().items()]
+        items = [f"{name} {value}" for name, value in _shown_items(self._last or pl_module.read_log()).items()]
         step = f"step {trainer.global_step} of {self._last_step(trainer)}"
         return "  ".join([f"{position.name} {number}/{position.stage.epochs}", step, *items, self._time_left(trainer)])
 
     def bar_items(self) -> dict[str, str]:
         """What a bar shows of the last metrics."""
-        if not self._last:
-            return {}
-        rate = max(value for name, value in self._last.items() if name.startswith("train/lr_"))
-        loss, speed = self._last["train/loss"], self._last["train/tokens_per_s"]
-        return {"loss": f"{loss:.3f}", "lr": f"{rate:.3g}", "tok/s": f"{speed:,.0f}"}
+        return _shown_items(self._last)
 
     def seconds_left(self, trainer: L.Trainer) -> float:
         """Expected seconds to the end, from the steps so far."""
@@ -229,8 +241,17 @@ class RunProgress(L.Callback):
         if self._last:
             parts.append(f"{self._last['train/tokens_per_s']:,.0f} tok/s")
         parts.append(self._time_left(trainer))
-        print("  ".join(parts), flush=True)
+        print_line(trainer, "  ".join(parts))
         self._schedule.postpone()
+
+
+def _shown_items(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Loss, highest rate and speed as a bar and a line show them."""
+    if not metrics:
+        return {}
+    rate = max(value for name, value in metrics.items() if name.startswith("train/lr_"))
+    loss, speed = metrics["train/loss"], metrics["train/tokens_per_s"]
+    return {"loss": f"{loss:.3f}", "lr": f"{rate:.3g}", "tok/s": f"{speed:,.0f}"}
 
 
 class TerminalBar(TQDMProgressBar):

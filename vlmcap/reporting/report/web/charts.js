@@ -95,7 +95,8 @@ function curves() {
   const preferred = [DATA.metric, "val/loss", "train/loss"].filter((metric) => metrics.includes(metric));
   metrics.sort((a, b) => (preferred.indexOf(a) + 1 || 99) - (preferred.indexOf(b) + 1 || 99));
   if (!metrics.includes(curve.metric)) curve.metric = preferred.find((metric) => DATA.runs.some((run) => (run.curve[metric] || []).length > 1)) || metrics[0];
-  const legend = h("div", { class: "legend" }), figure = drawn(null, (width) => curveDrawing(width));
+  const legend = h("div", { class: "legend" }), figure = drawn(null, (width) => curveDrawing(width, label(curve.metric), DATA.runs
+    .filter((run) => (run.curve[curve.metric] || []).length && !curve.hidden.has(run.group)).map((run) => ({ id: run.group, name: run.name, points: run.curve[curve.metric] }))));
   const redraw = redraws[redraws.length - 1];
   const fillLegend = () => legend.replaceChildren(...DATA.groups.filter((group) => group.runs.some((id) => (RUNS.get(id)?.curve[curve.metric] || []).length)).map((group) =>
     h("button", { type: "button", "aria-pressed": String(!curve.hidden.has(group.id)), onclick: (event) => {
@@ -110,35 +111,35 @@ function curves() {
     figure, legend, h("p", { class: "quiet small" }, say("curveHint")));
 }
 
-function curveDrawing(width) {
-  const lines = DATA.runs.filter((run) => (run.curve[curve.metric] || []).length && !curve.hidden.has(run.group)).map((run) => ({ run, points: run.curve[curve.metric] }));
+// Lines over steps: each has an id, which decides its colour, a name, and points; lines of one id are of one configuration.
+function curveDrawing(width, title, lines) {
   const height = width < 500 ? 260 : 330, left = 54, bottom = 40;
   if (!lines.length) return h("p", { class: "quiet" }, "–");
   const all = lines.flatMap((line) => line.points);
   const x = scale(...range(all.map((point) => point[0])), left, width - 8, 0.01), y = scale(...range(all.map((point) => point[1])), height - bottom, 12);
   const path = (points) => points.map((point, index) => `${index ? "L" : "M"}${x.at(point[0]).toFixed(1)} ${y.at(point[1]).toFixed(1)}`).join("");
-  const drawing = lines.map(({ run, points }) => s("g", { "data-run": run.id },
-    s("path", { d: path(points), fill: "none", stroke: colourOf(run.group), "stroke-width": 1.8, "stroke-dasharray": dashOf(run.group) || null, "stroke-linejoin": "round" }),
-    points.length <= 12 ? points.map((point) => mark(run.group, x.at(point[0]), y.at(point[1]), 2.6, {})) : null));
+  const drawing = lines.map(({ id, points }) => s("g", {},
+    s("path", { d: path(points), fill: "none", stroke: colourOf(id), "stroke-width": 1.8, "stroke-dasharray": dashOf(id) || null, "stroke-linejoin": "round" }),
+    points.length <= 12 ? points.map((point) => mark(id, x.at(point[0]), y.at(point[1]), 2.6, {})) : null));
   const cursor = s("line", { class: "cursor", y1: 8, y2: height - bottom, x1: -9, x2: -9 }), dots = s("g", {});
   const steps = [...new Set(all.map((point) => point[0]))].sort((a, b) => a - b);
   let index = steps.length - 1;
   const show = (clientX, clientY) => {
-    const step = steps[index], near = lines.map(({ run, points }) => ({ run, point: points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a)) }))
+    const step = steps[index], near = lines.map(({ id, name, points }) => ({ id, name, point: points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a)) }))
       .sort((a, b) => b.point[1] - a.point[1]);
     cursor.setAttribute("x1", x.at(step));
     cursor.setAttribute("x2", x.at(step));
-    dots.replaceChildren(...near.map(({ run, point }) => mark(run.group, x.at(point[0]), y.at(point[1]), 4, {})));
+    dots.replaceChildren(...near.map(({ id, point }) => mark(id, x.at(point[0]), y.at(point[1]), 4, {})));
     const pools = new Map();
-    near.forEach(({ run, point }) => pools.set(run.group, [...(pools.get(run.group) || []), point[1]]));
-    const rows = near.length <= MOST_TOLD ? near.map(({ run, point }) => [run.group, run.name, point[1]])
+    near.forEach(({ id, point }) => pools.set(id, [...(pools.get(id) || []), point[1]]));
+    const rows = near.length <= MOST_TOLD ? near.map(({ id, name, point }) => [id, name, point[1]])
       : [...pools].map(([group, values]) => [group, values.length > 1 ? `${GROUPS.get(group).name}, ${say("meanOf", values.length)}` : GROUPS.get(group).name, values.reduce((a, b) => a + b, 0) / values.length]).sort((a, b) => b[2] - a[2]);
     const told = rows.slice(0, MOST_TOLD).map(([group, name, value]) => h("div", { class: "tip-row" }, swatch(group), h("span", {}, name), h("b", {}, number(value))));
-    tell([h("div", { class: "quiet" }, `${label(curve.metric)}, ${say("step")} ${step}`), ...told, ...(rows.length > MOST_TOLD ? [h("div", { class: "quiet" }, `… ${rows.length - MOST_TOLD}`)] : [])], clientX, clientY);
+    tell([h("div", { class: "quiet" }, `${title}, ${say("step")} ${step}`), ...told, ...(rows.length > MOST_TOLD ? [h("div", { class: "quiet" }, `… ${rows.length - MOST_TOLD}`)] : [])], clientX, clientY);
   };
   const end = () => { hush(); cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); dots.replaceChildren(); };
   const atCursor = (node) => { const box = node.getBoundingClientRect(); show(box.left + x.at(steps[index]), box.top + 30); };
-  return s("svg", { class: "curves", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0", "aria-label": `${say("curves")}: ${label(curve.metric)}`,
+  return s("svg", { class: "curves", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0", "aria-label": `${say("curves")}: ${title}`,
     onpointermove: (event) => {
       const value = x.back(event.clientX - event.currentTarget.getBoundingClientRect().left);
       index = steps.reduce((best, step, i) => (Math.abs(step - value) < Math.abs(steps[best] - value) ? i : best), 0);

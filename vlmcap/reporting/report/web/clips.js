@@ -1,6 +1,8 @@
 // Captions of the same clip side by side, words coloured where they differ.
-const view = { tab: "worst", text: "", colours: "reference", runs: null, shown: 0 };
-const PAGE_SIZE = 8, NUM_PICKED = 4;
+const HAS_FACTS = DATA.clips.some((clip) => clip.reference_marks.length);
+const view = { tab: IS_ONE_RUN ? "all" : "worst", text: "", colours: HAS_FACTS && IS_ONE_RUN ? "facts" : "reference", runs: null, shown: 0 };
+const PAGE_SIZE = IS_ONE_RUN ? 12 : 8, NUM_PICKED = 4, FRAME_MS = 180;
+const film = { isOn: !window.matchMedia("(prefers-reduced-motion: reduce)").matches, at: 0, timer: 0 };
 
 const plainWord = (word) => word.toLowerCase().replace(/^[\s.,!?;:"'“”‘’()[\]…·]+|[\s.,!?;:"'“”‘’()[\]…·]+$/g, "");
 const wordsOf = (text) => text.split(/\s+/).filter(Boolean);
@@ -39,12 +41,27 @@ function coloured(words, kindOf) {
   return words.map((word, index) => [index ? " " : "", kindOf(index) ? h("span", { class: kindOf(index) }, word) : word]);
 }
 
+// A text with its facts as elements; marks count letters, of which some are two units of a string.
+function marked(text, marks, kindOf) {
+  const letters = [...text], nodes = [];
+  let at = 0;
+  marks.forEach((mark) => {
+    const [start, end, fact] = mark;
+    nodes.push(letters.slice(at, start).join(""), h("span", { class: kindOf(mark), title: fact }, letters.slice(start, end).join("")));
+    at = end;
+  });
+  return [...nodes, letters.slice(at).join("")];
+}
+
+const factKind = ([, , , isRight]) => (isRight ? "right" : "wrong");
+
 function captionNodes(clip, captions) {
   const words = captions.map((caption) => wordsOf(caption.text)), said = new Map();
   words.forEach((list) => new Set(list.map(plainWord)).forEach((word) => said.set(word, (said.get(word) || 0) + 1)));
   const known = counted(clip.references), spoken = [...said.keys()];
   const nodes = captions.map((caption, index) => {
     if (!words[index].length) return h("span", { class: "quiet" }, say("emptyCaption"));
+    if (view.colours === "facts") return marked(caption.text, caption.marks, factKind);
     if (view.colours === "reference") {
       const kinds = kindsAgainst(words[index], known);
       return coloured(words[index], (place) => kinds[place]);
@@ -58,7 +75,9 @@ function captionNodes(clip, captions) {
     return caption.text;
   });
   const isMissed = (word) => !said.has(word) && !spoken.some((other) => isNear(word, other));
-  const references = clip.references.map((reference) => {
+  const right = new Set(captions.flatMap((caption) => caption.marks.filter((mark) => mark[3]).map((mark) => mark[2])));
+  const references = clip.references.map((reference, index) => {
+    if (view.colours === "facts") return index ? reference : marked(reference, clip.reference_marks, ([, , fact]) => (right.has(fact) ? "said" : "missed"));
     const own = wordsOf(reference);
     return view.colours === "reference" && captions.length ? coloured(own, (place) => (isMissed(plainWord(own[place])) ? "missed" : "")) : reference;
   });
@@ -70,11 +89,45 @@ function frames(clip) {
     const reason = clip.picture_note || (clip.video ? say("unreadable", clip.video) : say("notDrawn"));
     return h("p", { class: "quiet small no-picture", title: clip.video }, say("noVideo", clip.picture_note === "full" ? say("notDrawn") : reason));
   }
+  if (IS_ONE_RUN) {
+    return h("div", { class: "frames film", role: "img", "aria-label": say("filmOf", clip.id) }, clip.thumbnails.map((content, index) =>
+      h("img", { src: `data:image/jpeg;base64,${content}`, alt: "", class: index ? null : "now" })));
+  }
   return h("div", { class: "frames" }, clip.thumbnails.map((content, index) =>
     h("img", { src: `data:image/jpeg;base64,${content}`, alt: say("frameOf", index + 1, clip.thumbnails.length, clip.id), height: 84 })));
 }
 
+// The frames of all clips one after another; where nothing may move, or on paper, some stand side by side.
+function play(isOn) {
+  film.isOn = isOn;
+  ROOT.dataset.film = isOn ? "on" : "off";
+  clearInterval(film.timer);
+  if (!isOn) return;
+  film.timer = setInterval(() => {
+    film.at += 1;
+    document.querySelectorAll(".film").forEach((node) => [...node.children].forEach((frame, index, all) => frame.classList.toggle("now", index === film.at % all.length)));
+  }, FRAME_MS);
+}
+
+function playButton() {
+  const button = h("button", { type: "button", id: "play", onclick: () => { play(!film.isOn); button.textContent = say(film.isOn ? "pause" : "play"); } }, say(film.isOn ? "pause" : "play"));
+  return button;
+}
+
+// A clip with what the one run said of it, and what it said when it got another clip's video.
+function runCard(clip) {
+  const [caption] = clip.captions, { nodes, references } = captionNodes(clip, [caption]), numRight = new Set(caption.marks.filter((mark) => mark[3]).map((mark) => mark[2])).size;
+  const other = clip.other && (clip.other.text ? (view.colours === "facts" ? marked(clip.other.text, clip.other.marks, factKind) : clip.other.text) : h("span", { class: "quiet" }, say("emptyCaption")));
+  const row = (kind, name, text) => [h("dt", { class: kind }, name), h("dd", { class: kind, lang: "ko" }, text)];
+  return h("article", { class: "clip one", "data-clip": clip.id }, frames(clip), h("div", {},
+    h("header", {}, h("h3", {}, clip.id), clip.category ? h("span", { class: "badge" }, clip.category) : null,
+      h("span", { class: "quiet small" }, `${DATA.labels[DATA.clip_metric] || DATA.clip_metric} ${number(clip.score)}`, clip.reference_marks.length ? ` · ${say("factsRight", numRight, clip.reference_marks.length)}` : "")),
+    h("dl", {}, row("said-of", say("captionWord"), nodes[0]), references.map((reference) => row("reference", say("reference"), reference)),
+      clip.other ? row("other-video", say("withVideoOf", clip.other.clip), other) : null)));
+}
+
 function clipCard(clip) {
+  if (IS_ONE_RUN) return runCard(clip);
   const captions = clip.captions.filter((caption) => view.runs.has(caption.run) && RUNS.has(caption.run));
   const { nodes, references } = captionNodes(clip, captions), best = Math.max(...captions.map((caption) => caption.scores[DATA.clip_metric] ?? -Infinity));
   return h("article", { class: "clip", "data-clip": clip.id },
@@ -98,13 +151,15 @@ function wantedClips() {
   return those;
 }
 
-const TABS = ["worst", "best", "different", "all"];
+const TABS = IS_ONE_RUN ? ["all", "worst", "best"] : ["worst", "best", "different", "all"];
+
+const COLOURINGS = [HAS_FACTS ? ["facts", "byFacts"] : null, ["reference", "byReference"], IS_ONE_RUN ? null : ["runs", "byRuns"], ["none", "byNone"]].filter(Boolean);
 
 function clips() {
   const compared = DATA.runs.filter((run) => DATA.clips.some((clip) => clip.captions.some((caption) => caption.run === run.id)));
   const few = () => new Set([...new Map([...compared].reverse().map((run) => [run.group, run.id])).values()].reverse().slice(0, NUM_PICKED));
   if (!view.runs) view.runs = few();
-  const section = h("section", { id: "clips" }, h("h2", {}, say("clips")));
+  const section = h("section", { id: "clips" }, h("h2", {}, say(IS_ONE_RUN ? "runClips" : "clips")));
   if (!DATA.clips.length || !compared.length) return fill(section, {}, [h("p", { class: "quiet" }, say("noCaptions"))]);
   const list = h("div", { id: "clip-list", role: "tabpanel", "aria-label": say("clips") }), tally = h("span", { class: "quiet", role: "status" });
   const legend = h("p", { class: "quiet small word-legend" }), picker = h("div", { class: "picker", role: "group", "aria-label": say("clipRuns") });
@@ -123,7 +178,7 @@ function clips() {
     list.replaceChildren();
     if (!those.length) list.append(h("p", { class: "quiet" }, say("noClip")));
     view.shown = 0;
-    const kinds = { reference: [["same", "legendSame"], ["near", "legendNear"], ["other", "legendOther"], ["missed", "legendMissed"]], runs: [["only", "legendOnly"], ["shared", "legendShared"]], none: [] }[view.colours];
+    const kinds = { reference: [["same", "legendSame"], ["near", "legendNear"], ["other", "legendOther"], ["missed", "legendMissed"]], runs: [["only", "legendOnly"], ["shared", "legendShared"]], none: [], facts: [["right", "legendRight"], ["wrong", "legendWrong"], ["missed", "legendMissedFact"]] }[view.colours];
     legend.replaceChildren(...kinds.map(([kind, key]) => h("span", {}, h("span", { class: kind }, say(key)))));
     grow();
   };
@@ -152,8 +207,9 @@ function clips() {
   } }, buttons);
   fillPicker();
   update();
+  if (IS_ONE_RUN) play(film.isOn);
   return fill(section, {}, [bar,
     h("div", { class: "controls" }, searchBox(say("clipSearch"), view.text, (text) => { view.text = text; update(); }),
-      h("label", {}, say("colours"), " ", select(say("colours"), [["reference", say("byReference")], ["runs", say("byRuns")], ["none", say("byNone")]], view.colours, (value) => { view.colours = value; update(); })), tally),
-    h("details", { class: "pick", open: compared.length <= 8 }, h("summary", {}, say("clipRuns")), picker), legend, list, more]);
+      h("label", {}, say("colours"), " ", select(say("colours"), COLOURINGS.map(([name, word]) => [name, say(word)]), view.colours, (value) => { view.colours = value; update(); })), IS_ONE_RUN ? playButton() : null, tally),
+    IS_ONE_RUN ? null : h("details", { class: "pick", open: compared.length <= 8 }, h("summary", {}, say("clipRuns")), picker), legend, list, more]);
 }

@@ -75,6 +75,7 @@ function shown(value) {
 const RUNS = new Map(DATA.runs.map((run) => [run.id, run]));
 const GROUPS = new Map(DATA.groups.map((group) => [group.id, group]));
 const ORDER = new Map(DATA.groups.map((group, index) => [group.id, index]));
+const IS_ONE_RUN = Object.keys(DATA.commands).length > 0; // the page that a run leaves, which compares nothing
 const NUM_COLOURS = 10;
 const MAIN_DIGITS = metricDigits(DATA.metric);
 

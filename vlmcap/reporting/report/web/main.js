@@ -7,38 +7,42 @@ function configuration() {
   if (!DATA.runs.length) return null;
   compared.first = compared.first || DATA.runs[0].id;
   compared.second = compared.second || (DATA.runs.find((run) => run.group !== DATA.runs[0].group) || DATA.runs[DATA.runs.length - 1]).id;
+  const isAlone = DATA.runs.length === 1; // a configuration to read, with nothing beside it
   const table = h("table", { class: "config" }), pair = h("div", { class: "commands" });
   const update = () => {
-    const runs = [RUNS.get(compared.first), RUNS.get(compared.second)], [one, other] = runs.map(configOf);
+    const runs = [...new Set([compared.first, compared.second])].map((id) => RUNS.get(id)), [one, other = one] = runs.map(configOf);
     const keys = [...new Set([...Object.keys(one), ...Object.keys(other)])].sort();
     const differs = (key) => JSON.stringify(one[key]) !== JSON.stringify(other[key]);
-    const rows = keys.filter((key) => (!compared.onlyDifferent || differs(key)) && key.toLowerCase().includes(compared.text.toLowerCase().trim()));
+    const rows = keys.filter((key) => (isAlone || !compared.onlyDifferent || differs(key)) && key.toLowerCase().includes(compared.text.toLowerCase().trim()));
     const cell = (config, key) => h("td", { class: differs(key) ? "differs" : null }, key in config ? h("code", {}, shown(config[key])) : h("span", { class: "quiet" }, say(Object.keys(config).length ? "unset" : "noConfig")));
     table.replaceChildren(h("thead", {}, h("tr", {}, h("th", { scope: "col" }, say("key")), runs.map((run) => h("th", { scope: "col" }, swatch(run.group), run.name)))),
-      h("tbody", {}, rows.length ? rows.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)), cell(one, key), cell(other, key))) : h("tr", {}, h("td", { colspan: 3, class: "quiet" }, say("sameConfig")))));
-    pair.replaceChildren(...[...new Set(runs)].map(command));
+      h("tbody", {}, rows.length ? rows.map((key) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, key)), runs.map((run) => cell(configOf(run), key)))) : h("tr", {}, h("td", { colspan: 3, class: "quiet" }, say("sameConfig")))));
+    pair.replaceChildren(...runs.map(command));
   };
   const options = DATA.runs.map((run) => [run.id, run.name]);
   const box = h("input", { type: "checkbox", onchange: (event) => { compared.onlyDifferent = event.target.checked; update(); } });
   box.checked = compared.onlyDifferent;
   update();
   return h("section", { id: "configuration" }, h("h2", {}, say("configuration")),
-    h("div", { class: "controls" }, select(say("firstRun"), options, compared.first, (id) => { compared.first = id; update(); }),
-      select(say("secondRun"), options, compared.second, (id) => { compared.second = id; update(); }),
-      searchBox(say("keySearch"), compared.text, (text) => { compared.text = text; update(); }), h("label", {}, box, " ", say("onlyDifferent"))),
-    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": say("configuration") }, table),
-    h("h3", {}, say("commands")), pair,
+    h("div", { class: "controls" }, isAlone ? null : [select(say("firstRun"), options, compared.first, (id) => { compared.first = id; update(); }),
+      select(say("secondRun"), options, compared.second, (id) => { compared.second = id; update(); })],
+      searchBox(say("keySearch"), compared.text, (text) => { compared.text = text; update(); }), isAlone ? null : h("label", {}, box, " ", say("onlyDifferent"))),
+    h("div", { class: isAlone ? "scroll short" : "scroll", tabindex: "0", role: "region", "aria-label": say("configuration") }, table),
+    h("h3", {}, say(isAlone ? "repeatCommand" : "commands")), pair,
     DATA.runs.length > 2 ? h("details", {}, h("summary", {}, say("allCommands")), h("div", { class: "commands" }, DATA.runs.map(command))) : null);
 }
 
 function command(run) {
   return h("div", { class: "command", "data-run": run.id }, h("div", { class: "command-name" }, swatch(run.group), run.name, h("span", { class: "quiet small" }, [run.revision ? say("revision", run.revision) : "", run.folder].filter(Boolean).join(" · "))),
-    run.command ? h("div", { class: "command-line" }, h("pre", { tabindex: "0" }, h("code", {}, run.command)), copyButton(run.command)) : h("p", { class: "quiet" }, "–"));
+    run.command ? commandLine(run.command) : h("p", { class: "quiet" }, "–"));
 }
+
+const commandLine = (text) => h("div", { class: "command-line" }, h("pre", { tabindex: "0" }, h("code", {}, text)), copyButton(text));
 
 // --- the page ---------------------------------------------------------------------------------------------------------------------------
 
 const SECTIONS = [["overview", header], ["leaderboard", leaderboard], ["effects", effects], ["curves", curves], ["costs", costs], ["categories", categories], ["clips", clips], ["configuration", configuration]];
+const RUN_SECTIONS = [["overview", runHeader], ["clips", clips], ["scores", runScores], ["curves", runCurves], ["categories", categories], ["took", runTook], ["next", runNext], ["configuration", configuration]];
 
 function remembered(key, value) {
   try { // a file may have no storage
@@ -74,7 +78,7 @@ function render() {
   ROOT.lang = state.language;
   redraws.length = 0;
   hush();
-  const parts = SECTIONS.map(([name, make]) => [name, make()]).filter(([, part]) => part);
+  const parts = (IS_ONE_RUN ? RUN_SECTIONS : SECTIONS).map(([name, make]) => [name, make()]).filter(([, part]) => part);
   document.getElementById("page").replaceChildren(...parts.map(([, part]) => part));
   document.getElementById("bar").replaceChildren(...topBar(parts.map(([name]) => name)));
   redraws.forEach((redraw) => redraw());
