@@ -168,6 +168,7 @@ def test_every_cell_fits_or_is_refused_in_words(encoder: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_a_cell_put_together_by_parts_is_the_composed_one() -> None:
     for cell in (("siglip2", "linear", "vicuna_7b"), ("dinov3_l", "cross_attention", "qwen3_14b"), ("clip", "mlp", "vicuna_7b")):
         expected = composed(*cell)

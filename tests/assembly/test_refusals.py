@@ -104,6 +104,7 @@ def test_data_that_does_not_do(real_path: list[str], aihub_root: Path, tmp_path:
     assert {file.name for file in (tmp_path / "run").glob("*")} <= {"quarantine.jsonl"}, "nothing but the names of what is bad"
 
 
+@pytest.mark.slow
 def test_a_few_undecodable_videos_are_named_and_skipped_and_many_stop_the_run(
     real_path: list[str], aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

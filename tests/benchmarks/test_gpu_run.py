@@ -75,6 +75,7 @@ def test_checks_end_in_their_own_ways_and_the_page_says_how(tmp_path: Path) -> N
     assert "memory GiB 22.0" in text
 
 
+@pytest.mark.slow
 def test_a_check_over_its_budget_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
     started = time.monotonic()
     ends, rows, _ = run([invented("endless", 4.0), invented("good")], tmp_path)
@@ -259,6 +260,7 @@ def test_make_gpu_ends_with_code_2_here() -> None:
     assert "PyTorch finds no GPU here" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", thinned(list(CHECKS), lambda check: check.name == "load"), ids=lambda check: check.name)
 def test_each_check_is_rehearsed_without_the_libraries_that_a_gpu_machine_may_lack(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

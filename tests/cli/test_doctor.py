@@ -155,7 +155,7 @@ def test_a_key_is_never_shown(machine: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_forgetting(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = machine / "cache" / "calibration"
-    write_calibration(folder, Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "x", 1.2, 0.4, 0.5, 0.7, 15e-6, 90.0))
+    write_calibration(folder, Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "x", 1.2, 0.4, 0.5, 0.7, 15e-6, 2.5e-6, 90.0))
     main(["doctor", "--forget"])
     assert list(folder.iterdir()) == []
     main(["doctor", "--forget"])

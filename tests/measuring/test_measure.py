@@ -63,6 +63,7 @@ def test_tiny_parts_are_measured_beside_their_plan(overrides: list[str]) -> None
     assert comparison.why_not_kept == "the model is too small to say anything of others"
 
 
+@pytest.mark.slow
 def test_the_page_ends_with_how_far_off_the_plan_is(capsys: pytest.CaptureFixture[str], cache_dir: Path) -> None:
     main(["doctor", "--measure", "--blocks", "1", *TINY])
     shown = capsys.readouterr()

@@ -40,6 +40,7 @@ def planned(*overrides: str, captions: CaptionLengths | None = None) -> Plan:
     return make_plan(compose(["data.root=unset", *overrides]), captions=captions)
 
 
+@pytest.mark.slow
 def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as_planned() -> None:
     """Counted on running models: what is alive in the last steps, over what the plan has for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,6 +73,7 @@ def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as
     assert CACHE <= peak_of_steps("own") < CACHE * (1 + 0.5 / LAYERS)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_those_copies_and_beams() -> None:
     base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=l4", "data.eval_batch_size=8", "llm.max_new_tokens=4000"]
     own, beams = planned(*base), planned(*base, "evaluation.num_beams=4", "data.eval_batch_size=2")
@@ -87,6 +89,7 @@ def test_the_plan_counts_those_copies_and_beams() -> None:
     assert old.generation.parts["one block's copy of them"] == pytest.approx(old.generation.parts["keys and values"] * 4 / 36)
 
 
+@pytest.mark.slow
 def test_the_loss_of_validation_is_planned_where_logits_are_all_made_at_once() -> None:
     base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=h100", "data.batch_size=16", "data.eval_batch_size=16"]
     few, all_at_once = planned(*base), planned(*base, "hardware.loss_chunk_mib=null")
@@ -96,6 +99,7 @@ def test_the_loss_of_validation_is_planned_where_logits_are_all_made_at_once() -
     assert "language model: head and loss" in all_at_once.generation.parts
 
 
+@pytest.mark.slow
 def test_a_batch_of_tokens_holds_as_many_short_clips_as_there_may_be() -> None:
     config = compose(
         ["data.root=unset", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.batching=by_length", "data.max_tokens_per_batch=16000"]
@@ -110,6 +114,7 @@ def test_a_batch_of_tokens_holds_as_many_short_clips_as_there_may_be() -> None:
     assert three.training_gib > one.training_gib + 2
 
 
+@pytest.mark.slow
 def test_seconds_go_by_padded_batches_and_memory_by_the_longest_caption() -> None:
     base = ["encoder=dinov3_l", "llm=qwen3_4b", "hardware=h100", "data.eval_batch_size=16"]
     short, equal = CaptionLengths.of([100, 120, 140, 768], 768), CaptionLengths.of([768], 768)

@@ -43,6 +43,7 @@ def private_bytes(pid: int) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
+@pytest.mark.slow
 def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(real_path: list[str], make_run: Callable[[Config], Run]) -> None:
     """Counted in the second epoch, with the loaders of validation still there."""
     config = compose([*real_path, "data.num_workers=1", "cache.enabled=false", "tuning=lora", "tuning.epochs=2"])
@@ -109,6 +110,7 @@ def test_an_encoder_passes_through_the_host_once(tmp_path: Path) -> None:
     assert measured(str(tmp_path / "small"), str(tmp_path / "large")) == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_inputs_in_host_memory_are_as_large_as_planned() -> None:
     from tests.planning.trial import Trial, build_trial
     from vlmcap.models.llm import layers

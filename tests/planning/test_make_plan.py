@@ -42,6 +42,7 @@ TARGETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "num_visual", "most_gib"), TARGETS, ids=["qwen3_8b", "qwen3_30b_a3b"])
 def test_the_targets_are_met(overrides: list[str], num_visual: int, most_gib: float) -> None:
     plan = planned(*overrides)
@@ -62,6 +63,7 @@ def test_weights_are_those_of_the_published_sizes() -> None:
     assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
     """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits, whose factors were cast for each token."""
     overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1"]
@@ -79,6 +81,7 @@ def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
     assert captured.token_s == pytest.approx(captured.token_bytes / captured.card.bytes_per_s), "the host does not hold it up"
 
 
+@pytest.mark.slow
 def test_merged_adapters_launch_nothing_and_take_a_copy_of_the_weights() -> None:
     overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=a100_80", "llm.quantization=none", "data.eval_batch_size=8"]
     merged, apart = planned(*overrides, "evaluation.merge_adapters=true"), planned(*overrides, "evaluation.merge_adapters=false")
@@ -205,6 +208,7 @@ def test_json_has_the_stated_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["peak_gib"] == pytest.approx(max(found["training_gib"], found["generation_gib"]))
 
 
+@pytest.mark.slow
 def test_the_page_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "encoder=clip", "llm=qwen3_8b", "hardware=l4"])
     lines = capsys.readouterr().out.strip().splitlines()

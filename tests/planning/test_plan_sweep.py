@@ -79,6 +79,7 @@ def test_names_are_parts_and_other_keys_with_their_values() -> None:
     assert short_names(jobs, swept)[:2] == ["clip data.num_frames=4", "clip data.num_frames=8"]
 
 
+@pytest.mark.slow
 def test_a_tiny_sweep_is_added_up() -> None:
     plan = plan_sweep(["tuning=two_stage,projector_only", "seed=0,1", *TINY], price=2.0)
     assert [job.name for job in plan.jobs] == ["two_stage seed=0", "two_stage seed=1", "projector_only seed=0", "projector_only seed=1"]
@@ -102,6 +103,7 @@ def test_stored_features_take_the_encoder_out_of_training_and_evaluation() -> No
     assert anew.evaluation_s > stored.evaluation_s
 
 
+@pytest.mark.slow
 def test_other_frames_are_other_features() -> None:
     plan = plan_sweep(["data.num_frames=8,16", *TINY[1:]])
     assert [encoding.num_readers for encoding in plan.encodings] == [1, 1]
@@ -123,6 +125,7 @@ def test_proposals_bring_it_under_the_budget_and_are_true() -> None:
     assert again.total_h <= 0.6 * whole
 
 
+@pytest.mark.slow
 def test_a_swept_key_is_not_proposed() -> None:
     plan = plan_sweep(["cache.enabled=true,false", "sweep.budget_h=0.000001", *TINY])
     assert not any(proposal.override.startswith("cache.enabled") for proposal in plan.proposals)

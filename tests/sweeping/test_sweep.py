@@ -140,12 +140,14 @@ def test_an_interrupted_sweep_says_how_it_goes_on(program: Program, capsys: pyte
     assert len(program.runs) == 3
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_sweep_is_not_written_over(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     program(["-m", "seed=0,1", "sweep.folder=here"])
     assert program(["-m", "seed=0,1", "sweep.folder=here"]) == 2
     assert "holds a sweep; add sweep.resume=true" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_that_come_to_the_same_run_once(program: Program) -> None:
     assert program(["-m", "projector=mlp", "hardware.num_workers=0,1"]) == 0
     assert len(program.runs) == 1

@@ -65,6 +65,7 @@ def test_the_corpus_is_scored_once_whatever_the_batches(tiny_config: MakeConfig,
     assert abs(mean(means) - expected["cider"]) > 0.01, "a mean over batches would be another number"
 
 
+@pytest.mark.slow
 def test_exchanged_predictions_score_as_exchanged_videos(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
     run = decoding_run(tiny_config, make_run, tmp_path, "evaluation.swap_videos=true", "evaluation.swap_shifts=7")
     clips = sorted(run.data.clips["test"], key=lambda clip: clip.id)

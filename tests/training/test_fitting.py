@@ -43,6 +43,7 @@ def hold(most: int, patch: pytest.MonkeyPatch, *, free_calls: int = 0) -> list[i
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "free_calls", [pytest.param(0, id="in the first step"), pytest.param(3, id="in the fourth", marks=pytest.mark.slow)]
 )

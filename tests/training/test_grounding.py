@@ -43,6 +43,7 @@ def met(clips: Sequence[Clip], seed: int) -> tuple[list[int], int]:
     return order, sum(cost(clip, clips[other]) for clip, other in zip(clips, order, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_no_clip_keeps_its_video_or_its_category_where_that_can_be_avoided(seed: int) -> None:
     rng = random.Random(seed)

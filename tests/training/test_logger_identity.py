@@ -57,6 +57,7 @@ def segment(folder: Path, number: int) -> WandbFile:
     return WandbFile(folder, number)
 
 
+@pytest.mark.slow
 def test_wandb_segments_of_a_resumed_run_have_one_id(start: Callable[..., list[Logger]], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     start("wandb", None, 4)

@@ -135,6 +135,7 @@ def spoil(config: Config, names: list[str], folder: Path) -> Config:
     return replace(config, data=AihubConfig(**{**values, "root": str(folder)}))
 
 
+@pytest.mark.slow
 def test_a_clip_that_does_not_decode_is_named_counted_and_skipped(
     tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def test_tensorboard(tiny_config: MakeConfig, tmp_path: Path) -> None:
     assert any(b"_hparams_/session_start_info" in file.read_bytes() for file in files), "the table of runs"
 
 
+@pytest.mark.slow
 def test_mlflow(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient

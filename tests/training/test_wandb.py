@@ -79,6 +79,7 @@ def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
     assert told[0] == f"W&B: offline, as WANDB_MODE=offline says; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the run later."
 
 
+@pytest.mark.slow
 def test_runs_are_grouped_tagged_and_typed(done: Done) -> None:
     run, evaluation = done.run.run, done.evaluation.run
     assert (run.display_name, run.run_group, run.job_type, run.project) == ("tiny-mlp-tiny-demo-s0", "tiny+tiny", "train", "vlmcap")

@@ -110,16 +110,26 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline_s, "loading"))
 
-    def open_until(self, page: Path, script: str, value: object, *, within_s: float = 10.0) -> None:
-        """Loads a file until an expression has a value: what a page keeps is there for the next one in the browser's own time.
+    def open_kept(self, page: Path, button: str, script: str, value: object, *, within_s: float = 10.0) -> None:
+        """Loads a file, on which the choice of a button before is kept.
+
+        A browser that has just started or is busy may lose what a page stores; the choice is then made again.
+
+        Args:
+            page: The file.
+            button: Selector of the button, which changes from one value to the other.
+            script: Expression of the value.
+            value: The chosen one.
+            within_s: Seconds within which the choice must be kept.
 
         Raises:
-            AssertionError: It has another one for so long.
+            AssertionError: It is not kept.
         """
         deadline_s = time.monotonic() + within_s
         self.open(page)
         while (found := self.run(script)) != value:
             assert time.monotonic() < deadline_s, f"{script} is {found!r}, not {value!r}"
+            self.click(button)
             time.sleep(0.2)
             self.open(page)
 

@@ -25,7 +25,7 @@ def test_all_is_said_in_korean_and_remembered(browser: Browser, page_file: Path)
     words = browser.run("Object.values(WORDS).filter((pair) => pair[0] !== pair[1]).map((pair) => pair[0])")
     left = set(browser.texts("button, h2, h3, th, .facts span, td.verdict, .quiet")) & english
     assert left & set(words) == {"English"} & left
-    browser.open_until(page_file, "document.documentElement.lang", "ko")
+    browser.open_kept(page_file, "#language", "document.documentElement.lang", "ko")
     browser.click("#language")
     assert browser.run("document.documentElement.lang") == "en"
 
@@ -40,7 +40,7 @@ def test_dark_and_light(browser: Browser, page_file: Path) -> None:
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
     browser.click("#theme")
     assert browser.run("getComputedStyle(document.body).backgroundColor") == light
-    browser.open_until(page_file, theme, "light")  # as was chosen, although the system is dark
+    browser.open_kept(page_file, "#theme", theme, "light")  # as was chosen, although the system is dark
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -234,6 +234,7 @@ def test_markdown(report: Report) -> None:
     assert len(lengths) == 1
 
 
+@pytest.mark.slow
 def test_the_command(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "deep" / "report"
     cli.main(["report", str(sweep), "--output", str(output), "--title", "비교", "--clips", "4"])
