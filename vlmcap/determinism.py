@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from vlmcap.errors import UserError, first_line
+from vlmcap.libraries import CUBLAS_WORKSPACE
 
 _NO_KERNEL = "does not have a deterministic implementation"  # PyTorch's words
 _VARIABLES = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
+    "CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE,
     "FLASH_ATTENTION_DETERMINISTIC": "1",  # transformers reads it for the package flash-attn
 }
 

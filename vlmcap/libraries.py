@@ -8,17 +8,20 @@ import os
 import sys
 import warnings
 
+CUBLAS_WORKSPACE = ":4096:8"  # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is PyTorch's newer name
 
 
-def use_expandable_segments() -> None:
-    """Lets the CUDA allocator grow its segments, unless the user set one of its variables; PyTorch reads them when it is imported.
+def set_cuda_variables() -> None:
+    """Sets what PyTorch reads once per process, before it is imported; what the user has set stays.
 
-    Batches differ in length, and segments of fixed sizes fragment: torchtune measured 16.4 GiB reserved without and 10.8 with
-    expandable segments (https://github.com/pytorch/torchtune/issues/1185).
+    The CUDA allocator may grow its segments: batches differ in length, and segments of fixed sizes fragment. torchtune measured 16.4 GiB
+    reserved without and 10.8 with expandable segments (https://github.com/pytorch/torchtune/issues/1185). The workspace of cuBLAS is one
+    with which its products can be deterministic, as a later run of the process may ask for that.
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
 
 
 def has_expandable_segments() -> bool:

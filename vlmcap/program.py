@@ -22,7 +22,7 @@ from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_file, use_config_dir
 from vlmcap.config_saved import loosened
 from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
-from vlmcap.libraries import use_expandable_segments
+from vlmcap.libraries import set_cuda_variables
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
 from vlmcap.plugins import load_plugins, plugin_kinds, take_plugins
@@ -98,7 +98,7 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
         arguments: As typed; None takes those of this process.
         command: What was typed in front of them; empty is the script of this process.
     """
-    use_expandable_segments()
+    set_cuda_variables()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     command = command or f"python {shlex.quote(sys.argv[0])}"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1

@@ -13,12 +13,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARAL
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report, Skip
 from vlmcap.errors import first_line
-from vlmcap.libraries import use_expandable_segments
+from vlmcap.libraries import set_cuda_variables
 
 
 def main(name: str, function: str, rows: str, device: str, size: str, folder: str) -> None:
     """Runs the check; its rows go into a file, and what it prints to the screen."""
-    use_expandable_segments()  # as the programs do, before PyTorch is imported
+    set_cuda_variables()  # as the programs do, before PyTorch is imported
     report = Report(name, Path(rows), is_rehearsal=size == "tiny")
     module, _, called = function.partition(":")
     try:

@@ -14,13 +14,13 @@ from importlib import import_module
 
 from vlmcap.cli.arguments import COMMANDS, PROGRAMS, is_override
 from vlmcap.errors import StoppedBySignal, UserError, storage_problem
-from vlmcap.libraries import import_libraries, use_expandable_segments
+from vlmcap.libraries import import_libraries, set_cuda_variables
 from vlmcap.terminal import leave_closed_pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; a user's mistake is one line on stderr and exit code 2."""
-    use_expandable_segments()
+    set_cuda_variables()
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     if given[:1] and given[0] in PROGRAMS:
         from vlmcap.program import run_program
