@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "libraries": set(),
     "types": {"errors"},
     "locks": {"errors", "files", "terminal"},
-    "determinism": {"errors"},
+    "determinism": {"errors", "libraries"},
     **{part: BASE | {"config"} for part in PARTS},
     "overrides": BASE | {"config"},
     "plugins": BASE | {"config"},
