@@ -44,7 +44,7 @@ EVERY_NTH = {
     "tests/measuring/test_measure.py::*": 3,
     "tests/metrics/test_parity.py::*": 3,
     "tests/metrics/test_tokenizers.py::*": 3,
-    "tests/metrics/test_tokenizers_many.py::*": 2,
+    "tests/metrics/test_tokenizers_many.py::*": 4,
     "tests/models/decoding/test_engine.py::*": 3,
     "tests/models/decoding/test_graphs.py::*": 4,
     "tests/models/encoders/test_any_tower.py::*": 3,

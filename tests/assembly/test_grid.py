@@ -175,6 +175,7 @@ def test_a_cell_put_together_by_parts_is_the_composed_one() -> None:
         assert dataclasses.replace(cell_config(*cell), paths=expected.paths) == expected  # the output folder has the time in its name
 
 
+@pytest.mark.slow
 def test_the_meta_device_holds_no_weights() -> None:
     assert all(parameter.is_meta for parameter in encoder_of("clip").parameters())
 

@@ -140,6 +140,7 @@ def test_assumed_captions_are_those_of_the_korean_data() -> None:
     assert CaptionLengths.of(range(1, 5000), 4000).longest == 4000
 
 
+@pytest.mark.slow
 def test_models_of_scores_are_traced_at_their_size(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
@@ -163,6 +164,7 @@ def test_models_of_scores_are_traced_at_their_size(tmp_path: Path) -> None:
     assert max(sum(peak.values()) for peak in trace.peaks.values()) == pytest.approx(live.peaks["start"].total(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_large_model_of_a_score_is_the_fullest_moment() -> None:
     base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=t4", "data.eval_batch_size=1", "cache.enabled=true"]
     plain, scored = planned(*base), planned(*base, "evaluation.siglip_checkpoint=google/siglip2-so400m-patch14-384")

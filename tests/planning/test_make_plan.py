@@ -51,6 +51,7 @@ def test_the_targets_are_met(overrides: list[str], num_visual: int, most_gib: fl
     assert plan.generation_gib < most_gib
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_published_sizes() -> None:
     """Qwen3-8B: 36 blocks of 4-bit layers, embeddings and head of 151 936 x 4 096 in 16 bits; CLIP's tower in 16 bits."""
     plan = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1")

@@ -72,6 +72,7 @@ def test_a_callback_of_ones_own_reads_metrics_and_rates(straight_run: Path, tiny
     assert {step: row["train/loss"] for step, row in logged.items()} == straight, "to listen changes nothing"
 
 
+@pytest.mark.slow
 def test_the_learning_rate_monitor_shows_each_group(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", DROPOUT, MONITOR)
     train(config)

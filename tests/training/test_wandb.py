@@ -89,6 +89,7 @@ def test_runs_are_grouped_tagged_and_typed(done: Done) -> None:
     assert evaluation.run_id != run.run_id
 
 
+@pytest.mark.slow
 def test_the_configuration_has_factors_as_words_and_every_setting(done: Done) -> None:
     config = done.run.config
     for name, value in {"encoder": "tiny", "projector": "mlp", "llm": "tiny", "seed": 0, "batch_size": 6, "quantization": "none"}.items():
