@@ -100,6 +100,8 @@ def test_a_check_that_is_too_large_for_the_gpu_is_not_started(tmp_path: Path) ->
 
 
 _PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 import sys
 import benchmarks.gpu.__main__ as program
 from tests.benchmarks.invented_checks import invented
