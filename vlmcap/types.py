@@ -173,9 +173,7 @@ class Batch:
         import torch
 
         assert self.targets is None, "prompts are taken apart, and labelled batches are not"
-        changed: dict[str, Any] = {
-            name: torch.stack([value[row] for row in rows]) for name in _OF_ROWS if (value := getattr(self, name)) is not None
-        }
+        changed: dict[str, Any] = {name: rows_of(value, rows) for name in _OF_ROWS if (value := getattr(self, name)) is not None}
         own, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
         places = torch.cat([own[row] + (place - row) * width for place, row in enumerate(rows)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[row] for row in rows)
@@ -189,6 +187,14 @@ class Batch:
         names = (*_OF_ROWS, "visual_places", "targets", "label_places", "position_ids")
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **changed)
+
+
+def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of a tensor, in its own type: autocast would refuse to stack float16 features where it computes in bfloat16."""
+    import torch
+
+    with torch.autocast(values.device.type, enabled=False):
+        return torch.stack([values[row] for row in rows])
 
 
 @dataclass(frozen=True, slots=True)

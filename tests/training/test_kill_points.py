@@ -248,7 +248,7 @@ def summary(folder: Path) -> dict[str, Any]:
     [
         pytest.param("validation_step", 8, 0, die, id="in the last validation", marks=pytest.mark.slow),
         pytest.param("test_step", 8, 1, die, id="in the final scoring"),
-        pytest.param("validation_step", 4, 1, interrupt, id="a signal in the first validation", marks=pytest.mark.slow),
+        pytest.param("validation_step", 4, 0, interrupt, id="a signal in the first validation", marks=pytest.mark.slow),
         pytest.param("test_step", 8, 0, interrupt, id="a signal in the final scoring", marks=pytest.mark.slow),
         pytest.param("training_step", 5, 0, die, id="in a step", marks=pytest.mark.slow),
     ],

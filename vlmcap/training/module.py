@@ -24,7 +24,7 @@ from vlmcap.training.checkpoints.load import check_bases, check_weights, trained
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch, ValidationBatch
+from vlmcap.types import Batch, ValidationBatch, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class CaptioningModule(L.LightningModule):
         for part in batch.labelled:
             if len(part):
                 assert prompts.features is not None
-                features = torch.stack([prompts.features[rows[clip.id]] for clip in part.clips])
+                features = rows_of(prompts.features, [rows[clip.id] for clip in part.clips])
                 loss, count = self.captioner.loss_sum(replace(part, features=features))
                 losses.append(float(loss))
                 num_labels += count
