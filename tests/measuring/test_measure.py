@@ -50,7 +50,13 @@ def kept(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "overrides",
     thinned(
-        [[], ["cache.enabled=false"], ["optim=adamw_8bit", "trainer.accumulate_grad_batches=4"]], lambda overrides: len(overrides) == 2
+        [
+            [],
+            ["cache.enabled=false"],
+            ["optim=adamw_8bit", "trainer.accumulate_grad_batches=4"],
+            ["data.batch_size=3", "data.eval_batch_size=2"],
+        ],
+        lambda overrides: "optim=adamw_8bit" in overrides,
     ),
 )
 def test_tiny_parts_are_measured_beside_their_plan(overrides: list[str]) -> None:

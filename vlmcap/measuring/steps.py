@@ -226,7 +226,8 @@ def measured_run(
     rows = step_captions(lengths, batch_size, num_micro, is_sorted=is_sorted)
     assert config.data.eval_batch_size is not None, "the plan has decided"
     prompts = random_batch(config, sizes, [0] * config.data.eval_batch_size)
-    labelled = random_batch(config, sizes, [lengths.longest] * config.data.batch_size)
+    labelled = random_batch(config, sizes, [lengths.longest] * min(config.data.batch_size, len(prompts)))
+    labelled = dataclasses.replace(labelled, frames=None, features=None)  # their features are those of the prompts
     clock = _Clock(captioner, num_micro, config.llm.new_tokens, use, say)
     plan = StagePlan({"measured": _fullest_stage(config)})
     trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
