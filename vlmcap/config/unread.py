@@ -38,14 +38,15 @@ class _Rule:
         keys: Dotted keys, or beginnings that end with a dot.
         is_read: The run's configuration -> whether they are read.
         why: What follows "changes nothing", with `{key}` for the key; it ends with the fix.
+        setting: In place of `why`, the one setting of another group without which nothing reads them.
     """
 
     keys: tuple[str, ...]
     is_read: Callable[[Run], bool]
-    why: str
+    why: str = ""
+    setting: str = ""
 
 
-_AS_WELL = "; set that as well"
 _LORA = "tuning.lora."
 _GENERATED = ("evaluation.clips_per_row", "evaluation.speculate_ngram", "evaluation.engine", "evaluation.cuda_graphs")
 _SECOND_STAGE = ("tuning.projector_lr", "tuning.adapter_lr", "tuning.encoder", "tuning.encoder_lr", _LORA)
@@ -97,7 +98,7 @@ _RULES = (
     _Rule(
         ("callbacks.guard.fp16_skips",),
         lambda run: run.hardware.precision is Precision.fp16,
-        "without hardware.precision=fp16; set that as well, or leave {key} out",
+        setting="hardware.precision=fp16",
     ),
     _Rule(
         _GENERATED,
@@ -178,16 +179,14 @@ def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
 
 def _why_unread(run: Run, path: str, owner: Any, known: Field[Any]) -> str | None:
     """What follows "changes nothing"; None where something reads the field."""
-    why = next((rule.why for rule in _RULES if _is_meant(path, rule.keys) and not rule.is_read(run)), None)
-    is_read = known.metadata.get("is_read")
-    if is_read is None or is_read(owner):
-        return why
-    group = path.rpartition(".")[0]
-    needed = " ".join(f"{group}.{one}" for one in known.metadata["setting"].split())
-    if why is None:
-        return f"without {needed}; set that as well, or leave {{key}} out"
-    # Where the other group rules the key out altogether, no setting of its own group would help.
-    return why.replace("without ", f"without {needed} ", 1) if why.startswith("without ") and _AS_WELL in why else why
+    rule = next((rule for rule in _RULES if _is_meant(path, rule.keys) and not rule.is_read(run)), None)
+    if rule is not None and rule.why:  # what another group rules out, no setting of its own group would help
+        return rule.why
+    needed = [] if rule is None else [rule.setting]
+    if (is_read := known.metadata.get("is_read")) is not None and not is_read(owner):
+        group = path.rpartition(".")[0]
+        needed = [*(f"{group}.{one}" for one in known.metadata["setting"].split()), *needed]
+    return f"without {' '.join(needed)}; set that as well, or leave {{key}} out" if needed else None
 
 
 def _is_meant(path: str, keys: tuple[str, ...]) -> bool:
