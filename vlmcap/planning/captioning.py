@@ -150,15 +150,10 @@ class _Captions:
         from vlmcap.planning.estimate.sizes import writes_itself
 
         return (
-            min(rows, max(1, PROMPT_TOKENS // self.prompt_tokens))
+            min(rows, max(1, PROMPT_TOKENS // self.tracer.sizes.num_before_caption))
             if writes_itself(self.config)
             else rows * self.config.evaluation.num_beams
         )
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Visual and text tokens in front of a caption."""
-        return self.tracer.sizes.num_visual + self.tracer.sizes.num_prompt
 
     def prompt(self, rows: int) -> Stage:
         """The language model's pass over the prompts that are read at a time."""
@@ -188,7 +183,7 @@ class _Captions:
             token_bytes=key_value_bytes(config),
             num_rows=rows * config.evaluation.num_beams,
             num_read=self.group(rows),
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=self.tracer.sizes.num_before_caption,
             new_tokens=config.llm.new_tokens,
             copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_own else 1.0) / tracer.depth,
             is_reserved=is_own,
@@ -207,7 +202,7 @@ class _Captions:
         share = unpacked_experts(self.config, rows) or float(rows > FUSED_ROWS)
         unpacking = 2 * share * packed_bytes(self.config, prompt) * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
         weights = sum(size for kind, size in prompt.trace.weights.items() if kind != ORIGINALS)
-        cached = key_value_bytes(self.config) * rows * (self.prompt_tokens + self.config.llm.new_tokens / 2)
+        cached = key_value_bytes(self.config) * rows * (self.tracer.sizes.num_before_caption + self.config.llm.new_tokens / 2)
         return TokenWork(weights + unpacking + cached, prompt.trace.launches, is_captured(self.config))
 
 

@@ -128,8 +128,8 @@ def fullest_batch(config: Config, tracer: Tracer, captions: CaptionLengths) -> t
     budget, longest = config.data.max_tokens_per_batch, config.llm.caption_tokens
     if budget is None:
         return config.data.batch_size, longest
-    count = max(1, budget // (_prompt_tokens(tracer) + captions.tokens[0]))
-    return count, min(longest, max(1, budget // count - _prompt_tokens(tracer)))
+    count = max(1, budget // (tracer.sizes.num_before_caption + captions.tokens[0]))
+    return count, min(longest, max(1, budget // count - tracer.sizes.num_before_caption))
 
 
 def _scores(config: Config, tracer: Tracer) -> tuple[dict[str, Stage], list[str]]:
@@ -161,11 +161,6 @@ def _host_peak(
     return host_peak(config, steps, batches, offloaded, num_captioned * feature_bytes, scores)
 
 
-def _prompt_tokens(tracer: Tracer) -> int:
-    """Visual and text tokens in front of a caption."""
-    return tracer.sizes.num_visual + tracer.sizes.num_prompt
-
-
 def _padded_flops(config: Config, tracer: Tracer, steps: Sequence[Stage], captions: CaptionLengths, batch_size: int) -> float:
     """Arithmetic of a step on a batch as long as batches are, where the trace has one of the longest captions.
 
@@ -175,7 +170,7 @@ def _padded_flops(config: Config, tracer: Tracer, steps: Sequence[Stage], captio
     _, traced = fullest_batch(config, tracer, captions)
     length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
     padded = length if config.data.max_tokens_per_batch is None else traced
-    share = (_prompt_tokens(tracer) + min(padded, traced)) / (_prompt_tokens(tracer) + traced)
+    share = (tracer.sizes.num_before_caption + min(padded, traced)) / (tracer.sizes.num_before_caption + traced)
     *front, language = (stage.trace.flops for stage in steps)
     return sum(front) + share * language
 

@@ -68,6 +68,11 @@ class Sizes:
         """Text tokens in front of the caption."""
         return PROMPT_TOKENS + self.gap * (len(self.runs) - 1)
 
+    @property
+    def num_before_caption(self) -> int:
+        """Visual and text tokens in front of the caption."""
+        return self.num_visual + self.num_prompt
+
 
 def sizes_of(config: Config) -> Sizes:
     """The largest clip that a configuration may meet.

@@ -189,7 +189,7 @@ class Tracer:
     def checkpoint_bytes(self, num_clips: int, num_caption: int) -> float:
         """Input of a checkpointed block of the language model."""
         width = int(text_config(self.config).hidden_size)
-        num_tokens = num_clips * (self.sizes.num_visual + self.sizes.num_prompt + num_caption)
+        num_tokens = num_clips * (self.sizes.num_before_caption + num_caption)
         return float(num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
 
     def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:

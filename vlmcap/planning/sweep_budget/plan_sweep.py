@@ -138,7 +138,7 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[
         config.tuning.encoder_tuning
     ]  # a trained one's trace is a step
-    prompt = tracer.sizes.num_visual + tracer.sizes.num_prompt
+    prompt = tracer.sizes.num_before_caption
     longer = 1 + config.llm.caption_tokens / prompt
     return ClipSeconds(
         train=plan.clip_s,
