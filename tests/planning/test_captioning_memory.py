@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,11 @@ from vlmcap.planning.hardware import GIB, assumed_card
 from vlmcap.planning.make_plan import fullest_batch, make_plan
 from vlmcap.planning.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("store")
+
 ROWS, PROMPT, NEW = 4, 2040, 16
 LAYERS, HEADS, KV_HEADS, DIM = 4, 8, 2, 64
 CACHE = 2 * LAYERS * KV_HEADS * DIM * 4 * ROWS * (PROMPT + NEW)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("plans")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMCAP_CACHE_DIR", str(folder))
-        yield folder
 
 
 def planned(*overrides: str, captions: CaptionLengths | None = None) -> Plan:

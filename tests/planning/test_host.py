@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,9 @@ from vlmcap.planning.host import DECODER_BYTES, PROCESS_BYTES, WORKER_BYTES, pin
 from vlmcap.planning.make_plan import enforce_plan, make_plan
 from vlmcap.training.objects import Run
 
+pytestmark = pytest.mark.usefixtures("store")
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("plans")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMCAP_CACHE_DIR", str(folder))
-        yield folder
 
 
 def children(pid: int) -> list[int]:

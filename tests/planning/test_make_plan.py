@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,9 @@ from vlmcap.planning.estimate.sizes import unpacked_experts
 from vlmcap.planning.make_plan import enforce_plan, make_plan, with_caption_plan
 from vlmcap.planning.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("store")
+
 ATTENTION = "tuning.lora.target_modules='q_proj,k_proj,v_proj,o_proj'"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Traces of the module in one place, made anew."""
-    folder = tmp_path_factory.mktemp("plans")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMCAP_CACHE_DIR", str(folder))
-        yield folder
 
 
 def planned(*overrides: str) -> Plan:

@@ -23,17 +23,11 @@ from vlmcap.planning.grid.grid_table import Cell, draw_grid, head, show_grid
 from vlmcap.planning.grid.make_grid import GridConfigs, GridNames, cells, grid_names, make_grid
 from vlmcap.planning.make_plan import make_plan
 
+pytestmark = pytest.mark.usefixtures("store")
+
 NO_DATA = "data.root=unset"
 CONTEXT = "llm.max_caption_tokens=3800"  # more than Vicuna can hold
 SMALL = GridNames(["t4", "a100"], ["dinov3_s", "siglip2"], ["exaone4_1_2b", "vicuna_7b"], [NO_DATA])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Traces of the module in one place, made anew."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMCAP_CACHE_DIR", str(tmp_path_factory.mktemp("plans")))
-        yield
 
 
 @pytest.mark.slow

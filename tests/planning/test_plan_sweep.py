@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,16 +22,9 @@ from vlmcap.planning.sweep_budget.plan_sweep import num_clips, plan_sweep
 from vlmcap.planning.sweep_budget.sweep_plan import show_budget
 from vlmcap.sweep_syntax import expand, short_names
 
+pytestmark = pytest.mark.usefixtures("store")
+
 TINY = ["data.num_frames=8", "data.max_clips=1000"]  # data.demo on a CPU
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Traces of the module in one place."""
-    folder = tmp_path_factory.mktemp("plans")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMCAP_CACHE_DIR", str(folder))
-        yield folder
 
 
 def hydras_jobs(overrides: list[str]) -> list[list[str]]:

@@ -133,6 +133,14 @@ class Browser:
             time.sleep(0.2)
             self.open(page)
 
+    def right_edge(self, page: Path, width: int, selector: str) -> float:
+        """How far a page and the elements of a selector reach to the right in a window of a width, in pixels."""
+        self.show_as(width=width)
+        self.open(page)
+        edges = f"[...document.querySelectorAll({selector!r})].map((node) => node.getBoundingClientRect().right)"
+        found: float = self.run(f"Math.max(document.documentElement.scrollWidth, ...{edges})")
+        return found
+
     def run(self, script: str) -> Any:
         """The value of an expression, which may be a promise."""
         answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)

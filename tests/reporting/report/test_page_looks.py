@@ -65,11 +65,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("width", [360, 390, 768, 1280])
 def test_nothing_is_wider_than_the_window(browser: Browser, width: int, page_file: Path) -> None:
-    browser.show_as(width=width)
-    browser.open(page_file)
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    drawing = "Math.max(...[...document.querySelectorAll('.drawing svg')].map((node) => node.getBoundingClientRect().right))"
-    assert browser.run(drawing) <= width
+    assert browser.right_edge(page_file, width, ".drawing svg") <= width
 
 
 def test_everything_that_acts_has_a_name(browser: Browser) -> None:

@@ -102,11 +102,7 @@ def test_all_is_said_in_korean(run_browser: Browser) -> None:
 
 @pytest.mark.parametrize("width", [360, 400, 768, 1280])
 def test_nothing_is_wider_than_the_window(run_browser: Browser, width: int, run_page_file: Path) -> None:
-    run_browser.show_as(width=width)
-    run_browser.open(run_page_file)
-    assert run_browser.run("document.documentElement.scrollWidth") <= width
-    edges = "[...document.querySelectorAll('.drawing svg, .film, .readings')].map((node) => node.getBoundingClientRect().right)"
-    assert run_browser.run(f"Math.max(...{edges})") <= width
+    assert run_browser.right_edge(run_page_file, width, ".drawing svg, .film, .readings") <= width
 
 
 def test_it_prints(run_browser: Browser) -> None:
