@@ -18,6 +18,8 @@ import pytest
 from tests.thinned import is_left_out
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from vlmcap.config import Config
     from vlmcap.training.objects import Run
 
@@ -275,21 +277,31 @@ def llm_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture(scope="session")
-def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The AI Hub layout with real clips: 6 to train on, 3 to validate, 2 to test."""
-    from vlmcap.data.decoding.video import write_video
+def write_aihub(root: Path, write_clip: Callable[[Path, NDArray[np.uint8]], object]) -> None:
+    """Writes the AI Hub layout: 6 clips to train on, 3 to validate, 2 to test.
 
-    root = tmp_path_factory.mktemp("aihub")
+    Args:
+        root: An empty folder.
+        write_clip: Writes frames (4, 36, 48, 3) to a path.
+    """
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3), ("test", 2)):
         for part in ("videos", "labels"):
             (root / split / part).mkdir(parents=True)
         for index in range(count):
             colours = rng.integers(0, 255, (4, 1, 1, 3)) + rng.integers(-20, 20, (4, 36, 48, 3))
-            write_video(root / split / "videos" / f"{split}{index}.mp4", colours.clip(0, 255).astype(np.uint8), fps=4)
+            write_clip(root / split / "videos" / f"{split}{index}.mp4", colours.clip(0, 255).astype(np.uint8))
             label = {"annotation": {"description_kr": CAPTIONS[index]}}
             (root / split / "labels" / f"{split}{index}.json").write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The AI Hub layout with real clips: 6 to train on, 3 to validate, 2 to test."""
+    from vlmcap.data.decoding.video import write_video
+
+    root = tmp_path_factory.mktemp("aihub")
+    write_aihub(root, functools.partial(write_video, fps=4))
     return root
 
 

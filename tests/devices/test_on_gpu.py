@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu import limits
-from tests.conftest import CAPTIONS
+from tests.conftest import write_aihub
 from tests.devices.test_devices import CASES, overrides_of, step_and_captions  # noqa: F401 - one is a fixture
 from vlmcap.compose import compose
 from vlmcap.config import Config
@@ -28,21 +28,16 @@ DEVICE = torch.device(os.environ.get("VLMCAP_TEST_DEVICE", "cuda"))  # another o
 HALF = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
+def _write_png(path: Path, frames: NDArray[np.uint8]) -> None:
+    first, *others = map(Image.fromarray, frames)
+    first.save(path, format="PNG", save_all=True, append_images=others)
+
+
 @pytest.fixture(scope="session")
 def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips in AI Hub's layout that are read without PyAV: animated PNGs, as what a file is stands in its first bytes."""
     root = tmp_path_factory.mktemp("aihub-images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3), ("test", 2)):
-        for part in ("videos", "labels"):
-            (root / split / part).mkdir(parents=True)
-        for index in range(count):
-            colours = rng.integers(0, 255, (4, 1, 1, 3)) + rng.integers(-20, 20, (4, 36, 48, 3))
-            first, *others = (Image.fromarray(frame) for frame in colours.clip(0, 255).astype(np.uint8))
-            path = root / split / "videos" / f"{split}{index}.mp4"
-            first.save(path, format="PNG", save_all=True, append_images=others)
-            label = {"annotation": {"description_kr": CAPTIONS[index]}}
-            (root / split / "labels" / f"{split}{index}.json").write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
+    write_aihub(root, _write_png)
     return root
 
 
