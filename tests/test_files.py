@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlmcap.data.manifest import TableWriter
-from vlmcap.data.once import make_once
+from vlmcap.data.get_or_create import make_once
 from vlmcap.files import new_folder, replacing
 from vlmcap.types import Clip
 

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import torch
 
 from tools import model_page as table
-from vlmcap.assembly.parts import encoder_options, projector_sizes
+from vlmcap.assembly.components import encoder_options, projector_sizes
 from vlmcap.compose import CUSTOM, compose
 from vlmcap.config import Config, PretrainedVlmConfig
 from vlmcap.config_files import group_choices

@@ -22,9 +22,9 @@ from vlmcap.compose import compose
 from vlmcap.config import Config, Precision
 from vlmcap.config_unread import NO_DATA
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.libraries import quiet_libraries
-from vlmcap.measuring.random_parts import random_captioner, with_blocks
+from vlmcap.measuring.random_components import random_captioner, with_blocks
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch
 from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of

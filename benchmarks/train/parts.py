@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmcap.config import LoraConfig, OptimConfig, Stage
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model

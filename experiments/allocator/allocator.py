@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from vlmcap.assembly.parts import autocast_dtype, loss_chunk_bytes
+from vlmcap.assembly.components import autocast_dtype, loss_chunk_bytes
 from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.libraries import quiet_libraries

@@ -21,7 +21,7 @@ from vlmcap.config import AihubConfig, DataConfig, JsonlConfig
 from vlmcap.data.decoding.video import DecodeLimits
 from vlmcap.data.formats import Record, read_records
 from vlmcap.data.loading.dataset import ClipDataset
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped

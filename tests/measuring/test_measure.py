@@ -17,7 +17,7 @@ from vlmcap.errors import UserError
 from vlmcap.measuring import measure as measure_module
 from vlmcap.measuring.measure import Comparison, measure
 from vlmcap.measuring.memory import Use
-from vlmcap.measuring.random_parts import fill_random, quantize_meta, with_blocks
+from vlmcap.measuring.random_components import fill_random, quantize_meta, with_blocks
 from vlmcap.measuring.steps import Measured
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.experts import fused_experts

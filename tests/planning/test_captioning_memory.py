@@ -17,7 +17,7 @@ from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.live_bytes import LiveBytes
 from vlmcap.planning.estimate.sizes import writes_itself
-from vlmcap.planning.estimate.tracer import Tracer
+from vlmcap.planning.estimate.memory_profiler import Tracer
 from vlmcap.planning.hardware import GIB, assumed_card
 from vlmcap.planning.make_plan import fullest_batch, make_plan
 from vlmcap.planning.plan import Plan

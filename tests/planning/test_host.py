@@ -109,7 +109,7 @@ def test_inputs_in_host_memory_are_as_large_as_planned() -> None:
     from tests.planning.trial import Trial, build_trial
     from vlmcap.models.llm import layers
     from vlmcap.models.llm.layers import checkpoint_layers
-    from vlmcap.planning.estimate.tracer import Tracer
+    from vlmcap.planning.estimate.memory_profiler import Tracer
 
     depth, rows, length, width = 3, 2, 40, 128
     llm: Any = build_trial(Trial("qwen3", width=width), depth).train()

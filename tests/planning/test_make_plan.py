@@ -184,7 +184,7 @@ def test_changes_make_it_fit_and_none_is_idle() -> None:
 
 def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
-    monkeypatch.setattr("vlmcap.planning.estimate.tracer.trace_stage", lambda *_, **__: pytest.fail("traced again"))
+    monkeypatch.setattr("vlmcap.planning.estimate.memory_profiler.trace_stage", lambda *_, **__: pytest.fail("traced again"))
     assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
     for file in (store / "plans").iterdir():  # broken files are traced anew
         file.write_text("{")

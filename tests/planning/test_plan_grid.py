@@ -17,7 +17,7 @@ from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
 from vlmcap.planning.calibration import calibrated_card
-from vlmcap.planning.estimate.tracer import QuickTracer
+from vlmcap.planning.estimate.memory_profiler import QuickTracer
 from vlmcap.planning.grid import make_grid as grid_module
 from vlmcap.planning.grid.grid_table import Cell, draw_grid, head, show_grid
 from vlmcap.planning.grid.make_grid import GridConfigs, GridNames, cells, grid_names, make_grid

@@ -19,7 +19,7 @@ from vlmcap.data.loading.batches import Draw
 from vlmcap.data.loading.collate import Collator
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.loading.lengths import count_tokens, sequence_lengths
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.callbacks.saving import AtomicCheckpointIO, checkpoint_callbacks
 from vlmcap.training.module import CaptioningModule

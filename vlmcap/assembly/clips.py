@@ -15,7 +15,7 @@ from vlmcap.data.formats import Record, read_records
 from vlmcap.data.formats.record import skip
 from vlmcap.data.manifest import ClipTable, TableWriter
 from vlmcap.data.media.archive_cache import use_index_folder
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.data.splits import SplitDrawer, nested_subset, standard_split
 from vlmcap.errors import UserError
 from vlmcap.files import replacing

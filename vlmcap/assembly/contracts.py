@@ -276,7 +276,7 @@ class _EncoderContracts:
 
 
 def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
-    from vlmcap.metrics.own import own_scores
+    from vlmcap.metrics.user_metrics import own_scores
 
     texts, references = ["파도가 치는 바다.", "", "산 위의 구름."], [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.parts import Sources
+from vlmcap.assembly.components import Sources
 from vlmcap.config import Config
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.assembly.clips import Splits, with_blank
 from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.parts import autocast_dtype, device_of, load_encoder, vision_part
+from vlmcap.assembly.components import autocast_dtype, device_of, load_encoder, vision_part
 from vlmcap.config import Config, EncoderTuning, Sampling
 from vlmcap.plugins import plugins_of
 

@@ -9,23 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.datasets import FeaturePlan, PathReader, grid_of_frames
-from vlmcap.assembly.parts import (
-    Sources,
-    add_adapters,
-    autocast_dtype,
-    compile_blocks,
-    load_encoder,
-    load_llm,
-    load_prompt_of,
-    load_whole,
-    locate_sources,
-    loss_chunk_bytes,
-    projector_sizes,
-    sketch_encoder,
-    sketch_whole,
-    train_encoder,
-    vision_part,
-)
+from vlmcap.assembly.components import Sources, add_adapters, autocast_dtype, compile_blocks, load_encoder, load_llm, load_prompt_of, load_whole, locate_sources, loss_chunk_bytes, projector_sizes, sketch_encoder, sketch_whole, train_encoder, vision_part
 from vlmcap.config import Batching, Config, Engine, EvaluationConfig, Reducer, TokenProjectorConfig
 from vlmcap.config.checks import as_text
 from vlmcap.config.kinds import maker_of

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.parts import load_prompt_of
+from vlmcap.assembly.components import load_prompt_of
 from vlmcap.config import AUTO, ENGLISH_PROMPT, KOREAN_PROMPT, UNKNOWN, Config, CustomVlmConfig, PretrainedVlmConfig
 from vlmcap.config.kinds import SCHEMAS
 from vlmcap.errors import UserError

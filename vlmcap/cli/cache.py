@@ -16,7 +16,7 @@ from rich.table import Table
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
 from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store
-from vlmcap.assembly.parts import device_of, locate_sources, sketch_encoder, vision_part
+from vlmcap.assembly.components import device_of, locate_sources, sketch_encoder, vision_part
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split

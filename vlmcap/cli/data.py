@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from vlmcap.assembly.clips import Splits, load_splits
 from vlmcap.assembly.datasets import decoded_dataset
-from vlmcap.assembly.parts import load_prompt_of
+from vlmcap.assembly.components import load_prompt_of
 from vlmcap.assembly.resolving import token_limit
 from vlmcap.compose import compose
 from vlmcap.config import AUTO, Config, Sampling, Split

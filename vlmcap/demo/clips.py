@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from vlmcap.config import DemoConfig
-from vlmcap.data.once import make_once
+from vlmcap.data.get_or_create import make_once
 from vlmcap.demo.grammar import FACTS, Scene, describe, draw_scene
 from vlmcap.terminal import progress_reporter
 

@@ -45,7 +45,7 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     from transformers import AutoTokenizer
 
     from vlmcap.data.formats import Record, read_records
-    from vlmcap.data.once import make_once
+    from vlmcap.data.get_or_create import make_once
     from vlmcap.demo.tiny_encoders import make_encoder
     from vlmcap.demo.tiny_llm import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_language_model
     from vlmcap.terminal import progress_reporter

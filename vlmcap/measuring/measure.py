@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.assembly.parts import device_of
+from vlmcap.assembly.components import device_of
 from vlmcap.config import Config
 from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.libraries import quiet_libraries
 from vlmcap.measuring.memory import MemoryUse
-from vlmcap.measuring.random_parts import random_captioner, with_blocks
+from vlmcap.measuring.random_components import random_captioner, with_blocks
 from vlmcap.measuring.steps import Measured, gone_after, measured_run
 from vlmcap.planning.calibration import Calibration, calibration_folder, write_calibration
 from vlmcap.planning.caption_lengths import CaptionLengths

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlmcap.config import Batching, Config, Stage
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.determinism import deterministic_kernels
 from vlmcap.measuring.memory import MemoryUse, Use, resident
 from vlmcap.models.captioner import VideoCaptioner

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.parts import lora_of
+from vlmcap.assembly.components import lora_of
 from vlmcap.config import Config, Engine, Quantization, Strategy
 from vlmcap.libraries import has_expandable_segments
 from vlmcap.planning.caption_lengths import CaptionLengths
@@ -23,7 +23,7 @@ from vlmcap.planning.memory import (
 )
 
 if TYPE_CHECKING:
-    from vlmcap.planning.estimate.tracer import Tracer
+    from vlmcap.planning.estimate.memory_profiler import Tracer
 
 # Rows at most: each one more adds less to the captions per second, and more clips wait in the host's memory.
 MOST_ROWS = 64
@@ -195,7 +195,7 @@ class _Captions:
     def token(self, rows: int) -> TokenWork:
         """The work of a token: all weights and the cache once, and the kernels of the prompt's pass."""
         from vlmcap.planning.estimate.sizes import key_value_bytes, unpacked_experts
-        from vlmcap.planning.estimate.tracer import ORIGINALS
+        from vlmcap.planning.estimate.memory_profiler import ORIGINALS
 
         prompt = self.prompt(rows)
         # Experts are unpacked whatever the number of rows, other weights for many rows alone.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.parts import dtype_of, lora_of
+from vlmcap.assembly.components import dtype_of, lora_of
 from vlmcap.config import Batching, Config, Enforce, Engine, Strategy
 from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
 from vlmcap.models.decoding.settings import clips_for
@@ -30,7 +30,7 @@ from vlmcap.planning.memory import Moment, Stage, activations, scale_beyond, tra
 from vlmcap.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from vlmcap.planning.estimate.tracer import Tracer
+    from vlmcap.planning.estimate.memory_profiler import Tracer
 
 NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
 
@@ -58,7 +58,7 @@ def make_plan(
     """
     _check_plannable(config)
     from vlmcap.planning.estimate.sizes import download_bytes
-    from vlmcap.planning.estimate.tracer import Tracer  # loads bitsandbytes, which a run without a plan may do without
+    from vlmcap.planning.estimate.memory_profiler import Tracer  # loads bitsandbytes, which a run without a plan may do without
 
     # 1. Trace the stages of a training step, and models of scores.
     card = card or calibrated_card(config)
@@ -202,7 +202,7 @@ def num_kept_layers(config: Config) -> int:
     """
     if config.hardware.activation_budget_gib is None or not config.hardware.gradient_checkpointing:
         return 0
-    from vlmcap.planning.estimate.tracer import Tracer
+    from vlmcap.planning.estimate.memory_profiler import Tracer
 
     return kept_within(config, Tracer(config, card_of(config.hardware.name, config.hardware.memory_gib).has_flash))
 

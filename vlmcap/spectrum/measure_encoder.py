@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmcap.assembly.clips import load_splits
 from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
 from vlmcap.assembly.features import encoding_of, free_memory
-from vlmcap.assembly.parts import device_of, load_encoder, locate_sources, vision_part
+from vlmcap.assembly.components import device_of, load_encoder, locate_sources, vision_part
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split

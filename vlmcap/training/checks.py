@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.parts import device_of, uses_expert_adapters
+from vlmcap.assembly.components import device_of, uses_expert_adapters
 from vlmcap.config import Config, EncoderTuning, Engine, OptimKind, Precision, Quantization, Strategy
 from vlmcap.errors import UserError, first_line
 from vlmcap.training.processes import is_main, num_processes
@@ -71,7 +71,7 @@ def check_stages(config: Config) -> None:
 def check_monitor(config: Config) -> None:
     """`UserError` unless `monitor` will be measured in the validations of the loop."""
     from vlmcap.metrics import METRIC_NAMES
-    from vlmcap.metrics.own import own_metrics
+    from vlmcap.metrics.user_metrics import own_metrics
 
     has_facts = config.data.is_demo or config.evaluation.facts is not None
     grounding = config.callbacks.grounding

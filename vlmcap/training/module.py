@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from vlmcap.config import OptimConfig
 from vlmcap.data.loading.batches import BatchSampler
 from vlmcap.data.loading.datamodule import CaptionDataModule
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.callbacks.saving import reopen_epoch, settle_loop

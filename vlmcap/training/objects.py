@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from vlmcap.data.loading.datamodule import CaptionDataModule
-    from vlmcap.data.quarantine import Ledger
+    from vlmcap.data.skipped_clips import Ledger
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.stopping import Trial
@@ -159,7 +159,7 @@ def _common_callbacks(
     config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path, trial: Trial | None
 ) -> list[L.Callback]:
     """Scoring and progress, which training and evaluation share; what reads the scores comes after what makes them."""
-    from vlmcap.training.callbacks.grounding import grounding_check
+    from vlmcap.training.callbacks.visual_reliance import grounding_check
     from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
     from vlmcap.training.callbacks.stopping import TrialPruning
     from vlmcap.training.loggers.tables import WandbTable

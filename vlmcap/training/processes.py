@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.parts import autocast_dtype, device_of, uses_expert_adapters
+from vlmcap.assembly.components import autocast_dtype, device_of, uses_expert_adapters
 from vlmcap.config import Config, EncoderTuning, Strategy
 from vlmcap.locks import claimed_folder
 from vlmcap.overrides import quoted

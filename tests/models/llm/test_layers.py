@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.thinned import thinned
-from vlmcap.assembly.parts import add_adapters
+from vlmcap.assembly.components import add_adapters
 from vlmcap.compose import compose
 from vlmcap.config import LoraConfig
 from vlmcap.errors import UserError

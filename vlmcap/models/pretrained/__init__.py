@@ -19,7 +19,7 @@ from vlmcap.models.encoders.preprocessing import read_processor
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.pretrained.llava import build_llava, load_llava, vision_options
-from vlmcap.models.pretrained.parts import PretrainedParts, read_model
+from vlmcap.models.pretrained.components import PretrainedParts, read_model
 from vlmcap.models.pretrained.qwen_vl import FAMILIES, build_qwen_vl, load_qwen_vl, vision_encoder
 
 # A tower's names in the files of published checkpoints, and in those that transformers 5 writes.

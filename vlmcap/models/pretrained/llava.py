@@ -18,7 +18,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.load import load_language_model, text_width
-from vlmcap.models.pretrained.parts import PretrainedParts
+from vlmcap.models.pretrained.components import PretrainedParts
 from vlmcap.models.projectors import Projector, ProjectorSizes, build_projector, count_tokens, load_projector_weights
 
 # What the published checkpoints do; the class could do more.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm.merge import Progress, load_adapters, load_own_weights, merge, refuse_quantized
-from vlmcap.models.pretrained.parts import read_model
+from vlmcap.models.pretrained.components import read_model
 from vlmcap.models.pretrained.qwen_vl import load_qwen_vl
 
 # Our projector's layers in the class of transformers.

@@ -17,7 +17,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.encoders.preprocessing import Preprocessing, read_processor
 from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.load import device_map, keep_packing, quantization_config
-from vlmcap.models.pretrained.parts import PretrainedParts, read_model, reading
+from vlmcap.models.pretrained.components import PretrainedParts, read_model, reading
 from vlmcap.models.pretrained.qwen_captioner import VISION_END, VISION_START, QwenVLCaptioner, TimestampedRuns
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
 from vlmcap.models.versions import check_transformers

@@ -17,16 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vlmcap.assembly.parts import (
-    add_adapters,
-    dtype_of,
-    encoder_options,
-    has_own_encoder,
-    max_patches,
-    projector_sizes,
-    sketch_encoder,
-    train_encoder,
-)
+from vlmcap.assembly.components import add_adapters, dtype_of, encoder_options, has_own_encoder, max_patches, projector_sizes, sketch_encoder, train_encoder
 from vlmcap.config import Config, LlavaNextVideoConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS

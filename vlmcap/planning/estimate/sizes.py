@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vlmcap.assembly.model import check_length
-from vlmcap.assembly.parts import dtype_of, has_own_encoder
+from vlmcap.assembly.components import dtype_of, has_own_encoder
 from vlmcap.config import Config, LlavaNextVideoConfig, Qwen3VlConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
 from vlmcap.models.decoding.engine import is_decodable
-from vlmcap.models.encoders.own import FrameEncoder
+from vlmcap.models.encoders.plugin import FrameEncoder
 from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (

@@ -18,7 +18,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.captioner import CLIPS_AT_A_TIME
 from vlmcap.planning.calibration import calibrated_card
 from vlmcap.planning.captioning import ways_to_merge
-from vlmcap.planning.estimate.tracer import NO_SIZES, QuickTracer
+from vlmcap.planning.estimate.memory_profiler import NO_SIZES, QuickTracer
 from vlmcap.planning.grid.grid_table import Cell
 from vlmcap.planning.known_data import with_known_data
 from vlmcap.planning.make_plan import make_plan

@@ -131,7 +131,7 @@ def num_clips(config: Config) -> NumClips:
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
-    from vlmcap.planning.estimate.tracer import Tracer
+    from vlmcap.planning.estimate.memory_profiler import Tracer
 
     tracer, batch = Tracer(config, plan.card.has_flash), config.data.batch_size
     speed = plan.card.utilisation * plan.card.peak_flops * batch

@@ -24,7 +24,7 @@ from vlmcap.metrics import (
 )
 from vlmcap.metrics.backend import score_with
 from vlmcap.metrics.content import content_scores, load_synonyms
-from vlmcap.metrics.own import own_scores, own_scores_each
+from vlmcap.metrics.user_metrics import own_scores, own_scores_each
 from vlmcap.types import Clip
 
 # While training; the slower ones follow at the end.

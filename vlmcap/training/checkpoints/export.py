@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import vlmcap
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.parts import dtype_of, load_prompt_of, lora_of
+from vlmcap.assembly.components import dtype_of, load_prompt_of, lora_of
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, LoraConfig, Quantization
 from vlmcap.config_saved import saved_config

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.model import Assembly, assemble, describe_model
-from vlmcap.assembly.parts import Sources, device_of
+from vlmcap.assembly.components import Sources, device_of
 from vlmcap.compose import to_plain
 from vlmcap.config import Config, Engine, Strategy
 from vlmcap.config_saved import saved_config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.features import prepare_features
 from vlmcap.assembly.model import Assembly, assemble, describe_model, generation_settings
-from vlmcap.assembly.parts import dtype_of
+from vlmcap.assembly.components import dtype_of
 from vlmcap.config import Config, Engine
 from vlmcap.errors import UserError
 from vlmcap.planning.make_plan import with_caption_plan
@@ -80,7 +80,7 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
     Raises:
         UserError: The folder is of another checkpoint, or cannot be made.
     """
-    from vlmcap.data.once import make_once
+    from vlmcap.data.get_or_create import make_once
     from vlmcap.training.checkpoints.export import checkpoint_sha256, write_export
 
     given = config.evaluation.vllm_model

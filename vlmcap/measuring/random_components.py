@@ -21,16 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.parts import (
-    add_adapters,
-    compile_blocks,
-    device_of,
-    has_own_encoder,
-    language_options,
-    loss_chunk_bytes,
-    tower_attention,
-    train_encoder,
-)
+from vlmcap.assembly.components import add_adapters, compile_blocks, device_of, has_own_encoder, language_options, loss_chunk_bytes, tower_attention, train_encoder
 from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.attention import choose_attention

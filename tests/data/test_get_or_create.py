@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from vlmcap.data import once
-from vlmcap.data.once import make_once
+from vlmcap.data import get_or_create as once
+from vlmcap.data.get_or_create import make_once
 from vlmcap.errors import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -18,8 +18,8 @@ from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
-from vlmcap.training.callbacks.grounding import grounding_check
-from vlmcap.training.callbacks.grounding_scores import cost, is_near_zero, swap_order
+from vlmcap.training.callbacks.visual_reliance import grounding_check
+from vlmcap.training.callbacks.visual_reliance_scores import cost, is_near_zero, swap_order
 from vlmcap.training.objects import Run
 from vlmcap.training.run import evaluate, train
 from vlmcap.training.run import test as run_test

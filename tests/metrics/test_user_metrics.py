@@ -13,7 +13,7 @@ import pytest
 from tests.plugins import own_registries
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.metrics.own import own_metrics, own_scores, own_scores_each, register_metric
+from vlmcap.metrics.user_metrics import own_metrics, own_scores, own_scores_each, register_metric
 from vlmcap.training.callbacks.scorer import CaptionScorer, Prediction, write_predictions
 from vlmcap.training.checks import check_monitor
 from vlmcap.types import Clip

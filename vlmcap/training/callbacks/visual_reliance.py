@@ -17,7 +17,7 @@ from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.errors import UserError
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.evaluation import CaptionEvaluation, log_scores
-from vlmcap.training.callbacks.grounding_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
+from vlmcap.training.callbacks.visual_reliance_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
 from vlmcap.training.callbacks.progress import print_line
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states, set_random_states

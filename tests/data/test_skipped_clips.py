@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from vlmcap.data import quarantine
-from vlmcap.data.quarantine import Ledger
+from vlmcap.data import skipped_clips as quarantine
+from vlmcap.data.skipped_clips import Ledger
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 

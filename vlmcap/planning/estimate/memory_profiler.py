@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.assembly.parts import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
+from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_chunk_bytes
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
