@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 from vlmcap.config import TokenProjectorConfig
-from vlmcap.config.kinds import register_part
+from vlmcap.config.kinds import register_component
 from vlmcap.models.projectors import Projection
 
 @dataclass
@@ -30,7 +30,7 @@ class GatedConfig(TokenProjectorConfig):
     kind: str = "gated"
     expansion: int = 2
 
-@register_part("projector", GatedConfig)
+@register_component("projector", GatedConfig)
 class GatedProjector(Projection[GatedConfig]):
     reads = "token"
 

@@ -93,16 +93,16 @@ def test_no_experiment_was_forgotten() -> None:
     assert EXPERIMENTS.keys() | STUDIES.keys() | BASES == {name for group, name in GROUPS if group == "experiment"}
 
 
-@pytest.mark.parametrize("is_whole", thinned([False, True], lambda is_whole: not is_whole))
+@pytest.mark.parametrize("is_pretrained_vlm", thinned([False, True], lambda is_pretrained_vlm: not is_pretrained_vlm))
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_run_of_a_study_composes_and_differs(name: str, is_whole: bool) -> None:
+def test_every_run_of_a_study_composes_and_differs(name: str, is_pretrained_vlm: bool) -> None:
     """`-m` alone gives the whole grid; its head says what is asked, how, and how long it takes."""
     jobs, swept = expand([f"experiment={name}", *filled(name)])
     assert len(jobs) == STUDIES[name]
     assert ("seed" in swept) == name.endswith("_demo")
-    composed = jobs if is_whole else (jobs[0], jobs[-1])
-    configs = [to_plain(compose(job)) for job in composed if not is_whole or not {"seed=1", "seed=2"} & set(job)]
-    assert len(configs) == (len(jobs) / (3 if name.endswith("_demo") else 1) if is_whole else 2)
+    composed = jobs if is_pretrained_vlm else (jobs[0], jobs[-1])
+    configs = [to_plain(compose(job)) for job in composed if not is_pretrained_vlm or not {"seed=1", "seed=2"} & set(job)]
+    assert len(configs) == (len(jobs) / (3 if name.endswith("_demo") else 1) if is_pretrained_vlm else 2)
     assert all(config not in configs[:index] for index, config in enumerate(configs))
     head = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
     assert f"python train.py -m experiment={name}" in head
@@ -223,7 +223,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["lr=1e-3"], ["no key 'lr'", "set tuning.adapter_lr=1e-3"]),
         (["seed=-1"], ["seed must be at least 0"]),
         (["seed=4294967296"], ["below 4294967296, not 4294967296"]),
-        (["data.splits.is_drawn=true", "data.splits.seed=-1"], ["data.splits.seed must be"]),
+        (["data.splits.random=true", "data.splits.seed=-1"], ["data.splits.seed must be"]),
         (["tuning.lora.target_modules=5"], ["tuning.lora.target_modules=5", "[q_proj,v_proj]"]),
         (["projector.depth=0"], ["projector.depth must be at least 1, not 0"]),
         (["data.batch_size=0"], ["data.batch_size must be at least 1"]),
@@ -243,16 +243,16 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["model=qwen2_vl_7b", "projector.reducer=pool"], ["'reducer' is no key of this projector"]),
         (["model=qwen2_vl_7b", "encoder.image_size=448"], ["'image_size' is no key of this encoder"]),
         (["model=qwen2_5_vl_7b", "model.use_outer_marks=false"], ["'use_outer_marks' is no key of this model, but of model=qwen3_vl_8b"]),
-        (["callbacks=profle"], ["no callbacks named 'profle'", "default, early_stopping, grounding, profile"]),
+        (["callbacks=profle"], ["no callbacks named 'profle'", "default, early_stopping, visual_reliance, profile"]),
         (["callbacks.profile.first_step=0"], ["callbacks.profile.first_step must be at least 1, not 0"]),
         (["callbacks.profile.trace_steps=-1"], ["callbacks.profile.trace_steps must not be negative"]),
         (["sweep.budget_h=0"], ["sweep.budget_h must be above 0 hours, or null"]),
         (["sweep.budget_h=week"], ["sweep.budget_h", "'week'"]),
         (["sweep.budget=5"], ["no key 'sweep.budget'", "did you mean sweep.budget_h"]),
-        (["encoder=own"], ["model=assembled has no own encoder", "choose another encoder"]),
-        (["llm=own", "llm.name=x"], ["model=assembled has no own llm", "choose another llm"]),
-        (["llm=own", "llm.name=x", "llm.checkpoint=a/b"], ["model=assembled has no own llm", "choose another llm"]),
-        (["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"], ["model=qwen2_vl_7b brings its own llm", "leave llm=own out"]),
+        (["encoder=native"], ["model=assembled has no own encoder", "choose another encoder"]),
+        (["llm=native", "llm.name=x"], ["model=assembled has no own llm", "choose another llm"]),
+        (["llm=native", "llm.name=x", "llm.checkpoint=a/b"], ["model=assembled has no own llm", "choose another llm"]),
+        (["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"], ["model=qwen2_vl_7b brings its own llm", "leave llm=native out"]),
         (["model=qwen2_vl_7b", "llm.checkpoint=a/b"], ["llm.checkpoint=a/b changes nothing in model=qwen2_vl_7b", "set model.checkpoint"]),
         (["llm=custom"], ["llm.checkpoint has no value", "set it on the command line: llm.checkpoint=…"]),
     ],
@@ -304,7 +304,7 @@ def test_a_saved_configuration_that_lacks_a_value() -> None:
         (["llm=vicuna_7b", "llm.checkpoint=HuggingFaceTB/SmolLM2-135M-Instruct"], "llm", ("smollm2-135m-instruct", "unknown", None)),
         (["llm=custom", "llm.checkpoint=models/My-LLM/"], "llm", ("my-llm", "unknown", None)),
         (["llm=custom", "llm.checkpoint=cache/models--org--Solar/snapshots/0a1b"], "llm", ("solar", "unknown", None)),
-        (["llm=qwen3_4b", "llm.checkpoint=a/b", "llm.name=mine", "llm.licence=MIT"], "llm", ("mine", "MIT", None)),
+        (["llm=qwen3_4b", "llm.checkpoint=a/b", "llm.name=mine", "llm.license=MIT"], "llm", ("mine", "MIT", None)),
         (["llm=vicuna_7b", "llm.checkpoint=a/b", "llm.chat_template=hello"], "llm", ("b", "unknown", "hello")),
         (["llm=qwen3_4b", "llm.checkpoint=Qwen/Qwen3-4B-Instruct-2507"], "llm", ("qwen3_4b", "Apache-2.0", None)),
         (["model=qwen2_vl_7b", "model.checkpoint=org/Other-VL"], "model", ("other-vl", "unknown", None)),
@@ -313,8 +313,8 @@ def test_a_saved_configuration_that_lacks_a_value() -> None:
 def test_a_part_is_called_what_its_checkpoint_is(overrides: list[str], part: str, expected: tuple[str, str, str | None]) -> None:
     config = compose(overrides)
     found = getattr(config, part)
-    assert (found.name, found.licence, getattr(found, "chat_template", None)) == expected
-    assert config.part_names[part] == expected[0] == factors(config)[part]
+    assert (found.name, found.license, getattr(found, "chat_template", None)) == expected
+    assert config.component_names[part] == expected[0] == factors(config)[part]
 
 
 def test_a_gate_and_a_revision_are_those_of_the_checkpoint() -> None:

@@ -53,7 +53,7 @@ def test_what_only_training_reads_is_refused_by_name(override: str) -> None:
         ["data=aihub", "data.root=clips"],
         ["hardware=l4"],
         ["tuning.lora.alpha=3"],
-        ["callbacks.grounding.enabled=true"],
+        ["callbacks.visual_reliance.enabled=true"],
         ["trainer.progress_bar=false"],
         ["tuning=demo", "tuning.epochs=12", "optim=adamw", "trainer.max_steps=-1", "data.batch_size=32"],
     ],
@@ -128,7 +128,7 @@ def test_an_evaluation_reads_what_it_takes(tiny_config: MakeConfig, tmp_path: Pa
 
 # Read where captions are scored by models, by programs around an evaluation, or of records; and what decides which demo it is.
 READ_ELSEWHERE = {
-    *("model.name", "model.kind", "encoder.name", "encoder.licence", "projector.name", "llm.name", "llm.licence", "data.name", "data.kind"),
+    *("model.name", "model.kind", "encoder.name", "encoder.license", "projector.name", "llm.name", "llm.license", "data.name", "data.kind"),
     *("llm.suggested.align_lr", "llm.suggested.projector_lr", "llm.suggested.adapter_lr", "llm.suggested.reducer", "hardware.name"),
     *(
         "data.max_clips",

@@ -47,7 +47,7 @@ STATES: dict[str, list[str]] = {
     **{f"data {name}": [f"data={name}", DATA] for name in ("aihub", "jsonl", "coco_ko", "nikl", "msrvtt", "vatex", "llava", "webdataset")},
     "fps": ["data.sampling=fps", "cache.enabled=false"],
     "augmented": ["data.augment.jitter=0.2", "data.augment.crop=0.1", "cache.enabled=auto", "cache.max_gib=3"],
-    "drawn": ["data=jsonl", DATA, "data.splits.is_drawn=true"],
+    "drawn": ["data=jsonl", DATA, "data.splits.random=true"],
     "packed": ["data.batching=packed", "data.max_tokens_per_batch=4096"],
     "by length": ["data.batching=by_length"],
     "in this process": ["data.is_isolated=false"],
@@ -67,7 +67,7 @@ STATES: dict[str, list[str]] = {
     "any model": ["model=custom", "model.checkpoint=org/model", "hardware=l4"],
     **{f"logger {name}": [f"logger={name}"] for name in ("wandb", "mlflow", "trackio", "tensorboard", "none")},
     "unsent": ["logger=wandb", "logger.log_checkpoints=none"],
-    "watched": ["callbacks.profile.enabled=true", "callbacks.grounding.enabled=true", "callbacks.early_stopping.enabled=true"],
+    "watched": ["callbacks.profile.enabled=true", "callbacks.visual_reliance.enabled=true", "callbacks.early_stopping.enabled=true"],
     "unguarded": ["callbacks.guard.enabled=false"],
     **{f"sweep {name}": [f"sweep={name}"] for name in ("optuna", "halving", "wandb")},
     "unpruned": ["sweep=optuna", "sweep.prune=false"],
@@ -188,7 +188,7 @@ def test_a_default_that_is_spelled_out_is_no_mistake(state: str) -> None:
     [
         (["hardware.num_frames=4", "data.num_frames=8"], "hardware.num_frames=4 changes nothing beside data.num_frames=8"),
         (["hardware.frame_stack=4", "projector=perceiver"], "hardware.frame_stack=4 changes nothing beside projector.frame_stack=1"),
-        (["hardware.frame_stack=4", "model=qwen3_vl_8b"], "hardware.frame_stack=4 changes nothing with projector=own"),
+        (["hardware.frame_stack=4", "model=qwen3_vl_8b"], "hardware.frame_stack=4 changes nothing with projector=native"),
         (["hardware.image_size=64", "encoder=siglip2_naflex"], "hardware.image_size=64 changes nothing with encoder=siglip2_naflex"),
         (
             ["hardware.quantization=8bit", "llm.quantization=none"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins import own_registries, plugin_file
-from vlmcap.assembly.contracts import check_part
+from vlmcap.assembly.contracts import check_component
 from vlmcap.compose import compose
 from vlmcap.config.kinds import MAKERS
 from vlmcap.plugins import use_plugins
@@ -32,7 +32,7 @@ def test_a_part_is_short_and_holds_the_contracts(name: str, tmp_path: Path) -> N
     before = {(group, kind) for group, kinds in MAKERS.items() for kind in kinds}
     use_plugins([plugin_file(tmp_path, name, PARTS[name])])
     ((group, kind),) = {(group, kind) for group, kinds in MAKERS.items() for kind in kinds} - before
-    assert [outcome for outcome in check_part(group, kind) if outcome.problem] == []
+    assert [outcome for outcome in check_component(group, kind) if outcome.problem] == []
     if group != "metric":
         needs = {"llm": ["llm.checkpoint=tiny"], "encoder": ["encoder.checkpoint=x"], "data": ["data.root=x"]}.get(group, [])
         assert getattr(compose([f"{group}={kind}", *needs]), group).kind == kind

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vlmcap.data.get_or_create import get_or_create
 from vlmcap.data.manifest import TableWriter
-from vlmcap.data.get_or_create import make_once
 from vlmcap.files import new_folder, replacing
 from vlmcap.types import Clip
 
@@ -168,5 +168,5 @@ def test_a_folder_that_is_made_once_cleans_up_too(tmp_path: Path) -> None:
     child = start("a folder", tmp_path / "made", lambda event: event.wait(60))
     child.kill()
     child.join()
-    make_once(tmp_path / "made", lambda folder: (folder / "x").touch())
+    get_or_create(tmp_path / "made", lambda folder: (folder / "x").touch())
     assert os.listdir(tmp_path) == ["made"]

@@ -45,7 +45,7 @@ OTHER = {
     "data.batching": "by_length",
     "data.split": "val",
     "data.root": "elsewhere",
-    "data.splits.is_drawn": "true",
+    "data.splits.random": "true",
     "evaluation.engine": "hf",
     "evaluation.tokenizer": "char",
     "evaluation.siglip_checkpoint": "some/model",
@@ -141,8 +141,8 @@ def test_a_setting_is_read_or_refused(key: str, owner: type, name: str, reads: s
 # Read by other programs than a training run and its plan, or to begin one: who does, and the test that shows it.
 READ_ELSEWHERE = {
     "model.name": "names a run",
-    "encoder.licence": "stands in a run's records",
-    "llm.licence": "stands in a run's records",
+    "encoder.license": "stands in a run's records",
+    "llm.license": "stands in a run's records",
     "data.split": "evaluate.py; train.py refuses it",
     "sweep.budget_h": "vlmcap plan -m",
     "sweep.folder": "train.py -m; train.py alone refuses it",

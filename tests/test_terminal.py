@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlmcap import terminal
-from vlmcap.terminal import LineClock, WorkLines, passing_bar, progress_reporter
+from vlmcap.terminal import LineClock, WorkLines, progress_reporter, transient_bar
 
 
 class FakeClock:
@@ -81,7 +81,7 @@ def test_short_work_has_the_line_at_the_end_alone(capsys: pytest.CaptureFixture[
         pass
     with progress_reporter("not worth a line", quiet_s=5) as report:
         report(4, 4)
-    with passing_bar("a step", 2) as advance:
+    with transient_bar("a step", 2) as advance:
         advance()
     assert capsys.readouterr().err == "short: 4 in 0 s\n"
 
@@ -90,7 +90,7 @@ def test_work_that_reports_nothing_is_not_silent(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(terminal, "_FIRST_LINE_S", 0.05)
     with progress_reporter("scoring"):
         time.sleep(0.12)
-    with passing_bar("tracing", 3) as advance:
+    with transient_bar("tracing", 3) as advance:
         advance()
         time.sleep(0.12)
     first, *_, last = capsys.readouterr().err.splitlines()
@@ -166,7 +166,7 @@ def test_a_notebook_gets_a_bar_that_is_written_over(monkeypatch: pytest.MonkeyPa
         report(4, 4)
     with progress_reporter("short", quiet_s=5) as report:
         report(1, 1)
-    with passing_bar("a step", 2) as advance:
+    with transient_bar("a step", 2) as advance:
         advance()
     text = "".join(notebook.written)
     assert "\rwork: 100%" in text and "4/4" in text and "so far" not in text and "short" not in text

@@ -1,4 +1,4 @@
-"""The page of every encoder, projector, language model, whole model and card that `conf/` names, as Markdown."""
+"""The page of every encoder, projector, language model, whole model and GPU that `conf/` names, as Markdown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def markdown_table(header: Row, rows: Iterable[Row]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-ENCODER_HEADER = ("name", "checkpoint", "class", "parameters", "width", "visual tokens a frame", "licence", *PARITY_HEADER)
+ENCODER_HEADER = ("name", "checkpoint", "class", "parameters", "width", "visual tokens a frame", "license", *PARITY_HEADER)
 
 
 def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
@@ -71,7 +71,7 @@ def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[s
         _millions(tower),
         str(encoder.embed_dim),
         f"{up_to}{encoder.num_patches}",
-        _licence(config.licence, config.gate),
+        _licence(config.license, config.gate),
         *_parity(parity, f"encoder:{vision.model_type}"),
     )
 
@@ -93,7 +93,7 @@ def projector_row(config: ProjectorConfig, sizes: ProjectorSizes, parity: Mappin
     return (f"`{config.name}`", _millions(projector), tokens, *_parity(parity, f"projector:{config.kind}"))
 
 
-LLM_HEADER = ("name", "checkpoint", "class", "parameters", "width", "layers", "context", "licence", *PARITY_HEADER)
+LLM_HEADER = ("name", "checkpoint", "class", "parameters", "width", "layers", "context", "license", *PARITY_HEADER)
 
 
 def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
@@ -108,12 +108,12 @@ def llm_row(config: LlmConfig, parity: Mapping[str, Parity]) -> Row:
         str(known.hidden_size),
         str(known.num_hidden_layers),
         grouped(known.max_position_embeddings),
-        _licence(config.licence, config.gate),
+        _licence(config.license, config.gate),
         *_parity(parity, f"llm:{known.model_type}"),
     )
 
 
-MODEL_HEADER = ("name", "checkpoint", "class", "parameters", "visual tokens", "licence", *PARITY_HEADER)
+MODEL_HEADER = ("name", "checkpoint", "class", "parameters", "visual tokens", "license", *PARITY_HEADER)
 
 
 def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
@@ -126,7 +126,7 @@ def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
         f"`{type(model).__name__}`",
         _millions(model),
         _whole_model_tokens(known),
-        _licence(config.licence, config.gate),
+        _licence(config.license, config.gate),
         *_parity(parity, f"model:{config.kind}"),
     )
 
@@ -135,7 +135,7 @@ HARDWARE_HEADER = ("name", "GiB", "precision", "weights", "attention", "clips a 
 
 
 def hardware_row(config: HardwareConfig) -> Row:
-    """Of one card."""
+    """Of one GPU."""
     return (
         f"`{config.name}`",
         f"{config.memory_gib:g}",
@@ -170,8 +170,8 @@ def _parity(parity: Mapping[str, Parity], key: str) -> Row:
     return "tested by its properties" if key.startswith("projector:") else "not compared yet", NONE, NONE
 
 
-def _licence(licence: str, gate: str | None) -> str:
-    name = licence or gate or NONE
+def _licence(license: str, gate: str | None) -> str:
+    name = license or gate or NONE
     return f"{name}; gated: accept it on the checkpoint's page" if gate else name
 
 

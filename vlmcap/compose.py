@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
-from vlmcap.config.run import OF_THE_MODEL, check_own_parts
+from vlmcap.config.run import OF_THE_MODEL, check_native_components
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
 from vlmcap.config_unread import unread_override
@@ -92,7 +92,7 @@ def _structured(kinds: tuple[tuple[str, type], ...]) -> DictConfig:
     """The schema with these dataclasses in its groups; making it takes longer than all else of a configuration."""
     node = OmegaConf.structured(Config)
     for group, schema_class in kinds:
-        is_own = getattr(schema_class, "kind", None) == "own"
+        is_own = getattr(schema_class, "kind", None) == "native"
         node[group] = _following(schema_class) if is_own else OmegaConf.structured(schema_class)
     return cast(DictConfig, node)
 
@@ -124,7 +124,7 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
         raise UserError(explain(innermost(error))) from error
     OmegaConf.set_struct(node, False)
     hydra_node = node.pop("hydra")
-    name_parts(node, hydra_node)
+    name_components(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
         node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
     return node
@@ -134,7 +134,7 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
 _OF_CHECKPOINT: dict[str, Any] = {
     "revision": None,
     "gate": None,
-    "licence": schema.UNKNOWN,
+    "license": schema.UNKNOWN,
     "chat_template": None,
     "max_caption_tokens": schema.AUTO,
     "max_new_tokens": schema.AUTO,
@@ -142,7 +142,7 @@ _OF_CHECKPOINT: dict[str, Any] = {
 }
 
 
-def name_parts(node: DictConfig, hydra_node: Any) -> None:
+def name_components(node: DictConfig, hydra_node: Any) -> None:
     """Names parts by their checkpoints, where those are not the ones of the files that the parts come from.
 
     With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model. What the command
@@ -243,7 +243,7 @@ def to_config(node: DictConfig) -> Config:
             composed = OmegaConf.get_type(node[group])
             if is_dataclass(composed) and hasattr(composed, "kind"):
                 check_kind(group, plain[group], composed.kind)
-        check_own_parts(plain)
+        check_native_components(plain)
         found = OmegaConf.to_object(OmegaConf.merge(_typed(plain), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -303,7 +303,7 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
     """
     try:
         followed = {  # parts of a pretrained VLM have these from it, also where an override exchanges it
-            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL} if values.get("kind") == "own" else values
+            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL} if values.get("kind") == "native" else values
             for group, values in plain.items()
             if isinstance(values, dict)
         }

@@ -25,7 +25,7 @@ from vlmcap.plugins import plugins_of
 # What changes where a run writes, what it is called, how it is shown, or how fast it is, but not what comes out.
 _WITHOUT_EFFECT = (
     *(f"{group}.name" for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data")),
-    *(f"{group}.{name}" for group in ("model", "encoder", "llm") for name in ("gate", "licence")),
+    *(f"{group}.{name}" for group in ("model", "encoder", "llm") for name in ("gate", "license")),
     # Other groups have these values, their own or those of the profile.
     *(f"hardware.{name}" for name in ("memory_gib", "num_frames", "batch_size", "accumulate_grad_batches")),
     *(f"hardware.{name}" for name in ("image_size", "frame_stack", "quantization")),
@@ -63,8 +63,8 @@ def config_hash(config: Config) -> str:
         node.pop(name, None)
     plain |= {"mode": config.monitor_mode, "tuning": _tuning(config, plain["tuning"])}
     # A vision tower looks for "auto" alone; that of a pretrained VLM has the language model's.
-    plain["hardware"]["attention"] = config.hardware.attention == "auto" and not config.is_whole
-    if config.is_whole:  # of which class it is, its checkpoint says
+    plain["hardware"]["attention"] = config.hardware.attention == "auto" and not config.is_pretrained_vlm
+    if config.is_pretrained_vlm:  # of which class it is, its checkpoint says
         plain["model"].pop("kind")
         plain["model"] = {"use_outer_marks": True} | plain["model"]
     if config.trainer.strategy is not Strategy.fsdp2:

@@ -23,7 +23,7 @@ _SOURCES: dict[str, Callable[[Config], bool]] = {
     for name in ("num_frames", "batch_size", "accumulate_grad_batches", "image_size", "frame_stack", "quantization")
 } | {
     "hardware.num_workers": lambda config: False,
-    "hardware.attention": lambda config: not config.is_whole,  # "auto" is for the encoder too
+    "hardware.attention": lambda config: not config.is_pretrained_vlm,  # "auto" is for the encoder too
     "encoder.is_cached": lambda config: config.cache.enabled is not False,  # small features need no workers
 }
 

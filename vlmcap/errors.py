@@ -15,13 +15,13 @@ class UserError(ValueError):
     """
 
 
-class DoesNotFit(UserError):  # noqa: N818 - says what is so
-    """A run that its card cannot hold.
+class DoesNotFitError(UserError):
+    """A run that its GPU cannot hold.
 
     Args:
         sentence: For the user.
         peak_gib: That the run needs.
-        usable_gib: That the card has.
+        usable_gib: That the GPU has.
     """
 
     def __init__(self, sentence: str, peak_gib: float = 0.0, usable_gib: float = 0.0) -> None:
@@ -46,7 +46,7 @@ class NotPlannedError(UserError):
     """A run whose memory cannot be foretold; it may fit all the same."""
 
 
-class Pruned(Exception):  # noqa: N818 - no error: the search has seen enough
+class TrialPruned(Exception):  # noqa: N818 - no error: the search has seen enough
     """A run that its search stopped, as others were better at the same point.
 
     Args:
@@ -129,7 +129,7 @@ def storage_problem(error: BaseException, folder: str | Path | None = None) -> s
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a card or of the computer, here or in what the error came from."""
+    """Whether memory ran out, of a GPU or of the computer, here or in what the error came from."""
     text = str(error)
     found = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     said = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # bitsandbytes' kernels say the first

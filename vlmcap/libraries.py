@@ -60,7 +60,7 @@ def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None
             gc.enable()
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Silences what the libraries say to developers; our own lines say what a user needs."""
     from transformers.utils import logging as transformers_logging
 

@@ -103,7 +103,7 @@ def _load(name: str) -> None:
     is_new = _import(name)
     _loaded.add(name)
     if is_new and before == {(group, kind) for group, kinds in MAKERS.items() for kind in kinds}:
-        raise UserError(f"--plugin {name} registers no part; decorate its class or function with vlmcap.config.kinds.register_part")
+        raise UserError(f"--plugin {name} registers no part; decorate its class or function with vlmcap.config.kinds.register_component")
 
 
 def _import(name: str) -> bool:

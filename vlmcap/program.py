@@ -21,7 +21,7 @@ from vlmcap.config.kinds import SCHEMAS
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_file, use_config_dir
 from vlmcap.config_saved import loosened
-from vlmcap.errors import Pruned, StoppedBySignal, UserError, first_line, storage_problem
+from vlmcap.errors import StoppedBySignal, TrialPruned, UserError, first_line, storage_problem
 from vlmcap.libraries import set_cuda_variables
 from vlmcap.locks import living_owner
 from vlmcap.overrides import foreign_key, read_overrides
@@ -30,10 +30,10 @@ from vlmcap.terminal import leave_closed_pipe
 
 HYDRA_FOLDER = ".hydra"  # of the run, as conf/train.yaml sets it
 
-_made: list[Path] = []  # folders that `OwnFolder` made, the innermost first
+_made: list[Path] = []  # folders that `UniqueRunFolder` made, the innermost first
 
 
-class OwnFolder(Callback):
+class UniqueRunFolder(Callback):
     """Gives each run and each sweep a folder of its own before Hydra writes to it, as `hydra.callbacks` in conf/train.yaml names it.
 
     A folder that is named by the time of day gets a number where another run has made it in the same second. A folder that the user
@@ -103,7 +103,7 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
     command = command or f"python {shlex.quote(sys.argv[0])}"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us whole, not as Hydra's text and exit code 1
     try:
-        with told_in_one_sentence():
+        with report_user_errors():
             given = take_plugins(given)
             if {"-h", "--help"} & set(given):
                 print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
@@ -162,7 +162,7 @@ def help_text(name: str) -> str:
 
 
 @contextmanager
-def told_in_one_sentence() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into one line and 130.
 
     Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
@@ -198,14 +198,14 @@ def told_in_one_sentence() -> Iterator[None]:
             raise SystemExit(2) from None
         if not is_sweep():
             raise
-        if not isinstance(error, Pruned):
+        if not isinstance(error, TrialPruned):
             traceback.print_exc()
         _fail_job(error, first_line(error))
 
 
 def _fail_job(error: Exception, sentence: str) -> NoReturn:
     """Ends a job so that those to come run: an exit would end them too. Hydra keeps the exception, which must keep no model alive."""
-    print(f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, Pruned) else sentence, file=sys.stderr)
+    print(f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, TrialPruned) else sentence, file=sys.stderr)
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)

@@ -147,7 +147,7 @@ def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[
 
 
 @contextmanager
-def passing_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
+def transient_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
     """Progress of work that is only a step on the way: a bar that disappears at the end; in a log lines of long work alone.
 
     Args:

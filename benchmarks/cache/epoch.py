@@ -150,7 +150,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     from vlmcap.compose import compose
     from vlmcap.config import Split
     from vlmcap.demo.prepare import prepare
-    from vlmcap.libraries import quiet_libraries
+    from vlmcap.libraries import silence_libraries
     from vlmcap.training.objects import build_run
 
     class Clock(L.Callback):
@@ -166,7 +166,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         def on_train_epoch_end(self, *_: object) -> None:
             self.seconds.append(time.perf_counter() - self.started)
 
-    quiet_libraries()
+    silence_libraries()
     config = prepare(compose(job["overrides"]))
     if job["is_making"]:
         return {}

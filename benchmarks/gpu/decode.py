@@ -54,7 +54,7 @@ def matrix(report: Report, place: Place) -> None:
     captioner = prepared.captioner.eval()
     found: dict[tuple[Cell, int], float] = {}
     flags = list(itertools.product((True, False), (False, True), (False, True)))
-    cells = [Cell(engine, *chosen) for engine in (Engine.own, Engine.hf) for chosen in flags]
+    cells = [Cell(engine, *chosen) for engine in (Engine.native, Engine.hf) for chosen in flags]
     for rows in ROWS[: 2 if place.is_tiny else None]:
         prompts = prompt_batch(prepared, rows).to(captioner.device)
         for cell in cells:
@@ -74,7 +74,7 @@ def _rows(count: int) -> str:
 
 def _compare(report: Report, found: dict[tuple[Cell, int], float]) -> None:
     """Ratios that have bounds."""
-    ours = Cell(Engine.own)
+    ours = Cell(Engine.native)
     for rows in dict.fromkeys(rows for _, rows in found):
         own = found[ours, rows]
         ratio = found[dataclasses.replace(ours, is_deterministic=True), rows] / own

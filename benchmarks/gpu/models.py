@@ -22,13 +22,13 @@ from vlmcap.compose import compose
 from vlmcap.config import Config, Precision
 from vlmcap.config_unread import NO_DATA
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.skipped_clips import Ledger
-from vlmcap.libraries import quiet_libraries
+from vlmcap.data.skipped_clips import SkippedClipLog
+from vlmcap.libraries import silence_libraries
 from vlmcap.measuring.random_components import random_captioner, with_blocks
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder
 from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of
-from vlmcap.planning.hardware import CARDS, assumed_card, own_profile, present_card
+from vlmcap.planning.hardware import CARDS, detect_gpu, matching_profile, planned_device
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
 from vlmcap.training.callbacks.guard import DivergenceGuard
@@ -110,7 +110,7 @@ def planned(place: Place, name: str, tiny: Sequence[str] = ()) -> Planned:
         name: A key of `TRUE_SIZES`.
         tiny: Overrides of a rehearsal, on top of the demo's own parts.
     """
-    quiet_libraries()
+    silence_libraries()
     overrides, num_blocks = TRUE_SIZES[name]
     chosen = [*_TINY, *tiny] if place.is_tiny else list(overrides)
     folders = [f"paths.output_dir={place.folder / 'run'}", f"paths.cache_dir={place.folder / 'cache'}"]
@@ -118,7 +118,7 @@ def planned(place: Place, name: str, tiny: Sequence[str] = ()) -> Planned:
     if num_blocks is not None and not place.is_tiny:
         config = with_blocks(config, num_blocks, place.folder / "cut")
     short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=NUM_NEW))
-    return Planned(short, config, make_plan(short, assumed_card(short)), sizes_of(short))
+    return Planned(short, config, make_plan(short, planned_device(short)), sizes_of(short))
 
 
 def prepare(place: Place, name: str, tiny: Sequence[str] = ()) -> Prepared:
@@ -139,7 +139,7 @@ def require_gpu(place: Place, gib: float, precision: Precision) -> None:
     Raises:
         Skip: It has less memory than that, or no bfloat16.
     """
-    gpu = present_card() if place.device == "cuda" else None
+    gpu = detect_gpu() if place.device == "cuda" else None
     if gpu is None:
         return
     if gib > gpu.total_gib:
@@ -150,12 +150,12 @@ def require_gpu(place: Place, gib: float, precision: Precision) -> None:
 
 def peak_flops() -> float | None:
     """Dense half-precision operations per second of the GPU at hand; None where no data sheet is known."""
-    gpu = present_card()
+    gpu = detect_gpu()
     if gpu is None:
         return None
     if re.search(r"\bH200\b", gpu.name):  # the same processor with more memory
         return CARDS["h100"].peak_flops
-    profile = own_profile(gpu.name, gpu.total_gib)
+    profile = matching_profile(gpu.name, gpu.total_gib)
     return None if profile is None else CARDS[profile].peak_flops
 
 
@@ -210,7 +210,7 @@ def prompt_batch(found: Planned, num_rows: int) -> Batch:
 def _collated(found: Planned, lengths: Sequence[int], mode: Literal["train", "generate"]) -> Batch:
     config, sizes = found.config, found.sizes
     collator = Collator(_Prompt(), sizes.num_visual, config.llm.caption_tokens, mode)
-    shape = frames_shape(config, sketch(config), sizes.grid)
+    shape = frames_shape(config, meta_encoder(config), sizes.grid)
     clips = [Clip(str(row), "", (str(length),)) for row, length in enumerate(lengths)]
     return collator([Sample(clip, frames=torch.randint(0, 256, shape, dtype=torch.uint8)) for clip in clips])
 
@@ -233,7 +233,7 @@ def training(
         plan,
         config.optim,
         identity={},
-        ledger=Ledger(place.folder / "quarantine.jsonl", 0.0, num_batches),
+        skipped_log=SkippedClipLog(place.folder / "skipped_clips.jsonl", 0.0, num_batches),
         max_label_tokens=config.data.batch_size * config.llm.caption_tokens,
     )
     guard = DivergenceGuard(config.callbacks.guard, place.folder, is_scaled=config.hardware.precision is Precision.fp16)

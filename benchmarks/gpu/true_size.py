@@ -23,7 +23,7 @@ from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import REPEATED
 from vlmcap.models.versions import check_transformers
 from vlmcap.planning.estimate.meta_models import text_config
-from vlmcap.planning.hardware import GIB, assumed_card
+from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.memory import Moment
 
@@ -200,7 +200,7 @@ def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounde
     report.add("training", "host waits per micro-batch", waits, limits.WAITS if is_bounded else None)
     is_finite = all(map(math.isfinite, watch.losses))
     report.add("training", "losses are numbers", is_finite, limits.ALL)
-    peak = peak_flops() if watch.place.device == "cuda" else assumed_card(prepared.config).peak_flops
+    peak = peak_flops() if watch.place.device == "cuda" else planned_device(prepared.config).peak_flops
     if peak is None:
         report.skip("training", "the peak of this GPU is not known, so there is no utilisation")
     else:
@@ -225,4 +225,4 @@ def _needed_flops(prepared: Prepared) -> float:
     if not config.hardware.gradient_checkpointing:
         return prepared.plan.flops
     hardware = dataclasses.replace(config.hardware, gradient_checkpointing=False, activation_budget_gib=None, offload_checkpoints=False)
-    return make_plan(dataclasses.replace(config, hardware=hardware), assumed_card(config)).flops
+    return make_plan(dataclasses.replace(config, hardware=hardware), planned_device(config)).flops

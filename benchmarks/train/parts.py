@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmcap.config import LoraConfig, OptimConfig, Stage
 from vlmcap.data.loading.collate import Collator
-from vlmcap.data.skipped_clips import Ledger
+from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
@@ -149,9 +149,9 @@ def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) ->
     encoder = None if is_cached else parts.encoder
     captioner = VideoCaptioner(encoder, parts.projector, llm, Words(), GenerationSettings(1), loss_chunk_bytes=CHUNK_BYTES)  # type: ignore[arg-type]
     stage = Stage(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
-    ledger = Ledger(Path(tempfile.gettempdir()) / "vlmcap-no-clips.jsonl", 0.0, num_steps)
+    skipped_log = SkippedClipLog(Path(tempfile.gettempdir()) / "vlmcap-no-clips.jsonl", 0.0, num_steps)
     plan, unit = StagePlan({"tune": stage}), sum(shape.captions)
-    module = CaptioningModule(captioner, plan, OptimConfig(), identity={}, ledger=ledger, max_label_tokens=unit)
+    module = CaptioningModule(captioner, plan, OptimConfig(), identity={}, skipped_log=skipped_log, max_label_tokens=unit)
     features = load_file(folder / "features.st")["features"] if is_cached else None
     return module, make_batch(shape, features)
 

@@ -18,14 +18,14 @@ from torch.autograd.graph import _engine_run_backward
 from vlmcap.assembly.components import autocast_dtype, loss_chunk_bytes
 from vlmcap.compose import compose
 from vlmcap.config import Config
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.measuring.steps import step_captions
 from vlmcap.models.precision import autocast
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.live_bytes import LiveBytes, OnCard
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, hollow_llm, text_config
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, fake_llm, text_config
 from vlmcap.planning.estimate.sizes import language_batch, sizes_of
-from vlmcap.planning.hardware import GIB, assumed_card
+from vlmcap.planning.hardware import GIB, planned_device
 
 _MIB = 2**20
 # c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp: blocks up to 1 MiB share segments of 2 MiB, those below 10 MiB segments
@@ -149,10 +149,10 @@ class Replay(LiveBytes):
 
 def simulate(config: Config) -> dict[str, float]:
     """GiB beyond weights in steps on captions of the data's lengths: allocated, reserved by segments that grow, and by fixed ones."""
-    sizes, card = sizes_of(config), assumed_card(config)
+    sizes, gpu = sizes_of(config), planned_device(config)
     depth = int(text_config(config).num_hidden_layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    llm, captioner_class = hollow_llm(config, mode, depth, card.has_flash)
+    llm, captioner_class = fake_llm(config, mode, depth, gpu.has_flash)
     llm.train()
     prompt: Any = SimpleNamespace(question_ids=[1])
     captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(config))
@@ -167,7 +167,7 @@ def simulate(config: Config) -> dict[str, float]:
     steps = step_captions(lengths, config.data.batch_size, 2, is_sorted=False)
     for index, captions in enumerate(steps):
         batch = language_batch(captions, sizes.runs, PROMPT_TOKENS, None, sizes.gap)
-        with mode, live, OnCard(live, card.has_flash):
+        with mode, live, OnCard(live, gpu.has_flash):
             visual = torch.empty(len(captions), sizes.num_visual, width, requires_grad=True)
             captioner.encode = lambda batch, visual=visual: visual  # type: ignore[method-assign, misc]
             with autocast("cpu", autocast_dtype(config)):
@@ -188,7 +188,7 @@ def simulate(config: Config) -> dict[str, float]:
 
 def main() -> None:
     """Prints a line of JSON for each name."""
-    quiet_libraries()
+    silence_libraries()
     for name in sys.argv[1:]:
         config = compose([f"experiment=recommended_{name}", "data.root=unset"])
         found = simulate(config)

@@ -6,7 +6,7 @@ python experiments/switches/switches.py    write README.md's table to stdout
 from __future__ import annotations
 
 from vlmcap.compose import compose
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.planning.make_plan import make_plan
 
 BASE = ("data.root=unset", "encoder=siglip2", "llm=qwen3_8b", "hardware=l4")
@@ -33,7 +33,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     """Prints a line a switch."""
-    quiet_libraries()
+    silence_libraries()
     print("| switch | overrides | training GiB | of it activations | TFLOP a clip | layers kept |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, overrides in SWITCHES.items():

@@ -22,7 +22,7 @@ SLOW = CacheCosts(
     num_bytes=10_000_000,
     free_bytes=10**12,
 )
-"""A large encoder on a slow card."""
+"""A large encoder on a slow GPU."""
 
 
 def test_a_large_encoder_on_a_slow_card_is_cached_and_the_line_says_both_costs() -> None:

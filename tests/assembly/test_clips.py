@@ -1,4 +1,4 @@
-"""A configuration's clips: given or drawn splits, bad entries in the ledger, and what is missing told in one sentence."""
+"""A configuration's clips: given or drawn splits, bad entries in the skipped_log, and what is missing told in one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from vlmcap.assembly import clips as module
-from vlmcap.assembly.clips import load_splits, open_ledger
+from vlmcap.assembly.clips import load_splits, open_skipped_log
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
@@ -96,16 +96,16 @@ def test_a_missing_split_is_told(root: Path, make: Make, there: tuple[str, ...],
     given(root, *there)
     with pytest.raises(UserError) as caught:
         load_splits(make(), ALL[:2], ALL[2:])
-    for part in (f"no clips of the split {missing}", f"{there[-1]}: 10", "test is optional", "data.splits.is_drawn=true"):
+    for part in (f"no clips of the split {missing}", f"{there[-1]}: 10", "test is optional", "data.splits.random=true"):
         assert part in str(caught.value)
     assert not list((Path(make().paths.cache_dir) / "manifests").iterdir())
 
 
 def test_data_without_splits_says_how_to_draw_them(root: Path, make: Make) -> None:
     write(root / "all.jsonl", *map(line, names(root)))
-    with pytest.raises(UserError, match=r"none of the 60 entries .*names no split: set data\.splits\.is_drawn=true"):
+    with pytest.raises(UserError, match=r"none of the 60 entries .*names no split: set data\.splits\.random=true"):
         load_splits(make(), ALL)
-    splits = load_splits(make("data.splits.is_drawn=true", "data.splits.val=0.3", "data.splits.test=0.3"), ALL)
+    splits = load_splits(make("data.splits.random=true", "data.splits.val=0.3", "data.splits.test=0.3"), ALL)
     assert sum(map(len, splits.values())) == 60
 
 
@@ -117,7 +117,7 @@ def test_entries_without_a_split_among_others_are_named(root: Path, make: Make) 
 
 
 def test_drawn_splits_hold_whole_groups_and_keep_them_when_data_grow(root: Path, make: Make) -> None:
-    config = make("data.splits.is_drawn=true", "data.splits.val=0.3", "data.splits.test=0.3", 'data.splits.group_pattern="^(.*)_[0-9]$"')
+    config = make("data.splits.random=true", "data.splits.val=0.3", "data.splits.test=0.3", 'data.splits.group_pattern="^(.*)_[0-9]$"')
 
     def drawn(count: int) -> dict[str, str]:
         write(root / "all.jsonl", *map(line, names(root)[:count]))
@@ -132,14 +132,14 @@ def test_drawn_splits_hold_whole_groups_and_keep_them_when_data_grow(root: Path,
 def test_a_drawn_split_may_be_empty_and_says_so(root: Path, make: Make) -> None:
     write(root / "all.jsonl", line("tape0_0"))
     with pytest.raises(UserError, match=r"no clips of the split .*val.*raise data\.splits\.val"):
-        load_splits(make("data.splits.is_drawn=true", "data.splits.val=0.01"), ALL[:2])
+        load_splits(make("data.splits.random=true", "data.splits.val=0.01"), ALL[:2])
 
 
 def test_bad_group_patterns_are_refused(root: Path, make: Make) -> None:
     write(root / "all.jsonl", *map(line, names(root)))
     for pattern, message in (("(", "regular expression"), ("^(film)", "matches no id")):
         with pytest.raises(UserError, match=message):
-            load_splits(make("data.splits.is_drawn=true", f'data.splits.group_pattern="{pattern}"'), ALL)
+            load_splits(make("data.splits.random=true", f'data.splits.group_pattern="{pattern}"'), ALL)
 
 
 def test_subsets_of_the_training_clips_are_nested(root: Path, make: Make) -> None:
@@ -160,24 +160,24 @@ def test_bad_entries_go_to_the_ledger(root: Path, make: Make, tmp_path: Path) ->
     config = make("data.max_bad_fraction=0.2")
     splits = load_splits(config, ALL[:2])
     assert [skipped.clip.id for skipped in splits.skipped] == [f"{root}/train.jsonl:11", "lost", "half"]
-    ledger = open_ledger(config, splits)
-    assert (len(ledger), ledger.num_clips) == (3, 23)
-    lines = [json.loads(text) for text in (tmp_path / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    skipped_log = open_skipped_log(config, splits)
+    assert (len(skipped_log), skipped_log.num_clips) == (3, 23)
+    lines = [json.loads(text) for text in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["id"] for entry in lines] == [skipped.clip.id for skipped in splits.skipped]
     with pytest.raises(UserError, match=r"3 of 23 clips cannot be used, more than data\.max_bad_fraction=0\.1"):
-        open_ledger(make("data.max_bad_fraction=0.1"), splits)
+        open_skipped_log(make("data.max_bad_fraction=0.1"), splits)
 
 
 def test_a_good_data_set_leaves_no_ledger(root: Path, make: Make, tmp_path: Path) -> None:
     given(root, "train", "val")
-    open_ledger(make(), load_splits(make(), ALL[:2]))
+    open_skipped_log(make(), load_splits(make(), ALL[:2]))
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_entries_of_drawn_splits_belong_to_one(root: Path, make: Make) -> None:
     bad = [line(f"lost{number}", video=f"lost{number}.mp4") for number in range(30)]
     write(root / "all.jsonl", *map(line, names(root)), *bad)
-    config = make("data.splits.is_drawn=true", "data.splits.val=0.3", "data.splits.test=0.3")
+    config = make("data.splits.random=true", "data.splits.val=0.3", "data.splits.test=0.3")
     parts = [load_splits(config, [split]).skipped for split in ALL]
     assert sum(map(len, parts)) == len(load_splits(config, ALL).skipped) == 30
     assert all(parts)
@@ -204,7 +204,7 @@ def test_equal_ids_within_a_split_are_refused_and_in_two_are_not(root: Path, mak
 def test_the_ai_hub_format_goes_the_same_way(root: Path, make: Make) -> None:
     for name in names(root)[:12]:
         (root / f"{name}.json").write_text(json.dumps({"annotation": {"description_kr": name}}), encoding="utf-8")
-    config = make("data.splits.is_drawn=true", "data.splits.val=0.3", "data.splits.test=0.2", format="aihub")
+    config = make("data.splits.random=true", "data.splits.val=0.3", "data.splits.test=0.2", format="aihub")
     assert sum(map(len, load_splits(config, ALL[:1], ALL[1:]).values())) == 12
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.plugins import GATED, own_registries, plugin_file
 from tests.test_contributing import PARTS
-from vlmcap.assembly.contracts import check_part
+from vlmcap.assembly.contracts import check_component
 from vlmcap.cli import main
 from vlmcap.plugins import use_plugins
 
@@ -27,7 +27,7 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_our_own_projectors_hold_them(kind: str) -> None:
     import vlmcap.models.projectors  # noqa: F401 - registers them
 
-    assert [outcome for outcome in check_part("projector", kind) if outcome.problem] == []
+    assert [outcome for outcome in check_component("projector", kind) if outcome.problem] == []
 
 
 LINE = "        return self.down(F.silu(self.gate(tokens)) * self.up(tokens))\n"
@@ -53,7 +53,7 @@ def test_a_part_that_breaks_one_is_found(old: str, new: str, contract: str, word
     source = source.replace(INIT, f"{INIT}        self.table = torch.randn(48)\n")
     assert source != GATED
     use_plugins([plugin_file(tmp_path, "my_gated", source)])
-    problems = {outcome.contract: outcome.problem for outcome in check_part("projector", "gated") if outcome.problem}
+    problems = {outcome.contract: outcome.problem for outcome in check_component("projector", "gated") if outcome.problem}
     found = [problem for text, problem in problems.items() if text.startswith(contract)]
     assert len(found) == 1
     assert re.search(words, found[0])
@@ -89,7 +89,7 @@ def test_an_encoder_that_breaks_one_is_found(old: str, new: str, contract: str, 
     source = PARTS["my_cells"].replace(old, new)
     assert source != PARTS["my_cells"]
     use_plugins([plugin_file(tmp_path, "my_cells", source)])
-    problems = {outcome.contract: outcome.problem for outcome in check_part("encoder", "cells") if outcome.problem}
+    problems = {outcome.contract: outcome.problem for outcome in check_component("encoder", "cells") if outcome.problem}
     (found,) = [problem for text, problem in problems.items() if text.startswith(contract)]
     assert re.search(words, found)
 
@@ -101,7 +101,7 @@ def test_metrics_and_formats_that_break_one_are_found(tmp_path: Path) -> None:
     data = data.replace('(root / settings.file).read_text(encoding="utf-8")', r'"a\tb\tc\td"')
     use_plugins([plugin_file(tmp_path, "my_metric", metric), plugin_file(tmp_path, "my_format", data)])
     parts = (("metric", "question_marks"), ("data", "lines"))
-    problems = [outcome.problem for part in parts for outcome in check_part(*part) if outcome.problem]
+    problems = [outcome.problem for part in parts for outcome in check_component(*part) if outcome.problem]
     assert len(problems) == 2
     assert problems[0].startswith("clips in another order differ by")
     assert problems[1] == "it gives dict, expected Record or Skipped"

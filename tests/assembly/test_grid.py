@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.thinned import thinned
-from vlmcap.assembly.model import check_context
 from vlmcap.assembly.components import encoder_options, projector_sizes
+from vlmcap.assembly.model import check_context
 from vlmcap.compose import CUSTOM, compose
 from vlmcap.config import Config, EncoderConfig, LinearConfig, LlmConfig, ProjectorConfig, Reducer, TuningConfig
 from vlmcap.config_files import config_dir

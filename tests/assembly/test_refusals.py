@@ -47,7 +47,7 @@ def refused(overrides: list[str]) -> str:
         ("data.num_workers=-1", ["data.num_workers"]),
         ("data.decode_timeout_s=0", ["data.decode_timeout_s"]),
         ("data.decode_memory_gib=0", ["data.decode_memory_gib"]),
-        ("data.splits.group_pattern=x", ["data.splits.group_pattern", "data.splits.is_drawn=true"]),
+        ("data.splits.group_pattern=x", ["data.splits.group_pattern", "data.splits.random=true"]),
         ("data.media=clips", ["'media' is no key of this data", "jsonl"]),
         ("data.max_tokens_per_batch=100", ["data.max_tokens_per_batch", "by_length"]),
         ("data.batching=packed", ["data.batching=packed", "data.max_tokens_per_batch"]),
@@ -92,8 +92,8 @@ def no_split(root: Path) -> None:
     ("change", "expected"),
     [
         (no_captions, ["1 of 11 clips cannot be used", "train3.json has no caption", "text at annotation.title"]),
-        (no_labels, ["no clips of the split val", "train: 6", "data.splits.is_drawn=true"]),
-        (no_split, ["no clips of the split val", "train: 6", "data.splits.is_drawn=true"]),
+        (no_labels, ["no clips of the split val", "train: 6", "data.splits.random=true"]),
+        (no_split, ["no clips of the split val", "train: 6", "data.splits.random=true"]),
     ],
 )
 def test_data_that_does_not_do(real_path: list[str], aihub_root: Path, tmp_path: Path, change: Change, expected: list[str]) -> None:
@@ -101,7 +101,7 @@ def test_data_that_does_not_do(real_path: list[str], aihub_root: Path, tmp_path:
     change(root)
     sentence = refused([*real_path, f"data.root={root}"])
     assert all(part in sentence for part in expected), sentence
-    assert {file.name for file in (tmp_path / "run").glob("*")} <= {"quarantine.jsonl"}, "nothing but the names of what is bad"
+    assert {file.name for file in (tmp_path / "run").glob("*")} <= {"skipped_clips.jsonl"}, "nothing but the names of what is bad"
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_few_undecodable_videos_are_named_and_skipped_and_many_stop_the_run(
     (root / "test" / "videos" / "test0.mp4").write_bytes(b"")
     overrides = [*real_path, f"data.root={root}", "tuning=projector_only", "tuning.epochs=1"]
     train(compose([*overrides, "data.max_bad_fraction=0.2"]))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in lines] == ["train1", "test0"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_clips"] == 2
     assert "2 clips were skipped" in capsys.readouterr().out

@@ -78,10 +78,10 @@ def test_the_license_is_that_of_the_folder(left: Callable[..., Config], llm_fold
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     config = left(f"llm.checkpoint={folder}")
     decided = resolve(config, load_splits(config, [Split.train]))
-    assert (decided.llm.name, decided.llm.licence) == ("mine", "apache-2.0")
-    assert decided.encoder.licence == "unknown"
-    known = dataclasses.replace(config, llm=dataclasses.replace(config.llm, licence="MIT"))
-    assert resolve(known, load_splits(config, [Split.train])).llm.licence == "MIT"
+    assert (decided.llm.name, decided.llm.license) == ("mine", "apache-2.0")
+    assert decided.encoder.license == "unknown"
+    known = dataclasses.replace(config, llm=dataclasses.replace(config.llm, license="MIT"))
+    assert resolve(known, load_splits(config, [Split.train])).llm.license == "MIT"
 
 
 @pytest.mark.parametrize(

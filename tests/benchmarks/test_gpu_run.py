@@ -29,7 +29,7 @@ from benchmarks.gpu.table import page
 from tests.benchmarks.invented_checks import invented
 from tests.thinned import thinned
 from vlmcap.config import Precision
-from vlmcap.planning.hardware import Present
+from vlmcap.planning.hardware import DetectedDevice
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {"gpu": "NVIDIA L4", "memory GiB": 22.0}
@@ -216,7 +216,7 @@ def test_utilisation_is_of_a_peak_that_a_data_sheet_states(
 ) -> None:
     from benchmarks.gpu import models
 
-    monkeypatch.setattr(models, "present_card", lambda: Present(name, gib, gib, "l4", (8, 9)))
+    monkeypatch.setattr(models, "detect_gpu", lambda: DetectedDevice(name, gib, gib, "l4", (8, 9)))
     assert models.peak_flops() == peak
 
 
@@ -224,7 +224,7 @@ def test_a_model_that_the_gpu_cannot_hold_is_skipped(tmp_path: Path, monkeypatch
     from benchmarks.gpu import models
 
     place = Place("cuda", False, tmp_path)
-    monkeypatch.setattr(models, "present_card", lambda: Present("Tesla T4", 14.6, 14.0, "t4", (7, 5)))
+    monkeypatch.setattr(models, "detect_gpu", lambda: DetectedDevice("Tesla T4", 14.6, 14.0, "t4", (7, 5)))
     models.require_gpu(place, 12.0, Precision.fp16)
     with pytest.raises(Skip, match="needs 31 GiB, and Tesla T4 has 15"):
         models.require_gpu(place, 31.2, Precision.fp16)

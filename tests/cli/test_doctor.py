@@ -16,19 +16,19 @@ from vlmcap.cli.doctor import Check, run_checks
 from vlmcap.compose import compose
 from vlmcap.planning import hardware
 from vlmcap.planning.calibration import Calibration, write_calibration
-from vlmcap.planning.hardware import Present
+from vlmcap.planning.hardware import DetectedDevice
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without a card and without a key."""
+    """A machine without a GPU and without a key."""
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(hardware, "present_card", lambda: None)
+    monkeypatch.setattr(hardware, "detect_gpu", lambda: None)
     return tmp_path
 
 
@@ -39,7 +39,7 @@ def found(*overrides: str) -> dict[str, Check]:
 def test_this_environment_is_fit_for_the_demo() -> None:
     checks = found()
     names = ["Python", "torch", "transformers", "peft", "bitsandbytes", "lightning"]
-    assert list(checks) == [*names, "card", "mecab-ko", "decoder", "ffmpeg", "disk", "shared memory", "W&B"]
+    assert list(checks) == [*names, "GPU", "mecab-ko", "decoder", "ffmpeg", "disk", "shared memory", "W&B"]
     assert [check for check in checks.values() if check.level == "problem"] == []
     assert "강아지 가 공원 에서" in checks["mecab-ko"].found
     assert importlib.metadata.version("torch") in checks["torch"].found
@@ -49,7 +49,7 @@ def test_a_missing_card_is_a_problem_where_one_is_meant(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "hardware=l4"])
     assert stop.value.code == 1
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "Not ready: card."
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "Not ready: GPU."
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,22 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("card", "level", "words"),
+    ("GPU", "level", "words"),
     [
-        (Present("NVIDIA L4", 22.0, 21.5, "l4", (8, 9)), "ok", "NVIDIA L4, 21.5 of 22.0 GiB free, compute capability 8.9, hardware=l4"),
-        (Present("NVIDIA L4", 22.0, 3.0, "l4", (8, 9)), "warning", "another program holds memory"),
-        (Present("NVIDIA GeForce RTX 3050", 7.8, 7.5, None, (8, 6)), "warning", "hardware=t4"),
+        (
+            DetectedDevice("NVIDIA L4", 22.0, 21.5, "l4", (8, 9)),
+            "ok",
+            "NVIDIA L4, 21.5 of 22.0 GiB free, compute capability 8.9, hardware=l4",
+        ),
+        (DetectedDevice("NVIDIA L4", 22.0, 3.0, "l4", (8, 9)), "warning", "another program holds memory"),
+        (DetectedDevice("NVIDIA GeForce RTX 3050", 7.8, 7.5, None, (8, 6)), "warning", "hardware=t4"),
     ],
 )
-def test_a_card(card: Present, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "present_card", lambda: card)
+def test_a_card(gpu: DetectedDevice, level: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "detect_gpu", lambda: gpu)
     checks = found("hardware=l4")
-    assert checks["card"].level == level
-    assert words in f"{checks['card'].found}: {checks['card'].mend}"
+    assert checks["GPU"].level == level
+    assert words in f"{checks['gpu'].found}: {checks['gpu'].mend}"
     assert "attention" in checks["FlashAttention"].found or checks["FlashAttention"].found == "installed"
 
 

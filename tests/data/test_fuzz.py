@@ -21,7 +21,7 @@ from vlmcap.config import AihubConfig, DataConfig, JsonlConfig
 from vlmcap.data.decoding.video import DecodeLimits
 from vlmcap.data.formats import Record, read_records
 from vlmcap.data.loading.dataset import ClipDataset
-from vlmcap.data.skipped_clips import Ledger
+from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped
@@ -110,15 +110,15 @@ class TestVideos:
         self, outcomes: list[Sample | Skipped], tmp_path: Path
     ) -> None:
         bad = [item for item in outcomes if isinstance(item, Skipped)]
-        ledger = Ledger(tmp_path / "quarantine.jsonl", len(bad) / len(outcomes), len(outcomes))
+        skipped_log = SkippedClipLog(tmp_path / "skipped_clips.jsonl", len(bad) / len(outcomes), len(outcomes))
         for item in bad:
-            ledger.add(item)
-            ledger.check()
-        lines = [json.loads(line) for line in ledger.path.read_text(encoding="utf-8").splitlines()]
+            skipped_log.add(item)
+            skipped_log.check()
+        lines = [json.loads(line) for line in skipped_log.path.read_text(encoding="utf-8").splitlines()]
         assert lines == [{"id": item.clip.id, "video": item.clip.video, "reason": item.reason} for item in bad]
-        ledger.add(Skipped(Clip("one more", "x.mp4", ()), "it is empty"))
+        skipped_log.add(Skipped(Clip("one more", "x.mp4", ()), "it is empty"))
         with pytest.raises(UserError, match=r"data\.max_bad_fraction"):
-            ledger.check()
+            skipped_log.check()
 
 
 class TestLabels:

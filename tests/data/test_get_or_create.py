@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vlmcap.data import get_or_create as once
-from vlmcap.data.get_or_create import make_once
+from vlmcap.data.get_or_create import get_or_create
 from vlmcap.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -26,7 +26,7 @@ def make_slowly(folder: Path, log: Path, start: Any) -> None:
         (target / "x").write_text("whole")
 
     start.wait(30)
-    assert (make_once(folder, make) / "x").read_text() == "whole"
+    assert (get_or_create(folder, make) / "x").read_text() == "whole"
 
 
 def test_processes_make_a_folder_once(tmp_path: Path) -> None:
@@ -47,11 +47,11 @@ def test_a_killed_making_is_made_again_at_once(tmp_path: Path) -> None:
         (target / "x").write_text("half")
         os._exit(9)
 
-    child = FORK.Process(target=make_once, args=(tmp_path / "made", die))
+    child = FORK.Process(target=get_or_create, args=(tmp_path / "made", die))
     child.start()
     child.join(30)
     assert child.exitcode == 9 and not (tmp_path / "made").exists()
-    made = make_once(tmp_path / "made", lambda target: (target / "y").touch())
+    made = get_or_create(tmp_path / "made", lambda target: (target / "y").touch())
     assert os.listdir(made) == ["y"] and os.listdir(tmp_path) == ["made"]
 
 
@@ -61,7 +61,7 @@ def test_a_making_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        make_once(tmp_path / "made", fail)
+        get_or_create(tmp_path / "made", fail)
     assert os.listdir(tmp_path) == []
 
 
@@ -70,7 +70,7 @@ def test_a_folder_is_made_where_there_are_no_locks(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    made = make_once(tmp_path / "made", lambda target: (target / "x").touch())
+    made = get_or_create(tmp_path / "made", lambda target: (target / "x").touch())
     assert os.listdir(made) == ["x"]
 
 
@@ -83,12 +83,12 @@ def test_who_waits_says_for_whom_and_not_for_ever(
         begun.set()
         end.wait(60)
 
-    child = FORK.Process(target=make_once, args=(tmp_path / "made", make))
+    child = FORK.Process(target=get_or_create, args=(tmp_path / "made", make))
     child.start()
     assert begun.wait(30)
     monkeypatch.setattr(once, "_WAIT_S", 0.5)
     with pytest.raises(UserError, match=rf"made is being made by process {child.pid} .*after 0 s of waiting: start again when it"):
-        make_once(tmp_path / "made", lambda target: None)
+        get_or_create(tmp_path / "made", lambda target: None)
     said = capsys.readouterr().err
     assert f"made is being made by process {child.pid} " in said and said.endswith("; waiting for it\n") and said.count("\n") == 1
     end.set()

@@ -17,7 +17,7 @@ from vlmcap.types import Clip
 
 KOREAN = {"train": ("훈련", "학습"), "val": ("검증",), "test": ("시험", "평가", "테스트")}
 AROUND = (("", ""), ("1.", ""), ("2_", ""), ("3. ", "데이터"), ("", "용"), ("", " 데이터셋"), ("[라벨]", ""), ("", "셋"))
-HALF = SplitConfig(is_drawn=True, val=0.25, test=0.25)
+HALF = SplitConfig(random=True, val=0.25, test=0.25)
 
 
 def record(name: str, video: str = "", group: str = "") -> Record:
@@ -61,33 +61,31 @@ def test_folders_name_splits_and_files_do_not(path: str, expected: tuple[str, st
 
 
 def test_shares_are_those_that_were_asked() -> None:
-    drawn = [draw_split(f"tape{index}", SplitConfig(is_drawn=True, val=0.1, test=0.2)) for index in range(20_000)]
+    drawn = [draw_split(f"tape{index}", SplitConfig(random=True, val=0.1, test=0.2)) for index in range(20_000)]
     assert drawn.count("val") / 20_000 == pytest.approx(0.1, abs=0.01)
     assert drawn.count("test") / 20_000 == pytest.approx(0.2, abs=0.01)
 
 
 def test_a_draw_is_for_ever() -> None:
     """These are part of every data set that was ever split so."""
-    drawn = [draw_split(f"tape{index}", SplitConfig(is_drawn=True, val=0.3, test=0.3)) for index in range(8)]
+    drawn = [draw_split(f"tape{index}", SplitConfig(random=True, val=0.3, test=0.3)) for index in range(8)]
     assert drawn == ["train", "train", "val", "test", "val", "val", "train", "train"]
 
 
 @given(group=st.text(), seed=st.integers(0, 2**32 - 1), val=st.floats(0, 0.4), more=st.floats(0, 0.2))
 def test_a_larger_share_takes_from_training_only(group: str, seed: int, val: float, more: float) -> None:
-    before, after = (draw_split(group, SplitConfig(is_drawn=True, val=share, test=0.3, seed=seed)) for share in (val, val + more))
+    before, after = (draw_split(group, SplitConfig(random=True, val=share, test=0.3, seed=seed)) for share in (val, val + more))
     assert before == after or (before, after) == ("train", "val")
 
 
 def test_another_seed_is_another_draw() -> None:
-    first, second = (
-        [draw_split(f"g{i}", SplitConfig(is_drawn=True, val=0.25, test=0.25, seed=seed)) for i in range(50)] for seed in (0, 1)
-    )
+    first, second = ([draw_split(f"g{i}", SplitConfig(random=True, val=0.25, test=0.25, seed=seed)) for i in range(50)] for seed in (0, 1))
     assert first != second
 
 
 @given(ids=st.lists(st.text("ab_0123456789", max_size=8)), pattern=st.sampled_from([None, "^(.*)_", "(a+)"]))
 def test_groups_never_straddle(ids: list[str], pattern: str | None) -> None:
-    drawer = SplitDrawer(SplitConfig(is_drawn=True, val=0.3, test=0.3, group_pattern=pattern), "/set")
+    drawer = SplitDrawer(SplitConfig(random=True, val=0.3, test=0.3, group_pattern=pattern), "/set")
     splits: dict[str, set[str]] = {}
     for clip in map(record, ids):
         splits.setdefault(drawer.group_of(clip), set()).add(drawer.split_of(clip))
@@ -96,7 +94,7 @@ def test_groups_never_straddle(ids: list[str], pattern: str | None) -> None:
 
 def test_what_a_group_is() -> None:
     plain, by_pattern = (
-        SplitDrawer(SplitConfig(is_drawn=True, val=0.3, test=0.3, group_pattern=pattern), "/set") for pattern in (None, r"^(.*)_\d+$")
+        SplitDrawer(SplitConfig(random=True, val=0.3, test=0.3, group_pattern=pattern), "/set") for pattern in (None, r"^(.*)_\d+$")
     )
     assert plain.group_of(record("a_1", group="tape")) == "tape"
     assert plain.group_of(record("a_1", "/set/x/b.mp4")) == plain.group_of(record("a_2", "/set/x/b.mp4")) == "x/b.mp4"
@@ -113,11 +111,11 @@ def test_a_moved_data_set_keeps_its_splits() -> None:
 @pytest.mark.parametrize(("pattern", "message"), [("(", "is no regular expression"), ("a.*", "has no group")])
 def test_bad_patterns_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SplitDrawer(SplitConfig(is_drawn=True, val=0.1, test=0.1, group_pattern=pattern), "/set")
+        SplitDrawer(SplitConfig(random=True, val=0.1, test=0.1, group_pattern=pattern), "/set")
 
 
 def test_a_pattern_that_never_matches_is_refused_at_the_end() -> None:
-    drawer = SplitDrawer(SplitConfig(is_drawn=True, val=0.1, test=0.1, group_pattern="^(tape)"), "/set")
+    drawer = SplitDrawer(SplitConfig(random=True, val=0.1, test=0.1, group_pattern="^(tape)"), "/set")
     assert {drawer.split_of(record(f"clip{index}")) for index in range(50)} <= set(SPLITS)
     with pytest.raises(UserError, match=r"group_pattern=\^\(tape\) matches no id, such as 'clip0'"):
         drawer.check()

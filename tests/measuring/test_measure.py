@@ -89,12 +89,12 @@ def test_a_whole_measurement_is_kept_and_used_by_the_plan(
     config = compose(["data.root=unset", *TINY])
     short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=8))
     plan = make_plan(short)
-    assert plan.card.calibrated.startswith(comparison.card)
+    assert plan.gpu.calibrated.startswith(comparison.gpu)
     assert plan.training_gib == pytest.approx(comparison.training_gib, rel=1e-6)
     assert plan.token_s == pytest.approx(comparison.measured.token_s)
     assert plan.clip_s == pytest.approx(comparison.measured.clip_s)
     main(["plan", *TINY])
-    assert f"calibrated on {comparison.card}" in " ".join(capsys.readouterr().out.split())
+    assert f"calibrated on {comparison.gpu}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("token_bytes", [1e3, 1e12], ids=["launches", "memory"])
@@ -104,19 +104,19 @@ def test_the_calibrated_plan_of_a_token_is_what_was_measured(token_bytes: float,
     config = compose(["data.root=unset", *TINY])
     plan = make_plan(config)
     work = TokenWork(token_bytes, plan.token_launches, is_captured)
-    token_s = token_seconds(work, plan.card)
+    token_s = token_seconds(work, plan.gpu)
     plan = dataclasses.replace(plan, token_bytes=token_bytes, token_s=token_s, is_captured=is_captured)
     use = Use(plan.training_gib, plan.training_gib)
     measured = Measured(use, use, 0.0, plan.clip_s, ratio * token_s, 8)
-    card = Comparison(plan, measured, "card", 8.0, None).calibration().on(plan.card)
-    assert token_seconds(work, card) == pytest.approx(ratio * token_s)
+    gpu = Comparison(plan, measured, "GPU", 8.0, None).calibration().on(plan.gpu)
+    assert token_seconds(work, gpu) == pytest.approx(ratio * token_s)
 
 
 def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
     """Of a mixture of experts: packed layers, packed experts and what stays as it was."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from vlmcap.planning.estimate.fake_tensors import quantize_hollow
+    from vlmcap.planning.estimate.fake_tensors import quantize_fake
 
     sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 300}
@@ -125,7 +125,7 @@ def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
         llm, hollow = (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for _ in range(2))
     quantize_meta(llm, "4bit", torch.bfloat16)
     fill_random(llm.requires_grad_(False).eval(), "cpu", torch.bfloat16)
-    quantize_hollow(hollow.requires_grad_(False), "4bit", torch.bfloat16)
+    quantize_fake(hollow.requires_grad_(False), "4bit", torch.bfloat16)
     assert all(experts.is_packed for experts in fused_experts(llm))
     assert not any(tensor.is_meta for tensor in [*llm.parameters(), *llm.buffers()])
     assert weights_of(llm)["frozen weights"] == weights_of(hollow)["frozen weights"]
@@ -216,8 +216,8 @@ def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path,
 
 
 def test_a_host_without_room_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    present = measure_module.present_processor()
-    monkeypatch.setattr(measure_module, "present_processor", lambda: dataclasses.replace(present, free_gib=0.01))
+    present = measure_module.detect_cpu()
+    monkeypatch.setattr(measure_module, "detect_cpu", lambda: dataclasses.replace(present, free_gib=0.01))
     with pytest.raises(UserError, match=r"needs 0\.\d GiB by its plan and .* has 0\.0 free; measure less of it with --blocks 1"):
         measure(TINY)
 

@@ -37,7 +37,7 @@ def test_many_texts_get_the_tokens_of_each(name: str, workers: int | None) -> No
 
 def test_workers_fold_width_as_their_tokenizer_does() -> None:
     texts = ["３ｋｍ 앞", "ＫＢＳ！"]
-    tokenizer = get_tokenizer("mecab_ko", fold_width=True)
+    tokenizer = get_tokenizer("mecab_ko", normalize_fullwidth=True)
     assert (
         tokenizer.tokenize_many(texts, 2)
         == [tokenizer(text) for text in texts]
@@ -87,11 +87,11 @@ def test_workers_do_not_run_the_callers_script_again(tmp_path: Path) -> None:
 def test_full_width_forms_are_folded_on_request_only() -> None:
     text = "３ｋｍ　（ＢＢＣ）！～"
     assert normalize(text) == "３ｋｍ （ＢＢＣ）！～"
-    assert normalize(text, fold_width=True) == "3km (BBC)!~"
-    plain, folded = get_tokenizer("ptb"), get_tokenizer("ptb", fold_width=True)
+    assert normalize(text, normalize_fullwidth=True) == "3km (BBC)!~"
+    plain, folded = get_tokenizer("ptb"), get_tokenizer("ptb", normalize_fullwidth=True)
     assert folded.version == f"{plain.version}, full-width folded"
     assert folded(text) == plain("3km (BBC)!~") != plain(text)
-    assert not plain.fold_width
+    assert not plain.normalize_fullwidth
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="compares with Stanford's tokenizer, which needs Java")

@@ -160,7 +160,7 @@ def test_two_processes_score_as_one_to_the_last_digit(tmp_path: Path) -> None:
 def test_width_and_synonyms_are_passed_on() -> None:
     pair = (["해변까지 ３ｋｍ"], [["바닷가까지 3km"]])
     values = []
-    for options in ({}, {"fold_width": True, "synonyms": {"해변": ["바닷가"]}}):
+    for options in ({}, {"normalize_fullwidth": True, "synonyms": {"해변": ["바닷가"]}}):
         score = CaptionScore(metrics=["bleu_1", "content_recall"], **options)
         score.update(*pair)
         values.append(score.compute())

@@ -13,7 +13,7 @@ import pytest
 from tests.plugins import own_registries
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.metrics.user_metrics import own_metrics, own_scores, own_scores_each, register_metric
+from vlmcap.metrics.user_metrics import register_metric, user_metrics, user_scores, user_scores_each
 from vlmcap.training.callbacks.scorer import CaptionScorer, Prediction, write_predictions
 from vlmcap.training.checks import check_monitor
 from vlmcap.types import Clip
@@ -31,9 +31,9 @@ def test_a_score_is_a_number_or_the_mean_of_one_per_clip() -> None:
     register_metric("clips_said")(lambda predictions, references: sum(map(bool, predictions)))
     register_metric("lengths")(lambda predictions, references: np.array([len(text) for text in predictions]))
     register_metric("of_numpy")(lambda predictions, references: np.float64(0.5))
-    assert own_metrics() == ("clips_said", "lengths", "of_numpy")
-    assert own_scores(TEXTS, REFERENCES) == {"clips_said": 2.0, "lengths": 7 / 3, "of_numpy": 0.5}
-    assert own_scores_each(TEXTS, REFERENCES) == [{"lengths": 3.0}, {"lengths": 4.0}, {"lengths": 0.0}]
+    assert user_metrics() == ("clips_said", "lengths", "of_numpy")
+    assert user_scores(TEXTS, REFERENCES) == {"clips_said": 2.0, "lengths": 7 / 3, "of_numpy": 0.5}
+    assert user_scores_each(TEXTS, REFERENCES) == [{"lengths": 3.0}, {"lengths": 4.0}, {"lengths": 0.0}]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_score_is_a_number_or_the_mean_of_one_per_clip() -> None:
 def test_what_gives_no_number_is_refused_in_words(metric: Any, words: str) -> None:
     register_metric("wrong")(metric)
     with pytest.raises(UserError, match=words) as error:
-        own_scores(TEXTS, REFERENCES)
+        user_scores(TEXTS, REFERENCES)
     assert "\n" not in str(error.value)
 
 

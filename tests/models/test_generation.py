@@ -139,7 +139,7 @@ def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, se
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
     expected = ids_of(with_settings(captioner, engine=Engine.hf, **settings), batch)
     assert len({tuple(row) for row in expected}) == 5
-    for engine in (Engine.own, Engine.hf):
+    for engine in (Engine.native, Engine.hf):
         assert ids_of(with_settings(captioner, engine=engine, num_rows=2, **settings), batch) == expected
 
 
@@ -171,7 +171,7 @@ def test_why_our_engine_cannot_run_is_said_once(
     monkeypatch.setattr(captioner, "_has_explained", False)  # other tests share the captioner
     for _ in range(2):
         with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "evaluation.engine=own" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "evaluation.engine=native" in line]
     assert [line.partition("own, ")[2] for line in lines] == said.splitlines()
 
 
@@ -199,7 +199,7 @@ def test_where_memory_runs_out_fewer_rows_write_the_same(captioner: VideoCaption
         hook.remove()
 
 
-@pytest.mark.parametrize("engine", [Engine.own, Engine.hf])
+@pytest.mark.parametrize("engine", [Engine.native, Engine.hf])
 def test_merged_adapters_write_the_same(captioner: VideoCaptioner, engine: Engine) -> None:
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
     expected = ids_of(with_settings(captioner, engine=engine), batch)

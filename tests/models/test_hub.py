@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from tests.checkpoints.hub import REFUSALS, TOKEN, Hub, commit_of
 from vlmcap.errors import UserError
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.models import hub as hub_module
 from vlmcap.models.checkpoint import fingerprint, is_present, locate, locate_description
 from vlmcap.models.hub import HubUnreachableError, hub_error
@@ -249,7 +249,7 @@ def test_the_library_logs_no_address(hub_here: Hub, tmp_path: Path, monkeypatch:
         refused()
         assert "password" in lines.getvalue()
         lines.truncate(0)
-        quiet_libraries()
+        silence_libraries()
         refused()
         assert lines.getvalue() == ""
     finally:

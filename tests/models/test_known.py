@@ -77,7 +77,7 @@ def build(config: Any) -> torch.nn.Module:
         return getattr(transformers, config.architectures[0])(config)
 
 
-def vision_part(model: torch.nn.Module) -> torch.nn.Module:
+def vision_component(model: torch.nn.Module) -> torch.nn.Module:
     inner = getattr(model, "model", model)
     for name in ("vision_model", "vision_tower", "visual"):
         if isinstance(part := getattr(inner, name, None), torch.nn.Module):
@@ -96,7 +96,7 @@ def test_the_number_of_parameters_is_the_published_one(checkpoint: str) -> None:
     model = build(known_model_config(checkpoint))
     found = {}
     if checkpoint in VISION:
-        found["vision"] = (millions(vision_part(model), VISION[checkpoint]), VISION[checkpoint])
+        found["vision"] = (millions(vision_component(model), VISION[checkpoint]), VISION[checkpoint])
     if checkpoint in WHOLE:
         found["whole"] = (millions(model, WHOLE[checkpoint]), WHOLE[checkpoint])
     assert found

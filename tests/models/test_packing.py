@@ -201,8 +201,8 @@ def test_models_that_mix_clips_are_refused(
     from transformers import Mamba2Config
 
     for folder in (llava_folder, llm_folder, moe_folder):
-        check_packing(folder, "llm=own")
+        check_packing(folder, "llm=native")
     Mamba2Config().save_pretrained(tmp_path)
     for folder in (*qwen_folders.values(), tmp_path):
-        with pytest.raises(UserError, match=r"which llm=own \(.*\) is not known to keep apart; set data\.batching=by_length"):
-            check_packing(folder, "llm=own")
+        with pytest.raises(UserError, match=r"which llm=native \(.*\) is not known to keep apart; set data\.batching=by_length"):
+            check_packing(folder, "llm=native")

@@ -28,7 +28,7 @@ def test_the_budget_is_used_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_budget_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmcap.planning.estimate.memory_profiler.Tracer", lambda *_: pytest.fail("planned"))
+    monkeypatch.setattr("vlmcap.planning.estimate.memory_profiler.MemoryProfiler", lambda *_: pytest.fail("planned"))
     assert num_kept_layers(compose(BASE)) == 0
     with pytest.raises(UserError, match=r"hardware\.activation_budget_gib must be above 0"):
         compose([*BASE, "hardware.activation_budget_gib=0"])

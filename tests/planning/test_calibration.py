@@ -1,4 +1,4 @@
-"""What was measured on a card: kept whole, read back, used for that card alone."""
+"""What was measured on a GPU: kept whole, read back, used for that GPU alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vlmcap.config import Config
 from vlmcap.planning import calibration
 from vlmcap.planning.calibration import (
     Calibration,
-    calibrated_card,
+    calibrated_device,
     calibration_folder,
     choose_calibration,
     read_calibrations,
     write_calibration,
 )
 from vlmcap.planning.captioning import TokenWork, token_seconds
-from vlmcap.planning.hardware import Present, assumed_card, card_of, own_profile, suitable_profile
+from vlmcap.planning.hardware import DetectedDevice, device_info, matching_profile, planned_device, suitable_profile
 from vlmcap.planning.make_plan import make_plan, training_seconds
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
@@ -31,7 +31,7 @@ L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(calibration, "present_card", lambda: None)
+    monkeypatch.setattr(calibration, "detect_gpu", lambda: None)
     return tmp_path
 
 
@@ -48,13 +48,13 @@ def test_it_comes_back_as_it_was_and_replaces_the_card_s_last(tmp_path: Path) ->
     assert read_calibrations(tmp_path / "new") == [other]
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"card": "x"}'])
+@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"GPU": "x"}'])
 def test_a_broken_file_is_none(tmp_path: Path, broken: str) -> None:
     (tmp_path / "x.json").write_text(broken)
     assert read_calibrations(tmp_path) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("beyond_ratio", 0.0), ("utilisation", float("nan")), ("context_gib", -1.0), ("card", 3)])
+@pytest.mark.parametrize(("key", "value"), [("beyond_ratio", 0.0), ("utilisation", float("nan")), ("context_gib", -1.0), ("GPU", 3)])
 def test_impossible_figures_are_none(tmp_path: Path, key: str, value: object) -> None:
     (tmp_path / "x.json").write_text(json.dumps(L4.plain() | {key: value}))
     assert read_calibrations(tmp_path) == []
@@ -77,9 +77,9 @@ def test_a_write_that_is_cut_off_leaves_the_old_one(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("hardware", "here", "here_profile", "is_used"),
     [
-        ("l4", None, None, True),  # planned elsewhere: the profile is of this very card
+        ("l4", None, None, True),  # planned elsewhere: the profile is of this very GPU
         ("l4", "NVIDIA L4", "l4", True),
-        ("l4", "NVIDIA GeForce RTX 4090", "l4", False),  # the run will be on another card
+        ("l4", "NVIDIA GeForce RTX 4090", "l4", False),  # the run will be on another GPU
         ("l4", "NVIDIA H100 80GB HBM3", "h100", True),  # the run will be elsewhere
         ("t4", "NVIDIA L4", "l4", False),  # measured with another profile
     ],
@@ -89,8 +89,8 @@ def test_only_that_card_s_plans_use_it(hardware: str, here: str | None, here_pro
 
 
 def test_one_of_a_card_without_a_profile_is_used_there_alone() -> None:
-    own = dataclasses.replace(L4, card="NVIDIA GeForce RTX 4090", memory_gib=23.5)
-    assert choose_calibration([L4, own], "l4", own.card, "l4") == own
+    own = dataclasses.replace(L4, gpu="NVIDIA GeForce RTX 4090", memory_gib=23.5)
+    assert choose_calibration([L4, own], "l4", own.gpu, "l4") == own
     assert choose_calibration([own], "l4") is None
 
 
@@ -110,12 +110,12 @@ def test_one_of_a_card_without_a_profile_is_used_there_alone() -> None:
     ],
 )
 def test_the_profile_of_a_card(name: str, total_gib: float, capability: tuple[int, int], own: str | None, suitable: str | None) -> None:
-    assert own_profile(name, total_gib) == own
+    assert matching_profile(name, total_gib) == own
     assert suitable_profile(name, total_gib, capability) == suitable
 
 
 def test_the_figures_change_what_they_should() -> None:
-    plain, measured = card_of("l4", 24), L4.on(card_of("l4", 24))
+    plain, measured = device_info("l4", 24), L4.on(device_info("l4", 24))
     assert training_seconds(1e12, 0, measured, is_checkpointed=True) == pytest.approx(
         training_seconds(1e12, 0, plain, is_checkpointed=True) * 0.4 / 0.5
     )
@@ -152,12 +152,12 @@ def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "calibrated on NVIDIA L4, 2026-11-28" in capsys.readouterr().out
     main(["plan", *overrides, "--json"])
     assert json.loads(capsys.readouterr().out)["calibrated"] == "NVIDIA L4, 2026-11-28"
-    assert make_plan(config, assumed_card(config)) == before
-    assert make_plan(configured("encoder=clip", "llm=qwen3_4b", "hardware=a100")).card.calibrated == ""
+    assert make_plan(config, planned_device(config)) == before
+    assert make_plan(configured("encoder=clip", "llm=qwen3_4b", "hardware=a100")).gpu.calibrated == ""
 
 
 def test_another_card_here_leaves_the_plan_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured("encoder=clip", "llm=qwen3_4b", "hardware=l4")
     write_calibration(calibration_folder(config), L4)
-    monkeypatch.setattr(calibration, "present_card", lambda: Present("NVIDIA GeForce RTX 4090", 23.5, 23.0, "l4", (8, 9)))
-    assert calibrated_card(config) == assumed_card(config)
+    monkeypatch.setattr(calibration, "detect_gpu", lambda: DetectedDevice("NVIDIA GeForce RTX 4090", 23.5, 23.0, "l4", (8, 9)))
+    assert calibrated_device(config) == planned_device(config)

@@ -16,9 +16,9 @@ from vlmcap.models.decoding.engine import greedy_ids
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.live_bytes import LiveBytes
+from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 from vlmcap.planning.estimate.sizes import writes_itself
-from vlmcap.planning.estimate.memory_profiler import Tracer
-from vlmcap.planning.hardware import GIB, assumed_card
+from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import fullest_batch, make_plan
 from vlmcap.planning.plan import Plan
 
@@ -97,9 +97,9 @@ def test_a_batch_of_tokens_holds_as_many_short_clips_as_there_may_be() -> None:
     config = compose(
         ["data.root=unset", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.batching=by_length", "data.max_tokens_per_batch=16000"]
     )
-    tracer, lengths = Tracer(config, True), CaptionLengths.of([100, 300, 768], 768)
-    prompt = tracer.sizes.num_visual + tracer.sizes.num_prompt
-    assert fullest_batch(config, tracer, lengths) == (3, 16000 // 3 - prompt)
+    memory_profiler, lengths = MemoryProfiler(config, True), CaptionLengths.of([100, 300, 768], 768)
+    prompt = memory_profiler.sizes.num_visual + memory_profiler.sizes.num_prompt
+    assert fullest_batch(config, memory_profiler, lengths) == (3, 16000 // 3 - prompt)
     assert 3 * (prompt + 16000 // 3 - prompt) <= 16000 < 4 * (prompt + 100)
     one = planned("encoder=clip", "llm=qwen3_4b", "hardware=l4")
     three = make_plan(config, captions=lengths)
@@ -143,7 +143,7 @@ def test_models_of_scores_are_traced_at_their_size(tmp_path: Path) -> None:
     (tmp_path / "bert" / "config.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
     base = ["data.root=unset", "llm=qwen3_4b", "encoder=clip", "hardware=l4"]
     config = compose([*base, f"evaluation.bert_checkpoint={tmp_path / 'bert'}", "evaluation.siglip_checkpoint=someone/unknown"])
-    traced = Tracer(config, True).scores()
+    traced = MemoryProfiler(config, True).scores()
     assert traced["siglip_checkpoint"] is None
     assert make_plan(config).not_counted == ["evaluation.siglip_checkpoint"]
     trace = traced["bert_checkpoint"]
@@ -174,11 +174,11 @@ def test_reserved_stands_beside_allocated(monkeypatch: pytest.MonkeyPatch) -> No
     growing = planned(*overrides)
     plain = growing.plain()["training"]
     assert plain["allocated_gib"] < plain["reserved_gib"]
-    assert plain["reserved_gib"] == pytest.approx(growing.training_gib - growing.card.context_gib, abs=1e-3)
+    assert plain["reserved_gib"] == pytest.approx(growing.training_gib - growing.gpu.context_gib, abs=1e-3)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
     fixed = planned(*overrides)
     assert fixed.training.allocated == growing.training.allocated
     assert fixed.training.total > growing.training.total
     assert planned("hardware=cpu").training.allocated == planned("hardware=cpu").training.total
-    assert assumed_card(compose(["hardware=cpu"])).context_gib == 0
+    assert planned_device(compose(["hardware=cpu"])).context_gib == 0
     assert GIB and dataclasses.is_dataclass(growing)

@@ -15,10 +15,10 @@ import torch
 
 from vlmcap.compose import compose
 from vlmcap.config import Config
-from vlmcap.errors import DoesNotFit
+from vlmcap.errors import DoesNotFitError
 from vlmcap.planning import hardware
 from vlmcap.planning import make_plan as plan_module
-from vlmcap.planning.hardware import GIB, present_processor
+from vlmcap.planning.hardware import GIB, detect_cpu
 from vlmcap.planning.host import DECODER_BYTES, PROCESS_BYTES, WORKER_BYTES, pinned_bytes
 from vlmcap.planning.make_plan import enforce_plan, make_plan
 from vlmcap.training.objects import Run
@@ -109,7 +109,7 @@ def test_inputs_in_host_memory_are_as_large_as_planned() -> None:
     from tests.planning.trial import Trial, build_trial
     from vlmcap.models.llm import layers
     from vlmcap.models.llm.layers import checkpoint_layers
-    from vlmcap.planning.estimate.memory_profiler import Tracer
+    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
     depth, rows, length, width = 3, 2, 40, 128
     llm: Any = build_trial(Trial("qwen3", width=width), depth).train()
@@ -133,10 +133,10 @@ def test_inputs_in_host_memory_are_as_large_as_planned() -> None:
         assert sum(moved.values()) == expected
         output.sum().backward()
     config = compose(["data.root=unset", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "hardware.offload_checkpoints=true"])
-    tracer = Tracer(config, True)
-    tokens = 2 * (tracer.sizes.num_visual + 32 + 768)
-    assert tracer.checkpoint_bytes(2, 768) == tokens * 2560 * 2
-    assert make_plan(config).host.parts["offloaded checkpoints"] == 36 * pinned_bytes(tracer.checkpoint_bytes(1, 768))
+    memory_profiler = MemoryProfiler(config, True)
+    tokens = 2 * (memory_profiler.sizes.num_visual + 32 + 768)
+    assert memory_profiler.checkpoint_bytes(2, 768) == tokens * 2560 * 2
+    assert make_plan(config).host.parts["offloaded checkpoints"] == 36 * pinned_bytes(memory_profiler.checkpoint_bytes(1, 768))
 
 
 def test_locked_memory_comes_in_powers_of_two() -> None:
@@ -164,17 +164,17 @@ def test_a_container_s_limit_is_the_machine_s_memory(
     known = {"/proc/meminfo": f"MemTotal: {64 * kib} kB\nMemAvailable: {40 * kib} kB\n", "/proc/self/cgroup": lines}
     monkeypatch.setattr(hardware, "_GROUPS", tmp_path)
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: known.get(str(self)) or read(self, *a, **k))
-    present = present_processor()
+    present = detect_cpu()
     assert (present.total_gib, present.free_gib) == (total_gib, free_gib)
 
 
 def test_a_host_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.num_workers=64"]
-    present = present_processor()
+    present = detect_cpu()
     small = type(present)(present.name, 15.6, 10.0, "cpu")
-    monkeypatch.setattr(plan_module, "present_processor", lambda: small)
+    monkeypatch.setattr(plan_module, "detect_cpu", lambda: small)
     with pytest.raises(
-        DoesNotFit, match=r"the host needs \d+\.\d GiB of memory while validating, .* of it for .* machine has 15\.6; lower data"
+        DoesNotFitError, match=r"the host needs \d+\.\d GiB of memory while validating, .* of it for .* machine has 15\.6; lower data"
     ) as caught:
         enforce_plan(compose(overrides))
     assert caught.value.peak_gib > caught.value.usable_gib == 15.6

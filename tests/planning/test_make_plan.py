@@ -1,4 +1,4 @@
-"""`vlmcap plan`: known combinations, cards that are too small, and the refusal of a run that cannot fit."""
+"""`vlmcap plan`: known combinations, GPUs that are too small, and the refusal of a run that cannot fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.thinned import thinned
 from vlmcap.cli import main
 from vlmcap.compose import compose
-from vlmcap.errors import DoesNotFit, UserError
+from vlmcap.errors import DoesNotFitError, UserError
 from vlmcap.planning import make_plan as plan_module
 from vlmcap.planning.captioning import FILL, FUSED_ROWS, MOST_ROWS
 from vlmcap.planning.changes import with_changes
@@ -64,14 +64,14 @@ def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
     # Of each linear layer: input cast for autocast, two products, their scale and the sum; its factors are cast once for all tokens.
     assert plan.token_launches - bare.token_launches == 36 * 7 * 5
     assert plan.token_launches == pytest.approx(4419 - 36 * 7 * 4, rel=0.03)
-    assert plan.token_s == pytest.approx(plan.token_launches * plan.card.launch_s)
+    assert plan.token_s == pytest.approx(plan.token_launches * plan.gpu.launch_s)
     assert 0.040 < plan.token_s < 0.060
     more = planned(*overrides[:-1], "data.eval_batch_size=4", "evaluation.cuda_graphs=false")
     assert more.token_launches == pytest.approx(plan.token_launches), "rows launch nothing"
     captured = planned(*overrides)
     assert captured.is_captured and not plan.is_captured
     assert captured.token_launches == plan.token_launches
-    assert captured.token_s == pytest.approx(captured.token_bytes / captured.card.bytes_per_s), "the host does not hold it up"
+    assert captured.token_s == pytest.approx(captured.token_bytes / captured.gpu.bytes_per_s), "the host does not hold it up"
 
 
 @pytest.mark.slow
@@ -98,10 +98,10 @@ def test_merged_adapters_launch_nothing_and_take_a_copy_of_the_weights() -> None
 def test_as_many_captions_are_written_at_a_time_as_fit(name: str, least: int, most: int) -> None:
     plan = planned(f"experiment=recommended_{name}")
     assert least <= plan.eval_batch_size <= most
-    assert plan.generation_gib <= FILL * plan.card.usable_gib
+    assert plan.generation_gib <= FILL * plan.gpu.usable_gib
     if plan.eval_batch_size < MOST_ROWS:
         more = planned(f"experiment=recommended_{name}", f"data.eval_batch_size={plan.eval_batch_size + 1}")
-        assert more.generation_gib > FILL * plan.card.usable_gib
+        assert more.generation_gib > FILL * plan.gpu.usable_gib
 
 
 def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +184,7 @@ def test_changes_make_it_fit_and_none_is_idle() -> None:
 
 def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
-    monkeypatch.setattr("vlmcap.planning.estimate.memory_profiler.trace_stage", lambda *_, **__: pytest.fail("traced again"))
+    monkeypatch.setattr("vlmcap.planning.estimate.memory_profiler.profile_stage", lambda *_, **__: pytest.fail("traced again"))
     assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
     for file in (store / "plans").iterdir():  # broken files are traced anew
         file.write_text("{")
@@ -215,7 +215,7 @@ def test_an_unknown_architecture_is_one_sentence() -> None:
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=64"]
-    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`") as caught:
+    with pytest.raises(DoesNotFitError, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`") as caught:
         enforce_plan(compose(overrides))
     assert caught.value.peak_gib > caught.value.usable_gib == 22.0
     enforce_plan(compose([*overrides, "plan.enforce=warn"]))

@@ -1,4 +1,4 @@
-"""A trace says what PyTorch's allocator hands out on a card; for a machine with one, and not run anywhere yet."""
+"""A trace says what PyTorch's allocator hands out on a GPU; for a machine with one, and not run anywhere yet."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 from tests.checkpoints.encoders import Checkpoint
 from tests.checkpoints.hub import TOKEN, Hub, commit_of
 from tests.models.test_hub import SENTENCES
-from vlmcap.assembly.components import locate_sources
+from vlmcap.assembly.components import locate_base_checkpoints
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.config import Config
@@ -74,9 +74,9 @@ def test_what_was_downloaded_is_not_to_be_downloaded(hub_here: Hub, siglip_folde
     config = compose(by_id)
     language, vision = ((folder / "model.safetensors").stat().st_size / 2 for folder in (llm_folder, siglip_folder))  # stored in 32 bits
     assert download_bytes(config) == pytest.approx(language + vision, rel=0.1)
-    locate_sources(config, is_encoder_only=True)
+    locate_base_checkpoints(config, is_encoder_only=True)
     assert download_bytes(config) == pytest.approx(language, rel=0.1)
-    locate_sources(config)
+    locate_base_checkpoints(config)
     assert download_bytes(config) == 0
 
 
@@ -93,7 +93,7 @@ def test_a_whole_model_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     assert download_bytes(by_id) == pytest.approx(size / 2, rel=0.1)
     assert hub_here.fetched() == {"config.json"}
-    locate_sources(by_id)
+    locate_base_checkpoints(by_id)
     assert download_bytes(by_id) == download_bytes(by_folder) == 0
 
 

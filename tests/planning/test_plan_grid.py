@@ -16,8 +16,8 @@ from tests.thinned import thinned
 from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.planning.calibration import calibrated_card
-from vlmcap.planning.estimate.memory_profiler import QuickTracer
+from vlmcap.planning.calibration import calibrated_device
+from vlmcap.planning.estimate.memory_profiler import FastMemoryProfiler
 from vlmcap.planning.grid import make_grid as grid_module
 from vlmcap.planning.grid.grid_table import Cell, draw_grid, head, show_grid
 from vlmcap.planning.grid.make_grid import GridConfigs, GridNames, cells, grid_names, make_grid
@@ -59,7 +59,7 @@ def test_a_whole_model_leaves_nothing_to_combine() -> None:
 )
 def test_interpolation_is_near_the_exact_plan(overrides: list[str]) -> None:
     config = compose([NO_DATA, "hardware=a100", "encoder=dinov3_s", "llm=exaone4_1_2b", *overrides])
-    quick, exact = make_plan(config, tracer=QuickTracer(config, calibrated_card(config).has_flash)), make_plan(config)
+    quick, exact = make_plan(config, memory_profiler=FastMemoryProfiler(config, calibrated_device(config).has_flash)), make_plan(config)
     assert quick.training_gib == pytest.approx(exact.training_gib, rel=0.02)
     assert quick.generation_gib == pytest.approx(exact.generation_gib, rel=0.02)
 
@@ -82,7 +82,7 @@ def test_a_bar_counts_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     def bar(_: str, total: int) -> Iterator[Callable[[], object]]:
         yield lambda: steps.append(total)
 
-    monkeypatch.setattr(grid_module, "passing_bar", bar)
+    monkeypatch.setattr(grid_module, "transient_bar", bar)
     found = make_grid(GridNames(["a100"], ["dinov3_s"], ["exaone4_1_2b"], [NO_DATA]), num_processes=1)
     assert len(found) == 1
     assert steps == [3, 3, 3]

@@ -163,7 +163,7 @@ def test_parts_that_do_not_go_together_are_named_and_the_others_counted(
     [
         (["data.num_frame=4,8"], r"data\.num_frame=4: there is no key 'data\.num_frame'; did you mean data\.num_frames"),
         (["encoder=clip,siglp2", "hardware=l4"], r"siglp2: there is no encoder named 'siglp2'; choose encoder= one of "),
-        (["hardware=cpu,l4"], r"hardware=cpu,l4 would add hours of a CPU to hours of a card; plan hardware=cpu on its own"),
+        (["hardware=cpu,l4"], r"hardware=cpu,l4 would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own"),
         (["sweep.budget_h=10,20"], r"sweep\.budget_h is of the sweep as a whole and cannot be swept"),
         (["seed=interval(0,1)"], r"seed=interval\(0,1\) has no values to try one by one; give a list"),
         (["seed=range(3,1)"], r"seed has no values to try"),
@@ -178,7 +178,7 @@ def test_a_mistake_is_one_sentence(overrides: list[str], expected: str) -> None:
 
 
 def test_a_price_is_of_one_card() -> None:
-    with pytest.raises(UserError, match=r"--price is that of one card, and the sweep takes hardware=a100,l4"):
+    with pytest.raises(UserError, match=r"--price is that of one GPU, and the sweep takes hardware=a100,l4"):
         plan_sweep(["hardware=l4,a100"], price=1.0)
 
 

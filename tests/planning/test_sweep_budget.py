@@ -167,7 +167,7 @@ def test_changes_that_do_not_go_or_do_not_help_are_left_out() -> None:
 
 
 def test_a_combination_that_fits_only_with_a_change_is_counted_from_then_on() -> None:
-    """Features on disk take the encoder off the card: the change saves hours, and the second combination adds its own."""
+    """Features on disk take the encoder off the GPU: the change saves hours, and the second combination adds its own."""
     large = replace(JOB, name="large", peak_gib=23.0)
     speeds = SPEEDS | {"cache.enabled=true": lambda job: replace(SPEEDS["cache.enabled=true"](job), peak_gib=10.0)}
     first, *_ = propose([JOB, large], 90000, replanner([JOB, large], speeds))

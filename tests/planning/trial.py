@@ -15,7 +15,7 @@ from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.layers import checkpoint_layers
 from vlmcap.planning.estimate.sizes import language_batch
-from vlmcap.planning.estimate.stages import StageTrace, blocks_of, trace_stage
+from vlmcap.planning.estimate.stages import StageMemory, blocks_of, profile_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +85,26 @@ def _captioner(trial: Trial, llm: nn.Module, visual: Tensor) -> VideoCaptioner:
     return captioner
 
 
-def trace_trial(trial: Trial, depth: int) -> StageTrace:
+def trace_trial(trial: Trial, depth: int) -> StageMemory:
     """The trace of its training step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
+    from vlmcap.planning.estimate.fake_tensors import fill_with_fake_tensors, forget_checkpoints, quantize_fake
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
         llm = build_trial(trial, depth)
-        quantize_hollow(llm, trial.quantization, torch.float32)
+        quantize_fake(llm, trial.quantization, torch.float32)
         llm = _adapted(trial, llm)
     if trial.is_offloaded:
         forget_checkpoints(llm)
-    fill_hollow(llm, mode)
+    fill_with_fake_tensors(llm, mode)
     with mode:
         visual = torch.empty(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
     captioner = _captioner(trial, llm, visual)
     batch = language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8)
     blocks = list(blocks_of(base_model(llm), depth))
-    return trace_stage(
+    return profile_stage(
         llm, lambda: captioner.loss_sum(batch)[0], mode=mode, blocks=blocks, inputs=[visual], dtype=None, num_kept=trial.num_kept
     )
 
@@ -127,7 +127,7 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
 
 
 def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
-    """Bytes that PyTorch's allocator hands out in a real step on a card, over what the weights take; a short step comes first here too."""
+    """Bytes that PyTorch's allocator hands out in a real step on a GPU, over what the weights take; a short step comes first here too."""
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth)).to(device)
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)

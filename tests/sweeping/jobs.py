@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 
 from vlmcap.compose import to_config
 from vlmcap.config_files import config_dir
-from vlmcap.program import run_program, told_in_one_sentence
+from vlmcap.program import report_user_errors, run_program
 from vlmcap.sweeping.job import recorded
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def main(node: DictConfig) -> float:
-    with told_in_one_sentence(), recorded() as record:
+    with report_user_errors(), recorded() as record:
         config = to_config(node)
         record.begin(config)
         if config.seed == 1:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.sweeping.program import Program, statuses
 from vlmcap.config import Config
-from vlmcap.errors import Pruned, UserError
+from vlmcap.errors import TrialPruned, UserError
 from vlmcap.sweeping.search import SearchSpace, read_space
 
 optuna = pytest.importorskip("optuna")
@@ -108,7 +108,7 @@ def test_a_job_reports_to_its_trial_and_is_stopped_by_the_median(program: Progra
         value = config.seed / 10
         program.trial.report(value, 1)
         if program.trial.should_prune():
-            raise Pruned("worse than the others", value)
+            raise TrialPruned("worse than the others", value)
         return value
 
     arguments = [*SEARCH, "sweep.sampler=grid", "seed=9,8,1", "sweep.prune_after_trials=2", "sweep.prune_after_epochs=0"]

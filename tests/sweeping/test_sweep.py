@@ -14,7 +14,7 @@ from tests.sweeping.program import Program, statuses
 from vlmcap.compose import compose
 from vlmcap.config import Config
 from vlmcap.config_hash import config_hash
-from vlmcap.errors import DoesNotFit, UserError
+from vlmcap.errors import DoesNotFitError, UserError
 from vlmcap.sweeping.job import read_status
 
 GRID = ["-m", "projector=mlp,linear", "seed=0,1"]
@@ -28,7 +28,7 @@ def some_fail(config: Config) -> float:
     """Refused, broken, out of memory and fine."""
     match config.projector.name, config.seed:
         case "mlp", 0:
-            raise DoesNotFit("clip + qwen3_8b needs 40.0 GiB and hardware=l4 has 22.5", 40.0, 22.5)
+            raise DoesNotFitError("clip + qwen3_8b needs 40.0 GiB and hardware=l4 has 22.5", 40.0, 22.5)
         case "mlp", 1:
             raise RuntimeError("shapes do not match\nand more")
         case "linear", 0:
@@ -42,7 +42,7 @@ def test_a_sweep_survives_what_fails_and_says_what_became_of_each(program: Progr
     found = statuses(program.sweep_folder())
     assert [found[number]["status"] for number in "0123"] == ["refused", "failed", "failed", "finished"]
     assert found["0"]["plan"] == {"peak_gib": 40.0, "usable_gib": 22.5}
-    assert (found["0"]["error"], found["1"]["error"]) == ("DoesNotFit", "RuntimeError")
+    assert (found["0"]["error"], found["1"]["error"]) == ("DoesNotFitError", "RuntimeError")
     assert found["1"]["reason"] == "RuntimeError: shapes do not match"
     assert found["2"]["reason"].startswith("out of memory: CUDA out of memory")
     assert found["2"]["plan"]["usable_gib"] > 0
@@ -71,17 +71,17 @@ def test_a_combination_that_does_not_go_together_is_recorded_without_being_start
     found = statuses(program.sweep_folder())
     assert found["1"]["status"] == "refused"
     assert "has no own encoder" in found["1"]["reason"]
-    assert (program.sweep_folder() / "1" / ".hydra" / "overrides.yaml").read_text() == "- encoder=own\n"
+    assert (program.sweep_folder() / "1" / ".hydra" / "overrides.yaml").read_text() == "- encoder=native\n"
 
 
 @pytest.mark.slow
 def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: Program) -> None:
     given = ["llm=custom", "llm.checkpoint=org/First,org/Second"]
     assert program(["-m", *given], by_seed) == 0
-    assert [(config.llm.name, config.llm.licence) for config in program.runs] == [("first", "unknown"), ("second", "unknown")]
+    assert [(config.llm.name, config.llm.license) for config in program.runs] == [("first", "unknown"), ("second", "unknown")]
     found = statuses(program.sweep_folder())
     assert found["1"]["config_hash"] == config_hash(compose(["llm=custom", "llm.checkpoint=org/Second"]))
-    assert program(["llm=own", "llm.name=mine"]) == 2
+    assert program(["llm=native", "llm.name=mine"]) == 2
     assert program.runs == []
 
 
@@ -90,7 +90,7 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
     [
         (["encoder=clip,siglp2"], "no encoder named 'siglp2'"),
         (["data.num_frame=2,4"], "no key 'data.num_frame'"),
-        (["encoder=own", "seed=0,1"], "has no own encoder"),
+        (["encoder=native", "seed=0,1"], "has no own encoder"),
         (["seed=0,1", "paths.output_dir=here"], "paths.output_dir would put every job of a sweep into one folder"),
         (["sweep.budget_h=1,2"], "sweep.budget_h is of the sweep as a whole"),
         (["seed=interval(0,1)"], "has no values to try one by one"),

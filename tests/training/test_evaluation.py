@@ -283,7 +283,7 @@ def test_synonyms_and_width_reach_the_scores(tmp_path: Path) -> None:
     plain = CaptionScorer(EvaluationConfig()).score(rows)
     same = tmp_path / "same.json"
     same.write_text('{"해변": ["바닷가"]}', encoding="utf-8")
-    scorer = CaptionScorer(EvaluationConfig(synonyms=str(same), fold_width=True))
+    scorer = CaptionScorer(EvaluationConfig(synonyms=str(same), normalize_fullwidth=True))
     folded = scorer.score(rows)
     assert folded["content_recall"] > plain["content_recall"]
     assert folded["content/noun_recall"] > plain["content/noun_recall"]

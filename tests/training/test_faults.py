@@ -65,7 +65,7 @@ def configure(real_path: list[str], root: Path, *overrides: str) -> Config:
 
 def test_a_run_goes_on_without_its_bad_clips(real_path: list[str], damaged: Path, tmp_path: Path) -> None:
     train(configure(real_path, damaged, "data.max_bad_fraction=0.5"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(line["id"] for line in lines) == sorted(REASONS)
     for line in lines:
         assert REASONS[line["id"]] in line["reason"]

@@ -141,7 +141,7 @@ def test_a_clip_that_does_not_decode_is_named_counted_and_skipped(
 ) -> None:
     config = tiny_config(tmp_path / "run", "cache.enabled=false", "data.batch_size=1", "trainer.max_steps=12", "data.max_bad_fraction=0.1")
     train(spoil(config, ["train_00003"], tmp_path / "data"))
-    lines = (tmp_path / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()
     (row,) = [json.loads(line) for line in lines]
     assert row["id"] == "train_00003"
     assert "cannot be read" in row["reason"]
@@ -168,7 +168,7 @@ def test_a_window_of_bad_clips_changes_no_gradient(tiny_config: MakeConfig, make
     loss.backward()
     gradients = [p.grad for part in run.module.trained.values() for p in part.values()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
-    assert len(run.module.ledger) == 1
+    assert len(run.module.skipped_log) == 1
 
 
 def test_captions_without_tokens_are_named_and_long_ones_counted(
@@ -185,7 +185,7 @@ def test_captions_without_tokens_are_named_and_long_ones_counted(
     lost = load_splits(prepare(config), [Split.train])["train"][5]
     monkeypatch.setattr(PromptEncoder, "encode_caption", lambda self, text: [] if text == lost.captions[0] else original(self, text))
     train(config)
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert row["id"] == lost.id
     assert "no caption to learn from" in row["reason"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))

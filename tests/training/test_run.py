@@ -32,7 +32,7 @@ def test_a_run_folder_holds_its_files_and_nothing_half_written(straight_run: Pat
     files = {str(path.relative_to(straight_run)) for path in straight_run.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.jsonl", "metrics.csv", "summary.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= files
     assert not [name for name in files if ".partial" in name]
-    assert "quarantine.jsonl" not in files, "made at the first bad clip"
+    assert "skipped_clips.jsonl" not in files, "made at the first bad clip"
 
 
 def test_the_summary_says_scores_costs_and_versions(summary: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def test_the_summary_says_what_the_plan_expected_of_what_was_trained(tiny_config
     overrides = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "evaluation.every_n_epochs=2", "evaluation.max_clips=3"]
     config = tiny_config(tmp_path, *overrides)
     run = SimpleNamespace(data=SimpleNamespace(clips={"train": range(20), "val": range(9)}))
-    plan = SimpleNamespace(peak_gib=9.5, card=SimpleNamespace(usable_gib=22.0), clip_s=0.5, caption_s=2.0)
+    plan = SimpleNamespace(peak_gib=9.5, gpu=SimpleNamespace(usable_gib=22.0), clip_s=0.5, caption_s=2.0)
     # 10 steps of 8 clips are four epochs of 20, with two validations of 3 captions.
     assert expected(config, cast(Any, run), cast(Any, plan), 10) == {"peak_gib": 9.5, "usable_gib": 22.0, "fit_s": 52.0}
     assert expected(config, cast(Any, run), None, 10) is None
@@ -111,7 +111,7 @@ def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_eit
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[bool]] = {"training": set(), "captioning": set(), "writing back": set()}
-    loss_sum, own_ids, step = VideoCaptioner.loss_sum, VideoCaptioner._own_ids, CaptioningModule.on_before_optimizer_step
+    loss_sum, own_ids, step = VideoCaptioner.loss_sum, VideoCaptioner._native_ids, CaptioningModule.on_before_optimizer_step
 
     def note(name: str, function: Any) -> Any:
         def noted(*arguments: Any) -> Any:
@@ -121,7 +121,7 @@ def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_eit
         return noted
 
     monkeypatch.setattr(VideoCaptioner, "loss_sum", note("training", loss_sum))
-    monkeypatch.setattr(VideoCaptioner, "_own_ids", note("captioning", own_ids))
+    monkeypatch.setattr(VideoCaptioner, "_native_ids", note("captioning", own_ids))
     monkeypatch.setattr(CaptioningModule, "on_before_optimizer_step", note("writing back", step))
     losses, captions = [], []
     torch.use_deterministic_algorithms(False)  # whatever an earlier test of this process left

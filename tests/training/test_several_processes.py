@@ -18,7 +18,7 @@ from vlmcap.config import Strategy
 from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.load import single_process
 from vlmcap.training.checks import check_strategy
-from vlmcap.training.processes import describe_batch, is_hollow, make_strategy, num_processes, own_command, process_rank
+from vlmcap.training.processes import describe_batch, launch_command, make_strategy, num_processes, process_rank, receives_weights
 
 TWO = ["hardware.devices=2", "trainer.accumulate_grad_batches=1", "trainer.log_every_n_steps=1"]
 ONE = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
@@ -44,10 +44,10 @@ def test_ranks_as_launchers_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(["trainer=fsdp2", "hardware.devices=4", "trainer.num_nodes=2"])
     for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert (num_processes(config), process_rank(config), is_hollow(config)) == (8, 0, False)
+    assert (num_processes(config), process_rank(config), receives_weights(config)) == (8, 0, False)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("NODE_RANK", "1")
-    assert (process_rank(config), is_hollow(config)) == (7, True)
+    assert (process_rank(config), receives_weights(config)) == (7, True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", "5")
     assert process_rank(config) == 5
@@ -75,7 +75,7 @@ def test_a_process_of_a_job_gets_the_job_s_overrides_and_folder(monkeypatch: pyt
     overrides = SimpleNamespace(task=["llm=tiny", "seed=1", "paths.output_dir=elsewhere"])
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(overrides=overrides))
-    command = own_command(compose([f"paths.output_dir={tmp_path}"]))
+    command = launch_command(compose([f"paths.output_dir={tmp_path}"]))
     at = command.index("llm=tiny")
     assert command[at : at + 3] == ["llm=tiny", "seed=1", f"paths.output_dir='{tmp_path}'"]
     assert {f"hydra.run.dir='{tmp_path}'", "hydra.output_subdir=null"} <= set(command)
@@ -90,7 +90,7 @@ def test_other_processes_run_the_command_again(started: str, tmp_path: Path, mon
     job = SimpleNamespace(job=SimpleNamespace(config_name="train"), overrides=SimpleNamespace(task=["data.root='도심'"]))
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: job)
-    command = own_command(compose([f"paths.output_dir={tmp_path / '도 심'}"]))
+    command = launch_command(compose([f"paths.output_dir={tmp_path / '도 심'}"]))
     own = [sys.executable, "/bin/train.py"] if started == "train.py" else [sys.executable, "-m", "vlmcap.cli", "train"]
     assert command[: len(own) + 1] == [*own, "data.root='도심'"]
     assert f"paths.output_dir='{tmp_path / '도 심'}'" in command

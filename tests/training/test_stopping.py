@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.training.tiny_training import tiny_data, tiny_training
 from vlmcap.compose import compose
 from vlmcap.config import Config, GuardConfig, Stage
-from vlmcap.errors import DivergedError, Pruned, UserError
+from vlmcap.errors import DivergedError, TrialPruned, UserError
 from vlmcap.training.callbacks.guard import DivergenceGuard
 from vlmcap.training.callbacks.saving import checkpoint_callbacks
 from vlmcap.training.callbacks.stopping import PatientStop, TrialPruning
@@ -227,7 +227,7 @@ def validate(trial: Worse, epoch: int, scores: dict[str, float]) -> None:
 
 def test_a_worse_run_ends_before_its_last_epoch_alone() -> None:
     trial = Worse()
-    with pytest.raises(Pruned, match=r"val/cider of 0\.5000 after epoch 2 is worse than the median"):
+    with pytest.raises(TrialPruned, match=r"val/cider of 0\.5000 after epoch 2 is worse than the median"):
         validate(trial, 1, {"val/cider": 0.5})
     validate(trial, 2, {"val/cider": 0.6})
     assert trial.reports == [(0.5, 2), (0.6, 3)]

@@ -18,7 +18,7 @@ from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.errors import UserError
 from vlmcap.metrics import score_captions
-from vlmcap.training.callbacks.visual_reliance import grounding_check
+from vlmcap.training.callbacks.visual_reliance import visual_reliance_check
 from vlmcap.training.callbacks.visual_reliance_scores import cost, is_near_zero, swap_order
 from vlmcap.training.objects import Run
 from vlmcap.training.run import evaluate, train
@@ -27,7 +27,7 @@ from vlmcap.types import Batch, Clip
 
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[[Config], Run]
-ON = "callbacks.grounding.enabled=true"
+ON = "callbacks.visual_reliance.enabled=true"
 
 
 def make_clips(categories: Sequence[str], videos: Sequence[int] | None = None) -> list[Clip]:
@@ -80,12 +80,12 @@ def test_a_drop_is_near_zero_if_it_is_small_and_may_be_chance() -> None:
 
 
 def look(run: Run, split: Split = Split.test) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores `grounding/*` of a split and what was written."""
+    """Scores `visual_reliance/*` of a split and what was written."""
     scores = run_test(run, split)
     name = split.value
-    text = (run.folder / "predictions" / "grounding" / f"{name}.jsonl").read_text(encoding="utf-8")
+    text = (run.folder / "predictions" / "visual_reliance" / f"{name}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    return {key.removeprefix(f"{name}/grounding/"): value for key, value in scores.items() if "/grounding/" in key}, rows
+    return {key.removeprefix(f"{name}/visual_reliance/"): value for key, value in scores.items() if "/visual_reliance/" in key}, rows
 
 
 @pytest.mark.parametrize("cache", thinned(["true", "false"], lambda cache: cache == "true"))
@@ -130,7 +130,9 @@ def test_a_model_that_looks_loses_what_other_captions_score(
 
 
 def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run(tiny_config(tmp_path, ON, "callbacks.grounding.mode=loss", "cache.enabled=false", "callbacks.grounding.max_clips=5"))
+    run = make_run(
+        tiny_config(tmp_path, ON, "callbacks.visual_reliance.mode=loss", "cache.enabled=false", "callbacks.visual_reliance.max_clips=5")
+    )
     clips = run.data.clips["test"]
     dataset: Any = run.data.make_dataset(clips)
     own = {clip.id: dataset[row].frames for row, clip in enumerate(clips)}
@@ -175,7 +177,7 @@ def test_black_features_are_those_of_black_frames(tiny_config: MakeConfig, make_
 def test_training_goes_on_as_if_nothing_had_been_asked(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
     """Resumed in the middle, with sampling and dropout, so that each random number drawn would show."""
     folder = tmp_path / "run"
-    overrides = ("tuning.lora.dropout=0.1", ON, "callbacks.grounding.every_n_validations=2", "evaluation.max_clips=6")
+    overrides = ("tuning.lora.dropout=0.1", ON, "callbacks.visual_reliance.every_n_validations=2", "evaluation.max_clips=6")
     train(tiny_config(folder, *overrides, "trainer.max_steps=5"))
     train(tiny_config(folder, *overrides, "checkpoint=last"))
     mine, other = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (folder, straight_run))
@@ -183,13 +185,17 @@ def test_training_goes_on_as_if_nothing_had_been_asked(straight_run: Path, tiny_
     assert torch.equal(mine["vlmcap"]["random"]["torch"], other["vlmcap"]["random"]["torch"])
     assert mine["vlmcap"]["random"]["python"] == other["vlmcap"]["random"]["python"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    epochs = {row["epoch"] for row in rows if "val/grounding/swapped/cider_drop" in row}
+    epochs = {row["epoch"] for row in rows if "val/visual_reliance/swapped/cider_drop" in row}
     assert epochs == {1, 2}, "every second validation by the epoch, also where the run stopped in it, and at the end"
-    names = {path.name for path in (folder / "predictions" / "grounding").iterdir()}
+    names = {path.name for path in (folder / "predictions" / "visual_reliance").iterdir()}
     assert names == {"val-epoch=01.jsonl", "val.jsonl", "test.jsonl"}
     scores = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["scores"]
-    assert {"val/grounding/own/cider", "test/grounding/blanked/loss_rise", "val/grounding/swapped/facts_drop"} <= scores.keys()
-    lines = (folder / "predictions" / "grounding" / "val-epoch=01.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {
+        "val/visual_reliance/own/cider",
+        "test/visual_reliance/blanked/loss_rise",
+        "val/visual_reliance/swapped/facts_drop",
+    } <= scores.keys()
+    lines = (folder / "predictions" / "visual_reliance" / "val-epoch=01.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6, "no more than are captioned"
     said = {row["id"]: row for row in map(json.loads, (folder / "predictions" / "val-epoch=01.jsonl").read_text("utf-8").splitlines())}
     assert all(said[row["id"]]["prediction"] == row["own"]["prediction"] for row in map(json.loads, lines))
@@ -197,8 +203,10 @@ def test_training_goes_on_as_if_nothing_had_been_asked(straight_run: Path, tiny_
 
 def test_sampled_captions_draw_nothing_from_training(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
     states = []
-    for grounding in ("true", "false"):
-        config = tiny_config(tmp_path / grounding, f"callbacks.grounding.enabled={grounding}", "evaluation.do_sample=true")
+    for visual_reliance in ("true", "false"):
+        config = tiny_config(
+            tmp_path / visual_reliance, f"callbacks.visual_reliance.enabled={visual_reliance}", "evaluation.do_sample=true"
+        )
         run = make_run(config)
         run_test(run, Split.test)
         states.append(torch.get_rng_state())
@@ -208,11 +216,11 @@ def test_sampled_captions_draw_nothing_from_training(tiny_config: MakeConfig, ma
 def test_a_checkpoint_is_asked_afterwards(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "out", ON, "data.split=test")
     scores = evaluate(config, straight_run / "checkpoints" / "last.ckpt")
-    assert "test/grounding/swapped/cider_drop" in scores
-    assert (tmp_path / "out" / "predictions" / "grounding" / "test.jsonl").is_file()
+    assert "test/visual_reliance/swapped/cider_drop" in scores
+    assert (tmp_path / "out" / "predictions" / "visual_reliance" / "test.jsonl").is_file()
     config = tiny_config(tmp_path / "vllm", ON, "evaluation.engine=vllm")
-    with pytest.raises(UserError, match=r"callbacks\.grounding measures the loss .*evaluation\.engine=own"):
-        grounding_check(config, None, None, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"callbacks\.visual_reliance measures the loss .*evaluation\.engine=native"):
+        visual_reliance_check(config, None, None, tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

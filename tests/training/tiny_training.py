@@ -19,7 +19,7 @@ from vlmcap.data.loading.batches import Draw
 from vlmcap.data.loading.collate import Collator
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.data.loading.lengths import count_tokens, sequence_lengths
-from vlmcap.data.skipped_clips import Ledger
+from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.callbacks.saving import AtomicCheckpointIO, checkpoint_callbacks
 from vlmcap.training.module import CaptioningModule
@@ -130,7 +130,7 @@ def tiny_training(
         StagePlan(stages),
         OptimConfig(),
         identity={"config": {}},
-        ledger=Ledger(folder / "quarantine.jsonl", 0.0, NUM_CLIPS),
+        skipped_log=SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, NUM_CLIPS),
         max_label_tokens=3 * MAX_CAPTION,
     )
     config = SimpleNamespace(

@@ -1,7 +1,7 @@
 """Whether keeping a frozen encoder's features on disk is cheaper than computing them anew in every epoch.
 
 Published measurements conflict, and both sides are right. A cache saves the encoder's arithmetic and the decoding of video, and costs
-the building and the reading: with a slow card or a large encoder it pays from the second epoch on, with a fast card, a small encoder and
+the building and the reading: with a slow GPU or a large encoder it pays from the second epoch on, with a fast GPU, a small encoder and
 a language model behind which the data workers hide their decoding it never does.
 """
 
@@ -131,11 +131,11 @@ def _build_s(costs: CacheCosts) -> float:
 
 
 def flops_per_s(hardware: str, num_cores: int | None = None) -> float:
-    """Speed of a card, or of so many cores, at the matrices of transformers; a card without an entry counts as an L4.
+    """Speed of a GPU, or of so many cores, at the matrices of transformers; a GPU without an entry counts as an L4.
 
     Args:
         hardware: Name under `conf/hardware`.
-        num_cores: Of a CPU; None for a card.
+        num_cores: Of a CPU; None for a GPU.
     """
     if num_cores is not None:
         return num_cores * _CORE_FLOPS
@@ -168,11 +168,11 @@ def estimate_costs(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, S
     """
     import torch
 
-    config, sketch = plan.config, plan.sketch
+    config, meta_encoder = plan.config, plan.meta_encoder
     is_cpu = config.hardware.accelerator == "cpu"
     speed = flops_per_s(config.hardware.name, torch.get_num_threads() if is_cpu else None)
-    tokens = max(frames * rows * columns for frames, rows, columns in sketch.possible_grids(config.data.num_frames))
-    num_parameters = sum(parameter.numel() for parameter in sketch.parameters())
+    tokens = max(frames * rows * columns for frames, rows, columns in meta_encoder.possible_grids(config.data.num_frames))
+    num_parameters = sum(parameter.numel() for parameter in meta_encoder.parameters())
     longest = max(clips.values(), key=len)
     num_clips = sum(len(members) for members in clips.values())
     root = existing_parent(store.folder)

@@ -15,7 +15,7 @@ from vlmcap.data.formats import Record, read_records
 from vlmcap.data.formats.record import skip
 from vlmcap.data.manifest import ClipTable, TableWriter
 from vlmcap.data.media.archive_cache import use_index_folder
-from vlmcap.data.skipped_clips import Ledger
+from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.data.splits import SplitDrawer, nested_subset, standard_split
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
@@ -88,18 +88,18 @@ def _cut(config: Config, split: str, table: ClipTable) -> ClipTable:
     return table.select(nested_subset(len(table), count, config.seed) if split == "train" else np.arange(count))
 
 
-def open_ledger(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Ledger:
-    """The run's ledger of bad clips, in which the bad entries of the data set stand.
+def open_skipped_log(config: Config, clips: Mapping[str, Sequence[Clip]]) -> SkippedClipLog:
+    """The run's skipped_log of bad clips, in which the bad entries of the data set stand.
 
     Raises:
         UserError: They are more than `data.max_bad_fraction`.
     """
     skipped = clips.skipped if isinstance(clips, Splits) else ()
     num_clips = sum(map(len, clips.values())) + len(skipped)
-    ledger = Ledger(Path(config.paths.output_dir) / "quarantine.jsonl", config.data.max_bad_fraction, num_clips)
-    ledger.add_all(skipped)
-    ledger.check()
-    return ledger
+    skipped_log = SkippedClipLog(Path(config.paths.output_dir) / "skipped_clips.jsonl", config.data.max_bad_fraction, num_clips)
+    skipped_log.add_all(skipped)
+    skipped_log.check()
+    return skipped_log
 
 
 class _Reading:
@@ -141,7 +141,7 @@ class _Reading:
         mend = (
             "raise data.splits.val or data.splits.test, or change data.splits.seed"
             if self.drawer is not None
-            else "train and val are needed to train and test is optional; add what is missing, or set data.splits.is_drawn=true, "
+            else "train and val are needed to train and test is optional; add what is missing, or set data.splits.random=true, "
             "which draws all three"
         )
         raise UserError(f"data.root={root} has no clips of the split {' and '.join(missing)} (clips there, {there}){bad}: {mend}")
@@ -172,7 +172,7 @@ class _Reading:
         return UserError(f"none of {which} entries of data.root={root} can be used; first: {_told(self.skipped[0])}")
 
 
-_NO_SPLIT = "it names no split: set data.splits.is_drawn=true, which draws splits, or say of each clip which one it is in"
+_NO_SPLIT = "it names no split: set data.splits.random=true, which draws splits, or say of each clip which one it is in"
 
 
 def _told(skipped: Skipped) -> str:
@@ -180,7 +180,7 @@ def _told(skipped: Skipped) -> str:
 
 
 def _drawer(config: Config) -> SplitDrawer | None:
-    return SplitDrawer(config.data.splits, config.data.root) if config.data.splits.is_drawn else None
+    return SplitDrawer(config.data.splits, config.data.root) if config.data.splits.random else None
 
 
 def _with_progress(entries: Entries) -> Iterator[Record | Skipped]:
@@ -212,7 +212,7 @@ def blank_clip(config: Config) -> Clip:
 
 def with_blank(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Mapping[str, Sequence[Clip]]:
     """Clips whose features a run needs: with the black one where it is asked for."""
-    return {**clips, "black": [blank_clip(config)]} if config.callbacks.grounding.enabled else clips
+    return {**clips, "black": [blank_clip(config)]} if config.callbacks.visual_reliance.enabled else clips
 
 
 _SIDE = 448  # pixels; black stays black at any other size

@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from vlmcap.models.checkpoint import Fingerprint
     from vlmcap.models.encoders import EncoderOptions, VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
-    from vlmcap.models.pretrained import PretrainedParts
+    from vlmcap.models.pretrained import VlmComponents
     from vlmcap.models.projectors import ProjectorSizes
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class BaseCheckpoints:
     """Where the frozen bases are, and what they hold: `encoder` and `llm`, or `model` where one brings both."""
 
     folders: dict[str, Path]
     bases: dict[str, Fingerprint]
 
 
-def locate_sources(config: Config, *, is_encoder_only: bool = False) -> Sources:
+def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) -> BaseCheckpoints:
     """Finds the bases and takes their fingerprints.
 
     Args:
@@ -62,21 +62,21 @@ def locate_sources(config: Config, *, is_encoder_only: bool = False) -> Sources:
     folders: dict[str, Path] = {}
     bases: dict[str, Fingerprint] = {}
     parts = ("encoder",) if is_encoder_only else ("encoder", "llm")
-    for part in ("model",) if config.is_whole else parts:
+    for part in ("model",) if config.is_pretrained_vlm else parts:
         settings, wanted = getattr(config, part), VISION if part == "encoder" else None
-        if part == "encoder" and has_own_encoder(config):
+        if part == "encoder" and has_plugin_encoder(config):
             if not settings.checkpoint:
                 folders[part], bases[part] = Path(), Fingerprint(settings.kind, "", hashlib.sha256(settings.kind.encode()).hexdigest())
                 continue
             wanted = None
         folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
         bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
-    return Sources(folders, bases)
+    return BaseCheckpoints(folders, bases)
 
 
-def vision_part(config: Config) -> str:
+def vision_component(config: Config) -> str:
     """The base that the vision encoder comes from."""
-    return "model" if config.is_whole else "encoder"
+    return "model" if config.is_pretrained_vlm else "encoder"
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -133,12 +133,12 @@ def tower_attention(config: Config) -> str:
     return choose_attention("auto", device, dtype_of(config.hardware.precision)) if config.hardware.attention == "auto" else "sdpa"
 
 
-def has_own_encoder(config: Config) -> bool:
+def has_plugin_encoder(config: Config) -> bool:
     """Whether the encoder is a plugin's."""
     return maker_of("encoder", config.encoder.kind) is not None
 
 
-def own_encoder(config: Config, folder: Path | None) -> VisionEncoder:
+def plugin_encoder(config: Config, folder: Path | None) -> VisionEncoder:
     """The encoder of a plugin, frozen; with random weights where there is no folder."""
     made: VisionEncoder = maker_of("encoder", config.encoder.kind)(config.encoder, folder if config.encoder.checkpoint else None)
     return made.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
@@ -152,9 +152,9 @@ def max_patches(config: Config) -> int:
 
 def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder, frozen; of a whole model it alone is read."""
-    if has_own_encoder(config):
-        return own_encoder(config, folder)
-    if not config.is_whole:
+    if has_plugin_encoder(config):
+        return plugin_encoder(config, folder)
+    if not config.is_pretrained_vlm:
         from vlmcap.models import encoders
 
         is_on_host = config.trainer.strategy is Strategy.fsdp2  # it is cut into shards
@@ -166,20 +166,20 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     return encoder
 
 
-def sketch_encoder(config: Config, folder: Path) -> VisionEncoder:
+def build_meta_encoder(config: Config, folder: Path) -> VisionEncoder:
     """The vision encoder without its weights, on the meta device: its sizes and its transform."""
-    if has_own_encoder(config):
+    if has_plugin_encoder(config):
         import torch
 
         with torch.device("meta"):
-            return own_encoder(config, None)
-    if not config.is_whole:
+            return plugin_encoder(config, None)
+    if not config.is_pretrained_vlm:
         from vlmcap.models import encoders
 
-        return encoders.sketch_encoder(folder, encoder_options(config))
+        return encoders.build_meta_encoder(folder, encoder_options(config))
     from vlmcap.models import pretrained
 
-    encoder: VisionEncoder = pretrained.sketch_vision(
+    encoder: VisionEncoder = pretrained.build_meta_vision(
         config.model.kind, folder, dtype=dtype_of(config.hardware.precision), max_patches=max_patches(config)
     )
     return encoder
@@ -274,7 +274,7 @@ def language_options(config: Config) -> dict[str, Any]:
 
 def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Module:
     """The language model, frozen; without weights, on the meta device, where `is_meta`."""
-    from vlmcap.models.llm.load import load_language_model, sketch_language_model
+    from vlmcap.models.llm.load import build_meta_language_model, load_language_model
 
     if own := maker_of("llm", config.llm.kind):
         import torch
@@ -284,11 +284,11 @@ def load_llm(config: Config, folder: Path, *, is_meta: bool = False) -> nn.Modul
         return made.requires_grad_(False)
     if is_meta:
         options = {name: value for name, value in language_options(config).items() if name != "quantization"}
-        return sketch_language_model(folder, **options)
+        return build_meta_language_model(folder, **options)
     return load_language_model(folder, is_on_host=config.trainer.strategy is Strategy.fsdp2, **language_options(config))
 
 
-def load_whole(config: Config, folder: Path) -> PretrainedParts:
+def load_vlm(config: Config, folder: Path) -> VlmComponents:
     """The parts of a whole pretrained model, frozen but for its projector."""
     from vlmcap.models.pretrained import load_pretrained
 
@@ -302,7 +302,7 @@ def load_whole(config: Config, folder: Path) -> PretrainedParts:
     )
 
 
-def sketch_whole(config: Config, folder: Path) -> PretrainedParts:
+def build_meta_vlm(config: Config, folder: Path) -> VlmComponents:
     """The same parts without weights, on the meta device, and without the layout that needs a tokenizer."""
     import torch
 

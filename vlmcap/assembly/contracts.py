@@ -46,7 +46,7 @@ class Outcome:
     problem: str = ""
 
 
-def check_part(group: str, kind: str, settings: Settings | None = None) -> list[Outcome]:
+def check_component(group: str, kind: str, settings: Settings | None = None) -> list[Outcome]:
     """Every contract of a part, each checked whatever became of the others.
 
     Args:
@@ -276,19 +276,19 @@ class _EncoderContracts:
 
 
 def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
-    from vlmcap.metrics.user_metrics import own_scores
+    from vlmcap.metrics.user_metrics import user_scores
 
     texts, references = ["파도가 치는 바다.", "", "산 위의 구름."], [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
 
     def check_value() -> None:
-        score = own_scores(texts, references)[name]
+        score = user_scores(texts, references)[name]
         assert math.isfinite(score), f"it gives {score}"
 
     def check_repeat() -> None:
-        assert own_scores(texts, references)[name] == own_scores(texts, references)[name], "two calls differ"
+        assert user_scores(texts, references)[name] == user_scores(texts, references)[name], "two calls differ"
 
     def check_order() -> None:
-        error = abs(own_scores(texts, references)[name] - own_scores(texts[::-1], references[::-1])[name])
+        error = abs(user_scores(texts, references)[name] - user_scores(texts[::-1], references[::-1])[name])
         assert error < 1e-9, f"clips in another order differ by {error:.1e}"
 
     yield "it gives a finite number, or one per clip, for several references and an empty caption", check_value

@@ -57,7 +57,7 @@ def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) 
     """(N,) tokens of each training clip's whole sequence; of the largest possible video where sizes vary and are not known yet."""
     from vlmcap.data.loading.lengths import caption_lengths, sequence_lengths
 
-    prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_whole else "llm"]
+    prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_pretrained_vlm else "llm"]
     folder = Path(config.paths.cache_dir) / "manifests"
     captions = caption_lengths(clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}")
     limit = config.llm.caption_tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmcap.assembly.components import Sources
+from vlmcap.assembly.components import BaseCheckpoints
 from vlmcap.config import Config
 
 if TYPE_CHECKING:
@@ -45,20 +45,20 @@ class FeaturePlan:
     Attributes:
         config: As `prepare` returned it.
         sources: With the base of the encoder.
-        sketch: The encoder without its weights.
+        meta_encoder: The encoder without its weights.
         grid_of: F, H and W of decoded frames -> a clip's size in patches, or None where all have the encoder's own.
         num_visual_tokens: V, the most that a clip may have; 0 where no language model will read them here.
     """
 
     config: Config
-    sources: Sources
-    sketch: VisionEncoder
+    sources: BaseCheckpoints
+    meta_encoder: VisionEncoder
     grid_of: Callable[[int, int, int], GridTHW | None]
     num_visual_tokens: int = 0
 
     def decoded(self, clips: Sequence[Clip]) -> ClipDataset:
         """Clips with the frames that the encoder takes."""
-        return decoded_dataset(self.config, self.sketch.transform, self.grid_of, clips)
+        return decoded_dataset(self.config, self.meta_encoder.transform, self.grid_of, clips)
 
 
 def grid_of_frames(config: Config, encoder: VisionEncoder) -> Callable[[int, int, int], GridTHW | None]:

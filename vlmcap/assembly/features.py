@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vlmcap.assembly.clips import Splits, with_blank
+from vlmcap.assembly.components import autocast_dtype, device_of, load_encoder, vision_component
 from vlmcap.assembly.datasets import FeaturePlan
-from vlmcap.assembly.components import autocast_dtype, device_of, load_encoder, vision_part
 from vlmcap.config import Config, EncoderTuning, Sampling
 from vlmcap.plugins import plugins_of
 
@@ -130,12 +130,12 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
     from vlmcap.data.features.recipe import Recipe
 
     config = plan.config
-    base, transform = plan.sources.bases[vision_part(config)], cast(Any, plan.sketch.transform)
+    base, transform = plan.sources.bases[vision_component(config)], cast(Any, plan.meta_encoder.transform)
     own = plugins_of(config).get("encoder")
     code = json.dumps([base.sha256, own, dataclasses.asdict(config.encoder)], sort_keys=True, default=str)
     return Recipe(
         encoder=base.sha256 if own is None else hashlib.sha256(code.encode()).hexdigest(),
-        layer=plan.sketch.feature_layer,
+        layer=plan.meta_encoder.feature_layer,
         transform={"kind": type(transform).__name__, **dataclasses.asdict(transform)},
         num_frames=config.data.num_frames,
         sampling=config.data.sampling.value,
@@ -180,11 +180,11 @@ def clip_bytes(plan: FeaturePlan) -> int:
     from vlmcap.data.features.dataset import pooled_grid
     from vlmcap.data.features.precision import size_bytes
 
-    config, sketch = plan.config, plan.sketch
-    grids = sketch.possible_grids(config.data.num_frames)
+    config, meta_encoder = plan.config, plan.meta_encoder
+    grids = meta_encoder.possible_grids(config.data.num_frames)
     if config.pool_size is not None:
         grids = [pooled_grid(grid, config.pool_size) for grid in grids]
-    return max(size_bytes(1, frames, rows * columns, sketch.embed_dim, config.cache.dtype) for frames, rows, columns in grids)
+    return max(size_bytes(1, frames, rows * columns, meta_encoder.embed_dim, config.cache.dtype) for frames, rows, columns in grids)
 
 
 def fill_store(
@@ -204,8 +204,8 @@ def fill_store(
     if not any(missing.values()):
         return
     config, size = plan.config, clip_bytes(plan)
-    encode = encoding_of(config, load_encoder(config, plan.sources.folders[vision_part(config)]))
-    num_frames = max(frames for frames, _, _ in plan.sketch.possible_grids(config.data.num_frames))
+    encode = encoding_of(config, load_encoder(config, plan.sources.folders[vision_component(config)]))
+    num_frames = max(frames for frames, _, _ in plan.meta_encoder.possible_grids(config.data.num_frames))
     max_bytes = None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30)
     with torch.random.fork_rng(devices=[]):  # what is trained starts the same whether anything was missing or not
         for split in [split for split, count in missing.items() if count]:

@@ -8,8 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.assembly.components import (
+    BaseCheckpoints,
+    add_adapters,
+    autocast_dtype,
+    build_meta_encoder,
+    build_meta_vlm,
+    compile_blocks,
+    load_encoder,
+    load_llm,
+    load_prompt_of,
+    load_vlm,
+    locate_base_checkpoints,
+    loss_chunk_bytes,
+    projector_sizes,
+    train_encoder,
+    vision_component,
+)
 from vlmcap.assembly.datasets import FeaturePlan, PathReader, grid_of_frames
-from vlmcap.assembly.components import Sources, add_adapters, autocast_dtype, compile_blocks, load_encoder, load_llm, load_prompt_of, load_whole, locate_sources, loss_chunk_bytes, projector_sizes, sketch_encoder, sketch_whole, train_encoder, vision_part
 from vlmcap.config import Batching, Config, Engine, EvaluationConfig, Reducer, TokenProjectorConfig
 from vlmcap.config.checks import as_text
 from vlmcap.config.kinds import maker_of
@@ -54,7 +70,7 @@ class ModelSpec:
     @property
     def grids(self) -> Sequence[GridTHW]:
         """Sizes in patches that a clip may have."""
-        return self.feature_plan.sketch.possible_grids(self.config.data.num_frames)
+        return self.feature_plan.meta_encoder.possible_grids(self.config.data.num_frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +92,14 @@ class Assembly:
     features: Features | None = None
 
     @property
-    def sources(self) -> Sources:
+    def sources(self) -> BaseCheckpoints:
         """The frozen base checkpoints."""
         return self.feature_plan.sources
 
     @property
     def num_encoder_parameters(self) -> int:
         """Parameters of the encoder, loaded or not."""
-        return sum(parameter.numel() for parameter in self.feature_plan.sketch.parameters())
+        return sum(parameter.numel() for parameter in self.feature_plan.meta_encoder.parameters())
 
 
 def describe_model(config: Config) -> ModelSpec:
@@ -97,18 +113,20 @@ def describe_model(config: Config) -> ModelSpec:
     from vlmcap.models.llm.prompt import VisualRun
     from vlmcap.models.projectors import check_projector, count_tokens
 
-    sources = locate_sources(config)
-    part = "model" if config.is_whole else "llm"
+    sources = locate_base_checkpoints(config)
+    part = "model" if config.is_pretrained_vlm else "llm"
     folder = sources.folders[part]
     if config.data.batching is Batching.packed:
-        check_packing(folder, f"{part}={config.part_names[part]}")
-    _check_decoding(config, folder, f"{part}={config.part_names[part]}")
-    encoder = sketch_encoder(config, sources.folders[vision_part(config)])
+        check_packing(folder, f"{part}={config.component_names[part]}")
+    _check_decoding(config, folder, f"{part}={config.component_names[part]}")
+    encoder = build_meta_encoder(config, sources.folders[vision_component(config)])
     grids, context = encoder.possible_grids(config.data.num_frames), context_length(folder)
-    if config.is_whole:
-        sizes, outline = None, sketch_whole(config, folder)
-        prompt = load_prompt_of(config, folder, visual_prefix=outline.visual_prefix, visual_suffix=outline.visual_suffix)
-        visual = VisualRun(outline.num_tokens, grids[0])
+    if config.is_pretrained_vlm:
+        sizes, cached_meta_encoder = None, build_meta_vlm(config, folder)
+        prompt = load_prompt_of(
+            config, folder, visual_prefix=cached_meta_encoder.visual_prefix, visual_suffix=cached_meta_encoder.visual_suffix
+        )
+        visual = VisualRun(cached_meta_encoder.num_tokens, grids[0])
     else:
         prompt = load_prompt_of(config, folder)
         sizes = projector_sizes(config, encoder, text_width(folder), len(prompt.question_ids))
@@ -159,7 +177,7 @@ def assemble(
         UserError: A part cannot be loaded, or the text between visual tokens does not fit into the context.
     """
     if spec.projector is None:
-        return _assemble_whole(spec, features, num_kept_layers)
+        return _assemble_vlm(spec, features, num_kept_layers)
     return _assemble_parts(spec, features, is_fresh, llm, num_kept_layers, is_meta)
 
 
@@ -187,7 +205,7 @@ def _assemble_parts(
         warm_start(projector, config.projector.checkpoint)
     encoder = None
     if features is None:
-        load = sketch_encoder if is_meta else load_encoder
+        load = build_meta_encoder if is_meta else load_encoder
         encoder = load(config, folders["encoder"]).requires_grad_(False)
         train_encoder(config, encoder)
     if llm is None:
@@ -197,11 +215,11 @@ def _assemble_parts(
     return Assembly(captioner, spec.feature_plan, visual, spec.feature_plan.num_visual_tokens, features)
 
 
-def _assemble_whole(spec: ModelSpec, features: Features | None, num_kept_layers: int) -> Assembly:
+def _assemble_vlm(spec: ModelSpec, features: Features | None, num_kept_layers: int) -> Assembly:
     from vlmcap.models.llm.prompt import VisualRun
 
     config = spec.config
-    parts = load_whole(config, spec.feature_plan.sources.folders["model"])
+    parts = load_vlm(config, spec.feature_plan.sources.folders["model"])
     visual = parts.visual_layout or VisualRun(parts.num_tokens, spec.grids[0])
     num_visual = check_context(config, visual, spec.grids, spec.prompt, spec.context)  # once more, with the text between visual tokens
     encoder = parts.encoder if features is None else None
@@ -277,7 +295,7 @@ def check_length(config: Config, num_visual: int, text: int, context: int) -> No
         name, mend = f"llm={config.llm.name}", "choose a projector that gives fewer tokens"
         if isinstance(config.projector, TokenProjectorConfig) and config.projector.reducer is Reducer.none:
             mend = "set projector.reducer=pool"
-        if config.is_whole:
+        if config.is_pretrained_vlm:
             name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
         raise UserError(
             f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "

@@ -111,7 +111,7 @@ def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDA
     from vlmcap.data.loading.lengths import caption_lengths
     from vlmcap.models.checkpoint import fingerprint
 
-    part = "model" if config.is_whole else "llm"
+    part = "model" if config.is_pretrained_vlm else "llm"
     folder = _folder(config, part)
     prompt = load_prompt_of(config, folder)
     sha256 = fingerprint(folder, getattr(config, part).checkpoint, has_weights=False).sha256
@@ -125,11 +125,11 @@ def _with_licenses(config: Config) -> Config:
     from vlmcap.models.llm.inspection import license_of
 
     changed: dict[str, Any] = {}
-    for part in ("model",) if config.is_whole else ("encoder", "llm"):
+    for part in ("model",) if config.is_pretrained_vlm else ("encoder", "llm"):
         settings = getattr(config, part)
-        if settings.licence == UNKNOWN:
+        if settings.license == UNKNOWN:
             with suppress(UserError):  # a checkpoint that is not there is reported where its weights are loaded
-                changed[part] = dataclasses.replace(settings, licence=license_of(_folder(config, part)) or UNKNOWN)
+                changed[part] = dataclasses.replace(settings, license=license_of(_folder(config, part)) or UNKNOWN)
     return dataclasses.replace(config, **changed) if changed else config
 
 

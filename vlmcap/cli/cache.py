@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.components import build_meta_encoder, device_of, locate_base_checkpoints, vision_component
 from vlmcap.assembly.datasets import FeaturePlan, grid_of_frames
 from vlmcap.assembly.features import features_folder, fill_store, hash_clips, hash_memo, open_store
-from vlmcap.assembly.components import device_of, locate_sources, sketch_encoder, vision_part
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
@@ -26,7 +26,7 @@ from vlmcap.data.features.eviction import prune as prune_stores
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.data.features.verification import verify_stores
 from vlmcap.demo.prepare import prepare
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.terminal import gigabytes, grouped, progress_reporter, wide_console
 from vlmcap.types import Clip
 
@@ -60,12 +60,12 @@ def build(overrides: Sequence[str]) -> None:
     """
     config = with_model_kind(compose([*overrides, "cache.enabled=true"]))
     device_of(config)
-    quiet_libraries()
+    silence_libraries()
     config = prepare(config)
     clips = load_splits(config, (), tuple(Split))
-    sources = locate_sources(config, is_encoder_only=True)
-    sketch = sketch_encoder(config, sources.folders[vision_part(config)])
-    plan = FeaturePlan(config, sources, sketch, grid_of_frames(config, sketch))
+    sources = locate_base_checkpoints(config, is_encoder_only=True)
+    meta_encoder = build_meta_encoder(config, sources.folders[vision_component(config)])
+    plan = FeaturePlan(config, sources, meta_encoder, grid_of_frames(config, meta_encoder))
     store = open_store(plan)
     hashes = hash_clips(clips, hash_memo(config))
     fill_store(plan, store, clips, hashes)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from vlmcap.assembly.contracts import Outcome, check_part
+from vlmcap.assembly.contracts import Outcome, check_component
 from vlmcap.compose import compose
 from vlmcap.config.kinds import MAKERS
 from vlmcap.config_unread import NO_DATA
@@ -33,7 +33,7 @@ def run(options: Namespace) -> None:
     parts = [(group, kind) for group, kinds in MAKERS.items() for kind, part in kinds.items() if part.__module__.partition(".")[0] in own]
     if idle := [one for one in options.overrides if one.partition(".")[0] not in {group for group, _ in parts}]:
         raise UserError(f"{idle[0]} is no setting of a part that is checked here; leave it out")
-    outcomes = [outcome for group, kind in parts for outcome in check_part(group, kind, _settings(group, kind, options.overrides))]
+    outcomes = [outcome for group, kind in parts for outcome in check_component(group, kind, _settings(group, kind, options.overrides))]
     show(outcomes)
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     print(f"{len(outcomes) - failed} of {len(outcomes)} hold." if failed else f"All {len(outcomes)} hold.")

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from vlmcap.assembly.clips import Splits, load_splits
-from vlmcap.assembly.datasets import decoded_dataset
 from vlmcap.assembly.components import load_prompt_of
+from vlmcap.assembly.datasets import decoded_dataset
 from vlmcap.assembly.resolving import token_limit
 from vlmcap.compose import compose
 from vlmcap.config import AUTO, Config, Sampling, Split
@@ -24,7 +24,7 @@ from vlmcap.data.loading.worker_report import WorkerWatch, worker_options
 from vlmcap.demo.prepare import TINY, demo_folder
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.models.checkpoint import fingerprint, locate
 from vlmcap.reporting.data_page import data_page, show_inspection
 from vlmcap.terminal import progress_reporter
@@ -56,7 +56,7 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     """
     if not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist")
-    quiet_libraries()
+    silence_libraries()
     config = compose(overrides)
     if config.data.is_demo:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(demo_folder(config))))
@@ -82,7 +82,7 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
 
 def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
     """Fills in tokens of captions; returns why not, where they cannot be counted."""
-    part = "model" if config.is_whole else "llm"
+    part = "model" if config.is_pretrained_vlm else "llm"
     checkpoint, revision, gate = ((found := getattr(config, part)).checkpoint, found.revision, found.gate)
     if checkpoint == TINY:
         return "tokens are not counted, as llm=tiny makes its vocabulary of the demo's captions: name the llm that you will train"

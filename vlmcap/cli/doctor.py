@@ -123,7 +123,7 @@ def run_checks(config: Config) -> list[Check]:
     everything: dict[str, Callable[[], list[Check]]] = {
         "Python": _check_python,
         "libraries": _check_libraries,
-        "card": lambda: _check_card(config),
+        "GPU": lambda: _check_card(config),
         "mecab-ko": _check_morphemes,
         "decoder": _check_decoder,
         "ffmpeg": _check_ffmpeg,
@@ -172,29 +172,29 @@ def _check_libraries() -> list[Check]:
 def _check_card(config: Config) -> list[Check]:
     import torch
 
-    card = hardware.present_card()
-    if card is None:
+    gpu = hardware.detect_gpu()
+    if gpu is None:
         wanted = config.hardware.name
         has_build = torch.version.cuda is not None
         why = "PyTorch finds no CUDA device" if has_build else "this PyTorch is built for CPUs alone"
-        mend = "hardware=cpu runs the demo; " + ("check the driver with nvidia-smi" if has_build else "a card needs PyTorch's CUDA build")
-        return [Check("card", "warning" if config.hardware.accelerator == "cpu" else "problem", f"{why}, and hardware={wanted}", mend)]
-    assert card.capability is not None
-    major, minor = card.capability
-    found = f"{card.name}, {card.free_gib:.1f} of {card.total_gib:.1f} GiB free, compute capability {major}.{minor}"
-    checks = [Check("card", "ok", f"{found}, hardware={card.profile}")]
-    if card.profile is None:
-        checks = [Check("card", "warning", found, "it is smaller than every profile: take hardware=t4 and see `vlmcap plan` before a run")]
-    elif card.free_gib < 0.8 * card.total_gib:
-        checks = [Check("card", "warning", f"{found}, hardware={card.profile}", "another program holds memory on it; nvidia-smi names it")]
-    return [*checks, _flash(card.capability)]
+        mend = "hardware=cpu runs the demo; " + ("check the driver with nvidia-smi" if has_build else "a GPU needs PyTorch's CUDA build")
+        return [Check("GPU", "warning" if config.hardware.accelerator == "cpu" else "problem", f"{why}, and hardware={wanted}", mend)]
+    assert gpu.capability is not None
+    major, minor = gpu.capability
+    found = f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free, compute capability {major}.{minor}"
+    checks = [Check("GPU", "ok", f"{found}, hardware={gpu.profile}")]
+    if gpu.profile is None:
+        checks = [Check("GPU", "warning", found, "it is smaller than every profile: take hardware=t4 and see `vlmcap plan` before a run")]
+    elif gpu.free_gib < 0.8 * gpu.total_gib:
+        checks = [Check("GPU", "warning", f"{found}, hardware={gpu.profile}", "another program holds memory on it; nvidia-smi names it")]
+    return [*checks, _flash(gpu.capability)]
 
 
 def _flash(capability: tuple[int, int]) -> Check:
     from transformers.utils import is_flash_attn_2_available
 
     if capability < (8, 0):
-        return Check("FlashAttention", "ok", "not for this card; PyTorch's own attention is used")
+        return Check("FlashAttention", "ok", "not for this GPU; PyTorch's own attention is used")
     if is_flash_attn_2_available():
         return Check("FlashAttention", "ok", "installed")
     return Check("FlashAttention", "ok", "not installed; PyTorch's own attention is used")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vlmcap.config import Config
 from vlmcap.errors import UserError
-from vlmcap.libraries import import_libraries, quiet_libraries
+from vlmcap.libraries import import_libraries, silence_libraries
 from vlmcap.terminal import grouped
 
 PARTS = ("llm", "encoder", "model")
@@ -64,7 +64,7 @@ def describe_and_show(config: Config, parts: Sequence[str], *, as_json: bool) ->
         SystemExit: With code 1 where something keeps a run from using one.
     """
     import_libraries(with_adapters=False, with_training=False)
-    quiet_libraries()
+    silence_libraries()
     found = [_describe_encoder(config) if part == "encoder" else _describe_language(config, part) for part in parts]
     if as_json:
         print(json.dumps({one.key: one.plain | {"verdict": one.verdict} for one in found}, ensure_ascii=False, indent=2))

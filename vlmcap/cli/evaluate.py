@@ -9,17 +9,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vlmcap import __version__
-from vlmcap.compose import name_parts, read_yaml
+from vlmcap.compose import name_components, read_yaml
 from vlmcap.config_files import config_dir
 from vlmcap.config_saved import with_overrides
 from vlmcap.errors import UserError
-from vlmcap.program import told_in_one_sentence
+from vlmcap.program import report_user_errors
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="evaluate")
 def main(node: DictConfig) -> float:
     """Takes the checkpoint's own configuration, puts the overrides given here over it, and scores."""
-    with told_in_one_sentence():
+    with report_user_errors():
         if node.checkpoint is None:
             raise UserError("checkpoint has no value; set it on the command line: checkpoint=…/checkpoints/best.ckpt")
         from vlmcap.reporting.report.run_page import leave_page
@@ -30,7 +30,7 @@ def main(node: DictConfig) -> float:
 
         checkpoint = Path(node.checkpoint)
         saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
-        name_parts(node, HydraConfig.get())
+        name_components(node, HydraConfig.get())
         config = with_overrides(saved, node, HydraConfig.get().overrides.task)
         scores = evaluate(config, checkpoint)
         show_scores(scores, tokenizer_version(config))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap.config_unread import NO_DATA, check_single_run
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.grid.grid_table import draw_grid, show_grid
 from vlmcap.planning.grid.make_grid import grid_names, make_grid
@@ -26,16 +26,16 @@ def run(options: Namespace) -> None:
         UserError: An override is wrong, or parts do not fit together.
         SystemExit: With code 1 where the configuration does not fit, or neither the sweep nor what is proposed for it keeps to the budget.
     """
-    quiet_libraries()
+    silence_libraries()
     if options.multirun:
         _sweep(options.overrides, options.price, as_json=options.json)
     elif options.grid:
         _grid(options.overrides, options.output, as_json=options.json)
     else:
-        _one(options.overrides, as_json=options.json, is_whole=options.all)
+        _one(options.overrides, as_json=options.json, is_pretrained_vlm=options.all)
 
 
-def _one(overrides: Sequence[str], *, as_json: bool, is_whole: bool) -> None:
+def _one(overrides: Sequence[str], *, as_json: bool, is_pretrained_vlm: bool) -> None:
     overrides = [NO_DATA, *overrides]
     config = planned(overrides)
     check_single_run(overrides, config)
@@ -45,7 +45,7 @@ def _one(overrides: Sequence[str], *, as_json: bool, is_whole: bool) -> None:
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:
-        show_plan(plan, is_whole=is_whole)
+        show_plan(plan, is_pretrained_vlm=is_pretrained_vlm)
     if not plan.fits:
         raise SystemExit(1)
 

@@ -18,7 +18,7 @@ from vlmcap.reporting.report.folders import find_runs, read_run
 from vlmcap.reporting.report.page import pictures_of, report_page
 from vlmcap.reporting.report.pictures import draw_curves, draw_fronts, draw_leaderboard
 from vlmcap.reporting.report.tables import conclusion, leaderboard_csv, report_markdown, show_report
-from vlmcap.terminal import passing_bar
+from vlmcap.terminal import transient_bar
 
 
 def run(options: Namespace) -> None:
@@ -52,7 +52,7 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
     except OSError as error:
         raise UserError(f"--output {output} cannot be made a folder: {error.strerror}") from error
     with claimed_folder(output, "--output"):
-        with passing_bar("Reading runs", 2 * len(paths)) as advance:
+        with transient_bar("Reading runs", 2 * len(paths)) as advance:
             runs = []
             for path in paths:
                 runs.append(read_run(path, read_yaml))
@@ -63,7 +63,7 @@ def make_report(folders: Sequence[Path], output: Path, wanted: Wanted) -> Report
 
 
 def _write(report: Report, output: Path) -> None:
-    with passing_bar("Reading videos", len(report.clips)) as advance:
+    with transient_bar("Reading videos", len(report.clips)) as advance:
         pictures = pictures_of(report.clips, advance=advance)
     _write_text(output / "index.html", report_page(report, pictures))
     _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))  # the mark lets spreadsheets read Korean

@@ -9,20 +9,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vlmcap import __version__
-from vlmcap.compose import checked_config, name_parts, read_yaml
+from vlmcap.compose import checked_config, name_components, read_yaml
 from vlmcap.config_files import config_dir
 from vlmcap.config_unread import check_single_run, check_training
-from vlmcap.program import is_sweep, told_in_one_sentence
-from vlmcap.sweeping.job import recorded, taken_up
+from vlmcap.program import is_sweep, report_user_errors
+from vlmcap.sweeping.job import recorded, with_auto_resume
 from vlmcap.sweeping.study import trial_of_job
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def main(node: DictConfig) -> float:
     """Runs one configuration and returns its objective, for sweeps."""
-    with told_in_one_sentence():
+    with report_user_errors():
         with recorded() as record:
-            name_parts(node, HydraConfig.get())
+            name_components(node, HydraConfig.get())
             config = checked_config(node, record.overrides)
             check_training(record.overrides, config)
             if not is_sweep():
@@ -30,7 +30,7 @@ def main(node: DictConfig) -> float:
             record.begin(config)
             from vlmcap.training.run import train  # heavy, and not needed for --help and --cfg
 
-            record.objective = train(taken_up(config), trial_of_job(config.sweep))
+            record.objective = train(with_auto_resume(config), trial_of_job(config.sweep))
         from vlmcap.reporting.report.run_page import leave_page
         from vlmcap.training.processes import is_main
 

@@ -6,7 +6,7 @@ loaded. Checks that look at one group stand in its `__post_init__`, those across
 
 from __future__ import annotations
 
-from vlmcap.config.callbacks import CallbacksConfig, EarlyStoppingConfig, GroundingConfig, GuardConfig, ProfileConfig
+from vlmcap.config.callbacks import CallbacksConfig, EarlyStoppingConfig, GuardConfig, ProfileConfig, VisualRelianceConfig
 from vlmcap.config.choices import (
     Batching,
     Decoder,
@@ -14,7 +14,6 @@ from vlmcap.config.choices import (
     Enforce,
     Engine,
     EvaluationBackend,
-    GroundingMode,
     OptimKind,
     Precision,
     Quantization,
@@ -24,6 +23,7 @@ from vlmcap.config.choices import (
     Split,
     Strategy,
     Temporal,
+    VisualRelianceMode,
 )
 from vlmcap.config.data import (
     AihubConfig,
@@ -154,8 +154,6 @@ __all__ = [
     "EvaluationConfig",
     "FullConfig",
     "GridSweepConfig",
-    "GroundingConfig",
-    "GroundingMode",
     "GuardConfig",
     "HalvingSweepConfig",
     "HardwareConfig",
@@ -224,6 +222,8 @@ __all__ = [
     "TuningConfig",
     "TwoStageConfig",
     "VatexConfig",
+    "VisualRelianceConfig",
+    "VisualRelianceMode",
     "WandbConfig",
     "WandbSweepConfig",
     "WebdatasetConfig",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmcap.config.checks import only_with, require, require_positive
-from vlmcap.config.choices import GroundingMode
+from vlmcap.config.choices import VisualRelianceMode
 
 
 def _if_enabled(default: Any) -> Any:
@@ -14,16 +14,18 @@ def _if_enabled(default: Any) -> Any:
 
 
 @dataclass
-class GroundingConfig:
+class VisualRelianceConfig:
     """Whether captions depend on the video: validation again with the videos exchanged between clips, and with black ones."""
 
     enabled: bool = False
-    mode: GroundingMode = _if_enabled(GroundingMode.captions)  # loss: label loss alone; no captions are written, which is what takes long
+    mode: VisualRelianceMode = _if_enabled(
+        VisualRelianceMode.captions
+    )  # loss: label loss alone; no captions are written, which is what takes long
     max_clips: int = _if_enabled(64)  # the first ones of the split; while training, at most evaluation.max_clips
     every_n_validations: int = _if_enabled(1)  # while training; every split that is scored at the end is measured there too
 
     def __post_init__(self) -> None:
-        require_positive("callbacks.grounding", self, "max_clips", "every_n_validations")
+        require_positive("callbacks.visual_reliance", self, "max_clips", "every_n_validations")
 
 
 @dataclass
@@ -72,7 +74,7 @@ class CallbacksConfig:
     """What a run does beside training, scoring and saving."""
 
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    grounding: GroundingConfig = field(default_factory=GroundingConfig)
+    visual_reliance: VisualRelianceConfig = field(default_factory=VisualRelianceConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     extra: list[dict[str, Any]] = field(default_factory=list)  # Lightning callbacks of training: {_target_: dotted.Class, argument: value}

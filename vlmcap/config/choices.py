@@ -109,14 +109,14 @@ class EvaluationBackend(Enum):
 
 
 class Enforce(Enum):
-    """What `train.py` does about a configuration that its card cannot hold."""
+    """What `train.py` does about a configuration that its GPU cannot hold."""
 
     error = "error"
     warn = "warn"
     off = "off"
 
 
-class GroundingMode(Enum):
+class VisualRelianceMode(Enum):
     """What is measured with exchanged videos: captions and the loss of the labels, or that loss alone."""
 
     captions = "captions"
@@ -126,6 +126,6 @@ class GroundingMode(Enum):
 class Engine(Enum):
     """What decodes captions: our own loop where it can (greedy search, full attention), transformers' `generate`, or vLLM."""
 
-    own = "own"
+    native = "native"
     hf = "hf"
     vllm = "vllm"

@@ -31,12 +31,12 @@ class DemoConfig:
 class SplitConfig:
     """Splits drawn here, where a data set brings none: whole groups, by a hash, so that a growing set keeps its old assignments."""
 
-    is_drawn: bool = False  # false: folders or fields of the data set say which clip is in which split
-    val: float = only_with("is_drawn=true", lambda c: c.is_drawn, 0.05)  # shares of the groups
-    test: float = only_with("is_drawn=true", lambda c: c.is_drawn, 0.05)
-    seed: int = only_with("is_drawn=true", lambda c: c.is_drawn, 0)
+    random: bool = False  # false: folders or fields of the data set say which clip is in which split
+    val: float = only_with("random=true", lambda c: c.random, 0.05)  # shares of the groups
+    test: float = only_with("random=true", lambda c: c.random, 0.05)
+    seed: int = only_with("random=true", lambda c: c.random, 0)
     # Regular expression on a clip's id whose first group names its source; null: the video itself.
-    group_pattern: str | None = only_with("is_drawn=true", lambda c: c.is_drawn, None)
+    group_pattern: str | None = only_with("random=true", lambda c: c.random, None)
 
     def __post_init__(self) -> None:
         require(
@@ -236,7 +236,7 @@ class VatexConfig(PatternConfig):
 
 
 def _drawn() -> SplitConfig:
-    return SplitConfig(is_drawn=True)
+    return SplitConfig(random=True)
 
 
 @register("data")
@@ -255,7 +255,7 @@ class WebdatasetConfig(AnnotatedConfig):
     """WebDataset shards, on disk or in an object store."""
 
     kind: str = "webdataset"
-    annotations: str = "*.tar"  # or "clips-{000..099}.tar"; "{split}/*.tar" with data.splits.is_drawn=false where folders are the splits
+    annotations: str = "*.tar"  # or "clips-{000..099}.tar"; "{split}/*.tar" with data.splits.random=false where folders are the splits
     caption_key: str = "caption"  # in KEY.json; KEY.txt is the caption itself
     category_key: str | None = None  # in KEY.json, for scores by category
     splits: SplitConfig = field(default_factory=_drawn)

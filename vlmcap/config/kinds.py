@@ -37,7 +37,7 @@ def register(group: str) -> Callable[[T], T]:
     return decorate
 
 
-def register_part(group: str, schema: type) -> Callable[[M], M]:
+def register_component(group: str, schema: type) -> Callable[[M], M]:
     """Makes a class or a function the maker of a kind, and its dataclass the schema of that kind.
 
     A projector's maker is a `Projection`; an encoder's a function of settings and folder that returns a `FrameEncoder`, its weights

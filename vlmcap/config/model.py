@@ -45,8 +45,8 @@ class PretrainedVlmConfig(ModelConfig):
 
     checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout
     revision: str | None = None  # branch, tag or commit on the hub
-    gate: str | None = None  # licence to accept on the hub before the download works
-    licence: str = ""
+    gate: str | None = None  # license to accept on the hub before the download works
+    license: str = ""
 
     def __post_init__(self) -> None:
         _require_checkpoint("model", self.checkpoint)
@@ -103,8 +103,8 @@ class EncoderConfig:
     checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout; of a whole model's the vision tower is taken
     revision: str | None = None  # branch, tag or commit on the hub
     is_cached: bool = False  # keep its features on disk unless cache.enabled says otherwise
-    gate: str | None = None  # licence to accept on the hub before the download works
-    licence: str = ""
+    gate: str | None = None  # license to accept on the hub before the download works
+    license: str = ""
 
 
 @dataclass
@@ -154,11 +154,11 @@ class NaflexEncoderConfig(TowerConfig):
 class NativeEncoderConfig(EncoderConfig):
     """The vision tower of a pretrained VLM."""
 
-    kind: str = "own"
+    kind: str = "native"
     checkpoint: str = follows("model.checkpoint", MISSING)
     revision: str | None = follows("model.revision", None)
     gate: str | None = follows("model.gate", None)
-    licence: str = follows("model.licence", "")
+    license: str = follows("model.license", "")
     # Patches per frame at most, for the Qwen family: 448 × 448 pixels of 14 × 14, and 256 tokens for two frames.
     max_patches: int = 1024
 
@@ -195,8 +195,8 @@ class LlmConfig:
     max_caption_tokens: Any = AUTO  # training captions are cut here; auto is what the longest caption of the data needs
     max_new_tokens: Any = AUTO  # the same of captions that are written
     suggested: SuggestedConfig = field(default_factory=SuggestedConfig)
-    gate: str | None = None  # licence to accept on the hub before the download works
-    licence: str = ""
+    gate: str | None = None  # license to accept on the hub before the download works
+    license: str = ""
 
     def __post_init__(self) -> None:
         if type(self) in (LlmConfig, NativeLlmConfig):  # a plugin's may need none
@@ -233,9 +233,9 @@ class LlmConfig:
 class NativeLlmConfig(LlmConfig):
     """The language model of a pretrained VLM."""
 
-    kind: str = "own"
+    kind: str = "native"
     checkpoint: str = follows("model.checkpoint", MISSING)
     revision: str | None = follows("model.revision", None)
     gate: str | None = follows("model.gate", None)
-    licence: str = follows("model.licence", "")
+    license: str = follows("model.license", "")
     suggested: SuggestedConfig = field(default_factory=lambda: SuggestedConfig(align_lr=1e-4, projector_lr=2e-5, adapter_lr=1e-4))

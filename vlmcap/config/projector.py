@@ -25,7 +25,7 @@ class ProjectorConfig:
 class NativeProjectorConfig(ProjectorConfig):
     """The projector or patch merger that a pretrained VLM brings."""
 
-    kind: str = "own"
+    kind: str = "native"
 
 
 @dataclass

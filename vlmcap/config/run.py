@@ -23,7 +23,7 @@ from vlmcap.config.unread import check_unread
 
 @dataclass
 class HardwareConfig:
-    """A card as plain data that the other groups read."""
+    """A GPU as plain data that the other groups read."""
 
     name: str = MISSING
     accelerator: str = MISSING  # Lightning's: cpu, gpu
@@ -54,7 +54,7 @@ class HardwareConfig:
         require(is_sized, f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}")
 
 
-_OWN = "engine=own num_beams=1 do_sample=false"  # where our own loop writes captions
+_OWN = "engine=native num_beams=1 do_sample=false"  # where our own loop writes captions
 
 
 @dataclass
@@ -62,17 +62,17 @@ class EvaluationConfig:
     """Captions generated in the loop and their scores."""
 
     tokenizer: str = "mecab_ko"
-    fold_width: bool = False  # count full-width letters and digits as the usual ones
+    normalize_fullwidth: bool = False  # count full-width letters and digits as the usual ones
     synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
     backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
     # What decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py; transformers alone has beams.
-    engine: Engine = only_with("num_beams=1 do_sample=false", lambda c: c.engine is Engine.vllm or c.is_greedy, Engine.own)
+    engine: Engine = only_with("num_beams=1 do_sample=false", lambda c: c.engine is Engine.vllm or c.is_greedy, Engine.native)
     # Folder of `vlmcap export`; null makes one under paths.cache_dir.
     vllm_model: str | None = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, None)
     # Interpreter of vLLM's own environment; null takes the vllm installed here.
     vllm_python: str | None = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, None)
-    # Share of the card that vLLM takes; encoder and projector need the rest.
+    # Share of the GPU that vLLM takes; encoder and projector need the rest.
     vllm_gpu_memory: float = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, 0.7)
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
     max_final_clips: int | None = None  # of each of the splits val and test, the first ones; null scores whole splits at the end
@@ -84,7 +84,7 @@ class EvaluationConfig:
     cuda_graphs: Any = only_with(_OWN, lambda c: c.is_refilling, "auto")
     # Add adapters to copies of unquantised weights while captions are written: true, false, or auto, which is true where the plan has
     # memory for the copies. In 16 bits the sum is rounded, as in `vlmcap export`.
-    merge_adapters: Any = only_with("engine=own", lambda c: c.engine is not Engine.vllm, "auto")
+    merge_adapters: Any = only_with("engine=native", lambda c: c.engine is not Engine.vllm, "auto")
     num_beams: int = 1
     # Of beam search: above 0 favours longer captions.
     length_penalty: float = only_with("num_beams=4", lambda c: c.num_beams > 1, 1.0)
@@ -119,7 +119,7 @@ class EvaluationConfig:
             require(getattr(self, key) >= 0, f"evaluation.{key} must be 0 or a number of tokens, not {getattr(self, key)}")
         require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
         share = self.vllm_gpu_memory
-        require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the card")
+        require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the GPU")
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
 
     @property
@@ -130,12 +130,12 @@ class EvaluationConfig:
     @property
     def is_refilling(self) -> bool:
         """Whether our own loop is asked for, in which waiting clips take the rows of those that ended."""
-        return self.engine is Engine.own and self.is_greedy
+        return self.engine is Engine.native and self.is_greedy
 
 
 @dataclass
 class PlanConfig:
-    """The memory plan in front of a run on a card; `vlmcap plan` shows it."""
+    """The memory plan in front of a run on a GPU; `vlmcap plan` shows it."""
 
     enforce: Enforce = Enforce.error  # a run that cannot fit is refused; warn says so and runs, off plans nothing
 
@@ -176,14 +176,14 @@ class Config:
     checkpoint: str | None = None  # resume: a file, or "last" for this output_dir's last one
 
     @property
-    def is_whole(self) -> bool:
+    def is_pretrained_vlm(self) -> bool:
         """Whether a pretrained model stands in place of the three parts."""
         return not isinstance(self.model, AssembledConfig)
 
     @property
-    def part_names(self) -> dict[str, str]:
+    def component_names(self) -> dict[str, str]:
         """What the model is made of, group to name: for titles, tags and groups of runs."""
-        groups = ("model",) if self.is_whole else ("encoder", "projector", "llm")
+        groups = ("model",) if self.is_pretrained_vlm else ("encoder", "projector", "llm")
         return {group: getattr(self, group).name for group in groups}
 
     @property
@@ -223,23 +223,23 @@ def is_lower_better(metric: str) -> bool:
     return metric.rsplit("/", 1)[-1] == "loss"
 
 
-OF_THE_MODEL = ("checkpoint", "revision", "gate", "licence")  # what encoder and language model of a pretrained VLM have from it
+OF_THE_MODEL = ("checkpoint", "revision", "gate", "license")  # what encoder and language model of a pretrained VLM have from it
 
 
-def check_own_parts(plain: Mapping[str, Any]) -> None:
+def check_native_components(plain: Mapping[str, Any]) -> None:
     """Raises a `ValueError` where a pretrained VLM and a part that it does not bring, or the reverse, were chosen.
 
     Args:
         plain: A configuration as plain data, its references to other keys not yet resolved.
     """
-    model, is_whole = plain["model"]["name"], plain["model"]["kind"] != AssembledConfig.kind
+    model, is_pretrained_vlm = plain["model"]["name"], plain["model"]["kind"] != AssembledConfig.kind
     for part in ("encoder", "projector", "llm"):
         name = plain[part]["name"]
-        fix = f"leave {part}={name} out, or set model=assembled" if is_whole else f"choose another {part}"
-        what = "brings its own" if is_whole else "has no own"
-        is_right = (plain[part]["kind"] == "own") == is_whole
+        fix = f"leave {part}={name} out, or set model=assembled" if is_pretrained_vlm else f"choose another {part}"
+        what = "brings its own" if is_pretrained_vlm else "has no own"
+        is_right = (plain[part]["kind"] == "native") == is_pretrained_vlm
         require(is_right, f"model={model} {what} {part}, so {part}={name} does not go with it: {fix}")
-    for part in ("encoder", "llm") if is_whole else ():
+    for part in ("encoder", "llm") if is_pretrained_vlm else ():
         for key in OF_THE_MODEL:
             path, value = f"{part}.{key}", plain[part][key]
             is_followed = value in (f"${{model.{key}}}", plain["model"].get(key))

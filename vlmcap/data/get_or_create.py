@@ -11,7 +11,7 @@ from vlmcap.locks import CLAIMS, claimed
 _WAIT_S = 3600.0  # a slow machine takes minutes to train a tiny part, and lines say for whom it waits
 
 
-def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def get_or_create(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait, and say for whom.
 
     A broken or killed making leaves nothing half-written under its name, and what it left beside it goes with the next.

@@ -1,4 +1,4 @@
-"""The ledger of clips that could not be used."""
+"""The skipped_log of clips that could not be used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEY_BYTES = 8
 _LOCK_TIMEOUT_S = 10.0  # others hold it for as long as it takes to write some lines
 
 
-class Ledger:
+class SkippedClipLog:
     """A JSON-lines file that names each unusable clip once, and the limit of how many there may be.
 
     All processes of a run may share the file; each counts what the others added since it began, whenever it adds something itself. A

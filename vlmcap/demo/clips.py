@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from vlmcap.config import DemoConfig
-from vlmcap.data.get_or_create import make_once
+from vlmcap.data.get_or_create import get_or_create
 from vlmcap.demo.grammar import FACTS, Scene, describe, draw_scene
 from vlmcap.terminal import progress_reporter
 
@@ -35,7 +35,7 @@ def make_demo(folder: Path, settings: DemoConfig) -> Path:
             _write_all(partial, list(_plan(settings)), report)
         (partial / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False, indent=1), encoding="utf-8")
 
-    return make_once(folder / f"clips-{key}", write)
+    return get_or_create(folder / f"clips-{key}", write)
 
 
 @dataclass(frozen=True, slots=True)

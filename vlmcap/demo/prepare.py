@@ -45,7 +45,7 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     from transformers import AutoTokenizer
 
     from vlmcap.data.formats import Record, read_records
-    from vlmcap.data.get_or_create import make_once
+    from vlmcap.data.get_or_create import get_or_create
     from vlmcap.demo.tiny_encoders import make_encoder
     from vlmcap.demo.tiny_llm import ENCODER_STEPS, LANGUAGE_STEPS, RECIPE, make_language_model
     from vlmcap.terminal import progress_reporter
@@ -72,5 +72,5 @@ def tiny_parts(config: Config) -> dict[str, Path]:
         with progress_reporter(f"training encoder={name}") as report:
             make_encoder(target, clips, tokenizer, name=name, num_steps=steps, seed=seed, progress=report)
 
-    llm = make_once(made["llm"], make_llm)
-    return {"llm": llm, "encoder": make_once(made["encoder"], make_tiny_encoder)}
+    llm = get_or_create(made["llm"], make_llm)
+    return {"llm": llm, "encoder": get_or_create(made["encoder"], make_tiny_encoder)}

@@ -156,7 +156,7 @@ def _draw_object(frame: Image, scene: Scene, cx: float, cy: float, radius: float
     u, v = (x - cx) / radius, (y - cy) / radius
     for mask, colour in _object_layers(scene.object, u * 0.9, v * 0.9):
         if colour is None:
-            frame[mask] = _DARK  # an outline, so that no sky swallows the colour
+            frame[mask] = _DARK  # an cached_meta_encoder, so that no sky swallows the colour
     for mask, colour in _object_layers(scene.object, u, v):
         frame[mask] = _COLOUR[scene.colour] if colour is None else colour
 

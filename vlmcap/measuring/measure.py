@@ -19,7 +19,7 @@ from vlmcap.assembly.components import device_of
 from vlmcap.config import Config
 from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError, is_out_of_memory
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.measuring.memory import MemoryUse
 from vlmcap.measuring.random_components import random_captioner, with_blocks
 from vlmcap.measuring.steps import Measured, gone_after, measured_run
@@ -27,7 +27,7 @@ from vlmcap.planning.calibration import Calibration, calibration_folder, write_c
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.estimate.sizes import sizes_of
-from vlmcap.planning.hardware import GIB, Present, assumed_card, present_card, present_processor
+from vlmcap.planning.hardware import GIB, DetectedDevice, detect_cpu, detect_gpu, planned_device
 from vlmcap.planning.host import PROCESS_BYTES
 from vlmcap.planning.known_data import known_captions, planned
 from vlmcap.planning.make_plan import make_plan, with_caption_plan
@@ -38,7 +38,7 @@ from vlmcap.training.checkpoints.load import single_process
 
 _CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still
-_MOST_CONTEXT_GIB = 2.0  # more on the card beside our own memory is another program's
+_MOST_CONTEXT_GIB = 2.0  # more on the GPU beside our own memory is another program's
 # Planned weights, and bytes beyond them: below, what is measured is the cost of calling kernels and the noise of the allocator.
 _LEAST_WEIGHTS_GIB, _LEAST_GIB = 0.5, 0.1
 _HEADROOM = 0.85  # of the memory that ended: what a change has to come down to
@@ -50,8 +50,8 @@ class Comparison:
 
     Attributes:
         plan: Without calibration, for captions as short as the measured ones.
-        measured: What the card did.
-        card: As PyTorch names it.
+        measured: What the GPU did.
+        gpu: As PyTorch names it.
         memory_gib: Of it.
         num_blocks: That encoder and language model were cut to; None if they were whole.
         why_not_kept: Why it says nothing of later plans; empty if it does.
@@ -59,14 +59,14 @@ class Comparison:
 
     plan: Plan
     measured: Measured
-    card: str
+    gpu: str
     memory_gib: float
     num_blocks: int | None
     why_not_kept: str = ""
 
     @property
     def training_gib(self) -> float:
-        """What the card held at most in training: the allocator's memory and the context."""
+        """What the GPU held at most in training: the allocator's memory and the context."""
         return self.measured.training.reserved + self.measured.context_gib
 
     @property
@@ -86,33 +86,33 @@ class Comparison:
         }
 
     def calibration(self) -> Calibration:
-        """What later plans of this card take from it.
+        """What later plans of this GPU take from it.
 
         Raises:
             ValueError: The measurement is too far from the plan to make a sound figure.
         """
         plan, measured = self.plan, self.measured
         beyond, known = _beyond_gib(plan.training), plan.training.total / GIB - _beyond_gib(plan.training)
-        arithmetic_s = plan.flops / (plan.card.utilisation * plan.card.peak_flops)
+        arithmetic_s = plan.flops / (plan.gpu.utilisation * plan.gpu.peak_flops)
         # Moving packed weights keeps its planned seconds; a tenth of the measured ones at least are arithmetic.
         measured_s = max(measured.clip_s - (plan.clip_s - arithmetic_s), 0.1 * measured.clip_s)
         # The planned bound is the one that was measured; the other one cannot have been slower than what was measured.
-        share = plan.token_bytes / (plan.card.bytes_per_s * measured.token_s)
+        share = plan.token_bytes / (plan.gpu.bytes_per_s * measured.token_s)
         kernel = "kernel_s" if plan.is_captured else "launch_s"
-        planned_s, measured_s_each = getattr(plan.card, kernel), measured.token_s / plan.token_launches
+        planned_s, measured_s_each = getattr(plan.gpu, kernel), measured.token_s / plan.token_launches
         is_launch_bound = plan.token_s == plan.token_launches * planned_s
-        kernels = {"launch_s": plan.card.launch_s, "kernel_s": plan.card.kernel_s}
+        kernels = {"launch_s": plan.gpu.launch_s, "kernel_s": plan.gpu.kernel_s}
         kernels[kernel] = measured_s_each if is_launch_bound else min(measured_s_each, planned_s)
         return Calibration(
-            card=self.card,
+            gpu=self.gpu,
             memory_gib=round(self.memory_gib, 2),
             hardware=plan.hardware,
             date=datetime.date.today().isoformat(),
             model=plan.title,
             beyond_ratio=(measured.training.reserved - known) / beyond,
             context_gib=max(0.0, measured.context_gib),
-            utilisation=plan.card.utilisation * arithmetic_s / measured_s,
-            bandwidth_share=max(share, plan.card.bandwidth_share) if is_launch_bound else share,
+            utilisation=plan.gpu.utilisation * arithmetic_s / measured_s,
+            bandwidth_share=max(share, plan.gpu.bandwidth_share) if is_launch_bound else share,
             **kernels,
             tokens_per_s=self.tokens_per_s,
         )
@@ -142,13 +142,13 @@ class Comparison:
         return {
             "model": plan.title,
             "hardware": plan.hardware,
-            "card": self.card,
+            "GPU": self.gpu,
             "blocks": self.num_blocks,
             "batch_size": plan.batch_size,
             "eval_batch_size": plan.eval_batch_size,
             **memory,
             "process_gib": {"planned": round(PROCESS_BYTES / GIB, 3), "measured": round(measured.process_gib, 3)},
-            "context_gib": {"planned": plan.card.context_gib, "measured": round(measured.context_gib, 3)},
+            "context_gib": {"planned": plan.gpu.context_gib, "measured": round(measured.context_gib, 3)},
             **{
                 name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
                 for name, (planned, found) in seconds.items()
@@ -170,7 +170,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     Raises:
         UserError: Something in the configuration does not do, or the memory ended.
     """
-    quiet_libraries()
+    silence_libraries()
     overrides = [NO_DATA, *overrides]
     config = single_process(planned(overrides))
     _check(config)
@@ -180,7 +180,7 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
         cut = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
         short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.new_tokens))
         measured_config = with_caption_plan(dataclasses.replace(cut, llm=short))
-        plan = make_plan(measured_config, assumed_card(measured_config), captions=lengths)
+        plan = make_plan(measured_config, planned_device(measured_config), captions=lengths)
         present = _present(config)
         _check_room(plan, present, config)
         measured = _measured(measured_config, plan, lengths, overrides, Path(folder))
@@ -196,13 +196,13 @@ def _check(config: Config) -> None:
         raise UserError("pooled features cannot be measured; set cache.pooled=false")
 
 
-def _present(config: Config) -> Present:
-    card = None if config.hardware.accelerator == "cpu" else present_card()
-    return card or present_processor()
+def _present(config: Config) -> DetectedDevice:
+    gpu = None if config.hardware.accelerator == "cpu" else detect_gpu()
+    return gpu or detect_cpu()
 
 
-def _check_room(plan: Plan, present: Present, config: Config) -> None:
-    """A host that runs out of memory ends programs without a word, so there it is refused; a card says so itself.
+def _check_room(plan: Plan, present: DetectedDevice, config: Config) -> None:
+    """A host that runs out of memory ends programs without a word, so there it is refused; a GPU says so itself.
 
     Raises:
         UserError: The plan is larger than what is free on the host.
@@ -242,30 +242,30 @@ def _explained(config: Config, plan: Plan, overrides: Sequence[str], moment: dic
             raise
         advice = _advice(config, plan, overrides)
         has = f"{plan.title} ran out of memory on hardware={plan.hardware} while {moment['doing']}, planned at {plan.peak_gib:.1f} GiB"
-        raise UserError(f"{has} of {plan.card.usable_gib:.1f}; {advice}") from None
+        raise UserError(f"{has} of {plan.gpu.usable_gib:.1f}; {advice}") from None
 
 
 def _advice(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
     """What makes it smaller: so small that it fits, or by a sixth where the plan said that it would fit."""
-    card = dataclasses.replace(plan.card, usable_gib=min(plan.card.usable_gib, _HEADROOM * plan.peak_gib))
-    whole = make_plan(planned(overrides), card)
-    changes = with_changes(whole, overrides, card).changes
+    gpu = dataclasses.replace(plan.gpu, usable_gib=min(plan.gpu.usable_gib, _HEADROOM * plan.peak_gib))
+    whole = make_plan(planned(overrides), gpu)
+    changes = with_changes(whole, overrides, gpu).changes
     if not changes:
-        return "take a smaller llm or a larger card, or measure less of it with --blocks"
+        return "take a smaller llm or a larger GPU, or measure less of it with --blocks"
     return f"try {' '.join(override for change in changes for override in change.overrides)}, planned at {changes[-1].peak_gib:.1f} GiB"
 
 
-def _obstacle(comparison: Comparison, present: Present) -> str:
+def _obstacle(comparison: Comparison, present: DetectedDevice) -> str:
     """Why a measurement is not kept; empty if it is."""
     plan = comparison.plan
     if comparison.num_blocks is not None:
         return f"only {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''} of each part ran"
     if present.profile != plan.hardware:
-        return f"hardware={plan.hardware} is not the profile that suits this card, which is {present.profile or 'none'}"
+        return f"hardware={plan.hardware} is not the profile that suits this GPU, which is {present.profile or 'none'}"
     if is_too_small(plan):
         return "the model is too small to say anything of others"
     if comparison.measured.context_gib > _MOST_CONTEXT_GIB:
-        return f"other programs seem to be on the card: {comparison.measured.context_gib:.1f} GiB of it are not ours"
+        return f"other programs seem to be on the GPU: {comparison.measured.context_gib:.1f} GiB of it are not ours"
     return ""
 
 
@@ -293,7 +293,7 @@ def show_comparison(comparison: Comparison) -> None:
     console = Console(highlight=False)
     plan, measured, ratios = comparison.plan, comparison.measured, comparison.ratios
     cut = "" if comparison.num_blocks is None else f", {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''}"
-    table = Table(title=f"{plan.title}{cut}, hardware={plan.hardware}, on {comparison.card}", title_justify="left", title_style="bold")
+    table = Table(title=f"{plan.title}{cut}, hardware={plan.hardware}, on {comparison.gpu}", title_justify="left", title_style="bold")
     for column in ("", "plan", "measured", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     memory = {"training": (plan.training_gib, comparison.training_gib), "generation": (plan.generation_gib, comparison.generation_gib)}
@@ -303,7 +303,7 @@ def show_comparison(comparison: Comparison) -> None:
         expected = moment.allocated / GIB
         ratio = f"{use.allocated / expected:.2f}"
         table.add_row(f"  of it by tensors, {name}", f"{expected:.2f} GiB", f"{use.allocated:.2f} GiB", ratio)
-    table.add_row("  of it beside PyTorch", f"{plan.card.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
+    table.add_row("  of it beside PyTorch", f"{plan.gpu.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
     if measured.process_gib:
         table.add_row("memory of the host's process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", "")
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
@@ -315,7 +315,7 @@ def show_comparison(comparison: Comparison) -> None:
         console.print(f"Not kept for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
     else:
         console.print(
-            "Kept: `vlmcap plan` uses these figures for this card; `vlmcap doctor --forget` removes them.", markup=False, soft_wrap=True
+            "Kept: `vlmcap plan` uses these figures for this GPU; `vlmcap doctor --forget` removes them.", markup=False, soft_wrap=True
         )
     console.print(distance(comparison), style="bold", markup=False, soft_wrap=True)
 

@@ -20,15 +20,24 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from vlmcap.assembly.components import (
+    add_adapters,
+    compile_blocks,
+    device_of,
+    has_plugin_encoder,
+    language_options,
+    loss_chunk_bytes,
+    tower_attention,
+    train_encoder,
+)
 from vlmcap.assembly.model import generation_settings
-from vlmcap.assembly.components import add_adapters, compile_blocks, device_of, has_own_encoder, language_options, loss_chunk_bytes, tower_attention, train_encoder
 from vlmcap.config import Config, LlavaNextVideoConfig, PretrainedVlmConfig, TowerConfig
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
 from vlmcap.models.projectors import build_projector, check_projector
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, planned_sizes, processor, sketch, text_config, whole_parts
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, meta_encoder, meta_vlm, planned_sizes, processor, text_config
 
 _STD = 0.02  # of random weights, as transformers' own
 _PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
@@ -102,24 +111,24 @@ def random_captioner(config: Config, *, has_encoder: bool, num_kept_layers: int 
     """
     device = device_of(config)
     torch.manual_seed(config.seed)
-    outline = sketch(config)
-    sizes = planned_sizes(config, outline)
+    cached_meta_encoder = meta_encoder(config)
+    sizes = planned_sizes(config, cached_meta_encoder)
     if sizes is not None:
         check_projector(config.projector, sizes)
     encoder = None
     if has_encoder:
-        say(f"encoder ({_billions(outline)})")
-        encoder = fill_random(outline, device)
+        say(f"encoder ({_billions(cached_meta_encoder)})")
+        encoder = fill_random(cached_meta_encoder, device)
         _set_attention(config, encoder)
         train_encoder(config, encoder)
     with torch.device("meta"):
-        projector: Any = whole_parts(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
+        projector: Any = meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
     say(f"projector ({_billions(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
-    if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
-        captioner_class = whole_parts(config, 1).captioner_class
+    if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
+        captioner_class = meta_vlm(config, 1).captioner_class
     llm = add_adapters(config, random_llm(config, device, say), num_kept_layers)
     compile_blocks(config, llm)
     captioner = captioner_class(
@@ -140,8 +149,8 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
     dtype, kept = options["dtype"], None
     llm: Any
     with torch.device("meta"):
-        if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
-            llm, kept = whole_parts(config, int(text.num_hidden_layers)).llm, ["lm_head"]
+        if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
+            llm, kept = meta_vlm(config, int(text.num_hidden_layers)).llm, ["lm_head"]
             llm.set_attn_implementation(choose_attention(options["attention"], device, dtype, type(llm)))
         else:
             attention = choose_attention(options["attention"], device, dtype, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)])
@@ -202,7 +211,7 @@ def _made(owner: nn.Module, name: str, tensor: Any, device: str, dtype: torch.dt
         if isinstance(owner, FusedExperts):
             return pack_experts(weight)
         return Params4bit(weight, requires_grad=False, **tensor.__dict__).to(device)
-    if isinstance(tensor, Int8Params):  # quantised on the way from the host to the card, a layer at a time
+    if isinstance(tensor, Int8Params):  # quantised on the way from the host to the GPU, a layer at a time
         settings = {key: value for key, value in tensor.__dict__.items() if key != "SCB"}
         return Int8Params(torch.empty(tensor.shape, dtype=dtype).normal_(std=_STD), requires_grad=False, **settings).to(device)
     values = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
@@ -229,11 +238,11 @@ def _compute_tables(module: nn.Module) -> None:
 
 
 def _set_attention(config: Config, encoder: Any) -> None:
-    """FlashAttention where it would be loaded with it; the sketch has PyTorch's own."""
-    if has_own_encoder(config):
+    """FlashAttention where it would be loaded with it; the meta_encoder has PyTorch's own."""
+    if has_plugin_encoder(config):
         return
     attention = tower_attention(config)
-    if attention != "sdpa" and (config.is_whole or encoder.has_flash):
+    if attention != "sdpa" and (config.is_pretrained_vlm or encoder.has_flash):
         encoder.tower.set_attn_implementation(attention)
 
 

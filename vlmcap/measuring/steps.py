@@ -19,12 +19,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlmcap.config import Batching, Config, Stage
-from vlmcap.data.skipped_clips import Ledger
+from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.determinism import deterministic_kernels
 from vlmcap.measuring.memory import MemoryUse, Use, resident
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.caption_lengths import CaptionLengths
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, sketch, text_config
+from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder, text_config
 from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch
 from vlmcap.planning.hardware import GIB
 from vlmcap.training.fitting import keeping_interrupts
@@ -71,13 +71,13 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
         sizes: Sizes of a clip.
         captions: Tokens of the caption of each clip; those of a batch for generation are 0.
     """
-    encoder = sketch(config)
+    encoder = meta_encoder(config)
     shape = frames_shape(config, encoder, sizes.grid)
-    varies = config.is_whole or shape[1] != 3
+    varies = config.is_pretrained_vlm or shape[1] != 3
     is_packed = config.data.batching is Batching.packed and any(captions)
     batch = language_batch(captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed)
     most = min(_MOST_ID, int(text_config(config).vocab_size))
-    ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_whole else batch.input_ids
+    ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
     targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
     batch = dataclasses.replace(batch, input_ids=ids, targets=targets)
     if config.cache.enabled is True:
@@ -231,7 +231,7 @@ def measured_run(
     clock = _Clock(captioner, num_micro, config.llm.new_tokens, use, say)
     plan = StagePlan({"measured": _fullest_stage(config)})
     trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
-    module = make_module(config, captioner, plan, {}, Ledger(folder / "quarantine.jsonl", 0.0, 1))
+    module = make_module(config, captioner, plan, {}, SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, 1))
     batches = [random_batch(config, sizes, captions) for captions in rows]
     # The loss of the clips comes with the captions that are not timed.
     validation = _loader(config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())])

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(options: argparse.Namespace) -> None:
     metrics = None if options.metrics is None else [name.strip() for name in options.metrics.split(",") if name.strip()]
-    tokenizer = get_tokenizer(options.tokenizer, fold_width=options.fold_width)
+    tokenizer = get_tokenizer(options.tokenizer, normalize_fullwidth=options.normalize_fullwidth)
     corpus = read_captions(options.predictions, options.references)
     scores = score_with(
         options.backend, corpus.predictions, corpus.references, tokenizer=tokenizer, metrics=metrics, synonyms=options.synonyms

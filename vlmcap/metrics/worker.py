@@ -10,8 +10,8 @@ from vlmcap.metrics.tokenizers import get_tokenizer
 
 def main(name: str) -> None:
     """Reads whether to fold full-width forms, and the texts, and writes the tokens of each."""
-    fold_width, texts = json.load(sys.stdin.buffer)
-    tokenizer = get_tokenizer(name, fold_width=fold_width)
+    normalize_fullwidth, texts = json.load(sys.stdin.buffer)
+    tokenizer = get_tokenizer(name, normalize_fullwidth=normalize_fullwidth)
     # ASCII escapes carry any string, half surrogates of broken input included.
     sys.stdout.write(json.dumps([tokenizer(text) for text in texts]))
 

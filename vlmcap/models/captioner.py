@@ -207,13 +207,13 @@ class VideoCaptioner(nn.Module):
 
         self._explain_engine()
         with fastest_kernels(), adapters_for_captions(self.llm, is_merged=self.generation.is_merged):
-            ids = self._own_ids(batch) if self.is_refilling else self._library_ids(batch)
+            ids = self._native_ids(batch) if self.is_refilling else self._library_ids(batch)
         return self.prompt.decode(ids)
 
     @property
     def is_refilling(self) -> bool:
         """Whether our own decoding writes the captions, in which waiting clips take the rows of those that ended."""
-        return self.generation.rules.engine is Engine.own and not self._engine_obstacle()
+        return self.generation.rules.engine is Engine.native and not self._engine_obstacle()
 
     def _engine_obstacle(self) -> str:
         """Why our own decoding cannot write the captions; empty if it can."""
@@ -225,12 +225,12 @@ class VideoCaptioner(nn.Module):
 
     def _explain_engine(self) -> None:
         """Says once why transformers writes the captions in place of our own decoding."""
-        if self._has_explained or self.is_refilling or self.generation.rules.engine is not Engine.own:
+        if self._has_explained or self.is_refilling or self.generation.rules.engine is not Engine.native:
             return
         self._has_explained = True
         ignored = "; evaluation.speculate_ngram is ignored" if self.generation.rules.speculate_ngram else ""
         reason = self._engine_obstacle()
-        print(f"Captions are written by transformers, not by evaluation.engine=own, as {reason}{ignored}.", file=sys.stderr, flush=True)
+        print(f"Captions are written by transformers, not by evaluation.engine=native, as {reason}{ignored}.", file=sys.stderr, flush=True)
 
     @property
     def prompt_batch_size(self) -> int:
@@ -238,7 +238,7 @@ class VideoCaptioner(nn.Module):
         chosen = self.generation
         return clips_for(chosen.num_rows or 1, chosen.rules.clips_per_row if self.is_refilling else 1)
 
-    def _own_ids(self, batch: Batch) -> list[list[int]]:
+    def _native_ids(self, batch: Batch) -> list[list[int]]:
         """Greedy captions in row order, each up to and with its end token; with half of the rows from now on where memory runs out."""
         num_rows = self.generation.num_rows or len(batch)
         try:
@@ -250,7 +250,7 @@ class VideoCaptioner(nn.Module):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(f"Memory ran out: captions are written {num_rows // 2} at a time from here on.", file=sys.stderr, flush=True)
-        return self._own_ids(batch)
+        return self._native_ids(batch)
 
     def _ids_of_rows(self, batch: Batch, num_rows: int) -> list[list[int]]:
         from vlmcap.models.decoding.engine import greedy_ids

@@ -10,7 +10,7 @@ from vlmcap.assembly.components import lora_of
 from vlmcap.config import Config, Engine, Quantization, Strategy
 from vlmcap.libraries import has_expandable_segments
 from vlmcap.planning.caption_lengths import CaptionLengths
-from vlmcap.planning.hardware import GIB, Card
+from vlmcap.planning.hardware import GIB, DeviceInfo
 from vlmcap.planning.memory import (
     EXPANDABLE_SHARE,
     FIXED_SHARE,
@@ -23,7 +23,7 @@ from vlmcap.planning.memory import (
 )
 
 if TYPE_CHECKING:
-    from vlmcap.planning.estimate.memory_profiler import Tracer
+    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
 # Rows at most: each one more adds less to the captions per second, and more clips wait in the host's memory.
 MOST_ROWS = 64
@@ -72,20 +72,25 @@ class CaptionPlan:
 
 
 def plan_captions(
-    config: Config, card: Card, tracer: Tracer, steps: Sequence[Stage], lengths: CaptionLengths, scores: Mapping[str, Stage]
+    config: Config,
+    gpu: DeviceInfo,
+    memory_profiler: MemoryProfiler,
+    steps: Sequence[Stage],
+    lengths: CaptionLengths,
+    scores: Mapping[str, Stage],
 ) -> CaptionPlan:
     """How a configuration writes captions on a GPU: with as many rows as fit, or as it says itself.
 
     Args:
         config: Run configuration.
-        card: GPU that it runs on.
-        tracer: Tracer of the configuration.
+        gpu: GPU that it runs on.
+        memory_profiler: MemoryProfiler of the configuration.
         steps: Stages of a training step, whose weights are there.
         lengths: Lengths of captions.
         scores: Models of scores by their names.
     """
-    plans = [_Captions(config, card, tracer, steps, lengths, scores, is_merged).largest() for is_merged in ways_to_merge(config)]
-    fitting = [plan for plan in plans if _fits(plan.moment, card, 1.0)]
+    plans = [_Captions(config, gpu, memory_profiler, steps, lengths, scores, is_merged).largest() for is_merged in ways_to_merge(config)]
+    fitting = [plan for plan in plans if _fits(plan.moment, gpu, 1.0)]
     return min(fitting or plans[-1:], key=lambda plan: plan.caption_s)
 
 
@@ -98,8 +103,8 @@ def ways_to_merge(config: Config) -> list[bool]:
     return [can_merge and wanted is True]
 
 
-def _fits(moment: Moment, card: Card, share: float) -> bool:
-    return moment.total / GIB + card.context_gib <= share * card.usable_gib
+def _fits(moment: Moment, gpu: DeviceInfo, share: float) -> bool:
+    return moment.total / GIB + gpu.context_gib <= share * gpu.usable_gib
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ class _Captions:
     """Captions of any number of rows."""
 
     config: Config
-    card: Card
-    tracer: Tracer
+    gpu: DeviceInfo
+    memory_profiler: MemoryProfiler
     steps: Sequence[Stage]
     lengths: CaptionLengths
     scores: Mapping[str, Stage]
@@ -121,14 +126,14 @@ class _Captions:
             low, high = 1, MOST_ROWS
             while low < high:  # memory rises with the rows
                 middle = (low + high + 1) // 2
-                low, high = (middle, high) if _fits(self.moment(middle), self.card, FILL) else (low, middle - 1)
+                low, high = (middle, high) if _fits(self.moment(middle), self.gpu, FILL) else (low, middle - 1)
             rows = low
         return self.plan(rows)
 
     def plan(self, rows: int) -> CaptionPlan:
         """The plan of a number of rows."""
         token = self.token(rows)
-        token_s = token_seconds(token, self.card)
+        token_s = token_seconds(token, self.gpu)
         return CaptionPlan(rows, self.is_merged, self.moment(rows), token, token_s, self.seconds(rows, token_s))
 
     def seconds(self, rows: int, token_s: float) -> float:
@@ -141,7 +146,7 @@ class _Captions:
 
         per_row = clips_for(rows, self.config.evaluation.clips_per_row if writes_itself(self.config) else 1) / rows
         num_tokens = (per_row - 1) * self.lengths.mean + self.lengths.longest_of(rows)
-        read_s = self.prompt(rows).trace.flops / self.group(rows) / (self.card.utilisation * self.card.peak_flops)
+        read_s = self.prompt(rows).trace.flops / self.group(rows) / (self.gpu.utilisation * self.gpu.peak_flops)
         return read_s + num_tokens * token_s / (per_row * rows)
 
     def group(self, rows: int) -> int:
@@ -150,7 +155,7 @@ class _Captions:
         from vlmcap.planning.estimate.sizes import writes_itself
 
         return (
-            min(rows, max(1, PROMPT_TOKENS // self.tracer.sizes.num_before_caption))
+            min(rows, max(1, PROMPT_TOKENS // self.memory_profiler.sizes.num_before_caption))
             if writes_itself(self.config)
             else rows * self.config.evaluation.num_beams
         )
@@ -160,7 +165,7 @@ class _Captions:
         from vlmcap.planning.estimate.stages import clips_of
 
         group = self.group(rows)
-        traces = [self.tracer.with_adapters(is_merged=self.is_merged).language(count, 0) for count in range(1, min(2, group) + 1)]
+        traces = [self.memory_profiler.with_adapters(is_merged=self.is_merged).language(count, 0) for count in range(1, min(2, group) + 1)]
         return Stage("language model", clips_of(traces[0], traces[-1], group))
 
     def moment(self, rows: int) -> Moment:
@@ -169,40 +174,40 @@ class _Captions:
         from vlmcap.models.decoding.settings import clips_for
         from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes, writes_itself
 
-        config, tracer, is_own = self.config, self.tracer, writes_itself(self.config)
+        config, memory_profiler, is_own = self.config, self.memory_profiler, writes_itself(self.config)
         # Keys and values are repeated for all queries of a token before compute capability 8.0, and where guesses make it several tokens.
-        is_repeated = not self.card.has_flash or config.evaluation.speculate_ngram > 0
-        name, size = clip_bytes(config, tracer)
+        is_repeated = not self.gpu.has_flash or config.evaluation.speculate_ngram > 0
+        name, size = clip_bytes(config, memory_profiler)
         waiting = clips_for(rows, config.evaluation.clips_per_row if is_own else 1)  # clips that are captioned later wait on the GPU
         held = {name: size * waiting} | kept_between_steps(self.steps, config.optim.kind.value)
         prompt = self.prompt(rows).trace
         held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(self.steps[-1].trace.weights.values())
         work = Captioning(
             prefill=prompt,
-            validation=tracer.language(config.data.batch_size, config.llm.caption_tokens, is_training=False),
+            validation=memory_profiler.language(config.data.batch_size, config.llm.caption_tokens, is_training=False),
             token_bytes=key_value_bytes(config),
             num_rows=rows * config.evaluation.num_beams,
             num_read=self.group(rows),
-            prompt_tokens=self.tracer.sizes.num_before_caption,
+            prompt_tokens=self.memory_profiler.sizes.num_before_caption,
             new_tokens=config.llm.new_tokens,
-            copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_own else 1.0) / tracer.depth,
+            copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_own else 1.0) / memory_profiler.depth,
             is_reserved=is_own,
         )
-        stages = [*stages_in_front(config, tracer, min(rows, CLIPS_AT_A_TIME) if is_own else rows), self.steps[-1]]
+        stages = [*stages_in_front(config, memory_profiler, min(rows, CLIPS_AT_A_TIME) if is_own else rows), self.steps[-1]]
         moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))
-        return scale_beyond(moment, self.card.beyond_ratio)
+        return scale_beyond(moment, self.gpu.beyond_ratio)
 
     def token(self, rows: int) -> TokenWork:
         """The work of a token: all weights and the cache once, and the kernels of the prompt's pass."""
-        from vlmcap.planning.estimate.sizes import key_value_bytes, unpacked_experts
         from vlmcap.planning.estimate.memory_profiler import ORIGINALS
+        from vlmcap.planning.estimate.sizes import key_value_bytes, unpacked_experts
 
         prompt = self.prompt(rows)
         # Experts are unpacked whatever the number of rows, other weights for many rows alone.
         share = unpacked_experts(self.config, rows) or float(rows > FUSED_ROWS)
         unpacking = 2 * share * packed_bytes(self.config, prompt) * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
         weights = sum(size for kind, size in prompt.trace.weights.items() if kind != ORIGINALS)
-        cached = key_value_bytes(self.config) * rows * (self.tracer.sizes.num_before_caption + self.config.llm.new_tokens / 2)
+        cached = key_value_bytes(self.config) * rows * (self.memory_profiler.sizes.num_before_caption + self.config.llm.new_tokens / 2)
         return TokenWork(weights + unpacking + cached, prompt.trace.launches, is_captured(self.config))
 
 
@@ -218,42 +223,42 @@ def is_captured(config: Config) -> bool:
     )
 
 
-def token_seconds(work: TokenWork, card: Card) -> float:
+def token_seconds(work: TokenWork, gpu: DeviceInfo) -> float:
     """Seconds of one token of every clip of a batch.
 
     They are the GPU's, for moving bytes or for running kernels that are small, or the host's for launching kernels,
     where those are more.
     """
-    return max(work.moved_bytes / (card.bandwidth_share * card.bytes_per_s), work.num_launches * seconds_per_kernel(work, card))
+    return max(work.moved_bytes / (gpu.bandwidth_share * gpu.bytes_per_s), work.num_launches * seconds_per_kernel(work, gpu))
 
 
-def seconds_per_kernel(work: TokenWork, card: Card) -> float:
+def seconds_per_kernel(work: TokenWork, gpu: DeviceInfo) -> float:
     """The GPU's in a graph, or else the host's."""
-    return card.kernel_s if work.is_captured else card.launch_s
+    return gpu.kernel_s if work.is_captured else gpu.launch_s
 
 
-def stages_in_front(config: Config, tracer: Tracer, num_clips: int) -> list[Stage]:
+def stages_in_front(config: Config, memory_profiler: MemoryProfiler, num_clips: int) -> list[Stage]:
     """What clips go through in front of the language model."""
-    first = [] if config.cache.enabled is True else [Stage("encoder", tracer.encoder(num_clips))]
-    return [*first, Stage("projector", tracer.projector(num_clips))]
+    first = [] if config.cache.enabled is True else [Stage("encoder", memory_profiler.encoder(num_clips))]
+    return [*first, Stage("projector", memory_profiler.projector(num_clips))]
 
 
-def clip_bytes(config: Config, tracer: Tracer) -> tuple[str, float]:
+def clip_bytes(config: Config, memory_profiler: MemoryProfiler) -> tuple[str, float]:
     """What a clip is on the GPU in front of the first stage, and its bytes."""
     is_cached = config.cache.enabled is True
-    return ("stored features", cached_bytes(tracer)) if is_cached else ("frames", float(tracer.sizes.frame_bytes))
+    return ("stored features", cached_bytes(memory_profiler)) if is_cached else ("frames", float(memory_profiler.sizes.frame_bytes))
 
 
-def feature_values(tracer: Tracer) -> float:
+def feature_values(memory_profiler: MemoryProfiler) -> float:
     """Numbers in the features of a clip."""
-    frames, rows, columns = tracer.sizes.grid
-    return float(frames * rows * columns * tracer.sizes.embed_dim)
+    frames, rows, columns = memory_profiler.sizes.grid
+    return float(frames * rows * columns * memory_profiler.sizes.embed_dim)
 
 
-def cached_bytes(tracer: Tracer) -> float:
+def cached_bytes(memory_profiler: MemoryProfiler) -> float:
     """Bytes of a clip's stored features."""
-    size = {"float32": 4.0, "int8": 1.0}.get(tracer.config.cache.dtype, 2.0)
-    return size * feature_values(tracer) / (tracer.config.pool_size or 1) ** 2
+    size = {"float32": 4.0, "int8": 1.0}.get(memory_profiler.config.cache.dtype, 2.0)
+    return size * feature_values(memory_profiler) / (memory_profiler.config.pool_size or 1) ** 2
 
 
 def unused_share(config: Config) -> float:

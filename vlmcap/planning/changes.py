@@ -10,7 +10,7 @@ from vlmcap.config import Config
 from vlmcap.config.unread import unread_keys
 from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError
-from vlmcap.planning.hardware import Card
+from vlmcap.planning.hardware import DeviceInfo
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change, Plan
 
@@ -28,19 +28,19 @@ _CHANGES: tuple[tuple[str, str], ...] = (
     ("data.num_frames=2", "fewer frames still"),
 )
 _GROUPS = {"optim": "optim.kind"}  # a whole group that a change names, and what of it a configuration without groups has
-_SHRINK = 0.8  # of what was planned, or of what the card has: where memory did run out, the plan was too low
+_SHRINK = 0.8  # of what was planned, or of what the GPU has: where memory did run out, the plan was too low
 _PLAIN = "lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or set hardware.gradient_checkpointing=true"
 
 
 def with_changes(
-    plan: Plan, overrides: Sequence[str], card: Card | None = None, composed: Callable[[Sequence[str]], Config] = compose
+    plan: Plan, overrides: Sequence[str], gpu: DeviceInfo | None = None, composed: Callable[[Sequence[str]], Config] = compose
 ) -> Plan:
     """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
 
     Args:
         plan: Of the overrides.
         overrides: Of the configuration, as `train.py` takes them.
-        card: As of `make_plan`.
+        gpu: As of `make_plan`.
         composed: Makes a configuration of overrides.
     """
     chosen: list[Change] = []
@@ -50,30 +50,30 @@ def with_changes(
             break
         try:
             config = composed([*taken, override])
-            changed = make_plan(config, card)
+            changed = make_plan(config, gpu)
         except UserError:  # the change does not go with these parts
             continue
         if changed.peak_gib < best.peak_gib - 0.05:
             taken.append(override)
             chosen.append(Change((override,), cost, changed.peak_gib))
             best = changed
-    return dataclasses.replace(plan, changes=_needed(chosen, overrides, card, composed) if best.fits else chosen)
+    return dataclasses.replace(plan, changes=_needed(chosen, overrides, gpu, composed) if best.fits else chosen)
 
 
 def _needed(
-    chosen: Sequence[Change], overrides: Sequence[str], card: Card | None, composed: Callable[[Sequence[str]], Config]
+    chosen: Sequence[Change], overrides: Sequence[str], gpu: DeviceInfo | None, composed: Callable[[Sequence[str]], Config]
 ) -> list[Change]:
     """The changes without those that it fits without."""
     kept = list(chosen)
     for change in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not change]
         flat = [override for other in rest for override in other.overrides]
-        if make_plan(composed([*overrides, *flat]), card).fits:
+        if make_plan(composed([*overrides, *flat]), gpu).fits:
             kept = rest
     taken, result = list(overrides), []
     for change in kept:
         taken += change.overrides
-        result.append(dataclasses.replace(change, peak_gib=make_plan(composed(taken), card).peak_gib))
+        result.append(dataclasses.replace(change, peak_gib=make_plan(composed(taken), gpu).peak_gib))
     return result
 
 
@@ -99,6 +99,6 @@ def planned_changes(config: Config) -> list[str]:
         return saved_config(plain, {_GROUPS.get(key, key): value for key, value in pairs}, is_training=True)
 
     plan = make_plan(config)
-    card = dataclasses.replace(plan.card, usable_gib=_SHRINK * min(plan.peak_gib, plan.card.usable_gib))
-    plan = with_changes(dataclasses.replace(plan, card=card), [], card, changed)
+    gpu = dataclasses.replace(plan.gpu, usable_gib=_SHRINK * min(plan.peak_gib, plan.gpu.usable_gib))
+    plan = with_changes(dataclasses.replace(plan, gpu=gpu), [], gpu, changed)
     return [f"{' '.join(change.overrides)} ({change.cost}; {change.peak_gib:.1f} GiB)" for change in plan.changes]

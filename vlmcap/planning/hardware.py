@@ -1,4 +1,4 @@
-"""Cards as plain figures, from their data sheets and from what PyTorch reports on them."""
+"""GPUs as plain figures, from their data sheets and from what PyTorch reports on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from vlmcap.config import Config
 
 GIB = 2**30
-UTILISATION = 0.4  # of a card's peak, that models of these sizes reach in training, where nothing was measured
+UTILISATION = 0.4  # of a GPU's peak, that models of these sizes reach in training, where nothing was measured
 CORE_FLOPS = 60e9  # float32 on one core: measured with CLIP-L's layers on a server CPU
 # An estimate, not a measurement: 4 419 kernels per token of Qwen3-8B with LoRA in 4 bits are expected to take 50 to 80 ms on an L4 or an
 # H100, as eager PyTorch, peft and bitsandbytes need 11 to 18 microseconds of the host for each. The cores of a T4's host are older.
@@ -24,8 +24,8 @@ CPU_LAUNCH_S = 28e-6  # measured: 123 ms for those 4 419 operations at a tiny wi
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """What a plan needs to know of a card.
+class DeviceInfo:
+    """What a plan needs to know of a GPU.
 
     Attributes:
         usable_gib: Memory that PyTorch reports, which is less than the name says.
@@ -38,7 +38,7 @@ class Card:
         bandwidth_share: Share of `bytes_per_s` that writing captions reaches.
         launch_s: Host seconds per kernel launch while captions are written, dispatch by PyTorch and Python included.
         kernel_s: The same where the step is a CUDA graph.
-        calibrated: Card and day of the measurement that the last four and the context come from; empty where they are assumed.
+        calibrated: GPU and day of the measurement that the last four and the context come from; empty where they are assumed.
     """
 
     usable_gib: float
@@ -55,34 +55,34 @@ class Card:
 
 
 CARDS = {
-    "t4": Card(14.6, 65e12, 320e9, has_flash=False, launch_s=OLD_HOST_LAUNCH_S),
-    "l4": Card(22.0, 121e12, 300e9),
-    "a100": Card(39.4, 312e12, 1555e9),
-    "a100_80": Card(79.1, 312e12, 2039e9),
-    "h100": Card(79.1, 989e12, 3350e9, context_gib=0.8),
+    "t4": DeviceInfo(14.6, 65e12, 320e9, has_flash=False, launch_s=OLD_HOST_LAUNCH_S),
+    "l4": DeviceInfo(22.0, 121e12, 300e9),
+    "a100": DeviceInfo(39.4, 312e12, 1555e9),
+    "a100_80": DeviceInfo(79.1, 312e12, 2039e9),
+    "h100": DeviceInfo(79.1, 989e12, 3350e9, context_gib=0.8),
 }
 
 
-def card_of(hardware: str, memory_gib: float, num_cores: int | None = None) -> Card:
-    """The card of a hardware profile; one without an entry counts as an L4 of its size.
+def device_info(hardware: str, memory_gib: float, num_cores: int | None = None) -> DeviceInfo:
+    """The GPU of a hardware profile; one without an entry counts as an L4 of its size.
 
     Args:
         hardware: Name under `conf/hardware`.
         memory_gib: Of the profile.
-        num_cores: Of a CPU; None for a card.
+        num_cores: Of a CPU; None for a GPU.
     """
     if num_cores is not None:
-        return Card(memory_gib, num_cores * CORE_FLOPS, num_cores * 8e9, context_gib=0.0, launch_s=CPU_LAUNCH_S)
+        return DeviceInfo(memory_gib, num_cores * CORE_FLOPS, num_cores * 8e9, context_gib=0.0, launch_s=CPU_LAUNCH_S)
     known = CARDS.get(hardware)
-    return known or Card(0.92 * memory_gib, CARDS["l4"].peak_flops, CARDS["l4"].bytes_per_s)
+    return known or DeviceInfo(0.92 * memory_gib, CARDS["l4"].peak_flops, CARDS["l4"].bytes_per_s)
 
 
 _MODELS = {"t4": r"\bT4\b", "l4": r"\bL4\b", "a100": r"\bA100\b", "a100_80": r"\bA100\b", "h100": r"\bH100\b"}
-_SHARED = 0.9  # of a profile's memory that a card of its model has at least; a slice of one (MIG) has less
+_SHARED = 0.9  # of a profile's memory that a GPU of its model has at least; a slice of one (MIG) has less
 
 
-def own_profile(name: str, total_gib: float) -> str | None:
-    """The hardware profile that was made for this very card.
+def matching_profile(name: str, total_gib: float) -> str | None:
+    """The hardware profile that was made for this very GPU.
 
     Args:
         name: As PyTorch reports it, such as "NVIDIA L4".
@@ -93,23 +93,23 @@ def own_profile(name: str, total_gib: float) -> str | None:
 
 
 def suitable_profile(name: str, total_gib: float, capability: tuple[int, int]) -> str | None:
-    """The profile that suits a card: its own, or that of the largest card which has no more memory and no more abilities; None if none.
+    """The profile that suits a GPU: its own, or that of the largest GPU which has no more memory and no more abilities; None if none.
 
     Args:
         name: As PyTorch reports it.
         total_gib: Its memory.
         capability: Compute capability.
     """
-    if own := own_profile(name, total_gib):
+    if own := matching_profile(name, total_gib):
         return own
     is_old = capability < (8, 0)
-    fitting = [key for key, card in CARDS.items() if card.usable_gib <= total_gib and not (card.has_flash and is_old)]
+    fitting = [key for key, gpu in CARDS.items() if gpu.usable_gib <= total_gib and not (gpu.has_flash and is_old)]
     return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
-    """A card, or the processor, of this machine.
+class DetectedDevice:
+    """A GPU, or the processor, of this machine.
 
     Attributes:
         name: As PyTorch names it.
@@ -126,7 +126,7 @@ class Present:
     capability: tuple[int, int] | None = None
 
 
-def present_card() -> Present | None:
+def detect_gpu() -> DetectedDevice | None:
     """The CUDA device that a run here would take; None without one."""
     import torch
 
@@ -135,13 +135,13 @@ def present_card() -> Present | None:
     device = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(device)
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return Present(name, total / GIB, free / GIB, suitable_profile(name, total / GIB, capability), capability)
+    return DetectedDevice(name, total / GIB, free / GIB, suitable_profile(name, total / GIB, capability), capability)
 
 
-def present_processor() -> Present:
+def detect_cpu() -> DetectedDevice:
     """This machine's processor and memory."""
     total, free = _memory_gib()
-    return Present(f"{_processor_name()}, {os.cpu_count() or 1} cores", total, free, "cpu")
+    return DetectedDevice(f"{_processor_name()}, {os.cpu_count() or 1} cores", total, free, "cpu")
 
 
 def _processor_name() -> str:
@@ -194,7 +194,7 @@ def _droppable_bytes(folder: Path) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
-def assumed_card(config: Config) -> Card:
-    """The card of the profile, or this computer, by data sheets alone."""
+def planned_device(config: Config) -> DeviceInfo:
+    """The GPU of the profile, or this computer, by data sheets alone."""
     cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
-    return card_of(config.hardware.name, config.hardware.memory_gib, cores)
+    return device_info(config.hardware.name, config.hardware.memory_gib, cores)

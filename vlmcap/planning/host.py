@@ -53,7 +53,7 @@ def host_peak(
     num_trained = sum(stage.trace.num_trained for stage in steps)
     process = {"process": float(PROCESS_BYTES)}
     loaders = _loaders(config, batches)
-    tower = next((sum(stage.trace.weights.values()) for stage in steps if stage.name == "encoder" and not config.is_whole), 0.0)
+    tower = next((sum(stage.trace.weights.values()) for stage in steps if stage.name == "encoder" and not config.is_pretrained_vlm), 0.0)
     moments = {
         "loading": process | {"encoder on its way to the device": tower},
         "training": process | loaders | {"offloaded checkpoints": offloaded},

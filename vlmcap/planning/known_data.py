@@ -35,10 +35,10 @@ def with_known_data(config: Config) -> Config:
     """
     if not config.llm.is_length_open or not (clips := known_clips(config)):
         return config
-    from vlmcap.planning.estimate.meta_models import once
+    from vlmcap.planning.estimate.meta_models import cached
 
     key = ["llm", to_plain(config.llm), to_plain(config.model), _data_key(config)]
-    return dataclasses.replace(config, llm=once(key, lambda: for_plan(config, clips).llm))
+    return dataclasses.replace(config, llm=cached(key, lambda: for_plan(config, clips).llm))
 
 
 def for_plan(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
@@ -80,9 +80,9 @@ def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:
     """
     if config.data.is_demo or not Path(config.data.root).expanduser().exists():
         return {}
-    from vlmcap.planning.estimate.meta_models import once  # loads all that a plan needs, and a run without one does not
+    from vlmcap.planning.estimate.meta_models import cached  # loads all that a plan needs, and a run without one does not
 
-    return once(["clips", _data_key(config)], lambda: load_splits(config, (), tuple(Split)))  # type: ignore[no-any-return]
+    return cached(["clips", _data_key(config)], lambda: load_splits(config, (), tuple(Split)))  # type: ignore[no-any-return]
 
 
 def _data_key(config: Config) -> list[Any]:

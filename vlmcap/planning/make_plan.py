@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vlmcap.assembly.components import dtype_of, lora_of
 from vlmcap.config import Batching, Config, Enforce, Engine, Strategy
-from vlmcap.errors import DoesNotFit, NotPlannedError, UserError
+from vlmcap.errors import DoesNotFitError, NotPlannedError, UserError
 from vlmcap.models.decoding.settings import clips_for
-from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.captioning import (
     MOST_ROWS,
@@ -24,21 +24,21 @@ from vlmcap.planning.captioning import (
     unused_share,
     ways_to_merge,
 )
-from vlmcap.planning.hardware import GIB, Card, card_of, present_processor
+from vlmcap.planning.hardware import GIB, DeviceInfo, detect_cpu, device_info
 from vlmcap.planning.host import HostBatch, host_peak, host_sentence, pinned_bytes
 from vlmcap.planning.memory import Moment, Stage, activations, scale_beyond, training_peak
 from vlmcap.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from vlmcap.planning.estimate.memory_profiler import Tracer
+    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
 NUM_CLIPS = 8000  # training clips of AI Hub's Korean background video, about, where the data is not there and data.max_clips is not set
 
 
 def make_plan(
     config: Config,
-    card: Card | None = None,
-    tracer: Tracer | None = None,
+    gpu: DeviceInfo | None = None,
+    memory_profiler: MemoryProfiler | None = None,
     *,
     captions: CaptionLengths | None = None,
     num_clips: int | None = None,
@@ -47,8 +47,8 @@ def make_plan(
 
     Args:
         config: Run configuration.
-        card: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
-        tracer: Tracer of the same configuration, in place of an exact one.
+        gpu: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
+        memory_profiler: MemoryProfiler of the same configuration, in place of an exact one.
         captions: Lengths of the training captions, where they were counted; None assumes those of Korean captions.
         num_clips: Training clips, where they were counted; None takes data.max_clips, or as many as AI Hub's data set has.
 
@@ -57,31 +57,31 @@ def make_plan(
         NotPlannedError: The memory of this combination cannot be predicted.
     """
     _check_plannable(config)
+    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler  # loads bitsandbytes, which a run without a plan may do without
     from vlmcap.planning.estimate.sizes import download_bytes
-    from vlmcap.planning.estimate.memory_profiler import Tracer  # loads bitsandbytes, which a run without a plan may do without
 
     # 1. Trace the stages of a training step, and models of scores.
-    card = card or calibrated_card(config)
-    tracer = tracer or Tracer(config, card.has_flash)
+    gpu = gpu or calibrated_device(config)
+    memory_profiler = memory_profiler or MemoryProfiler(config, gpu.has_flash)
     captions = captions or CaptionLengths.assumed(config.llm.caption_tokens)
-    num_kept = kept_within(config, tracer)
-    batch_size, _ = fullest_batch(config, tracer, captions)
-    steps = training_stages(config, tracer, num_kept, captions)
-    scores, unknown = _scores(config, tracer)
-    flops = _padded_flops(config, tracer, steps, captions, batch_size)
+    num_kept = kept_within(config, memory_profiler)
+    batch_size, _ = fullest_batch(config, memory_profiler, captions)
+    steps = training_stages(config, memory_profiler, num_kept, captions)
+    scores, unknown = _scores(config, memory_profiler)
+    flops = _padded_flops(config, memory_profiler, steps, captions, batch_size)
 
     # 2. Find how many captions are written at a time, and put all together.
-    training = _training_moment(config, tracer, steps, batch_size)
-    written = plan_captions(config, card, tracer, steps, captions, scores)
+    training = _training_moment(config, memory_profiler, steps, batch_size)
+    written = plan_captions(config, gpu, memory_profiler, steps, captions, scores)
     return Plan(
-        **_stated(config, tracer),
-        card=card,
-        training=scale_beyond(training, card.beyond_ratio),
+        **_stated(config, memory_profiler),
+        gpu=gpu,
+        training=scale_beyond(training, gpu.beyond_ratio),
         generation=written.moment,
-        host=_host_peak(config, tracer, steps, scores, batch_size, written.num_rows),
+        host=_host_peak(config, memory_profiler, steps, scores, batch_size, written.num_rows),
         batch_size=batch_size,
         flops=flops / batch_size,
-        clip_s=_step_seconds(config, flops, steps, card) / batch_size,
+        clip_s=_step_seconds(config, flops, steps, gpu) / batch_size,
         eval_batch_size=written.num_rows,
         caption_s=written.caption_s,
         token_s=written.token_s,
@@ -90,7 +90,7 @@ def make_plan(
         is_captured=written.token.is_captured,
         is_merged=written.is_merged,
         num_clips=num_clips or config.data.max_clips or NUM_CLIPS,
-        cache_bytes=cached_bytes(tracer),
+        cache_bytes=cached_bytes(memory_profiler),
         download_bytes=download_bytes(config),
         num_kept=num_kept,
         not_counted=unknown,
@@ -106,21 +106,21 @@ def _check_plannable(config: Config) -> None:
         )
 
 
-def _stated(config: Config, tracer: Tracer) -> dict[str, Any]:
+def _stated(config: Config, memory_profiler: MemoryProfiler) -> dict[str, Any]:
     """What a plan says of its configuration."""
     return {
-        "title": " + ".join(config.part_names.values()),
+        "title": " + ".join(config.component_names.values()),
         "hardware": config.hardware.name,
         "is_cached": config.cache.enabled is True,
-        "num_visual": tracer.sizes.num_visual,
-        "num_text": tracer.sizes.num_prompt + config.llm.caption_tokens,
+        "num_visual": memory_profiler.sizes.num_visual,
+        "num_text": memory_profiler.sizes.num_prompt + config.llm.caption_tokens,
         "num_caption": max(config.llm.caption_tokens, config.llm.new_tokens),
         "is_caption_assumed": config.llm.is_length_open,
         "num_frames": config.data.num_frames,
     }
 
 
-def fullest_batch(config: Config, tracer: Tracer, captions: CaptionLengths) -> tuple[int, int]:
+def fullest_batch(config: Config, memory_profiler: MemoryProfiler, captions: CaptionLengths) -> tuple[int, int]:
     """Clips of a training batch, and caption tokens that each of them is padded to.
 
     Under `data.max_tokens_per_batch` it holds as many of the shortest clips as there may be, and captions fill what is left.
@@ -128,70 +128,72 @@ def fullest_batch(config: Config, tracer: Tracer, captions: CaptionLengths) -> t
     budget, longest = config.data.max_tokens_per_batch, config.llm.caption_tokens
     if budget is None:
         return config.data.batch_size, longest
-    count = max(1, budget // (tracer.sizes.num_before_caption + captions.tokens[0]))
-    return count, min(longest, max(1, budget // count - tracer.sizes.num_before_caption))
+    count = max(1, budget // (memory_profiler.sizes.num_before_caption + captions.tokens[0]))
+    return count, min(longest, max(1, budget // count - memory_profiler.sizes.num_before_caption))
 
 
-def _scores(config: Config, tracer: Tracer) -> tuple[dict[str, Stage], list[str]]:
+def _scores(config: Config, memory_profiler: MemoryProfiler) -> tuple[dict[str, Stage], list[str]]:
     """Models of scores by their names, and the settings of those that are not known here."""
-    traced = tracer.scores()
+    traced = memory_profiler.scores()
     stages = {key.partition("_")[0]: Stage(key, trace) for key, trace in traced.items() if trace is not None}
     return stages, [f"evaluation.{key}" for key, trace in traced.items() if trace is None]
 
 
-def _training_moment(config: Config, tracer: Tracer, steps: Sequence[Stage], batch_size: int) -> Moment:
+def _training_moment(config: Config, memory_profiler: MemoryProfiler, steps: Sequence[Stage], batch_size: int) -> Moment:
     """The fullest moment of a training step."""
-    name, size = clip_bytes(config, tracer)
+    name, size = clip_bytes(config, memory_profiler)
     accumulates = config.trainer.accumulate_grad_batches > 1
     held = {name: size * batch_size}
     return training_peak(steps, held, config.optim.kind.value, accumulates=accumulates, unused_share=unused_share(config))
 
 
 def _host_peak(
-    config: Config, tracer: Tracer, steps: Sequence[Stage], scores: Mapping[str, Stage], batch_size: int, num_rows: int
+    config: Config, memory_profiler: MemoryProfiler, steps: Sequence[Stage], scores: Mapping[str, Stage], batch_size: int, num_rows: int
 ) -> Moment:
     """The fullest moment of the host."""
-    _, size = clip_bytes(config, tracer)
+    _, size = clip_bytes(config, memory_profiler)
     num_captioned = clips_for(num_rows, config.evaluation.clips_per_row)
     clips = {"training": batch_size, "validation": num_captioned}
-    feature_bytes = 0.0 if config.cache.enabled is True else feature_values(tracer) * dtype_of(config.hardware.precision).itemsize
-    block_bytes = tracer.checkpoint_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
-    offloaded = tracer.depth * pinned_bytes(block_bytes)
+    feature_bytes = 0.0 if config.cache.enabled is True else feature_values(memory_profiler) * dtype_of(config.hardware.precision).itemsize
+    block_bytes = memory_profiler.checkpoint_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
+    offloaded = memory_profiler.depth * pinned_bytes(block_bytes)
     batches = [HostBatch(name, size * count) for name, count in clips.items()]
     return host_peak(config, steps, batches, offloaded, num_captioned * feature_bytes, scores)
 
 
-def _padded_flops(config: Config, tracer: Tracer, steps: Sequence[Stage], captions: CaptionLengths, batch_size: int) -> float:
+def _padded_flops(
+    config: Config, memory_profiler: MemoryProfiler, steps: Sequence[Stage], captions: CaptionLengths, batch_size: int
+) -> float:
     """Arithmetic of a step on a batch as long as batches are, where the trace has one of the longest captions.
 
     A batch is padded to its longest clip: that of so many random ones, or of clips of like length. Arithmetic counts by tokens, which
     leaves out that attention grows faster.
     """
-    _, traced = fullest_batch(config, tracer, captions)
+    _, traced = fullest_batch(config, memory_profiler, captions)
     length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
     padded = length if config.data.max_tokens_per_batch is None else traced
-    share = (tracer.sizes.num_before_caption + min(padded, traced)) / (tracer.sizes.num_before_caption + traced)
+    share = (memory_profiler.sizes.num_before_caption + min(padded, traced)) / (memory_profiler.sizes.num_before_caption + traced)
     *front, language = (stage.trace.flops for stage in steps)
     return sum(front) + share * language
 
 
-def _step_seconds(config: Config, flops: float, steps: Sequence[Stage], card: Card) -> float:
+def _step_seconds(config: Config, flops: float, steps: Sequence[Stage], gpu: DeviceInfo) -> float:
     packed, checkpointed = packed_bytes(config, steps[-1]), config.hardware.gradient_checkpointing
-    return training_seconds(flops, packed, card, is_checkpointed=checkpointed)
+    return training_seconds(flops, packed, gpu, is_checkpointed=checkpointed)
 
 
-def training_seconds(flops: float, packed_bytes: float, card: Card, *, is_checkpointed: bool) -> float:
+def training_seconds(flops: float, packed_bytes: float, gpu: DeviceInfo, *, is_checkpointed: bool) -> float:
     """Seconds of a step.
 
     Args:
         flops: Of the step.
         packed_bytes: Of 4-bit weights, half a byte each, which every pass unpacks.
-        card: That it runs on.
+        gpu: That it runs on.
         is_checkpointed: The forward pass runs twice.
     """
     passes = 3 if is_checkpointed else 2
     moved = passes * 2 * packed_bytes * UNPACKED_BYTES
-    return flops / (card.utilisation * card.peak_flops) + moved / card.bytes_per_s
+    return flops / (gpu.utilisation * gpu.peak_flops) + moved / gpu.bytes_per_s
 
 
 def num_kept_layers(config: Config) -> int:
@@ -202,13 +204,13 @@ def num_kept_layers(config: Config) -> int:
     """
     if config.hardware.activation_budget_gib is None or not config.hardware.gradient_checkpointing:
         return 0
-    from vlmcap.planning.estimate.memory_profiler import Tracer
+    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
-    return kept_within(config, Tracer(config, card_of(config.hardware.name, config.hardware.memory_gib).has_flash))
+    return kept_within(config, MemoryProfiler(config, device_info(config.hardware.name, config.hardware.memory_gib).has_flash))
 
 
-def kept_within(config: Config, tracer: Tracer) -> int:
-    """The number of kept layers of a configuration whose tracer is at hand; see `num_kept_layers`."""
+def kept_within(config: Config, memory_profiler: MemoryProfiler) -> int:
+    """The number of kept layers of a configuration whose memory_profiler is at hand; see `num_kept_layers`."""
     budget = config.hardware.activation_budget_gib
     if budget is None or not config.hardware.gradient_checkpointing:
         return 0
@@ -217,25 +219,25 @@ def kept_within(config: Config, tracer: Tracer) -> int:
     captions = CaptionLengths.assumed(config.llm.caption_tokens)
 
     def needed(num_kept: int) -> float:
-        stages = training_stages(config, tracer, num_kept, captions)
+        stages = training_stages(config, memory_profiler, num_kept, captions)
         return activations(training_peak(stages, {}, config.optim.kind.value, accumulates=accumulates))
 
-    most = tracer.depth - tracer.fewest_again
+    most = memory_profiler.depth - memory_profiler.fewest_again
     return next((kept for kept in range(most, 0, -1) if needed(kept) <= budget * GIB), 0)
 
 
-def training_stages(config: Config, tracer: Tracer, num_kept: int, captions: CaptionLengths) -> list[Stage]:
+def training_stages(config: Config, memory_profiler: MemoryProfiler, num_kept: int, captions: CaptionLengths) -> list[Stage]:
     """The stages of a training step, the encoder left out where its features are stored."""
-    num_clips, num_caption = fullest_batch(config, tracer, captions)
-    language = tracer.language(num_clips, num_caption, num_kept)
-    return [*stages_in_front(config, tracer, num_clips), Stage("language model", language)]
+    num_clips, num_caption = fullest_batch(config, memory_profiler, captions)
+    language = memory_profiler.language(num_clips, num_caption, num_kept)
+    return [*stages_in_front(config, memory_profiler, num_clips), Stage("language model", language)]
 
 
 def enforce_plan(config: Config) -> Plan | None:
     """The plan of a run, which says so where it does not fit; None where no plan is made.
 
     Raises:
-        DoesNotFit: And `plan.enforce=error`.
+        DoesNotFitError: And `plan.enforce=error`.
     """
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
         return None
@@ -255,11 +257,11 @@ def enforce_plan(config: Config) -> Plan | None:
     if not plan.fits:
         sentence = (
             f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) "
-            f"and hardware={plan.hardware} has {plan.card.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
+            f"and hardware={plan.hardware} has {plan.gpu.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
             "plan.enforce=warn trains all the same"
         )
-        _refuse(config, sentence, plan.peak_gib, plan.card.usable_gib)
-    machine_gib = present_processor().total_gib
+        _refuse(config, sentence, plan.peak_gib, plan.gpu.usable_gib)
+    machine_gib = detect_cpu().total_gib
     if sentence := host_sentence(config, plan.host, machine_gib):
         _refuse(config, f"{sentence}, and plan.enforce=warn trains all the same", plan.host_gib, machine_gib)
     return plan
@@ -268,7 +270,7 @@ def enforce_plan(config: Config) -> Plan | None:
 def _refuse(config: Config, sentence: str, needed_gib: float, usable_gib: float) -> None:
     """Ends a run that cannot fit, or warns of it, as `plan.enforce` says."""
     if config.plan.enforce is Enforce.error:
-        raise DoesNotFit(sentence, needed_gib, usable_gib)
+        raise DoesNotFitError(sentence, needed_gib, usable_gib)
     print(f"Warning: {sentence}", flush=True)
 
 

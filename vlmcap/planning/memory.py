@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlmcap.planning.estimate.stages import Bytes, StageTrace
+from vlmcap.planning.estimate.stages import Bytes, StageMemory
 
 # What the allocator holds beside tensors, of all but weights, where its segments grow and where they have fixed sizes: at most so much in
 # steps on captions of different lengths, with PyTorch's allocator simulated (experiments/allocator).
@@ -45,7 +45,7 @@ class Stage:
     """A stage by its name."""
 
     name: str
-    trace: StageTrace
+    trace: StageMemory
 
 
 def is_weight(part: str) -> bool:
@@ -74,7 +74,7 @@ def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accum
 
     Args:
         stages: In the order of the forward pass, weights included.
-        held: Bytes that lie on the card throughout, such as frames or stored features.
+        held: Bytes that lie on the GPU throughout, such as frames or stored features.
         optimizer: A key of `OPTIMIZERS`.
         accumulates: Gradients of earlier micro-batches are there from the beginning.
         unused_share: What the allocator cannot hand out, of all but weights.
@@ -119,8 +119,8 @@ class Captioning:
         is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are written.
     """
 
-    prefill: StageTrace
-    validation: StageTrace
+    prefill: StageMemory
+    validation: StageMemory
     token_bytes: float
     num_rows: int
     num_read: int
@@ -164,7 +164,7 @@ def generation_peak(
     return Moment(name, _finish(always, fullest, unused_share))
 
 
-def _forward(trace: StageTrace) -> list[tuple[str, Bytes]]:
+def _forward(trace: StageMemory) -> list[tuple[str, Bytes]]:
     return [(name, peak) for name, peak in trace.peaks.items() if name.startswith("forward")]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmcap.planning.hardware import GIB, Card, present_processor
+from vlmcap.planning.hardware import GIB, DeviceInfo, detect_cpu
 from vlmcap.planning.memory import Moment, activations, is_weight
 from vlmcap.terminal import duration, gigabytes, grouped
 
@@ -39,12 +39,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Memory, time and disk of a configuration on its card.
+    """Memory, time and disk of a configuration on its GPU.
 
     Attributes:
         title: What the model is made of.
         hardware: Name of the profile.
-        card: Its figures.
+        gpu: Its figures.
         training: The fullest moment of a training step.
         generation: The fullest moment while captions are written and scored.
         host: The fullest moment of the host's memory.
@@ -66,7 +66,7 @@ class Plan:
         num_clips: That an epoch and the store of features are counted for.
         cache_bytes: Of a clip's features on disk.
         download_bytes: Weights of the bases that this machine does not have yet.
-        is_cached: Features come from disk, and the encoder is not on the card.
+        is_cached: Features come from disk, and the encoder is not on the GPU.
         num_kept: Layers that are not computed again under hardware.activation_budget_gib.
         not_counted: Settings of models whose size is not known here.
         changes: That make it fit where it does not.
@@ -74,7 +74,7 @@ class Plan:
 
     title: str
     hardware: str
-    card: Card
+    gpu: DeviceInfo
     training: Moment
     generation: Moment
     host: Moment
@@ -104,12 +104,12 @@ class Plan:
     @property
     def training_gib(self) -> float:
         """Peak of a training step: what PyTorch reserves, and the context."""
-        return self.training.total / GIB + self.card.context_gib
+        return self.training.total / GIB + self.gpu.context_gib
 
     @property
     def generation_gib(self) -> float:
         """Peak of generation: what PyTorch reserves, and the context."""
-        return self.generation.total / GIB + self.card.context_gib
+        return self.generation.total / GIB + self.gpu.context_gib
 
     @property
     def host_gib(self) -> float:
@@ -123,8 +123,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds it."""
-        return self.peak_gib <= self.card.usable_gib
+        """Whether the GPU holds it."""
+        return self.peak_gib <= self.gpu.usable_gib
 
     @property
     def weights_gib(self) -> float:
@@ -143,12 +143,12 @@ class Plan:
             "hardware": self.hardware,
             "fits": self.fits,
             "peak_gib": round(self.peak_gib, 3),
-            "usable_gib": self.card.usable_gib,
+            "usable_gib": self.gpu.usable_gib,
             "training_gib": round(self.training_gib, 3),
             "generation_gib": round(self.generation_gib, 3),
             "weights_gib": round(self.weights_gib, 3),
             "activations_gib": round(self.activations_gib, 3),
-            "context_gib": self.card.context_gib,
+            "context_gib": self.gpu.context_gib,
             "training": _plain_moment(self.training),
             "generation": _plain_moment(self.generation),
             "host_gib": round(self.host_gib, 3),
@@ -173,7 +173,7 @@ class Plan:
             "cache_bytes": round(self.cache_bytes * self.num_clips),
             "download_bytes": round(self.download_bytes),
             "is_cached": self.is_cached,
-            "calibrated": self.card.calibrated or None,
+            "calibrated": self.gpu.calibrated or None,
             "kept_layers": self.num_kept,
             "changes": [change.plain() for change in self.changes],
         }
@@ -188,12 +188,12 @@ def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: round(size / GIB, 4) for name, size in parts.items()}
 
 
-def show_plan(plan: Plan, *, is_whole: bool = False) -> None:
+def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
     """Prints where the memory goes, what it costs, and the verdict last.
 
     Args:
         plan: What is shown.
-        is_whole: Small parts one by one.
+        is_pretrained_vlm: Small parts one by one.
     """
     console = Console(highlight=False)
     for what, moment, gib in (("Training", plan.training, plan.training_gib), ("Generation", plan.generation, plan.generation_gib)):
@@ -203,7 +203,7 @@ def show_plan(plan: Plan, *, is_whole: bool = False) -> None:
         table.add_column(overflow="fold")
         table.add_column(justify="right")
         table.add_column(no_wrap=True)
-        for name, size in _rows(moment, plan.card.context_gib, is_whole):
+        for name, size in _rows(moment, plan.gpu.context_gib, is_pretrained_vlm):
             table.add_row(name, f"{size:.2f} GiB", "█" * round(_WIDTH * size / max(gib, 1e-9)))
         console.print(table)
     console.print(_costs(plan))
@@ -212,8 +212,8 @@ def show_plan(plan: Plan, *, is_whole: bool = False) -> None:
     console.print(_verdict(plan), style="bold green" if plan.fits else "bold red", markup=False)
 
 
-def _rows(moment: Moment, context_gib: float, is_whole: bool) -> list[tuple[str, float]]:
-    large = {name: size for name, size in moment.parts.items() if is_whole or size >= _SMALL}
+def _rows(moment: Moment, context_gib: float, is_pretrained_vlm: bool) -> list[tuple[str, float]]:
+    large = {name: size for name, size in moment.parts.items() if is_pretrained_vlm or size >= _SMALL}
     rest = sum(size for name, size in moment.parts.items() if name not in large)
     rows = [(name, size / GIB) for name, size in large.items()] + ([("smaller parts", rest / GIB)] if rest else [])
     return [*rows, ("CUDA context", context_gib)] if context_gib else rows
@@ -233,27 +233,27 @@ def _costs(plan: Plan) -> Table:
     table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {download}")
     if plan.not_counted:
         table.add_row("not counted", f"{' and '.join(plan.not_counted)}, whose config.json is not here")
-    if plan.card.calibrated:
-        table.add_row("figures", f"calibrated on {plan.card.calibrated}")
+    if plan.gpu.calibrated:
+        table.add_row("figures", f"calibrated on {plan.gpu.calibrated}")
     return table
 
 
 def _host(host: Moment) -> str:
     """The host's memory, what takes most of it, and what is here."""
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*host.parts.items()][:_HOST_PARTS])
-    here = present_processor().total_gib
+    here = detect_cpu().total_gib
     machine = f"; this machine has {here:.1f}" if here else ""
     return f"{host.total / GIB:.1f} GiB of memory while {host.name} ({parts}){machine}"
 
 
 def _verdict(plan: Plan) -> str:
-    has = f"{plan.card.usable_gib:.1f} GiB of hardware={plan.hardware}"
+    has = f"{plan.gpu.usable_gib:.1f} GiB of hardware={plan.hardware}"
     if plan.fits:
         return f"{plan.title}, batch {plan.batch_size}: fits, {plan.peak_gib:.1f} of {has}."
     if not plan.changes:
-        mend = "nothing known here makes it fit: take a smaller llm or a larger card."
-    elif plan.changes[-1].peak_gib <= plan.card.usable_gib:
+        mend = "nothing known here makes it fit: take a smaller llm or a larger GPU."
+    elif plan.changes[-1].peak_gib <= plan.gpu.usable_gib:
         mend = "the changes above, in order of lost quality, make it fit."
     else:
-        mend = "the changes above do not suffice: take a smaller llm or a larger card."
+        mend = "the changes above do not suffice: take a smaller llm or a larger GPU."
     return f"{plan.title}, batch {plan.batch_size}: does not fit, {plan.peak_gib:.1f} of {has}; {mend}"

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from vlmcap.assembly.clips import load_splits
+from vlmcap.assembly.components import device_of, load_encoder, locate_base_checkpoints, vision_component
 from vlmcap.assembly.datasets import decoded_dataset, grid_of_frames
 from vlmcap.assembly.features import encoding_of, free_memory
-from vlmcap.assembly.components import device_of, load_encoder, locate_sources, vision_part
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import TINY, prepare
 from vlmcap.errors import UserError
 from vlmcap.files import replacing
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.locks import claimed_folder
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.spectrum.figures import FrameFeatures, Spectrum, measure_spectrum
@@ -65,10 +65,12 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     Raises:
         UserError: An override, an encoder or a clip does not do.
     """
-    quiet_libraries()
+    silence_libraries()
     jobs, swept = expand(overrides)
     configs = [with_model_kind(compose(job)) for job in jobs]
-    names = short_names(jobs, swept) if len(jobs) > 1 else [configs[0].model.name if configs[0].is_whole else configs[0].encoder.name]
+    names = (
+        short_names(jobs, swept) if len(jobs) > 1 else [configs[0].model.name if configs[0].is_pretrained_vlm else configs[0].encoder.name]
+    )
     spectra: list[EncoderSpectrum] = []
     with claimed_folder(folder, "--output"):
         with progress_reporter("encoders") as report:
@@ -102,7 +104,7 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
     if is_tiny or not settings.images:
         config = prepare(config)
     clips = _clips(config, settings)
-    folder = locate_sources(config, is_encoder_only=True).folders[vision_part(config)]
+    folder = locate_base_checkpoints(config, is_encoder_only=True).folders[vision_component(config)]
     encoder = load_encoder(dataclasses.replace(config, cache=dataclasses.replace(config.cache, pooled=False)), folder)
     frames: list[FrameFeatures] = []
     pictures: list[Tensor | None] = []
@@ -190,7 +192,7 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
     Raises:
         UserError: Frames have sizes of their own, so that a layer's tokens stand in no plain order.
     """
-    if config.is_whole or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
+    if config.is_pretrained_vlm or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
         raise UserError("--layers is for encoders whose frames have one size; leave it out")
     assert sample.frames is not None
     lists = [module for module in encoder.tower.modules() if isinstance(module, torch.nn.ModuleList)]

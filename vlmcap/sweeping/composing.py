@@ -13,7 +13,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmcap.compose import checked_config, name_parts
+from vlmcap.compose import checked_config, name_components
 from vlmcap.config import Config
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_hash import config_hash
@@ -100,7 +100,7 @@ class Composer:
         hydra_node = node.pop("hydra")
         node.paths.output_dir = ""  # not known yet, and without effect
         try:
-            name_parts(node, hydra_node)
+            name_components(node, hydra_node)
             config, refusal = checked_config(node, overrides), ""
         except UserError as error:
             config, refusal = None, str(error)

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmcap.config import Config
 from vlmcap.config_hash import config_hash
-from vlmcap.errors import DoesNotFit, InUseError, Pruned, UserError, first_line, is_out_of_memory, storage_problem
+from vlmcap.errors import DoesNotFitError, InUseError, TrialPruned, UserError, first_line, is_out_of_memory, storage_problem
 from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
 
@@ -37,7 +37,7 @@ class Status:
         config_hash: Of `vlmcap.compose.config_hash`; None where the configuration itself was wrong.
         overrides: Of the command.
         objective: What `train.py` returns; a pruned run's last value.
-        plan: `peak_gib` and `usable_gib` of a run that did not fit its card.
+        plan: `peak_gib` and `usable_gib` of a run that did not fit its GPU.
         seconds: From start to end.
     """
 
@@ -118,7 +118,7 @@ class Record:
             return
         status = self._status(error)
         plan = None
-        if isinstance(error, DoesNotFit):
+        if isinstance(error, DoesNotFitError):
             plan = {"peak_gib": round(error.peak_gib, 3), "usable_gib": round(error.usable_gib, 3)}
         elif error is not None and self.config is not None and is_out_of_memory(error):
             plan = _planned(self.config)
@@ -127,7 +127,7 @@ class Record:
     def _status(self, error: BaseException | None) -> str:
         if error is None:
             return FINISHED
-        if isinstance(error, Pruned):
+        if isinstance(error, TrialPruned):
             return PRUNED
         if isinstance(error, UserError) and not self._has_trained():
             return REFUSED
@@ -152,7 +152,7 @@ class Record:
         ).write(self.folder)
 
 
-def taken_up(config: Config) -> Config:
+def with_auto_resume(config: Config) -> Config:
     """The configuration of a job that goes on from its last checkpoint, where `sweep.resume=true` and an earlier start left one."""
     last = Path(config.paths.output_dir) / "checkpoints" / "last.ckpt"
     is_left = config.sweep.resume and config.checkpoint is None and last.is_file()
@@ -189,7 +189,7 @@ def _reason(status: str, error: BaseException | None) -> str:
         return ""
     if status == INTERRUPTED:
         return "the run was interrupted"
-    known = isinstance(error, UserError | Pruned)
+    known = isinstance(error, UserError | TrialPruned)
     if is_out_of_memory(error) and not known:
         return f"out of memory: {first_line(error)}"
     if not known and (sentence := storage_problem(error)):
@@ -205,4 +205,4 @@ def _planned(config: Config) -> dict[str, float] | None:
         plan = make_plan(config)
     except Exception:  # the run's own failure is what counts
         return None
-    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.card.usable_gib, 3)}
+    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.gpu.usable_gib, 3)}

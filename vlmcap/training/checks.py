@@ -71,12 +71,12 @@ def check_stages(config: Config) -> None:
 def check_monitor(config: Config) -> None:
     """`UserError` unless `monitor` will be measured in the validations of the loop."""
     from vlmcap.metrics import METRIC_NAMES
-    from vlmcap.metrics.user_metrics import own_metrics
+    from vlmcap.metrics.user_metrics import user_metrics
 
     has_facts = config.data.is_demo or config.evaluation.facts is not None
-    grounding = config.callbacks.grounding
-    looped = ["loss", *METRIC_NAMES, *own_metrics(), *(["facts/<fact>"] if has_facts else [])]
-    looped += ["grounding/swapped/cider_drop"] if grounding.enabled and grounding.every_n_validations == 1 else []
+    visual_reliance = config.callbacks.visual_reliance
+    looped = ["loss", *METRIC_NAMES, *user_metrics(), *(["facts/<fact>"] if has_facts else [])]
+    looped += ["visual_reliance/swapped/cider_drop"] if visual_reliance.enabled and visual_reliance.every_n_validations == 1 else []
     split, _, name = config.monitor.partition("/")
     groups = tuple(example.partition("/")[0] + "/" for example in looped if "/" in example)
     if split != "val" or not (name in looped or name.startswith(groups)):
@@ -107,7 +107,7 @@ def check_followed(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
 def _compares_clips(metric: str) -> bool:
     """Whether a metric needs two clips, as CIDEr does, whose weights are how few clips have an n-gram, or an exchange of videos."""
     words = metric.split("/")[1:]
-    return words in (["cider"], ["cider_d"]) or words[0] in ("swapped", "permuted", "grounding")
+    return words in (["cider"], ["cider_d"]) or words[0] in ("swapped", "permuted", "visual_reliance")
 
 
 def check_position(held: Mapping[str, Any], config: Config) -> None:

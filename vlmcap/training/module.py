@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from vlmcap.config import OptimConfig
 from vlmcap.data.loading.batches import BatchSampler
 from vlmcap.data.loading.datamodule import CaptionDataModule
-from vlmcap.data.skipped_clips import Ledger
+from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.training.callbacks.saving import reopen_epoch, settle_loop
-from vlmcap.training.checkpoints.load import check_bases, check_weights, trained_parameters
+from vlmcap.training.checkpoints.load import check_base_checkpoints, check_weights, trained_parameters
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
@@ -50,7 +50,7 @@ class CaptioningModule(L.LightningModule):
         plan: Stages and rates.
         optim: Kind and settings of the optimiser.
         identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen bases.
-        ledger: Of clips that could not be used.
+        skipped_log: Of clips that could not be used.
         max_label_tokens: Most label tokens of one micro-batch; a constant that keeps loss sums small in half precision.
         sharder: Cuts the captioner into shards of all processes on a device; None leaves it whole.
     """
@@ -62,13 +62,13 @@ class CaptioningModule(L.LightningModule):
         optim: OptimConfig,
         *,
         identity: Mapping[str, Any],
-        ledger: Ledger,
+        skipped_log: SkippedClipLog,
         max_label_tokens: int,
         sharder: Callable[[nn.Module, DeviceMesh, torch.device], None] | None = None,
     ) -> None:
         super().__init__()
         self.captioner, self.plan, self.optim_config = captioner, plan, optim
-        self.identity, self.ledger, self.loss_unit = dict(identity), ledger, float(max_label_tokens)
+        self.identity, self.skipped_log, self.loss_unit = dict(identity), skipped_log, float(max_label_tokens)
         self.strict_loading = False  # frozen weights are never in a checkpoint; `on_load_checkpoint` checks the rest
         self.trained = trained_parameters(captioner, plan)
         self.num_truncated = 0
@@ -164,7 +164,7 @@ class CaptioningModule(L.LightningModule):
         if not self._is_sharded:
             return torch.stack([p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]).sum()
         if self._earlier is None:  # the other ranks wait for this one's shards in every block, so it must compute something
-            raise UserError("no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see quarantine.jsonl")
+            raise UserError("no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see skipped_clips.jsonl")
         return self.captioner.loss_sum(self._earlier)[0] * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -310,7 +310,7 @@ class CaptioningModule(L.LightningModule):
             UserError: Trained weights are missing, unknown or of another shape, a frozen base is another one, or the optimiser's state is.
         """
         held = checkpoint.get("vlmcap") or {}
-        check_bases(held.get("bases", {}), self.identity.get("bases", {}))
+        check_base_checkpoints(held.get("bases", {}), self.identity.get("bases", {}))
         check_weights(checkpoint["state_dict"], self.trained)
         fit_saved_states(checkpoint.get("optimizer_states", []), self.optim_config)
         states, rank = [held["random"], *held.get("random_of_others", [])], self.trainer.global_rank
@@ -355,5 +355,5 @@ class CaptioningModule(L.LightningModule):
         """Counts what could not be used, and stops when it is too much."""
         if batch.skipped:
             for skipped in batch.skipped:
-                self.ledger.add(skipped)
-            self.ledger.check()
+                self.skipped_log.add(skipped)
+            self.skipped_log.check()

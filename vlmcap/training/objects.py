@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.clips import open_ledger
+from vlmcap.assembly.clips import open_skipped_log
 from vlmcap.assembly.data import build_data
 from vlmcap.assembly.model import Assembly
 from vlmcap.compose import to_plain, write_yaml
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
     from vlmcap.data.loading.datamodule import CaptionDataModule
-    from vlmcap.data.skipped_clips import Ledger
+    from vlmcap.data.skipped_clips import SkippedClipLog
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.training.callbacks.evaluation import CaptionEvaluation
     from vlmcap.training.callbacks.stopping import Trial
@@ -80,7 +80,9 @@ def build_run(
         # Training starts from the same random state whatever was cached before, and each process drops out other units.
         L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
-    module = make_module(config, assembly.captioner, plan, checkpoint_identity(config, assembly.sources), open_ledger(config, data.clips))
+    module = make_module(
+        config, assembly.captioner, plan, checkpoint_identity(config, assembly.sources), open_skipped_log(config, data.clips)
+    )
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)
     callbacks = _common_callbacks(config, data, evaluation, folder, trial)
     if not is_training:
@@ -96,7 +98,7 @@ def build_run(
 
 
 def make_module(
-    config: Config, captioner: VideoCaptioner, plan: StagePlan, identity: Mapping[str, Any], ledger: Ledger
+    config: Config, captioner: VideoCaptioner, plan: StagePlan, identity: Mapping[str, Any], skipped_log: SkippedClipLog
 ) -> CaptioningModule:
     """The module of a run, and of a measurement.
 
@@ -105,7 +107,7 @@ def make_module(
         captioner: The model.
         plan: Stages and rates.
         identity: Plain data that goes into every checkpoint.
-        ledger: Takes the clips that cannot be used.
+        skipped_log: Takes the clips that cannot be used.
     """
     from vlmcap.training.module import CaptioningModule
 
@@ -115,7 +117,7 @@ def make_module(
         plan,
         config.optim,
         identity=identity,
-        ledger=ledger,
+        skipped_log=skipped_log,
         max_label_tokens=max_label_tokens,
         sharder=make_sharder(config),
     )
@@ -159,14 +161,14 @@ def _common_callbacks(
     config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path, trial: Trial | None
 ) -> list[L.Callback]:
     """Scoring and progress, which training and evaluation share; what reads the scores comes after what makes them."""
-    from vlmcap.training.callbacks.visual_reliance import grounding_check
     from vlmcap.training.callbacks.progress import RunProgress, TerminalBar
     from vlmcap.training.callbacks.stopping import TrialPruning
+    from vlmcap.training.callbacks.visual_reliance import visual_reliance_check
     from vlmcap.training.loggers.tables import WandbTable
 
     callbacks: list[L.Callback] = [evaluation]
-    if grounding := grounding_check(config, data, evaluation, folder):
-        callbacks.append(grounding)
+    if visual_reliance := visual_reliance_check(config, data, evaluation, folder):
+        callbacks.append(visual_reliance)
     if trial is not None:
         callbacks.append(TrialPruning(config.monitor, trial))
     progress = RunProgress(config.trainer.log_every_n_steps, config.trainer.max_steps)

@@ -53,7 +53,7 @@ def is_main(config: Config) -> bool:
     return process_rank(config) == 0
 
 
-def is_hollow(config: Config) -> bool:
+def receives_weights(config: Config) -> bool:
     """Whether this process needs no weights of its own: it gets its shards of the first one's."""
     return config.trainer.strategy is Strategy.fsdp2 and not is_main(config)
 
@@ -95,7 +95,7 @@ def as_process(config: Config) -> Iterator[None]:
             end_processes(is_failed=is_failed)
 
 
-def own_command(config: Config) -> list[str]:
+def launch_command(config: Config) -> list[str]:
     """The command that starts another process of this very run: of a sweep, of this job alone."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -131,7 +131,7 @@ def make_strategy(config: Config) -> LightningStrategy:
     """The strategy of the trainer."""
     from vlmcap.training.strategies import ShardedStrategy, SharedStrategy, SingleStrategy
 
-    chosen, command = config.trainer.strategy, own_command(config)
+    chosen, command = config.trainer.strategy, launch_command(config)
     if chosen is Strategy.fsdp2:
         return ShardedStrategy(command, num_processes(config))
     if num_processes(config) == 1:

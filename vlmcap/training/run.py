@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmcap.assembly.clips import Splits, load_splits, open_ledger
+from vlmcap.assembly.clips import Splits, load_splits, open_skipped_log
 from vlmcap.assembly.features import prepare_features, warn_of_clips
 from vlmcap.assembly.model import assemble, describe_model
 from vlmcap.assembly.resolving import resolve, resolve_from_data, with_model_kind
@@ -18,9 +18,9 @@ from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
 from vlmcap.determinism import deterministic_kernels
-from vlmcap.errors import Pruned
+from vlmcap.errors import TrialPruned
 from vlmcap.files import replacing
-from vlmcap.libraries import import_libraries, quiet_libraries
+from vlmcap.libraries import import_libraries, silence_libraries
 from vlmcap.planning.known_data import for_plan
 from vlmcap.planning.make_plan import enforce_plan, num_kept_layers, with_caption_plan
 from vlmcap.terminal import progress_reporter
@@ -29,7 +29,7 @@ from vlmcap.training.checkpoints.trained import assemble_trained
 from vlmcap.training.checks import check_facts, check_followed, check_position, check_run, find_resume
 from vlmcap.training.fitting import fit, listening, release_memory
 from vlmcap.training.objects import Run, build_run
-from vlmcap.training.processes import as_process, is_hollow, is_main, run_folder
+from vlmcap.training.processes import as_process, is_main, receives_weights, run_folder
 from vlmcap.training.summary import expected, plain_scores, show_end, summarize, tokenizer_version
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _train(config: Config, trial: Trial | None) -> float:
     from vlmcap.training.loggers.make import end_loggers
 
     started = time.perf_counter()
-    quiet_libraries()
+    silence_libraries()
     release_memory()  # of an earlier run of this process, as in a sweep
     L.seed_everything(config.seed, verbose=False)
     folder = Path(config.paths.output_dir)
@@ -99,7 +99,9 @@ def _train(config: Config, trial: Trial | None) -> float:
 
     # 6. Assemble the model.
     with progress_reporter("loading the model") if is_main(config) else nullcontext():
-        assembly = assemble(spec, features, is_fresh=resumed is None, num_kept_layers=num_kept_layers(config), is_meta=is_hollow(config))
+        assembly = assemble(
+            spec, features, is_fresh=resumed is None, num_kept_layers=num_kept_layers(config), is_meta=receives_weights(config)
+        )
     seconds = {"prepare": time.perf_counter() - started}
 
     # 7. Fit, with smaller micro-batches where memory runs out early and `trainer.shrink_on_oom` allows it.
@@ -142,7 +144,7 @@ def _validation_loss(run: Run) -> dict[str, float]:
     """The loss of the validation clips of the loop, where no validation was reached while training."""
     run.data.trainer = run.trainer
     labelled = run.data.val_dataloader(is_captioned=False)
-    with run.data.watch.naming_clips(), suppress(Pruned):  # the run is over, and nothing is left to prune
+    with run.data.watch.naming_clips(), suppress(TrialPruned):  # the run is over, and nothing is left to prune
         run.trainer.validate(run.module, dataloaders=labelled, verbose=False)
     return dict(run.evaluation.scores)
 
@@ -165,7 +167,7 @@ def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Co
     """
     if not config.data.is_demo:
         clips = clips or _read_splits(config)
-        open_ledger(config, clips)
+        open_skipped_log(config, clips)
     config = prepare(config)
     check_facts(config)
     clips = clips or _read_splits(config)
@@ -204,7 +206,7 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     from vlmcap.training.loggers.make import end_evaluation_loggers
 
-    quiet_libraries()
+    silence_libraries()
     L.seed_everything(config.seed, verbose=False)
     config = prepare(config)
     split, folder = config.data.split, Path(config.paths.output_dir)

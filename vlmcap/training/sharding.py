@@ -34,7 +34,7 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
         dtype: Of the blocks' arithmetic and of what is gathered for it, their gradients being summed in float32; None for that of their
             weights. The projector keeps float32.
     """
-    held = _hollow(captioner)
+    held = _strip_to_meta(captioner)
     weights: dict[str, Any] = {**held} if dist.get_rank() == 0 else {}
     del held
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
@@ -66,7 +66,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def _hollow(captioner: nn.Module) -> dict[str, Tensor]:
+def _strip_to_meta(captioner: nn.Module) -> dict[str, Tensor]:
     """The parameters by name, of which the captioner is left with shapes alone; what is shared stays shared."""
     held = dict(captioner.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}

@@ -46,7 +46,7 @@ def show_start(config: Config, run: Run, assembly: Assembly) -> None:
     }
     if config.projector.checkpoint:
         notes["projector from"] = config.projector.checkpoint
-    title = f"{' + '.join(config.part_names.values())}, {config.tuning.name}, on {config.hardware.name}"
+    title = f"{' + '.join(config.component_names.values())}, {config.tuning.name}, on {config.hardware.name}"
     show_parts(parts, num_visual_tokens=assembly.num_visual_tokens, title=title, notes=notes)
 
 
@@ -60,8 +60,8 @@ def show_end(config: Config, run: Run, scores: dict[str, float], seconds: dict[s
         print(f"{example.clip.video}\n  prediction  {example.text}\n  reference   {example.clip.captions[0]}")
     if run.module.num_truncated:
         print(f"{run.module.num_truncated} captions were cut to llm.max_caption_tokens.")
-    if len(run.module.ledger):
-        print(f"{len(run.module.ledger)} clips were skipped; {run.module.ledger.path} names them.")
+    if len(run.module.skipped_log):
+        print(f"{len(run.module.skipped_log)} clips were skipped; {run.module.skipped_log.path} names them.")
     print(f"Done in {seconds['total'] / 60:.1f} min ({seconds['fit'] / 60:.1f} min of training): {run.folder}")
     if sentence := tried(config, scores, {split: len(clips) for split, clips in run.data.clips.items()}):
         print(sentence, flush=True)
@@ -114,7 +114,7 @@ def summarize(
         "parameters": part_counts(assembly.captioner, run.module.trained, assembly.num_encoder_parameters),
         "steps": run.trainer.global_step,
         "truncated_captions": run.module.num_truncated,
-        "skipped_clips": len(run.module.ledger),
+        "skipped_clips": len(run.module.skipped_log),
         "versions": {"vlmcap": __version__} | _versions() | {"python": sys.version.split()[0]},
         "plugins": plugins_of(config),
         "git_revision": _git_revision(),
@@ -147,7 +147,7 @@ def expected(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dic
     num_validations = num_trained // len(run.data.clips["train"]) // config.evaluation.every_n_epochs
     num_captioned = num_validations * min(config.evaluation.max_clips, len(run.data.clips["val"]))
     fit_s = num_trained * plan.clip_s + num_captioned * plan.caption_s
-    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.card.usable_gib, 3), "fit_s": round(fit_s, 1)}
+    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.gpu.usable_gib, 3), "fit_s": round(fit_s, 1)}
 
 
 def _program() -> list[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vlmcap.config import JsonlConfig
 from vlmcap.data.media import open_media, parse_address
-from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
+from vlmcap.data.media.roots import OutsideRootError, annotation_files, relative_address, resolve_media
 from vlmcap.errors import UserError
 
 PARTS = [
@@ -76,7 +76,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_name_escapes(root: Path, name: str, media: str) -> None:
     try:
         address = resolve_media(JsonlConfig(root=str(root), media=media), name)
-    except OutsideRoot as error:
+    except OutsideRootError as error:
         assert "\n" not in str(error)
         return
     assert Path(os.path.realpath(parse_address(address).file)).is_relative_to(root)
@@ -104,7 +104,7 @@ def test_no_name_escapes(root: Path, name: str, media: str) -> None:
     ],
 )
 def test_refusals_say_why(root: Path, name: str, reason: str) -> None:
-    with pytest.raises(OutsideRoot) as caught:
+    with pytest.raises(OutsideRootError) as caught:
         resolve_media(JsonlConfig(root=str(root)), name)
     assert reason in str(caught.value)
 
@@ -151,7 +151,7 @@ def test_members_of_archives_are_found(root: Path, media: str, name: str) -> Non
 def test_the_root_may_be_an_archive(root: Path) -> None:
     archive = f"{root}/inner.zip"
     assert resolve_media(JsonlConfig(root=archive), "sub/c.mp4") == f"zip://sub/c.mp4::{archive}"
-    with pytest.raises(OutsideRoot, match="there is no file"):
+    with pytest.raises(OutsideRootError, match="there is no file"):
         resolve_media(JsonlConfig(root=archive), "d.mp4")
 
 
@@ -159,14 +159,14 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
     for name in ("x", "y"):
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             archive.writestr("a.mp4", name)
-    with pytest.raises(OutsideRoot, match=r"x\.zip and .*y\.zip have the same name: set data\.media"):
+    with pytest.raises(OutsideRootError, match=r"x\.zip and .*y\.zip have the same name: set data\.media"):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
     assert resolve_media(JsonlConfig(root=str(tmp_path), media="y"), "a.mp4").endswith("y.zip")
 
 
 def test_a_broken_archive_is_named_where_a_file_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
-    with pytest.raises(OutsideRoot, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"):
+    with pytest.raises(OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
 
 
@@ -174,7 +174,7 @@ def test_remote_roots_are_joined_and_names_cannot_mislead_a_server() -> None:
     source = JsonlConfig(root="https://example.org/set", media="videos")
     assert resolve_media(source, "a/b.mp4") == "https://example.org/set/videos/a/b.mp4"
     for name in ("%2e%2e/secret", "a?b", "../x", "https://evil.example/x"):
-        with pytest.raises(OutsideRoot):
+        with pytest.raises(OutsideRootError):
             resolve_media(source, name)
 
 

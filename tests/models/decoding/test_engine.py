@@ -223,7 +223,7 @@ def test_short_limits(most: int) -> None:
     assert greedy_ids(model, [], settings, STOPS, 2) == []
 
 
-def sketch(kind: str, **changes: Any) -> Any:
+def meta_encoder(kind: str, **changes: Any) -> Any:
     import transformers
 
     with torch.device("meta"):
@@ -232,8 +232,8 @@ def sketch(kind: str, **changes: Any) -> Any:
 
 def test_full_attention_is_taken_with_and_without_adapters() -> None:
     for kind in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe"):
-        assert can_decode(sketch(kind)), kind
-    assert can_decode(add_lora(sketch("Qwen3"), LoraConfig(rank=2, alpha=2)))
+        assert can_decode(meta_encoder(kind)), kind
+    assert can_decode(add_lora(meta_encoder("Qwen3"), LoraConfig(rank=2, alpha=2)))
 
 
 @pytest.mark.parametrize(
@@ -245,14 +245,14 @@ def test_full_attention_is_taken_with_and_without_adapters() -> None:
     ],
 )
 def test_windows_other_classes_and_moving_angles_are_not(kind: str, changes: dict[str, Any]) -> None:
-    assert not can_decode(sketch(kind, **changes))
+    assert not can_decode(meta_encoder(kind, **changes))
 
 
 def test_what_only_transformers_does_is_left_to_it() -> None:
-    model = sketch("Llama")
+    model = meta_encoder("Llama")
     model.generation_config.suppress_tokens = [3]
     assert not can_decode(model)
-    model = sketch("Llama")
+    model = meta_encoder("Llama")
     model.config._attn_implementation = "flex_attention"
     assert not can_decode(model)
     assert not can_decode(nn.Linear(2, 2))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.models.decoding.test_engine import NEW, RULES, STOPS, Calls, expected, make_model, prompts, sketch
+from tests.models.decoding.test_engine import NEW, RULES, STOPS, Calls, expected, make_model, meta_encoder, prompts
 from vlmcap.config import EvaluationConfig, LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.decoding import engine
@@ -142,20 +142,20 @@ def test_where_capturing_fails_steps_go_on_as_they_are(capsys: pytest.CaptureFix
 def test_obstacles_to_a_graph_are_named() -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    model: Any = sketch("Llama")
+    model: Any = meta_encoder("Llama")
     assert capture_obstacle(model) == ""
     model.model.layers[0].mlp.up_proj = Linear4bit(16, 16, device="meta")
     assert capture_obstacle(model) == ""
     model.model.layers[0].mlp.up_proj = Linear8bitLt(16, 16, device="meta")
     assert "8-bit" in capture_obstacle(model)
-    assert "expert" in capture_obstacle(sketch("Qwen3Moe"))
-    compiled: Any = sketch("Llama")
+    assert "expert" in capture_obstacle(meta_encoder("Qwen3Moe"))
+    compiled: Any = meta_encoder("Llama")
     compiled.model.layers[0].compile()
     assert "hardware.compile" in capture_obstacle(compiled)
 
 
 def test_graphs_are_asked_for_or_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    cpu, cuda, model = torch.device("cpu"), torch.device("cuda:0"), sketch("Llama")
+    cpu, cuda, model = torch.device("cpu"), torch.device("cuda:0"), meta_encoder("Llama")
     assert make_graphs(model, "auto", cpu) is None
     with pytest.raises(UserError, match=r"evaluation.cuda_graphs=true .* CUDA device; set evaluation.cuda_graphs=auto"):
         make_graphs(model, True, cpu)
@@ -166,7 +166,7 @@ def test_graphs_are_asked_for_or_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     found: Graphs | None = make_graphs(model, "auto", cuda)
     assert isinstance(found, CudaGraphs) and made == [cuda]
     assert make_graphs(model, False, cuda) is None
-    assert make_graphs(sketch("Qwen3Moe"), "auto", cuda) is None
+    assert make_graphs(meta_encoder("Qwen3Moe"), "auto", cuda) is None
     assert (
         capsys.readouterr().err
         == "Captions are written without CUDA graphs, as transformers may wait for the number of tokens of each expert.\n"

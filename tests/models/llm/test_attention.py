@@ -22,7 +22,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the card's compute capability and which packages are there."""
+    """Sets the GPU's compute capability and which packages are there."""
 
     def set_up(capability: tuple[int, int] = (8, 0), *, installed: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -122,8 +122,8 @@ def test_a_silent_exchange_is_noticed(llm_folder: Path) -> None:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """Sets the card's compute capability."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """Sets the GPU's compute capability."""
     return lambda capability: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
@@ -191,10 +191,10 @@ def test_a_whole_model_runs_it_in_both_parts(kind: str, qwen_folders: dict[str, 
 
 
 @pytest.mark.parametrize(("capability", "is_needed"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
-def test_where_it_is_needed(card: Callable[[tuple[int, int]], None], capability: tuple[int, int], is_needed: bool) -> None:
+def test_where_it_is_needed(gpu: Callable[[tuple[int, int]], None], capability: tuple[int, int], is_needed: bool) -> None:
     from transformers import Qwen3ForCausalLM
 
-    card(capability)
+    gpu(capability)
     assert needs_repeated_keys("cuda:0") == is_needed
     assert not needs_repeated_keys("cpu")
     for requested in ("sdpa", "auto"):
@@ -213,8 +213,8 @@ class OwnAttention:
         return False
 
 
-def test_a_class_with_its_own_attention_keeps_it(card: Callable[[tuple[int, int]], None]) -> None:
-    card((7, 5))
+def test_a_class_with_its_own_attention_keeps_it(gpu: Callable[[tuple[int, int]], None]) -> None:
+    gpu((7, 5))
     assert choose_attention("sdpa", "cuda:0", FP16, OwnAttention) == "sdpa"
     with pytest.raises(UserError, match=r"llm\.attention=sdpa_repeated is not supported by OwnAttention; set llm\.attention=eager"):
         choose_attention(REPEATED, "cuda:0", FP16, OwnAttention)
@@ -222,7 +222,7 @@ def test_a_class_with_its_own_attention_keeps_it(card: Callable[[tuple[int, int]
 
 @pytest.mark.gpu
 def test_the_memory_efficient_kernel_runs_on_repeated_keys() -> None:
-    """Which groups no queries on any card: the plain call is refused where only that kernel is allowed, ours is not."""
+    """Which groups no queries on any GPU: the plain call is refused where only that kernel is allowed, ours is not."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from vlmcap.models.llm.attention import repeated_keys_attention

@@ -234,7 +234,7 @@ def test_broken_weights_and_unknown_attention(llm_folder: Path, tmp_path: Path) 
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"llm\.checkpoint"):
         load(folder)
-    for attention in ("nonsense", "flash_attention_2"):  # the latter needs a card that is not there
+    for attention in ("nonsense", "flash_attention_2"):  # the latter needs a GPU that is not there
         with pytest.raises(UserError, match=rf"llm\.attention={attention}"):
             load(llm_folder, attention=attention)
 

@@ -20,7 +20,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.llm.merge import Routing, adapters_for_captions, fold_in, load_adapters, load_own_weights, merge, merge_adapters
+from vlmcap.models.llm.merge import Routing, adapters_for_captions, fold_in, load_adapters, load_unadapted_weights, merge, merge_adapters
 from vlmcap.models.llm.prompt import load_prompt
 
 KINDS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -190,11 +190,11 @@ def live_bytes() -> int:
 
 def test_trained_weights_of_the_model_itself(llm_folder: Path, moe_folder: Path) -> None:
     model = load(llm_folder)
-    load_own_weights(model, {"captioner.llm.model.norm.weight": torch.full((64,), 2.0), "captioner.projector.x": torch.zeros(1)})
+    load_unadapted_weights(model, {"captioner.llm.model.norm.weight": torch.full((64,), 2.0), "captioner.projector.x": torch.zeros(1)})
     assert (model.model.norm.weight == 2).all()
     for name, tensor in (("model.norm.weight", torch.zeros(3)), ("model.other", torch.zeros(64))):
         with pytest.raises(UserError, match=r"has no place in the model; llm\.checkpoint"):
-            load_own_weights(model, {f"captioner.llm.{name}": tensor})
+            load_unadapted_weights(model, {f"captioner.llm.{name}": tensor})
 
 
 def test_equal_experts_do_not_make_a_good_merge_look_bad(moe_folder: Path) -> None:

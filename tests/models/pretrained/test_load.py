@@ -21,18 +21,18 @@ from vlmcap.models.encoders.tower import add_tower_lora
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
-from vlmcap.models.pretrained import PretrainedParts, build_pretrained, load_pretrained, load_vision, sketch_vision
+from vlmcap.models.pretrained import VlmComponents, build_meta_vision, build_pretrained, load_pretrained, load_vision
 from vlmcap.types import Batch, Clip, Sample
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
+def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     return load_pretrained(kind, folder, **options | changes)
 
 
-def adapted(parts: PretrainedParts, folder: Path) -> tuple[VideoCaptioner, Batch]:
+def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
     """The captioner with LoRA on its language part, and a batch of two clips of other sizes."""
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
@@ -209,12 +209,12 @@ def test_features_are_those_of_the_whole_model(case: tuple[str, Path]) -> None:
 
 def test_a_sketch_has_the_sizes_and_no_weights(case: tuple[str, Path]) -> None:
     kind, folder = case
-    sketch = sketch_vision(kind, folder, dtype=torch.float32, max_patches=24)
+    meta_encoder = build_meta_vision(kind, folder, dtype=torch.float32, max_patches=24)
     loaded = load_vision(kind, folder, **OPTIONS)
-    assert all(parameter.is_meta for parameter in sketch.parameters())
-    assert (sketch.transform, sketch.embed_dim, sketch.grid) == (loaded.transform, loaded.embed_dim, loaded.grid)
-    assert sketch.possible_grids(4) == loaded.possible_grids(4)
-    assert sum(p.numel() for p in sketch.parameters()) == sum(p.numel() for p in loaded.parameters())
+    assert all(parameter.is_meta for parameter in meta_encoder.parameters())
+    assert (meta_encoder.transform, meta_encoder.embed_dim, meta_encoder.grid) == (loaded.transform, loaded.embed_dim, loaded.grid)
+    assert meta_encoder.possible_grids(4) == loaded.possible_grids(4)
+    assert sum(p.numel() for p in meta_encoder.parameters()) == sum(p.numel() for p in loaded.parameters())
 
 
 @pytest.mark.parametrize(("is_on_host", "place"), [(False, "meta"), (True, "cpu")])
@@ -235,4 +235,4 @@ def test_a_missing_weight_of_the_tower_is_said(qwen_folders: dict[str, Path], tm
     with pytest.raises(UserError, match="lacks 1 weights"):
         load_vision("qwen2_vl", folder, **OPTIONS)
     with pytest.raises(UserError, match="not qwen3_vl; choose the model="):
-        sketch_vision("qwen3_vl", folder, dtype=torch.float32, max_patches=24)
+        build_meta_vision("qwen3_vl", folder, dtype=torch.float32, max_patches=24)

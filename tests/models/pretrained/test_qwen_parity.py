@@ -15,7 +15,7 @@ from vlmcap.config import EvaluationConfig, LlmConfig
 from vlmcap.data.loading.collate import Collator
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
-from vlmcap.models.pretrained import PretrainedParts, load_pretrained
+from vlmcap.models.pretrained import VlmComponents, load_pretrained
 from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner
 from vlmcap.models.pretrained.qwen_vl import FAMILIES
 from vlmcap.types import Batch, Clip, Sample
@@ -35,7 +35,7 @@ class Setup:
     """A kind's parts joined by us, and its reference: transformers' processor and model."""
 
     kind: str
-    parts: PretrainedParts
+    parts: VlmComponents
     captioner: QwenVLCaptioner
     processor: Any
     reference: Any
@@ -98,12 +98,12 @@ def clip(row: int) -> Tensor:
     return torch.randint(0, 256, (FRAMES, 3, *SIZES[row]), dtype=torch.uint8, generator=torch.Generator().manual_seed(row))
 
 
-def load(kind: str, folder: Path, **changes: Any) -> PretrainedParts:
+def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
     options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
     return load_pretrained(kind, folder, **options | changes)
 
 
-def join(parts: PretrainedParts, folder: Path, **settings: Any) -> QwenVLCaptioner:
+def join(parts: VlmComponents, folder: Path, **settings: Any) -> QwenVLCaptioner:
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix)
     generation = GenerationSettings(max_new_tokens=6, rules=EvaluationConfig(**settings))
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, generation)

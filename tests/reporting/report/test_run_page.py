@@ -69,8 +69,8 @@ def test_another_clips_video_is_the_next_ones_or_the_measured_one(one_run: Path,
     name = clips[0]["id"]
     row = {"id": name, "swapped_video": "videos/far.mp4", "swapped": {"loss": 1.0, "prediction": "빨간  연"}}
     folder = write_one_run(tmp_path / "run", tmp_path / "videos")
-    (folder / "predictions" / "grounding").mkdir()
-    (folder / "predictions" / "grounding" / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (folder / "predictions" / "visual_reliance").mkdir()
+    (folder / "predictions" / "visual_reliance" / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     found = {clip["id"]: clip["other"] for clip in embedded(run_page(folder, read_yaml, version="0.1.0"))["clips"]}
     assert (found[name]["clip"], found[name]["text"]) == ("far.mp4", "빨간 연")
 

@@ -1,6 +1,6 @@
 """High dynamic range to the range of a normal screen.
 
-Sources: ITU-R BT.2100 (PQ and HLG), BT.2408 (203 cd/m² is the white of a page), BT.2087 (BT.2020 to BT.709).
+BaseCheckpoints: ITU-R BT.2100 (PQ and HLG), BT.2408 (203 cd/m² is the white of a page), BT.2087 (BT.2020 to BT.709).
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def load(folder: Path) -> ShardIndex:
     return _load(folder) or ShardIndex()
 
 
-def is_whole(folder: Path) -> bool:
+def is_pretrained_vlm(folder: Path) -> bool:
     """Whether there is an index that can be trusted, and whose entries are in the shards where it says.
 
     Shards that were exchanged at equal size and time are found here alone: the index goes by size and time, each shard is sound.

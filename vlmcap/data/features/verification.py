@@ -47,7 +47,7 @@ def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None
             progress(number, len(shards))
     for folder in folders:
         path = folder / indices.FILE
-        if path.is_file() and not indices.is_whole(folder):
+        if path.is_file() and not indices.is_pretrained_vlm(folder):
             found.append(Damage(path, (), "it is no whole index, or that of other shards", _is_done(path.unlink)))
     return found
 

@@ -26,14 +26,14 @@ def read_records(settings: DataConfig, split: str | None = None) -> Entries:
     """
     name = "aihub" if settings.is_demo else settings.kind
     if own := maker_of("data", name):
-        return _own_entries(own, settings, split)
+        return _plugin_entries(own, settings, split)
     if name not in FORMATS:
         raise UserError(f"data.kind={name} has no reader; choose one of {', '.join(FORMATS)}")
     reader: Reader = getattr(import_module(f"vlmcap.data.formats.{name}"), f"read_{name}")
     return reader(settings, split)
 
 
-def _own_entries(reader: Reader, settings: DataConfig, split: str | None) -> Entries:
+def _plugin_entries(reader: Reader, settings: DataConfig, split: str | None) -> Entries:
     """The entries that a user's own reader gives; whatever it raises is said in one sentence."""
     try:
         yield from reader(settings, split)

@@ -12,7 +12,7 @@ from vlmcap.config import AnnotatedConfig, KeyedConfig, MediaConfig, PatternConf
 from vlmcap.data.formats.keys import Captions, text_at, value_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.media import MediaError, read_text
-from vlmcap.data.media.roots import OutsideRoot, annotation_files, relative_address, resolve_media
+from vlmcap.data.media.roots import OutsideRootError, annotation_files, relative_address, resolve_media
 from vlmcap.data.splits import KOREAN_ENDING, SPELLINGS
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
@@ -144,7 +144,7 @@ def make_record(
         return skip(id, f"no caption at data.caption_key={settings.caption_key}{why_no_caption(entry, settings.caption_key)}", files[0])
     try:
         addresses = tuple(resolve_media(settings, name) for name in files)
-    except OutsideRoot as error:
+    except OutsideRootError as error:
         return skip(id, str(error), files[0])
     category = text_at(entry, settings.category_key) if settings.category_key else ""
     frames = addresses if len(addresses) > 1 else ()

@@ -11,7 +11,7 @@ from vlmcap.config import JsonlConfig
 from vlmcap.data.formats.keys import captions_at, text_at, why_no_caption
 from vlmcap.data.formats.record import Entries, Record, skip
 from vlmcap.data.media import MediaError, open_media
-from vlmcap.data.media.roots import OutsideRoot, annotation_files, resolve_media
+from vlmcap.data.media.roots import OutsideRootError, annotation_files, resolve_media
 from vlmcap.data.splits import SPLITS, standard_split
 from vlmcap.types import Clip, Skipped
 
@@ -109,7 +109,7 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
     names = _media_names(content)
     try:
         addresses = [resolve_media(settings, name) for name in names]
-    except OutsideRoot as error:
+    except OutsideRootError as error:
         raise _BadLineError(str(error)) from error
     keys = (settings.caption_key, "captions")
     captions = next((found for key in keys if (found := captions_at(content, key)).texts), None)

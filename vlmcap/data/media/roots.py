@@ -23,7 +23,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _MAX_NAMED = 12
 
 
-class OutsideRoot(Exception):  # noqa: N818 - says where the file is
+class OutsideRootError(Exception):
     """A name in annotations leads to no file inside the root, told in one sentence."""
 
 
@@ -33,7 +33,7 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
     An archive stands for a folder of its name, and for the folder that it lies in. A remote root is not asked whether the file is there.
 
     Raises:
-        OutsideRoot: There is no such file, two archives hold it, or the name is an absolute path, has `..` in it, is a URL, or goes
+        OutsideRootError: There is no such file, two archives hold it, or the name is an absolute path, has `..` in it, is a URL, or goes
             through a link that leaves the root, unless `allow_outside`.
         UserError: `settings.media` leaves the root.
     """
@@ -43,17 +43,17 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
     try:
         media = os.path.splitext(settings.media)[0] if is_archive(settings.media) else settings.media
         folder = _parts(media, settings.allow_outside, is_folder=True) if media else []
-    except OutsideRoot as error:
+    except OutsideRootError as error:
         raise UserError(f"data.media: {error}") from error
     relative = "/".join([*folder, *parts])
     if "://" in settings.root and not is_archive(settings.root):
         if re.search(r"[%?#]", relative):  # a server may read %2e%2e as ..
-            raise OutsideRoot(f"{name!r} has %, ? or # in it, which mean something in a URL: rename the file")
+            raise OutsideRootError(f"{name!r} has %, ? or # in it, which mean something in a URL: rename the file")
         return f"{settings.root.rstrip('/')}/{relative}"
     found = _local_file(settings, relative) or _member(settings, relative, "/".join(parts))
     if found is None:
         broken = [archive.error for archive in _archives(settings) if archive.error]
-        raise OutsideRoot(f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else ""))
+        raise OutsideRootError(f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else ""))
     return found
 
 
@@ -69,7 +69,7 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
     if not settings.allow_outside:
         try:
             pattern = "/".join(_parts(pattern, False))
-        except OutsideRoot as error:
+        except OutsideRootError as error:
             raise UserError(f"data.annotations: {error}") from error
     try:
         found = sorted(_matching(settings, pattern))
@@ -100,20 +100,20 @@ def relative_address(address: str, root: str) -> str:
 
 
 def _parts(name: str, allow_outside: bool, *, is_folder: bool = False) -> list[str]:
-    """The parts of a relative path; `OutsideRoot` if it is none."""
+    """The parts of a relative path; `OutsideRootError` if it is none."""
     if "\0" in name or any("\ud800" <= char <= "\udfff" for char in name):
-        raise OutsideRoot(f"{name!r} is no name of a file")
+        raise OutsideRootError(f"{name!r} is no name of a file")
     if is_folder and allow_outside:
         return name.rstrip("/").split("/")
     if "://" in name or "::" in name:
-        raise OutsideRoot(f"{name!r} is an address and no file below data.root: {_MEND}")
+        raise OutsideRootError(f"{name!r} is an address and no file below data.root: {_MEND}")
     if name.startswith(("/", "\\")) or _DRIVE.match(name):
-        raise OutsideRoot(f"{name!r} is an absolute path: {_MEND}")
+        raise OutsideRootError(f"{name!r} is an absolute path: {_MEND}")
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts and not allow_outside:
-        raise OutsideRoot(f"{name!r} has '..' in it: {_MEND}")
+        raise OutsideRootError(f"{name!r} has '..' in it: {_MEND}")
     if not parts and not is_folder:
-        raise OutsideRoot(f"{name!r} is no name of a file")
+        raise OutsideRootError(f"{name!r} is no name of a file")
     return parts
 
 
@@ -144,7 +144,7 @@ def _check_inside(settings: AnnotatedConfig, path: str, *, is_link: bool) -> Non
     # A link is followed to its end; for plain files the folder is enough, which saves a look at each of its parents for each file.
     real = os.path.realpath(path) if is_link else os.path.join(_real_folder(folder), name)
     if not is_below(real, _real_folder(settings.root)):
-        raise OutsideRoot(f"{path!r} is a link out of data.root: copy the file there, or set data.allow_outside=true")
+        raise OutsideRootError(f"{path!r} is a link out of data.root: copy the file there, or set data.allow_outside=true")
 
 
 def _real_folder(folder: str) -> str:
@@ -163,7 +163,7 @@ def _member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
         found = [address for archive, member in candidates if (address := _existing(archive.file, member))]
         if len(found) > 1:
-            raise OutsideRoot(f"{found[0]} and {found[1]} have the same name: set data.media to the archive that is meant")
+            raise OutsideRootError(f"{found[0]} and {found[1]} have the same name: set data.media to the archive that is meant")
         if found:
             return found[0]
     return None
@@ -207,7 +207,7 @@ def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
 def _refuse_link(settings: AnnotatedConfig, path: str) -> None:
     try:
         _check_inside(settings, path, is_link=True)
-    except OutsideRoot as error:
+    except OutsideRootError as error:
         raise UserError(str(error)) from error
 
 

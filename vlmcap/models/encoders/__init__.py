@@ -38,7 +38,7 @@ def load_encoder(folder: Path, options: EncoderOptions, device: str = "cpu") -> 
     return _assemble(family, tower, config, options, read_processor(folder), source).to(device)
 
 
-def sketch_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
+def build_meta_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
     """The same encoder without its weights, on the meta device: its sizes and its transform, out of the configuration files alone.
 
     Args:
@@ -107,7 +107,7 @@ __all__ = [
     "Transform",
     "VisionEncoder",
     "build_encoder",
+    "build_meta_encoder",
     "default_preprocessing",
     "load_encoder",
-    "sketch_encoder",
 ]

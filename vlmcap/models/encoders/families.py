@@ -62,7 +62,7 @@ _TENSOR_NAMES = (
 class Internvit(Family):
     """InternViT-300M and InternViT-6B, the vision towers of InternVL.
 
-    Sources: Chen et al., https://arxiv.org/abs/2312.14238 and https://arxiv.org/abs/2412.05271.
+    BaseCheckpoints: Chen et al., https://arxiv.org/abs/2312.14238 and https://arxiv.org/abs/2412.05271.
 
     Weights come in two layouts: transformers' own, inside the `-hf` checkpoints, and that of the code which OpenGVLab's other checkpoints
     bring along. That code is never run: names and values are put into the words of transformers' class.

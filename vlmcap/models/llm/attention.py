@@ -33,7 +33,7 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
 
     Args:
         requested: "auto" (FlashAttention 2 where it is installed and works, else PyTorch's fused one), transformers' name, or
-            "sdpa_repeated", which "sdpa" becomes by itself on cards that need it.
+            "sdpa_repeated", which "sdpa" becomes by itself on GPUs that need it.
         device: Where the model will run, such as "cpu" or "cuda:0".
         dtype: Of its arithmetic.
         model_class: transformers' class, where it is known already.
@@ -120,7 +120,7 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
     if torch.device(device).type != "cuda":
         return f"needs a CUDA device, not {device}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a card of compute capability 8.0 (Ampere) or newer"
+        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
     if dtype not in (torch.float16, torch.bfloat16):
         return "needs hardware.precision=bf16 or fp16"
     return "" if _is_installed(name) else "needs the package flash-attn, which is not installed"

@@ -81,7 +81,7 @@ def device_map(device: str, quantization: str, *, is_on_host: bool) -> dict[str,
     return {"": "cpu" if is_on_host and quantization == "none" else device}
 
 
-def sketch_language_model(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> nn.Module:
+def build_meta_language_model(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> nn.Module:
     """What `load_language_model` returns unquantised, with parameters and buffers on the meta device: no file of weights is opened.
 
     Args:

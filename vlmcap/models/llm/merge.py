@@ -81,7 +81,7 @@ def merged_model(
     model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=place)
     refuse_quantized(model)
     if adapt is None:
-        load_own_weights(model, weights)
+        load_unadapted_weights(model, weights)
         return model, 0.0
     adapted = adapt(model)
     load_adapters(adapted, weights)
@@ -252,7 +252,7 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     adapted.load_state_dict(saved, strict=False)
 
 
-def load_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Puts trained weights of the language model itself in the places of the base's; nothing where none were trained.
 
     Raises:

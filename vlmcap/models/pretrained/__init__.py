@@ -14,12 +14,12 @@ import torch
 
 from vlmcap.config import Qwen3VlConfig
 from vlmcap.errors import UserError
-from vlmcap.models.encoders import load_encoder, sketch_encoder
+from vlmcap.models.encoders import build_meta_encoder, load_encoder
 from vlmcap.models.encoders.preprocessing import read_processor
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.attention import choose_attention
+from vlmcap.models.pretrained.components import VlmComponents, read_model
 from vlmcap.models.pretrained.llava import build_llava, load_llava, vision_options
-from vlmcap.models.pretrained.components import PretrainedParts, read_model
 from vlmcap.models.pretrained.qwen_vl import FAMILIES, build_qwen_vl, load_qwen_vl, vision_encoder
 
 # A tower's names in the files of published checkpoints, and in those that transformers 5 writes.
@@ -37,7 +37,7 @@ def load_pretrained(
     max_patches: int,
     use_outer_marks: bool = Qwen3VlConfig.use_outer_marks,
     is_on_host: bool = False,
-) -> PretrainedParts:
+) -> VlmComponents:
     """A whole model taken apart: encoder and language model frozen, projector in float32.
 
     Args:
@@ -65,7 +65,7 @@ def load_pretrained(
 
 def build_pretrained(
     kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = Qwen3VlConfig.use_outer_marks
-) -> PretrainedParts:
+) -> VlmComponents:
     """The parts of a `config.json` with random weights; without any under `torch.device("meta")`."""
     if kind == "llava_next_video":
         return build_llava(config, dtype=dtype)
@@ -95,14 +95,14 @@ def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, 
     return vision_encoder(kind, tower, max_patches=max_patches, processor=read_processor(folder)).to(device)
 
 
-def sketch_vision(kind: str, folder: Path, *, dtype: torch.dtype, max_patches: int) -> Any:
+def build_meta_vision(kind: str, folder: Path, *, dtype: torch.dtype, max_patches: int) -> Any:
     """The same encoder without its weights, on the meta device: its sizes and its transform.
 
     Raises:
         UserError: The folder holds no such model.
     """
     if kind == "llava_next_video":
-        return sketch_encoder(folder, vision_options(read_config(folder), dtype))
+        return build_meta_encoder(folder, vision_options(read_config(folder), dtype))
     tower_class, config = _tower_of(kind, folder)
     with torch.device("meta"):
         tower = tower_class._from_config(config, dtype=dtype)
@@ -127,4 +127,4 @@ def _check_kind(kind: str, folder: Path) -> None:
         raise UserError(f"model.checkpoint {folder} is of type {found}, not {kind}; choose the model= that fits it")
 
 
-__all__ = ["PretrainedParts", "build_pretrained", "load_pretrained", "load_vision", "sketch_vision"]
+__all__ = ["VlmComponents", "build_meta_vision", "build_pretrained", "load_pretrained", "load_vision"]

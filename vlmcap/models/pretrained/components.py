@@ -17,7 +17,7 @@ from vlmcap.types import VisualLayout
 
 
 @dataclass(frozen=True, slots=True)
-class PretrainedParts:
+class VlmComponents:
     """A whole model as encoder, projector and language model; together they hold each of its used weights once.
 
     Attributes:

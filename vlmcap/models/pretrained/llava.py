@@ -18,7 +18,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.encoders import EncoderOptions, VisionEncoder, build_encoder, load_encoder
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.llm.load import load_language_model, text_width
-from vlmcap.models.pretrained.components import PretrainedParts
+from vlmcap.models.pretrained.components import VlmComponents
 from vlmcap.models.projectors import Projector, ProjectorSizes, build_projector, count_tokens, load_projector_weights
 
 # What the published checkpoints do; the class could do more.
@@ -30,7 +30,7 @@ _SETTINGS = {
 }
 
 
-def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool) -> PretrainedParts:
+def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool) -> VlmComponents:
     """A LLaVA-NeXT-Video checkpoint, taken apart; arguments as `load_pretrained`'s.
 
     Raises:
@@ -44,7 +44,7 @@ def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention
     return _parts(encoder, projector, llm)
 
 
-def build_llava(config: Mapping[str, Any], *, dtype: torch.dtype) -> PretrainedParts:
+def build_llava(config: Mapping[str, Any], *, dtype: torch.dtype) -> VlmComponents:
     """The parts of a configuration with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -78,5 +78,5 @@ def _projector(config: Mapping[str, Any], encoder: VisionEncoder, out_dim: int) 
     return build_projector(settings, ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, num_frames=1))
 
 
-def _parts(encoder: VisionEncoder, projector: Projector, llm: nn.Module) -> PretrainedParts:
-    return PretrainedParts(encoder, projector, llm, partial(count_tokens, projector.config, projector.sizes))
+def _parts(encoder: VisionEncoder, projector: Projector, llm: nn.Module) -> VlmComponents:
+    return VlmComponents(encoder, projector, llm, partial(count_tokens, projector.config, projector.sizes))

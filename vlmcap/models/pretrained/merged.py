@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.llm.merge import Progress, load_adapters, load_own_weights, merge, refuse_quantized
+from vlmcap.models.llm.merge import Progress, load_adapters, load_unadapted_weights, merge, refuse_quantized
 from vlmcap.models.pretrained.components import read_model
 from vlmcap.models.pretrained.qwen_vl import load_qwen_vl
 
@@ -53,7 +53,7 @@ def merged_pretrained(
     visual = _take_visual(whole)
     difference = 0.0
     if adapt is None:
-        load_own_weights(language, weights)
+        load_unadapted_weights(language, weights)
     else:
         adapted = adapt(language.to(device))
         load_adapters(adapted, weights)

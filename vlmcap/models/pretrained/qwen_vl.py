@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL taken apart into encoder, projector and language model.
 
-Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2511.21631.
+BaseCheckpoints: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2511.21631.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlmcap.errors import UserError
 from vlmcap.models.encoders.preprocessing import Preprocessing, read_processor
 from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.load import device_map, keep_packing, quantization_config
-from vlmcap.models.pretrained.components import PretrainedParts, read_model, reading
+from vlmcap.models.pretrained.components import VlmComponents, read_model, reading
 from vlmcap.models.pretrained.qwen_captioner import VISION_END, VISION_START, QwenVLCaptioner, TimestampedRuns
 from vlmcap.models.pretrained.qwen_vision import ClipTransform, MergerProjector, MergerSpec, QwenVisionEncoder
 from vlmcap.models.versions import check_transformers
@@ -61,7 +61,7 @@ def load_qwen_vl(
     max_patches: int,
     use_outer_marks: bool,
     is_on_host: bool,
-) -> PretrainedParts:
+) -> VlmComponents:
     """A Qwen-VL checkpoint, taken apart; arguments as `load_pretrained`'s.
 
     Raises:
@@ -86,7 +86,7 @@ def load_qwen_vl(
     return split_qwen_vl(kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks, processor=processor, tokenizer=tokenizer)
 
 
-def build_qwen_vl(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool) -> PretrainedParts:
+def build_qwen_vl(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool) -> VlmComponents:
     """The parts of a configuration with random weights, without a tokenizer and so without `visual_layout`."""
     import transformers
 
@@ -103,7 +103,7 @@ def split_qwen_vl(
     use_outer_marks: bool,
     processor: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
-) -> PretrainedParts:
+) -> VlmComponents:
     """The parts of a model of transformers, which is taken apart in place.
 
     Args:
@@ -127,7 +127,7 @@ def split_qwen_vl(
     is_timed = family.has_timestamps and tokenizer is not None
     # Around the timestamps of Qwen3-VL, each run has its own pair, whose last end mark is the prompt's; the outer pair is one more.
     num_marks = int(use_outer_marks) if family.has_timestamps else 1
-    return PretrainedParts(
+    return VlmComponents(
         encoder=encoder,
         projector=MergerProjector(mergers, spec).float().requires_grad_(True),
         llm=model.requires_grad_(False).eval(),

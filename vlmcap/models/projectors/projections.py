@@ -26,7 +26,7 @@ from vlmcap.config import (
     Queries,
     Reducer,
 )
-from vlmcap.config.kinds import register_part
+from vlmcap.config.kinds import register_component
 from vlmcap.errors import UserError
 from vlmcap.models.projectors.base import (
     CrossAttention,
@@ -40,8 +40,8 @@ from vlmcap.models.projectors.base import (
 from vlmcap.models.projectors.reducers import pool_maps, reduced_grid, resize_grid
 
 
-@register_part("projector", LinearConfig)
-@register_part("projector", MlpConfig)
+@register_component("projector", LinearConfig)
+@register_component("projector", MlpConfig)
 class MLPProjector(Projection[LinearConfig]):
     """`depth` linear layers with GELU between them, the same for every token; depth 2 is LLaVA-1.5's projector.
 
@@ -68,7 +68,7 @@ def _linear_layers(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, out_dim), *later)
 
 
-@register_part("projector", PixelShuffleConfig)
+@register_component("projector", PixelShuffleConfig)
 class PixelShuffleProjector(Projection[PixelShuffleConfig]):
     """InternVL's projector: joins s × s patches into a token of s² · D, then LayerNorm and an MLP.
 
@@ -125,7 +125,7 @@ def shuffle_patches(tokens: Tensor, grid: Grid, factor: int) -> Tensor:
     return cells.reshape(batch, frames, rows * columns, factor**2 * width)
 
 
-@register_part("projector", CrossAttentionConfig)
+@register_component("projector", CrossAttentionConfig)
 class QueryProjector(Projection[CrossAttentionConfig]):
     """Learned queries attend to each frame on its own: Q tokens a frame whatever its size.
 
@@ -237,7 +237,7 @@ class _PromptLayer(nn.Module):
         return attended
 
 
-@register_part("projector", PerceiverConfig)
+@register_component("projector", PerceiverConfig)
 class PerceiverProjector(Projection[PerceiverConfig]):
     """Flamingo's resampler: learned latents attend to the features of all frames and to themselves, Q tokens a clip.
 
@@ -288,7 +288,7 @@ class _PerceiverLayer(nn.Module):
         return latents + self.feed_forward(latents)
 
 
-@register_part("projector", CAbstractorConfig)
+@register_component("projector", CAbstractorConfig)
 class CAbstractorProjector(Projection[CAbstractorConfig]):
     """Position, convolution blocks, pooling to a square, convolution blocks, then an MLP to Dl: neighbours stay neighbours.
 

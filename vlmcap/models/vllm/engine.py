@@ -65,16 +65,16 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
     rules = settings.rules
     if rules.num_beams > 1:
         beams = rules.num_beams
-        raise UserError(f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=own")
+        raise UserError(f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=native")
     if rules.no_repeat_ngram_size:
         size = rules.no_repeat_ngram_size
-        raise UserError(f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=own")
+        raise UserError(f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=native")
     if rules.repetition_penalty != 1.0:
         # It counts the ids of the prompt too, and a prompt of embeddings has none: https://github.com/vllm-project/vllm/issues/57719.
         penalty = rules.repetition_penalty
         raise UserError(
             f"evaluation.repetition_penalty={penalty} stops vLLM where prompts are embeddings (vLLM issue 57719); "
-            "set it to 1, or evaluation.engine=own"
+            "set it to 1, or evaluation.engine=native"
         )
     arguments: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_token_ids": list(stop_ids), "detokenize": False}
     if not rules.do_sample:
@@ -114,7 +114,7 @@ def start_engine(arguments: dict[str, Any], python: str | None) -> VllmEngine:
         return OtherProcess(arguments, python)
     try:
         return ThisProcess(vllm_worker.start(arguments))
-    except Exception as error:  # vLLM raises many kinds; most are a card that is too small
+    except Exception as error:  # vLLM raises many kinds; most are a GPU that is too small
         raise _not_started(f"{type(error).__name__}: {first_line(error)}") from error
 
 
@@ -163,7 +163,7 @@ class OtherProcess:
             save_file({str(index): prompt.cpu().contiguous() for index, prompt in enumerate(prompts)}, file)
             answer = self._ask({"file": str(file), "count": len(prompts), "sampling": sampling})
         if "error" in answer:
-            raise UserError(f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set evaluation.engine=own")
+            raise UserError(f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set evaluation.engine=native")
         ids: list[list[int]] = answer["ids"]
         return ids
 
@@ -197,5 +197,5 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _not_started(reason: str) -> UserError:
     return UserError(
-        f"vLLM did not start ({reason}); lower evaluation.vllm_gpu_memory if the card is too full, or set evaluation.engine=own"
+        f"vLLM did not start ({reason}); lower evaluation.vllm_gpu_memory if the GPU is too full, or set evaluation.engine=native"
     )

@@ -19,7 +19,7 @@ _UNPACK_KERNELS = 3  # of the experts' 4-bit weights: scales, their offset, weig
 _INT8_KERNELS = 2  # beside the product: the input to 8 bits, the output back
 
 
-def fill_hollow(module: nn.Module, mode: FakeTensorMode) -> None:
+def fill_with_fake_tensors(module: nn.Module, mode: FakeTensorMode) -> None:
     """Puts fake CPU tensors in the place of the meta tensors of a module; what was shared stays shared."""
     made: dict[int, Any] = {}
     with mode:
@@ -41,7 +41,7 @@ def _keep_marks(old: Any, new: Any) -> None:
             setattr(new, name, getattr(old, name))
 
 
-def quantize_hollow(model: nn.Module, quantization: str, dtype: torch.dtype, kept: set[str] | None = None) -> None:
+def quantize_fake(model: nn.Module, quantization: str, dtype: torch.dtype, kept: set[str] | None = None) -> None:
     """Exchanges the linear layers of a model on the meta device for quantised ones without weights, as bitsandbytes would.
 
     Args:
@@ -54,11 +54,11 @@ def quantize_hollow(model: nn.Module, quantization: str, dtype: torch.dtype, kep
 
     replace_experts(model, to_pack=quantization == "4bit")
     for experts in [module for module in model.modules() if isinstance(module, FusedExperts)]:
-        _hollow_experts(experts, quantization == "4bit", dtype)
+        _fake_experts(experts, quantization == "4bit", dtype)
     if quantization == "none":
         return
     kept = set(get_keys_to_not_convert(model)) if kept is None else kept
-    layer_class = _Hollow4bit if quantization == "4bit" else _Hollow8bit
+    layer_class = _Fake4bit if quantization == "4bit" else _Fake8bit
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name not in kept:
             model.set_submodule(name, layer_class(module, dtype))
@@ -92,7 +92,7 @@ def packed_sizes(count: int) -> tuple[int, int]:
     return -(-count // 2), scales + 4 * -(-scales // SCALE_BLOCK)
 
 
-class _Hollow4bit(Linear4bit):  # type: ignore[misc]
+class _Fake4bit(Linear4bit):  # type: ignore[misc]
     """bitsandbytes' layer: it unpacks its whole weight for a product, on the way there and on the way back, and keeps none."""
 
     bias: Any
@@ -114,7 +114,7 @@ class _Hollow4bit(Linear4bit):  # type: ignore[misc]
         return (out if bias is None else out + bias).to(x.dtype)
 
 
-class _Hollow8bit(Linear8bitLt):  # type: ignore[misc]
+class _Fake8bit(Linear8bitLt):  # type: ignore[misc]
     """bitsandbytes' layer: 8-bit products of an 8-bit copy of the input; the way back unpacks the weight."""
 
     bias: Any
@@ -154,19 +154,19 @@ class _Unpacking(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-def _hollow_experts(experts: FusedExperts, is_packed: bool, dtype: torch.dtype) -> None:
+def _fake_experts(experts: FusedExperts, is_packed: bool, dtype: torch.dtype) -> None:
     for name, shape in experts.shapes.items():
         count = int(torch.Size(shape).numel())
         if is_packed:
             packed, scales = packed_sizes(count)
             setattr(experts, name, _frozen_bytes(packed))
             experts.register_buffer(f"{name}_quantization_state", torch.empty(scales, dtype=torch.uint8, device="meta"))
-    experts.__class__ = _HollowExperts
+    experts.__class__ = _FakeExperts
     cast(Any, experts).hollow_dtype = dtype
     cast(Any, experts).hollow_packed = is_packed
 
 
-class _HollowExperts(FusedExperts):
+class _FakeExperts(FusedExperts):
     """Experts whose weights are unpacked without being there."""
 
     hollow_dtype: torch.dtype

@@ -167,7 +167,7 @@ _WIDE = {
 
 
 class OnCard(TorchFunctionMode):
-    """Runs functions as a card would, and those on real tensors (ids, masks, positions) in earnest, as their values decide on shapes.
+    """Runs functions as a GPU would, and those on real tensors (ids, masks, positions) in earnest, as their values decide on shapes.
 
     These are rules from PyTorch's sources. Under CUDA's autocast normalisation, softmax, losses and powers work in float32.
     Scaled dot-product attention runs fused: it keeps its inputs, its output and a float32 number per row and head; a mask is made
@@ -176,7 +176,7 @@ class OnCard(TorchFunctionMode):
 
     Args:
         live: Whose arithmetic attention adds to.
-        has_flash: Whether the card is of compute capability 8.0 or newer.
+        has_flash: Whether the GPU is of compute capability 8.0 or newer.
     """
 
     def __init__(self, live: LiveBytes, has_flash: bool = True) -> None:
@@ -228,7 +228,7 @@ class OnCard(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Allocates what the card's kernel would, and computes nothing."""
+    """Allocates what the GPU's kernel would, and computes nothing."""
 
     @staticmethod
     def forward(

@@ -27,26 +27,26 @@ from vlmcap.models.llm.merge import adapters_for_captions
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     architecture,
-    hollow_encoder,
-    hollow_llm,
-    hollow_projector,
-    once,
-    outline,
+    cached,
+    cached_meta_encoder,
+    cached_meta_vlm,
+    fake_encoder,
+    fake_llm,
+    fake_projector,
     plain_vision_blocks,
     planned_sizes,
     text_config,
-    whole_outline,
 )
-from vlmcap.planning.estimate.score_models import KEYS, trace_scores
+from vlmcap.planning.estimate.score_models import KEYS, profile_scores
 from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch, sizes_of, writes_itself
 from vlmcap.planning.estimate.stages import (
     Anchors,
-    StageTrace,
+    StageMemory,
     blocks_of,
     clips_of,
     extrapolate,
     extrapolate_kept,
-    trace_stage,
+    profile_stage,
 )
 from vlmcap.plugins import plugins_of
 from vlmcap.types import Batch
@@ -58,7 +58,7 @@ NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # where only the language mode
 _SOURCES = ("models", "planning", "assembly")  # packages that a trace runs
 
 
-class TraceStore:
+class ProfileStore:
     """Traces by the content of what they were made of.
 
     Args:
@@ -68,7 +68,7 @@ class TraceStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, key: dict[str, Any], make: Callable[[], StageTrace]) -> StageTrace:
+    def get(self, key: dict[str, Any], make: Callable[[], StageMemory]) -> StageMemory:
         """The trace of `key`, made where it is not there; a file that cannot be read or written is no reason to fail.
 
         Args:
@@ -78,7 +78,7 @@ class TraceStore:
         text = json.dumps([key, _code_version()], sort_keys=True, default=str)
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
         try:
-            return StageTrace(**json.loads(file.read_text(encoding="utf-8")))
+            return StageMemory(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             pass
         trace = make()
@@ -102,24 +102,24 @@ def _code_version() -> str:
     return f"{digest.hexdigest()} {libraries}"
 
 
-class Tracer:
+class MemoryProfiler:
     """Makes and keeps the traces of one configuration.
 
     Args:
         config: Of the run.
-        has_flash: Of the card.
+        has_flash: Of the GPU.
         sizes: In place of those of the configuration's largest clip.
     """
 
     def __init__(self, config: Config, has_flash: bool, sizes: Sizes | None = None) -> None:
         self.config, self.has_flash = config, has_flash
         self.sizes = sizes or sizes_of(config)
-        self.store = TraceStore(Path(config.paths.cache_dir).expanduser() / "plans")
+        self.store = ProfileStore(Path(config.paths.cache_dir).expanduser() / "plans")
         self.is_merged = False  # whether adapters are merged while captions are written
         self.trains_encoder = config.tuning.encoder_tuning is not EncoderTuning.none
 
     def with_adapters(self, *, is_merged: bool) -> Self:
-        """The same tracer for captions with adapters that are merged, or are not."""
+        """The same memory_profiler for captions with adapters that are merged, or are not."""
         other = copy.copy(self)
         other.is_merged = is_merged
         return other
@@ -134,7 +134,7 @@ class Tracer:
         """Blocks computed again, at the fewest, that a trace with kept blocks begins with."""
         return self.short("language")
 
-    def encoder(self, num_clips: int) -> StageTrace:
+    def encoder(self, num_clips: int) -> StageMemory:
         """Frames to features; every figure is linear in the clips, as none of them sees another."""
         if num_clips > 2:
             return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
@@ -146,10 +146,10 @@ class Tracer:
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
             "plugin": plugins_of(self.config).get("encoder"),
         }
-        depth = plain_vision_blocks(self.config) if self.config.is_whole else self.sizes.num_encoder_blocks
+        depth = plain_vision_blocks(self.config) if self.config.is_pretrained_vlm else self.sizes.num_encoder_blocks
         return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
 
-    def projector(self, num_clips: int) -> StageTrace:
+    def projector(self, num_clips: int) -> StageMemory:
         """Features to visual tokens."""
         model = self.config.model
         key = {"projector": dataclasses.asdict(self.config.projector), "sizes": dataclasses.asdict(self.sizes), "clips": num_clips}
@@ -162,7 +162,7 @@ class Tracer:
         key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
         return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
 
-    def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageTrace:
+    def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageMemory:
         """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with.
 
         Args:
@@ -175,16 +175,16 @@ class Tracer:
         make = partial(self._trace_language, num_clips, num_caption, is_training)
         return self._trace_kept(key, num_kept, make) if num_kept else self._trace("language", key, self.depth, make)
 
-    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0, *, is_training: bool = True) -> StageTrace:
+    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0, *, is_training: bool = True) -> StageMemory:
         """The same of as few blocks as may stand for all, and `num_more`."""
         key = self._language_key(num_clips, num_caption, is_training)
         make = partial(self._trace_language, num_clips, num_caption, is_training)
         return self._keep("language", key, self.short("language") + num_more, make)
 
-    def scores(self) -> dict[str, StageTrace | None]:
+    def scores(self) -> dict[str, StageMemory | None]:
         """Models of scores by their settings; None for those that are not known here. They are the same for all configurations."""
         checkpoints = {key: getattr(self.config.evaluation, key) for key in KEYS}
-        return once(["scores", checkpoints], lambda: trace_scores(self.config, self.has_flash))  # type: ignore[no-any-return]
+        return cached(["scores", checkpoints], lambda: profile_scores(self.config, self.has_flash))  # type: ignore[no-any-return]
 
     def checkpoint_bytes(self, num_clips: int, num_caption: int) -> float:
         """Input of a checkpointed block of the language model."""
@@ -195,7 +195,7 @@ class Tracer:
     def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:
         key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
         key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
-        key |= {"grid": self.sizes.grid if self.config.is_whole else (), "chunk": self.config.hardware.loss_chunk_mib}
+        key |= {"grid": self.sizes.grid if self.config.is_pretrained_vlm else (), "chunk": self.config.hardware.loss_chunk_mib}
         key |= {"merged": self.is_merged and not num_caption}
         key |= {"training": is_training, "packed": self._packs(num_caption, is_training), "engine": writes_itself(self.config)}
         return key | {"offload": self.config.hardware.offload_checkpoints}
@@ -207,18 +207,18 @@ class Tracer:
         """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
         return _SHORT + (self._deep_layers() - 1 if what == "language" else 0)
 
-    def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
+    def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]) -> StageMemory:
         short = self.short(what)
         if depth is None or depth <= short + 1:
             return self._keep(what, key, depth, make)
         return extrapolate(self._keep(what, key, short, make), self._keep(what, key, short + 1, make), depth - short)
 
-    def _keep(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageTrace]) -> StageTrace:
+    def _keep(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]) -> StageMemory:
         hardware = self.config.hardware
         key = key | {"what": what, "precision": hardware.precision.value, "checkpointing": hardware.gradient_checkpointing}
         return self.store.get(key | {"flash": self.has_flash, "depth": depth}, lambda: make(depth or 0))
 
-    def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageTrace]) -> StageTrace:
+    def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageMemory]) -> StageMemory:
         """The trace with the last blocks kept, out of three short ones: two blocks computed again and one kept, and one more of each."""
         again = self.fewest_again
         key = key | {"what": "language", "precision": self.config.hardware.precision.value, "flash": self.has_flash}
@@ -227,35 +227,35 @@ class Tracer:
         return extrapolate_kept(base, longer, wider, self.depth - num_kept - again, num_kept - 1)
 
     def _base(self, part: str) -> Any:
-        return architecture(self.config, "model" if self.config.is_whole else part)
+        return architecture(self.config, "model" if self.config.is_pretrained_vlm else part)
 
     def _encoder_tuning(self) -> Any:
         return [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))] if self.trains_encoder else None
 
-    def _trace_encoder(self, num_clips: int, depth: int) -> StageTrace:
+    def _trace_encoder(self, num_clips: int, depth: int) -> StageMemory:
         mode = _fake_mode()
-        encoder = hollow_encoder(self.config, mode, depth or None)
+        encoder = fake_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
         shape = frames_shape(self.config, encoder, self.sizes.grid)
         with mode:
             frames = torch.empty(num_clips, *shape, dtype=torch.uint8)
         varies = shape[1] != 3
         grids = [self.sizes.grid] * num_clips if varies else None
-        return trace_stage(
+        return profile_stage(
             encoder,
             lambda: encoder(frames, grids),
             mode=mode,
-            blocks=() if self.config.is_whole or not depth else list(blocks_of(encoder, depth)),
+            blocks=() if self.config.is_pretrained_vlm or not depth else list(blocks_of(encoder, depth)),
             inputs=[frames],
             dtype=autocast_dtype(self.config),
             has_flash=self.has_flash,
             has_backward=self.trains_encoder,
         )
 
-    def _trace_projector(self, num_clips: int) -> StageTrace:
+    def _trace_projector(self, num_clips: int) -> StageMemory:
         mode = _fake_mode()
-        encoder = outline(self.config)
-        projector = hollow_projector(self.config, planned_sizes(self.config, encoder), mode)
+        encoder = cached_meta_encoder(self.config)
+        projector = fake_projector(self.config, planned_sizes(self.config, encoder), mode)
         frames, rows, columns = self.sizes.grid
         dtype, width = dtype_of(self.config.hardware.precision), int(text_config(self.config).hidden_size)
         with mode:
@@ -263,7 +263,7 @@ class Tracer:
             features = torch.empty(shape, dtype=dtype, requires_grad=self.trains_encoder)
             prompt = torch.empty(PROMPT_TOKENS // 2, width, dtype=dtype)
         is_trained = any(parameter.requires_grad for parameter in projector.parameters())
-        return trace_stage(
+        return profile_stage(
             projector,
             lambda: projector(features, grid=(rows, columns), prompt=prompt),
             mode=mode,
@@ -273,15 +273,15 @@ class Tracer:
             has_backward=is_trained or self.trains_encoder,
         )
 
-    def _trace_language(self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0) -> StageTrace:
+    def _trace_language(self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0) -> StageMemory:
         mode = _fake_mode()
         is_training = is_training and num_caption > 0
-        llm, captioner_class = hollow_llm(self.config, mode, depth, self.has_flash, num_kept)
+        llm, captioner_class = fake_llm(self.config, mode, depth, self.has_flash, num_kept)
         llm.train(is_training)
         width = int(text_config(self.config).hidden_size) * self._deep_layers()
         with mode:
             visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=is_training)
-        grid = self.sizes.grid if self.config.is_whole else None
+        grid = self.sizes.grid if self.config.is_pretrained_vlm else None
         captions = [num_caption, *[max(0, num_caption - 1)] * (num_clips - 1)]  # padded, as batches are: a mask that says so is not dropped
         is_packed = self._packs(num_caption, is_training)
         batch = language_batch(captions, self.sizes.runs, PROMPT_TOKENS, grid, self.sizes.gap, is_packed=is_packed)
@@ -304,7 +304,7 @@ class Tracer:
             return logits
 
         trace = partial(
-            trace_stage,
+            profile_stage,
             llm,
             (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
             mode=mode,
@@ -317,7 +317,7 @@ class Tracer:
         )
         return trace() if num_caption else self._for_captions(llm, mode, trace)
 
-    def _for_captions(self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageTrace]) -> StageTrace:
+    def _for_captions(self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageMemory]) -> StageMemory:
         """A trace with the adapters as they are while captions are written; what they stand in for is among the weights."""
         before = {id(parameter): parameter for parameter in llm.parameters()}
         dtype = autocast_dtype(self.config)
@@ -332,7 +332,7 @@ class Tracer:
         """Prompts as the engine reads them: ours on the right and without a mask, transformers' on the left where clips differ in size."""
         if writes_itself(self.config):
             return dataclasses.replace(batch, is_right_padded=True)
-        if self.config.is_whole or len(outline(self.config).possible_grids(self.config.data.num_frames)) > 1:
+        if self.config.is_pretrained_vlm or len(cached_meta_encoder(self.config).possible_grids(self.config.data.num_frames)) > 1:
             batch.attention_mask[1:, 0] = 0
         return batch
 
@@ -340,10 +340,10 @@ class Tracer:
         """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
         if not isinstance(self.config.model, Qwen3VlConfig):
             return 1
-        return 1 + int(whole_outline(self.config).encoder.num_deep_layers)
+        return 1 + int(cached_meta_vlm(self.config).encoder.num_deep_layers)
 
 
-class QuickTracer(Tracer):
+class FastMemoryProfiler(MemoryProfiler):
     """Traces of which those of the language model are the same for all encoders, and those of the projector for all batch sizes."""
 
     @property
@@ -351,11 +351,11 @@ class QuickTracer(Tracer):
         """Of the language model's hidden states."""
         return int(text_config(self.config).hidden_size)
 
-    def projector(self, num_clips: int) -> StageTrace:
+    def projector(self, num_clips: int) -> StageMemory:
         """Features to visual tokens, from one and two clips."""
         return clips_of(super().projector(1), super().projector(2), num_clips)
 
-    def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageTrace:
+    def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageMemory:
         """Interpolated by tokens and blocks; with kept layers, traced as ever."""
         if num_kept:
             return super().language(num_clips, num_caption, num_kept)
@@ -379,9 +379,9 @@ class QuickTracer(Tracer):
             doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption, is_training=is_training) if has_more else None,
         )
 
-    def _with_visual(self, num_visual: int) -> Tracer:
+    def _with_visual(self, num_visual: int) -> MemoryProfiler:
         sizes = Sizes((1, 1, num_visual), 0, 1, 0, num_visual, (num_visual,), 0)
-        return Tracer(self.config, self.has_flash, sizes).with_adapters(is_merged=self.is_merged)
+        return MemoryProfiler(self.config, self.has_flash, sizes).with_adapters(is_merged=self.is_merged)
 
 
 def _fake_mode() -> FakeTensorMode:

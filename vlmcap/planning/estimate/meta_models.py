@@ -17,7 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vlmcap.assembly.components import add_adapters, dtype_of, encoder_options, has_own_encoder, max_patches, projector_sizes, sketch_encoder, train_encoder
+from vlmcap.assembly.components import (
+    add_adapters,
+    build_meta_encoder,
+    dtype_of,
+    encoder_options,
+    has_plugin_encoder,
+    max_patches,
+    projector_sizes,
+    train_encoder,
+)
 from vlmcap.config import Config, LlavaNextVideoConfig
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.demo.tiny_encoders import VISION_CONFIGS
@@ -31,9 +40,9 @@ from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.hub import HubUnreachableError
 from vlmcap.models.known import known_config
 from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
-from vlmcap.models.pretrained import PretrainedParts, build_pretrained
+from vlmcap.models.pretrained import VlmComponents, build_pretrained
 from vlmcap.models.projectors import ProjectorSizes, build_projector
-from vlmcap.planning.estimate.fake_tensors import fill_hollow, forget_checkpoints, quantize_hollow
+from vlmcap.planning.estimate.fake_tensors import fill_with_fake_tensors, forget_checkpoints, quantize_fake
 
 _DEPTHS = ("depth", "num_hidden_layers")
 _OTHER_KINDS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # blocks of a tower that are not like the rest
@@ -51,7 +60,7 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
         UserError: There is none to be had.
     """
     checkpoint = getattr(config, part).checkpoint
-    if part == "encoder" and has_own_encoder(config):  # its settings say all
+    if part == "encoder" and has_plugin_encoder(config):  # its settings say all
         return {}
     if part == "llm" and checkpoint == TINY:  # made on first use
         return dict(LANGUAGE_CONFIG)
@@ -63,7 +72,7 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
 
 def processor(config: Config) -> dict[str, Any]:
     """What a checkpoint's image processor says, or nothing where the family's values are used: it decides the grid of a rotary encoder."""
-    is_made = config.encoder.checkpoint in TINY_ENCODERS or has_own_encoder(config)
+    is_made = config.encoder.checkpoint in TINY_ENCODERS or has_plugin_encoder(config)
     folder = None if is_made else _description(config, "encoder")
     return {} if folder is None else read_processor(folder)
 
@@ -95,7 +104,7 @@ def text_values(config: Config) -> dict[str, Any]:
     Raises:
         UserError: The installed transformers does not have its class.
     """
-    part = "model" if config.is_whole else "llm"
+    part = "model" if config.is_pretrained_vlm else "llm"
     values = architecture(config, part)
     text = dict(values.get("text_config") or values)
     if text.get("model_type") not in CONFIG_MAPPING:
@@ -115,7 +124,7 @@ def text_config(config: Config, depth: int | None = None) -> Any:
     """
     values = text_values(config)
     if depth is None:
-        return once(["text", values], lambda: AutoConfig.for_model(**values).get_text_config())
+        return cached(["text", values], lambda: AutoConfig.for_model(**values).get_text_config())
     text = AutoConfig.for_model(**values).get_text_config()
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
@@ -123,18 +132,18 @@ def text_config(config: Config, depth: int | None = None) -> Any:
     return text
 
 
-def sketch(config: Config, num_blocks: int | None = None) -> VisionEncoder:
+def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder:
     """The vision encoder on the meta device.
 
     Args:
         config: Of the run.
         num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of encoder.feature_layer.
     """
-    if config.is_whole:
-        encoder: VisionEncoder = whole_parts(config, 1, num_blocks).encoder
+    if config.is_pretrained_vlm:
+        encoder: VisionEncoder = meta_vlm(config, 1, num_blocks).encoder
         return encoder
-    if has_own_encoder(config):
-        return sketch_encoder(config, Path())
+    if has_plugin_encoder(config):
+        return build_meta_encoder(config, Path())
     values, options = architecture(config, "encoder"), replace(encoder_options(config), attention="sdpa")
     depth = None
     if num_blocks is not None:
@@ -159,7 +168,7 @@ def plain_vision_blocks(config: Config) -> int | None:
     return None if total is None else total - sum(len(vision.get(key) or ()) for key in _OTHER_KINDS)
 
 
-def whole_parts(config: Config, depth: int, plain_vision: int | None = None) -> PretrainedParts:
+def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> VlmComponents:
     """A whole model on the meta device.
 
     Args:
@@ -188,44 +197,44 @@ def _cut_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
     return vision | others | {depth: num_plain + sum(map(len, others.values()))}
 
 
-def outline(config: Config) -> VisionEncoder:
+def cached_meta_encoder(config: Config) -> VisionEncoder:
     """The vision encoder on the meta device at full depth, made once for all that only ask for its sizes."""
-    if config.is_whole:
-        encoder: VisionEncoder = whole_outline(config).encoder
+    if config.is_pretrained_vlm:
+        encoder: VisionEncoder = cached_meta_vlm(config).encoder
         return encoder
-    return _once(config, lambda: sketch(config))  # type: ignore[no-any-return]
+    return _cached(config, lambda: meta_encoder(config))  # type: ignore[no-any-return]
 
 
-def whole_outline(config: Config) -> PretrainedParts:
+def cached_meta_vlm(config: Config) -> VlmComponents:
     """A whole model on the meta device with one block of its language model, made once for all that only ask for its sizes."""
-    return _once(config, lambda: whole_parts(config, 1))  # type: ignore[no-any-return]
+    return _cached(config, lambda: meta_vlm(config, 1))  # type: ignore[no-any-return]
 
 
-def _once(config: Config, make: Callable[[], Any]) -> Any:
-    part = config.model if config.is_whole else config.encoder
-    base = architecture(config, "model") if config.is_whole else [architecture(config, "encoder"), processor(config)]
-    return once([asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make)
+def _cached(config: Config, make: Callable[[], Any]) -> Any:
+    part = config.model if config.is_pretrained_vlm else config.encoder
+    base = architecture(config, "model") if config.is_pretrained_vlm else [architecture(config, "encoder"), processor(config)]
+    return cached([asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make)
 
 
-def hollow_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
+def fake_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
     """The encoder in fake tensors, as training has it."""
-    encoder = sketch(config, num_blocks)
+    encoder = meta_encoder(config, num_blocks)
     train_encoder(config, encoder)
-    fill_hollow(encoder, mode)
+    fill_with_fake_tensors(encoder, mode)
     return encoder
 
 
-def hollow_projector(config: Config, sizes: ProjectorSizes | None, mode: FakeTensorMode) -> nn.Module:
+def fake_projector(config: Config, sizes: ProjectorSizes | None, mode: FakeTensorMode) -> nn.Module:
     """The projector in fake tensors, trained."""
     with torch.device("meta"):
-        projector: nn.Module = whole_parts(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
+        projector: nn.Module = meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
     is_trained = any(stage.projector_lr > 0 for stage in config.tuning.stages.values())
     projector.requires_grad_(is_trained)
-    fill_hollow(projector, mode)
+    fill_with_fake_tensors(projector, mode)
     return projector
 
 
-def hollow_llm(
+def fake_llm(
     config: Config, mode: FakeTensorMode, depth: int, has_flash: bool, num_kept: int = 0
 ) -> tuple[nn.Module, Callable[..., VideoCaptioner]]:
     """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class.
@@ -234,27 +243,27 @@ def hollow_llm(
         config: Of the run.
         mode: Of the fake tensors.
         depth: Blocks to leave.
-        has_flash: Of the card; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
+        has_flash: Of the GPU; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
         num_kept: Last blocks that are not computed again.
     """
     dtype, kept = dtype_of(config.hardware.precision), None
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     with torch.device("meta"):
-        if config.is_whole and not isinstance(config.model, LlavaNextVideoConfig):
-            parts = whole_parts(config, depth)
+        if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
+            parts = meta_vlm(config, depth)
             llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
         else:
             attention = "sdpa" if has_flash else _repeated_keys()
             llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation=attention)
         llm.requires_grad_(False)
-        quantize_hollow(llm, config.llm.quantization.value, dtype, kept)
+        quantize_fake(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm, num_kept)
     if config.hardware.offload_checkpoints:
         forget_checkpoints(adapted)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))
-    fill_hollow(adapted, mode)
+    fill_with_fake_tensors(adapted, mode)
     return adapted, captioner_class
 
 
@@ -265,7 +274,7 @@ def _repeated_keys() -> str:
 
 def planned_sizes(config: Config, encoder: Any) -> ProjectorSizes | None:
     """The projector's sizes; None for a whole model's own."""
-    if config.is_whole:
+    if config.is_pretrained_vlm:
         return None
     return projector_sizes(config, encoder, int(text_config(config).hidden_size), PROMPT_TOKENS // 2)
 
@@ -273,7 +282,7 @@ def planned_sizes(config: Config, encoder: Any) -> ProjectorSizes | None:
 _made: dict[str, Any] = {}
 
 
-def once(key: Any, make: Callable[[], Any]) -> Any:
+def cached(key: Any, make: Callable[[], Any]) -> Any:
     """What was made of a key's plain data, made at its first use."""
     text = json.dumps(key, sort_keys=True, default=str)
     if text not in _made:

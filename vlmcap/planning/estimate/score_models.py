@@ -17,20 +17,20 @@ from vlmcap.metrics.model_based import BertScorer, SiglipScorer
 from vlmcap.models.checkpoint import locate_description
 from vlmcap.models.encoders.tower import read_config
 from vlmcap.models.known import known_config
-from vlmcap.planning.estimate.fake_tensors import fill_hollow
-from vlmcap.planning.estimate.stages import StageTrace, trace_stage
+from vlmcap.planning.estimate.fake_tensors import fill_with_fake_tensors
+from vlmcap.planning.estimate.stages import StageMemory, profile_stage
 
 KEYS = ("siglip_checkpoint", "bert_checkpoint")
 
 
-def trace_scores(config: Config, has_flash: bool) -> dict[str, StageTrace | None]:
+def profile_scores(config: Config, has_flash: bool) -> dict[str, StageMemory | None]:
     """A trace of each model that `evaluation` names, by its key; None where its `config.json` cannot be had.
 
     Args:
         config: Run configuration.
         has_flash: Whether the GPU has fused attention for grouped queries.
     """
-    traced: dict[str, StageTrace | None] = {}
+    traced: dict[str, StageMemory | None] = {}
     for key in KEYS:
         if (checkpoint := getattr(config.evaluation, key)) is not None:
             try:
@@ -45,14 +45,14 @@ def _settings(key: str, checkpoint: str) -> Any:
     return AutoConfig.for_model(**values)
 
 
-def _trace(key: str, settings: Any, has_flash: bool) -> StageTrace:
+def _trace(key: str, settings: Any, has_flash: bool) -> StageMemory:
     """The scorer's pass over a full batch, in float32 as the scorer computes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(settings, dtype=torch.float32).eval().requires_grad_(False)
-    fill_hollow(model, mode)
+    fill_with_fake_tensors(model, mode)
     forward = _text_pass(model) if key == "bert_checkpoint" else _image_pass(model, mode)
-    return trace_stage(model, forward, mode=mode, dtype=None, has_flash=has_flash, has_backward=False)
+    return profile_stage(model, forward, mode=mode, dtype=None, has_flash=has_flash, has_backward=False)
 
 
 def _text_pass(model: Any) -> Callable[[], Tensor]:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from vlmcap.assembly.components import dtype_of, has_plugin_encoder
 from vlmcap.assembly.model import check_length
-from vlmcap.assembly.components import dtype_of, has_own_encoder
 from vlmcap.config import Config, LlavaNextVideoConfig, Qwen3VlConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
@@ -26,15 +26,15 @@ from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
+    cached,
+    cached_meta_encoder,
+    cached_meta_vlm,
+    meta_vlm,
     num_blocks,
-    once,
-    outline,
     plain_vision_blocks,
     planned_sizes,
     text_config,
     text_values,
-    whole_outline,
-    whole_parts,
 )
 from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
@@ -47,7 +47,7 @@ class Sizes:
 
     Attributes:
         grid: Frames (tiles count), rows and columns of its patches at most.
-        frame_bytes: Of its frames on the card.
+        frame_bytes: Of its frames on the GPU.
         embed_dim: Dv.
         num_encoder_blocks: That run.
         num_visual: V.
@@ -80,12 +80,12 @@ def sizes_of(config: Config) -> Sizes:
     Raises:
         UserError: The parts do not fit, or a clip exceeds the language model's context.
     """
-    encoder = outline(config)
+    encoder = cached_meta_encoder(config)
     grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
     projector = planned_sizes(config, encoder)
     steps, rows, columns = grid
     if projector is None:
-        num_visual = whole_outline(config).num_tokens(steps, (rows, columns))
+        num_visual = cached_meta_vlm(config).num_tokens(steps, (rows, columns))
     else:
         check_projector(config.projector, projector)
         num_visual = count_tokens(config.projector, projector, steps, (rows, columns))
@@ -94,7 +94,7 @@ def sizes_of(config: Config) -> Sizes:
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
-    depth = 0 if config.is_whole or has_own_encoder(config) else num_blocks(encoder)  # a plugin's blocks are not known
+    depth = 0 if config.is_pretrained_vlm or has_plugin_encoder(config) else num_blocks(encoder)  # a plugin's blocks are not known
     sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
@@ -123,7 +123,7 @@ def key_value_bytes(config: Config) -> float:
 
 def writes_itself(config: Config) -> bool:
     """Whether our own decoding writes the captions, as far as a model tells without weights."""
-    has_plain_inputs = not config.is_whole or isinstance(config.model, LlavaNextVideoConfig)
+    has_plain_inputs = not config.is_pretrained_vlm or isinstance(config.model, LlavaNextVideoConfig)
     return config.evaluation.is_refilling and has_plain_inputs and is_decodable(text_config(config), None)
 
 
@@ -142,11 +142,11 @@ def unpacked_experts(config: Config, num_tokens: int) -> float:
 
 def download_bytes(config: Config) -> float:
     """Bytes of the published weights, two per parameter, that the parts read and this machine does not have yet."""
-    if config.is_whole:
+    if config.is_pretrained_vlm:
         if _is_here(config, "model"):
             return 0.0
-        return 2.0 * (_language_total(config) + _parameters(outline(config)) + _parameters(whole_outline(config).projector))
-    vision = 0 if _is_here(config, "encoder") else _parameters(outline(config))
+        return 2.0 * (_language_total(config) + _parameters(cached_meta_encoder(config)) + _parameters(cached_meta_vlm(config).projector))
+    vision = 0 if _is_here(config, "encoder") else _parameters(cached_meta_encoder(config))
     return 2.0 * (vision + (0 if _is_here(config, "llm") else _language_total(config)))
 
 
@@ -160,14 +160,14 @@ def _is_here(config: Config, part: str) -> bool:
 def _language_total(config: Config) -> int:
     """Parameters of the language model; its blocks are alike, so two say how large it is."""
     num_blocks = int(text_config(config).num_hidden_layers)
-    key, short = ["parameters", text_values(config), config.is_whole], range(1, min(2, num_blocks) + 1)
-    counts: list[int] = once(key, lambda: [_language_parameters(config, depth) for depth in short])
+    key, short = ["parameters", text_values(config), config.is_pretrained_vlm], range(1, min(2, num_blocks) + 1)
+    counts: list[int] = cached(key, lambda: [_language_parameters(config, depth) for depth in short])
     return counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
 
 
 def _language_parameters(config: Config, depth: int) -> int:
-    if config.is_whole:
-        return _parameters(whole_parts(config, depth, plain_vision_blocks(config) and 1).llm)
+    if config.is_pretrained_vlm:
+        return _parameters(meta_vlm(config, depth, plain_vision_blocks(config) and 1).llm)
     with torch.device("meta"):
         return _parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
 

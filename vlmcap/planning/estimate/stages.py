@@ -27,7 +27,7 @@ _TAGS = {"attn": "attention", "attention": "attention", "mlp": "feed-forward", "
 
 
 @dataclass(frozen=True, slots=True)
-class StageTrace:
+class StageMemory:
     """What a stage takes; bytes by tag, those of its weights apart.
 
     Attributes:
@@ -53,7 +53,7 @@ class StageTrace:
         return asdict(self)
 
 
-def extrapolate(short: StageTrace, longer: StageTrace, num_more: int) -> StageTrace:
+def extrapolate(short: StageMemory, longer: StageMemory, num_more: int) -> StageMemory:
     """The trace of `num_more` blocks more than `short` has; `longer` has one more."""
     times = num_more
 
@@ -63,7 +63,7 @@ def extrapolate(short: StageTrace, longer: StageTrace, num_more: int) -> StageTr
     def lines(a: Bytes, b: Bytes) -> Bytes:
         return {tag: line(a.get(tag, 0), b.get(tag, 0)) for tag in {**a, **b}}
 
-    return StageTrace(
+    return StageMemory(
         weights=lines(short.weights, longer.weights),
         num_trained=line(short.num_trained, longer.num_trained),
         peaks={moment: lines(peak, longer.peaks[moment]) for moment, peak in short.peaks.items()},
@@ -74,7 +74,7 @@ def extrapolate(short: StageTrace, longer: StageTrace, num_more: int) -> StageTr
     )
 
 
-def extrapolate_kept(base: StageTrace, again: StageTrace, kept: StageTrace, num_again: int, num_kept: int) -> StageTrace:
+def extrapolate_kept(base: StageMemory, again: StageMemory, kept: StageMemory, num_again: int, num_kept: int) -> StageMemory:
     """The trace of a model some of whose blocks are computed again and the last ones kept.
 
     Args:
@@ -89,7 +89,7 @@ def extrapolate_kept(base: StageTrace, again: StageTrace, kept: StageTrace, num_
     def both(first: Bytes, second: Bytes, own: Bytes) -> Bytes:
         return {tag: first.get(tag, 0) + second.get(tag, 0) - own.get(tag, 0) for tag in {**first, **second}}
 
-    return StageTrace(
+    return StageMemory(
         weights=both(along.weights, across.weights, base.weights),
         num_trained=along.num_trained + across.num_trained - base.num_trained,
         peaks={moment: both(along.peaks[moment], across.peaks[moment], peak) for moment, peak in base.peaks.items()},
@@ -119,13 +119,13 @@ class Anchors:
 
     num_tokens: int
     num_more_tokens: int
-    short: StageTrace
-    longer: StageTrace
-    wide: StageTrace
-    wide_longer: StageTrace | None = None
-    doubled: StageTrace | None = None
+    short: StageMemory
+    longer: StageMemory
+    wide: StageMemory
+    wide_longer: StageMemory | None = None
+    doubled: StageMemory | None = None
 
-    def at(self, num_tokens: float, num_more: int, num_clips: int = 1) -> StageTrace:
+    def at(self, num_tokens: float, num_more: int, num_clips: int = 1) -> StageMemory:
         """The trace of a model.
 
         Args:
@@ -144,19 +144,19 @@ class Anchors:
         return _sum([*terms, (num_more, block)])
 
 
-def clips_of(one: StageTrace, two: StageTrace, num_clips: int) -> StageTrace:
+def clips_of(one: StageMemory, two: StageMemory, num_clips: int) -> StageMemory:
     """The trace of so many clips, of which none sees another."""
     return {1: one, 2: two}.get(num_clips) or extrapolate(one, two, num_clips - 1)
 
 
-def _sum(terms: Sequence[tuple[float, StageTrace]]) -> StageTrace:
+def _sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
     def lines(parts: Sequence[Bytes]) -> dict[str, float]:
         tags = {tag: None for part in parts for tag in part}
         return {tag: sum(times * part.get(tag, 0) for (times, _), part in zip(terms, parts, strict=True)) for tag in tags}
 
     traces = [trace for _, trace in terms]
     moments: Mapping[str, None] = {moment: None for trace in traces for moment in trace.peaks}
-    return StageTrace(
+    return StageMemory(
         weights=lines([trace.weights for trace in traces]),
         num_trained=sum(times * trace.num_trained for times, trace in terms),
         peaks={moment: lines([trace.peaks.get(moment, {}) for trace in traces]) for moment in moments if "middle" not in moment},
@@ -167,11 +167,11 @@ def _sum(terms: Sequence[tuple[float, StageTrace]]) -> StageTrace:
     )
 
 
-def _grown(block: StageTrace, ratio: float) -> StageTrace:
+def _grown(block: StageMemory, ratio: float) -> StageMemory:
     def lines(part: Bytes) -> dict[str, float]:
         return {tag: size if tag == _PER_BLOCK else ratio * size for tag, size in part.items()}
 
-    return StageTrace(
+    return StageMemory(
         weights=block.weights,
         num_trained=block.num_trained,
         peaks={moment: lines(peak) for moment, peak in block.peaks.items()},
@@ -199,7 +199,7 @@ def blocks_of(module: nn.Module, depth: int) -> nn.ModuleList:
     return next(child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child) == depth)
 
 
-def trace_stage(
+def profile_stage(
     module: nn.Module,
     forward: Callable[[], Tensor],
     *,
@@ -210,7 +210,7 @@ def trace_stage(
     has_flash: bool = True,
     has_backward: bool = True,
     num_kept: int = 0,
-) -> StageTrace:
+) -> StageMemory:
     """The trace of one forward pass and, where asked for, one backward pass.
 
     Args:
@@ -220,7 +220,7 @@ def trace_stage(
         blocks: Its blocks.
         inputs: Tensors that another stage counts; the gradients of those that require one belong to this stage.
         dtype: Of autocast; None is none.
-        has_flash: Whether the card has fused attention for grouped queries.
+        has_flash: Whether the GPU has fused attention for grouped queries.
         has_backward: Whether anything in front of, or in, the stage is trained.
         num_kept: Last blocks that are not computed again where others are.
     """
@@ -251,7 +251,7 @@ def trace_stage(
             left = dict(live.snapshot())
     num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     peaks = {moment: dict(peak) for moment, peak in live.peaks.items() if moment != "start"}
-    return StageTrace(dict(weights_of(module)), num_trained, peaks, dict(retained), left, live.flops, launches)
+    return StageMemory(dict(weights_of(module)), num_trained, peaks, dict(retained), left, live.flops, launches)
 
 
 class _Stage:

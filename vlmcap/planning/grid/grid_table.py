@@ -14,7 +14,7 @@ from vlmcap.files import replacing
 
 _PIECE = 8  # characters of a line of a column's head
 _FITS, _TIGHT, _TOO_LARGE, _IMPOSSIBLE = "#bfe3c0", "#f3e3a1", "#f0b9b4", "#e6e6e6"
-_NEARLY = 0.9  # of the card, from which on little is left
+_NEARLY = 0.9  # of the GPU, from which on little is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Cell:
         hardware: Name of the profile.
         encoder: Name.
         llm: Name.
-        usable_gib: Of the card.
+        usable_gib: Of the GPU.
         training_gib: Peak of a training step; None where the parts do not go together.
         generation_gib: Peak while captions are written.
         error: Why they do not.
@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds it."""
+        """Whether the GPU holds it."""
         return self.peak_gib is not None and self.peak_gib <= self.usable_gib
 
     def plain(self) -> dict[str, Any]:

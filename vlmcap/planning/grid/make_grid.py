@@ -16,13 +16,13 @@ from vlmcap.config_files import config_file, group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import CLIPS_AT_A_TIME
-from vlmcap.planning.calibration import calibrated_card
+from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.captioning import ways_to_merge
-from vlmcap.planning.estimate.memory_profiler import NO_SIZES, QuickTracer
+from vlmcap.planning.estimate.memory_profiler import NO_SIZES, FastMemoryProfiler
 from vlmcap.planning.grid.grid_table import Cell
 from vlmcap.planning.known_data import with_known_data
 from vlmcap.planning.make_plan import make_plan
-from vlmcap.terminal import passing_bar
+from vlmcap.terminal import transient_bar
 
 _GROUPS = ("hardware", "encoder", "llm")
 _LEFT_OUT = {"hardware": {"cpu"}, "encoder": {*TINY_ENCODERS, CUSTOM}, "llm": {"tiny", CUSTOM}}
@@ -134,7 +134,7 @@ def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cel
     try:
         jobs = _jobs(names, _configs)
         rows = []
-        with passing_bar("Tracing", len(jobs) + len(names.hardware)) as advance:
+        with transient_bar("Tracing", len(jobs) + len(names.hardware)) as advance:
             for _ in _run(_trace, jobs, num_processes):
                 advance()
             for row in _run(_plan_row, [(names, hardware) for hardware in names.hardware], num_processes):
@@ -146,7 +146,7 @@ def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cel
 
 
 def _jobs(names: GridNames, configs: GridConfigs) -> list[tuple[str, Sequence[tuple[str, str, str]]]]:
-    """What is traced at once: a language model as one kind of card has it, largest batch first; an encoder with its projectors."""
+    """What is traced at once: a language model as one kind of GPU has it, largest batch first; an encoder with its projectors."""
     jobs: list[tuple[str, Sequence[tuple[str, str, str]]]] = []
     for llm in names.llm:
         kinds: dict[Any, tuple[str, str, str]] = {}
@@ -155,7 +155,7 @@ def _jobs(names: GridNames, configs: GridConfigs) -> list[tuple[str, Sequence[tu
             config = configs.config(*cell)
             kind = (
                 config.hardware.precision,
-                calibrated_card(config).has_flash,
+                calibrated_device(config).has_flash,
                 config.llm.quantization,
                 config.hardware.gradient_checkpointing,
             )
@@ -174,19 +174,19 @@ def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
         try:
             config = _configs.config(*cell)
             if what == "llm":
-                tracer = _tracer(config, sizes=False)
-                tracer.anchors(config.llm.caption_tokens)
-                tracer.anchors(config.llm.caption_tokens, is_training=False)
+                memory_profiler = _memory_profiler(config, sizes=False)
+                memory_profiler.anchors(config.llm.caption_tokens)
+                memory_profiler.anchors(config.llm.caption_tokens, is_training=False)
                 for is_merged in ways_to_merge(config):
-                    tracer.with_adapters(is_merged=is_merged).anchors(0)
+                    memory_profiler.with_adapters(is_merged=is_merged).anchors(0)
                 continue
-            tracer = _tracer(config)
+            memory_profiler = _memory_profiler(config)
             for num_clips in {config.data.batch_size, CLIPS_AT_A_TIME}:
-                key = (cell[0], num_clips, tracer.width)
+                key = (cell[0], num_clips, memory_profiler.width)
                 if key not in done:
                     done.add(key)
-                    tracer.encoder(num_clips)
-                    tracer.projector(num_clips)
+                    memory_profiler.encoder(num_clips)
+                    memory_profiler.projector(num_clips)
         except UserError:  # the cell says so
             continue
 
@@ -200,16 +200,16 @@ def _plan_row(job: tuple[GridNames, str]) -> list[Cell]:
             usable = 0.0
             try:
                 config = _configs.config(hardware, encoder, llm)
-                usable = calibrated_card(config).usable_gib
-                plan = make_plan(config, tracer=_tracer(config))
+                usable = calibrated_device(config).usable_gib
+                plan = make_plan(config, memory_profiler=_memory_profiler(config))
                 row.append(Cell(hardware, encoder, llm, usable, plan.training_gib, plan.generation_gib))
             except UserError as error:
                 row.append(Cell(hardware, encoder, llm, usable, error=str(error)))
     return row
 
 
-def _tracer(config: Config, *, sizes: bool = True) -> QuickTracer:
-    return QuickTracer(config, calibrated_card(config).has_flash, None if sizes else NO_SIZES)
+def _memory_profiler(config: Config, *, sizes: bool = True) -> FastMemoryProfiler:
+    return FastMemoryProfiler(config, calibrated_device(config).has_flash, None if sizes else NO_SIZES)
 
 
 def _run(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | None) -> Iterator[Any]:

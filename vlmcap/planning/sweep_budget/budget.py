@@ -1,7 +1,7 @@
 """Hours of a sweep: those of each combination, those of all together, and ways to bring them under a budget.
 
 Counted are the clips that a run takes (every epoch of every stage, the evaluations in the loop, whole splits at the end) times the seconds
-that its card needs for one. Features that are kept are encoded once, however many combinations read them.
+that its GPU needs for one. Features that are kept are encoded once, however many combinations read them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STEPS: tuple[tuple[str, str, bool], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class ClipSeconds:
-    """Seconds of the card for one clip.
+    """Seconds of the GPU for one clip.
 
     Attributes:
         train: A training step's, with the encoder unless its features are stored.
@@ -60,9 +60,9 @@ class Job:
     Attributes:
         name: What tells it from the others.
         overrides: Of its run.
-        hardware: Name of its card.
+        hardware: Name of its GPU.
         peak_gib: Of memory.
-        usable_gib: That the card has.
+        usable_gib: That the GPU has.
         seconds: Of one clip.
         clips: That it has.
         num_epochs: Of all stages.
@@ -147,7 +147,7 @@ class Encoding:
 
 
 def encodings(jobs: Sequence[Job]) -> list[Encoding]:
-    """What is encoded once, in order of the first reader; the longest where readers differ in clips or cards."""
+    """What is encoded once, in order of the first reader; the longest where readers differ in clips or GPUs."""
     readers: dict[str, list[Job]] = {}
     for job in jobs:
         if job.fits and job.store is not None:
@@ -198,7 +198,7 @@ class Proposal:
         override: As `train.py` takes it.
         cost: What is lost by it, for people.
         total_s: Of the sweep with it, and with those in front of it in the list.
-        num_fitting: Combinations that fit their card with it; more than before count with their hours.
+        num_fitting: Combinations that fit their GPU with it; more than before count with their hours.
         keeps_quality: The scores stay as they are.
     """
 
@@ -219,7 +219,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
     Args:
         jobs: As they are now.
         budget_s: Seconds that all may take.
-        replan: The combinations with more overrides; None where these do not go with them. Others may fit the card then, and count.
+        replan: The combinations with more overrides; None where these do not go with them. Others may fit the GPU then, and count.
     """
     chosen: list[Proposal] = []
     best = jobs

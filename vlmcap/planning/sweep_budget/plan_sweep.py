@@ -15,7 +15,7 @@ from vlmcap.planning.make_plan import NUM_CLIPS, make_plan
 from vlmcap.planning.sweep_budget.budget import ClipSeconds, Job, NumClips, propose
 from vlmcap.planning.sweep_budget.sweep_plan import SweepPlan
 from vlmcap.sweep_syntax import expand, short_names
-from vlmcap.terminal import grouped, passing_bar
+from vlmcap.terminal import grouped, transient_bar
 
 if TYPE_CHECKING:
     from vlmcap.planning.plan import Plan
@@ -28,7 +28,7 @@ def plan_sweep(overrides: Sequence[str], price: float | None = None) -> SweepPla
 
     Args:
         overrides: As after `python train.py -m`; data.root is not needed.
-        price: Of an hour of the card.
+        price: Of an hour of the GPU.
 
     Raises:
         UserError: An override is wrong, no combination can be built, or hours of unlike machines would be added up.
@@ -74,7 +74,7 @@ class _Sweep:
             return None
         jobs = []
         what = f"with {' '.join(more)}" if more else "combinations"
-        with passing_bar(f"Planning {what}", len(self.combinations)) as advance:
+        with transient_bar(f"Planning {what}", len(self.combinations)) as advance:
             for index, combination in enumerate(self.combinations):
                 try:
                     config = planned([*combination, *more]) if more else self.configs[index]
@@ -91,12 +91,12 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
     refusal, peak_gib, usable_gib, seconds = "", 0.0, 0.0, ClipSeconds(0.0, 0.0, 0.0, 0.0)
     try:
         plan = make_plan(config, captions=known_captions(config))
-        peak_gib, usable_gib, seconds = plan.peak_gib, plan.card.usable_gib, _seconds(config, plan)
+        peak_gib, usable_gib, seconds = plan.peak_gib, plan.gpu.usable_gib, _seconds(config, plan)
     except UserError as error:  # the others run
         refusal = str(error)
     steps, trainer = config.trainer.max_steps, config.trainer
     return Job(
-        name=name or " + ".join(config.part_names.values()),
+        name=name or " + ".join(config.component_names.values()),
         overrides=tuple(override for override in overrides if override != NO_DATA),
         hardware=config.hardware.name,
         peak_gib=peak_gib,
@@ -131,20 +131,20 @@ def num_clips(config: Config) -> NumClips:
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
     """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
-    from vlmcap.planning.estimate.memory_profiler import Tracer
+    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
-    tracer, batch = Tracer(config, plan.card.has_flash), config.data.batch_size
-    speed = plan.card.utilisation * plan.card.peak_flops * batch
+    memory_profiler, batch = MemoryProfiler(config, plan.gpu.has_flash), config.data.batch_size
+    speed = plan.gpu.utilisation * plan.gpu.peak_flops * batch
     passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[
         config.tuning.encoder_tuning
     ]  # a trained one's trace is a step
-    prompt = tracer.sizes.num_before_caption
+    prompt = memory_profiler.sizes.num_before_caption
     longer = 1 + config.llm.caption_tokens / prompt
     return ClipSeconds(
         train=plan.clip_s,
         caption=plan.caption_s,
-        loss=longer * tracer.language(batch, 0).flops / speed,
-        encode=tracer.encoder(batch).flops / passes / speed,
+        loss=longer * memory_profiler.language(batch, 0).flops / speed,
+        encode=memory_profiler.encoder(batch).flops / passes / speed,
     )
 
 
@@ -154,7 +154,9 @@ def _store(config: Config) -> str:
     data, cache = config.data, config.cache
     pool = config.pool_size
     rest = [data.num_frames, data.sampling.value, data.fps, data.variable_frames, cache.dtype, pool, config.hardware.precision.value]
-    return f"{config.model.name if config.is_whole else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
+    return (
+        f"{config.model.name if config.is_pretrained_vlm else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
+    )
 
 
 def _one_budget(configs: Sequence[Config], swept: Sequence[str]) -> float | None:
@@ -167,9 +169,9 @@ def _check_machines(configs: Sequence[Config], price: float | None) -> None:
     names = sorted({config.hardware.name for config in configs})
     kinds = {config.hardware.accelerator for config in configs}
     if len(kinds) > 1:
-        raise UserError(f"hardware={','.join(names)} would add hours of a CPU to hours of a card; plan hardware=cpu on its own")
+        raise UserError(f"hardware={','.join(names)} would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own")
     if price is not None and len(names) > 1:
-        raise UserError(f"--price is that of one card, and the sweep takes hardware={','.join(names)}; plan one hardware at a time")
+        raise UserError(f"--price is that of one GPU, and the sweep takes hardware={','.join(names)}; plan one hardware at a time")
 
 
 def _described(configs: Sequence[Config]) -> list[str]:

@@ -95,12 +95,12 @@ def _split(report: Report) -> str:
 
 
 def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> list[ClipRow]:
-    """The clips with what was said of another clip's video: as `callbacks=grounding` saw it, else the caption of the next clip here.
+    """The clips with what was said of another clip's video: as `callbacks=visual_reliance` saw it, else the caption of the next clip here.
 
     Nothing but the video tells the model of a clip, as the prompt is the same for all, so the caption of the next clip is what the model
     says when it gets that clip's video.
     """
-    lexicon, seen = find_lexicon([run]), _read_grounding(run.path / "predictions" / "grounding" / f"{split}.jsonl")
+    lexicon, seen = find_lexicon([run]), _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl")
     found = []
     for clip, following in zip(clips, [*clips[1:], *clips[:1]], strict=True):
         other = seen.get(clip.id) or ((following.id, following.captions[0].text) if following is not clip else None)
@@ -112,7 +112,7 @@ def _other(name: str, text: str, clip: ClipRow, lexicon: FactLexicon | None) -> 
     return OtherVideo(name, shown_text(text, lexicon), mark_facts(text, clip.references[0], lexicon))
 
 
-def _read_grounding(path: Path) -> dict[str, tuple[str, str]]:
+def _read_visual_reliance(path: Path) -> dict[str, tuple[str, str]]:
     """Clip to the file of the other video and what was said of it; empty where no captions of other videos were written."""
     found: dict[str, tuple[str, str]] = {}
     try:

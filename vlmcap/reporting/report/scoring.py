@@ -136,7 +136,7 @@ def _tokenizer_of(run: RunFolder, captions: Captions) -> Tokenizer:
     """The tokeniser that the file, the scores or the configuration names."""
     said = captions.tokenizer or run.tokenizer
     name = said.split(" ")[0] or str(run.config.get("evaluation.tokenizer") or EvaluationConfig.tokenizer)
-    return get_tokenizer(name, fold_width="full-width folded" in said)
+    return get_tokenizer(name, normalize_fullwidth="full-width folded" in said)
 
 
 def _check_scores(run: RunFolder, split: str, metrics: Mapping[str, ClipMetric], *, is_new: bool) -> None:

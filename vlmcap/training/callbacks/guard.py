@@ -182,7 +182,7 @@ class DivergenceGuard(L.Callback):
         saved = "last.ckpt is of before" if last.is_file() else "no checkpoint was saved yet"
         mend = "optim.max_grad_norm=0.3, a longer warm-up (tuning.warmup_ratio) or half the learning rates"
         if self.is_scaled:
-            mend = "a card with bfloat16 (hardware.precision=bf16), or " + mend
+            mend = "a GPU with bfloat16 (hardware.precision=bf16), or " + mend
         raise DivergedError(
             f"stopped at step {window.step + 1} ({window.stage}, epoch {window.epoch + 1}): {reason}; its batch is in {target}.json, "
             f"{saved}; look at those clips, then try {mend}, or turn this check off by callbacks.guard.enabled=false"

@@ -70,13 +70,13 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
         for column in ("score", "value", *(("videos swapped", "expected of chance") if is_swapped else ())):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in own.items():
-            if name.startswith(("swapped/", "permuted/", "category/", "grounding/")):
+            if name.startswith(("swapped/", "permuted/", "category/", "visual_reliance/")):
                 continue
             others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
             table.add_row(score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
         Console().print(table)
         _show_categories(split, own)
-        _show_grounding(split, own)
+        _show_visual_reliance(split, own)
 
 
 def score_label(name: str) -> str:
@@ -105,16 +105,16 @@ def _show_categories(split: str, scores: Mapping[str, float]) -> None:
     Console().print(table)
 
 
-def _show_grounding(split: str, scores: Mapping[str, float]) -> None:
+def _show_visual_reliance(split: str, scores: Mapping[str, float]) -> None:
     """A row a score, a column a video."""
-    names = [name.removeprefix("grounding/own/") for name in scores if name.startswith("grounding/own/")]
+    names = [name.removeprefix("visual_reliance/own/") for name in scores if name.startswith("visual_reliance/own/")]
     if not names:
         return
     table = Table(title=f"{split} split, does it look?", title_justify="left", title_style="bold")
     for column in ("score", "own video", "another clip's", "black"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for name in names:
-        values = (scores[f"grounding/{video}/{name}"] for video in ("own", "swapped", "blanked"))
+        values = (scores[f"visual_reliance/{video}/{name}"] for video in ("own", "swapped", "blanked"))
         table.add_row("loss of the labels" if name == "loss" else score_label(name), *(f"{value:.3f}" for value in values))
     Console().print(table)
 

@@ -24,7 +24,7 @@ from vlmcap.metrics import (
 )
 from vlmcap.metrics.backend import score_with
 from vlmcap.metrics.content import content_scores, load_synonyms
-from vlmcap.metrics.user_metrics import own_scores, own_scores_each
+from vlmcap.metrics.user_metrics import user_scores, user_scores_each
 from vlmcap.types import Clip
 
 # While training; the slower ones follow at the end.
@@ -42,7 +42,7 @@ class Prediction:
 
 def scores_tokenizer(config: EvaluationConfig) -> Tokenizer:
     """The tokeniser of all scores."""
-    return get_tokenizer(config.tokenizer, fold_width=config.fold_width)
+    return get_tokenizer(config.tokenizer, normalize_fullwidth=config.normalize_fullwidth)
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> str:
@@ -85,7 +85,7 @@ class CaptionScorer:
             Name to score.
         """
         texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
-        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | own_scores(texts, references)
+        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(texts, references)
         if metrics is None:
             words = content_scores(texts, references, self.synonyms)
             scores |= {name: value for name, value in words.items() if name.startswith("content/") and not math.isnan(value)}
@@ -183,7 +183,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: 
     named = describe_tokenizer(tokenizer)
     texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
     each = score_each(texts, references, tokenizer=tokenizer)
-    each = [scores | own for scores, own in zip(each, own_scores_each(texts, references), strict=True)]
+    each = [scores | own for scores, own in zip(each, user_scores_each(texts, references), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, scores in zip(predictions, each, strict=True):

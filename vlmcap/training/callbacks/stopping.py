@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vlmcap.errors import Pruned
+from vlmcap.errors import TrialPruned
 from vlmcap.training.callbacks.choosing import FALLBACK, Choice, Score
 from vlmcap.training.schedule import StagePlan
 
@@ -126,7 +126,7 @@ class TrialPruning(L.Callback):
         """Reports, with the number of epochs as the step.
 
         Raises:
-            Pruned: The search has seen enough.
+            TrialPruned: The search has seen enough.
         """
         value = float(trainer.callback_metrics.get(self._objective, math.nan))
         if trainer.sanity_checking or not math.isfinite(value):
@@ -137,4 +137,6 @@ class TrialPruning(L.Callback):
             is_last = epochs >= (trainer.max_epochs or 0)  # nothing is saved by then, and a score would be lost
             is_worse = not is_last and self._trial.should_prune()
         if trainer.strategy.broadcast(is_worse):
-            raise Pruned(f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there", value)
+            raise TrialPruned(
+                f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there", value
+            )

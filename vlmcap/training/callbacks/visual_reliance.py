@@ -12,19 +12,28 @@ import torch
 import torch.distributed as dist
 
 from vlmcap.assembly.clips import blank_clip
-from vlmcap.config import Config, Engine, GroundingConfig, GroundingMode
+from vlmcap.config import Config, Engine, VisualRelianceConfig, VisualRelianceMode
 from vlmcap.data.loading.datamodule import CaptionDataModule
 from vlmcap.errors import UserError
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.callbacks.evaluation import CaptionEvaluation, log_scores
-from vlmcap.training.callbacks.visual_reliance_scores import BLANKED, OWN, SWAPPED, Grounding, Seen, compare, swap_order, write_grounding
 from vlmcap.training.callbacks.progress import print_line
+from vlmcap.training.callbacks.visual_reliance_scores import (
+    BLANKED,
+    OWN,
+    SWAPPED,
+    Seen,
+    VisualReliance,
+    compare,
+    swap_order,
+    write_visual_reliance,
+)
 from vlmcap.training.module import CaptioningModule
 from vlmcap.training.random_state import random_states, set_random_states
 from vlmcap.types import Clip, Sample
 
 
-class GroundingCheck(L.Callback):
+class VisualRelianceCheck(L.Callback):
     """Measures what captions and the labels' loss lose without the right video; stands behind `CaptionEvaluation`.
 
     Training goes on as if nothing had been measured: no random number is drawn, no bad clip counted, no gradient made.
@@ -41,7 +50,7 @@ class GroundingCheck(L.Callback):
 
     def __init__(
         self,
-        settings: GroundingConfig,
+        settings: VisualRelianceConfig,
         evaluation: CaptionEvaluation,
         data: CaptionDataModule,
         folder: Path,
@@ -90,13 +99,13 @@ class GroundingCheck(L.Callback):
             dist.all_gather_object(everyone, seen)
         return [one for rows in everyone for one in rows]
 
-    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: Grounding) -> None:
+    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: VisualReliance) -> None:
         scores = {f"{split}/{score}": value for score, value in found.named().items()}
         self.evaluation.scores |= scores
         log_scores(trainer, pl_module, scores)
         if not trainer.is_global_zero:
             return
-        write_grounding(self.folder / f"{name}.jsonl", found)
+        write_visual_reliance(self.folder / f"{name}.jsonl", found)
         print_line(trainer, f"{split}, {len(found.clips)} clips: {found.sentence()}")
         if found.is_blind:
             print_line(trainer, f"Warning: {split}: the captions do not depend on the video: another clip's does as well.")
@@ -111,9 +120,9 @@ class _Look:
         module: In evaluation mode.
     """
 
-    def __init__(self, check: GroundingCheck, trainer: L.Trainer, module: CaptioningModule) -> None:
+    def __init__(self, check: VisualRelianceCheck, trainer: L.Trainer, module: CaptioningModule) -> None:
         self.data, self.blank, self.module = check.data, check.blank, module
-        self.has_captions = check.settings.mode is GroundingMode.captions
+        self.has_captions = check.settings.mode is VisualRelianceMode.captions
         self.own = {row.clip.id: row.text for row in check.evaluation.predictions}
         self.rank, self.world_size = check.data.evaluation_rank
 
@@ -158,25 +167,27 @@ class _Look:
         return self._write(samples[:1]) * len(samples)
 
 
-def grounding_check(config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path) -> GroundingCheck | None:
+def visual_reliance_check(
+    config: Config, data: CaptionDataModule, evaluation: CaptionEvaluation, folder: Path
+) -> VisualRelianceCheck | None:
     """The callback that exchanges videos; None where nobody asked.
 
     Raises:
         UserError: The language model is elsewhere, so that there is no loss.
     """
-    if not config.callbacks.grounding.enabled:
+    if not config.callbacks.visual_reliance.enabled:
         return None
     if config.evaluation.engine is Engine.vllm:
         raise UserError(
-            "callbacks.grounding measures the loss of labels, which evaluation.engine=vllm does not give; "
-            "set callbacks.grounding.enabled=false, or evaluation.engine=own"
+            "callbacks.visual_reliance measures the loss of labels, which evaluation.engine=vllm does not give; "
+            "set callbacks.visual_reliance.enabled=false, or evaluation.engine=native"
         )
 
-    return GroundingCheck(
-        config.callbacks.grounding,
+    return VisualRelianceCheck(
+        config.callbacks.visual_reliance,
         evaluation,
         data,
-        folder / "predictions" / "grounding",
+        folder / "predictions" / "visual_reliance",
         blank=blank_clip(config),
         seed=config.seed,
         max_clips=config.evaluation.max_clips,

@@ -99,7 +99,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Grounding:
+class VisualReliance:
     """Clips that were seen with all three videos.
 
     Attributes:
@@ -130,13 +130,13 @@ class Grounding:
         return is_near_zero(own, [other - one for one, other in zip(own, swapped, strict=True)])
 
     def named(self) -> dict[str, float]:
-        """`grounding/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`: above 0 for a model that looks."""
-        named = {f"grounding/{name}/{score}": value for name, own in self.scores.items() for score, value in own.items()}
+        """`visual_reliance/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`: above 0 for a model that looks."""
+        named = {f"visual_reliance/{name}/{score}": value for name, own in self.scores.items() for score, value in own.items()}
         for score, label, sign in (("cider", "cider_drop", 1), ("facts/mean", "facts_drop", 1), ("loss", "loss_rise", -1)):
             if score in self.scores[OWN]:
                 for name in (SWAPPED, BLANKED):
-                    named[f"grounding/{name}/{label}"] = sign * (self.scores[OWN][score] - self.scores[name][score])
-        return named | {"grounding/is_blind": float(self.is_blind)}
+                    named[f"visual_reliance/{name}/{label}"] = sign * (self.scores[OWN][score] - self.scores[name][score])
+        return named | {"visual_reliance/is_blind": float(self.is_blind)}
 
     def sentence(self) -> str:
         """One line for people."""
@@ -156,7 +156,7 @@ def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
     return mean <= _NEAR * fmean(own) and mean <= _NUM_ERRORS * error
 
 
-def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], scorer: CaptionScorer) -> Grounding | None:
+def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], scorer: CaptionScorer) -> VisualReliance | None:
     """The comparison over the clips that could be read with every video; None where they are fewer than two.
 
     Args:
@@ -178,10 +178,10 @@ def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], s
             scores[name] |= scorer.score(predictions, metrics=("cider",))
             texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
             ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
-    return Grounding(tuple(clips[row] for row in rows), tuple(clips[order[row]] for row in rows), kept, ciders, scores)
+    return VisualReliance(tuple(clips[row] for row in rows), tuple(clips[order[row]] for row in rows), kept, ciders, scores)
 
 
-def write_grounding(path: Path, found: Grounding) -> None:
+def write_visual_reliance(path: Path, found: VisualReliance) -> None:
     """One JSON object a clip, `id, video, swapped_video, references` and a condition each; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:

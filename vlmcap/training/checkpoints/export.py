@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vlmcap
-from vlmcap.assembly.model import generation_settings
 from vlmcap.assembly.components import dtype_of, load_prompt_of, lora_of
+from vlmcap.assembly.model import generation_settings
 from vlmcap.compose import to_plain, write_yaml
 from vlmcap.config import Config, EncoderTuning, EncoderTuningConfig, FullConfig, LoraConfig, Quantization
 from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError, first_line
 from vlmcap.files import new_folder
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.locks import CLAIMS, claimed
 from vlmcap.terminal import progress_reporter
 from vlmcap.training.checkpoints.load import (
@@ -27,7 +27,7 @@ from vlmcap.training.checkpoints.load import (
     EXPORT_FOLDER,
     EXPORT_ORIGIN,
     EXPORT_PARTS,
-    check_bases,
+    check_base_checkpoints,
     is_export,
     read_checkpoint,
 )
@@ -75,7 +75,7 @@ def export(
     Raises:
         UserError: The output is in use, the checkpoint or its base does not do, or the merge changes what the model says.
     """
-    quiet_libraries()
+    silence_libraries()
     check_output(output)
     if is_export(Path(checkpoint)):
         raise UserError(f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run")
@@ -105,7 +105,7 @@ def write_export(
     Raises:
         UserError: As for `export`.
     """
-    if config.is_whole and config.tuning.encoder_tuning is not EncoderTuning.none:
+    if config.is_pretrained_vlm and config.tuning.encoder_tuning is not EncoderTuning.none:
         raise UserError(
             f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and a trained encoder "
             "cannot be put back into a whole model's folder; caption with the checkpoint itself"
@@ -151,7 +151,7 @@ def as_exported(config: Config, folder: Path) -> Config:
         config: Of the run.
         folder: Of the exported model, which takes the place of the base.
     """
-    part = "model" if config.is_whole else "llm"
+    part = "model" if config.is_pretrained_vlm else "llm"
     before = config.tuning
     tuning = FullConfig(before.name, epochs=before.num_epochs, projector_lr=before.projector_lr, llm_lr=0.0)
     if isinstance(before, EncoderTuningConfig):
@@ -197,11 +197,11 @@ def _base(config: Config, content: Mapping[str, Any]) -> Path:
     """The folder of the language model, or of the whole one; it is the one that the run was trained on."""
     from vlmcap.models.checkpoint import fingerprint, locate
 
-    part = "model" if config.is_whole else "llm"
+    part = "model" if config.is_pretrained_vlm else "llm"
     settings = getattr(config, part)
     folder = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate)
     base = fingerprint(folder, settings.checkpoint, Path(config.paths.cache_dir) / "fingerprints.json")
-    check_bases({part: content["vlmcap"]["bases"][part]}, {part: base.as_dict()})
+    check_base_checkpoints({part: content["vlmcap"]["bases"][part]}, {part: base.as_dict()})
     return folder
 
 
@@ -215,7 +215,7 @@ def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: 
     adapt: Callable[[nn.Module], nn.Module] | None = (lambda model: add_lora(model, lora_of(config))) if is_adapted else None
     with progress_reporter("merging layers") as progress:
         settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress}
-        if config.is_whole:
+        if config.is_pretrained_vlm:
             return merged_pretrained(config.model.kind, folder, weights, **settings)
         return merged_model(folder, weights, **settings)
 
@@ -223,7 +223,7 @@ def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: 
 def _write(folder: Path, model: Any, config: Config, base: Path, weights: Mapping[str, Tensor], origin: Mapping[str, Any]) -> None:
     from vlmcap.models.llm.merge import save_merged
 
-    save_merged(model, base, folder, _PROCESSOR if config.is_whole else ())
+    save_merged(model, base, folder, _PROCESSOR if config.is_pretrained_vlm else ())
     _write_older_names(folder / "config.json")
     _write_generation(folder, config, base)
     if config.llm.chat_template:

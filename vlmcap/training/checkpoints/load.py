@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.assembly.components import BaseCheckpoints, device_of
 from vlmcap.assembly.model import Assembly, assemble, describe_model
-from vlmcap.assembly.components import Sources, device_of
 from vlmcap.compose import to_plain
 from vlmcap.config import Config, Engine, Strategy
 from vlmcap.config_saved import saved_config
 from vlmcap.errors import UserError, first_line
-from vlmcap.libraries import quiet_libraries
+from vlmcap.libraries import silence_libraries
 from vlmcap.planning.make_plan import with_caption_plan
 from vlmcap.plugins import check_plugins, plugins_of
 from vlmcap.training.schedule import StagePlan
@@ -40,7 +40,7 @@ def load_captioner(checkpoint: str | Path, overrides: Mapping[str, Any] | None =
     Raises:
         UserError: The checkpoint or one of its bases is missing or is another one.
     """
-    quiet_libraries()
+    silence_libraries()
     content = read_checkpoint(checkpoint)
     config = single_process(saved_config(content["vlmcap"]["config"], overrides))
     if config.evaluation.engine is Engine.vllm:
@@ -61,7 +61,7 @@ def single_process(config: Config) -> Config:
 # --- what is in a checkpoint ------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_identity(config: Config, sources: Sources) -> dict[str, Any]:
+def checkpoint_identity(config: Config, sources: BaseCheckpoints) -> dict[str, Any]:
     """What every checkpoint says of itself, as plain data."""
     bases = {part: base.as_dict() for part, base in sources.bases.items()}
     return {"config": to_plain(config), "bases": bases, "plugins": plugins_of(config)}
@@ -143,7 +143,7 @@ def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config)
     """
     from vlmcap.training.sharding import load_whole_weights
 
-    check_bases(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
+    check_base_checkpoints(content["vlmcap"]["bases"], checkpoint_identity(config, assembly.sources)["bases"])
     check_weights(content["state_dict"], trained_parameters(assembly.captioner, StagePlan(config.tuning.stages)))
     weights = {name.removeprefix("captioner."): tensor for name, tensor in content["state_dict"].items()}
     load_whole_weights(assembly.captioner, weights)
@@ -170,7 +170,7 @@ def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, 
     return parts
 
 
-def check_bases(saved: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]) -> None:
+def check_base_checkpoints(saved: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]) -> None:
     """`UserError` if a frozen base differs in content from the one that the checkpoint was trained on."""
     for part, base in saved.items():
         now = present.get(part)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmcap.assembly.components import dtype_of
 from vlmcap.assembly.features import prepare_features
 from vlmcap.assembly.model import Assembly, assemble, describe_model, generation_settings
-from vlmcap.assembly.components import dtype_of
 from vlmcap.config import Config, Engine
 from vlmcap.errors import UserError
 from vlmcap.planning.make_plan import with_caption_plan
@@ -47,10 +47,10 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
     from vlmcap.models.vllm.captioner import TokenEmbeddings, VllmCaptioner
     from vlmcap.models.vllm.engine import check_vllm, engine_arguments, sampling_arguments, start_engine
 
-    if config.is_whole:
+    if config.is_pretrained_vlm:
         raise UserError(
             f"evaluation.engine=vllm takes prompts of embeddings, which are not all that model={config.model.name} needs; "
-            "set evaluation.engine=own, or serve the folder of `vlmcap export` by vLLM itself"
+            "set evaluation.engine=native, or serve the folder of `vlmcap export` by vLLM itself"
         )
     sampling_arguments(generation_settings(config), [])  # refuses before anything is loaded
     check_vllm(config.evaluation.vllm_python)
@@ -80,7 +80,7 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
     Raises:
         UserError: The folder is of another checkpoint, or cannot be made.
     """
-    from vlmcap.data.get_or_create import make_once
+    from vlmcap.data.get_or_create import get_or_create
     from vlmcap.training.checkpoints.export import checkpoint_sha256, write_export
 
     given = config.evaluation.vllm_model
@@ -101,7 +101,7 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
     def make(target: Path) -> Any:
         return write_export(config, content, checkpoint, target, dtype=dtype)
 
-    return make_once(Path(config.paths.cache_dir) / "exports" / name, make)
+    return get_or_create(Path(config.paths.cache_dir) / "exports" / name, make)
 
 
 def _check_export(folder: Path, checkpoint: Path, sha256: str) -> None:

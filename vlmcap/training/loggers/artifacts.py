@@ -53,7 +53,7 @@ def log_evaluation_files(run: Any, folder: Path) -> None:
 def _checkpoint_artifact(owner: str, file: Path, config: Config) -> Any:
     import wandb
 
-    parts = config.part_names | {"tuning": config.tuning.name, "seed": config.seed}
+    parts = config.component_names | {"tuning": config.tuning.name, "seed": config.seed}
     description = "Trained weights and optimiser state; no frozen weights."
     artifact = wandb.Artifact(f"checkpoint-{owner}", type="model", description=description, metadata=parts)
     artifact.add_file(str(file), name="captioner.ckpt", policy="immutable")  # read where it lies, not copied

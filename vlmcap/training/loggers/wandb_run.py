@@ -57,18 +57,18 @@ def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_typ
 
 def run_name(config: Config) -> str:
     """Parts, tuning and seed in one word."""
-    return "-".join([*config.part_names.values(), config.tuning.name, f"s{config.seed}"])
+    return "-".join([*config.component_names.values(), config.tuning.name, f"s{config.seed}"])
 
 
 def group_name(config: Config) -> str:
     """What is compared as one: all projectors, tunings and seeds of an encoder and a language model."""
     given = config.logger.group if isinstance(config.logger, WandbConfig | TrackioConfig) else None
-    return given or "+".join(name for part, name in config.part_names.items() if part != "projector")
+    return given or "+".join(name for part, name in config.component_names.items() if part != "projector")
 
 
 def run_tags(config: Config) -> list[str]:
     """Parts and settings, each as `group=name`."""
-    named = config.part_names | {group: getattr(config, group).name for group in ("tuning", "hardware", "data")}
+    named = config.component_names | {group: getattr(config, group).name for group in ("tuning", "hardware", "data")}
     return [f"{group}={name}"[:64] for group, name in named.items()]  # W&B takes no longer ones
 
 

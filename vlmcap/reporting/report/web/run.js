@@ -39,12 +39,12 @@ function readingOf(name) {
 
 function runScores() {
   const splits = [SPLIT, ...["test", "val", "train"].filter((split) => split !== SPLIT)].filter((split) => Object.keys(RUN.scores).some((key) => key.startsWith(`${split}/`)));
-  const names = [...new Set(Object.keys(RUN.scores).map((key) => key.split("/").slice(1).join("/")))].filter((name) => !/^(swapped|permuted|category|grounding)\//.test(name));
+  const names = [...new Set(Object.keys(RUN.scores).map((key) => key.split("/").slice(1).join("/")))].filter((name) => !/^(swapped|permuted|category|visual_reliance)\//.test(name));
   const place = (name) => MAIN_SCORES.indexOf(name.startsWith("facts/") && name !== "facts/mean" ? "facts/*" : name);
   const headline = DATA.metric.slice(SPLIT.length + 1), rank = (name) => (name === headline ? -1 : place(name));
   const main = names.filter((name) => name === headline || place(name) >= 0).sort((a, b) => rank(a) - rank(b)), more = names.filter((name) => !main.includes(name));
   const others = [["swapped", "ofSwapped"], ["permuted", "ofChance"]].filter(([kind]) => names.some((name) => `${SPLIT}/${kind}/${name}` in RUN.scores));
-  const looks = names.filter((name) => `${SPLIT}/grounding/own/${name}` in RUN.scores);
+  const looks = names.filter((name) => `${SPLIT}/visual_reliance/own/${name}` in RUN.scores);
   return h("section", { id: "scores" }, h("h2", {}, say("scores")), others.length ? h("p", { class: "quiet small" }, say("swappedHint")) : null,
     scoreTable(main, splits, others), looks.length ? [h("h3", {}, say("looksHeading")), lookTable(looks)] : null,
     more.length ? h("details", {}, h("summary", {}, say("moreScores", more.length)), scoreTable(more, splits, others)) : null);
@@ -61,11 +61,11 @@ function scoreTable(names, splits, others) {
       splits.map((split) => cell(`${split}/${name}`, split === SPLIT ? RUN.intervals[`${split}/${name}`] : null)), others.map(([kind]) => cell(`${SPLIT}/${kind}/${name}`)))))));
 }
 
-// With the own video, another clip's and a black one, as callbacks=grounding measured them.
+// With the own video, another clip's and a black one, as callbacks=visual_reliance measured them.
 function lookTable(names) {
   const videos = [["own", "ownVideo"], ["swapped", "otherVideo"], ["blanked", "blackVideo"]];
   return scrolling("looksHeading", h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, say("scoreWord")), videos.map(([, word]) => h("th", { scope: "col", class: "number" }, say(word))))),
-    h("tbody", {}, names.map((name) => h("tr", {}, h("th", { scope: "row" }, scoreName(`${SPLIT}/${name}`)), videos.map(([video]) => h("td", { class: "number" }, number(RUN.scores[`${SPLIT}/grounding/${video}/${name}`]))))))));
+    h("tbody", {}, names.map((name) => h("tr", {}, h("th", { scope: "row" }, scoreName(`${SPLIT}/${name}`)), videos.map(([video]) => h("td", { class: "number" }, number(RUN.scores[`${SPLIT}/visual_reliance/${video}/${name}`]))))))));
 }
 
 // --- curves -----------------------------------------------------------------------------------------------------------------------------
