@@ -128,9 +128,13 @@ def plot(rows: list[dict[str, Any]], kinds: list[str], file: Path) -> None:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, (measured, label) in zip(axes, (("seconds", "seconds, forward and backward"), ("peak_mib", "peak memory, MiB")), strict=True):
+    for axis, (measured, label) in zip(
+        axes, (("seconds", "seconds, forward and backward"), ("peak_mib", "peak memory, MiB")), strict=True
+    ):
         for kind in kinds:
-            axis.loglog([row["num_tokens"] for row in rows], [row[kind][measured] for row in rows], marker="o", label=kind)
+            axis.loglog(
+                [row["num_tokens"] for row in rows], [row[kind][measured] for row in rows], marker="o", label=kind
+            )
         axis.set(xlabel="visual tokens V", ylabel=label)
         axis.legend()
     figure.savefig(file, dpi=150)
@@ -154,9 +158,14 @@ def main() -> None:
     for length in options.lengths:
         shape = (1, options.heads, length, options.head_width)
         rows.append(
-            {"num_tokens": length} | {kind: measure(attend, shape, options.repeats, options.device) for kind, attend in kinds.items()}
+            {"num_tokens": length}
+            | {kind: measure(attend, shape, options.repeats, options.device) for kind, attend in kinds.items()}
         )
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     head = (
         f"Window {options.window}, {options.num_global} global tokens, {options.heads} heads of {options.head_width}, float32, "
         f"torch {torch.__version__}, {where} ({os.cpu_count()} cores), median of {options.repeats}.\n\n"
@@ -165,7 +174,9 @@ def main() -> None:
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "local_global.md").write_text(text + "\n", encoding="utf-8")
-    (options.output / "local_global.json").write_text(json.dumps({"settings": head.strip(), "rows": rows}, indent=1), encoding="utf-8")
+    (options.output / "local_global.json").write_text(
+        json.dumps({"settings": head.strip(), "rows": rows}, indent=1), encoding="utf-8"
+    )
     if importlib.util.find_spec("matplotlib"):
         plot(rows, list(kinds), options.output / "local_global.png")
     else:

@@ -39,7 +39,13 @@ def main() -> None:
         rows = []
         for loader in ("stock", "vlmcap"):
             command = [sys.executable, __file__, "--loader", loader, "--folder", name]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
+            done = subprocess.run(
+                command,
+                check=True,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+            )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
     width = max(len(key) for key in rows[0])
     for key in rows[0]:
@@ -111,7 +117,9 @@ def load(loader: str, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = quantization_config("4bit", torch.bfloat16)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config, device_map="cpu")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+    )
 
 
 def parameter_bytes(model: Any) -> Counter[Any]:
@@ -162,7 +170,9 @@ class Peak:
 def resident_bytes() -> tuple[int, int]:
     """All resident memory of this process, and the part of it that no file backs."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))}
+    values = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))
+    }
     return values["VmRSS"], values["RssAnon"]
 
 

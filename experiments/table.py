@@ -54,7 +54,19 @@ def table(rows: Sequence[Row]) -> list[str]:
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (-float(row["group/score"]), int(row["seed"]))):
         groups.setdefault(_name(row), []).append(row)
-    heads = ["configuration", "facts, mean", "95 %", "each seed", "to the best", "p (Holm)", *FACTS, "CIDEr", "loss", "distinct", "trained"]
+    heads = [
+        "configuration",
+        "facts, mean",
+        "95 %",
+        "each seed",
+        "to the best",
+        "p (Holm)",
+        *FACTS,
+        "CIDEr",
+        "loss",
+        "distinct",
+        "trained",
+    ]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for name, runs in groups.items():
         first = runs[0]

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 # Before anything imports torch, transformers or wandb: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # `HF_HUB_OFFLINE=0 pytest -m network` may override
 os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch looks once a process whether products may be deterministic
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # PyTorch looks once a process whether products may be deterministic
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -240,7 +242,8 @@ def tokenizer() -> Any:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CAPTIONS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        CAPTIONS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>")
@@ -271,7 +274,9 @@ def llm_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     model = Qwen3ForCausalLM(config)
     stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     # Qwen3's own settings sample; captions must not.
-    model.generation_config = GenerationConfig(eos_token_id=stops, do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    model.generation_config = GenerationConfig(
+        eos_token_id=stops, do_sample=True, temperature=0.6, top_k=20, top_p=0.95
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -292,7 +297,9 @@ def write_aihub(root: Path, write_clip: Callable[[Path, NDArray[np.uint8]], obje
             colours = rng.integers(0, 255, (4, 1, 1, 3)) + rng.integers(-20, 20, (4, 36, 48, 3))
             write_clip(root / split / "videos" / f"{split}{index}.mp4", colours.clip(0, 255).astype(np.uint8))
             label = {"annotation": {"description_kr": CAPTIONS[index]}}
-            (root / split / "labels" / f"{split}{index}.json").write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
+            (root / split / "labels" / f"{split}{index}.json").write_text(
+                json.dumps(label, ensure_ascii=False), encoding="utf-8"
+            )
 
 
 @pytest.fixture(scope="session")

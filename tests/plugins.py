@@ -52,7 +52,9 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(plugins.PLUGINS_VARIABLE, "")  # put back afterwards, whatever a test makes of it
     monkeypatch.setattr(plugins, "_loaded", set())
     monkeypatch.setattr(compose, "register_schemas", inspect.unwrap(compose.register_schemas))
-    monkeypatch.setattr(compose, "compose_node", getattr(compose.compose_node, "_compose_node", compose.compose_node))  # without memory
+    monkeypatch.setattr(
+        compose, "compose_node", getattr(compose.compose_node, "_compose_node", compose.compose_node)
+    )  # without memory
     plugins._installed.cache_clear()
     plugins._origin.cache_clear()
     try:

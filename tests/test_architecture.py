@@ -31,7 +31,13 @@ COMPOSED = BASE | {
     "compose",
 }
 CONFIGURED = COMPOSED | PARTS | {"sweep_syntax"}
-TRAINED = CONFIGURED | {"demo", "assembly", "planning", "training", ""}  # "" is vlmcap/__init__.py, which has the version
+TRAINED = CONFIGURED | {
+    "demo",
+    "assembly",
+    "planning",
+    "training",
+    "",
+}  # "" is vlmcap/__init__.py, which has the version
 FEATURES = {"measuring", "spectrum", "reporting", "sweeping", "program"}
 # What each part of the package may import beside itself; "train" and "evaluate" are the programs.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -76,7 +82,17 @@ UNKNOWN_TO: dict[str, set[str]] = {
 # Libraries that only these parts know.
 ONLY_IN: dict[str, set[str]] = {
     "hydra": {"cli", "overrides", "compose", "program", "sweeping", "sweep_syntax", "training"},
-    "omegaconf": {"cli", "compose", "config_errors", "config_saved", "config_unread", "program", "sweeping", "config", "training"},
+    "omegaconf": {
+        "cli",
+        "compose",
+        "config_errors",
+        "config_saved",
+        "config_unread",
+        "program",
+        "sweeping",
+        "config",
+        "training",
+    },
 }
 METRIC_MODULE = re.compile(r"vlmcap\.metrics\.(torchmetrics(_\w+)?|metric|metrics)")
 TORCH = {"torch", "torchmetrics"}
@@ -108,11 +124,20 @@ def library_errors(imports: Iterable[Import]) -> list[str]:
         part, library = part_of(i.module), i.target.split(".")[0]
         if library in ONLY_IN and part not in ONLY_IN[library]:
             errors.append(f"{i.module}:{i.line} imports {library}; only {', '.join(sorted(ONLY_IN[library]))} may")
-        is_excused = part == "metrics" and library in TORCH and (i.kind == "typing" or METRIC_MODULE.fullmatch(i.module))
-        is_excused = is_excused or (i.module == MODEL_SCORES and i.kind != "eager" and library in {"torch", "transformers"})
+        is_excused = (
+            part == "metrics" and library in TORCH and (i.kind == "typing" or METRIC_MODULE.fullmatch(i.module))
+        )
+        is_excused = is_excused or (
+            i.module == MODEL_SCORES and i.kind != "eager" and library in {"torch", "transformers"}
+        )
         if library in UNKNOWN_TO.get(part, set()) and not is_excused:
             errors.append(f"{i.module}:{i.line} imports {library} ({i.kind}), which {part} does not know")
-        if part == "metrics" and i.kind == "eager" and METRIC_MODULE.fullmatch(i.target) and not METRIC_MODULE.fullmatch(i.module):
+        if (
+            part == "metrics"
+            and i.kind == "eager"
+            and METRIC_MODULE.fullmatch(i.target)
+            and not METRIC_MODULE.fullmatch(i.module)
+        ):
             errors.append(f"{i.module}:{i.line} imports {i.target}, and torch with it; import it inside a function")
     return errors
 
@@ -147,7 +172,12 @@ def test_no_circle(imports: list[Import]) -> None:
 def test_no_utils() -> None:
     skipped = {"outputs", "multirun", "wandb", "data", "build", "dist", "node_modules"}
     tops = [p for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in skipped]
-    files = [f for top in tops for f in (top.rglob("utils*") if top.is_dir() else [top]) if re.fullmatch(r"_?utils?(\.py)?", f.name)]
+    files = [
+        f
+        for top in tops
+        for f in (top.rglob("utils*") if top.is_dir() else [top])
+        if re.fullmatch(r"_?utils?(\.py)?", f.name)
+    ]
     assert not files, f"name these after what they do: {[str(f.relative_to(ROOT)) for f in files]}"
 
 
@@ -167,8 +197,14 @@ VIOLATIONS = [
     ("vlmcap.models.captioner", "from vlmcap.data import video"),
     ("vlmcap.models.captioner", "from ..data import video"),
     ("vlmcap.models.captioner", "def f():\n    import vlmcap.data.decoding.video"),
-    ("vlmcap.models.captioner", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.compose import compose"),
-    ("vlmcap.models.captioner", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.data import video"),
+    (
+        "vlmcap.models.captioner",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.compose import compose",
+    ),
+    (
+        "vlmcap.models.captioner",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmcap.data import video",
+    ),
     ("vlmcap.models.captioner", "try:\n    import lightning.pytorch as pl\nexcept ImportError:\n    pl = None"),
     ("vlmcap.models.llm.load", "class A:\n    async def f(self):\n        import wandb"),
     ("vlmcap.models.llm.load", "from omegaconf import DictConfig"),
@@ -227,10 +263,15 @@ def test_what_is_allowed_passes(module: str, source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "last", ["import vlmcap.data.a", "def f():\n    import vlmcap.data.a", "if TYPE_CHECKING:\n    from vlmcap.data import a"]
+    "last",
+    ["import vlmcap.data.a", "def f():\n    import vlmcap.data.a", "if TYPE_CHECKING:\n    from vlmcap.data import a"],
 )
 def test_a_circle_is_caught(last: str) -> None:
     modules = {"vlmcap.data.a", "vlmcap.data.b", "vlmcap.data.c"}
-    sources = {"vlmcap.data.a": "from vlmcap.data import b", "vlmcap.data.b": "def f():\n    from . import c", "vlmcap.data.c": last}
+    sources = {
+        "vlmcap.data.a": "from vlmcap.data import b",
+        "vlmcap.data.b": "def f():\n    from . import c",
+        "vlmcap.data.c": last,
+    }
     circle = find_circle(i for m, s in sources.items() for i in read_imports(m, s, modules))
     assert circle == ["vlmcap.data.a", "vlmcap.data.b", "vlmcap.data.c", "vlmcap.data.a"]

@@ -37,9 +37,16 @@ def filled(name: str) -> list[str]:
 
 def rounds() -> list[list[tuple[str, str]]]:
     """Every file of every group once, a file a group in each round: composing costs a third of a second."""
-    groups = {group for group, _ in GROUPS} - {"model", "experiment", "debug"}  # they exchange other groups; `own` comes with a whole model
+    groups = {group for group, _ in GROUPS} - {
+        "model",
+        "experiment",
+        "debug",
+    }  # they exchange other groups; `own` comes with a whole model
     files = {group: [name for other, name in GROUPS if other == group and name != "own"] for group in sorted(groups)}
-    return [[(group, names[turn % len(names)]) for group, names in files.items()] for turn in range(max(map(len, files.values())))]
+    return [
+        [(group, names[turn % len(names)]) for group, names in files.items()]
+        for turn in range(max(map(len, files.values())))
+    ]
 
 
 @pytest.mark.parametrize("chosen", rounds(), ids=lambda chosen: "+".join(name for _, name in chosen))
@@ -101,7 +108,9 @@ def test_every_run_of_a_study_composes_and_differs(name: str, is_pretrained_vlm:
     assert len(jobs) == STUDIES[name]
     assert ("seed" in swept) == name.endswith("_demo")
     composed = jobs if is_pretrained_vlm else (jobs[0], jobs[-1])
-    configs = [to_plain(compose(job)) for job in composed if not is_pretrained_vlm or not {"seed=1", "seed=2"} & set(job)]
+    configs = [
+        to_plain(compose(job)) for job in composed if not is_pretrained_vlm or not {"seed=1", "seed=2"} & set(job)
+    ]
     assert len(configs) == (len(jobs) / (3 if name.endswith("_demo") else 1) if is_pretrained_vlm else 2)
     assert all(config not in configs[:index] for index, config in enumerate(configs))
     head = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
@@ -169,14 +178,30 @@ def test_help_names_every_choice() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.num_frames=3", "tuning.lora.target_modules='q_proj,k_proj'", "seed=4"],
-        ["experiment=efficient_t4", "data.root='a b=c'", "data.batch_size=2", "++data.num_frames=3", "cache.enabled=true"],
+        [
+            "encoder=clip",
+            "llm=qwen3_8b",
+            "hardware=l4",
+            "data.num_frames=3",
+            "tuning.lora.target_modules='q_proj,k_proj'",
+            "seed=4",
+        ],
+        [
+            "experiment=efficient_t4",
+            "data.root='a b=c'",
+            "data.batch_size=2",
+            "++data.num_frames=3",
+            "cache.enabled=true",
+        ],
     ],
 )
 def test_what_the_tests_remember_is_what_hydra_composes(overrides: list[str]) -> None:
     remembered = Remembered(compose_node)
     for _ in range(2):
-        found, expected = remembered([*overrides, "paths.output_dir=here"]), compose_node([*overrides, "paths.output_dir=here"])
+        found, expected = (
+            remembered([*overrides, "paths.output_dir=here"]),
+            compose_node([*overrides, "paths.output_dir=here"]),
+        )
         assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
         assert to_config(found) == to_config(expected)
     with pytest.raises(UserError, match=r"there is no key 'data\.num_frame'"):
@@ -205,7 +230,11 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
     [
         (
             ["encoder=siglp2"],
-            ["no encoder named 'siglp2'", "choose encoder= one of clip, custom, dinov3_7b,", "siglip2, siglip2_naflex, tiny"],
+            [
+                "no encoder named 'siglp2'",
+                "choose encoder= one of clip, custom, dinov3_7b,",
+                "siglip2, siglip2_naflex, tiny",
+            ],
         ),
         (["tuning=lroa"], ["no tuning named 'lroa'", "lora"]),
         (["encodr=clip"], ["no key 'encodr'", "did you mean encoder"]),
@@ -238,11 +267,17 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["evaluation.temperature=0"], ["evaluation.temperature must be above 0"]),
         (["evaluation.top_p=2"], ["evaluation.top_p must be above 0 and at most 1"]),
         (["tuning.encoder=lora"], ["tuning.encoder=lora changes the features", "cache.enabled=false"]),
-        (["model=qwen2_vl_7b", "encoder=clip"], ["model=qwen2_vl_7b brings its own encoder", "leave encoder=clip out", "model=assembled"]),
+        (
+            ["model=qwen2_vl_7b", "encoder=clip"],
+            ["model=qwen2_vl_7b brings its own encoder", "leave encoder=clip out", "model=assembled"],
+        ),
         (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
         (["model=qwen2_vl_7b", "projector.reducer=pool"], ["'reducer' is no key of this projector"]),
         (["model=qwen2_vl_7b", "encoder.image_size=448"], ["'image_size' is no key of this encoder"]),
-        (["model=qwen2_5_vl_7b", "model.use_outer_marks=false"], ["'use_outer_marks' is no key of this model, but of model=qwen3_vl_8b"]),
+        (
+            ["model=qwen2_5_vl_7b", "model.use_outer_marks=false"],
+            ["'use_outer_marks' is no key of this model, but of model=qwen3_vl_8b"],
+        ),
         (["callbacks=profle"], ["no callbacks named 'profle'", "default, early_stopping, visual_reliance, profile"]),
         (["callbacks.profile.first_step=0"], ["callbacks.profile.first_step must be at least 1, not 0"]),
         (["callbacks.profile.trace_steps=-1"], ["callbacks.profile.trace_steps must not be negative"]),
@@ -252,8 +287,14 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["encoder=native"], ["model=assembled has no own encoder", "choose another encoder"]),
         (["llm=native", "llm.name=x"], ["model=assembled has no own llm", "choose another llm"]),
         (["llm=native", "llm.name=x", "llm.checkpoint=a/b"], ["model=assembled has no own llm", "choose another llm"]),
-        (["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"], ["model=qwen2_vl_7b brings its own llm", "leave llm=native out"]),
-        (["model=qwen2_vl_7b", "llm.checkpoint=a/b"], ["llm.checkpoint=a/b changes nothing in model=qwen2_vl_7b", "set model.checkpoint"]),
+        (
+            ["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"],
+            ["model=qwen2_vl_7b brings its own llm", "leave llm=native out"],
+        ),
+        (
+            ["model=qwen2_vl_7b", "llm.checkpoint=a/b"],
+            ["llm.checkpoint=a/b changes nothing in model=qwen2_vl_7b", "set model.checkpoint"],
+        ),
         (["llm=custom"], ["llm.checkpoint has no value", "set it on the command line: llm.checkpoint=…"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -301,7 +342,11 @@ def test_a_saved_configuration_that_lacks_a_value() -> None:
 @pytest.mark.parametrize(
     ("overrides", "part", "expected"),
     [
-        (["llm=vicuna_7b", "llm.checkpoint=HuggingFaceTB/SmolLM2-135M-Instruct"], "llm", ("smollm2-135m-instruct", "unknown", None)),
+        (
+            ["llm=vicuna_7b", "llm.checkpoint=HuggingFaceTB/SmolLM2-135M-Instruct"],
+            "llm",
+            ("smollm2-135m-instruct", "unknown", None),
+        ),
         (["llm=custom", "llm.checkpoint=models/My-LLM/"], "llm", ("my-llm", "unknown", None)),
         (["llm=custom", "llm.checkpoint=cache/models--org--Solar/snapshots/0a1b"], "llm", ("solar", "unknown", None)),
         (["llm=qwen3_4b", "llm.checkpoint=a/b", "llm.name=mine", "llm.license=MIT"], "llm", ("mine", "MIT", None)),
@@ -310,7 +355,9 @@ def test_a_saved_configuration_that_lacks_a_value() -> None:
         (["model=qwen2_vl_7b", "model.checkpoint=org/Other-VL"], "model", ("other-vl", "unknown", None)),
     ],
 )
-def test_a_part_is_called_what_its_checkpoint_is(overrides: list[str], part: str, expected: tuple[str, str, str | None]) -> None:
+def test_a_part_is_called_what_its_checkpoint_is(
+    overrides: list[str], part: str, expected: tuple[str, str, str | None]
+) -> None:
     config = compose(overrides)
     found = getattr(config, part)
     assert (found.name, found.license, getattr(found, "chat_template", None)) == expected
@@ -322,7 +369,9 @@ def test_a_gate_and_a_revision_are_those_of_the_checkpoint() -> None:
     other = compose(["encoder=dinov3_l", "encoder.checkpoint=org/free"]).encoder
     assert own.gate
     assert (other.gate, other.revision, other.name, other.feature_layer) == (None, None, "free", own.feature_layer)
-    assert compose(["encoder=dinov3_l", "encoder.checkpoint=org/free", "encoder.revision=main"]).encoder.revision == "main"
+    assert (
+        compose(["encoder=dinov3_l", "encoder.checkpoint=org/free", "encoder.revision=main"]).encoder.revision == "main"
+    )
 
 
 def test_a_saved_configuration_keeps_its_names() -> None:
@@ -352,7 +401,10 @@ def test_lengths_of_captions_and_the_prompt_are_left_to_the_data() -> None:
 
 
 def test_modules_are_named_as_a_list_or_as_text() -> None:
-    found = [compose([f"tuning.lora.target_modules={text}"]).tuning.lora.target_modules for text in ("[q_proj,v_proj]", "'q_proj,v_proj'")]
+    found = [
+        compose([f"tuning.lora.target_modules={text}"]).tuning.lora.target_modules
+        for text in ("[q_proj,v_proj]", "'q_proj,v_proj'")
+    ]
     assert found == ["q_proj,v_proj"] * 2
 
 
@@ -360,7 +412,9 @@ def test_a_folder_of_ones_own_is_found_first(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("VLMCAP_CONFIG_DIR", "")  # undone at the end
     for name, text in (("mine", "checkpoint: hub/mine"), ("clip", "checkpoint: hub/other")):
         (tmp_path / "encoder").mkdir(exist_ok=True)
-        (tmp_path / "encoder" / f"{name}.yaml").write_text(f"# Of my own.\ndefaults: [patches_schema]\nname: {name}\n{text}\n")
+        (tmp_path / "encoder" / f"{name}.yaml").write_text(
+            f"# Of my own.\ndefaults: [patches_schema]\nname: {name}\n{text}\n"
+        )
     use_config_dir(str(tmp_path))
     assert [compose([f"encoder={name}"]).encoder.checkpoint for name in ("mine", "clip")] == ["hub/mine", "hub/other"]
     assert compose(["encoder=mine"]).encoder.name == "mine"

@@ -29,17 +29,50 @@ def saved(trained: list[str], overrides: list[str]) -> Config:
 @pytest.mark.parametrize(
     "override",
     [
-        *("tuning.epochs=3", "tuning.adapter_lr=1", "tuning.lora.dropout=0.5", "tuning=lora", "optim.weight_decay=1", "optim=adamw_fused"),
-        *("trainer.max_steps=3", "trainer.requeue=true", "trainer=ddp", "data.batch_size=3", "data.augment.crop=0.1", "data.max_clips=3"),
-        *("hardware.batch_size=3", "hardware.num_frames=3", "hardware.gradient_checkpointing=true", "hardware.devices=2"),
-        *("evaluation.max_clips=3", "evaluation.every_n_epochs=3", "monitor=val/loss", "mode=min", "projector.checkpoint=x"),
-        *("callbacks.guard.window=3", "callbacks.early_stopping.enabled=true", "sweep.budget_h=3", "launcher=joblib", "plan.enforce=off"),
+        *(
+            "tuning.epochs=3",
+            "tuning.adapter_lr=1",
+            "tuning.lora.dropout=0.5",
+            "tuning=lora",
+            "optim.weight_decay=1",
+            "optim=adamw_fused",
+        ),
+        *(
+            "trainer.max_steps=3",
+            "trainer.requeue=true",
+            "trainer=ddp",
+            "data.batch_size=3",
+            "data.augment.crop=0.1",
+            "data.max_clips=3",
+        ),
+        *(
+            "hardware.batch_size=3",
+            "hardware.num_frames=3",
+            "hardware.gradient_checkpointing=true",
+            "hardware.devices=2",
+        ),
+        *(
+            "evaluation.max_clips=3",
+            "evaluation.every_n_epochs=3",
+            "monitor=val/loss",
+            "mode=min",
+            "projector.checkpoint=x",
+        ),
+        *(
+            "callbacks.guard.window=3",
+            "callbacks.early_stopping.enabled=true",
+            "sweep.budget_h=3",
+            "launcher=joblib",
+            "plan.enforce=off",
+        ),
         *("experiment=recommended_l4", "debug=fast", "paths.overwrite=true"),
     ],
 )
 def test_what_only_training_reads_is_refused_by_name(override: str) -> None:
     key = override.partition("=")[0]
-    with pytest.raises(UserError, match=rf"^{re.escape(key)}\S* changes nothing of a checkpoint, .*leave {re.escape(key)} out$"):
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(key)}\S* changes nothing of a checkpoint, .*leave {re.escape(key)} out$"
+    ):
         saved([], [override])
 
 
@@ -101,7 +134,8 @@ def test_a_base_that_has_moved_has_no_revision() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["data.root=x", "evaluation.tokenizer=char", "logger=wandb", "seed=3", "data.split=val", "cache.enabled=true"]
+    "override",
+    ["data.root=x", "evaluation.tokenizer=char", "logger=wandb", "seed=3", "data.split=val", "cache.enabled=true"],
 )
 def test_captioning_refuses_what_it_does_not_read(override: str) -> None:
     with pytest.raises(UserError, match=r"changes nothing in vlmcap caption; leave"):
@@ -121,15 +155,33 @@ def test_an_evaluation_reads_what_it_takes(tiny_config: MakeConfig, tmp_path: Pa
     again = saved_config(read_checkpoint(checkpoint)["vlmcap"]["config"], {"paths.output_dir": str(tmp_path / "again")})
     with recorded_reads() as reads:
         evaluate(again, checkpoint)
-    taken = [(key, owner, name) for key, owner, name in KEYS if not is_of_training(key) and key not in unread_keys(again)]
+    taken = [
+        (key, owner, name) for key, owner, name in KEYS if not is_of_training(key) and key not in unread_keys(again)
+    ]
     assert {key for key, owner, name in taken if (owner.__name__, name) not in reads} <= READ_ELSEWHERE
     assert len(taken) > 70
 
 
 # Read where captions are scored by models, by programs around an evaluation, or of records; and what decides which demo it is.
 READ_ELSEWHERE = {
-    *("model.name", "model.kind", "encoder.name", "encoder.license", "projector.name", "llm.name", "llm.license", "data.name", "data.kind"),
-    *("llm.suggested.align_lr", "llm.suggested.projector_lr", "llm.suggested.adapter_lr", "llm.suggested.reducer", "hardware.name"),
+    *(
+        "model.name",
+        "model.kind",
+        "encoder.name",
+        "encoder.license",
+        "projector.name",
+        "llm.name",
+        "llm.license",
+        "data.name",
+        "data.kind",
+    ),
+    *(
+        "llm.suggested.align_lr",
+        "llm.suggested.projector_lr",
+        "llm.suggested.adapter_lr",
+        "llm.suggested.reducer",
+        "hardware.name",
+    ),
     *(
         "data.max_clips",
         "data.decode_memory_gib",

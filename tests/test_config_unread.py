@@ -44,7 +44,10 @@ STATES: dict[str, list[str]] = {
     "no first stage": ["tuning.align_epochs=0"],
     "no second stage": ["tuning.align_epochs=2", "tuning.epochs=2"],
     "no adapters": ["tuning=lora", "tuning.adapter_lr=0"],
-    **{f"data {name}": [f"data={name}", DATA] for name in ("aihub", "jsonl", "coco_ko", "nikl", "msrvtt", "vatex", "llava", "webdataset")},
+    **{
+        f"data {name}": [f"data={name}", DATA]
+        for name in ("aihub", "jsonl", "coco_ko", "nikl", "msrvtt", "vatex", "llava", "webdataset")
+    },
     "fps": ["data.sampling=fps", "cache.enabled=false"],
     "augmented": ["data.augment.jitter=0.2", "data.augment.crop=0.1", "cache.enabled=auto", "cache.max_gib=3"],
     "drawn": ["data=jsonl", DATA, "data.splits.random=true"],
@@ -67,7 +70,11 @@ STATES: dict[str, list[str]] = {
     "any model": ["model=custom", "model.checkpoint=org/model", "hardware=l4"],
     **{f"logger {name}": [f"logger={name}"] for name in ("wandb", "mlflow", "trackio", "tensorboard", "none")},
     "unsent": ["logger=wandb", "logger.log_checkpoints=none"],
-    "watched": ["callbacks.profile.enabled=true", "callbacks.visual_reliance.enabled=true", "callbacks.early_stopping.enabled=true"],
+    "watched": [
+        "callbacks.profile.enabled=true",
+        "callbacks.visual_reliance.enabled=true",
+        "callbacks.early_stopping.enabled=true",
+    ],
     "unguarded": ["callbacks.guard.enabled=false"],
     **{f"sweep {name}": [f"sweep={name}"] for name in ("optuna", "halving", "wandb")},
     "unpruned": ["sweep=optuna", "sweep.prune=false"],
@@ -116,7 +123,9 @@ def changes(node: DictConfig, base: Config) -> Iterator[tuple[str, object, DictC
         yield key, value, changed_node(node, key, value)
 
 
-@pytest.mark.parametrize(("state", "part"), thinned(itertools.product(STATES, range(PARTS)), lambda case: case == ("default", 0)))
+@pytest.mark.parametrize(
+    ("state", "part"), thinned(itertools.product(STATES, range(PARTS)), lambda case: case == ("default", 0))
+)
 def test_a_key_is_refused_by_a_sentence_that_is_true_or_changes_the_run(state: str, part: int) -> None:
     node = compose_node(STATES[state])
     base = to_config(node)
@@ -126,9 +135,12 @@ def test_a_key_is_refused_by_a_sentence_that_is_true_or_changes_the_run(state: s
         if not isinstance(config, str):
             is_same = config_hash(config) == config_hash(base)
             is_seen = key.startswith(_WITHOUT_EFFECT) or unread_override(changed, config, [f"{key}=x"])
-            assert not is_same or is_seen or value_at(config, key) == value_at(base, key) or key in SAME | CUT.get(state, set()), (
-                f"{key}={value} changes nothing"
-            )
+            assert (
+                not is_same
+                or is_seen
+                or value_at(config, key) == value_at(base, key)
+                or key in SAME | CUT.get(state, set())
+            ), f"{key}={value} changes nothing"
             num_read += 1
         elif " changes nothing " in config:
             idle = config.partition("=")[0]  # the key, or one of the state that the key leaves without a reader
@@ -169,8 +181,15 @@ def check_fix(node: DictConfig, key: str, sentence: str) -> None:
 
 @pytest.mark.slow
 def test_every_kind_has_a_state() -> None:
-    kinds = {(group, getattr(to_config(compose_node(given)), group).kind) for given in STATES.values() for group in SCHEMAS}
-    wanted = {(group, kind) for group, found in SCHEMAS.items() for kind, schema in found.items() if schema.__module__.startswith("vlmcap")}
+    kinds = {
+        (group, getattr(to_config(compose_node(given)), group).kind) for given in STATES.values() for group in SCHEMAS
+    }
+    wanted = {
+        (group, kind)
+        for group, found in SCHEMAS.items()
+        for kind, schema in found.items()
+        if schema.__module__.startswith("vlmcap")
+    }
     assert wanted - kinds == {("model", "qwen2_vl"), ("model", "qwen2_5_vl")}, "as qwen3_vl"
 
 
@@ -186,17 +205,38 @@ def test_a_default_that_is_spelled_out_is_no_mistake(state: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["hardware.num_frames=4", "data.num_frames=8"], "hardware.num_frames=4 changes nothing beside data.num_frames=8"),
-        (["hardware.frame_stack=4", "projector=perceiver"], "hardware.frame_stack=4 changes nothing beside projector.frame_stack=1"),
-        (["hardware.frame_stack=4", "model=qwen3_vl_8b"], "hardware.frame_stack=4 changes nothing with projector=native"),
-        (["hardware.image_size=64", "encoder=siglip2_naflex"], "hardware.image_size=64 changes nothing with encoder=siglip2_naflex"),
+        (
+            ["hardware.num_frames=4", "data.num_frames=8"],
+            "hardware.num_frames=4 changes nothing beside data.num_frames=8",
+        ),
+        (
+            ["hardware.frame_stack=4", "projector=perceiver"],
+            "hardware.frame_stack=4 changes nothing beside projector.frame_stack=1",
+        ),
+        (
+            ["hardware.frame_stack=4", "model=qwen3_vl_8b"],
+            "hardware.frame_stack=4 changes nothing with projector=native",
+        ),
+        (
+            ["hardware.image_size=64", "encoder=siglip2_naflex"],
+            "hardware.image_size=64 changes nothing with encoder=siglip2_naflex",
+        ),
         (
             ["hardware.quantization=8bit", "llm.quantization=none"],
             "hardware.quantization=8bit changes nothing beside llm.quantization=none",
         ),
-        (["hardware.batch_size=4", "data.batching=packed", "data.max_tokens_per_batch=400"], "hardware.batch_size=4 changes nothing"),
-        (["data.batch_size=1", "data.batching=packed", "data.max_tokens_per_batch=400"], "data.batch_size=1 changes nothing beside"),
-        (["encoder=siglip2", "encoder.is_cached=true", "cache.enabled=false"], "encoder.is_cached=true changes nothing beside"),
+        (
+            ["hardware.batch_size=4", "data.batching=packed", "data.max_tokens_per_batch=400"],
+            "hardware.batch_size=4 changes nothing",
+        ),
+        (
+            ["data.batch_size=1", "data.batching=packed", "data.max_tokens_per_batch=400"],
+            "data.batch_size=1 changes nothing beside",
+        ),
+        (
+            ["encoder=siglip2", "encoder.is_cached=true", "cache.enabled=false"],
+            "encoder.is_cached=true changes nothing beside",
+        ),
         (["data.root=mine"], "data.root=mine changes nothing in data=demo"),
         (["hardware.num_frames=8", "data.num_frames=8"], ""),
         (["hardware.frame_stack=1", "projector=perceiver"], ""),

@@ -34,7 +34,9 @@ def test_a_part_is_short_and_holds_the_contracts(name: str, tmp_path: Path) -> N
     ((group, kind),) = {(group, kind) for group, kinds in MAKERS.items() for kind in kinds} - before
     assert [outcome for outcome in check_component(group, kind) if outcome.problem] == []
     if group != "metric":
-        needs = {"llm": ["llm.checkpoint=tiny"], "encoder": ["encoder.checkpoint=x"], "data": ["data.root=x"]}.get(group, [])
+        needs = {"llm": ["llm.checkpoint=tiny"], "encoder": ["encoder.checkpoint=x"], "data": ["data.root=x"]}.get(
+            group, []
+        )
         assert getattr(compose([f"{group}={kind}", *needs]), group).kind == kind
 
 

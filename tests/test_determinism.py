@@ -61,7 +61,10 @@ def test_an_error_and_a_caller_of_its_own_mind_find_their_state_again(monkeypatc
 
 def test_an_operation_without_such_a_kernel_is_named_with_the_key() -> None:
     values = torch.zeros(4)
-    with pytest.raises(UserError, match=r"operation put_ has no .*trainer\.deterministic=false"), deterministic_kernels(True):
+    with (
+        pytest.raises(UserError, match=r"operation put_ has no .*trainer\.deterministic=false"),
+        deterministic_kernels(True),
+    ):
         values.put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
     with pytest.raises(RuntimeError, match="shape") as caught, deterministic_kernels(True):
         values @ torch.zeros(3, 3)

@@ -34,12 +34,16 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def runs(arguments: list[str]) -> Iterator[list[str]]:
     """The overrides of each run: `-m` tries every combination of the values that commas part."""
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]  # `--cfg job` is none
+    overrides = [
+        argument for argument in arguments if "=" in argument and not argument.startswith("-")
+    ]  # `--cfg job` is none
     if "-m" not in arguments and "--multirun" not in arguments:
         yield overrides
         return
     listed = [one for one in overrides if "(" not in one]  # an interval has no values to list
-    choices = [[f"{key}={value}" for value in values.split(",")] for key, _, values in (one.partition("=") for one in listed)]
+    choices = [
+        [f"{key}={value}" for value in values.split(",")] for key, _, values in (one.partition("=") for one in listed)
+    ]
     yield from map(list, itertools.product(*choices))
 
 
@@ -51,7 +55,9 @@ def text_of(document: Path) -> str:
 
 WRITTEN = [command for document in DOCUMENTS for command in commands(text_of(document))]
 COMMANDS = sorted({(program, tuple(run)) for program, arguments in WRITTEN for run in runs(arguments)})
-FIRST = {(program, tuple(next(runs(arguments)))) for program, arguments in WRITTEN}  # of the runs that each command starts
+FIRST = {
+    (program, tuple(next(runs(arguments)))) for program, arguments in WRITTEN
+}  # of the runs that each command starts
 
 
 @pytest.mark.parametrize(
@@ -98,11 +104,15 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("program", "arguments", "expected"), SHOWN.findall(READING.read_text("utf-8")), ids=lambda value: value[:70])
+@pytest.mark.parametrize(
+    ("program", "arguments", "expected"), SHOWN.findall(READING.read_text("utf-8")), ids=lambda value: value[:70]
+)
 def test_a_command_prints_what_is_shown(own_files: Path, program: str, arguments: str, expected: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / program), *shlex.split(arguments)]
-    done = subprocess.run(command, cwd=own_files, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=own_files, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert (done.stdout + done.stderr).strip() == expected.strip()
 
 

@@ -120,7 +120,9 @@ def test_two_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize(("machine", "has_locks"), [("0123456789ab", True), (None, False)], ids=["another machine", "no locks"])
+@pytest.mark.parametrize(
+    ("machine", "has_locks"), [("0123456789ab", True), (None, False)], ids=["another machine", "no locks"]
+)
 def test_where_a_lock_says_nothing_the_age_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str | None, has_locks: bool
 ) -> None:

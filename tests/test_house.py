@@ -18,7 +18,9 @@ LOOK_AT_LINES = 400
 # Files over LOOK_AT_LINES that were looked at, with the reason why each is one whole. Keep it short.
 LONG_FILES: dict[str, str] = {}
 SKIPPED = {"outputs", "multirun", "wandb", "build", "dist", "data"}  # at the top, and the hidden ones
-MACHINE_PATH = re.compile(r"(?<![\w.:/~$}-])/(?:home|root|work|Users|mnt|media|opt|srv|scratch|workspace|nfs)/\w|\b[A-Z]:\\\w")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/~$}-])/(?:home|root|work|Users|mnt|media|opt|srv|scratch|workspace|nfs)/\w|\b[A-Z]:\\\w"
+)
 
 
 def project_files(*suffixes: str) -> list[Path]:
@@ -45,7 +47,11 @@ def machine_paths(text: str) -> list[str]:
 
 def program_files() -> list[Path]:
     """The package, the programs and the tools: what is held to a length of functions."""
-    return [f for f in project_files(".py") if f.relative_to(ROOT).parts[0] in {"vlmcap", "tools", "train.py", "evaluate.py"}]
+    return [
+        f
+        for f in project_files(".py")
+        if f.relative_to(ROOT).parts[0] in {"vlmcap", "tools", "train.py", "evaluate.py"}
+    ]
 
 
 def long_functions(source: str) -> Iterator[tuple[str, int]]:
@@ -59,8 +65,18 @@ def long_functions(source: str) -> Iterator[tuple[str, int]]:
 
 def test_functions_are_short() -> None:
     files = {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8") for f in program_files()}
-    assert {"train.py", "evaluate.py", "tools/model_table.py", "vlmcap/__init__.py", "vlmcap/training/run.py"} <= files.keys()
-    long = [f"{name}: {function}, {length} lines" for name, source in files.items() for function, length in long_functions(source)]
+    assert {
+        "train.py",
+        "evaluate.py",
+        "tools/model_table.py",
+        "vlmcap/__init__.py",
+        "vlmcap/training/run.py",
+    } <= files.keys()
+    long = [
+        f"{name}: {function}, {length} lines"
+        for name, source in files.items()
+        for function, length in long_functions(source)
+    ]
     assert not long, f"cut these into steps of at most {MAX_FUNCTION_LINES} lines:\n" + "\n".join(long)
 
 
@@ -92,7 +108,9 @@ def test_long_files_were_looked_at() -> None:
 
 def test_documents_hold_no_machine_paths() -> None:
     found = {
-        str(f.relative_to(ROOT)): paths for f in project_files(".md", ".yaml") if (paths := machine_paths(f.read_text(encoding="utf-8")))
+        str(f.relative_to(ROOT)): paths
+        for f in project_files(".md", ".yaml")
+        if (paths := machine_paths(f.read_text(encoding="utf-8")))
     }
     assert not found
 
@@ -123,7 +141,9 @@ def test_a_requirement_is_pinned_within_its_range(requirement: Requirement) -> N
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     name = canonicalize_name(requirement.name)
     assert name in pins, f"constraints.txt does not pin {requirement.name}"
-    assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} excludes the pinned {pins[name]}"
+    assert requirement.specifier.contains(pins[name], prereleases=True), (
+        f"{requirement} excludes the pinned {pins[name]}"
+    )
 
 
 def test_requirements_have_both_bounds() -> None:
@@ -133,6 +153,8 @@ def test_requirements_have_both_bounds() -> None:
 
 def test_the_dictionary_is_the_wheelless_one_that_is_pure_data() -> None:
     """`python-mecab-ko-dic` is another project's binary package with the same import name."""
-    names = {canonicalize_name(line.split("==")[0]) for line in constraint_lines()} | {canonicalize_name(r.name) for r in requirements()}
+    names = {canonicalize_name(line.split("==")[0]) for line in constraint_lines()} | {
+        canonicalize_name(r.name) for r in requirements()
+    }
     assert "mecab-ko-dic" in names
     assert "python-mecab-ko-dic" not in names

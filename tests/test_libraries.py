@@ -28,7 +28,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def at_torch(program: list[str], given: dict[str, str]) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in _NAMES} | given | {"PYTHONPATH": str(ROOT)}
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in _NAMES} | given | {"PYTHONPATH": str(ROOT)}
+    )
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT.replace("{names}", repr(_NAMES)), *program],
         env=environment,
@@ -41,7 +43,8 @@ def at_torch(program: list[str], given: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "program", [["train.py", "data.root=unset"], ["evaluate.py", "checkpoint=x.ckpt"], ["vlmcap/cli/__main__.py", "plan"]]
+    "program",
+    [["train.py", "data.root=unset"], ["evaluate.py", "checkpoint=x.ckpt"], ["vlmcap/cli/__main__.py", "plan"]],
 )
 def test_segments_grow_by_the_time_pytorch_is_imported(program: list[str]) -> None:
     script, *arguments = program

@@ -178,7 +178,9 @@ def test_a_folder_in_use_is_refused_in_one_sentence_that_names_the_owner(held: t
     with pytest.raises(InUseError) as refused, claimed_folder(folder, "paths.output_dir"):
         pass
     sentence = str(refused.value)
-    assert sentence.startswith(f"paths.output_dir={folder} is in use by process {child.pid} on {socket.gethostname()} since ")
+    assert sentence.startswith(
+        f"paths.output_dir={folder} is in use by process {child.pid} on {socket.gethostname()} since "
+    )
     assert Path(sys.argv[0]).name in sentence and "choose another folder" in sentence and "\n" not in sentence
     assert living_owner(folder) == refused.value.owner
     assert isinstance(refused.value, UserError)
@@ -249,7 +251,10 @@ def test_the_folder_of_another_living_machine_is_refused(tmp_path: Path) -> None
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        with pytest.raises(InUseError, match="in use by process 1 on node7"), claimed_folder(tmp_path, "paths.output_dir"):
+        with (
+            pytest.raises(InUseError, match="in use by process 1 on node7"),
+            claimed_folder(tmp_path, "paths.output_dir"),
+        ):
             pass
     finally:
         ended.set()

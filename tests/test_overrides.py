@@ -146,7 +146,10 @@ def test_hints_carry_the_value(typed: str, expected: str) -> None:
 
 
 def test_hydras_own_plugins_are_left_alone() -> None:
-    assert read_overrides(["hydra/launcher=basic", "hydra.sweeper.params=null"]) == ["hydra/launcher=basic", "hydra.sweeper.params=null"]
+    assert read_overrides(["hydra/launcher=basic", "hydra.sweeper.params=null"]) == [
+        "hydra/launcher=basic",
+        "hydra.sweeper.params=null",
+    ]
 
 
 def test_a_known_last_name_beats_a_similar_spelling() -> None:
@@ -180,7 +183,9 @@ def test_a_hint_names_a_key_that_what_is_chosen_beside_it_has(tuning: str) -> No
                 chosen[group] = value
             elif group in chosen:
                 schema = SCHEMAS[group].get(chosen[group], LlmConfig)  # llm=custom is of the kind that llm=tiny is
-                assert rest.partition(".")[0] in {known.name for known in dataclasses.fields(schema)}, f"{key} with tuning={tuning}: {hint}"
+                assert rest.partition(".")[0] in {known.name for known in dataclasses.fields(schema)}, (
+                    f"{key} with tuning={tuning}: {hint}"
+                )
 
 
 @pytest.mark.parametrize(

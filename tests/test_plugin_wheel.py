@@ -79,9 +79,21 @@ def test_a_wheel_is_planned_trained_exported_and_loaded(tmp_path: Path) -> None:
     for name in ("my_gated", "my_cells"):
         (package / f"{name}.py").write_text(PARTS[name], encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    built = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), str(package.parent)]
+    built = [
+        *pip,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--wheel-dir",
+        str(tmp_path),
+        str(package.parent),
+    ]
     subprocess.run(built, check=True, capture_output=True)
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), *map(str, tmp_path.glob("*.whl"))], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", str(target), *map(str, tmp_path.glob("*.whl"))],
+        check=True,
+    )
 
     overrides = [
         "projector=gated",
@@ -98,11 +110,18 @@ def test_a_wheel_is_planned_trained_exported_and_loaded(tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "found.json").read_text())
     of = {"name": "vlm-parts", "version": "3.1"}
-    assert found["plugins"] == found["exported"] == {"encoder": {"kind": "cells", **of}, "projector": {"kind": "gated", **of}}
+    assert (
+        found["plugins"]
+        == found["exported"]
+        == {"encoder": {"kind": "cells", **of}, "projector": {"kind": "gated", **of}}
+    )
     assert found["steps"] == 2
     assert found["captions"][0] == found["captions"][1]
 
     for source in (tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "export"):  # without the distribution
         load = [sys.executable, "-c", f"import vlmcap; vlmcap.load({str(source)!r})"]
         refused = subprocess.run(load, env=environment(), capture_output=True, text=True, check=False).stderr
-        assert "UserError: the checkpoint has encoder=cells of the plugin vlm-parts, which is not loaded; install vlm-parts 3.1" in refused
+        assert (
+            "UserError: the checkpoint has encoder=cells of the plugin vlm-parts, which is not loaded; install vlm-parts 3.1"
+            in refused
+        )

@@ -68,7 +68,9 @@ def test_what_a_run_says_of_its_plugins(tmp_path: Path) -> None:
     check_plugins(plugins_of(config))
 
 
-def test_another_file_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_file_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = []
     for source in (GATED, GATED + "# changed\n"):
         with own_registries(monkeypatch):
@@ -82,7 +84,9 @@ def test_another_file_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
     saved = {"projector": {"kind": "gated", "name": "my_gated", "version": "sha256:0123"}}
-    with pytest.raises(UserError, match=r"has projector=gated of the plugin my_gated, which is not loaded; give its file by --plugin"):
+    with pytest.raises(
+        UserError, match=r"has projector=gated of the plugin my_gated, which is not loaded; give its file by --plugin"
+    ):
         check_plugins(saved)
     saved["projector"]["version"] = "1.2"
     with pytest.raises(UserError, match=r"not loaded; install my_gated 1\.2"):
@@ -96,7 +100,11 @@ def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
         ("idle", "x = 1", "registers no part"),
         ("my-part", GATED, "rename it"),
         ("json", GATED, "has the name of another module"),
-        ("taken", GATED.replace('"gated"', '"mlp"'), r"projector=mlp of taken is taken by vlmcap\.config\.projector; choose another kind"),
+        (
+            "taken",
+            GATED.replace('"gated"', '"mlp"'),
+            r"projector=mlp of taken is taken by vlmcap\.config\.projector; choose another kind",
+        ),
         ("kindless", GATED.replace('kind: str = "gated"', "x: int = 1"), "GatedConfig names no kind"),
     ],
 )
@@ -131,7 +139,9 @@ def test_an_installed_distribution_needs_no_flag(tmp_path: Path, monkeypatch: py
     assert plugins_of(config) == {"projector": {"kind": "gated", "name": "vlm_gated", "version": "1.2"}}
 
 
-def test_a_broken_distribution_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_distribution_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     points = "[vlmcap.projectors]\ngated = vlm_broken:Gone\n[vlmcap.encoders]\nother = vlm_broken\n"
     install(tmp_path, "vlm_broken", "x = 1\n", points)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])

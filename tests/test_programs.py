@@ -18,7 +18,9 @@ def program(name: str, overrides: list[str], folder: Path) -> subprocess.Complet
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("HYDRA_FULL_ERROR", None)
     command = [sys.executable, str(ROOT / name), *overrides]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
@@ -68,7 +70,9 @@ def test_cfg_shows_the_real_combination(tmp_path: Path) -> None:
 
 
 def test_cfg_resolves(tmp_path: Path) -> None:
-    done = program("train.py", ["--cfg", "job", "--resolve", "--package", "paths", "paths.cache_dir=~/도심 (1)"], tmp_path)
+    done = program(
+        "train.py", ["--cfg", "job", "--resolve", "--package", "paths", "paths.cache_dir=~/도심 (1)"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "output_dir: outputs/" in done.stdout
     assert f"cache_dir: {Path.home()}/도심 (1)" in done.stdout
@@ -89,7 +93,12 @@ def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'run' / 'index.html'}: ")
     assert "best.ckpt" in (tmp_path / "run" / "index.html").read_text(encoding="utf-8")
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    overrides = [f"checkpoint={checkpoint}", "data.split=val", "llm.max_new_tokens=3", f"paths.output_dir={tmp_path / 'scores'}"]
+    overrides = [
+        f"checkpoint={checkpoint}",
+        "data.split=val",
+        "llm.max_new_tokens=3",
+        f"paths.output_dir={tmp_path / 'scores'}",
+    ]
     done = program("evaluate.py", overrides, folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'scores' / 'index.html'}: ")
@@ -104,7 +113,9 @@ def test_train_then_evaluate(real_path: list[str], tmp_path: Path) -> None:
 def test_output_that_is_no_longer_read_ends_a_command_quietly(command: str) -> None:
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run([sys.executable, *command.split()], stdout=writes, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *command.split()], stdout=writes, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     os.close(writes)
     assert done.stderr == ""
     assert done.returncode in (1, 141)  # 1 is rich's own way to end

@@ -50,7 +50,11 @@ def _called(node: ast.Call) -> Iterator[str]:
         yield f"calls {name}"
     if name == "torch.load" and not _is(given.get("weights_only"), True):
         yield "calls torch.load without weights_only=True"
-    if last in ("load", "open_memmap") and name.split(".")[0] in ("np", "numpy") and not _is(given.get("allow_pickle", _FALSE), False):
+    if (
+        last in ("load", "open_memmap")
+        and name.split(".")[0] in ("np", "numpy")
+        and not _is(given.get("allow_pickle", _FALSE), False)
+    ):
         yield f"calls {name} with pickles allowed"
     if name.startswith("yaml.") and last in UNSAFE_YAML:
         yield f"calls {name}: use yaml.safe_load"

@@ -23,7 +23,15 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
-_NOT_READERS = ("vlmcap.config.checks", "vlmcap.config.unread", "vlmcap.compose", "dataclasses", "copy", "omegaconf", "tests.")
+_NOT_READERS = (
+    "vlmcap.config.checks",
+    "vlmcap.config.unread",
+    "vlmcap.compose",
+    "dataclasses",
+    "copy",
+    "omegaconf",
+    "tests.",
+)
 _CHECKS = ("__post_init__", "_check", "check")  # beginnings of the functions that read a value to check it alone
 
 
@@ -160,7 +168,10 @@ def foreign_keys() -> list[tuple[str, str]]:
     found = []
     for group, kinds in SCHEMAS.items():
         own = {known.name for known in dataclasses.fields(getattr(DEFAULT, group))}
-        found += [(group, name) for name in sorted({known.name for kind in kinds.values() for known in dataclasses.fields(kind)} - own)]
+        found += [
+            (group, name)
+            for name in sorted({known.name for kind in kinds.values() for known in dataclasses.fields(kind)} - own)
+        ]
     return found
 
 
@@ -170,7 +181,9 @@ def is_first_of_group(key: tuple[str, str]) -> bool:
 
 @pytest.mark.parametrize(("group", "name"), thinned(foreign_keys(), is_first_of_group))
 def test_a_key_of_another_kind_is_refused_by_name(group: str, name: str) -> None:
-    with pytest.raises(UserError, match=rf"'{name}' is no key of this {group}, but of {group}=|no key '{group}.{name}' here"):
+    with pytest.raises(
+        UserError, match=rf"'{name}' is no key of this {group}, but of {group}=|no key '{group}.{name}' here"
+    ):
         compose([f"{group}.{name}=1"])
 
 

@@ -32,7 +32,9 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 
 def run(*arguments: str, code: str = RUN) -> tuple[str, list[str]]:
     """Output, and the modules that were loaded at the end."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stderr.splitlines()[-1])
 

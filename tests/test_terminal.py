@@ -63,7 +63,9 @@ def test_lines_tell_what_is_done_and_left(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "encoding: 130 of 2 300, 1.5 min so far, 1.8 h left\n"
 
 
-@pytest.mark.parametrize(("reports", "expected"), [([], "30 s so far"), ([(0, 8)], "0 of 8, 30 s so far"), ([(7, None)], "7, 30 s so far")])
+@pytest.mark.parametrize(
+    ("reports", "expected"), [([], "30 s so far"), ([(0, 8)], "0 of 8, 30 s so far"), ([(7, None)], "7, 30 s so far")]
+)
 def test_a_line_says_no_more_than_is_known(reports: list[tuple[int, int | None]], expected: str) -> None:
     clock = FakeClock()
     lines = WorkLines("scoring", clock)
@@ -86,7 +88,9 @@ def test_short_work_has_the_line_at_the_end_alone(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "short: 4 in 0 s\n"
 
 
-def test_work_that_reports_nothing_is_not_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_that_reports_nothing_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(terminal, "_FIRST_LINE_S", 0.05)
     with progress_reporter("scoring"):
         time.sleep(0.12)

@@ -17,7 +17,9 @@ def thinned(values: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
     values = list(values)
     assert any(is_fast(value) for value in values)
     return [
-        value if is_fast(value) else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        value
+        if is_fast(value)
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
         for value in values
     ]
 

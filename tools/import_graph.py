@@ -32,7 +32,9 @@ class Import:
 
 def is_type_checking(test: ast.expr) -> bool:
     """Whether the condition of an `if` is `TYPE_CHECKING`."""
-    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING")
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
 
 
 def statements(node: ast.AST, kind: Kind = "eager") -> Iterator[tuple[ast.AST, Kind]]:
@@ -44,7 +46,11 @@ def statements(node: ast.AST, kind: Kind = "eager") -> Iterator[tuple[ast.AST, K
                     yield statement, inner
                     yield from statements(statement, inner)
             continue
-        deeper: Kind = "lazy" if kind == "eager" and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else kind
+        deeper: Kind = (
+            "lazy"
+            if kind == "eager" and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            else kind
+        )
         yield child, deeper
         yield from statements(child, deeper)
 
@@ -59,7 +65,12 @@ def targets(node: ast.AST, package: str, modules: set[str]) -> list[str]:
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
         return [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
-    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+    if (
+        isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    ):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return [node.args[0].value] if called in {"import_module", "__import__"} else []
     return []
@@ -128,13 +139,17 @@ def all_imports(files: dict[str, Path]) -> list[Import]:
     return [
         i
         for module, path in files.items()
-        for i in read_imports(module, path.read_text(encoding="utf-8"), set(files), is_package=path.name == "__init__.py")
+        for i in read_imports(
+            module, path.read_text(encoding="utf-8"), set(files), is_package=path.name == "__init__.py"
+        )
     ]
 
 
 def main() -> None:
     """Prints the figures of a checkout."""
-    parser = argparse.ArgumentParser(prog="python -m tools.import_graph", description="Count the imports between our modules.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.import_graph", description="Count the imports between our modules."
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, such as one of an earlier commit")
     parser.add_argument("--single", action="store_true", help="list the modules that one other module imports")
     options = parser.parse_args()
@@ -154,7 +169,9 @@ def main() -> None:
     print(
         f"{sum(i.kind == 'lazy' for i in imports)} imports inside functions, {sum(i.kind == 'lazy' for i in ours)} of them of our modules"
     )
-    print(f"{len(single)} modules have one importer, {sum(lines[module] < 80 for module in single)} of them under 80 lines")
+    print(
+        f"{len(single)} modules have one importer, {sum(lines[module] < 80 for module in single)} of them under 80 lines"
+    )
     for module in sorted(single) if options.single else ():
         print(f"  {lines[module]:4} lines  {module} <- {single[module]}")
 

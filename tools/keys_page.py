@@ -95,7 +95,11 @@ def comments(schema: type) -> dict[str, str]:
         tree = ast.parse(inspect.cleandoc("\n".join(lines))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for node in tree.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and (text := _comment(lines, node)):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and (text := _comment(lines, node))
+            ):
                 found[node.target.id] = text
     return found
 
@@ -123,7 +127,9 @@ def _inside(known: Field[Any], kind: type, prefix: str) -> Iterator[Key]:
 
 
 def _plain_section(group: str, schema: type) -> str:
-    return f"## `{group}`\n\n{_intro(schema)}\n\n{markdown_table(HEADER, [key.row for key in keys(schema, f'{group}.')])}"
+    return (
+        f"## `{group}`\n\n{_intro(schema)}\n\n{markdown_table(HEADER, [key.row for key in keys(schema, f'{group}.')])}"
+    )
 
 
 def _kinds_section(group: str, base: type, kinds: Mapping[str, type]) -> str:
@@ -150,7 +156,14 @@ def _type(kind: Any) -> str:
         return ", ".join(f"`{member.name}`" for member in kind)
     if get_origin(kind) is list:
         return "list"
-    return {int: "integer", float: "number", str: "text", bool: "true, false", types.NoneType: "null", Any: "see the text"}[kind]
+    return {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true, false",
+        types.NoneType: "null",
+        Any: "see the text",
+    }[kind]
 
 
 def _default(known: Field[Any]) -> str:

@@ -49,7 +49,16 @@ def markdown_table(header: Row, rows: Iterable[Row]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-ENCODER_HEADER = ("name", "checkpoint", "class", "parameters", "width", "visual tokens a frame", "license", *PARITY_HEADER)
+ENCODER_HEADER = (
+    "name",
+    "checkpoint",
+    "class",
+    "parameters",
+    "width",
+    "visual tokens a frame",
+    "license",
+    *PARITY_HEADER,
+)
 
 
 def encoder_row(config: EncoderConfig, encoder: VisionEncoder, parity: Mapping[str, Parity]) -> Row:
@@ -131,7 +140,17 @@ def model_row(config: PretrainedVlmConfig, parity: Mapping[str, Parity]) -> Row:
     )
 
 
-HARDWARE_HEADER = ("name", "GiB", "precision", "weights", "attention", "clips a step", "frames", "image size", "checkpointing")
+HARDWARE_HEADER = (
+    "name",
+    "GiB",
+    "precision",
+    "weights",
+    "attention",
+    "clips a step",
+    "frames",
+    "image size",
+    "checkpointing",
+)
 
 
 def hardware_row(config: HardwareConfig) -> Row:

@@ -63,13 +63,24 @@ def page() -> str:
         "Encoders": (table.ENCODER_HEADER, [table.encoder_row(*encoder, parity) for encoder in encoders]),
         "Projectors": (
             table.PROJECTOR_HEADER,
-            [table.projector_row(config.projector, _example(config), parity) for config in _distinct(configs, "projector")],
+            [
+                table.projector_row(config.projector, _example(config), parity)
+                for config in _distinct(configs, "projector")
+            ],
         ),
-        "Language models": (table.LLM_HEADER, [table.llm_row(config.llm, parity) for config in _distinct(configs, "llm")]),
+        "Language models": (
+            table.LLM_HEADER,
+            [table.llm_row(config.llm, parity) for config in _distinct(configs, "llm")],
+        ),
         "Whole models": (table.MODEL_HEADER, [table.model_row(model, parity) for model in whole]),
-        "Hardware": (table.HARDWARE_HEADER, [table.hardware_row(config.hardware) for config in _distinct(configs, "hardware")]),
+        "Hardware": (
+            table.HARDWARE_HEADER,
+            [table.hardware_row(config.hardware) for config in _distinct(configs, "hardware")],
+        ),
     }
-    body = "\n".join(f"## {title}\n\n{table.markdown_table(header, rows)}" for title, (header, rows) in sections.items())
+    body = "\n".join(
+        f"## {title}\n\n{table.markdown_table(header, rows)}" for title, (header, rows) in sections.items()
+    )
     return f"{HEAD}{body}\n{NOT_OFFERED}"
 
 
@@ -81,7 +92,10 @@ def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
             name, error = recorded.attrib["name"], recorded.attrib["value"]
             key = name.removeprefix("parity:")
             if key != name and float(error) >= found.get(key, {"error": -1.0})["error"]:  # type: ignore[operator]
-                found[key] = {"test": f"{case.attrib['file']}::{case.attrib['name'].partition('[')[0]}", "error": float(error)}
+                found[key] = {
+                    "test": f"{case.attrib['file']}::{case.attrib['name'].partition('[')[0]}",
+                    "error": float(error),
+                }
     return dict(sorted(found.items()))
 
 
@@ -89,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.model_table", description="Write docs/models.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is not current")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="JUnit file with the errors that parity tests recorded")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="JUnit file with the errors that parity tests recorded"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.measured:
         PARITY.write_text(json.dumps(read_measured(chosen.measured), indent=2) + "\n", encoding="utf-8")

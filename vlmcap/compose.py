@@ -46,7 +46,9 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
     load_plugins()
-    OmegaConf.register_new_resolver("product", lambda *factors: prod(factors), replace=True)  # as conf/debug/fast.yaml multiplies
+    OmegaConf.register_new_resolver(
+        "product", lambda *factors: prod(factors), replace=True
+    )  # as conf/debug/fast.yaml multiplies
     store = ConfigStore.instance()
     store.store(name="config_schema", node=_following(Config))
     for group, node in _PLAIN_GROUPS.items():
@@ -126,7 +128,9 @@ def compose_node(overrides: Sequence[str], *, name: str = "train") -> DictConfig
     hydra_node = node.pop("hydra")
     name_components(node, hydra_node)
     if OmegaConf.is_interpolation(node.paths, "output_dir"):
-        node.paths.output_dir = str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
+        node.paths.output_dir = (
+            str(hydra_node.run.dir) if not OmegaConf.is_missing(hydra_node.run, "dir") else "outputs"
+        )
     return node
 
 
@@ -160,10 +164,16 @@ def name_components(node: DictConfig, hydra_node: Any) -> None:
     for part in ("model", "encoder", "llm"):
         file = config_file(f"{part}/{choices.get(part)}")
         values = cast(dict[str, Any], OmegaConf.to_container(node[part], resolve=False))
-        if not file.is_file() or values.get("checkpoint", "???") == "???" or OmegaConf.is_interpolation(node[part], "checkpoint"):
+        if (
+            not file.is_file()
+            or values.get("checkpoint", "???") == "???"
+            or OmegaConf.is_interpolation(node[part], "checkpoint")
+        ):
             continue
         content = read_yaml(file)
-        own = content if part != "model" else content["model"]  # the file of a pretrained VLM sets keys of other groups as well
+        own = (
+            content if part != "model" else content["model"]
+        )  # the file of a pretrained VLM sets keys of other groups as well
         is_another = values["checkpoint"] != own["checkpoint"] if "checkpoint" in own else f"{part}.checkpoint" in typed
         if not is_another:
             continue
@@ -303,7 +313,9 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
     """
     try:
         followed = {  # parts of a pretrained VLM have these from it, also where an override exchanges it
-            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL} if values.get("kind") == "native" else values
+            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL}
+            if values.get("kind") == "native"
+            else values
             for group, values in plain.items()
             if isinstance(values, dict)
         }

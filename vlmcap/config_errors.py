@@ -79,7 +79,9 @@ def _nearest(key: str) -> str:
 
     known = list(_paths(Config))
     leaf = key.rpartition(".")[2]
-    near = [path for path in known if path.rpartition(".")[2] == leaf and leaf != "name"][:3]  # such as trainer.precision
+    near = [path for path in known if path.rpartition(".")[2] == leaf and leaf != "name"][
+        :3
+    ]  # such as trainer.precision
     near = near or get_close_matches(key, known, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else "`python train.py --cfg job` lists them"
 

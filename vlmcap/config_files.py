@@ -8,7 +8,9 @@ from pathlib import Path
 from vlmcap.errors import UserError
 from vlmcap.plugins import load_plugins, plugin_kinds
 
-CONFIG_DIR_VARIABLE = "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
+CONFIG_DIR_VARIABLE = (
+    "VLMCAP_CONFIG_DIR"  # a user's own YAML files; in the environment, so that processes of the same run find them too
+)
 
 
 def config_dir() -> str:
@@ -31,7 +33,9 @@ def use_config_dir(folder: str | None) -> None:
         return
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
-        raise UserError(f"--config-dir {folder} is no folder; give one with YAML files in folders such as encoder/ and llm/")
+        raise UserError(
+            f"--config-dir {folder} is no folder; give one with YAML files in folders such as encoder/ and llm/"
+        )
     os.environ[CONFIG_DIR_VARIABLE] = str(path)
 
 

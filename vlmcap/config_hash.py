@@ -55,7 +55,10 @@ def config_hash(config: Config) -> str:
     """16 hex digits that are equal for configurations whose runs come to the same."""
     plain = to_plain(config)
     without = (*_WITHOUT_EFFECT, *unread_keys(config, that_follow=True))
-    for path in (*without, *(("data.root",) if config.data.is_demo else ())):  # the demo's root is a folder of the cache
+    for path in (
+        *without,
+        *(("data.root",) if config.data.is_demo else ()),
+    ):  # the demo's root is a folder of the cache
         *groups, name = path.split(".")
         node = plain
         for group in groups:
@@ -81,7 +84,9 @@ def _tuning(config: Config, plain: dict[str, Any]) -> dict[str, Any]:
         return plain
     stages = {name: asdict(stage) for name, stage in tuning.stages.items() if stage.epochs}
     found: dict[str, Any] = {"stages": stages, "encoder": tuning.encoder_tuning.name}
-    is_adapted = tuning.encoder_tuning is EncoderTuning.lora or any(stage["adapter_lr"] > 0 for stage in stages.values())
+    is_adapted = tuning.encoder_tuning is EncoderTuning.lora or any(
+        stage["adapter_lr"] > 0 for stage in stages.values()
+    )
     if is_adapted and isinstance(tuning, EncoderTuningConfig):
         found["lora"] = plain["lora"] | {"target_modules": sorted(tuning.lora.target_modules.split(","))}
     return found

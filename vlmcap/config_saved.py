@@ -55,7 +55,9 @@ _OF_TRAINING: dict[str, str] = {
 }
 # What others read of those, below them.
 _READ = ("trainer.progress_bar",)
-_READ_OF_LORA = tuple(f"tuning.lora.{name}" for name in ("rank", "alpha", "target_modules", "use_dora", "use_rslora", "use_experts"))
+_READ_OF_LORA = tuple(
+    f"tuning.lora.{name}" for name in ("rank", "alpha", "target_modules", "use_dora", "use_rslora", "use_experts")
+)
 
 
 def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequence[str]) -> Config:
@@ -109,7 +111,9 @@ def _values(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     return {key: composed._get_node(key) if key in composed else OmegaConf.select(composed, key) for key in keys}
 
 
-def saved_config(plain: dict[str, Any], values: Mapping[str, Any] | None = None, *, is_training: bool = False) -> Config:
+def saved_config(
+    plain: dict[str, Any], values: Mapping[str, Any] | None = None, *, is_training: bool = False
+) -> Config:
     """The configuration of a checkpoint with other values for some keys.
 
     What the checkpoint has set and what is read no more beside these values is as if it had not been set.
@@ -159,7 +163,9 @@ def _refuse_of_training(plain: Mapping[str, Any], values: Mapping[str, Any]) -> 
 def _is_choice(chosen: DictConfig, saved: Any) -> bool:
     """Whether a whole group is the one that the checkpoint has."""
     told_apart = next((name for name in ("name", "kind", "strategy") if name in chosen), None)
-    return told_apart is not None and isinstance(saved, Mapping) and to_plain(chosen[told_apart]) == saved.get(told_apart)
+    return (
+        told_apart is not None and isinstance(saved, Mapping) and to_plain(chosen[told_apart]) == saved.get(told_apart)
+    )
 
 
 def _at(plain: Mapping[str, Any], key: str) -> Any:

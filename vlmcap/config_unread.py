@@ -42,7 +42,11 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
         value = value_at(config, key)
         if key in unread and value != default_at(config, key):
             return f"{key}={as_text(value)} changes nothing {unread[key]}"
-        if key in _SOURCES and not _SOURCES[key](config) and (sentence := _unfollowed(key, value, config, plain, unread)):
+        if (
+            key in _SOURCES
+            and not _SOURCES[key](config)
+            and (sentence := _unfollowed(key, value, config, plain, unread))
+        ):
             return sentence
     typed_root = any(key_of(override) == "data.root" and override != NO_DATA for override in overrides)
     if typed_root and config.data.is_demo and config.data.root != default_at(config, "data.root"):
@@ -59,7 +63,11 @@ def _unfollowed(key: str, value: Any, config: Config, plain: Any, unread: dict[s
     places = set(_places(plain, f"${{{key}}}"))
     if places - unread.keys():
         return ""
-    there = [one for one in followers if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}]
+    there = [
+        one
+        for one in followers
+        if one.partition(".")[2] in {known.name for known in fields(getattr(config, one.partition(".")[0]))}
+    ]
     if there and there[0] in places:
         return f"{key}={as_text(value)} changes nothing, as {there[0]} changes nothing {unread[there[0]].replace(there[0], key)}"
     if any(value_at(config, one) == value for one in there):
@@ -129,6 +137,14 @@ def check_training(overrides: Sequence[str], config: Config) -> None:
     for override in overrides:
         key = key_of(override)
         if key == "data.split" and config.data.split is not default_at(config, key):
-            raise UserError(f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave it out")
-        if key == "evaluation.max_final_clips" and config.trainer.overfit and config.evaluation.max_final_clips is not None:
-            raise UserError(f"{override} changes nothing with trainer.overfit=true, which scores the clips of data.max_clips; leave it out")
+            raise UserError(
+                f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave it out"
+            )
+        if (
+            key == "evaluation.max_final_clips"
+            and config.trainer.overfit
+            and config.evaluation.max_final_clips is not None
+        ):
+            raise UserError(
+                f"{override} changes nothing with trainer.overfit=true, which scores the clips of data.max_clips; leave it out"
+            )

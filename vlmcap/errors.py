@@ -123,7 +123,11 @@ def storage_problem(error: BaseException, folder: str | Path | None = None) -> s
     name = getattr(error, "filename", None)
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
     what, fix = _STORAGE[number]
-    where = (path.parent if path is not None and number in (errno.ENOSPC, errno.EDQUOT) else path) or folder or "a folder of this run"
+    where = (
+        (path.parent if path is not None and number in (errno.ENOSPC, errno.EDQUOT) else path)
+        or folder
+        or "a folder of this run"
+    )
     keys = "paths.output_dir is that of a run, paths.cache_dir that of features and the demo"
     return f"{where} cannot be used, as {what}: {fix} ({keys})"
 
@@ -132,6 +136,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a GPU or of the computer, here or in what the error came from."""
     text = str(error)
     found = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    said = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # bitsandbytes' kernels say the first
+    said = (
+        "out of memory",
+        "can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )  # bitsandbytes' kernels say the first
     found = found or (isinstance(error, RuntimeError) and any(words in text for words in said))
     return found or (error.__cause__ is not None and is_out_of_memory(error.__cause__))

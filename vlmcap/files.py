@@ -22,7 +22,9 @@ with contextlib.suppress(ImportError):  # Windows, where the age of a work folde
     import fcntl
 
 _LOCK = "lock"
-_STALE_S = 24 * 3600.0  # of a work folder whose lock says nothing here: another machine's, or one on a file system without locks
+_STALE_S = (
+    24 * 3600.0
+)  # of a work folder whose lock says nothing here: another machine's, or one on a file system without locks
 _PARTIAL = re.compile(r"\..+\.(?P<machine>[0-9A-Za-z]+)-[0-9a-f]{8}\.partial")
 
 
@@ -82,7 +84,9 @@ def _make(path: Path) -> tuple[Path, int]:
     while True:
         folder = path.with_name(f".{path.name}.{machine_name()}-{secrets.token_hex(4)}.partial")
         folder.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # it was free for a moment, in which another process has removed it: try again
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # it was free for a moment, in which another process has removed it: try again
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
             if _try_lock(lock) is not False and (folder / _LOCK).exists():
                 return folder, lock

@@ -99,7 +99,9 @@ class Claims:
         self._pulse.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         self.release(tuple(self._held))
         with contextlib.suppress(OSError):
@@ -141,7 +143,9 @@ class Claims:
         for name in names:
             lock = self._held.pop(name)
             with contextlib.suppress(OSError):
-                (self.folder / name).unlink()  # before the lock ends: whoever has opened the file meanwhile sees that it has gone
+                (
+                    self.folder / name
+                ).unlink()  # before the lock ends: whoever has opened the file meanwhile sees that it has gone
             lock.release()
 
     def _stands_still(self, path: Path) -> bool:
@@ -187,7 +191,9 @@ def claimed_folder(folder: Path, key: str) -> Iterator[None]:
         return
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
-        with claimed(folder / CLAIMS / _RUN, f"{key}={folder} is in use", "wait for it to end, stop it, or choose another folder"):
+        with claimed(
+            folder / CLAIMS / _RUN, f"{key}={folder} is in use", "wait for it to end, stop it, or choose another folder"
+        ):
             _owned[path] = os.getpid()
             try:
                 yield
@@ -230,7 +236,9 @@ def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0) -> Ite
         try:
             owner = _wait(stack.enter_context(Claims(claim.parent, _STALE_S)), claim.name, state, wait_s)
         except OSError as error:
-            raise UserError(f"{claim.parent.parent} cannot be written to ({first_line(error)}); choose another folder") from error
+            raise UserError(
+                f"{claim.parent.parent} cannot be written to ({first_line(error)}); choose another folder"
+            ) from error
         if owner:
             waited = f", after {wait_s:.0f} s of waiting" if wait_s else ""
             raise InUseError(f"{state} by {owner}{waited}: {advice}", owner)
@@ -249,6 +257,10 @@ def _wait(claims: Claims, name: str, state: str, wait_s: float) -> str:
             return owner
         if owner and (schedule is None or schedule.is_due()):
             schedule = schedule or LineClock()
-            print(f"{state} by {owner}; waiting for it{'' if wait_s else ' to show whether it still runs'}", file=sys.stderr, flush=True)
+            print(
+                f"{state} by {owner}; waiting for it{'' if wait_s else ' to show whether it still runs'}",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(_POLL_S)
     return ""

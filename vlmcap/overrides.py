@@ -47,7 +47,11 @@ HINTS: dict[str, tuple[str, str]] = {
         ("objective metric data.monitor callbacks.early_stopping.monitor trainer.monitor", "monitor=", ""),
         ("objective_mode callbacks.early_stopping.mode", "mode=", ""),
         ("data.format", "data=", ""),
-        ("data.eval_every_n_epochs trainer.check_val_every_n_epoch check_val_every_n_epoch", "evaluation.every_n_epochs=", ""),
+        (
+            "data.eval_every_n_epochs trainer.check_val_every_n_epoch check_val_every_n_epoch",
+            "evaluation.every_n_epochs=",
+            "",
+        ),
         (
             "batch_size bs train_batch_size per_device_train_batch_size trainer.batch_size trainer.per_device_train_batch_size "
             "train.batch_size training.batch_size data.train_batch_size data.bs dataloader.batch_size datamodule.batch_size",
@@ -65,7 +69,11 @@ HINTS: dict[str, tuple[str, str]] = {
             "checkpoint=",
             "",
         ),
-        ("num_frames n_frames nframes frames data.frames data.n_frames encoder.num_frames model.num_frames", "data.num_frames=", ""),
+        (
+            "num_frames n_frames nframes frames data.frames data.n_frames encoder.num_frames model.num_frames",
+            "data.num_frames=",
+            "",
+        ),
         (
             "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir trainer.output_dir "
             "trainer.save_dir paths.output paths.out_dir paths.log_dir paths.root_dir logger.save_dir",
@@ -117,9 +125,18 @@ HINTS: dict[str, tuple[str, str]] = {
     for name in names.split()
 }
 _PLUGINS = {"hydra.sweeper.": "sweep", "hydra.launcher.": "launcher"}  # keys of Hydra's own plugins
-_DEFAULT_KINDS = {"tuning": "two_stage", "logger": "csv", "sweep": "grid", "launcher": "basic", "llm": "tiny"}  # of conf/train.yaml
+_DEFAULT_KINDS = {
+    "tuning": "two_stage",
+    "logger": "csv",
+    "sweep": "grid",
+    "launcher": "basic",
+    "llm": "tiny",
+}  # of conf/train.yaml
 _KINDS_OF_FILES = {"default": "grid", "demo": "two_stage"}  # where a file is not called as its kind
-_LIKE = {"adapter_lr": ("llm_lr", "projector_lr"), "align_lr": ("projector_lr",)}  # what a kind of tuning has where it lacks a rate
+_LIKE = {
+    "adapter_lr": ("llm_lr", "projector_lr"),
+    "align_lr": ("projector_lr",),
+}  # what a kind of tuning has where it lacks a rate
 _NOTHING = ("experiment=null", "debug=null")  # their defaults, which Hydra refuses to hear again
 _LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has these itself
 
@@ -141,7 +158,9 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
             raise UserError(hint)
         key, _, value = argument.partition("=")
         if key in SCHEMAS and value in ("null", ""):
-            raise UserError(f"{key}={value} chooses nothing; name one of those that `python train.py --help` lists, or leave {key} out")
+            raise UserError(
+                f"{key}={value} chooses nothing; name one of those that `python train.py --help` lists, or leave {key} out"
+            )
     found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
     for argument, text in zip(arguments, found, strict=True):
         override = _parsed(text)
@@ -171,7 +190,9 @@ def foreign_key(override: str, beside: Sequence[str] = ()) -> str:
         name = key.removeprefix(theirs)
         if name != key and name.partition(".")[0] not in ("_target_", "params", "max_batch_size"):
             names = sorted({field.name for schema in SCHEMAS[ours].values() for field in fields(schema)} - {"kind"})
-            instead = f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
+            instead = (
+                f"{ours}.{name}=" if name in names else f"one of {', '.join(f'{ours}.{known}' for known in names)}"
+            )
     if not instead:
         return ""
     fitting, choice = _fitting(instead, beside)
@@ -194,10 +215,18 @@ def _fitting(instead: str, beside: Sequence[str]) -> tuple[str, str]:
     if (kind := SCHEMAS[group].get(_KINDS_OF_FILES.get(chosen, chosen))) is None:  # a file of the user's own
         return instead, ""
     for one in (name, *_LIKE.get(name, ())):
-        if one.partition(".")[0] in (field.name for field in fields(kind)) and not (one.startswith("lora.") and chosen == "full"):
+        if one.partition(".")[0] in (field.name for field in fields(kind)) and not (
+            one.startswith("lora.") and chosen == "full"
+        ):
             return f"{group}.{one}=", ""
-    able = (other for other, schema in SCHEMAS[group].items() if name.partition(".")[0] in (field.name for field in fields(schema)))
-    preferred = {"tuning.lora": "lora", "logger.project": "wandb"}.get(f"{group}.{name.partition('.')[0]}") or next(able)
+    able = (
+        other
+        for other, schema in SCHEMAS[group].items()
+        if name.partition(".")[0] in (field.name for field in fields(schema))
+    )
+    preferred = {"tuning.lora": "lora", "logger.project": "wandb"}.get(f"{group}.{name.partition('.')[0]}") or next(
+        able
+    )
     return instead, f"{group}={preferred} "
 
 
@@ -259,7 +288,11 @@ def _elements(text: str, element: Callable[[str], str]) -> list[str]:
     start = 0
     while start < len(pieces):
         ends = range(start + 1, len(pieces) + 1)
-        one = ((end, element_text) for end in ends if _is_value(element_text := ",".join(pieces[start:end])) or _is_closed(element_text))
+        one = (
+            (end, element_text)
+            for end in ends
+            if _is_value(element_text := ",".join(pieces[start:end])) or _is_closed(element_text)
+        )
         end, chosen = next(one, (start + 1, pieces[start]))
         found.append(chosen if _is_value(chosen) else element(chosen) if chosen.strip() else "")
         start = end
@@ -309,7 +342,11 @@ def _quoted_pair(text: str) -> str:
 
 def _several_values(typed: str, override: Override, command: str) -> str:
     key, _, value = typed.partition("=")
-    again = f"with -m it tries one after another: {command}" if command else "give it one value; `vlmcap train -m` tries several"
+    again = (
+        f"with -m it tries one after another: {command}"
+        if command
+        else "give it one value; `vlmcap train -m` tries several"
+    )
     is_list = getattr(override.value(), "simple_form", False) and "." in key
     single = f", and {shell_quoted(f'{key}={quoted(value)}')} is one value with a comma" if is_list else ""
     return f"{typed} names several values: {again}{single}"

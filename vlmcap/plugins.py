@@ -20,7 +20,9 @@ from typing import Any
 from vlmcap.config.kinds import MAKERS, SCHEMAS, maker_of
 from vlmcap.errors import UserError, first_line
 
-PLUGINS_VARIABLE = "VLMCAP_PLUGINS"  # files and module names; in the environment, so that processes of the same run load them too
+PLUGINS_VARIABLE = (
+    "VLMCAP_PLUGINS"  # files and module names; in the environment, so that processes of the same run load them too
+)
 ENTRY_POINTS = {
     "vlmcap.encoders": "encoder",
     "vlmcap.projectors": "projector",
@@ -47,7 +49,9 @@ def take_plugins(given: Sequence[str]) -> list[str]:
             continue
         name = value if equals else next(arguments, "")
         if not name:
-            raise UserError("--plugin has no value; give a Python file or an importable module: --plugin my_projector.py")
+            raise UserError(
+                "--plugin has no value; give a Python file or an importable module: --plugin my_projector.py"
+            )
         names.append(name)
     use_plugins(names)
     return rest
@@ -85,7 +89,10 @@ def load_plugins() -> None:
         try:
             point.load()
         except Exception as error:  # what is installed for another purpose must not keep a run from starting
-            print(f"Warning: {_owner(point)[0]} is installed and left out, as it cannot be loaded ({_reason(error)}).", file=sys.stderr)
+            print(
+                f"Warning: {_owner(point)[0]} is installed and left out, as it cannot be loaded ({_reason(error)}).",
+                file=sys.stderr,
+            )
             continue
         group = ENTRY_POINTS[point.group]
         if point.name not in MAKERS.get(group, {}):
@@ -103,7 +110,9 @@ def _load(name: str) -> None:
     is_new = _import(name)
     _loaded.add(name)
     if is_new and before == {(group, kind) for group, kinds in MAKERS.items() for kind in kinds}:
-        raise UserError(f"--plugin {name} registers no part; decorate its class or function with vlmcap.config.kinds.register_component")
+        raise UserError(
+            f"--plugin {name} registers no part; decorate its class or function with vlmcap.config.kinds.register_component"
+        )
 
 
 def _import(name: str) -> bool:
@@ -118,7 +127,9 @@ def _import(name: str) -> bool:
         if not file.is_file():
             raise UserError(f"--plugin {name} is no file; give a Python file or an importable module")
         if not module_name.isidentifier():
-            raise UserError(f"--plugin {name} cannot be imported under the name {module_name}; rename it to letters, digits and _")
+            raise UserError(
+                f"--plugin {name} cannot be imported under the name {module_name}; rename it to letters, digits and _"
+            )
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
     is_new = module_name not in sys.modules
@@ -162,7 +173,9 @@ def plugins_of(config: Any) -> dict[str, dict[str, str]]:
     """Group to kind, plugin and version of each part of a configuration that a plugin brought, as plain data."""
     parts: dict[str, Any] = {group: getattr(config, group) for group in SCHEMAS}
     found = {group: part for group, part in parts.items() if is_foreign(type(part))}
-    return {group: {"kind": part.kind, **origin(maker_of(group, part.kind) or type(part))} for group, part in found.items()}
+    return {
+        group: {"kind": part.kind, **origin(maker_of(group, part.kind) or type(part))} for group, part in found.items()
+    }
 
 
 def origin(part: Any) -> dict[str, str]:
@@ -197,7 +210,9 @@ def check_plugins(saved: Mapping[str, Mapping[str, str]]) -> None:
         is_file = wanted.startswith("sha256:")
         if kind not in MAKERS.get(group, {}):
             fix = (
-                f"give its file by --plugin, or import it before vlmcap.load (its {wanted[:19]})" if is_file else f"install {name} {wanted}"
+                f"give its file by --plugin, or import it before vlmcap.load (its {wanted[:19]})"
+                if is_file
+                else f"install {name} {wanted}"
             )
             raise UserError(f"the checkpoint has {group}={kind} of the plugin {name}, which is not loaded; {fix}")
         found = origin(MAKERS[group][kind])

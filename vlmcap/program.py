@@ -89,7 +89,9 @@ def _new_folder(wanted: Path) -> Path:
             return folder
 
 
-def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] | None = None, command: str = "") -> None:
+def run_program(
+    main: Callable[[], object], name: str, arguments: Sequence[str] | None = None, command: str = ""
+) -> None:
     """Runs a program of Hydra's; mistakes that Hydra itself finds are told like ours.
 
     Args:
@@ -106,7 +108,11 @@ def run_program(main: Callable[[], object], name: str, arguments: Sequence[str] 
         with report_user_errors():
             given = take_plugins(given)
             if {"-h", "--help"} & set(given):
-                print(help_text(name).replace(f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"))
+                print(
+                    help_text(name).replace(
+                        f"python {name}.py", command if command.startswith("vlmcap") else f"python {name}.py"
+                    )
+                )
                 return
             register_schemas()
             sys.argv[1:] = hydra_arguments(given, command, of_checkpoint=name == "evaluate")
@@ -205,7 +211,10 @@ def report_user_errors() -> Iterator[None]:
 
 def _fail_job(error: Exception, sentence: str) -> NoReturn:
     """Ends a job so that those to come run: an exit would end them too. Hydra keeps the exception, which must keep no model alive."""
-    print(f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, TrialPruned) else sentence, file=sys.stderr)
+    print(
+        f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, TrialPruned) else sentence,
+        file=sys.stderr,
+    )
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)

@@ -83,7 +83,10 @@ def _study(overrides: Sequence[str], parser: OverridesParser) -> list[str]:
 
 def short_names(jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[str]:
     """What tells each job from the others: names of parts as they are, other values with their key."""
-    return [" ".join(_shown(*override.split("=", 1)) for override in job if override.split("=", 1)[0] in swept) for job in jobs]
+    return [
+        " ".join(_shown(*override.split("=", 1)) for override in job if override.split("=", 1)[0] in swept)
+        for job in jobs
+    ]
 
 
 def _shown(key: str, value: str) -> str:

@@ -84,7 +84,9 @@ class WorkLines:
 
     def text(self) -> str:
         """The work done, the time that it took, and the time that is left as far as it can be told."""
-        share = "" if self._first is None else f"{grouped(self.done)}{f' of {grouped(self.total)}' if self.total else ''}, "
+        share = (
+            "" if self._first is None else f"{grouped(self.done)}{f' of {grouped(self.total)}' if self.total else ''}, "
+        )
         line = f"{self.label}: {share}{duration(self.seconds)} so far"
         if self._first is None or self.total is None or self.done <= self._first[0]:
             return line
@@ -169,7 +171,9 @@ def transient_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
         yield advance
 
 
-def _bar(label: str, *, is_transient: bool, quiet_s: float = 0.0) -> AbstractContextManager[Callable[[int, int | None], None]]:
+def _bar(
+    label: str, *, is_transient: bool, quiet_s: float = 0.0
+) -> AbstractContextManager[Callable[[int, int | None], None]]:
     """A bar that begins with the first report after `quiet_s`; yields the function that reports."""
     return (_notebook_bar if is_notebook() else _terminal_bar)(label, is_transient=is_transient, quiet_s=quiet_s)
 
@@ -177,9 +181,22 @@ def _bar(label: str, *, is_transient: bool, quiet_s: float = 0.0) -> AbstractCon
 @contextmanager
 def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     bar, started = Progress(*columns, console=Console(stderr=True), transient=is_transient), time.monotonic()
     task = bar.add_task(label, total=None)
 

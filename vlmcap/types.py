@@ -173,7 +173,9 @@ class Batch:
         import torch
 
         assert self.targets is None, "prompts are taken apart, and labelled batches are not"
-        changed: dict[str, Any] = {name: rows_of(value, rows) for name in _OF_ROWS if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {
+            name: rows_of(value, rows) for name in _OF_ROWS if (value := getattr(self, name)) is not None
+        }
         own, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
         places = torch.cat([own[row] + (place - row) * width for place, row in enumerate(rows)])
         grids = None if self.grid_thw is None else tuple(self.grid_thw[row] for row in rows)

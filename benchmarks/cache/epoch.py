@@ -40,7 +40,10 @@ def main() -> None:
         print(json.dumps(measure(json.loads(arguments.job))))
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        cases = {"tiny": tiny_case(Path(name), arguments), f"CLIP-L, {arguments.layers} layers": large_case(Path(name), arguments)}
+        cases = {
+            "tiny": tiny_case(Path(name), arguments),
+            f"CLIP-L, {arguments.layers} layers": large_case(Path(name), arguments),
+        }
         results: dict[str, dict[str, dict[str, float]]] = {case: {} for case in cases}
         for case, overrides in cases.items():
             for way in WAYS:
@@ -54,7 +57,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clips", type=int, default=16, help="training clips of the large case; the small one has 25 times as many")
+    parser.add_argument(
+        "--clips", type=int, default=16, help="training clips of the large case; the small one has 25 times as many"
+    )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6, help="of the large encoder")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
@@ -88,7 +93,13 @@ def large_case(folder: Path, arguments: argparse.Namespace) -> list[str]:
 
     torch.manual_seed(0)
     encoder = folder / "encoder"
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
     CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=arguments.layers, **shape)).save_pretrained(encoder)
     CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336).save_pretrained(encoder)
     for split, count in (("train", arguments.clips), ("val", 1)):
@@ -124,7 +135,12 @@ def run(way: str, overrides: list[str], folder: Path) -> dict[str, float]:
         shutil.rmtree(folder / "cache" / "features", ignore_errors=True)
     output = folder / "runs" / secrets.token_hex(4)
     is_cached = way != "decoded"
-    return call({"overrides": [*overrides, f"cache.enabled={str(is_cached).lower()}", f"paths.output_dir={output}"], "is_making": False})
+    return call(
+        {
+            "overrides": [*overrides, f"cache.enabled={str(is_cached).lower()}", f"paths.output_dir={output}"],
+            "is_making": False,
+        }
+    )
 
 
 def call(job: dict[str, Any]) -> dict[str, float]:
@@ -132,7 +148,11 @@ def call(job: dict[str, Any]) -> dict[str, float]:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, __file__, f"--job={json.dumps(job)}"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, __file__, f"--job={json.dumps(job)}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{job} stopped:\n{done.stderr}")

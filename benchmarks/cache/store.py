@@ -110,7 +110,9 @@ def run(way: str, folder: Path, shape: tuple[int, ...], num_clips: int) -> dict[
     return seconds
 
 
-def write_store(folder: Path, way: str, features: torch.Tensor, num_clips: int) -> Callable[[], Callable[[int], torch.Tensor]]:
+def write_store(
+    folder: Path, way: str, features: torch.Tensor, num_clips: int
+) -> Callable[[], Callable[[int], torch.Tensor]]:
     data = DataConfig()
     recipe = Recipe(
         encoder="00" * 32,
@@ -134,7 +136,10 @@ def write_store(folder: Path, way: str, features: torch.Tensor, num_clips: int) 
             yield [Sample(Clip("", "", ()), frames=frame + int(number % 16)) for number in part]
 
     fill_store(
-        FeatureStore(folder, recipe), hashes, batches, lambda frames, grids: [features[int(number)] for number in frames[:, 0, 0, 0, 0]]
+        FeatureStore(folder, recipe),
+        hashes,
+        batches,
+        lambda frames, grids: [features[int(number)] for number in frames[:, 0, 0, 0, 0]],
     )
 
     def open_reader() -> Callable[[int], torch.Tensor]:
@@ -144,7 +149,9 @@ def write_store(folder: Path, way: str, features: torch.Tensor, num_clips: int) 
     return open_reader
 
 
-def write_files(folder: Path, way: str, features: torch.Tensor, num_clips: int) -> Callable[[], Callable[[int], torch.Tensor]]:
+def write_files(
+    folder: Path, way: str, features: torch.Tensor, num_clips: int
+) -> Callable[[], Callable[[int], torch.Tensor]]:
     for number in range(num_clips):
         tensor = features[number % 16]
         with (folder / f"{number}.bin").open("wb") as file:

@@ -60,7 +60,9 @@ def main() -> None:
         command = [sys.executable, __file__, f"--job={job}", f"--many={arguments.many}"]
         cost = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         result["plans"][job] = cost
-        print(f"{job:34}{cost['plan_s']:10.2f}{cost['first_batch_s']:10.2f}{cost['held_bytes']:14.0f}{cost['peak_bytes']:8.0f}")
+        print(
+            f"{job:34}{cost['plan_s']:10.2f}{cost['first_batch_s']:10.2f}{cost['held_bytes']:14.0f}{cost['peak_bytes']:8.0f}"
+        )
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
@@ -74,7 +76,11 @@ def mixed(count: int) -> Lengths:
     return np.concatenate([long_captions(count - count // 2), images])
 
 
-DATA_SETS: dict[str, Callable[[int], Lengths]] = {"long": long_captions, "video": lambda count: long_captions(count, 1152), "mixed": mixed}
+DATA_SETS: dict[str, Callable[[int], Lengths]] = {
+    "long": long_captions,
+    "video": lambda count: long_captions(count, 1152),
+    "mixed": mixed,
+}
 PLANS: dict[str, Callable[[Lengths, int, int], BatchPlan]] = {
     "shuffled": lambda lengths, size, budget: shuffled_plan(len(lengths), size),
     "by_length": lambda lengths, size, budget: length_plan(lengths, batch_size=size),
@@ -93,7 +99,9 @@ def measure(name: str, count: int, size: int) -> dict[str, Any]:
         ways[plan_name] = [[index for _, index in batch] for batch in BatchSampler(plan(lengths, size, budget))]
     rows = {}
     for way, batches in ways.items():
-        computed = [int(lengths[batch].sum() if way == "packed" else lengths[batch].max() * len(batch)) for batch in batches]
+        computed = [
+            int(lengths[batch].sum() if way == "packed" else lengths[batch].max() * len(batch)) for batch in batches
+        ]
         assert sorted(index for batch in batches for index in batch) == list(range(count))
         rows[way] = {
             "batches": len(batches),
@@ -101,7 +109,9 @@ def measure(name: str, count: int, size: int) -> dict[str, Any]:
             "fill": lengths.sum() / (budget * len(batches)),
             "largest": max(computed) / budget,
         }
-        print(f"{way:34}{len(batches):10}{rows[way]['padding']:10.2%}{rows[way]['fill']:10.1%}{rows[way]['largest']:10.2f}")
+        print(
+            f"{way:34}{len(batches):10}{rows[way]['padding']:10.2%}{rows[way]['fill']:10.1%}{rows[way]['largest']:10.2f}"
+        )
     return {"budget": budget, **rows}
 
 
@@ -135,7 +145,11 @@ def resident() -> int:
 
 
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     packages = {name: version(name) for name in ("numpy", "torch", "transformers")}
     return {"processor": names[0], "cores": os.cpu_count(), "python": platform.python_version(), **packages}
 

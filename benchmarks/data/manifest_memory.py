@@ -86,7 +86,11 @@ def write_manifest(folder: Path, clips: int, characters: int) -> int:
     with (folder / "all.jsonl").open("w", encoding="utf-8") as file:
         for index in range(clips):
             start = index % len(SENTENCE)
-            entry = {"id": f"clip{index:07d}", "video": f"videos/{index % NUM_VIDEOS}.mp4", "caption": text[start : start + characters]}
+            entry = {
+                "id": f"clip{index:07d}",
+                "video": f"videos/{index % NUM_VIDEOS}.mp4",
+                "caption": text[start : start + characters],
+            }
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     return (folder / "all.jsonl").stat().st_size
 
@@ -101,7 +105,9 @@ def measure(kind: str, method: str, folder: Path, num_workers: int) -> dict[str,
     """One kind of manifest in the main process and in workers that read all of it."""
     before = memory()
     started = time.perf_counter()
-    clips: Sequence[Clip] = list(read_clips(folder)) if kind == "list" else write_table(read_clips(folder), folder / f"tables-{method}")
+    clips: Sequence[Clip] = (
+        list(read_clips(folder)) if kind == "list" else write_table(read_clips(folder), folder / f"tables-{method}")
+    )
     build_s = time.perf_counter() - started
     built, peak = memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     context = multiprocessing.get_context(method)
@@ -151,7 +157,9 @@ def memory() -> dict[str, int]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"{result['clips']:,} clips, {result['file_mib']} MiB of JSON lines, {result['workers']} workers; {result['machine']}")
+    print(
+        f"{result['clips']:,} clips, {result['file_mib']} MiB of JSON lines, {result['workers']} workers; {result['machine']}"
+    )
     rows = result["rows"]
     width = max(map(len, rows[0]))
     for name in rows[0]:

@@ -35,7 +35,11 @@ from vlmcap.models.projectors import ProjectorSizes, build_projector
 from vlmcap.types import Batch, Clip, Sample
 
 VOCABULARY = 4096
-SETS = {"short captions, 16 visual tokens": (12, 16), "short captions, 128 visual tokens": (12, 128), "long captions, 128": (400, 128)}
+SETS = {
+    "short captions, 16 visual tokens": (12, 16),
+    "short captions, 128 visual tokens": (12, 128),
+    "long captions, 128": (400, 128),
+}
 
 
 @dataclass
@@ -84,7 +88,9 @@ def make_kinds(num_clips: int, caption: int, num_visual: int, max_tokens: int, s
     prompt: Any = Words()
     around = 1 + num_visual + len(prompt.prefix_ids) + len(prompt.suffix_ids)
     words = rng.lognormal(np.log(caption), 0.5, num_clips).clip(1, max_tokens - around).astype(np.int64)
-    samples = [Sample(Clip(str(i), "", (str(n),)), features=torch.randn(1, num_visual, 64)) for i, n in enumerate(words)]
+    samples = [
+        Sample(Clip(str(i), "", (str(n),)), features=torch.randn(1, num_visual, 64)) for i, n in enumerate(words)
+    ]
     lengths = words + around
     rows = Collator(prompt, num_visual, 10_000)
     row = Collator(prompt, num_visual, 10_000, is_packed=True)
@@ -144,9 +150,15 @@ def main() -> None:
     args = parser.parse_args()
     results = [result for name in SETS for result in measure(name, args)]
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": args.device}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     settings = {key: value for key, value in vars(args).items() if key != "output"}
-    args.output.write_text(json.dumps({**machine, **versions, "settings": settings, "results": results}, indent=2) + "\n", encoding="utf-8")
+    args.output.write_text(
+        json.dumps({**machine, **versions, "settings": settings, "results": results}, indent=2) + "\n", encoding="utf-8"
+    )
     print(f"{'set':36}{'batching':12}{'batches':>8}{'padding':>9}{'tokens/s':>10}{'ratio':>7}")
     for result in results:
         base = next(other for other in results if other["set"] == result["set"])["tokens_per_s"]

@@ -29,7 +29,9 @@ def long_clip(work: Path, gop: int) -> Path:
         return path
     source = _back_and_forth(real_clips()["bigbuckbunny"])
     with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0"})
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0"}
+        )
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for i in range(FPS * SECONDS):
             frame = VideoFrame.from_ndarray(source[i % len(source)], format="yuv420p")
@@ -42,5 +44,8 @@ def long_clip(work: Path, gop: int) -> Path:
 def _back_and_forth(path: Path) -> list[np.ndarray]:
     """The frames of a clip at 1080p, forwards and back, so that repeating them shows no cut."""
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="yuv420p", width=WIDTH, height=HEIGHT, threads=1) for frame in container.decode(video=0)]
+        frames = [
+            frame.to_ndarray(format="yuv420p", width=WIDTH, height=HEIGHT, threads=1)
+            for frame in container.decode(video=0)
+        ]
     return frames + frames[-2:0:-1]

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]
 
-os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "threads;1"  # as data workers run: they are as many processes as there are cores
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = (
+    "threads;1"  # as data workers run: they are as many processes as there are cores
+)
 
 
 def opencv_loop(path: Path, indices: list[int]) -> Frames:

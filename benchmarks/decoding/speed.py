@@ -42,7 +42,12 @@ LEAST_PSNR = 40.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vlmcap-decoding", help="where the made clips are kept")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "vlmcap-decoding",
+        help="where the made clips are kept",
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("speed.json"))
     arguments = parser.parse_args()
@@ -61,7 +66,10 @@ def measure(path: Path, repeats: int) -> dict[str, Any]:
     given, moments = count_given(path)
     indices = [max(i for i, moment in enumerate(times) if moment <= wanted) for wanted in moments]
     expected = read_all(path, indices)
-    methods: dict[str, Callable[[], Frames]] = {"vlmcap": lambda: read_ours(path), "reading all": lambda: read_all(path, indices)}
+    methods: dict[str, Callable[[], Frames]] = {
+        "vlmcap": lambda: read_ours(path),
+        "reading all": lambda: read_all(path, indices),
+    }
     methods |= {name: lambda read=read: read(path, indices) for name, read in PEERS.items()}
     return {
         "frames": len(times),
@@ -139,9 +147,15 @@ def psnr(frames: Frames, expected: Frames) -> float | None:
 
 def report(name: str, clip: dict[str, Any]) -> None:
     rows = {method: row for method, row in clip["methods"].items() if "missing" not in row}
-    wall_s, cpu_s = ({method: statistics.median(row[key]) for method, row in rows.items()} for key in ("wall_s", "cpu_s"))
-    print(f"\n**{name}**: {clip['frames']} frames, forced {clip['forced']}, given {clip['given']} ({clip['given'] / clip['forced']:.2f})\n")
-    print("| method | wall seconds, median (least to most) | times faster | processor seconds | times faster | PSNR, dB |")
+    wall_s, cpu_s = (
+        {method: statistics.median(row[key]) for method, row in rows.items()} for key in ("wall_s", "cpu_s")
+    )
+    print(
+        f"\n**{name}**: {clip['frames']} frames, forced {clip['forced']}, given {clip['given']} ({clip['given'] / clip['forced']:.2f})\n"
+    )
+    print(
+        "| method | wall seconds, median (least to most) | times faster | processor seconds | times faster | PSNR, dB |"
+    )
     print("|---|---|---|---|---|---|")
     for method, row in clip["methods"].items():
         if "missing" in row:
@@ -149,13 +163,19 @@ def report(name: str, clip: dict[str, Any]) -> None:
             continue
         wall_factor, cpu_factor = (times["reading all"] / times[method] for times in (wall_s, cpu_s))
         spread = f"{wall_s[method]:.3f} ({min(row['wall_s']):.3f} to {max(row['wall_s']):.3f})"
-        print(f"| {method} | {spread} | {wall_factor:.2f} | {cpu_s[method]:.3f} | {cpu_factor:.2f} | {row['psnr'] or 'equal'} |")
+        print(
+            f"| {method} | {spread} | {wall_factor:.2f} | {cpu_s[method]:.3f} | {cpu_factor:.2f} | {row['psnr'] or 'equal'} |"
+        )
     checks = {
         "frames": rows["vlmcap"]["psnr"] is None or rows["vlmcap"]["psnr"] > LEAST_PSNR,
         "given": clip["given"] <= MOST_GIVEN * clip["forced"],
         "speed": wall_s["reading all"] / wall_s["vlmcap"] >= TARGETS.get(name, 0),
     }
-    print("\nmet" if all(checks.values()) else f"\nMISSED: {', '.join(check for check, is_met in checks.items() if not is_met)}")
+    print(
+        "\nmet"
+        if all(checks.values())
+        else f"\nMISSED: {', '.join(check for check, is_met in checks.items() if not is_met)}"
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -168,7 +188,13 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return {"processor": processor, "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(), **versions}
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     path = arguments.output / "captions.json"
-    settings = {key: getattr(arguments, key) for key in ("clips", "prompt", "layers", "width", "threads", "seed", "shrink")}
+    settings = {
+        key: getattr(arguments, key) for key in ("clips", "prompt", "layers", "width", "threads", "seed", "shrink")
+    }
     result = json.loads(path.read_text()) if path.exists() else {}
     if result.get("settings") != settings:
         result = {"settings": settings, "times": {}}
@@ -85,7 +87,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shrink", type=int, default=1, help="shorten prompts and captions by this factor, for a slow machine")
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="shorten prompts and captions by this factor, for a slow machine"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing more after so long")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
@@ -98,11 +102,15 @@ class Tasks:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.model: ScriptedQwen3 = make_model(arguments.clips, arguments.layers, arguments.width)
-        greedy_ids(self.model, self.make().prompts[:4], GenerationSettings(32), [END], 4)  # the first calls of a process are slower
+        greedy_ids(
+            self.model, self.make().prompts[:4], GenerationSettings(32), [END], 4
+        )  # the first calls of a process are slower
 
     def make(self, phrases: int | None = None) -> Task:
         given = self.arguments
-        return make_task(self.model, given.clips, given.prompt // given.shrink, seed=given.seed, shrink=given.shrink, phrases=phrases)
+        return make_task(
+            self.model, given.clips, given.prompt // given.shrink, seed=given.seed, shrink=given.shrink, phrases=phrases
+        )
 
     def lengths(self) -> list[int]:
         return [len(caption) for caption in self.make().captions]
@@ -112,13 +120,18 @@ class Tasks:
         task = self.make(40 if method.startswith("phrases") else None)
         wall, processor = time.perf_counter(), time.process_time()
         captions = self.captions(task, method, rows)
-        times = {"wall_s": round(time.perf_counter() - wall, 2), "processor_s": round(time.process_time() - processor, 2)}
+        times = {
+            "wall_s": round(time.perf_counter() - wall, 2),
+            "processor_s": round(time.process_time() - processor, 2),
+        }
         assert captions == task.captions, f"{method} writes other captions"
         return times
 
     def captions(self, task: Task, method: str, rows: int) -> list[list[int]]:
         starts = range(0, len(task.prompts), rows)
-        settings = GenerationSettings(MAX_NEW, EvaluationConfig(speculate_ngram=int(method[-1]) if "speculate" in method else 0))
+        settings = GenerationSettings(
+            MAX_NEW, EvaluationConfig(speculate_ngram=int(method[-1]) if "speculate" in method else 0)
+        )
         if method == HF:
             return [ids for start in starts for ids in by_transformers(self.model, task.prompts[start : start + rows])]
         if method == "drop":
@@ -139,22 +152,38 @@ def by_transformers(model: ScriptedQwen3, prompts: list[torch.Tensor]) -> list[l
         [torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], batch_first=True, padding_side="left"
     )
     ids = model.generate(
-        inputs_embeds=embeddings, attention_mask=mask, **GenerationSettings(MAX_NEW).as_arguments(), eos_token_id=END, pad_token_id=END
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        **GenerationSettings(MAX_NEW).as_arguments(),
+        eos_token_id=END,
+        pad_token_id=END,
     ).tolist()
     return [row[: row.index(END) + 1] for row in ids]
 
 
 def bound(lengths: list[int], rows: int) -> float:
     """What refilling alone can give: tokens that plain batches have room for, over those that are written."""
-    room = sum(len(part) * max(part) for part in (lengths[start : start + rows] for start in range(0, len(lengths), rows)))
+    room = sum(
+        len(part) * max(part) for part in (lengths[start : start + rows] for start in range(0, len(lengths), rows))
+    )
     return room / sum(lengths)
 
 
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     packages = {name: version(name) for name in ("torch", "transformers")}
     load = round(os.getloadavg()[0], 1)
-    return {"processor": names[0] if names else "", "cores": os.cpu_count(), "load": load, "python": platform.python_version(), **packages}
+    return {
+        "processor": names[0] if names else "",
+        "cores": os.cpu_count(),
+        "load": load,
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def ratios(times: dict[str, Any], method: str, peer: str, kind: str) -> list[float]:
@@ -171,12 +200,17 @@ def report(result: dict[str, Any]) -> None:
     clips = result["settings"]["clips"]
     for rows, times in result["times"].items():
         print(f"\n{clips} clips by {rows} rows; refilling alone can give {result['bound'][rows]:.2f}\n")
-        print("| method | captions a second | times transformers, wall | processor seconds | times transformers, processor |")
+        print(
+            "| method | captions a second | times transformers, wall | processor seconds | times transformers, processor |"
+        )
         print("|---|---|---|---|---|")
         for method, taken in times.items():
             peer = "phrases, own" if method.startswith("phrases") else HF
             cells = [spread([clips / each["wall_s"] for each in taken]), spread(ratios(times, method, peer, "wall_s"))]
-            cells += [spread([each["processor_s"] for each in taken]), spread(ratios(times, method, peer, "processor_s"))]
+            cells += [
+                spread([each["processor_s"] for each in taken]),
+                spread(ratios(times, method, peer, "processor_s")),
+            ]
             print(f"| {method} | {' | '.join(cells)} |")
 
 
@@ -191,7 +225,9 @@ def plot(result: dict[str, Any], lengths: list[int], path: Path) -> None:
     axes.plot(counts, [bound(lengths, count) for count in counts], "k-", label="refilling alone, the lengths drawn")
     axes.axhline(MOST / MEAN, color="grey", ls=":", label=f"refilling alone, a caption of {MOST} tokens in every batch")
     axes.axhline(1.4, color="tab:red", ls="--", lw=1, label="target")
-    for shift, (method, kind, mark) in enumerate((m, k, s) for m, s in (("drop", "s"), ("own", "o")) for k in ("wall_s", "processor_s")):
+    for shift, (method, kind, mark) in enumerate(
+        (m, k, s) for m, s in (("drop", "s"), ("own", "o")) for k in ("wall_s", "processor_s")
+    ):
         found = {int(rows): ratios(times, method, HF, kind) for rows, times in result["times"].items()}
         middle = {rows: median(values) for rows, values in found.items() if values}
         if not middle:
@@ -199,8 +235,19 @@ def plot(result: dict[str, Any], lengths: list[int], path: Path) -> None:
         low = [middle[rows] - min(found[rows]) for rows in middle]
         high = [max(found[rows]) - middle[rows] for rows in middle]
         places = [rows + 0.6 * (shift - 1.5) for rows in middle]
-        axes.errorbar(places, list(middle.values()), [low, high], fmt=mark, capsize=3, label=f"{method}, {kind.removesuffix('_s')} seconds")
-    axes.set(xlabel="rows", ylabel="times transformers' captions a second", title=f"Captions of {LEAST} to {MOST} tokens, mean {MEAN}")
+        axes.errorbar(
+            places,
+            list(middle.values()),
+            [low, high],
+            fmt=mark,
+            capsize=3,
+            label=f"{method}, {kind.removesuffix('_s')} seconds",
+        )
+    axes.set(
+        xlabel="rows",
+        ylabel="times transformers' captions a second",
+        title=f"Captions of {LEAST} to {MOST} tokens, mean {MEAN}",
+    )
     axes.set_ylim(bottom=0.9)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
     figure.tight_layout()

@@ -45,7 +45,9 @@ def draw_lengths(count: int, seed: int, shrink: int = 1) -> list[int]:
     return [int(length) for length in (drawn / shrink).round()]
 
 
-def make_task(model: ScriptedQwen3, count: int, prompt_tokens: int, *, seed: int, shrink: int = 1, phrases: int | None = None) -> Task:
+def make_task(
+    model: ScriptedQwen3, count: int, prompt_tokens: int, *, seed: int, shrink: int = 1, phrases: int | None = None
+) -> Task:
     """Clips with prompts of about `prompt_tokens` and captions drawn as the data's.
 
     Args:
@@ -85,7 +87,9 @@ class Script:
 
     def __init__(self, prompt_lengths: list[int], captions: list[list[int]]) -> None:
         self.prompt_lengths = torch.tensor(prompt_lengths)
-        self.captions = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in captions], batch_first=True, padding_value=END)
+        self.captions = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids) for ids in captions], batch_first=True, padding_value=END
+        )
 
     def after(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Next tokens after tokens at positions, both (N, q); the end token where there is none."""
@@ -109,7 +113,11 @@ class ScriptedQwen3(Qwen3ForCausalLM):
         """Logits with the scripted token's above all others."""
         output = super().forward(*args, **kwargs)
         ids = kwargs.get("input_ids")
-        tokens = self.script.first(kwargs["inputs_embeds"]) if ids is None else self.script.after(ids, kwargs["position_ids"])
+        tokens = (
+            self.script.first(kwargs["inputs_embeds"])
+            if ids is None
+            else self.script.after(ids, kwargs["position_ids"])
+        )
         output.logits.scatter_(-1, tokens[:, -output.logits.shape[1] :, None], _FIRST_LOGIT)
         return output
 

@@ -42,10 +42,16 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
     try:
         machine = describe_machine()
     except RuntimeError as error:
-        print(f"No acceptance run: {error}; choose an interpreter that has it, as in `make gpu PYTHON=python3`.", file=sys.stderr)
+        print(
+            f"No acceptance run: {error}; choose an interpreter that has it, as in `make gpu PYTHON=python3`.",
+            file=sys.stderr,
+        )
         return 2
     if options.device == "cuda" and machine["gpu"] is None:
-        print("No acceptance run: PyTorch finds no GPU here; `--device cpu --tiny` rehearses the checks without one.", file=sys.stderr)
+        print(
+            "No acceptance run: PyTorch finds no GPU here; `--device cpu --tiny` rehearses the checks without one.",
+            file=sys.stderr,
+        )
         return 2
     chosen = [check for check in checks if not options.only or check.name in options.only]
     if options.tiny:
@@ -56,7 +62,9 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
 
 def _parse(arguments: Sequence[str] | None, checks: Sequence[Check]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Acceptance run on a GPU.")
-    parser.add_argument("--only", nargs="+", choices=[check.name for check in checks], help="checks to run; the others' results stay")
+    parser.add_argument(
+        "--only", nargs="+", choices=[check.name for check in checks], help="checks to run; the others' results stay"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: a rehearsal, whose figures mean nothing")
     parser.add_argument("--total", type=float, default=TOTAL_S, help="seconds of all checks together")

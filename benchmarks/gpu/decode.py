@@ -80,18 +80,24 @@ def _compare(report: Report, found: dict[tuple[Cell, int], float]) -> None:
         ratio = found[dataclasses.replace(ours, is_deterministic=True), rows] / own
         report.add(_rows(rows), "deterministic mode over the fastest kernels", ratio, limits.DETERMINISTIC)
         report.add(_rows(rows), "our engine over transformers'", own / found[Cell(Engine.hf), rows], limits.ENGINES)
-        report.add(_rows(rows), "no adapters over adapters", found[dataclasses.replace(ours, has_adapters=False), rows] / own)
+        report.add(
+            _rows(rows), "no adapters over adapters", found[dataclasses.replace(ours, has_adapters=False), rows] / own
+        )
         report.add(_rows(rows), "a token over that of one row", own / found[ours, 1])
 
 
-def _report_launches(report: Report, place: Place, write: Callable[[int], Any], rows: str, case: str, token_s: float) -> None:
+def _report_launches(
+    report: Report, place: Place, write: Callable[[int], Any], rows: str, case: str, token_s: float
+) -> None:
     longer, shorter = (launches(lambda count=count: write(count), place.device) for count in (1 + PROFILED, 1))
     work = longer - shorter
     report.add(case, f"launches per token, {rows}", work.count / PROFILED)
     report.add(case, f"busy share, {rows}", work.busy_s / PROFILED / token_s)
 
 
-def _writer(captioner: VideoCaptioner, prepared: Prepared, prompts: Batch, cell: Cell, rows: int) -> Callable[[int], list[str]]:
+def _writer(
+    captioner: VideoCaptioner, prepared: Prepared, prompts: Batch, cell: Cell, rows: int
+) -> Callable[[int], list[str]]:
     """A function that writes captions of so many tokens."""
     precision = prepared.config.hardware.precision
     is_mixed = precision is not Precision.fp32

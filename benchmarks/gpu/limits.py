@@ -13,9 +13,13 @@ GRADIENTS = Limit(None, 1e-3, "the bound of the projectors' test on a GPU (tests
 HALF_LOSS = Limit(None, 2**-7, "two roundings of bfloat16, which keeps 8 bits")
 HALF_GRADIENTS = Limit(None, 2**-4, "bfloat16 rounds every factor of a chain of products to 8 bits")
 SAME = Limit(0, 0, "has to be equal")
-DETERMINISTIC = Limit(None, 1.1, "captions are written outside of deterministic mode (vlmcap.determinism); a tenth is noise")
+DETERMINISTIC = Limit(
+    None, 1.1, "captions are written outside of deterministic mode (vlmcap.determinism); a tenth is noise"
+)
 ENGINES = Limit(None, 1.0, "evaluation.engine=native is the default, so it may not be slower than transformers")
-CAPTIONS = Limit(3.0, None, "goal for an H100: three times the captions per second that were planned before CUDA graphs")
+CAPTIONS = Limit(
+    3.0, None, "goal for an H100: three times the captions per second that were planned before CUDA graphs"
+)
 HOST = Limit(None, 0.25, "weights go straight to the GPU and stay there: no second copy in host memory")
 ON_DEVICE = Limit(0.95, 1.05, "the weights, and nothing else")
 ALL = Limit(1, 1, "has to hold for all of them")

@@ -18,7 +18,12 @@ from benchmarks.gpu.rows import Report
 from vlmcap.config import Precision
 from vlmcap.types import Batch
 
-_LARGE = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 12, "vocab_size": 32_000}  # about 0.7 billion weights
+_LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 12,
+    "vocab_size": 32_000,
+}  # about 0.7 billion weights
 _SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 500}
 
 
@@ -59,7 +64,12 @@ def _saved(place: Place) -> Path:
     sizes = _SMALL if place.is_tiny else _LARGE
     heads = sizes["hidden_size"] // 64
     config = AutoConfig.for_model(
-        "qwen3", **sizes, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=64, tie_word_embeddings=False
+        "qwen3",
+        **sizes,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=64,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     with torch.device(place.device):

@@ -41,7 +41,13 @@ NUM_NEW = 16  # tokens of the captions that are written
 _MOST_ID = 600  # random ids stay below, where every vocabulary has tokens
 # All that any stage trains is trained, and no clips wait for rows, as a plan would have their frames on the GPU.
 _COMMON = ("tuning.align_epochs=0", "tuning.epochs=1", "evaluation.clips_per_row=1")
-_TINY = ("hardware=cpu", "cache.enabled=false", "data.batch_size=2", "data.eval_batch_size=2", "llm.max_caption_tokens=16")
+_TINY = (
+    "hardware=cpu",
+    "cache.enabled=false",
+    "data.batch_size=2",
+    "data.eval_batch_size=2",
+    "llm.max_caption_tokens=16",
+)
 # Tokens of the Korean data's captions, as shares of the 768 that a plan assumes: 311 to 708, mean 402.
 _LEAST_LENGTH, _MEAN_LENGTH, _MOST_LENGTH = 0.40, 0.52, 0.92
 _TINY_MOE = {
@@ -67,7 +73,13 @@ TRUE_SIZES: dict[str, tuple[tuple[str, ...], int | None]] = {
     "t4": (("encoder=siglip2", "llm=qwen3_8b", "hardware=t4"), 4),
     # Prompts of about a hundred tokens: what is measured is a token, not the prompt.
     "decode": (
-        ("experiment=recommended_l4", "data.num_frames=1", "projector.reducer=pool", "projector.pool_size=3", "projector.frame_stack=1"),
+        (
+            "experiment=recommended_l4",
+            "data.num_frames=1",
+            "projector.reducer=pool",
+            "projector.pool_size=3",
+            "projector.frame_stack=1",
+        ),
         None,
     ),
     "teardown_8bit": (("experiment=recommended_l4", "llm.quantization=8bit"), 4),
@@ -267,7 +279,9 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def writer(prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_rows: int) -> Callable[[int], list[str]]:
+def writer(
+    prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_rows: int
+) -> Callable[[int], list[str]]:
     """A function that writes captions of so many tokens for a batch of prompts, as the loop's evaluation does."""
     prompts = prompt_batch(prepared, num_rows).to(module.captioner.device)
     plugin: Any = trainer.precision_plugin

@@ -66,9 +66,20 @@ def _pytest(place: Place, arguments: Sequence[str]) -> str:
     Raises:
         RuntimeError: It ran no test to its end.
     """
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={place.folder / 'tests.xml'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junit-xml={place.folder / 'tests.xml'}",
+    ]
     environment = os.environ | {"VLMCAP_TEST_DEVICE": place.device}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     print(done.stdout, done.stderr, sep="\n", flush=True)
     if done.returncode not in (0, 1):  # 1: some tests failed
         last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "it printed nothing")

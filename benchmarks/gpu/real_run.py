@@ -57,9 +57,13 @@ def _run(report: Report, place: Place, chosen: Sequence[str]) -> None:
     straight = _losses(place, "straight")
     report.add("train", "steps", len(straight))
     train(compose([*overrides, _into(place, "again")]))
-    report.add("the same seed again", "losses that differ", _num_different(straight, _losses(place, "again")), limits.SAME)
+    report.add(
+        "the same seed again", "losses that differ", _num_different(straight, _losses(place, "again")), limits.SAME
+    )
     train(compose([*overrides, _into(place, "killed"), "checkpoint=last"]))
-    report.add("killed and resumed", "losses that differ", _num_different(straight, _losses(place, "killed")), limits.SAME)
+    report.add(
+        "killed and resumed", "losses that differ", _num_different(straight, _losses(place, "killed")), limits.SAME
+    )
     # 3. What is done with a checkpoint.
     checkpoint = place.folder / "straight" / "checkpoints" / "best.ckpt"
     _evaluate(report, place, checkpoint)
@@ -112,7 +116,9 @@ def _kill(process: subprocess.Popen[bytes], folder: Path) -> None:
     while not (folder / "checkpoints" / "last.ckpt").is_file():
         if process.poll() is not None or time.monotonic() > end:
             log = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise RuntimeError(f"the run that was to be killed wrote no checkpoint: {log[-1] if log else 'it printed nothing'}")
+            raise RuntimeError(
+                f"the run that was to be killed wrote no checkpoint: {log[-1] if log else 'it printed nothing'}"
+            )
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -133,7 +139,8 @@ def _share(expected: Sequence[Any], found: Sequence[Any]) -> float:
 
 def _is_equal(first: Any, second: Any) -> bool:
     return bool(
-        (first["prediction"] if isinstance(first, dict) else first) == (second["prediction"] if isinstance(second, dict) else second)
+        (first["prediction"] if isinstance(first, dict) else first)
+        == (second["prediction"] if isinstance(second, dict) else second)
     )
 
 

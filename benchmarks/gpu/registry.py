@@ -49,7 +49,12 @@ class Place:
 
 _HERE = "benchmarks.gpu."
 CHECKS = (
-    Check("tests", _HERE + "pytest_checks:gpu_tests", 50, "`pytest -m gpu`, but for tests/devices, which is the next check."),
+    Check(
+        "tests",
+        _HERE + "pytest_checks:gpu_tests",
+        50,
+        "`pytest -m gpu`, but for tests/devices, which is the next check.",
+    ),
     Check(
         "parts",
         _HERE + "pytest_checks:parts",
@@ -70,7 +75,12 @@ CHECKS = (
         "train.py twice with one seed, killed and resumed, evaluated, captioned, exported: bf16, 4 bits.",
     ),
     Check("run_fp16", _HERE + "real_run:fp16", 40, "The same in fp16 with loss scaling, unquantised."),
-    Check("t4", _HERE + "true_size:t4", 45, "The path of a T4 forced: sdpa_repeated, fp16 with loss scaling, our decoding engine."),
+    Check(
+        "t4",
+        _HERE + "true_size:t4",
+        45,
+        "The path of a T4 forced: sdpa_repeated, fp16 with loss scaling, our decoding engine.",
+    ),
     Check(
         "decode",
         _HERE + "decode:matrix",
@@ -85,7 +95,22 @@ CHECKS = (
         "The largest recommended combination at true size, with captions per second of an evaluation batch.",
         least_gib=30,
     ),
-    Check("moe", _HERE + "true_size:moe", 40, "Four layers of Qwen3-30B-A3B, 128 experts each, in 4 bits, beside their plan."),
-    Check("teardown_8bit", _HERE + "loading:teardown_8bit", 30, "An 8-bit model stays on the GPU, and computes the same, when a fit ends."),
-    Check("load", _HERE + "loading:unquantised", 20, "An unquantised language model is read from disk straight to the GPU."),
+    Check(
+        "moe",
+        _HERE + "true_size:moe",
+        40,
+        "Four layers of Qwen3-30B-A3B, 128 experts each, in 4 bits, beside their plan.",
+    ),
+    Check(
+        "teardown_8bit",
+        _HERE + "loading:teardown_8bit",
+        30,
+        "An 8-bit model stays on the GPU, and computes the same, when a fit ends.",
+    ),
+    Check(
+        "load",
+        _HERE + "loading:unquantised",
+        20,
+        "An unquantised language model is read from disk straight to the GPU.",
+    ),
 )

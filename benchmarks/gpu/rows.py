@@ -119,7 +119,9 @@ class Report:
 def as_line(row: Row | dict[str, Any]) -> str:
     """A row, or the description of a machine, as a line of JSON, which knows neither infinity nor what is no number."""
     plain = asdict(row) if isinstance(row, Row) else row
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
+    }
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 

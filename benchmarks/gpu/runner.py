@@ -120,14 +120,29 @@ def _run(check: Check, place: Place, results: Path, budget_s: float, say: Callab
     work = place.folder / "work"
     work.mkdir()
     size = "tiny" if place.is_tiny else "true"
-    command = [sys.executable, "-m", "benchmarks.gpu.child", check.name, check.function, str(rows), place.device, size, str(work)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.child",
+        check.name,
+        check.function,
+        str(rows),
+        place.device,
+        size,
+        str(work),
+    ]
     started = time.monotonic()
     end = _end(check, 0.0, "stopped", "interrupted")
     try:
         with log.open("wb") as output:
             # A session of its own: Ctrl-C reaches this process alone, which then ends all that the check has started.
             process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 code: int | None = process.wait(budget_s)

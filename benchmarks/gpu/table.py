@@ -20,7 +20,11 @@ def page(machine: dict[str, Any], rows: Sequence[Row], titles: dict[str, str]) -
         titles: What each check does, by its name, in the order of the page.
     """
     names = [name for name in titles if any(row.check == name for row in rows)]
-    parts = [f"# Acceptance run on {machine.get('gpu', 'an unknown machine')}", _machine(machine), _summary(names, rows, titles)]
+    parts = [
+        f"# Acceptance run on {machine.get('gpu', 'an unknown machine')}",
+        _machine(machine),
+        _summary(names, rows, titles),
+    ]
     for name in names:
         own = [row for row in rows if row.check == name and not row.is_end]
         bounded, others = [row for row in own if _is_bounded(row)], [row for row in own if not _is_bounded(row)]
@@ -47,12 +51,16 @@ def _summary(names: Sequence[str], rows: Sequence[Row], titles: dict[str, str]) 
         bounded = [row for row in own if row.limit and row.verdict != "rehearsed"]
         count = f"{sum(row.verdict == 'pass' for row in bounded)} of {len(bounded)}" if bounded else "–"
         seconds = short(end.value) if end else "–"
-        lines.append([name, _sign(end.verdict if end else "stopped"), count, seconds, end.note if end else "it did not end"])
+        lines.append(
+            [name, _sign(end.verdict if end else "stopped"), count, seconds, end.note if end else "it did not end"]
+        )
     return _table(["check", "verdict", "figures within bounds", "seconds", "note"], lines)
 
 
 def _bounded(rows: Sequence[Row]) -> str:
-    lines = [[row.case, row.measure, short(row.value), row.limit, _sign(row.verdict), row.note, row.source] for row in rows]
+    lines = [
+        [row.case, row.measure, short(row.value), row.limit, _sign(row.verdict), row.note, row.source] for row in rows
+    ]
     return _table(["case", "measure", "value", "bound", "verdict", "note", "source of the bound"], lines)
 
 
@@ -76,7 +84,9 @@ def _pivot(rows: Sequence[Row]) -> str:
     kinds = [measure.partition(",")[0] for measure in measures]
     measures.sort(key=lambda measure: kinds.index(measure.partition(",")[0]))
     found = {(row.case, row.measure): row for row in rows}
-    lines = [[case, *(short(row.value) if (row := found.get((case, name))) else "" for name in measures)] for case in cases]
+    lines = [
+        [case, *(short(row.value) if (row := found.get((case, name))) else "" for name in measures)] for case in cases
+    ]
     return _table(["without bounds", *measures], lines)
 
 
@@ -87,7 +97,11 @@ def _sign(verdict: str) -> str:
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns that are empty everywhere are left out."""
     kept = [index for index in range(len(titles)) if any(line[index] for line in lines)]
-    rows = [[titles[index] for index in kept], ["---" for _ in kept], *([_cell(line[index]) for index in kept] for line in lines)]
+    rows = [
+        [titles[index] for index in kept],
+        ["---" for _ in kept],
+        *([_cell(line[index]) for index in kept] for line in lines),
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

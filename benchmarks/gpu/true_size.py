@@ -15,7 +15,17 @@ import torch
 
 from benchmarks.gpu import limits
 from benchmarks.gpu.counting import Memory, Use, Waits, launches, wait, watching_host
-from benchmarks.gpu.models import NUM_NEW, Prepared, loader, peak_flops, prepare, tiny_moe, training, training_batch, writer
+from benchmarks.gpu.models import (
+    NUM_NEW,
+    Prepared,
+    loader,
+    peak_flops,
+    prepare,
+    tiny_moe,
+    training,
+    training_batch,
+    writer,
+)
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
 from vlmcap.models.decoding.engine import obstacle
@@ -27,7 +37,11 @@ from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.memory import Moment
 
-WARM, COUNTED, TIMED = 1, 2, 2  # micro-batches, of which one takes a slow GPU seconds: the first takes memory and chooses kernels
+WARM, COUNTED, TIMED = (
+    1,
+    2,
+    2,
+)  # micro-batches, of which one takes a slow GPU seconds: the first takes memory and chooses kernels
 PROFILED = 3  # tokens of a profile, which takes a while to read
 ACCUMULATED = 2  # micro-batches to an optimiser step
 # Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 rows, 0.6 × 768 tokens, and the prompts.
@@ -59,7 +73,9 @@ def moe(report: Report, place: Place) -> None:
     prepared = prepare(place, "moe", tiny)
     watch = measure(report, place, prepared, is_bounded=False)
     depth = int(text_config(prepared.config).num_hidden_layers)
-    report.add(f"captions, {watch.num_rows} rows", "launches per token and layer", watch.per_token.count / PROFILED / depth)
+    report.add(
+        f"captions, {watch.num_rows} rows", "launches per token and layer", watch.per_token.count / PROFILED / depth
+    )
 
 
 def t4(report: Report, place: Place) -> None:
@@ -76,13 +92,20 @@ def t4(report: Report, place: Place) -> None:
         report.add("attention", "is sdpa_repeated", model.config._attn_implementation == REPEATED, limits.ALL)
         report.add("our engine", "decodes it", not obstacle(prepared.captioner.llm), limits.ALL)
         before = [parameter.detach().clone() for parameter in prepared.captioner.projector.parameters()]
-        if place.device == "cuda":  # without the kernels that a T4 does not have; plain products would hold S × S numbers
+        if (
+            place.device == "cuda"
+        ):  # without the kernels that a T4 does not have; plain products would hold S × S numbers
             from torch.nn.attention import SDPBackend, sdpa_kernel
 
             stack.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
         measure(report, place, prepared, is_bounded=False)
-        changed = [not torch.equal(old, new) for old, new in zip(before, prepared.captioner.projector.parameters(), strict=True)]
-        report.add("loss scaling", "weights of the projector that steps have changed", sum(changed) / len(changed), limits.ALL)
+        changed = [
+            not torch.equal(old, new)
+            for old, new in zip(before, prepared.captioner.projector.parameters(), strict=True)
+        ]
+        report.add(
+            "loss scaling", "weights of the projector that steps have changed", sum(changed) / len(changed), limits.ALL
+        )
 
 
 def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: bool) -> Watch:
@@ -110,7 +133,12 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
     report.add("after the fit", "share of weights on the device", moved.count(place.device) / len(moved), limits.ALL)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in prepared.captioner.parameters())
     report.add("training", "host memory grown, GiB", host.grown_gib)
-    report.add("training", "host memory grown over weights", host.grown_gib * GIB / weights, limits.HOST if is_bounded else None)
+    report.add(
+        "training",
+        "host memory grown over weights",
+        host.grown_gib * GIB / weights,
+        limits.HOST if is_bounded else None,
+    )
     return watch
 
 
@@ -170,7 +198,9 @@ class Watch(L.Callback):
         write, device = writer(self.prepared, trainer, pl_module, self.num_rows), self.place.device
         longer, shorter = (launches(lambda count=count: write(count), device) for count in (1 + PROFILED, 1))
         self.per_token = longer - shorter
-        prompt_s, whole_s = (timed(write, count, device) for count in (1, NUM_NEW))  # memory is taken and kernels are chosen by now
+        prompt_s, whole_s = (
+            timed(write, count, device) for count in (1, NUM_NEW)
+        )  # memory is taken and kernels are chosen by now
         self.generation = self.use.peak()
         self.seconds = {"prompt": prompt_s, "token": max(whole_s - prompt_s, 0.0) / (NUM_NEW - 1)}
 
@@ -224,5 +254,7 @@ def _needed_flops(prepared: Prepared) -> float:
     config = prepared.config
     if not config.hardware.gradient_checkpointing:
         return prepared.plan.flops
-    hardware = dataclasses.replace(config.hardware, gradient_checkpointing=False, activation_budget_gib=None, offload_checkpoints=False)
+    hardware = dataclasses.replace(
+        config.hardware, gradient_checkpointing=False, activation_budget_gib=None, offload_checkpoints=False
+    )
     return make_plan(dataclasses.replace(config, hardware=hardware), planned_device(config)).flops

@@ -29,7 +29,9 @@ SCORES: dict[str, Draw] = {
     "exponential": lambda clips, rng: rng.exponential(size=clips),
     "lognormal": lambda clips, rng: rng.lognormal(size=clips),
     "CIDEr of long captions": lambda clips, rng: np.minimum(10, rng.gamma(0.35, 1.5, clips)),  # many near 0, few high
-    "one clip in ten scores": lambda clips, rng: np.where(rng.random(clips) < 0.1, rng.uniform(2, 8, clips), rng.uniform(0, 0.02, clips)),
+    "one clip in ten scores": lambda clips, rng: np.where(
+        rng.random(clips) < 0.1, rng.uniform(2, 8, clips), rng.uniform(0, 0.02, clips)
+    ),
 }
 # The difference of two runs on one clip; both runs are equally good.
 DIFFERENCES: dict[str, Draw] = {
@@ -49,7 +51,9 @@ def studentised(values: Floats, means: Floats, squares: Floats) -> Floats:
     clips, mean = len(values), float(values.mean())
     error = float(values.std(ddof=1)) / np.sqrt(clips)
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (clips - 1))
-    return mean - (means - mean) / np.maximum(errors, 1e-3 * error) * error  # a resample without spread would go to infinity
+    return (
+        mean - (means - mean) / np.maximum(errors, 1e-3 * error) * error
+    )  # a resample without spread would go to infinity
 
 
 def is_rejected(draws: Floats, difference: float) -> bool:
@@ -97,7 +101,10 @@ def main(output: Path) -> None:
             for clips in NUM_CLIPS:
                 row = measure(draw, truth, clips, index)
                 found.setdefault(f"{kind}: {name}", {})[str(clips)] = row
-                print(f"{kind:10} {name:32} {clips:4}  " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
+                print(
+                    f"{kind:10} {name:32} {clips:4}  " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()),
+                    flush=True,
+                )
     settings = {"trials": TRIALS, "resamples": RESAMPLES, "level": LEVEL}
     output.write_text(json.dumps({"settings": settings, "found": found}, indent=2) + "\n", encoding="utf-8")
 

@@ -78,7 +78,9 @@ def pycocoevalcap_job(arguments: argparse.Namespace) -> dict[str, Any]:
             score, _ = make().compute_score(truth, results, **options)
             times.append(time.process_time() - before)
         seconds[name] = min(times)
-        scores |= {f"bleu_{n}": float(s) for n, s in enumerate(score, start=1)} if name == "bleu" else {name: float(score)}
+        scores |= (
+            {f"bleu_{n}": float(s) for n, s in enumerate(score, start=1)} if name == "bleu" else {name: float(score)}
+        )
     return {"first_s": sum(seconds.values()), "seconds": seconds, "scores": scores, **memory(start)}
 
 

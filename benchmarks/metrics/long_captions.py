@@ -20,7 +20,20 @@ from vlmcap.metrics.significance import bootstrap, paired_bootstrap
 
 NUM_CLIPS, NUM_SENTENCES = 1000, 13
 WORDS = {
-    "place": ["바닷가", "숲길", "시골마을", "도심거리", "강변", "산등성이", "항구", "논밭", "공원", "계곡", "호숫가", "시장골목"],
+    "place": [
+        "바닷가",
+        "숲길",
+        "시골마을",
+        "도심거리",
+        "강변",
+        "산등성이",
+        "항구",
+        "논밭",
+        "공원",
+        "계곡",
+        "호숫가",
+        "시장골목",
+    ],
     "subject": [
         "사람들이",
         "아이들이",
@@ -52,18 +65,24 @@ SENTENCES = [
 
 
 def sentence(rng: random.Random) -> str:
-    return rng.choice(SENTENCES).format(number=rng.randint(2, 60), **{name: rng.choice(words) for name, words in WORDS.items()})
+    return rng.choice(SENTENCES).format(
+        number=rng.randint(2, 60), **{name: rng.choice(words) for name, words in WORDS.items()}
+    )
 
 
 def make_runs(rng: random.Random) -> tuple[list[str], dict[str, list[str]]]:
     """References, and predictions of each run: prefixes, and two runs that say a share of the sentences of something else."""
     clips = [[sentence(rng) for _ in range(NUM_SENTENCES)] for _ in range(NUM_CLIPS)]
     references = [" ".join(clip) for clip in clips]
-    runs = {f"prefix-{percent}": [text[: len(text) * percent // 100] for text in references] for percent in (100, 95, 90, 80)}
+    runs = {
+        f"prefix-{percent}": [text[: len(text) * percent // 100] for text in references]
+        for percent in (100, 95, 90, 80)
+    }
     errors = [rng.betavariate(2, 2) for _ in clips]  # some clips are harder than others, for both runs
     for name, gain in (("run-a", 0.0), ("run-b", 0.02)):
         said = [
-            [sentence(rng) if rng.random() < share - gain else text for text in clip] for clip, share in zip(clips, errors, strict=True)
+            [sentence(rng) if rng.random() < share - gain else text for text in clip]
+            for clip, share in zip(clips, errors, strict=True)
         ]
         runs[name] = [" ".join(parts) for parts in said]
     return references, runs
@@ -86,7 +105,9 @@ def main(folder: Path) -> None:
     corpus = ReferenceCorpus([[split(text)] for text in references])
     folder.mkdir(parents=True, exist_ok=True)
     lengths = f"{sum(map(len, references)) / len(references):.0f} characters, {corpus_length(references):.0f} tokens a caption"
-    print(f"{len(references)} clips, {lengths}, tokens by {split.version}\n\nrun           BLEU-4   CIDEr  CIDEr-D  ROUGE-L")
+    print(
+        f"{len(references)} clips, {lengths}, tokens by {split.version}\n\nrun           BLEU-4   CIDEr  CIDEr-D  ROUGE-L"
+    )
     statistics = {}
     for name, texts in runs.items():
         rows = ({"id": f"{i:04d}", "prediction": texts[i], "references": [references[i]]} for i in range(len(texts)))

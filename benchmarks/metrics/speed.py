@@ -46,7 +46,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=40_000)
     parser.add_argument("--tokens", type=int, default=108)
-    parser.add_argument("--repeats", type=int, default=2, help="of vlmcap; pycocoevalcap runs once from 10 000 pairs on")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="of vlmcap; pycocoevalcap runs once from 10 000 pairs on"
+    )
     parser.add_argument("--stream", type=int, default=1_000_000, help="pairs of ten tokens in the streaming case")
     parser.add_argument("--raw", type=int, default=20_000, help="pairs of 650 characters in the raw text case")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
@@ -60,7 +62,11 @@ def run(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, __file__, f"--job={job}", *options], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, __file__, f"--job={job}", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{job} stopped:\n{done.stderr}")
@@ -71,12 +77,22 @@ def run(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     packages = {name: version(name) for name in ("numpy", "pycocoevalcap", "mecab-ko")}
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0]
     except (OSError, IndexError):
         processor = platform.processor()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"processor": processor, "cores": os.cpu_count(), "load": load, "python": platform.python_version(), **packages}
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "load": load,
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def report(result: dict[str, Any]) -> None:
@@ -85,12 +101,19 @@ def report(result: dict[str, Any]) -> None:
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"{result['pairs']} pairs of about {result['tokens']} tokens\n")
     print(f"{'':22}{'first s':>10}{'later s':>10}{'memory MB':>12}{'whole MB':>10}")
-    print(f"{'pycocoevalcap':22}{theirs['first_s']:10.1f}{theirs['first_s']:10.1f}{theirs['memory_mb']:12.0f}{theirs['whole_mb']:10.0f}")
-    print(f"{'vlmcap':22}{ours['first_s']:10.2f}{ours['later_s']:10.2f}{ours['memory_mb']:12.0f}{ours['whole_mb']:10.0f}")
+    print(
+        f"{'pycocoevalcap':22}{theirs['first_s']:10.1f}{theirs['first_s']:10.1f}{theirs['memory_mb']:12.0f}{theirs['whole_mb']:10.0f}"
+    )
+    print(
+        f"{'vlmcap':22}{ours['first_s']:10.2f}{ours['later_s']:10.2f}{ours['memory_mb']:12.0f}{ours['whole_mb']:10.0f}"
+    )
     ratios = [theirs["first_s"] / ours["first_s"], theirs["first_s"] / ours["later_s"]]
     sizes = [theirs["memory_mb"] / ours["memory_mb"], theirs["whole_mb"] / ours["whole_mb"]]
     print(f"{'times better':22}{ratios[0]:10.1f}{ratios[1]:10.1f}{sizes[0]:12.1f}{sizes[1]:10.1f}")
-    print("pycocoevalcap by scorer: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in theirs["seconds"].items()))
+    print(
+        "pycocoevalcap by scorer: "
+        + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in theirs["seconds"].items())
+    )
     off = max(abs(ours["scores"][name] - score) for name, score in theirs["scores"].items())
     print(f"largest difference of the scores: {off:.1e}\n")
     print(

@@ -68,7 +68,11 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for name, command in commands.items():
                 times[name].append(run(command))
-    result = {"machine": machine(), "repeats": arguments.repeats, "commands": {name: summary(pairs) for name, pairs in times.items()}}
+    result = {
+        "machine": machine(),
+        "repeats": arguments.repeats,
+        "commands": {name: summary(pairs) for name, pairs in times.items()},
+    }
     print(table(result["commands"]))
     (arguments.output / "startup.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -84,7 +88,12 @@ def run(command: list[str]) -> tuple[float, float]:
     """Processor and wall seconds of a fresh interpreter."""
     started, before = time.perf_counter(), os.times()
     subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
     )
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system

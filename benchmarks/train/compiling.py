@@ -35,12 +35,17 @@ from vlmcap.types import Batch
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=5, help="after the first")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[450, 380, 520, 410], help="of the captions that vary, in turn")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[450, 380, 520, 410], help="of the captions that vary, in turn"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"machine": machine() | {"load_before": round(os.getloadavg()[0], 2)}, "threads": arguments.threads}
+    result: dict[str, Any] = {
+        "machine": machine() | {"load_before": round(os.getloadavg()[0], 2)},
+        "threads": arguments.threads,
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(SHAPES["small"], folder)
@@ -72,18 +77,26 @@ def one_step(module: Any, batch: Batch) -> dict[str, float]:
     mean: Tensor = loss / labels
     mean.backward()
     module.zero_grad()
-    return {"loss": float(mean), "wall_s": round(time.perf_counter() - wall, 3), "cpu_s": round(time.process_time() - cpu, 3)}
+    return {
+        "loss": float(mean),
+        "wall_s": round(time.perf_counter() - wall, 3),
+        "cpu_s": round(time.process_time() - cpu, 3),
+    }
 
 
 def report(result: dict[str, Any]) -> None:
-    print("| captions | way | first step, s | s a step after it, median (least to most) | processor s | losses differ by |")
+    print(
+        "| captions | way | first step, s | s a step after it, median (least to most) | processor s | losses differ by |"
+    )
     print("|---|---|---|---|---|---|")
     for kind in ("fixed", "varying"):
         for way, steps in result[kind]["steps"].items():
             wall = [step["wall_s"] for step in steps[1:]]
             spread = f"{statistics.median(wall):.2f} ({min(wall):.2f} to {max(wall):.2f})"
             cpu = statistics.median(step["cpu_s"] for step in steps[1:])
-            print(f"| {kind} | {way} | {steps[0]['wall_s']:.1f} | {spread} | {cpu:.2f} | {result[kind]['losses_differ_by']:.0e} |")
+            print(
+                f"| {kind} | {way} | {steps[0]['wall_s']:.1f} | {spread} | {cpu:.2f} | {result[kind]['losses_differ_by']:.0e} |"
+            )
 
 
 if __name__ == "__main__":

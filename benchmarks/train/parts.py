@@ -87,7 +87,11 @@ def save_model(shape: Shape, folder: Path) -> None:
     }
     torch.manual_seed(0)
     config = LlavaNextVideoConfig(
-        vision_config=vision, text_config=text, video_token_index=VIDEO_TOKEN, image_token_index=VIDEO_TOKEN - 1, attn_implementation="sdpa"
+        vision_config=vision,
+        text_config=text,
+        video_token_index=VIDEO_TOKEN,
+        image_token_index=VIDEO_TOKEN - 1,
+        attn_implementation="sdpa",
     )
     LlavaNextVideoForConditionalGeneration(config).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE).save_pretrained(folder)
@@ -97,7 +101,13 @@ def save_model(shape: Shape, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 1}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "quantization": "none",
+        "attention": "sdpa",
+        "device": "cpu",
+        "max_patches": 1,
+    }
     return load_pretrained("llava_next_video", folder, **options)
 
 
@@ -122,7 +132,9 @@ def make_stock(folder: Path, shape: Shape) -> tuple[Any, dict[str, Tensor]]:
     from peft import LoraConfig, get_peft_model
     from transformers import LlavaNextVideoForConditionalGeneration
 
-    model = LlavaNextVideoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = LlavaNextVideoForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LANGUAGE_LINEARS))
     for name, parameter in adapted.named_parameters():
         if "multi_modal_projector" in name:
@@ -147,11 +159,15 @@ def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) ->
     llm = add_lora(parts.llm, LoraConfig(rank=RANK, alpha=ALPHA))
     set_adapters(llm)
     encoder = None if is_cached else parts.encoder
-    captioner = VideoCaptioner(encoder, parts.projector, llm, Words(), GenerationSettings(1), loss_chunk_bytes=CHUNK_BYTES)  # type: ignore[arg-type]
+    captioner = VideoCaptioner(
+        encoder, parts.projector, llm, Words(), GenerationSettings(1), loss_chunk_bytes=CHUNK_BYTES
+    )  # type: ignore[arg-type]
     stage = Stage(epochs=1, projector_lr=PROJECTOR_RATE, adapter_lr=ADAPTER_RATE, warmup_ratio=0.0, final_lr_ratio=1.0)
     skipped_log = SkippedClipLog(Path(tempfile.gettempdir()) / "vlmcap-no-clips.jsonl", 0.0, num_steps)
     plan, unit = StagePlan({"tune": stage}), sum(shape.captions)
-    module = CaptioningModule(captioner, plan, OptimConfig(), identity={}, skipped_log=skipped_log, max_label_tokens=unit)
+    module = CaptioningModule(
+        captioner, plan, OptimConfig(), identity={}, skipped_log=skipped_log, max_label_tokens=unit
+    )
     features = load_file(folder / "features.st")["features"] if is_cached else None
     return module, make_batch(shape, features)
 
@@ -190,5 +206,7 @@ def attention_flops(shape: Shape, way: str) -> int:
     share = 0.5 if len(set(lengths)) == 1 else 1.0  # padding needs a mask
     text = share * len(lengths) * 2 * max(lengths) ** 2 * shape.text_width * shape.text_layers * (2 + 5)
     patches = (IMAGE_SIZE // PATCH) ** 2 + 1
-    layers = {"trainer": shape.vision_layers, "uncached": shape.vision_layers - 1, "cached": 0}[way]  # we stop at the layer that is read
+    layers = {"trainer": shape.vision_layers, "uncached": shape.vision_layers - 1, "cached": 0}[
+        way
+    ]  # we stop at the layer that is read
     return round(text + len(lengths) * shape.num_frames * 2 * patches**2 * shape.vision_width * layers * 2)

@@ -42,7 +42,9 @@ def main() -> None:
     path = arguments.output / "scaling.json"
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"axes": {}}
     for axis in arguments.axes:
-        points = {str(size): measure(BASE | change, arguments.steps, arguments.threads) for size, change in AXES[axis].items()}
+        points = {
+            str(size): measure(BASE | change, arguments.steps, arguments.threads) for size, change in AXES[axis].items()
+        }
         result |= {"machine": machine(), "base": BASE, "threads": arguments.threads}
         result["axes"][axis] = points
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -99,7 +101,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         time, memory = panels[0][column], panels[1][column]
         time.plot(sizes, [row["median_cpu_s"] for row in rows], "o-", color="tab:blue", label="processor seconds")
         speed = min(row["median_cpu_s"] / row["flops"] for point in axes.values() for row in point.values())
-        time.plot(sizes, [speed * row["flops"] for row in rows], ":", color="tab:gray", label="arithmetic at the best rate seen")
+        time.plot(
+            sizes,
+            [speed * row["flops"] for row in rows],
+            ":",
+            color="tab:gray",
+            label="arithmetic at the best rate seen",
+        )
         memory.plot(sizes, [row["peak_gib"] for row in rows], "o-", color="tab:orange", label="peak")
         memory.plot(sizes, [row["loaded_gib"] for row in rows], ":", color="tab:gray", label="before the first step")
         for panel in (time, memory):

@@ -50,7 +50,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["small", "wide", "batch"], help="the others in the file stay as they are")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["small", "wide", "batch"], help="the others in the file stay as they are"
+    )
     parser.add_argument("--steps", type=int, default=5, help="after the warm-up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -62,7 +64,9 @@ def measure(name: str, num_steps: int, threads: int) -> dict[str, Any]:
     shape, load_before = SHAPES[name], os.getloadavg()[0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run_alone(name, folder, threads)
-        rows = take_turns({way: [name, folder, way, str(num_steps + WARM_UP)] for way in WAYS}, num_steps + WARM_UP, threads)
+        rows = take_turns(
+            {way: [name, folder, way, str(num_steps + WARM_UP)] for way in WAYS}, num_steps + WARM_UP, threads
+        )
     tokens = sum(num_tokens(shape))
     return {
         "shape": asdict(shape),
@@ -75,7 +79,12 @@ def measure(name: str, num_steps: int, threads: int) -> dict[str, Any]:
 
 def start(arguments: list[str], threads: int) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).with_name("ways.py")), *arguments]
-    quiet = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_WAIT_POLICY": "PASSIVE"}
+    quiet = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | quiet | {"PYTHONPATH": path}, **pipes)
@@ -149,8 +158,20 @@ def report(name: str, result: dict[str, Any]) -> None:
     for way, row in ways.items():
         spread = f"{row['median_s']:.2f} ({min(row['wall_s']):.2f} to {max(row['wall_s']):.2f})"
         time, processor, memory = (row[key] / base[key] for key in ("median_s", "median_cpu_s", "peak_gib"))
-        cells = [way, spread, f"{time:.2f}", f"{row['median_cpu_s']:.2f}", f"{processor:.2f}", f"{flops[way] / flops['trainer']:.2f}"]
-        cells += [f"{row['tokens_per_s']:.0f}", f"{row['peak_gib']:.2f}", f"{memory:.2f}", f"{difference(row, base):.0e}"]
+        cells = [
+            way,
+            spread,
+            f"{time:.2f}",
+            f"{row['median_cpu_s']:.2f}",
+            f"{processor:.2f}",
+            f"{flops[way] / flops['trainer']:.2f}",
+        ]
+        cells += [
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['peak_gib']:.2f}",
+            f"{memory:.2f}",
+            f"{difference(row, base):.0e}",
+        ]
         print("| " + " | ".join(cells) + " |")
     cached = ways["cached"]
     found = {

@@ -37,7 +37,11 @@ class Turns:
         self.wall_s, self.cpu_s = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict[str, Any]:
-        return {"wall_s": time.perf_counter() - self.wall_s, "cpu_s": time.process_time() - self.cpu_s, "peak_gib": peak_gib()}
+        return {
+            "wall_s": time.perf_counter() - self.wall_s,
+            "cpu_s": time.process_time() - self.cpu_s,
+            "peak_gib": peak_gib(),
+        }
 
     def say(self, content: dict[str, Any]) -> None:
         self.answers.write(json.dumps(content) + "\n")
@@ -76,7 +80,10 @@ def run_trainer(folder: Path, shape: Any, way: str, num_steps: int, turns: Turns
 
     model, inputs = make_stock(folder, shape)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    by_part = {part: {n: p for n, p in trained.items() if ("lora_" in n) == (part == "adapter")} for part in ("projector", "adapter")}
+    by_part = {
+        part: {n: p for n, p in trained.items() if ("lora_" in n) == (part == "adapter")}
+        for part in ("projector", "adapter")
+    }
     optimizer = make_optimizer(by_part, OptimConfig())
     for group in optimizer.param_groups:
         group["lr"] = ADAPTER_RATE if group["part"] == "adapter" else PROJECTOR_RATE

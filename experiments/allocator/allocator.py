@@ -30,7 +30,14 @@ from vlmcap.planning.hardware import GIB, planned_device
 _MIB = 2**20
 # c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp: blocks up to 1 MiB share segments of 2 MiB, those below 10 MiB segments
 # of 20 MiB, and larger ones have their own, in multiples of 2 MiB. Segments that grow do so by 2 MiB, or by 20 MiB for large blocks.
-_SMALL, _SMALL_SEGMENT, _LARGE_SEGMENT, _LEAST_OWN, _OWN_STEP, _LEAST_BLOCK = _MIB, 2 * _MIB, 20 * _MIB, 10 * _MIB, 2 * _MIB, 512
+_SMALL, _SMALL_SEGMENT, _LARGE_SEGMENT, _LEAST_OWN, _OWN_STEP, _LEAST_BLOCK = (
+    _MIB,
+    2 * _MIB,
+    20 * _MIB,
+    10 * _MIB,
+    2 * _MIB,
+    512,
+)
 
 
 class Pool:
@@ -87,7 +94,13 @@ class Pool:
                 self._take_out(last)
             self._put(start, end - start + more)
         else:
-            more = _SMALL_SEGMENT if self.is_small else _LARGE_SEGMENT if size < _LEAST_OWN else -(-size // _OWN_STEP) * _OWN_STEP
+            more = (
+                _SMALL_SEGMENT
+                if self.is_small
+                else _LARGE_SEGMENT
+                if size < _LEAST_OWN
+                else -(-size // _OWN_STEP) * _OWN_STEP
+            )
             self._bounds.add(end)
             self._put(end, more)
         self.reserved += more
@@ -172,7 +185,9 @@ def simulate(config: Config) -> dict[str, float]:
             captioner.encode = lambda batch, visual=visual: visual  # type: ignore[method-assign, misc]
             with autocast("cpu", autocast_dtype(config)):
                 loss = captioner.loss_sum(batch)[0]
-            _engine_run_backward((loss,), (torch.empty_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            _engine_run_backward(
+                (loss,), (torch.empty_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
             del loss, visual
             captioner.encode = None  # type: ignore[method-assign, assignment]
             if index % 2:  # a step of the optimizer
@@ -193,7 +208,10 @@ def main() -> None:
         config = compose([f"experiment=recommended_{name}", "data.root=unset"])
         found = simulate(config)
         shares = {f"{key}_share": round(found[key] / found["allocated"] - 1, 4) for key in ("expandable", "fixed")}
-        print(json.dumps({"experiment": name, **{key: round(value, 3) for key, value in found.items()}, **shares}), flush=True)
+        print(
+            json.dumps({"experiment": name, **{key: round(value, 3) for key, value in found.items()}, **shares}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

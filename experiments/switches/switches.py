@@ -40,7 +40,10 @@ def main() -> None:
         plan = make_plan(compose([*BASE, *overrides]))
         keys = " ".join(f"`{override}`" for override in overrides) or "–"
         kept = plan.num_kept or "–"
-        print(f"| {name} | {keys} | {plan.training_gib:.1f} | {plan.activations_gib:.1f} | {plan.flops / 1e12:.0f} | {kept} |", flush=True)
+        print(
+            f"| {name} | {keys} | {plan.training_gib:.1f} | {plan.activations_gib:.1f} | {plan.flops / 1e12:.0f} | {kept} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

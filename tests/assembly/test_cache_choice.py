@@ -42,11 +42,15 @@ def test_a_small_encoder_on_a_fast_card_is_not() -> None:
     choice = choose_cache(fast)
     assert not choice.is_on
     assert choice.without_s < choice.with_s
-    assert choice.sentence.startswith("cache.enabled=auto: off, as 9 000 visits to 2 500 clips cost about 63 s of encoding, and ")
+    assert choice.sentence.startswith(
+        "cache.enabled=auto: off, as 9 000 visits to 2 500 clips cost about 63 s of encoding, and "
+    )
 
 
 def test_reading_that_is_slower_than_encoding_is_never_chosen() -> None:
-    choice = choose_cache(dataclasses.replace(SLOW, rest_s=0.0, decode_s=0.01, encode_s=0.01, num_missing=0, num_visits=10**6))
+    choice = choose_cache(
+        dataclasses.replace(SLOW, rest_s=0.0, decode_s=0.01, encode_s=0.01, num_missing=0, num_visits=10**6)
+    )
     assert not choice.is_on
     assert choice.sentence == "cache.enabled=auto: off, as reading a clip takes 20 ms, and encoding it 10 ms"
 
@@ -62,9 +66,13 @@ def test_one_pass_is_not_worth_building_for_and_what_is_there_is_read() -> None:
 def test_what_does_not_fit_is_not_built() -> None:
     full = choose_cache(dataclasses.replace(SLOW, free_bytes=27 * 10**9))
     assert not full.is_on
-    assert full.sentence == "cache.enabled=auto: off, as the features take 25.0 GB, and the disk has 27.0 GB free", "a tenth is left"
+    assert full.sentence == "cache.enabled=auto: off, as the features take 25.0 GB, and the disk has 27.0 GB free", (
+        "a tenth is left"
+    )
     assert choose_cache(dataclasses.replace(SLOW, free_bytes=28 * 10**9)).is_on
-    assert choose_cache(dataclasses.replace(SLOW, free_bytes=27 * 10**9, num_missing=100)).is_on, "the rest is on the disk already"
+    assert choose_cache(dataclasses.replace(SLOW, free_bytes=27 * 10**9, num_missing=100)).is_on, (
+        "the rest is on the disk already"
+    )
     limited = choose_cache(dataclasses.replace(SLOW, max_bytes=24 * 10**9, num_missing=100))
     assert not limited.is_on
     assert "cache.max_gib allows 24.0 GB" in limited.sentence
@@ -115,5 +123,10 @@ def test_speeds_and_arithmetic() -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [gigabytes(31.2e9), gigabytes(8.5e6), gigabytes(700), grouped(2300)] == ["31.2 GB", "8.5 MB", "0.7 kB", "2 300"]
+    assert [gigabytes(31.2e9), gigabytes(8.5e6), gigabytes(700), grouped(2300)] == [
+        "31.2 GB",
+        "8.5 MB",
+        "0.7 kB",
+        "2 300",
+    ]
     assert [duration(each) for each in (7200, 120, 12, 0.02, 0)] == ["2.0 h", "2.0 min", "12 s", "20 ms", "0 s"]

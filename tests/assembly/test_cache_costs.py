@@ -37,7 +37,9 @@ def test_what_cannot_be_kept_is_refused_by_both_keys(overrides: list[str], keys:
 
 
 @pytest.mark.parametrize("override", ["data.sampling=random", "tuning.encoder=lora"])
-def test_auto_leaves_out_what_cannot_be_kept(override: str, real_path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_leaves_out_what_cannot_be_kept(
+    override: str, real_path: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assembly = assembled(compose([*real_path, "cache.enabled=auto", override]))
     assert assembly.features is None
     assert assembly.captioner.encoder is not None

@@ -42,7 +42,11 @@ def make(composed: dict[str, Config], root: Path, tmp_path: Path) -> Make:
 
     def make(*overrides: str, format: str = "jsonl") -> Config:
         config = deepcopy(composed[format])
-        config.data.root, config.paths.cache_dir, config.paths.output_dir = str(root), str(tmp_path / "cache"), str(tmp_path / "run")
+        config.data.root, config.paths.cache_dir, config.paths.output_dir = (
+            str(root),
+            str(tmp_path / "cache"),
+            str(tmp_path / "run"),
+        )
         for override in overrides:
             key, _, value = override.partition("=")
             *groups, name = key.split(".")
@@ -75,7 +79,9 @@ def test_given_splits_are_read_in_one_pass(root: Path, make: Make, monkeypatch: 
     given(root, "train", "val", "test")
     calls: list[str | None] = []
     original = module.read_records
-    monkeypatch.setattr(module, "read_records", lambda *arguments: [calls.append(arguments[1]), original(*arguments)][1])
+    monkeypatch.setattr(
+        module, "read_records", lambda *arguments: [calls.append(arguments[1]), original(*arguments)][1]
+    )
     splits = load_splits(make(), ALL)
     assert calls == [None]
     assert [(name, len(clips)) for name, clips in splits.items()] == [("train", 10), ("val", 10), ("test", 10)]
@@ -91,7 +97,9 @@ def test_the_test_split_is_optional(root: Path, make: Make) -> None:
     assert list(load_splits(make(), (), ALL)) == [split.value for split in ALL[:2]]
 
 
-@pytest.mark.parametrize(("there", "missing"), [(("train", "test"), "val"), (("val",), "train"), (("extra", "train"), "val")])
+@pytest.mark.parametrize(
+    ("there", "missing"), [(("train", "test"), "val"), (("val",), "train"), (("extra", "train"), "val")]
+)
 def test_a_missing_split_is_told(root: Path, make: Make, there: tuple[str, ...], missing: str) -> None:
     given(root, *there)
     with pytest.raises(UserError) as caught:
@@ -117,7 +125,12 @@ def test_entries_without_a_split_among_others_are_named(root: Path, make: Make) 
 
 
 def test_drawn_splits_hold_whole_groups_and_keep_them_when_data_grow(root: Path, make: Make) -> None:
-    config = make("data.splits.random=true", "data.splits.val=0.3", "data.splits.test=0.3", 'data.splits.group_pattern="^(.*)_[0-9]$"')
+    config = make(
+        "data.splits.random=true",
+        "data.splits.val=0.3",
+        "data.splits.test=0.3",
+        'data.splits.group_pattern="^(.*)_[0-9]$"',
+    )
 
     def drawn(count: int) -> dict[str, str]:
         write(root / "all.jsonl", *map(line, names(root)[:count]))
@@ -144,7 +157,9 @@ def test_bad_group_patterns_are_refused(root: Path, make: Make) -> None:
 
 def test_subsets_of_the_training_clips_are_nested(root: Path, make: Make) -> None:
     given(root, "train", "val")
-    few, more = ([clip.id for clip in load_splits(make(f"data.max_clips={count}"), ALL[:2])["train"]] for count in (3, 6))
+    few, more = (
+        [clip.id for clip in load_splits(make(f"data.max_clips={count}"), ALL[:2])["train"]] for count in (3, 6)
+    )
     assert set(few) < set(more)
     assert (len(few), few) == (3, sorted(few))
     assert len(load_splits(make("data.max_clips=3"), ALL[:2])["val"]) == 10
@@ -155,14 +170,19 @@ def test_bad_entries_go_to_the_ledger(root: Path, make: Make, tmp_path: Path) ->
     given(root, "train", "val")
     with (root / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write(
-            "\n{\n" + line("lost", video="lost.mp4") + "\n" + json.dumps({"video": "tape9_0.mp4", "caption": "\ud800", "id": "half"})
+            "\n{\n"
+            + line("lost", video="lost.mp4")
+            + "\n"
+            + json.dumps({"video": "tape9_0.mp4", "caption": "\ud800", "id": "half"})
         )
     config = make("data.max_bad_fraction=0.2")
     splits = load_splits(config, ALL[:2])
     assert [skipped.clip.id for skipped in splits.skipped] == [f"{root}/train.jsonl:11", "lost", "half"]
     skipped_log = open_skipped_log(config, splits)
     assert (len(skipped_log), skipped_log.num_clips) == (3, 23)
-    lines = [json.loads(text) for text in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(text) for text in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [entry["id"] for entry in lines] == [skipped.clip.id for skipped in splits.skipped]
     with pytest.raises(UserError, match=r"3 of 23 clips cannot be used, more than data\.max_bad_fraction=0\.1"):
         open_skipped_log(make("data.max_bad_fraction=0.1"), splits)
@@ -183,12 +203,19 @@ def test_bad_entries_of_drawn_splits_belong_to_one(root: Path, make: Make) -> No
     assert all(parts)
 
 
-def test_a_wrong_key_is_one_sentence_long_before_the_end(root: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_is_one_sentence_long_before_the_end(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_MAX_BAD_START", 5)
     given(root, "train", "val")
     with pytest.raises(UserError) as caught:
         load_splits(make("data.caption_key=text.ko"), ALL[:2])
-    for part in ("none of the first 5 entries", "train.jsonl:1", "data.caption_key=text.ko", "text at video, caption, id"):
+    for part in (
+        "none of the first 5 entries",
+        "train.jsonl:1",
+        "data.caption_key=text.ko",
+        "text at video, caption, id",
+    ):
         assert part in str(caught.value)
 
 
@@ -208,7 +235,9 @@ def test_the_ai_hub_format_goes_the_same_way(root: Path, make: Make) -> None:
     assert sum(map(len, load_splits(config, ALL[:1], ALL[1:]).values())) == 12
 
 
-def test_long_reading_is_reported(root: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_reading_is_reported(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given(root, "train", "val")
     load_splits(make(), ALL[:2])
     assert "reading" not in capsys.readouterr().err

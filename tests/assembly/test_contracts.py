@@ -38,10 +38,25 @@ INIT = "        super().__init__()\n"
 @pytest.mark.parametrize(
     ("old", "new", "contract", "words"),
     [
-        (LINE, f"{LINE[:-1]}[:, :, ::2]\n", "num_tokens", r"forward gives \(2, 128, 48\), num_tokens states \(2, 256, 48\)"),
-        (INIT, f"{INIT}        self.idle = nn.Linear(2, 2)\n", "a gradient", "no gradient reaches projection.idle.weight"),
+        (
+            LINE,
+            f"{LINE[:-1]}[:, :, ::2]\n",
+            "num_tokens",
+            r"forward gives \(2, 128, 48\), num_tokens states \(2, 256, 48\)",
+        ),
+        (
+            INIT,
+            f"{INIT}        self.idle = nn.Linear(2, 2)\n",
+            "a gradient",
+            "no gradient reaches projection.idle.weight",
+        ),
         ("self.up(tokens))", "self.up(tokens - tokens.mean(0)))", "clips of a batch", "differs by"),
-        (INIT, f"{INIT}        self.norm = nn.BatchNorm1d(32)\n", "a gradient", "no gradient reaches projection.norm.weight"),
+        (
+            INIT,
+            f"{INIT}        self.norm = nn.BatchNorm1d(32)\n",
+            "a gradient",
+            "no gradient reaches projection.norm.weight",
+        ),
         ("self.up(tokens))", "self.up(tokens)) + torch.rand(1)", "equal input", "two calls differ"),
         ("self.up(tokens))", "self.up(tokens)) + self.table", "its state_dict", "register every weight"),
         ("self.up(tokens))", "self.up(tokens)) + torch.ones(48, device='cpu')", "it runs on the meta device", "device"),
@@ -53,7 +68,9 @@ def test_a_part_that_breaks_one_is_found(old: str, new: str, contract: str, word
     source = source.replace(INIT, f"{INIT}        self.table = torch.randn(48)\n")
     assert source != GATED
     use_plugins([plugin_file(tmp_path, "my_gated", source)])
-    problems = {outcome.contract: outcome.problem for outcome in check_component("projector", "gated") if outcome.problem}
+    problems = {
+        outcome.contract: outcome.problem for outcome in check_component("projector", "gated") if outcome.problem
+    }
     found = [problem for text, problem in problems.items() if text.startswith(contract)]
     assert len(found) == 1
     assert re.search(words, found[0])
@@ -61,7 +78,9 @@ def test_a_part_that_breaks_one_is_found(old: str, new: str, contract: str, word
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_registries")
-def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_exits_with_one_where_something_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["check-plugin", plugin_file(tmp_path, "my_gated", GATED), "projector.expansion=3"])
     told = capsys.readouterr().out
     assert told.count("projector=gated") == 8
@@ -96,7 +115,9 @@ def test_an_encoder_that_breaks_one_is_found(old: str, new: str, contract: str, 
 
 @pytest.mark.usefixtures("_registries")
 def test_metrics_and_formats_that_break_one_are_found(tmp_path: Path) -> None:
-    metric = PARTS["my_metric"].replace('[float(text.count("?")) for text in predictions]', "float(len(predictions[0]))")
+    metric = PARTS["my_metric"].replace(
+        '[float(text.count("?")) for text in predictions]', "float(len(predictions[0]))"
+    )
     data = PARTS["my_format"].replace("yield Record(", "yield dict(clip=")
     data = data.replace('(root / settings.file).read_text(encoding="utf-8")', r'"a\tb\tc\td"')
     use_plugins([plugin_file(tmp_path, "my_metric", metric), plugin_file(tmp_path, "my_format", data)])

@@ -31,7 +31,13 @@ from vlmcap.training.run import evaluate, train
 MakeConfig = Callable[..., Config]
 MakeRun = Callable[[Config], Run]
 CACHED = ["cache.enabled=true", "cache.dtype=float32"]
-SHORT = ("trainer.max_steps=3", "tuning.align_epochs=0", "tuning.epochs=1", "evaluation.every_n_epochs=9", "trainer.log_every_n_steps=1")
+SHORT = (
+    "trainer.max_steps=3",
+    "tuning.align_epochs=0",
+    "tuning.epochs=1",
+    "evaluation.every_n_epochs=9",
+    "trainer.log_every_n_steps=1",
+)
 
 
 def losses(folder: Path) -> list[float]:
@@ -47,7 +53,9 @@ def fit(make_run: Callable[[Config], Run], config: Config) -> list[float]:
 
 
 def predictions(folder: Path) -> list[str]:
-    rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [row["prediction"] for row in rows]
 
 
@@ -84,7 +92,12 @@ def decoded_losses(make_run: MakeRun, tiny_config: MakeConfig, tmp_path_factory:
     ],
 )
 def test_losses_are_those_without_the_cache(
-    settings: list[str], tolerance: float, decoded_losses: list[float], make_run: MakeRun, tiny_config: MakeConfig, tmp_path: Path
+    settings: list[str],
+    tolerance: float,
+    decoded_losses: list[float],
+    make_run: MakeRun,
+    tiny_config: MakeConfig,
+    tmp_path: Path,
 ) -> None:
     found = fit(make_run, tiny_config(tmp_path, *SHORT, *settings))
     assert len(decoded_losses) == 3
@@ -92,8 +105,12 @@ def test_losses_are_those_without_the_cache(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_from_pooled_features_captions_fresh_video(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: Any) -> None:
-    config = tiny_config(tmp_path / "run", *SHORT, "cache.pooled=true", "cache.dtype=float32", "tuning.projector_lr=0.05")
+def test_a_checkpoint_from_pooled_features_captions_fresh_video(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = tiny_config(
+        tmp_path / "run", *SHORT, "cache.pooled=true", "cache.dtype=float32", "tuning.projector_lr=0.05"
+    )
     train(config)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     saved = to_config(from_plain(read_checkpoint(checkpoint)["vlmcap"]["config"]))
@@ -105,11 +122,17 @@ def test_a_checkpoint_from_pooled_features_captions_fresh_video(tiny_config: Mak
         {"cache.pooled": False, "cache.enabled": False, "paths.output_dir": str(tmp_path / "scores")},
     )
     evaluate(unpooled, checkpoint)
-    rows = [json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "scores" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["prediction"] for row in rows] == captions
     no_encoder(monkeypatch)
     scores = evaluate(
-        to_config(from_plain(read_checkpoint(checkpoint)["vlmcap"]["config"], {"paths.output_dir": str(tmp_path / "again")})), checkpoint
+        to_config(
+            from_plain(read_checkpoint(checkpoint)["vlmcap"]["config"], {"paths.output_dir": str(tmp_path / "again")})
+        ),
+        checkpoint,
     )
     assert "test/cider" in scores, "evaluation reads the cache, and loads no encoder"
 
@@ -126,7 +149,9 @@ def test_the_encoder_is_gone_before_the_language_model_comes_and_never_comes_aga
         return load_llm(*arguments, **options)
 
     gc.collect()
-    before = sum(isinstance(thing, VisionEncoder) and not next(thing.parameters()).is_meta for thing in gc.get_objects())
+    before = sum(
+        isinstance(thing, VisionEncoder) and not next(thing.parameters()).is_meta for thing in gc.get_objects()
+    )
     monkeypatch.setattr(model_module, "load_llm", spy)
     config = tiny_config(tmp_path, f"paths.cache_dir={own_cache(tiny_config, tmp_path)}")
     first = assembled(config)
@@ -140,7 +165,9 @@ def test_the_encoder_is_gone_before_the_language_model_comes_and_never_comes_aga
     assert "encoding" not in capsys.readouterr().out
     assert first.num_encoder_parameters == second.num_encoder_parameters > 0
     for name, tensor in second.captioner.state_dict().items():
-        assert torch.equal(tensor, first.captioner.state_dict()[name]), "the same start, whether features were missing or not"
+        assert torch.equal(tensor, first.captioner.state_dict()[name]), (
+            "the same start, whether features were missing or not"
+        )
 
 
 def own_cache(tiny_config: MakeConfig, folder: Path) -> Path:
@@ -151,7 +178,9 @@ def own_cache(tiny_config: MakeConfig, folder: Path) -> Path:
     return target
 
 
-def test_what_is_there_is_not_encoded_again(real_path: list[str], aihub_root: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_is_there_is_not_encoded_again(
+    real_path: list[str], aihub_root: Path, tmp_path: Path, capsys: Any
+) -> None:
     root = Path(shutil.copytree(aihub_root, tmp_path / "data"))
     overrides = [*real_path, f"data.root={root}", "cache.enabled=true"]
     assembled(compose(overrides))
@@ -161,7 +190,9 @@ def test_what_is_there_is_not_encoded_again(real_path: list[str], aihub_root: Pa
     (root / "val" / "videos" / "val0.mp4").unlink()
     shutil.copy(root / "train" / "videos" / "train0.mp4", root / "val" / "videos" / "val0.mp4")
     assembled(compose(overrides))
-    assert "encoding" not in capsys.readouterr().out, "clips are known by their content, in whichever split and under whichever name"
+    assert "encoding" not in capsys.readouterr().out, (
+        "clips are known by their content, in whichever split and under whichever name"
+    )
     with (root / "val" / "videos" / "val1.mp4").open("ab") as file:
         file.write(b"\0" * 16)
     assembled(compose(overrides))
@@ -200,7 +231,9 @@ def test_other_stores_go_when_there_is_no_room(real_path: list[str], tmp_path: P
     assert left <= limit * 2**30
 
 
-@pytest.mark.parametrize("kind", thinned(["qwen3_vl", "qwen2_5_vl", "llava_next_video"], lambda kind: kind == "qwen3_vl"))
+@pytest.mark.parametrize(
+    "kind", thinned(["qwen3_vl", "qwen2_5_vl", "llava_next_video"], lambda kind: kind == "qwen3_vl")
+)
 def test_whole_models_too(
     kind: str,
     qwen_folders: dict[str, Path],
@@ -256,7 +289,9 @@ def test_clips_of_fewer_frames_keep_them(real_path: list[str], make_run: MakeRun
 
 
 @pytest.mark.parametrize("batching", thinned(["by_length", "packed"], lambda batching: batching == "packed"))
-def test_lengths_are_known_from_the_features(batching: str, real_path: list[str], make_run: MakeRun, tmp_path: Path) -> None:
+def test_lengths_are_known_from_the_features(
+    batching: str, real_path: list[str], make_run: MakeRun, tmp_path: Path
+) -> None:
     unread = ("data.batch_size=",)
     overrides = [*(one for one in real_path if not one.startswith(unread)), f"data.batching={batching}", *SHORT]
     overrides.append("data.max_tokens_per_batch=400")

@@ -74,13 +74,20 @@ def seen(assembly: Assembly, path: Path, monkeypatch: pytest.MonkeyPatch) -> Bat
     ],
 )
 def test_files_are_captioned_with_their_times(
-    config: Any, num_frames: int, overrides: tuple[str, ...], times_s: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Any,
+    num_frames: int,
+    overrides: tuple[str, ...],
+    times_s: tuple[float, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assembly = assembled(config("qwen3_vl", "encoder.max_patches=4", *overrides))
     batch = seen(assembly, film(tmp_path, num_frames), monkeypatch)
     assert batch.times_s == (pytest.approx(times_s),)
     said = SECONDS.findall(assembly.captioner.prompt.tokenizer.decode(batch.input_ids[0]))
-    assert said == [f"{(first + last) / 2:.1f}" for first, last in zip_longest(times_s[::2], times_s[1::2], fillvalue=times_s[-1])]
+    assert said == [
+        f"{(first + last) / 2:.1f}" for first, last in zip_longest(times_s[::2], times_s[1::2], fillvalue=times_s[-1])
+    ]
 
 
 def test_positions_go_by_times_of_files(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +133,10 @@ def test_the_bound_of_the_context_holds_for_a_clip_of_a_day(config: Any) -> None
     grids, num_prompt = describe_model(chosen).grids, assembly.captioner.prompt.num_prompt_tokens
 
     def longest(times_s: FrameTimes) -> int:
-        return max(sum(part if isinstance(part, int) else len(part) for part in assembly.visual(grid, times_s)) for grid in grids)
+        return max(
+            sum(part if isinstance(part, int) else len(part) for part in assembly.visual(grid, times_s))
+            for grid in grids
+        )
 
     late = longest((86_399.0,) * 4)
     assert late > longest((1.0,) * 4)

@@ -41,11 +41,20 @@ class FakePrompt:
 def names(group: str) -> list[str]:
     files = (Path(config_dir()) / group).glob("*.yaml")
     names = (file.stem for file in files)
-    return sorted(name for name in names if name not in ("own", CUSTOM, *TINY_ENCODERS))  # no published checkpoint; the demo runs them
+    return sorted(
+        name for name in names if name not in ("own", CUSTOM, *TINY_ENCODERS)
+    )  # no published checkpoint; the demo runs them
 
 
 ENCODERS, PROJECTORS, LLMS = names("encoder"), names("projector"), names("llm")
-ONE_OF_EACH = ("clip", "siglip2", "siglip2_naflex", "internvit_300m", "dinov3_s", "dinov3_hplus")  # every class with every kind of block
+ONE_OF_EACH = (
+    "clip",
+    "siglip2",
+    "siglip2_naflex",
+    "internvit_300m",
+    "dinov3_s",
+    "dinov3_hplus",
+)  # every class with every kind of block
 
 # (encoder, projector, language model) -> part of the reason; "*" stands for all.
 REFUSALS: dict[tuple[str, str, str], str] = {
@@ -170,9 +179,15 @@ def test_every_cell_fits_or_is_refused_in_words(encoder: str) -> None:
 
 @pytest.mark.slow
 def test_a_cell_put_together_by_parts_is_the_composed_one() -> None:
-    for cell in (("siglip2", "linear", "vicuna_7b"), ("dinov3_l", "cross_attention", "qwen3_14b"), ("clip", "mlp", "vicuna_7b")):
+    for cell in (
+        ("siglip2", "linear", "vicuna_7b"),
+        ("dinov3_l", "cross_attention", "qwen3_14b"),
+        ("clip", "mlp", "vicuna_7b"),
+    ):
         expected = composed(*cell)
-        assert dataclasses.replace(cell_config(*cell), paths=expected.paths) == expected  # the output folder has the time in its name
+        assert (
+            dataclasses.replace(cell_config(*cell), paths=expected.paths) == expected
+        )  # the output folder has the time in its name
 
 
 @pytest.mark.slow
@@ -183,5 +198,7 @@ def test_the_meta_device_holds_no_weights() -> None:
 def test_without_pooling_the_frames_do_not_fit_vicuna() -> None:
     config = cell_config("clip", "mlp", "vicuna_7b")
     config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, reducer=Reducer.none))
-    with pytest.raises(UserError, match=r"4608 visual tokens.* exceed the context of 4096 tokens .*projector\.reducer=pool"):
+    with pytest.raises(
+        UserError, match=r"4608 visual tokens.* exceed the context of 4096 tokens .*projector\.reducer=pool"
+    ):
         check_cell(config, encoder_of("clip"), text_config("vicuna_7b"))

@@ -40,8 +40,12 @@ PROJECTORS = [
 ]
 
 
-@pytest.mark.parametrize("overrides", thinned(PROJECTORS, lambda projector: projector in PROJECTORS[3::4]), ids=" ".join)
-def test_every_projector_learns_from_the_demo(overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides", thinned(PROJECTORS, lambda projector: projector in PROJECTORS[3::4]), ids=" ".join
+)
+def test_every_projector_learns_from_the_demo(
+    overrides: list[str], tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
     reducer = [] if any("reducer" in override for override in overrides) else ["projector.reducer=none"]
     config = tiny_config(tmp_path, *SHORT, "projector.pool_size=2", *reducer, *overrides)
     assert math.isfinite(train(config))
@@ -69,7 +73,9 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             frames = rng.integers(0, 255, (4, height, width, 3)).astype(np.uint8)
             write_video(root / split / "videos" / f"{split}{index}.mp4", frames, fps=4)
             label = {"annotation": {"description_kr": f"{index}번째 영상에 바다가 보인다."}}
-            (root / split / "labels" / f"{split}{index}.json").write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
+            (root / split / "labels" / f"{split}{index}.json").write_text(
+                json.dumps(label, ensure_ascii=False), encoding="utf-8"
+            )
     return root
 
 
@@ -88,11 +94,22 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.parametrize("kind", thinned(["siglip2_naflex", "tiling"], lambda kind: kind == "siglip2_naflex"))
 def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cache(
-    kind: str, projector: list[str], checkpoints: dict[str, Any], naflex: Any, llm_folder: Path, shapes_root: Path, tmp_path: Path
+    kind: str,
+    projector: list[str],
+    checkpoints: dict[str, Any],
+    naflex: Any,
+    llm_folder: Path,
+    shapes_root: Path,
+    tmp_path: Path,
 ) -> None:
     encoder = ["encoder=siglip2_naflex", f"encoder.checkpoint={naflex.folder}", "encoder.max_patches=24"]
     if kind == "tiling":
-        encoder = ["encoder=clip", f"encoder.checkpoint={checkpoints['clip'].folder}", "encoder.tiling=3", "projector.temporal=none"]
+        encoder = [
+            "encoder=clip",
+            f"encoder.checkpoint={checkpoints['clip'].folder}",
+            "encoder.tiling=3",
+            "projector.temporal=none",
+        ]
 
     def config_of(name: str) -> Config:
         return compose(
@@ -126,7 +143,10 @@ def test_clips_of_several_sizes_train_and_caption_alike_with_and_without_the_cac
         train(config_of(name))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["train/loss"] for line in lines if "train/loss" in line])
-        rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         captioner = vlmcap.load(folder / "checkpoints" / "best.ckpt")
         one_by_one = [captioner.caption([row["video"]])[0] for row in rows]
         assert one_by_one == [row["prediction"] for row in rows]  # padding of a batch changes nothing
@@ -199,7 +219,9 @@ def test_keep_encoder_and_projector_and_swap_the_language_model(
         name = next(name for name in saved if name.endswith(f"multi_modal_projector.{theirs}.weight"))
         assert torch.equal(projector[f"projection.layers.{ours}.weight"], saved[name])
     other = [*real_path, *llava, f"llm.checkpoint={narrow_llm(llm_folder, tmp_path / 'narrow')}"]
-    with pytest.raises(UserError, match=r"language model of width 64, but llm is 32 wide; set projector\.checkpoint=null") as caught:
+    with pytest.raises(
+        UserError, match=r"language model of width 64, but llm is 32 wide; set projector\.checkpoint=null"
+    ) as caught:
         assembled(compose(other))
     assert "\n" not in str(caught.value)
     assert assembled(compose([*other, "projector.checkpoint=null"])).captioner.projector.sizes.out_dim == 32

@@ -96,12 +96,16 @@ def no_split(root: Path) -> None:
         (no_split, ["no clips of the split val", "train: 6", "data.splits.random=true"]),
     ],
 )
-def test_data_that_does_not_do(real_path: list[str], aihub_root: Path, tmp_path: Path, change: Change, expected: list[str]) -> None:
+def test_data_that_does_not_do(
+    real_path: list[str], aihub_root: Path, tmp_path: Path, change: Change, expected: list[str]
+) -> None:
     root = shutil.copytree(aihub_root, tmp_path / "data")
     change(root)
     sentence = refused([*real_path, f"data.root={root}"])
     assert all(part in sentence for part in expected), sentence
-    assert {file.name for file in (tmp_path / "run").glob("*")} <= {"skipped_clips.jsonl"}, "nothing but the names of what is bad"
+    assert {file.name for file in (tmp_path / "run").glob("*")} <= {"skipped_clips.jsonl"}, (
+        "nothing but the names of what is bad"
+    )
 
 
 @pytest.mark.slow
@@ -113,7 +117,9 @@ def test_a_few_undecodable_videos_are_named_and_skipped_and_many_stop_the_run(
     (root / "test" / "videos" / "test0.mp4").write_bytes(b"")
     overrides = [*real_path, f"data.root={root}", "tuning=projector_only", "tuning.epochs=1"]
     train(compose([*overrides, "data.max_bad_fraction=0.2"]))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["id"] for line in lines] == ["train1", "test0"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_clips"] == 2
     assert "2 clips were skipped" in capsys.readouterr().out

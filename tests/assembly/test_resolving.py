@@ -93,7 +93,9 @@ def test_the_license_is_that_of_the_folder(left: Callable[..., Config], llm_fold
         (["一只狗在跑。"], ENGLISH_PROMPT),
     ],
 )
-def test_the_prompt_speaks_the_language_of_the_captions(captions: list[str], prompt: str, left: Callable[..., Config]) -> None:
+def test_the_prompt_speaks_the_language_of_the_captions(
+    captions: list[str], prompt: str, left: Callable[..., Config]
+) -> None:
     config = left(*(f"{name}9" for name in LENGTHS))
     clips = {"train": [Clip(str(index), "clip.mp4", (text,)) for index, text in enumerate(captions)]}
     assert config.llm.question == KOREAN_PROMPT
@@ -104,7 +106,9 @@ def test_the_prompt_speaks_the_language_of_the_captions(captions: list[str], pro
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video"])
-def test_the_class_of_a_custom_model_is_that_of_its_checkpoint(kind: str, qwen_folders: dict[str, Path], llava_folder: Path) -> None:
+def test_the_class_of_a_custom_model_is_that_of_its_checkpoint(
+    kind: str, qwen_folders: dict[str, Path], llava_folder: Path
+) -> None:
     folder = (qwen_folders | {"llava_next_video": llava_folder})[kind]
     config = with_model_kind(compose(["model=custom", f"model.checkpoint={folder}"]))
     assert (config.model.kind, config.model.name) == (kind, folder.name.lower())
@@ -112,5 +116,8 @@ def test_the_class_of_a_custom_model_is_that_of_its_checkpoint(kind: str, qwen_f
 
 
 def test_another_class_is_no_whole_model(llm_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"is of the type qwen3, and model=custom takes llava_next_video, .*encoder=custom and llm=custom"):
+    with pytest.raises(
+        UserError,
+        match=r"is of the type qwen3, and model=custom takes llava_next_video, .*encoder=custom and llm=custom",
+    ):
         with_model_kind(compose(["model=custom", f"model.checkpoint={llm_folder}"]))

@@ -67,7 +67,10 @@ def test_checks_end_in_their_own_ways_and_the_page_says_how(tmp_path: Path) -> N
     assert ends["small"].note == "skipped: needs 80 GiB, and this GPU has 22"
     assert ends["broken"].note == "all: ValueError: no kernel"
     assert ends["dead"].note == "its process ended with code 3: the driver went away"
-    assert [line.partition(":")[0] for line in said if line.startswith("[2/5]")] == ["[2/5] bad … (up to 60 s)", "[2/5] bad"]
+    assert [line.partition(":")[0] for line in said if line.startswith("[2/5]")] == [
+        "[2/5] bad … (up to 60 s)",
+        "[2/5] bad",
+    ]
     text = page(MACHINE, rows, {name: f"What {name} does." for name in names})
     assert "| bad | **FAIL** | 0 of 1 |" in text
     assert "| training | a ratio | 1.3 | 0.9 to 1.05 | **FAIL** | out by 0.25 | a goal |" in text
@@ -113,7 +116,11 @@ sys.exit(program.main(["--output", sys.argv[1]], [invented("good"), invented("en
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_whole_lines_and_no_process(number: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", _PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-u", "-c", _PROGRAM, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     while "endless …" not in (line := process.stdout.readline()):
@@ -129,7 +136,9 @@ def test_ctrl_c_leaves_whole_lines_and_no_process(number: signal.Signals, tmp_pa
     assert "**STOPPED**" in (tmp_path / "NVIDIA-L4.md").read_text(encoding="utf-8")
 
 
-def test_other_checks_results_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_checks_results_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(program, "describe_machine", lambda: dict(MACHINE))
     checks = [invented("good"), invented("bad")]
     assert program.main(["--output", str(tmp_path)], checks) == 1
@@ -140,7 +149,9 @@ def test_other_checks_results_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(rows) == 5
 
 
-def test_without_a_gpu_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_one_sentence_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(program, "describe_machine", lambda: {"gpu": None})
     assert program.main([]) == 2
     shown = capsys.readouterr()
@@ -151,7 +162,9 @@ def test_without_a_gpu_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, cap
     assert "--device cpu needs --tiny" in capsys.readouterr().err
 
 
-def test_an_interpreter_without_pytorch_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interpreter_without_pytorch_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("benchmarks.gpu.runner._DESCRIBE", "import no_such_module")
     assert program.main([]) == 2
     assert "cannot import PyTorch (ModuleNotFoundError: No module named 'no_such_module')" in capsys.readouterr().err
@@ -159,7 +172,13 @@ def test_an_interpreter_without_pytorch_is_named(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("value", "verdict", "note"),
-    [(0.9, "pass", ""), (1.05, "pass", ""), (0.85, "fail", "out by 0.05"), (1.3, "fail", "out by 0.25"), (float("nan"), "fail", "")],
+    [
+        (0.9, "pass", ""),
+        (1.05, "pass", ""),
+        (0.85, "fail", "out by 0.05"),
+        (1.3, "fail", "out by 0.25"),
+        (float("nan"), "fail", ""),
+    ],
 )
 def test_a_figure_is_judged_by_its_bounds(value: float, verdict: str, note: str, tmp_path: Path) -> None:
     report = Report("check", tmp_path / "rows.jsonl", is_rehearsal=False)
@@ -197,10 +216,16 @@ def test_launches_are_calls_of_the_host_and_busy_is_what_runs_on_the_gpu(monkeyp
     from torch.profiler import DeviceType
 
     host, device = DeviceType.CPU, DeviceType.CUDA
-    found = [("cudaLaunchKernel", host, 5), ("cudaGraphLaunch", host, 9), ("cudaMemcpyAsync", host, 2), ("cudaStreamSynchronize", host, 99)]
+    found = [
+        ("cudaLaunchKernel", host, 5),
+        ("cudaGraphLaunch", host, 9),
+        ("cudaMemcpyAsync", host, 2),
+        ("cudaStreamSynchronize", host, 99),
+    ]
     found += [("gemm", device, 300), ("Memcpy DtoH", device, 100)]
     events = [
-        SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda us=us: us)) for name, kind, us in found
+        SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda us=us: us))
+        for name, kind, us in found
     ]
     profiler = SimpleNamespace(events=lambda: events)
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profiler))
@@ -209,7 +234,8 @@ def test_launches_are_calls_of_the_host_and_busy_is_what_runs_on_the_gpu(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "gib", "peak"), [("NVIDIA L4", 22.0, 121e12), ("NVIDIA H200", 139.0, 989e12), ("NVIDIA GeForce RTX 4090", 23.6, None)]
+    ("name", "gib", "peak"),
+    [("NVIDIA L4", 22.0, 121e12), ("NVIDIA H200", 139.0, 989e12), ("NVIDIA GeForce RTX 4090", 23.6, None)],
 )
 def test_utilisation_is_of_a_peak_that_a_data_sheet_states(
     name: str, gib: float, peak: float | None, monkeypatch: pytest.MonkeyPatch
@@ -257,18 +283,26 @@ def test_lengths_of_captions_are_those_of_the_data() -> None:
 
 @pytest.mark.slow
 def test_make_gpu_ends_with_code_2_here() -> None:
-    done = subprocess.run(["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "PyTorch finds no GPU here" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", thinned(list(CHECKS), lambda check: check.name == "load"), ids=lambda check: check.name)
+@pytest.mark.parametrize(
+    "check", thinned(list(CHECKS), lambda check: check.name == "load"), ids=lambda check: check.name
+)
 def test_each_check_is_rehearsed_without_the_libraries_that_a_gpu_machine_may_lack(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({MISSING})\n", encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules |= dict.fromkeys({MISSING})\n", encoding="utf-8"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    ends, rows, said = run([dataclasses.replace(check, budget_s=600)], tmp_path, is_tiny=True, total_s=600, memory_gib=None)
+    ends, rows, said = run(
+        [dataclasses.replace(check, budget_s=600)], tmp_path, is_tiny=True, total_s=600, memory_gib=None
+    )
     assert ends[check.name].verdict == "rehearsed", "\n".join(said)
     assert len(rows) > 1 and {row.verdict for row in rows} == {"rehearsed"}

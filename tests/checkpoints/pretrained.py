@@ -102,13 +102,19 @@ def qwen_processors(qwen_tokenizer: Any) -> dict[str, Any]:
         "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
         "qwen3_vl": transformers.Qwen3VLProcessor,
     }
-    as_it_is = {name: False for name in ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "do_sample_frames")}
+    as_it_is = {
+        name: False for name in ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "do_sample_frames")
+    }
     processors = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)  # it looks through torchvision's
+        patch.setattr(
+            transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None
+        )  # it looks through torchvision's
         for kind, processor_class in classes.items():
             # Its patches are those of the older classes too, which do not import without torchvision.
-            videos = Qwen3VLVideoProcessor(patch_size=VISION[kind]["patch_size"], cap_pixels_per_frame=False, **as_it_is)
+            videos = Qwen3VLVideoProcessor(
+                patch_size=VISION[kind]["patch_size"], cap_pixels_per_frame=False, **as_it_is
+            )
             processors[kind] = processor_class(Qwen2VLImageProcessorPil(), qwen_tokenizer, videos)
     return processors
 
@@ -133,7 +139,9 @@ def llava_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     size = len(tokenizer) + 2
     text = {"model_type": "llama", "vocab_size": size, "eos_token_id": tokenizer.eos_token_id, **TEXT}
     torch.manual_seed(7)
-    config = LlavaNextVideoConfig(vision_config=vision, text_config=text, video_token_index=size - 2, image_token_index=size - 1)
+    config = LlavaNextVideoConfig(
+        vision_config=vision, text_config=text, video_token_index=size - 2, image_token_index=size - 1
+    )
     LlavaNextVideoForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=56).save_pretrained(folder)

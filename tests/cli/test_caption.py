@@ -36,7 +36,10 @@ class FakeCaptioner:
                 raise self.error
             self.asked.append(Path(path).name)
             name = os.fsencode(Path(path).name).decode(errors="replace")
-            yield path, Skipped(Clip(str(index), path, ()), "it is broken") if "bad" in name else f"{name} 위로 해가 뜬다."
+            yield (
+                path,
+                Skipped(Clip(str(index), path, ()), "it is broken") if "bad" in name else f"{name} 위로 해가 뜬다.",
+            )
 
 
 @pytest.fixture
@@ -80,15 +83,39 @@ def ends(*arguments: str | Path) -> int:
 
 
 def test_files_and_folders(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.MKV", "notes.txt", "deep/c.webm", "d.ts", "e.WMV", "f.mpg", "g.mpeg", "h.m2ts", "deep/i.flv"):
+    for name in (
+        "b.mp4",
+        "a.MKV",
+        "notes.txt",
+        "deep/c.webm",
+        "d.ts",
+        "e.WMV",
+        "f.mpg",
+        "g.mpeg",
+        "h.m2ts",
+        "deep/i.flv",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_videos([tmp_path / "notes.txt", tmp_path])
     names = [os.path.relpath(path, tmp_path) for path in found.videos]
-    assert names == ["notes.txt", "a.MKV", "b.mp4", "d.ts", "deep/c.webm", "deep/i.flv", "e.WMV", "f.mpg", "g.mpeg", "h.m2ts"]
+    assert names == [
+        "notes.txt",
+        "a.MKV",
+        "b.mp4",
+        "d.ts",
+        "deep/c.webm",
+        "deep/i.flv",
+        "e.WMV",
+        "f.mpg",
+        "g.mpeg",
+        "h.m2ts",
+    ]
 
 
-def test_what_is_passed_over_is_said(tmp_path: Path, captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_passed_over_is_said(
+    tmp_path: Path, captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a.mp4", "._a.mp4", ".thumbnails/b.mp4", "__MACOSX/c.mp4", "a.srt", "b.SRT", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -132,7 +159,9 @@ def test_linked_folders_are_followed_once_and_circles_are_not(tmp_path: Path, ca
     assert len(find_videos([root / "first"]).videos) == 3, "a link that is named itself, and the way back into root"
 
 
-def test_archives_count_as_folders(tmp_path: Path, captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archives_count_as_folders(
+    tmp_path: Path, captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
     with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
         for name in ("b.mp4", "a.ts", "._a.ts", "notes.txt"):
             archive.writestr(name, "x")
@@ -171,7 +200,10 @@ def test_rows_are_there_as_clips_are_done(
     assert ends(*clips, "--output", output) == 130
     assert names_of(output) == ["a", "b"]
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err == f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; the same command with --resume goes on from there"
+    assert (
+        err
+        == f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; the same command with --resume goes on from there"
+    )
     with output.open("a", encoding="utf-8") as file:
         file.write('{"video": "c.mp4", "predi')
     captioner.stop_at = -1
@@ -196,7 +228,15 @@ def test_rows_are_there_as_clips_are_done(
         (b'{"video": "lost.mp4"\n{"video": "other.mp4", "prediction": "x"}', ["a", "b", "other"]),
         (b'{"note": 1}\n', "ab"),
     ],
-    ids=["whole", "torn", "zeros", "empty lines", "inside a letter", "torn before a row without an end", "something else"],
+    ids=[
+        "whole",
+        "torn",
+        "zeros",
+        "empty lines",
+        "inside a letter",
+        "torn before a row without an end",
+        "something else",
+    ],
 )
 def test_resuming_keeps_whole_rows_only(
     clips: list[str], captioner: FakeCaptioner, tmp_path: Path, tail: bytes, kept: Sequence[str]
@@ -277,14 +317,18 @@ def test_a_file_of_something_else_is_left_alone(
             assert labels.read_text() == content
 
 
-def test_mistakes_with_the_output(clips: list[str], captioner: FakeCaptioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_with_the_output(
+    clips: list[str], captioner: FakeCaptioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ends(*clips, "--resume") == 2
     assert "--resume needs --output" in capsys.readouterr().err
     assert ends(*clips, "--output", tmp_path) == 2
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_names_that_are_no_unicode(captioner: FakeCaptioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_no_unicode(
+    captioner: FakeCaptioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = os.fsdecode("바다.mp4".encode("cp949"))
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / name).touch()
@@ -306,7 +350,9 @@ def test_memory_that_runs_out_says_what_helps(
     assert names_of(tmp_path / "out.jsonl") == list("abc")
 
 
-def test_captions_reach_the_screen_one_by_one(clips: list[str], captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captions_reach_the_screen_one_by_one(
+    clips: list[str], captioner: FakeCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
     captioner.stop_at, captioner.error = 2, KeyboardInterrupt()
     assert ends(*clips) == 130
     captured = capsys.readouterr()
@@ -335,7 +381,9 @@ main(["caption", "--checkpoint", "x.ckpt", *sys.argv[3:]])
 def test_signals_lose_no_row(clips: list[str], tmp_path: Path, number: int, name: str) -> None:
     output = tmp_path / "out.jsonl"
     command = [sys.executable, "-c", SCRIPT, "0.5", "0", *clips, "--output", str(output)]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which whoever started the tests in the background may have ignored
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # which whoever started the tests in the background may have ignored
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         deadline = time.monotonic() + 60
         while not output.is_file() and time.monotonic() < deadline:
@@ -358,6 +406,8 @@ def test_a_full_disk_loses_no_row(clips: list[str], tmp_path: Path) -> None:
     last = done.stderr.splitlines()[-1]
     assert "cannot be written (File too large): free some space" in last
     assert f"{num_rows} captioned, 0 skipped, 0 failed: {output}" in last
-    done = subprocess.run([*run, "0", *clips, "--output", str(output), "--resume"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*run, "0", *clips, "--output", str(output), "--resume"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"{5 - num_rows} captioned, {num_rows} skipped, 0 failed: {output}\n"
     assert names_of(output) == list("abcde")

@@ -22,7 +22,9 @@ def exits(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
 
 
 @pytest.mark.parametrize("is_made", [False, True])
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], is_made: bool) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_made: bool
+) -> None:
     video = tmp_path / "clip.mp4"
     if is_made:
         video.touch()
@@ -36,7 +38,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 def test_an_output_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clip.mp4").touch()
     code, err = exits(
-        ["caption", str(tmp_path / "clip.mp4"), "--checkpoint", "x.ckpt", "--output", str(tmp_path / "no" / "f.jsonl")], capsys
+        ["caption", str(tmp_path / "clip.mp4"), "--checkpoint", "x.ckpt", "--output", str(tmp_path / "no" / "f.jsonl")],
+        capsys,
     )
     assert code == 2
     assert "--output" in err
@@ -85,7 +88,9 @@ def overrides(siglip_folder: Path, aihub_root: Path, tmp_path: Path) -> list[str
     ]
 
 
-def test_features_are_built_listed_and_pruned(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_are_built_listed_and_pruned(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = overrides[-1]
     cli.main(["cache", "info", where])
     assert capsys.readouterr().out.startswith("There are no features in ")
@@ -114,7 +119,9 @@ def test_features_are_built_listed_and_pruned(overrides: list[str], tmp_path: Pa
     assert f"{shard}: the features of 1 clips are not those that were written (first " in said.err
     cli.main(["cache", "verify", where])
     assert capsys.readouterr().out.startswith("21 clips in ")
-    assert f"'{keys[0]}'" in exits(["cache", "prune", "--key", keys[0], where], capsys)[1]  # this process built it, so it is in use
+    assert (
+        f"'{keys[0]}'" in exits(["cache", "prune", "--key", keys[0], where], capsys)[1]
+    )  # this process built it, so it is in use
     shutil.rmtree(tmp_path / "cache" / "features" / keys[0] / ".users")
     cli.main(["cache", "prune", "--key", keys[0], where])
     assert "freed" in capsys.readouterr().out
@@ -138,7 +145,9 @@ def test_features_are_built_listed_and_pruned(overrides: list[str], tmp_path: Pa
         (["cache", "build", "tuning.encoder=lora", "{where}"], "tuning.encoder=lora"),
     ],
 )
-def test_mistakes_with_the_cache(arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_with_the_cache(
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = f"paths.cache_dir={tmp_path}"
     code, err = exits([where if argument == "{where}" else argument for argument in arguments], capsys)
     assert code == 2
@@ -156,7 +165,9 @@ def test_a_picture_of_no_table_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS if command.name != "check-plugin"])
-def test_every_command_takes_overrides_and_a_folder_of_yaml_files(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_takes_overrides_and_a_folder_of_yaml_files(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A key of another program is refused by name before anything is done, so that it was read, and so is a folder that is not there."""
     needed = {
         "cache": ["cache", "info"],

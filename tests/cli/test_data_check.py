@@ -40,7 +40,11 @@ def spoilt_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index, caption in enumerate(captions):
             label = {"annotation": {"description_kr": caption}, "info": {"place": "바다" if index == 0 else "산"}}
             (root / split / "labels" / f"{split}{index}.json").write_text(json.dumps(label), encoding="utf-8")
-            write_video(root / split / "videos" / f"{split}{index}.mp4", picture(100 if index == 0 else len(split) * 10 + index), fps=6)
+            write_video(
+                root / split / "videos" / f"{split}{index}.mp4",
+                picture(100 if index == 0 else len(split) * 10 + index),
+                fps=6,
+            )
     (root / "train" / "videos" / "train2.mp4").write_bytes(b"no video")
     shutil.copy(root / "train" / "videos" / "train1.mp4", root / "train" / "videos" / "torn.mp4")
     (root / "train" / "labels" / "torn.json").write_text('{"annotation": ', encoding="utf-8")
@@ -115,7 +119,14 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_a_browser_shows_it_without_an_error(checked: tuple[str, Path], tmp_path: Path) -> None:
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}",
+        "--dump-dom",
+    ]
     shown = subprocess.run(
         ["chromium", *options, checked[1].as_uri()],
         capture_output=True,

@@ -133,7 +133,9 @@ def test_what_breaks_in_a_check_is_a_line_of_its_own(monkeypatch: pytest.MonkeyP
 def test_a_decoder_that_gives_other_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr("vlmcap.data.decoding.video.decode_frames", lambda *_: torch.zeros(4, 3, 64, 64, dtype=torch.uint8))
+    monkeypatch.setattr(
+        "vlmcap.data.decoding.video.decode_frames", lambda *_: torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
+    )
     assert found()["decoder"].level == "problem"
 
 
@@ -144,7 +146,9 @@ def test_room_on_the_disk(free_gib: float, level: str, monkeypatch: pytest.Monke
     assert found()["disk"].level == level
 
 
-def test_a_key_is_never_shown(machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_is_never_shown(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert found("logger=wandb")["W&B"].level == "warning"
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     main(["doctor", "logger=wandb"])
@@ -159,7 +163,9 @@ def test_a_key_is_never_shown(machine: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_forgetting(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = machine / "cache" / "calibration"
-    write_calibration(folder, Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "x", 1.2, 0.4, 0.5, 0.7, 15e-6, 2.5e-6, 90.0))
+    write_calibration(
+        folder, Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "x", 1.2, 0.4, 0.5, 0.7, 15e-6, 2.5e-6, 90.0)
+    )
     main(["doctor", "--forget"])
     assert list(folder.iterdir()) == []
     main(["doctor", "--forget"])

@@ -11,20 +11,31 @@ import pytest
 from vlmcap.cli import main
 
 
-def test_a_language_model_is_described_and_ready(llm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_language_model_is_described_and_ready(
+    llm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(llm_folder, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors")))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     main(["doctor", f"llm.checkpoint={folder}"])
     lines = capsys.readouterr().out.strip().splitlines()
     table = {line.split("  ")[0].strip(): line for line in lines[1:-1]}
-    for name, text in {"class": "Qwen3ForCausalLM (qwen3)", "context": "512 tokens", "license": "apache-2.0", "captions": "own"}.items():
+    for name, text in {
+        "class": "Qwen3ForCausalLM (qwen3)",
+        "context": "512 tokens",
+        "license": "apache-2.0",
+        "captions": "own",
+    }.items():
         assert text in table[name]
     assert "<|im_end|> <|endoftext|>" in table["end tokens"]
     assert lines[-1] == f"Ready: llm.checkpoint={folder} can be used as it is."
 
 
-def test_what_is_missing_is_the_last_line_and_the_exit_code(llm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(shutil.copytree(llm_folder, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja")))
+def test_what_is_missing_is_the_last_line_and_the_exit_code(
+    llm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(
+        shutil.copytree(llm_folder, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    )
     with pytest.raises(SystemExit) as stop:
         main(["doctor", f"llm.checkpoint={folder}"])
     assert stop.value.code == 1

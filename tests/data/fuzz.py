@@ -119,7 +119,9 @@ def _picture(form: str) -> bytes:
 def _motion_jpeg(ending: str, side: int) -> bytes:
     """A video whose every picture claims to be a square of `side` pixels; unlike H.264, they say so in plain bytes."""
     size, claimed = struct.pack(">HH", 48, 64), struct.pack(">HH", side, side)
-    return _pictures(ending, 48, 64, num_frames=4).replace(b"\xff\xc0\x00\x11\x08" + size, b"\xff\xc0\x00\x11\x08" + claimed)
+    return _pictures(ending, 48, 64, num_frames=4).replace(
+        b"\xff\xc0\x00\x11\x08" + size, b"\xff\xc0\x00\x11\x08" + claimed
+    )
 
 
 def _with_hidden_size(side: int) -> bytes:
@@ -212,7 +214,22 @@ def _all(*edits: Edit) -> Edit:
     return edit
 
 
-_BOXES = (b"ftyp", b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1", b"avcC", b"stts", b"stsz", b"stco", b"stsc", b"mdat")
+_BOXES = (
+    b"ftyp",
+    b"moov",
+    b"trak",
+    b"mdia",
+    b"minf",
+    b"stbl",
+    b"stsd",
+    b"avc1",
+    b"avcC",
+    b"stts",
+    b"stsz",
+    b"stco",
+    b"stsc",
+    b"mdat",
+)
 _U32 = 0xFFFFFFFF
 # Offsets of the fields of version 0 boxes, from the name on (ISO/IEC 14496-12).
 _FIELDS: dict[str, Edit] = {
@@ -223,8 +240,12 @@ _FIELDS: dict[str, Edit] = {
     "size/all huge": _all(_set_at(b"tkhd", 80, 0xFFFF0000_FFFF0000, 8), _set_at(b"avc1", 28, _U32, 4)),
     "time/mdhd duration endless": _set_at(b"mdhd", 20, _U32, 4),
     "time/mvhd duration endless": _set_at(b"mvhd", 20, _U32, 4),
-    "time/all durations endless": _all(*(_set_at(box, at, _U32, 4) for box, at in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)))),
-    "time/all durations zero": _all(*(_set_at(box, at, 0, 4) for box, at in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)))),
+    "time/all durations endless": _all(
+        *(_set_at(box, at, _U32, 4) for box, at in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)))
+    ),
+    "time/all durations zero": _all(
+        *(_set_at(box, at, 0, 4) for box, at in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)))
+    ),
     "time/mdhd scale zero": _set_at(b"mdhd", 16, 0, 4),
     "time/mvhd scale zero": _set_at(b"mvhd", 16, 0, 4),
     "time/scales zero": _all(_set_at(b"mdhd", 16, 0, 4), _set_at(b"mvhd", 16, 0, 4)),

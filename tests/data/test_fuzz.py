@@ -28,7 +28,19 @@ from vlmcap.types import Clip, Sample, Skipped
 
 # Of a decoder that did not end by itself, and of an exception that no code of ours expected.
 BAD_ENDS = ("crashed", "was stopped", "was killed", "without an answer", ".py:")
-NEVER_READ = {"empty", "tiny", "zeros", "noise", "text", "web page", "playlist", "session", "sound only", "no file", "picture size"}
+NEVER_READ = {
+    "empty",
+    "tiny",
+    "zeros",
+    "noise",
+    "text",
+    "web page",
+    "playlist",
+    "session",
+    "sound only",
+    "no file",
+    "picture size",
+}
 ALWAYS_READ = {"wrong ending", "twice"}  # the names of files say nothing
 MEMORY_GIB = 1.0
 GROWTH_MIB = 300
@@ -55,7 +67,9 @@ def damaged(real_clips: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def outcomes(damaged: list[Damaged]) -> list[Sample | Skipped]:
     clips = [Clip(f"{i}", str(one.path), ("글",)) for i, one in enumerate(damaged)]
     data = DataConfig(num_frames=3, decode_timeout_s=20.0, decode_memory_gib=MEMORY_GIB)
-    dataset = ClipDataset(clips, data, seed=0, frame_transform=first_frame_small, limits=DecodeLimits(max_pixels=2_000_000))
+    dataset = ClipDataset(
+        clips, data, seed=0, frame_transform=first_frame_small, limits=DecodeLimits(max_pixels=2_000_000)
+    )
     loader = DataLoader(dataset, batch_size=8, num_workers=2, collate_fn=as_list)
     return [item for batch in loader for item in batch]
 
@@ -84,17 +98,25 @@ class TestVideos:
     def test_refusals_are_one_sentence_that_names_the_file(self, outcomes: list[Sample | Skipped]) -> None:
         for item in outcomes:
             if isinstance(item, Skipped):
-                assert re.match(rf"{re.escape(Path(item.clip.video).name)} cannot be read: \w", item.reason), item.reason
+                assert re.match(rf"{re.escape(Path(item.clip.video).name)} cannot be read: \w", item.reason), (
+                    item.reason
+                )
                 assert len(item.reason) < 300
                 assert item.reason.isprintable()
 
-    def test_no_decoder_crashes_or_hangs_or_is_surprised(self, damaged: list[Damaged], outcomes: list[Sample | Skipped]) -> None:
-        reasons = [(one.kind, item.reason) for one, item in zip(damaged, outcomes, strict=True) if isinstance(item, Skipped)]
+    def test_no_decoder_crashes_or_hangs_or_is_surprised(
+        self, damaged: list[Damaged], outcomes: list[Sample | Skipped]
+    ) -> None:
+        reasons = [
+            (one.kind, item.reason) for one, item in zip(damaged, outcomes, strict=True) if isinstance(item, Skipped)
+        ]
         assert not [(kind, reason) for kind, reason in reasons if any(end in reason for end in BAD_ENDS)]
 
     def test_no_process_takes_more_memory_than_it_may(self, outcomes: list[Sample | Skipped]) -> None:
         assert outcomes
-        largest_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of those that have ended, their own children too
+        largest_mib = (
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        )  # of those that have ended, their own children too
         assert largest_mib < peak_mib() + 1024 * MEMORY_GIB
 
     def test_what_was_never_a_video_is_refused_and_good_ones_are_read(
@@ -151,7 +173,9 @@ class TestLabels:
         for entry in entries:
             check_label(entry)
 
-    def test_a_file_that_is_no_jsonl_at_all_says_so_in_bounded_memory(self, tmp_path: Path, real_clips: dict[str, Path]) -> None:
+    def test_a_file_that_is_no_jsonl_at_all_says_so_in_bounded_memory(
+        self, tmp_path: Path, real_clips: dict[str, Path]
+    ) -> None:
         (tmp_path / "clips.jsonl").write_bytes(real_clips["bikes"].read_bytes())
         for entry in read_records(JsonlConfig(root=str(tmp_path), annotations="clips.jsonl")):
             assert isinstance(entry, Skipped)

@@ -87,10 +87,16 @@ def test_who_waits_says_for_whom_and_not_for_ever(
     child.start()
     assert begun.wait(30)
     monkeypatch.setattr(once, "_WAIT_S", 0.5)
-    with pytest.raises(UserError, match=rf"made is being made by process {child.pid} .*after 0 s of waiting: start again when it"):
+    with pytest.raises(
+        UserError, match=rf"made is being made by process {child.pid} .*after 0 s of waiting: start again when it"
+    ):
         get_or_create(tmp_path / "made", lambda target: None)
     said = capsys.readouterr().err
-    assert f"made is being made by process {child.pid} " in said and said.endswith("; waiting for it\n") and said.count("\n") == 1
+    assert (
+        f"made is being made by process {child.pid} " in said
+        and said.endswith("; waiting for it\n")
+        and said.count("\n") == 1
+    )
     end.set()
     child.join(30)
     assert child.exitcode == 0 and os.listdir(tmp_path) == ["made"]

@@ -38,7 +38,11 @@ def test_one_file_in_three_splits_is_named(tmp_path: Path, how: str) -> None:
     train = make(tmp_path / "train", a=b"same", b=b"other", c=b"third")
     other = make(tmp_path / "val", x=b"1234", y=b"same", z=b"other") | make(tmp_path / "test", t=b"same", u=b"5")
     video, y, t = (Path(clip.video) for clip in (train["a"], other["y"], other["t"]))
-    clips = {"train": list(train.values()), "val": [other[name] for name in "xyz"], "test": [other[name] for name in "tu"]}
+    clips = {
+        "train": list(train.values()),
+        "val": [other[name] for name in "xyz"],
+        "test": [other[name] for name in "tu"],
+    }
     if how in ("links", "hard links"):
         for path in (y, t):
             path.unlink()
@@ -54,7 +58,9 @@ def test_one_file_in_three_splits_is_named(tmp_path: Path, how: str) -> None:
             clips[split][position] = Clip(name, str(video), ("글",), frames=(str(video), train["b"].video))
     sentence = describe_overlap(clips, tmp_path / "memo")
     assert sentence is not None and "\n" not in sentence
-    assert sentence.startswith("the same videos are in train and val (2), train and test (1), val and test (1), so scores will be too good")
+    assert sentence.startswith(
+        "the same videos are in train and val (2), train and test (1), val and test (1), so scores will be too good"
+    )
     assert f"first train/a ({video}) = val/y (" in sentence
 
 

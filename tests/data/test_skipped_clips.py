@@ -36,7 +36,9 @@ def test_a_clip_is_written_once_also_over_runs(tmp_path: Path) -> None:
     resumed.check()  # what an earlier run saw may have been repaired
     resumed.add(bad("나"))
     resumed.add(bad("다"))
-    assert entries(path) == [{"id": name, "video": f"{name}.mp4", "reason": f"{name} 파일이 비어 있다"} for name in ("가", "나", "다")]
+    assert entries(path) == [
+        {"id": name, "video": f"{name}.mp4", "reason": f"{name} 파일이 비어 있다"} for name in ("가", "나", "다")
+    ]
     assert len(resumed) == 2
 
 
@@ -48,7 +50,10 @@ def test_entries_from_before_training_count(tmp_path: Path) -> None:
     skipped_log.check()
     assert len(entries(skipped_log.path)) == len(skipped_log) == 2
     skipped_log.add(bad("다"))
-    with pytest.raises(UserError, match=r"3 of 10 clips .* data\.max_bad_fraction=0\.2 .* 가 \(가 파일이 비어 있다\); .*quarantine\.jsonl"):
+    with pytest.raises(
+        UserError,
+        match=r"3 of 10 clips .* data\.max_bad_fraction=0\.2 .* 가 \(가 파일이 비어 있다\); .*quarantine\.jsonl",
+    ):
         skipped_log.check()
 
 
@@ -105,7 +110,9 @@ def test_several_ranks_share_one_file(tmp_path: Path) -> None:
         first.check()
 
 
-def test_a_process_that_keeps_the_lock_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_keeps_the_lock_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(skipped_clips, "_LOCK_TIMEOUT_S", 0.2)
     path = tmp_path / "skipped_clips.jsonl"
     with path.open("w") as other:

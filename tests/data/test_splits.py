@@ -16,7 +16,16 @@ from vlmcap.errors import UserError
 from vlmcap.types import Clip
 
 KOREAN = {"train": ("훈련", "학습"), "val": ("검증",), "test": ("시험", "평가", "테스트")}
-AROUND = (("", ""), ("1.", ""), ("2_", ""), ("3. ", "데이터"), ("", "용"), ("", " 데이터셋"), ("[라벨]", ""), ("", "셋"))
+AROUND = (
+    ("", ""),
+    ("1.", ""),
+    ("2_", ""),
+    ("3. ", "데이터"),
+    ("", "용"),
+    ("", " 데이터셋"),
+    ("[라벨]", ""),
+    ("", "셋"),
+)
 HALF = SplitConfig(random=True, val=0.25, test=0.25)
 
 
@@ -36,7 +45,12 @@ def record(name: str, video: str = "", group: str = "") -> Record:
         ("Test", "test"),
         ("restval", "restval"),
         ("", ""),
-        *((f"{before}{name}{after}", split) for split, names in KOREAN.items() for name in names for before, after in AROUND),
+        *(
+            (f"{before}{name}{after}", split)
+            for split, names in KOREAN.items()
+            for name in names
+            for before, after in AROUND
+        ),
         ("재학습", "재학습"),
         ("훈련소", "훈련소"),
         ("데이터", "데이터"),
@@ -74,12 +88,17 @@ def test_a_draw_is_for_ever() -> None:
 
 @given(group=st.text(), seed=st.integers(0, 2**32 - 1), val=st.floats(0, 0.4), more=st.floats(0, 0.2))
 def test_a_larger_share_takes_from_training_only(group: str, seed: int, val: float, more: float) -> None:
-    before, after = (draw_split(group, SplitConfig(random=True, val=share, test=0.3, seed=seed)) for share in (val, val + more))
+    before, after = (
+        draw_split(group, SplitConfig(random=True, val=share, test=0.3, seed=seed)) for share in (val, val + more)
+    )
     assert before == after or (before, after) == ("train", "val")
 
 
 def test_another_seed_is_another_draw() -> None:
-    first, second = ([draw_split(f"g{i}", SplitConfig(random=True, val=0.25, test=0.25, seed=seed)) for i in range(50)] for seed in (0, 1))
+    first, second = (
+        [draw_split(f"g{i}", SplitConfig(random=True, val=0.25, test=0.25, seed=seed)) for i in range(50)]
+        for seed in (0, 1)
+    )
     assert first != second
 
 
@@ -94,7 +113,8 @@ def test_groups_never_straddle(ids: list[str], pattern: str | None) -> None:
 
 def test_what_a_group_is() -> None:
     plain, by_pattern = (
-        SplitDrawer(SplitConfig(random=True, val=0.3, test=0.3, group_pattern=pattern), "/set") for pattern in (None, r"^(.*)_\d+$")
+        SplitDrawer(SplitConfig(random=True, val=0.3, test=0.3, group_pattern=pattern), "/set")
+        for pattern in (None, r"^(.*)_\d+$")
     )
     assert plain.group_of(record("a_1", group="tape")) == "tape"
     assert plain.group_of(record("a_1", "/set/x/b.mp4")) == plain.group_of(record("a_2", "/set/x/b.mp4")) == "x/b.mp4"
@@ -105,7 +125,9 @@ def test_what_a_group_is() -> None:
 def test_a_moved_data_set_keeps_its_splits() -> None:
     here, there = SplitDrawer(HALF, "/a/set"), SplitDrawer(HALF, "/other/place/")
     for index in range(30):
-        assert here.split_of(record("x", f"/a/set/{index}.mp4")) == there.split_of(record("x", f"/other/place/{index}.mp4"))
+        assert here.split_of(record("x", f"/a/set/{index}.mp4")) == there.split_of(
+            record("x", f"/other/place/{index}.mp4")
+        )
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "is no regular expression"), ("a.*", "has no group")])
@@ -153,7 +175,8 @@ def reach(kind: str, root: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["a link to the file", "a relative link to the folder", "a link to a link", "a link to the root", "dots", "a URL"]
+    "kind",
+    ["a link to the file", "a relative link to the folder", "a link to a link", "a link to the root", "dots", "a URL"],
 )
 def test_one_video_is_in_one_split_by_whichever_path(tmp_path: Path, kind: str) -> None:
     root = tmp_path / "set"
@@ -166,5 +189,8 @@ def test_one_video_is_in_one_split_by_whichever_path(tmp_path: Path, kind: str) 
         groups = [drawer.group_of(record(name, video)) for name, video in (("x", f"{root}/clips/a.mp4"), ("y", other))]
         assert groups == ["clips/a.mp4"] * 2
         assert drawer.group_of(record("z", f"{root}/clips/c.mp4")) == "clips/c.mp4"
-        members = [drawer.group_of(record("m", f"zip://a.mp4::{path.removeprefix('file://')}")) for path in (f"{root}/clips/a.mp4", other)]
+        members = [
+            drawer.group_of(record("m", f"zip://a.mp4::{path.removeprefix('file://')}"))
+            for path in (f"{root}/clips/a.mp4", other)
+        ]
         assert len(set(members)) == 1

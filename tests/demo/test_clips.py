@@ -79,7 +79,11 @@ def test_validation_and_test_hold_only_combinations_that_training_never_saw() ->
     assert all(is_held_out(Scene(*facts, camera="고정")) for split in ("val", "test") for facts in scenes[split])
     assert not any(is_held_out(Scene(*facts, camera="이동")) for facts in scenes["train"])
     for index, fact in enumerate(name for name in FACTS if name != "camera"):
-        assert {facts[index] for facts in scenes["train"]} == {facts[index] for facts in scenes["test"]} == set(FACTS[fact])
+        assert (
+            {facts[index] for facts in scenes["train"]}
+            == {facts[index] for facts in scenes["test"]}
+            == set(FACTS[fact])
+        )
 
 
 def test_an_interrupted_making_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +110,8 @@ def test_what_is_there_is_not_made_again(demo: Path, monkeypatch: pytest.MonkeyP
 
 def test_progress_counts_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(make, "progress_reporter", lambda label: nullcontext(lambda done, total: seen.append((done, total))))
+    monkeypatch.setattr(
+        make, "progress_reporter", lambda label: nullcontext(lambda done, total: seen.append((done, total)))
+    )
     make_demo(tmp_path, DemoConfig(2, 1, 1, seed=0))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

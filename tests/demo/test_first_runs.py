@@ -24,7 +24,11 @@ def test_two_first_runs_at_once_make_everything_once(tmp_path: Path) -> None:
     for name in ("one", "two"):
         with (tmp_path / f"{name}.log").open("w") as log:
             folders = [f"paths.output_dir={tmp_path / name}", f"paths.cache_dir={cache}"]
-            runs.append(subprocess.Popen([*command, *folders], cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            runs.append(
+                subprocess.Popen(
+                    [*command, *folders], cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
     try:
         codes = [run.wait(timeout=900) for run in runs]
     finally:
@@ -34,9 +38,13 @@ def test_two_first_runs_at_once_make_everything_once(tmp_path: Path) -> None:
     assert codes == [0, 0], "\n".join(logs)
     both = "".join(logs)
     for made in ("writing demo clips: 166 in ", "training the tiny language model: 30 in ", "training encoder=tiny: "):
-        assert sum(line.startswith(made) and " so far" not in line for line in both.splitlines()) == 1, f"{made}\n{both}"
+        assert sum(line.startswith(made) and " so far" not in line for line in both.splitlines()) == 1, (
+            f"{made}\n{both}"
+        )
     pids = {run.pid for run in runs}
-    waits = [line for line in both.splitlines() if " is being made by process " in line and line.endswith("; waiting for it")]
+    waits = [
+        line for line in both.splitlines() if " is being made by process " in line and line.endswith("; waiting for it")
+    ]
     assert waits and {int(line.split(" is being made by process ")[1].split()[0]) for line in waits} <= pids, both
     assert all(f"{cache}/demo/" in line for line in waits)
     assert not list(cache.rglob("*.partial")) and not list((cache / "demo").glob("*/.claims/*"))

@@ -48,7 +48,10 @@ def test_a_caption_states_each_fact_of_its_scene_once(seed: int) -> None:
     caption = describe(scene, rng)
     assert LEXICON.extract(caption) == asdict(scene)
     for fact, phrases in LEXICON.phrases.items():
-        if fact not in ("weather", "direction"):  # their phrases overlap each other: 비 내리는 아침, 왼쪽에서 오른쪽으로
+        if fact not in (
+            "weather",
+            "direction",
+        ):  # their phrases overlap each other: 비 내리는 아침, 왼쪽에서 오른쪽으로
             assert sum(caption.count(phrase) for phrase in phrases) == 1, fact
 
 

@@ -24,7 +24,9 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", TINY_ENCODERS)
-def test_a_tiny_encoder_is_its_familys_and_made_once(name: str, tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_tiny_encoder_is_its_familys_and_made_once(
+    name: str, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
     config = prepare(tiny_config(tmp_path, f"encoder={name}"))
     folder = Path(config.encoder.checkpoint)
     made = (folder / "model.safetensors").stat().st_mtime_ns
@@ -38,12 +40,19 @@ def test_a_tiny_encoder_is_its_familys_and_made_once(name: str, tiny_config: Cal
     assert features.isfinite().all()
 
 
-def test_the_untrained_one_is_the_first_state_of_the_trained_one(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_untrained_one_is_the_first_state_of_the_trained_one(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
     """Two steps, as the session's small demo is trained, move every weight by at most the sum of its rates, and most of them."""
-    folders = [Path(prepare(tiny_config(tmp_path, f"encoder={name}")).encoder.checkpoint) for name in ("tiny", "tiny_untrained")]
+    folders = [
+        Path(prepare(tiny_config(tmp_path, f"encoder={name}")).encoder.checkpoint)
+        for name in ("tiny", "tiny_untrained")
+    ]
     trained, untrained = (load_file(folder / "model.safetensors") for folder in folders)
     assert trained.keys() == untrained.keys()
-    changes = [(trained[name] - untrained[name]).abs().max().item() for name in trained if trained[name].is_floating_point()]
+    changes = [
+        (trained[name] - untrained[name]).abs().max().item() for name in trained if trained[name].is_floating_point()
+    ]
     assert 0 < max(changes) < 0.01
 
 

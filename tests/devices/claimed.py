@@ -31,7 +31,18 @@ _WAITS = {
     "unique_dim",
     "unique_consecutive",
 }
-_TAKES_NO_SCALARS = {"cat", "stack", "index_select", "gather", "scatter", "masked_scatter", "embedding", "mm", "addmm", "bmm"}
+_TAKES_NO_SCALARS = {
+    "cat",
+    "stack",
+    "index_select",
+    "gather",
+    "scatter",
+    "masked_scatter",
+    "embedding",
+    "mm",
+    "addmm",
+    "bmm",
+}
 
 
 class DeviceMixError(RuntimeError):
@@ -77,7 +88,9 @@ class ClaimedTensor(Tensor):
         wrappers = {id(value.held): value for value in tensors if isinstance(value, ClaimedTensor)}
         inner_args, inner_kwargs = tree_map_only(ClaimedTensor, lambda value: value.held, (args, kwargs))
         out = _histogram(*inner_args, **inner_kwargs) if _name(func) == "histc" else func(*inner_args, **inner_kwargs)
-        return tree_map_only(Tensor, lambda value: wrappers.get(id(value)) if id(value) in wrappers else ClaimedTensor(value), out)
+        return tree_map_only(
+            Tensor, lambda value: wrappers.get(id(value)) if id(value) in wrappers else ClaimedTensor(value), out
+        )
 
 
 def _histogram(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,7 +171,9 @@ class _ClaimedMode(TorchFunctionMode):
                 return args[0].to(kwargs.get("dtype", args[0].dtype))
             waits["upload"] += 1  # from memory that is not pinned
         out = func(*args, **{**kwargs, "device": CPU})
-        return tree_map_only(Tensor, lambda value: value if isinstance(value, ClaimedTensor) else ClaimedTensor(value), out)
+        return tree_map_only(
+            Tensor, lambda value: value if isinstance(value, ClaimedTensor) else ClaimedTensor(value), out
+        )
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -208,7 +223,9 @@ _MOVES: dict[Any, Callable[..., Any]] = {
     Tensor.tolist: _tolist,
     Tensor.numpy: _numpy,
     Tensor.__array__: _numpy,
-    Tensor.new_tensor: lambda tensor, *args, **kwargs: torch.tensor(*args, **{"dtype": tensor.dtype, "device": tensor.device, **kwargs}),
+    Tensor.new_tensor: lambda tensor, *args, **kwargs: torch.tensor(
+        *args, **{"dtype": tensor.dtype, "device": tensor.device, **kwargs}
+    ),
 }
 
 
@@ -227,7 +244,9 @@ def claimed_device() -> Iterator[Counter[str]]:
 
     waits.clear()
     with pytest.MonkeyPatch.context() as patch, _ClaimedMode():
-        patch.setattr(torch.autocast, "__init__", lambda self, device_type, *a, **k: start(self, on_host(device_type), *a, **k))
+        patch.setattr(
+            torch.autocast, "__init__", lambda self, device_type, *a, **k: start(self, on_host(device_type), *a, **k)
+        )
         patch.setattr(torch, "is_autocast_enabled", lambda kind="cuda": enabled(on_host(kind)))
         patch.setattr(torch, "get_autocast_dtype", lambda kind: chosen(on_host(kind)))
         patch.setattr(BackwardCFunction, "apply", backward)

@@ -82,7 +82,11 @@ def overrides_of(
 
     def make(own: list[str]) -> list[str]:
         chosen = dict(override.split("=", 1) for override in own)
-        both = [f"data.root={aihub_root}", f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}"]
+        both = [
+            f"data.root={aihub_root}",
+            f"paths.output_dir={tmp_path / 'run'}",
+            f"paths.cache_dir={tmp_path / 'cache'}",
+        ]
         both += ["hardware=cpu", "data=aihub", "data.num_frames=2", "data.eval_batch_size=2", "data.num_workers=0"]
         both += [] if "data.max_tokens_per_batch" in chosen else ["data.batch_size=2"]
         if "model" in chosen:
@@ -162,15 +166,21 @@ def test_a_step_and_captions_are_those_of_the_cpu_with_few_waits(
         chosen = run.module.configure_optimizers()  # the scheduler has to outlive the step
         chosen["optimizer"].step()
     # Run with `-s` for the table.
-    columns = (f"{sum(c.values()):3} ({', '.join(f'{key} {count}' for key, count in sorted(c.items()))})" for c in found.waits)
+    columns = (
+        f"{sum(c.values()):3} ({', '.join(f'{key} {count}' for key, count in sorted(c.items()))})" for c in found.waits
+    )
     print(f"\n{name:20}", *columns, sep=" | ")
     assert found.numbers == pytest.approx(expected.numbers, rel=1e-5)
     assert found.captions == expected.captions
-    for kind, counted, most in zip(("micro-batch", "batch of prompts", "decoding step"), found.waits, CASES[name][1], strict=True):
+    for kind, counted, most in zip(
+        ("micro-batch", "batch of prompts", "decoding step"), found.waits, CASES[name][1], strict=True
+    ):
         assert sum(counted.values()) <= most, f"host waits a {kind}: {dict(counted)}"
 
 
-def test_frames_to_encode_go_through_pinned_memory(checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_to_encode_go_through_pinned_memory(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder, frames = checkpoints["siglip"].load(-1), torch.randint(0, 256, (2, 2, 3, 56, 56), dtype=torch.uint8)
     expected, pinned = encoder(frames), []
     monkeypatch.setattr(features, "device_of", lambda config: "cuda:0")

@@ -81,7 +81,9 @@ def test_loss_gradients_and_captions_are_those_of_the_cpu(
     found = step_and_captions(run, DEVICE, Counter())
     loss = abs(found.numbers[0] / expected.numbers[0] - 1)
     gradients = distance(gradients_of(run), reference)
-    same = sum(one == other for one, other in zip(found.captions, expected.captions, strict=True)) / len(expected.captions)
+    same = sum(one == other for one, other in zip(found.captions, expected.captions, strict=True)) / len(
+        expected.captions
+    )
     for key, value in (("loss", loss), ("gradients", gradients), ("captions", same)):
         record_property(key, value)
     if name in HALF:

@@ -40,8 +40,12 @@ def context_of(captioner: VideoCaptioner, batch: Batch) -> dict[str, Any]:
         "filled memory": torch.utils.deterministic.fill_uninitialized_memory,
         "mask": captioner.language_mask(batch) is not None,
         "weights": sorted({str(parameter.dtype) for parameter in captioner.parameters()}),
-        "trained": sorted({name.split(".")[0] for name, parameter in captioner.named_parameters() if parameter.requires_grad}),
-        "checkpointed": sum(bool(getattr(module, "gradient_checkpointing", False)) for module in captioner.llm.modules()),
+        "trained": sorted(
+            {name.split(".")[0] for name, parameter in captioner.named_parameters() if parameter.requires_grad}
+        ),
+        "checkpointed": sum(
+            bool(getattr(module, "gradient_checkpointing", False)) for module in captioner.llm.modules()
+        ),
         "attention": captioner.llm.config._attn_implementation,
     }
 
@@ -65,17 +69,37 @@ def watched() -> Iterator[Seen]:
 
 def distinct(seen: Seen) -> list[str]:
     """Each context once, without the lengths of its batch."""
-    return sorted({json.dumps({key: value for key, value in one.items() if key not in ("rows", "padded")}, default=str) for one in seen})
+    return sorted(
+        {
+            json.dumps({key: value for key, value in one.items() if key not in ("rows", "padded")}, default=str)
+            for one in seen
+        }
+    )
 
 
 @pytest.fixture(scope="module")
-def overrides(siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def overrides(
+    siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     folder = tmp_path_factory.mktemp("as-a-run")
     paths = [f"paths.cache_dir={folder / 'cache'}", f"data.root={aihub_root}"]
     parts = ["encoder=siglip2", "llm=qwen3_8b", f"encoder.checkpoint={siglip_folder}", f"llm.checkpoint={llm_folder}"]
-    data = ["data=aihub", "hardware=cpu", "data.num_frames=2", "data.batch_size=2", "data.eval_batch_size=2", "data.num_workers=0"]
+    data = [
+        "data=aihub",
+        "hardware=cpu",
+        "data.num_frames=2",
+        "data.batch_size=2",
+        "data.eval_batch_size=2",
+        "data.num_workers=0",
+    ]
     data += ["projector=mlp", "projector.frame_stack=1", "projector.temporal=none"]
-    most = ["llm.max_caption_tokens=auto", "llm.max_new_tokens=6", "monitor=val/cider", "tuning=lora", "tuning.epochs=1"]
+    most = [
+        "llm.max_caption_tokens=auto",
+        "llm.max_new_tokens=6",
+        "monitor=val/cider",
+        "tuning=lora",
+        "tuning.epochs=1",
+    ]
     return [*paths, *parts, *data, *most, "hardware.precision=bf16", "hardware.gradient_checkpointing=true"]
 
 
@@ -93,7 +117,9 @@ def seen_in_run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def test_a_measured_step_is_one_of_a_run(overrides: list[str], seen_in_run: tuple[Path, Seen]) -> None:
     with watched() as seen:
         comparison = measure(overrides)
-    assert distinct(seen) == distinct([one for one in seen_in_run[1] if not one["inference"]]), "but for the scores at the end"
+    assert distinct(seen) == distinct([one for one in seen_in_run[1] if not one["inference"]]), (
+        "but for the scores at the end"
+    )
     config = planned(overrides)
     known = {int(count) for count in caption_counts(config, [known_clips(config)["train"]])[0]}
     rows = [one["rows"] for one in seen if one["training"]]
@@ -103,7 +129,9 @@ def test_a_measured_step_is_one_of_a_run(overrides: list[str], seen_in_run: tupl
     assert comparison.plan.clip_s > 0 and comparison.measured.clip_s > 0
 
 
-def test_caption_computes_and_writes_as_evaluate_does(seen_in_run: tuple[Path, Seen], tmp_path: Path, aihub_root: Path) -> None:
+def test_caption_computes_and_writes_as_evaluate_does(
+    seen_in_run: tuple[Path, Seen], tmp_path: Path, aihub_root: Path
+) -> None:
     from vlmcap.config_saved import saved_config
     from vlmcap.training.checkpoints.load import read_checkpoint
 
@@ -117,9 +145,14 @@ def test_caption_computes_and_writes_as_evaluate_does(seen_in_run: tuple[Path, S
 
     with pytest.MonkeyPatch.context() as patch, watched() as evaluated:
         patch.setattr(PromptEncoder, "decode", keep)
-        config = saved_config(read_checkpoint(checkpoint)["vlmcap"]["config"], {"paths.output_dir": str(tmp_path / "evaluation")})
+        config = saved_config(
+            read_checkpoint(checkpoint)["vlmcap"]["config"], {"paths.output_dir": str(tmp_path / "evaluation")}
+        )
         evaluate(config, checkpoint)
-    ids, rows = list(written), [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    ids, rows = (
+        list(written),
+        [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()],
+    )
     written.clear()
     with pytest.MonkeyPatch.context() as patch, watched() as captioned:
         patch.setattr(PromptEncoder, "decode", keep)

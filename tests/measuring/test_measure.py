@@ -100,7 +100,9 @@ def test_a_whole_measurement_is_kept_and_used_by_the_plan(
 @pytest.mark.parametrize("token_bytes", [1e3, 1e12], ids=["launches", "memory"])
 @pytest.mark.parametrize("ratio", [0.5, 3.0])
 @pytest.mark.parametrize("is_captured", [False, True])
-def test_the_calibrated_plan_of_a_token_is_what_was_measured(token_bytes: float, ratio: float, is_captured: bool) -> None:
+def test_the_calibrated_plan_of_a_token_is_what_was_measured(
+    token_bytes: float, ratio: float, is_captured: bool
+) -> None:
     config = compose(["data.root=unset", *TINY])
     plan = make_plan(config)
     work = TokenWork(token_bytes, plan.token_launches, is_captured)
@@ -118,8 +120,20 @@ def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
 
     from vlmcap.planning.estimate.fake_tensors import quantize_fake
 
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 300}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    sizes |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "vocab_size": 300,
+    }
     config = AutoConfig.for_model("qwen3_moe", **sizes)
     with torch.device("meta"):
         llm, hollow = (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for _ in range(2))
@@ -138,7 +152,13 @@ def test_tables_are_those_of_the_class(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        kind, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=90
+        kind,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=90,
     )
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
@@ -153,7 +173,10 @@ def test_tables_are_those_of_the_class(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    thinned([["encoder=siglip2", "llm=qwen3_8b"], ["model=qwen3_vl_8b"], ["model=llava_next_video_7b"]], lambda parts: len(parts) == 2),
+    thinned(
+        [["encoder=siglip2", "llm=qwen3_8b"], ["model=qwen3_vl_8b"], ["model=llava_next_video_7b"]],
+        lambda parts: len(parts) == 2,
+    ),
 )
 def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: Path) -> None:
     config = compose(["data.root=unset", "hardware=l4", *overrides])
@@ -218,13 +241,27 @@ def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path,
 def test_a_host_without_room_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     present = measure_module.detect_cpu()
     monkeypatch.setattr(measure_module, "detect_cpu", lambda: dataclasses.replace(present, free_gib=0.01))
-    with pytest.raises(UserError, match=r"needs 0\.\d GiB by its plan and .* has 0\.0 free; measure less of it with --blocks 1"):
+    with pytest.raises(
+        UserError, match=r"needs 0\.\d GiB by its plan and .* has 0\.0 free; measure less of it with --blocks 1"
+    ):
         measure(TINY)
 
 
 @pytest.mark.gpu
 def test_a_card_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["doctor", "--measure", "--json", "--blocks", "2", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.eval_batch_size=1"])
+    main(
+        [
+            "doctor",
+            "--measure",
+            "--json",
+            "--blocks",
+            "2",
+            "encoder=clip",
+            "llm=qwen3_4b",
+            "hardware=l4",
+            "data.eval_batch_size=1",
+        ]
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["training"]["ratio"] == pytest.approx(1, abs=0.25)
     assert result["generation"]["ratio"] == pytest.approx(1, abs=0.25)

@@ -32,7 +32,10 @@ def align(hypothesis: list[str], reference: list[str]) -> tuple[int, int]:
             extended.extend(extend(alignment, index, choices, is_certain=is_certain))
         extended.sort(key=lambda alignment: alignment[:3])
         beam = extended[:40]
-    best = min((extend(alignment, len(reference), [], is_certain=False)[0] for alignment in beam), key=lambda alignment: alignment[:3])
+    best = min(
+        (extend(alignment, len(reference), [], is_certain=False)[0] for alignment in beam),
+        key=lambda alignment: alignment[:3],
+    )
     return best.used, best.chunks
 
 
@@ -44,7 +47,9 @@ def extend(alignment: Alignment, index: int, choices: list[int], *, is_certain: 
             continue
         # As in METEOR 1.5, an uncertain match adds its distance to the choices after it.
         own = abs(position - index) if is_certain else 0
-        extended.append(Alignment(misses, chunks + (end not in (-1, position)), distance + own, position + 1, used | 1 << position))
+        extended.append(
+            Alignment(misses, chunks + (end not in (-1, position)), distance + own, position + 1, used | 1 << position)
+        )
         distance += abs(position - index)
     if not is_certain:
         extended.append(Alignment(misses + 1, chunks + (end != -1), distance, -1, used))

@@ -36,7 +36,9 @@ def count_ngrams(tokens: Tokens, max_order: int = MAX_ORDER) -> list[Counter[NGr
     Returns:
         `max_order` counters: the first holds single tokens, the last n-grams of `max_order` tokens.
     """
-    return [Counter(zip(*(tokens[start:] for start in range(order)), strict=False)) for order in range(1, max_order + 1)]
+    return [
+        Counter(zip(*(tokens[start:] for start in range(order)), strict=False)) for order in range(1, max_order + 1)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,9 @@ def bleu_statistics(hypothesis: Tokens, references: Sequence[Tokens]) -> BleuSta
     reference_counts = [count_ngrams(reference) for reference in references]
     matches = []
     for order, counts in enumerate(count_ngrams(hypothesis)):
-        matches.append(sum(min(count, max(r[order][ngram] for r in reference_counts)) for ngram, count in counts.items()))
+        matches.append(
+            sum(min(count, max(r[order][ngram] for r in reference_counts)) for ngram, count in counts.items())
+        )
     return BleuStatistics(
         tuple(matches),
         tuple(max(0, len(hypothesis) - order) for order in range(MAX_ORDER)),
@@ -101,7 +105,9 @@ def corpus_bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Toke
         Four scores.
     """
     pairs = zip(hypotheses, references, strict=True)
-    return bleu_from_statistics(sum((bleu_statistics(hypothesis, refs) for hypothesis, refs in pairs), BleuStatistics()))
+    return bleu_from_statistics(
+        sum((bleu_statistics(hypothesis, refs) for hypothesis, refs in pairs), BleuStatistics())
+    )
 
 
 def sentence_bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[list[float]]:
@@ -148,7 +154,9 @@ def sentence_cider(
         clip, so all weights are 0 and the score says nothing.
     """
     if len(hypotheses) == 1:
-        warnings.warn("CIDEr of one clip alone is NaN: it weighs n-grams by how few of the clips have them.", stacklevel=2)
+        warnings.warn(
+            "CIDEr of one clip alone is NaN: it weighs n-grams by how few of the clips have them.", stacklevel=2
+        )
         return [CiderScore(math.nan, math.nan)]
     counted = [[count_ngrams(reference) for reference in refs] for refs in references]
     frequencies = _document_frequencies(counted)
@@ -161,7 +169,9 @@ def sentence_cider(
     return scores
 
 
-def corpus_cider(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, sigma: float = _SIGMA_TOKENS) -> CiderScore:
+def corpus_cider(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, sigma: float = _SIGMA_TOKENS
+) -> CiderScore:
     """CIDEr and CIDEr-D of the corpus: the means over clips of `sentence_cider`."""
     return _mean(sentence_cider(hypotheses, references, sigma=sigma))
 
@@ -175,7 +185,10 @@ def _document_frequencies(counted: list[list[list[Counter[NGram]]]]) -> Counter[
 
 
 def _weigh(counts: list[Counter[NGram]], frequencies: Counter[NGram], log_clips: float) -> _Vector:
-    weights = [{ngram: count * (log_clips - math.log(max(1, frequencies[ngram]))) for ngram, count in order.items()} for order in counts]
+    weights = [
+        {ngram: count * (log_clips - math.log(max(1, frequencies[ngram]))) for ngram, count in order.items()}
+        for order in counts
+    ]
     norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in weights]
     # The reference implementation measures length in bigrams: the same differences, but for an empty caption, which scores 0 anyhow.
     return _Vector(weights, norms, counts[0].total())
@@ -239,11 +252,15 @@ def rouge_l(hypothesis: Tokens, references: Sequence[Tokens], *, beta: float = _
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
-def sentence_rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, beta: float = _BETA) -> list[float]:
+def sentence_rouge_l(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, beta: float = _BETA
+) -> list[float]:
     """ROUGE-L of each clip, between 0 and 1."""
     return [rouge_l(hypothesis, refs, beta=beta) for hypothesis, refs in zip(hypotheses, references, strict=True)]
 
 
-def corpus_rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, beta: float = _BETA) -> float:
+def corpus_rouge_l(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], *, beta: float = _BETA
+) -> float:
     """The mean ROUGE-L over clips, between 0 and 1."""
     return sum(sentence_rouge_l(hypotheses, references, beta=beta)) / len(hypotheses)

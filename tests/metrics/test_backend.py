@@ -36,7 +36,9 @@ def test_the_reference_package_really_runs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Cider, "compute_score", lambda self, truth, results: (5.0, []))
     monkeypatch.setattr(Rouge, "compute_score", lambda self, truth, results: (0.6, []))
     scores = score_with("pycocoevalcap", PREDICTIONS, REFERENCES, tokenizer="char")
-    assert {name: scores[name] for name in COCO_METRICS} == dict(zip(COCO_METRICS, (0.1, 0.2, 0.3, 0.4, 5.0, 0.6), strict=True))
+    assert {name: scores[name] for name in COCO_METRICS} == dict(
+        zip(COCO_METRICS, (0.1, 0.2, 0.3, 0.4, 5.0, 0.6), strict=True)
+    )
     own = score_captions(PREDICTIONS, REFERENCES, tokenizer="char")
     assert {name: scores[name] for name in own if name not in COCO_METRICS} == pytest.approx(
         {name: own[name] for name in own if name not in COCO_METRICS}
@@ -50,7 +52,9 @@ def test_only_what_is_asked_for_comes_back_in_its_order() -> None:
 
 def test_a_single_clip_has_the_packages_zero() -> None:
     with pytest.warns(UserWarning, match="NaN"):
-        scores = score_with("pycocoevalcap", ["바다"], [["바다"]], tokenizer="char", metrics=["cider", "cider_d", "rouge_l"])
+        scores = score_with(
+            "pycocoevalcap", ["바다"], [["바다"]], tokenizer="char", metrics=["cider", "cider_d", "rouge_l"]
+        )
     assert math.isnan(scores["cider"])
     assert (scores["cider_d"], scores["rouge_l"]) == (0.0, 1.0)
 

@@ -23,7 +23,9 @@ def write(path: Path, content: object) -> str:
     """JSONL of a list, JSON of a dictionary, a text as it is."""
     if isinstance(content, list):
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8", newline="\n")
+    path.write_text(
+        content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8", newline="\n"
+    )
     return str(path)
 
 
@@ -42,7 +44,9 @@ def test_our_own_prediction_files_are_scored(tmp_path: Path, capsys: pytest.Capt
     path = write(tmp_path / "p.jsonl", rows(video="x.mp4", scores={"cider": 1.0}, tokenizer="char"))
     assert run(capsys, path) == pytest.approx(EXPECTED)
     wanted = run(capsys, path, "--metrics", "rouge_l,bleu_4", "--tokenizer", "char")
-    assert wanted == pytest.approx(score_captions(PREDICTIONS, REFERENCES, tokenizer="char", metrics=["rouge_l", "bleu_4"]))
+    assert wanted == pytest.approx(
+        score_captions(PREDICTIONS, REFERENCES, tokenizer="char", metrics=["rouge_l", "bleu_4"])
+    )
     assert run(capsys, path, "--backend", "pycocoevalcap") == pytest.approx(EXPECTED, rel=1e-9)
 
 
@@ -60,7 +64,9 @@ def test_the_table_names_the_tokeniser_and_the_cider(tmp_path: Path, capsys: pyt
 
 
 def test_references_come_from_a_file_of_their_own_by_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    predictions = write(tmp_path / "p.jsonl", [{"id": f"c{i}", "prediction": text} for i, text in enumerate(PREDICTIONS)])
+    predictions = write(
+        tmp_path / "p.jsonl", [{"id": f"c{i}", "prediction": text} for i, text in enumerate(PREDICTIONS)]
+    )
     others = [{"id": row["id"], "references": row["references"]} for row in rows()]
     references = write(tmp_path / "r.jsonl", [*others[::-1], {"id": "more", "references": ["산"]}])
     main([predictions, "--references", references, "--json"])
@@ -72,7 +78,11 @@ def test_references_come_from_a_file_of_their_own_by_id(tmp_path: Path, capsys: 
 @pytest.mark.parametrize("form", ["list", "object"])
 def test_cocos_results_and_annotations(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = [{"image_id": i, "caption": text, "id": 7} for i, text in enumerate(PREDICTIONS)]
-    notes = [{"id": 10 * i + n, "image_id": i, "caption": text} for i, refs in enumerate(REFERENCES) for n, text in enumerate(refs)]
+    notes = [
+        {"id": 10 * i + n, "image_id": i, "caption": text}
+        for i, refs in enumerate(REFERENCES)
+        for n, text in enumerate(refs)
+    ]
     first = write(tmp_path / "results.json", json.dumps(results[::-1], indent=1 if form == "list" else None))
     content = {"info": {}, "images": [], "annotations": notes} if form == "object" else json.dumps(notes)
     scores = run(capsys, first, "--references", write(tmp_path / "annotations.json", content))
@@ -93,7 +103,9 @@ def test_a_single_clip_is_legal_and_json_has_null(tmp_path: Path, capsys: pytest
     captured = capsys.readouterr()
     scores = json.loads(captured.out)["scores"]
     assert scores["cider"] is None
-    assert scores["bleu_1"] == pytest.approx(score_captions(PREDICTIONS[:1], REFERENCES[:1], metrics=["bleu_1"])["bleu_1"])
+    assert scores["bleu_1"] == pytest.approx(
+        score_captions(PREDICTIONS[:1], REFERENCES[:1], metrics=["bleu_1"])["bleu_1"]
+    )
     assert captured.err.count("NaN") == 1
 
 
@@ -163,7 +175,9 @@ def test_help_answers_without_torch_or_an_analyser() -> None:
         "heavy = {'torch', 'transformers', 'lightning', 'torchmetrics', 'sacrebleu', 'mecab_ko', 'kiwipiepy', 'pycocoevalcap'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "--tokenizer" in done.stdout
     assert "cider_d" in done.stdout

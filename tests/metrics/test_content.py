@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.content import CONTENT_CLASS_NAMES, content_counts, content_from_counts, content_scores, load_synonyms
+from vlmcap.metrics.content import (
+    CONTENT_CLASS_NAMES,
+    content_counts,
+    content_from_counts,
+    content_scores,
+    load_synonyms,
+)
 from vlmcap.metrics.morphemes import analyze_many
 
 CAPTION = "푸른 바닷가에서 두 사람이 서울 KBS 로고를 보며 3번 천천히 달렸습니다."
@@ -51,7 +57,10 @@ def test_known_answer_by_class() -> None:
     assert scores["content/noun_precision"] == 1
     assert scores["content/noun_recall"] == pytest.approx(2 / 3)
     assert scores["content/verb_precision"] == scores["content/verb_recall"] == scores["content/adjective_recall"] == 0
-    assert all(math.isnan(scores[name]) for name in ("content/adjective_precision", "content/number_recall", "content/proper_precision"))
+    assert all(
+        math.isnan(scores[name])
+        for name in ("content/adjective_precision", "content/number_recall", "content/proper_precision")
+    )
     assert list(scores)[:3] == ["content_precision", "content_recall", "content_f1"]
     assert len(scores) == 3 + 2 * len(CONTENT_CLASS_NAMES)
 
@@ -110,7 +119,12 @@ def test_bad_synonyms_end_in_one_sentence(tmp_path: Path, content: str, message:
 
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
-    [([], [], "no captions"), (["가"], [], "1 predictions but 0"), ([None], [["가"]], "is None"), (["가"], [[]], "has no reference")],
+    [
+        ([], [], "no captions"),
+        (["가"], [], "1 predictions but 0"),
+        ([None], [["가"]], "is None"),
+        (["가"], [[]], "has no reference"),
+    ],
 )
 def test_mistakes_in_captions_are_told(predictions: Any, references: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):

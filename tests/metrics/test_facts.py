@@ -44,7 +44,9 @@ def test_accuracy_counts_a_clip_only_where_its_first_reference_states_the_fact()
     predictions = ["바다", "산길 왼쪽으로", "바다에서 산길로", "해변 오른쪽으로"]
     references = [["해변 왼쪽으로"], ["마을", "산길 왼쪽으로"], ["산속"], ["개가 있다"]]
     # place: right, wrong, ambiguous, not stated; direction: silent, and three clips not stated.
-    assert fact_accuracy(predictions, references, LEXICON) == pytest.approx({"place": 1 / 3, "direction": 0.0, "mean": 1 / 6})
+    assert fact_accuracy(predictions, references, LEXICON) == pytest.approx(
+        {"place": 1 / 3, "direction": 0.0, "mean": 1 / 6}
+    )
 
 
 def test_a_fact_that_no_reference_states_is_nan_and_not_in_the_mean() -> None:
@@ -95,7 +97,11 @@ def test_shifts_are_spread_and_never_leave_a_clip_its_own_prediction() -> None:
     for shifts in (1, 2, 5, 11, 50):
         assert swapped_fact_accuracy(texts, references, lexicon, shifts)["place"] == 0
     # Predictions that fit the clip k places on: k is among the shifts taken exactly when the accuracy is not 0.
-    taken = {k for k in range(12) if swapped_fact_accuracy(texts[-k:] + texts[:-k], references, lexicon, shifts=3)["place"] > 0}
+    taken = {
+        k
+        for k in range(12)
+        if swapped_fact_accuracy(texts[-k:] + texts[:-k], references, lexicon, shifts=3)["place"] > 0
+    }
     assert taken == {2, 6, 10}
 
 

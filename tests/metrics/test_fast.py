@@ -21,8 +21,28 @@ from vlmcap.metrics.corpus import ReferenceCorpus, clip_statistics, corpus_score
 from vlmcap.metrics.ngrams import Packed, Vocabulary, join, rank
 from vlmcap.metrics.rouge import lcs_length, lcs_lengths
 
-KOREAN = [f"{stem}{ending}" for stem in ("바다", "산", "사람", "달리", "보이", "걷") for ending in ("", "에서", "가", "는", "다")]
-ENGLISH = ["a", "the", "dog", "cat", "runs", "walks", "on", "in", "beach", "street", "slowly", "red", "blue", "and", "with"]
+KOREAN = [
+    f"{stem}{ending}"
+    for stem in ("바다", "산", "사람", "달리", "보이", "걷")
+    for ending in ("", "에서", "가", "는", "다")
+]
+ENGLISH = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "runs",
+    "walks",
+    "on",
+    "in",
+    "beach",
+    "street",
+    "slowly",
+    "red",
+    "blue",
+    "and",
+    "with",
+]
 
 
 def generated(words: list[str], clips: int, longest: int, seed: int) -> tuple[list[list[str]], list[list[list[str]]]]:
@@ -30,7 +50,10 @@ def generated(words: list[str], clips: int, longest: int, seed: int) -> tuple[li
     draw = random.Random(seed)
 
     def caption() -> list[str]:
-        return [words[int(len(words) * draw.random() ** 2)] for _ in range(draw.choice([0, 1, 2, draw.randint(3, longest), longest]))]
+        return [
+            words[int(len(words) * draw.random() ** 2)]
+            for _ in range(draw.choice([0, 1, 2, draw.randint(3, longest), longest]))
+        ]
 
     truth = [[caption() for _ in range(draw.randint(1, 5))] for _ in range(clips)]
     truth[1] = [truth[0][0]] * 3
@@ -65,7 +88,10 @@ def test_references_without_a_token_and_short_ones() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.text("가나다라", max_size=200), st.text("가나다마", max_size=200)), min_size=1, max_size=8), st.booleans())
+@given(
+    st.lists(st.tuples(st.text("가나다라", max_size=200), st.text("가나다마", max_size=200)), min_size=1, max_size=8),
+    st.booleans(),
+)
 def test_lcs_of_both_ways_equals_the_table(pairs: list[tuple[str, str]], side_by_side: bool) -> None:
     expected = [reference.lcs_length(a, b) for a, b in pairs]
     assert [lcs_length(a, b) for a, b in pairs] == expected
@@ -87,7 +113,9 @@ def test_carries_run_through_all_words() -> None:
     for per_word in (0, 10**9):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rouge, "_PAIRS_PER_WORD", per_word)
-            assert lcs_lengths(first, second, numbers, numbers).tolist() == [min(a, b) for a in lengths for b in lengths]
+            assert lcs_lengths(first, second, numbers, numbers).tolist() == [
+                min(a, b) for a in lengths for b in lengths
+            ]
 
 
 @pytest.mark.parametrize("largest", [10, 2**31 - 1])
@@ -126,7 +154,9 @@ def test_tokens_come_back_as_they_were_given() -> None:
     assert ReferenceCorpus(truth).tokens() == truth
 
 
-@pytest.mark.parametrize(("hypotheses", "message"), [([["가"]], "1 hypotheses for 2 clips"), ([["가"]] * 3, "more hypotheses than the 2")])
+@pytest.mark.parametrize(
+    ("hypotheses", "message"), [([["가"]], "1 hypotheses for 2 clips"), ([["가"]] * 3, "more hypotheses than the 2")]
+)
 def test_numbers_that_differ_are_told(hypotheses: list[list[str]], message: str) -> None:
     with pytest.raises(UserError, match=message):
         clip_statistics(hypotheses, ReferenceCorpus([[["가"]], [["나"]]]))
@@ -168,10 +198,14 @@ def test_references_are_tokenised_once_for_all_epochs() -> None:
 
     tokenizer = type(get_tokenizer("char"))("noting", "1", note)
     truth = [["바다 가 보인다", "바다"], ["산 이 보인다"]]
-    first = score_captions(["바다 가", "산 이"], truth, tokenizer=tokenizer, metrics=["bleu_4", "meteor", "length_ratio"])
+    first = score_captions(
+        ["바다 가", "산 이"], truth, tokenizer=tokenizer, metrics=["bleu_4", "meteor", "length_ratio"]
+    )
     assert sorted(split) == sorted(["바다 가", "산 이", "바다 가 보인다", "바다", "산 이 보인다"])
     split.clear()
-    again = score_captions(["바다 가", "산 이"], [tuple(refs) for refs in truth], tokenizer=tokenizer, metrics=list(first))
+    again = score_captions(
+        ["바다 가", "산 이"], [tuple(refs) for refs in truth], tokenizer=tokenizer, metrics=list(first)
+    )
     assert again == first
     assert sorted(split) == ["바다 가", "산 이"]
     split.clear()
@@ -191,4 +225,6 @@ def test_where_no_worker_starts_the_tokens_come_from_this_process(monkeypatch: p
     scores._COUNTED.clear()
     monkeypatch.setattr("vlmcap.metrics.tokenizers.tokenize_in_processes", stop)
     monkeypatch.setattr("vlmcap.metrics.tokenizers.worker_count", lambda _: 2)
-    assert score_captions(["바다가 보인다", "산"], [["바다"], ["산이 보인다"]], metrics=["bleu_1", "rouge_l"]) == expected
+    assert (
+        score_captions(["바다가 보인다", "산"], [["바다"], ["산이 보인다"]], metrics=["bleu_1", "rouge_l"]) == expected
+    )

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from tests.metrics.plain_meteor import align
 from vlmcap.metrics import meteor
-from vlmcap.metrics.meteor import corpus_meteor, corpus_meteor_ko, meteor_from_statistics, meteor_ko_statistics, sentence_meteor
+from vlmcap.metrics.meteor import (
+    corpus_meteor,
+    corpus_meteor_ko,
+    meteor_from_statistics,
+    meteor_ko_statistics,
+    sentence_meteor,
+)
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="compares with METEOR's jar, which needs Java")
 JAR_LINE = "Final score:"
@@ -23,7 +29,10 @@ def captions(words: int, length: int, seed: int) -> list[list[str]]:
     """Captions over few words, frequent ones among them: where most matches leave a choice."""
     generator = random.Random(seed)
     vocabulary = [f"낱{index}" for index in range(words)]
-    return [generator.choices(vocabulary, [1 / (index + 1) for index in range(words)], k=generator.randint(1, length)) for _ in range(40)]
+    return [
+        generator.choices(vocabulary, [1 / (index + 1) for index in range(words)], k=generator.randint(1, length))
+        for _ in range(40)
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -47,8 +56,22 @@ def test_meteor_equals_the_jar_run_here(tmp_path: Path) -> None:
     hypotheses, references = drawn[::2], drawn[1::2]
     for name, lines in (("hypotheses", hypotheses), ("references", references)):
         (tmp_path / name).write_text("".join(" ".join(tokens) + "\n" for tokens in lines), encoding="utf-8")
-    command = ["java", "-Xmx1G", "-Dfile.encoding=UTF-8", "-jar", str(jar), "hypotheses", "references", "-l", "en", "-m", "exact"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=True, timeout=120).stdout
+    command = [
+        "java",
+        "-Xmx1G",
+        "-Dfile.encoding=UTF-8",
+        "-jar",
+        str(jar),
+        "hypotheses",
+        "references",
+        "-l",
+        "en",
+        "-m",
+        "exact",
+    ]
+    said = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=True, timeout=120
+    ).stdout
     segments = [float(line.split("\t")[-1]) for line in said.splitlines() if line.startswith("Segment ")]
     final = next(float(line.removeprefix(JAR_LINE)) for line in said.splitlines() if line.startswith(JAR_LINE))
     one_each = [[reference] for reference in references]
@@ -94,7 +117,10 @@ def test_forms_that_sound_alone_chooses_are_one(one: str, other: str) -> None:
 
 def test_a_particle_weighs_a_third_of_a_noun() -> None:
     reference = "개가 공원에서 달린다."
-    wrong_particle, wrong_noun = meteor_ko("개가 공원으로 달린다.", reference), meteor_ko("개가 시장에서 달린다.", reference)
+    wrong_particle, wrong_noun = (
+        meteor_ko("개가 공원으로 달린다.", reference),
+        meteor_ko("개가 시장에서 달린다.", reference),
+    )
     assert 1 > wrong_particle > wrong_noun > 0
 
 
@@ -110,6 +136,9 @@ def test_equal_captions_are_perfect_and_strange_ones_are_nothing() -> None:
 
 
 def test_corpus_score_is_that_of_the_summed_counts() -> None:
-    predictions, references = ["개가 달린다", "사람이 왼쪽으로 걸어간다"], [["개가 뛴다"], ["아이가 왼쪽으로 걸었다", "사람"]]
+    predictions, references = (
+        ["개가 달린다", "사람이 왼쪽으로 걸어간다"],
+        [["개가 뛴다"], ["아이가 왼쪽으로 걸었다", "사람"]],
+    )
     one, two = meteor_ko_statistics(predictions, references)
     assert corpus_meteor_ko(predictions, references) == meteor_from_statistics(one + two)

@@ -54,7 +54,9 @@ def naflex(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("naflex")
     Siglip2ImageProcessorPil(patch_size=14, max_num_patches=16).save_pretrained(folder)
     _word_tokenizer({"<pad>": 0, "<unk>": 1, "<eos>": 2}, "<pad>", "$A <eos>", [("<eos>", 2)]).save_pretrained(folder)
-    return save(Siglip2Model(Siglip2Config(text_config={**TEXT, "projection_size": 32}, vision_config=vision)), folder, 2)
+    return save(
+        Siglip2Model(Siglip2Config(text_config={**TEXT, "projection_size": 32}, vision_config=vision)), folder, 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +79,16 @@ def _word_tokenizer(special: dict[str, int], pad: str, template: str, added: lis
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=added)
     named = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if "[CLS]" in special else {"eos_token": "<eos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, pad_token=pad, model_max_length=16, **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, pad_token=pad, model_max_length=16, **named
+    )
 
 
 def make_frames(height: int = 36, width: int = 48) -> list[list[np.ndarray[Any, Any]]]:
     generator = np.random.default_rng(0)
-    return [[generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(count)] for count in (3, 1, 2)]
+    return [
+        [generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(count)] for count in (3, 1, 2)
+    ]
 
 
 # --- SigLIP -----------------------------------------------------------------------------------------------------------------------------
@@ -172,7 +178,9 @@ def test_bertscore_equals_torchmetrics(bert: str, idf: bool, layer: int) -> None
     # inverse, so of texts in another order it compares each prediction with another clip's reference.
     texts = ["산 .", "바다 에 파도", "사람 이 걷는다 . 산"]
     references = ["파도 .", "산 이 보인다", "높은 산 이 걷는다 ."]
-    expected = bert_score(texts, references, model_name_or_path=bert, num_layers=layer, idf=idf, max_length=16, truncation=True)
+    expected = bert_score(
+        texts, references, model_name_or_path=bert, num_layers=layer, idf=idf, max_length=16, truncation=True
+    )
     scores = BertScorer(bert, layer=layer).score(texts, [[text] for text in references], idf=idf)
     for name in ("precision", "recall", "f1"):
         assert [getattr(score, name) for score in scores] == pytest.approx(expected[name].tolist(), abs=1e-5), name
@@ -227,7 +235,9 @@ def test_an_evaluation_has_them_where_checkpoints_are_named(siglip: str, bert: s
     videos = [tmp_path / f"{index}.mp4" for index in range(3)]
     for index, video in enumerate(videos):
         write_video(video, np.full((6, 32, 32, 3), 80 * index, dtype=np.uint8), fps=6)
-    config = EvaluationConfig(siglip_checkpoint=siglip, siglip_frames=2, bert_checkpoint=bert, bert_layer=1, bert_idf=True)
+    config = EvaluationConfig(
+        siglip_checkpoint=siglip, siglip_frames=2, bert_checkpoint=bert, bert_layer=1, bert_idf=True
+    )
     scores = model_scores(config, videos, CAPTIONS, REFERENCES)
     assert list(scores) == [
         *(f"siglip/{name}" for name in ("cosine", "probability", "cut_ratio")),

@@ -30,7 +30,9 @@ def corpora() -> st.SearchStrategy[Corpus]:
     """Two to six clips of one to five references, over few words so that much matches; captions of no and of one token among them."""
     captions = st.sampled_from([KOREAN, ENGLISH]).flatmap(lambda words: st.lists(st.sampled_from(words), max_size=12))
     clips = st.tuples(captions, st.lists(captions, min_size=1, max_size=5))
-    return st.lists(clips, min_size=2, max_size=6).map(lambda drawn: ([h for h, _ in drawn], [refs for _, refs in drawn]))
+    return st.lists(clips, min_size=2, max_size=6).map(
+        lambda drawn: ([h for h, _ in drawn], [refs for _, refs in drawn])
+    )
 
 
 def with_duplicates(corpus: Corpus) -> Corpus:
@@ -99,7 +101,9 @@ def check_against_coco(corpus: Corpus) -> None:
 @given(corpora())
 def test_bleu_cider_rouge_equal_pycocoevalcap(corpus: Corpus) -> None:
     corpus = with_duplicates(corpus)
-    assume(any(tokens for refs in corpus[1] for tokens in refs))  # pycocoevalcap stops on references without a single token
+    assume(
+        any(tokens for refs in corpus[1] for tokens in refs)
+    )  # pycocoevalcap stops on references without a single token
     check_against_coco(corpus)
 
 
@@ -126,7 +130,11 @@ def test_parity_holds_on_real_tokens_of_long_captions(tokenizer: str) -> None:
 def test_chrf_equals_sacrebleu_with_unequal_numbers_of_references() -> None:
     predictions = ["바다에 파도가 친다", "", "a dog runs"]
     references = [["바다에 파도가 밀려온다", "파도가 치는 바다"], ["산"], ["the dog ran", "a dog runs", "a cat"]]
-    streams = [["바다에 파도가 밀려온다", "산", "the dog ran"], ["파도가 치는 바다", None, "a dog runs"], [None, None, "a cat"]]
+    streams = [
+        ["바다에 파도가 밀려온다", "산", "the dog ran"],
+        ["파도가 치는 바다", None, "a dog runs"],
+        [None, None, "a cat"],
+    ]
     expected = CHRF(word_order=2).corpus_score(predictions, streams).score  # type: ignore[arg-type]
     assert expected > 1
     assert corpus_chrf(predictions, references) == pytest.approx(expected, abs=1e-9)
@@ -134,7 +142,9 @@ def test_chrf_equals_sacrebleu_with_unequal_numbers_of_references() -> None:
     assert one_each != pytest.approx(expected)
 
 
-@pytest.mark.parametrize("score", [reference.corpus_bleu, reference.corpus_rouge_l, corpus_meteor, reference.corpus_cider])
+@pytest.mark.parametrize(
+    "score", [reference.corpus_bleu, reference.corpus_rouge_l, corpus_meteor, reference.corpus_cider]
+)
 def test_corpora_of_unequal_length_are_refused(score: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         score([["바다"], ["산"], ["강"]], [[["바다"]], [["산"]]])
@@ -151,7 +161,9 @@ METEOR_JAR: list[tuple[str, list[str], float]] = [
     ("사람 이 개 가 사람 이 새 가 사람 이 난다", ["새 가 사람 이 개 가 난다 사람 이"], 0.47402922556421007),
     (
         "가 을 구름 가 길 에서 구름 을 에서 가 바다 하늘 구름 바다 바다 바다 산 하늘 산 구름 는 에서 하늘 바다 산 이 길 구름 는 을",
-        ["산 산 이 에서 구름 하늘 산 에서 하늘 바다 길 는 구름 을 에서 을 가 길 에서 구름 길 을 에서 가 가 바다 하늘 구름 가 바다"],
+        [
+            "산 산 이 에서 구름 하늘 산 에서 하늘 바다 길 는 구름 을 에서 을 가 길 에서 구름 길 을 에서 가 가 바다 하늘 구름 가 바다"
+        ],
         0.3947854716547752,
     ),
 ]

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from vlmcap.errors import UserError
-from vlmcap.metrics import METRIC_LABELS, METRIC_NAMES, STANDARD_METRICS, TOKENIZER_NAMES, get_tokenizer, score_captions, score_each
+from vlmcap.metrics import (
+    METRIC_LABELS,
+    METRIC_NAMES,
+    STANDARD_METRICS,
+    TOKENIZER_NAMES,
+    get_tokenizer,
+    score_captions,
+    score_each,
+)
 
 CAPTIONS = [
     "바닷가에서 파도가 천천히 밀려옵니다.",
@@ -27,10 +35,30 @@ PERFECT = {"cider": 10.0, "cider_d": 10.0, "chrf": 100.0}
 
 def long_captions() -> list[str]:
     """Eight captions of about 250 morphemes, each with words of its own."""
-    nouns = ["바다", "산", "숲", "강", "도시", "마을", "공원", "시장", "다리", "학교", "역", "항구", "골목", "들판", "호수", "계곡"]
+    nouns = [
+        "바다",
+        "산",
+        "숲",
+        "강",
+        "도시",
+        "마을",
+        "공원",
+        "시장",
+        "다리",
+        "학교",
+        "역",
+        "항구",
+        "골목",
+        "들판",
+        "호수",
+        "계곡",
+    ]
     verbs = ["보입니다", "흐릅니다", "지나갑니다", "나타납니다", "사라집니다", "움직입니다", "빛납니다"]
     return [
-        " ".join(f"화면의 {nouns[(c * 3 + s * 5) % 16]}에 {nouns[(c * 7 + s) % 16]}이 {verbs[(c + s * s) % 7]}." for s in range(36))
+        " ".join(
+            f"화면의 {nouns[(c * 3 + s * 5) % 16]}에 {nouns[(c * 7 + s) % 16]}이 {verbs[(c + s * s) % 7]}."
+            for s in range(36)
+        )
         for c in range(8)
     ]
 
@@ -46,7 +74,9 @@ def test_identical_captions_are_perfect(tokenizer: str) -> None:
 @pytest.mark.parametrize("tokenizer", TOKENIZER_NAMES)
 def test_captions_with_nothing_in_common_score_nothing(tokenizer: str) -> None:
     # The small p_k of BLEU, a full stop in METEOR and chrF: hence no full stops, and room for the constants.
-    scores = score_captions(["가나", "다라", "마바"], [["xyz uvw"], ["rst opq"], ["lmn hij"]], tokenizer=tokenizer, metrics=OVERLAP)
+    scores = score_captions(
+        ["가나", "다라", "마바"], [["xyz uvw"], ["rst opq"], ["lmn hij"]], tokenizer=tokenizer, metrics=OVERLAP
+    )
     assert scores == pytest.approx(dict.fromkeys(OVERLAP, 0.0), abs=1e-5)
 
 
@@ -82,7 +112,14 @@ def test_length_penalty_makes_cider_d_useless_for_long_captions_and_cider_keeps_
 def test_means_of_batches_are_not_the_corpus_score() -> None:
     # Clips of different batches share words, as captions of one data set do: rare in each batch, common in the corpus.
     references = [[f"안개가 낀 이른 아침에 {caption}" if i % 2 else caption] for i, caption in enumerate(CAPTIONS)]
-    predictions = [CAPTIONS[0], CAPTIONS[1], CAPTIONS[2], "안개가 낀 도시의 밤거리", CAPTIONS[4], "아침에 아이가 풍선을 들고 있습니다."]
+    predictions = [
+        CAPTIONS[0],
+        CAPTIONS[1],
+        CAPTIONS[2],
+        "안개가 낀 도시의 밤거리",
+        CAPTIONS[4],
+        "아침에 아이가 풍선을 들고 있습니다.",
+    ]
     names = ["bleu_4", "cider", "cider_d", "meteor", "rouge_l"]
     corpus = score_captions(predictions, references, metrics=names)
     batches = [score_captions(predictions[i : i + 2], references[i : i + 2], metrics=names) for i in (0, 2, 4)]
@@ -96,7 +133,10 @@ def test_means_of_batches_are_not_the_corpus_score() -> None:
 
 def test_tokenizers_give_different_scores() -> None:
     predictions = [caption.replace("니다.", "니다!") for caption in CAPTIONS]
-    scores = {name: score_captions(predictions, REFERENCES, tokenizer=name, metrics=["bleu_4"])["bleu_4"] for name in TOKENIZER_NAMES}
+    scores = {
+        name: score_captions(predictions, REFERENCES, tokenizer=name, metrics=["bleu_4"])["bleu_4"]
+        for name in TOKENIZER_NAMES
+    }
     assert len({round(score, 3) for score in scores.values()}) >= 4
     assert scores["mecab_ko"] > scores["whitespace"]
 
@@ -109,7 +149,9 @@ def test_a_collapsed_model_is_seen() -> None:
 
 def test_length_ratio_takes_the_closest_reference_and_the_shorter_of_two() -> None:
     def ratio(prediction: str, references: list[str]) -> float:
-        return score_captions([prediction], [references], tokenizer="whitespace", metrics=["length_ratio"])["length_ratio"]
+        return score_captions([prediction], [references], tokenizer="whitespace", metrics=["length_ratio"])[
+            "length_ratio"
+        ]
 
     assert ratio("가 나 다", ["가", "가 나 다 라", "가 나 다 라 마 바"]) == pytest.approx(3 / 4)
     assert ratio("가 나 다", ["가 나 다 라", "가 나"]) == pytest.approx(3 / 2)

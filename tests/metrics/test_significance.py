@@ -34,7 +34,9 @@ def corpus(clips: int, length: int = 12, seed: int = 0) -> list[Captions]:
 def noisy(references: list[Captions], share: float, seed: int) -> Captions:
     """The first references with a share of words replaced: a model whose quality is known."""
     generator = random.Random(seed)
-    return [[generator.choice(WORDS) if generator.random() < share else word for word in refs[0]] for refs in references]
+    return [
+        [generator.choice(WORDS) if generator.random() < share else word for word in refs[0]] for refs in references
+    ]
 
 
 def statistics(clips: int = 30, share: float = 0.4, seed: int = 1) -> ClipStatistics:
@@ -57,10 +59,14 @@ def test_bootstrap_equals_a_loop_that_scores_each_resample(name: str) -> None:
     assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(scores, [0.05, 0.95])))
 
     change = corpus_scores(second)[name] - corpus_scores(first)[name]
-    wider = np.sqrt(30 / np.random.default_rng([7, 2]).chisquare(29, 50))  # tails of Student's t with 29 degrees of freedom
+    wider = np.sqrt(
+        30 / np.random.default_rng([7, 2]).chisquare(29, 50)
+    )  # tails of Student's t with 29 degrees of freedom
     moved = [corpus_scores(second.take(row))[name] - score for row, score in zip(rows, scores, strict=True)]
     differences = change + (np.array(moved) - change) * wider
-    found = paired_bootstrap(clip_metrics(first)[name], clip_metrics(second)[name], resamples=50, confidence=0.9, seed=7)
+    found = paired_bootstrap(
+        clip_metrics(first)[name], clip_metrics(second)[name], resamples=50, confidence=0.9, seed=7
+    )
     assert found.difference == pytest.approx(change)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.05, 0.95])))
     far = sum(abs(difference - found.difference) >= abs(found.difference) for difference in differences)
@@ -77,7 +83,9 @@ def test_randomization_equals_a_loop_that_swaps_clips(name: str) -> None:
     swaps = (np.random.default_rng(5).random((40, 12)) < 0.5).astype(int)
     far = 0
     for swap in swaps:
-        mixed = [[pair[bit] for pair, bit in zip(zip(one, two, strict=True), bits, strict=True)] for bits in (swap, 1 - swap)]
+        mixed = [
+            [pair[bit] for pair, bit in zip(zip(one, two, strict=True), bits, strict=True)] for bits in (swap, 1 - swap)
+        ]
         scores = [corpus_scores(clip_statistics(run, counted))[name] for run in mixed]
         far += abs(scores[1] - scores[0]) >= abs(found.difference) - 1e-12
     assert found.p_value == pytest.approx((1 + far) / 41)
@@ -100,7 +108,10 @@ def test_means_of_batches_are_not_the_corpus_score() -> None:
     references = corpus(40, seed=3)
     predictions = noisy(references, 0.4, 4)
     whole = corpus_scores(clip_statistics(predictions, ReferenceCorpus(references)))
-    batches = [corpus_scores(clip_statistics(predictions[i : i + 4], ReferenceCorpus(references[i : i + 4]))) for i in range(0, 40, 4)]
+    batches = [
+        corpus_scores(clip_statistics(predictions[i : i + 4], ReferenceCorpus(references[i : i + 4])))
+        for i in range(0, 40, 4)
+    ]
     for name, least in (("cider", 0.05), ("bleu_4", 0.005)):
         assert abs(sum(batch[name] for batch in batches) / 10 / whole[name] - 1) > least, name
 
@@ -110,12 +121,16 @@ def test_meteor_and_content_words_are_resampled_as_counts() -> None:
     references = [["개가 뛴다"], ["사람이 걸었다", "사람"], ["해가 지는 바다"], ["산"]]
     tokens = [[text.split() for text in refs] for refs in references]
     plain = [meteor_statistics(text.split(), refs) for text, refs in zip(predictions, tokens, strict=True)]
-    assert meteor_metric(plain).corpus_score() == pytest.approx(corpus_meteor([text.split() for text in predictions], tokens))
+    assert meteor_metric(plain).corpus_score() == pytest.approx(
+        corpus_meteor([text.split() for text in predictions], tokens)
+    )
     korean = meteor_metric(meteor_ko_statistics(predictions, references), "meteor_ko")
     assert korean.corpus_score() == pytest.approx(corpus_meteor_ko(predictions, references))
     counts = content_counts(predictions, references)
     for name in ("content_f1", "content_recall", "content/noun_recall"):
-        assert content_metric(counts, name).corpus_score() == pytest.approx(content_scores(predictions, references)[name])
+        assert content_metric(counts, name).corpus_score() == pytest.approx(
+            content_scores(predictions, references)[name]
+        )
     for metric in (korean, content_metric(counts)):
         interval = bootstrap(metric, resamples=200)
         assert 0 <= interval.low <= interval.score <= interval.high <= 1
@@ -128,7 +143,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(method: Any) -> None:
     rng = np.random.default_rng(11)
     covered = 0
     for trial in range(300):
-        interval = bootstrap(mean_metric("x", rng.exponential(size=80)), resamples=400, confidence=0.9, method=method, seed=trial)
+        interval = bootstrap(
+            mean_metric("x", rng.exponential(size=80)), resamples=400, confidence=0.9, method=method, seed=trial
+        )
         covered += interval.low <= 1 <= interval.high
     # 300 trials at 0.9 have a standard deviation of 0.017; skewed data cost the bootstrap a little.
     assert 0.83 <= covered / 300 <= 0.95
@@ -140,7 +157,12 @@ def test_bca_is_that_of_scipy_but_for_the_tails_of_student(confidence: float, mo
     metric = mean_metric("x", values)
     samples = np.concatenate([metric.score(sums) for sums in significance.resampled_sums([metric.values], 5000, 4)])
     known = SimpleNamespace(bootstrap_distribution=samples)
-    options: dict[str, Any] = {"n_resamples": 0, "method": "BCa", "confidence_level": confidence, "bootstrap_result": known}
+    options: dict[str, Any] = {
+        "n_resamples": 0,
+        "method": "BCa",
+        "confidence_level": confidence,
+        "bootstrap_result": known,
+    }
     expected = scipy.stats.bootstrap((values,), np.mean, **options).confidence_interval
     wider = bootstrap(metric, resamples=5000, confidence=confidence, seed=4)
     monkeypatch.setattr(significance, "_student", lambda levels, clips: scipy.special.ndtri(levels))
@@ -169,7 +191,9 @@ def test_few_skewed_clips_are_covered_more_often_by_bca_and_equal_runs_seldom_di
 
 def test_bca_moves_the_interval_of_a_skewed_score_towards_its_tail() -> None:
     values = np.random.default_rng(2).exponential(size=40)
-    percentile, bca = (bootstrap(mean_metric("x", values), resamples=2000, method=method) for method in ("percentile", "bca"))
+    percentile, bca = (
+        bootstrap(mean_metric("x", values), resamples=2000, method=method) for method in ("percentile", "bca")
+    )
     assert bca.low > percentile.low
     assert bca.high > percentile.high
 
@@ -190,7 +214,10 @@ def test_equal_models_seem_different_as_rarely_as_the_level_says_and_better_ones
 
 def test_a_run_equals_itself() -> None:
     metric = clip_metrics(statistics())["bleu_4"]
-    for comparison in (paired_bootstrap(metric, metric, resamples=20), approximate_randomization(metric, metric, resamples=20)):
+    for comparison in (
+        paired_bootstrap(metric, metric, resamples=20),
+        approximate_randomization(metric, metric, resamples=20),
+    ):
         assert comparison.difference == 0
         assert comparison.p_value == 1
 
@@ -209,7 +236,10 @@ def test_holm_by_hand() -> None:
 
 
 def test_many_runs_are_compared_with_the_baseline_and_corrected() -> None:
-    runs = {name: clip_metrics(statistics(60, share, seed))["cider"] for name, share, seed in (("a", 0.5, 1), ("b", 0.1, 2), ("c", 0.5, 3))}
+    runs = {
+        name: clip_metrics(statistics(60, share, seed))["cider"]
+        for name, share, seed in (("a", 0.5, 1), ("b", 0.1, 2), ("c", 0.5, 3))
+    }
     found = compare_runs(runs, baseline="a")
     assert list(found) == ["b", "c"]
     assert found["b"].adjusted_p_value == pytest.approx(2 / 1001)
@@ -227,7 +257,9 @@ def test_categories_are_scored_as_their_clips_alone() -> None:
     assert list(found) == [None, "바다"]
     assert found["바다"]["clips"] == 20
     mask = np.array([label == "바다" for label in labels])
-    assert {name: found["바다"][name] for name in NAMES} == pytest.approx(corpus_scores(whole.take(np.flatnonzero(mask))))
+    assert {name: found["바다"][name] for name in NAMES} == pytest.approx(
+        corpus_scores(whole.take(np.flatnonzero(mask)))
+    )
     with pytest.raises(UserError, match="2 categories for 30 clips"):
         by_category(whole, ["가", "나"])
 
@@ -266,7 +298,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "method": (lambda: bootstrap(METRIC, method="t"), "choose percentile or bca"),  # type: ignore[arg-type]
     "no clips": (lambda: bootstrap(mean_metric("x", [])), "no clips"),
     "unequal": (lambda: paired_bootstrap(METRIC, mean_metric("x", [1.0])), "x of 2 clips and x of 1 clips"),
-    "other score": (lambda: approximate_randomization(METRIC, mean_metric("y", [1.0, 2.0])), "x of 2 clips and y of 2 clips"),
+    "other score": (
+        lambda: approximate_randomization(METRIC, mean_metric("y", [1.0, 2.0])),
+        "x of 2 clips and y of 2 clips",
+    ),
     "no number a clip": (lambda: mean_metric("x", [[1.0]]), "one number a clip"),
 }
 

@@ -53,7 +53,11 @@ def test_a_tokenizer_of_ones_own_stays_in_this_process() -> None:
         return text.split("-")
 
     # Under a known name as well: the workers would split otherwise.
-    assert Tokenizer("whitespace", "mine", split).tokenize_many(["가-나", "다", "가-나"], 2) == [["가", "나"], ["다"], ["가", "나"]]
+    assert Tokenizer("whitespace", "mine", split).tokenize_many(["가-나", "다", "가-나"], 2) == [
+        ["가", "나"],
+        ["다"],
+        ["가", "나"],
+    ]
     assert seen == ["가-나", "다"]
 
 
@@ -80,7 +84,9 @@ def test_workers_do_not_run_the_callers_script_again(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, encoding="utf-8", check=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, encoding="utf-8", check=True, timeout=120, env=environment
+    )
     assert done.stdout.splitlines() == ["ran", "[['바다', '에서'], ['산', '에서']]"]
 
 
@@ -99,7 +105,9 @@ def test_ptb_equals_the_jar_run_here(tmp_path: Path) -> None:
     module = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     jar = Path(module.__file__).parent / module.STANFORD_CORENLP_3_4_1_JAR
     symbols = [
-        chr(code) for first, last in ((0xA1, 0xC0), (0x2010, 0x2600), (0x3001, 0x3040), (0x3200, 0x3400)) for code in range(first, last)
+        chr(code)
+        for first, last in ((0xA1, 0xC0), (0x2010, 0x2600), (0x3001, 0x3040), (0x3200, 0x3400))
+        for code in range(first, last)
     ]
     texts = [*PTB, *(f"가 {symbol} 나" for symbol in symbols if normalize(symbol) == symbol)]
     (tmp_path / "texts").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -114,6 +122,9 @@ def test_ptb_equals_the_jar_run_here(tmp_path: Path) -> None:
         "texts",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=True, timeout=120)
-    lines = [[word for word in line.split(" ") if word and word not in module.PUNCTUATIONS] for line in done.stdout.split("\n")]
+    lines = [
+        [word for word in line.split(" ") if word and word not in module.PUNCTUATIONS]
+        for line in done.stdout.split("\n")
+    ]
     split = get_tokenizer("ptb")
     assert [split(text) for text in texts] == lines[: len(texts)]

@@ -17,12 +17,27 @@ from vlmcap.metrics.torchmetrics import CaptionScore
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("bleu_1", "bleu_4", "cider", "cider_d", "rouge_l", "meteor", "chrf", "distinct_ratio", "length_ratio")
-WORDS = ["바다에", "파도가", "사람이", "왼쪽으로", "달린다.", "천천히", "\u2028", "새가\r", "A dog", '"KBS"', "하늘을", "난다."]
+WORDS = [
+    "바다에",
+    "파도가",
+    "사람이",
+    "왼쪽으로",
+    "달린다.",
+    "천천히",
+    "\u2028",
+    "새가\r",
+    "A dog",
+    '"KBS"',
+    "하늘을",
+    "난다.",
+]
 
 
 def make_corpus(count: int = 11) -> tuple[list[str], list[list[str]], list[str]]:
     predictions = [" ".join(WORDS[(i * k) % 12] for k in range(1, 9)) for i in range(count)]
-    references = [[" ".join(WORDS[(i * k + n) % 12] for k in range(1, 8 + n)) for n in range(1 + i % 3)] for i in range(count)]
+    references = [
+        [" ".join(WORDS[(i * k + n) % 12] for k in range(1, 8 + n)) for n in range(1 + i % 3)] for i in range(count)
+    ]
     return predictions, references, [f"clip-{i:02d}" for i in range(count)]
 
 
@@ -38,7 +53,9 @@ def test_batches_are_scored_as_one_corpus_to_the_last_digit() -> None:
         parts.update(predictions[rows], references[rows], ids[rows])
     assert values(whole) == values(parts)
     assert tuple(values(whole)) == NAMES
-    assert values(whole) == score_captions(predictions, references, tokenizer="char", metrics=NAMES)  # already in the order of ids
+    assert values(whole) == score_captions(
+        predictions, references, tokenizer="char", metrics=NAMES
+    )  # already in the order of ids
     assert all(value.dtype == torch.float64 for value in whole.compute().values())
 
 
@@ -48,7 +65,9 @@ def test_without_ids_every_caption_counts_in_any_order() -> None:
     first.update(predictions, references)
     second.update(predictions[::-1], references[::-1])
     assert values(first) == values(second)
-    assert values(first) == pytest.approx(score_captions(predictions, references, tokenizer="char", metrics=NAMES), abs=1e-12)
+    assert values(first) == pytest.approx(
+        score_captions(predictions, references, tokenizer="char", metrics=NAMES), abs=1e-12
+    )
     second.update(predictions[:1], references[:1])
     assert len(second.corpus()) == 12
 

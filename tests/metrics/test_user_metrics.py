@@ -64,7 +64,8 @@ def test_it_stands_in_scores_and_predictions_and_may_be_monitored(tmp_path: Path
     register_metric("marks")(lambda predictions, references: [text.count("!") for text in predictions])
     check_monitor(compose(["monitor=val/marks"]))
     rows = [
-        Prediction(Clip(str(index), "x.mp4", tuple(refs)), text) for index, (text, refs) in enumerate(zip(TEXTS, REFERENCES, strict=True))
+        Prediction(Clip(str(index), "x.mp4", tuple(refs)), text)
+        for index, (text, refs) in enumerate(zip(TEXTS, REFERENCES, strict=True))
     ]
     scorer = CaptionScorer(compose(["evaluation.tokenizer=char"]).evaluation)
     assert scorer.score(rows, metrics=["bleu_1"])["marks"] == pytest.approx(1 / 3)

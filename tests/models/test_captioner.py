@@ -40,12 +40,16 @@ def captioner(siglip_folder: Path, llm_folder: Path) -> VideoCaptioner:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)  # as after some training
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
-    projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES))
+    projector = build_projector(
+        MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=FRAMES)
+    )
     return VideoCaptioner(encoder, projector, llm, prompt, GenerationSettings(max_new_tokens=12)).eval()
 
 
 def samples() -> list[Sample]:
-    frames = torch.randint(0, 256, (2, FRAMES, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = torch.randint(
+        0, 256, (2, FRAMES, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     return [Sample(Clip(str(i), f"{i}.mp4", (text,)), frames=frames[i]) for i, text in enumerate((LONG, SHORT))]
 
 
@@ -110,7 +114,9 @@ def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) 
     weights = [p for p in captioner.parameters() if p.requires_grad]
     loss, count = captioner.loss_sum(batch)
     gradients = torch.autograd.grad(loss, weights)
-    output = captioner.llm(inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels)
+    output = captioner.llm(
+        inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels
+    )
     assert count == batch.num_label_tokens
     assert (loss / count).item() == pytest.approx(output.loss.item(), rel=1e-6)
     expected = torch.autograd.grad(output.loss * count, weights)
@@ -123,18 +129,30 @@ def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: Video
     """HyperCLOVA X scales behind the head: without it, training would see logits several times those that captions are decoded from."""
     from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = HyperCLOVAXConfig(vocab_size=len(captioner.prompt.tokenizer), logits_scaling=0.125, initializer_range=0.5, **sizes)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = HyperCLOVAXConfig(
+        vocab_size=len(captioner.prompt.tokenizer), logits_scaling=0.125, initializer_range=0.5, **sizes
+    )
     captioner.llm = HyperCLOVAXForCausalLM(config).eval()
     batch = collate(captioner, samples())
     loss, count = captioner.loss_sum(batch)
-    output = captioner.llm(inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels)
+    output = captioner.llm(
+        inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels
+    )
     assert (loss / count).item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
 def test_the_head_sees_label_positions_only(captioner: VideoCaptioner) -> None:
     batch, seen = collate(captioner, samples()), []
-    base_model(captioner.llm).lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))  # type: ignore[union-attr,operator]
+    base_model(captioner.llm).lm_head.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].shape)
+    )  # type: ignore[union-attr,operator]
     captioner.loss_sum(batch)
     assert seen == [(batch.num_label_tokens, 64)]
 
@@ -224,7 +242,10 @@ def test_training_moves_projector_and_adapters_and_nothing_else(captioner: Video
 
 def test_files_come_back_in_order_with_the_unreadable_named(captioner: VideoCaptioner) -> None:
     paths = [Path("0.mp4"), Path("bad.mp4"), Path("1.mp4")]
-    clips = [dataclasses.replace(item, clip=dataclasses.replace(item.clip, id=name)) for item, name in zip(samples(), "02", strict=True)]
+    clips = [
+        dataclasses.replace(item, clip=dataclasses.replace(item.clip, id=name))
+        for item, name in zip(samples(), "02", strict=True)
+    ]
     skipped = Skipped(Clip("1", str(paths[1]), ()), "it is empty")
     batch = Collator(captioner.prompt, VISUAL, 200, mode="generate")([clips[0], skipped, clips[1]])
     empty = Collator(captioner.prompt, VISUAL, 200, mode="generate")([skipped])

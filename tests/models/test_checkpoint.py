@@ -55,7 +55,9 @@ def test_a_downloaded_snapshot_names_its_commit(llm_folder: Path, tmp_path: Path
     assert fingerprint(folder, "a").revision == "0123abcd"
 
 
-def test_the_memo_saves_reading_and_notices_a_change(llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memo_saves_reading_and_notices_a_change(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, memo = shutil.copytree(llm_folder, tmp_path / "copy"), tmp_path / "deep" / "memo.json"
     first = fingerprint(folder, "a", memo)
     read: list[str] = []
@@ -130,7 +132,9 @@ def test_files_without_a_wanted_tensor_are_not_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outside", ["../other.safetensors", "/other.safetensors"])
-def test_an_index_that_leads_out_of_its_folder_is_refused_by_every_reader(outside: str, clip_folder: Path, tmp_path: Path) -> None:
+def test_an_index_that_leads_out_of_its_folder_is_refused_by_every_reader(
+    outside: str, clip_folder: Path, tmp_path: Path
+) -> None:
     config = (clip_folder / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
     names = ("embeddings.class_embedding", "multi_modal_projector.linear_1.weight")
@@ -138,7 +142,9 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_by_every_reader(outsid
     with pytest.raises(UserError, match="not in its own folder"):
         load_encoder(tmp_path, EncoderOptions(-1, torch.float32))
     with pytest.raises(UserError, match="not in its own folder"):
-        load_projector_weights(build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(2, 2, (2, 2), 1)), tmp_path)
+        load_projector_weights(
+            build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(2, 2, (2, 2), 1)), tmp_path
+        )
 
 
 def test_an_error_without_words_is_told_by_its_kind() -> None:

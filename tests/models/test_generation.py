@@ -53,7 +53,9 @@ def llama_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session", params=["qwen3", "llama"])
-def captioner(request: pytest.FixtureRequest, llm_folder: Path, llama_folder: Path, siglip_folder: Path) -> VideoCaptioner:
+def captioner(
+    request: pytest.FixtureRequest, llm_folder: Path, llama_folder: Path, siglip_folder: Path
+) -> VideoCaptioner:
     return build(llm_folder if request.param == "qwen3" else llama_folder, siglip_folder)
 
 
@@ -67,13 +69,19 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
                 parameter.normal_(std=0.1)
     encoder = load_encoder(encoder_folder, EncoderOptions(-1, torch.float32)).requires_grad_(False)
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
-    projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=3))
+    projector = build_projector(
+        MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=3)
+    )
     with torch.no_grad():
-        [module for module in projector.modules() if isinstance(module, nn.Linear)][-1].weight.mul_(10)  # captions then depend on the video
+        [module for module in projector.modules() if isinstance(module, nn.Linear)][-1].weight.mul_(
+            10
+        )  # captions then depend on the video
     return VideoCaptioner(encoder, projector, adapted, prompt, GenerationSettings(NEW)).eval()
 
 
-def with_settings(captioner: VideoCaptioner, *, num_rows: int | None = None, use_cache: bool = True, **rules: Any) -> VideoCaptioner:
+def with_settings(
+    captioner: VideoCaptioner, *, num_rows: int | None = None, use_cache: bool = True, **rules: Any
+) -> VideoCaptioner:
     captioner.generation = GenerationSettings(NEW, EvaluationConfig(**rules), num_rows, use_cache)
     return captioner
 
@@ -100,7 +108,11 @@ def ids_of(captioner: VideoCaptioner, batch: Batch) -> list[list[int]]:
     kept: list[Any] = []
     decode = captioner.prompt.tokenizer.batch_decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioner.prompt.tokenizer, "batch_decode", lambda ids, **options: kept.extend(ids) or decode(ids, **options))
+        patch.setattr(
+            captioner.prompt.tokenizer,
+            "batch_decode",
+            lambda ids, **options: kept.extend(ids) or decode(ids, **options),
+        )
         captioner.generate(batch)
     return [cut(row, captioner.prompt.stop_ids) for row in kept]
 
@@ -124,7 +136,9 @@ def test_a_batch_is_its_clips_one_by_one(captioner: VideoCaptioner, settings: di
     """Left padding is neither seen nor counted in positions."""
     items = samples(1, 3, 2)
     batch = collate(captioner, items)
-    assert batch.attention_mask.sum(1).tolist() == [len(row) - 4 * short for row, short in zip(batch.input_ids, (2, 0, 1), strict=True)]
+    assert batch.attention_mask.sum(1).tolist() == [
+        len(row) - 4 * short for row, short in zip(batch.input_ids, (2, 0, 1), strict=True)
+    ]
     assert batch.attention_mask[:, -1].all()
     with_settings(captioner, **settings)
     together = ids_of(captioner, batch)
@@ -145,9 +159,17 @@ def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, se
 
 @pytest.mark.parametrize(
     ("settings", "is_own"),
-    [({}, True), ({"engine": Engine.hf}, False), ({"num_beams": 2}, False), ({"do_sample": True}, False), ({"use_cache": False}, False)],
+    [
+        ({}, True),
+        ({"engine": Engine.hf}, False),
+        ({"num_beams": 2}, False),
+        ({"do_sample": True}, False),
+        ({"use_cache": False}, False),
+    ],
 )
-def test_who_writes(captioner: VideoCaptioner, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], is_own: bool) -> None:
+def test_who_writes(
+    captioner: VideoCaptioner, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], is_own: bool
+) -> None:
     calls: list[str] = []
     generate = captioner.llm.generate
     monkeypatch.setattr(captioner.llm, "generate", lambda **named: calls.append("hf") or generate(**named))  # type: ignore[operator]
@@ -160,13 +182,20 @@ def test_who_writes(captioner: VideoCaptioner, monkeypatch: pytest.MonkeyPatch, 
     ("settings", "said"),
     [
         ({"num_beams": 2}, "as it writes greedy captions alone.\n"),
-        ({"num_beams": 2, "speculate_ngram": 2}, "as it writes greedy captions alone; evaluation.speculate_ngram is ignored.\n"),
+        (
+            {"num_beams": 2, "speculate_ngram": 2},
+            "as it writes greedy captions alone; evaluation.speculate_ngram is ignored.\n",
+        ),
         ({}, ""),
         ({"engine": Engine.hf}, ""),
     ],
 )
 def test_why_our_engine_cannot_run_is_said_once(
-    captioner: VideoCaptioner, settings: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    captioner: VideoCaptioner,
+    settings: dict[str, Any],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(captioner, "_has_explained", False)  # other tests share the captioner
     for _ in range(2):
@@ -175,7 +204,9 @@ def test_why_our_engine_cannot_run_is_said_once(
     assert [line.partition("own, ")[2] for line in lines] == said.splitlines()
 
 
-def test_where_memory_runs_out_fewer_rows_write_the_same(captioner: VideoCaptioner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_memory_runs_out_fewer_rows_write_the_same(
+    captioner: VideoCaptioner, capsys: pytest.CaptureFixture[str]
+) -> None:
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
     expected = ids_of(with_settings(captioner), batch)
 
@@ -351,7 +382,10 @@ def test_the_checkpoints_own_settings_do_not_sample(llm_folder: Path, siglip_fol
     batch = collate(reference, samples(2, 3))
     expected = ids_of(reference, batch)
     folder = shutil.copytree(llm_folder, tmp_path / "copy")
-    for settings in ('{"temperature": 0.9, "top_p": 0.6, "max_length": 4}', '{"do_sample": true, "temperature": 9.0, "num_beams": 2}'):
+    for settings in (
+        '{"temperature": 0.9, "top_p": 0.6, "max_length": 4}',
+        '{"do_sample": true, "temperature": 9.0, "num_beams": 2}',
+    ):
         (folder / "generation_config.json").write_text(settings)
         captioner = build(folder, siglip_folder)
         captioner.prompt = reference.prompt

@@ -34,7 +34,9 @@ def small_folder(folder: Path) -> Path:
     return make_folder(folder, *BESIDE, "model.safetensors")
 
 
-def refused(checkpoint: str = NAME, revision: str | None = None, *, gate: str | None = None, is_plan: bool = False) -> str:
+def refused(
+    checkpoint: str = NAME, revision: str | None = None, *, gate: str | None = None, is_plan: bool = False
+) -> str:
     """The sentence of a checkpoint that is not to be had."""
     with pytest.raises(UserError) as caught:
         if is_plan:
@@ -54,7 +56,10 @@ def refused(checkpoint: str = NAME, revision: str | None = None, *, gate: str | 
 @pytest.mark.parametrize(
     ("weights", "others"),
     [
-        (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), ("pytorch_model-00001-of-00001.bin",)),
+        (
+            ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+            ("pytorch_model-00001-of-00001.bin",),
+        ),
         (("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"), ()),
         (("pytorch_model.bin",), ("adapter_model.safetensors", "onnx/model.safetensors")),
         (("model.safetensors",), ("consolidated.safetensors",)),
@@ -86,12 +91,20 @@ def sharded_folder(folder: Path, weights: dict[str, str] = WEIGHT_MAP) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("weights", "expected"), [(WEIGHT_MAP, {1, 3}), ({"layers.0.weight": "model-00002-of-00003.safetensors"}, {2})])
-def test_only_the_files_of_the_wanted_part_are_fetched(hub_here: Hub, tmp_path: Path, weights: dict[str, str], expected: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("weights", "expected"), [(WEIGHT_MAP, {1, 3}), ({"layers.0.weight": "model-00002-of-00003.safetensors"}, {2})]
+)
+def test_only_the_files_of_the_wanted_part_are_fetched(
+    hub_here: Hub, tmp_path: Path, weights: dict[str, str], expected: set[int]
+) -> None:
     """An InternVL of 77 GB is not downloaded for its vision tower."""
     hub_here.add(NAME, sharded_folder(tmp_path / "model", weights))
     locate(NAME, None, key="encoder.checkpoint", part="vision_")
-    assert hub_here.fetched() == {"config.json", INDEX, *(f"model-0000{number}-of-00003.safetensors" for number in expected)}
+    assert hub_here.fetched() == {
+        "config.json",
+        INDEX,
+        *(f"model-0000{number}-of-00003.safetensors" for number in expected),
+    }
     assert is_present(NAME, None, "vision_")
     assert is_present(NAME, None) == (expected == {2})  # the only file that the index names
     locate(NAME, None, key="model.checkpoint")
@@ -209,13 +222,17 @@ def test_what_a_checkpoint_lacks(hub_here: Hub, tmp_path: Path, is_plan: bool) -
     sentence = refused(revision="v2", is_plan=is_plan)
     assert "has no revision 'v2': set llm.revision to a branch, tag or commit of" in sentence
     assert "is neither a folder nor a hub id" in refused("some one/model", is_plan=is_plan)
-    assert "there is no folder 'someone/else' here, and the hub has no such model" in refused("someone/else", is_plan=is_plan)
+    assert "there is no folder 'someone/else' here, and the hub has no such model" in refused(
+        "someone/else", is_plan=is_plan
+    )
 
 
 @pytest.mark.parametrize("is_plan", [False, True])
 def test_a_license_that_is_not_known_is_not_named(hub_here: Hub, tmp_path: Path, is_plan: bool) -> None:
     hub_here.add(NAME, small_folder(tmp_path / "model")).fault = "gated, no account"
-    assert "accept its license at https://huggingface.co/someone/model, and log in with `hf auth login`" in refused(is_plan=is_plan)
+    assert "accept its license at https://huggingface.co/someone/model, and log in with `hf auth login`" in refused(
+        is_plan=is_plan
+    )
 
 
 @pytest.mark.parametrize("is_plan", [False, True])
@@ -266,7 +283,9 @@ def test_a_cache_that_cannot_be_written_to(hub_here: Hub, tmp_path: Path, monkey
 
 def test_an_error_of_another_kind_is_named() -> None:
     sentence = str(hub_error(RuntimeError("signed?token=abc"), NAME, None, key="llm.checkpoint"))
-    assert sentence.startswith("checkpoint 'someone/model' could not be downloaded (RuntimeError): try again, or set llm.checkpoint")
+    assert sentence.startswith(
+        "checkpoint 'someone/model' could not be downloaded (RuntimeError): try again, or set llm.checkpoint"
+    )
     assert "abc" not in sentence
 
 

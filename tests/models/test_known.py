@@ -106,7 +106,12 @@ def test_the_number_of_parameters_is_the_published_one(checkpoint: str) -> None:
 def named_in_conf() -> set[str]:
     """Hub ids in the files under conf/."""
     contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONF.glob("*/*.yaml")]
-    checkpoints = [part.get("checkpoint") for content in contents for part in (content, content.get("model")) if isinstance(part, dict)]
+    checkpoints = [
+        part.get("checkpoint")
+        for content in contents
+        for part in (content, content.get("model"))
+        if isinstance(part, dict)
+    ]
     return {checkpoint for checkpoint in checkpoints if isinstance(checkpoint, str) and "/" in checkpoint}
 
 
@@ -163,7 +168,9 @@ def language_models() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe", "hyperclovax", "exaone4"])
-def test_a_tiny_one_gives_the_logits_of_its_class(model_type: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_a_tiny_one_gives_the_logits_of_its_class(
+    model_type: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Through the real loading path, with left padding and from embeddings, as captions are written."""
     config = known_config(language_models()[model_type])
     assert config is not None

@@ -42,7 +42,12 @@ SIZES: dict[str, Any] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4-full": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
-    "hyperclovax": {"logits_scaling": 0.5, "attention_multiplier": 0.1, "residual_multiplier": 0.7, "embedding_multiplier": 2.0},
+    "hyperclovax": {
+        "logits_scaling": 0.5,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+    },
     "llama": {},
     "qwen2": {},
     "qwen3": {},
@@ -60,14 +65,18 @@ def make(llm_folder: Path) -> Make:
 
     def build(kind: str, attention: str = "sdpa") -> VideoCaptioner:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind.partition("-")[0], vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS[kind]))
+        config = AutoConfig.for_model(
+            kind.partition("-")[0], vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS[kind])
+        )
         llm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
         adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
-        projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=3))
+        projector = build_projector(
+            MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=3)
+        )
         return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(4)).eval()
 
     return build
@@ -99,7 +108,9 @@ def loss_and_gradients(captioner: VideoCaptioner, batch: Batch) -> tuple[float, 
 def assert_alike(captioner: VideoCaptioner, items: list[Sample]) -> None:
     rows, packed = (collate(captioner, items, is_packed=is_packed) for is_packed in (False, True))
     assert packed.input_ids.shape == (1, int(rows.attention_mask.sum()))
-    (loss, count, gradients), (own_loss, own_count, own_gradients) = (loss_and_gradients(captioner, batch) for batch in (rows, packed))
+    (loss, count, gradients), (own_loss, own_count, own_gradients) = (
+        loss_and_gradients(captioner, batch) for batch in (rows, packed)
+    )
     assert own_count == count == packed.num_label_tokens
     assert own_loss == pytest.approx(loss, rel=1e-6)
     assert len(gradients) > 10
@@ -136,9 +147,13 @@ def test_no_clip_sees_another(kind: str, make: Make) -> None:
         loss, count = captioner.loss_sum(only)
         assert count > 0
         (gradient,) = torch.autograd.grad(loss, batch.features)
-        assert gradient.flatten(1).any(1).tolist() == [other == clip for other in range(len(items))]  # exactly zero elsewhere
+        assert gradient.flatten(1).any(1).tolist() == [
+            other == clip for other in range(len(items))
+        ]  # exactly zero elsewhere
         changed = batch.input_ids.masked_fill((owner != clip) & ~batch.visual_mask, 7)
-        assert captioner.loss_sum(dataclasses.replace(only, input_ids=changed))[0].item() == pytest.approx(loss.item(), rel=1e-6)
+        assert captioner.loss_sum(dataclasses.replace(only, input_ids=changed))[0].item() == pytest.approx(
+            loss.item(), rel=1e-6
+        )
 
 
 def flash_like(
@@ -192,7 +207,9 @@ def test_all_offered_language_models_can_be_packed(tmp_path: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = {config["model_type"] for checkpoint in known_checkpoints() if (config := known_config(checkpoint))}
-    assert known & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == set(PACKABLE) == {kind.partition("-")[0] for kind in OPTIONS}
+    assert (
+        known & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == set(PACKABLE) == {kind.partition("-")[0] for kind in OPTIONS}
+    )
 
 
 def test_models_that_mix_clips_are_refused(
@@ -204,5 +221,7 @@ def test_models_that_mix_clips_are_refused(
         check_packing(folder, "llm=native")
     Mamba2Config().save_pretrained(tmp_path)
     for folder in (*qwen_folders.values(), tmp_path):
-        with pytest.raises(UserError, match=r"which llm=native \(.*\) is not known to keep apart; set data\.batching=by_length"):
+        with pytest.raises(
+            UserError, match=r"which llm=native \(.*\) is not known to keep apart; set data\.batching=by_length"
+        ):
             check_packing(folder, "llm=native")

@@ -53,28 +53,40 @@ def captioner(request: pytest.FixtureRequest, siglip_folder: Path, llm_folder: P
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
     options = {"kind": "mlp", "num_heads": 2, "num_layers": 2} | PROJECTORS[request.param]
     torch.manual_seed(0)
-    projector = build_projector(settings_of(**options), ProjectorSizes(32, 64, (2, 2), FRAMES, len(prompt.question_ids)))
+    projector = build_projector(
+        settings_of(**options), ProjectorSizes(32, 64, (2, 2), FRAMES, len(prompt.question_ids))
+    )
     return VideoCaptioner(encoder, projector, load_llm(llm_folder), prompt, GenerationSettings(4)).eval()
 
 
 def noise(num_frames: int, height: int = 28, width: int = 28) -> Tensor:
-    return torch.randint(0, 256, (num_frames, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(num_frames))
+    return torch.randint(
+        0, 256, (num_frames, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(num_frames)
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_the_loss_is_that_of_each_clip_alone(captioner: VideoCaptioner, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_that_of_each_clip_alone(
+    captioner: VideoCaptioner, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert captioner.encoder is not None
     grid_of = pickle.loads(pickle.dumps(StatedGrid(captioner.encoder.transform.grid_thw, captioner.encoder.grid)))
     visual = VisualRun(partial(count_tokens, captioner.projector.config, captioner.projector.sizes), (FRAMES, 2, 2))
     collator = Collator(captioner.prompt, visual, 200, is_packed=is_packed)
     items = [
-        Sample(Clip(str(length), f"{length}.mp4", ("배" * (length + 1),)), frames=noise(length), grid_thw=grid_of(length, 90, 160))
+        Sample(
+            Clip(str(length), f"{length}.mp4", ("배" * (length + 1),)),
+            frames=noise(length),
+            grid_thw=grid_of(length, 90, 160),
+        )
         for length in LENGTHS
     ]
     encoded = []
     encode = captioner.encoder.encode
-    monkeypatch.setattr(captioner.encoder, "encode", lambda frames, sizes: encoded.append(len(frames)) or encode(frames, sizes))
+    monkeypatch.setattr(
+        captioner.encoder, "encode", lambda frames, sizes: encoded.append(len(frames)) or encode(frames, sizes)
+    )
     loss, count = captioner.loss_sum(collator(items))
     assert encoded == [sum(LENGTHS)]
     alone = [captioner.loss_sum(Collator(captioner.prompt, visual, 200)([item])) for item in items]
@@ -101,7 +113,8 @@ def test_the_stated_grid_is_the_encoders_own_where_it_varies() -> None:
 def test_an_image_fills_its_stack() -> None:
     """An image is what a clip would be that shows it all the time."""
     projector = build_projector(
-        MlpConfig(temporal=Temporal.none, frame_stack=4), ProjectorSizes(in_dim=6, out_dim=8, grid=(2, 2), num_frames=FRAMES)
+        MlpConfig(temporal=Temporal.none, frame_stack=4),
+        ProjectorSizes(in_dim=6, out_dim=8, grid=(2, 2), num_frames=FRAMES),
     )
     image = torch.randn(1, 1, 4, 6)
     torch.testing.assert_close(projector(image), projector(image.expand(-1, 4, -1, -1)))
@@ -111,7 +124,13 @@ def test_an_image_fills_its_stack() -> None:
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_temporal_patches_are_filled_up(kind: str, qwen_folders: dict[str, Path]) -> None:
     folder = qwen_folders[kind]
-    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "quantization": "none",
+        "attention": "sdpa",
+        "device": "cpu",
+        "max_patches": 64,
+    }
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)

@@ -30,6 +30,8 @@ def test_an_older_one_is_refused_for_whole_models_and_for_experts(
 
 
 @pytest.mark.parametrize("version", ["5.23.0", "5.24.0.dev0"])
-def test_the_least_one_and_a_preview_of_a_later_one_are_taken(version: str, moe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_one_and_a_preview_of_a_later_one_are_taken(
+    version: str, moe_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     expert_quantization(moe_folder, quantization_config("4bit", torch.float32))

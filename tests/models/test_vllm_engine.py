@@ -15,7 +15,14 @@ from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.vllm import engine as vllm_engine
 from vlmcap.models.vllm.captioner import TokenEmbeddings
-from vlmcap.models.vllm.engine import OtherProcess, VllmEngine, check_vllm, engine_arguments, sampling_arguments, start_engine
+from vlmcap.models.vllm.engine import (
+    OtherProcess,
+    VllmEngine,
+    check_vllm,
+    engine_arguments,
+    sampling_arguments,
+    start_engine,
+)
 
 
 def test_greedy_search() -> None:
@@ -24,7 +31,9 @@ def test_greedy_search() -> None:
 
 
 def test_sampling() -> None:
-    found = sampling_arguments(GenerationSettings(12, EvaluationConfig(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)), [3])
+    found = sampling_arguments(
+        GenerationSettings(12, EvaluationConfig(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)), [3]
+    )
     assert (found["temperature"], found["top_p"], found["top_k"]) == (0.7, 0.9, 0)
 
 
@@ -36,7 +45,9 @@ def test_what_vllm_cannot_do_is_refused(setting: dict[str, Any]) -> None:
 
 
 def test_embeddings_are_those_of_the_model(llm_folder: Path, tmp_path: Path) -> None:
-    model: Any = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
+    model: Any = load_language_model(
+        llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu"
+    )
     ids = torch.arange(20)
     table: Any = TokenEmbeddings(llm_folder, torch.float32)
     assert torch.equal(table.get_input_embeddings()(ids), model.get_input_embeddings()(ids))
@@ -71,7 +82,9 @@ def interpreter(folder: Path, vllm: str | None) -> Path:
 
 
 def start(python: Path) -> VllmEngine:
-    arguments = engine_arguments(Path("merged"), EvaluationConfig(vllm_gpu_memory=0.5), dtype="float32", max_model_len=64, seed=0)
+    arguments = engine_arguments(
+        Path("merged"), EvaluationConfig(vllm_gpu_memory=0.5), dtype="float32", max_model_len=64, seed=0
+    )
     return start_engine(arguments, str(python))
 
 
@@ -124,5 +137,7 @@ def test_it_ends_with_us(tmp_path: Path) -> None:
 
 def test_a_card_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "class LLM:\n    def __init__(self, **_):\n        raise ValueError('No available memory for the cache blocks.')\n"
-    with pytest.raises(UserError, match=r"did not start \(ValueError: No available memory.*lower evaluation\.vllm_gpu_memory"):
+    with pytest.raises(
+        UserError, match=r"did not start \(ValueError: No available memory.*lower evaluation\.vllm_gpu_memory"
+    ):
         start(interpreter(tmp_path, broken))

@@ -25,7 +25,9 @@ from vlmcap.planning.hardware import DetectedDevice, device_info, matching_profi
 from vlmcap.planning.make_plan import make_plan, training_seconds
 from vlmcap.planning.memory import Moment, is_known, scale_beyond
 
-L4 = Calibration("NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 24e-6, 3e-6, 90.0)
+L4 = Calibration(
+    "NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 24e-6, 3e-6, 90.0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,9 @@ def test_a_broken_file_is_none(tmp_path: Path, broken: str) -> None:
     assert read_calibrations(tmp_path) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("beyond_ratio", 0.0), ("utilisation", float("nan")), ("context_gib", -1.0), ("GPU", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("beyond_ratio", 0.0), ("utilisation", float("nan")), ("context_gib", -1.0), ("GPU", 3)]
+)
 def test_impossible_figures_are_none(tmp_path: Path, key: str, value: object) -> None:
     (tmp_path / "x.json").write_text(json.dumps(L4.plain() | {key: value}))
     assert read_calibrations(tmp_path) == []
@@ -84,7 +88,9 @@ def test_a_write_that_is_cut_off_leaves_the_old_one(tmp_path: Path, monkeypatch:
         ("t4", "NVIDIA L4", "l4", False),  # measured with another profile
     ],
 )
-def test_only_that_card_s_plans_use_it(hardware: str, here: str | None, here_profile: str | None, is_used: bool) -> None:
+def test_only_that_card_s_plans_use_it(
+    hardware: str, here: str | None, here_profile: str | None, is_used: bool
+) -> None:
     assert (choose_calibration([L4], hardware, here, here_profile) == L4) == is_used
 
 
@@ -109,7 +115,9 @@ def test_one_of_a_card_without_a_profile_is_used_there_alone() -> None:
         ("NVIDIA GeForce RTX 3050", 7.8, (8, 6), None, None),
     ],
 )
-def test_the_profile_of_a_card(name: str, total_gib: float, capability: tuple[int, int], own: str | None, suitable: str | None) -> None:
+def test_the_profile_of_a_card(
+    name: str, total_gib: float, capability: tuple[int, int], own: str | None, suitable: str | None
+) -> None:
     assert matching_profile(name, total_gib) == own
     assert suitable_profile(name, total_gib, capability) == suitable
 
@@ -122,7 +130,9 @@ def test_the_figures_change_what_they_should() -> None:
     assert token_seconds(TokenWork(30e9, 100), measured) == pytest.approx(30e9 / (0.7 * 300e9))
     assert token_seconds(TokenWork(30e6, 10_000), measured) == pytest.approx(10_000 * 24e-6)
     assert token_seconds(TokenWork(30e6, 10_000, is_captured=True), measured) == pytest.approx(10_000 * 3e-6)
-    moment = Moment("a", {"encoder: frozen weights": 8.0, "optimiser state": 4.0, "gradients": 2.0, "fragmentation": 1.0})
+    moment = Moment(
+        "a", {"encoder: frozen weights": 8.0, "optimiser state": 4.0, "gradients": 2.0, "fragmentation": 1.0}
+    )
     assert scale_beyond(moment, 1.5).parts == {
         "encoder: frozen weights": 8.0,
         "optimiser state": 4.0,
@@ -133,7 +143,13 @@ def test_the_figures_change_what_they_should() -> None:
 
 @pytest.mark.slow
 def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.eval_batch_size=4", "evaluation.cuda_graphs=false"]
+    overrides = [
+        "encoder=clip",
+        "llm=qwen3_4b",
+        "hardware=l4",
+        "data.eval_batch_size=4",
+        "evaluation.cuda_graphs=false",
+    ]
     config = configured(*overrides)
     before = make_plan(config)
     write_calibration(calibration_folder(config), L4)
@@ -159,5 +175,7 @@ def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_card_here_leaves_the_plan_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured("encoder=clip", "llm=qwen3_4b", "hardware=l4")
     write_calibration(calibration_folder(config), L4)
-    monkeypatch.setattr(calibration, "detect_gpu", lambda: DetectedDevice("NVIDIA GeForce RTX 4090", 23.5, 23.0, "l4", (8, 9)))
+    monkeypatch.setattr(
+        calibration, "detect_gpu", lambda: DetectedDevice("NVIDIA GeForce RTX 4090", 23.5, 23.0, "l4", (8, 9))
+    )
     assert calibrated_device(config) == planned_device(config)

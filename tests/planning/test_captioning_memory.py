@@ -58,7 +58,13 @@ def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as
             if engine == "own":
                 greedy_ids(llm, iter(prompts), settings, [50], ROWS)
             else:
-                llm.generate(inputs_embeds=prompts, attention_mask=mask, **settings.as_arguments(), eos_token_id=50, pad_token_id=0)
+                llm.generate(
+                    inputs_embeds=prompts,
+                    attention_mask=mask,
+                    **settings.as_arguments(),
+                    eos_token_id=50,
+                    pad_token_id=0,
+                )
         handle.remove()
         return float(live.peaks["step"].total())
 
@@ -68,7 +74,14 @@ def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as
 
 @pytest.mark.slow
 def test_the_plan_counts_those_copies_and_beams() -> None:
-    base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=l4", "data.eval_batch_size=8", "llm.max_new_tokens=4000"]
+    base = [
+        "encoder=clip",
+        "projector.reducer=pool",
+        "llm=qwen3_4b",
+        "hardware=l4",
+        "data.eval_batch_size=8",
+        "llm.max_new_tokens=4000",
+    ]
     own, beams = planned(*base), planned(*base, "evaluation.num_beams=4", "data.eval_batch_size=2")
     assert writes_itself(compose(["data.root=unset", *base]))
     assert not writes_itself(compose(["data.root=unset", *base, "evaluation.engine=hf"]))
@@ -79,12 +92,21 @@ def test_the_plan_counts_those_copies_and_beams() -> None:
     assert beams.generation.parts["one block's copy of them"] == pytest.approx(cache / 36)
     assert "one block's copy of them" not in own.generation.parts, "it is there from the first prompt on"
     old = planned(*base, "hardware=t4", "data.eval_batch_size=8")
-    assert old.generation.parts["one block's copy of them"] == pytest.approx(old.generation.parts["keys and values"] * 4 / 36)
+    assert old.generation.parts["one block's copy of them"] == pytest.approx(
+        old.generation.parts["keys and values"] * 4 / 36
+    )
 
 
 @pytest.mark.slow
 def test_the_loss_of_validation_is_planned_where_logits_are_all_made_at_once() -> None:
-    base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=h100", "data.batch_size=16", "data.eval_batch_size=16"]
+    base = [
+        "encoder=clip",
+        "projector.reducer=pool",
+        "llm=qwen3_4b",
+        "hardware=h100",
+        "data.batch_size=16",
+        "data.eval_batch_size=16",
+    ]
     few, all_at_once = planned(*base), planned(*base, "hardware.loss_chunk_mib=null")
     assert all_at_once.generation.name.startswith("validation loss")
     logits = 16 * 768 * 151936 * (2 + 4)  # the head's, and those in float32
@@ -95,7 +117,14 @@ def test_the_loss_of_validation_is_planned_where_logits_are_all_made_at_once() -
 @pytest.mark.slow
 def test_a_batch_of_tokens_holds_as_many_short_clips_as_there_may_be() -> None:
     config = compose(
-        ["data.root=unset", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "data.batching=by_length", "data.max_tokens_per_batch=16000"]
+        [
+            "data.root=unset",
+            "encoder=clip",
+            "llm=qwen3_4b",
+            "hardware=l4",
+            "data.batching=by_length",
+            "data.max_tokens_per_batch=16000",
+        ]
     )
     memory_profiler, lengths = MemoryProfiler(config, True), CaptionLengths.of([100, 300, 768], 768)
     prompt = memory_profiler.sizes.num_visual + memory_profiler.sizes.num_prompt
@@ -137,29 +166,44 @@ def test_assumed_captions_are_those_of_the_korean_data() -> None:
 def test_models_of_scores_are_traced_at_their_size(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    settings = BertConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=192, vocab_size=900)
+    settings = BertConfig(
+        hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=192, vocab_size=900
+    )
     model = BertModel(settings).eval()
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
     base = ["data.root=unset", "llm=qwen3_4b", "encoder=clip", "hardware=l4"]
-    config = compose([*base, f"evaluation.bert_checkpoint={tmp_path / 'bert'}", "evaluation.siglip_checkpoint=someone/unknown"])
+    config = compose(
+        [*base, f"evaluation.bert_checkpoint={tmp_path / 'bert'}", "evaluation.siglip_checkpoint=someone/unknown"]
+    )
     traced = MemoryProfiler(config, True).scores()
     assert traced["siglip_checkpoint"] is None
     assert make_plan(config).not_counted == ["evaluation.siglip_checkpoint"]
     trace = traced["bert_checkpoint"]
     assert trace is not None
-    assert sum(trace.weights.values()) == sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    assert sum(trace.weights.values()) == sum(
+        t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]
+    )
     live, ids = LiveBytes(), torch.ones(16, 512, dtype=torch.int64)
     live.exclude([*model.parameters(), *model.buffers(), ids])
     with live, torch.inference_mode():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
     assert len(output.hidden_states) == 7
-    assert max(sum(peak.values()) for peak in trace.peaks.values()) == pytest.approx(live.peaks["start"].total(), rel=0.1)
+    assert max(sum(peak.values()) for peak in trace.peaks.values()) == pytest.approx(
+        live.peaks["start"].total(), rel=0.1
+    )
 
 
 @pytest.mark.slow
 def test_a_large_model_of_a_score_is_the_fullest_moment() -> None:
-    base = ["encoder=clip", "projector.reducer=pool", "llm=qwen3_4b", "hardware=t4", "data.eval_batch_size=1", "cache.enabled=true"]
+    base = [
+        "encoder=clip",
+        "projector.reducer=pool",
+        "llm=qwen3_4b",
+        "hardware=t4",
+        "data.eval_batch_size=1",
+        "cache.enabled=true",
+    ]
     plain, scored = planned(*base), planned(*base, "evaluation.siglip_checkpoint=google/siglip2-so400m-patch14-384")
     assert scored.generation.name.startswith("siglip")
     assert scored.generation.parts["siglip: weights"] == pytest.approx(4 * 1.136e9, rel=0.02), "both towers, in float32"

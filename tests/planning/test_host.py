@@ -38,7 +38,9 @@ def private_bytes(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(real_path: list[str], make_run: Callable[[Config], Run]) -> None:
+def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(
+    real_path: list[str], make_run: Callable[[Config], Run]
+) -> None:
     """Counted in the second epoch, with the loaders of validation still there."""
     config = compose([*real_path, "data.num_workers=1", "cache.enabled=false", "tuning=lora", "tuning.epochs=2"])
     run, found = make_run(config), list[list[int]]()
@@ -81,7 +83,11 @@ else:
 
 
 def measured(*arguments: str) -> float:
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", _SCRIPT, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True, timeout=300)
     return float(result.stdout.split()[-1])
@@ -96,7 +102,9 @@ def test_a_process_is_as_large_as_planned() -> None:
 def test_an_encoder_passes_through_the_host_once(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    small = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    small = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
     large = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=6, image_size=64, patch_size=16)
     for name, settings in (("small", small), ("large", large)):
         CLIPVisionModel(settings).save_pretrained(tmp_path / name)
@@ -132,11 +140,15 @@ def test_inputs_in_host_memory_are_as_large_as_planned() -> None:
         expected = depth * rows * length * width * 4
         assert sum(moved.values()) == expected
         output.sum().backward()
-    config = compose(["data.root=unset", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "hardware.offload_checkpoints=true"])
+    config = compose(
+        ["data.root=unset", "encoder=clip", "llm=qwen3_4b", "hardware=l4", "hardware.offload_checkpoints=true"]
+    )
     memory_profiler = MemoryProfiler(config, True)
     tokens = 2 * (memory_profiler.sizes.num_visual + 32 + 768)
     assert memory_profiler.checkpoint_bytes(2, 768) == tokens * 2560 * 2
-    assert make_plan(config).host.parts["offloaded checkpoints"] == 36 * pinned_bytes(memory_profiler.checkpoint_bytes(1, 768))
+    assert make_plan(config).host.parts["offloaded checkpoints"] == 36 * pinned_bytes(
+        memory_profiler.checkpoint_bytes(1, 768)
+    )
 
 
 def test_locked_memory_comes_in_powers_of_two() -> None:
@@ -148,13 +160,23 @@ def test_locked_memory_comes_in_powers_of_two() -> None:
     [
         ("0::/box/inner\n", {"box/memory.max": 16, "box/memory.current": 6, "box/inner/memory.max": "max"}, 16.0, 10.0),
         ("0::/box\n", {"box/memory.max": "max"}, 64.0, 40.0),
-        ("4:memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": 8, "memory/job/memory.usage_in_bytes": 1}, 8.0, 7.0),
+        (
+            "4:memory:/job\n0::/\n",
+            {"memory/job/memory.limit_in_bytes": 8, "memory/job/memory.usage_in_bytes": 1},
+            8.0,
+            7.0,
+        ),
         ("0::/box\n", {"box/memory.max": 128, "box/memory.current": 1}, 64.0, 40.0),
     ],
     ids=["a limit above", "none", "version 1", "more than there is"],
 )
 def test_a_container_s_limit_is_the_machine_s_memory(
-    lines: str, files: dict[str, Any], total_gib: float, free_gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lines: str,
+    files: dict[str, Any],
+    total_gib: float,
+    free_gib: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, size in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,13 +190,16 @@ def test_a_container_s_limit_is_the_machine_s_memory(
     assert (present.total_gib, present.free_gib) == (total_gib, free_gib)
 
 
-def test_a_host_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_host_that_is_too_small_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.num_workers=64"]
     present = detect_cpu()
     small = type(present)(present.name, 15.6, 10.0, "cpu")
     monkeypatch.setattr(plan_module, "detect_cpu", lambda: small)
     with pytest.raises(
-        DoesNotFitError, match=r"the host needs \d+\.\d GiB of memory while validating, .* of it for .* machine has 15\.6; lower data"
+        DoesNotFitError,
+        match=r"the host needs \d+\.\d GiB of memory while validating, .* of it for .* machine has 15\.6; lower data",
     ) as caught:
         enforce_plan(compose(overrides))
     assert caught.value.peak_gib > caught.value.usable_gib == 15.6

@@ -52,7 +52,9 @@ def test_weights_are_those_of_the_published_sizes() -> None:
     embeddings = 2 * 2 * 151936 * 4096
     stored = sum(plan.training.parts[f"language model: {kind}"] for kind in ("frozen weights", "quantisation state"))
     assert stored == pytest.approx(packed + embeddings, rel=1e-3)
-    assert plan.training.parts["encoder: frozen weights"] == pytest.approx(2 * (303.5e6 - 12.6e6), rel=1e-3)  # the last block is cut off
+    assert plan.training.parts["encoder: frozen weights"] == pytest.approx(
+        2 * (303.5e6 - 12.6e6), rel=1e-3
+    )  # the last block is cut off
     assert plan.training.parts["optimiser state"] == pytest.approx(8 * (43.6e6 + 21e6), rel=0.02)
 
 
@@ -71,13 +73,18 @@ def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
     captured = planned(*overrides)
     assert captured.is_captured and not plan.is_captured
     assert captured.token_launches == plan.token_launches
-    assert captured.token_s == pytest.approx(captured.token_bytes / captured.gpu.bytes_per_s), "the host does not hold it up"
+    assert captured.token_s == pytest.approx(captured.token_bytes / captured.gpu.bytes_per_s), (
+        "the host does not hold it up"
+    )
 
 
 @pytest.mark.slow
 def test_merged_adapters_launch_nothing_and_take_a_copy_of_the_weights() -> None:
     overrides = ["encoder=clip", "llm=qwen3_4b", "hardware=a100_80", "llm.quantization=none", "data.eval_batch_size=8"]
-    merged, apart = planned(*overrides, "evaluation.merge_adapters=true"), planned(*overrides, "evaluation.merge_adapters=false")
+    merged, apart = (
+        planned(*overrides, "evaluation.merge_adapters=true"),
+        planned(*overrides, "evaluation.merge_adapters=false"),
+    )
     bare = planned(*overrides, "tuning=projector_only")
     assert merged.is_merged and not apart.is_merged
     assert merged.token_launches == bare.token_launches
@@ -93,7 +100,8 @@ def test_merged_adapters_launch_nothing_and_take_a_copy_of_the_weights() -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), thinned([("t4", 4, 12), ("l4", 8, 14), ("a100", 30, 64), ("h100", 64, 64)], lambda case: case[0] == "l4")
+    ("name", "least", "most"),
+    thinned([("t4", 4, 12), ("l4", 8, 14), ("a100", 30, 64), ("h100", 64, 64)], lambda case: case[0] == "l4"),
 )
 def test_as_many_captions_are_written_at_a_time_as_fit(name: str, least: int, most: int) -> None:
     plan = planned(f"experiment=recommended_{name}")
@@ -110,7 +118,9 @@ def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys:
     assert chosen.data.eval_batch_size == planned(*overrides).eval_batch_size > 1
     assert with_caption_plan(compose([*overrides, "data.eval_batch_size=3"])).data.eval_batch_size == 3
     monkeypatch.setattr(plan_module, "make_plan", lambda _: pytest.fail("planned"))
-    assert with_caption_plan(compose(["data.root=unset"])).data.eval_batch_size == MOST_ROWS, "a CPU's memory is not planned"
+    assert with_caption_plan(compose(["data.root=unset"])).data.eval_batch_size == MOST_ROWS, (
+        "a CPU's memory is not planned"
+    )
     assert with_caption_plan(compose([*overrides, "trainer=fsdp2", "hardware.devices=2"])).data.eval_batch_size == 1
 
     def fail(_: object) -> Plan:
@@ -130,7 +140,9 @@ def test_packed_weights_are_unpacked_for_a_token_of_many_rows_alone() -> None:
     linear = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288)
     row = 36 * 2 * 8 * 128 * 2 * (few.num_visual + 32 + 384)  # keys and values at the middle of a caption of 768 tokens
     assert few.token_bytes == pytest.approx(linear / 2 + 2 * 2 * 151936 * 4096 + FUSED_ROWS * row, rel=0.02)
-    assert many.token_bytes - few.token_bytes == pytest.approx(4 * linear + row, rel=0.03)  # 2 bytes written and 2 read for each
+    assert many.token_bytes - few.token_bytes == pytest.approx(
+        4 * linear + row, rel=0.03
+    )  # 2 bytes written and 2 read for each
 
 
 @pytest.mark.slow
@@ -172,7 +184,14 @@ def test_stored_features_take_the_encoder_off_the_card() -> None:
 
 @pytest.mark.slow
 def test_changes_make_it_fit_and_none_is_idle() -> None:
-    overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=t4", "data.batch_size=8", "data.eval_batch_size=8"]
+    overrides = [
+        "data.root=unset",
+        "encoder=clip",
+        "llm=qwen3_8b",
+        "hardware=t4",
+        "data.batch_size=8",
+        "data.eval_batch_size=8",
+    ]
     plan = make_plan(compose(overrides))
     assert not plan.fits
     changed = with_changes(plan, overrides)
@@ -184,7 +203,9 @@ def test_changes_make_it_fit_and_none_is_idle() -> None:
 
 def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
-    monkeypatch.setattr("vlmcap.planning.estimate.memory_profiler.profile_stage", lambda *_, **__: pytest.fail("traced again"))
+    monkeypatch.setattr(
+        "vlmcap.planning.estimate.memory_profiler.profile_stage", lambda *_, **__: pytest.fail("traced again")
+    )
     assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
     for file in (store / "plans").iterdir():  # broken files are traced anew
         file.write_text("{")
@@ -196,7 +217,15 @@ def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPat
 def test_json_has_the_stated_keys(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert {"peak_gib", "weights_gib", "activations_gib", "visual_tokens", "fits", "hardware", "changes"} <= found.keys()
+    assert {
+        "peak_gib",
+        "weights_gib",
+        "activations_gib",
+        "visual_tokens",
+        "fits",
+        "hardware",
+        "changes",
+    } <= found.keys()
     assert found["fits"] is True
     assert found["peak_gib"] == pytest.approx(max(found["training_gib"], found["generation_gib"]))
 
@@ -209,13 +238,17 @@ def test_the_page_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_unknown_architecture_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"'someone/model' is not on this machine, and HF_HUB_OFFLINE forbids .* set llm.checkpoint"):
+    with pytest.raises(
+        UserError, match=r"'someone/model' is not on this machine, and HF_HUB_OFFLINE forbids .* set llm.checkpoint"
+    ):
         planned("encoder=clip", "llm=qwen3_8b", "llm.checkpoint=someone/model", "hardware=l4")
 
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=64"]
-    with pytest.raises(DoesNotFitError, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`") as caught:
+    with pytest.raises(
+        DoesNotFitError, match=r"needs \d+\.\d GiB .* and hardware=l4 has 22\.0; `vlmcap plan`"
+    ) as caught:
         enforce_plan(compose(overrides))
     assert caught.value.peak_gib > caught.value.usable_gib == 22.0
     enforce_plan(compose([*overrides, "plan.enforce=warn"]))
@@ -225,7 +258,9 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     enforce_plan(compose(["data.root=unset", "hardware=cpu"]))
 
 
-def test_a_model_that_cannot_be_traced_does_not_cost_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_traced_does_not_cost_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_: object) -> Plan:
         raise RuntimeError("no rule for this operation")
 

@@ -15,6 +15,8 @@ DEPTH = 8
 @pytest.mark.parametrize("has_checkpointing", [True, False])
 def test_the_trace_is_within_a_twentieth_of_a_card(has_checkpointing: bool) -> None:
     """Qwen3 of 8 blocks, 1 024 wide, 4 096 visual tokens, in float32."""
-    trial = Trial("qwen3", width=1024, vocabulary=32000, has_checkpointing=has_checkpointing, num_visual=4096, num_caption=768)
+    trial = Trial(
+        "qwen3", width=1024, vocabulary=32000, has_checkpointing=has_checkpointing, num_visual=4096, num_caption=768
+    )
     planned = max(sum(peak.values()) for peak in trace_trial(trial, DEPTH).peaks.values())
     assert planned == pytest.approx(peak_on_card(trial, DEPTH, torch.device("cuda")), rel=0.05)

@@ -26,7 +26,14 @@ from vlmcap.planning.make_plan import enforce_plan, make_plan
 
 LLM, ENCODER, WHOLE = "someone/llm", "someone/encoder", "someone/vlm"
 GPU = ("data.root=unset", "data.num_frames=2", "hardware=l4")
-PARTS = (*GPU, "encoder=siglip2", "llm=qwen3_8b", "llm.max_caption_tokens=64", "llm.max_new_tokens=64", "projector.frame_stack=1")
+PARTS = (
+    *GPU,
+    "encoder=siglip2",
+    "llm=qwen3_8b",
+    "llm.max_caption_tokens=64",
+    "llm.max_new_tokens=64",
+    "projector.frame_stack=1",
+)
 WHOLE_MODEL = (*GPU, "model=qwen2_5_vl_7b", "llm.max_caption_tokens=64", "llm.max_new_tokens=64")
 
 
@@ -55,7 +62,10 @@ def test_a_plan_by_id_is_the_plan_by_folder(
     by_id, by_folder = publish(hub_here, siglip_folder, llm_folder)
     found, expected = planned(by_id), planned(by_folder)
     assert found.pop("download_bytes") > expected.pop("download_bytes") == 0
-    assert (found.pop("model"), expected.pop("model")) == ("encoder + mlp + llm", f"{siglip_folder.name} + mlp + {llm_folder.name}")
+    assert (found.pop("model"), expected.pop("model")) == (
+        "encoder + mlp + llm",
+        f"{siglip_folder.name} + mlp + {llm_folder.name}",
+    )
     assert found == expected
     assert hub_here.fetched(LLM) == {"config.json"}
     assert hub_here.fetched(ENCODER) == {"config.json", "preprocessor_config.json"}
@@ -72,7 +82,9 @@ def test_a_plan_by_id_is_the_plan_by_folder(
 def test_what_was_downloaded_is_not_to_be_downloaded(hub_here: Hub, siglip_folder: Path, llm_folder: Path) -> None:
     by_id, _ = publish(hub_here, siglip_folder, llm_folder)
     config = compose(by_id)
-    language, vision = ((folder / "model.safetensors").stat().st_size / 2 for folder in (llm_folder, siglip_folder))  # stored in 32 bits
+    language, vision = (
+        (folder / "model.safetensors").stat().st_size / 2 for folder in (llm_folder, siglip_folder)
+    )  # stored in 32 bits
     assert download_bytes(config) == pytest.approx(language + vision, rel=0.1)
     locate_base_checkpoints(config, is_encoder_only=True)
     assert download_bytes(config) == pytest.approx(language, rel=0.1)
@@ -160,13 +172,19 @@ def test_a_fault_is_one_sentence_of_the_command(
     assert caught.value.code == 2
     sentence = capsys.readouterr().err
     assert sentence.count("\n") == 1
-    assert SENTENCES[fault].partition("accept")[0].replace("someone/model", f"someone/{key}").replace("llm.", f"{key}.") in sentence
+    assert (
+        SENTENCES[fault].partition("accept")[0].replace("someone/model", f"someone/{key}").replace("llm.", f"{key}.")
+        in sentence
+    )
     assert TOKEN not in sentence
 
 
 def test_a_class_that_is_not_installed_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "of_the_future"}')
-    with pytest.raises(UserError, match=r"llm\.checkpoint=.* has the model_type 'of_the_future', which the installed transformers .* know"):
+    with pytest.raises(
+        UserError,
+        match=r"llm\.checkpoint=.* has the model_type 'of_the_future', which the installed transformers .* know",
+    ):
         planned([*PARTS, f"llm.checkpoint={tmp_path}"])
 
 

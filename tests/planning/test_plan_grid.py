@@ -37,7 +37,10 @@ def test_a_cell_is_composed_as_train_composes_it() -> None:
         whole = compose([NO_DATA, f"hardware={hardware}", f"encoder={encoder}", f"llm={llm}"])
         found = configs.config(hardware, encoder, llm)
         assert found.data.eval_batch_size == 1, "the least that captions take"
-        assert dataclasses.replace(found, paths=whole.paths, data=dataclasses.replace(found.data, eval_batch_size=None)) == whole
+        assert (
+            dataclasses.replace(found, paths=whole.paths, data=dataclasses.replace(found.data, eval_batch_size=None))
+            == whole
+        )
 
 
 def test_names_left_out_are_all_of_conf_but_the_small_ones() -> None:
@@ -55,11 +58,16 @@ def test_a_whole_model_leaves_nothing_to_combine() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides", thinned([[], ["hardware.gradient_checkpointing=false", "data.batch_size=2"]], bool), ids=["checkpointed", "plain"]
+    "overrides",
+    thinned([[], ["hardware.gradient_checkpointing=false", "data.batch_size=2"]], bool),
+    ids=["checkpointed", "plain"],
 )
 def test_interpolation_is_near_the_exact_plan(overrides: list[str]) -> None:
     config = compose([NO_DATA, "hardware=a100", "encoder=dinov3_s", "llm=exaone4_1_2b", *overrides])
-    quick, exact = make_plan(config, memory_profiler=FastMemoryProfiler(config, calibrated_device(config).has_flash)), make_plan(config)
+    quick, exact = (
+        make_plan(config, memory_profiler=FastMemoryProfiler(config, calibrated_device(config).has_flash)),
+        make_plan(config),
+    )
     assert quick.training_gib == pytest.approx(exact.training_gib, rel=0.02)
     assert quick.generation_gib == pytest.approx(exact.generation_gib, rel=0.02)
 

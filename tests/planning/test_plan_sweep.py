@@ -73,7 +73,12 @@ def test_names_are_parts_and_other_keys_with_their_values() -> None:
 @pytest.mark.slow
 def test_a_tiny_sweep_is_added_up() -> None:
     plan = plan_sweep(["tuning=two_stage,projector_only", "seed=0,1", *TINY], price=2.0)
-    assert [job.name for job in plan.jobs] == ["two_stage seed=0", "two_stage seed=1", "projector_only seed=0", "projector_only seed=1"]
+    assert [job.name for job in plan.jobs] == [
+        "two_stage seed=0",
+        "two_stage seed=1",
+        "projector_only seed=0",
+        "projector_only seed=1",
+    ]
     assert all(job.fits for job in plan.jobs)
     assert plan.jobs[0].overrides == ("tuning=two_stage", "seed=0", *TINY)
     assert plan.jobs[0].num_trained == 4 * 1000
@@ -161,9 +166,18 @@ def test_parts_that_do_not_go_together_are_named_and_the_others_counted(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.num_frame=4,8"], r"data\.num_frame=4: there is no key 'data\.num_frame'; did you mean data\.num_frames"),
-        (["encoder=clip,siglp2", "hardware=l4"], r"siglp2: there is no encoder named 'siglp2'; choose encoder= one of "),
-        (["hardware=cpu,l4"], r"hardware=cpu,l4 would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own"),
+        (
+            ["data.num_frame=4,8"],
+            r"data\.num_frame=4: there is no key 'data\.num_frame'; did you mean data\.num_frames",
+        ),
+        (
+            ["encoder=clip,siglp2", "hardware=l4"],
+            r"siglp2: there is no encoder named 'siglp2'; choose encoder= one of ",
+        ),
+        (
+            ["hardware=cpu,l4"],
+            r"hardware=cpu,l4 would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own",
+        ),
         (["sweep.budget_h=10,20"], r"sweep\.budget_h is of the sweep as a whole and cannot be swept"),
         (["seed=interval(0,1)"], r"seed=interval\(0,1\) has no values to try one by one; give a list"),
         (["seed=range(3,1)"], r"seed has no values to try"),
@@ -196,7 +210,15 @@ def test_flags_that_do_not_go_together(arguments: list[str], expected: str, caps
 
 def test_the_table_keeps_to_80_columns_and_ends_with_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     main(
-        ["plan", "-m", "seed=0,1", "llm.prompt='아주 긴 지시문입니다 아주 긴 지시문입니다 아주 긴 지시문','짧다'", *TINY, "--price", "0.8"]
+        [
+            "plan",
+            "-m",
+            "seed=0,1",
+            "llm.prompt='아주 긴 지시문입니다 아주 긴 지시문입니다 아주 긴 지시문','짧다'",
+            *TINY,
+            "--price",
+            "0.8",
+        ]
     )
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert max(len(line) for line in lines) <= 80
@@ -210,7 +232,16 @@ def test_json_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments)
     found = json.loads(capsys.readouterr().out)
     assert len(found["combinations"]) == 2
-    assert {"training_h", "evaluation_h", "encoding_h", "total_h", "budget_h", "proposals", "add", "notes"} <= found.keys()
+    assert {
+        "training_h",
+        "evaluation_h",
+        "encoding_h",
+        "total_h",
+        "budget_h",
+        "proposals",
+        "add",
+        "notes",
+    } <= found.keys()
     main([*arguments[:-1], "sweep.budget_h=0.5", "--json"])  # proposals suffice, or none are needed
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -223,6 +254,8 @@ def test_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     plan_sweep(["seed=0,1", *TINY])
     assert capsys.readouterr().err == ""
     written: list[str] = []
-    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True, write=written.append, flush=lambda: None, encoding="utf-8"))
+    monkeypatch.setattr(
+        "sys.stderr", SimpleNamespace(isatty=lambda: True, write=written.append, flush=lambda: None, encoding="utf-8")
+    )
     plan_sweep(["seed=0,1", *TINY])
     assert "Planning" in "".join(written)

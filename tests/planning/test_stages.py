@@ -27,14 +27,18 @@ def test_two_short_traces_give_the_whole_one(trial: Trial) -> None:
     whole = trace_trial(trial, DEPTH)
     guess = extrapolate(trace_trial(trial, 2), trace_trial(trial, 3), DEPTH - 2)
     whole_peaks = {moment: peak for moment, peak in whole.peaks.items() if "middle" not in moment}
-    assert {moment: _nonzero(peak) for moment, peak in guess.peaks.items()} == {m: _nonzero(p) for m, p in whole_peaks.items()}
+    assert {moment: _nonzero(peak) for moment, peak in guess.peaks.items()} == {
+        m: _nonzero(p) for m, p in whole_peaks.items()
+    }
     assert _nonzero(guess.retained) == _nonzero(whole.retained)
     assert _nonzero(guess.left) == _nonzero(whole.left)
     assert guess.weights == whole.weights
     assert guess.num_trained == whole.num_trained
     assert guess.flops == pytest.approx(whole.flops)
     assert guess.launches == whole.launches
-    assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
+    assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(
+        sum(peak.values()) for peak in whole.peaks.values()
+    )
 
 
 @pytest.mark.slow
@@ -49,7 +53,9 @@ def test_kept_blocks_are_three_short_traces() -> None:
         assert _nonzero(peak) == _nonzero(whole.peaks[moment])
     assert _nonzero(guess.retained) == _nonzero(whole.retained)
     assert guess.flops == pytest.approx(whole.flops)
-    assert max(sum(peak.values()) for peak in guess.peaks.values()) == max(sum(peak.values()) for peak in whole.peaks.values())
+    assert max(sum(peak.values()) for peak in guess.peaks.values()) == max(
+        sum(peak.values()) for peak in whole.peaks.values()
+    )
     assert sum(guess.retained.values()) > sum(trace_trial(trial, DEPTH + 1).retained.values())
     assert guess.flops < trace_trial(trial, DEPTH + 1).flops
 
@@ -59,7 +65,9 @@ def test_inputs_in_host_memory_take_nothing() -> None:
     trial = Trial("qwen3", width=128)
     stays, waits = trace_trial(trial, DEPTH), trace_trial(replace(trial, is_offloaded=True), DEPTH)
     layers = DEPTH * (trial.num_visual + trial.num_caption + 8) * trial.width * 4
-    assert sum(stays.retained.values()) - sum(waits.retained.values()) == pytest.approx(layers, rel=0.25)  # the last layer's output stays
+    assert sum(stays.retained.values()) - sum(waits.retained.values()) == pytest.approx(
+        layers, rel=0.25
+    )  # the last layer's output stays
 
 
 def _nonzero(peak: Any) -> dict[str, float]:
@@ -70,7 +78,9 @@ def _nonzero(peak: Any) -> dict[str, float]:
 @pytest.mark.parametrize("has_checkpointing", [True, False])
 def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
     """Against the peak of the resident set of a fresh process that takes the same step in earnest."""
-    trial = Trial("qwen3", width=256, vocabulary=8000, has_checkpointing=has_checkpointing, num_visual=1024, num_caption=512)
+    trial = Trial(
+        "qwen3", width=256, vocabulary=8000, has_checkpointing=has_checkpointing, num_visual=1024, num_caption=512
+    )
     trace = trace_trial(trial, 4)
     planned = max(sum(peak.values()) for peak in trace.peaks.values())
     measured = _measure(trial, 4)
@@ -89,7 +99,11 @@ def _measure(trial: Trial, depth: int) -> float:
     import os
 
     # Freed memory goes back at once, as the resident set is to show what is alive.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", _SCRIPT, repr(dataclasses.asdict(trial)), str(depth)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True, timeout=300)
     return float(result.stdout.split()[-1])

@@ -48,12 +48,17 @@ def test_stored_features_are_encoded_once_for_all_who_read_them() -> None:
     assert stored.evaluation_s == 4 * 128 * 9 + 2000 * 8
     other = replace(stored, name="other", seconds=replace(seconds, train=5.0))
     elsewhere = replace(stored, store="siglip2", seconds=replace(seconds, encode=2.0))
-    assert encodings([stored, other, elsewhere, JOB]) == [Encoding("clip", 10000, 5000.0, 2), Encoding("siglip2", 10000, 20000.0, 1)]
+    assert encodings([stored, other, elsewhere, JOB]) == [
+        Encoding("clip", 10000, 5000.0, 2),
+        Encoding("siglip2", 10000, 20000.0, 1),
+    ]
     assert sweep_seconds([stored, other]) == stored.total_s + other.total_s + 5000
     assert encodings([replace(stored, peak_gib=23.0)]) == []
 
 
-@pytest.mark.parametrize("change", [{"peak_gib": 22.1}, {"refusal": "the widths differ"}], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change", [{"peak_gib": 22.1}, {"refusal": "the widths differ"}], ids=lambda change: next(iter(change))
+)
 def test_what_cannot_run_costs_nothing(change: dict[str, object]) -> None:
     job = replace(JOB, **change)  # type: ignore[arg-type]
     assert not job.fits
@@ -103,7 +108,9 @@ def test_the_subset_is_the_largest_whole_hundred() -> None:
 
 Speeds = dict[str, Callable[[Job], Job]]
 SPEEDS: Speeds = {
-    "cache.enabled=true": lambda job: replace(job, store="clip", seconds=replace(job.seconds, train=job.seconds.train - 0.5)),
+    "cache.enabled=true": lambda job: replace(
+        job, store="clip", seconds=replace(job.seconds, train=job.seconds.train - 0.5)
+    ),
     "evaluation.max_clips=32": lambda job: replace(job, max_eval_clips=32),
     "projector.reducer=pool": lambda job: replace(job, seconds=replace(job.seconds, train=job.seconds.train - 1.5)),
     "data.num_frames=4": lambda job: replace(job, seconds=replace(job.seconds, train=job.seconds.train / 2)),
@@ -137,7 +144,9 @@ def test_the_least_loss_comes_first_and_no_more_than_needed() -> None:
 def test_hours_of_a_proposal_are_those_with_all_before_it() -> None:
     proposals = propose([JOB], 40000, replanner([JOB]))
     assert proposals[0].total_s == 4 * 8000 * 2.5 + 4 * 128 * 9 + 2000 * 8 + 5000
-    assert [proposal.total_s for proposal in proposals] == sorted((proposal.total_s for proposal in proposals), reverse=True)
+    assert [proposal.total_s for proposal in proposals] == sorted(
+        (proposal.total_s for proposal in proposals), reverse=True
+    )
     assert proposals[-1].total_s <= 40000
 
 
@@ -148,7 +157,12 @@ def test_a_subset_comes_last_and_takes_what_is_left() -> None:
     assert jobs is not None
     max_clips = int(last.override.partition("=")[2])
     assert max_clips % 100 == 0
-    assert last.total_s == sweep_seconds(with_clips(jobs, max_clips)) <= 30000 < sweep_seconds(with_clips(jobs, max_clips + 100))
+    assert (
+        last.total_s
+        == sweep_seconds(with_clips(jobs, max_clips))
+        <= 30000
+        < sweep_seconds(with_clips(jobs, max_clips + 100))
+    )
 
 
 def test_where_nothing_suffices_the_last_proposal_is_above_the_budget() -> None:

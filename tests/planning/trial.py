@@ -52,7 +52,9 @@ def build_trial(trial: Trial, depth: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     heads = max(2, trial.width // 64)
-    values: dict[str, Any] = {"head_dim": 64, "num_key_value_heads": heads // 2} if trial.kind.startswith("qwen3") else {}
+    values: dict[str, Any] = (
+        {"head_dim": 64, "num_key_value_heads": heads // 2} if trial.kind.startswith("qwen3") else {}
+    )
     if trial.kind.endswith("moe"):
         values |= {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": trial.width}
     config = AutoConfig.for_model(
@@ -105,7 +107,13 @@ def trace_trial(trial: Trial, depth: int) -> StageMemory:
     batch = language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8)
     blocks = list(blocks_of(base_model(llm), depth))
     return profile_stage(
-        llm, lambda: captioner.loss_sum(batch)[0], mode=mode, blocks=blocks, inputs=[visual], dtype=None, num_kept=trial.num_kept
+        llm,
+        lambda: captioner.loss_sum(batch)[0],
+        mode=mode,
+        blocks=blocks,
+        inputs=[visual],
+        dtype=None,
+        num_kept=trial.num_kept,
     )
 
 
@@ -119,7 +127,10 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
     _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch([2], [1], 8))[0].backward()
     llm.zero_grad(set_to_none=True)
-    captioner, batch = _captioner(trial, llm, visual), language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8)
+    captioner, batch = (
+        _captioner(trial, llm, visual),
+        language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8),
+    )
     reset_peak()
     before = resident("VmRSS")
     captioner.loss_sum(batch)[0].backward()

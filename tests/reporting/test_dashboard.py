@@ -19,7 +19,14 @@ from vlmcap.config.sweep import OF_A_SWEEP
 from vlmcap.errors import UserError
 
 CURVES = {names.TRAIN_LOSS, names.VAL_LOSS, names.TOKENS_PER_S, *names.SCORES, *names.RATES, *names.COLLAPSE}
-TOTALS = {*names.FINAL_SCORES, names.PEAK_MEMORY, names.SECONDS, names.FIT_SECONDS, names.PARAMETERS, names.TRAINED_PARAMETERS}
+TOTALS = {
+    *names.FINAL_SCORES,
+    names.PEAK_MEMORY,
+    names.SECONDS,
+    names.FIT_SECONDS,
+    names.PARAMETERS,
+    names.TRAINED_PARAMETERS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +63,14 @@ def test_the_sections(section: dict[str, Any]) -> None:
 
 def test_runs_are_grouped_by_encoder_and_language_model(section: dict[str, Any]) -> None:
     (runs,) = section["runSets"]
-    assert [(key["section"], key["name"]) for key in runs["grouping"]] == [("config", "encoder.value"), ("config", "llm.value")]
+    assert [(key["section"], key["name"]) for key in runs["grouping"]] == [
+        ("config", "encoder.value"),
+        ("config", "llm.value"),
+    ]
     (only,) = runs["filters"]["filters"]
-    assert (only["key"]["name"], only["op"], only["value"]) == ("jobType", "=", "train"), "evaluations are not runs to compare"
+    assert (only["key"]["name"], only["op"], only["value"]) == ("jobType", "=", "train"), (
+        "evaluations are not runs to compare"
+    )
     by = {panel["groupBy"] for panel in panels(section)["Bar Chart"] if "groupBy" in panel}
     assert {"encoder.value", "llm.value"} <= by
 
@@ -68,7 +80,9 @@ def test_the_panels_ask_for_what_is_logged(section: dict[str, Any]) -> None:
     logged = names.factors(compose([])).keys()
     (parallel,) = found["Parallel Coordinates Plot"]
     columns = [column["accessor"] for column in parallel["columns"]]
-    factors = [column.removeprefix("config:").removesuffix(".value") for column in columns if column.startswith("config:")]
+    factors = [
+        column.removeprefix("config:").removesuffix(".value") for column in columns if column.startswith("config:")
+    ]
     assert factors == ["encoder", "projector", "llm", "tuning", "hardware", "num_frames", "lora_rank", "seed"]
     assert set(factors) <= logged
     assert columns[-1] == "summary:val/cider"
@@ -82,7 +96,10 @@ def test_the_panels_ask_for_what_is_logged(section: dict[str, Any]) -> None:
     assert curves == CURVES
     assert {plot["xAxis"] for plot in found["Run History Line Plot"]} == {names.STEP}
     tables = [json.dumps(one) for one in found["Weave"]]
-    assert [name in table for name, table in zip((names.VAL_TABLE, names.TEST_TABLE), tables, strict=True)] == [True, True]
+    assert [name in table for name, table in zip((names.VAL_TABLE, names.TEST_TABLE), tables, strict=True)] == [
+        True,
+        True,
+    ]
     assert {name for bar in found["Bar Chart"] for name in bar["metrics"]} <= TOTALS | CURVES
 
 
@@ -115,7 +132,13 @@ def test_the_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         command.show_dashboard("p", None, objective="val/cider", file=Path("x.json"))
 
 
-SWEPT = ["encoder=clip,siglip2", "tuning.adapter_lr=tag(log,interval(1e-5,1e-3))", "seed=range(2)", "hardware=l4", "sweep=wandb"]
+SWEPT = [
+    "encoder=clip,siglip2",
+    "tuning.adapter_lr=tag(log,interval(1e-5,1e-3))",
+    "seed=range(2)",
+    "hardware=l4",
+    "sweep=wandb",
+]
 
 
 def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -132,7 +155,9 @@ def agent_commands(definition: dict[str, Any], values: dict[str, Any]) -> list[s
 
 
 @pytest.mark.slow
-def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_agents_command_composes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from wandb.sdk.launch.sweeps import utils
 
     file = tmp_path / "sweep.yaml"
@@ -152,7 +177,12 @@ def test_the_agents_command_composes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     words = agent_commands(definition, {"encoder": "siglip2", "tuning.adapter_lr": 0.00021544, "seed": 1})
     assert words[:3] == ["/usr/bin/env", "python", "train.py"]
     config = compose(words[3:])
-    assert (config.encoder.name, config.tuning.adapter_lr, config.seed, config.hardware.name) == ("siglip2", 0.00021544, 1, "l4")
+    assert (config.encoder.name, config.tuning.adapter_lr, config.seed, config.hardware.name) == (
+        "siglip2",
+        0.00021544,
+        1,
+        "l4",
+    )
     assert not [word for word in words if word.startswith(OF_A_SWEEP)]  # a single run would refuse it
     assert isinstance(config.logger, WandbConfig)
     assert config.logger.project == "captions"

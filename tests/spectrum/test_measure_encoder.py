@@ -27,7 +27,9 @@ def images(film: Tensor, tmp_path: Path) -> list[Path]:
 
 
 def overrides(checkpoint: Checkpoint, tmp_path: Path) -> list[str]:
-    name = {"dinov3": "dinov3_s", "internvit": "internvit_300m", "siglip": "siglip2"}.get(checkpoint.family, checkpoint.family)
+    name = {"dinov3": "dinov3_s", "internvit": "internvit_300m", "siglip": "siglip2"}.get(
+        checkpoint.family, checkpoint.family
+    )
     paths = [f"encoder.checkpoint={checkpoint.folder}", f"paths.cache_dir={tmp_path / 'cache'}"]
     return [f"encoder={name}", *paths, "hardware=cpu", "data.num_frames=1", "encoder.feature_layer=-1"]
 
@@ -44,7 +46,9 @@ def test_the_figures_are_those_of_the_features(checkpoint: Checkpoint, images: l
     frames = [encoder.transform(torch.from_numpy(_pixels(file))) for file in images]
     with torch.no_grad():
         features = encoder(torch.stack(frames))  # (3, 1, P, Dv)
-    assert found.spectrum.effective_rank == pytest.approx(effective_rank(singular_values(features.flatten(0, 2))), rel=1e-3)
+    assert found.spectrum.effective_rank == pytest.approx(
+        effective_rank(singular_values(features.flatten(0, 2))), rel=1e-3
+    )
     assert torch.allclose(found.frame.patches, features[1, 0], atol=1e-4)
     assert (found.spectrum.prefix_norm is not None) == bool(encoder.num_prefix_tokens)
     assert found.spectrum.num_frames == 3
@@ -65,7 +69,10 @@ def test_encoders_are_compared(
 ) -> None:
     first, second = checkpoints["clip"], tmp_path / "other"
     second.symlink_to(first.folder)
-    own = [f"encoder.checkpoint={first.folder},{second}", *(o for o in overrides(first, tmp_path) if "checkpoint" not in o)]
+    own = [
+        f"encoder.checkpoint={first.folder},{second}",
+        *(o for o in overrides(first, tmp_path) if "checkpoint" not in o),
+    ]
     out = tmp_path / "out"
     cli.main(["spectrum", *own, "--images", *map(str, images), "--output", str(out)])
     record = json.loads((out / "spectrum.json").read_text(encoding="utf-8"))
@@ -73,7 +80,9 @@ def test_encoders_are_compared(
     assert one == two, "the same weights"
     assert one["correlation"][0] == 1 and len(one["singular_values"]) == min(one["tokens"], one["width"])
     output = capsys.readouterr().out
-    assert "participation" in output and "correlation" in output and "…" in output, "whole words, and the end of a long name"
+    assert "participation" in output and "correlation" in output and "…" in output, (
+        "whole words, and the end of a long name"
+    )
     pictures = sorted(out.glob("*.png"))
     assert len(pictures) == 3 and out / "comparison.png" in pictures
     assert all(map(is_picture, pictures))

@@ -57,7 +57,9 @@ class Program:
 
 def statuses(folder: Path) -> dict[str, dict[str, Any]]:
     """Of each job, by the name of its folder."""
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/status.json"))}
+    return {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/status.json"))
+    }
 
 
 @pytest.fixture

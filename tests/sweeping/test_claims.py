@@ -96,7 +96,9 @@ def test_a_run_into_a_live_folder_is_refused_and_changes_nothing_in_it(
 
 
 @pytest.mark.parametrize("rank", [{"RANK": "1", "LOCAL_RANK": "1"}, {"SLURM_PROCID": "1"}])
-def test_processes_of_one_run_share_the_claim_of_the_first(rank: dict[str, str], program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_run_share_the_claim_of_the_first(
+    rank: dict[str, str], program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torchrun and srun start them, with one explicit folder."""
     for name, value in rank.items():
         monkeypatch.setenv(name, value)
@@ -173,7 +175,9 @@ def write_report(folder: Path) -> object:
     ],
     ids=["train", "evaluate", "report"],
 )
-def test_whatever_writes_to_a_folder_claims_it(write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_writes_to_a_folder_claims_it(
+    write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(report, "find_runs", lambda folders: [])
     folder = tmp_path / "live"
     with held(folder), pytest.raises(InUseError, match=rf"={folder} is in use by process|--output={folder} is in use"):

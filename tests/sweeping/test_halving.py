@@ -27,7 +27,11 @@ def test_the_better_half_goes_on_with_more(program: Program) -> None:
     assert sizes == [(0, 32, 5), (1, 32, 5), (2, 32, 5), (3, 32, 5), (1, 46, 7), (2, 46, 7), (2, None, 10)]
     record = json.loads((program.folder / "here" / "halving.json").read_text(encoding="utf-8"))
     assert [one["share"] for one in record["rounds"]] == [0.25, 0.5, 1.0]
-    assert [[job["is_kept"] for job in one["jobs"]] for one in record["rounds"]] == [[False, True, True, False], [False, True], [True]]
+    assert [[job["is_kept"] for job in one["jobs"]] for one in record["rounds"]] == [
+        [False, True, True, False],
+        [False, True],
+        [True],
+    ]
     assert record["rounds"][0]["jobs"][3]["status"] == "failed"
     program([*HALVING, "seed=0,1,2", "sweep.resume=true", "sweep.keep=0.67"], by_rate)
     assert record != json.loads((program.folder / "here" / "halving.json").read_text(encoding="utf-8"))

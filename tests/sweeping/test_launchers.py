@@ -49,7 +49,14 @@ def test_joblib_gives_each_job_its_gpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_submitit_runs_on_this_computer(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    done = sweep(tmp_path, "launcher=submitit", "launcher.is_local=true", "launcher.gpus_per_job=null", "launcher.n_jobs=2", "seed=0,1,2,3")
+    done = sweep(
+        tmp_path,
+        "launcher=submitit",
+        "launcher.is_local=true",
+        "launcher.gpus_per_job=null",
+        "launcher.n_jobs=2",
+        "seed=0,1,2,3",
+    )
     check(tmp_path, done)
     assert [*(tmp_path / "here" / ".submitit").iterdir()]
 
@@ -78,7 +85,9 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slurm_is_told_what_the_configuration_says() -> None:
-    config = compose(["launcher=submitit", "launcher.partition=gpu", "launcher.n_jobs=4", "launcher.setup=[module load cuda]"])
+    config = compose(
+        ["launcher=submitit", "launcher.partition=gpu", "launcher.n_jobs=4", "launcher.setup=[module load cuda]"]
+    )
     assert parameters(config.launcher) == {
         "name": "vlmcap",
         "timeout_min": 1440,

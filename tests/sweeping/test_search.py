@@ -34,7 +34,13 @@ def peak(config: Config) -> float:
 
 def test_the_space_is_hydras_syntax() -> None:
     space = space_of(
-        "a=8,16,32", "b=tag(log,interval(1e-5,1e-3))", "c=range(1,7,2)", "d=interval(1,9)", "e=choice(x,y)", "f=3", "g=range(0,1,0.25)"
+        "a=8,16,32",
+        "b=tag(log,interval(1e-5,1e-3))",
+        "c=range(1,7,2)",
+        "d=interval(1,9)",
+        "e=choice(x,y)",
+        "f=3",
+        "g=range(0,1,0.25)",
     )
     found = {key: repr(one) for key, one in space.distributions.items()}
     assert found["a"] == "CategoricalDistribution(choices=('8', '16', '32'))"
@@ -63,7 +69,9 @@ def test_the_space_is_hydras_syntax() -> None:
 
 
 @pytest.mark.slow
-def test_a_search_is_told_how_each_trial_ended_and_goes_on(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_is_told_how_each_trial_ended_and_goes_on(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     def with_failures(config: Config) -> float:
         if config.tuning.lora.rank == 8:
             raise RuntimeError("too small")
@@ -111,13 +119,23 @@ def test_a_job_reports_to_its_trial_and_is_stopped_by_the_median(program: Progra
             raise TrialPruned("worse than the others", value)
         return value
 
-    arguments = [*SEARCH, "sweep.sampler=grid", "seed=9,8,1", "sweep.prune_after_trials=2", "sweep.prune_after_epochs=0"]
+    arguments = [
+        *SEARCH,
+        "sweep.sampler=grid",
+        "seed=9,8,1",
+        "sweep.prune_after_trials=2",
+        "sweep.prune_after_epochs=0",
+    ]
     assert program(arguments, reporting) == 0, "a pruned trial is no failure"
     found = statuses(program.folder / "here")
     assert [one["status"] for one in found.values()] == ["finished", "finished", "pruned"]
     assert found["2"]["objective"] == 0.1
     assert found["2"]["reason"] == "worse than the others"
-    assert [trial.state.name for trial in study_in(program.folder / "here").trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert [trial.state.name for trial in study_in(program.folder / "here").trials] == [
+        "COMPLETE",
+        "COMPLETE",
+        "PRUNED",
+    ]
     assert program.trial is not None
     program(["paths.output_dir=plain"])
     assert program.trial is None, "a run outside of a search has no trial"

@@ -36,7 +36,9 @@ def some_fail(config: Config) -> float:
     return 0.25
 
 
-def test_a_sweep_survives_what_fails_and_says_what_became_of_each(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_survives_what_fails_and_says_what_became_of_each(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert program(GRID, some_fail) == 1
     assert len(program.runs) == 4
     found = statuses(program.sweep_folder())
@@ -52,7 +54,10 @@ def test_a_sweep_survives_what_fails_and_says_what_became_of_each(program: Progr
     printed = capsys.readouterr()
     assert "Best val/facts/mean: 0.2500, job 3, linear seed=1" in printed.out
     assert "3 of 4 came to nothing" in printed.out
-    assert printed.out.splitlines()[-1] == f"To compare them: vlmcap report {program.sweep_folder().relative_to(program.folder)}"
+    assert (
+        printed.out.splitlines()[-1]
+        == f"To compare them: vlmcap report {program.sweep_folder().relative_to(program.folder)}"
+    )
     assert "shapes do not match" in printed.err
     assert "Traceback" in printed.err, "a bug keeps its traceback"
 
@@ -78,7 +83,10 @@ def test_a_combination_that_does_not_go_together_is_recorded_without_being_start
 def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: Program) -> None:
     given = ["llm=custom", "llm.checkpoint=org/First,org/Second"]
     assert program(["-m", *given], by_seed) == 0
-    assert [(config.llm.name, config.llm.license) for config in program.runs] == [("first", "unknown"), ("second", "unknown")]
+    assert [(config.llm.name, config.llm.license) for config in program.runs] == [
+        ("first", "unknown"),
+        ("second", "unknown"),
+    ]
     found = statuses(program.sweep_folder())
     assert found["1"]["config_hash"] == config_hash(compose(["llm=custom", "llm.checkpoint=org/Second"]))
     assert program(["llm=native", "llm.name=mine"]) == 2
@@ -95,7 +103,10 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
         (["sweep.budget_h=1,2"], "sweep.budget_h is of the sweep as a whole"),
         (["seed=interval(0,1)"], "has no values to try one by one"),
         (["seed=0,1", "sweep.resume=true"], "sweep.resume=true goes on with the sweep in sweep.folder"),
-        (["seed=0,1", "launcher.n_jobs=2"], "'n_jobs' is no key of this launcher, but of launcher=joblib, ray or submitit"),
+        (
+            ["seed=0,1", "launcher.n_jobs=2"],
+            "'n_jobs' is no key of this launcher, but of launcher=joblib, ray or submitit",
+        ),
     ],
 )
 def test_a_mistake_of_the_whole_sweep_leaves_nothing(
@@ -116,7 +127,14 @@ def test_a_resumed_sweep_runs_what_is_not_finished(program: Program, capsys: pyt
     checkpoint = program.folder / "here" / "1" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir()
     checkpoint.touch()
-    again = ["-m", "projector=mlp,linear", "seed=0,1,2", "sweep.folder=here", "sweep.resume=true", "trainer.progress_bar=false"]
+    again = [
+        "-m",
+        "projector=mlp,linear",
+        "seed=0,1,2",
+        "sweep.folder=here",
+        "sweep.resume=true",
+        "trainer.progress_bar=false",
+    ]
     assert program(again, by_seed) == 0
     ran = [(config.projector.name, config.seed, config.checkpoint) for config in program.runs]
     assert ran == [("mlp", 0, None), ("mlp", 1, "last"), ("mlp", 2, None), ("linear", 0, None), ("linear", 2, None)]

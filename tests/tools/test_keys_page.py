@@ -92,7 +92,9 @@ def test_a_kind_shows_what_it_has_besides() -> None:
     assert "`local_global` | `position` |" in mlp
 
 
-def test_check_tells_a_stale_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_tells_a_stale_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(program, "PAGE", tmp_path / "keys.md")
     assert program.main(["--check"]) == 1
     assert capsys.readouterr().err == "keys.md is not current; run python -m tools.keys_page\n"

@@ -38,9 +38,14 @@ def test_the_page_is_current(page: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("title", "group"), [("Encoders", "encoder"), ("Projectors", "projector"), ("Language models", "llm")])
+@pytest.mark.parametrize(
+    ("title", "group"), [("Encoders", "encoder"), ("Projectors", "projector"), ("Language models", "llm")]
+)
 def test_every_name_of_a_group_has_a_row(page: str, title: str, group: str) -> None:
-    names = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if not file.stem.startswith("tiny")} - {"own", "custom"}
+    names = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if not file.stem.startswith("tiny")} - {
+        "own",
+        "custom",
+    }
     assert rows(page, title).keys() == names
 
 
@@ -51,7 +56,13 @@ def test_a_row_has_the_true_sizes(page: str) -> None:
     assert rows(page, "Encoders")["siglip2_naflex"][5] == "at most 256"
     assert "gated" in rows(page, "Encoders")["dinov3_l"][6]
     assert rows(page, "Projectors")["mlp"][2] == "4 608"
-    assert rows(page, "Language models")["qwen3_30b_a3b"][2:7] == ["`Qwen3MoeForCausalLM`", "30 532 M", "2048", "48", "262 144"]
+    assert rows(page, "Language models")["qwen3_30b_a3b"][2:7] == [
+        "`Qwen3MoeForCausalLM`",
+        "30 532 M",
+        "2048",
+        "48",
+        "262 144",
+    ]
     assert "non-commercial" in rows(page, "Language models")["exaone4_32b"][7]
     assert rows(page, "Hardware")["l4"][5] == "1 × 16"
 
@@ -61,17 +72,23 @@ def test_every_parity_test_that_is_named_exists() -> None:
     assert {"llm:llama", "llm:qwen3", "llm:qwen3_moe"} <= measured.keys()
     for key, parity in measured.items():
         path, _, name = parity.test.partition("::")
-        assert re.search(rf"^\s*def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), f"{key}: {parity.test}"
+        assert re.search(rf"^\s*def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (
+            f"{key}: {parity.test}"
+        )
         assert 0 <= parity.error < 1e-2, f"{key} differs by {parity.error}"
 
 
 def test_errors_are_read_from_what_the_tests_recorded(tmp_path: Path) -> None:
     (tmp_path / "junit.xml").write_text(JUNIT)
-    assert program.read_measured(tmp_path / "junit.xml") == {"encoder:clip": {"test": "tests/a.py::test_x", "error": 2e-6}}
+    assert program.read_measured(tmp_path / "junit.xml") == {
+        "encoder:clip": {"test": "tests/a.py::test_x", "error": 2e-6}
+    }
 
 
 @pytest.mark.slow
-def test_check_tells_a_stale_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_tells_a_stale_page(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(program, "page", lambda: page)
     monkeypatch.setattr(program, "PAGE", tmp_path / "models.md")
     assert program.main(["--check"]) == 1

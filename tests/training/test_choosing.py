@@ -91,7 +91,9 @@ def clips(**sizes: int) -> dict[str, list[Clip]]:
         (("monitor=val/cider_d",), {"train": 9, "val": 1}, r"monitor=val/cider_d "),
     ],
 )
-def test_a_metric_that_cannot_have_a_value_is_refused(overrides: Sequence[str], sizes: dict[str, int], expected: str) -> None:
+def test_a_metric_that_cannot_have_a_value_is_refused(
+    overrides: Sequence[str], sizes: dict[str, int], expected: str
+) -> None:
     with pytest.raises(UserError, match=expected):
         check_followed(compose(["monitor=val/cider", *overrides]), clips(**sizes))
 

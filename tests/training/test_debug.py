@@ -50,7 +50,10 @@ def test_fast_has_two_steps_of_the_runs_own_batches(overrides: list[str], most: 
     assert config.data.max_clips == most
     if "data.max_clips=5" not in overrides:
         clips_per_step = (
-            config.data.batch_size * config.trainer.accumulate_grad_batches * config.hardware.devices * config.trainer.num_nodes
+            config.data.batch_size
+            * config.trainer.accumulate_grad_batches
+            * config.hardware.devices
+            * config.trainer.num_nodes
         )
         assert most == 2 * clips_per_step
     assert {stage.epochs for stage in config.tuning.stages.values()} == {1}
@@ -72,15 +75,29 @@ def test_a_stage_without_epochs_stays_without() -> None:
 
 def test_held_out_splits_are_cut_to_their_first_clips(tiny_cache: Path, tmp_path: Path) -> None:
     config = prepare(small(tmp_path, tiny_cache, "evaluation.max_final_clips=3", "data.max_clips=5"))
-    whole = load_splits(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_final_clips=None)), list(Split))
+    whole = load_splits(
+        dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, max_final_clips=None)),
+        list(Split),
+    )
     cut = load_splits(config, list(Split))
     assert {split: len(clips) for split, clips in cut.items()} == {"train": 5, "val": 3, "test": 3}
     assert [clip.id for clip in cut["val"]] == [clip.id for clip in whole["val"]][:3]
     assert {split: len(clips) for split, clips in whole.items()} == {"train": 5, "val": 8, "test": 8}
 
 
-def test_a_fast_run_leaves_what_a_run_leaves(tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(small(tmp_path, tiny_cache, "debug=fast", "data.batch_size=3", "trainer.accumulate_grad_batches=2", "llm.max_new_tokens=6"))
+def test_a_fast_run_leaves_what_a_run_leaves(
+    tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(
+        small(
+            tmp_path,
+            tiny_cache,
+            "debug=fast",
+            "data.batch_size=3",
+            "trainer.accumulate_grad_batches=2",
+            "llm.max_new_tokens=6",
+        )
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 4  # two of each stage
     for name in ("val-epoch=00", "val-epoch=01", "val", "test"):
@@ -95,13 +112,20 @@ def test_a_fast_run_leaves_what_a_run_leaves(tiny_cache: Path, tmp_path: Path, c
 def test_an_overfitting_run_scores_the_clips_that_it_trained_on(
     tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    value = train(small(tmp_path, tiny_cache, "debug=overfit", "data.max_clips=2", "tuning.epochs=2", "evaluation.every_n_epochs=1"))
+    value = train(
+        small(
+            tmp_path, tiny_cache, "debug=overfit", "data.max_clips=2", "tuning.epochs=2", "evaluation.every_n_epochs=1"
+        )
+    )
     captured = capsys.readouterr()
     rows = [json.loads(line) for line in (tmp_path / "predictions" / "val.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert all(row["id"].startswith("train_") for row in rows)
     assert not (tmp_path / "predictions" / "test.jsonl").exists()
-    assert f"the loss of the 2 clips that were trained on is {value:.3f}, and should fall below 0.1" in captured.out.splitlines()[-1]
+    assert (
+        f"the loss of the 2 clips that were trained on is {value:.3f}, and should fall below 0.1"
+        in captured.out.splitlines()[-1]
+    )
     assert "the same videos are in" not in captured.err
 
 

@@ -17,7 +17,9 @@ from vlmcap.training.run import train
 LENGTHS = ("llm.max_caption_tokens=", "llm.max_new_tokens=", "llm=")
 
 
-def test_what_the_data_decides_is_kept(real_path: list[str], aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_data_decides_is_kept(
+    real_path: list[str], aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = [override for override in real_path if not override.startswith(LENGTHS)]
     overrides += ["llm=custom", "trainer.max_steps=1", "evaluation.max_clips=2", "data.splits.random=false"]
     train(compose(overrides))

@@ -62,7 +62,14 @@ def test_an_alignment_stage_leaves_the_encoder_alone(
     tiny_config: Callable[..., Config], make_run: Callable[[Config], Run], tmp_path: Path
 ) -> None:
     run = make_run(
-        tiny_config(tmp_path, "tuning.encoder=full", "tuning.encoder_lr=1e-2", *OVERRIDES, "tuning.align_epochs=1", "tuning.epochs=2")
+        tiny_config(
+            tmp_path,
+            "tuning.encoder=full",
+            "tuning.encoder_lr=1e-2",
+            *OVERRIDES,
+            "tuning.align_epochs=1",
+            "tuning.epochs=2",
+        )
     )
     encoder = run.module.captioner.encoder
     assert encoder is not None

@@ -48,7 +48,9 @@ def decoding_run(tiny_config: MakeConfig, make_run: MakeRun, folder: Path, *over
     return make_run(tiny_config(folder, "cache.enabled=false", *overrides))
 
 
-def test_the_corpus_is_scored_once_whatever_the_batches(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_corpus_is_scored_once_whatever_the_batches(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
     scores = []
     for size in (3, 8):
         run = decoding_run(tiny_config, make_run, tmp_path / str(size), f"data.eval_batch_size={size}")
@@ -61,12 +63,17 @@ def test_the_corpus_is_scored_once_whatever_the_batches(tiny_config: MakeConfig,
     expected = score_captions(texts, [clip.captions for clip in clips])
     assert {name: scores[0][f"test/{name}"] for name in expected} == pytest.approx(expected, nan_ok=True)
     batches = [clips[:3], clips[3:6], clips[6:]]
-    means = [score_captions(texts[3 * i : 3 * i + 3], [clip.captions for clip in rows])["cider"] for i, rows in enumerate(batches)]
+    means = [
+        score_captions(texts[3 * i : 3 * i + 3], [clip.captions for clip in rows])["cider"]
+        for i, rows in enumerate(batches)
+    ]
     assert abs(mean(means) - expected["cider"]) > 0.01, "a mean over batches would be another number"
 
 
 @pytest.mark.slow
-def test_exchanged_predictions_score_as_exchanged_videos(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+def test_exchanged_predictions_score_as_exchanged_videos(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
     run = decoding_run(tiny_config, make_run, tmp_path, "evaluation.swap_videos=true", "evaluation.swap_shifts=7")
     clips = sorted(run.data.clips["test"], key=lambda clip: clip.id)
     run.module.captioner.generate = read_frames(clips, run)  # type: ignore[method-assign]
@@ -87,7 +94,9 @@ def test_exchanged_predictions_score_as_exchanged_videos(tiny_config: MakeConfig
     assert claimed["test/swapped/facts/place"] == pytest.approx(claimed["test/permuted/facts/place"])
 
 
-def test_the_model_says_the_same_of_a_video_under_any_name(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_model_says_the_same_of_a_video_under_any_name(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
     run = decoding_run(tiny_config, make_run, tmp_path, "llm.max_new_tokens=12")
     with torch.no_grad():  # an untrained projector says too little for the model to tell videos apart
         for parameter in run.module.captioner.projector.parameters():
@@ -110,7 +119,10 @@ def caption(run: Run, clips: Sequence[Clip]) -> list[str]:
 def test_prediction_files_hold_what_was_said_of_each_clip(straight_run: Path) -> None:
     names = {path.name for path in (straight_run / "predictions").iterdir()}
     assert names == {"val-epoch=00.jsonl", "val-epoch=01.jsonl", "val.jsonl", "test.jsonl"}
-    rows = [json.loads(line) for line in (straight_run / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (straight_run / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["id"] for row in rows] == [f"test_{index:05d}" for index in range(8)]
     for row in rows:
         assert list(row) == ["id", "video", "prediction", "references", "scores", "tokenizer"]
@@ -120,7 +132,9 @@ def test_prediction_files_hold_what_was_said_of_each_clip(straight_run: Path) ->
         assert {"bleu_4", "rouge_l"} <= set(row["scores"])
 
 
-def test_the_command_says_of_a_prediction_file_what_the_run_said(straight_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_of_a_prediction_file_what_the_run_said(
+    straight_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = json.loads((straight_run / "summary.json").read_text(encoding="utf-8"))
     capsys.readouterr()
     score_file([str(straight_run / "predictions" / "test.jsonl"), "--json"])
@@ -140,8 +154,12 @@ def test_scores_of_the_loop_and_of_facts_are_logged(straight_run: Path) -> None:
     assert all(0 < row["val/loss"] < 10 for row in validations)
 
 
-def test_the_validation_loss_is_a_mean_over_label_tokens(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run(tiny_config(tmp_path, "data.eval_batch_size=3", "llm.max_caption_tokens=96", "evaluation.max_clips=7"))
+def test_the_validation_loss_is_a_mean_over_label_tokens(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(
+        tiny_config(tmp_path, "data.eval_batch_size=3", "llm.max_caption_tokens=96", "evaluation.max_clips=7")
+    )
     run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     clips = run.data.clips["val"][:7]
     dataset = run.data.make_dataset(clips)
@@ -152,7 +170,9 @@ def test_the_validation_loss_is_a_mean_over_label_tokens(tiny_config: MakeConfig
     assert found == run.evaluation.scores, "any callback of Lightning finds the very values that are logged"
 
 
-def test_validation_reads_and_encodes_each_clip_once(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+def test_validation_reads_and_encodes_each_clip_once(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
     settings = ("data.eval_batch_size=3", "evaluation.max_clips=7", "evaluation.clips_per_row=2", "cache.enabled=false")
     run = make_run(tiny_config(tmp_path, *settings))
     captioner, seen = run.module.captioner, {"encoded": 0, "read": 0}
@@ -179,7 +199,9 @@ def test_validation_reads_and_encodes_each_clip_once(tiny_config: MakeConfig, ma
     assert texts == dict(zip((clip.id for clip in clips), caption(run, clips), strict=True)), "those of frames"
 
 
-def test_a_collapsed_model_is_told(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collapsed_model_is_told(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tiny_config(tmp_path))
     run.module.captioner.generate = lambda batch: ["바다가 보인다."] * len(batch)  # type: ignore[method-assign]
     scores = run_test(run, Split.test)
@@ -232,7 +254,9 @@ def test_two_processes_gather_each_clip_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", GATHER, str(meeting)]
     other = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=2, timeout=timedelta(seconds=240))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=0, world_size=2, timeout=timedelta(seconds=240)
+        )
         mine = gather(keep(make_predictions([0, 2, 4, 6, 8])), ALL)  # uneven, and clip 8 twice
         without_other = gather(keep(make_predictions([0, 2])), ALL)  # the other has no clip at all
         dist.destroy_process_group()
@@ -266,7 +290,9 @@ def test_without_facts_or_swapping_only_the_text_is_scored() -> None:
 
 def test_clips_with_a_category_are_scored_by_it_too(tmp_path: Path) -> None:
     rows = make_predictions(range(5))
-    rows = [replace(row, clip=replace(row.clip, category="바다" if index < 3 else "")) for index, row in enumerate(rows)]
+    rows = [
+        replace(row, clip=replace(row.clip, category="바다" if index < 3 else "")) for index, row in enumerate(rows)
+    ]
     scorer = CaptionScorer(EvaluationConfig(tokenizer="char"))
     scores = scorer.score(rows)
     assert (scores["category/바다/clips"], scores["category/(none)/clips"]) == (3, 2)
@@ -274,7 +300,9 @@ def test_clips_with_a_category_are_scored_by_it_too(tmp_path: Path) -> None:
     assert sum(means) / 5 == pytest.approx(scores["rouge_l"], abs=1e-12)
     assert not [name for name in scorer.score(rows, metrics=("bleu_4",)) if name.startswith("category/")]
     write_predictions(tmp_path / "p.jsonl", rows, scorer.tokenizer)
-    written = [json.loads(line).get("category") for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = [
+        json.loads(line).get("category") for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert written == ["바다", "바다", "바다", None, None]
 
 
@@ -295,11 +323,17 @@ def test_synonyms_and_width_reach_the_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metrics", [None, ("bleu_4", "cider", "cider_d")])
-def test_the_reference_packages_scorers_may_stand_in(metrics: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_packages_scorers_may_stand_in(
+    metrics: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pycocoevalcap.cider.cider import Cider
 
-    config = EvaluationConfig(tokenizer="char", backend=EvaluationBackend.pycocoevalcap, swap_videos=True, swap_shifts=2)
-    native = CaptionScorer(replace(config, backend=EvaluationBackend.native)).score(make_predictions(range(6)), metrics=metrics)
+    config = EvaluationConfig(
+        tokenizer="char", backend=EvaluationBackend.pycocoevalcap, swap_videos=True, swap_shifts=2
+    )
+    native = CaptionScorer(replace(config, backend=EvaluationBackend.native)).score(
+        make_predictions(range(6)), metrics=metrics
+    )
     assert CaptionScorer(config).score(make_predictions(range(6)), metrics=metrics) == pytest.approx(
         native, rel=1e-9, abs=1e-9, nan_ok=True
     )
@@ -313,7 +347,9 @@ def test_the_reference_packages_scorers_may_stand_in(metrics: tuple[str, ...] | 
 def test_evaluation_settings_are_composed_and_checked() -> None:
     from vlmcap.compose import compose
 
-    config = compose(["evaluation.backend=pycocoevalcap", "evaluation.bert_checkpoint=klue/bert-base", "evaluation.bert_layer=9"])
+    config = compose(
+        ["evaluation.backend=pycocoevalcap", "evaluation.bert_checkpoint=klue/bert-base", "evaluation.bert_layer=9"]
+    )
     assert config.evaluation.backend is EvaluationBackend.pycocoevalcap
     assert (config.evaluation.bert_checkpoint, config.evaluation.bert_layer, config.evaluation.siglip_checkpoint) == (
         "klue/bert-base",

@@ -15,7 +15,14 @@ from vlmcap.compose import compose, from_plain, to_config
 from vlmcap.training.checkpoints.load import read_checkpoint
 from vlmcap.training.run import evaluate, train
 
-EXPERIMENTS = ["recommended_t4", "recommended_l4", "recommended_a100", "recommended_h100", "quality_h100", "efficient_t4"]
+EXPERIMENTS = [
+    "recommended_t4",
+    "recommended_l4",
+    "recommended_a100",
+    "recommended_h100",
+    "quality_h100",
+    "efficient_t4",
+]
 # Model, its kind, and whether the features come from the cache; those of LLaVA are CLIP's, those of Qwen3-VL several layers at once.
 WHOLE = [
     ("llava_next_video_7b", "llava_next_video", True),
@@ -68,11 +75,15 @@ def check(folder: Path, videos: Path, run: Run, *overrides: str) -> None:
     checkpoint = folder / "checkpoints" / "best.ckpt"
     names = read_checkpoint(checkpoint)["state_dict"].keys()
     assert all(name.startswith("captioner.projector.") or "lora_" in name for name in names)
-    rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     captions = vlmcap.load(checkpoint).caption(sorted(videos.glob("*.mp4")))
     assert captions == [row["prediction"] for row in rows]
     saved = read_checkpoint(checkpoint)["vlmcap"]["config"]
-    scores = evaluate(to_config(from_plain(saved, {"paths.output_dir": str(folder / "evaluation"), "data.split": "test"})), checkpoint)
+    scores = evaluate(
+        to_config(from_plain(saved, {"paths.output_dir": str(folder / "evaluation"), "data.split": "test"})), checkpoint
+    )
     assert scores["test/rouge_l"] == pytest.approx(summary["scores"]["test/rouge_l"])
     run(*overrides, "checkpoint=last")
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
@@ -86,7 +97,9 @@ def test_every_experiment_runs(
     overrides = [f"model.checkpoint={llava_folder}", "hardware.precision=bf16"]  # the T4's float16 is not for a CPU
     if config.model.name == "assembled":
         name_of_encoder = config.encoder.name.removeprefix("tiny_")
-        encoder = checkpoints[next((family for family in checkpoints if name_of_encoder.startswith(family)), "clip")].folder
+        encoder = checkpoints[
+            next((family for family in checkpoints if name_of_encoder.startswith(family)), "clip")
+        ].folder
         overrides = [f"encoder.checkpoint={encoder}", f"llm.checkpoint={llm_folder}", "hardware.precision=bf16"]
     overrides = [f"experiment={name}", *overrides]
     check(run(*overrides), aihub_root / "test" / "videos", run, *overrides)

@@ -33,7 +33,10 @@ def damaged(aihub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     root = tmp_path / "clips"
     shutil.copytree(aihub_root, root)
     videos, labels = root / "train" / "videos", root / "train" / "labels"
-    for name, label in (("bad-label", b'{"annotation": '), ("cp949", '{"annotation": {"description_kr": "가"}}'.encode("cp949"))):
+    for name, label in (
+        ("bad-label", b'{"annotation": '),
+        ("cp949", '{"annotation": {"description_kr": "가"}}'.encode("cp949")),
+    ):
         shutil.copy(videos / "train3.mp4", videos / f"{name}.mp4")
         (labels / f"{name}.json").write_bytes(label)
     shutil.copy(labels / "train3.json", labels / "lonely.json")
@@ -65,7 +68,9 @@ def configure(real_path: list[str], root: Path, *overrides: str) -> Config:
 
 def test_a_run_goes_on_without_its_bad_clips(real_path: list[str], damaged: Path, tmp_path: Path) -> None:
     train(configure(real_path, damaged, "data.max_bad_fraction=0.5"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(line["id"] for line in lines) == sorted(REASONS)
     for line in lines:
         assert REASONS[line["id"]] in line["reason"]
@@ -75,13 +80,19 @@ def test_a_run_goes_on_without_its_bad_clips(real_path: list[str], damaged: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, "3"), (0.3, "[56]")])
-def test_too_many_stop_it_before_or_in_training(real_path: list[str], damaged: Path, fraction: float, count: str) -> None:
+def test_too_many_stop_it_before_or_in_training(
+    real_path: list[str], damaged: Path, fraction: float, count: str
+) -> None:
     """3 of 14 labels are bad before anything is decoded; the clips come on top, and a batch may hold two of them."""
-    with pytest.raises(UserError, match=rf"^{count} of 14 clips cannot be used, more than data\.max_bad_fraction={fraction} "):
+    with pytest.raises(
+        UserError, match=rf"^{count} of 14 clips cannot be used, more than data\.max_bad_fraction={fraction} "
+    ):
         train(configure(real_path, damaged, f"data.max_bad_fraction={fraction}"))
 
 
-def test_a_worker_that_dies_is_reported_with_its_clip(real_path: list[str], aihub_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_reported_with_its_clip(
+    real_path: list[str], aihub_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode = dataset.read_timed_frames
 
     def die(clip: Any, *args: Any, **others: Any) -> Any:
@@ -90,5 +101,8 @@ def test_a_worker_that_dies_is_reported_with_its_clip(real_path: list[str], aihu
         return decode(clip, *args, **others)
 
     monkeypatch.setattr(dataset, "read_timed_frames", die)
-    with pytest.raises(UserError, match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\): take that clip out"):
+    with pytest.raises(
+        UserError,
+        match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\): take that clip out",
+    ):
         train(configure(real_path, aihub_root, "data.is_isolated=false"))

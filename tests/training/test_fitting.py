@@ -21,7 +21,12 @@ from vlmcap.training.fitting import smaller_batches
 from vlmcap.training.run import train
 
 MakeConfig = Callable[..., Config]
-SMALL = ("data.batch_size=6", "trainer.accumulate_grad_batches=1", "trainer.log_every_n_steps=1", "tuning.lora.dropout=0.1")
+SMALL = (
+    "data.batch_size=6",
+    "trainer.accumulate_grad_batches=1",
+    "trainer.log_every_n_steps=1",
+    "tuning.lora.dropout=0.1",
+)
 
 
 def losses(folder: Path) -> list[float]:
@@ -36,7 +41,9 @@ def hold(most: int, patch: pytest.MonkeyPatch, *, free_calls: int = 0) -> list[i
     def loss_sum(self: VideoCaptioner, batch: Any) -> Any:
         sizes.append(len(batch))
         if self.training and len(batch) > most and len(sizes) > free_calls:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 14.58 GiB")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 14.58 GiB"
+            )
         return original(self, batch)
 
     patch.setattr(VideoCaptioner, "loss_sum", loss_sum)
@@ -54,7 +61,9 @@ def test_smaller_micro_batches_train_the_same(
     with pytest.MonkeyPatch.context() as patch:
         sizes = hold(2, patch, free_calls=free_calls)
         train(tiny_config(folder, *SMALL, "trainer.shrink_on_oom=true"))
-    assert [size for size in dict.fromkeys(sizes) if size in (6, 3)] == [6, 3], "halved, and then to one clip, as 3 has no half"
+    assert [size for size in dict.fromkeys(sizes) if size in (6, 3)] == [6, 3], (
+        "halved, and then to one clip, as 3 has no half"
+    )
     told = capsys.readouterr().out
     assert "starting again with data.batch_size=3 trainer.accumulate_grad_batches=2" in told
     assert "starting again with data.batch_size=1 trainer.accumulate_grad_batches=6" in told
@@ -66,7 +75,9 @@ def test_smaller_micro_batches_train_the_same(
     train(tiny_config(configured, *SMALL, "data.batch_size=1", "trainer.accumulate_grad_batches=6"))
     assert losses(folder) == losses(configured)
     assert json.loads((configured / "summary.json").read_text(encoding="utf-8"))["shrunk_from"] is None
-    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (folder, configured)]
+    ends = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (folder, configured)
+    ]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
@@ -81,14 +92,18 @@ def test_the_steps_are_those_of_the_batch_that_was_asked_for(tiny_config: MakeCo
     assert losses(tmp_path / "shrunk") == pytest.approx(losses(tmp_path / "asked"), abs=1e-5)
 
 
-def test_it_ends_with_advice_where_one_clip_is_too_much(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_with_advice_where_one_clip_is_too_much(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = hold(0, monkeypatch)
     with pytest.raises(OutOfMemoryError, match="memory ran out at step 1"):
         train(tiny_config(tmp_path / "run", *SMALL, "trainer.shrink_on_oom=true"))
     assert sizes[:3] == [6, 3, 1], "and then the plan asks its own"
 
 
-def test_unasked_it_says_what_would_help(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unasked_it_says_what_would_help(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hold(2, monkeypatch)
     with pytest.raises(UserError) as caught:
         train(tiny_config(tmp_path / "run", *SMALL))
@@ -99,16 +114,26 @@ def test_unasked_it_says_what_would_help(tiny_config: MakeConfig, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_late_lack_of_memory_starts_nothing_again(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_lack_of_memory_starts_nothing_again(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hold(2, monkeypatch, free_calls=21)
-    command = (*SMALL, "trainer.shrink_on_oom=true", "evaluation.every_n_epochs=9", "tuning.align_epochs=6", "tuning.epochs=7")
+    command = (
+        *SMALL,
+        "trainer.shrink_on_oom=true",
+        "evaluation.every_n_epochs=9",
+        "tuning.align_epochs=6",
+        "tuning.epochs=7",
+    )
     with pytest.raises(OutOfMemoryError, match="memory ran out at step 22"):
         train(tiny_config(tmp_path / "run", *command))
 
 
 @pytest.mark.slow
 def test_advice_comes_from_the_plan() -> None:
-    config = compose(["encoder=siglip2", "llm=qwen3_4b", "hardware=l4", "data=aihub", "data.root=x", "paths.output_dir=out"])
+    config = compose(
+        ["encoder=siglip2", "llm=qwen3_4b", "hardware=l4", "data=aihub", "data.root=x", "paths.output_dir=out"]
+    )
     changes = planned_changes(config)
     assert changes
     assert all("GiB)" in change and "=" in change for change in changes)
@@ -121,7 +146,9 @@ def test_a_plan_that_fails_leaves_general_advice(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("asked", "found"), [((8, 1), (4, 2)), ((6, 2), (3, 4)), ((9, 1), (3, 3)), ((7, 2), (1, 14))])
 def test_an_optimiser_step_has_the_same_number_of_clips(asked: tuple[int, int], found: tuple[int, int]) -> None:
-    config = compose(["paths.output_dir=out", f"data.batch_size={asked[0]}", f"trainer.accumulate_grad_batches={asked[1]}"])
+    config = compose(
+        ["paths.output_dir=out", f"data.batch_size={asked[0]}", f"trainer.accumulate_grad_batches={asked[1]}"]
+    )
     smaller = smaller_batches(config)
     assert smaller is not None
     assert (smaller.data.batch_size, smaller.trainer.accumulate_grad_batches) == found
@@ -137,7 +164,10 @@ def test_one_clip_cannot_be_halved() -> None:
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (MemoryError(), True),
         (RuntimeError("Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory at line"), False),

@@ -36,7 +36,9 @@ def run_training(folder: Path, settings: dict[str, Any], pipe: Connection) -> No
     """Trains to the end, from the last checkpoint where there is one."""
     from tests.training.tiny_training import tiny_data, tiny_training
 
-    multiprocessing.set_start_method("fork", force=True)  # of data workers: the server's children would start a server each
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of data workers: the server's children would start a server each
     torch.set_num_threads(1)
     data = tiny_data(**settings)
     trainer, module = tiny_training(folder, data, num_epochs=NUM_EPOCHS, callbacks=[Pulse(pipe)])
@@ -79,7 +81,9 @@ def finish(folder: Path, settings: dict[str, Any]) -> int:
     [
         pytest.param({}, [0], id="shuffled in this process"),
         pytest.param({"batching": "by_length"}, [2], id="by length with workers"),
-        pytest.param({"batching": "packed", "max_tokens_per_batch": 90}, [2, 0, 1], id="packed with other workers each time"),
+        pytest.param(
+            {"batching": "packed", "max_tokens_per_batch": 90}, [2, 0, 1], id="packed with other workers each time"
+        ),
     ],
 )
 def test_ten_kills_change_no_bit(tmp_path: Path, settings: dict[str, Any], num_workers: Sequence[int]) -> None:
@@ -106,9 +110,15 @@ def check_same(killed: Path, straight: Path) -> None:
     assert mine["vlmcap"]["position"] == other["vlmcap"]["position"]
     assert mine["vlmcap"]["position"]["batches"] == 0
     assert mine["state_dict"].keys() == other["state_dict"].keys()
-    assert [name for name, tensor in other["state_dict"].items() if not torch.equal(tensor, mine["state_dict"][name])] == []
+    assert [
+        name for name, tensor in other["state_dict"].items() if not torch.equal(tensor, mine["state_dict"][name])
+    ] == []
     moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (mine, other)]
-    assert all(torch.equal(value, moments[0][index][key]) for index, state in moments[1].items() for key, value in state.items())
+    assert all(
+        torch.equal(value, moments[0][index][key])
+        for index, state in moments[1].items()
+        for key, value in state.items()
+    )
     assert torch.equal(mine["vlmcap"]["random"]["torch"], other["vlmcap"]["random"]["torch"])
 
 
@@ -117,7 +127,10 @@ def test_a_run_resumed_from_any_checkpoint_of_a_resumed_run_ends_the_same(tmp_pa
     """Every chain of two resumes: where each of them stands must not hang on how it came there."""
     from tests.training.tiny_training import tiny_data, tiny_training
 
-    settings = {"batching": "packed", "max_tokens_per_batch": 90}  # eight batches, four steps: each second checkpoint ends an epoch
+    settings = {
+        "batching": "packed",
+        "max_tokens_per_batch": 90,
+    }  # eight batches, four steps: each second checkpoint ends an epoch
 
     def run(resumed: Path | None) -> list[Path]:
         """Trains to the end, and returns copies of the checkpoints on the way."""
@@ -156,8 +169,12 @@ def test_the_program_killed_three_times_changes_no_bit(tmp_path: Path, tiny_cach
     root, last = Path(__file__).resolve().parents[2], tmp_path / "killed" / "checkpoints" / "last.ckpt"
     subprocess.run(command(tmp_path / "straight"), cwd=root, check=True, stdout=subprocess.DEVNULL)
     for steps in (2, 4, 6):
-        process = subprocess.Popen(command(tmp_path / "killed", *(["checkpoint=last"] if last.is_file() else [])), cwd=root)
-        while process.poll() is None and not (last.is_file() and torch.load(last, weights_only=True)["global_step"] >= steps):
+        process = subprocess.Popen(
+            command(tmp_path / "killed", *(["checkpoint=last"] if last.is_file() else [])), cwd=root
+        )
+        while process.poll() is None and not (
+            last.is_file() and torch.load(last, weights_only=True)["global_step"] >= steps
+        ):
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL

@@ -131,10 +131,17 @@ def fit(folder: Path, script: str, points: Points) -> None:
     logger.cut_after(-1 if resumed is None else int(torch.load(last, weights_only=True)["global_step"]))
     stop = StopOnSignal(folder)
     data = tiny_data()
-    trainer, module = tiny_training(folder, data, num_epochs=NUM_EPOCHS, monitor=monitor, logger=logger, plugins=[DyingIO(points)])
+    trainer, module = tiny_training(
+        folder, data, num_epochs=NUM_EPOCHS, monitor=monitor, logger=logger, plugins=[DyingIO(points)]
+    )
     mode = "min" if monitor == "val/loss" else "max"
     patient = PatientStop(StagePlan(module.plan.stages), monitor=monitor, mode=mode, patience=2, min_delta=0.0)
-    own = [Scripted(points, losses, ciders), RunProgress(2), patient, DivergenceGuard(GuardConfig(), folder, is_scaled=False)]
+    own = [
+        Scripted(points, losses, ciders),
+        RunProgress(2),
+        patient,
+        DivergenceGuard(GuardConfig(), folder, is_scaled=False),
+    ]
     trainer.callbacks[:0] = [*own, stop, Places(points)]  # type: ignore[attr-defined]
     with stop.listening():
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
@@ -145,7 +152,9 @@ def same(mine: Any, other: Any) -> bool:
     if isinstance(mine, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(torch.nan_to_num(mine), torch.nan_to_num(other))
     if isinstance(mine, dict):
-        return isinstance(other, dict) and mine.keys() == other.keys() and all(same(mine[key], other[key]) for key in mine)
+        return (
+            isinstance(other, dict) and mine.keys() == other.keys() and all(same(mine[key], other[key]) for key in mine)
+        )
     if isinstance(mine, list | tuple):
         return len(mine) == len(other) and all(map(same, mine, other))
     return bool(mine == other or (mine != mine and other != other))
@@ -161,7 +170,9 @@ def differences(folder: Path, straight: Path) -> list[str]:
     """What differs between two run folders; the counts inside Lightning's loops may."""
     found = [] if same(rows(folder), rows(straight)) else ["metrics.jsonl"]
     for name in ("last", "best"):
-        mine, other = (torch.load(one / "checkpoints" / f"{name}.ckpt", weights_only=True) for one in (folder, straight))
+        mine, other = (
+            torch.load(one / "checkpoints" / f"{name}.ckpt", weights_only=True) for one in (folder, straight)
+        )
         found += [f"{name}: {key}" for key in other if key != "loops" and not same(mine[key], other[key])]
     return found
 
@@ -177,7 +188,9 @@ def straight_fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[P
     return found
 
 
-def kills(script: str, names: Sequence[str], how: Callable[[], None], share: int, folder: Path, straight: Path) -> Iterator[str]:
+def kills(
+    script: str, names: Sequence[str], how: Callable[[], None], share: int, folder: Path, straight: Path
+) -> Iterator[str]:
     """Kills a run at each `share`-th place and resumes it; yields what differs then."""
     for point in range(share // 2, len(names), share):
         shutil.rmtree(folder, ignore_errors=True)
@@ -189,7 +202,10 @@ def kills(script: str, names: Sequence[str], how: Callable[[], None], share: int
 
 
 def test_the_scripts_are_what_they_say(straight_fits: dict[str, tuple[Path, list[str]]]) -> None:
-    best = {script: torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True) for script, (folder, _) in straight_fits.items()}
+    best = {
+        script: torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+        for script, (folder, _) in straight_fits.items()
+    }
     assert {script: content["epoch"] for script, content in best.items()} == {
         "middle": 1,
         "last": 3,
@@ -254,10 +270,21 @@ def summary(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_the_program_leaves_the_same_files(
-    hook: str, step: int, stage: int, how: Callable[[], None], straight_run: Path, tiny_config: Callable[..., Config], tmp_path: Path
+    hook: str,
+    step: int,
+    stage: int,
+    how: Callable[[], None],
+    straight_run: Path,
+    tiny_config: Callable[..., Config],
+    tmp_path: Path,
 ) -> None:
     original, calls = getattr(CaptioningModule, hook), [0]
-    settings = ("tuning.lora.dropout=0.1", "evaluation.swap_videos=true", "evaluation.swap_shifts=2", "trainer.checkpoint_every_n_steps=4")
+    settings = (
+        "tuning.lora.dropout=0.1",
+        "evaluation.swap_videos=true",
+        "evaluation.swap_shifts=2",
+        "trainer.checkpoint_every_n_steps=4",
+    )
 
     def changed(self: CaptioningModule, *args: Any) -> Any:
         if self.global_step == step:
@@ -276,6 +303,8 @@ def test_the_program_leaves_the_same_files(
     assert same(rows(tmp_path / "run"), rows(straight_run))
     for file in (straight_run / "predictions").iterdir():
         assert (tmp_path / "run" / "predictions" / file.name).read_bytes() == file.read_bytes()
-    mine, other = (torch.load(one / "checkpoints" / "best.ckpt", weights_only=True) for one in (tmp_path / "run", straight_run))
+    mine, other = (
+        torch.load(one / "checkpoints" / "best.ckpt", weights_only=True) for one in (tmp_path / "run", straight_run)
+    )
     assert same(mine["state_dict"], other["state_dict"])
     assert (mine["global_step"], mine["epoch"]) == (other["global_step"], other["epoch"])

@@ -52,7 +52,9 @@ class Notes(L.Callback):
         self.seen.append({"step": trainer.global_step, "metrics": metrics, "next": rates, "label": self.label})
 
 
-def test_a_callback_of_ones_own_reads_metrics_and_rates(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_callback_of_ones_own_reads_metrics_and_rates(
+    straight_run: Path, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     config = tiny_config(tmp_path / "run", DROPOUT, f"callbacks.extra=[{{_target_: {__name__}.Notes, label: mine}}]")
     train(config)
     logged = {row["step"]: row for row in rows(tmp_path / "run") if "train/loss" in row}
@@ -73,7 +75,9 @@ def test_a_callback_of_ones_own_reads_metrics_and_rates(straight_run: Path, tiny
 
 
 @pytest.mark.slow
-def test_the_learning_rate_monitor_shows_each_group(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_learning_rate_monitor_shows_each_group(
+    straight_run: Path, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     config = tiny_config(tmp_path / "run", DROPOUT, MONITOR)
     train(config)
     plan = StagePlan(config.tuning.stages)
@@ -113,7 +117,11 @@ def test_weight_averaging_averages_trained_weights_and_leaves_frozen_ones(
     assert any(not torch.equal(average[name], steps[-1][name]) for name in average)
     for name, weight in after.items():
         expected = average[name] if name in average else before[name]
-        assert torch.equal(weight, expected) if name not in average else torch.allclose(weight, expected, rtol=1e-6, atol=1e-7), name
+        assert (
+            torch.equal(weight, expected)
+            if name not in average
+            else torch.allclose(weight, expected, rtol=1e-6, atol=1e-7)
+        ), name
     assert all(torch.equal(value, constants[name]) for name, value in run.module.named_buffers())
 
     content = load(tmp_path / "checkpoints" / "last.ckpt")
@@ -123,7 +131,9 @@ def test_weight_averaging_averages_trained_weights_and_leaves_frozen_ones(
 
 
 @pytest.mark.slow
-def test_an_averaged_run_resumes_to_the_same_end_and_is_scored_averaged(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_an_averaged_run_resumes_to_the_same_end_and_is_scored_averaged(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     straight, folder = tmp_path / "straight", tmp_path / "run"
     train(tiny_config(straight, DROPOUT, EMA))
     train(tiny_config(folder, DROPOUT, EMA, "trainer.max_steps=6"))
@@ -132,7 +142,9 @@ def test_an_averaged_run_resumes_to_the_same_end_and_is_scored_averaged(tiny_con
     for key in ("state_dict", "current_model_state"):
         assert whole[key].keys() == resumed[key].keys()
         assert all(torch.equal(weight, resumed[key][name]) for name, weight in whole[key].items()), key
-    assert any(not torch.equal(weight, whole["current_model_state"][name]) for name, weight in whole["state_dict"].items())
+    assert any(
+        not torch.equal(weight, whole["current_model_state"][name]) for name, weight in whole["state_dict"].items()
+    )
     # evaluate.py scores the averaged weights, and makes no callback that the configuration of a checkpoint names.
     best = straight / "checkpoints" / "best.ckpt"
     config = tiny_config(tmp_path / "evaluation", DROPOUT, "callbacks.extra=[{_target_: nowhere.Callback}]")
@@ -168,10 +180,19 @@ def test_a_copy_holds_the_trained_weights_in_their_order(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{_target_: lightning.pytorch.callbacks.LearningRateWatch}", r"LearningRateWatch cannot be made \(.*\); check its dotted name"),
+        (
+            "{_target_: lightning.pytorch.callbacks.LearningRateWatch}",
+            r"LearningRateWatch cannot be made \(.*\); check its dotted name",
+        ),
         ("{_target_: nowhere.Callback}", r"nowhere\.Callback cannot be made \(.*\); check its dotted name"),
-        ("{_target_: lightning.pytorch.callbacks.LearningRateMonitor, interval: step}", r"cannot be made \(.*interval.*\)"),
-        ("{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: week}", r"cannot be made \(.*\)"),
+        (
+            "{_target_: lightning.pytorch.callbacks.LearningRateMonitor, interval: step}",
+            r"cannot be made \(.*interval.*\)",
+        ),
+        (
+            "{_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: week}",
+            r"cannot be made \(.*\)",
+        ),
         ("{_target_: pathlib.Path}", r"pathlib\.Path is no callback; give each entry a _target_ such as lightning\."),
         ("{decay: 0.9}", r"is no callback; give each entry a _target_ such as lightning\."),
     ],

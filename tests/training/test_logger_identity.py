@@ -29,7 +29,9 @@ MakeConfig = Callable[..., Config]
 def start(tiny_config: MakeConfig, tmp_path: Path) -> Iterator[Callable[..., list[Logger]]]:
     """A function that starts the loggers of a run in `tmp_path / "run"` and logs the losses of steps, as a run that is then killed."""
 
-    def make(kind: str, step: int | None, last: int, *overrides: str, folder: str = "run", resumes: str = "last") -> list[Logger]:
+    def make(
+        kind: str, step: int | None, last: int, *overrides: str, folder: str = "run", resumes: str = "last"
+    ) -> list[Logger]:
         (tmp_path / folder).mkdir(exist_ok=True)
         words = (f"logger={kind}", *([f"checkpoint={resumes}"] if step is not None else []), *overrides)
         loggers = make_loggers(tiny_config(tmp_path / folder, *words), {}, tmp_path / folder, step)
@@ -71,7 +73,9 @@ def test_wandb_segments_of_a_resumed_run_have_one_id(start: Callable[..., list[L
 
 
 @pytest.mark.slow
-def test_wandb_runs_from_the_start_and_from_elsewhere_are_new(start: Callable[..., list[Logger]], tmp_path: Path) -> None:
+def test_wandb_runs_from_the_start_and_from_elsewhere_are_new(
+    start: Callable[..., list[Logger]], tmp_path: Path
+) -> None:
     start("wandb", None, 2)
     ids = {segment(tmp_path / "run", 1).run.run_id}
     start("wandb", None, 2)  # in an overwritten folder
@@ -86,7 +90,9 @@ def test_wandb_runs_from_the_start_and_from_elsewhere_are_new(start: Callable[..
     assert segment(tmp_path / "run", 3).run.run_id == known_ids(tmp_path / "run")["wandb"]
 
 
-def test_the_id_that_an_agent_sets_counts(start: Callable[..., list[Logger]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_id_that_an_agent_sets_counts(
+    start: Callable[..., list[Logger]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start("wandb", None, 2)
     end_wandb()
     monkeypatch.setenv("WANDB_RUN_ID", "agents1d")
@@ -94,7 +100,9 @@ def test_the_id_that_an_agent_sets_counts(start: Callable[..., list[Logger]], tm
     assert segment(tmp_path / "run", 2).run.run_id == known_ids(tmp_path / "run")["wandb"] == "agents1d"
 
 
-def test_a_run_from_the_start_forgets_the_ids_of_other_loggers(start: Callable[..., list[Logger]], tmp_path: Path) -> None:
+def test_a_run_from_the_start_forgets_the_ids_of_other_loggers(
+    start: Callable[..., list[Logger]], tmp_path: Path
+) -> None:
     start("wandb", None, 2)
     end_wandb()
     start("none", 2, 4)
@@ -109,14 +117,18 @@ def test_a_broken_file_of_ids_is_as_none(tmp_path: Path, content: str) -> None:
     assert known_ids(tmp_path) == {}
 
 
-def test_an_evaluation_names_the_run_of_its_checkpoint(start: Callable[..., list[Logger]], tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_an_evaluation_names_the_run_of_its_checkpoint(
+    start: Callable[..., list[Logger]], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     start("wandb", None, 2)
     end_wandb()
     before = known_ids(tmp_path / "run")
     config = tiny_config(tmp_path / "eval", "logger=wandb", "logger.log_checkpoints=none")
     (tmp_path / "eval").mkdir()
     loggers = make_evaluation_loggers(config, {}, tmp_path / "eval")
-    end_evaluation_loggers(loggers, config, tmp_path / "eval", tmp_path / "run" / "checkpoints" / "best.ckpt", {"test/cider": 0.5})
+    end_evaluation_loggers(
+        loggers, config, tmp_path / "eval", tmp_path / "run" / "checkpoints" / "best.ckpt", {"test/cider": 0.5}
+    )
     found = WandbFile(tmp_path / "eval")
     updates = {key: value for row in found.records["config"] for key, value in found._items(row.update).items()}
     assert updates["train_run"] == before["wandb"] != found.run.run_id
@@ -221,11 +233,16 @@ def test_trackio_goes_on_under_the_name_that_it_gave(
 
     def init(**words: Any) -> SimpleNamespace:
         asked.append(words)
-        return SimpleNamespace(name="calm-river-3" if words["resume"] == "never" else words["name"])  # the name was taken
+        return SimpleNamespace(
+            name="calm-river-3" if words["resume"] == "never" else words["name"]
+        )  # the name was taken
 
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, log=lambda metrics, step: None))
     monkeypatch.setattr(others, "require_package", lambda *_: None)
     start("trackio", None, 2)
     assert json.loads((tmp_path / "run" / FILE).read_text()) == {"trackio": "calm-river-3"}
     start("trackio", 2, 4)
-    assert [(words["name"], words["resume"]) for words in asked] == [("tiny-mlp-tiny-demo-s0", "never"), ("calm-river-3", "allow")]
+    assert [(words["name"], words["resume"]) for words in asked] == [
+        ("tiny-mlp-tiny-demo-s0", "never"),
+        ("calm-river-3", "allow"),
+    ]

@@ -25,7 +25,10 @@ def test_a_log_step_is_one_object_on_one_line(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     logger.log_metrics({"train/loss": 1, "epoch": 2.0}, step=10)
     logger.log_metrics({"val/bleu_4": 0.25}, step=12)
-    assert lines(logger.path) == [{"step": 10, "epoch": 2, "train/loss": 1.0}, {"step": 12, "epoch": None, "val/bleu_4": 0.25}]
+    assert lines(logger.path) == [
+        {"step": 10, "epoch": 2, "train/loss": 1.0},
+        {"step": 12, "epoch": None, "val/bleu_4": 0.25},
+    ]
 
 
 def test_later_and_torn_lines_are_cut(tmp_path: Path) -> None:

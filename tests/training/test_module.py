@@ -39,8 +39,12 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         if trainer.global_step > len(self.gradients):  # they stay until the next window begins
-            self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
-            self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad})
+            self.gradients.append(
+                {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+            )
+            self.weights.append(
+                {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self.label_tokens.append(batch.num_label_tokens)
@@ -69,7 +73,11 @@ def test_accumulated_micro_batches_equal_one_large_batch(
     # 24 clips in windows of 10: the last window of the epoch is incomplete.
     results = []
     for size, accumulate in ((10, 1), (2, 5)):
-        sizes = (f"data.batch_size={size}", f"trainer.accumulate_grad_batches={accumulate}", f"optim.max_grad_norm={max_grad_norm}")
+        sizes = (
+            f"data.batch_size={size}",
+            f"trainer.accumulate_grad_batches={accumulate}",
+            f"optim.max_grad_norm={max_grad_norm}",
+        )
         run = make_run(tiny_config(tmp_path / str(size), *ONE_STAGE, *sizes))
         results.append(watch_fit(run))
     large, small = results
@@ -92,10 +100,16 @@ def first_norm(watch: Watch) -> float:
     return float(torch.cat([gradient.flatten() for gradient in watch.gradients[0].values()]).norm())
 
 
-def test_the_loss_that_is_logged_is_a_mean_over_label_tokens(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_loss_that_is_logged_is_a_mean_over_label_tokens(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
     logged = []
     for size, accumulate in ((12, 1), (3, 4)):
-        sizes = (f"data.batch_size={size}", f"trainer.accumulate_grad_batches={accumulate}", "trainer.log_every_n_steps=1")
+        sizes = (
+            f"data.batch_size={size}",
+            f"trainer.accumulate_grad_batches={accumulate}",
+            "trainer.log_every_n_steps=1",
+        )
         run = make_run(tiny_config(tmp_path / str(size), *ONE_STAGE, *sizes))
         run.trainer.fit(run.module, datamodule=run.data)
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -139,14 +153,22 @@ def spoil(config: Config, names: list[str], folder: Path) -> Config:
 def test_a_clip_that_does_not_decode_is_named_counted_and_skipped(
     tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_config(tmp_path / "run", "cache.enabled=false", "data.batch_size=1", "trainer.max_steps=12", "data.max_bad_fraction=0.1")
+    config = tiny_config(
+        tmp_path / "run",
+        "cache.enabled=false",
+        "data.batch_size=1",
+        "trainer.max_steps=12",
+        "data.max_bad_fraction=0.1",
+    )
     train(spoil(config, ["train_00003"], tmp_path / "data"))
     lines = (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()
     (row,) = [json.loads(line) for line in lines]
     assert row["id"] == "train_00003"
     assert "cannot be read" in row["reason"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["skipped_clips"], summary["steps"]) == (1, 12), "batches of one: the bad clip's batch was empty, and training went on"
+    assert (summary["skipped_clips"], summary["steps"]) == (1, 12), (
+        "batches of one: the bad clip's batch was empty, and training went on"
+    )
     assert "1 clips were skipped" in capsys.readouterr().out
 
 
@@ -183,9 +205,13 @@ def test_captions_without_tokens_are_named_and_long_ones_counted(
     from vlmcap.demo.prepare import prepare
 
     lost = load_splits(prepare(config), [Split.train])["train"][5]
-    monkeypatch.setattr(PromptEncoder, "encode_caption", lambda self, text: [] if text == lost.captions[0] else original(self, text))
+    monkeypatch.setattr(
+        PromptEncoder, "encode_caption", lambda self, text: [] if text == lost.captions[0] else original(self, text)
+    )
     train(config)
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    (row,) = [
+        json.loads(line) for line in (tmp_path / "run" / "skipped_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert row["id"] == lost.id
     assert "no caption to learn from" in row["reason"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))

@@ -69,7 +69,11 @@ def test_the_plain_kind_is_torchs_own() -> None:
     assert type(optimizer) is torch.optim.AdamW
     described = [(g["part"], g["weight_decay"], len(g["params"]), g["lr"], g["betas"]) for g in optimizer.param_groups]
     betas = (0.9, 0.95)
-    assert described == [("projector", 0.1, 1, 0.0, betas), ("projector", 0.0, 1, 0.0, betas), ("adapter", 0.1, 2, 0.0, betas)]
+    assert described == [
+        ("projector", 0.1, 1, 0.0, betas),
+        ("projector", 0.0, 1, 0.0, betas),
+        ("adapter", 0.1, 2, 0.0, betas),
+    ]
 
 
 def test_8_bit_states_train_as_well_in_a_quarter_of_the_memory() -> None:
@@ -102,7 +106,9 @@ def train(folder: Path, kind: OptimKind, resumed: Path | None = None, **settings
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("kind", [FUSED, EIGHT_BIT])
-def test_a_resumed_run_ends_as_one_that_did_not_stop(kind: OptimKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_ends_as_one_that_did_not_stop(
+    kind: OptimKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(optimizer_module, "_LEAST_8BIT", 1)
     straight = train(tmp_path / "straight", kind)
     stopped = train(tmp_path / "stopped", kind, max_steps=4)
@@ -147,7 +153,9 @@ def test_gradients_are_clipped_in_mixed_precision(kind: OptimKind, tmp_path: Pat
 @pytest.mark.parametrize("kind", [FUSED, EIGHT_BIT])
 def test_other_devices_are_refused(kind: OptimKind) -> None:
     parts = {"projector": {"weight": nn.Parameter(torch.empty(4, 4, device="meta"))}}
-    with pytest.raises(UserError, match=rf"optim\.kind={kind.value} runs on a CPU or a CUDA device, and the model is on meta"):
+    with pytest.raises(
+        UserError, match=rf"optim\.kind={kind.value} runs on a CPU or a CUDA device, and the model is on meta"
+    ):
         make_optimizer(parts, OptimConfig(kind=kind))
 
 

@@ -55,7 +55,11 @@ def test_mlflow(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mon
     experiment = client.get_experiment_by_name("vlmcap")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("tiny-mlp-tiny-demo-s0", "FINISHED")
-    assert (run.data.tags["group"], run.data.tags["encoder"], run.data.tags["job_type"]) == ("tiny+tiny", "tiny", "train")
+    assert (run.data.tags["group"], run.data.tags["encoder"], run.data.tags["job_type"]) == (
+        "tiny+tiny",
+        "tiny",
+        "train",
+    )
     assert (run.data.params["llm"], run.data.params["seed"]) == ("tiny", "0")
     logged = last_metrics(tmp_path)
     for name in ("train/loss", "val/cider", "test/cider"):
@@ -63,7 +67,9 @@ def test_mlflow(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mon
     assert run.data.metrics["peak_memory_gib"] > 0
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio asks for another Pillow than ours, so that it is no extra")
+@pytest.mark.skipif(
+    find_spec("trackio") is None, reason="trackio asks for another Pillow than ours, so that it is no extra"
+)
 def test_trackio(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sqlite3
 
@@ -77,7 +83,11 @@ def test_trackio(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.Mo
     for key in ("train/loss", "val/cider", "test/cider"):
         assert merged[key] == pytest.approx(logged[key]), key
     assert {"peak_memory_gib", "parameters/trained"} <= merged.keys()
-    assert (name, json.loads(config)["encoder"], json.loads(config)["job_type"]) == ("tiny-mlp-tiny-demo-s0", "tiny", "train")
+    assert (name, json.loads(config)["encoder"], json.loads(config)["job_type"]) == (
+        "tiny-mlp-tiny-demo-s0",
+        "tiny",
+        "train",
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def profiled(tiny_config: MakeConfig, straight_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same run as `straight_run`, with a profile."""
     folder = tmp_path_factory.mktemp("profiled") / "run"
-    train(tiny_config(folder, "tuning.lora.dropout=0.1", "evaluation.swap_videos=true", "evaluation.swap_shifts=2", *PROFILE))
+    train(
+        tiny_config(
+            folder, "tuning.lora.dropout=0.1", "evaluation.swap_videos=true", "evaluation.swap_shifts=2", *PROFILE
+        )
+    )
     return folder
 
 
@@ -53,7 +57,10 @@ def test_training_is_the_same_to_the_last_bit(profiled: Path, straight_run: Path
         ]
 
     assert figures(profiled) == figures(straight_run)
-    weights = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in (profiled, straight_run)]
+    weights = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (profiled, straight_run)
+    ]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -63,7 +70,9 @@ def test_the_parts_make_up_the_step(profiled: Path) -> None:
     parts = times["parts"]
     assert (times["first_step"], times["num_steps"], times["clips"], times["device"]) == (2, 3, 6, "cpu")
     assert sum(parts.values()) == pytest.approx(times["step_s"], rel=0.02)
-    assert all(parts[name] > 0 for name in ("decode", "projector", "language", "loss", "backward", "optimiser", "other")), parts
+    assert all(
+        parts[name] > 0 for name in ("decode", "projector", "language", "loss", "backward", "optimiser", "other")
+    ), parts
     assert parts["wait"] >= 0
     assert "vision" not in parts, "features come from the store"
     assert times["is_cached"]
@@ -105,7 +114,11 @@ def test_the_loggers_get_the_figures(profiled: Path) -> None:
 def test_with_frames_and_workers_vision_is_timed_and_decoding_stands_beside(
     tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tiny_config(tmp_path, *PROFILE, "cache.enabled=false", "data.num_workers=1", "trainer.max_steps=5", "tuning.epochs=2"))
+    run = make_run(
+        tiny_config(
+            tmp_path, *PROFILE, "cache.enabled=false", "data.num_workers=1", "trainer.max_steps=5", "tuning.epochs=2"
+        )
+    )
     run.trainer.fit(run.module, datamodule=run.data)
     times = read(tmp_path / "profile" / "steps.json")
     assert times["parts"]["vision"] > 0
@@ -125,7 +138,11 @@ def test_on_a_card_only_the_timed_steps_wait_for_it(
     run = make_run(tiny_config(tmp_path, *PROFILE))
     profile = next(callback for callback in run.trainer.callbacks if isinstance(callback, StepProfile))  # type: ignore[attr-defined]
     waits: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(f"{'val' if run.trainer.validating else 'train'} {device}"))
+    monkeypatch.setattr(
+        torch.cuda,
+        "synchronize",
+        lambda device: waits.append(f"{'val' if run.trainer.validating else 'train'} {device}"),
+    )
     started = profile.on_train_start
 
     def start_on_a_card(*arguments: Any) -> None:
@@ -135,7 +152,9 @@ def test_on_a_card_only_the_timed_steps_wait_for_it(
     monkeypatch.setattr(profile, "on_train_start", start_on_a_card)
     run.trainer.fit(run.module, datamodule=run.data)
     assert set(waits) == {"train cuda:0", "val cuda:0"}
-    assert waits.count("val cuda:0") == 3, "once before each evaluation, and once as the last timed step ends at the first"
+    assert waits.count("val cuda:0") == 3, (
+        "once before each evaluation, and once as the last timed step ends at the first"
+    )
     # The timed steps end with the first epoch, its fourth; the trace, the fifth, and those after wait for nothing.
     assert waits.index("val cuda:0") == waits.count("train cuda:0") > 3 * 2 * 10
     assert read(tmp_path / "profile" / "steps.json")["parts"]["transfer"] > 0
@@ -194,14 +213,18 @@ def test_a_run_that_ends_too_soon_says_so(
 def test_a_run_that_ends_inside_tells_what_it_has(
     tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tiny_config(tmp_path, "callbacks.profile.enabled=true", "callbacks.profile.first_step=2", "trainer.max_steps=3"))
+    run = make_run(
+        tiny_config(tmp_path, "callbacks.profile.enabled=true", "callbacks.profile.first_step=2", "trainer.max_steps=3")
+    )
     run.trainer.fit(run.module, datamodule=run.data)
     assert read(tmp_path / "profile" / "steps.json")["num_steps"] == 2
     assert "No profile/trace.json.gz" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_resumed_inside_the_timed_steps_writes_anew(tiny_config: MakeConfig, straight_run: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_inside_the_timed_steps_writes_anew(
+    tiny_config: MakeConfig, straight_run: Path, tmp_path: Path
+) -> None:
     overrides = ("tuning.lora.dropout=0.1", *PROFILE)
     train(tiny_config(tmp_path, *overrides, "trainer.max_steps=3"))
     folder = tmp_path / "profile"
@@ -211,10 +234,15 @@ def test_a_run_resumed_inside_the_timed_steps_writes_anew(tiny_config: MakeConfi
     times = read(folder / "steps.json")
     assert (times["first_step"], times["num_steps"], times["trace"]) == (2, 3, "trace.json.gz")
     assert {path.name for path in folder.iterdir()} - {"steps.png"} == {"steps.json", "trace.json.gz"}
-    weights = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (tmp_path, straight_run)]
+    weights = [
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for path in (tmp_path, straight_run)
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_without_it_nothing_is_there(tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path) -> None:
+def test_without_it_nothing_is_there(
+    tiny_config: MakeConfig, make_run: Callable[[Config], Run], tmp_path: Path
+) -> None:
     run = make_run(tiny_config(tmp_path))
     assert not [callback for callback in run.trainer.callbacks if isinstance(callback, StepProfile)]  # type: ignore[attr-defined]

@@ -26,7 +26,10 @@ class Hands:
         return self.now
 
 
-OPTIMIZER_STEP, TRAINING_STEP = "[LightningModule]CaptioningModule.optimizer_step", "[Strategy]DDPStrategy.training_step"
+OPTIMIZER_STEP, TRAINING_STEP = (
+    "[LightningModule]CaptioningModule.optimizer_step",
+    "[Strategy]DDPStrategy.training_step",
+)
 
 
 def test_the_innermost_part_has_the_time_and_the_parts_add_up() -> None:
@@ -41,7 +44,11 @@ def test_the_innermost_part_has_the_time_and_the_parts_add_up() -> None:
         (profiler.start, "language", 4),  # 4 in no part
         (profiler.start, "loss", 8),  # 8 in the language model
         (profiler.stop, "loss", 16),  # 16 in the head
-        (profiler.start, "[Callback]Any.on_before_backward", 32),  # 32 in the language model, and Lightning's other actions are no parts
+        (
+            profiler.start,
+            "[Callback]Any.on_before_backward",
+            32,
+        ),  # 32 in the language model, and Lightning's other actions are no parts
         (profiler.stop, "language", 64),
         (profiler.start, "loss", 128),  # 128 in no part
         (profiler.stop, TRAINING_STEP, 256),  # 256 in the loss, which ends with the training step

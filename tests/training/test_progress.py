@@ -75,7 +75,9 @@ def train(progress: RunProgress, clock: Clock, trainer: Any, module: Any, second
         clock.now += 1
         trainer.global_step += 1
         module.rates.steps_left = NUM_STEPS - trainer.global_step
-        progress.on_train_batch_end(trainer, module, None, None, (trainer.global_step - 1) % trainer.num_training_batches)
+        progress.on_train_batch_end(
+            trainer, module, None, None, (trainer.global_step - 1) % trainer.num_training_batches
+        )
 
 
 def test_lines_by_time_within_an_epoch(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,11 +88,15 @@ def test_lines_by_time_within_an_epoch(module: CaptioningModule, capsys: pytest.
     assert capsys.readouterr().out == ""
     train(progress, clock, trainer, module, 61)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("tune 1/2  step 30 of 900  loss 1.250  lr 0.0001  tok/s 3,200  ") and second.startswith("tune 1/2  step 90 of")
+    assert first.startswith("tune 1/2  step 30 of 900  loss 1.250  lr 0.0001  tok/s 3,200  ") and second.startswith(
+        "tune 1/2  step 90 of"
+    )
     assert first.endswith((" left", "done"))
 
 
-def test_a_line_before_the_first_log_step_has_the_values_so_far(module: CaptioningModule, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_before_the_first_log_step_has_the_values_so_far(
+    module: CaptioningModule, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock, trainer = Clock(), trainer_of()
     progress = RunProgress(500, clock=clock)
     progress.on_train_start(trainer, module)

@@ -36,7 +36,9 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(
+    siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
     """hardware=l4 but for the accelerator: bf16, 4 bits, gradient checkpointing, accumulation."""
     folder = tmp_path_factory.mktemp("runs")
     overrides = [
@@ -145,7 +147,11 @@ def test_evaluation_from_the_checkpoint_alone(trained: Trained, tmp_path: Path) 
     summary = json.loads((trained.folder / "summary.json").read_text())["scores"]
     assert scores["test/cider"] == pytest.approx(summary["test/cider"])
     assert "test/swapped/cider" in scores
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation.yaml", "metrics.json", "predictions.jsonl"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {
+        "evaluation.yaml",
+        "metrics.json",
+        "predictions.jsonl",
+    }
     predictions = lines_of(tmp_path / "eval" / "predictions.jsonl")
     assert predictions == lines_of(trained.folder / "predictions" / "test.jsonl")
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["checkpoint"] == str(trained.checkpoint)
@@ -160,10 +166,22 @@ def test_evaluation_into_the_runs_own_folder(trained: Trained, tmp_path: Path) -
     assert len(lines_of(folder / "predictions.jsonl")) == 3
 
 
-def test_the_caption_command(trained: Trained, aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_caption_command(
+    trained: Trained, aihub_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "captions.jsonl"
     videos = aihub_root / "test" / "videos"
-    main(["caption", str(videos), str(videos / "test0.mp4"), "--checkpoint", str(trained.checkpoint), "--output", str(output)])
+    main(
+        [
+            "caption",
+            str(videos),
+            str(videos / "test0.mp4"),
+            "--checkpoint",
+            str(trained.checkpoint),
+            "--output",
+            str(output),
+        ]
+    )
     rows = lines_of(output)
     assert [Path(row["video"]).name for row in rows] == ["test0.mp4", "test1.mp4", "test0.mp4"]
     assert rows[0]["prediction"] == rows[2]["prediction"]
@@ -188,14 +206,17 @@ def changed_copy(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("part", ["encoder", "llm"])
-def test_another_base_is_refused(trained: Trained, siglip_folder: Path, llm_folder: Path, tmp_path: Path, part: str) -> None:
+def test_another_base_is_refused(
+    trained: Trained, siglip_folder: Path, llm_folder: Path, tmp_path: Path, part: str
+) -> None:
     other = changed_copy({"encoder": siglip_folder, "llm": llm_folder}[part], tmp_path / "other")
     with pytest.raises(UserError, match=rf"was trained on the {part} .*{part}\.checkpoint is"):
         load_captioner(trained.checkpoint, {f"{part}.checkpoint": str(other)})
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("projector.depth", 3), ("projector.frame_stack", 1), ("tuning.lora.rank", 8), ("projector.temporal", "position")]
+    ("key", "value"),
+    [("projector.depth", 3), ("projector.frame_stack", 1), ("tuning.lora.rank", 8), ("projector.temporal", "position")],
 )
 def test_another_architecture_is_refused(trained: Trained, key: str, value: Any) -> None:
     with pytest.raises(UserError, match="from another architecture") as caught:

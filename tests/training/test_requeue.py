@@ -47,7 +47,9 @@ def signal_at(step: int, number: int, patch: pytest.MonkeyPatch, hook: str = "tr
         pytest.param(2, signal.SIGTERM, "training_step", 3, id="SIGTERM", marks=pytest.mark.slow),
         pytest.param(5, signal.SIGUSR1, "training_step", 6, id="SIGUSR1 in the second stage"),
         pytest.param(1, signal.SIGINT, "training_step", 2, id="Ctrl-C", marks=pytest.mark.slow),
-        pytest.param(3, signal.SIGTERM, "training_step", 4, id="SIGTERM in an epoch's last step", marks=pytest.mark.slow),
+        pytest.param(
+            3, signal.SIGTERM, "training_step", 4, id="SIGTERM in an epoch's last step", marks=pytest.mark.slow
+        ),
         pytest.param(4, signal.SIGTERM, "validation_step", 4, id="SIGTERM in validation", marks=pytest.mark.slow),
     ],
 )
@@ -100,7 +102,9 @@ def fake_scontrol(folder: Path, patch: pytest.MonkeyPatch, *, code: int = 0) -> 
     """A `scontrol` on the path that writes down what it was asked."""
     folder.mkdir()
     program = folder / "scontrol"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\necho "Invalid job id" >&2\nexit {code}\n', encoding="utf-8")
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/asked\necho "Invalid job id" >&2\nexit {code}\n', encoding="utf-8"
+    )
     program.chmod(0o755)
     patch.setenv("PATH", str(folder), prepend=os.pathsep)
     return folder / "asked"
@@ -114,7 +118,11 @@ def fake_scontrol(folder: Path, patch: pytest.MonkeyPatch, *, code: int = 0) -> 
     ],
 )
 def test_slurm_is_asked_for_another_turn(
-    variables: dict[str, str], asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variables: dict[str, str],
+    asked: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = fake_scontrol(tmp_path / "bin", monkeypatch)
     for name, value in variables.items():
@@ -143,7 +151,12 @@ def slurm_task() -> dict[str, str]:
     return (
         os.environ
         | names
-        | {"SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NODELIST": "localhost"}
+        | {
+            "SLURM_JOB_NAME": "train",
+            "SLURM_NNODES": "1",
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_JOB_NODELIST": "localhost",
+        }
     )
 
 
@@ -157,8 +170,17 @@ def test_the_program_is_stopped_from_outside(
     number: int, settings: Sequence[str], tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, asked = tmp_path / "run", fake_scontrol(tmp_path / "bin", monkeypatch)
-    command = program(folder, tiny_cache, "tuning.epochs=201", "trainer.log_every_n_steps=1", "evaluation.every_n_epochs=100", *settings)
-    process = subprocess.Popen(command, cwd=ROOT, env=slurm_task(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = program(
+        folder,
+        tiny_cache,
+        "tuning.epochs=201",
+        "trainer.log_every_n_steps=1",
+        "evaluation.every_n_epochs=100",
+        *settings,
+    )
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=slurm_task(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     rows = folder / "metrics.jsonl"
     while process.poll() is None and not (rows.is_file() and rows.read_text(encoding="utf-8").count("\n") > 10):
         time.sleep(0.05)
@@ -179,7 +201,9 @@ def test_the_program_is_stopped_from_outside(
 
 def test_a_folder_that_holds_a_run_is_refused(straight_run: Path, tiny_config: MakeConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight_run.rglob("*")}
-    with pytest.raises(UserError, match=r"holds a run already \(summary\.json\): .*checkpoint=last, or set paths\.overwrite=true"):
+    with pytest.raises(
+        UserError, match=r"holds a run already \(summary\.json\): .*checkpoint=last, or set paths\.overwrite=true"
+    ):
         train(tiny_config(straight_run, *COMMON))
     assert {path: path.stat().st_mtime_ns for path in straight_run.rglob("*")} == before
 

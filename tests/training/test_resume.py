@@ -79,7 +79,9 @@ def test_a_stopped_run_resumes_to_the_same_end(
     train(tiny_config(folder, *COMMON, f"trainer.max_steps={stop}"))
     stopped = load(folder)
     assert (stopped["global_step"], stopped["vlmcap"]["position"]) == (stop, stopped["vlmcap"]["position"] | position)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:  # what a run writes between its last checkpoint and its death
+    with (folder / "metrics.jsonl").open(
+        "a", encoding="utf-8"
+    ) as file:  # what a run writes between its last checkpoint and its death
         file.write(json.dumps({"step": stop + 1, "epoch": 1, "train/loss": 99.0}) + '\n{"step": ')
     train(tiny_config(folder, *COMMON, "checkpoint=last"))
     check_same_end(folder, straight_run)
@@ -114,11 +116,17 @@ def test_a_killed_run_resumes_to_the_same_end(
 def check_same_end(folder: Path, straight: Path) -> None:
     mine, other = load(folder), load(straight)
     assert mine["global_step"] == other["global_step"] == 8
-    assert mine["vlmcap"]["position"] == other["vlmcap"]["position"] == other["vlmcap"]["position"] | {"epoch": 2, "batches": 0}
+    assert (
+        mine["vlmcap"]["position"]
+        == other["vlmcap"]["position"]
+        == other["vlmcap"]["position"] | {"epoch": 2, "batches": 0}
+    )
     assert losses(folder) == losses(straight)
     assert [step for step, _, _ in losses(folder)] == [2, 4, 6, 8]
     assert mine["state_dict"].keys() == other["state_dict"].keys()
-    different = [name for name, tensor in other["state_dict"].items() if not torch.equal(tensor, mine["state_dict"][name])]
+    different = [
+        name for name, tensor in other["state_dict"].items() if not torch.equal(tensor, mine["state_dict"][name])
+    ]
     assert not different
     states = other["optimizer_states"][0]["state"]
     assert mine["optimizer_states"][0]["state"].keys() == states.keys()
@@ -134,7 +142,9 @@ def test_a_finished_run_resumed_trains_no_further(straight_run: Path, tiny_confi
     assert losses(tmp_path / "more") == []
 
 
-def test_resuming_on_another_base_is_refused(straight_run: Path, tiny_config: MakeConfig, tiny_cache: Path, tmp_path: Path) -> None:
+def test_resuming_on_another_base_is_refused(
+    straight_run: Path, tiny_config: MakeConfig, tiny_cache: Path, tmp_path: Path
+) -> None:
     import shutil
 
     parts = next((tiny_cache / "demo").glob("parts*"))
@@ -153,7 +163,9 @@ def test_resuming_another_architecture_is_refused(straight_run: Path, tiny_confi
         train(tiny_config(tmp_path / "run", *COMMON, "projector=linear", f"checkpoint={checkpoint}"))
 
 
-def test_resuming_without_a_checkpoint_is_refused_before_anything_is_made(tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_is_refused_before_anything_is_made(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"checkpoint=last: .*paths\.output_dir"):
         train(tiny_config(tmp_path / "none", "checkpoint=last"))
     assert not (tmp_path / "none").exists()

@@ -49,12 +49,20 @@ def stages(align: int, tune: int) -> dict[str, Stage]:
     }
 
 
-def fit(folder: Path, align: int, tune: int, rates: Rates, *, accumulate: int = 2, clips: int = 26, **settings: Any) -> CaptioningModule:
+def fit(
+    folder: Path, align: int, tune: int, rates: Rates, *, accumulate: int = 2, clips: int = 26, **settings: Any
+) -> CaptioningModule:
     last = folder / "checkpoints" / "last.ckpt"
     data = tiny_data(tiny_clips(clips), **settings)
     plan, callbacks = stages(align, tune), [rates, RunProgress(2)]
     trainer, module = tiny_training(
-        folder, data, num_epochs=align + tune, stages=plan, callbacks=callbacks, accumulate_grad_batches=accumulate, monitor="val/loss"
+        folder,
+        data,
+        num_epochs=align + tune,
+        stages=plan,
+        callbacks=callbacks,
+        accumulate_grad_batches=accumulate,
+        monitor="val/loss",
     )
     trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
     return module
@@ -64,7 +72,10 @@ def expected(align: int, tune: int, first_epoch: int, steps_per_epoch: int) -> l
     """Rates of a straight run of such steps, from an epoch on."""
     plan = StagePlan(stages(align, tune))
     steps = range(first_epoch * steps_per_epoch, (align + tune) * steps_per_epoch)
-    return [(step // steps_per_epoch, *(plan.rate(part, step, steps_per_epoch) for part in ("projector", "llm"))) for step in steps]
+    return [
+        (step // steps_per_epoch, *(plan.rate(part, step, steps_per_epoch) for part in ("projector", "llm")))
+        for step in steps
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +101,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"clips": 50}, 9),
     ],
 )
-def test_rates_go_on_from_an_epoch_with_other_steps(change: dict[str, int], steps_per_epoch: int, first: Path, tmp_path: Path) -> None:
+def test_rates_go_on_from_an_epoch_with_other_steps(
+    change: dict[str, int], steps_per_epoch: int, first: Path, tmp_path: Path
+) -> None:
     shutil.copytree(first, tmp_path / "run")
     rates = Rates()
     module = fit(tmp_path / "run", 1, 3, rates, **change)
@@ -100,7 +113,9 @@ def test_rates_go_on_from_an_epoch_with_other_steps(change: dict[str, int], step
     assert module.rates.steps_left == 0
 
 
-@pytest.mark.parametrize(("change", "steps_per_epoch"), [({}, 5), ({"batch_size": 13}, 1), ({"accumulate": 1}, 9), ({"batch_size": 1}, 13)])
+@pytest.mark.parametrize(
+    ("change", "steps_per_epoch"), [({}, 5), ({"batch_size": 13}, 1), ({"accumulate": 1}, 9), ({"batch_size": 1}, 13)]
+)
 def test_a_validation_that_is_owed_comes_first(change: dict[str, int], steps_per_epoch: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(DiedError):  # step 10 of the second epoch is saved, as each second one
@@ -115,7 +130,9 @@ def test_a_validation_that_is_no_longer_due_is_left_out(tmp_path: Path) -> None:
     with pytest.raises(DiedError):
         fit(tmp_path, 1, 2, Rates(dies_in_epoch=1))
     rates, data = Rates(), tiny_data(tiny_clips(26))
-    trainer, module = tiny_training(tmp_path, data, num_epochs=3, stages=stages(1, 2), callbacks=[rates], check_val_every_n_epoch=3)
+    trainer, module = tiny_training(
+        tmp_path, data, num_epochs=3, stages=stages(1, 2), callbacks=[rates], check_val_every_n_epoch=3
+    )
     trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert (rates.validated, rates.steps) == ([2], expected(1, 2, 2, 5))
 
@@ -128,7 +145,11 @@ def held(stage_names: list[str], epoch: int, batches: int = 0, accumulate: int =
 
 
 def check(held: dict[str, Any], align: int, tune: int, accumulate: int = 2) -> None:
-    numbers = (f"tuning.align_epochs={align}", f"tuning.epochs={align + tune}", f"trainer.accumulate_grad_batches={accumulate}")
+    numbers = (
+        f"tuning.align_epochs={align}",
+        f"tuning.epochs={align + tune}",
+        f"trainer.accumulate_grad_batches={accumulate}",
+    )
     check_position(held, compose(["tuning=two_stage", *numbers]))
 
 
@@ -142,7 +163,14 @@ def check(held: dict[str, Any], align: int, tune: int, accumulate: int = 2) -> N
         (held(["align", "tune", "tune"], 2), 1, 1, 2),
         (held(["align", "tune"], 0), 0, 1, 2),
     ],
-    ids=["longer", "accumulation after an epoch", "longer first stage", "longer, inside an epoch", "no more", "nothing trained"],
+    ids=[
+        "longer",
+        "accumulation after an epoch",
+        "longer first stage",
+        "longer, inside an epoch",
+        "no more",
+        "nothing trained",
+    ],
 )
 def test_what_can_go_on_is_not_refused(state: dict[str, Any], align: int, tune: int, accumulate: int) -> None:
     check(state, align, tune, accumulate)
@@ -151,15 +179,41 @@ def test_what_can_go_on_is_not_refused(state: dict[str, Any], align: int, tune: 
 @pytest.mark.parametrize(
     ("state", "align", "tune", "accumulate", "expected"),
     [
-        (held(["align", "tune"], 1, batches=2), 1, 1, 3, r"inside an epoch of trainer\.accumulate_grad_batches=2, where 3 cannot"),
-        (held(["align", "tune", "tune"], 2), 3, 1, 2, r"has trained epochs align: 1, tune: 1, but .* begins with epochs align: 2"),
+        (
+            held(["align", "tune"], 1, batches=2),
+            1,
+            1,
+            3,
+            r"inside an epoch of trainer\.accumulate_grad_batches=2, where 3 cannot",
+        ),
+        (
+            held(["align", "tune", "tune"], 2),
+            3,
+            1,
+            2,
+            r"has trained epochs align: 1, tune: 1, but .* begins with epochs align: 2",
+        ),
         (held(["align", "tune", "tune"], 2), 0, 4, 2, r"begins with epochs tune: 2"),
-        (held(["align", "tune", "tune"], 3), 1, 1, 2, r"trained epochs align: 1, tune: 2, but .* epochs align: 1, tune: 1; keep"),
+        (
+            held(["align", "tune", "tune"], 3),
+            1,
+            1,
+            2,
+            r"trained epochs align: 1, tune: 2, but .* epochs align: 1, tune: 1; keep",
+        ),
         (held(["align", "tune", "tune"], 1, batches=2), 2, 1, 2, r"has trained epochs align: 1, tune: 1"),
     ],
-    ids=["accumulation inside an epoch", "longer first stage", "no first stage", "fewer epochs", "another stage inside an epoch"],
+    ids=[
+        "accumulation inside an epoch",
+        "longer first stage",
+        "no first stage",
+        "fewer epochs",
+        "another stage inside an epoch",
+    ],
 )
-def test_what_cannot_go_on_is_refused(state: dict[str, Any], align: int, tune: int, accumulate: int, expected: str) -> None:
+def test_what_cannot_go_on_is_refused(
+    state: dict[str, Any], align: int, tune: int, accumulate: int, expected: str
+) -> None:
     with pytest.raises(UserError, match=expected):
         check(state, align, tune, accumulate)
 

@@ -30,13 +30,28 @@ def summary(straight_run: Path) -> dict[str, Any]:
 
 def test_a_run_folder_holds_its_files_and_nothing_half_written(straight_run: Path) -> None:
     files = {str(path.relative_to(straight_run)) for path in straight_run.rglob("*") if path.is_file()}
-    assert {"config.yaml", "metrics.jsonl", "metrics.csv", "summary.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= files
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "metrics.csv",
+        "summary.json",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+    } <= files
     assert not [name for name in files if ".partial" in name]
     assert "skipped_clips.jsonl" not in files, "made at the first bad clip"
 
 
 def test_the_summary_says_scores_costs_and_versions(summary: dict[str, Any]) -> None:
-    for name in ("val/cider", "val/meteor", "val/facts/mean", "test/cider", "test/chrf", "test/swapped/cider", "test/permuted/facts/place"):
+    for name in (
+        "val/cider",
+        "val/meteor",
+        "val/facts/mean",
+        "test/cider",
+        "test/chrf",
+        "test/swapped/cider",
+        "test/permuted/facts/place",
+    ):
         assert name in summary["scores"], name
     assert summary["tokenizer"].startswith("mecab")
     assert summary["steps"] == 8
@@ -48,7 +63,12 @@ def test_the_summary_says_scores_costs_and_versions(summary: dict[str, Any]) -> 
 
 
 def test_the_summary_says_what_the_plan_expected_of_what_was_trained(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    overrides = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "evaluation.every_n_epochs=2", "evaluation.max_clips=3"]
+    overrides = [
+        "data.batch_size=4",
+        "trainer.accumulate_grad_batches=2",
+        "evaluation.every_n_epochs=2",
+        "evaluation.max_clips=3",
+    ]
     config = tiny_config(tmp_path, *overrides)
     run = SimpleNamespace(data=SimpleNamespace(clips={"train": range(20), "val": range(9)}))
     plan = SimpleNamespace(peak_gib=9.5, gpu=SimpleNamespace(usable_gib=22.0), clip_s=0.5, caption_s=2.0)
@@ -69,20 +89,36 @@ def test_train_returns_the_monitored_metric(straight_run: Path, summary: dict[st
 
 
 def test_a_checkpoint_may_follow_a_metric_that_is_slow(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path / "run", "monitor=val/meteor", "trainer.max_steps=1", "tuning.epochs=1", "evaluation.every_n_epochs=1"))
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    train(
+        tiny_config(
+            tmp_path / "run",
+            "monitor=val/meteor",
+            "trainer.max_steps=1",
+            "tuning.epochs=1",
+            "evaluation.every_n_epochs=1",
+        )
+    )
+    logged = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert any("val/meteor" in row and "val/loss" in row for row in logged)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_any_measured_metric_is_returned_and_another_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    assert 0 <= train(tiny_config(tmp_path / "run", "monitor=val/length_ratio", "trainer.max_steps=1", "tuning.epochs=1")) < 1000
+    assert (
+        0
+        <= train(tiny_config(tmp_path / "run", "monitor=val/length_ratio", "trainer.max_steps=1", "tuning.epochs=1"))
+        < 1000
+    )
     with pytest.raises(UserError, match=r"monitor=val/beauty is not measured while training; choose .*cider"):
         train(tiny_config(tmp_path / "other", "monitor=val/beauty"))
     assert not (tmp_path / "other").exists(), "said before anything is trained"
 
 
-def test_a_best_checkpoint_of_an_earlier_run_is_not_taken(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_best_checkpoint_of_an_earlier_run_is_not_taken(
+    straight_run: Path, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     (tmp_path / "checkpoints").mkdir()
     foreign = {"vlmcap": {"bases": {}}, "state_dict": {"captioner.projector.foreign": torch.zeros(1)}}
     torch.save(foreign, tmp_path / "checkpoints" / "best.ckpt")
@@ -91,7 +127,9 @@ def test_a_best_checkpoint_of_an_earlier_run_is_not_taken(straight_run: Path, ti
     assert (tmp_path / "summary.json").is_file()
 
 
-def test_ctrl_c_in_training_reaches_the_program(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_training_reaches_the_program(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import signal
 
     def interrupt(*_: object) -> None:
@@ -111,11 +149,18 @@ def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_eit
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[bool]] = {"training": set(), "captioning": set(), "writing back": set()}
-    loss_sum, own_ids, step = VideoCaptioner.loss_sum, VideoCaptioner._native_ids, CaptioningModule.on_before_optimizer_step
+    loss_sum, own_ids, step = (
+        VideoCaptioner.loss_sum,
+        VideoCaptioner._native_ids,
+        CaptioningModule.on_before_optimizer_step,
+    )
 
     def note(name: str, function: Any) -> Any:
         def noted(*arguments: Any) -> Any:
-            seen[name].add(torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled())
+            seen[name].add(
+                torch.are_deterministic_algorithms_enabled()
+                and not torch.is_deterministic_algorithms_warn_only_enabled()
+            )
             return function(*arguments)
 
         return noted
@@ -140,8 +185,12 @@ def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_eit
     assert captions[0] == captions[1]
 
 
-@pytest.mark.parametrize(("value", "accelerator", "is_on"), [("auto", "gpu", False), ("true", "gpu", True), ("false", "cpu", False)])
-def test_auto_is_off_on_a_gpu(value: str, accelerator: str, is_on: bool, tiny_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "accelerator", "is_on"), [("auto", "gpu", False), ("true", "gpu", True), ("false", "cpu", False)]
+)
+def test_auto_is_off_on_a_gpu(
+    value: str, accelerator: str, is_on: bool, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     config = tiny_config(tmp_path, f"trainer.deterministic={value}", f"hardware.accelerator={accelerator}")
     assert config.is_deterministic is is_on
 

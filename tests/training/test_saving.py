@@ -36,7 +36,9 @@ def test_it_holds_the_trained_weights_and_nothing_frozen(checkpoint: dict[str, A
     assert {name for name in names if "lora_" in name}
     assert not [name for name in names if ".projector." not in name and "lora_" not in name]
     parts = json.loads((straight_run / "summary.json").read_text(encoding="utf-8"))["parameters"]
-    assert sum(tensor.numel() for tensor in checkpoint["state_dict"].values()) == sum(part["trained"] for part in parts.values())
+    assert sum(tensor.numel() for tensor in checkpoint["state_dict"].values()) == sum(
+        part["trained"] for part in parts.values()
+    )
     # Two moments for each weight, and little beside it: no frozen weight hides elsewhere in the file.
     stored = sum(tensor.numel() for tensor in tensors(checkpoint))
     trained = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
@@ -69,7 +71,13 @@ def test_it_names_content_of_the_frozen_bases(checkpoint: dict[str, Any], tiny_c
         assert folder.is_relative_to(tiny_cache)
         assert folder.name == part
         digest = hashlib.sha256()
-        content = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        content = {
+            "config.json",
+            "preprocessor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        }
         for file in sorted(file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in content):
             digest.update(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
         assert base["sha256"] == digest.hexdigest()
@@ -126,7 +134,13 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     import numpy as np
 
     def draw() -> list[float]:
-        return [random.random(), random.gauss(0, 1), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            float(np.random.rand()),
+            float(np.random.randn()),
+            float(torch.rand(())),
+        ]
 
     before = random_states()
     draw()
@@ -139,7 +153,9 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     set_random_states(before)
 
 
-@pytest.mark.parametrize(("limit", "step", "is_stopped"), [(-1, 5, False), (6, 5, False), (5, 5, True), (5, 9, True), (0, 0, True)])
+@pytest.mark.parametrize(
+    ("limit", "step", "is_stopped"), [(-1, 5, False), (6, 5, False), (5, 5, True), (5, 9, True), (0, 0, True)]
+)
 def test_the_step_limit_stops_at_its_step(limit: int, step: int, is_stopped: bool) -> None:
     from types import SimpleNamespace
 

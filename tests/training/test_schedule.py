@@ -18,7 +18,9 @@ def two_stages(align: int = 2, tune: int = 3, warmup_ratio: float = 0.0) -> Stag
     return StagePlan(
         {
             "align": Stage(epochs=align, projector_lr=1e-3, warmup_ratio=warmup_ratio),
-            "tune": Stage(epochs=tune, projector_lr=1e-4, adapter_lr=2e-4, warmup_ratio=warmup_ratio, final_lr_ratio=0.1),
+            "tune": Stage(
+                epochs=tune, projector_lr=1e-4, adapter_lr=2e-4, warmup_ratio=warmup_ratio, final_lr_ratio=0.1
+            ),
         }
     )
 
@@ -61,9 +63,14 @@ def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
     final_ratio=st.floats(0, 1),
     peak=st.floats(1e-6, 1e-1),
 )
-def test_neighbouring_rates_are_near_and_never_above_the_peak(num_steps: int, share: float, final_ratio: float, peak: float) -> None:
+def test_neighbouring_rates_are_near_and_never_above_the_peak(
+    num_steps: int, share: float, final_ratio: float, peak: float
+) -> None:
     warmup = min(num_steps - 1, round(share * num_steps))
-    rates = [cosine_rate(step, num_steps, peak=peak, warmup_steps=warmup, final_ratio=final_ratio) for step in range(num_steps + 3)]
+    rates = [
+        cosine_rate(step, num_steps, peak=peak, warmup_steps=warmup, final_ratio=final_ratio)
+        for step in range(num_steps + 3)
+    ]
     assert all(0 <= rate <= peak * (1 + 1e-9) for rate in rates)
     slope = peak * max(1 / max(1, warmup), math.pi / 2 / max(1, num_steps - warmup))
     assert all(abs(before - after) <= slope * (1 + 1e-6) for before, after in pairwise(rates))

@@ -18,7 +18,14 @@ from vlmcap.config import Strategy
 from vlmcap.errors import UserError
 from vlmcap.training.checkpoints.load import single_process
 from vlmcap.training.checks import check_strategy
-from vlmcap.training.processes import describe_batch, launch_command, make_strategy, num_processes, process_rank, receives_weights
+from vlmcap.training.processes import (
+    describe_batch,
+    launch_command,
+    make_strategy,
+    num_processes,
+    process_rank,
+    receives_weights,
+)
 
 TWO = ["hardware.devices=2", "trainer.accumulate_grad_batches=1", "trainer.log_every_n_steps=1"]
 ONE = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
@@ -31,7 +38,10 @@ ONE = ["trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
         (["hardware.precision=fp16"], r"no scaler for hardware\.precision=fp16; set hardware\.precision=bf16"),
         (["optim=adamw_8bit"], r"optim=adamw_8bit cannot; set optim=adamw"),
         (["tuning.lora.use_experts=true"], r"set tuning\.lora\.use_experts=false"),
-        (["hardware=l4", "llm.quantization=none", "hardware.offload_checkpoints=true"], r"offload_checkpoints=true; set it to false"),
+        (
+            ["hardware=l4", "llm.quantization=none", "hardware.offload_checkpoints=true"],
+            r"offload_checkpoints=true; set it to false",
+        ),
     ],
 )
 def test_what_fsdp2_cannot_do_is_refused(overrides: list[str], message: str) -> None:
@@ -42,7 +52,15 @@ def test_what_fsdp2_cannot_do_is_refused(overrides: list[str], message: str) -> 
 
 def test_ranks_as_launchers_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(["trainer=fsdp2", "hardware.devices=4", "trainer.num_nodes=2"])
-    for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_PROCID"):
+    for name in (
+        "LOCAL_RANK",
+        "RANK",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "TORCHELASTIC_RUN_ID",
+        "SLURM_NTASKS",
+        "SLURM_PROCID",
+    ):
         monkeypatch.delenv(name, raising=False)
     assert (num_processes(config), process_rank(config), receives_weights(config)) == (8, 0, False)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -54,7 +72,12 @@ def test_ranks_as_launchers_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_rank(single_process(config)) == 0
     for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name)
-    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_JOB_NAME": "train"}.items():
+    for name, value in {
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "6",
+        "SLURM_LOCALID": "2",
+        "SLURM_JOB_NAME": "train",
+    }.items():
         monkeypatch.setenv(name, value)
     assert process_rank(config) == 6
 
@@ -69,7 +92,9 @@ def test_the_strategy_and_the_batch_of_a_configuration() -> None:
     assert single_process(shared).trainer.strategy is Strategy.auto
 
 
-def test_a_process_of_a_job_gets_the_job_s_overrides_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_of_a_job_gets_the_job_s_overrides_and_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     overrides = SimpleNamespace(task=["llm=tiny", "seed=1", "paths.output_dir=elsewhere"])
@@ -87,7 +112,9 @@ def test_other_processes_run_the_command_again(started: str, tmp_path: Path, mon
     module = {"-m vlmcap.cli": "vlmcap.cli.__main__", "-m vlmcap.sweeping.child": "vlmcap.sweeping.child"}.get(started)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None if module is None else ModuleSpec(module, None))
     monkeypatch.setattr(sys, "argv", [f"/bin/{started}" if module is None else "x.py", "seed=1"])
-    job = SimpleNamespace(job=SimpleNamespace(config_name="train"), overrides=SimpleNamespace(task=["data.root='도심'"]))
+    job = SimpleNamespace(
+        job=SimpleNamespace(config_name="train"), overrides=SimpleNamespace(task=["data.root='도심'"])
+    )
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: job)
     command = launch_command(compose([f"paths.output_dir={tmp_path / '도 심'}"]))
@@ -159,4 +186,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(runs: Path, name:
     assert logged(runs / name, "train/loss") == pytest.approx(logged(runs / "one", "train/loss")[4:], rel=1e-5)
     for key, tensor in weights(runs / "one")["state_dict"].items():
         assert_near(weights(runs / name)["state_dict"][key], tensor)
-    assert weights(runs / name)["optimizer_states"][0]["state"].keys() == weights(runs / "one")["optimizer_states"][0]["state"].keys()
+    assert (
+        weights(runs / name)["optimizer_states"][0]["state"].keys()
+        == weights(runs / "one")["optimizer_states"][0]["state"].keys()
+    )

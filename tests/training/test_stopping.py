@@ -57,7 +57,9 @@ def test_best_follows_a_metric_in_its_own_direction(overrides: list[str], mode: 
         ("monitor=val/facts/wether", r"monitor=val/facts/wether is not measured; choose val/facts/ .*weather.*mean"),
     ],
 )
-def test_what_is_never_measured_is_refused_before_training(override: str, expected: str, tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_is_never_measured_is_refused_before_training(
+    override: str, expected: str, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=expected):
         train(tiny_config(tmp_path / "run", override))
     assert not (tmp_path / "run").exists()
@@ -65,21 +67,32 @@ def test_what_is_never_measured_is_refused_before_training(override: str, expect
 
 # --- early stopping ---------------------------------------------------------------------------------------------------------------------
 
-WAITING = ("callbacks=early_stopping", "callbacks.early_stopping.patience=2", "tuning.epochs=12", "trainer.log_every_n_steps=1")
+WAITING = (
+    "callbacks=early_stopping",
+    "callbacks.early_stopping.patience=2",
+    "tuning.epochs=12",
+    "trainer.log_every_n_steps=1",
+)
 
 
 @pytest.mark.slow
-def test_an_early_end_counts_in_the_last_stage_alone(tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_early_end_counts_in_the_last_stage_alone(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a delta that nothing reaches, the first validation of the last stage is the best, and two more are waited for."""
     folder = tmp_path / "run"
     delta = ("monitor=val/meteor", "callbacks.early_stopping.min_delta=1000", "tuning.align_epochs=4")
     train(tiny_config(folder, *WAITING, *delta))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 4 * (4 + 3)
-    assert len(metrics(folder, "val/meteor")) == 7 + 1, "a metric that is too slow for the loop is measured there if it is followed"
+    assert len(metrics(folder, "val/meteor")) == 7 + 1, (
+        "a metric that is too slow for the loop is measured there if it is followed"
+    )
     assert "Stopped early after epoch 7: no val/meteor better than" in capsys.readouterr().out
     train(tiny_config(folder, *WAITING, *delta, "checkpoint=last"))
-    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"] == 28, "resumed, it is still at its end"
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"] == 28, (
+        "resumed, it is still at its end"
+    )
 
 
 def test_waiting_goes_on_after_a_resume(tmp_path: Path) -> None:
@@ -96,7 +109,9 @@ def test_waiting_goes_on_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_metric_without_a_value_is_waited_for_as_one_that_is_no_better() -> None:
-    stop = PatientStop(StagePlan({"a": Stage(epochs=1)}), monitor="val/facts/mean", mode="max", patience=2, min_delta=0.0)
+    stop = PatientStop(
+        StagePlan({"a": Stage(epochs=1)}), monitor="val/facts/mean", mode="max", patience=2, min_delta=0.0
+    )
     values = (torch.nan, 0.5, torch.nan, torch.nan)
     assert [stop._evaluate_stopping_criteria(torch.tensor(value))[0] for value in values] == [False, False, False, True]
 
@@ -142,7 +157,10 @@ def test_what_is_no_number_stops_the_run_with_its_batch(
     how: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(4, how, monkeypatch)  # after a checkpoint at step 4, of 5 an epoch; the next would be that of step 5
-    with pytest.raises(DivergedError, match=r"stopped at step 5 \(tune, epoch 1\): .*diverged/step-000005\.json, last\.ckpt is of before"):
+    with pytest.raises(
+        DivergedError,
+        match=r"stopped at step 5 \(tune, epoch 1\): .*diverged/step-000005\.json, last\.ckpt is of before",
+    ):
         guarded(tmp_path, GuardConfig())
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 4
@@ -166,9 +184,13 @@ def test_a_run_without_the_guard_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_float16_may_skip_some_steps_and_not_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:  # the weights are NaN afterwards, as no scaler skips the step here: only counting is tested
+    with (
+        monkeypatch.context() as patch
+    ):  # the weights are NaN afterwards, as no scaler skips the step here: only counting is tested
         spoil(4, WrongGradient.apply, patch)
-        with pytest.raises(DivergedError, match=r"stopped at step 8 .*the gradients of 4 steps in a row overflow in float16.*bfloat16"):
+        with pytest.raises(
+            DivergedError, match=r"stopped at step 8 .*the gradients of 4 steps in a row overflow in float16.*bfloat16"
+        ):
             guarded(tmp_path, GuardConfig(fp16_skips=4), is_scaled=True)
     guard = DivergenceGuard(GuardConfig(fp16_skips=2), tmp_path, is_scaled=True)
     trainer, module = tiny_training(tmp_path / "skipped", tiny_data(), num_epochs=2, callbacks=[guard])
@@ -184,7 +206,9 @@ def alternate(module: CaptioningModule) -> None:
 
 def test_a_loss_that_ran_off_and_stays_there_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(20, lambda loss: loss * 5, monkeypatch)
-    with pytest.raises(DivergedError, match=r"stopped at step 26 .*the loss, .*, has been far above its best, .*, for 6 steps"):
+    with pytest.raises(
+        DivergedError, match=r"stopped at step 26 .*the loss, .*, has been far above its best, .*, for 6 steps"
+    ):
         guarded(tmp_path, GuardConfig(factor=3.0, window=6), num_epochs=6)
 
 
@@ -193,7 +217,9 @@ def test_a_loss_that_comes_back_does_not(tmp_path: Path, monkeypatch: pytest.Mon
     guarded(tmp_path, GuardConfig(factor=3.0, window=6), num_epochs=6)
 
 
-def test_the_program_says_what_went_wrong_and_fails(tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_says_what_went_wrong_and_fails(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spoil(2, lambda loss: loss * torch.nan, monkeypatch)
     with pytest.raises(UserError, match="stopped at step 3"):
         train(tiny_config(tmp_path / "run", "trainer.max_steps=4"))
@@ -220,7 +246,12 @@ def validate(trial: Worse, epoch: int, scores: dict[str, float]) -> None:
     strategy = SimpleNamespace(broadcast=lambda value: value)
     metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
     trainer: Any = SimpleNamespace(
-        sanity_checking=False, current_epoch=epoch, is_global_zero=True, max_epochs=3, strategy=strategy, callback_metrics=metrics
+        sanity_checking=False,
+        current_epoch=epoch,
+        is_global_zero=True,
+        max_epochs=3,
+        strategy=strategy,
+        callback_metrics=metrics,
     )
     TrialPruning("val/cider", trial).on_validation_epoch_end(trainer, None)  # type: ignore[arg-type]
 

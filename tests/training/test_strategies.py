@@ -18,8 +18,21 @@ def copies_to_the_host(strategy: Strategy, folder: Path, monkeypatch: pytest.Mon
     moves: list[str] = []
     model = BoringModel()
     monkeypatch.setattr(model, "cpu", lambda: moves.append("cpu"))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=2, limit_val_batches=0, default_root_dir=folder, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_steps=2,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        **quiet,
+    )
     trainer.fit(model)
     assert strategy.model is strategy.lightning_module is model
     for _ in range(2):

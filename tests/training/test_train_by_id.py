@@ -16,12 +16,26 @@ pytestmark = pytest.mark.slow
 
 
 def train(hub: Hub, overrides: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = hub.environment(folder / "hf") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    command = [sys.executable, str(ROOT / "train.py"), *overrides, "llm.checkpoint=org/tiny", "encoder.checkpoint=org/tiny_enc"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    environment = hub.environment(folder / "hf") | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *overrides,
+        "llm.checkpoint=org/tiny",
+        "encoder.checkpoint=org/tiny_enc",
+    ]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
-def test_a_run_by_hub_ids(hub: Hub, siglip_folder: Path, llm_folder: Path, real_path: list[str], tmp_path: Path) -> None:
+def test_a_run_by_hub_ids(
+    hub: Hub, siglip_folder: Path, llm_folder: Path, real_path: list[str], tmp_path: Path
+) -> None:
     hub.add("org/tiny", llm_folder)
     hub.add("org/tiny_enc", siglip_folder)
     done = train(hub, real_path, tmp_path)
@@ -29,7 +43,9 @@ def test_a_run_by_hub_ids(hub: Hub, siglip_folder: Path, llm_folder: Path, real_
     run = tmp_path / "run"
     assert "val/cider" in json.loads((run / "summary.json").read_text())["scores"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.fetched("org/tiny")
-    assert (tmp_path / "hf" / "hub" / "models--org--tiny" / "snapshots" / commit_of(llm_folder) / "model.safetensors").is_file()
+    assert (
+        tmp_path / "hf" / "hub" / "models--org--tiny" / "snapshots" / commit_of(llm_folder) / "model.safetensors"
+    ).is_file()
 
     # The token went to the hub, and nowhere else.
     assert hub.tokens == {f"Bearer {TOKEN}"}

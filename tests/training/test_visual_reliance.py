@@ -32,7 +32,10 @@ ON = "callbacks.visual_reliance.enabled=true"
 
 def make_clips(categories: Sequence[str], videos: Sequence[int] | None = None) -> list[Clip]:
     names = range(len(categories)) if videos is None else videos
-    return [Clip(f"{row}", f"{video}.mp4", ("말",), category) for row, (category, video) in enumerate(zip(categories, names, strict=True))]
+    return [
+        Clip(f"{row}", f"{video}.mp4", ("말",), category)
+        for row, (category, video) in enumerate(zip(categories, names, strict=True))
+    ]
 
 
 def met(clips: Sequence[Clip], seed: int) -> tuple[list[int], int]:
@@ -85,7 +88,11 @@ def look(run: Run, split: Split = Split.test) -> tuple[dict[str, float], list[di
     name = split.value
     text = (run.folder / "predictions" / "visual_reliance" / f"{name}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    return {key.removeprefix(f"{name}/visual_reliance/"): value for key, value in scores.items() if "/visual_reliance/" in key}, rows
+    return {
+        key.removeprefix(f"{name}/visual_reliance/"): value
+        for key, value in scores.items()
+        if "/visual_reliance/" in key
+    }, rows
 
 
 @pytest.mark.parametrize("cache", thinned(["true", "false"], lambda cache: cache == "true"))
@@ -96,7 +103,9 @@ def test_a_model_that_ignores_the_video_loses_nothing_and_is_told(
     run.module.captioner.projector.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     scores, rows = look(run)
     drops = {name: value for name, value in scores.items() if name.endswith(("_drop", "loss_rise"))}
-    names = {f"{video}/{drop}" for video in ("swapped", "blanked") for drop in ("cider_drop", "facts_drop", "loss_rise")}
+    names = {
+        f"{video}/{drop}" for video in ("swapped", "blanked") for drop in ("cider_drop", "facts_drop", "loss_rise")
+    }
     assert drops == dict.fromkeys(names, 0.0)
     assert scores["is_blind"] == 1
     assert all(row["own"]["prediction"] == row["swapped"]["prediction"] == row["blanked"]["prediction"] for row in rows)
@@ -121,9 +130,13 @@ def test_a_model_that_looks_loses_what_other_captions_score(
     texts = [by_video[row["swapped_video"]] for row in rows]
     assert [row["swapped"]["prediction"] for row in rows] == texts
     assert {row["blanked"]["prediction"] for row in rows} == {"검은 화면이다."}, "really black frames"
-    assert scores["swapped/cider"] == pytest.approx(score_captions(texts, [clip.captions for clip in clips], metrics=["cider"])["cider"])
+    assert scores["swapped/cider"] == pytest.approx(
+        score_captions(texts, [clip.captions for clip in clips], metrics=["cider"])["cider"]
+    )
     assert scores["own/cider"] == pytest.approx(10)
-    assert scores["swapped/cider_drop"] == pytest.approx(10 - scores["swapped/cider"]) and scores["swapped/cider_drop"] > 2
+    assert (
+        scores["swapped/cider_drop"] == pytest.approx(10 - scores["swapped/cider"]) and scores["swapped/cider_drop"] > 2
+    )
     assert scores["own/facts/mean"] == 1 > scores["swapped/facts/mean"] > scores["blanked/facts/mean"] == 0
     assert scores["is_blind"] == 0
     assert "Warning: test: the captions do not" not in capsys.readouterr().out
@@ -131,7 +144,13 @@ def test_a_model_that_looks_loses_what_other_captions_score(
 
 def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(
-        tiny_config(tmp_path, ON, "callbacks.visual_reliance.mode=loss", "cache.enabled=false", "callbacks.visual_reliance.max_clips=5")
+        tiny_config(
+            tmp_path,
+            ON,
+            "callbacks.visual_reliance.mode=loss",
+            "cache.enabled=false",
+            "callbacks.visual_reliance.max_clips=5",
+        )
     )
     clips = run.data.clips["test"]
     dataset: Any = run.data.make_dataset(clips)
@@ -174,10 +193,17 @@ def test_black_features_are_those_of_black_frames(tiny_config: MakeConfig, make_
 
 
 @pytest.mark.slow
-def test_training_goes_on_as_if_nothing_had_been_asked(straight_run: Path, tiny_config: MakeConfig, tmp_path: Path) -> None:
+def test_training_goes_on_as_if_nothing_had_been_asked(
+    straight_run: Path, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
     """Resumed in the middle, with sampling and dropout, so that each random number drawn would show."""
     folder = tmp_path / "run"
-    overrides = ("tuning.lora.dropout=0.1", ON, "callbacks.visual_reliance.every_n_validations=2", "evaluation.max_clips=6")
+    overrides = (
+        "tuning.lora.dropout=0.1",
+        ON,
+        "callbacks.visual_reliance.every_n_validations=2",
+        "evaluation.max_clips=6",
+    )
     train(tiny_config(folder, *overrides, "trainer.max_steps=5"))
     train(tiny_config(folder, *overrides, "checkpoint=last"))
     mine, other = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (folder, straight_run))
@@ -197,15 +223,22 @@ def test_training_goes_on_as_if_nothing_had_been_asked(straight_run: Path, tiny_
     } <= scores.keys()
     lines = (folder / "predictions" / "visual_reliance" / "val-epoch=01.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6, "no more than are captioned"
-    said = {row["id"]: row for row in map(json.loads, (folder / "predictions" / "val-epoch=01.jsonl").read_text("utf-8").splitlines())}
+    said = {
+        row["id"]: row
+        for row in map(json.loads, (folder / "predictions" / "val-epoch=01.jsonl").read_text("utf-8").splitlines())
+    }
     assert all(said[row["id"]]["prediction"] == row["own"]["prediction"] for row in map(json.loads, lines))
 
 
-def test_sampled_captions_draw_nothing_from_training(tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path) -> None:
+def test_sampled_captions_draw_nothing_from_training(
+    tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
+) -> None:
     states = []
     for visual_reliance in ("true", "false"):
         config = tiny_config(
-            tmp_path / visual_reliance, f"callbacks.visual_reliance.enabled={visual_reliance}", "evaluation.do_sample=true"
+            tmp_path / visual_reliance,
+            f"callbacks.visual_reliance.enabled={visual_reliance}",
+            "evaluation.do_sample=true",
         )
         run = make_run(config)
         run_test(run, Split.test)
@@ -224,10 +257,18 @@ def test_a_checkpoint_is_asked_afterwards(straight_run: Path, tiny_config: MakeC
 
 
 @pytest.mark.slow
-def test_a_whole_model_is_asked_too(qwen_folders: dict[str, Path], aihub_root: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_whole_model_is_asked_too(
+    qwen_folders: dict[str, Path], aihub_root: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     overrides = ["model=qwen3_vl_8b", f"model.checkpoint={qwen_folders['qwen3_vl']}", "hardware=cpu", "data=aihub"]
     overrides += [f"data.root={aihub_root}"]
-    sizes = ["data.num_frames=2", "data.num_workers=0", "data.batch_size=2", "data.eval_batch_size=2", "llm.max_new_tokens=4"]
+    sizes = [
+        "data.num_frames=2",
+        "data.num_workers=0",
+        "data.batch_size=2",
+        "data.eval_batch_size=2",
+        "llm.max_new_tokens=4",
+    ]
     paths = [f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}", "cache.enabled=true", ON]
     scores, rows = look(make_run(compose([*overrides, *sizes, *paths, "llm.max_caption_tokens=96"])))
     assert len(rows) == 2

@@ -39,7 +39,11 @@ from vlmcap.training.run import evaluate, train
 from vlmcap.types import Clip
 
 MakeConfig = Callable[..., Config]
-SECRETS = {"WANDB_API_KEY": "5ecre7" * 6 + "beef", "HF_TOKEN": "hf_5ecre7tokenOfTheHub", "MLFLOW_TRACKING_PASSWORD": "5ecre7-pass"}
+SECRETS = {
+    "WANDB_API_KEY": "5ecre7" * 6 + "beef",
+    "HF_TOKEN": "hf_5ecre7tokenOfTheHub",
+    "MLFLOW_TRACKING_PASSWORD": "5ecre7-pass",
+}
 
 
 @dataclass
@@ -55,7 +59,11 @@ class Done:
 
 @pytest.fixture(scope="module")
 def done(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
-    folder, evaluated, printed = tmp_path_factory.mktemp("wandb-run"), tmp_path_factory.mktemp("wandb-eval"), io.StringIO()
+    folder, evaluated, printed = (
+        tmp_path_factory.mktemp("wandb-run"),
+        tmp_path_factory.mktemp("wandb-eval"),
+        io.StringIO(),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
@@ -76,13 +84,21 @@ def done(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
     told = [line for line in done.printed.splitlines() if "W&B" in line]
     assert len(told) == 2
-    assert told[0] == f"W&B: offline, as WANDB_MODE=offline says; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the run later."
+    assert (
+        told[0]
+        == f"W&B: offline, as WANDB_MODE=offline says; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the run later."
+    )
 
 
 @pytest.mark.slow
 def test_runs_are_grouped_tagged_and_typed(done: Done) -> None:
     run, evaluation = done.run.run, done.evaluation.run
-    assert (run.display_name, run.run_group, run.job_type, run.project) == ("tiny-mlp-tiny-demo-s0", "tiny+tiny", "train", "vlmcap")
+    assert (run.display_name, run.run_group, run.job_type, run.project) == (
+        "tiny-mlp-tiny-demo-s0",
+        "tiny+tiny",
+        "train",
+        "vlmcap",
+    )
     assert list(run.tags) == ["encoder=tiny", "projector=mlp", "llm=tiny", "tuning=demo", "hardware=cpu", "data=demo"]
     assert (evaluation.display_name, evaluation.job_type) == ("tiny-mlp-tiny-demo-s0-eval-test", "eval")
     assert (evaluation.run_group, list(evaluation.tags)) == (run.run_group, list(run.tags))
@@ -92,7 +108,14 @@ def test_runs_are_grouped_tagged_and_typed(done: Done) -> None:
 @pytest.mark.slow
 def test_the_configuration_has_factors_as_words_and_every_setting(done: Done) -> None:
     config = done.run.config
-    for name, value in {"encoder": "tiny", "projector": "mlp", "llm": "tiny", "seed": 0, "batch_size": 6, "quantization": "none"}.items():
+    for name, value in {
+        "encoder": "tiny",
+        "projector": "mlp",
+        "llm": "tiny",
+        "seed": 0,
+        "batch_size": 6,
+        "quantization": "none",
+    }.items():
         assert config[name] == value, name
     assert config["settings"]["llm"]["max_caption_tokens"] == 16
     assert config["settings"]["tuning"]["align_epochs"] == 2
@@ -130,7 +153,10 @@ def test_artifacts_lead_from_the_run_to_its_evaluation(done: Done) -> None:
     assert weights
     assert all("projector" in name or "lora_" in name for name in weights), "no frozen weights"
     assert {one.path for one in done.run.artifacts["predictions"].manifest.contents} == {"val.jsonl", "test.jsonl"}
-    assert {one.path for one in done.evaluation.artifacts["predictions"].manifest.contents} == {"predictions.jsonl", "metrics.json"}
+    assert {one.path for one in done.evaluation.artifacts["predictions"].manifest.contents} == {
+        "predictions.jsonl",
+        "metrics.json",
+    }
 
 
 def test_everything_to_upload_is_in_the_folder_of_the_run(done: Done) -> None:
@@ -155,10 +181,15 @@ def test_tables_come_every_second_validation_and_at_the_end(done: Done) -> None:
 def test_a_table_shows_thumbnails_prediction_and_reference(done: Done) -> None:
     from PIL import Image
 
-    rows = [json.loads(line) for line in (done.folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()][:2]
+    rows = [
+        json.loads(line)
+        for line in (done.folder / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    ][:2]
     (table,) = tables(done, "test")
     assert table["columns"] == ["id", "frames", "prediction", "reference"]
-    assert [[row[0], row[2], row[3]] for row in table["data"]] == [[r["id"], r["prediction"], r["references"][0]] for r in rows]
+    assert [[row[0], row[2], row[3]] for row in table["data"]] == [
+        [r["id"], r["prediction"], r["references"][0]] for r in rows
+    ]
     (pictures,) = [one for one in done.run.records["artifact"] if one.type == "run_table" and "test" in one.name]
     files = [Path(one.local_path) for one in pictures.manifest.contents if one.path.endswith(".jpg")]
     assert len(files) == 2

@@ -89,12 +89,20 @@ class TinyCaptioner(nn.Module):
 def tiny_clips(count: int = NUM_CLIPS) -> list[Clip]:
     """Clips with captions of 1 to 30 letters; some are cut."""
     rng = np.random.default_rng(7)
-    letters = ["".join(chr(ord("a") + int(letter)) for letter in rng.integers(0, 26, rng.integers(1, 31))) for _ in range(count)]
+    letters = [
+        "".join(chr(ord("a") + int(letter)) for letter in rng.integers(0, 26, rng.integers(1, 31)))
+        for _ in range(count)
+    ]
     return [Clip(f"clip{index}", f"clip{index}.mp4", (caption,)) for index, caption in enumerate(letters)]
 
 
 def tiny_data(
-    clips: Sequence[Clip] | None = None, *, batching: str = "shuffled", max_eval_clips: int = 10, seed: int = 5, **settings: Any
+    clips: Sequence[Clip] | None = None,
+    *,
+    batching: str = "shuffled",
+    max_eval_clips: int = 10,
+    seed: int = 5,
+    **settings: Any,
 ) -> CaptionDataModule:
     """26 training clips and 5 to validate, unless `clips` are given for both; `settings` are those of `DataConfig`."""
     train = tiny_clips() if clips is None else clips
@@ -111,7 +119,9 @@ def tiny_data(
         NoisyFeatures,
         collator,
         replace(collator, mode="generate"),
-        DataConfig(**{"batch_size": 3, "eval_batch_size": 4, "num_workers": 0, "batching": Batching[batching], **settings}),
+        DataConfig(
+            **{"batch_size": 3, "eval_batch_size": 4, "num_workers": 0, "batching": Batching[batching], **settings}
+        ),
         prompt_batch_size=4,
         seed=seed,
         max_eval_clips=max_eval_clips,
@@ -120,7 +130,13 @@ def tiny_data(
 
 
 def tiny_training(
-    folder: Path, data: CaptionDataModule, *, num_epochs: int, monitor: str | None = None, stages: Any = None, **trainer: Any
+    folder: Path,
+    data: CaptionDataModule,
+    *,
+    num_epochs: int,
+    monitor: str | None = None,
+    stages: Any = None,
+    **trainer: Any,
 ) -> tuple[L.Trainer, CaptioningModule]:
     """Trainer and module, checkpoints in `folder / "checkpoints"` every two steps of two micro-batches."""
     L.seed_everything(11, verbose=False)

@@ -157,7 +157,9 @@ _PROMPT_TOKENS = 32
 _CAPTION_SHARE = 0.6  # of llm.max_caption_tokens, which leaves room above the longest
 
 
-def estimate_costs(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]], num_bytes: int) -> CacheCosts:
+def estimate_costs(
+    plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]], num_bytes: int
+) -> CacheCosts:
     """Seconds and bytes of a clip, and how often clips are taken.
 
     Args:
@@ -171,7 +173,9 @@ def estimate_costs(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, S
     config, meta_encoder = plan.config, plan.meta_encoder
     is_cpu = config.hardware.accelerator == "cpu"
     speed = flops_per_s(config.hardware.name, torch.get_num_threads() if is_cpu else None)
-    tokens = max(frames * rows * columns for frames, rows, columns in meta_encoder.possible_grids(config.data.num_frames))
+    tokens = max(
+        frames * rows * columns for frames, rows, columns in meta_encoder.possible_grids(config.data.num_frames)
+    )
     num_parameters = sum(parameter.numel() for parameter in meta_encoder.parameters())
     longest = max(clips.values(), key=len)
     num_clips = sum(len(members) for members in clips.values())
@@ -183,7 +187,9 @@ def estimate_costs(plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, S
         encode_s=encoder_flops(num_parameters, tokens) / speed,
         decode_s=time_decoding(plan.decoded(longest)),
         rest_s=_language_flops(plan) / speed,
-        num_workers=0 if is_cpu else config.data.num_workers,  # on a CPU the workers take the cores that the model computes on
+        num_workers=0
+        if is_cpu
+        else config.data.num_workers,  # on a CPU the workers take the cores that the model computes on
         num_bytes=num_bytes,
         free_bytes=shutil.disk_usage(root).free,
         max_bytes=None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30),
@@ -203,8 +209,12 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
     num_epochs = config.tuning.num_epochs
     trained = num_epochs * sizes["train"]
     if config.trainer.max_steps >= 0:
-        trained = min(trained, config.trainer.max_steps * config.data.batch_size * config.trainer.accumulate_grad_batches)
-    evaluated = 2 * min(config.evaluation.max_clips, sizes.get("val", 0)) * (num_epochs // config.evaluation.every_n_epochs)
+        trained = min(
+            trained, config.trainer.max_steps * config.data.batch_size * config.trainer.accumulate_grad_batches
+        )
+    evaluated = (
+        2 * min(config.evaluation.max_clips, sizes.get("val", 0)) * (num_epochs // config.evaluation.every_n_epochs)
+    )
     return trained + evaluated + final
 
 

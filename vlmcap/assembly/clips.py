@@ -96,7 +96,9 @@ def open_skipped_log(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Ski
     """
     skipped = clips.skipped if isinstance(clips, Splits) else ()
     num_clips = sum(map(len, clips.values())) + len(skipped)
-    skipped_log = SkippedClipLog(Path(config.paths.output_dir) / "skipped_clips.jsonl", config.data.max_bad_fraction, num_clips)
+    skipped_log = SkippedClipLog(
+        Path(config.paths.output_dir) / "skipped_clips.jsonl", config.data.max_bad_fraction, num_clips
+    )
     skipped_log.add_all(skipped)
     skipped_log.check()
     return skipped_log
@@ -133,7 +135,11 @@ class _Reading:
             return
         root = self.config.data.root
         if not self.num_clips:
-            raise self._all_bad(f"the {len(self.skipped)}") if self.skipped else UserError(f"data.root={root} has no clips; set data.root")
+            raise (
+                self._all_bad(f"the {len(self.skipped)}")
+                if self.skipped
+                else UserError(f"data.root={root} has no clips; set data.root")
+            )
         if not missing:
             return
         there = ", ".join(f"{name}: {count}" for name, count in self.num_clips.most_common(_MAX_SPLITS_NAMED))
@@ -144,7 +150,9 @@ class _Reading:
             else "train and val are needed to train and test is optional; add what is missing, or set data.splits.random=true, "
             "which draws all three"
         )
-        raise UserError(f"data.root={root} has no clips of the split {' and '.join(missing)} (clips there, {there}){bad}: {mend}")
+        raise UserError(
+            f"data.root={root} has no clips of the split {' and '.join(missing)} (clips there, {there}){bad}: {mend}"
+        )
 
     def _add(self, entry: Record | Skipped) -> None:
         split = self._split_of(entry)
@@ -156,7 +164,11 @@ class _Reading:
                 self._num_empty += entry.num_empty
                 self._first_empty = self._first_empty or (entry.clip.id if entry.num_empty else "")
             except UnicodeEncodeError:
-                entry = skip(entry.clip.id, "it holds text that is no Unicode (half of a surrogate pair): repair it", entry.clip.video)
+                entry = skip(
+                    entry.clip.id,
+                    "it holds text that is no Unicode (half of a surrogate pair): repair it",
+                    entry.clip.video,
+                )
         if isinstance(entry, Record):
             self.num_clips[split] += 1
         elif not split or split in self.writers:

@@ -66,10 +66,15 @@ def locate_base_checkpoints(config: Config, *, is_encoder_only: bool = False) ->
         settings, wanted = getattr(config, part), VISION if part == "encoder" else None
         if part == "encoder" and has_plugin_encoder(config):
             if not settings.checkpoint:
-                folders[part], bases[part] = Path(), Fingerprint(settings.kind, "", hashlib.sha256(settings.kind.encode()).hexdigest())
+                folders[part], bases[part] = (
+                    Path(),
+                    Fingerprint(settings.kind, "", hashlib.sha256(settings.kind.encode()).hexdigest()),
+                )
                 continue
             wanted = None
-        folders[part] = locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted)
+        folders[part] = locate(
+            settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, part=wanted
+        )
         bases[part] = fingerprint(folders[part], settings.checkpoint, memo, wanted)
     return BaseCheckpoints(folders, bases)
 
@@ -99,7 +104,9 @@ def device_of(config: Config) -> str:
     if config.hardware.accelerator == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
-        raise UserError(f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the driver")
+        raise UserError(
+            f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the driver"
+        )
     return f"cuda:{torch.cuda.current_device()}"
 
 
@@ -130,7 +137,11 @@ def tower_attention(config: Config) -> str:
 
     # The plan and the tables build encoders for GPUs that are not there.
     device = device_of(config) if torch.cuda.is_available() else "cpu"
-    return choose_attention("auto", device, dtype_of(config.hardware.precision)) if config.hardware.attention == "auto" else "sdpa"
+    return (
+        choose_attention("auto", device, dtype_of(config.hardware.precision))
+        if config.hardware.attention == "auto"
+        else "sdpa"
+    )
 
 
 def has_plugin_encoder(config: Config) -> bool:
@@ -140,7 +151,9 @@ def has_plugin_encoder(config: Config) -> bool:
 
 def plugin_encoder(config: Config, folder: Path | None) -> VisionEncoder:
     """The encoder of a plugin, frozen; with random weights where there is no folder."""
-    made: VisionEncoder = maker_of("encoder", config.encoder.kind)(config.encoder, folder if config.encoder.checkpoint else None)
+    made: VisionEncoder = maker_of("encoder", config.encoder.kind)(
+        config.encoder, folder if config.encoder.checkpoint else None
+    )
     return made.to(dtype_of(config.hardware.precision)).requires_grad_(False).eval()
 
 
@@ -162,7 +175,9 @@ def load_encoder(config: Config, folder: Path) -> VisionEncoder:
     from vlmcap.models import pretrained
 
     options = {name: value for name, value in language_options(config).items() if name != "quantization"}
-    encoder: VisionEncoder = pretrained.load_vision(config.model.kind, folder, max_patches=max_patches(config), **options)
+    encoder: VisionEncoder = pretrained.load_vision(
+        config.model.kind, folder, max_patches=max_patches(config), **options
+    )
     return encoder
 
 

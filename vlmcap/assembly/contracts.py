@@ -107,11 +107,15 @@ class _ProjectorContracts:
             torch.manual_seed(seed)
             return build_projector(config, ProjectorSizes(32, 48, _GRIDS[0], _FRAMES[0], _PROMPT)).eval()
 
-    def run(self, projector: Projector, num_clips: int = 2, num_frames: int = _FRAMES[0], grid: tuple[int, int] = _GRIDS[0]) -> Tensor:
+    def run(
+        self, projector: Projector, num_clips: int = 2, num_frames: int = _FRAMES[0], grid: tuple[int, int] = _GRIDS[0]
+    ) -> Tensor:
         """Visual tokens of clips of noise, which are the same at each call."""
         import torch
 
-        device = next(projector.parameters()).device if any(True for _ in projector.parameters()) else torch.device("cpu")
+        device = (
+            next(projector.parameters()).device if any(True for _ in projector.parameters()) else torch.device("cpu")
+        )
         features = noise(num_clips, num_frames, math.prod(grid), projector.sizes.in_dim).to(device)
         tokens: Tensor = projector(features, grid=grid, prompt=noise(_PROMPT, projector.sizes.out_dim).to(device))
         return tokens
@@ -128,7 +132,9 @@ class _ProjectorContracts:
                     continue
                 tokens, what = self.run(projector, 2, num_frames, grid), f"F={num_frames}, P={grid[0]} × {grid[1]}"
                 expected = (2, stated, projector.sizes.out_dim)
-                assert tuple(tokens.shape) == expected, f"{what}: forward gives {tuple(tokens.shape)}, num_tokens states {expected}"
+                assert tuple(tokens.shape) == expected, (
+                    f"{what}: forward gives {tuple(tokens.shape)}, num_tokens states {expected}"
+                )
                 assert bool(tokens.isfinite().all()), f"{what}: the output is not finite"
 
     def check_gradients(self) -> None:
@@ -138,7 +144,9 @@ class _ProjectorContracts:
         weights = {name: weight for name, weight in projector.named_parameters() if weight.requires_grad}
         dead = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
         assert not dead, f"no gradient reaches {', '.join(dead)}"
-        wild = [name for name, weight in weights.items() if weight.grad is not None and not weight.grad.isfinite().all()]
+        wild = [
+            name for name, weight in weights.items() if weight.grad is not None and not weight.grad.isfinite().all()
+        ]
         assert not wild, f"the gradient of {', '.join(wild)} is not finite"
 
     def check_batch(self) -> None:
@@ -154,14 +162,18 @@ class _ProjectorContracts:
     def check_repeat(self) -> None:
         """Nothing is random after `eval()`."""
         projector = self.build()
-        assert bool((self.run(projector) == self.run(projector)).all()), "two calls differ; use dropout and noise in training alone"
+        assert bool((self.run(projector) == self.run(projector)).all()), (
+            "two calls differ; use dropout and noise in training alone"
+        )
 
     def check_state(self) -> None:
         """Another projector with the same weights is the same projector."""
         first, second = self.build(0), self.build(1)
         second.load_state_dict(first.state_dict())
         error = difference(self.run(first), self.run(second))
-        assert error < 1e-6, f"the outputs differ by {error:.1e}; register every weight as a parameter, and every table as a buffer"
+        assert error < 1e-6, (
+            f"the outputs differ by {error:.1e}; register every weight as a parameter, and every table as a buffer"
+        )
 
     def check_half(self) -> None:
         """Half precision outside, float32 tokens."""
@@ -245,7 +257,9 @@ class _EncoderContracts:
         assert bool((self.run(encoder) == self.run(encoder)).all()), "two calls differ, so features cannot be kept"
         if not self.settings().checkpoint:
             is_fixed = bool((self.run(encoder) == self.run(self.build(1))).all())
-            assert is_fixed, "its weights are random at each load, and no checkpoint keeps them; read them from encoder.checkpoint"
+            assert is_fixed, (
+                "its weights are random at each load, and no checkpoint keeps them; read them from encoder.checkpoint"
+            )
 
     def check_transform(self) -> None:
         """Frames of any size become frames of the encoder's."""
@@ -278,7 +292,10 @@ class _EncoderContracts:
 def _metric_contracts(name: str, _: Settings) -> Iterator[Contract]:
     from vlmcap.metrics.user_metrics import user_scores
 
-    texts, references = ["파도가 치는 바다.", "", "산 위의 구름."], [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]]
+    texts, references = (
+        ["파도가 치는 바다.", "", "산 위의 구름."],
+        [["바다에 파도가 친다."], ["밤.", "어두운 밤."], ["구름 낀 산."]],
+    )
 
     def check_value() -> None:
         score = user_scores(texts, references)[name]

@@ -59,10 +59,15 @@ def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) 
 
     prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_pretrained_vlm else "llm"]
     folder = Path(config.paths.cache_dir) / "manifests"
-    captions = caption_lengths(clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}")
+    captions = caption_lengths(
+        clips, prompt.encode_caption, folder=folder, fingerprint=f"{base.sha256}:{prompt.caption_lead}"
+    )
     limit = config.llm.caption_tokens
     return sequence_lengths(
-        captions, max_caption_tokens=limit, prompt_tokens=prompt.num_prompt_tokens, visual_tokens=_visual_lengths(config, assembly, clips)
+        captions,
+        max_caption_tokens=limit,
+        prompt_tokens=prompt.num_prompt_tokens,
+        visual_tokens=_visual_lengths(config, assembly, clips),
     )
 
 

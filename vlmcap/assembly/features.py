@@ -74,7 +74,9 @@ class Features:
 
         for content in self.hashes_of(chosen):
             name = bytes(content)
-            grid, times_s = (self.store.grid_thw(name), self.store.times_s(name)) if name in self.store else (None, None)
+            grid, times_s = (
+                (self.store.grid_thw(name), self.store.times_s(name)) if name in self.store else (None, None)
+            )
             yield pooled_grid(grid, self.pool_size) if grid and self.pool_size else grid, times_s
 
 
@@ -184,11 +186,17 @@ def clip_bytes(plan: FeaturePlan) -> int:
     grids = meta_encoder.possible_grids(config.data.num_frames)
     if config.pool_size is not None:
         grids = [pooled_grid(grid, config.pool_size) for grid in grids]
-    return max(size_bytes(1, frames, rows * columns, meta_encoder.embed_dim, config.cache.dtype) for frames, rows, columns in grids)
+    return max(
+        size_bytes(1, frames, rows * columns, meta_encoder.embed_dim, config.cache.dtype)
+        for frames, rows, columns in grids
+    )
 
 
 def fill_store(
-    plan: FeaturePlan, store: FeatureStore, clips: Mapping[str, Sequence[Clip]], hashes: Mapping[str, NDArray[np.bytes_]]
+    plan: FeaturePlan,
+    store: FeatureStore,
+    clips: Mapping[str, Sequence[Clip]],
+    hashes: Mapping[str, NDArray[np.bytes_]],
 ) -> None:
     """Encodes what is missing, split by split, and says beforehand what it will take; does not load the encoder for nothing.
 
@@ -209,12 +217,17 @@ def fill_store(
     max_bytes = None if config.cache.max_gib is None else round(config.cache.max_gib * 2**30)
     with torch.random.fork_rng(devices=[]):  # what is trained starts the same whether anything was missing or not
         for split in [split for split, count in missing.items() if count]:
-            print(f"encoding the {split} split: {grouped(missing[split])} clips, {gigabytes(missing[split] * size)}", flush=True)
+            print(
+                f"encoding the {split} split: {grouped(missing[split])} clips, {gigabytes(missing[split] * size)}",
+                flush=True,
+            )
             with progress_reporter(f"encoding the {split} split") as report:
                 filling.fill_store(
                     store,
                     hashes[split],
-                    _batches_of(plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers),
+                    _batches_of(
+                        plan.decoded(clips[split]), max(1, FRAMES_PER_PASS // num_frames), config.data.num_workers
+                    ),
                     encode,
                     progress=report,
                     on_wait=functools.partial(print, flush=True),
@@ -260,7 +273,9 @@ def encoding_of(
     @torch.no_grad()
     def encode(frames: torch.Tensor, grids: Sequence[GridTHW] | None) -> torch.Tensor:
         pinned = frames.pin_memory() if device.type == "cuda" else frames
-        with autocast(device, autocast_dtype(config)):  # as in training, where norms of an encoder in half precision are float32
+        with autocast(
+            device, autocast_dtype(config)
+        ):  # as in training, where norms of an encoder in half precision are float32
             features: torch.Tensor = encoder(pinned.to(device, non_blocking=True), grids)
         return features
 
@@ -279,7 +294,9 @@ def encoding_of(
     return encode_pooled
 
 
-def _batches_of(dataset: ClipDataset, batch_size: int, num_workers: int) -> Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]:
+def _batches_of(
+    dataset: ClipDataset, batch_size: int, num_workers: int
+) -> Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]:
     """A function from positions in a data set to their samples, in lists for one pass of the encoder."""
     import torch
     from torch.utils.data import DataLoader

@@ -124,7 +124,10 @@ def describe_model(config: Config) -> ModelSpec:
     if config.is_pretrained_vlm:
         sizes, cached_meta_encoder = None, build_meta_vlm(config, folder)
         prompt = load_prompt_of(
-            config, folder, visual_prefix=cached_meta_encoder.visual_prefix, visual_suffix=cached_meta_encoder.visual_suffix
+            config,
+            folder,
+            visual_prefix=cached_meta_encoder.visual_prefix,
+            visual_suffix=cached_meta_encoder.visual_suffix,
         )
         visual = VisualRun(cached_meta_encoder.num_tokens, grids[0])
     else:
@@ -182,7 +185,12 @@ def assemble(
 
 
 def _assemble_parts(
-    spec: ModelSpec, features: Features | None, is_fresh: bool, llm: nn.Module | None, num_kept_layers: int, is_meta: bool
+    spec: ModelSpec,
+    features: Features | None,
+    is_fresh: bool,
+    llm: nn.Module | None,
+    num_kept_layers: int,
+    is_meta: bool,
 ) -> Assembly:
     from vlmcap.models.captioner import VideoCaptioner
     from vlmcap.models.llm.prompt import VisualRun
@@ -211,7 +219,9 @@ def _assemble_parts(
     if llm is None:
         llm = add_adapters(config, load_llm(config, folders["llm"], is_meta=is_meta), num_kept_layers)
     compile_blocks(config, llm)
-    captioner = VideoCaptioner(encoder, projector, llm, spec.prompt, generation_settings(config), **captioner_options(spec, visual))
+    captioner = VideoCaptioner(
+        encoder, projector, llm, spec.prompt, generation_settings(config), **captioner_options(spec, visual)
+    )
     return Assembly(captioner, spec.feature_plan, visual, spec.feature_plan.num_visual_tokens, features)
 
 
@@ -221,14 +231,18 @@ def _assemble_vlm(spec: ModelSpec, features: Features | None, num_kept_layers: i
     config = spec.config
     parts = load_vlm(config, spec.feature_plan.sources.folders["model"])
     visual = parts.visual_layout or VisualRun(parts.num_tokens, spec.grids[0])
-    num_visual = check_context(config, visual, spec.grids, spec.prompt, spec.context)  # once more, with the text between visual tokens
+    num_visual = check_context(
+        config, visual, spec.grids, spec.prompt, spec.context
+    )  # once more, with the text between visual tokens
     encoder = parts.encoder if features is None else None
     if encoder is not None:
         train_encoder(config, encoder)
     llm = add_adapters(config, parts.llm, num_kept_layers)
     compile_blocks(config, llm)
     options = captioner_options(spec, visual)
-    captioner = parts.captioner_class(encoder, parts.projector, llm, spec.prompt, generation_settings(config), **options)
+    captioner = parts.captioner_class(
+        encoder, parts.projector, llm, spec.prompt, generation_settings(config), **options
+    )
     return Assembly(captioner, spec.feature_plan, visual, num_visual, features)
 
 
@@ -251,7 +265,9 @@ def warm_start(projector: Projector, checkpoint: str) -> None:
     from vlmcap.models.projectors import load_projector_weights
 
     is_here = Path(checkpoint).exists()
-    folder = checkpoint if is_here else locate(checkpoint, None, key="projector.checkpoint", part="multi_modal_projector")
+    folder = (
+        checkpoint if is_here else locate(checkpoint, None, key="projector.checkpoint", part="multi_modal_projector")
+    )
     load_projector_weights(projector, folder)
 
 
@@ -260,10 +276,14 @@ def generation_settings(config: Config) -> GenerationSettings:
     from vlmcap.models.decoding.settings import GenerationSettings
 
     is_merged = config.evaluation.merge_adapters is True
-    return GenerationSettings(config.llm.new_tokens, config.evaluation, config.data.eval_batch_size, is_merged=is_merged)
+    return GenerationSettings(
+        config.llm.new_tokens, config.evaluation, config.data.eval_batch_size, is_merged=is_merged
+    )
 
 
-def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int) -> int:
+def check_context(
+    config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int
+) -> int:
     """Visual tokens of the largest clip; `UserError` if they, the prompt and the longest caption exceed the model's positions.
 
     Args:
@@ -276,7 +296,9 @@ def check_context(config: Config, visual: VisualLayout, grids: Sequence[GridTHW]
     latest = latest_times(config.data.num_frames)
     layouts = [visual(grid, latest) for grid in grids]
     num_visual = max(sum(part for part in layout if isinstance(part, int)) for layout in layouts)
-    text = prompt.num_prompt_tokens + max(sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts)
+    text = prompt.num_prompt_tokens + max(
+        sum(len(part) for part in layout if not isinstance(part, int)) for layout in layouts
+    )
     check_length(config, num_visual, text, context)
     return num_visual
 

@@ -55,13 +55,21 @@ def with_model_kind(config: Config) -> Config:
 
     folder = locate_description(model.checkpoint, model.revision, key="model.checkpoint", gate=model.gate)
     found = str(read_config(folder).get("model_type"))
-    kinds = {kind: schema for kind, schema in SCHEMAS["model"].items() if issubclass(schema, PretrainedVlmConfig) and kind != model.kind}
+    kinds = {
+        kind: schema
+        for kind, schema in SCHEMAS["model"].items()
+        if issubclass(schema, PretrainedVlmConfig) and kind != model.kind
+    }
     if found not in kinds:
         raise UserError(
             f"model.checkpoint={model.checkpoint} is of the type {found}, and model=custom takes {', '.join(kinds)}; "
             "join its parts by encoder=custom and llm=custom"
         )
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(PretrainedVlmConfig) if field.name != "kind"}
+    values = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(PretrainedVlmConfig)
+        if field.name != "kind"
+    }
     return dataclasses.replace(config, model=kinds[found](**values))
 
 
@@ -137,4 +145,6 @@ def _folder(config: Config, part: str) -> Path:
     from vlmcap.models.checkpoint import locate
 
     settings = getattr(config, part)
-    return locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False)
+    return locate(
+        settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False
+    )

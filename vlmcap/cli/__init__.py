@@ -93,6 +93,8 @@ def _read_overrides(options: argparse.Namespace, given: Sequence[str]) -> None:
     if options.overrides:
         from vlmcap.overrides import read_overrides
 
-        is_sweep = options.command in ("spectrum", "dashboard") or any(getattr(options, name, False) for name in ("multirun", "grid"))
+        is_sweep = options.command in ("spectrum", "dashboard") or any(
+            getattr(options, name, False) for name in ("multirun", "grid")
+        )
         command = shlex.join(["vlmcap", "plan", "-m", *given[1:]]) if options.command == "plan" else ""
         options.overrides = read_overrides(options.overrides, is_sweep=is_sweep, command=command)

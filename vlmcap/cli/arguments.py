@@ -65,7 +65,9 @@ def _part_overrides(options: Namespace, name: str) -> None:
     options.overrides = [*(str(path) for path in paths if is_override(str(path))), *options.overrides]
     setattr(options, name, [path for path in paths if not is_override(str(path))])
     if not getattr(options, name):
-        raise UserError(f"vlmcap {options.command} needs {'a FOLDER' if name == 'folders' else 'a PATH'} beside {options.overrides[0]}")
+        raise UserError(
+            f"vlmcap {options.command} needs {'a FOLDER' if name == 'folders' else 'a PATH'} beside {options.overrides[0]}"
+        )
 
 
 def _check_read(options: Namespace, keys: Sequence[str]) -> None:
@@ -74,7 +76,9 @@ def _check_read(options: Namespace, keys: Sequence[str]) -> None:
         key = override.lstrip("+").partition("=")[0]
         if key not in keys:
             hint = "add --sweep FILE, or leave it out" if options.command == "dashboard" else "leave it out"
-            raise UserError(f"{override} changes nothing in `vlmcap {options.command}`, which reads {', '.join(keys)}; {hint}")
+            raise UserError(
+                f"{override} changes nothing in `vlmcap {options.command}`, which reads {', '.join(keys)}; {hint}"
+            )
 
 
 def _add_json(parser: ArgumentParser, what: str) -> None:
@@ -82,7 +86,9 @@ def _add_json(parser: ArgumentParser, what: str) -> None:
 
 
 def _doctor(parser: ArgumentParser) -> None:
-    parser.epilog = "llm.checkpoint=… or encoder.checkpoint=… describes that checkpoint instead. Exit code 1 on a problem."
+    parser.epilog = (
+        "llm.checkpoint=… or encoder.checkpoint=… describes that checkpoint instead. Exit code 1 on a problem."
+    )
     _add_overrides(parser)
     text = "take four training steps and write short captions at true size with random weights"
     parser.add_argument("--measure", action="store_true", help=text)
@@ -133,10 +139,13 @@ def _cache(parser: ArgumentParser) -> None:
         "verify": "compare all features with their checksums, and remove what is damaged: runs encode it again",
         "prune": "delete features: one store, all, or the longest unused ones",
     }
-    made = {name: actions.add_parser(name, help=text, description=f"{text.capitalize()}.") for name, text in texts.items()}
+    made = {
+        name: actions.add_parser(name, help=text, description=f"{text.capitalize()}.") for name, text in texts.items()
+    }
     for action in made.values():
         _add_overrides(
-            action, "overrides of `vlmcap train`, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are"
+            action,
+            "overrides of `vlmcap train`, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are",
         )
     chosen = made["prune"].add_mutually_exclusive_group(required=True)
     text = "delete the longest unused stores until N GiB are left"
@@ -152,13 +161,19 @@ def _check_cache(options: Namespace) -> None:
 
 
 def _caption(parser: ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders and archives that are searched for them")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="video files, or folders and archives that are searched for them"
+    )
     text = "a .ckpt file of a run, or a folder of `vlmcap export`"
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help=text)
     text = "write one JSON object per clip here, as it is done, instead of text to the screen"
     parser.add_argument("--output", metavar="F.jsonl", help=text)
-    parser.add_argument("--resume", action="store_true", help="keep the captions that --output has, and go on with the other clips")
-    parser.epilog = "KEY=VALUE among the paths is put over the checkpoint's configuration, such as hardware.accelerator=cpu."
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the captions that --output has, and go on with the other clips"
+    )
+    parser.epilog = (
+        "KEY=VALUE among the paths is put over the checkpoint's configuration, such as hardware.accelerator=cpu."
+    )
     _add_config_dir(parser)
 
 
@@ -207,7 +222,9 @@ def _report(parser: ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=40, metavar="N", help=text)
     text = "score all captions again with this tokenizer, where runs used different ones"
     parser.add_argument("--tokenizer", metavar="NAME", help=text)
-    parser.epilog = "Among the folders, monitor=NAME is --metric NAME and evaluation.tokenizer=NAME is --tokenizer NAME."
+    parser.epilog = (
+        "Among the folders, monitor=NAME is --metric NAME and evaluation.tokenizer=NAME is --tokenizer NAME."
+    )
     _add_config_dir(parser)
 
 
@@ -270,15 +287,30 @@ def _check_plugins(options: Namespace) -> None:
 
 
 COMMANDS = (
-    Command("doctor", "whether this machine is ready; with --measure, how far a plan is off on its GPU", _doctor, _check_doctor),
     Command(
-        "plan", "peak memory, time and disk of a configuration, without weights, GPU or network", _plan, _check_plan, traces_models=True
+        "doctor",
+        "whether this machine is ready; with --measure, how far a plan is off on its GPU",
+        _doctor,
+        _check_doctor,
+    ),
+    Command(
+        "plan",
+        "peak memory, time and disk of a configuration, without weights, GPU or network",
+        _plan,
+        _check_plan,
+        traces_models=True,
     ),
     Command("cache", "prepare, list, verify and prune cached features of frozen encoders", _cache, _check_cache),
     Command("caption", "caption video files with a trained checkpoint", _caption, _check_caption),
     Command("data", "look at a data set before training on it", _data, _check_data),
-    Command("export", "write the fine-tuned language model, adapters merged, as a folder that transformers and vLLM load", _export),
-    Command("report", "compare runs: a page, tables and pictures with intervals and significance", _report, _check_report),
+    Command(
+        "export",
+        "write the fine-tuned language model, adapters merged, as a folder that transformers and vLLM load",
+        _export,
+    ),
+    Command(
+        "report", "compare runs: a page, tables and pictures with intervals and significance", _report, _check_report
+    ),
     Command(
         "spectrum",
         "effective rank and locality of encoders' patch features, as a table, JSON and pictures",
@@ -286,6 +318,16 @@ COMMANDS = (
         _check_spectrum,
         traces_models=True,
     ),
-    Command("check-plugin", "whether the parts of a plugin hold what everything else relies on", _check_plugin, _check_plugins),
-    Command("dashboard", "the Weights & Biases dashboard that compares runs, and sweeps for W&B's agents", _dashboard, _check_dashboard),
+    Command(
+        "check-plugin",
+        "whether the parts of a plugin hold what everything else relies on",
+        _check_plugin,
+        _check_plugins,
+    ),
+    Command(
+        "dashboard",
+        "the Weights & Biases dashboard that compares runs, and sweeps for W&B's agents",
+        _dashboard,
+        _check_dashboard,
+    ),
 )

@@ -102,7 +102,10 @@ def info(overrides: Sequence[str]) -> None:
         table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for store in stores:
         table.add_row(*_row(store))
-    table.caption, table.caption_justify = "Errors are those of the stored numbers, over the root mean square of the features.", "left"
+    table.caption, table.caption_justify = (
+        "Errors are those of the stored numbers, over the root mean square of the features.",
+        "left",
+    )
     wide_console().print(table)
 
 
@@ -127,9 +130,13 @@ def verify(overrides: Sequence[str]) -> None:
         print(f"{grouped(sum(store.num_clips for store in stores))} clips in {root} are as they were written.")
         return
     end = (
-        "they have been removed, and the next run makes them again" if all(damage.is_removed for damage in found) else "not all are removed"
+        "they have been removed, and the next run makes them again"
+        if all(damage.is_removed for damage in found)
+        else "not all are removed"
     )
-    print(f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of {root}; {end}.")
+    print(
+        f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of {root}; {end}."
+    )
     raise SystemExit(1)
 
 

@@ -61,7 +61,9 @@ def run(options: Namespace) -> None:
         _caption(options.checkpoint, settings, found, rows, tally)
     if tally.failed:
         video, reason = tally.failed[0]
-        raise UserError(f"{len(tally.failed)} of {len(found.all)} files could not be read, first: {video} ({reason}); {tally}")
+        raise UserError(
+            f"{len(tally.failed)} of {len(found.all)} files could not be read, first: {video} ({reason}); {tally}"
+        )
     print(_printable(str(tally)), file=sys.stdout if rows else sys.stderr)
 
 

@@ -38,14 +38,20 @@ class CaptionFile:
         lines = [(line, row) for line in content.split(b"\n") if (row := _parsed(line)) is not None]
         asked, there = Counter(map(_key, videos)), Counter(_key(row["video"]) for _, row in lines if _is_ours(row))
         if not there and (lines or not _MARK.startswith(content.strip(b"\0 \r\n\t")[: len(_MARK)])):
-            raise UserError(f"--output: {path} holds something else than captions: choose another name, or remove that file")
+            raise UserError(
+                f"--output: {path} holds something else than captions: choose another name, or remove that file"
+            )
         if not is_resumed and there and (missing := (asked - there).total()):
             raise UserError(
                 f"--output: {path} has {there.total()} rows of an earlier command, and lacks {missing} of these {len(videos)} files: "
                 "add --resume to go on with it, or remove it"
             )
         if is_resumed:
-            kept = [(line, row) for line, row in lines if not (_is_ours(row) and "error" in row and _key(row["video"]) in asked)]
+            kept = [
+                (line, row)
+                for line, row in lines
+                if not (_is_ours(row) and "error" in row and _key(row["video"]) in asked)
+            ]
             self._captioned.update(_key(row["video"]) for _, row in kept if _is_ours(row) and "error" not in row)
             self._rewrite(content, b"".join(line + b"\n" for line, _ in kept))
 
@@ -89,7 +95,9 @@ class CaptionFile:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"--output: {self.path} cannot be written ({error.strerror}): free some space or choose another place")
+        return UserError(
+            f"--output: {self.path} cannot be written ({error.strerror}): free some space or choose another place"
+        )
 
 
 def _append(file: IO[bytes], content: bytes) -> None:
@@ -122,7 +130,11 @@ def _parsed(line: bytes) -> Any:
 
 
 def _is_ours(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("video"), str) and isinstance(row.get("prediction", row.get("error")), str)
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("video"), str)
+        and isinstance(row.get("prediction", row.get("error")), str)
+    )
 
 
 def _key(video: str) -> str:

@@ -30,10 +30,19 @@ def run(options: Namespace) -> None:
         raise UserError("vlmcap check-plugin needs a FILE: a Python file or an importable module that registers parts")
     use_plugins(options.plugins)
     own = {Path(name).stem if name.endswith(".py") else name.partition(".")[0] for name in options.plugins}
-    parts = [(group, kind) for group, kinds in MAKERS.items() for kind, part in kinds.items() if part.__module__.partition(".")[0] in own]
+    parts = [
+        (group, kind)
+        for group, kinds in MAKERS.items()
+        for kind, part in kinds.items()
+        if part.__module__.partition(".")[0] in own
+    ]
     if idle := [one for one in options.overrides if one.partition(".")[0] not in {group for group, _ in parts}]:
         raise UserError(f"{idle[0]} is no setting of a part that is checked here; leave it out")
-    outcomes = [outcome for group, kind in parts for outcome in check_component(group, kind, _settings(group, kind, options.overrides))]
+    outcomes = [
+        outcome
+        for group, kind in parts
+        for outcome in check_component(group, kind, _settings(group, kind, options.overrides))
+    ]
     show(outcomes)
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     print(f"{len(outcomes) - failed} of {len(outcomes)} hold." if failed else f"All {len(outcomes)} hold.")
@@ -44,7 +53,9 @@ def run(options: Namespace) -> None:
 def _settings(group: str, kind: str, overrides: Sequence[str]) -> Callable[[], Any] | None:
     """Composes the settings of a part where any of them is given."""
     own = [override for override in overrides if override.startswith(f"{group}.")]
-    return (lambda: getattr(compose([NO_DATA, "hardware.frame_stack=1", f"{group}={kind}", *own]), group)) if own else None
+    return (
+        (lambda: getattr(compose([NO_DATA, "hardware.frame_stack=1", f"{group}={kind}", *own]), group)) if own else None
+    )
 
 
 def show(outcomes: Sequence[Outcome]) -> None:

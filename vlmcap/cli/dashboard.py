@@ -56,7 +56,9 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
         UserError: wandb-workspaces is not installed, or W&B refuses.
     """
     if find_spec("wandb_workspaces") is None:
-        raise UserError("vlmcap dashboard needs the package wandb-workspaces, which is not installed: pip install 'vlmcap[dashboard]'")
+        raise UserError(
+            "vlmcap dashboard needs the package wandb-workspaces, which is not installed: pip install 'vlmcap[dashboard]'"
+        )
     from vlmcap.reporting.dashboard import spec, workspace
     from vlmcap.training.loggers.wandb_run import offline_reason
 
@@ -67,7 +69,9 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
     target = file or OFFLINE_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
-        partial.write_text(json.dumps(spec(workspace(project, entity or "ENTITY", objective)), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(
+            json.dumps(spec(workspace(project, entity or "ENTITY", objective)), indent=1) + "\n", encoding="utf-8"
+        )
     why = "" if reason is None else f"W&B cannot be asked, {reason}; "
     again = _command(project, entity, objective)
     print(f"{why}{target} holds the dashboard's definition, and `{again}` with a key and a network publishes it.")
@@ -81,7 +85,9 @@ def _publish(project: str, entity: str | None, objective: str) -> str:
     try:
         made = workspace(project, entity or str(wandb.Api().default_entity), objective).save()
     except (wandb.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B refused the dashboard of project {project}: {first_line(error)}; check --entity and --project") from error
+        raise UserError(
+            f"W&B refused the dashboard of project {project}: {first_line(error)}; check --entity and --project"
+        ) from error
     return str(made.url)
 
 
@@ -121,16 +127,33 @@ def sweep_definition(overrides: Sequence[str], *, project: str, entity: str | No
     config = compose([*fixed, *(f"{key}={_examples(space)[0]}" for key, space in parameters.items())])
     for key, space in parameters.items():  # each value at least once: a typo is said now, not on an agent
         for value in _examples(space)[1:]:
-            compose([*fixed, *(f"{other}={_examples(found)[0]}" for other, found in parameters.items() if other != key), f"{key}={value}"])
+            compose(
+                [
+                    *fixed,
+                    *(f"{other}={_examples(found)[0]}" for other, found in parameters.items() if other != key),
+                    f"{key}={value}",
+                ]
+            )
     settings = (
-        config.sweep if isinstance(config.sweep, WandbSweepConfig) else WandbSweepConfig("wandb", method=SweepMethod.grid, max_runs=None)
+        config.sweep
+        if isinstance(config.sweep, WandbSweepConfig)
+        else WandbSweepConfig("wandb", method=SweepMethod.grid, max_runs=None)
     )
     if settings.method is SweepMethod.grid and any("values" not in space for space in parameters.values()):
         raise UserError("a range has no end for sweep.method=grid; give values one by one, or set sweep=wandb")
     goal = "maximize" if config.monitor_mode == "max" else "minimize"
     # A run reads nothing of the sweep, which W&B has from this file.
     own = [override for override in fixed if not override.lstrip("+").startswith(OF_A_SWEEP)]
-    command = ["${env}", "${interpreter}", "${program}", "logger=wandb", f"logger.project={project}", _FOLDER, *own, "${args_no_hyphens}"]
+    command = [
+        "${env}",
+        "${interpreter}",
+        "${program}",
+        "logger=wandb",
+        f"logger.project={project}",
+        _FOLDER,
+        *own,
+        "${args_no_hyphens}",
+    ]
     return {
         "name": " ".join(parameters),
         "program": "train.py",

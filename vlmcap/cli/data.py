@@ -42,7 +42,9 @@ def run(options: Namespace) -> None:
     check_data(options.overrides, options.output, max_clips=options.max_clips, reads_videos=not options.captions_only)
 
 
-def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None = None, reads_videos: bool = True) -> Inspection:
+def check_data(
+    overrides: Sequence[str], output: Path, *, max_clips: int | None = None, reads_videos: bool = True
+) -> Inspection:
     """What is in a data set, printed, and written as a page with its pictures.
 
     Args:
@@ -64,7 +66,9 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     if not splits:
         raise UserError(f"{config.data.root} holds no clip that can be used as data={config.data.kind}")
     report = Inspection(same_captions=repeated_captions(splits))
-    report.broken += [Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped]
+    report.broken += [
+        Broken(Entry("", skipped.clip.id, skipped.clip.video), skipped.reason) for skipped in splits.skipped
+    ]
     report.splits = {split: read_captions(clips) for split, clips in splits.items()}
     if splits.note:
         print(f"Warning: {splits.note}", file=sys.stderr)
@@ -74,7 +78,9 @@ def check_data(overrides: Sequence[str], output: Path, *, max_clips: int | None 
     limit = _caption_limit(config, report)
     title = f"{config.data.name}: {config.data.root}"
     with replacing(output) as partial:
-        partial.write_text(data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8")
+        partial.write_text(
+            data_page(report, title=title, llm=config.llm.name, limit=limit, note=note), encoding="utf-8"
+        )
     show_inspection(report, llm=config.llm.name, limit=limit, note=note)
     print(f"{output}: {len(report.samples)} clips with pictures, the lengths of captions, and all that was found")
     return report
@@ -100,7 +106,9 @@ def _count_tokens(config: Config, splits: Splits, report: Inspection) -> str:
 
 def _caption_limit(config: Config, report: Inspection) -> int:
     """The longest caption that training would not cut, as far as tokens could be counted."""
-    counted = [int(split.tokens.max()) for split in report.splits.values() if split.tokens is not None and len(split.tokens)]
+    counted = [
+        int(split.tokens.max()) for split in report.splits.values() if split.tokens is not None and len(split.tokens)
+    ]
     return token_limit(max(counted)) if config.llm.max_caption_tokens == AUTO and counted else config.llm.caption_tokens
 
 
@@ -116,14 +124,18 @@ def _read_videos(config: Config, splits: Splits, report: Inspection, max_clips: 
 
 
 def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tuple[str, Sample | Skipped]]:
-    data = dataclasses.replace(config.data, num_frames=NUM_HASHED_FRAMES, sampling=Sampling.uniform, variable_frames=True)
+    data = dataclasses.replace(
+        config.data, num_frames=NUM_HASHED_FRAMES, sampling=Sampling.uniform, variable_frames=True
+    )
     config = dataclasses.replace(config, data=data)
     for split, clips in splits.items():
         dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
         watch, workers = WorkerWatch(), config.data.num_workers
         watched = watch.over(dataset, clips) if workers else dataset
         with watch.naming_clips():
-            for item in DataLoader(watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)):
+            for item in DataLoader(
+                watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)
+            ):
                 yield split, item
 
 

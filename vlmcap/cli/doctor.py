@@ -32,7 +32,10 @@ from vlmcap.planning.calibration import calibration_files, calibration_folder
 from vlmcap.terminal import gigabytes
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
-_LOW_GIB, _TOO_LOW_GIB = 50.0, 1.0  # free on the disk: a base and its features need the first, nothing works below the second
+_LOW_GIB, _TOO_LOW_GIB = (
+    50.0,
+    1.0,
+)  # free on the disk: a base and its features need the first, nothing works below the second
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFETCHED = 2  # batches that a worker keeps ready, torch's own default
 _TINY_SIDE, _LARGE_SIDE = 64, 448  # pixels of a frame: of the demo's encoders, and the most of those that read squares
@@ -136,7 +139,12 @@ def run_checks(config: Config) -> list[Check]:
             checks += check()
         except Exception as error:  # whatever is broken here is what the doctor is asked for
             checks.append(
-                Check(name, "problem", f"{type(error).__name__}: {first_line(error)}", "install vlmcap anew in a fresh environment")
+                Check(
+                    name,
+                    "problem",
+                    f"{type(error).__name__}: {first_line(error)}",
+                    "install vlmcap anew in a fresh environment",
+                )
             )
     return checks
 
@@ -165,7 +173,14 @@ def _check_libraries() -> list[Check]:
             continue
         is_fine = specifier.contains(found, prereleases=True)
         text = f"{found}, tested {wanted}" if is_fine else found
-        checks.append(Check(name, "ok" if is_fine else "problem", text, "" if is_fine else f"the tested range is {wanted}; {install}"))
+        checks.append(
+            Check(
+                name,
+                "ok" if is_fine else "problem",
+                text,
+                "" if is_fine else f"the tested range is {wanted}; {install}",
+            )
+        )
     return checks
 
 
@@ -177,16 +192,39 @@ def _check_card(config: Config) -> list[Check]:
         wanted = config.hardware.name
         has_build = torch.version.cuda is not None
         why = "PyTorch finds no CUDA device" if has_build else "this PyTorch is built for CPUs alone"
-        mend = "hardware=cpu runs the demo; " + ("check the driver with nvidia-smi" if has_build else "a GPU needs PyTorch's CUDA build")
-        return [Check("GPU", "warning" if config.hardware.accelerator == "cpu" else "problem", f"{why}, and hardware={wanted}", mend)]
+        mend = "hardware=cpu runs the demo; " + (
+            "check the driver with nvidia-smi" if has_build else "a GPU needs PyTorch's CUDA build"
+        )
+        return [
+            Check(
+                "GPU",
+                "warning" if config.hardware.accelerator == "cpu" else "problem",
+                f"{why}, and hardware={wanted}",
+                mend,
+            )
+        ]
     assert gpu.capability is not None
     major, minor = gpu.capability
     found = f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free, compute capability {major}.{minor}"
     checks = [Check("GPU", "ok", f"{found}, hardware={gpu.profile}")]
     if gpu.profile is None:
-        checks = [Check("GPU", "warning", found, "it is smaller than every profile: take hardware=t4 and see `vlmcap plan` before a run")]
+        checks = [
+            Check(
+                "GPU",
+                "warning",
+                found,
+                "it is smaller than every profile: take hardware=t4 and see `vlmcap plan` before a run",
+            )
+        ]
     elif gpu.free_gib < 0.8 * gpu.total_gib:
-        checks = [Check("GPU", "warning", f"{found}, hardware={gpu.profile}", "another program holds memory on it; nvidia-smi names it")]
+        checks = [
+            Check(
+                "GPU",
+                "warning",
+                f"{found}, hardware={gpu.profile}",
+                "another program holds memory on it; nvidia-smi names it",
+            )
+        ]
     return [*checks, _flash(gpu.capability)]
 
 
@@ -225,7 +263,14 @@ def _check_decoder() -> list[Check]:
         frames = decode_frames(file, 4)
     levels = frames.float().mean((1, 2, 3)).tolist()
     if tuple(frames.shape) != (4, 3, 64, 64) or levels != sorted(levels) or levels[-1] - levels[0] < 100:
-        return [Check("decoder", "problem", f"a clip came back wrong, {tuple(frames.shape)}", "pip install --force-reinstall av")]
+        return [
+            Check(
+                "decoder",
+                "problem",
+                f"a clip came back wrong, {tuple(frames.shape)}",
+                "pip install --force-reinstall av",
+            )
+        ]
     return [Check("decoder", "ok", "PyAV wrote and read a clip")]
 
 
@@ -281,7 +326,14 @@ def _check_wandb(config: Config) -> list[Check]:
         return [Check("W&B", "ok", "a key is set")]
     is_wanted = isinstance(config.logger, WandbConfig)
     mend = "run `wandb login`, or set logger.offline=true or WANDB_MODE=offline"
-    return [Check("W&B", "warning" if is_wanted else "ok", "no key is set", mend if is_wanted else "only logger=wandb needs one")]
+    return [
+        Check(
+            "W&B",
+            "warning" if is_wanted else "ok",
+            "no key is set",
+            mend if is_wanted else "only logger=wandb needs one",
+        )
+    ]
 
 
 def _has_netrc_entry() -> bool:
@@ -313,5 +365,7 @@ def show_checks(checks: Sequence[Check]) -> None:
         text = check.found if not check.mend else f"{check.found}: {check.mend}"
         table.add_row(f"[{_STYLES[check.level]}]{check.level}[/]", check.name, text.replace("[", "\\["))
     console.print(table)
-    worst: Level = next((level for level in ("problem", "warning") if any(check.level == level for check in checks)), "ok")
+    worst: Level = next(
+        (level for level in ("problem", "warning") if any(check.level == level for check in checks)), "ok"
+    )
     console.print(verdict(checks), style=_STYLES[worst], markup=False, soft_wrap=True)

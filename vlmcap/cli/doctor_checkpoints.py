@@ -67,7 +67,9 @@ def describe_and_show(config: Config, parts: Sequence[str], *, as_json: bool) ->
     silence_libraries()
     found = [_describe_encoder(config) if part == "encoder" else _describe_language(config, part) for part in parts]
     if as_json:
-        print(json.dumps({one.key: one.plain | {"verdict": one.verdict} for one in found}, ensure_ascii=False, indent=2))
+        print(
+            json.dumps({one.key: one.plain | {"verdict": one.verdict} for one in found}, ensure_ascii=False, indent=2)
+        )
     else:
         for one in found:
             _show(one)
@@ -79,7 +81,9 @@ def _folder(config: Config, part: str) -> Path:
     from vlmcap.models.checkpoint import locate
 
     settings = getattr(config, part)
-    return locate(settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False)
+    return locate(
+        settings.checkpoint, settings.revision, key=f"{part}.checkpoint", gate=settings.gate, has_weights=False
+    )
 
 
 def _describe_language(config: Config, part: str) -> Description:
@@ -90,7 +94,11 @@ def _describe_language(config: Config, part: str) -> Description:
     found: LlmDescription = describe_llm(_folder(config, part), chat_template=settings.chat_template)
     template = "of the checkpoint" if found.has_chat_template else "none"
     ids = "no tokenizer" if found.largest_id is None else f"largest token id {grouped(found.largest_id)}"
-    engine = "vlmcap's own" if found.is_native else "transformers' generate, as our own engine does not decode this class or its settings"
+    engine = (
+        "vlmcap's own"
+        if found.is_native
+        else "transformers' generate, as our own engine does not decode this class or its settings"
+    )
     packages = ", ".join(found.optional_packages) or "none"
     if found.missing_packages:
         packages += f"; not installed here, so it runs slower: pip install {' '.join(found.missing_packages)}"
@@ -101,11 +109,19 @@ def _describe_language(config: Config, part: str) -> Description:
         ("vocabulary", f"{grouped(found.vocab_size)} rows of the embedding, {ids}"),
         ("chat template", "llm.chat_template" if settings.chat_template else template),
         ("end tokens", " ".join(found.end_tokens) or "unknown"),
-        ("thinking", "llm.enable_thinking turns it on and off" if found.has_thinking_switch else "the template has no switch for it"),
+        (
+            "thinking",
+            "llm.enable_thinking turns it on and off"
+            if found.has_thinking_switch
+            else "the template has no switch for it",
+        ),
         ("license", found.license or "unknown"),
         ("attention", ", ".join(found.attention)),
         ("sliding window", "none" if found.sliding_window is None else f"{grouped(found.sliding_window)} tokens"),
-        ("packed batches", "data.batching=packed works" if found.is_packable else "not known to work; data.batching=by_length does"),
+        (
+            "packed batches",
+            "data.batching=packed works" if found.is_packable else "not known to work; data.batching=by_length does",
+        ),
         ("captions", engine),
         ("optional packages", packages),
     )
@@ -121,7 +137,9 @@ def _describe_encoder(config: Config) -> Description:
     vision = whole.get("vision_config") or whole
     width, patch, side = (vision.get(name) for name in ("hidden_size", "patch_size", "image_size"))
     if width is None or patch is None:
-        raise UserError(f"encoder.checkpoint {folder} holds no vision encoder but a {whole.get('model_type')}; take another checkpoint")
+        raise UserError(
+            f"encoder.checkpoint {folder} holds no vision encoder but a {whole.get('model_type')}; take another checkpoint"
+        )
     is_square = isinstance(patch, int) and isinstance(side, int)
     plain = {
         "model_class": ", ".join(whole.get("architectures") or ()) or None,
@@ -135,14 +153,22 @@ def _describe_encoder(config: Config) -> Description:
     texts = {name: "unknown" if value is None else str(value) for name, value in plain.items()}
     if is_square:
         texts["grid"] = f"{side // patch} × {side // patch} patches per frame"
-    names = {"model_class": "class", "model_type": "type", "image_size": "image size", "patch_size": "patch", "num_layers": "layers"}
+    names = {
+        "model_class": "class",
+        "model_type": "type",
+        "image_size": "image size",
+        "patch_size": "patch",
+        "num_layers": "layers",
+    }
     rows = tuple((names.get(name, name), text) for name, text in texts.items())
     return Description("encoder.checkpoint", config.encoder.checkpoint, rows, (), plain)
 
 
 def _show(found: Description) -> None:
     console = Console(highlight=False)
-    table = Table(box=None, show_header=False, pad_edge=False, title=f"{found.key}={found.checkpoint}", title_justify="left")
+    table = Table(
+        box=None, show_header=False, pad_edge=False, title=f"{found.key}={found.checkpoint}", title_justify="left"
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in found.rows:

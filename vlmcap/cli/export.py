@@ -15,4 +15,8 @@ def run(options: Namespace) -> None:
     from vlmcap.training.checkpoints.export import export, tell
 
     overrides = override_values(options.overrides)
-    print(tell(export(options.checkpoint, options.output, dtype=options.dtype, device=options.device, overrides=overrides)))
+    print(
+        tell(
+            export(options.checkpoint, options.output, dtype=options.dtype, device=options.device, overrides=overrides)
+        )
+    )

@@ -66,7 +66,9 @@ def _write(report: Report, output: Path) -> None:
     with transient_bar("Reading videos", len(report.clips)) as advance:
         pictures = pictures_of(report.clips, advance=advance)
     _write_text(output / "index.html", report_page(report, pictures))
-    _write_text(output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report))  # the mark lets spreadsheets read Korean
+    _write_text(
+        output / "leaderboard.csv", "\ufeff" + leaderboard_csv(report)
+    )  # the mark lets spreadsheets read Korean
     _write_text(output / "report.md", report_markdown(report))
     for name, draw in (("leaderboard", draw_leaderboard), ("pareto", draw_fronts), ("curves", draw_curves)):
         draw(report, output / f"{name}.png")

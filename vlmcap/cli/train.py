@@ -34,6 +34,8 @@ def main(node: DictConfig) -> float:
         from vlmcap.reporting.report.run_page import leave_page
         from vlmcap.training.processes import is_main
 
-        if is_main(config):  # the run is over and its end is written down: nothing that happens to its page changes that
+        if is_main(
+            config
+        ):  # the run is over and its end is written down: nothing that happens to its page changes that
             leave_page(Path(config.paths.output_dir), read_yaml, version=__version__)
         return record.objective

@@ -6,7 +6,13 @@ loaded. Checks that look at one group stand in its `__post_init__`, those across
 
 from __future__ import annotations
 
-from vlmcap.config.callbacks import CallbacksConfig, EarlyStoppingConfig, GuardConfig, ProfileConfig, VisualRelianceConfig
+from vlmcap.config.callbacks import (
+    CallbacksConfig,
+    EarlyStoppingConfig,
+    GuardConfig,
+    ProfileConfig,
+    VisualRelianceConfig,
+)
 from vlmcap.config.choices import (
     Batching,
     Decoder,
@@ -89,7 +95,15 @@ from vlmcap.config.projector import (
     ProjectorConfig,
     TokenProjectorConfig,
 )
-from vlmcap.config.run import Config, EvaluationConfig, HardwareConfig, PathsConfig, PlanConfig, is_lower_better, mode_of
+from vlmcap.config.run import (
+    Config,
+    EvaluationConfig,
+    HardwareConfig,
+    PathsConfig,
+    PlanConfig,
+    is_lower_better,
+    mode_of,
+)
 from vlmcap.config.sweep import (
     OF_A_SWEEP,
     BasicLauncherConfig,

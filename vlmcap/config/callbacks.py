@@ -22,7 +22,9 @@ class VisualRelianceConfig:
         VisualRelianceMode.captions
     )  # loss: label loss alone; no captions are written, which is what takes long
     max_clips: int = _if_enabled(64)  # the first ones of the split; while training, at most evaluation.max_clips
-    every_n_validations: int = _if_enabled(1)  # while training; every split that is scored at the end is measured there too
+    every_n_validations: int = _if_enabled(
+        1
+    )  # while training; every split that is scored at the end is measured there too
 
     def __post_init__(self) -> None:
         require_positive("callbacks.visual_reliance", self, "max_clips", "every_n_validations")
@@ -39,7 +41,10 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         require_positive("callbacks.profile", self, "first_step", "num_steps")
-        require(self.trace_steps >= 0, f"callbacks.profile.trace_steps must not be negative, and is {self.trace_steps}; 0 writes no trace")
+        require(
+            self.trace_steps >= 0,
+            f"callbacks.profile.trace_steps must not be negative, and is {self.trace_steps}; 0 writes no trace",
+        )
 
 
 @dataclass
@@ -52,7 +57,9 @@ class EarlyStoppingConfig:
 
     def __post_init__(self) -> None:
         require_positive("callbacks.early_stopping", self, "patience")
-        require(self.min_delta >= 0, f"callbacks.early_stopping.min_delta must not be negative, and is {self.min_delta}")
+        require(
+            self.min_delta >= 0, f"callbacks.early_stopping.min_delta must not be negative, and is {self.min_delta}"
+        )
 
 
 @dataclass
@@ -62,11 +69,15 @@ class GuardConfig:
     enabled: bool = True
     factor: float = _if_enabled(2.0)  # times the best loss so far, and 1 nat above it, is too high
     window: int = _if_enabled(50)  # optimiser steps in a row with a loss that is too high
-    fp16_skips: int = _if_enabled(20)  # steps in a row that the scaler of float16 may skip; single ones are its way to find a scale
+    fp16_skips: int = _if_enabled(
+        20
+    )  # steps in a row that the scaler of float16 may skip; single ones are its way to find a scale
 
     def __post_init__(self) -> None:
         require_positive("callbacks.guard", self, "window", "fp16_skips")
-        require(self.factor > 1, f"callbacks.guard.factor must be above 1, not {self.factor}: it multiplies the best loss")
+        require(
+            self.factor > 1, f"callbacks.guard.factor must be above 1, not {self.factor}: it multiplies the best loss"
+        )
 
 
 @dataclass
@@ -77,4 +88,6 @@ class CallbacksConfig:
     visual_reliance: VisualRelianceConfig = field(default_factory=VisualRelianceConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    extra: list[dict[str, Any]] = field(default_factory=list)  # Lightning callbacks of training: {_target_: dotted.Class, argument: value}
+    extra: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # Lightning callbacks of training: {_target_: dotted.Class, argument: value}

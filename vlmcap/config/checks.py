@@ -49,4 +49,10 @@ def only_with(setting: str, is_read: Callable[[Any], bool], default: Any) -> Any
 
 def as_text(value: Any) -> str:
     """A value as it is typed on a command line."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(getattr(value, "name", value))
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else "null"
+        if value is None
+        else str(getattr(value, "name", value))
+    )

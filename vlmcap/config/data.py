@@ -76,13 +76,19 @@ class DataConfig:
     split: Split = Split.test  # the split that evaluate.py scores
     num_frames: int = follows("hardware.num_frames", 8)
     sampling: Sampling = Sampling.uniform
-    fps: float = only_with("sampling=fps", lambda c: c.sampling is Sampling.fps, 1.0)  # frames per second, at most num_frames of them
+    fps: float = only_with(
+        "sampling=fps", lambda c: c.sampling is Sampling.fps, 1.0
+    )  # frames per second, at most num_frames of them
     variable_frames: bool = False  # images and short clips keep fewer frames than num_frames; false repeats frames
     decoder: Decoder = Decoder.pyav
     batch_size: int = follows("hardware.batch_size", 1)
-    eval_batch_size: int | None = None  # clips that are captioned together; null takes the most that the memory plan has room for
+    eval_batch_size: int | None = (
+        None  # clips that are captioned together; null takes the most that the memory plan has room for
+    )
     batching: Batching = Batching.shuffled
-    max_tokens_per_batch: int | None = None  # visual tokens, prompt, caption and padding together; in place of batch_size
+    max_tokens_per_batch: int | None = (
+        None  # visual tokens, prompt, caption and padding together; in place of batch_size
+    )
     num_workers: int = follows("hardware.num_workers", 2)
     max_clips: int | None = None  # training clips at most, the first of a seeded order
     max_bad_fraction: float = 0.02  # unreadable clips above this share stop the run
@@ -93,11 +99,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "num_frames", "batch_size", "eval_batch_size", "max_clips")
-        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}")
+        require(
+            0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
+        )
         require(self.fps > 0, f"data.fps must be above 0, not {self.fps}")
         require(self.num_workers >= 0, f"data.num_workers must not be negative, not {self.num_workers}")
         require(self.decode_timeout_s > 0, f"data.decode_timeout_s must be above 0, not {self.decode_timeout_s}")
-        require(self.decode_memory_gib >= 0.5, f"data.decode_memory_gib must be at least 0.5, not {self.decode_memory_gib}")
+        require(
+            self.decode_memory_gib >= 0.5, f"data.decode_memory_gib must be at least 0.5, not {self.decode_memory_gib}"
+        )
         self._check_batching()
 
     def _check_batching(self) -> None:
@@ -255,7 +265,9 @@ class WebdatasetConfig(AnnotatedConfig):
     """WebDataset shards, on disk or in an object store."""
 
     kind: str = "webdataset"
-    annotations: str = "*.tar"  # or "clips-{000..099}.tar"; "{split}/*.tar" with data.splits.random=false where folders are the splits
+    annotations: str = (
+        "*.tar"  # or "clips-{000..099}.tar"; "{split}/*.tar" with data.splits.random=false where folders are the splits
+    )
     caption_key: str = "caption"  # in KEY.json; KEY.txt is the caption itself
     category_key: str | None = None  # in KEY.json, for scores by category
     splits: SplitConfig = field(default_factory=_drawn)
@@ -277,4 +289,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         require(self.enabled in (True, False, "auto"), f"cache.enabled must be true, false or auto, not {self.enabled}")
         self.enabled = self.enabled if self.enabled == "auto" else bool(self.enabled)  # 0 and 1 are no other values
-        require(self.max_gib is None or 0 < self.max_gib < inf, f"cache.max_gib must be above 0, or null for no limit, not {self.max_gib}")
+        require(
+            self.max_gib is None or 0 < self.max_gib < inf,
+            f"cache.max_gib must be above 0, or null for no limit, not {self.max_gib}",
+        )

@@ -30,7 +30,9 @@ def register(group: str) -> Callable[[T], T]:
     def decorate(schema: T) -> T:
         kind = getattr(schema, "kind", None)
         if not isinstance(kind, str) or kind in ("", "???"):
-            raise ValueError(f"{schema.__qualname__} names no kind; give its field `kind` a default, such as kind: str = 'mine'")
+            raise ValueError(
+                f"{schema.__qualname__} names no kind; give its field `kind` a default, such as kind: str = 'mine'"
+            )
         claim(SCHEMAS.setdefault(group, {}), group, kind, schema)
         return schema
 
@@ -95,4 +97,6 @@ def check_kind(group: str, plain: Mapping[str, Any], kind: str) -> None:
     """
     if plain["kind"] != kind:
         chosen = f"{group}={plain.get('name', kind)}"
-        raise ValueError(f"{group}.kind={plain['kind']} cannot be set beside {chosen}, whose kind is {kind}; choose another {group}=NAME")
+        raise ValueError(
+            f"{group}.kind={plain['kind']} cannot be set beside {chosen}, whose kind is {kind}; choose another {group}=NAME"
+        )

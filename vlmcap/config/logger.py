@@ -74,10 +74,14 @@ class WandbConfig(LoggerConfig):
     entity: str | None = None  # a user or a team; null is the key's default
     group: str | None = None  # null is the encoder and the language model
     offline: bool = False
-    log_checkpoints: LoggedCheckpoint = LoggedCheckpoint.best  # trained weights and optimiser state, never frozen weights
+    log_checkpoints: LoggedCheckpoint = (
+        LoggedCheckpoint.best
+    )  # trained weights and optimiser state, never frozen weights
     log_predictions: bool = True  # the predictions of whole splits as an artifact
     # A larger checkpoint stays here.
-    max_artifact_mib: int = only_with("log_checkpoints=best", lambda c: c.log_checkpoints is not LoggedCheckpoint["none"], 1024)
+    max_artifact_mib: int = only_with(
+        "log_checkpoints=best", lambda c: c.log_checkpoints is not LoggedCheckpoint["none"], 1024
+    )
     max_media_mib: int = 50  # thumbnails and tables of a run; tables that would go beyond are left out
     table_every_n_validations: int = 1
     num_table_rows: int = 16
@@ -87,5 +91,8 @@ class WandbConfig(LoggerConfig):
     def __post_init__(self) -> None:
         names = ("max_artifact_mib", "max_media_mib", "table_every_n_validations", "num_table_rows")
         require_positive("logger", self, *names)
-        require(self.thumbnail_height >= 8, f"logger.thumbnail_height must be at least 8 pixels, not {self.thumbnail_height}")
+        require(
+            self.thumbnail_height >= 8,
+            f"logger.thumbnail_height must be at least 8 pixels, not {self.thumbnail_height}",
+        )
         require(1 <= self.jpeg_quality <= 95, f"logger.jpeg_quality must be 1 to 95, not {self.jpeg_quality}")

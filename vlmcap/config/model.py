@@ -13,14 +13,19 @@ from vlmcap.config.kinds import register
 
 AUTO = "auto"  # value of a setting that the data decides
 UNKNOWN = "unknown"  # license of a checkpoint that does not state one
-ASSUMED_CAPTION_TOKENS = 768  # of the longest caption, where the data is not there: Qwen3's for AI Hub's Korean captions of 575 characters
+ASSUMED_CAPTION_TOKENS = (
+    768  # of the longest caption, where the data is not there: Qwen3's for AI Hub's Korean captions of 575 characters
+)
 
 KOREAN_PROMPT = "이 영상을 한국어로 자세히 설명해 주세요."
 ENGLISH_PROMPT = "Describe this video in detail."
 
 
 def _require_checkpoint(group: str, checkpoint: str) -> None:
-    require(checkpoint.strip() != "", f"{group}.checkpoint is empty; set it to a hub id, or to a local folder in Hugging Face layout")
+    require(
+        checkpoint.strip() != "",
+        f"{group}.checkpoint is empty; set it to a hub id, or to a local folder in Hugging Face layout",
+    )
 
 
 @dataclass
@@ -100,7 +105,9 @@ class EncoderConfig:
 
     name: str = MISSING
     kind: str = MISSING
-    checkpoint: str = MISSING  # hub id or local folder in Hugging Face layout; of a whole model's the vision tower is taken
+    checkpoint: str = (
+        MISSING  # hub id or local folder in Hugging Face layout; of a whole model's the vision tower is taken
+    )
     revision: str | None = None  # branch, tag or commit on the hub
     is_cached: bool = False  # keep its features on disk unless cache.enabled says otherwise
     gate: str | None = None  # license to accept on the hub before the download works
@@ -123,17 +130,29 @@ class PatchEncoderConfig(TowerConfig):
     """A vision tower on frames of one size."""
 
     kind: str = "patches"
-    image_size: int | None = follows("hardware.image_size", None)  # side of a frame in pixels; null is the checkpoint's own
-    image_mean: list[float] | None = None  # per channel, of pixels in 0…1; null is what the checkpoint's processor file says
+    image_size: int | None = follows(
+        "hardware.image_size", None
+    )  # side of a frame in pixels; null is the checkpoint's own
+    image_mean: list[float] | None = (
+        None  # per channel, of pixels in 0…1; null is what the checkpoint's processor file says
+    )
     image_std: list[float] | None = None  # standard deviation, likewise
-    tiling: int = 1  # tiles that a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
+    tiling: int = (
+        1  # tiles that a frame is cut into at most, each encoded at full size with a thumbnail behind them; 1 cuts none
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive("encoder", self, "image_size", "tiling")
         for key, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
-            require(values is None or len(values) == 3, f"encoder.{key} must have three numbers, one per channel, not {values}")
-        require(self.image_std is None or min(self.image_std) > 0, f"encoder.image_std must be above 0, not {self.image_std}")
+            require(
+                values is None or len(values) == 3,
+                f"encoder.{key} must have three numbers, one per channel, not {values}",
+            )
+        require(
+            self.image_std is None or min(self.image_std) > 0,
+            f"encoder.image_std must be above 0, not {self.image_std}",
+        )
 
 
 @register("encoder")
@@ -201,11 +220,17 @@ class LlmConfig:
     def __post_init__(self) -> None:
         if type(self) in (LlmConfig, NativeLlmConfig):  # a plugin's may need none
             _require_checkpoint("llm", self.checkpoint)
-        require(self.attention != "", "llm.attention is empty; set it to auto, sdpa or another implementation of transformers")
+        require(
+            self.attention != "",
+            "llm.attention is empty; set it to auto, sdpa or another implementation of transformers",
+        )
         for name in ("max_caption_tokens", "max_new_tokens"):
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(is_count or value == AUTO, f"llm.{name} must be at least 1, or auto for what the data needs, not {value}")
+            require(
+                is_count or value == AUTO,
+                f"llm.{name} must be at least 1, or auto for what the data needs, not {value}",
+            )
 
     @property
     def question(self) -> str:
@@ -238,4 +263,6 @@ class NativeLlmConfig(LlmConfig):
     revision: str | None = follows("model.revision", None)
     gate: str | None = follows("model.gate", None)
     license: str = follows("model.license", "")
-    suggested: SuggestedConfig = field(default_factory=lambda: SuggestedConfig(align_lr=1e-4, projector_lr=2e-5, adapter_lr=1e-4))
+    suggested: SuggestedConfig = field(
+        default_factory=lambda: SuggestedConfig(align_lr=1e-4, projector_lr=2e-5, adapter_lr=1e-4)
+    )

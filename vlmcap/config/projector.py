@@ -17,7 +17,9 @@ class ProjectorConfig:
 
     name: str = MISSING
     kind: str = MISSING
-    checkpoint: str | None = None  # start from this projector: a .ckpt of ours, or the folder of a LLaVA or InternVL checkpoint
+    checkpoint: str | None = (
+        None  # start from this projector: a .ckpt of ours, or the folder of a LLaVA or InternVL checkpoint
+    )
 
 
 @register("projector")
@@ -35,13 +37,25 @@ class TokenProjectorConfig(ProjectorConfig):
     hidden_dim: int | None = None  # inner width of what attends or convolves; null is the encoder's width
     num_heads: int = 8
     reducer: Reducer = Reducer.none
-    pool_size: int = only_with("reducer=pool", lambda c: c.reducer is Reducer.pool, 2)  # patches per side that are averaged
-    resample_size: int = only_with("reducer=resample", lambda c: c.reducer is Reducer.resample, 12)  # patches per side that are left
-    keep_ratio: float = only_with("reducer=merge", lambda c: c.chooses_tokens, 0.25)  # share of tokens that merge and saliency leave
-    frame_stack: int = follows("hardware.frame_stack", 1)  # consecutive frames whose features at one position become one token
+    pool_size: int = only_with(
+        "reducer=pool", lambda c: c.reducer is Reducer.pool, 2
+    )  # patches per side that are averaged
+    resample_size: int = only_with(
+        "reducer=resample", lambda c: c.reducer is Reducer.resample, 12
+    )  # patches per side that are left
+    keep_ratio: float = only_with(
+        "reducer=merge", lambda c: c.chooses_tokens, 0.25
+    )  # share of tokens that merge and saliency leave
+    frame_stack: int = follows(
+        "hardware.frame_stack", 1
+    )  # consecutive frames whose features at one position become one token
     temporal: Temporal = Temporal.none
-    window: int = only_with("temporal=local_global", lambda c: c.temporal is Temporal.local_global, 256)  # tokens seen on each side
-    num_global: int = only_with("temporal=local_global", lambda c: c.temporal is Temporal.local_global, 8)  # its global tokens
+    window: int = only_with(
+        "temporal=local_global", lambda c: c.temporal is Temporal.local_global, 256
+    )  # tokens seen on each side
+    num_global: int = only_with(
+        "temporal=local_global", lambda c: c.temporal is Temporal.local_global, 8
+    )  # its global tokens
 
     @property
     def attends(self) -> bool:
@@ -68,7 +82,9 @@ class TokenProjectorConfig(ProjectorConfig):
 _COUNTS = (
     "depth", "num_layers", "num_heads", "num_queries", "shuffle", "pool_size", "resample_size", "frame_stack", "window", "hidden_dim"
 )  # fmt: skip
-_WIDTH = "temporal=attention"  # what makes `hidden_dim` and `num_heads` count where the projection itself does not attend
+_WIDTH = (
+    "temporal=attention"  # what makes `hidden_dim` and `num_heads` count where the projection itself does not attend
+)
 
 
 @register("projector")

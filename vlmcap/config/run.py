@@ -39,7 +39,9 @@ class HardwareConfig:
     frame_stack: int = 1
     gradient_checkpointing: bool = False
     # Gradient checkpointing computes only so many layers again as this needs; null is all.
-    activation_budget_gib: float | None = only_with("gradient_checkpointing=true", lambda c: c.gradient_checkpointing, None)
+    activation_budget_gib: float | None = only_with(
+        "gradient_checkpointing=true", lambda c: c.gradient_checkpointing, None
+    )
     compile: bool = False  # the language model's layers by torch.compile; benchmarks/train says what it brings
     # What gradient checkpointing keeps of the language model waits in host memory: slower, and smaller.
     offload_checkpoints: bool = only_with("gradient_checkpointing=true", lambda c: c.gradient_checkpointing, False)
@@ -49,9 +51,15 @@ class HardwareConfig:
     def __post_init__(self) -> None:
         require_positive("hardware", self, "devices")
         budget = self.activation_budget_gib
-        require(budget is None or budget > 0, f"hardware.activation_budget_gib must be above 0, or null for none, not {budget}")
+        require(
+            budget is None or budget > 0,
+            f"hardware.activation_budget_gib must be above 0, or null for none, not {budget}",
+        )
         is_sized = self.loss_chunk_mib is None or self.loss_chunk_mib >= 1
-        require(is_sized, f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}")
+        require(
+            is_sized,
+            f"hardware.loss_chunk_mib must be at least 1, or null for all logits at once, not {self.loss_chunk_mib}",
+        )
 
 
 _OWN = "engine=native num_beams=1 do_sample=false"  # where our own loop writes captions
@@ -64,10 +72,14 @@ class EvaluationConfig:
     tokenizer: str = "mecab_ko"
     normalize_fullwidth: bool = False  # count full-width letters and digits as the usual ones
     synonyms: str | None = None  # JSON file of content words that count as the same: {"바다": ["해양"]}
-    backend: EvaluationBackend = EvaluationBackend.native  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
+    backend: EvaluationBackend = (
+        EvaluationBackend.native
+    )  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
     # What decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py; transformers alone has beams.
-    engine: Engine = only_with("num_beams=1 do_sample=false", lambda c: c.engine is Engine.vllm or c.is_greedy, Engine.native)
+    engine: Engine = only_with(
+        "num_beams=1 do_sample=false", lambda c: c.engine is Engine.vllm or c.is_greedy, Engine.native
+    )
     # Folder of `vlmcap export`; null makes one under paths.cache_dir.
     vllm_model: str | None = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, None)
     # Interpreter of vLLM's own environment; null takes the vllm installed here.
@@ -75,7 +87,9 @@ class EvaluationConfig:
     # Share of the GPU that vLLM takes; encoder and projector need the rest.
     vllm_gpu_memory: float = only_with("engine=vllm", lambda c: c.engine is Engine.vllm, 0.7)
     max_clips: int = 128  # of the validation split while training; the whole split once at the end
-    max_final_clips: int | None = None  # of each of the splits val and test, the first ones; null scores whole splits at the end
+    max_final_clips: int | None = (
+        None  # of each of the splits val and test, the first ones; null scores whole splits at the end
+    )
     # Clips of a batch to caption for each row, at most 128 together: those beyond wait for rows that end; 1 for none.
     clips_per_row: int = only_with(_OWN, lambda c: c.is_refilling, 4)
     # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
@@ -98,28 +112,53 @@ class EvaluationConfig:
     facts: str | None = None  # JSON file of facts and the phrases that state them
     swap_videos: bool = False  # score again with the videos exchanged between clips
     swap_shifts: int = only_with("swap_videos=true", lambda c: c.swap_videos, 5)
-    siglip_checkpoint: str | None = None  # hub id or folder; image-text score of whole splits at the end. Rises when captions collapse
+    siglip_checkpoint: str | None = (
+        None  # hub id or folder; image-text score of whole splits at the end. Rises when captions collapse
+    )
     # Of each clip.
     siglip_frames: int = only_with("siglip_checkpoint=…", lambda c: c.siglip_checkpoint is not None, 8)
-    bert_checkpoint: str | None = None  # hub id or folder of a Korean text encoder; BERTScore of whole splits at the end
+    bert_checkpoint: str | None = (
+        None  # hub id or folder of a Korean text encoder; BERTScore of whole splits at the end
+    )
     # Hidden layer; null is the last.
     bert_layer: int | None = only_with("bert_checkpoint=…", lambda c: c.bert_checkpoint is not None, None)
     # Rare tokens weigh more.
     bert_idf: bool = only_with("bert_checkpoint=…", lambda c: c.bert_checkpoint is not None, False)
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "num_beams", "siglip_frames", "max_final_clips", "max_clips", "every_n_epochs", "swap_shifts")
+        require_positive(
+            "evaluation",
+            self,
+            "num_beams",
+            "siglip_frames",
+            "max_final_clips",
+            "max_clips",
+            "every_n_epochs",
+            "swap_shifts",
+        )
         for key in ("siglip_checkpoint", "bert_checkpoint"):
-            require(getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without")
+            require(
+                getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without"
+            )
         require_positive("evaluation", self, "clips_per_row")
         for key in ("cuda_graphs", "merge_adapters"):
             value = getattr(self, key)
-            require(value == "auto" or isinstance(value, bool), f"evaluation.{key} must be true, false or auto, not {value}")
+            require(
+                value == "auto" or isinstance(value, bool), f"evaluation.{key} must be true, false or auto, not {value}"
+            )
         for key in ("no_repeat_ngram_size", "speculate_ngram"):
-            require(getattr(self, key) >= 0, f"evaluation.{key} must be 0 or a number of tokens, not {getattr(self, key)}")
-        require(self.temperature > 0, f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false")
+            require(
+                getattr(self, key) >= 0, f"evaluation.{key} must be 0 or a number of tokens, not {getattr(self, key)}"
+            )
+        require(
+            self.temperature > 0,
+            f"evaluation.temperature must be above 0, not {self.temperature}; greedy search is do_sample=false",
+        )
         share = self.vllm_gpu_memory
-        require(0 < share < 1, f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the GPU")
+        require(
+            0 < share < 1,
+            f"evaluation.vllm_gpu_memory must be above 0 and below 1, not {share}: it is a share of the GPU",
+        )
         require(0 < self.top_p <= 1, f"evaluation.top_p must be above 0 and at most 1, not {self.top_p}")
 
     @property
@@ -189,7 +228,9 @@ class Config:
     @property
     def pool_size(self) -> int | None:
         """Patches per side that are averaged before features are kept; None where they are kept as they are encoded."""
-        return self.projector.pool_size if self.cache.pooled and isinstance(self.projector, TokenProjectorConfig) else None
+        return (
+            self.projector.pool_size if self.cache.pooled and isinstance(self.projector, TokenProjectorConfig) else None
+        )
 
     @property
     def monitor_mode(self) -> str:
@@ -205,7 +246,10 @@ class Config:
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
         for group in ("model", "encoder", "projector", "llm", "tuning", "hardware", "data"):
-            require(getattr(self, group).name.strip() != "", f"{group}.name is empty; give a name, or leave {group}.name out")
+            require(
+                getattr(self, group).name.strip() != "",
+                f"{group}.name is empty; give a name, or leave {group}.name out",
+            )
         require(self.mode in ("auto", "min", "max"), f"mode must be auto, min or max, not {self.mode}")
         is_wrong = self.mode == "max" and is_lower_better(self.monitor)
         require(not is_wrong, f"monitor={self.monitor} is better when it is lower; set mode=min, or leave mode out")
@@ -223,7 +267,12 @@ def is_lower_better(metric: str) -> bool:
     return metric.rsplit("/", 1)[-1] == "loss"
 
 
-OF_THE_MODEL = ("checkpoint", "revision", "gate", "license")  # what encoder and language model of a pretrained VLM have from it
+OF_THE_MODEL = (
+    "checkpoint",
+    "revision",
+    "gate",
+    "license",
+)  # what encoder and language model of a pretrained VLM have from it
 
 
 def check_native_components(plain: Mapping[str, Any]) -> None:

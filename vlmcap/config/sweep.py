@@ -52,7 +52,10 @@ class SweepConfig:
         is_hours = self.budget_h is None or 0 < self.budget_h < inf
         require(is_hours, f"sweep.budget_h must be above 0 hours, or null for no limit, not {self.budget_h}")
         is_known = not self.resume or self.folder is not None
-        require(is_known, "sweep.resume=true goes on with the sweep in sweep.folder, which has no value; give the folder under multirun/")
+        require(
+            is_known,
+            "sweep.resume=true goes on with the sweep in sweep.folder, which has no value; give the folder under multirun/",
+        )
 
 
 @register("sweep")
@@ -73,7 +76,9 @@ class OptunaSweepConfig(SweepConfig):
     sampler: Sampler = Sampler.tpe
     seed: int = 0  # of the sampler
     prune: bool = True  # stop a trial that is below the median of the others at the same validation
-    prune_after_trials: int = only_with("prune=true", lambda c: c.prune, 5)  # that must have ended before one is stopped
+    prune_after_trials: int = only_with(
+        "prune=true", lambda c: c.prune, 5
+    )  # that must have ended before one is stopped
     prune_after_epochs: int = only_with("prune=true", lambda c: c.prune, 1)  # validations that every trial is left
 
     def __post_init__(self) -> None:
@@ -95,7 +100,9 @@ class HalvingSweepConfig(SweepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.keep < 1, f"sweep.keep must be above 0 and below 1, not {self.keep}: it is the share that goes on")
+        require(
+            0 < self.keep < 1, f"sweep.keep must be above 0 and below 1, not {self.keep}: it is the share that goes on"
+        )
 
 
 @register("sweep")
@@ -139,7 +146,10 @@ class ParallelLauncherConfig(LauncherConfig):
         for key in ("n_jobs", "cpus_per_job", "mem_gb", "timeout_min"):
             value = getattr(self, key, None)
             require(value is None or value >= 1, f"launcher.{key} must be at least 1, or null, not {value}")
-        require(self.gpus_per_job is None or self.gpus_per_job >= 0, f"launcher.gpus_per_job must be 0 or more, not {self.gpus_per_job}")
+        require(
+            self.gpus_per_job is None or self.gpus_per_job >= 0,
+            f"launcher.gpus_per_job must be 0 or more, not {self.gpus_per_job}",
+        )
 
 
 @register("launcher")
@@ -176,5 +186,7 @@ class RayLauncherConfig(ParallelLauncherConfig):
 
     kind: str = "ray"
     address: str | None = None  # of a cluster; null starts one on this computer
-    n_jobs: int | None = only_with("address=null", lambda c: c.address is None, None)  # at a time; null is as many as there are cores for
+    n_jobs: int | None = only_with(
+        "address=null", lambda c: c.address is None, None
+    )  # at a time; null is as many as there are cores for
     cpus_per_job: int | None = 1  # cores

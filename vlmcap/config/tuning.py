@@ -30,10 +30,15 @@ class LoraConfig:
         names = targets.split(",") if isinstance(targets, str) else targets
         self.target_modules = ",".join(str(name).strip() for name in names) if isinstance(names, list) else targets
         is_named = isinstance(self.target_modules, str) and bool(self.target_modules)
-        require(is_named, f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]")
+        require(
+            is_named,
+            f"tuning.lora.target_modules={targets} is not all-linear or a list of modules such as [q_proj,v_proj]",
+        )
         require(0 <= self.dropout < 1, f"tuning.lora.dropout must be in [0, 1), not {self.dropout}")
         is_reached = not (self.use_dora and self.use_experts)
-        require(is_reached, "tuning.lora.use_dora=true does not reach experts; set it or tuning.lora.use_experts to false")
+        require(
+            is_reached, "tuning.lora.use_dora=true does not reach experts; set it or tuning.lora.use_experts to false"
+        )
 
 
 @dataclass(frozen=True)
@@ -206,4 +211,7 @@ class TwoStageConfig(LoraTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_possible = self.align_epochs <= self.epochs
-        require(is_possible, f"tuning.align_epochs={self.align_epochs} are more than tuning.epochs={self.epochs}, which counts both stages")
+        require(
+            is_possible,
+            f"tuning.align_epochs={self.align_epochs} are more than tuning.epochs={self.epochs}, which counts both stages",
+        )

@@ -102,7 +102,10 @@ _RULES = (
     ),
     _Rule(
         _GENERATED,
-        lambda run: run.evaluation.engine is Engine.vllm or not isinstance(run.model, Qwen2VlConfig | Qwen25VlConfig | Qwen3VlConfig),
+        lambda run: (
+            run.evaluation.engine is Engine.vllm
+            or not isinstance(run.model, Qwen2VlConfig | Qwen25VlConfig | Qwen3VlConfig)
+        ),
         "in a Qwen-VL model, whose captions transformers writes; leave {key} out",
     ),
     _Rule(

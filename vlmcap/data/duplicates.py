@@ -40,7 +40,9 @@ def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
         ValueError: The shape or the distance is another.
     """
     if hashes.ndim != 2 or hashes.shape[1] != NUM_HASHED_FRAMES or not 0 <= max_distance <= MAX_DISTANCE:
-        raise ValueError(f"hashes must be (N, 3) and max_distance 0 to {MAX_DISTANCE}, not {hashes.shape} and {max_distance}")
+        raise ValueError(
+            f"hashes must be (N, 3) and max_distance 0 to {MAX_DISTANCE}, not {hashes.shape} and {max_distance}"
+        )
     # Equal rows are one from here on: a thousand black clips are a thousand rows of one hash.
     distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
     parent = np.arange(len(distinct))

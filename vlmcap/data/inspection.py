@@ -100,7 +100,9 @@ class Inspection:
 
 def read_captions(clips: Sequence[Clip]) -> SplitReport:
     """The lengths of a split's captions."""
-    counts = np.array([(len(clip.captions), len(clip.captions[0]) if clip.captions else 0) for clip in clips], dtype=np.int64)
+    counts = np.array(
+        [(len(clip.captions), len(clip.captions[0]) if clip.captions else 0) for clip in clips], dtype=np.int64
+    )
     counts = counts.reshape(-1, 2)
     return SplitReport(len(counts), int(counts[:, 0].sum()), counts[:, 1])
 
@@ -122,7 +124,9 @@ def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, l
     return sorted(((text, rows) for text, rows in found.items() if len(rows) > 1), key=lambda item: -len(item[1]))
 
 
-def read_videos(report: Inspection, items: Iterable[tuple[str, Sample | Skipped]], *, chosen: Sequence[int] = ()) -> Iterator[int]:
+def read_videos(
+    report: Inspection, items: Iterable[tuple[str, Sample | Skipped]], *, chosen: Sequence[int] = ()
+) -> Iterator[int]:
     """Fills in what the videos show; gives the number of clips done after each.
 
     Args:

@@ -117,7 +117,9 @@ class TableWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         self._opened.close()
 
@@ -149,7 +151,9 @@ class TableWriter:
         (self._partial / "table.npy").rename(_offsets_path(self._partial / "table.jsonl"))
         _refuse_equal_ids(ClipTable(self._partial / "table.jsonl"), np.frombuffer(self._ids, np.int64))
         path = self.folder / f"{self._digest.hexdigest()[:16]}.jsonl"
-        os.replace(_offsets_path(self._partial / "table.jsonl"), _offsets_path(path))  # first, so that a table never stands without
+        os.replace(
+            _offsets_path(self._partial / "table.jsonl"), _offsets_path(path)
+        )  # first, so that a table never stands without
         os.replace(self._partial / "table.jsonl", path)
         return ClipTable(path)
 

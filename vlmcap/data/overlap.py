@@ -23,11 +23,15 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
     """
     looks = {split: [_look(clip) for clip in clips] for split, clips in splits.items()}
     first_split: dict[Hashable, str] = {}
-    doubtful = {look for split, own in looks.items() for look in own if look and first_split.setdefault(look, split) != split}
+    doubtful = {
+        look for split, own in looks.items() for look in own if look and first_split.setdefault(look, split) != split
+    }
     contents = {}
     for split, own in looks.items():
         chosen = [position for position, look in enumerate(own) if look in doubtful]
-        contents[split] = _first_of_each([splits[split][position] for position in chosen], [own[position] for position in chosen], memo)
+        contents[split] = _first_of_each(
+            [splits[split][position] for position in chosen], [own[position] for position in chosen], memo
+        )
     counts, first = [], ""
     for one, other in combinations(contents, 2):
         both = [content for content in contents[one] if content in contents[other]]
@@ -51,10 +55,14 @@ def _look(clip: Clip) -> tuple[Hashable, ...] | None:
         return None
 
 
-def _first_of_each(clips: Sequence[Clip], looks: Sequence[tuple[Hashable, ...] | None], memo: Path) -> dict[Hashable, Clip]:
+def _first_of_each(
+    clips: Sequence[Clip], looks: Sequence[tuple[Hashable, ...] | None], memo: Path
+) -> dict[Hashable, Clip]:
     """Content to the first of the clips that have it."""
     is_remote = [look == (clip.frames or (clip.video,)) for clip, look in zip(clips, looks, strict=True)]
-    hashes = iter(content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist())
+    hashes = iter(
+        content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist()
+    )
     found: dict[Hashable, Clip] = {}
     for clip, look, is_address in zip(clips, looks, is_remote, strict=True):
         found.setdefault(look if is_address else next(hashes), clip)

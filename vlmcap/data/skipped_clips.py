@@ -39,7 +39,9 @@ class SkippedClipLog:
         max_lines: Of the file.
     """
 
-    def __init__(self, path: str | Path, max_bad_fraction: float, num_clips: int, *, max_lines: int = _MAX_LINES) -> None:
+    def __init__(
+        self, path: str | Path, max_bad_fraction: float, num_clips: int, *, max_lines: int = _MAX_LINES
+    ) -> None:
         self.path = Path(path)
         self.max_bad_fraction = max_bad_fraction
         self.num_clips = num_clips
@@ -89,7 +91,9 @@ class SkippedClipLog:
         with _locked(self.path) as file:
             self._bad |= self._read_new(file)
             lines = [_line(skipped) for key, skipped in fresh.items() if key not in self._written]
-            os.write(file, _line_break(file) + b"".join(lines))  # one write, so that without a lock lines do not mix either
+            os.write(
+                file, _line_break(file) + b"".join(lines)
+            )  # one write, so that without a lock lines do not mix either
             self._read_new(file)
 
     def _read_new(self, file: int) -> set[bytes]:

@@ -122,5 +122,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     except re.error as error:
         raise UserError(f"data.splits.group_pattern={pattern} is no regular expression: {error}") from error
     if not compiled.groups:
-        raise UserError(f"data.splits.group_pattern={pattern} has no group: put the part of the id that names the source in parentheses")
+        raise UserError(
+            f"data.splits.group_pattern={pattern} has no group: put the part of the id that names the source in parentheses"
+        )
     return compiled

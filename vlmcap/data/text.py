@@ -8,11 +8,15 @@ from collections.abc import Iterable
 
 # What nobody sees and no tokenizer expects: control characters, soft hyphens, marks of width zero and of direction, byte order marks, and
 # half surrogates, which no file can hold. The joiners and variants that emoji are made of stay.
-_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 _HANGUL = re.compile("[\uac00-\ud7a3\u1100-\u11ff\u3130-\u318f]")  # syllables and jamo
 
-_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols by their category, of which nothing is drawn
+_FILLERS = frozenset(
+    "\u115f\u1160\u2800\u3164\uffa0"
+)  # letters and symbols by their category, of which nothing is drawn
 
 
 def normalize_caption(text: str) -> str:
@@ -38,4 +42,8 @@ def is_mainly_hangul(texts: Iterable[str]) -> bool:
 
 def _is_visible(char: str) -> bool:
     """Whether a character shows something by itself: no control, format, blank or combining character and no filler."""
-    return char not in _FILLERS and (category := unicodedata.category(char))[0] not in "ZM" and category not in ("Cc", "Cf", "Cs")
+    return (
+        char not in _FILLERS
+        and (category := unicodedata.category(char))[0] not in "ZM"
+        and category not in ("Cc", "Cf", "Cs")
+    )

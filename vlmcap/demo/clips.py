@@ -93,4 +93,6 @@ def _write_one(root: Path, job: _Job) -> None:
 
     write_video(root / job.split / "videos" / f"{job.name}.mp4", render(job.scene, job.seed), FPS)
     label = {"annotation": {"description_kr": describe(job.scene, random.Random(job.seed))}, "facts": asdict(job.scene)}
-    (root / job.split / "labels" / f"{job.name}.json").write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
+    (root / job.split / "labels" / f"{job.name}.json").write_text(
+        json.dumps(label, ensure_ascii=False), encoding="utf-8"
+    )

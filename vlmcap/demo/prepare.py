@@ -65,7 +65,9 @@ def tiny_parts(config: Config) -> dict[str, Path]:
     def make_llm(target: Path) -> None:
         captions, steps = [clip.captions[0] for clip in clips], max(2, round(LANGUAGE_STEPS * share))
         with progress_reporter("training the tiny language model") as report:
-            make_language_model(target, captions, prompt="영상을 설명해 주세요.", num_steps=steps, seed=seed, progress=report)
+            make_language_model(
+                target, captions, prompt="영상을 설명해 주세요.", num_steps=steps, seed=seed, progress=report
+            )
 
     def make_tiny_encoder(target: Path) -> None:
         tokenizer, steps = AutoTokenizer.from_pretrained(llm), max(2, round(ENCODER_STEPS * share))

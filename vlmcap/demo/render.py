@@ -27,7 +27,13 @@ _SKY = {  # top, bottom, light on the ground
     "한밤": ((8, 10, 35), (30, 35, 80), 0.3),
 }
 _DARK, _WHITE, _GLOW, _PINK, _CYAN = (25, 25, 25), (245, 245, 245), (255, 185, 110), (240, 90, 200), (120, 240, 235)
-_COLOUR = {"빨간": (225, 25, 25), "파란": (25, 60, 230), "노란": (250, 220, 20), "하얀": (250, 250, 250), "초록": (20, 170, 50)}
+_COLOUR = {
+    "빨간": (225, 25, 25),
+    "파란": (25, 60, 230),
+    "노란": (250, 220, 20),
+    "하얀": (250, 250, 250),
+    "초록": (20, 170, 50),
+}
 
 
 def _grid(size: int) -> tuple[Image, Image]:
@@ -69,7 +75,9 @@ def _ground(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Image, M
         image[np.sin(y * 90 + 2 * np.sin(x * 12 + phase)) > 0.75] = (150, 200, 225)
         return image, below
     if scene.place == "산자락":
-        ridge = np.minimum(*(np.abs(x - cx) * rng.uniform(0.9, 1.3) + 0.3 for cx in (rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.9))))
+        ridge = np.minimum(
+            *(np.abs(x - cx) * rng.uniform(0.9, 1.3) + 0.3 for cx in (rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.9)))
+        )
         image[:] = (60, 95, 60)
         image[y < ridge + 0.1] = (215, 215, 220)
         image[y > 0.75] = (45, 75, 40)
@@ -139,7 +147,12 @@ def _object_layers(name: str, u: Image, v: Image) -> list[tuple[Mask, tuple[int,
     if name == "방패연":
         inner = (across < 0.62) & (down < 0.62)
         tails = (np.abs(across - 0.5) < 0.14) & (v > 0.8) & (v < 1.7)
-        return [(tails, _PINK), ((across < 0.9) & (down < 0.9), _WHITE), (inner, None), (inner & (np.abs(across - down) < 0.14), _DARK)]
+        return [
+            (tails, _PINK),
+            ((across < 0.9) & (down < 0.9), _WHITE),
+            (inner, None),
+            (inner & (np.abs(across - down) < 0.14), _DARK),
+        ]
     if name == "갈매기":
         wings = (np.abs(v - 0.1 + (0.6 - 1.2 * np.abs(across - 0.6))) < 0.27) & (across < 1.25)
         return [(wings, None), (wings & (across > 0.85), _DARK)]
@@ -188,7 +201,9 @@ def render(scene: Scene, seed: int) -> NDArray[np.uint8]:
     for step in range(NUM_FRAMES):
         t = step / (NUM_FRAMES - 1)
         frame = _camera(background, scene, t, pan)
-        _draw_object(frame, scene, (start + (end - start) * t) * SIZE, (height + wobble * np.sin(6.28 * t)) * SIZE, radius)
+        _draw_object(
+            frame, scene, (start + (end - start) * t) * SIZE, (height + wobble * np.sin(6.28 * t)) * SIZE, radius
+        )
         _fall(frame, scene, drops, step)
         frames[step] = np.clip(frame, 0, 255)
     return frames

@@ -36,7 +36,9 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {
 """Of each tiny encoder, as a `config.json` has it."""
 
 
-def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: str, num_steps: int, seed: int, progress: Progress) -> None:
+def make_encoder(
+    folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: str, num_steps: int, seed: int, progress: Progress
+) -> None:
     """Trains a vision tower of 0.2 M parameters on single frames and captions, beside a text tower that is not kept, and saves it.
 
     Source of the objective: Radford et al., https://arxiv.org/abs/2103.00020.
@@ -63,7 +65,11 @@ def make_encoder(folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: s
         "vocab_size": len(tokenizer),
         "max_position_embeddings": ids.shape[1],
     }
-    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.pad_token_id}
+    text |= {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.pad_token_id,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Any = CLIPModel(CLIPConfig(vision_config=_CLIP, text_config=text, projection_dim=_WIDTH))
@@ -84,7 +90,9 @@ def _batches(frames: Tensor, ids: Tensor, mask: Tensor, preprocessing: Preproces
         yield {"input_ids": ids[rows], "attention_mask": mask[rows].long(), "pixel_values": pixels}
 
 
-def _contrast(model: Any, batches: Iterator[dict[str, Tensor]], num_steps: int, progress: Callable[[int], None]) -> None:
+def _contrast(
+    model: Any, batches: Iterator[dict[str, Tensor]], num_steps: int, progress: Callable[[int], None]
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.05)
     for step in range(num_steps):
         loss = model(**next(batches), return_loss=True).loss
@@ -126,7 +134,9 @@ def _save(tower: Any, folder: Path) -> None:
 
 def _encode_captions(clips: Sequence[Clip], tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Ids and mask (N, S) of each clip's first caption."""
-    encoded = tokenizer([clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95)
+    encoded = tokenizer(
+        [clip.captions[0] for clip in clips], padding=True, return_tensors="pt", truncation=True, max_length=95
+    )
     ids = torch.cat([encoded["input_ids"], torch.full((len(clips), 1), tokenizer.pad_token_id)], dim=1)
     lengths = encoded["attention_mask"].sum(1)
     ids[torch.arange(len(clips)), lengths] = tokenizer.eos_token_id  # CLIP reads the caption off its end token

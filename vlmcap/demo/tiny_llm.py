@@ -60,7 +60,9 @@ def train_tokenizer(texts: Sequence[str], prompt: str) -> Any:
     return fast
 
 
-def make_language_model(folder: Path, texts: Sequence[str], *, prompt: str, num_steps: int, seed: int, progress: Progress) -> None:
+def make_language_model(
+    folder: Path, texts: Sequence[str], *, prompt: str, num_steps: int, seed: int, progress: Progress
+) -> None:
     """Trains a Qwen3 of 0.7 M parameters on captions alone and saves it with its tokenizer.
 
     Each example is a chat in which the user's turn holds the caption's words in disorder and with gaps, and the answer is the caption.
@@ -107,7 +109,9 @@ def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.R
         words = [word for word in text.split() if rng.random() > 0.1]
         rng.shuffle(words)
         chat = [{"role": "user", "content": f"{' '.join(words)}\n{prompt}"}]
-        question = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"]
+        question = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))[
+            "input_ids"
+        ]
         rows.append((question, [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]))
     width = max(len(question) + len(answer) for question, answer in rows)
     ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))

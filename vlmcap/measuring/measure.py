@@ -138,7 +138,10 @@ class Comparison:
             }
             for phase, (planned, moment, use, total) in phases.items()
         }
-        seconds = {"seconds_per_clip": (plan.clip_s, measured.clip_s), "seconds_per_token": (plan.token_s, measured.token_s)}
+        seconds = {
+            "seconds_per_clip": (plan.clip_s, measured.clip_s),
+            "seconds_per_token": (plan.token_s, measured.token_s),
+        }
         return {
             "model": plan.title,
             "hardware": plan.hardware,
@@ -209,9 +212,13 @@ def _check_room(plan: Plan, present: DetectedDevice, config: Config) -> None:
     """
     if not present.free_gib or plan.peak_gib <= present.free_gib:
         return
-    sentence = f"{plan.title} needs {plan.peak_gib:.1f} GiB by its plan and {present.name} has {present.free_gib:.1f} free"
+    sentence = (
+        f"{plan.title} needs {plan.peak_gib:.1f} GiB by its plan and {present.name} has {present.free_gib:.1f} free"
+    )
     if config.hardware.accelerator == "cpu":
-        raise UserError(f"{sentence}; measure less of it with --blocks 1, a smaller data.batch_size or data.eval_batch_size")
+        raise UserError(
+            f"{sentence}; measure less of it with --blocks 1, a smaller data.batch_size or data.eval_batch_size"
+        )
     print(f"Warning: {sentence}.", file=sys.stderr, flush=True)
 
 
@@ -292,20 +299,36 @@ def show_comparison(comparison: Comparison) -> None:
     """Prints plan and measurement side by side, whether it is kept, and how far off the plan is last."""
     console = Console(highlight=False)
     plan, measured, ratios = comparison.plan, comparison.measured, comparison.ratios
-    cut = "" if comparison.num_blocks is None else f", {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''}"
-    table = Table(title=f"{plan.title}{cut}, hardware={plan.hardware}, on {comparison.gpu}", title_justify="left", title_style="bold")
+    cut = (
+        ""
+        if comparison.num_blocks is None
+        else f", {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''}"
+    )
+    table = Table(
+        title=f"{plan.title}{cut}, hardware={plan.hardware}, on {comparison.gpu}",
+        title_justify="left",
+        title_style="bold",
+    )
     for column in ("", "plan", "measured", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
-    memory = {"training": (plan.training_gib, comparison.training_gib), "generation": (plan.generation_gib, comparison.generation_gib)}
+    memory = {
+        "training": (plan.training_gib, comparison.training_gib),
+        "generation": (plan.generation_gib, comparison.generation_gib),
+    }
     for name, (expected, found) in memory.items():
         table.add_row(f"memory in {name}", f"{expected:.2f} GiB", f"{found:.2f} GiB", f"{ratios[f'{name}_gib']:.2f}")
-    for name, moment, use in (("training", plan.training, measured.training), ("generation", plan.generation, measured.generation)):
+    for name, moment, use in (
+        ("training", plan.training, measured.training),
+        ("generation", plan.generation, measured.generation),
+    ):
         expected = moment.allocated / GIB
         ratio = f"{use.allocated / expected:.2f}"
         table.add_row(f"  of it by tensors, {name}", f"{expected:.2f} GiB", f"{use.allocated:.2f} GiB", ratio)
     table.add_row("  of it beside PyTorch", f"{plan.gpu.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
     if measured.process_gib:
-        table.add_row("memory of the host's process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", "")
+        table.add_row(
+            "memory of the host's process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", ""
+        )
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
     for name, (label, expected, found) in rows.items():
@@ -315,7 +338,9 @@ def show_comparison(comparison: Comparison) -> None:
         console.print(f"Not kept for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
     else:
         console.print(
-            "Kept: `vlmcap plan` uses these figures for this GPU; `vlmcap doctor --forget` removes them.", markup=False, soft_wrap=True
+            "Kept: `vlmcap plan` uses these figures for this GPU; `vlmcap doctor --forget` removes them.",
+            markup=False,
+            soft_wrap=True,
         )
     console.print(distance(comparison), style="bold", markup=False, soft_wrap=True)
 

@@ -37,7 +37,15 @@ from vlmcap.models.llm.attention import choose_attention
 from vlmcap.models.llm.experts import FusedExperts, pack_experts, replace_experts
 from vlmcap.models.llm.load import quantization_config
 from vlmcap.models.projectors import build_projector, check_projector
-from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, architecture, meta_encoder, meta_vlm, planned_sizes, processor, text_config
+from vlmcap.planning.estimate.meta_models import (
+    PROMPT_TOKENS,
+    architecture,
+    meta_encoder,
+    meta_vlm,
+    planned_sizes,
+    processor,
+    text_config,
+)
 
 _STD = 0.02  # of random weights, as transformers' own
 _PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
@@ -97,7 +105,9 @@ def _write(folder: Path, values: dict[str, Any]) -> str:
     return str(folder)
 
 
-def random_captioner(config: Config, *, has_encoder: bool, num_kept_layers: int = 0, say: Callable[[str], None]) -> VideoCaptioner:
+def random_captioner(
+    config: Config, *, has_encoder: bool, num_kept_layers: int = 0, say: Callable[[str], None]
+) -> VideoCaptioner:
     """The captioner of a configuration, trained parts as training has them.
 
     Args:
@@ -175,7 +185,9 @@ def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[st
     if quantization == "4bit":
         replace_experts(llm, to_pack=True)
     keys = get_keys_to_not_convert(llm) if kept is None else kept
-    replace_with_bnb_linear(llm, modules_to_not_convert=keys, quantization_config=quantization_config(quantization, dtype))
+    replace_with_bnb_linear(
+        llm, modules_to_not_convert=keys, quantization_config=quantization_config(quantization, dtype)
+    )
     setattr(llm, f"is_loaded_in_{quantization}", True)  # peft asks
 
 
@@ -213,7 +225,9 @@ def _made(owner: nn.Module, name: str, tensor: Any, device: str, dtype: torch.dt
         return Params4bit(weight, requires_grad=False, **tensor.__dict__).to(device)
     if isinstance(tensor, Int8Params):  # quantised on the way from the host to the GPU, a layer at a time
         settings = {key: value for key, value in tensor.__dict__.items() if key != "SCB"}
-        return Int8Params(torch.empty(tensor.shape, dtype=dtype).normal_(std=_STD), requires_grad=False, **settings).to(device)
+        return Int8Params(torch.empty(tensor.shape, dtype=dtype).normal_(std=_STD), requires_grad=False, **settings).to(
+            device
+        )
     values = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         if tensor.ndim >= 2:
@@ -249,7 +263,9 @@ def _set_attention(config: Config, encoder: Any) -> None:
 def _prompt(config: Config) -> Any:
     """What a captioner asks of its prompt, without a tokenizer: captions stay ids, and at first no token ends one."""
     beyond = int(text_config(config).vocab_size)
-    return SimpleNamespace(question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: rows)
+    return SimpleNamespace(
+        question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: rows
+    )
 
 
 def _billions(module: nn.Module) -> str:

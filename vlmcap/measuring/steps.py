@@ -75,7 +75,9 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     shape = frames_shape(config, encoder, sizes.grid)
     varies = config.is_pretrained_vlm or shape[1] != 3
     is_packed = config.data.batching is Batching.packed and any(captions)
-    batch = language_batch(captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed)
+    batch = language_batch(
+        captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed
+    )
     most = min(_MOST_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
     targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
@@ -83,7 +85,9 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     if config.cache.enabled is True:
         frames, rows, columns = sizes.grid
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.cache.dtype, torch.float16)
-        return dataclasses.replace(batch, features=torch.randn(len(captions), frames, rows * columns, sizes.embed_dim, dtype=dtype))
+        return dataclasses.replace(
+            batch, features=torch.randn(len(captions), frames, rows * columns, sizes.embed_dim, dtype=dtype)
+        )
     return dataclasses.replace(batch, frames=torch.randint(0, 256, (len(captions), *shape), dtype=torch.uint8))
 
 
@@ -123,7 +127,9 @@ def ending_ids(rows: Sequence[Sequence[int]]) -> list[int]:
 class _Clock(L.Callback):
     """Takes the time and the memory of what the trainer does."""
 
-    def __init__(self, captioner: VideoCaptioner, num_micro: int, num_new: int, use: MemoryUse, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, captioner: VideoCaptioner, num_micro: int, num_new: int, use: MemoryUse, say: Callable[[str], None]
+    ) -> None:
         self.captioner, self.num_micro, self.num_new, self.use, self.say = captioner, num_micro, num_new, use, say
         self.micro_s: list[float] = []  # of timed steps: forward and backward passes
         self.optimizer_s: list[float] = []
@@ -150,7 +156,9 @@ class _Clock(L.Callback):
         self._note(trainer, self.micro_s)
         self._has_stepped = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Ends a micro-batch, or the step of the optimizer behind it."""
         self._note(trainer, self.optimizer_s if self._has_stepped else self.micro_s, batch_idx)
         self._has_stepped = False
@@ -179,7 +187,13 @@ class _Clock(L.Callback):
         self._lap()
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keeps captions and their seconds."""
         self.caption_s.append(self._lap())
@@ -234,20 +248,26 @@ def measured_run(
     module = make_module(config, captioner, plan, {}, SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, 1))
     batches = [random_batch(config, sizes, captions) for captions in rows]
     # The loss of the clips comes with the captions that are not timed.
-    validation = _loader(config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())])
+    validation = _loader(
+        config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
+    )
     with deterministic_kernels(config.is_deterministic), keeping_interrupts(trainer):
         trainer.fit(module, _loader(config, batches), validation)
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
     context_gib = max(clock.context_gib, use.context_gib())
     process_gib = resident("VmHWM") / GIB if use.is_cuda else 0.0
-    return Measured(clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib)
+    return Measured(
+        clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib
+    )
 
 
 def _fullest_stage(config: Config) -> Stage:
     """One epoch that trains all that any stage trains, with so low rates that random weights stay numbers."""
     stages = config.tuning.stages.values()
     parts = ("encoder_lr", "projector_lr", "adapter_lr", "llm_lr")
-    return Stage(epochs=1, **{part: _RATE if any(getattr(stage, part) > 0 for stage in stages) else 0.0 for part in parts})
+    return Stage(
+        epochs=1, **{part: _RATE if any(getattr(stage, part) > 0 for stage in stages) else 0.0 for part in parts}
+    )
 
 
 def _loader(config: Config, batches: Sequence[Batch | ValidationBatch]) -> DataLoader[Any]:

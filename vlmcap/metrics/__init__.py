@@ -8,7 +8,14 @@ Importing this package loads no analyser; each is loaded by the first score that
 """
 
 from vlmcap.metrics.facts import FactLexicon, fact_accuracy, permutation_expectation, swapped_fact_accuracy
-from vlmcap.metrics.scores import METRIC_LABELS, METRIC_NAMES, STANDARD_METRICS, score_by_category, score_captions, score_each
+from vlmcap.metrics.scores import (
+    METRIC_LABELS,
+    METRIC_NAMES,
+    STANDARD_METRICS,
+    score_by_category,
+    score_captions,
+    score_each,
+)
 from vlmcap.metrics.tokenizers import TOKENIZER_NAMES, Tokenizer, get_tokenizer, normalize
 
 __all__ = [

@@ -50,14 +50,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="JSONL, JSON or text, see below")
-    parser.add_argument("--references", type=Path, nargs="+", default=[], metavar="FILE", help="where they stand in files of their own")
     parser.add_argument(
-        "--tokenizer", default=DEFAULT_TOKENIZER, metavar="NAME", help=f"one of {', '.join(TOKENIZER_NAMES)} (default: %(default)s)"
+        "--references", type=Path, nargs="+", default=[], metavar="FILE", help="where they stand in files of their own"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default=DEFAULT_TOKENIZER,
+        metavar="NAME",
+        help=f"one of {', '.join(TOKENIZER_NAMES)} (default: %(default)s)",
     )
     parser.add_argument("--metrics", metavar="NAME,NAME", help="only these, parted by commas (default: all)")
-    parser.add_argument("--fold-width", action="store_true", help="count full-width forms (３ｋｍ) as the usual ones (3km)")
-    parser.add_argument("--synonyms", type=Path, metavar="FILE", help='JSON of content words that count as the same: {"바다": ["해양"]}')
-    parser.add_argument("--backend", default=BACKENDS[0], metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: %(default)s)")
+    parser.add_argument(
+        "--fold-width", action="store_true", help="count full-width forms (３ｋｍ) as the usual ones (3km)"
+    )
+    parser.add_argument(
+        "--synonyms", type=Path, metavar="FILE", help='JSON of content words that count as the same: {"바다": ["해양"]}'
+    )
+    parser.add_argument(
+        "--backend", default=BACKENDS[0], metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table; NaN is null")
     return parser
 
@@ -67,13 +78,22 @@ def _score(options: argparse.Namespace) -> None:
     tokenizer = get_tokenizer(options.tokenizer, normalize_fullwidth=options.normalize_fullwidth)
     corpus = read_captions(options.predictions, options.references)
     scores = score_with(
-        options.backend, corpus.predictions, corpus.references, tokenizer=tokenizer, metrics=metrics, synonyms=options.synonyms
+        options.backend,
+        corpus.predictions,
+        corpus.references,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        synonyms=options.synonyms,
     )
     groups: dict[Hashable, dict[str, float]] = {}
     if any(corpus.categories):
         groups = score_by_category(corpus.predictions, corpus.references, corpus.categories, tokenizer=tokenizer)
     if options.json:
-        print(json.dumps(_record(scores, groups, tokenizer, options.backend, corpus.references), ensure_ascii=False, indent=2))
+        print(
+            json.dumps(
+                _record(scores, groups, tokenizer, options.backend, corpus.references), ensure_ascii=False, indent=2
+            )
+        )
     else:
         print(_table(scores, tokenizer, options.backend, corpus.references))
         print(_group_table(groups), end="")
@@ -84,9 +104,15 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _record(
-    scores: dict[str, float], groups: dict[Hashable, dict[str, float]], tokenizer: Tokenizer, backend: str, references: list[list[str]]
+    scores: dict[str, float],
+    groups: dict[Hashable, dict[str, float]],
+    tokenizer: Tokenizer,
+    backend: str,
+    references: list[list[str]],
 ) -> dict[str, object]:
-    categories = {str(name): {key: _plain(row[key]) for key in ("clips", *_GROUP_METRICS)} for name, row in groups.items()}
+    categories = {
+        str(name): {key: _plain(row[key]) for key in ("clips", *_GROUP_METRICS)} for name, row in groups.items()
+    }
     return {
         "scores": {name: _plain(value) for name, value in scores.items()},
         **({"categories": categories} if groups else {}),
@@ -114,7 +140,9 @@ def _group_table(groups: dict[Hashable, dict[str, float]]) -> str:
     """A line a category; the name stands last, as Hangul takes two columns and would break the alignment of what follows it."""
     if not groups:
         return ""
-    head = f"{'clips':>7}" + "".join(f"  {METRIC_LABELS[name]:>{_width(name)}}" for name in _GROUP_METRICS) + "  category"
+    head = (
+        f"{'clips':>7}" + "".join(f"  {METRIC_LABELS[name]:>{_width(name)}}" for name in _GROUP_METRICS) + "  category"
+    )
     rows = [
         f"{row['clips']:7.0f}"
         + "".join(f"  {row[name]:{_width(name)}.4f}" for name in _GROUP_METRICS)

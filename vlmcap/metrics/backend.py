@@ -65,7 +65,9 @@ def score_with(
     scores = score_captions(predictions, references, tokenizer=tokenizer, metrics=names, synonyms=synonyms)
     if len(ours) < len(wanted):
         split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        scores |= coco_scores([split(text) for text in predictions], [[split(text) for text in refs] for refs in references], wanted)
+        scores |= coco_scores(
+            [split(text) for text in predictions], [[split(text) for text in refs] for refs in references], wanted
+        )
     return {name: scores[name] for name in wanted}
 
 
@@ -92,7 +94,9 @@ def coco_scores(
     except ImportError as error:
         raise UserError('The backend "pycocoevalcap" needs its package: pip install pycocoevalcap.') from error
     if not any(tokens for refs in references for tokens in refs):
-        raise UserError("The references have no token at all, and pycocoevalcap cannot score that: use the backend native.")
+        raise UserError(
+            "The references have no token at all, and pycocoevalcap cannot score that: use the backend native."
+        )
     # Spaces join and part tokens again in the package; no token of ours holds one.
     truth = {index: [" ".join(tokens) for tokens in refs] for index, refs in enumerate(references)}
     results = {index: [" ".join(tokens)] for index, tokens in enumerate(hypotheses)}

@@ -67,7 +67,9 @@ def _join_lines(entries: list[_Entry], paths: Sequence[Path]) -> CaptionFile:
     streams = [_read_lines(path) for path in paths]
     for path, lines in zip(paths, streams, strict=True):
         if len(lines) != len(entries):
-            raise UserError(f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to prediction n.")
+            raise UserError(
+                f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to prediction n."
+            )
     # An empty line in one of several files says that this clip has fewer references.
     rows = [[line for line in row if line.strip()] or [row[0]] for row in zip(*streams, strict=True)]
     return _corpus(entries, rows)
@@ -81,7 +83,9 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
         by_name.setdefault(entry.name, []).extend(entry.references)
     lacking = next((entry.name for entry in entries if entry.name is None or entry.name not in by_name), "")
     if lacking is None:
-        raise UserError(f"{path}: the predictions have no ids, so the references of {other_path} cannot be found for them.")
+        raise UserError(
+            f"{path}: the predictions have no ids, so the references of {other_path} cannot be found for them."
+        )
     if lacking:
         raise UserError(f"{other_path} has no references for the prediction with id {lacking}.")
     rows = [by_name[str(entry.name)] for entry in entries]
@@ -89,7 +93,9 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
 
 
 def _corpus(entries: list[_Entry], references: list[list[Any]], num_unused: int = 0) -> CaptionFile:
-    return CaptionFile([entry.prediction for entry in entries], references, [entry.category for entry in entries], num_unused)
+    return CaptionFile(
+        [entry.prediction for entry in entries], references, [entry.category for entry in entries], num_unused
+    )
 
 
 def _read_entries(path: Path, wanted: str) -> list[_Entry]:
@@ -100,11 +106,21 @@ def _read_entries(path: Path, wanted: str) -> list[_Entry]:
     if content.lstrip().startswith("[") or (content.lstrip().startswith("{") and _is_one_object(content)):
         rows = _parse(content, str(path))
         # COCO's annotations are one object that holds a list.
-        rows = rows["annotations"] if isinstance(rows, dict) and "annotations" in rows else [rows] if isinstance(rows, dict) else rows
+        rows = (
+            rows["annotations"]
+            if isinstance(rows, dict) and "annotations" in rows
+            else [rows]
+            if isinstance(rows, dict)
+            else rows
+        )
         numbered = [(f"{path}: entry {index}", row) for index, row in enumerate(rows, start=1)]
     else:
         lines = content.split("\n")
-        numbered = [(f"{path}, line {n}", _parse(line, f"{path}, line {n}")) for n, line in enumerate(lines, start=1) if line.strip()]
+        numbered = [
+            (f"{path}, line {n}", _parse(line, f"{path}, line {n}"))
+            for n, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
     entries = [_entry(row, place, wanted) for place, row in numbered]
     seen: set[str] = set()
     for name in (entry.name for entry in entries if entry.name is not None and wanted == "prediction"):
@@ -126,7 +142,9 @@ def _entry(row: Any, place: str, wanted: str) -> _Entry:
         raise UserError(f"{place} has no key {wanted} (nor caption, as COCO's files have): its keys are {keys}.")
     references = [references] if isinstance(references, str) else references
     category = row.get("category")
-    return _Entry(None if name is None else str(name), prediction, references, "" if category is None else str(category))
+    return _Entry(
+        None if name is None else str(name), prediction, references, "" if category is None else str(category)
+    )
 
 
 _MISSING = object()
@@ -179,14 +197,20 @@ def check_captions(predictions: Sequence[str], references: Sequence[Sequence[str
         if not _is_list(given):
             raise UserError(f"{name} must be a list with an entry for each clip, got {_kind(given)}.")
     if len(predictions) != len(references):
-        raise UserError(f"There are {len(predictions)} predictions but {len(references)} lists of references: each clip needs one of both.")
+        raise UserError(
+            f"There are {len(predictions)} predictions but {len(references)} lists of references: each clip needs one of both."
+        )
     if len(predictions) == 0:
         raise UserError("There are no captions to score: give at least one prediction with its references.")
     for index, (prediction, refs) in enumerate(zip(predictions, references, strict=True)):
         if not isinstance(prediction, str):
-            raise UserError(f"The prediction of clip {index} is {_kind(prediction)}: give a text, empty if the model said nothing.")
+            raise UserError(
+                f"The prediction of clip {index} is {_kind(prediction)}: give a text, empty if the model said nothing."
+            )
         if not _is_list(refs):
-            raise UserError(f"The references of clip {index} are {_kind(refs)}: give a list of texts, also for a single one.")
+            raise UserError(
+                f"The references of clip {index} are {_kind(refs)}: give a list of texts, also for a single one."
+            )
         if len(refs) == 0:
             raise UserError(f"Clip {index} has no reference: leave it out or give it one.")
         for reference in refs:

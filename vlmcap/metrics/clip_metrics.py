@@ -140,15 +140,23 @@ def clip_scores(
         return {name: content_metric(content_counts(predictions, references, synonyms), name)}
     if name.startswith("facts/") and lexicon is not None:
         return _facts(name, predictions, references, lexicon)
-    raise UserError(f"{name} is no score of clips; there are {', '.join(COUNTED)}, meteor, meteor_ko, content_f1 and facts/mean")
+    raise UserError(
+        f"{name} is no score of clips; there are {', '.join(COUNTED)}, meteor, meteor_ko, content_f1 and facts/mean"
+    )
 
 
-def _facts(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, ClipMetric]:
+def _facts(
+    name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
+) -> dict[str, ClipMetric]:
     counts = fact_counts(predictions, references, lexicon)
-    metrics = {f"facts/{fact}": fact_metric(counts[:, [index]], f"facts/{fact}") for index, fact in enumerate(lexicon.phrases)}
+    metrics = {
+        f"facts/{fact}": fact_metric(counts[:, [index]], f"facts/{fact}") for index, fact in enumerate(lexicon.phrases)
+    }
     metrics["facts/mean"] = fact_metric(counts)
     if name not in metrics:
-        raise UserError(f"there is no fact {name.removeprefix('facts/')}: choose one of {', '.join(lexicon.phrases)}, mean")
+        raise UserError(
+            f"there is no fact {name.removeprefix('facts/')}: choose one of {', '.join(lexicon.phrases)}, mean"
+        )
     return metrics
 
 

@@ -102,11 +102,15 @@ def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
         raise UserError(f"{where} must be an object of words, each with a list of words that count as the same.")
     group: dict[str, str] = {}
     for word, others in given.items():
-        if not isinstance(others, list | tuple) or not all(isinstance(other, str) and other.strip() for other in (word, *others)):
+        if not isinstance(others, list | tuple) or not all(
+            isinstance(other, str) and other.strip() for other in (word, *others)
+        ):
             raise UserError(f"{where}: give {word!r} a list of words that count as the same, none of them empty.")
         for form in dict.fromkeys(form for other in (word, *others) for form in _dictionary_forms(other)):
             if group.setdefault(form, normalize(word)) != normalize(word):
-                raise UserError(f"{where}: {form!r} counts as both {group[form]!r} and {normalize(word)!r}; put it into one of the lists.")
+                raise UserError(
+                    f"{where}: {form!r} counts as both {group[form]!r} and {normalize(word)!r}; put it into one of the lists."
+                )
     return group
 
 

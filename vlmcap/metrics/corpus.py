@@ -18,7 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmcap.errors import UserError
-from vlmcap.metrics.ngram_scores import bleu_from_counts, cosine, inverse_frequency, length_penalty, ngrams_of_length, norms, scale
+from vlmcap.metrics.ngram_scores import (
+    bleu_from_counts,
+    cosine,
+    inverse_frequency,
+    length_penalty,
+    ngrams_of_length,
+    norms,
+    scale,
+)
 from vlmcap.metrics.ngrams import (
     Counts,
     Ints,
@@ -98,7 +106,9 @@ class ReferenceCorpus:
     def tokens(self) -> list[list[list[str]]]:
         """The tokens that were given: for each clip those of each reference."""
         words = list(self.vocabulary)
-        captions = [[words[i] for i in self.captions.slice(r, r + 1).ids.tolist()] for r in range(len(self.captions.start) - 1)]
+        captions = [
+            [words[i] for i in self.captions.slice(r, r + 1).ids.tolist()] for r in range(len(self.captions.start) - 1)
+        ]
         return [captions[a:b] for a, b in zip(self.first[:-1], self.first[1:], strict=True)]
 
     def _count(self, packed: Packed) -> list[OrderCounts]:
@@ -113,8 +123,13 @@ class ReferenceCorpus:
         bounds = self.first[_chunk_clips(packed.start[self.first])]
         for order, (caption, numbers) in enumerate(numbered(packed, number), start=1):
             cuts = np.searchsorted(caption, bounds).tolist()
-            pieces = [count_pairs(caption[a:b] - c, numbers[a:b]) for a, b, c in zip(cuts[:-1], cuts[1:], bounds, strict=False)]
-            orders.append(self._order(tables[-1], pieces, bounds, len(self.vocabulary) if order == 1 else len(tables[-1])))
+            pieces = [
+                count_pairs(caption[a:b] - c, numbers[a:b])
+                for a, b, c in zip(cuts[:-1], cuts[1:], bounds, strict=False)
+            ]
+            orders.append(
+                self._order(tables[-1], pieces, bounds, len(self.vocabulary) if order == 1 else len(tables[-1]))
+            )
         return orders
 
     def _order(self, table: Ints, pieces: list[Counts], bounds: Ints, size: int) -> OrderCounts:
@@ -127,7 +142,9 @@ class ReferenceCorpus:
         inverse = inverse_frequency(frequency, len(self))
         norm = [norms(piece, inverse[piece.ngram], number) for piece, number in zip(pieces, captions, strict=True)]
         entries = [np.bincount(piece.caption, minlength=number) for piece, number in zip(pieces, captions, strict=True)]
-        return OrderCounts(table, frequency, offsets(chain.from_iterable(entries), bounds[-1]), ngram, times, np.concatenate(norm))
+        return OrderCounts(
+            table, frequency, offsets(chain.from_iterable(entries), bounds[-1]), ngram, times, np.concatenate(norm)
+        )
 
     def _once_a_clip(self, pieces: list[Counts], bounds: Ints) -> Ints:
         """The n-grams of each clip, each once however many of its references have it."""
@@ -178,7 +195,10 @@ def clip_statistics(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
         UserError: There are not as many hypotheses as clips.
     """
     vocabulary = Vocabulary(references.vocabulary)
-    chunks = [_score_chunk(Packed.pack(chunk, vocabulary), references, first) for first, chunk in _chunk_captions(hypotheses, references)]
+    chunks = [
+        _score_chunk(Packed.pack(chunk, vocabulary), references, first)
+        for first, chunk in _chunk_captions(hypotheses, references)
+    ]
     columns = [np.concatenate([getattr(chunk, field.name) for chunk in chunks]) for field in fields(ClipStatistics)]
     statistics = ClipStatistics(*columns)
     if len(references) == 1:
@@ -192,7 +212,9 @@ def corpus_scores(statistics: ClipStatistics) -> dict[str, float]:
     BLEU is that of the summed counts, the others are means over clips. Scales as in `vlmcap.metrics.score_captions`.
     """
     s = statistics
-    bleu = bleu_from_counts(s.matches.sum(axis=0), s.ngrams.sum(axis=0), s.hypothesis_length.sum(), s.reference_length.sum())
+    bleu = bleu_from_counts(
+        s.matches.sum(axis=0), s.ngrams.sum(axis=0), s.hypothesis_length.sum(), s.reference_length.sum()
+    )
     scores = {f"bleu_{order}": float(score) for order, score in enumerate(bleu, start=1)}
     return scores | {name: float(getattr(s, name).mean()) for name in ("cider", "cider_d", "rouge_l")}
 
@@ -213,11 +235,16 @@ def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> d
         UserError: The numbers of labels and clips differ.
     """
     if len(categories) != len(statistics.rouge_l):
-        raise UserError(f"There are {len(categories)} categories for {len(statistics.rouge_l)} clips: give each clip one.")
+        raise UserError(
+            f"There are {len(categories)} categories for {len(statistics.rouge_l)} clips: give each clip one."
+        )
     rows: dict[Hashable, list[int]] = {}
     for index, category in enumerate(categories):
         rows.setdefault(category, []).append(index)
-    return {category: corpus_scores(statistics.take(found)) | {"clips": float(len(found))} for category, found in rows.items()}
+    return {
+        category: corpus_scores(statistics.take(found)) | {"clips": float(len(found))}
+        for category, found in rows.items()
+    }
 
 
 def _chunk_captions(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -> Iterator[tuple[int, list[Tokens]]]:
@@ -246,10 +273,14 @@ def _score_chunk(packed: Packed, references: ReferenceCorpus, first: int) -> Cli
     others = references.captions.slice(begin[0], begin[-1])
     pairs = _Pairs(begin[:-1] - begin[0], np.diff(begin), np.repeat(np.arange(clips), np.diff(begin)))
     matches, cosines = [], np.zeros(len(pairs.hypothesis))
-    for order, counts in zip(references.orders, count_ngrams(packed, [order.keys for order in references.orders[1:]]), strict=True):
+    for order, counts in zip(
+        references.orders, count_ngrams(packed, [order.keys for order in references.orders[1:]]), strict=True
+    ):
         inverse, known = _weights(counts, order, len(references))
         norm = norms(counts, inverse, clips)
-        matched, dots = _match(Counts(*(c[known] for c in counts)), inverse[known], order.entries(begin[0], begin[-1]), pairs)
+        matched, dots = _match(
+            Counts(*(c[known] for c in counts)), inverse[known], order.entries(begin[0], begin[-1]), pairs
+        )
         matches.append(matched)
         cosines += cosine(dots, norm[pairs.hypothesis], order.norm[begin[0] : begin[-1]])
     difference = packed.lengths[pairs.hypothesis] - others.lengths

@@ -49,7 +49,9 @@ def length_ratio(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tok
     Returns:
         The ratio, at least 0; NaN when the references hold no token at all.
     """
-    closest = sum(closest_length(len(h), [len(r) for r in refs]) for h, refs in zip(hypotheses, references, strict=True))
+    closest = sum(
+        closest_length(len(h), [len(r) for r in refs]) for h, refs in zip(hypotheses, references, strict=True)
+    )
     return sum(map(len, hypotheses)) / closest if closest else math.nan
 
 
@@ -97,7 +99,11 @@ def self_bleu(
     scores = []
     for index in shuffled[:captions]:
         against = [other for other in pool if other != index][:others]
-        scores.append(_bleu(hypotheses[index], [counts[other] for other in against], [len(hypotheses[other]) for other in against]))
+        scores.append(
+            _bleu(
+                hypotheses[index], [counts[other] for other in against], [len(hypotheses[other]) for other in against]
+            )
+        )
     return sum(scores) / len(scores)
 
 
@@ -135,7 +141,9 @@ def _bleu(tokens: Tokens, references: list[list[Counter[tuple[str, ...]]]], leng
     product = 1.0
     for order in range(_ORDER):
         ngrams = Counter(_ngrams(tokens, order + 1))
-        matches = sum(min(count, max(reference[order][ngram] for reference in references)) for ngram, count in ngrams.items())
+        matches = sum(
+            min(count, max(reference[order][ngram] for reference in references)) for ngram, count in ngrams.items()
+        )
         product *= (matches + 1e-15) / (ngrams.total() + 1e-9)
     ratio = (len(tokens) + 1e-15) / (closest_length(len(tokens), lengths) + 1e-9)
     return product ** (1 / _ORDER) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)

@@ -52,7 +52,9 @@ class FactLexicon:
             UserError: The shape is another, there is no fact, a fact is called "mean", a phrase is empty or says two values of a fact.
         """
         if not isinstance(facts, dict) or not facts:
-            raise UserError(f'{source} must be a non-empty object of the shape {{"fact": {{"value": ["phrase", ...]}}}}.')
+            raise UserError(
+                f'{source} must be a non-empty object of the shape {{"fact": {{"value": ["phrase", ...]}}}}.'
+            )
         if _MEAN in facts:
             raise UserError(f'{source} names a fact "{_MEAN}", which is the key of the mean over facts: rename it.')
         return cls({fact: _phrases_of(values, f"fact {fact!r} of {source}") for fact, values in facts.items()})
@@ -84,7 +86,9 @@ class FactLexicon:
         return {fact: _find(normalized, phrases) for fact, phrases in self.phrases.items()}
 
 
-def fact_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, float]:
+def fact_accuracy(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
+) -> dict[str, float]:
     """The share of clips whose prediction states the same value as the first reference, for each fact, and the mean over facts.
 
     Args:
@@ -104,7 +108,9 @@ def fact_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]
     )
 
 
-def fact_counts(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> npt.NDArray[np.int64]:
+def fact_counts(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
+) -> npt.NDArray[np.int64]:
     """What `fact_accuracy` sums: for each clip and fact if the prediction is right, and if the reference states it, (N, facts, 2).
 
     Facts are in the order of the lexicon. Arguments and errors are those of `fact_accuracy`.
@@ -116,7 +122,9 @@ def fact_counts(predictions: Sequence[str], references: Sequence[Sequence[str]],
     return np.array(columns, np.int64).transpose(1, 0, 2)
 
 
-def permutation_expectation(predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon) -> dict[str, float]:
+def permutation_expectation(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
+) -> dict[str, float]:
     """The accuracy to expect when every clip gets the prediction of another clip, for each fact, and the mean over facts.
 
     It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j of which reference j states the
@@ -138,7 +146,8 @@ def permutation_expectation(predictions: Sequence[str], references: Sequence[Seq
         UserError: The captions are none, unequal in number, or not texts.
     """
     return _per_fact(
-        (fact, _other_clip_accuracy(predicted, stated)) for fact, predicted, stated in _extract_all(predictions, references, lexicon)
+        (fact, _other_clip_accuracy(predicted, stated))
+        for fact, predicted, stated in _extract_all(predictions, references, lexicon)
     )
 
 
@@ -170,11 +179,16 @@ def swapped_fact_accuracy(
 
     def shifted(predicted: _Values, stated: _Values) -> float:
         hits = [
-            predicted[(index + step) % len(predicted)] == value for step in steps for index, value in enumerate(stated) if value is not None
+            predicted[(index + step) % len(predicted)] == value
+            for step in steps
+            for index, value in enumerate(stated)
+            if value is not None
         ]
         return _mean(hits)
 
-    return _per_fact((fact, shifted(predicted, stated)) for fact, predicted, stated in _extract_all(predictions, references, lexicon))
+    return _per_fact(
+        (fact, shifted(predicted, stated)) for fact, predicted, stated in _extract_all(predictions, references, lexicon)
+    )
 
 
 def _phrases_of(values: object, where: str) -> dict[str, str]:
@@ -189,12 +203,16 @@ def _phrases_of(values: object, where: str) -> dict[str, str]:
             if not phrase:
                 raise UserError(f"The value {value!r} of {where} has a phrase that is empty or no text.")
             if phrases.setdefault(phrase, value) != value:
-                raise UserError(f"The phrase {phrase!r} of {where} says both {phrases[phrase]!r} and {value!r}: keep it in one of them.")
+                raise UserError(
+                    f"The phrase {phrase!r} of {where} says both {phrases[phrase]!r} and {value!r}: keep it in one of them."
+                )
     return phrases
 
 
 def _find(text: str, phrases: Mapping[str, str]) -> list[Span]:
-    spans = [(start, start + len(phrase), value) for phrase, value in phrases.items() for start in _occurrences(text, phrase)]
+    spans = [
+        (start, start + len(phrase), value) for phrase, value in phrases.items() for start in _occurrences(text, phrase)
+    ]
     # A longer phrase takes what lies inside it: only spans that no other span contains are said.
     return sorted(
         (start, end, value)

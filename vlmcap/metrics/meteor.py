@@ -37,7 +37,9 @@ _BEAM = 40
 _SORT_ABOVE = 50  # candidates; any number from the beam's on gives the same alignments, this one fastest
 _SERIAL_BITS = 24  # room for a beam times the occurrences of one word
 # The punctuation in METEOR's English list of function words; "!" is not in it.
-_FUNCTION_WORDS = frozenset([",", ".", '"', "'", "’", "“", "”", "(", ")", "-lrb-", "-rrb-", ":", "$", "-", "--", "—", "?"])
+_FUNCTION_WORDS = frozenset(
+    [",", ".", '"', "'", "’", "“", "”", "(", ")", "-lrb-", "-rrb-", ":", "$", "-", "--", "—", "?"]
+)
 # Begins the token of a function word; normalised text holds no tab.
 _MARK = "\t"
 _SAME = (
@@ -45,7 +47,9 @@ _SAME = (
     "았 었 였|아 어 여|아서 어서 여서|아요 어요 여요|아도 어도 여도|아야 어야 여야|며 으며|면 으면|면서 으면서|"
     "ᄂ 은 ᆫ|ᄅ 을 ᆯ|ᄇ니다 습니다 ᆸ니다|ᄂ다 는다 ᆫ다",  # endings; the dictionary writes their final consonants in either way
 )
-_PARTICLES, _ENDINGS = ({form: forms.split()[0] for forms in table.split("|") for form in forms.split()} for table in _SAME)
+_PARTICLES, _ENDINGS = (
+    {form: forms.split()[0] for forms in table.split("|") for form in forms.split()} for table in _SAME
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +97,14 @@ def token_weight(token: str) -> float:
     return _FUNCTION if token in _FUNCTION_WORDS else _CONTENT
 
 
-def meteor_statistics(hypothesis: Tokens, references: Sequence[Tokens], weigh: Callable[[str], float] = token_weight) -> MeteorStatistics:
+def meteor_statistics(
+    hypothesis: Tokens, references: Sequence[Tokens], weigh: Callable[[str], float] = token_weight
+) -> MeteorStatistics:
     """The counts of one caption against whichever of its references scores best; `weigh` says what a token counts."""
     distinct = dict.fromkeys(map(tuple, references))  # equal references are aligned once
-    return max((_pair_statistics(tuple(hypothesis), reference, weigh) for reference in distinct), key=meteor_from_statistics)
+    return max(
+        (_pair_statistics(tuple(hypothesis), reference, weigh) for reference in distinct), key=meteor_from_statistics
+    )
 
 
 def sentence_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -149,7 +157,9 @@ def meteor_ko_statistics(predictions: Sequence[str], references: Sequence[Sequen
     return counted
 
 
-def _pair_statistics(hypothesis: tuple[str, ...], reference: tuple[str, ...], weigh: Callable[[str], float]) -> MeteorStatistics:
+def _pair_statistics(
+    hypothesis: tuple[str, ...], reference: tuple[str, ...], weigh: Callable[[str], float]
+) -> MeteorStatistics:
     used, chunks = _align(hypothesis, reference)
     matched = [token for position, token in enumerate(hypothesis) if used >> position & 1]
     if hypothesis == reference:
@@ -192,7 +202,9 @@ class _Beam:
         if all(closes):
             self.base += self.chunk
         elif any(closes):
-            self.ranks = [rank + self.chunk if closing else rank for rank, closing in zip(self.ranks, closes, strict=True)]
+            self.ranks = [
+                rank + self.chunk if closing else rank for rank, closing in zip(self.ranks, closes, strict=True)
+            ]
             order = sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
             self.ranks, self.used = [self.ranks[index] for index in order], [self.used[index] for index in order]
         self.ends = [end] * len(self.ends)

@@ -61,7 +61,9 @@ class SiglipScorer:
 
         self.model = _load(AutoModel, checkpoint, "siglip_checkpoint", dtype="float32").eval().to(device)
         if self.model.config.model_type not in {"siglip", "siglip2"}:
-            raise UserError(f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model: give one of SigLIP or SigLIP 2.")
+            raise UserError(
+                f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model: give one of SigLIP or SigLIP 2."
+            )
         self.tokenizer = _load(AutoTokenizer, checkpoint, "siglip_checkpoint")
         self.processor = _load(AutoImageProcessor, checkpoint, "siglip_checkpoint")
         self.max_length = int(self.model.config.text_config.max_position_embeddings)
@@ -110,8 +112,12 @@ class SiglipScorer:
         parts = []
         for batch in _batches(texts, self.batch_size):
             # It was trained on texts padded to one length, without a mask, and reads the last position: padding is part of the input.
-            inputs = self.tokenizer(list(batch), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
-            parts.append(_unit(self.model.get_text_features(input_ids=inputs["input_ids"].to(self.device)).pooler_output))
+            inputs = self.tokenizer(
+                list(batch), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
+            parts.append(
+                _unit(self.model.get_text_features(input_ids=inputs["input_ids"].to(self.device)).pooler_output)
+            )
         return torch.cat(parts)
 
 
@@ -160,10 +166,16 @@ class BertScorer:
         if not 0 <= self.layer <= num_layers:
             raise UserError(f"bert_layer={layer}: {checkpoint} has the layers 0 to {num_layers}.")
         self.device, self.batch_size = device, batch_size
-        offset = self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0  # where it counts positions from
-        self.max_length = min(int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings) - offset)
+        offset = (
+            self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0
+        )  # where it counts positions from
+        self.max_length = min(
+            int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings) - offset
+        )
 
-    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]], *, idf: bool = False) -> list[BertScore]:
+    def score(
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], *, idf: bool = False
+    ) -> list[BertScore]:
         """The scores of each clip, against whichever of its references has the highest F1.
 
         Args:
@@ -178,17 +190,31 @@ class BertScorer:
         scores = []
         for rows in _batches(range(len(predictions)), max(1, self.batch_size // 2)):
             texts = sorted({normalize(text) for row in rows for text in (predictions[row], *references[row])}, key=len)
-            vectors = {text: vector for batch in _batches(texts, self.batch_size) for text, vector in self._embed(batch, weights)}
+            vectors = {
+                text: vector
+                for batch in _batches(texts, self.batch_size)
+                for text, vector in self._embed(batch, weights)
+            }
             for row in rows:
                 own = vectors[normalize(predictions[row])]
-                scores.append(max((_compare(own, vectors[normalize(text)]) for text in references[row]), key=lambda score: score.f1))
+                scores.append(
+                    max(
+                        (_compare(own, vectors[normalize(text)]) for text in references[row]),
+                        key=lambda score: score.f1,
+                    )
+                )
         return scores
 
     def _embed(self, texts: Sequence[str], weights: dict[int, float] | None) -> Iterator[tuple[str, _Text]]:
         import torch
 
         inputs = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt", return_special_tokens_mask=True
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
         )
         added = inputs.pop("special_tokens_mask").bool()
         whole = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
@@ -224,7 +250,9 @@ def _compare(prediction: _Text, reference: _Text) -> BertScore:
     cosines = prediction.vectors @ reference.vectors.T
     precision = _weighted_mean(cosines.amax(1), prediction.weights)
     recall = _weighted_mean(cosines.amax(0), reference.weights)
-    return BertScore(precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0, is_cut)
+    return BertScore(
+        precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0, is_cut
+    )
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> float:

@@ -99,4 +99,6 @@ def _parts(surface: str, features: str) -> tuple[Morpheme, ...]:
         return (Morpheme(surface.lower(), tag.partition("+")[0]),)
     # The dictionary writes a final consonant as an initial one (ᄇ니다); composing would not find the two equal, so forms stay as they are.
     parts = (part.split("/") for part in expression.split("+"))
-    return tuple(Morpheme(unicodedata.normalize("NFC", part[0]), part[1]) for part in parts if len(part) > 1 and part[0])
+    return tuple(
+        Morpheme(unicodedata.normalize("NFC", part[0]), part[1]) for part in parts if len(part) > 1 and part[0]
+    )

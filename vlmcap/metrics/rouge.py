@@ -26,7 +26,9 @@ _WORD_BITS = 64
 _PAIRS_PER_WORD = 40
 
 
-def f_score(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64], *, beta: float = _BETA) -> npt.NDArray[np.float64]:
+def f_score(
+    precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64], *, beta: float = _BETA
+) -> npt.NDArray[np.float64]:
     """The F score of best precision and best recall of each caption, between 0 and 1; 0 where nothing is in common."""
     bottom = recall + beta**2 * precision
     return np.divide((1 + beta**2) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
@@ -65,7 +67,9 @@ def lcs_lengths(hypotheses: Packed, references: Packed, hypothesis: Ints, refere
     for count in np.unique(words[words > 0]):
         pairs = np.flatnonzero(words == count)
         if len(pairs) < _PAIRS_PER_WORD * count:
-            result[pairs] = [lcs_length(_caption(hypotheses, hypothesis[p]), _caption(references, reference[p])) for p in pairs]
+            result[pairs] = [
+                lcs_length(_caption(hypotheses, hypothesis[p]), _caption(references, reference[p])) for p in pairs
+            ]
         else:
             # Longest hypotheses first: those that still have a token at step t are then the first so many.
             pairs = pairs[np.argsort(-hypotheses.lengths[hypothesis[pairs]], kind="stable")]
@@ -112,7 +116,11 @@ def _place_masks(
     table, row = rank(np.concatenate([of_said, of_true]), np.concatenate([said, true]))
     masks = np.zeros(words * len(table), np.uint64)
     # A sum is as good as a union: no two tokens share both a mask and a place.
-    np.add.at(masks, row[len(said) :] + where // _WORD_BITS * len(table), np.uint64(1) << (where % _WORD_BITS).astype(np.uint64))
+    np.add.at(
+        masks,
+        row[len(said) :] + where // _WORD_BITS * len(table),
+        np.uint64(1) << (where % _WORD_BITS).astype(np.uint64),
+    )
     return masks.reshape(words, -1), row[: len(said)], np.flatnonzero(place == 0)
 
 

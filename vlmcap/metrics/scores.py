@@ -113,8 +113,15 @@ def score_each(
     statistics = clip_statistics(tokenize_captions(predictions, split), corpus)
     if len(corpus) == 1:
         warn_of_one_clip()
-    bleu = bleu_from_counts(statistics.matches, statistics.ngrams, statistics.hypothesis_length, statistics.reference_length)
-    columns = {"cider": statistics.cider, "cider_d": statistics.cider_d, "rouge_l": statistics.rouge_l, "bleu_4": bleu[:, 3]}
+    bleu = bleu_from_counts(
+        statistics.matches, statistics.ngrams, statistics.hypothesis_length, statistics.reference_length
+    )
+    columns = {
+        "cider": statistics.cider,
+        "cider_d": statistics.cider_d,
+        "rouge_l": statistics.rouge_l,
+        "bleu_4": bleu[:, 3],
+    }
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
@@ -133,7 +140,9 @@ def score_by_category(
     """
     check_captions(predictions, references)
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    return by_category(clip_statistics(tokenize_captions(predictions, split), count_references(references, split)), categories)
+    return by_category(
+        clip_statistics(tokenize_captions(predictions, split), count_references(references, split)), categories
+    )
 
 
 def corpus_chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

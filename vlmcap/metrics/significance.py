@@ -173,11 +173,15 @@ def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
     positions = np.clip(np.linspace(0, 1, len(samples)), 0.5 / len(samples), 1 - 0.5 / len(samples))
     levels = _bca_levels(_student(positions, clips), samples, score, metric)
     own = np.empty_like(samples)
-    own[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)  # as many draws, at the places of the resamples
+    own[np.argsort(samples, kind="stable")] = np.quantile(
+        samples, levels
+    )  # as many draws, at the places of the resamples
     return Resampled(own, _widened(samples, score, clips, seed))
 
 
-def approximate_randomization(first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0) -> Comparison:
+def approximate_randomization(
+    first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0
+) -> Comparison:
     """Second run less first, tested by swapping their captions clip by clip (Riezler and Maxwell, ACL 2005 workshop on MT evaluation).
 
     If the runs are equally good, whose caption is whose does not matter: the p-value is the share of random swaps that give a difference
@@ -226,7 +230,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         if p_value < 0 or p_value > 1:
             raise UserError(f"A p-value lies between 0 and 1, got {p_value}.")
     adjusted = [math.nan] * len(p_values)
-    order = sorted((index for index, p_value in enumerate(p_values) if not math.isnan(p_value)), key=p_values.__getitem__)
+    order = sorted(
+        (index for index, p_value in enumerate(p_values) if not math.isnan(p_value)), key=p_values.__getitem__
+    )
     largest = 0.0
     for rank, index in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))

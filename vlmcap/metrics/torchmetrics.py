@@ -75,7 +75,9 @@ class CaptionScore(Metric):
         load_synonyms(synonyms)  # a mistake in them is said now, not after an epoch
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
-    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str] | None = None) -> None:
+    def update(
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str] | None = None
+    ) -> None:
         """Adds clips.
 
         Args:
@@ -91,7 +93,9 @@ class CaptionScore(Metric):
             return  # a rank without clips is no mistake
         check_captions(predictions, references)
         if ids is not None and len(ids) != len(predictions):
-            raise UserError(f"There are {len(predictions)} predictions but {len(ids)} ids: each clip needs one of both.")
+            raise UserError(
+                f"There are {len(predictions)} predictions but {len(ids)} ids: each clip needs one of both."
+            )
         names = [None] * len(predictions) if ids is None else [str(name) for name in ids]
         records = zip(names, predictions, map(list, references), strict=True)
         lines = "".join(json.dumps(record) + "\n" for record in records)  # in ASCII: no text of a caption ends a line

@@ -52,7 +52,10 @@ def user_scores(predictions: Sequence[str], references: Sequence[Sequence[str]])
     Raises:
         UserError: A metric fails, or gives no number.
     """
-    return {name: value if isinstance(value, float) else float(np.mean(value)) for name, value in _values(predictions, references).items()}
+    return {
+        name: value if isinstance(value, float) else float(np.mean(value))
+        for name, value in _values(predictions, references).items()
+    }
 
 
 def user_scores_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
@@ -61,7 +64,9 @@ def user_scores_each(predictions: Sequence[str], references: Sequence[Sequence[s
     Raises:
         UserError: A metric fails, or gives no number.
     """
-    columns = {name: values for name, values in _values(predictions, references).items() if not isinstance(values, float)}
+    columns = {
+        name: values for name, values in _values(predictions, references).items() if not isinstance(values, float)
+    }
     return [{name: values[index] for name, values in columns.items()} for index in range(len(predictions))]
 
 
@@ -69,7 +74,9 @@ def _values(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return {name: _called(name, metric, predictions, references) for name, metric in MAKERS.get(_GROUP, {}).items()}
 
 
-def _called(name: str, metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float | list[float]:
+def _called(
+    name: str, metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> float | list[float]:
     try:
         found = metric(list(predictions), [list(texts) for texts in references])
         if not isinstance(found, Iterable):
@@ -80,5 +87,7 @@ def _called(name: str, metric: Metric, predictions: Sequence[str], references: S
             f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); correct it, or leave its plugin out"
         ) from error
     if len(values) != len(predictions):
-        raise UserError(f"the metric {name} gives {len(values)} numbers for {len(predictions)} clips; return one number, or one per clip")
+        raise UserError(
+            f"the metric {name} gives {len(values)} numbers for {len(predictions)} clips; return one number, or one per clip"
+        )
     return [0.0 if math.isnan(value) else value for value in values]

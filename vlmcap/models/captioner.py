@@ -111,7 +111,9 @@ class VideoCaptioner(nn.Module):
         assert self.encoder is not None, "frames came, but the encoder was not loaded"
         is_trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            features: Tensor = self.encoder(_required(batch.frames), batch.grid_thw)  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
+            features: Tensor = self.encoder(
+                _required(batch.frames), batch.grid_thw
+            )  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
         return features
 
     @torch.no_grad()
@@ -129,7 +131,9 @@ class VideoCaptioner(nn.Module):
         if batch.grid_thw is None:
             return self.projector(features, prompt=prompt).flatten(0, 1)  # (B, V, Dl) -> (B * V, Dl)
         tokens: dict[int, Tensor] = {}
-        for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size go through the projector together, without their padding
+        for grid_thw in dict.fromkeys(
+            batch.grid_thw
+        ):  # clips of one size go through the projector together, without their padding
             rows = [row for row, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
             index = on_device(rows, features.device)
@@ -230,7 +234,11 @@ class VideoCaptioner(nn.Module):
         self._has_explained = True
         ignored = "; evaluation.speculate_ngram is ignored" if self.generation.rules.speculate_ngram else ""
         reason = self._engine_obstacle()
-        print(f"Captions are written by transformers, not by evaluation.engine=native, as {reason}{ignored}.", file=sys.stderr, flush=True)
+        print(
+            f"Captions are written by transformers, not by evaluation.engine=native, as {reason}{ignored}.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     @property
     def prompt_batch_size(self) -> int:
@@ -249,7 +257,9 @@ class VideoCaptioner(nn.Module):
         self.generation = replace(self.generation, num_rows=num_rows // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"Memory ran out: captions are written {num_rows // 2} at a time from here on.", file=sys.stderr, flush=True)
+        print(
+            f"Memory ran out: captions are written {num_rows // 2} at a time from here on.", file=sys.stderr, flush=True
+        )
         return self._native_ids(batch)
 
     def _ids_of_rows(self, batch: Batch, num_rows: int) -> list[list[int]]:
@@ -260,7 +270,9 @@ class VideoCaptioner(nn.Module):
             self._graphs = (make_graphs(self.llm, self.generation.rules.cuda_graphs, self.device),)
         group = min(num_rows, CLIPS_AT_A_TIME)
         lengths = batch.lengths
-        order = sorted(range(len(batch)), key=lambda row: -lengths[row])  # like lengths together, so that little is padding
+        order = sorted(
+            range(len(batch)), key=lambda row: -lengths[row]
+        )  # like lengths together, so that little is padding
 
         def prompts() -> Iterator[Tensor]:
             for start in range(0, len(order), group):  # clips that wait are not encoded yet
@@ -268,7 +280,9 @@ class VideoCaptioner(nn.Module):
                 embeddings = self.embed(batch.part(rows))
                 yield from (embeddings[place, -lengths[row] :] for place, row in enumerate(rows))
 
-        ids = greedy_ids(self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_rows, len(batch)), *self._graphs)
+        ids = greedy_ids(
+            self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_rows, len(batch)), *self._graphs
+        )
         by_row = dict(zip(order, ids, strict=True))
         return [by_row[row] for row in range(len(batch))]
 

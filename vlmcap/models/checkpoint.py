@@ -45,7 +45,13 @@ class Fingerprint:
 
 
 def locate(
-    checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, part: str | None = None, has_weights: bool = True
+    checkpoint: str,
+    revision: str | None,
+    *,
+    key: str,
+    gate: str | None = None,
+    part: str | None = None,
+    has_weights: bool = True,
 ) -> Path:
     """The local folder of `checkpoint`, downloaded when it is a hub id; pickled weights only where there are no others.
 
@@ -70,7 +76,9 @@ def locate(
         raise hub_error(error, checkpoint, revision, key=key, gate=gate) from error
 
 
-def locate_description(checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, has_processor: bool = False) -> Path:
+def locate_description(
+    checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, has_processor: bool = False
+) -> Path:
     """A folder with the small files that say how large a checkpoint is; of a hub id they alone are downloaded.
 
     Args:
@@ -107,7 +115,9 @@ def is_present(checkpoint: str, revision: str | None, part: str | None = None) -
         revision: Branch, tag or commit on the hub.
         part: As for `locate`.
     """
-    return Path(checkpoint).expanduser().is_dir() or _find_cached(checkpoint, revision, part, has_weights=True) is not None
+    return (
+        Path(checkpoint).expanduser().is_dir() or _find_cached(checkpoint, revision, part, has_weights=True) is not None
+    )
 
 
 def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | None:
@@ -118,7 +128,9 @@ def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | Non
             raise UserError(f"{folder} has no config.json; {key} must name a folder in Hugging Face layout or a hub id")
         if revision is not None:
             name = f"{key.rpartition('.')[0]}.revision"
-            raise UserError(f"{name}={revision} changes nothing, as {key}={checkpoint} is a folder, not a hub id; leave {name} out")
+            raise UserError(
+                f"{name}={revision} changes nothing, as {key}={checkpoint} is a folder, not a hub id; leave {name} out"
+            )
         return folder
     if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # no hub id looks so
         raise UserError(f"{folder} does not exist; set {key} to a local folder in Hugging Face layout or a hub id")
@@ -157,7 +169,9 @@ def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_we
     for pattern in (_SAFE, _PICKLED):
         if (folder / pattern.replace("*", "")).is_file():
             return folder
-        if (index := folder / _index_of(pattern)).is_file() and all((folder / file).is_file() for file in _shards(index, part or "")):
+        if (index := folder / _index_of(pattern)).is_file() and all(
+            (folder / file).is_file() for file in _shards(index, part or "")
+        ):
             return folder
     return None
 
@@ -182,7 +196,9 @@ def _shards(index: Path, part: str) -> list[str]:
     return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
 
 
-def fingerprint(folder: Path, name: str, memo: Path | None = None, part: str | None = None, *, has_weights: bool = True) -> Fingerprint:
+def fingerprint(
+    folder: Path, name: str, memo: Path | None = None, part: str | None = None, *, has_weights: bool = True
+) -> Fingerprint:
     """The identity of the files in `folder`.
 
     Args:
@@ -242,7 +258,9 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     if outside := next((file for file in files.values() if Path(file).name != file), None):
-        raise UserError(f"{index} names {outside}, which is not in its own folder; take the checkpoint from another source")
+        raise UserError(
+            f"{index} names {outside}, which is not in its own folder; take the checkpoint from another source"
+        )
     return files
 
 

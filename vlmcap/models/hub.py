@@ -64,7 +64,9 @@ def cached_folder(checkpoint: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def hub_error(error: Exception, checkpoint: str, revision: str | None, *, key: str, gate: str | None = None) -> UserError:
+def hub_error(
+    error: Exception, checkpoint: str, revision: str | None, *, key: str, gate: str | None = None
+) -> UserError:
     """The sentence for a download that failed; it repeats nothing that a server said, nor an address with a password in it.
 
     Args:
@@ -82,10 +84,14 @@ def hub_error(error: Exception, checkpoint: str, revision: str | None, *, key: s
             return HubUnreachableError(sentence)
         if (sentence := _transfer_sentence(cause, checkpoint, key)) is not None:
             return UserError(sentence)
-    return UserError(f"checkpoint '{checkpoint}' could not be downloaded ({type(error).__name__}): try again, or set {key} {_LOCAL}")
+    return UserError(
+        f"checkpoint '{checkpoint}' could not be downloaded ({type(error).__name__}): try again, or set {key} {_LOCAL}"
+    )
 
 
-def _access_sentence(error: BaseException, checkpoint: str, revision: str | None, key: str, gate: str | None) -> str | None:
+def _access_sentence(
+    error: BaseException, checkpoint: str, revision: str | None, key: str, gate: str | None
+) -> str | None:
     """What the hub answered about the checkpoint."""
     from huggingface_hub import errors
 
@@ -127,15 +133,11 @@ def _access_sentence(error: BaseException, checkpoint: str, revision: str | None
 def _refusal(status: int, checkpoint: str, key: str) -> str:
     """The hub's answer about the one who asks."""
     if status == 401:
-        return (
-            f"the hub does not accept this machine's token for '{checkpoint}' ({key}): log in again with `hf auth login`, or unset HF_TOKEN"
-        )
+        return f"the hub does not accept this machine's token for '{checkpoint}' ({key}): log in again with `hf auth login`, or unset HF_TOKEN"
     if status == 403:
         return f"this machine's token may not read '{checkpoint}': give it the permission on the hub, or set {key} {_LOCAL}"
     if status == 429:
-        return (
-            f"the hub refuses '{checkpoint}' after too many requests: wait some minutes, log in with `hf auth login`, or set {key} {_LOCAL}"
-        )
+        return f"the hub refuses '{checkpoint}' after too many requests: wait some minutes, log in with `hf auth login`, or set {key} {_LOCAL}"
     return f"the hub refuses '{checkpoint}' (HTTP {status}): see https://huggingface.co/{checkpoint}, or set {key} {_LOCAL}"
 
 

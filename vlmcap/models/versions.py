@@ -11,7 +11,9 @@ from packaging.version import Version
 
 from vlmcap.errors import UserError
 
-LEAST_TRANSFORMERS = Version("5.23")  # with 5.17, the logits of Qwen-VL did not depend on the video, and 4-bit experts failed
+LEAST_TRANSFORMERS = Version(
+    "5.23"
+)  # with 5.17, the logits of Qwen-VL did not depend on the video, and 4-bit experts failed
 
 
 def check_transformers(what: str) -> None:

@@ -51,7 +51,15 @@ class Calibration:
         for name in ("GPU", "hardware", "date", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be text")
-        for name in ("memory_gib", "beyond_ratio", "utilisation", "bandwidth_share", "launch_s", "kernel_s", "tokens_per_s"):
+        for name in (
+            "memory_gib",
+            "beyond_ratio",
+            "utilisation",
+            "bandwidth_share",
+            "launch_s",
+            "kernel_s",
+            "tokens_per_s",
+        ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a number above 0")
         if not (math.isfinite(self.context_gib) and self.context_gib >= 0):
@@ -121,7 +129,10 @@ def choose_calibration(
     known = [calibration for calibration in found if calibration.hardware == hardware]
     if here is not None and here_profile == hardware:
         return next((calibration for calibration in known if calibration.gpu == here), None)
-    return next((calibration for calibration in known if matching_profile(calibration.gpu, calibration.memory_gib) == hardware), None)
+    return next(
+        (calibration for calibration in known if matching_profile(calibration.gpu, calibration.memory_gib) == hardware),
+        None,
+    )
 
 
 def calibration_folder(config: Config) -> Path:

@@ -52,7 +52,10 @@ class CaptionLengths:
     def longest_of(self, count: int) -> float:
         """Expected tokens of the longest of so many random captions, which a batch of them is padded to."""
         total = len(self.tokens)
-        return sum(length * (((index + 1) / total) ** count - (index / total) ** count) for index, length in enumerate(self.tokens))
+        return sum(
+            length * (((index + 1) / total) ** count - (index / total) ** count)
+            for index, length in enumerate(self.tokens)
+        )
 
     def spread(self, count: int) -> list[int]:
         """So many lengths, evenly spread over the captions, ascending."""

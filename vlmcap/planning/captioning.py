@@ -89,7 +89,10 @@ def plan_captions(
         lengths: Lengths of captions.
         scores: Models of scores by their names.
     """
-    plans = [_Captions(config, gpu, memory_profiler, steps, lengths, scores, is_merged).largest() for is_merged in ways_to_merge(config)]
+    plans = [
+        _Captions(config, gpu, memory_profiler, steps, lengths, scores, is_merged).largest()
+        for is_merged in ways_to_merge(config)
+    ]
     fitting = [plan for plan in plans if _fits(plan.moment, gpu, 1.0)]
     return min(fitting or plans[-1:], key=lambda plan: plan.caption_s)
 
@@ -97,7 +100,11 @@ def plan_captions(
 def ways_to_merge(config: Config) -> list[bool]:
     """Ways to treat adapters that are possible, the one with copies of the weights first."""
     wanted = config.evaluation.merge_adapters
-    can_merge = config.tuning.use_lora and config.llm.quantization is Quantization["none"] and config.evaluation.engine is not Engine.vllm
+    can_merge = (
+        config.tuning.use_lora
+        and config.llm.quantization is Quantization["none"]
+        and config.evaluation.engine is not Engine.vllm
+    )
     if wanted == "auto":  # a CPU's memory is not planned
         return [True, False] if can_merge and config.hardware.accelerator != "cpu" else [False]
     return [can_merge and wanted is True]
@@ -165,7 +172,10 @@ class _Captions:
         from vlmcap.planning.estimate.stages import clips_of
 
         group = self.group(rows)
-        traces = [self.memory_profiler.with_adapters(is_merged=self.is_merged).language(count, 0) for count in range(1, min(2, group) + 1)]
+        traces = [
+            self.memory_profiler.with_adapters(is_merged=self.is_merged).language(count, 0)
+            for count in range(1, min(2, group) + 1)
+        ]
         return Stage("language model", clips_of(traces[0], traces[-1], group))
 
     def moment(self, rows: int) -> Moment:
@@ -178,7 +188,9 @@ class _Captions:
         # Keys and values are repeated for all queries of a token before compute capability 8.0, and where guesses make it several tokens.
         is_repeated = not self.gpu.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, memory_profiler)
-        waiting = clips_for(rows, config.evaluation.clips_per_row if is_own else 1)  # clips that are captioned later wait on the GPU
+        waiting = clips_for(
+            rows, config.evaluation.clips_per_row if is_own else 1
+        )  # clips that are captioned later wait on the GPU
         held = {name: size * waiting} | kept_between_steps(self.steps, config.optim.kind.value)
         prompt = self.prompt(rows).trace
         held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(self.steps[-1].trace.weights.values())
@@ -193,7 +205,10 @@ class _Captions:
             copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_own else 1.0) / memory_profiler.depth,
             is_reserved=is_own,
         )
-        stages = [*stages_in_front(config, memory_profiler, min(rows, CLIPS_AT_A_TIME) if is_own else rows), self.steps[-1]]
+        stages = [
+            *stages_in_front(config, memory_profiler, min(rows, CLIPS_AT_A_TIME) if is_own else rows),
+            self.steps[-1],
+        ]
         moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))
         return scale_beyond(moment, self.gpu.beyond_ratio)
 
@@ -207,7 +222,11 @@ class _Captions:
         share = unpacked_experts(self.config, rows) or float(rows > FUSED_ROWS)
         unpacking = 2 * share * packed_bytes(self.config, prompt) * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
         weights = sum(size for kind, size in prompt.trace.weights.items() if kind != ORIGINALS)
-        cached = key_value_bytes(self.config) * rows * (self.memory_profiler.sizes.num_before_caption + self.config.llm.new_tokens / 2)
+        cached = (
+            key_value_bytes(self.config)
+            * rows
+            * (self.memory_profiler.sizes.num_before_caption + self.config.llm.new_tokens / 2)
+        )
         return TokenWork(weights + unpacking + cached, prompt.trace.launches, is_captured(self.config))
 
 
@@ -215,11 +234,17 @@ def is_captured(config: Config) -> bool:
     """Whether decoding steps are CUDA graphs, as far as a configuration tells; see `vlmcap.models.decoding.graphs`."""
     from vlmcap.planning.estimate.sizes import unpacked_experts, writes_itself
 
-    is_stock = config.llm.quantization is Quantization["none"] and not (config.tuning.use_lora and lora_of(config).use_experts)
+    is_stock = config.llm.quantization is Quantization["none"] and not (
+        config.tuning.use_lora and lora_of(config).use_experts
+    )
     waits = config.llm.quantization is Quantization["8bit"] or (is_stock and unpacked_experts(config, 1) > 0)
     is_wanted = config.hardware.accelerator != "cpu" and config.evaluation.cuda_graphs is not False
     return (
-        is_wanted and writes_itself(config) and not waits and not config.hardware.compile and config.trainer.strategy is not Strategy.fsdp2
+        is_wanted
+        and writes_itself(config)
+        and not waits
+        and not config.hardware.compile
+        and config.trainer.strategy is not Strategy.fsdp2
     )
 
 
@@ -229,7 +254,9 @@ def token_seconds(work: TokenWork, gpu: DeviceInfo) -> float:
     They are the GPU's, for moving bytes or for running kernels that are small, or the host's for launching kernels,
     where those are more.
     """
-    return max(work.moved_bytes / (gpu.bandwidth_share * gpu.bytes_per_s), work.num_launches * seconds_per_kernel(work, gpu))
+    return max(
+        work.moved_bytes / (gpu.bandwidth_share * gpu.bytes_per_s), work.num_launches * seconds_per_kernel(work, gpu)
+    )
 
 
 def seconds_per_kernel(work: TokenWork, gpu: DeviceInfo) -> float:
@@ -246,7 +273,11 @@ def stages_in_front(config: Config, memory_profiler: MemoryProfiler, num_clips: 
 def clip_bytes(config: Config, memory_profiler: MemoryProfiler) -> tuple[str, float]:
     """What a clip is on the GPU in front of the first stage, and its bytes."""
     is_cached = config.cache.enabled is True
-    return ("stored features", cached_bytes(memory_profiler)) if is_cached else ("frames", float(memory_profiler.sizes.frame_bytes))
+    return (
+        ("stored features", cached_bytes(memory_profiler))
+        if is_cached
+        else ("frames", float(memory_profiler.sizes.frame_bytes))
+    )
 
 
 def feature_values(memory_profiler: MemoryProfiler) -> float:
@@ -270,4 +301,8 @@ def unused_share(config: Config) -> float:
 
 def packed_bytes(config: Config, stage: Stage) -> float:
     """Bytes of 4-bit weights."""
-    return stage.trace.weights.get("quantisation state", 0.0) * 32 if config.llm.quantization is Quantization["4bit"] else 0.0
+    return (
+        stage.trace.weights.get("quantisation state", 0.0) * 32
+        if config.llm.quantization is Quantization["4bit"]
+        else 0.0
+    )

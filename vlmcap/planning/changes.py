@@ -27,13 +27,18 @@ _CHANGES: tuple[tuple[str, str], ...] = (
     ("data.num_frames=4", "fewer frames"),
     ("data.num_frames=2", "fewer frames still"),
 )
-_GROUPS = {"optim": "optim.kind"}  # a whole group that a change names, and what of it a configuration without groups has
+_GROUPS = {
+    "optim": "optim.kind"
+}  # a whole group that a change names, and what of it a configuration without groups has
 _SHRINK = 0.8  # of what was planned, or of what the GPU has: where memory did run out, the plan was too low
 _PLAIN = "lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or set hardware.gradient_checkpointing=true"
 
 
 def with_changes(
-    plan: Plan, overrides: Sequence[str], gpu: DeviceInfo | None = None, composed: Callable[[Sequence[str]], Config] = compose
+    plan: Plan,
+    overrides: Sequence[str],
+    gpu: DeviceInfo | None = None,
+    composed: Callable[[Sequence[str]], Config] = compose,
 ) -> Plan:
     """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
 
@@ -61,7 +66,10 @@ def with_changes(
 
 
 def _needed(
-    chosen: Sequence[Change], overrides: Sequence[str], gpu: DeviceInfo | None, composed: Callable[[Sequence[str]], Config]
+    chosen: Sequence[Change],
+    overrides: Sequence[str],
+    gpu: DeviceInfo | None,
+    composed: Callable[[Sequence[str]], Config],
 ) -> list[Change]:
     """The changes without those that it fits without."""
     kept = list(chosen)

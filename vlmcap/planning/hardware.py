@@ -88,7 +88,11 @@ def matching_profile(name: str, total_gib: float) -> str | None:
         name: As PyTorch reports it, such as "NVIDIA L4".
         total_gib: Its memory.
     """
-    fitting = [key for key, pattern in _MODELS.items() if re.search(pattern, name) and total_gib >= _SHARED * CARDS[key].usable_gib]
+    fitting = [
+        key
+        for key, pattern in _MODELS.items()
+        if re.search(pattern, name) and total_gib >= _SHARED * CARDS[key].usable_gib
+    ]
     return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)
 
 
@@ -166,7 +170,10 @@ def _memory_gib() -> tuple[float, float]:
 
 
 _GROUPS = Path("/sys/fs/cgroup")
-_NAMES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # of control groups, version 2 and 1
+_NAMES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)  # of control groups, version 2 and 1
 
 
 def _container_gib() -> list[tuple[float, float]]:
@@ -176,7 +183,12 @@ def _container_gib() -> list[tuple[float, float]]:
     except OSError:
         return []
     own = [path.strip("/") for _, kinds, path in (line.split(":", 2) for line in lines) if kinds in ("", "memory")]
-    folders = {folder for path in own for root in (_GROUPS, _GROUPS / "memory") for folder in (root / path, *(root / path).parents)}
+    folders = {
+        folder
+        for path in own
+        for root in (_GROUPS, _GROUPS / "memory")
+        for folder in (root / path, *(root / path).parents)
+    }
     found = []
     for folder in sorted(folder for folder in folders if folder.is_relative_to(_GROUPS)):
         for limit, use in _NAMES:

@@ -53,7 +53,14 @@ def host_peak(
     num_trained = sum(stage.trace.num_trained for stage in steps)
     process = {"process": float(PROCESS_BYTES)}
     loaders = _loaders(config, batches)
-    tower = next((sum(stage.trace.weights.values()) for stage in steps if stage.name == "encoder" and not config.is_pretrained_vlm), 0.0)
+    tower = next(
+        (
+            sum(stage.trace.weights.values())
+            for stage in steps
+            if stage.name == "encoder" and not config.is_pretrained_vlm
+        ),
+        0.0,
+    )
     moments = {
         "loading": process | {"encoder on its way to the device": tower},
         "training": process | loaders | {"offloaded checkpoints": offloaded},
@@ -78,7 +85,10 @@ def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
         workers = 0  # small features are read without workers
     decodes = config.cache.enabled is not True
     decoder = DECODER_BYTES + config.data.num_frames * _DECODED_BYTES if decodes and config.data.is_isolated else 0.0
-    parts = {"data workers": float(len(batches) * workers * WORKER_BYTES), "decoding": float(len(batches) * max(workers, 1) * decoder)}
+    parts = {
+        "data workers": float(len(batches) * workers * WORKER_BYTES),
+        "decoding": float(len(batches) * max(workers, 1) * decoder),
+    }
     for batch in batches:
         waiting = max(1, (_PREFETCHED if batch.loader == "training" else 1) * workers)
         if is_on_gpu:  # page-locked copies take the places of what the workers sent, and are kept for later batches

@@ -57,7 +57,9 @@ def make_plan(
         NotPlannedError: The memory of this combination cannot be predicted.
     """
     _check_plannable(config)
-    from vlmcap.planning.estimate.memory_profiler import MemoryProfiler  # loads bitsandbytes, which a run without a plan may do without
+    from vlmcap.planning.estimate.memory_profiler import (
+        MemoryProfiler,
+    )  # loads bitsandbytes, which a run without a plan may do without
     from vlmcap.planning.estimate.sizes import download_bytes
 
     # 1. Trace the stages of a training step, and models of scores.
@@ -139,23 +141,40 @@ def _scores(config: Config, memory_profiler: MemoryProfiler) -> tuple[dict[str, 
     return stages, [f"evaluation.{key}" for key, trace in traced.items() if trace is None]
 
 
-def _training_moment(config: Config, memory_profiler: MemoryProfiler, steps: Sequence[Stage], batch_size: int) -> Moment:
+def _training_moment(
+    config: Config, memory_profiler: MemoryProfiler, steps: Sequence[Stage], batch_size: int
+) -> Moment:
     """The fullest moment of a training step."""
     name, size = clip_bytes(config, memory_profiler)
     accumulates = config.trainer.accumulate_grad_batches > 1
     held = {name: size * batch_size}
-    return training_peak(steps, held, config.optim.kind.value, accumulates=accumulates, unused_share=unused_share(config))
+    return training_peak(
+        steps, held, config.optim.kind.value, accumulates=accumulates, unused_share=unused_share(config)
+    )
 
 
 def _host_peak(
-    config: Config, memory_profiler: MemoryProfiler, steps: Sequence[Stage], scores: Mapping[str, Stage], batch_size: int, num_rows: int
+    config: Config,
+    memory_profiler: MemoryProfiler,
+    steps: Sequence[Stage],
+    scores: Mapping[str, Stage],
+    batch_size: int,
+    num_rows: int,
 ) -> Moment:
     """The fullest moment of the host."""
     _, size = clip_bytes(config, memory_profiler)
     num_captioned = clips_for(num_rows, config.evaluation.clips_per_row)
     clips = {"training": batch_size, "validation": num_captioned}
-    feature_bytes = 0.0 if config.cache.enabled is True else feature_values(memory_profiler) * dtype_of(config.hardware.precision).itemsize
-    block_bytes = memory_profiler.checkpoint_bytes(batch_size, config.llm.caption_tokens) if config.hardware.offload_checkpoints else 0.0
+    feature_bytes = (
+        0.0
+        if config.cache.enabled is True
+        else feature_values(memory_profiler) * dtype_of(config.hardware.precision).itemsize
+    )
+    block_bytes = (
+        memory_profiler.checkpoint_bytes(batch_size, config.llm.caption_tokens)
+        if config.hardware.offload_checkpoints
+        else 0.0
+    )
     offloaded = memory_profiler.depth * pinned_bytes(block_bytes)
     batches = [HostBatch(name, size * count) for name, count in clips.items()]
     return host_peak(config, steps, batches, offloaded, num_captioned * feature_bytes, scores)
@@ -172,7 +191,9 @@ def _padded_flops(
     _, traced = fullest_batch(config, memory_profiler, captions)
     length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
     padded = length if config.data.max_tokens_per_batch is None else traced
-    share = (memory_profiler.sizes.num_before_caption + min(padded, traced)) / (memory_profiler.sizes.num_before_caption + traced)
+    share = (memory_profiler.sizes.num_before_caption + min(padded, traced)) / (
+        memory_profiler.sizes.num_before_caption + traced
+    )
     *front, language = (stage.trace.flops for stage in steps)
     return sum(front) + share * language
 
@@ -206,7 +227,9 @@ def num_kept_layers(config: Config) -> int:
         return 0
     from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
-    return kept_within(config, MemoryProfiler(config, device_info(config.hardware.name, config.hardware.memory_gib).has_flash))
+    return kept_within(
+        config, MemoryProfiler(config, device_info(config.hardware.name, config.hardware.memory_gib).has_flash)
+    )
 
 
 def kept_within(config: Config, memory_profiler: MemoryProfiler) -> int:
@@ -226,7 +249,9 @@ def kept_within(config: Config, memory_profiler: MemoryProfiler) -> int:
     return next((kept for kept in range(most, 0, -1) if needed(kept) <= budget * GIB), 0)
 
 
-def training_stages(config: Config, memory_profiler: MemoryProfiler, num_kept: int, captions: CaptionLengths) -> list[Stage]:
+def training_stages(
+    config: Config, memory_profiler: MemoryProfiler, num_kept: int, captions: CaptionLengths
+) -> list[Stage]:
     """The stages of a training step, the encoder left out where its features are stored."""
     num_clips, num_caption = fullest_batch(config, memory_profiler, captions)
     language = memory_profiler.language(num_clips, num_caption, num_kept)
@@ -242,7 +267,10 @@ def enforce_plan(config: Config) -> Plan | None:
     if config.plan.enforce is Enforce.off or config.hardware.accelerator == "cpu":
         return None
     if config.trainer.strategy is Strategy.fsdp2:
-        print("No memory plan: a plan is made for a GPU that holds the whole model, and trainer=fsdp2 shards it.", flush=True)
+        print(
+            "No memory plan: a plan is made for a GPU that holds the whole model, and trainer=fsdp2 shards it.",
+            flush=True,
+        )
         return None
     try:
         plan = make_plan(config)
@@ -288,7 +316,9 @@ def with_caption_plan(config: Config) -> Config:
         rows = rows or num_planned
     merge_adapters = is_merged or config.evaluation.merge_adapters
     evaluation = dataclasses.replace(config.evaluation, merge_adapters=merge_adapters)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=rows), evaluation=evaluation)
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, eval_batch_size=rows), evaluation=evaluation
+    )
 
 
 def _planned_captions(config: Config) -> tuple[int, bool]:
@@ -302,6 +332,9 @@ def _planned_captions(config: Config) -> tuple[int, bool]:
     try:
         plan = make_plan(config)
     except Exception as error:  # what cannot be planned can be captioned all the same
-        print(f"Captions are written {few} at a time, as they cannot be planned: {error}; set data.eval_batch_size", flush=True)
+        print(
+            f"Captions are written {few} at a time, as they cannot be planned: {error}; set data.eval_batch_size",
+            flush=True,
+        )
         return few, is_merged
     return plan.eval_batch_size, plan.is_merged

@@ -66,10 +66,14 @@ def activations(moment: Moment) -> float:
 
 def weights(stages: Sequence[Stage]) -> Counter[str]:
     """Bytes of the weights, by stage and kind."""
-    return Counter({f"{stage.name}: {kind}": size for stage in stages for kind, size in stage.trace.weights.items() if size})
+    return Counter(
+        {f"{stage.name}: {kind}": size for stage in stages for kind, size in stage.trace.weights.items() if size}
+    )
 
 
-def training_peak(stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool, unused_share: float = 0.0) -> Moment:
+def training_peak(
+    stages: Sequence[Stage], held: Bytes, optimizer: str, *, accumulates: bool, unused_share: float = 0.0
+) -> Moment:
     """The fullest moment of a training step.
 
     Args:
@@ -146,7 +150,9 @@ def generation_peak(
     cache = work.token_bytes * work.num_rows * (work.prompt_tokens + work.new_tokens)
     reserved: Counter[str] = Counter({"keys and values": cache}) if work.is_reserved else Counter()
     moments = {
-        f"{stage.name}, {name}": _named(stage.name, peak) + reserved for stage in stages[:-1] for name, peak in _forward(stage.trace)
+        f"{stage.name}, {name}": _named(stage.name, peak) + reserved
+        for stage in stages[:-1]
+        for name, peak in _forward(stage.trace)
     }
     moments |= {f"validation loss, {name}": _named(last, peak) for name, peak in _forward(work.validation)}
     attention = f"{last}: attention"

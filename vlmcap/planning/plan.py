@@ -196,7 +196,10 @@ def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
         is_pretrained_vlm: Small parts one by one.
     """
     console = Console(highlight=False)
-    for what, moment, gib in (("Training", plan.training, plan.training_gib), ("Generation", plan.generation, plan.generation_gib)):
+    for what, moment, gib in (
+        ("Training", plan.training, plan.training_gib),
+        ("Generation", plan.generation, plan.generation_gib),
+    ):
         tensors = f", {moment.allocated / GIB:.1f} of it tensors" if moment.allocated < moment.total else ""
         console.print(f"{what}: {gib:.1f} GiB at its peak{tensors} ({moment.name})", style="bold", markup=False)
         table = Table(box=None, show_header=False)
@@ -222,11 +225,16 @@ def _rows(moment: Moment, context_gib: float, is_pretrained_vlm: bool) -> list[t
 def _costs(plan: Plan) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     epoch = duration(plan.clip_s * plan.num_clips)
-    table.add_row("a clip", f"{plan.num_frames} frames, {grouped(plan.num_visual)} visual and {grouped(plan.num_text)} text tokens")
+    table.add_row(
+        "a clip",
+        f"{plan.num_frames} frames, {grouped(plan.num_visual)} visual and {grouped(plan.num_text)} text tokens",
+    )
     source = ", assumed: name data.root, and its captions decide" if plan.is_caption_assumed else ""
     table.add_row("captions", f"up to {grouped(plan.num_caption)} tokens{source}")
     table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
-    table.add_row("an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one")
+    table.add_row(
+        "an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one"
+    )
     table.add_row("captioning", f"{plan.eval_batch_size} at a time")
     download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
     table.add_row("host", _host(plan.host))

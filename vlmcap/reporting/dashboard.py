@@ -25,7 +25,9 @@ def sections(objective: str = Config.monitor) -> dict[str, list[Any]]:
         "Factors": _factor_panels(objective),
         "Score against cost": _cost_panels(objective),
         "Captions": _caption_panels(),
-        "Learning curves": _curves({"loss": (names.TRAIN_LOSS, names.VAL_LOSS), "scores": names.SCORES, "rates": names.RATES}),
+        "Learning curves": _curves(
+            {"loss": (names.TRAIN_LOSS, names.VAL_LOSS), "scores": names.SCORES, "rates": names.RATES}
+        ),
         "Memory and throughput": _speed_panels(),
         "Collapse": _curves({name.removeprefix("val/").replace("_", " "): (name,) for name in names.COLLAPSE}),
     }
@@ -43,7 +45,9 @@ def workspace(project: str, entity: str, objective: str = Config.monitor) -> Any
     from wandb_workspaces import expr
 
     made = [
-        ws.Section(name=title, panels=panels, is_open=index < 4, layout_settings=ws.SectionLayoutSettings(columns=2, rows=2))
+        ws.Section(
+            name=title, panels=panels, is_open=index < 4, layout_settings=ws.SectionLayoutSettings(columns=2, rows=2)
+        )
         for index, (title, panels) in enumerate(sections(objective).items())
     ]
     shown = [f"config:{name}" for name in ("encoder", "projector", "llm", "tuning", "hardware")]
@@ -88,7 +92,9 @@ def _factor_panels(objective: str) -> list[Any]:
 
     values = [names.PEAK_MEMORY, names.SECONDS, "val/bleu_4", objective]
     columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(name), display_name=name) for name in PARALLEL]
-    columns += [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(name), display_name=name) for name in dict.fromkeys(values)]
+    columns += [
+        wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(name), display_name=name) for name in dict.fromkeys(values)
+    ]
     return [
         wr.ParallelCoordinatesPlot(title="Factors, costs and score", columns=columns),
         wr.ParameterImportancePlot(with_respect_to=objective),
@@ -99,7 +105,11 @@ def _factor_panels(objective: str) -> list[Any]:
 def _cost_panels(objective: str) -> list[Any]:
     import wandb_workspaces.reports.v2 as wr
 
-    costs = {names.PEAK_MEMORY: "peak memory (GiB)", names.SECONDS: "seconds", names.TRAINED_PARAMETERS: "trained parameters"}
+    costs = {
+        names.PEAK_MEMORY: "peak memory (GiB)",
+        names.SECONDS: "seconds",
+        names.TRAINED_PARAMETERS: "trained parameters",
+    }
     return [
         wr.ScatterPlot(
             title=f"{objective} against {label}",
@@ -121,7 +131,11 @@ def _caption_panels() -> list[Any]:
 def _speed_panels() -> list[Any]:
     import wandb_workspaces.reports.v2 as wr
 
-    bars = {names.PEAK_MEMORY: "Peak memory (GiB)", names.FIT_SECONDS: "Seconds of training", names.PARAMETERS: "Parameters"}
+    bars = {
+        names.PEAK_MEMORY: "Peak memory (GiB)",
+        names.FIT_SECONDS: "Seconds of training",
+        names.PARAMETERS: "Parameters",
+    }
     return [
         *_curves({"tokens a second": (names.TOKENS_PER_S,)}),
         *(wr.BarPlot(title=label, metrics=[wr.Metric(name)]) for name, label in bars.items()),
@@ -131,4 +145,7 @@ def _speed_panels() -> list[Any]:
 def _curves(titled: dict[str, tuple[str, ...]]) -> list[Any]:
     import wandb_workspaces.reports.v2 as wr
 
-    return [wr.LinePlot(title=title, x=wr.Metric(names.STEP), y=[wr.Metric(name) for name in curves]) for title, curves in titled.items()]
+    return [
+        wr.LinePlot(title=title, x=wr.Metric(names.STEP), y=[wr.Metric(name) for name in curves])
+        for title, curves in titled.items()
+    ]

@@ -77,7 +77,11 @@ def show_inspection(report: Inspection, *, llm: str, limit: int, note: str) -> N
     _enumerate(console, "Clips or labels that cannot be used", lines)
     leaks = [" = ".join(f"{entry.split}/{entry.id}" for entry in group) for group in report.leaks]
     _enumerate(console, "Groups of clips that look alike in different splits, so that scores would be too good", leaks)
-    _enumerate(console, "Captions that stand at several clips", [f"{len(rows)} × {text[:70]}" for text, rows in report.same_captions])
+    _enumerate(
+        console,
+        "Captions that stand at several clips",
+        [f"{len(rows)} × {text[:70]}" for text, rows in report.same_captions],
+    )
     if report.num_decoded and not (report.broken or leaks):
         console.print(f"All {report.num_decoded:,} videos read can be used, and none looks like one of another split.")
 
@@ -112,17 +116,29 @@ def _overview(report: Inspection, llm: str, limit: int, note: str) -> str:
         _both("characters, mean", "글자 수 평균"),
         _both("longest", "최대"),
     ]
-    header += [_both(f"{llm} tokens, mean", f"{llm} 토큰 평균"), _both("longest", "최대"), _both(f"cut at {limit}", f"{limit}에서 잘림")]
+    header += [
+        _both(f"{llm} tokens, mean", f"{llm} 토큰 평균"),
+        _both("longest", "최대"),
+        _both(f"cut at {limit}", f"{limit}에서 잘림"),
+    ]
     shown = _table(header, _rows(report, limit))
-    return f"<h2>{_both('Clips and captions', '클립과 캡션')}</h2>{shown}" + (f'<p class="quiet">{escape(note)}</p>' if note else "")
+    return f"<h2>{_both('Clips and captions', '클립과 캡션')}</h2>{shown}" + (
+        f'<p class="quiet">{escape(note)}</p>' if note else ""
+    )
 
 
 def _lengths(report: Inspection, llm: str, limit: int) -> str:
     splits = list(report.splits.values())
-    drawn = _histogram(np.concatenate([split.characters for split in splits]), _both("characters a caption", "캡션당 글자 수"))
+    drawn = _histogram(
+        np.concatenate([split.characters for split in splits]), _both("characters a caption", "캡션당 글자 수")
+    )
     if all(split.tokens is not None for split in splits):
         tokens = np.concatenate([_tokens(split) for split in splits])
-        drawn += _histogram(tokens, _both(f"{llm} tokens a caption", f"캡션당 {llm} 토큰 수"), [(limit, f"llm.max_caption_tokens={limit}")])
+        drawn += _histogram(
+            tokens,
+            _both(f"{llm} tokens a caption", f"캡션당 {llm} 토큰 수"),
+            [(limit, f"llm.max_caption_tokens={limit}")],
+        )
     return f"<h2>{_both('Lengths', '길이')}</h2>{drawn}"
 
 
@@ -139,7 +155,8 @@ def _leaks(report: Inspection) -> str:
         return head + f"<p>{_both('None among the videos read.', '읽은 영상 중에는 없습니다.')}</p>"
     across = _both(f"{len(report.leaks)} groups lie across splits.", f"분할을 넘는 묶음: {len(report.leaks)}개")
     rows = [
-        [", ".join(_name(entry) for entry in group)] for group in sorted(report.look_alikes, key=lambda group: group not in report.leaks)
+        [", ".join(_name(entry) for entry in group)]
+        for group in sorted(report.look_alikes, key=lambda group: group not in report.leaks)
     ]
     return head + f"<p>{across}</p>" + _table([_both("clips", "클립")], rows[:_MOST_ROWS]) + _more(len(rows))
 
@@ -157,7 +174,10 @@ def _same_captions(report: Inspection) -> str:
     if not report.same_captions:
         return ""
     header = [_both("times", "횟수"), _both("caption", "캡션"), _both("clips", "클립")]
-    rows: list[Row] = [(len(entries), text, ", ".join(_name(entry) for entry in entries[:10])) for text, entries in report.same_captions]
+    rows: list[Row] = [
+        (len(entries), text, ", ".join(_name(entry) for entry in entries[:10]))
+        for text, entries in report.same_captions
+    ]
     title = _both("Captions that stand at several clips", "여러 클립에 쓰인 캡션")
     return f"<h2>{title}</h2>" + _table(header, rows[:_MOST_ROWS]) + _more(len(rows))
 
@@ -244,9 +264,7 @@ def _histogram(values: ArrayLike, label: str, marks: Sequence[tuple[float, str]]
         for value, text in marks
         if 0 <= (x := (value - edges[0]) * scale) <= width
     )
-    ends = (
-        f'<text x="0" y="{bottom - 4}">{edges[0]:,.0f}</text><text x="{width}" y="{bottom - 4}" text-anchor="end">{edges[-1]:,.0f}</text>'
-    )
+    ends = f'<text x="0" y="{bottom - 4}">{edges[0]:,.0f}</text><text x="{width}" y="{bottom - 4}" text-anchor="end">{edges[-1]:,.0f}</text>'
     drawing = f'<svg viewBox="0 0 {width} {bottom}" width="{width}" role="img">{bars}{lines}{ends}</svg>'
     return f'<figure style="margin:1rem 0"><div class="scroll">{drawing}</div><figcaption class="quiet">{label}</figcaption></figure>'
 

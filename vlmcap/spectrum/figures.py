@@ -169,7 +169,12 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
         distance = patch_distances(frame.grid)
         own = frame.patches.double()
         unit, centred = F.normalize(own, dim=-1), own - mean.double()
-        parts = {"distance": distance, "similarity": unit @ unit.T, "product": centred @ centred.T, "count": torch.ones_like(distance)}
+        parts = {
+            "distance": distance,
+            "similarity": unit @ unit.T,
+            "product": centred @ centred.T,
+            "count": torch.ones_like(distance),
+        }
         bins = distance.round().long().flatten()
         for name, part in parts.items():
             found = torch.bincount(bins, weights=part.flatten())
@@ -211,7 +216,9 @@ def measure_spectrum(frames: Sequence[FrameFeatures], *, max_tokens: int, seed: 
     norms = tokens.double().norm(dim=-1)
     median = norms.median()
     is_outlier = norms > _OUTLIER * median
-    prefixes = [float(frame.prefix[0].double().norm()) for frame in frames if frame.prefix is not None and len(frame.prefix)]
+    prefixes = [
+        float(frame.prefix[0].double().norm()) for frame in frames if frame.prefix is not None and len(frame.prefix)
+    ]
     pairs = max(len(frame.patches) for frame in frames) ** 2
     near = [FrameFeatures(frame.patches.cpu(), frame.grid) for frame in frames[: max(1, _MAX_PAIRS // pairs)]]
     return Spectrum(
@@ -221,6 +228,8 @@ def measure_spectrum(frames: Sequence[FrameFeatures], *, max_tokens: int, seed: 
         values=singular_values(tokens[drawn]),
         locality=locality(near, tokens.double().mean(0)),
         outlier_share=float(is_outlier.double().mean()),
-        outlier_energy=float((norms[is_outlier] ** 2).sum() / (norms**2).sum().clamp_min(torch.finfo(torch.float64).tiny)),
+        outlier_energy=float(
+            (norms[is_outlier] ** 2).sum() / (norms**2).sum().clamp_min(torch.finfo(torch.float64).tiny)
+        ),
         prefix_norm=sum(prefixes) / len(prefixes) / float(median) if prefixes and median > 0 else None,
     )

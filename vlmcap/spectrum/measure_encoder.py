@@ -69,7 +69,9 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     jobs, swept = expand(overrides)
     configs = [with_model_kind(compose(job)) for job in jobs]
     names = (
-        short_names(jobs, swept) if len(jobs) > 1 else [configs[0].model.name if configs[0].is_pretrained_vlm else configs[0].encoder.name]
+        short_names(jobs, swept)
+        if len(jobs) > 1
+        else [configs[0].model.name if configs[0].is_pretrained_vlm else configs[0].encoder.name]
     )
     spectra: list[EncoderSpectrum] = []
     with claimed_folder(folder, "--output"):
@@ -149,7 +151,9 @@ def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> I
             yield item
 
 
-def _encode(config: Config, encoder: VisionEncoder, sample: Sample, keep: int) -> tuple[list[FrameFeatures], list[Tensor | None]]:
+def _encode(
+    config: Config, encoder: VisionEncoder, sample: Sample, keep: int
+) -> tuple[list[FrameFeatures], list[Tensor | None]]:
     """Features of some frames of a clip with their prefix tokens, and the frames as pictures where they are."""
     assert sample.frames is not None
     prefixes: list[Tensor] = []
@@ -168,7 +172,11 @@ def _encode(config: Config, encoder: VisionEncoder, sample: Sample, keep: int) -
     grid = (side[0], side[1])
     rows = torch.linspace(0, num_frames - 1, min(keep, num_frames)).round().long().tolist()
     found = [
-        FrameFeatures(features[0][row, : grid[0] * grid[1]].float().cpu(), grid, prefixes[0][row].float().cpu() if prefixes else None)
+        FrameFeatures(
+            features[0][row, : grid[0] * grid[1]].float().cpu(),
+            grid,
+            prefixes[0][row].float().cpu() if prefixes else None,
+        )
         for row in rows
     ]
     return found, [_picture(sample.frames, row, grid) for row in rows]
@@ -178,7 +186,9 @@ def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
     """uint8 (H, W, 3) of a frame, or None where there is no such frame (Qwen-VL joins two in one)."""
     if frames.dim() == 4 and row < len(frames):
         return frames[row].permute(1, 2, 0)
-    if frames.dim() == 3 and row < len(frames) and frames.shape[-1] % 3 == 0:  # NaFlex: patches, rows of pixels, then colours
+    if (
+        frames.dim() == 3 and row < len(frames) and frames.shape[-1] % 3 == 0
+    ):  # NaFlex: patches, rows of pixels, then colours
         side = round((frames.shape[-1] // 3) ** 0.5)
         own = frames[row, : grid[0] * grid[1]]
         if side * side * 3 == frames.shape[-1]:
@@ -210,7 +220,8 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
         found[str(number)] = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
 
     handles = [
-        block.register_forward_hook(lambda _, __, output, number=number: keep(number, output)) for number, block in enumerate(blocks, 1)
+        block.register_forward_hook(lambda _, __, output, number=number: keep(number, output))
+        for number, block in enumerate(blocks, 1)
     ]
     try:
         encoding_of(config, encoder)(sample.frames[None], None if sample.grid_thw is None else [sample.grid_thw])

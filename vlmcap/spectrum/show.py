@@ -72,7 +72,10 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
     values, alike = upper.subplots(1, 2)
     _draw_values(values, [one])
     _draw_locality(alike, one)
-    upper.suptitle(f"{one.label}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}", fontsize=11)
+    upper.suptitle(
+        f"{one.label}, layer {one.layer}: effective rank {one.spectrum.effective_rank:.1f} of {one.spectrum.width}",
+        fontsize=11,
+    )
     axes = lower.subplots(1, num_maps)
     _draw_frame(axes[0], one, queries)
     maps = similarity_maps(one.frame, queries)
@@ -94,12 +97,16 @@ def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
     values, alike, ranks = figure.subplots(1, 3)
     _draw_values(values, spectra)
     for colour, one in zip(_cycle(len(spectra)), spectra, strict=True):
-        alike.plot(one.spectrum.locality.distances, one.spectrum.locality.correlation, ".-", color=colour, label=one.label)
+        alike.plot(
+            one.spectrum.locality.distances, one.spectrum.locality.correlation, ".-", color=colour, label=one.label
+        )
     _label_locality(alike)
     places = range(len(spectra))
     shares = [one.spectrum.effective_rank / one.spectrum.width for one in spectra]
     bars = ranks.barh(places, shares, color=_cycle(len(spectra)))
-    ranks.bar_label(bars, [f"{one.spectrum.effective_rank:.1f} of {one.spectrum.width}" for one in spectra], padding=3, fontsize=8)
+    ranks.bar_label(
+        bars, [f"{one.spectrum.effective_rank:.1f} of {one.spectrum.width}" for one in spectra], padding=3, fontsize=8
+    )
     ranks.set_yticks(list(places), [one.label for one in spectra], fontsize=8)
     ranks.invert_yaxis()
     ranks.margins(x=0.35)
@@ -131,7 +138,9 @@ def _draw_locality(axes: Any, one: EncoderSpectrum) -> None:
     _label_locality(axes)
     if found.length is not None:
         axes.axvline(found.length, color="#999999", linestyle=":", linewidth=1)
-        axes.annotate(f"{found.length:.1f} patches", (found.length, _E), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            f"{found.length:.1f} patches", (found.length, _E), xytext=(4, 4), textcoords="offset points", fontsize=8
+        )
 
 
 def _label_locality(axes: Any) -> None:
@@ -150,7 +159,9 @@ def _draw_frame(axes: Any, one: EncoderSpectrum, queries: Sequence[int]) -> None
     axes.imshow(picture, extent=extent)
     for place, query in enumerate(queries):
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
-        axes.text(query % columns, query // columns, "ABC"[place], ha="center", va="center", fontsize=8, color="red", bbox=box)
+        axes.text(
+            query % columns, query // columns, "ABC"[place], ha="center", va="center", fontsize=8, color="red", bbox=box
+        )
 
 
 def _cycle(count: int) -> list[str]:

@@ -50,7 +50,10 @@ def run_packed(packed: bytes) -> None:
 
     register_schemas()
     context, task, config, state = cloudpickle.loads(packed)
-    sys.argv = ["vlmcap", *config.hydra.overrides.task]  # whatever the launcher's process is, the job is one of `vlmcap train`
+    sys.argv = [
+        "vlmcap",
+        *config.hydra.overrides.task,
+    ]  # whatever the launcher's process is, the job is one of `vlmcap train`
     setup_globals()
     Singleton.set_state(state)
     run_job(

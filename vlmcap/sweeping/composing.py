@@ -118,4 +118,6 @@ def check_arguments(arguments: Sequence[str], swept: Sequence[str]) -> None:
             raise UserError(f"{key} is of the sweep as a whole and cannot be swept; give it one value")
     for argument in arguments:
         if argument.lstrip("+").startswith("paths.output_dir="):
-            raise UserError("paths.output_dir would put every job of a sweep into one folder; give sweep.folder=… in its place")
+            raise UserError(
+                "paths.output_dir would put every job of a sweep into one folder; give sweep.folder=… in its place"
+            )

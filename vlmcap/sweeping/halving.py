@@ -49,7 +49,9 @@ class Halving:
         objective: Its name, and `max` or `min`.
     """
 
-    def __init__(self, sweep: HalvingSweepConfig, composer: Composer, runner: Runner, objective: tuple[str, str]) -> None:
+    def __init__(
+        self, sweep: HalvingSweepConfig, composer: Composer, runner: Runner, objective: tuple[str, str]
+    ) -> None:
         self._sweep, self._composer, self._runner, self._objective = sweep, composer, runner, objective
 
     def check(self, candidates: Sequence[Job]) -> None:
@@ -74,8 +76,14 @@ class Halving:
         rounds: list[Round] = []
         for index, size in enumerate(sizes):
             share = self._sweep.keep ** (len(sizes) - 1 - index)
-            print(f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the work of the last round", flush=True)
-            jobs = [self._composer.job(scaled(job, share, self._sweep.scaled), _named(job, index, len(sizes))) for job in left]
+            print(
+                f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the work of the last round",
+                flush=True,
+            )
+            jobs = [
+                self._composer.job(scaled(job, share, self._sweep.scaled), _named(job, index, len(sizes)))
+                for job in left
+            ]
             ends = self._runner.run(jobs)
             after = sizes[index + 1] if index + 1 < len(sizes) else size
             chosen = best(ends, after, self._objective[1])
@@ -127,7 +135,10 @@ def scaled(job: Job, share: float, what: Scaled) -> list[str]:
     if what is not Scaled.epochs:
         more.append(f"data.max_clips={max(1, math.ceil(num_clips(config) * each))}")
     if what is not Scaled.clips:
-        stages = {name: max(1, round(stage.epochs * each)) if stage.epochs else 0 for name, stage in config.tuning.stages.items()}
+        stages = {
+            name: max(1, round(stage.epochs * each)) if stage.epochs else 0
+            for name, stage in config.tuning.stages.items()
+        }
         more.append(f"tuning.epochs={sum(stages.values())}")
         more += [f"tuning.align_epochs={stages['align']}"] if isinstance(config.tuning, TwoStageConfig) else []
     keys = {override.partition("=")[0] for override in more}
@@ -145,7 +156,9 @@ def num_clips(config: Config | None) -> int:
         return config.data.max_clips
     if isinstance(config.data, DemoDataConfig):
         return config.data.demo.num_train
-    raise UserError("sweep=halving takes shares of data.max_clips, which has no value; give the clips of the last round")
+    raise UserError(
+        "sweep=halving takes shares of data.max_clips, which has no value; give the clips of the last round"
+    )
 
 
 def _named(job: Job, index: int, count: int) -> str:

@@ -15,7 +15,15 @@ from typing import Any
 
 from vlmcap.config import Config
 from vlmcap.config_hash import config_hash
-from vlmcap.errors import DoesNotFitError, InUseError, TrialPruned, UserError, first_line, is_out_of_memory, storage_problem
+from vlmcap.errors import (
+    DoesNotFitError,
+    InUseError,
+    TrialPruned,
+    UserError,
+    first_line,
+    is_out_of_memory,
+    storage_problem,
+)
 from vlmcap.files import replacing
 from vlmcap.program import is_sweep, output_folder
 
@@ -66,7 +74,9 @@ class Status:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (folder / FILE).is_file():
                 raise
-            with (folder / FILE).open("r+", encoding="utf-8") as file:  # a full disk still has the block of the file that is there
+            with (folder / FILE).open(
+                "r+", encoding="utf-8"
+            ) as file:  # a full disk still has the block of the file that is there
                 file.write(text)
                 file.truncate()
 
@@ -138,7 +148,9 @@ class Record:
         file = self.folder / "config.yaml"
         return self.config is not None and file.is_file() and file.stat().st_mtime >= self.started
 
-    def _write(self, status: str, reason: str, *, error: BaseException | None = None, plan: dict[str, float] | None = None) -> None:
+    def _write(
+        self, status: str, reason: str, *, error: BaseException | None = None, plan: dict[str, float] | None = None
+    ) -> None:
         objective = getattr(error, "value", self.objective)
         Status(
             status=status,

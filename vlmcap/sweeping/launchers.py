@@ -56,7 +56,9 @@ def shares(launcher: ParallelLauncherConfig, devices: list[str]) -> list[str]:
         devices: Of `visible_devices`.
     """
     size = launcher.gpus_per_job if launcher.gpus_per_job is not None else 1
-    groups = [",".join(devices[start : start + size]) for start in range(0, len(devices) - size + 1, size)] if size else []
+    groups = (
+        [",".join(devices[start : start + size]) for start in range(0, len(devices) - size + 1, size)] if size else []
+    )
     count = launcher.n_jobs or len(groups) or 1
     return [groups[index % len(groups)] if groups else "" for index in range(count)]
 
@@ -100,7 +102,9 @@ class _Launcher(Generic[L]):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> None:
         """Runs all jobs, as many at a time as may run; returns when all are over."""
-        self._run([self._packer.pack(overrides, initial_job_idx + index) for index, overrides in enumerate(job_overrides)])
+        self._run(
+            [self._packer.pack(overrides, initial_job_idx + index) for index, overrides in enumerate(job_overrides)]
+        )
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
         """Runs jobs, each with the folder that it writes to."""
@@ -155,7 +159,10 @@ class RayLauncher(_Launcher[RayLauncherConfig]):
             gpus = 1 if not is_own or visible_devices() else 0
         started = {"num_cpus": cpus * self._launcher.n_jobs} if is_own and self._launcher.n_jobs else {}
         self._library.init(
-            self._launcher.address, include_dashboard=False if is_own else None, runtime_env={"env_vars": _module_paths()}, **started
+            self._launcher.address,
+            include_dashboard=False if is_own else None,
+            runtime_env={"env_vars": _module_paths()},
+            **started,
         )
         try:
             # A process a job, which is not started again by itself: `sweep.resume=true` does, from its last checkpoint.
@@ -183,7 +190,9 @@ class SubmititLauncher(_Launcher[SubmititLauncherConfig]):
 
     def _run(self, packed: list[tuple[bytes, Path]]) -> None:
         folder = packed[0][1].parent / ".submitit" / "%j"
-        executor = self._library.AutoExecutor(folder=str(folder), cluster="local" if self._launcher.is_local else "slurm")
+        executor = self._library.AutoExecutor(
+            folder=str(folder), cluster="local" if self._launcher.is_local else "slurm"
+        )
         executor.update_parameters(**parameters(self._launcher))
         jobs = executor.map_array(run_packed, [one for one, _ in packed])
         try:

@@ -13,7 +13,18 @@ from vlmcap.locks import living_owner
 from vlmcap.overrides import quoted
 from vlmcap.program import HYDRA_FOLDER
 from vlmcap.sweeping.composing import Job
-from vlmcap.sweeping.job import BEGUN, FAILED, FILE, FINISHED, INTERRUPTED, PRUNED, REFUSED, TRIAL_VARIABLE, Status, read_status
+from vlmcap.sweeping.job import (
+    BEGUN,
+    FAILED,
+    FILE,
+    FINISHED,
+    INTERRUPTED,
+    PRUNED,
+    REFUSED,
+    TRIAL_VARIABLE,
+    Status,
+    read_status,
+)
 
 
 class Starter(Protocol):
@@ -63,10 +74,14 @@ class Runner:
         self.done: list[Done] = []
         found = sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
         if found and not is_resumed:
-            raise UserError(f"sweep.folder={folder} holds a sweep; add sweep.resume=true to go on with it, or give another folder")
+            raise UserError(
+                f"sweep.folder={folder} holds a sweep; add sweep.resume=true to go on with it, or give another folder"
+            )
         self._next = found[-1] + 1 if found else 0
         statuses = ((number, read_status(folder / str(number))) for number in found)
-        self._known = {status.config_hash: number for number, status in statuses if status is not None and status.config_hash}
+        self._known = {
+            status.config_hash: number for number, status in statuses if status is not None and status.config_hash
+        }
 
     def run(self, jobs: Sequence[Job]) -> list[Done]:
         """Runs what has not been run, and gives the end of every job, in their order."""
@@ -129,7 +144,12 @@ class Runner:
 
     def _overrides(self, number: int, job: Job) -> list[str]:
         trial = [f"++hydra.job.env_set.{TRIAL_VARIABLE}={quoted(job.trial)}"] if job.trial else []
-        return [*job.overrides, f"hydra.sweep.dir={quoted(str(self.folder))}", f"hydra.sweep.subdir={quoted(number)}", *trial]
+        return [
+            *job.overrides,
+            f"hydra.sweep.dir={quoted(str(self.folder))}",
+            f"hydra.sweep.subdir={quoted(number)}",
+            *trial,
+        ]
 
     def _ended(self, number: int, job: Job, problem: str) -> Done:
         """What a job left; one that was killed could not say so itself."""

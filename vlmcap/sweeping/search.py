@@ -51,14 +51,18 @@ class SearchSpace:
         """
         endless = [key for key in self.distributions if key not in self.choices]
         if endless:
-            raise UserError(f"sweep.sampler=grid cannot try every value of {endless[0]}; give a list or a range, or sweep.sampler=tpe")
+            raise UserError(
+                f"sweep.sampler=grid cannot try every value of {endless[0]}; give a list or a range, or sweep.sampler=tpe"
+            )
         return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
 
     def probes(self) -> list[dict[str, Any]]:
         """A few points that hold every choice, to find misspelt ones before anything runs."""
         width = max((len(values) for values in self.choices.values()), default=1)
         lows = {key: one.low for key, one in self.distributions.items() if key not in self.choices}
-        return [lows | {key: values[index % len(values)] for key, values in self.choices.items()} for index in range(width)]
+        return [
+            lows | {key: values[index % len(values)] for key, values in self.choices.items()} for index in range(width)
+        ]
 
 
 def read_space(overrides: Sequence[Override]) -> SearchSpace:
@@ -134,7 +138,9 @@ class Search:
         UserError: A choice does not exist, or Optuna is not installed; nothing was made.
     """
 
-    def __init__(self, sweep: OptunaSweepConfig, space: SearchSpace, composer: Composer, runner: Runner, mode: str, width: int) -> None:
+    def __init__(
+        self, sweep: OptunaSweepConfig, space: SearchSpace, composer: Composer, runner: Runner, mode: str, width: int
+    ) -> None:
         self._sweep, self._space, self._composer, self._runner, self._width = sweep, space, composer, runner, width
         import_optuna()
         for point in space.probes():

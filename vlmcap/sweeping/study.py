@@ -62,7 +62,9 @@ def trial_of_job(sweep: SweepConfig) -> optuna.Trial | None:
 
     path, _, number = address.rpartition("#")
     pruner = (
-        optuna.pruners.MedianPruner(n_startup_trials=sweep.prune_after_trials, n_warmup_steps=sweep.prune_after_epochs + 1)
+        optuna.pruners.MedianPruner(
+            n_startup_trials=sweep.prune_after_trials, n_warmup_steps=sweep.prune_after_epochs + 1
+        )
         if sweep.prune
         else optuna.pruners.NopPruner()
     )
@@ -113,4 +115,6 @@ def import_optuna() -> None:
 def _storage(path: Path) -> optuna.storages.RDBStorage:
     from optuna.storages import RDBStorage
 
-    return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 100}})  # seconds to wait for another job's writing
+    return RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 100}}
+    )  # seconds to wait for another job's writing

@@ -57,7 +57,12 @@ def run_sweep(context: HydraContext, task: TaskFunction, master: DictConfig, arg
 
 
 def _run(
-    sweep: SweepConfig, launcher: LauncherConfig, composer: Composer, runner: Runner, arguments: Sequence[str], master: DictConfig
+    sweep: SweepConfig,
+    launcher: LauncherConfig,
+    composer: Composer,
+    runner: Runner,
+    arguments: Sequence[str],
+    master: DictConfig,
 ) -> None:
     if isinstance(sweep, OptunaSweepConfig):
         space = read_space(composer.parse(arguments))
@@ -129,14 +134,20 @@ def show_sweep(done: Sequence[Done], folder: Path, objective: tuple[str, str], *
         print(f"{failures} of {len(rows)} came to nothing; status.json in their folders says why.")
     shown = shlex.quote(_shown(folder))
     if is_interrupted or failures:
-        print(f"To go on, or try again what came to nothing: the same command with sweep.resume=true sweep.folder={shown}")
+        print(
+            f"To go on, or try again what came to nothing: the same command with sweep.resume=true sweep.folder={shown}"
+        )
     print(f"To compare them: vlmcap report {shown}", flush=True)
 
 
 def best_of(done: Sequence[Done], mode: str) -> Done | None:
     """The finished job with the best objective."""
     sign = -1.0 if mode == "min" else 1.0
-    scored = [(sign * one.status.objective, one) for one in done if one.status.status == FINISHED and one.status.objective is not None]
+    scored = [
+        (sign * one.status.objective, one)
+        for one in done
+        if one.status.status == FINISHED and one.status.objective is not None
+    ]
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 

@@ -65,7 +65,9 @@ def check_stages(config: Config) -> None:
             )
     tuned = config.tuning.encoder_tuning
     if tuned is not EncoderTuning.none and not any(stage.encoder_lr > 0 for stage in stages):
-        raise UserError(f"tuning.encoder={tuned.name}, but nothing trains the encoder; set tuning.encoder_lr, or tuning.encoder=none")
+        raise UserError(
+            f"tuning.encoder={tuned.name}, but nothing trains the encoder; set tuning.encoder_lr, or tuning.encoder=none"
+        )
 
 
 def check_monitor(config: Config) -> None:
@@ -76,11 +78,17 @@ def check_monitor(config: Config) -> None:
     has_facts = config.data.is_demo or config.evaluation.facts is not None
     visual_reliance = config.callbacks.visual_reliance
     looped = ["loss", *METRIC_NAMES, *user_metrics(), *(["facts/<fact>"] if has_facts else [])]
-    looped += ["visual_reliance/swapped/cider_drop"] if visual_reliance.enabled and visual_reliance.every_n_validations == 1 else []
+    looped += (
+        ["visual_reliance/swapped/cider_drop"]
+        if visual_reliance.enabled and visual_reliance.every_n_validations == 1
+        else []
+    )
     split, _, name = config.monitor.partition("/")
     groups = tuple(example.partition("/")[0] + "/" for example in looped if "/" in example)
     if split != "val" or not (name in looped or name.startswith(groups)):
-        raise UserError(f"monitor={config.monitor} is not measured while training; choose val/ and one of {', '.join(looped)}")
+        raise UserError(
+            f"monitor={config.monitor} is not measured while training; choose val/ and one of {', '.join(looped)}"
+        )
 
 
 def check_facts(config: Config) -> None:
@@ -143,7 +151,9 @@ def check_strategy(config: Config) -> None:
 
     chosen, devices = config.trainer.strategy, config.hardware.devices
     if config.hardware.accelerator != "cpu" and torch.cuda.is_available() and devices > torch.cuda.device_count():
-        raise UserError(f"hardware.devices={devices}, but this machine has {torch.cuda.device_count()}; lower it to that")
+        raise UserError(
+            f"hardware.devices={devices}, but this machine has {torch.cuda.device_count()}; lower it to that"
+        )
     if chosen is Strategy.fsdp2:
         _check_fsdp2(config)
 
@@ -155,13 +165,17 @@ def _check_fsdp2(config: Config) -> None:
             "set llm.quantization=none, or trainer=ddp"
         )
     if config.hardware.precision is Precision.fp16:
-        raise UserError("trainer=fsdp2 has no scaler for hardware.precision=fp16; set hardware.precision=bf16 or fp32, or trainer=ddp")
+        raise UserError(
+            "trainer=fsdp2 has no scaler for hardware.precision=fp16; set hardware.precision=bf16 or fp32, or trainer=ddp"
+        )
     if config.optim.kind is not OptimKind.adamw:
         raise UserError(
             f"trainer=fsdp2 keeps the optimiser's state in shards, which optim={config.optim.kind.name} cannot; set optim=adamw"
         )
     if uses_expert_adapters(config):
-        raise UserError("trainer=fsdp2 does not cut adapters on experts; set tuning.lora.use_experts=false, or trainer=ddp")
+        raise UserError(
+            "trainer=fsdp2 does not cut adapters on experts; set tuning.lora.use_experts=false, or trainer=ddp"
+        )
     if config.hardware.offload_checkpoints:
         raise UserError("trainer=fsdp2 was not tried with hardware.offload_checkpoints=true; set it to false")
 
@@ -183,11 +197,17 @@ def extra_callbacks(config: Config) -> list[L.Callback]:
             made = instantiate(entry, _convert_="all")
         except (HydraException, TypeError, ValueError) as error:
             cause = first_line(error.__cause__ or error)
-            raise UserError(f"callbacks.extra: {target} cannot be made ({cause}); check its dotted name and its arguments") from error
+            raise UserError(
+                f"callbacks.extra: {target} cannot be made ({cause}); check its dotted name and its arguments"
+            ) from error
         if not isinstance(made, Callback):
-            raise UserError(f"callbacks.extra: {target or entry} is no callback; give each entry a _target_ such as {_EXAMPLE}")
+            raise UserError(
+                f"callbacks.extra: {target or entry} is no callback; give each entry a _target_ such as {_EXAMPLE}"
+            )
         if isinstance(made, WeightAveraging) and config.trainer.strategy is Strategy.fsdp2:
-            raise UserError(f"callbacks.extra: {target} cannot average the shards of trainer=fsdp2; leave it out, or set trainer=ddp")
+            raise UserError(
+                f"callbacks.extra: {target} cannot average the shards of trainer=fsdp2; leave it out, or set trainer=ddp"
+            )
         callbacks.append(made)
     return callbacks
 
@@ -202,10 +222,14 @@ def check_launch(config: Config) -> None:
         return
     hydra: Any = HydraConfig.get()
     if hydra.mode is RunMode.MULTIRUN:
-        raise UserError("torchrun and srun start one run, and -m starts many; leave -m out, or start the sweep without them")
+        raise UserError(
+            "torchrun and srun start one run, and -m starts many; leave -m out, or start the sweep without them"
+        )
     given = [*hydra.overrides.task, *hydra.overrides.hydra]
     if not any(override.startswith(("paths.output_dir=", "hydra.run.dir=")) for override in given):
-        raise UserError("processes that torchrun or srun started would each name their folder by the clock; set paths.output_dir")
+        raise UserError(
+            "processes that torchrun or srun started would each name their folder by the clock; set paths.output_dir"
+        )
 
 
 def _is_started_elsewhere() -> bool:
@@ -219,7 +243,9 @@ def check_folder(config: Config, resumed: Path | None) -> None:
     folder = Path(config.paths.output_dir)
     if resumed is not None or config.paths.overwrite:
         return
-    found = next((path for path in (folder / "summary.json", folder / "checkpoints" / "last.ckpt") if path.is_file()), None)
+    found = next(
+        (path for path in (folder / "summary.json", folder / "checkpoints" / "last.ckpt") if path.is_file()), None
+    )
     if found is not None:
         raise UserError(
             f"paths.output_dir={folder} holds a run already ({found.relative_to(folder)}): choose another folder, resume that run with "
@@ -238,5 +264,7 @@ def find_resume(config: Config) -> Path | None:
         return last if config.trainer.requeue and last.is_file() else None
     path = last if config.checkpoint == "last" else Path(config.checkpoint)
     if not path.is_file():
-        raise UserError(f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to resume")
+        raise UserError(
+            f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to resume"
+        )
     return path

@@ -75,7 +75,9 @@ def fit(
 def smaller_batches(config: Config) -> Config | None:
     """The same clips in each optimiser step, in smaller micro-batches; None for those of one clip."""
     size = config.data.batch_size
-    factor = next((factor for factor in range(2, size + 1) if size % factor == 0), None)  # a half, or less where that is no whole number
+    factor = next(
+        (factor for factor in range(2, size + 1) if size % factor == 0), None
+    )  # a half, or less where that is no whole number
     if factor is None or config.data.max_tokens_per_batch is not None:
         return None
     accumulated = config.trainer.accumulate_grad_batches * factor
@@ -122,7 +124,11 @@ def listening(run: Run) -> AbstractContextManager[None]:
 
 def _trained_weights(run: Run) -> dict[str, Tensor]:
     """Copies in host memory of what training changes."""
-    return {name: weight.detach().to("cpu", copy=True) for part in run.module.trained.values() for name, weight in part.items()}
+    return {
+        name: weight.detach().to("cpu", copy=True)
+        for part in run.module.trained.values()
+        for name, weight in part.items()
+    }
 
 
 def _reset(run: Run, weights: dict[str, Tensor]) -> None:

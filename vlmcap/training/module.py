@@ -74,9 +74,14 @@ class CaptioningModule(L.LightningModule):
         self.num_truncated = 0
         self.owes_validation = False  # a resumed run, whose last epoch was trained and not validated
         self._position: Mapping[str, int] = {"epoch": 0, "batches": 0}  # of the first batch of this process
-        self.last_loss: tuple[float | Tensor, int] = (0.0, 0)  # of the last micro-batch: its sum, on the device, and its label tokens
+        self.last_loss: tuple[float | Tensor, int] = (
+            0.0,
+            0,
+        )  # of the last micro-batch: its sum, on the device, and its label tokens
         self.grad_norm: Tensor | None = None  # of the last step, before clipping, on the device
-        self._step_rates: dict[str, float] = {}  # of the last step, by part: the scheduler has moved on when they are logged
+        self._step_rates: dict[
+            str, float
+        ] = {}  # of the last step, by part: the scheduler has moved on when they are logged
         self._sharder, self._is_sharded, self._earlier = sharder, False, cast("Batch | None", None)
         self._window_tokens = 0
         self._log_loss: float | Tensor = 0.0  # stays on the device until it is asked for
@@ -162,9 +167,15 @@ class CaptioningModule(L.LightningModule):
     def _zero(self) -> Tensor:
         """A zero with gradients, as other ranks and the scaler of half precision wait for them."""
         if not self._is_sharded:
-            return torch.stack([p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]).sum()
-        if self._earlier is None:  # the other ranks wait for this one's shards in every block, so it must compute something
-            raise UserError("no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see skipped_clips.jsonl")
+            return torch.stack(
+                [p.sum() * 0.0 for part in self.trained.values() for p in part.values() if p.requires_grad]
+            ).sum()
+        if (
+            self._earlier is None
+        ):  # the other ranks wait for this one's shards in every block, so it must compute something
+            raise UserError(
+                "no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see skipped_clips.jsonl"
+            )
         return self.captioner.loss_sum(self._earlier)[0] * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -182,7 +193,10 @@ class CaptioningModule(L.LightningModule):
                     parameter.grad.mul_(scale)
 
     def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips as Lightning does, and keeps the norm, which it throws away."""
         limit = gradient_clip_val if gradient_clip_val else math.inf
@@ -285,7 +299,9 @@ class CaptioningModule(L.LightningModule):
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         epoch = self.trainer.current_epoch
         position = self._train_sampler().position(epoch, int(progress.processed))
-        is_last = position["epoch"] > epoch == epochs.processed  # an epoch counts as processed once its validation is over
+        is_last = (
+            position["epoch"] > epoch == epochs.processed
+        )  # an epoch counts as processed once its validation is over
         settle_loop(checkpoint["loops"]["fit_loop"], epoch, position["epoch"], checkpoint["global_step"])
         sums = self._sums(float(self._log_loss), self._log_labels, self._log_tokens, self.num_truncated)
         log = {"loss": sums[0], "labels": int(sums[1]), "tokens": int(sums[2]), "truncated": int(sums[3])}

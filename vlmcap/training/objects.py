@@ -81,7 +81,11 @@ def build_run(
         L.seed_everything(config.seed + process_rank(config), verbose=False)
     plan = StagePlan(config.tuning.stages)
     module = make_module(
-        config, assembly.captioner, plan, checkpoint_identity(config, assembly.sources), open_skipped_log(config, data.clips)
+        config,
+        assembly.captioner,
+        plan,
+        checkpoint_identity(config, assembly.sources),
+        open_skipped_log(config, data.clips),
     )
     evaluation = CaptionEvaluation(CaptionScorer(config.evaluation), data.clips, folder / "predictions", config.monitor)
     callbacks = _common_callbacks(config, data, evaluation, folder, trial)
@@ -92,7 +96,13 @@ def build_run(
     callbacks += _training_callbacks(config, plan, profile, folder)
     loggers = make_loggers(config, to_plain(config), folder, step)
     trainer = make_trainer(
-        config, plan, folder, callbacks, loggers, enable_checkpointing=True, profiler=profile.profiler if profile else None
+        config,
+        plan,
+        folder,
+        callbacks,
+        loggers,
+        enable_checkpointing=True,
+        profiler=profile.profiler if profile else None,
     )
     return Run(module, data, trainer, evaluation, folder)
 
@@ -189,7 +199,9 @@ def _training_callbacks(config: Config, plan: StagePlan, profile: StepProfile | 
     callbacks += [*extra_callbacks(config), StepLimit(config.trainer.max_steps)]
     if early.enabled:
         monitor, mode = config.monitor, config.monitor_mode
-        callbacks.append(PatientStop(plan, monitor=monitor, mode=mode, patience=early.patience, min_delta=early.min_delta))
+        callbacks.append(
+            PatientStop(plan, monitor=monitor, mode=mode, patience=early.patience, min_delta=early.min_delta)
+        )
     if guard.enabled:
         callbacks.append(DivergenceGuard(guard, folder, is_scaled=config.hardware.precision is Precision.fp16))
     callbacks.append(StopOnSignal(folder, is_requeued=config.trainer.requeue))

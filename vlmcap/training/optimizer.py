@@ -15,7 +15,10 @@ from vlmcap.config import OptimConfig, OptimKind
 from vlmcap.errors import UserError
 
 _LEAST_8BIT = 4096  # numbers of a tensor; below it a state stays in float32, as its scales would not be worth it
-_QUANTISED = ("__bnb_optimizer_quant_state__", "state1")  # under these names bitsandbytes keeps its state, in a checkpoint and in memory
+_QUANTISED = (
+    "__bnb_optimizer_quant_state__",
+    "state1",
+)  # under these names bitsandbytes keeps its state, in a checkpoint and in memory
 
 
 def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -34,7 +37,9 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
             chosen = [parameter for parameter in parameters.values() if (parameter.ndim >= 2) == rows]
             if chosen:
                 # LearningRateMonitor shows a group by its name, which must be unique.
-                groups.append({"params": chosen, "weight_decay": decay, "part": part, "name": part if rows else f"{part}_vectors"})
+                groups.append(
+                    {"params": chosen, "weight_decay": decay, "part": part, "name": part if rows else f"{part}_vectors"}
+                )
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2)}
     if config.kind is OptimKind.adamw:
         return torch.optim.AdamW(groups, **settings)  # foreach on a GPU, by torch's own choice

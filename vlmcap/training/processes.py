@@ -65,7 +65,11 @@ def run_folder(config: Config) -> Iterator[None]:
     Raises:
         InUseError: Another run writes to it.
     """
-    with claimed_folder(Path(config.paths.output_dir), "paths.output_dir") if is_main(config) else contextlib.nullcontext():
+    with (
+        claimed_folder(Path(config.paths.output_dir), "paths.output_dir")
+        if is_main(config)
+        else contextlib.nullcontext()
+    ):
         yield
 
 
@@ -86,7 +90,9 @@ def as_process(config: Config) -> Iterator[None]:
         torch.cuda.set_device(local_rank())
     with contextlib.ExitStack() as stack:
         if not is_main(config):
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))))
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w", encoding="utf-8")))
+            )
         is_failed = True
         try:
             yield
@@ -121,7 +127,11 @@ def _program() -> list[str]:
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
-    is_ours = Path(sys.argv[0]).stem == "vlmcap" if spec is None else spec.name in ("vlmcap.cli.__main__", "vlmcap.sweeping.child")
+    is_ours = (
+        Path(sys.argv[0]).stem == "vlmcap"
+        if spec is None
+        else spec.name in ("vlmcap.cli.__main__", "vlmcap.sweeping.child")
+    )
     if is_ours and HydraConfig.initialized():
         return [sys.executable, "-m", "vlmcap.cli", str(HydraConfig.get().job.config_name)]
     return [sys.executable, os.path.abspath(sys.argv[0])] if spec is None else [sys.executable, "-m", spec.name]
@@ -137,7 +147,9 @@ def make_strategy(config: Config) -> LightningStrategy:
     if num_processes(config) == 1:
         return SingleStrategy(device_of(config))
     stages = [stage for stage in config.tuning.stages.values() if stage.epochs]
-    is_simple = len(stages) == 1 and config.tuning.encoder_tuning is EncoderTuning.none and not uses_expert_adapters(config)
+    is_simple = (
+        len(stages) == 1 and config.tuning.encoder_tuning is EncoderTuning.none and not uses_expert_adapters(config)
+    )
     return SharedStrategy(command, has_unused=not is_simple)
 
 
@@ -157,7 +169,11 @@ def make_sharder(config: Config) -> Callable[[nn.Module, DeviceMesh, torch.devic
 
 def describe_batch(config: Config) -> str:
     """Clips or tokens of a device's batch, times what makes it the batch of one optimiser step."""
-    budget, steps, devices = config.data.max_tokens_per_batch, config.trainer.accumulate_grad_batches, num_processes(config)
+    budget, steps, devices = (
+        config.data.max_tokens_per_batch,
+        config.trainer.accumulate_grad_batches,
+        num_processes(config),
+    )
     size, unit = (config.data.batch_size, "clips") if budget is None else (budget, "tokens")
     if devices == 1:
         return f"{size} {unit} × {steps}"

@@ -100,7 +100,11 @@ def _train(config: Config, trial: Trial | None) -> float:
     # 6. Assemble the model.
     with progress_reporter("loading the model") if is_main(config) else nullcontext():
         assembly = assemble(
-            spec, features, is_fresh=resumed is None, num_kept_layers=num_kept_layers(config), is_meta=receives_weights(config)
+            spec,
+            features,
+            is_fresh=resumed is None,
+            num_kept_layers=num_kept_layers(config),
+            is_meta=receives_weights(config),
         )
     seconds = {"prepare": time.perf_counter() - started}
 
@@ -154,7 +158,9 @@ def _monitored(config: Config, scores: Mapping[str, float]) -> float:
     value = scores.get(config.monitor, math.nan)
     if not math.isfinite(value):
         names = ", ".join(sorted(name for name, score in scores.items() if math.isfinite(score)))
-        print(f"Warning: monitor={config.monitor} has no value in this run; those that have one are {names}.", flush=True)
+        print(
+            f"Warning: monitor={config.monitor} has no value in this run; those that have one are {names}.", flush=True
+        )
     return value
 
 
@@ -227,7 +233,10 @@ def _evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     (folder / "predictions" / f"{split.value}.jsonl").replace(folder / "predictions.jsonl")
     if not any((folder / "predictions").iterdir()):  # the output folder may be that of the training run
         (folder / "predictions").rmdir()
-    write_json(folder / "metrics.json", {"checkpoint": str(checkpoint), "tokenizer": tokenizer_version(config), **plain_scores(scores)})
+    write_json(
+        folder / "metrics.json",
+        {"checkpoint": str(checkpoint), "tokenizer": tokenizer_version(config), **plain_scores(scores)},
+    )
     end_evaluation_loggers(run.trainer.loggers, config, folder, checkpoint, scores)
     return scores
 

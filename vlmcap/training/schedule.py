@@ -59,7 +59,9 @@ class StagePlan:
 
     def trained_parts(self) -> tuple[str, ...]:
         """Parts with a rate above 0 in any stage."""
-        return tuple(part for part in PARTS if any(peak_rate(stage, part) > 0 for stage in self.stages.values() if stage.epochs))
+        return tuple(
+            part for part in PARTS if any(peak_rate(stage, part) > 0 for stage in self.stages.values() if stage.epochs)
+        )
 
     def rate(self, part: str, step: int, steps_per_epoch: int) -> float:
         """The learning rate of `part` at an optimiser step, counted as if all epochs had had `steps_per_epoch`."""
@@ -69,7 +71,9 @@ class StagePlan:
             step - position.first_epoch * steps_per_epoch,
             num_steps,
             peak=peak_rate(position.stage, part),
-            warmup_steps=min(num_steps - 1, round(position.stage.warmup_ratio * num_steps)),  # the last step is at the end of the decay
+            warmup_steps=min(
+                num_steps - 1, round(position.stage.warmup_ratio * num_steps)
+            ),  # the last step is at the end of the decay
             final_ratio=position.stage.final_lr_ratio,
         )
 
@@ -129,4 +133,9 @@ class StageRates(LRScheduler):
 
 def peak_rate(stage: Stage, part: str) -> float:
     """The configured rate of a part in a stage; 0 where it is frozen."""
-    return {"encoder": stage.encoder_lr, "projector": stage.projector_lr, "adapter": stage.adapter_lr, "llm": stage.llm_lr}[part]
+    return {
+        "encoder": stage.encoder_lr,
+        "projector": stage.projector_lr,
+        "adapter": stage.adapter_lr,
+        "llm": stage.llm_lr,
+    }[part]

@@ -37,7 +37,9 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
     held = _strip_to_meta(captioner)
     weights: dict[str, Any] = {**held} if dist.get_rank() == 0 else {}
     del held
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+    )
     for part in ("encoder", "llm"):
         for block in blocks(getattr(captioner, part)):
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from vlmcap.training.sharding import as_sharded_like, load_whole_weights, whole
 
 _children: list[subprocess.Popen[bytes]] = []
-_PATIENCE = timedelta(hours=2)  # the first process may load a large model, or score a large split, while the others wait
+_PATIENCE = timedelta(
+    hours=2
+)  # the first process may load a large model, or score a large split, while the others wait
 
 
 class JobLauncher(_SubprocessScriptLauncher):
@@ -44,7 +46,9 @@ class JobLauncher(_SubprocessScriptLauncher):
             "LOCAL_RANK": str(environment.local_rank()),
             "WORLD_SIZE": str(count * self.num_nodes),
         }
-        self.procs = [subprocess.Popen(self.command, env=os.environ | {"LOCAL_RANK": str(rank)}) for rank in range(1, count)]
+        self.procs = [
+            subprocess.Popen(self.command, env=os.environ | {"LOCAL_RANK": str(rank)}) for rank in range(1, count)
+        ]
         _children.extend(self.procs)
 
 
@@ -81,7 +85,11 @@ class SharedStrategy(_StaysInPlace, DDPStrategy):
 
     def __init__(self, command: Sequence[str], *, has_unused: bool) -> None:
         super().__init__(
-            find_unused_parameters=has_unused, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False, timeout=_PATIENCE
+            find_unused_parameters=has_unused,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=False,
+            timeout=_PATIENCE,
         )
         self.command = command
 
@@ -158,7 +166,11 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _fitted(value: Any, parameter: Tensor) -> Any:
-    return as_sharded_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim else value
+    return (
+        as_sharded_like(value, parameter)
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
+        else value
+    )
 
 
 def _launcher(strategy: Any) -> JobLauncher | None:

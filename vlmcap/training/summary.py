@@ -86,9 +86,7 @@ def tried(config: Config, scores: Mapping[str, float], num_clips: Mapping[str, i
     if config.tuning.max_stage_epochs is not None:
         stages = " and ".join(name for name, stage in config.tuning.stages.items() if stage.epochs)
         scored = " and ".join(f"{count} clips of {split}" for split, count in num_clips.items() if split != "train")
-        return (
-            f"Short run: training ({stages}), validation, checkpoints and the scores of {scored} work; the scores say nothing of the model."
-        )
+        return f"Short run: training ({stages}), validation, checkpoints and the scores of {scored} work; the scores say nothing of the model."
     return ""
 
 

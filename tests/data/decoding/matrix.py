@@ -47,14 +47,19 @@ ENCODINGS = {
         open_gop=X264 | {"x264-params": "open-gop=1:bframes=3:b-adapt=0"},
     ),
     "h264_intra_refresh": Encoding("libx264", options=X264 | {"x264-params": "intra-refresh=1:bframes=0"}),
-    "h264_444": Encoding("libx264", "yuv444p", X264 | {"bf": "0"}, X264 | {"x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}),
+    "h264_444": Encoding(
+        "libx264", "yuv444p", X264 | {"bf": "0"}, X264 | {"x264-params": "bframes=3:b-adapt=0:b-pyramid=none"}
+    ),
     "hevc": Encoding(
         "libx265",
         options=X265 | {"x265-params": "log-level=none:bframes=0"},
         b_frames=X265 | {"x265-params": "log-level=none:bframes=3:b-adapt=0:open-gop=0"},
         open_gop=X265 | {"x265-params": "log-level=none:bframes=3:b-adapt=0:open-gop=1"},
     ),
-    "vp8": Encoding("libvpx", options={"b": "2M", "deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "8"}),
+    "vp8": Encoding(
+        "libvpx",
+        options={"b": "2M", "deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "8"},
+    ),
     "vp9": Encoding("libvpx-vp9", options={"b": "2M", "deadline": "realtime", "cpu-used": "8"}),
     "av1": Encoding("libsvtav1", options={"preset": "12", "crf": "20", "svtav1-params": "lp=1"}),
     "mpeg1": Encoding("mpeg1video", options=GOOD, b_frames=GOOD | {"bf": "2"}, open_gop=GOOD | {"bf": "3"}),
@@ -71,7 +76,16 @@ ENCODINGS = {
     "png": Encoding("png", "rgb24"),
 }
 # Container to the codec of its sound.
-CONTAINERS = {"mp4": "aac", "mov": "aac", "mkv": "aac", "webm": "libopus", "avi": "mp2", "flv": "aac", "ts": "aac", "mpg": "mp2"}
+CONTAINERS = {
+    "mp4": "aac",
+    "mov": "aac",
+    "mkv": "aac",
+    "webm": "libopus",
+    "avi": "mp2",
+    "flv": "aac",
+    "ts": "aac",
+    "mpg": "mp2",
+}
 PROPERTIES = ("constant", "variable", "late start", "longer sound", "B-frames", "open GOP", "rotated", "mirrored")
 
 
@@ -138,7 +152,9 @@ def frame_slots(kind: str) -> list[int]:
 def silence(sound: AudioStream, seconds: float) -> list[Packet[AudioStream]]:
     """Packets of silence."""
     format, layout = sound.codec_context.format.name, "stereo"
-    resampler = av.AudioResampler(format=format, layout=layout, rate=RATE, frame_size=sound.codec_context.frame_size or 1024)
+    resampler = av.AudioResampler(
+        format=format, layout=layout, rate=RATE, frame_size=sound.codec_context.frame_size or 1024
+    )
     packets: list[Packet[AudioStream]] = []
     for n in range(int(seconds * RATE / 1024)):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.int16), format="s16", layout=layout)

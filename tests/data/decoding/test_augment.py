@@ -14,7 +14,9 @@ from vlmcap.data.decoding.augment import augment_frames, crop_frames, recolor_fr
 
 
 def noise(num_frames: int, height: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (num_frames, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (num_frames, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
@@ -52,12 +54,18 @@ def test_a_cut_is_a_window_on_every_frame(size: tuple[int, int, int], share: flo
     cut = crop_frames(places, share, top, left)
     first = int(cut[0, 0, 0, 0])
     row, column = divmod(first, width)
-    assert torch.equal(cut, places[..., row : row + cut.shape[-2], column : column + cut.shape[-1]])  # rows and columns keep their order
+    assert torch.equal(
+        cut, places[..., row : row + cut.shape[-2], column : column + cut.shape[-1]]
+    )  # rows and columns keep their order
 
 
 def test_draws_of_neighbours_differ() -> None:
     frames, augment = noise(2, 32, 32), AugmentConfig(0.3, 0.3)
-    drawn = [augment_frames(frames, augment, np.random.default_rng([0, epoch, index])) for epoch in range(3) for index in range(3)]
+    drawn = [
+        augment_frames(frames, augment, np.random.default_rng([0, epoch, index]))
+        for epoch in range(3)
+        for index in range(3)
+    ]
     assert len({(tuple(one.shape), one.float().mean().item()) for one in drawn}) == 9
 
 
@@ -92,7 +100,9 @@ def test_each_factor_does_what_it_says() -> None:
     assert ratio[0].item() == pytest.approx(ratio[1].item(), rel=0.02)  # one change for all frames
 
 
-@pytest.mark.parametrize("values", [{"color": -0.1}, {"color": 0.6}, {"crop": 0.51}, {"crop": float("nan")}, {"jitter": 0.6}])
+@pytest.mark.parametrize(
+    "values", [{"color": -0.1}, {"color": 0.6}, {"crop": 0.51}, {"crop": float("nan")}, {"jitter": 0.6}]
+)
 def test_values_outside_their_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"must be 0 to 0\.5"):
         AugmentConfig(**values)

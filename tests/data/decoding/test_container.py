@@ -39,7 +39,9 @@ def packed(path: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["stored", "deflated", "tar", "remote"])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_archives_and_remote_files_give_the_same_frames(tmp_path: Path, kind: str, suffix: str, make_frames: Callable[..., Frames]) -> None:
+def test_archives_and_remote_files_give_the_same_frames(
+    tmp_path: Path, kind: str, suffix: str, make_frames: Callable[..., Frames]
+) -> None:
     path = encode(tmp_path / f"x.{suffix}", make_frames(100), gop=20, options=B_FRAMES)
     address = packed(path, kind)
     for sampling in (
@@ -71,7 +73,9 @@ PLAYLISTS = {
 @pytest.mark.parametrize("kind", ["plain", "stored", "tar", "remote"])
 @pytest.mark.parametrize("name", ["x.mp4", "x.m3u8", "x.mpd"])
 @pytest.mark.parametrize("playlist", PLAYLISTS)
-def test_playlists_lead_nowhere(tmp_path: Path, kind: str, name: str, playlist: str, make_frames: Callable[..., Frames]) -> None:
+def test_playlists_lead_nowhere(
+    tmp_path: Path, kind: str, name: str, playlist: str, make_frames: Callable[..., Frames]
+) -> None:
     encode(tmp_path / "other.mp4", make_frames(8))
     path = tmp_path / name
     path.write_text(PLAYLISTS[playlist], encoding="utf-8")

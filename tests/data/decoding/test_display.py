@@ -24,7 +24,9 @@ from vlmcap.data.decoding.video import DecodeLimits, read_frames
 SetUp = Callable[[VideoStream], None]
 CONTAINERS = ("mp4", "mov", "mkv", "webm", "avi", "flv", "ts", "mpg")
 ONE = 1 << 16
-CORNERS = np.asarray([[(230, 30, 30), (30, 200, 30)], [(30, 30, 230), (240, 240, 240)]], np.uint8)  # red, green; blue, white
+CORNERS = np.asarray(
+    [[(230, 30, 30), (30, 200, 30)], [(30, 30, 230), (240, 240, 240)]], np.uint8
+)  # red, green; blue, white
 OPTIONS = {
     "libx264": {"crf": "4", "preset": "ultrafast"},
     "libvpx-vp9": {"b": "9M", "deadline": "realtime", "cpu-used": "8"},
@@ -221,7 +223,9 @@ def test_tagged_colors_are_those_of_the_tag(tmp_path: Path, height: int, width: 
     def set_up(stream: VideoStream) -> None:
         stream.codec_context.colorspace = tag
 
-    assert looks_like(show(encode(tmp_path / "x.mp4", corners(height, width), colorspace=colorspace, set_up=set_up)), CORNERS, 4)
+    assert looks_like(
+        show(encode(tmp_path / "x.mp4", corners(height, width), colorspace=colorspace, set_up=set_up)), CORNERS, 4
+    )
 
 
 def hdr(transfer: int) -> SetUp:
@@ -271,7 +275,11 @@ def probe_turn(path: Path, angle: float, hflip: bool, expected: Frames) -> str:
 
 
 def probe_zeros(path: Path) -> str:
-    return "as stored" if looks_like(show(encode(path, corners(96, 192), set_up=with_matrix([0] * 4))), CORNERS) else "wrong"
+    return (
+        "as stored"
+        if looks_like(show(encode(path, corners(96, 192), set_up=with_matrix([0] * 4))), CORNERS)
+        else "wrong"
+    )
 
 
 def probe_stretched(path: Path) -> str:

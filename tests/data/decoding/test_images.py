@@ -90,7 +90,11 @@ def test_a_list_of_images_is_a_video(tmp_path: Path) -> None:
 def test_chance_in_a_list_of_images(tmp_path: Path) -> None:
     clip = listed([save(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8)) for i in range(30)])
     taken = {
-        tuple(read_frames(clip, DataConfig(sampling=Sampling.random, num_frames=3), rng=np.random.default_rng(s))[:, 0, 0, 0].tolist())
+        tuple(
+            read_frames(clip, DataConfig(sampling=Sampling.random, num_frames=3), rng=np.random.default_rng(s))[
+                :, 0, 0, 0
+            ].tolist()
+        )
         for s in range(5)
     }
     assert len(taken) > 1
@@ -108,11 +112,16 @@ def huge_png(width: int, height: int) -> bytes:
     """A well-formed header of an image of that size, and next to no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = b"IDAT" + zlib.compress(b"\0" * 64)
-    chunks = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, pixels, b"IEND"))
+    chunks = (
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (header, pixels, b"IEND")
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-@pytest.mark.parametrize(("side", "reason"), [(9_000, "its frames are 9000x9000, outside"), (60_000, "far more than the allowed")])
+@pytest.mark.parametrize(
+    ("side", "reason"), [(9_000, "its frames are 9000x9000, outside"), (60_000, "far more than the allowed")]
+)
 def test_decompression_bombs_are_refused_by_their_header(tmp_path: Path, side: int, reason: str) -> None:
     (tmp_path / "x.png").write_bytes(huge_png(side, side))
     with pytest.raises(VideoError, match=rf"^x\.png cannot be read: .*{reason}"):

@@ -76,9 +76,13 @@ def reference_times(video: Video, decoded: Decoded, encoding: str, container: st
     """When the frames of a file are shown, None if nobody knows; not all containers can say what was meant."""
     if container == "mpg" and kind == "variable":  # most packets of program streams have no time
         return decoded.times_s
-    if container == "avi" and kind == "late start" and "h264" not in encoding:  # the slots before belong to the first frame
+    if (
+        container == "avi" and kind == "late start" and "h264" not in encoding
+    ):  # the slots before belong to the first frame
         assert decoded.times_s is not None
-        too_early_s = FRAME_S if encoding == "mpeg1" else 0.0  # of the first frame, to which the library gives the time of a B-frame
+        too_early_s = (
+            FRAME_S if encoding == "mpeg1" else 0.0
+        )  # of the first frame, to which the library gives the time of a B-frame
         return [max(0.0, time_s - too_early_s) for time_s in decoded.times_s]
     return video.times_s
 
@@ -114,8 +118,14 @@ def check(video: Video, encoding: str, container: str, kind: str) -> int:
             assert numbers[0] >= 0 and numbers == sorted(numbers) and read_s == sorted(read_s), sampling
             continue
         assert length_s == pytest.approx(times_s[-1] + FRAME_S, abs=ROUNDING_S), sampling
-        earliest, latest = (on_screen(times_s, [moment + shift for moment in moments]) for shift in (-ROUNDING_S, ROUNDING_S))
-        assert all(number in pair for number, *pair in zip(numbers, earliest, latest, strict=True)), (sampling, numbers, earliest)
+        earliest, latest = (
+            on_screen(times_s, [moment + shift for moment in moments]) for shift in (-ROUNDING_S, ROUNDING_S)
+        )
+        assert all(number in pair for number, *pair in zip(numbers, earliest, latest, strict=True)), (
+            sampling,
+            numbers,
+            earliest,
+        )
         assert read_s == pytest.approx([times_s[number] for number in numbers], abs=ROUNDING_S), sampling
     return len(SAMPLINGS)
 

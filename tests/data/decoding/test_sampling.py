@@ -52,7 +52,9 @@ def make_clip(kind: str, folder: Path, make_frames: MakeFrames) -> Path:
     match kind:
         case "variable rate":
             times = list(np.cumsum([0, *([40] * 12), 700, 40, 40, 1000, *([20] * 30), 300, 40, 40, 500]))
-            return encode(path, make_frames(len(times)), times=[int(moment) for moment in times], gop=12, options=B_FRAMES)
+            return encode(
+                path, make_frames(len(times)), times=[int(moment) for moment in times], gop=12, options=B_FRAMES
+            )
         case "rotated":
             return encode(path, make_frames(50), rotation=90, gop=12)
         case "odd sides":
@@ -60,12 +62,20 @@ def make_clip(kind: str, folder: Path, make_frames: MakeFrames) -> Path:
         case "open groups":
             return encode(path, make_frames(60), gop=12, options=OPEN_GOPS)
         case "late start":
-            return encode(path.with_suffix(".ts"), make_frames(50), times=[5000 + 40 * i for i in range(50)], gop=12, options=B_FRAMES)
+            return encode(
+                path.with_suffix(".ts"),
+                make_frames(50),
+                times=[5000 + 40 * i for i in range(50)],
+                gop=12,
+                options=B_FRAMES,
+            )
         case "edit list":  # the muxer writes one to hide what lies before zero
             times = [-400 + 40 * i for i in range(70)]
             return encode(path, make_frames(70), times=times, gop=12, options=B_FRAMES)
         case "no index":
-            return encode(path.with_suffix(".mkv"), make_frames(60), gop=12, container_options={"live": "1"}, options=B_FRAMES)
+            return encode(
+                path.with_suffix(".mkv"), make_frames(60), gop=12, container_options={"live": "1"}, options=B_FRAMES
+            )
         case _:
             return encode(path, make_frames(1))
 
@@ -79,7 +89,11 @@ def test_frames_are_those_on_screen(tmp_path: Path, kind: str, sampling: DataCon
     whole, times_s = decode_with_times(path)
     moments = moments_of(path, sampling)
     assert len(moments) == 5 or sampling.sampling is Sampling.fps
-    expected = pad_frames(read_frames(str(path), sampling, rng=np.random.default_rng(0)), len(moments)).numpy().transpose(0, 2, 3, 1)
+    expected = (
+        pad_frames(read_frames(str(path), sampling, rng=np.random.default_rng(0)), len(moments))
+        .numpy()
+        .transpose(0, 2, 3, 1)
+    )
     wanted = whole[on_screen(times_s, moments)]
     np.testing.assert_array_equal(expected, np.rot90(wanted, axes=(1, 2)) if kind == "rotated" else wanted)
 
@@ -93,7 +107,9 @@ def test_random_moments_of_real_clips_are_those_of_a_full_decode(name: str, real
         np.testing.assert_array_equal(as_images(real_clips[name], sampling, seed), expected)
 
 
-def test_no_more_is_decoded_than_groups_of_pictures_force(tmp_path: Path, make_frames: MakeFrames, real_clips: dict[str, Path]) -> None:
+def test_no_more_is_decoded_than_groups_of_pictures_force(
+    tmp_path: Path, make_frames: MakeFrames, real_clips: dict[str, Path]
+) -> None:
     long = [encode(tmp_path / f"{gop}.mp4", make_frames(500), gop=gop, options=B_FRAMES) for gop in (60, 250)]
     for path in (*long, *real_clips.values()):
         file = MediaFile(str(path))
@@ -116,16 +132,24 @@ def test_a_frame_shown_for_long_is_not_skipped(tmp_path: Path, num_before: int, 
 def test_key_frames_are_taken(tmp_path: Path, make_frames: MakeFrames) -> None:
     for suffix, options in (("mp4", OPEN_GOPS), ("mp4", B_FRAMES), ("mkv", B_FRAMES), ("ts", B_FRAMES)):
         path = encode(tmp_path / f"x.{suffix}", make_frames(100), gop=10, options=options)
-        np.testing.assert_array_equal(as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=10)), decode_all(path)[::10])
-        np.testing.assert_array_equal(as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=5)), decode_all(path)[10::20])
+        np.testing.assert_array_equal(
+            as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=10)), decode_all(path)[::10]
+        )
+        np.testing.assert_array_equal(
+            as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=5)), decode_all(path)[10::20]
+        )
     path = encode(tmp_path / "few.mp4", make_frames(100), gop=50)
-    np.testing.assert_array_equal(as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=4)), decode_all(path)[[0, 25, 50, 75]])
+    np.testing.assert_array_equal(
+        as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=4)), decode_all(path)[[0, 25, 50, 75]]
+    )
 
 
 def test_key_frames_of_a_variable_rate(tmp_path: Path, make_frames: MakeFrames) -> None:
     times = [int(moment) for moment in np.cumsum(np.random.default_rng(0).integers(10, 300, 60))]
     path = encode(tmp_path / "x.mp4", make_frames(60), times=times, gop=10, options=B_FRAMES)
-    np.testing.assert_array_equal(as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=6)), decode_all(path)[::10])
+    np.testing.assert_array_equal(
+        as_images(path, DataConfig(sampling=Sampling.keyframe, num_frames=6)), decode_all(path)[::10]
+    )
 
 
 @pytest.mark.parametrize("gop", [5, 250])
@@ -139,7 +163,9 @@ def test_adaptive_sampling_looks_where_the_picture_changes(tmp_path: Path, gop: 
 
 def test_adaptive_sampling_of_a_still_clip_is_uniform(tmp_path: Path, make_frames: MakeFrames) -> None:
     path = encode(tmp_path / "x.mp4", np.repeat(make_frames(1), 50, axis=0))
-    assert moments_of(path, DataConfig(sampling=Sampling.adaptive, num_frames=4)) == pytest.approx(uniform_moments(2.0, 4))
+    assert moments_of(path, DataConfig(sampling=Sampling.adaptive, num_frames=4)) == pytest.approx(
+        uniform_moments(2.0, 4)
+    )
 
 
 def test_chance_needs_a_generator_and_repeats_with_it(real_clips: dict[str, Path]) -> None:
@@ -227,7 +253,9 @@ def test_moments() -> None:
     st.floats(0, 0.5),
     st.integers(0, 9),
 )
-def test_moments_ascend_within_the_clip(kind: Sampling, num_frames: int, duration_s: float, fps: float, jitter: float, seed: int) -> None:
+def test_moments_ascend_within_the_clip(
+    kind: Sampling, num_frames: int, duration_s: float, fps: float, jitter: float, seed: int
+) -> None:
     moments = choose_moments(
         DataConfig(sampling=kind, num_frames=num_frames, fps=fps, augment=AugmentConfig(jitter=jitter)),
         duration_s,

@@ -71,13 +71,17 @@ def test_a_picture_alone_that_starts_late(tmp_path: Path, suffix: str, first_ms:
     assert reader_of(path).duration_s == pytest.approx(2.4, abs=0.002)
 
 
-@pytest.mark.parametrize("flags", ["frag_keyframe+empty_moov", "frag_every_frame+empty_moov+default_base_moof", "frag_keyframe"])
+@pytest.mark.parametrize(
+    "flags", ["frag_keyframe+empty_moov", "frag_every_frame+empty_moov+default_base_moof", "frag_keyframe"]
+)
 @pytest.mark.parametrize("bframes", [0, 3])
 def test_fragments(tmp_path: Path, flags: str, bframes: int) -> None:
     frames = np.stack([picture(i) for i in range(NUM_FRAMES)])
     options = {"crf": "12", "x264-params": f"bframes={bframes}:b-adapt=0"}
     times = [700 + 40 * i for i in range(NUM_FRAMES)]
-    path = encode(tmp_path / "x.mp4", frames, times=times, gop=12, options=options, container_options={"movflags": flags})
+    path = encode(
+        tmp_path / "x.mp4", frames, times=times, gop=12, options=options, container_options={"movflags": flags}
+    )
     for kind in (Sampling.uniform, Sampling.keyframe, Sampling.adaptive):
         assert len(set(numbers(path, DataConfig(sampling=kind, num_frames=4)))) == 4
     assert numbers(path) == EVEN
@@ -129,11 +133,15 @@ def relabel(source: Path, container: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["constant", "B-frames"])
-@pytest.mark.parametrize(("encoding", "container"), [("h264", "mp4"), ("hevc", "mkv"), ("mpeg4", "mkv"), ("h264", "flv")])
+@pytest.mark.parametrize(
+    ("encoding", "container"), [("h264", "mp4"), ("hevc", "mkv"), ("mpeg4", "mkv"), ("h264", "flv")]
+)
 def test_frames_that_are_called_key_frames(tmp_path: Path, encoding: str, container: str, kind: str) -> None:
     path = relabel(make_video(tmp_path, encoding, "mp4", kind).path, container)
     for sampling in (Sampling.uniform, Sampling.random, Sampling.keyframe, Sampling.adaptive):
-        frames, times_s = read_timed_frames(str(path), DataConfig(sampling=sampling, num_frames=6), rng=np.random.default_rng(2))
+        frames, times_s = read_timed_frames(
+            str(path), DataConfig(sampling=sampling, num_frames=6), rng=np.random.default_rng(2)
+        )
         assert times_s is not None
         shown = [read_number(frame.permute(1, 2, 0).numpy()) for frame in frames]
         assert shown == [round(25 * float(moment)) for moment in times_s]
@@ -141,7 +149,9 @@ def test_frames_that_are_called_key_frames(tmp_path: Path, encoding: str, contai
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "mpg", "avi", "flv"])
-def test_seeking_where_it_does_not_pay_changes_nothing(tmp_path: Path, container: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeking_where_it_does_not_pay_changes_nothing(
+    tmp_path: Path, container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     video = make_video(tmp_path, "h264", container, "B-frames")
     monkeypatch.setattr(FrameReader, "_saves_decoding", lambda *_: True)
     assert numbers(video.path, DataConfig(num_frames=10)) == list(range(3, 60, 6))
@@ -165,7 +175,9 @@ def test_an_edit_list_that_shows_a_part(tmp_path: Path, kind: str, length_ms: in
 def test_periodic_intra_refresh(tmp_path: Path, container: str, kind: Sampling) -> None:
     """Its key frames only begin to build up the picture."""
     video = make_video(tmp_path, "h264_intra_refresh", container, "constant")
-    found, times_s = read_timed_frames(str(video.path), DataConfig(sampling=kind, num_frames=6, fps=2.5), rng=np.random.default_rng(1))
+    found, times_s = read_timed_frames(
+        str(video.path), DataConfig(sampling=kind, num_frames=6, fps=2.5), rng=np.random.default_rng(1)
+    )
     assert times_s is not None
     shown = [read_number(frame.permute(1, 2, 0).numpy()) for frame in found]
     assert shown == [round(25 * float(moment)) for moment in times_s]

@@ -38,7 +38,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("sampling", SETTINGS, ids=lambda data: f"{data.sampling.name}{data.augment.jitter or ''}")
 @pytest.mark.parametrize("kind", CLIPS)
-def test_both_decoders_give_the_same_frames(tmp_path: Path, kind: str, sampling: DataConfig, make_frames: MakeFrames) -> None:
+def test_both_decoders_give_the_same_frames(
+    tmp_path: Path, kind: str, sampling: DataConfig, make_frames: MakeFrames
+) -> None:
     path = make_clip(kind, tmp_path, make_frames)
     mine, other = (
         read_frames(str(path), dataclasses.replace(sampling, decoder=decoder), rng=np.random.default_rng(0))
@@ -52,7 +54,8 @@ def test_both_decoders_give_the_same_frames(tmp_path: Path, kind: str, sampling:
 def test_real_clips_are_the_same(real_clips: dict[str, Path]) -> None:
     for name in ("bikes", "carphone_pristine"):
         mine, other = (
-            read_frames(str(real_clips[name]), DataConfig(num_frames=6, decoder=decoder)) for decoder in (Decoder.pyav, Decoder.auto)
+            read_frames(str(real_clips[name]), DataConfig(num_frames=6, decoder=decoder))
+            for decoder in (Decoder.pyav, Decoder.auto)
         )
         assert psnr(mine, other) > 40
 
@@ -75,7 +78,9 @@ def test_the_checks_hold_for_both(tmp_path: Path, make_frames: MakeFrames, real_
     with pytest.raises(VideoError, match=r"list\.mp4 cannot be read"):
         read_frames(str(tmp_path / "list.mp4"), DataConfig(decoder=Decoder.torchcodec))
     with pytest.raises(VideoError, match="outside the allowed 1 to 1000 pixels"):
-        read_frames(str(real_clips["bikes"]), DataConfig(decoder=Decoder.torchcodec), limits=DecodeLimits(max_pixels=1000))
+        read_frames(
+            str(real_clips["bikes"]), DataConfig(decoder=Decoder.torchcodec), limits=DecodeLimits(max_pixels=1000)
+        )
     whole = encode(tmp_path / "cut.mp4", make_frames(250), container_options={"movflags": "+faststart"}).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(VideoError, match=r"cut\.mp4 cannot be read"):
@@ -112,7 +117,9 @@ def test_moments_are_kept_inside_the_stream_and_a_frame_comes_once() -> None:
         TorchcodecReader("x.mp4", 1000)
 
 
-def test_what_fails_inside_is_one_sentence(real_clips: dict[str, Path], faked: type[FakeDecoder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_inside_is_one_sentence(
+    real_clips: dict[str, Path], faked: type[FakeDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("no such thing\nand a long trace")
 
@@ -129,7 +136,10 @@ def test_without_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
     torchcodec_reader._load.cache_clear()
     try:
         assert resolve_decoder(Decoder.auto) is Decoder.pyav
-        with pytest.raises(UserError, match=r"data\.decoder=torchcodec cannot be used.*Could not load libtorchcodec\).*data\.decoder=pyav"):
+        with pytest.raises(
+            UserError,
+            match=r"data\.decoder=torchcodec cannot be used.*Could not load libtorchcodec\).*data\.decoder=pyav",
+        ):
             resolve_decoder(Decoder.torchcodec)
     finally:
         torchcodec_reader._load.cache_clear()

@@ -39,7 +39,9 @@ def test_sampled_frames_are_those_of_a_full_decode(
 
 @pytest.mark.parametrize("gop", [1, 12, 250])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_key_frames_near_and_far_apart(tmp_path: Path, gop: int, suffix: str, make_frames: Callable[..., Frames]) -> None:
+def test_key_frames_near_and_far_apart(
+    tmp_path: Path, gop: int, suffix: str, make_frames: Callable[..., Frames]
+) -> None:
     path = encode(tmp_path / f"x.{suffix}", make_frames(120), gop=gop)
     np.testing.assert_array_equal(as_images(path, 8), decode_all(path)[centres(120, 8)])
 
@@ -51,7 +53,9 @@ def test_open_groups_of_pictures(tmp_path: Path, make_frames: Callable[..., Fram
         np.testing.assert_array_equal(as_images(path, num_frames), decode_all(path)[centres(120, num_frames)])
 
 
-def test_seeking_decodes_less(tmp_path: Path, make_frames: Callable[..., Frames], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeking_decodes_less(
+    tmp_path: Path, make_frames: Callable[..., Frames], monkeypatch: pytest.MonkeyPatch
+) -> None:
     num_decoded = 0
     readers: list[frame_reader.FrameReader] = []
     decode = frame_reader.FrameReader._decode
@@ -97,7 +101,9 @@ def test_rotation_is_applied(tmp_path: Path, rotation: int, make_frames: Callabl
     assert frame.shape == ((64, 48, 3) if abs(rotation) == 90 else (48, 64, 3))
 
 
-def test_odd_sides(tmp_path: Path, make_frames: Callable[..., Frames], measure_psnr: Callable[[Frames, Frames], float]) -> None:
+def test_odd_sides(
+    tmp_path: Path, make_frames: Callable[..., Frames], measure_psnr: Callable[[Frames, Frames], float]
+) -> None:
     frames = make_frames(9, 37, 51)
     path = encode(tmp_path / "x.mp4", frames)
     sampled = as_images(path, 3)
@@ -114,7 +120,11 @@ def test_one_frame_is_repeated(tmp_path: Path, make_frames: Callable[..., Frames
 
 @pytest.mark.parametrize(
     ("suffix", "format", "options"),
-    [("mp4", "mp4", {"movflags": "frag_keyframe+empty_moov"}), ("mkv", "matroska", {"live": "1"}), ("h264", "h264", {})],
+    [
+        ("mp4", "mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("mkv", "matroska", {"live": "1"}),
+        ("h264", "h264", {}),
+    ],
 )
 def test_a_missing_duration_is_measured(
     tmp_path: Path, suffix: str, format: str, options: dict[str, str], make_frames: Callable[..., Frames]
@@ -144,7 +154,12 @@ def make_broken(kind: str, folder: Path, frames: Frames) -> Path:
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     else:
-        cut = {"empty": b"", "text": "한글 본문이다.\n".encode() * 99, "half": whole[: len(whole) // 2], "head": whole[:300]}
+        cut = {
+            "empty": b"",
+            "text": "한글 본문이다.\n".encode() * 99,
+            "half": whole[: len(whole) // 2],
+            "head": whole[:300],
+        }
         path.write_bytes(cut[kind])
     return path
 
@@ -211,7 +226,9 @@ def test_written_video_is_deterministic_and_close(
     frames = make_frames(20)
     write_video(tmp_path / "a.mp4", frames, fps=30000 / 1001, crf=10)
     for number in range(20):
-        rest = [np.full(size, number, np.uint8) for size in range(1000, 60_000, 1000)]  # memory that was used before is used again
+        rest = [
+            np.full(size, number, np.uint8) for size in range(1000, 60_000, 1000)
+        ]  # memory that was used before is used again
         del rest
         write_video(tmp_path / "b.mp4", frames, fps=30000 / 1001, crf=10)
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()

@@ -51,7 +51,12 @@ class NumberedClips:
         clip = Clip(f"클립{number}", f"{number}.mp4", ("글",))
         if number in self.broken:
             return Skipped(clip, f"{number}.mp4 is broken", is_final=number not in self.lost)
-        return Sample(clip, frames=torch.tensor([number // 256, number % 256, 0], dtype=torch.uint8).expand(2, 4, 4, 3).permute(0, 3, 1, 2))
+        return Sample(
+            clip,
+            frames=torch.tensor([number // 256, number % 256, 0], dtype=torch.uint8)
+            .expand(2, 4, 4, 3)
+            .permute(0, 3, 1, 2),
+        )
 
     def encode(self, frames: Tensor, grids: Sequence[GridTHW] | None = None) -> Tensor:
         numbers = [int(pixel[0]) * 256 + int(pixel[1]) for pixel in frames[:, 0, :, 0, 0]]
@@ -78,7 +83,12 @@ def numbered(tmp_path: Path) -> Callable[..., NumberedClips]:
 @pytest.fixture
 def make_recipe() -> Callable[..., Recipe]:
     def make(**changes: object) -> Recipe:
-        encoder = {"encoder": "ab" * 32, "layer": -2, "transform": {"kind": "Resize", "size": 4}, "precision": "32-true"}
+        encoder = {
+            "encoder": "ab" * 32,
+            "layer": -2,
+            "transform": {"kind": "Resize", "size": 4},
+            "precision": "32-true",
+        }
         data = {"num_frames": 2, "sampling": "uniform", "fps": 1.0, "variable_frames": False, "decoder": "pyav"}
         return Recipe(**{**encoder, **data, "pooled": None, "dtype": "float16", **changes})  # type: ignore[arg-type]
 

@@ -90,7 +90,9 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(content, "media_hash", count)
     paths[7].write_bytes(b"changed")
     monkeypatch.chdir(tmp_path)
-    again = content_hashes([clip(path.name) for path in paths] + [clips[-1]], memo)  # relative to another folder: the same files
+    again = content_hashes(
+        [clip(path.name) for path in paths] + [clips[-1]], memo
+    )  # relative to another folder: the same files
     assert [Path(address).name for address in read] == ["7.mp4"]
     assert np.flatnonzero(again != first).tolist() == [7]
 
@@ -109,7 +111,9 @@ def test_a_memo_that_cannot_be_used_costs_time_only(tmp_path: Path, damage: str)
 
         with sqlite3.connect(memo) as base:
             base.execute("CREATE TABLE hashes (a TEXT)")
-    with pytest.warns(UserWarning, match="cannot be used .*, so all videos are read for their hashes each time") as warned:
+    with pytest.warns(
+        UserWarning, match="cannot be used .*, so all videos are read for their hashes each time"
+    ) as warned:
         assert one(path, memo) == one(path, tmp_path / "other")
     assert len(warned) == 1
 

@@ -72,7 +72,9 @@ def read_all(store: FeatureStore, clips: Any, dtype: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
-def test_a_flipped_bit_anywhere_gives_no_wrong_features(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
+def test_a_flipped_bit_anywhere_gives_no_wrong_features(
+    tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str
+) -> None:
     clips = numbered(3)
     store = make_store(tmp_path, clips, make_recipe(dtype=dtype))
     path = shards_of(store)[0]
@@ -137,7 +139,17 @@ def rename_entries(path: Path, _: Path) -> None:
     overwrite(path, content.replace(one, b"?" * 32, 1).replace(two, one, 1).replace(b"?" * 32, two, 1))
 
 
-DAMAGES = [zeros, cut, cut_before_its_numbers, lengthen, swap, copy_another, swap_entries, rename_entries, lambda path, _: flip(path, -1)]
+DAMAGES = [
+    zeros,
+    cut,
+    cut_before_its_numbers,
+    lengthen,
+    swap,
+    copy_another,
+    swap_entries,
+    rename_entries,
+    lambda path, _: flip(path, -1),
+]
 
 
 @pytest.mark.parametrize("is_open", [False, True])
@@ -168,7 +180,12 @@ def test_damaged_shards_give_no_wrong_features_and_are_made_again(
 @pytest.mark.parametrize("is_writable", [True, False])
 @pytest.mark.filterwarnings("ignore:clip .* damaged")
 def test_a_damaged_clip_is_left_out_of_the_run_and_encoded_by_the_next(
-    tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch, num_workers: int, is_writable: bool
+    tmp_path: Path,
+    numbered: Make,
+    make_recipe: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    is_writable: bool,
 ) -> None:
     clips = numbered(20)
     store = make_store(tmp_path, clips, make_recipe())
@@ -212,11 +229,15 @@ def test_a_repair_does_not_make_other_damage_look_sound(tmp_path: Path, numbered
     assert read_all(store, clips, "float16") == 4
 
 
-def test_a_checksum_is_compared_once(tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checksum_is_compared_once(
+    tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clips, seen = numbered(6), []
     store = make_store(tmp_path, clips, make_recipe())
     checksum = shards.entry_checksum
-    monkeypatch.setattr("vlmcap.data.features.store.entry_checksum", lambda *given: (seen.append(given[0]), checksum(*given))[1])
+    monkeypatch.setattr(
+        "vlmcap.data.features.store.entry_checksum", lambda *given: (seen.append(given[0]), checksum(*given))[1]
+    )
     for _ in range(3):
         assert read_all(store, clips, "float16") == 6
     assert sorted(seen) == sorted(content.decode() for content in clips.hashes.tolist())

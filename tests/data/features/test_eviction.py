@@ -24,7 +24,9 @@ FORK = multiprocessing.get_context("fork")
 
 
 def fill(root: Path, recipe: Any, clips: Any, max_bytes: int | None = None) -> None:
-    fill_store(FeatureStore(root, recipe), clips.hashes, clips.batches, clips.encode, max_bytes=max_bytes, settings=SMALL)
+    fill_store(
+        FeatureStore(root, recipe), clips.hashes, clips.batches, clips.encode, max_bytes=max_bytes, settings=SMALL
+    )
 
 
 def fill_elsewhere(root: Path, recipe: Any, clips: Any, age_s: float) -> str:
@@ -46,7 +48,10 @@ def total(root: Path) -> int:
 def stores(tmp_path: Path, numbered: Make, make_recipe: Make) -> tuple[Path, list[str], Any]:
     """Three stores of about 55 kB; the one in the middle was unused for longest."""
     clips, root = numbered(20, width=128), tmp_path / "features"
-    keys = [fill_elsewhere(root, make_recipe(layer=-layer), clips, age) for layer, age in ((1, 200.0), (2, 300.0), (3, 100.0))]
+    keys = [
+        fill_elsewhere(root, make_recipe(layer=-layer), clips, age)
+        for layer, age in ((1, 200.0), (2, 300.0), (3, 100.0))
+    ]
     return root, keys, clips
 
 
@@ -66,7 +71,9 @@ def test_stores_are_listed(stores: tuple[Path, list[str], Any]) -> None:
     assert list_stores(root / "nowhere") == []
 
 
-def test_the_longest_unused_goes_first_and_what_is_left_can_be_used(stores: tuple[Path, list[str], Any], make_recipe: Make) -> None:
+def test_the_longest_unused_goes_first_and_what_is_left_can_be_used(
+    stores: tuple[Path, list[str], Any], make_recipe: Make
+) -> None:
     root, keys, clips = stores
     before, bound = total(root), total(root) - 20_000
     assert prune(root, before) == 0
@@ -143,16 +150,22 @@ def test_filling_keeps_the_bound(stores: tuple[Path, list[str], Any], make_recip
     assert {info.key for info in list_stores(root)} >= {store.key, keys[2]}
 
 
-def test_a_store_that_cannot_fit_is_refused_after_one_batch(stores: tuple[Path, list[str], Any], make_recipe: Make) -> None:
+def test_a_store_that_cannot_fit_is_refused_after_one_batch(
+    stores: tuple[Path, list[str], Any], make_recipe: Make
+) -> None:
     root, keys, clips = stores
     encoded = len(clips.encoded())
-    with pytest.raises(UserError, match=r"features take 0\.00 GiB, and cache\.max_gib allows 0\.00: raise it, or set cache\.dtype=int8"):
+    with pytest.raises(
+        UserError, match=r"features take 0\.00 GiB, and cache\.max_gib allows 0\.00: raise it, or set cache\.dtype=int8"
+    ):
         fill(root, make_recipe(layer=-4), clips, max_bytes=30_000)
     assert len(clips.encoded()) - encoded == clips.batch_size
     assert {info.key for info in list_stores(root)} >= set(keys)  # nothing was evicted for nothing
 
 
-def test_a_store_that_does_not_fit_beside_those_in_use_is_refused(stores: tuple[Path, list[str], Any], make_recipe: Make) -> None:
+def test_a_store_that_does_not_fit_beside_those_in_use_is_refused(
+    stores: tuple[Path, list[str], Any], make_recipe: Make
+) -> None:
     root, keys, clips = stores
     for layer in (-1, -2, -3):
         FeatureStore(root, make_recipe(layer=layer)).read(clips.hashes[0])  # in use by this process

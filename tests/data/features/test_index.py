@@ -44,7 +44,9 @@ def require_all(store: FeatureStore, clips: Any) -> None:
     assert store.skipped(clips.hashes[4]) == "4.mp4 is broken"
 
 
-def test_no_header_is_read_where_the_index_knows(filled: tuple[Any, FeatureStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_header_is_read_where_the_index_knows(
+    filled: tuple[Any, FeatureStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clips, store = filled
 
     def refuse(path: Path) -> None:
@@ -81,10 +83,24 @@ def test_a_lost_index_is_made_again(filled: tuple[Any, FeatureStore], damage: st
 
 
 @pytest.mark.parametrize(
-    "damage", ["empty", "8 bytes", "cut header", "cut data", "longer", "garbage", "huge header", "not a dict", "overlap", "metadata"]
+    "damage",
+    [
+        "empty",
+        "8 bytes",
+        "cut header",
+        "cut data",
+        "longer",
+        "garbage",
+        "huge header",
+        "not a dict",
+        "overlap",
+        "metadata",
+    ],
 )
 @pytest.mark.parametrize("has_index", [True, False])
-def test_a_damaged_shard_is_ignored_and_its_clips_are_encoded_again(filled: tuple[Any, FeatureStore], damage: str, has_index: bool) -> None:
+def test_a_damaged_shard_is_ignored_and_its_clips_are_encoded_again(
+    filled: tuple[Any, FeatureStore], damage: str, has_index: bool
+) -> None:
     clips, store = filled
     path = shards_of(store)[1]
     whole = path.read_bytes()
@@ -122,21 +138,30 @@ def test_a_damaged_shard_is_ignored_and_its_clips_are_encoded_again(filled: tupl
     require_all(store, clips)
 
 
-def test_shards_of_another_dtype_or_with_odd_names_are_ignored(filled: tuple[Any, FeatureStore], make_recipe: Make) -> None:
+def test_shards_of_another_dtype_or_with_odd_names_are_ignored(
+    filled: tuple[Any, FeatureStore], make_recipe: Make
+) -> None:
     clips, store = filled
     other = FeatureStore(store.root, make_recipe(dtype="float32"))
     fill_store(other, clips.hashes, clips.batches, clips.encode)
     (shards_of(other)[0]).rename(store.folder / "1-x.safetensors")
     path = shards_of(store)[-1]
     named = path.read_bytes()
-    content = next(name for name in json.loads(named[8 : 8 + int.from_bytes(named[:8], "little")]) if name != "__metadata__")
+    content = next(
+        name for name in json.loads(named[8 : 8 + int.from_bytes(named[:8], "little")]) if name != "__metadata__"
+    )
     path.with_name("2-x.safetensors").write_bytes(named.replace(content.encode(), b"../" + content.encode()[3:]))
     store.refresh()
-    assert store.broken == {"1-x.safetensors": "it holds float32 in place of float16", "2-x.safetensors": "its metadata are damaged"}
+    assert store.broken == {
+        "1-x.safetensors": "it holds float32 in place of float16",
+        "2-x.safetensors": "its metadata are damaged",
+    }
     require_all(store, clips)
 
 
-def test_a_folder_that_cannot_be_written_is_read(filled: tuple[Any, FeatureStore], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_read(
+    filled: tuple[Any, FeatureStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clips, store = filled
     (store.folder / FILE).unlink()
 
@@ -152,7 +177,9 @@ def test_a_folder_that_cannot_be_written_is_read(filled: tuple[Any, FeatureStore
 
 
 def contents(numbers: np.ndarray) -> np.ndarray:
-    return np.array([f"{(int(number) * 0x9E3779B97F4A7C15F39CC0605CEDC835) % 2**128:032x}" for number in numbers], "S32")
+    return np.array(
+        [f"{(int(number) * 0x9E3779B97F4A7C15F39CC0605CEDC835) % 2**128:032x}" for number in numbers], "S32"
+    )
 
 
 def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
@@ -162,14 +189,16 @@ def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
     index = ShardIndex()
     for number, start in enumerate(range(0, num_clips, per_shard)):
         rows = [
-            Row(content.decode(), 8 * i, 4 * i, (2, i % 9 + 1, 8), None, i) for i, content in enumerate(hashes[start : start + per_shard])
+            Row(content.decode(), 8 * i, 4 * i, (2, i % 9 + 1, 8), None, i)
+            for i, content in enumerate(hashes[start : start + per_shard])
         ]
         file = ShardFile(f"{number}.safetensors", 1, 1, "int8", {}, (), ErrorSums())
         index = index.with_shards([(file, Shard("int8", tuple(rows), {}, (), ErrorSums()))])
     indices.save(index, tmp_path)
     mapped = indices.load(tmp_path)
     assert all(
-        isinstance(array, np.memmap) or isinstance(array.base, np.memmap) for array in (mapped.hashes, mapped.offsets, mapped.places)
+        isinstance(array, np.memmap) or isinstance(array.base, np.memmap)
+        for array in (mapped.hashes, mapped.offsets, mapped.places)
     )
     assert (tmp_path / FILE).stat().st_size < num_clips * 80 + 10_000
     for opened in (index, mapped, mapped.without({"0.safetensors"})):
@@ -183,7 +212,10 @@ def test_many_clips_are_found_in_a_mapped_index(tmp_path: Path) -> None:
             assert row is not None
             assert opened.offsets[row].tolist() == [8 * i, 4 * i]
             name = opened.files[opened.places[row, 0]].name
-            assert (name, opened.places[row, 1:].tolist()) == (f"{position // per_shard}.safetensors", [2, i % 9 + 1, 8, 0, 0, 0])
+            assert (name, opened.places[row, 1:].tolist()) == (
+                f"{position // per_shard}.safetensors",
+                [2, i % 9 + 1, 8, 0, 0, 0],
+            )
     assert mapped.without({"0.safetensors"}).find(bytes(hashes[0])) is None
 
 

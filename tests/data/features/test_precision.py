@@ -23,7 +23,9 @@ Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_stated_error_is_that_of_all_that_is_read(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
+def test_the_stated_error_is_that_of_all_that_is_read(
+    tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str
+) -> None:
     clips = numbered(broken=(4,))
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
     assert store.error is None

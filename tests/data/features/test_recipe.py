@@ -63,7 +63,9 @@ def test_the_key_is_canonical() -> None:
         cache_key(part=float("nan"))
 
 
-@pytest.mark.parametrize("text", ["", "..", "../../etc/passwd00", "0123456789abcde/", "0123456789ABCDEF", "0123456789abcdef\n", "0" * 17])
+@pytest.mark.parametrize(
+    "text", ["", "..", "../../etc/passwd00", "0123456789abcde/", "0123456789ABCDEF", "0123456789abcdef\n", "0" * 17]
+)
 def test_only_keys_are_keys(text: str) -> None:
     assert is_key("0123456789abcdef")
     assert not is_key(text)

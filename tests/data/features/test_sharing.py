@@ -29,7 +29,9 @@ def fill(root: Path, recipe: Any, clips: Any, start: Any = None, on_wait: Any = 
     torch.set_num_threads(1)
     if start is not None:
         start.wait(30)
-    fill_store(FeatureStore(root, recipe), clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS)
+    fill_store(
+        FeatureStore(root, recipe), clips.hashes, clips.batches, clips.encode, on_wait=on_wait, settings=SETTINGS
+    )
 
 
 def fill_alone(root: Path, recipe: Any, clips: Any) -> None:
@@ -73,7 +75,9 @@ def fill_until_killed(root: Path, recipe: Any, clips: Any, moment: str, num_call
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_writer_leaves_whole_clips_and_the_next_goes_on(tmp_path: Path, numbered: Make, make_recipe: Make, moment: str) -> None:
+def test_a_killed_writer_leaves_whole_clips_and_the_next_goes_on(
+    tmp_path: Path, numbered: Make, make_recipe: Make, moment: str
+) -> None:
     clips = numbered(60, width=2048, broken=(11, 40), batch_size=2)
     root, recipe = tmp_path / "features", make_recipe()
     there: set[int] = set()
@@ -117,7 +121,9 @@ def test_processes_share_the_work(tmp_path: Path, numbered: Make, make_recipe: M
     assert len({path.name.split("-")[2] for path in reader.folder.glob("[0-9]*.safetensors")}) == num_processes
 
 
-def test_a_process_waits_for_what_another_holds_and_takes_over_when_that_dies(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
+def test_a_process_waits_for_what_another_holds_and_takes_over_when_that_dies(
+    tmp_path: Path, numbered: Make, make_recipe: Make
+) -> None:
     clips = numbered(20, pause_s=0.05)
     root, recipe, said = tmp_path / "features", make_recipe(), []
     slow = numbered(20, pause_s=60)

@@ -44,7 +44,14 @@ def shards_of(store: FeatureStore) -> list[Path]:
 def test_what_is_read_is_what_was_encoded(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
     clips, recipe = numbered(broken=(1, 7)), make_recipe(dtype=dtype)
     store, seen = FeatureStore(tmp_path / "features", recipe), []
-    fill_store(store, clips.hashes, clips.batches, clips.encode, progress=lambda done, total: seen.append((done, total)), settings=SMALL)
+    fill_store(
+        store,
+        clips.hashes,
+        clips.batches,
+        clips.encode,
+        progress=lambda done, total: seen.append((done, total)),
+        settings=SMALL,
+    )
     assert seen[0] == (0, 20) and seen[-1] == (20, 20) and seen == sorted(seen)
     assert len(shards_of(store)) > 3
     for opened in (store, FeatureStore(tmp_path / "features", recipe), pickle.loads(pickle.dumps(store))):
@@ -89,7 +96,9 @@ def test_features_are_in_memory_of_their_own(tmp_path: Path, numbered: Make, mak
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_listed", [True, False])
-def test_an_encoder_may_use_its_output_again(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str, is_listed: bool) -> None:
+def test_an_encoder_may_use_its_output_again(
+    tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str, is_listed: bool
+) -> None:
     clips = numbered()
     given = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     output = torch.empty(3, 2, 4, 8, dtype=given)
@@ -139,7 +148,9 @@ def test_clips_of_equal_content_share_features_and_unreadable_ones_are_never_rem
     assert items[4].reason == "3.mp4 cannot be opened"  # type: ignore[union-attr]
 
 
-def test_clips_whose_decoder_was_lost_are_tried_again_and_broken_ones_are_not(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
+def test_clips_whose_decoder_was_lost_are_tried_again_and_broken_ones_are_not(
+    tmp_path: Path, numbered: Make, make_recipe: Make
+) -> None:
     clips = numbered(8, broken=(2, 5), lost=(2,))
     store = FeatureStore(tmp_path / "features", make_recipe())
     fill_store(store, clips.hashes, clips.batches, clips.encode)
@@ -154,11 +165,17 @@ def test_clips_whose_decoder_was_lost_are_tried_again_and_broken_ones_are_not(tm
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
-def test_clips_of_different_sizes_share_a_store_without_padding(tmp_path: Path, make_recipe: Make, is_cut: bool) -> None:
+def test_clips_of_different_sizes_share_a_store_without_padding(
+    tmp_path: Path, make_recipe: Make, is_cut: bool
+) -> None:
     """Tiles and native aspect ratios: each clip has its own number of frames and patches."""
     sizes: list[GridTHW] = [(2, 2, 3), (4, 2, 2), (2, 1, 5)]
     samples: list[Sample | Skipped] = [
-        Sample(Clip(str(i), f"{i}.mp4", ()), frames=torch.full((size[0], size[1] * size[2], 3), i + 1, dtype=torch.uint8), grid_thw=size)
+        Sample(
+            Clip(str(i), f"{i}.mp4", ()),
+            frames=torch.full((size[0], size[1] * size[2], 3), i + 1, dtype=torch.uint8),
+            grid_thw=size,
+        )
         for i, size in enumerate(sizes)
     ]
 
@@ -183,7 +200,9 @@ def test_times_are_kept_to_the_last_digit(tmp_path: Path, make_recipe: Make) -> 
     """Of clips with more and fewer frames, in shards that come one after another, and of one whose times nobody knew."""
     times_s: list[FrameTimes | None] = [(1 / 3, 2 / 3), (0.1, 7e4 / 3, 7e4), None, (0.0,)]
     samples: list[Sample | Skipped] = [
-        Sample(Clip(str(i), f"{i}.mp4", ()), frames=torch.zeros(len(own or (0,)), 3, 2, 2, dtype=torch.uint8), times_s=own)
+        Sample(
+            Clip(str(i), f"{i}.mp4", ()), frames=torch.zeros(len(own or (0,)), 3, 2, 2, dtype=torch.uint8), times_s=own
+        )
         for i, own in enumerate(times_s)
     ]
     hashes = np.array([f"{i:032d}" for i in range(1, 5)], "S32")
@@ -208,13 +227,16 @@ def test_times_are_kept_to_the_last_digit(tmp_path: Path, make_recipe: Make) -> 
 def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe: Make) -> None:
     lengths = (4, 1, 3)
     samples: list[Sample | Skipped] = [
-        Sample(Clip(str(i), f"{i}.mp4", ()), frames=torch.full((length, 3, 2, 2), i, dtype=torch.uint8)) for i, length in enumerate(lengths)
+        Sample(Clip(str(i), f"{i}.mp4", ()), frames=torch.full((length, 3, 2, 2), i, dtype=torch.uint8))
+        for i, length in enumerate(lengths)
     ]
     hashes = np.array([f"{i:032d}" for i in range(1, 4)], "S32")
 
     def fill(recipe: Recipe) -> FeatureStore:
         store = FeatureStore(tmp_path, recipe)
-        fill_store(store, hashes, lambda positions: [samples], lambda frames, grids: frames.float().flatten(3).transpose(2, 3))
+        fill_store(
+            store, hashes, lambda positions: [samples], lambda frames, grids: frames.float().flatten(3).transpose(2, 3)
+        )
         return store
 
     store = fill(make_recipe(variable_frames=True))
@@ -231,7 +253,11 @@ def test_workers_read_what_was_encoded(tmp_path: Path, numbered: Make, make_reci
     store.read(clips.hashes[0])  # a map that the workers inherit
     dataset = FeatureDataset([clips.item(i).clip for i in range(20)], clips.hashes, store)
     for _ in range(2):
-        items = [item for batch in DataLoader(dataset, batch_size=4, num_workers=num_workers, collate_fn=list) for item in batch]
+        items = [
+            item
+            for batch in DataLoader(dataset, batch_size=4, num_workers=num_workers, collate_fn=list)
+            for item in batch
+        ]
         assert len(items) == 20
         for number, item in enumerate(items):
             if number == 3:
@@ -260,7 +286,10 @@ def test_gone_shards_are_a_sentence(tmp_path: Path, numbered: Make, make_recipe:
 
 def test_features_written_again_elsewhere_are_found(tmp_path: Path, numbered: Make, make_recipe: Make) -> None:
     clips = numbered()
-    store, other = FeatureStore(tmp_path / "features", make_recipe()), FeatureStore(tmp_path / "features", make_recipe())
+    store, other = (
+        FeatureStore(tmp_path / "features", make_recipe()),
+        FeatureStore(tmp_path / "features", make_recipe()),
+    )
     fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     for path in shards_of(store):
         path.unlink()

@@ -38,7 +38,9 @@ def test_features_that_overflow_are_refused(tmp_path: Path, numbered: Make, make
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_features_that_are_not_finite_are_refused(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
+def test_features_that_are_not_finite_are_refused(
+    tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str
+) -> None:
     clips = numbered(5)
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
 
@@ -62,7 +64,9 @@ def test_a_store_of_nothing_is_refused(tmp_path: Path, numbered: Make, make_reci
         fill_store(store, np.array([UNREADABLE], "S32"), refuse, refuse)
 
 
-def test_a_full_disk_is_told_beforehand(tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_beforehand(
+    tmp_path: Path, numbered: Make, make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clips = numbered()
     store = FeatureStore(tmp_path / "features", make_recipe())
     usage = type("Usage", (), {"free": 20 * 2 * 4 * 8 * 2 - 1})

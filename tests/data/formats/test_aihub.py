@@ -88,7 +88,9 @@ def test_the_split_that_is_asked_is_read(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         assert [clip.id for clip in clips_of(tmp_path, split)] == [f"{split}1"]
     entries = read(tmp_path, None)
-    assert {entry.clip.id: entry.split for entry in entries if isinstance(entry, Record)} == {f"{s}1": s for s in ("train", "val", "test")}
+    assert {entry.clip.id: entry.split for entry in entries if isinstance(entry, Record)} == {
+        f"{s}1": s for s in ("train", "val", "test")
+    }
     assert len(entries) == 3, "facts.json is no label"
 
 
@@ -145,7 +147,10 @@ def test_archives_are_read_in_place(tmp_path: Path, encoding: str) -> None:
     add_zip(tmp_path / "2.Validation" / "VL_숲.zip", "1.json", encoding=encoding)
     add_zip(tmp_path / "2.Validation" / "VS_숲.zip", "1.mp4", encoding=encoding)
     clips = clips_of(tmp_path)
-    assert [(clip.id, clip.captions) for clip in clips] == [("도심/바다", ("바다 영상이다.",)), ("도심/산", ("산 영상이다.",))]
+    assert [(clip.id, clip.captions) for clip in clips] == [
+        ("도심/바다", ("바다 영상이다.",)),
+        ("도심/산", ("산 영상이다.",)),
+    ]
     with open_media(clips[0].video) as file:
         assert file.read().decode() == "바다.mp4"
     assert [clip.id for clip in clips_of(tmp_path, "val")] == ["숲/1"]
@@ -163,7 +168,9 @@ def test_equal_stems_of_two_archives_go_by_the_names_of_the_archives(tmp_path: P
 
 def test_the_root_may_be_an_archive(tmp_path: Path) -> None:
     add_zip(tmp_path / "set.zip", "train/labels/a.json", "train/videos/a.mp4", "val/labels/b.json", "val/videos/b.mp4")
-    assert [(clip.id, clip.video) for clip in clips_of(tmp_path / "set.zip")] == [("a", f"zip://train/videos/a.mp4::{tmp_path}/set.zip")]
+    assert [(clip.id, clip.video) for clip in clips_of(tmp_path / "set.zip")] == [
+        ("a", f"zip://train/videos/a.mp4::{tmp_path}/set.zip")
+    ]
 
 
 def test_a_broken_archive_is_named_and_the_rest_read(tmp_path: Path) -> None:
@@ -209,7 +216,8 @@ def test_categories_come_from_their_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "label", [{}, [], 3, {"annotation": {"description_kr": " "}}, {"annotation": "x"}, {"annotation": {"description_kr": 3}}]
+    "label",
+    [{}, [], 3, {"annotation": {"description_kr": " "}}, {"annotation": "x"}, {"annotation": {"description_kr": 3}}],
 )
 def test_labels_without_caption_are_named_and_the_others_read(tmp_path: Path, label: Any) -> None:
     add_clip(tmp_path, "a")

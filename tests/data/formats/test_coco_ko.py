@@ -41,7 +41,10 @@ def read(root: Path, **changes: Any) -> list[Record | Skipped]:
 def test_an_image_has_all_its_captions_and_the_split_of_its_folder(tmp_path: Path) -> None:
     write(tmp_path, [entry(9), entry(25, "val")])
     records = [record for record in read(tmp_path) if isinstance(record, Record)]
-    assert [(record.clip.id, record.split, record.group) for record in records] == [("9", "train", ""), ("25", "val", "")]
+    assert [(record.clip.id, record.split, record.group) for record in records] == [
+        ("9", "train", ""),
+        ("25", "val", ""),
+    ]
     assert records[0].clip.captions == ("9번 사진이다.", "배 한 척이 지나간다.")
     assert records[0].clip.frames == ()
     assert Image.open(open_media(records[1].clip.video)).getpixel((0, 0))[0] in range(20, 31)
@@ -89,14 +92,19 @@ def test_each_bad_entry_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
 
 def test_a_wrong_key_is_one_mistake_and_not_one_an_entry(tmp_path: Path) -> None:
     write(tmp_path, [entry(number) for number in range(3)])
-    with pytest.raises(UserError, match=r"none of the 3 entries .* data\.caption_key=caption_kr, but text at .*caption_ko"):
+    with pytest.raises(
+        UserError, match=r"none of the 3 entries .* data\.caption_key=caption_kr, but text at .*caption_ko"
+    ):
         read(tmp_path, caption_key="caption_kr")
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"images": [], "annotations": []}, "an object with the keys images, annotations where a list of entries belongs"),
+        (
+            {"images": [], "annotations": []},
+            "an object with the keys images, annotations where a list of entries belongs",
+        ),
         ("text", "a str where a list"),
         ([], "has no entries"),
         ({}, "an empty object"),

@@ -27,10 +27,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def write(path: Path, *lines: Any) -> None:
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines))
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines)
+    )
 
 
-def read(root: Path, split: str | None = None, annotations: str | None = "*.jsonl", **settings: Any) -> list[Record | Skipped]:
+def read(
+    root: Path, split: str | None = None, annotations: str | None = "*.jsonl", **settings: Any
+) -> list[Record | Skipped]:
     settings = {"caption_key": "caption"} | settings
     return list(read_records(JsonlConfig(root=str(root), annotations=annotations, **settings), split))
 
@@ -49,7 +53,14 @@ def test_videos_images_and_frames(root: Path) -> None:
 
 
 def test_blank_lines_and_byte_order_marks_are_passed_over(root: Path) -> None:
-    write(root / "set.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), b"", b"  \r", json.dumps(GOOD).encode() + b"\r", b"")
+    write(
+        root / "set.jsonl",
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        b"",
+        b"  \r",
+        json.dumps(GOOD).encode() + b"\r",
+        b"",
+    )
     assert [entry.clip.id for entry in read(root)] == ["a.mp4:1", "a.mp4:4"]
 
 
@@ -66,7 +77,11 @@ def test_a_file_may_name_the_split_and_a_line_overrules_it(root: Path) -> None:
     assert [entry.split for entry in read(root) if isinstance(entry, Record)] == ["", "train", "val", "val"]
     entries = read(root, "train")
     assert [entry.clip.id for entry in entries] == ["a.mp4:1", "a.mp4:2"], "what names no split may be of any"
-    assert [entry.clip.id for entry in read(root, "val") if isinstance(entry, Record)] == ["a.mp4:1", "a.mp4:3", "a.mp4:4"]
+    assert [entry.clip.id for entry in read(root, "val") if isinstance(entry, Record)] == [
+        "a.mp4:1",
+        "a.mp4:3",
+        "a.mp4:4",
+    ]
 
 
 def test_keys_may_be_dotted(root: Path) -> None:
@@ -88,7 +103,10 @@ def test_keys_may_be_dotted(root: Path) -> None:
         ({"video": ["a.mp4"], "caption": "바다."}, "'video' must be a file name"),
         ({"frames": [], "caption": "바다."}, "'frames' must be a list of file names"),
         ({"frames": ["sub/1.jpg", None], "caption": "바다."}, "'frames' must be a list of file names"),
-        ({"video": "a.mp4", "text": "바다."}, "no caption at data.caption_key=caption or captions, but text at video, text"),
+        (
+            {"video": "a.mp4", "text": "바다."},
+            "no caption at data.caption_key=caption or captions, but text at video, text",
+        ),
         ({"video": "a.mp4", "caption": 3}, "no caption at"),
         ({"video": "a.mp4", "caption": " "}, "no caption at"),
         (GOOD | {"id": {}}, "'id' is neither"),
@@ -138,7 +156,9 @@ def test_memory_is_flat(root: Path) -> None:
 
 def test_missing_annotations_say_what_is_there(root: Path) -> None:
     write(root / "all.jsonl", GOOD)
-    with pytest.raises(UserError, match=r"data\.annotations=train\.jsonl is no file .*; there are all\.jsonl: set data\.annotations"):
+    with pytest.raises(
+        UserError, match=r"data\.annotations=train\.jsonl is no file .*; there are all\.jsonl: set data\.annotations"
+    ):
         read(root, annotations="train.jsonl")
     with pytest.raises(UserError, match=r"data\.annotations has no value"):
         read(root, annotations=None)

@@ -40,7 +40,10 @@ def test_invisible_captions_are_empty_and_said_to_be(text: str) -> None:
     assert normalize_caption(f"{text}바{text}다{text}") != ""
     label = {"caption": text, "title": "제목", "other": [text, None]}
     assert captions_at(label, "caption").texts == ()
-    assert why_no_caption(label, "caption") == " (the text there is empty, or of characters that nobody sees), but text at title"
+    assert (
+        why_no_caption(label, "caption")
+        == " (the text there is empty, or of characters that nobody sees), but text at title"
+    )
     assert captions_at({"caption": [text]}, "caption") == Captions((), 1)
 
 
@@ -88,7 +91,9 @@ def test_the_exact_key_comes_before_the_path(label: Any, key: str, found: Any) -
         ({"ko": "하나."}, (), 0),
     ],
 )
-def test_nulls_and_empty_texts_of_a_list_are_left_out_and_counted(value: Any, texts: tuple[str, ...], num_empty: int) -> None:
+def test_nulls_and_empty_texts_of_a_list_are_left_out_and_counted(
+    value: Any, texts: tuple[str, ...], num_empty: int
+) -> None:
     assert captions_at({"caption": value}, "caption") == Captions(texts, num_empty)
 
 
@@ -101,8 +106,14 @@ def test_nulls_and_empty_texts_of_a_list_are_left_out_and_counted(value: Any, te
         ({"caption": 3}, " (there is a number), and no text at any key"),
         ({"caption": True}, " (there is true or false), and no text at any key"),
         ({"caption": {"ko": "글"}}, " (there is an object), but text at caption.ko"),
-        ({"caption": [], "text": "글"}, " (there is a list without text, or with something else in it), but text at text"),
-        ({"caption": [None, " "]}, " (the text there is empty, or of characters that nobody sees), and no text at any key"),
+        (
+            {"caption": [], "text": "글"},
+            " (there is a list without text, or with something else in it), but text at text",
+        ),
+        (
+            {"caption": [None, " "]},
+            " (the text there is empty, or of characters that nobody sees), and no text at any key",
+        ),
     ],
 )
 def test_no_sentence_contradicts_itself(label: Any, sentence: str) -> None:

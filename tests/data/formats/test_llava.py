@@ -16,8 +16,17 @@ from vlmcap.types import Skipped
 
 
 def talk(id: Any, *turns: tuple[str, Any], **media: Any) -> dict[str, Any]:
-    turns = turns or (("human", "<image>\n무엇이 보입니까?"), ("gpt", "배 한 척이\n지나간다."), ("human", "색은?"), ("gpt", "흰색이다."))
-    return {"id": id, **(media or {"image": "a.jpg"}), "conversations": [{"from": who, "value": value} for who, value in turns]}
+    turns = turns or (
+        ("human", "<image>\n무엇이 보입니까?"),
+        ("gpt", "배 한 척이\n지나간다."),
+        ("human", "색은?"),
+        ("gpt", "흰색이다."),
+    )
+    return {
+        "id": id,
+        **(media or {"image": "a.jpg"}),
+        "conversations": [{"from": who, "value": value} for who, value in turns],
+    }
 
 
 @pytest.fixture
@@ -57,7 +66,13 @@ def test_videos_frames_and_tags(root: Path) -> None:
 def test_ids_that_come_again_get_a_number(root: Path) -> None:
     nameless = talk(None)
     del nameless["id"]
-    assert [item.clip.id for item in read(root, talk("7"), talk("7"), nameless, nameless, talk("7"))] == ["7", "7#2", "a", "a#2", "7#3"]
+    assert [item.clip.id for item in read(root, talk("7"), talk("7"), nameless, nameless, talk("7"))] == [
+        "7",
+        "7#2",
+        "a",
+        "a#2",
+        "7#3",
+    ]
 
 
 def test_json_lines_are_read_as_well(root: Path) -> None:

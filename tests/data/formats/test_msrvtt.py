@@ -21,7 +21,15 @@ NAME = "train_val_videodatainfo.json"
 
 def video(number: int, split: str = "train", **changes: Any) -> dict[str, Any]:
     url = f"https://www.youtube.com/watch?v={number // 2}"
-    return {"category": number, "url": url, "video_id": f"video{number}", "split": split, "id": number, "start time": 1.5, **changes}
+    return {
+        "category": number,
+        "url": url,
+        "video_id": f"video{number}",
+        "split": split,
+        "id": number,
+        "start time": 1.5,
+        **changes,
+    }
 
 
 def sentences(*numbers: int) -> list[dict[str, Any]]:
@@ -37,7 +45,13 @@ def write(root: Path, name: str = NAME, **content: Any) -> None:
 
 
 def read(root: Path, split: str | None = None, **changes: Any) -> list[Record | Skipped]:
-    settings = {"annotations": "*videodatainfo*.json", "media": "videos", "caption_key": "caption", "category_key": "category", **changes}
+    settings = {
+        "annotations": "*videodatainfo*.json",
+        "media": "videos",
+        "caption_key": "caption",
+        "category_key": "category",
+        **changes,
+    }
     return list(read_records(MsrvttConfig(root=str(root), **settings), split))
 
 
@@ -52,7 +66,12 @@ def test_a_video_has_the_sentences_that_name_it(tmp_path: Path) -> None:
         "video3": "test",
     }
     assert records["video0"].clip.captions == ("0번 영상의 문장 1", "0번 영상의 문장 3")
-    assert [len(record.clip.captions) for record in records.values()] == [1, 2, 2, 1]  # the test file comes first by its name
+    assert [len(record.clip.captions) for record in records.values()] == [
+        1,
+        2,
+        2,
+        1,
+    ]  # the test file comes first by its name
     assert records["video2"].clip.category == "2"
     assert records["video0"].group == records["video1"].group != records["video2"].group  # two cuts of one film
     assert records["video3"].clip.video == str(tmp_path / "videos" / "video3.mp4")
@@ -71,7 +90,11 @@ def test_real_videos_are_found_and_decode(tmp_path: Path, make_frames: Callable[
 def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     lost = {"caption": "주인 없는 문장", "video_id": "video9"}
     blank = {"caption": " \n", "video_id": "video2"}
-    write(tmp_path, videos=[video(0), video(1), {"id": 7}, "x", video(2), video(4)], sentences=[*sentences(0, 4), lost, blank])
+    write(
+        tmp_path,
+        videos=[video(0), video(1), {"id": 7}, "x", video(2), video(4)],
+        sentences=[*sentences(0, 4), lost, blank],
+    )
     (tmp_path / "videos" / "video4.mp4").unlink()
     entries = read(tmp_path)
     assert [item.clip.id for item in entries if isinstance(item, Record)] == ["video0"]
@@ -83,10 +106,14 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
 
 
 def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
-    write(tmp_path, videos=[video(0)], sentences=[{"video_id": "video0", "caption": "a boat", "ko": {"text": "배 한 척"}}])
+    write(
+        tmp_path, videos=[video(0)], sentences=[{"video_id": "video0", "caption": "a boat", "ko": {"text": "배 한 척"}}]
+    )
     (record,) = read(tmp_path, caption_key="ko.text")
     assert record.clip.captions == ("배 한 척",)
-    with pytest.raises(UserError, match=r"data\.caption_key=caption_ko; the first has text at video_id, caption, ko\.text"):
+    with pytest.raises(
+        UserError, match=r"data\.caption_key=caption_ko; the first has text at video_id, caption, ko\.text"
+    ):
         read(tmp_path, caption_key="caption_ko")
 
 

@@ -62,7 +62,11 @@ def test_an_input_with_an_ending_is_the_file(tmp_path: Path) -> None:
 
 def test_bad_lines_are_named_by_their_number(tmp_path: Path) -> None:
     separator = line("train", 1, output=["한 줄\u2028두 줄"])  # separates lines for splitlines, and must not here
-    write(tmp_path, "train.jsonl", ["{broken", "", line("train", 0, output=[]), separator, line("train", 2, input=None), "[]"])
+    write(
+        tmp_path,
+        "train.jsonl",
+        ["{broken", "", line("train", 0, output=[]), separator, line("train", 2, input=None), "[]"],
+    )
     entries = read(tmp_path)
     assert [item.clip.captions for item in entries if isinstance(item, Record)] == [("한 줄 두 줄",)]
     reasons = {item.clip.id: item.reason for item in entries if isinstance(item, Skipped)}
@@ -72,7 +76,11 @@ def test_bad_lines_are_named_by_their_number(tmp_path: Path) -> None:
 
 
 def test_unlabelled_test_lines_are_one_mistake(tmp_path: Path) -> None:
-    write(tmp_path, "test.jsonl", [{key: value for key, value in line("test", n).items() if key != "output"} for n in range(2)])
+    write(
+        tmp_path,
+        "test.jsonl",
+        [{key: value for key, value in line("test", n).items() if key != "output"} for n in range(2)],
+    )
     with pytest.raises(UserError, match=r"none of the 2 entries.*but text at id, input"):
         read(tmp_path, "test")
 

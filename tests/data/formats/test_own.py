@@ -27,11 +27,16 @@ def test_its_clips_are_read_into_splits(tmp_path: Path) -> None:
     (tmp_path / "list.tsv").write_text("a\ta.mp4\ttrain\t바다.\nb\tb.mp4\tval\t산.\n", encoding="utf-8")
     config = compose(["data=lines", f"data.root={tmp_path}", "data.file=list.tsv", f"paths.cache_dir={tmp_path}"])
     clips = load_splits(config, (Split.train, Split.val))
-    assert [(clip.id, clip.captions) for split in clips.values() for clip in split] == [("a", ("바다.",)), ("b", ("산.",))]
+    assert [(clip.id, clip.captions) for split in clips.values() for clip in split] == [
+        ("a", ("바다.",)),
+        ("b", ("산.",)),
+    ]
 
 
 def test_what_a_reader_raises_is_one_sentence(tmp_path: Path) -> None:
     config = compose(["data=lines", f"data.root={tmp_path}", f"paths.cache_dir={tmp_path}"])
-    with pytest.raises(UserError, match=r"the reader of data=lines failed \(FileNotFoundError: .*\); check data\.root=") as error:
+    with pytest.raises(
+        UserError, match=r"the reader of data=lines failed \(FileNotFoundError: .*\); check data\.root="
+    ) as error:
         load_splits(config, (Split.train,))
     assert "\n" not in str(error.value)

@@ -15,7 +15,13 @@ from vlmcap.types import Skipped
 
 
 def entry(id: str, **changes: Any) -> dict[str, Any]:
-    return {"videoID": id, "enCap": ["A boat."], "chCap": ["一条船。"], "koCap": ["배 한 척이 지나간다.", "배가 간다."], **changes}
+    return {
+        "videoID": id,
+        "enCap": ["A boat."],
+        "chCap": ["一条船。"],
+        "koCap": ["배 한 척이 지나간다.", "배가 간다."],
+        **changes,
+    }
 
 
 def write(root: Path, name: str, entries: list[Any]) -> None:
@@ -32,11 +38,18 @@ def read(root: Path, split: str | None = None, **changes: Any) -> list[Record | 
 
 
 def test_videos_of_the_published_files(tmp_path: Path) -> None:
-    write(tmp_path, "vatex_training_v1.0.json", [entry("G9zN5TTuGO4_000179_000189"), entry("G9zN5TTuGO4_000200_000210")])
+    write(
+        tmp_path, "vatex_training_v1.0.json", [entry("G9zN5TTuGO4_000179_000189"), entry("G9zN5TTuGO4_000200_000210")]
+    )
     write(tmp_path, "vatex_validation_v1.0.json", [entry("-_b_1_000001_000011")])
     write(tmp_path, "vatex_public_test_english_v1.1.json", [entry("plain")])
     records = [item for item in read(tmp_path) if isinstance(item, Record)]
-    assert [(r.split, r.group) for r in records] == [("train", "G9zN5TTuGO4"), ("train", "G9zN5TTuGO4"), ("val", "-_b_1"), ("test", "")]
+    assert [(r.split, r.group) for r in records] == [
+        ("train", "G9zN5TTuGO4"),
+        ("train", "G9zN5TTuGO4"),
+        ("val", "-_b_1"),
+        ("test", ""),
+    ]
     assert records[0].clip.captions == ("배 한 척이 지나간다.", "배가 간다.")
     assert records[2].clip.video == str(tmp_path / "videos" / "-_b_1_000001_000011.mp4")
     assert [item.clip.id for item in read(tmp_path, "val", caption_key="chCap")] == ["-_b_1_000001_000011"]

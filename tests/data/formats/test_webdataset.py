@@ -41,7 +41,9 @@ def upload(root: Path) -> str:
     return "memory://bucket/set"
 
 
-def read(root: Path | str, annotations: str = "*.tar", split: str | None = None, **changes: Any) -> list[Record | Skipped]:
+def read(
+    root: Path | str, annotations: str = "*.tar", split: str | None = None, **changes: Any
+) -> list[Record | Skipped]:
     settings = WebdatasetConfig(root=str(root), annotations=annotations, **{"caption_key": "caption", **changes})
     return list(read_records(settings, split))
 
@@ -96,7 +98,12 @@ def test_splits_are_folders_or_parts_of_names(tmp_path: Path) -> None:
 
 def test_braces() -> None:
     assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
-    assert expand_braces("{a,b}/{split}-{0..1}.tar") == ["a/{split}-0.tar", "a/{split}-1.tar", "b/{split}-0.tar", "b/{split}-1.tar"]
+    assert expand_braces("{a,b}/{split}-{0..1}.tar") == [
+        "a/{split}-0.tar",
+        "a/{split}-1.tar",
+        "b/{split}-0.tar",
+        "b/{split}-1.tar",
+    ]
     assert expand_braces("*.tar") == ["*.tar"]
     for pattern, reason in (
         ("{9..1}", "count up"),
@@ -143,7 +150,14 @@ def test_members_of_a_sample_may_lie_apart_and_in_folders(tmp_path: Path) -> Non
 
 
 def test_json_is_asked_before_text(tmp_path: Path) -> None:
-    both = {"a.png": b"x", "a.json": {"caption": "제이슨"}, "a.txt": "글", "b.png": b"x", "b.json": {"other": "x"}, "b.txt": "글"}
+    both = {
+        "a.png": b"x",
+        "a.json": {"caption": "제이슨"},
+        "a.txt": "글",
+        "b.png": b"x",
+        "b.json": {"other": "x"},
+        "b.txt": "글",
+    }
     write_shard(tmp_path / "s.tar", both)
     assert [item.clip.captions for item in read(tmp_path)] == [("제이슨",), ("글",)]
 
@@ -200,7 +214,10 @@ def test_shards_stay_below_the_root(tmp_path: Path) -> None:
 
 
 def test_reading_asks_for_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_shard(tmp_path / "a.tar", {"a.mp4": b"v" * 3_000_000, "a.json": {"caption": "하나"}, "b.mp4": b"v" * 3_000_000, "b.txt": "둘"})
+    write_shard(
+        tmp_path / "a.tar",
+        {"a.mp4": b"v" * 3_000_000, "a.json": {"caption": "하나"}, "b.mp4": b"v" * 3_000_000, "b.txt": "둘"},
+    )
     root, asked = upload(tmp_path), []
     original = media.read_range
 

@@ -96,7 +96,11 @@ def test_a_resumed_epoch_goes_on_exactly(kind: str, world_size: int) -> None:
 def test_a_position_belongs_to_its_batches() -> None:
     plan = shuffled_plan(20, 4)
     state = BatchSampler(plan, seed=3).position(2, 1)
-    for other in (BatchSampler(shuffled_plan(21, 4), seed=3), BatchSampler(plan, seed=4), BatchSampler(plan, seed=3, world_size=5)):
+    for other in (
+        BatchSampler(shuffled_plan(21, 4), seed=3),
+        BatchSampler(plan, seed=4),
+        BatchSampler(plan, seed=3, world_size=5),
+    ):
         with pytest.raises(UserError, match=r"inside an epoch whose batches are other ones now; .*data\.batch_size"):
             other.load_state_dict(state)
         other.load_state_dict(BatchSampler(plan, seed=3).position(1, 5))  # at the end of an epoch nothing is left of it
@@ -120,7 +124,11 @@ def test_the_loader_s_state_counts_what_it_gave_and_not_what_it_read_ahead(num_w
     def make() -> tuple[BatchSampler, StatefulDataLoader[list[int]]]:
         sampler = BatchSampler(PLANS["by length"](np.arange(1, 51)), seed=3)
         loader: StatefulDataLoader[list[int]] = StatefulDataLoader(
-            Numbers(), batch_sampler=sampler, collate_fn=list, num_workers=num_workers, persistent_workers=num_workers > 0
+            Numbers(),
+            batch_sampler=sampler,
+            collate_fn=list,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
         )
         return sampler, loader
 
@@ -158,7 +166,9 @@ def test_rows_are_those_of_first_fit_decreasing(lengths: NDArray[np.int64]) -> N
     descending = -np.sort(-lengths)
     width = max(1, math.isqrt(len(lengths)))
     rows: list[int] = []
-    for size in (descending[index // width * width] for index in range(len(lengths))):  # each as long as the longest of its bucket
+    for size in (
+        descending[index // width * width] for index in range(len(lengths))
+    ):  # each as long as the longest of its bucket
         place = next((row for row, used in enumerate(rows) if used + size <= BUDGET), None)
         if place is None:
             rows.append(size)
@@ -176,7 +186,9 @@ def test_rows_are_filled() -> None:
 
 def test_ranks_get_batches_of_like_length_at_the_same_time() -> None:
     lengths = caption_like(4000)
-    ranks = [epoch_of(BatchSampler(length_plan(lengths, batch_size=8), rank=rank, world_size=4), 0) for rank in range(4)]
+    ranks = [
+        epoch_of(BatchSampler(length_plan(lengths, batch_size=8), rank=rank, world_size=4), 0) for rank in range(4)
+    ]
     longest = np.array([[lengths[batch].max() for batch in batches] for batches in ranks])
     assert np.median(np.ptp(longest, axis=0)) < 0.1 * np.ptp(longest)
 
@@ -204,7 +216,9 @@ def test_impossible_settings(arguments: dict[str, int]) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("num_clips", [1, 2, 3, 5, 7, 8, 9, 16, 17, 24])
-def test_no_clip_comes_twice_and_every_optimiser_step_has_one(kind: str, num_clips: int, world_size: int, accumulation: int) -> None:
+def test_no_clip_comes_twice_and_every_optimiser_step_has_one(
+    kind: str, num_clips: int, world_size: int, accumulation: int
+) -> None:
     plan = PLANS[kind](np.random.default_rng(num_clips).integers(5, 40, num_clips))
     for chosen in (plan, shuffled_plan(num_clips, 1), shuffled_plan(num_clips, num_clips + 1)):
         ranks = [BatchSampler(chosen, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -221,7 +235,8 @@ def test_no_clip_comes_twice_and_every_optimiser_step_has_one(kind: str, num_cli
 def test_an_empty_batch_passes_the_loader(num_workers: int) -> None:
     samplers = [BatchSampler(shuffled_plan(3, 1), rank=rank, world_size=2) for rank in range(2)]
     loaders: list[StatefulDataLoader[list[int]]] = [
-        StatefulDataLoader(Numbers(), batch_sampler=sampler, num_workers=num_workers, collate_fn=list) for sampler in samplers
+        StatefulDataLoader(Numbers(), batch_sampler=sampler, num_workers=num_workers, collate_fn=list)
+        for sampler in samplers
     ]
     batches = [list(loader) for loader in loaders]
     assert [len(own) for own in batches] == [2, 2]

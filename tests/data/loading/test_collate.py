@@ -39,7 +39,9 @@ def make_sample(name: str, *captions: str, is_cached: bool = False) -> Sample:
     return Sample(clip, frames=torch.ones(2, 3, 4, 4, dtype=torch.uint8))
 
 
-def collate(*items: Sample | Skipped, V: int = 7, limit: int = 20, mode: Literal["train", "generate"] = "train") -> Batch:
+def collate(
+    *items: Sample | Skipped, V: int = 7, limit: int = 20, mode: Literal["train", "generate"] = "train"
+) -> Batch:
     return pickle.loads(pickle.dumps(Collator(CharPrompt(), V, limit, mode)))(list(items))
 
 
@@ -64,7 +66,9 @@ def test_labels_are_the_caption_and_its_end() -> None:
     assert (batch.num_truncated, batch.features) == (0, None)
 
 
-@pytest.mark.parametrize(("length", "num_truncated", "has_end"), [(8, 0, True), (9, 0, True), (10, 1, False), (500, 1, False)])
+@pytest.mark.parametrize(
+    ("length", "num_truncated", "has_end"), [(8, 0, True), (9, 0, True), (10, 1, False), (500, 1, False)]
+)
 def test_only_captions_are_cut(length: int, num_truncated: int, has_end: bool) -> None:
     batch = collate(make_sample("x", "가" * length), V=3000, limit=10)
     assert batch.labels is not None
@@ -98,7 +102,8 @@ def timed(grid_thw: GridTHW | None, times_s: FrameTimes | None) -> list[int | li
 
 def test_times_reach_the_prompt_and_the_batch() -> None:
     samples = [
-        dataclasses.replace(sized(name, (2, 1, 1), True), times_s=times_s) for name, times_s in zip("ab", [(0.5, 7.25), None], strict=True)
+        dataclasses.replace(sized(name, (2, 1, 1), True), times_s=times_s)
+        for name, times_s in zip("ab", [(0.5, 7.25), None], strict=True)
     ]
     batch = Collator(CharPrompt(), timed, 20, "generate")(samples)
     assert batch.input_ids.tolist() == [[2, 3, 1, 50, 725, 4, 5, 6], [1, 1, 2, 3, 1, 4, 5, 6]]
@@ -118,7 +123,9 @@ def sized(name: str, grid_thw: GridTHW, is_cached: bool) -> Sample:
 @pytest.mark.parametrize("mode", ["train", "generate"])
 def test_clips_of_their_own_sizes(mode: Literal["train", "generate"], is_cached: bool) -> None:
     grids: list[GridTHW] = [(2, 1, 3), (1, 2, 2)]
-    batch = Collator(CharPrompt(), layout, 20, mode)([sized(name, grid, is_cached) for name, grid in zip("ab", grids, strict=True)])
+    batch = Collator(CharPrompt(), layout, 20, mode)(
+        [sized(name, grid, is_cached) for name, grid in zip("ab", grids, strict=True)]
+    )
     long, short = [2, 3, 1, 1, 1, 9, 1, 1, 1, 9, 4, 5, 6], [2, 3, 1, 1, 1, 1, 9, 4, 5, 6]
     caption = [ord("배"), 1] if mode == "train" else []
     pad = [1] * (len(long) - len(short))
@@ -152,7 +159,11 @@ def test_packed_clips_stand_one_behind_another(is_cached: bool) -> None:
     assert (len(batch), rows.position_ids) == (3, None)
     assert batch.clips == rows.clips
     # Each is what the rows hold without their padding, in their order, which is that of the visual tokens.
-    for own, padded in ((batch.input_ids, rows.input_ids), (batch.labels, rows.labels), (batch.visual_mask, rows.visual_mask)):
+    for own, padded in (
+        (batch.input_ids, rows.input_ids),
+        (batch.labels, rows.labels),
+        (batch.visual_mask, rows.visual_mask),
+    ):
         assert own.shape == (1, int(real.sum()))
         assert torch.equal(own[0], padded[real])
     assert batch.attention_mask.all()
@@ -242,7 +253,11 @@ def test_places_and_numbers_are_those_of_the_masks() -> None:
     batch = Collator(CharPrompt(), 7, 20)(items)
     flat = batch.input_ids.flatten()
     assert batch.targets is not None and batch.label_places is not None and batch.labels is not None
-    assert batch.targets.tolist() == [ord(char) for char in "배가 간다"] + [1, ord("산"), 1] == flat[batch.label_places + 1].tolist()
+    assert (
+        batch.targets.tolist()
+        == [ord(char) for char in "배가 간다"] + [1, ord("산"), 1]
+        == flat[batch.label_places + 1].tolist()
+    )
     assert batch.labels.flatten()[batch.label_places + 1].tolist() == batch.targets.tolist()
     assert batch.num_label_tokens == len(batch.targets) == int((batch.labels != -100).sum())
     assert batch.visual_places.tolist() == batch.visual_mask.flatten().nonzero().flatten().tolist()
@@ -251,7 +266,9 @@ def test_places_and_numbers_are_those_of_the_masks() -> None:
 
 def test_a_part_of_the_prompts_is_that_of_its_rows() -> None:
     grids: list[GridTHW] = [(2, 1, 3), (1, 2, 2), (2, 2, 2)]
-    batch = Collator(CharPrompt(), layout, 20, "generate")([sized(name, grid, True) for name, grid in zip("abc", grids, strict=True)])
+    batch = Collator(CharPrompt(), layout, 20, "generate")(
+        [sized(name, grid, True) for name, grid in zip("abc", grids, strict=True)]
+    )
     part = batch.part([2, 0])
     assert [clip.id for clip in part.clips] == ["c", "a"]
     for name in ("input_ids", "attention_mask", "visual_mask", "features"):
@@ -261,7 +278,12 @@ def test_a_part_of_the_prompts_is_that_of_its_rows() -> None:
 
 def test_validation_has_prompts_and_the_labels_of_the_same_clips() -> None:
     collator = Collator(CharPrompt(), 7, 20)
-    items = [make_sample("a", "배"), Skipped(Clip("bad", "bad.mp4", ()), "broken"), make_sample("b", ""), make_sample("c", "강")]
+    items = [
+        make_sample("a", "배"),
+        Skipped(Clip("bad", "bad.mp4", ()), "broken"),
+        make_sample("b", ""),
+        make_sample("c", "강"),
+    ]
     batch = ValidationCollator(dataclasses.replace(collator, mode="generate"), collator, 2)(items)
     assert [clip.id for clip in batch.prompts.clips] == ["a", "b", "c"]
     assert batch.prompts.frames is not None

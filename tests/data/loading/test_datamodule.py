@@ -81,7 +81,11 @@ def test_workers_and_a_resume_give_the_same_batches() -> None:
 
 def test_features_drawn_at_random_differ_from_epoch_to_epoch() -> None:
     one, other = (
-        {clip.id: cast(Any, batch.features)[row] for batch in batches_of(tiny_data(), epoch) for row, clip in enumerate(batch.clips)}
+        {
+            clip.id: cast(Any, batch.features)[row]
+            for batch in batches_of(tiny_data(), epoch)
+            for row, clip in enumerate(batch.clips)
+        }
         for epoch in (0, 1)
     )
     assert one.keys() == other.keys()
@@ -96,7 +100,9 @@ def test_validation_is_neither_packed_nor_shuffled() -> None:
     assert [clip for batch in prompts for clip in batch.clips] == [clip for batch in labelled for clip in batch.clips]
     assert all(batch.labels is None for batch in prompts)
     assert [batch.input_ids.shape[0] for batch in prompts] == [4, 1]
-    assert [batch.input_ids.shape[0] for batch in labelled] == [3, 1, 1], "the loss is computed on batches of the size of training"
+    assert [batch.input_ids.shape[0] for batch in labelled] == [3, 1, 1], (
+        "the loss is computed on batches of the size of training"
+    )
     assert all(batch.features is None for batch in labelled), "they are those of the prompts"
     assert same([batch.prompts for batch in data.val_dataloader()], prompts)
     assert [batch.clips for batch in data.prompt_loader("val")] == [batch.clips for batch in prompts]
@@ -107,7 +113,10 @@ def test_validation_is_neither_packed_nor_shuffled() -> None:
     [
         ({"max_tokens_per_batch": 90}, r"data\.max_tokens_per_batch=90 needs .* data\.batching=by_length or packed"),
         ({"batching": "packed"}, r"data\.batching=packed .* data\.max_tokens_per_batch; set it"),
-        ({"batching": "packed", "max_tokens_per_batch": 30}, r"the clip clip\d+ takes 31 tokens, more than .*=30; set that to at least 31"),
+        (
+            {"batching": "packed", "max_tokens_per_batch": 30},
+            r"the clip clip\d+ takes 31 tokens, more than .*=30; set that to at least 31",
+        ),
         ({"batching": "by_length", "max_tokens_per_batch": 30}, r"the clip clip\d+ takes 31 tokens"),
     ],
 )
@@ -157,10 +166,17 @@ def test_two_processes_share_training_and_evaluation(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
     command = [sys.executable, "-c", RANK, str(tmp_path)]
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=ROOT, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True
+        )
         for rank in ("0", "1")
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]

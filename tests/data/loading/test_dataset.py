@@ -60,9 +60,15 @@ def first_pixels(item: Sample | Skipped) -> bytes:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_workers: int, is_isolated: bool) -> None:
     clips = [*small_clips, Clip("gone", "folder/gone.mp4", ())]
-    dataset = ClipDataset(clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=shrink, grid_of=grid_of)
+    dataset = ClipDataset(
+        clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=shrink, grid_of=grid_of
+    )
     assert len(dataset) == 6
-    items = [item for batch in DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=as_list) for item in batch]
+    items = [
+        item
+        for batch in DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=as_list)
+        for item in batch
+    ]
     assert {item.clip.id: item.reason for item in items if isinstance(item, Skipped)} == {
         "empty": "empty.mp4 cannot be read: the file is empty",
         "text": "text.mp4 cannot be read: it is damaged, truncated or no video (Invalid data found when processing input)",
@@ -79,7 +85,9 @@ def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_worke
 @isolations
 def test_an_index_is_always_the_same_and_a_draw_is_its_own(small_clips: list[Clip], is_isolated: bool) -> None:
     clips = small_clips[1:4]
-    data = DataConfig(sampling=Sampling.random, num_frames=4, augment=AugmentConfig(0.3, 0.3, 0.3), is_isolated=is_isolated)
+    data = DataConfig(
+        sampling=Sampling.random, num_frames=4, augment=AugmentConfig(0.3, 0.3, 0.3), is_isolated=is_isolated
+    )
     dataset = ClipDataset(clips, data, seed=3, frame_transform=keep)
     again = ClipDataset(clips, data, seed=3, frame_transform=keep)
     for index in range(3):
@@ -100,7 +108,9 @@ def test_numbers_of_numpy_are_keys_too(small_clips: list[Clip]) -> None:
 
 @isolations
 def test_without_chance_a_draw_is_the_index_bit_by_bit(small_clips: list[Clip], is_isolated: bool) -> None:
-    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=keep)
+    dataset = ClipDataset(
+        small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=keep
+    )
     assert torch.equal(frames_of(dataset[5, 1]), frames_of(dataset[1]))
 
 
@@ -112,7 +122,9 @@ def test_short_clips_are_padded_unless_they_may_vary(small_clips: list[Clip], is
     assert max(own) < 40
     items = [dataset[index] for index in range(3)]
     assert [len(frames_of(item)) for item in items] == (own if is_variable else [40] * 3)
-    assert [item.grid_thw for item in items if isinstance(item, Sample)] == [(len(frames_of(item)), 48, 64) for item in items]
+    assert [item.grid_thw for item in items if isinstance(item, Sample)] == [
+        (len(frames_of(item)), 48, 64) for item in items
+    ]
 
 
 def timed(item: Sample | Skipped) -> list[tuple[int, float]]:
@@ -120,7 +132,10 @@ def timed(item: Sample | Skipped) -> list[tuple[int, float]]:
     assert isinstance(item, Sample)
     assert item.times_s is not None
     assert item.frames is not None
-    return [(read_number(frame.permute(1, 2, 0).numpy()), time_s) for frame, time_s in zip(item.frames, item.times_s, strict=True)]
+    return [
+        (read_number(frame.permute(1, 2, 0).numpy()), time_s)
+        for frame, time_s in zip(item.frames, item.times_s, strict=True)
+    ]
 
 
 @isolations
@@ -191,7 +206,11 @@ def test_a_decoder_that_fails_costs_one_clip(
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
     data = DataConfig(num_frames=4, decode_timeout_s=1.0, decode_memory_gib=1.0)
     dataset = ClipDataset(small_clips[1:4], data, seed=0, frame_transform=keep)
-    items = [item for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list) for item in batch]
+    items = [
+        item
+        for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list)
+        for item in batch
+    ]
     assert [type(item) for item in items] == [Sample, Skipped, Sample]
     assert isinstance(items[1], Skipped)
     assert items[1].reason.startswith(reason)
@@ -212,17 +231,27 @@ def test_a_clip_that_hangs_is_tried_once(
 
     monkeypatch.setattr(dataset_module, "read_timed_frames", read)
     monkeypatch.setattr(isolation, "_GRACE_S", 0.2)
-    dataset = ClipDataset(small_clips[1:4], DataConfig(num_frames=4, decode_timeout_s=1.0), seed=0, frame_transform=keep)
+    dataset = ClipDataset(
+        small_clips[1:4], DataConfig(num_frames=4, decode_timeout_s=1.0), seed=0, frame_transform=keep
+    )
     for _ in range(3):  # new workers each time
-        items = [item for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list) for item in batch]
+        items = [
+            item
+            for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=as_list)
+            for item in batch
+        ]
         assert [type(item) for item in items] == [Sample, Skipped, Sample]
     assert sorted(log.read_text().split()) == ["good0"] * 3 + ["good1"] + ["good2"] * 3
 
 
-def test_without_isolation_memory_and_unexpected_errors_cost_one_clip_too(small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_isolation_memory_and_unexpected_errors_cost_one_clip_too(
+    small_clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for how in ("eat", "raise"):
         monkeypatch.setattr(dataset_module, "read_timed_frames", decode_badly(how))
-        dataset = ClipDataset(small_clips[1:4], dataclasses.replace(PLAIN, is_isolated=False), seed=0, frame_transform=keep)
+        dataset = ClipDataset(
+            small_clips[1:4], dataclasses.replace(PLAIN, is_isolated=False), seed=0, frame_transform=keep
+        )
         assert [type(dataset[index]) for index in range(3)] == [Sample, Skipped, Sample]
 
 
@@ -231,7 +260,9 @@ def test_a_mistake_in_the_configuration_is_raised(small_clips: list[Clip], is_is
     def refuse(num_frames: int, height: int, width: int) -> None:
         raise UserError(f"data.num_frames must be even, not {num_frames}")
 
-    dataset = ClipDataset(small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=keep, grid_of=refuse)
+    dataset = ClipDataset(
+        small_clips, dataclasses.replace(PLAIN, is_isolated=is_isolated), seed=0, frame_transform=keep, grid_of=refuse
+    )
     with pytest.raises(UserError, match=r"^data\.num_frames must be even, not 4$"):
         dataset[1]
 

@@ -127,7 +127,9 @@ def test_what_never_returns_costs_its_time_only(impatient: Isolated, how: str) -
         ("eat with torch", r"^decoding needs more memory than data\.decode_memory_gib=0\.5$"),
     ],
 )
-def test_what_dies_is_told_in_one_sentence(isolated: Isolated, how: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_dies_is_told_in_one_sentence(
+    isolated: Isolated, how: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(LostError, match=message):
         isolated.call(behave, how)
     assert isolated.call(behave, "pid")[0]["pid"] != os.getpid()
@@ -145,7 +147,10 @@ def test_a_child_that_earlier_calls_may_have_damaged_gets_a_second_try(isolated:
         return {"ok": True}, None
 
     assert isolated.call(crash_once, "first") == ({"ok": True}, None)
-    assert isolated.call(crash_once, "good") == ({"ok": True}, None)  # the second call ever crashes, its repetition does not
+    assert isolated.call(crash_once, "good") == (
+        {"ok": True},
+        None,
+    )  # the second call ever crashes, its repetition does not
     with pytest.raises(LostError):
         isolated.call(crash_once, "bad")
     assert len(set(log.read_text().split())) == 3  # the last of them tried "bad" afresh
@@ -218,7 +223,9 @@ def hang(request):
     time.sleep(600)
 Isolated(600.0, 0.5).call(hang, 0)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+    )
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.kill()
@@ -268,7 +275,9 @@ class Numbers(Dataset[tuple[int, int]]):
 def test_data_workers_have_children_too(num_workers: int) -> None:
     numbers = Numbers()
     own = numbers[0][1]  # so that the workers are forked with a child of the main process
-    rows = [row for batch in DataLoader(numbers, batch_size=2, num_workers=num_workers, collate_fn=list) for row in batch]
+    rows = [
+        row for batch in DataLoader(numbers, batch_size=2, num_workers=num_workers, collate_fn=list) for row in batch
+    ]
     assert [index for index, _ in rows] == list(range(12))
     pids = {pid for _, pid in rows}
     assert len(pids) == (3 if num_workers else 2)

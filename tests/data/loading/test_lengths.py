@@ -67,7 +67,10 @@ def test_a_sequence_is_as_long_as_in_the_batch() -> None:
     captions = count_tokens(clips, prompt.encode_caption)
     assert captions.max() > MAX_CAPTION > captions.min()
     expected = sequence_lengths(
-        captions, max_caption_tokens=MAX_CAPTION, prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids), visual_tokens=NUM_VISUAL
+        captions,
+        max_caption_tokens=MAX_CAPTION,
+        prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
+        visual_tokens=NUM_VISUAL,
     )
     samples = [Sample(clip, features=torch.zeros(2, 2, 8)) for clip in clips]
     batch = Collator(prompt, NUM_VISUAL, MAX_CAPTION)(samples)
@@ -78,7 +81,10 @@ def test_a_sequence_is_as_long_as_in_the_batch() -> None:
 
 def test_visual_tokens_may_differ_from_clip_to_clip() -> None:
     lengths = sequence_lengths(
-        np.array([3, 9, 0], dtype=np.int32), max_caption_tokens=5, prompt_tokens=10, visual_tokens=np.array([100, 200, 300])
+        np.array([3, 9, 0], dtype=np.int32),
+        max_caption_tokens=5,
+        prompt_tokens=10,
+        visual_tokens=np.array([100, 200, 300]),
     )
     assert lengths.tolist() == [113, 215, 310]
 
@@ -112,7 +118,9 @@ class Unwell:
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 @pytest.mark.slow
-def test_a_process_that_hangs_or_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_process_that_hangs_or_dies_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     monkeypatch.setattr(module, "CHUNK", 2)
     monkeypatch.setattr(module, "_CHUNK_TIMEOUT_S", 15.0)
     clips = clips_with("가", "나", "다라", "마")

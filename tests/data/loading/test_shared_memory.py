@@ -68,15 +68,23 @@ def test_a_container_with_little_shared_memory_loses_no_batch() -> None:
         pytest.skip("namespaces are not allowed here")
     command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} -c '{SMALL}'"
     done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", command], capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[3], check=False
+        ["unshare", "-m", "bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[3],
+        check=False,
     )
     assert done.stdout == "all there\n", done.stderr
 
 
 @pytest.mark.parametrize(
-    ("free", "is_problem"), [(0, True), (64 * 2**20, True), (2**30 - 1, True), (2**30, False), (2**40, False), (None, False)]
+    ("free", "is_problem"),
+    [(0, True), (64 * 2**20, True), (2**30 - 1, True), (2**30, False), (2**40, False), (None, False)],
 )
-def test_little_room_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, free: int | None, is_problem: bool) -> None:
+def test_little_room_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, is_problem: bool
+) -> None:
     def usage(path: str) -> Usage:
         assert path == "/dev/shm"
         if free is None:

@@ -65,7 +65,9 @@ def test_the_clip_is_named(loader: Loader, kill: Callable[[], Any]) -> None:
     keys = [(3, index) for index in range(40)]
     dataset = watch.over(Deadly(23, kill), CLIPS)
     with (
-        pytest.raises(UserError, match=r"^a data worker, process \d+, died.* while it read clip23 \(videos/clip23\.mp4\): ") as caught,
+        pytest.raises(
+            UserError, match=r"^a data worker, process \d+, died.* while it read clip23 \(videos/clip23\.mp4\): "
+        ) as caught,
         watch.naming_clips(),
     ):
         for _ in loader(dataset, sampler=keys, batch_size=4, num_workers=2, collate_fn=list):
@@ -114,7 +116,9 @@ def hand_over_and_die(watch: WorkerWatch, queue: Any, index: int | None) -> None
     by_oom_killer()
 
 
-@pytest.mark.parametrize(("index", "said"), [(3, r", process \d+, died while it read clip3 "), (None, r" died between two clips: ")])
+@pytest.mark.parametrize(
+    ("index", "said"), [(3, r", process \d+, died while it read clip3 "), (None, r" died between two clips: ")]
+)
 def test_a_batch_of_a_dead_worker_is_its_death(index: int | None, said: str) -> None:
     watch = WorkerWatch()
     watch.over(Deadly(-1, by_exit), CLIPS)
@@ -161,7 +165,9 @@ def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(
     dataset = watch.over(Deadly(5, lambda: time.sleep(60)), CLIPS)
     cause = problem or r"look at the disk .* data\.num_workers=0"
     with (
-        pytest.raises(UserError, match=rf"^no batch came .* for 2 s while they read clip5 \(videos/clip5\.mp4\): {cause}"),
+        pytest.raises(
+            UserError, match=rf"^no batch came .* for 2 s while they read clip5 \(videos/clip5\.mp4\): {cause}"
+        ),
         watch.naming_clips(),
     ):
         list(loader(dataset, batch_size=4, num_workers=1, collate_fn=list, timeout=2))

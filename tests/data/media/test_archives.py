@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmcap.data.media import MediaError, archive_cache, list_members, member_address, open_media, read_text, stat_media, use_index_folder
+from vlmcap.data.media import (
+    MediaError,
+    archive_cache,
+    list_members,
+    member_address,
+    open_media,
+    read_text,
+    stat_media,
+    use_index_folder,
+)
 from vlmcap.data.media.archives import ArchiveIndex, decode_name
 
 
@@ -54,14 +63,18 @@ def names(archive: Path) -> list[str]:
 
 
 def test_names_of_a_korean_windows_zip_are_hangul(tmp_path: Path) -> None:
-    archive = write_raw_zip(tmp_path / "윈도.zip", [("영상/바다 풍경.txt".encode("cp949"), b"sea"), (b"plain.txt", b"p")])
+    archive = write_raw_zip(
+        tmp_path / "윈도.zip", [("영상/바다 풍경.txt".encode("cp949"), b"sea"), (b"plain.txt", b"p")]
+    )
     with zipfile.ZipFile(archive) as plain:
         assert "영상/바다 풍경.txt" not in plain.namelist()  # what zipfile alone makes of it
     assert names(archive) == ["영상/바다 풍경.txt", "plain.txt"]
     assert read_text(f"zip://영상/바다 풍경.txt::{archive}") == "sea"
 
 
-@pytest.mark.parametrize("name", ["풍경.txt", "풍경.txt", "한/글.txt"])  # composed, decomposed as macOS writes it, short
+@pytest.mark.parametrize(
+    "name", ["풍경.txt", "풍경.txt", "한/글.txt"]
+)  # composed, decomposed as macOS writes it, short
 def test_names_of_a_zip_in_utf8_without_the_flag(tmp_path: Path, name: str) -> None:
     assert names(write_raw_zip(tmp_path / "mac.zip", [(name.encode(), b"")])) == [name]
 
@@ -81,7 +94,9 @@ def test_a_tar_with_cp949_names(tmp_path: Path) -> None:
     assert names(archive) == ["풍경.mp4"]
 
 
-@pytest.mark.parametrize("name", ["../../escaped.txt", "/etc/escaped.txt", "..\\escaped.txt", "C:\\escaped.txt", "a::b.txt"])
+@pytest.mark.parametrize(
+    "name", ["../../escaped.txt", "/etc/escaped.txt", "..\\escaped.txt", "C:\\escaped.txt", "a::b.txt"]
+)
 def test_a_name_is_a_key_and_leads_nowhere(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "deep" / "deeper"
     folder.mkdir(parents=True)
@@ -112,7 +127,12 @@ def test_a_zip_index_has_files_only_and_the_last_of_two(tmp_path: Path) -> None:
 def test_a_tar_index_has_regular_files_only(tmp_path: Path, format: int) -> None:
     long_name = "폴더/" * 12 + "영상.txt"
     with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
-        for name, kind in (("hard", tarfile.LNKTYPE), ("soft", tarfile.SYMTYPE), ("pipe", tarfile.FIFOTYPE), ("device", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("hard", tarfile.LNKTYPE),
+            ("soft", tarfile.SYMTYPE),
+            ("pipe", tarfile.FIFOTYPE),
+            ("device", tarfile.CHRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
@@ -246,7 +266,9 @@ def test_processes_that_fork_do_not_move_each_others_position(tmp_path: Path) ->
 # --- what is refused --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "mode"), [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz"), ("gzip_inside.tar", "w:gz")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz"), ("gzip_inside.tar", "w:gz")]
+)
 def test_a_compressed_tar_is_refused_with_the_mend(tmp_path: Path, name: str, mode: str) -> None:
     with tarfile.open(tmp_path / name, mode) as tar:  # type: ignore[call-overload]
         tar.addfile(tarfile.TarInfo("a.txt"))

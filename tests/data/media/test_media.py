@@ -53,7 +53,9 @@ def everywhere(folder: Path, content: bytes = CONTENT) -> list[str]:
     addresses = []
     for base in (str(folder), f"file://{folder}", "memory://bucket"):
         addresses.append(f"{base}/영상.mp4")
-        addresses += [member_address(f"{base}/{name}", "폴더/영상.mp4") for name in ("stored.zip", "deflated.zip", "a.tar")]
+        addresses += [
+            member_address(f"{base}/{name}", "폴더/영상.mp4") for name in ("stored.zip", "deflated.zip", "a.tar")
+        ]
     return addresses
 
 
@@ -138,7 +140,10 @@ def test_the_same_bytes_from_everywhere(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_window_is_no_copy_and_closes_its_file(tmp_path: Path) -> None:
-    for address in (f"zip://폴더/영상.mp4::{write_zip(tmp_path / 'a.zip')}", f"tar://폴더/영상.mp4::{write_tar(tmp_path / 'a.tar')}"):
+    for address in (
+        f"zip://폴더/영상.mp4::{write_zip(tmp_path / 'a.zip')}",
+        f"tar://폴더/영상.mp4::{write_tar(tmp_path / 'a.tar')}",
+    ):
         opened = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None
         file = open_media(address)
         assert not isinstance(file, io.BytesIO)

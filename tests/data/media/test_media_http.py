@@ -78,7 +78,9 @@ def server(tmp_path: Path) -> Iterator[tuple[str, type[_RangeServer]]]:
 
 
 @pytest.mark.parametrize("name", ["deflated.zip", "stored.zip", "a.tar"])
-def test_a_member_on_a_real_server_is_one_range(tmp_path: Path, server: tuple[str, type[_RangeServer]], name: str) -> None:
+def test_a_member_on_a_real_server_is_one_range(
+    tmp_path: Path, server: tuple[str, type[_RangeServer]], name: str
+) -> None:
     write_archives(tmp_path)
     url, handler = server
     address = member_address(f"{url}/{name}", "영상.mp4")
@@ -89,7 +91,9 @@ def test_a_member_on_a_real_server_is_one_range(tmp_path: Path, server: tuple[st
 
 
 @pytest.mark.parametrize("name", ["deflated.zip", "stored.zip", "a.tar"])
-def test_a_server_that_ignores_ranges_never_gives_other_bytes(tmp_path: Path, server: tuple[str, type[_RangeServer]], name: str) -> None:
+def test_a_server_that_ignores_ranges_never_gives_other_bytes(
+    tmp_path: Path, server: tuple[str, type[_RangeServer]], name: str
+) -> None:
     write_archives(tmp_path)
     url, handler = server
     address = member_address(f"{url}/{name}", "영상.mp4")

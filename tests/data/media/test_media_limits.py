@@ -94,7 +94,9 @@ def test_damage_in_a_compressed_member_is_told(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("place", ["disk", "store"])
-def test_strange_members_are_refused(tmp_path: Path, central: dict[int, bytes], local: dict[int, bytes], reason: str, place: str) -> None:
+def test_strange_members_are_refused(
+    tmp_path: Path, central: dict[int, bytes], local: dict[int, bytes], reason: str, place: str
+) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.mp4", b"content")
         archive.writestr("b.mp4", b"other")

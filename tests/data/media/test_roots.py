@@ -39,9 +39,10 @@ PARTS = [
 NAMES = st.one_of(
     st.lists(st.sampled_from(PARTS), max_size=7).map("/".join),
     st.lists(st.sampled_from(PARTS), max_size=5).map("\\".join),
-    st.tuples(st.sampled_from(["/", "//", "zip://", "tar://", "file://", "file:", "s3://", "memory://"]), st.sampled_from(PARTS)).map(
-        "".join
-    ),
+    st.tuples(
+        st.sampled_from(["/", "//", "zip://", "tar://", "file://", "file:", "s3://", "memory://"]),
+        st.sampled_from(PARTS),
+    ).map("".join),
     st.text(max_size=20),
 )
 
@@ -142,7 +143,13 @@ def test_both_forms_of_hangul_are_tried(tmp_path: Path, on_disk: str, in_text: s
 
 @pytest.mark.parametrize(
     ("media", "name"),
-    [("", "sub/c.mp4"), ("inner", "sub/c.mp4"), ("inner.zip", "sub/c.mp4"), ("inner/sub", "c.mp4"), ("", "inner/sub/c.mp4")],
+    [
+        ("", "sub/c.mp4"),
+        ("inner", "sub/c.mp4"),
+        ("inner.zip", "sub/c.mp4"),
+        ("inner/sub", "c.mp4"),
+        ("", "inner/sub/c.mp4"),
+    ],
 )
 def test_members_of_archives_are_found(root: Path, media: str, name: str) -> None:
     assert resolve_media(JsonlConfig(root=str(root), media=media), name) == f"zip://sub/c.mp4::{root}/inner.zip"
@@ -166,7 +173,9 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
 
 def test_a_broken_archive_is_named_where_a_file_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
-    with pytest.raises(OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"):
+    with pytest.raises(
+        OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"
+    ):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
 
 
@@ -184,7 +193,10 @@ def test_annotations_are_a_file_or_a_pattern(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
 
     def found(pattern: str) -> list[str]:
-        return [os.path.relpath(path, tmp_path) for path in annotation_files(JsonlConfig(root=str(tmp_path), annotations=pattern))]
+        return [
+            os.path.relpath(path, tmp_path)
+            for path in annotation_files(JsonlConfig(root=str(tmp_path), annotations=pattern))
+        ]
 
     assert found("a.jsonl") == ["a.jsonl"]
     assert found("?.jsonl") == ["a.jsonl", "b.jsonl"]
@@ -193,7 +205,9 @@ def test_annotations_are_a_file_or_a_pattern(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr("x/a.jsonl", "")
         archive.writestr("b.txt", "")
-    assert annotation_files(JsonlConfig(root=f"{tmp_path}/z.zip", annotations="*.jsonl")) == [f"zip://x/a.jsonl::{tmp_path}/z.zip"]
+    assert annotation_files(JsonlConfig(root=f"{tmp_path}/z.zip", annotations="*.jsonl")) == [
+        f"zip://x/a.jsonl::{tmp_path}/z.zip"
+    ]
 
 
 @pytest.mark.parametrize("pattern", ["../x.jsonl", "/etc/*", "out/*.jsonl", "s3://x/a.jsonl"])

@@ -33,7 +33,14 @@ def walked(root: Path, visit: Visit | None = None) -> list[str]:
 
 
 def test_a_folder_has_every_name_that_leads_to_it_and_circles_end(root: Path) -> None:
-    assert walked(root) == ["a/a.mp4", "a/to_b/b.mp4", "b/b.mp4", "b/to_a/a.mp4", "shared/shared.mp4", "train/shared.mp4"]
+    assert walked(root) == [
+        "a/a.mp4",
+        "a/to_b/b.mp4",
+        "b/b.mp4",
+        "b/to_a/a.mp4",
+        "shared/shared.mp4",
+        "train/shared.mp4",
+    ]
 
 
 def test_a_visit_enters_each_folder_once_by_its_own_name(root: Path) -> None:
@@ -72,7 +79,14 @@ def test_a_folder_that_cannot_be_opened_is_named(root: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("name", "is_hidden"),
-    [("a.mp4", False), ("./a.mp4", False), ("../a.mp4", False), ("._a.mp4", True), (".git/a.mp4", True), ("__MACOSX/a.mp4", True)],
+    [
+        ("a.mp4", False),
+        ("./a.mp4", False),
+        ("../a.mp4", False),
+        ("._a.mp4", True),
+        (".git/a.mp4", True),
+        ("__MACOSX/a.mp4", True),
+    ],
 )
 def test_hidden_members(name: str, is_hidden: bool) -> None:
     assert is_hidden_path(name) is is_hidden

@@ -18,7 +18,11 @@ from vlmcap.models.llm.attention import FLASH, REPEATED, register_repeated_keys
 VOCABULARY, WIDTH, NEW = 60, 64, 20
 LENGTHS = (9, 4, 13, 7, 13, 5, 10, 6, 11)  # of the prompts; more of them than rows
 STOPS = (1, 2, 3)
-RULES: tuple[dict[str, Any], ...] = ({}, {"repetition_penalty": 1.3}, {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2})
+RULES: tuple[dict[str, Any], ...] = (
+    {},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+)
 SMALL: dict[str, Any] = {
     "vocab_size": 20,
     "hidden_size": 16,
@@ -46,7 +50,13 @@ def make_model(kind: str, **changes: Any) -> nn.Module:
     own: dict[str, dict[str, Any]] = {
         "Llama": {},
         "Qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-        "Qwen3Moe": {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "Qwen3Moe": {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
     }
     torch.manual_seed(3)
     config = getattr(transformers, f"{kind}Config")(**common | own[kind] | changes)
@@ -77,7 +87,9 @@ def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) 
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
     embeddings = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left")
-    mask = nn.utils.rnn.pad_sequence([torch.ones(len(one)).long() for one in own], batch_first=True, padding_side="left")
+    mask = nn.utils.rnn.pad_sequence(
+        [torch.ones(len(one)).long() for one in own], batch_first=True, padding_side="left"
+    )
     penalty = settings.rules.repetition_penalty
     ids = model.generate(  # type: ignore[operator]
         inputs_embeds=embeddings,
@@ -146,7 +158,13 @@ def test_guesses_save_steps_where_text_goes_in_circles(seed: int) -> None:
     counts = {}
     for lookup in (0, 2):
         with Calls(model) as calls:
-            ids = greedy_ids(model, prompts((9, 4, 13), seed), GenerationSettings(100, EvaluationConfig(speculate_ngram=lookup)), (), 3)
+            ids = greedy_ids(
+                model,
+                prompts((9, 4, 13), seed),
+                GenerationSettings(100, EvaluationConfig(speculate_ngram=lookup)),
+                (),
+                3,
+            )
         counts[lookup] = (len(calls.steps), ids)
     assert counts[0][1] == counts[2][1]
     assert counts[2][0] < counts[0][0] / 2
@@ -239,7 +257,10 @@ def test_full_attention_is_taken_with_and_without_adapters() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("Qwen3", {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 8}),
+        (
+            "Qwen3",
+            {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 8},
+        ),
         ("Gemma2", {}),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
     ],

@@ -40,7 +40,12 @@ class Recorder(TorchDispatchMode):
             again = func(*args, **kwargs)
             places = {tensor.data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() not in places and not func.is_view and old.data_ptr() != new.data_ptr():
+                if (
+                    isinstance(old, Tensor)
+                    and old.data_ptr() not in places
+                    and not func.is_view
+                    and old.data_ptr() != new.data_ptr()
+                ):
                     old.copy_(new)
 
 
@@ -86,10 +91,15 @@ def adapted() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "rules", [*RULES, {"speculate_ngram": 1}, {"speculate_ngram": 2, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}]
+    "rules",
+    [*RULES, {"speculate_ngram": 1}, {"speculate_ngram": 2, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}],
 )
-@pytest.mark.parametrize("make", [lambda: make_model("Llama"), lambda: make_model("Qwen3"), adapted], ids=["Llama", "Qwen3", "adapted"])
-def test_replayed_steps_write_the_captions_of_transformers(make: Callable[[], nn.Module], rules: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: make_model("Llama"), lambda: make_model("Qwen3"), adapted], ids=["Llama", "Qwen3", "adapted"]
+)
+def test_replayed_steps_write_the_captions_of_transformers(
+    make: Callable[[], nn.Module], rules: dict[str, Any]
+) -> None:
     model, graphs = make(), RecordedGraphs()
     settings = GenerationSettings(NEW, EvaluationConfig(**rules))
     plain = GenerationSettings(NEW, EvaluationConfig(**{**rules, "speculate_ngram": 0}))
@@ -119,7 +129,9 @@ def test_a_row_that_has_ended_is_seen_at_the_next_look(monkeypatch: pytest.Monke
     for every in (1, 5, 50):
         monkeypatch.setattr(engine, "LOOK_EVERY", every)
         looks.clear()
-        assert greedy_ids(model, prompts(), settings, STOPS, 3, RecordedGraphs()) == expected(model, prompts(), settings)
+        assert greedy_ids(model, prompts(), settings, STOPS, 3, RecordedGraphs()) == expected(
+            model, prompts(), settings
+        )
         counts[every] = looks.count(False)
     assert counts[1] > 3 * counts[5] / 2 > counts[50]
 

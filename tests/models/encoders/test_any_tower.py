@@ -23,7 +23,14 @@ from vlmcap.models.encoders.classes import tower_class
 from vlmcap.models.encoders.layout import as_tokens
 from vlmcap.models.encoders.tower import add_tower_lora
 
-TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 # Type, its further settings, tokens in front of the patches.
 TAKEN: list[tuple[str, dict[str, Any], int]] = [
@@ -77,7 +84,10 @@ def frames_of(encoder: VisionEncoder) -> torch.Tensor:
 @torch.no_grad()
 def expected(model: Any, encoder: VisionEncoder, frames: torch.Tensor, layer: int) -> torch.Tensor:
     """Patches of the class's own output: its last hidden state for -1, but SigLIP's before the norm."""
-    outputs = model(pixel_values=(frames[0].float() - encoder.mean) / encoder.std, output_hidden_states=layer != -1 or is_siglip(model))
+    outputs = model(
+        pixel_values=(frames[0].float() - encoder.mean) / encoder.std,
+        output_hidden_states=layer != -1 or is_siglip(model),
+    )
     hidden = outputs.last_hidden_state if layer == -1 and not is_siglip(model) else outputs.hidden_states[layer]
     return as_tokens(hidden)[:, encoder.num_prefix_tokens :]
 
@@ -88,7 +98,9 @@ def is_siglip(model: Any) -> bool:
 
 @pytest.mark.parametrize(("model_type", "settings", "num_prefix_tokens"), TAKEN)
 @torch.no_grad()
-def test_features_are_those_of_the_class(model_type: str, settings: dict[str, Any], num_prefix_tokens: int, tmp_path: Path) -> None:
+def test_features_are_those_of_the_class(
+    model_type: str, settings: dict[str, Any], num_prefix_tokens: int, tmp_path: Path
+) -> None:
     model = tiny_model(model_type, settings)
     save(model, tmp_path)
     layers = (-1,) if model_type == "vitdet" else (-1, -2, 1, 0, 2)
@@ -118,14 +130,20 @@ def tiny_values(model_type: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type)
-    known = {name: value for name, value in TINY.items() if getattr(config, name, None) is not None and not hasattr(config, "depths")}
+    known = {
+        name: value
+        for name, value in TINY.items()
+        if getattr(config, name, None) is not None and not hasattr(config, "depths")
+    }
     values: dict[str, Any] = AutoConfig.for_model(model_type, **known).to_dict()
     return values
 
 
 @pytest.mark.parametrize(("model_type", "why"), REFUSED)
 def test_what_has_no_grid_of_patches_is_refused_in_a_sentence(model_type: str, why: str) -> None:
-    with pytest.raises(UserError, match=f"holds a model of type '{model_type}', which {why}.*; set encoder.checkpoint") as caught:
+    with pytest.raises(
+        UserError, match=f"holds a model of type '{model_type}', which {why}.*; set encoder.checkpoint"
+    ) as caught:
         build_encoder(tiny_values(model_type), EncoderOptions(-1, torch.float32))
     assert "\n" not in str(caught.value)
 
@@ -134,18 +152,25 @@ def test_a_model_of_timm_without_timm_is_refused_in_a_sentence() -> None:
     if importlib.util.find_spec("timm"):
         pytest.skip("timm is installed")
     values = {"architecture": "vit_pe_core_large_patch14_336", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    for config in (values, values | {"model_type": "timm_wrapper"}, {"model_type": "perception_lm", "vision_config": values}):
+    for config in (
+        values,
+        values | {"model_type": "timm_wrapper"},
+        {"model_type": "perception_lm", "vision_config": values},
+    ):
         with pytest.raises(UserError, match=r"needs timm .*pip install timm") as caught:
             build_encoder(config, EncoderOptions(-1, torch.float32))
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "message"), [("of_nobody", "transformers does not know.*never run"), (None, "transformers does not know")]
+    ("model_type", "message"),
+    [("of_nobody", "transformers does not know.*never run"), (None, "transformers does not know")],
 )
 def test_a_type_that_transformers_does_not_know(model_type: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_encoder({"model_type": model_type, "auto_map": {"AutoModel": "code.Model"}}, EncoderOptions(-1, torch.float32))
+        build_encoder(
+            {"model_type": model_type, "auto_map": {"AutoModel": "code.Model"}}, EncoderOptions(-1, torch.float32)
+        )
 
 
 def test_frames_that_are_no_squares_are_refused() -> None:
@@ -154,7 +179,9 @@ def test_frames_that_are_no_squares_are_refused() -> None:
         build_encoder(values, EncoderOptions(-1, torch.float32))
 
 
-@pytest.mark.parametrize("order", [lambda t: t.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2), lambda t: t + t.roll(1, 1)])
+@pytest.mark.parametrize(
+    "order", [lambda t: t.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2), lambda t: t + t.roll(1, 1)]
+)
 def test_patches_in_another_order_are_seen(order: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that goes column by column, and one that mixes neighbours."""
     from transformers import ViTModel
@@ -197,7 +224,10 @@ def test_without_a_known_normalisation_the_keys_are_named() -> None:
     with pytest.raises(UserError, match=r"set encoder\.image_mean and encoder\.image_std") as caught:
         build_encoder(values, EncoderOptions(-1, torch.float32))
     assert "\n" not in str(caught.value)
-    assert build_encoder(values, EncoderOptions(-1, torch.float32, mean=(0, 0, 0), std=(1, 1, 1))).mean.tolist() == [[[0]]] * 3
+    assert (
+        build_encoder(values, EncoderOptions(-1, torch.float32, mean=(0, 0, 0), std=(1, 1, 1))).mean.tolist()
+        == [[[0]]] * 3
+    )
 
 
 def test_the_size_of_a_picture(tmp_path: Path) -> None:
@@ -224,7 +254,11 @@ def test_weights_that_play_no_part_may_be_missing(tmp_path: Path) -> None:
     encoder = load_encoder(tmp_path, EncoderOptions(-1, torch.float32))
     assert not any("pooler" in name for name in encoder.state_dict())
     for name in ("layernorm.weight", "embeddings.cls_token"):
-        save_file({key: value for key, value in kept.items() if key != name}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {key: value for key, value in kept.items() if key != name},
+            tmp_path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         with pytest.raises(UserError, match=f"lacks 1 weights of the vision tower, first: {name}"):
             load_encoder(tmp_path, EncoderOptions(-1, torch.float32))
 
@@ -234,7 +268,13 @@ def test_the_tower_of_a_whole_model(tmp_path: Path) -> None:
     """Of a type that no list here names, with its language model beside it."""
     import transformers as hf
 
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
     vision = {"model_type": "dinov2_with_registers", **TINY, "num_register_tokens": 3}
     config = hf.LlavaConfig(vision_config=vision, text_config={"model_type": "qwen2", "num_key_value_heads": 2, **text})
     whole = randomize(hf.LlavaForConditionalGeneration(config), 2)
@@ -242,7 +282,9 @@ def test_the_tower_of_a_whole_model(tmp_path: Path) -> None:
     encoder = load_encoder(tmp_path, EncoderOptions(-1, torch.float32))
     frames = frames_of(encoder)
     assert encoder.num_prefix_tokens == 4
-    torch.testing.assert_close(encoder(frames)[0], expected(whole.model.vision_tower, encoder, frames, -1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        encoder(frames)[0], expected(whole.model.vision_tower, encoder, frames, -1), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_adapters_and_checkpointing(tmp_path: Path) -> None:

@@ -99,9 +99,15 @@ def test_naflex_at_its_true_size() -> None:
 
 def test_a_configuration_gives_what_its_checkpoint_gives(checkpoint: Checkpoint) -> None:
     loaded, options = checkpoint.load(-2), EncoderOptions(-2, torch.float32)
-    for config in (checkpoint.model.config, checkpoint.model.config.to_dict(), {"vision_config": checkpoint.model.config.to_dict()}):
+    for config in (
+        checkpoint.model.config,
+        checkpoint.model.config.to_dict(),
+        {"vision_config": checkpoint.model.config.to_dict()},
+    ):
         built = build_encoder(config, options, processor=checkpoint.processor.to_dict())
-        assert {n: t.shape for n, t in built.state_dict().items()} == {n: t.shape for n, t in loaded.state_dict().items()}
+        assert {n: t.shape for n, t in built.state_dict().items()} == {
+            n: t.shape for n, t in loaded.state_dict().items()
+        }
         assert built.transform == loaded.transform
         assert torch.equal(built.mean, loaded.mean)
         assert (built.grid, built.num_patches, built.embed_dim) == (loaded.grid, loaded.num_patches, loaded.embed_dim)
@@ -113,7 +119,9 @@ def test_building_leaves_the_configuration_as_it_was(checkpoint: Checkpoint) -> 
     assert checkpoint.model.config.num_hidden_layers == 3
 
 
-@pytest.mark.parametrize(("family", "native"), [("clip", True), ("siglip", False), ("dinov3", False), ("internvit", False)])
+@pytest.mark.parametrize(
+    ("family", "native"), [("clip", True), ("siglip", False), ("dinov3", False), ("internvit", False)]
+)
 def test_without_a_processor_the_family_decides(checkpoints: dict[str, Checkpoint], family: str, native: bool) -> None:
     encoder = build_encoder(checkpoints[family].model.config, EncoderOptions(-1, torch.float32))
     assert isinstance(encoder.transform, FrameTransform)
@@ -142,7 +150,9 @@ def test_sizes_that_cannot_be(checkpoints: dict[str, Checkpoint], family: str, s
         checkpoints[family].load(image_size=size)
 
 
-@pytest.mark.parametrize(("options", "key"), [({"max_patches": 0}, "encoder.max_patches"), ({"max_tiles": 0}, "encoder.tiling")])
+@pytest.mark.parametrize(
+    ("options", "key"), [({"max_patches": 0}, "encoder.max_patches"), ({"max_tiles": 0}, "encoder.tiling")]
+)
 def test_budgets_that_cannot_be(options: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=f"{key} must be at least 1, not 0"):
         EncoderOptions(-1, torch.float32, **options)

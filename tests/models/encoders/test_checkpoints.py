@@ -28,7 +28,11 @@ def copy_of(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def rewrite(folder: Path, weights: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 @torch.no_grad()
@@ -53,11 +57,15 @@ def save_whole(kind: str, checkpoint: Checkpoint, folder: Path, **arguments: Any
         tower = whole.vision_model
     elif kind == "llava":
         decoder = hf.LlamaConfig(**DECODER)
-        config = hf.LlavaNextVideoConfig(vision_config=vision, text_config=decoder, image_token_index=60, video_token_index=61)
+        config = hf.LlavaNextVideoConfig(
+            vision_config=vision, text_config=decoder, image_token_index=60, video_token_index=61
+        )
         whole = hf.LlavaNextVideoForConditionalGeneration(config)
         tower = whole.model.vision_tower
     else:
-        config = hf.InternVLConfig(vision_config=checkpoint.model.config, text_config=hf.Qwen2Config(**DECODER), image_token_id=60)
+        config = hf.InternVLConfig(
+            vision_config=checkpoint.model.config, text_config=hf.Qwen2Config(**DECODER), image_token_id=60
+        )
         whole = hf.InternVLForConditionalGeneration(config)
         tower = whole.model.vision_tower
     tower.load_state_dict(checkpoint.model.state_dict(), strict=True)
@@ -69,7 +77,9 @@ WHOLE = [("clip", "clip"), ("llava", "clip"), ("siglip", "siglip"), ("internvl",
 
 
 @pytest.mark.parametrize(("kind", "family"), WHOLE)
-def test_towers_of_whole_checkpoints(checkpoints: dict[str, Checkpoint], tmp_path: Path, kind: str, family: str) -> None:
+def test_towers_of_whole_checkpoints(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path, kind: str, family: str
+) -> None:
     assert_same_features(save_whole(kind, checkpoints[family], tmp_path))
 
 
@@ -143,10 +153,18 @@ def remote_layout(model: Any, values: dict[str, Any], folder: Path) -> None:
         remote[name] = tensor
     folder.mkdir(exist_ok=True)
     rewrite(folder, remote)
-    auto_map = {"AutoConfig": "configuration_intern_vit.InternVisionConfig", "AutoModel": "modeling_intern_vit.InternVisionModel"}
+    auto_map = {
+        "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+        "AutoModel": "modeling_intern_vit.InternVisionModel",
+    }
     (folder / "modeling_intern_vit.py").write_text("raise SystemExit('remote code was run')\n")
     (folder / "configuration_intern_vit.py").write_text("raise SystemExit('remote code was run')\n")
-    config = {"model_type": "intern_vit_6b", "architectures": ["InternVisionModel"], "auto_map": auto_map, "use_flash_attn": True}
+    config = {
+        "model_type": "intern_vit_6b",
+        "architectures": ["InternVisionModel"],
+        "auto_map": auto_map,
+        "use_flash_attn": True,
+    }
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
@@ -159,7 +177,12 @@ def test_internvit_in_the_remote_layout(tmp_path: Path, is_large: bool, layer: i
     norm = "rms_norm" if is_large else "layer_norm"
     config = InternVLVisionConfig(**SQUARE, attention_bias=not is_large, use_qk_norm=is_large, norm_type=norm)
     model = randomize(InternVLVisionModel(config), 6)
-    values = SQUARE | {"qkv_bias": not is_large, "qk_normalization": is_large, "norm_type": norm, "initializer_factor": 0.1}
+    values = SQUARE | {
+        "qkv_bias": not is_large,
+        "qk_normalization": is_large,
+        "norm_type": norm,
+        "initializer_factor": 0.1,
+    }
     remote_layout(model, values | {"dropout": 0.0, "drop_path_rate": 0.1, "initializer_range": 1e-10}, tmp_path)
     names = load_file(tmp_path / "model.safetensors")
     assert {"embeddings.class_embedding", "encoder.layers.0.attn.qkv.weight", "encoder.layers.2.ls1"} <= names.keys()
@@ -170,7 +193,9 @@ def test_internvit_in_the_remote_layout(tmp_path: Path, is_large: bool, layer: i
 def test_values_that_a_remote_configuration_leaves_out_are_its_classs() -> None:
     from vlmcap.models.encoders.families import family_of
 
-    values = family_of("intern_vit_6b").config_values({"model_type": "intern_vit_6b", "num_hidden_layers": 45, "image_size": 448})
+    values = family_of("intern_vit_6b").config_values(
+        {"model_type": "intern_vit_6b", "num_hidden_layers": 45, "image_size": 448}
+    )
     assert values["hidden_size"] == 3200
     assert values["norm_type"] == "rms_norm"
     assert (values["use_qk_norm"], values["attention_bias"]) == (True, False)

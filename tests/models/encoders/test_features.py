@@ -14,11 +14,16 @@ from vlmcap.models.encoders import VisionEncoder
 
 
 def frames_of(size: int, batch: int = 2, frames: int = 3) -> Tensor:
-    return torch.randint(0, 256, (batch, frames, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (batch, frames, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def pixels_of(checkpoint: Checkpoint, frames: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoint.processor.image_mean, checkpoint.processor.image_std))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (checkpoint.processor.image_mean, checkpoint.processor.image_std)
+    )
     return (frames.flatten(0, 1) / 255 - mean) / std
 
 
@@ -41,7 +46,9 @@ def test_features_are_the_hidden_states_of_the_class(
     assert encoder.grid == (4, 4)
     assert features.shape == (2, 3, encoder.num_patches, encoder.embed_dim) == (2, 3, 16, 32)
     expected = hidden_state(checkpoint, pixels_of(checkpoint, frames), layer)
-    record_property(f"parity:encoder:{checkpoint.model.config.model_type}", (features.flatten(0, 1) - expected).abs().max().item())
+    record_property(
+        f"parity:encoder:{checkpoint.model.config.model_type}", (features.flatten(0, 1) - expected).abs().max().item()
+    )
     torch.testing.assert_close(features.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -58,7 +65,9 @@ def test_layers_differ(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("layer", [0, -3, -2, -1])
 def test_blocks_behind_the_layer_are_not_there(checkpoint: Checkpoint, layer: int) -> None:
     blocks = {
-        name.split(".layer")[1].split(".")[1] for name in checkpoint.load(layer).state_dict() if ".layers." in name or ".layer." in name
+        name.split(".layer")[1].split(".")[1]
+        for name in checkpoint.load(layer).state_dict()
+        if ".layers." in name or ".layer." in name
     }
     assert blocks == {str(index) for index in range(layer if layer >= 0 else 4 + layer)}
 
@@ -95,7 +104,9 @@ def test_patches_are_in_row_major_order(checkpoint: Checkpoint) -> None:
     size = size_of(encoder)
     frames = frames_of(size, 1, 1)
     changed, patch = frames.clone(), size // 4
-    changed[..., patch : 2 * patch, 2 * patch : 3 * patch] = 255 - changed[..., patch : 2 * patch, 2 * patch : 3 * patch]
+    changed[..., patch : 2 * patch, 2 * patch : 3 * patch] = (
+        255 - changed[..., patch : 2 * patch, 2 * patch : 3 * patch]
+    )
     difference = (encoder(frames) - encoder(changed)).abs().amax(-1).flatten()
     assert difference.nonzero().flatten().tolist() == [6]
 
@@ -110,7 +121,9 @@ def test_frames_do_not_mix(checkpoint: Checkpoint) -> None:
 @torch.no_grad()
 def test_frames_behind_a_clips_last_are_not_computed(checkpoint: Checkpoint) -> None:
     encoder, seen = checkpoint.load(), []
-    encoder.tower.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    encoder.tower.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
     frames = frames_of(size_of(encoder))
     whole, padded = encoder(frames), encoder(frames, [(1, 4, 4), (3, 4, 4)])
     assert seen == [6, 4]

@@ -19,7 +19,10 @@ SIZES = [(90, 160), (160, 90), (56, 56), (41, 53), (30, 600), (720, 1280)]
 
 def processed(naflex: Checkpoint, frames: Tensor) -> dict[str, Tensor]:
     output = naflex.processor([frame.permute(1, 2, 0).numpy() for frame in frames])
-    return {key: torch.from_numpy(np.stack(output[key])) for key in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+    return {
+        key: torch.from_numpy(np.stack(output[key]))
+        for key in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    }
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -46,7 +49,9 @@ def test_patches_and_features_are_those_of_processor_and_model(
 
 @pytest.mark.parametrize("layer", [-1, -2, 0, 3])
 @torch.no_grad()
-def test_features_on_equal_pixels(naflex: Checkpoint, layer: int, record_property: Callable[[str, object], None]) -> None:
+def test_features_on_equal_pixels(
+    naflex: Checkpoint, layer: int, record_property: Callable[[str, object], None]
+) -> None:
     """Clips of three shapes in one batch, padded frames too."""
     encoder = naflex.load(layer)
     grids = [(2, 4, 6), (1, 2, 5), (3, 3, 3)]
@@ -61,7 +66,10 @@ def test_features_on_equal_pixels(naflex: Checkpoint, layer: int, record_propert
             spatial_shapes=torch.tensor([[height, width]] * frames),
             output_hidden_states=True,
         ).hidden_states[layer]
-        record_property("parity:encoder:siglip2_vision_model", (features[row, :frames, :count] - expected[:, :count]).abs().max().item())
+        record_property(
+            "parity:encoder:siglip2_vision_model",
+            (features[row, :frames, :count] - expected[:, :count]).abs().max().item(),
+        )
         torch.testing.assert_close(features[row, :frames, :count], expected[:, :count], atol=1e-5, rtol=1e-5)
         assert not features[row, frames:].any()
         assert not features[row, :, count:].any()
@@ -123,7 +131,9 @@ def test_the_pooling_head_is_not_built(naflex: Checkpoint) -> None:
     assert not any("head" in name for name in naflex.load().state_dict())
 
 
-@pytest.mark.parametrize(("options", "key"), [({"image_size": 56}, "encoder.image_size"), ({"max_tiles": 4}, "encoder.tiling")])
+@pytest.mark.parametrize(
+    ("options", "key"), [({"image_size": 56}, "encoder.image_size"), ({"max_tiles": 4}, "encoder.tiling")]
+)
 def test_options_of_fixed_sizes_are_refused(naflex: Checkpoint, options: dict[str, int], key: str) -> None:
     with pytest.raises(UserError, match=rf"{key} .*encoder\.max_patches"):
         naflex.load(**options)

@@ -28,9 +28,14 @@ def cut_from(film: Tensor, height: int, width: int) -> Tensor:
 
 def processed(checkpoint: Checkpoint, frames: Tensor) -> Tensor:
     """Normalised pixels of the reference processor."""
-    if checkpoint.family == "dinov3":  # its processor rescales first and resizes in floating point, by torchvision, which is this call
+    if (
+        checkpoint.family == "dinov3"
+    ):  # its processor rescales first and resizes in floating point, by torchvision, which is this call
         resized = F.interpolate(frames / 255, (64, 64), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoint.processor.image_mean, checkpoint.processor.image_std))
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in (checkpoint.processor.image_mean, checkpoint.processor.image_std)
+        )
         return (resized - mean) / std
     images = [frame.permute(1, 2, 0).numpy() for frame in frames]
     return torch.from_numpy(np.stack(checkpoint.processor(images)["pixel_values"])).float()
@@ -47,7 +52,9 @@ def grey_levels(encoder: VisionEncoder, pixels: Tensor, expected: Tensor) -> flo
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @torch.no_grad()
-def test_pixels_and_features_are_those_of_processor_and_model(checkpoint: Checkpoint, film: Tensor, height: int, width: int) -> None:
+def test_pixels_and_features_are_those_of_processor_and_model(
+    checkpoint: Checkpoint, film: Tensor, height: int, width: int
+) -> None:
     encoder, frames = checkpoint.load(-2), cut_from(film, height, width)
     expected = processed(checkpoint, frames)
     resized = encoder.transform(frames)
@@ -62,7 +69,10 @@ def test_whole_frames_of_a_film(checkpoint: Checkpoint, film: Tensor) -> None:
     encoder, expected = checkpoint.load(-2), processed(checkpoint, film)
     resized = encoder.transform(film)
     assert grey_levels(encoder, normalised(encoder, resized), expected) <= 2.001
-    assert torch.cosine_similarity(encoder(resized[None])[0], hidden_state(checkpoint, expected, -2), dim=-1).min() >= 0.999
+    assert (
+        torch.cosine_similarity(encoder(resized[None])[0], hidden_state(checkpoint, expected, -2), dim=-1).min()
+        >= 0.999
+    )
 
 
 def test_frames_are_resized_together_as_alone(checkpoint: Checkpoint, film: Tensor) -> None:
@@ -114,7 +124,9 @@ def test_the_processor_file_decides(checkpoints: dict[str, Checkpoint], tmp_path
         ("processor_config.json", "video_processor"),
     ],
 )
-def test_processor_files_of_whole_checkpoints(checkpoints: dict[str, Checkpoint], tmp_path: Path, name: str, section: str | None) -> None:
+def test_processor_files_of_whole_checkpoints(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path, name: str, section: str | None
+) -> None:
     folder = shutil.copytree(checkpoints["clip"].folder, tmp_path / "copy")
     (folder / "preprocessor_config.json").unlink()
     values: dict[str, Any] = {
@@ -149,8 +161,12 @@ TILED_SIZES = [(90, 160), (160, 90), (300, 300), (41, 53), (100, 37), (60, 600),
 def reference_tiles(frames: Tensor, size: int, max_tiles: int, **settings: Any) -> Tensor:
     from transformers import GotOcr2ImageProcessorPil
 
-    processor = GotOcr2ImageProcessorPil(size={"height": size, "width": size}, crop_to_patches=True, max_patches=max_tiles, **settings)
-    return torch.from_numpy(np.stack(processor([frame.permute(1, 2, 0).numpy() for frame in frames])["pixel_values"])).float()
+    processor = GotOcr2ImageProcessorPil(
+        size={"height": size, "width": size}, crop_to_patches=True, max_patches=max_tiles, **settings
+    )
+    return torch.from_numpy(
+        np.stack(processor([frame.permute(1, 2, 0).numpy() for frame in frames])["pixel_values"])
+    ).float()
 
 
 @pytest.mark.parametrize(("height", "width"), TILED_SIZES)
@@ -188,7 +204,9 @@ def test_a_batch_of_clips_of_different_shape(checkpoint: Checkpoint, film: Tenso
     longest = max(map(len, tiles))
     padded = torch.stack([torch.nn.functional.pad(clip, (0,) * 7 + (longest - len(clip),)) for clip in tiles])
     seen: list[int] = []
-    encoder.tower.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    encoder.tower.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
     features = encoder(padded, grids)
     assert seen == [sum(map(len, tiles))]
     for row, clip in enumerate(tiles):

@@ -42,7 +42,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         ((8, 0), True, "cpu", BF16, "sdpa"),
     ],
 )
-def test_what_auto_takes(machine: Any, capability: tuple[int, int], installed: bool, device: str, dtype: torch.dtype, chosen: str) -> None:
+def test_what_auto_takes(
+    machine: Any, capability: tuple[int, int], installed: bool, device: str, dtype: torch.dtype, chosen: str
+) -> None:
     machine(capability, installed=installed)
     assert choose_attention("auto", device, dtype) == chosen
 
@@ -61,7 +63,9 @@ def test_what_was_asked_for_by_name_is_refused_in_words(
 ) -> None:
     machine(capability, installed=installed)
     for name in ("flash_attention_2", "flash_attention_3"):
-        with pytest.raises(UserError, match=f"llm.attention={name} needs .*{reason}.*; set llm.attention=auto") as caught:
+        with pytest.raises(
+            UserError, match=f"llm.attention={name} needs .*{reason}.*; set llm.attention=auto"
+        ) as caught:
             choose_attention(name, device, dtype)
         assert "\n" not in str(caught.value)
 
@@ -92,7 +96,9 @@ class NoFlash:
 def test_a_class_without_the_fused_kernel_is_not_slow_in_silence(machine: Any) -> None:
     machine()
     for name in ("auto", "sdpa"):
-        with pytest.raises(UserError, match=r"llm\.attention=sdpa is not supported by OnlySlow; set llm\.attention=eager"):
+        with pytest.raises(
+            UserError, match=r"llm\.attention=sdpa is not supported by OnlySlow; set llm\.attention=eager"
+        ):
             choose_attention(name, "cpu", FP32, OnlySlow)
     assert choose_attention("eager", "cpu", FP32, OnlySlow) == "eager"
     assert choose_attention("auto", "cuda:0", BF16, NoFlash) == "sdpa"
@@ -146,7 +152,9 @@ def load(folder: Path, attention: str) -> Any:
 
 
 @pytest.mark.parametrize("mask", ["none", "padded", "packed"])
-def test_logits_and_gradients_are_those_of_sdpa(llm_folder: Path, mask: str, calls: list[tuple[bool, int, int]]) -> None:
+def test_logits_and_gradients_are_those_of_sdpa(
+    llm_folder: Path, mask: str, calls: list[tuple[bool, int, int]]
+) -> None:
     ids = torch.randint(5, 60, (2 if mask == "padded" else 1, 12), generator=torch.Generator().manual_seed(0))
     inputs: dict[str, Tensor] = {}
     if mask == "padded":
@@ -173,7 +181,9 @@ def test_logits_and_gradients_are_those_of_sdpa(llm_folder: Path, mask: str, cal
 
 def test_captions_are_those_of_sdpa(llm_folder: Path) -> None:
     ids = torch.tensor([[1, 9, 7, 30]])
-    said = [load(llm_folder, name).generate(ids, max_new_tokens=8, do_sample=False).tolist() for name in ("sdpa", REPEATED)]
+    said = [
+        load(llm_folder, name).generate(ids, max_new_tokens=8, do_sample=False).tolist() for name in ("sdpa", REPEATED)
+    ]
     assert said[0] == said[1]
     assert len(said[0][0]) > 6
 
@@ -191,7 +201,9 @@ def test_a_whole_model_runs_it_in_both_parts(kind: str, qwen_folders: dict[str, 
 
 
 @pytest.mark.parametrize(("capability", "is_needed"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
-def test_where_it_is_needed(gpu: Callable[[tuple[int, int]], None], capability: tuple[int, int], is_needed: bool) -> None:
+def test_where_it_is_needed(
+    gpu: Callable[[tuple[int, int]], None], capability: tuple[int, int], is_needed: bool
+) -> None:
     from transformers import Qwen3ForCausalLM
 
     gpu(capability)
@@ -216,7 +228,9 @@ class OwnAttention:
 def test_a_class_with_its_own_attention_keeps_it(gpu: Callable[[tuple[int, int]], None]) -> None:
     gpu((7, 5))
     assert choose_attention("sdpa", "cuda:0", FP16, OwnAttention) == "sdpa"
-    with pytest.raises(UserError, match=r"llm\.attention=sdpa_repeated is not supported by OwnAttention; set llm\.attention=eager"):
+    with pytest.raises(
+        UserError, match=r"llm\.attention=sdpa_repeated is not supported by OwnAttention; set llm\.attention=eager"
+    ):
         choose_attention(REPEATED, "cuda:0", FP16, OwnAttention)
 
 

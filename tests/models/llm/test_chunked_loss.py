@@ -60,14 +60,22 @@ def make(llm_folder: Path) -> Make:
 
     def build(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> VideoCaptioner:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS.get(kind, {}) | options))
-        llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval().requires_grad_(False)
+        config = AutoConfig.for_model(
+            kind, vocab_size=len(prompt.tokenizer), **(SIZES | OPTIONS.get(kind, {}) | options)
+        )
+        llm = (
+            AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+            .eval()
+            .requires_grad_(False)
+        )
         adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
-        projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=2))
+        projector = build_projector(
+            MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=8, out_dim=64, grid=(1, 2), num_frames=2)
+        )
         return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(4)).eval()
 
     return build
@@ -76,7 +84,9 @@ def make(llm_folder: Path) -> Make:
 def batch_of(captioner: VideoCaptioner, *, is_packed: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(3)
     items = [
-        Sample(Clip(str(i), f"{i}.mp4", (text,)), features=torch.randn(2, 2, 8, generator=generator), grid_thw=(2, 1, 2))
+        Sample(
+            Clip(str(i), f"{i}.mp4", (text,)), features=torch.randn(2, 2, 8, generator=generator), grid_thw=(2, 1, 2)
+        )
         for i, text in enumerate(CAPTIONS)
     ]
     return Collator(
@@ -172,7 +182,9 @@ def test_without_gradients_and_with_gradient_checkpointing(make: Make, spy: list
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     spy.clear()
     captioner.loss_chunk_bytes = None
-    base_model(captioner.train().llm).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    base_model(captioner.train().llm).gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )  # type: ignore[operator]
     assert_alike(*both(captioner, batch, spy))
 
 
@@ -213,7 +225,9 @@ def test_the_gradient_is_scaled_by_what_comes_after() -> None:
     for rows in (1, 2, 5, 100):
         (chunked_cross_entropy(hidden, weight, labels, rows) / 7 * 3).backward()
         assert hidden.grad is not None
-        torch.testing.assert_close(hidden.grad.double(), exact_gradient(hidden.detach(), weight, labels) / 7 * 3, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            hidden.grad.double(), exact_gradient(hidden.detach(), weight, labels) / 7 * 3, atol=1e-5, rtol=1e-5
+        )
         hidden.grad = None
     empty = chunked_cross_entropy(hidden[:0], weight, labels[:0], 4)
     empty.backward()
@@ -225,12 +239,20 @@ def test_the_gradient_is_scaled_by_what_comes_after() -> None:
 @pytest.mark.parametrize("kind", QWEN_VL)
 def test_whole_models(kind: str, qwen_folders: dict[str, Path], spy: list[int]) -> None:
     folder, sizes = qwen_folders[kind], ((84, 112), (128, 56), (84, 112))
-    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "quantization": "none",
+        "attention": "sdpa",
+        "device": "cpu",
+        "max_patches": 64,
+    }
     parts = load_pretrained(kind, folder, **options)
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
-    captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4)).eval()
+    captioner = parts.captioner_class(
+        parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4)
+    ).eval()
     items = []
     for i, (text, size) in enumerate(zip(CAPTIONS, sizes, strict=True)):
         frames = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
@@ -253,14 +275,18 @@ def test_other_heads_keep_the_plain_way(make: Make, llm_folder: Path, spy: list[
     biased = make("qwen3")
     base_model(biased.llm).lm_head = nn.Linear(64, len(biased.prompt.tokenizer)).requires_grad_(False)
     other = make("qwen3")
-    base_model(other.llm).lm_head = type("Own", (nn.Linear,), {})(64, len(other.prompt.tokenizer), bias=False).requires_grad_(False)
+    base_model(other.llm).lm_head = type("Own", (nn.Linear,), {})(
+        64, len(other.prompt.tokenizer), bias=False
+    ).requires_grad_(False)
     for captioner in (scaled, trained, hooked, biased, other):
         batch = batch_of(captioner)
         expected = loss_and_gradients(captioner, batch)
         captioner.loss_chunk_bytes = chunk_bytes(captioner)
         assert loss_and_gradients(captioner, batch)[0] == expected[0]
     assert not spy
-    assert can_chunk(load_language_model(llm_folder, dtype=torch.float32, quantization="4bit", attention="sdpa", device="cpu"))
+    assert can_chunk(
+        load_language_model(llm_folder, dtype=torch.float32, quantization="4bit", attention="sdpa", device="cpu")
+    )
 
 
 def test_logits_that_fit_are_had_at_once(make: Make, spy: list[int]) -> None:

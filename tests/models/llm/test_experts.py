@@ -17,7 +17,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from vlmcap.errors import UserError
 from vlmcap.models.llm import experts as experts_module
-from vlmcap.models.llm.experts import FusedExperts, fused_experts, pack_experts, replace_experts, stock_experts, unpack_experts
+from vlmcap.models.llm.experts import (
+    FusedExperts,
+    fused_experts,
+    pack_experts,
+    replace_experts,
+    stock_experts,
+    unpack_experts,
+)
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -73,7 +80,9 @@ def routing(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 64, 64), (5, 24, 40), (3, 256, 128)])
-def test_packing_gives_the_bits_of_bitsandbytes_and_any_experts_come_out(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_packing_gives_the_bits_of_bitsandbytes_and_any_experts_come_out(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     packed = pack_experts(weight)
     bits, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
@@ -108,7 +117,9 @@ def test_half_precision_stays_within_its_own_rounding(dtype: torch.dtype) -> Non
     exact = unpacked(module).float()(hidden.float(), index, weights.float())
     assert output.dtype == dtype
     # Three products and a sum, each rounded once: a few units in the last place of the largest value.
-    torch.testing.assert_close(output.float(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * exact.abs().max().item())
+    torch.testing.assert_close(
+        output.float(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * exact.abs().max().item()
+    )
 
 
 def test_autocast_changes_neither_types_nor_the_way_back() -> None:
@@ -126,7 +137,13 @@ def test_packed_weights_survive_casts_moves_and_copies() -> None:
     experts = pack(stock_module())
     arguments = routing(10)
     before = experts(*arguments)
-    for moved in (experts.to(torch.bfloat16), experts.float(), experts.half(), experts.to("cpu"), copy.deepcopy(experts)):
+    for moved in (
+        experts.to(torch.bfloat16),
+        experts.float(),
+        experts.half(),
+        experts.to("cpu"),
+        copy.deepcopy(experts),
+    ):
         assert moved.is_packed
         assert torch.equal(moved(*arguments), before)
         assert not any(p.requires_grad for p in moved.parameters())
@@ -153,7 +170,9 @@ def loop(experts: FusedExperts, hidden: Tensor, index: Tensor, weights: Tensor) 
             matrix = unpack_experts(weight, torch.float32)[expert] if experts.is_packed else weight[expert]
             output = rows @ matrix.T
             if name in experts.lora_A:
-                output = output + rows @ experts.lora_A[name][expert].T @ experts.lora_B[name][expert].T * experts.lora_scale
+                output = (
+                    output + rows @ experts.lora_A[name][expert].T @ experts.lora_B[name][expert].T * experts.lora_scale
+                )
             gate, up = output.chunk(2, -1) if name == "gate_up_proj" else (None, output)
             rows = up if gate is None else experts.act_fn(gate) * up
         total = total.index_add(0, tokens, rows * weights[tokens, places, None])
@@ -190,7 +209,9 @@ def test_outputs_and_gradients_are_those_of_a_loop(tokens: int, packs: bool, ran
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_where_groups_would_make_the_host_wait_few_rows_go_through_all_experts(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_groups_would_make_the_host_wait_few_rows_go_through_all_experts(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts = pack(stock_module())
     if rank:
         with_factors(experts, rank)
@@ -236,7 +257,9 @@ def counting_unpacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def unpack(*arguments: Any) -> Tensor:
         weight = unpack_experts(*arguments)
-        alive[:] = [reference for reference in alive if not reference.expired()] + [StorageWeakRef(weight.untyped_storage())]
+        alive[:] = [reference for reference in alive if not reference.expired()] + [
+            StorageWeakRef(weight.untyped_storage())
+        ]
         most[0] = max(most[0], len(alive))
         return weight
 
@@ -273,7 +296,9 @@ EXPERT_SHAPES = {(48, 64), (64, 48), (64, 24), (24, 64)}
 
 
 @pytest.mark.parametrize("use_checkpointing", [False, True])
-def test_one_kind_of_matrices_is_alive_at_a_time_and_none_is_saved(monkeypatch: pytest.MonkeyPatch, use_checkpointing: bool) -> None:
+def test_one_kind_of_matrices_is_alive_at_a_time_and_none_is_saved(
+    monkeypatch: pytest.MonkeyPatch, use_checkpointing: bool
+) -> None:
     model = packed_model()
     if use_checkpointing:
         model.activation_checkpointing_enable()

@@ -25,14 +25,19 @@ def load(folder: Path, quantization: str = "4bit", dtype: torch.dtype = torch.fl
 
     options: dict[str, Any] = {"dtype": dtype}
     if quantization == "4bit":
-        options |= {"quantization_config": expert_quantization(folder, quantization_config("4bit", dtype)), "device_map": "cpu"}
+        options |= {
+            "quantization_config": expert_quantization(folder, quantization_config("4bit", dtype)),
+            "device_map": "cpu",
+        }
     return AutoModelForCausalLM.from_pretrained(folder, **options).requires_grad_(False).eval()
 
 
 def with_attention_lora(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
 
 
 def with_expert_lora(model: Any, *, rank: int = 4, is_random: bool = False, **options: Any) -> Any:
@@ -77,7 +82,10 @@ def test_attention_adapters_learn_beside_packed_experts(moe_folder: Path, use_ch
     losses = train(model)
     assert losses[-1] < 0.9 * losses[0]
     assert all("self_attn" in name and "lora_" in name for name in trained(model))
-    assert all(torch.equal(experts.gate_up_proj.data, before) for experts, before in zip(fused_experts(model), packed, strict=True))
+    assert all(
+        torch.equal(experts.gate_up_proj.data, before)
+        for experts, before in zip(fused_experts(model), packed, strict=True)
+    )
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "none"])
@@ -176,7 +184,10 @@ def test_merged_experts_answer_as_before_and_load_as_a_stock_checkpoint(moe_fold
 def test_merging_onto_bfloat16_rounds_once(moe_folder: Path) -> None:
     model = with_expert_lora(load(moe_folder, "none", torch.bfloat16), is_random=True)
     experts = fused_experts(model)[0]
-    exact = copy.deepcopy(experts.down_proj.data).float() + 2.0 * (experts.lora_B["down_proj"] @ experts.lora_A["down_proj"]).detach()
+    exact = (
+        copy.deepcopy(experts.down_proj.data).float()
+        + 2.0 * (experts.lora_B["down_proj"] @ experts.lora_A["down_proj"]).detach()
+    )
     merge_expert_lora(model)
     assert torch.equal(experts.down_proj.data, exact.bfloat16())
 

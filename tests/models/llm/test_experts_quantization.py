@@ -94,7 +94,11 @@ def test_four_bit_with_arithmetic_in_bfloat16(moe_folder: Path) -> None:
 
 def test_the_files_hold_a_tensor_for_each_expert_in_several_shards(moe_folder: Path) -> None:
     index = json.loads((moe_folder / "model.safetensors.index.json").read_text())["weight_map"]
-    names = [f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight" for expert in range(8) for part in ("gate", "up", "down")]
+    names = [
+        f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
+        for expert in range(8)
+        for part in ("gate", "up", "down")
+    ]
     assert len({index[name] for name in names}) > 1  # a layer's experts lie across files
 
 
@@ -107,7 +111,11 @@ def test_fused_files_load_alike(moe_folder: Path, tmp_path: Path, is_sharded: bo
     if is_sharded:
         files = {name: f"model-{1 + index % 2:05d}-of-00002.safetensors" for index, name in enumerate(weights)}
         for file in set(files.values()):
-            save_file({name: tensor for name, tensor in weights.items() if files[name] == file}, tmp_path / file, {"format": "pt"})
+            save_file(
+                {name: tensor for name, tensor in weights.items() if files[name] == file},
+                tmp_path / file,
+                {"format": "pt"},
+            )
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     else:
         save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
@@ -140,7 +148,9 @@ def test_missing_experts_are_told(moe_folder: Path, tmp_path: Path, part: str, m
     folder = tmp_path / "copy"
     shutil.copytree(moe_folder, folder)
     for file in folder.glob("*.safetensors"):
-        save_file({name: tensor for name, tensor in load_file(file).items() if part not in name}, file, {"format": "pt"})
+        save_file(
+            {name: tensor for name, tensor in load_file(file).items() if part not in name}, file, {"format": "pt"}
+        )
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if part not in name}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -152,7 +162,10 @@ def test_stock_loading_is_what_the_check_catches(moe_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(
-        moe_folder, dtype=torch.bfloat16, quantization_config=quantization_config("4bit", torch.bfloat16), device_map="cpu"
+        moe_folder,
+        dtype=torch.bfloat16,
+        quantization_config=quantization_config("4bit", torch.bfloat16),
+        device_map="cpu",
     )
     with pytest.raises(UserError, match=r"llm.quantization.*model.layers.0.mlp.experts"):
         check_experts_packed(stock)
@@ -169,7 +182,13 @@ def test_eight_bit_is_refused_for_experts_and_untouched_otherwise(moe_folder: Pa
 def test_experts_of_another_make_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 1}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_hidden_layers": 1,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "layer_types": ["full_attention"]}
     GptOssForCausalLM(GptOssConfig(**sizes, **heads)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing that could be read")
@@ -220,9 +239,13 @@ def test_captions_with_cache_equal_those_without_and_a_batch_equals_its_rows(moe
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
     mask = (ids != 0).long()
-    cached, plain = (model.generate(input_ids=ids, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    cached, plain = (
+        model.generate(input_ids=ids, attention_mask=mask, use_cache=use, **options) for use in (True, False)
+    )
     assert cached.shape == (2, 14)
     assert torch.equal(cached, plain)
     for row, start in ((0, 2), (1, 0)):
-        alone = model.generate(input_ids=ids[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **options)
+        alone = model.generate(
+            input_ids=ids[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **options
+        )
         assert torch.equal(alone[0], cached[row, start:])

@@ -27,15 +27,22 @@ def captioner(folder: Path, quantization: str) -> VideoCaptioner:
     llm = load_language_model(folder, dtype=torch.float16, quantization=quantization, attention="sdpa", device="cpu")
     adapted = add_lora(llm, LoraConfig(rank=4, alpha=8))
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
-    projector = build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=2))
+    projector = build_projector(
+        MlpConfig(temporal=Temporal.none), ProjectorSizes(in_dim=32, out_dim=64, grid=(2, 2), num_frames=2)
+    )
     return VideoCaptioner(None, projector, adapted, prompt, GenerationSettings(max_new_tokens=4))
 
 
 def batch_of(model: VideoCaptioner) -> Batch:
     """Features near the end of the format: sums over their width are beyond it."""
     features = (torch.randn(2, 2, 4, 32) * 1e4 + 2e4).clamp(-6e4, 6e4).half()
-    clips = [Clip(str(i), Path(f"{i}.mp4"), (caption,)) for i, caption in enumerate(("푸른 바다 위로 해가 떠오른다.", "산이다."))]
-    return Collator(model.prompt, 8, 50)([Sample(clip, features=row) for clip, row in zip(clips, features, strict=True)])
+    clips = [
+        Clip(str(i), Path(f"{i}.mp4"), (caption,))
+        for i, caption in enumerate(("푸른 바다 위로 해가 떠오른다.", "산이다."))
+    ]
+    return Collator(model.prompt, 8, 50)(
+        [Sample(clip, features=row) for clip, row in zip(clips, features, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])

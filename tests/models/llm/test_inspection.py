@@ -43,7 +43,12 @@ LINEAR = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 # Name of a class's configuration -> what it needs beside the sizes.
 CLASSES: dict[str, dict[str, Any]] = {
     **{
@@ -115,7 +120,9 @@ def copied(folder: Path, target: Path, *left_out: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_model_of_any_class_trains_and_captions_as_it_was_described(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_model_of_any_class_trains_and_captions_as_it_was_described(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
     folder = save(kind, tokenizer, tmp_path)
     found = describe_llm(folder)
     assert (found.problems, found.hidden_size, found.num_layers, found.vocab_size) == ((), 64, 2, len(tokenizer))
@@ -135,16 +142,26 @@ def test_a_model_of_any_class_trains_and_captions_as_it_was_described(kind: str,
     loss.backward()  # type: ignore[no-untyped-call]
     assert num_tokens > 0
     assert torch.isfinite(loss)
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in captioner.projector.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in captioner.projector.parameters()
+    )
     assert len(captioner.eval().generate(Collator(prompt, visual, 64, mode="generate")(items))) == 2
 
 
 def test_a_description_needs_no_weights(llm_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     found = describe_llm(copied(llm_folder, tmp_path, "*.safetensors"))
-    assert (found.model_class, found.model_type, found.is_part, found.context) == ("Qwen3ForCausalLM", "qwen3", False, 512)
+    assert (found.model_class, found.model_type, found.is_part, found.context) == (
+        "Qwen3ForCausalLM",
+        "qwen3",
+        False,
+        512,
+    )
     assert (found.largest_id, found.vocab_size) == (len(tokenizer) - 1, len(tokenizer))
     assert (found.has_chat_template, found.has_thinking_switch) == (True, True)
-    assert found.end_tokens == ("<|im_end|>", "<|endoftext|>")  # the template's own first, then that of generation_config.json
+    assert found.end_tokens == (
+        "<|im_end|>",
+        "<|endoftext|>",
+    )  # the template's own first, then that of generation_config.json
     assert (found.is_packable, found.is_native, found.sliding_window, found.license) == (True, True, None, "")
 
 

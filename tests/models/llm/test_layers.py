@@ -56,7 +56,9 @@ def loss_and_gradients(model: Any, length: int = 9) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("is_offloaded", [False, True])
-def test_loss_and_gradients_are_those_of_one_computation(llm_folder: Path, moved: list[tuple[int, ...]], is_offloaded: bool) -> None:
+def test_loss_and_gradients_are_those_of_one_computation(
+    llm_folder: Path, moved: list[tuple[int, ...]], is_offloaded: bool
+) -> None:
     model = model_of(llm_folder)
     expected = loss_and_gradients(model)
     checkpoint_layers(model.get_base_model(), is_offloaded=is_offloaded)
@@ -98,15 +100,29 @@ def test_nothing_is_moved_without_gradients(llm_folder: Path, moved: list[tuple[
 
 def test_the_keys(llm_folder: Path, moved: list[tuple[int, ...]]) -> None:
     config = compose(
-        ["paths.output_dir=out", "hardware=l4", "hardware.accelerator=gpu", "hardware.precision=fp32", "hardware.offload_checkpoints=true"]
+        [
+            "paths.output_dir=out",
+            "hardware=l4",
+            "hardware.accelerator=gpu",
+            "hardware.precision=fp32",
+            "hardware.offload_checkpoints=true",
+        ]
     )
     llm = load_language_model(llm_folder, dtype=torch.float32, quantization="none", attention="sdpa", device="cpu")
     loss_and_gradients(add_adapters(config, llm).train())
     assert moved
     with pytest.raises(
-        UserError, match=r"hardware\.offload_checkpoints=true changes nothing without hardware\.gradient_checkpointing=true"
+        UserError,
+        match=r"hardware\.offload_checkpoints=true changes nothing without hardware\.gradient_checkpointing=true",
     ):
-        compose(["paths.output_dir=out", "hardware=l4", "hardware.gradient_checkpointing=false", "hardware.offload_checkpoints=true"])
+        compose(
+            [
+                "paths.output_dir=out",
+                "hardware=l4",
+                "hardware.gradient_checkpointing=false",
+                "hardware.offload_checkpoints=true",
+            ]
+        )
 
 
 @pytest.mark.gpu
@@ -131,7 +147,9 @@ def test_loss_and_gradients_are_those_of_plain_layers(llm_folder: Path, backend:
     torch._dynamo.utils.counters.clear()
     compile_layers(compiled, backend)
     for length in (9, 14, 31):
-        for found, expected in zip(loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True):
+        for found, expected in zip(
+            loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True
+        ):
             assert_close(found, expected, rtol=1e-5, atol=1e-5)
     counters = torch._dynamo.utils.counters
     assert counters["frames"]["ok"] > 0, "something was compiled"
@@ -159,7 +177,9 @@ def test_compiled_layers_go_with_packed_weights_adapters_and_checkpointing(
     torch._dynamo.utils.counters.clear()
     compile_layers(compiled, backend)
     for length in (9, 14):
-        for found, expected in zip(loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True):
+        for found, expected in zip(
+            loss_and_gradients(compiled, length), loss_and_gradients(plain, length), strict=True
+        ):
             assert_close(found, expected, rtol=1e-5, atol=1e-5)
     # A checkpointed layer is compiled whole or not at all, and bitsandbytes' 8 bits and our experts are not.
     is_compiled = kind == "4bit" or not has_checkpointing

@@ -103,7 +103,11 @@ def test_fresh_adapters_change_nothing(llm_folder: Path) -> None:
 
 
 def test_all_linear_is_every_layer_but_the_head(llm_folder: Path) -> None:
-    names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in with_lora(load(llm_folder)).named_parameters() if "lora_A" in name}
+    names = {
+        name.split(".lora_A")[0].rsplit(".", 1)[-1]
+        for name, _ in with_lora(load(llm_folder)).named_parameters()
+        if "lora_A" in name
+    }
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -182,7 +186,9 @@ def test_every_kind_learns_and_comes_back(llm_folder: Path, quantization: str, k
     assert {p.dtype for p in adapters.values()} == {torch.float32}
     assert any("magnitude" in name for name in adapters) == (kind == "dora")
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, load(llm_folder, quantization)(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, load(llm_folder, quantization)(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )
     optimizer = torch.optim.AdamW(adapters.values(), lr=1e-2)
     losses = []
     for _ in range(4):
@@ -203,7 +209,9 @@ def test_every_kind_learns_and_comes_back(llm_folder: Path, quantization: str, k
 
 def test_rank_stabilised_scaling(llm_folder: Path) -> None:
     for use_rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
-        model: Any = add_lora(load(llm_folder), LoraConfig(rank=4, alpha=8, target_modules="q_proj", use_rslora=use_rslora))
+        model: Any = add_lora(
+            load(llm_folder), LoraConfig(rank=4, alpha=8, target_modules="q_proj", use_rslora=use_rslora)
+        )
         assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
 
 

@@ -20,7 +20,15 @@ from vlmcap.errors import UserError
 from vlmcap.models.llm import merge as merging
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
-from vlmcap.models.llm.merge import Routing, adapters_for_captions, fold_in, load_adapters, load_unadapted_weights, merge, merge_adapters
+from vlmcap.models.llm.merge import (
+    Routing,
+    adapters_for_captions,
+    fold_in,
+    load_adapters,
+    load_unadapted_weights,
+    merge,
+    merge_adapters,
+)
 from vlmcap.models.llm.prompt import load_prompt
 
 KINDS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -50,7 +58,11 @@ def trained(model: Any) -> Any:
 def adapters(model: nn.Module) -> dict[str, Tensor]:
     """As a checkpoint of training names them, with a projector beside them."""
     named = {f"captioner.llm.{name}": p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-    return {**named, "captioner.projector.weight": torch.zeros(1), "captioner.encoder.tower.q.lora_A.default.weight": torch.zeros(1)}
+    return {
+        **named,
+        "captioner.projector.weight": torch.zeros(1),
+        "captioner.encoder.tower.q.lora_A.default.weight": torch.zeros(1),
+    }
 
 
 @torch.no_grad()
@@ -96,7 +108,9 @@ def test_experts_are_merged_too(moe_folder: Path, tmp_path: Path) -> None:
     expected = logits(model)
     merge_adapters(moe_folder, adapters(model), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
-    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == _all_weights(moe_folder).keys()  # the hub's own layout
+    assert (
+        load_file(tmp_path / "merged" / "model.safetensors").keys() == _all_weights(moe_folder).keys()
+    )  # the hub's own layout
 
 
 def _all_weights(folder: Path) -> dict[str, Tensor]:
@@ -105,7 +119,9 @@ def _all_weights(folder: Path) -> dict[str, Tensor]:
 
 def test_the_folder_is_whole(llm_folder: Path, tmp_path: Path) -> None:
     adapt = adapter_of()
-    merge_adapters(llm_folder, adapters(trained(adapt(load(llm_folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    merge_adapters(
+        llm_folder, adapters(trained(adapt(load(llm_folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32
+    )
     old, new = (load_prompt(folder, LlmConfig()) for folder in (llm_folder, tmp_path / "merged"))
     assert (new.prefix_ids, new.suffix_ids, new.stop_ids) == (old.prefix_ids, old.suffix_ids, old.stop_ids)
     assert [file.name for file in tmp_path.iterdir()] == ["merged"]
@@ -116,7 +132,9 @@ def test_settings_that_transformers_would_not_write(llm_folder: Path, tmp_path: 
     folder = shutil.copytree(llm_folder, tmp_path / "base")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}))
     adapt = adapter_of()
-    merge_adapters(folder, adapters(trained(adapt(load(folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32)
+    merge_adapters(
+        folder, adapters(trained(adapt(load(folder)))), tmp_path / "merged", adapt=adapt, dtype=torch.float32
+    )
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["temperature"] == 0.9
 
 
@@ -147,7 +165,9 @@ def test_quantised_weights_are_refused(llm_folder: Path, quantization: str) -> N
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_merge_that_changes_the_model_is_refused(llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_changes_the_model_is_refused(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As merges that lose the adapters would."""
     from peft.tuners.lora import Linear
 
@@ -183,14 +203,18 @@ def test_no_second_copy_of_the_weights_is_held(llm_folder: Path) -> None:
 def live_bytes() -> int:
     """Of all tensors in this process, each storage once."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, FakeTensor)]  # which caches of the compiler hold
+    tensors = [
+        t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, FakeTensor)
+    ]  # which caches of the compiler hold
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def test_trained_weights_of_the_model_itself(llm_folder: Path, moe_folder: Path) -> None:
     model = load(llm_folder)
-    load_unadapted_weights(model, {"captioner.llm.model.norm.weight": torch.full((64,), 2.0), "captioner.projector.x": torch.zeros(1)})
+    load_unadapted_weights(
+        model, {"captioner.llm.model.norm.weight": torch.full((64,), 2.0), "captioner.projector.x": torch.zeros(1)}
+    )
     assert (model.model.norm.weight == 2).all()
     for name, tensor in (("model.norm.weight", torch.zeros(3)), ("model.other", torch.zeros(64))):
         with pytest.raises(UserError, match=r"has no place in the model; llm\.checkpoint"):
@@ -216,7 +240,11 @@ def identities(model: nn.Module) -> dict[str, tuple[int, int]]:
 def num_products(model: nn.Module) -> int:
     """Linear layers that run for a token."""
     calls: list[nn.Module] = []
-    handles = [module.register_forward_hook(lambda own, *_: calls.append(own)) for module in model.modules() if type(module) is nn.Linear]
+    handles = [
+        module.register_forward_hook(lambda own, *_: calls.append(own))
+        for module in model.modules()
+        if type(module) is nn.Linear
+    ]
     logits(model)
     for handle in handles:
         handle.remove()

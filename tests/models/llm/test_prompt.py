@@ -70,7 +70,13 @@ def test_ids_are_joined_part_by_part(llm_folder: Path, caption: str) -> None:
     """Even where the tokenizer would merge over the seams, as with a caption that starts with a line break."""
     prompt = prompt_of(llm_folder)
     batch = Collator(prompt, 3, max_caption_tokens=200)([sample(caption)])
-    expected = [*prompt.prefix_ids, *[prompt.pad_id] * 3, *prompt.suffix_ids, *prompt.encode_caption(caption), prompt.end_id]
+    expected = [
+        *prompt.prefix_ids,
+        *[prompt.pad_id] * 3,
+        *prompt.suffix_ids,
+        *prompt.encode_caption(caption),
+        prompt.end_id,
+    ]
     assert batch.input_ids[0].tolist() == expected
     assert batch.attention_mask[0].tolist() == [1] * len(expected)
     first = len(prompt.prefix_ids)
@@ -99,7 +105,9 @@ def test_no_chat_template(llm_folder: Path, tmp_path: Path) -> None:
     folder = copy_without(llm_folder, tmp_path, "*.jinja")
     with pytest.raises(UserError, match=r"no chat template; set llm\.chat_template.* llm\.checkpoint"):
         prompt_of(folder)
-    assert load_prompt(folder, LlmConfig(prompt=QUESTION, chat_template="{{ messages[-1].content }}<|im_end|>")).suffix_ids
+    assert load_prompt(
+        folder, LlmConfig(prompt=QUESTION, chat_template="{{ messages[-1].content }}<|im_end|>")
+    ).suffix_ids
 
 
 def test_no_tokenizer(llm_folder: Path, tmp_path: Path) -> None:
@@ -148,15 +156,21 @@ def test_a_given_template_goes_before_the_tokenizers(llm_folder: Path, tokenizer
 
 
 def test_marks_stand_directly_around_the_visual_tokens(llm_folder: Path, tokenizer: Any) -> None:
-    prompt = load_prompt(llm_folder, LlmConfig(prompt=QUESTION), visual_prefix="<|im_start|>", visual_suffix="<|endoftext|>")
+    prompt = load_prompt(
+        llm_folder, LlmConfig(prompt=QUESTION), visual_prefix="<|im_start|>", visual_suffix="<|endoftext|>"
+    )
     assert prompt.prefix_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert prompt.suffix_ids[0] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert tokenizer.decode(prompt.suffix_ids[1:]).startswith(QUESTION)  # no line break of ours between, as with Qwen-VL
+    assert tokenizer.decode(prompt.suffix_ids[1:]).startswith(
+        QUESTION
+    )  # no line break of ours between, as with Qwen-VL
 
 
 def test_a_setting_that_the_template_does_not_use_is_refused(llm_folder: Path, tokenizer: Any) -> None:
     plain = "{{ messages[-1].content }}<|im_end|>"
-    with pytest.raises(UserError, match=r"llm\.enable_thinking=true changes nothing.* leave it out, or set llm\.chat_template"):
+    with pytest.raises(
+        UserError, match=r"llm\.enable_thinking=true changes nothing.* leave it out, or set llm\.chat_template"
+    ):
         load_prompt(llm_folder, LlmConfig(enable_thinking=True, chat_template=plain))
     with pytest.raises(UserError, match=r"llm\.system_prompt changes nothing.*drops the system turn.*llm\.prompt"):
         load_prompt(llm_folder, LlmConfig(system_prompt="짧게 답한다.", prompt="짧게 답한다.", chat_template=plain))
@@ -203,7 +217,9 @@ def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     bos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
     tokenizer.save_pretrained(folder)
     template = "{{ messages[-1].content }}"
     for written in ("", "{{ bos_token }}"):
@@ -233,7 +249,9 @@ def test_a_pad_token_beyond_the_embedding_is_never_looked_up(llm_folder: Path, t
     assert prompt.pad_id == prompt.end_id
     batch = Collator(prompt, 5, max_caption_tokens=200)([sample("<새패드> 바다"), sample(CAPTIONS[0] * 3)])
     assert int(batch.input_ids.max()) < rows
-    with pytest.raises(UserError, match=r"1 tokens beyond the .* rows .*<새패드>"):  # a prompt is read with its special tokens
+    with pytest.raises(
+        UserError, match=r"1 tokens beyond the .* rows .*<새패드>"
+    ):  # a prompt is read with its special tokens
         load_prompt(folder, LlmConfig(prompt="<새패드> 설명"))
 
 

@@ -80,11 +80,19 @@ def vicuna_folder(sentencepiece_model: bytes, tmp_path_factory: pytest.TempPathF
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "tokenizer.model").write_bytes(sentencepiece_model)
     marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"add_bos_token": True, "add_eos_token": False, "legacy": False, "tokenizer_class": "LlamaTokenizer", "pad_token": None}
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+        "tokenizer_class": "LlamaTokenizer",
+        "pad_token": None,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({**marks, **settings, "model_max_length": 4096}))
     (folder / "special_tokens_map.json").write_text(json.dumps({**marks, "pad_token": "<unk>"}))
     # As published: sampling values without sampling, which transformers reads but refuses to write.
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 2, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6})
+    )
     return folder
 
 
@@ -92,7 +100,9 @@ def template() -> str:
     return str(yaml.safe_load(CONF.read_text())["chat_template"])
 
 
-def vicuna_prompt(folder: Path, *, chat_template: str | None = None, system: str | None = None, **around: str) -> PromptEncoder:
+def vicuna_prompt(
+    folder: Path, *, chat_template: str | None = None, system: str | None = None, **around: str
+) -> PromptEncoder:
     chat_template = template() if chat_template is None else chat_template
     return load_prompt(folder, LlmConfig(prompt=QUESTION, system_prompt=system, chat_template=chat_template), **around)
 
@@ -105,7 +115,9 @@ def load(folder: Path, quantization: str = "none") -> Any:
 
 
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.bin") for name, tensor in torch.load(file, weights_only=True).items()}
+    return {
+        name: tensor for file in folder.glob("*.bin") for name, tensor in torch.load(file, weights_only=True).items()
+    }
 
 
 def test_pickled_weights_are_loaded_as_saved(vicuna_folder: Path) -> None:
@@ -124,7 +136,10 @@ def test_pickled_weights_are_quantised_as_any(vicuna_folder: Path) -> None:
     full = load(vicuna_folder)
     ids = torch.arange(30)[None]
     with torch.no_grad():
-        assert torch.cosine_similarity(model(input_ids=ids).logits.flatten(), full(input_ids=ids).logits.flatten(), dim=0) > 0.9
+        assert (
+            torch.cosine_similarity(model(input_ids=ids).logits.flatten(), full(input_ids=ids).logits.flatten(), dim=0)
+            > 0.9
+        )
 
 
 class Malicious:
@@ -186,11 +201,18 @@ def test_the_template_is_that_of_its_training(vicuna_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(vicuna_folder)
-    turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}, {"role": "user", "content": "Q2"}]
+    turns = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+    ]
     text = tokenizer.apply_chat_template(turns, chat_template=template(), tokenize=False, add_generation_prompt=True)
     assert text == f"{SYSTEM} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
     with_system = [{"role": "system", "content": "짧게."}, *turns[:2]]
-    assert tokenizer.apply_chat_template(with_system, chat_template=template(), tokenize=False) == "짧게. USER: Q1 ASSISTANT: A1</s>"
+    assert (
+        tokenizer.apply_chat_template(with_system, chat_template=template(), tokenize=False)
+        == "짧게. USER: Q1 ASSISTANT: A1</s>"
+    )
 
 
 def test_without_a_template_the_mend_is_named(vicuna_folder: Path, tmp_path: Path) -> None:
@@ -270,7 +292,9 @@ def test_a_slow_tokenizer_does_the_same(sentencepiece_model: bytes, tmp_path: Pa
     from transformers import GPTSw3Tokenizer
 
     (tmp_path / "spiece.model").write_bytes(sentencepiece_model)
-    GPTSw3Tokenizer(str(tmp_path / "spiece.model"), pad_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    GPTSw3Tokenizer(
+        str(tmp_path / "spiece.model"), pad_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     prompt = vicuna_prompt(tmp_path)
     caption = "푸른 </s> 바다"

@@ -60,7 +60,9 @@ def folder(request: pytest.FixtureRequest, llava_folder: Path, tmp_path_factory:
         return llava_folder
     copy = shutil.copytree(llava_folder, tmp_path_factory.mktemp("published") / "copy")
     weights = load_file(copy / "model.safetensors")
-    renamed = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight for name, weight in weights.items()}
+    renamed = {
+        name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight for name, weight in weights.items()
+    }
     assert renamed.keys() != weights.keys()
     save_file(renamed, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
@@ -76,7 +78,9 @@ def reference(folder: Path) -> Any:
 
 
 def batch_of(captioner: VideoCaptioner, mode: str = "train") -> Batch:
-    frames = torch.randint(0, 256, (2, FRAMES, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = torch.randint(
+        0, 256, (2, FRAMES, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     samples = [Sample(Clip(str(i), Path(f"{i}.mp4"), (text,)), frames=frames[i]) for i, text in enumerate(CAPTIONS)]
     return Collator(captioner.prompt, FRAMES * 4, 200, mode=mode)(samples)  # type: ignore[arg-type]
 
@@ -104,7 +108,9 @@ def test_logits_are_the_references(
     captioner = make(folder)
     batch = batch_of(captioner)
     llm: Any = captioner.llm
-    ours = llm.lm_head(llm.model(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).last_hidden_state)
+    ours = llm.lm_head(
+        llm.model(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).last_hidden_state
+    )
     expected = reference(**reference_inputs(reference, batch)).logits
     real = batch.attention_mask.bool()
     record_property("parity:model:llava_next_video", (ours - expected)[real].abs().max().item())
@@ -117,7 +123,9 @@ def test_logits_are_the_references(
 
 @pytest.mark.parametrize("make", [whole, assembled])
 @torch.no_grad()
-def test_loss_and_captions_are_the_references(make: Callable[[Path], VideoCaptioner], folder: Path, reference: Any) -> None:
+def test_loss_and_captions_are_the_references(
+    make: Callable[[Path], VideoCaptioner], folder: Path, reference: Any
+) -> None:
     captioner = make(folder)
     train, ask = batch_of(captioner), batch_of(captioner, "generate")
     loss, count = captioner.loss_sum(train)
@@ -136,7 +144,9 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
     captioner = joined(parts.encoder, parts.projector, parts.llm, folder)
     names = [name for name, _ in captioner.named_parameters(remove_duplicate=False)]
     assert len(names) == len(set(names)) == len(list(captioner.parameters()))
-    assert {name.split(".")[0] for name, parameter in captioner.named_parameters() if parameter.requires_grad} == {"projector"}
+    assert {name.split(".")[0] for name, parameter in captioner.named_parameters() if parameter.requires_grad} == {
+        "projector"
+    }
     assert parts.visual_layout is None
     assert VisualRun(parts.num_tokens, (FRAMES, *parts.encoder.grid))(None) == (FRAMES * 4,)
     loss, _ = captioner.loss_sum(batch_of(captioner))
@@ -153,7 +163,9 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
         ("spatial_pool_stride", 3, "leaves a rest"),
     ],
 )
-def test_other_ways_to_pool_and_project_are_refused(key: str, value: Any, message: str, llava_folder: Path, tmp_path: Path) -> None:
+def test_other_ways_to_pool_and_project_are_refused(
+    key: str, value: Any, message: str, llava_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(llava_folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))

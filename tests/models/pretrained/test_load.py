@@ -28,7 +28,13 @@ KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
-    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "quantization": "none",
+        "attention": "sdpa",
+        "device": "cpu",
+        "max_patches": 64,
+    }
     return load_pretrained(kind, folder, **options | changes)
 
 
@@ -40,7 +46,9 @@ def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
     captioner = parts.captioner_class(parts.encoder, parts.projector, llm, prompt, GenerationSettings(max_new_tokens=4))
     transform, samples = parts.encoder.transform, []
     for row, (height, width) in enumerate(((84, 112), (128, 56))):
-        frames = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(row))
+        frames = torch.randint(
+            0, 256, (4, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(row)
+        )
         grid = transform.grid_thw(4, height, width)
         samples.append(Sample(Clip(str(row), Path("clip.mp4"), ("산이다.",)), frames=transform(frames), grid_thw=grid))
     visual = parts.visual_layout or VisualRun(parts.num_tokens, (2, *parts.encoder.grid))
@@ -51,7 +59,11 @@ def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
 def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_folders: dict[str, Path]) -> None:
     captioner, batch = adapted(load(kind, qwen_folders[kind]), qwen_folders[kind])
     trained = {name: parameter for name, parameter in captioner.named_parameters() if parameter.requires_grad}
-    frozen = {name: parameter.detach().clone() for name, parameter in captioner.named_parameters() if not parameter.requires_grad}
+    frozen = {
+        name: parameter.detach().clone()
+        for name, parameter in captioner.named_parameters()
+        if not parameter.requires_grad
+    }
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     assert all(name.startswith("projector.") or (name.startswith("llm.") and "lora_" in name) for name in trained)
     assert not any("lm_head" in name for name in trained)
@@ -93,7 +105,11 @@ def test_the_language_part_alone_is_quantised(kind: str, quantization: str, qwen
 
     parts = load(kind, qwen_folders[kind], quantization=quantization)
     quantised = (Linear4bit, Linear8bitLt)
-    layers = [module for name, module in parts.llm.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name]
+    layers = [
+        module
+        for name, module in parts.llm.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    ]
     assert len(layers) == 3 * 7
     assert all(isinstance(layer, quantised) for layer in layers)
     rest = [*parts.encoder.modules(), *parts.projector.modules(), parts.llm.lm_head]
@@ -117,7 +133,11 @@ def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[st
 
 
 def test_another_kind_is_refused(qwen_folders: dict[str, Path], llava_folder: Path, llm_folder: Path) -> None:
-    for kind, folder in (("qwen2_vl", qwen_folders["qwen3_vl"]), ("qwen2_5_vl", llava_folder), ("llava_next_video", llm_folder)):
+    for kind, folder in (
+        ("qwen2_vl", qwen_folders["qwen3_vl"]),
+        ("qwen2_5_vl", llava_folder),
+        ("llava_next_video", llm_folder),
+    ):
         with pytest.raises(UserError, match=r"model\.checkpoint .* is of type \w+, not") as caught:
             load(kind, folder)
         assert "\n" not in str(caught.value)
@@ -128,7 +148,11 @@ def test_a_part_of_a_model_is_refused(qwen_folders: dict[str, Path], tmp_path: P
     folder = shutil.copytree(qwen_folders["qwen2_vl"], tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "merger" in name)
-    save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: value for key, value in weights.items() if key != name},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match="lacks 1 weights"):
         load("qwen2_vl", folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
@@ -143,7 +167,9 @@ def test_a_budget_below_one_token_is_refused(qwen_folders: dict[str, Path]) -> N
 
 def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(qwen_folders["qwen3_vl"], tmp_path / "copy")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "resample": 2}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "resample": 2})
+    )
     parts = load("qwen3_vl", folder)
     assert parts.encoder.mean.flatten().tolist() == [0, 0, 0]
     assert parts.encoder.transform.resampling == "bilinear"
@@ -172,13 +198,20 @@ def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
     if kind == "llava_next_video":
         tower = whole.model.vision_tower
         unused = sum(
-            p.numel() for p in (*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters(), whole.model.image_newline)
+            p.numel()
+            for p in (
+                *tower.encoder.layers[-1].parameters(),
+                *tower.post_layernorm.parameters(),
+                whole.model.image_newline,
+            )
         )
     modules = (parts.encoder, parts.projector, parts.llm)
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     total = sum(parameter.numel() for parameter in whole.parameters())
     assert count == total - unused
-    assert total / 1e9 == pytest.approx({"qwen2_vl": 8.29, "qwen2_5_vl": 8.29, "qwen3_vl": 8.77, "llava_next_video": 7.06}[kind], abs=0.01)
+    assert total / 1e9 == pytest.approx(
+        {"qwen2_vl": 8.29, "qwen2_5_vl": 8.29, "qwen3_vl": 8.77, "llava_next_video": 7.06}[kind], abs=0.01
+    )
     assert parts.encoder.embed_dim == width
     assert all(parameter.is_meta for module in modules for parameter in module.parameters())
 
@@ -212,7 +245,11 @@ def test_a_sketch_has_the_sizes_and_no_weights(case: tuple[str, Path]) -> None:
     meta_encoder = build_meta_vision(kind, folder, dtype=torch.float32, max_patches=24)
     loaded = load_vision(kind, folder, **OPTIONS)
     assert all(parameter.is_meta for parameter in meta_encoder.parameters())
-    assert (meta_encoder.transform, meta_encoder.embed_dim, meta_encoder.grid) == (loaded.transform, loaded.embed_dim, loaded.grid)
+    assert (meta_encoder.transform, meta_encoder.embed_dim, meta_encoder.grid) == (
+        loaded.transform,
+        loaded.embed_dim,
+        loaded.grid,
+    )
     assert meta_encoder.possible_grids(4) == loaded.possible_grids(4)
     assert sum(p.numel() for p in meta_encoder.parameters()) == sum(p.numel() for p in loaded.parameters())
 
@@ -222,7 +259,9 @@ def test_weights_go_straight_to_the_device(case: tuple[str, Path], is_on_host: b
     kind, folder = case
     options: Any = OPTIONS | {"device": "meta"}
     parts = load_pretrained(kind, folder, quantization="none", is_on_host=is_on_host, **options)
-    assert {parameter.device.type for part in (parts.encoder.tower, parts.llm) for parameter in part.parameters()} == {place}
+    assert {parameter.device.type for part in (parts.encoder.tower, parts.llm) for parameter in part.parameters()} == {
+        place
+    }
     alone = load_vision(kind, folder, **options)
     assert {tensor.device.type for tensor in (*alone.parameters(), *alone.buffers())} == {"meta"}
 

@@ -47,7 +47,9 @@ class Setup:
             frames = clip(row)
             grid = self.parts.encoder.transform.grid_thw(FRAMES, *frames.shape[-2:])
             own = Clip(str(row), f"{row}.mp4", (CAPTIONS[row],))
-            samples.append(Sample(own, frames=self.parts.encoder.transform(frames), grid_thw=grid, times_s=TIMES_S[row]))
+            samples.append(
+                Sample(own, frames=self.parts.encoder.transform(frames), grid_thw=grid, times_s=TIMES_S[row])
+            )
         return Collator(self.captioner.prompt, visual, 200, mode=mode)(samples)  # type: ignore[arg-type]
 
     def reference_inputs(self, batch: Batch, rows: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class Setup:
                 text=[text + (CAPTIONS[row] + end if is_train else "") for row in rows],
                 videos=[self.pixels(row) for row in rows],
                 video_metadata=[
-                    VideoMetadata(total_num_frames=LENGTHS[row], fps=RATES[row], frames_indices=list(TAKEN[row])) for row in rows
+                    VideoMetadata(total_num_frames=LENGTHS[row], fps=RATES[row], frames_indices=list(TAKEN[row]))
+                    for row in rows
                 ],
                 return_tensors="pt",
                 padding=True,
@@ -95,16 +98,26 @@ class Setup:
 
 
 def clip(row: int) -> Tensor:
-    return torch.randint(0, 256, (FRAMES, 3, *SIZES[row]), dtype=torch.uint8, generator=torch.Generator().manual_seed(row))
+    return torch.randint(
+        0, 256, (FRAMES, 3, *SIZES[row]), dtype=torch.uint8, generator=torch.Generator().manual_seed(row)
+    )
 
 
 def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
-    options: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "quantization": "none",
+        "attention": "sdpa",
+        "device": "cpu",
+        "max_patches": 64,
+    }
     return load_pretrained(kind, folder, **options | changes)
 
 
 def join(parts: VlmComponents, folder: Path, **settings: Any) -> QwenVLCaptioner:
-    prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix)
+    prompt = load_prompt(
+        folder, LlmConfig(prompt="설명해 주세요."), visual_prefix=parts.visual_prefix, visual_suffix=parts.visual_suffix
+    )
     generation = GenerationSettings(max_new_tokens=6, rules=EvaluationConfig(**settings))
     captioner = parts.captioner_class(parts.encoder, parts.projector, parts.llm, prompt, generation)
     assert isinstance(captioner, QwenVLCaptioner)
@@ -124,7 +137,9 @@ def setup(request: pytest.FixtureRequest, qwen_folders: dict[str, Path], qwen_pr
 @torch.no_grad()
 def logits(captioner: QwenVLCaptioner, batch: Batch) -> Tensor:
     llm: Any = captioner.llm
-    hidden = llm.model(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False).last_hidden_state
+    hidden = llm.model(
+        **captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=False
+    ).last_hidden_state
     return llm.lm_head(hidden)  # type: ignore[no-any-return]
 
 
@@ -234,7 +249,9 @@ def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
     features = setup.captioner.encode(batch)
     assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind == "qwen3_vl" else 32)
     cached = replace(batch, frames=None, features=features)
-    assert setup.captioner.loss_sum(cached)[0].item() == pytest.approx(setup.captioner.loss_sum(batch)[0].item(), rel=1e-6)
+    assert setup.captioner.loss_sum(cached)[0].item() == pytest.approx(
+        setup.captioner.loss_sum(batch)[0].item(), rel=1e-6
+    )
 
 
 def test_every_used_weight_is_there_once(setup: Setup) -> None:

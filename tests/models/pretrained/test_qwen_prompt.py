@@ -18,7 +18,13 @@ from vlmcap.models.pretrained.qwen_captioner import QwenVLCaptioner, Timestamped
 from vlmcap.models.pretrained.qwen_vision import MergerSpec
 from vlmcap.types import Clip, FrameTimes, Sample
 
-OPTIONS: dict[str, Any] = {"dtype": torch.float32, "quantization": "none", "attention": "sdpa", "device": "cpu", "max_patches": 64}
+OPTIONS: dict[str, Any] = {
+    "dtype": torch.float32,
+    "quantization": "none",
+    "attention": "sdpa",
+    "device": "cpu",
+    "max_patches": 64,
+}
 # Frames per second of a file, and the frames of it that are taken: evenly, unevenly, an odd number, and some twice.
 TAKEN = (
     (25.0, (93, 281, 468, 656)),
@@ -34,9 +40,15 @@ SYSTEMS = (None, "당신은 영상을 설명하는 도우미입니다.")
 
 
 @pytest.mark.parametrize("use_outer_marks", [True, False])
-@pytest.mark.parametrize("number", thinned(range(24), lambda number: number % 5 < 2))  # every rate, size, question and system in these
+@pytest.mark.parametrize(
+    "number", thinned(range(24), lambda number: number % 5 < 2)
+)  # every rate, size, question and system in these
 def test_prompts_are_the_processors(
-    number: int, use_outer_marks: bool, qwen_folders: dict[str, Path], qwen_processors: dict[str, Any], qwen_tokenizer: Any
+    number: int,
+    use_outer_marks: bool,
+    qwen_folders: dict[str, Path],
+    qwen_processors: dict[str, Any],
+    qwen_tokenizer: Any,
 ) -> None:
     from transformers.video_utils import VideoMetadata
 
@@ -60,10 +72,15 @@ def test_prompts_are_the_processors(
     video = "<|vision_start|><|video_pad|><|vision_end|>" if use_outer_marks else "<|video_pad|>"
     turns = [{"role": "system", "content": system}] if system else []
     text = qwen_tokenizer.apply_chat_template(
-        [*turns, {"role": "user", "content": video + question}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        [*turns, {"role": "user", "content": video + question}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
     )
     metadata = VideoMetadata(total_num_frames=taken[-1] + 1, fps=rate, frames_indices=list(taken))
-    expected = qwen_processors["qwen3_vl"](text=[text], videos=[frames.float()], video_metadata=[metadata], return_tensors="pt")
+    expected = qwen_processors["qwen3_vl"](
+        text=[text], videos=[frames.float()], video_metadata=[metadata], return_tensors="pt"
+    )
     assert ours.tolist() == expected["input_ids"].tolist()
 
 

@@ -26,8 +26,8 @@ def spec_of() -> Callable[..., tuple[ProjectorConfig, ProjectorSizes]]:
         sizes: dict[str, Any] = {"grid": (4, 4), "num_frames": FRAMES, "num_prompt_tokens": QUESTION}
         small = {"num_heads": 2, "num_queries": 4, "num_layers": 2, "resample_size": 4, "window": 3, "num_global": 2}
         sizes |= {name: value for name, value in changes.items() if name in SIZES}
-        return settings_of(kind, **(small | {name: value for name, value in changes.items() if name not in SIZES})), ProjectorSizes(
-            DV, DL, **sizes
-        )
+        return settings_of(
+            kind, **(small | {name: value for name, value in changes.items() if name not in SIZES})
+        ), ProjectorSizes(DV, DL, **sizes)
 
     return make

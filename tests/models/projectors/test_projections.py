@@ -27,7 +27,9 @@ def test_layers(kind: str, use_layer_norm: bool, spec_of: Make) -> None:
     projection = build_projector(*spec_of(kind, use_layer_norm=use_layer_norm, **depth)).projection
     sizes = [(layer.in_features, layer.out_features) for layer in projection.modules() if isinstance(layer, nn.Linear)]
     assert sizes == ([(DV, DL)] if kind == "linear" else [(DV, DL)] + [(DL, DL)] * 3)
-    assert [m.normalized_shape for m in projection.modules() if isinstance(m, nn.LayerNorm)] == ([(DV,)] if use_layer_norm else [])
+    assert [m.normalized_shape for m in projection.modules() if isinstance(m, nn.LayerNorm)] == (
+        [(DV,)] if use_layer_norm else []
+    )
 
 
 def test_layer_norm_gives_features_a_common_scale(spec_of: Make) -> None:
@@ -36,11 +38,15 @@ def test_layer_norm_gives_features_a_common_scale(spec_of: Make) -> None:
     torch.testing.assert_close(projector(features * 1000), projector(features), atol=1e-3, rtol=1e-3)
 
 
-def test_two_layers_are_llava_next_videos_projector(spec_of: Make, record_property: Callable[[str, object], None]) -> None:
+def test_two_layers_are_llava_next_videos_projector(
+    spec_of: Make, record_property: Callable[[str, object], None]
+) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig
     from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoMultiModalProjector
 
-    text: Any = LlamaConfig(hidden_size=DL, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    text: Any = LlamaConfig(
+        hidden_size=DL, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
     vision: Any = CLIPVisionConfig(hidden_size=DV, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     theirs = LlavaNextVideoMultiModalProjector(LlavaNextVideoConfig(vision_config=vision, text_config=text))
     ours = build_projector(*spec_of())
@@ -77,7 +83,9 @@ def test_pixel_shuffle_joins_neighbours_of_an_oblong_grid(spec_of: Make) -> None
 
     places = torch.arange(24).reshape(1, 1, 24, 1)  # 4 rows of 6
     joined = shuffle_patches(places, (4, 6), 2)[0, 0]
-    assert joined.tolist() == [[6 * r + c, 6 * r + c + 1, 6 * r + 6 + c, 6 * r + 7 + c] for r in (0, 2) for c in (0, 2, 4)]
+    assert joined.tolist() == [
+        [6 * r + c, 6 * r + c + 1, 6 * r + 6 + c, 6 * r + 7 + c] for r in (0, 2) for c in (0, 2, 4)
+    ]
 
 
 def torch_attention(ours: CrossAttention, feature_dim: int) -> nn.MultiheadAttention:
@@ -116,7 +124,9 @@ def test_learned_queries_attend_with_residual_and_feed_forward(spec_of: Make) ->
     for layer in projection.layers:
         queries = queries + torch_attention(layer.attention, DV)(layer.norm(queries), seen, seen)[0]
         queries = queries + layer.feed_forward(queries)
-    torch.testing.assert_close(projector(features), projection.readout(queries).reshape(2, FRAMES * 4, DL), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        projector(features), projection.readout(queries).reshape(2, FRAMES * 4, DL), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_latents_attend_to_all_features_and_to_themselves(spec_of: Make) -> None:
@@ -143,7 +153,12 @@ def moved_frames(projector: nn.Module, features: Tensor, frame: int) -> Tensor:
 
 def test_learned_queries_see_their_own_frame_only(spec_of: Make) -> None:
     features = torch.randn(1, FRAMES, 16, DV)
-    assert moved_frames(build_projector(*spec_of("cross_attention")), features, 1).tolist() == [False, True, False, False]
+    assert moved_frames(build_projector(*spec_of("cross_attention")), features, 1).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_learned_queries_see_the_kept_tokens_of_their_frame(spec_of: Make) -> None:

@@ -32,7 +32,9 @@ COMBINATIONS: list[dict[str, Any]] = [
 
 def inputs(batch: int = 1, grid: tuple[int, int] = (4, 4)) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, FRAMES, grid[0] * grid[1], DV, generator=generator), torch.randn(5, DL, generator=generator)
+    return torch.randn(batch, FRAMES, grid[0] * grid[1], DV, generator=generator), torch.randn(
+        5, DL, generator=generator
+    )
 
 
 @pytest.mark.parametrize("options", COMBINATIONS)
@@ -48,13 +50,17 @@ def test_every_weight_learns(options: dict[str, Any], spec_of: Make) -> None:
     projector = build_projector(*spec_of(**options))
     features, prompt = inputs(2)
     projector(features, prompt=prompt).square().sum().backward()
-    assert [name for name, weight in projector.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()] == []
+    assert [
+        name for name, weight in projector.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()
+    ] == []
     assert [name for name, weight in projector.named_parameters() if not weight.grad.any()] == []  # type: ignore[union-attr]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", COMBINATIONS)
-def test_on_a_gpu_gradients_are_those_of_the_cpu_by_deterministic_kernels(options: dict[str, Any], spec_of: Make) -> None:
+def test_on_a_gpu_gradients_are_those_of_the_cpu_by_deterministic_kernels(
+    options: dict[str, Any], spec_of: Make
+) -> None:
     projector = build_projector(*spec_of(**options))
     features, prompt = inputs(2)
     weights = list(projector.parameters())
@@ -62,7 +68,9 @@ def test_on_a_gpu_gradients_are_those_of_the_cpu_by_deterministic_kernels(option
     projector.cuda()
     torch.use_deterministic_algorithms(True)
     try:
-        gradients = torch.autograd.grad(projector(features.cuda(), prompt=prompt.cuda()).square().sum(), list(projector.parameters()))
+        gradients = torch.autograd.grad(
+            projector(features.cuda(), prompt=prompt.cuda()).square().sum(), list(projector.parameters())
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     for gradient, other in zip(gradients, expected, strict=True):
@@ -155,8 +163,14 @@ def test_more_frames_than_were_announced_are_caught(spec_of: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"temporal": "position"}, ["before.norm.weight", "before.position.frame", "before.position.place", "projection.layers.2.weight"]),
-        ({"temporal": "attention"}, ["after.position.frame", "after.norm.weight", "after.qkv.weight", "after.out.bias"]),
+        (
+            {"temporal": "position"},
+            ["before.norm.weight", "before.position.frame", "before.position.place", "projection.layers.2.weight"],
+        ),
+        (
+            {"temporal": "attention"},
+            ["after.position.frame", "after.norm.weight", "after.qkv.weight", "after.out.bias"],
+        ),
     ],
 )
 def test_names_in_checkpoints_stay(options: dict[str, Any], names: list[str], spec_of: Make) -> None:

@@ -45,11 +45,18 @@ def test_pooling_is_llava_next_videos() -> None:
     torch.testing.assert_close(pool_grid(features[None], (24, 24), 2)[0], theirs(features), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("grid", "size"), [((27, 27), 12), ((24, 24), 12), ((5, 9), 12), ((12, 12), 12), ((7, 30), 3), ((1, 1), 2)])
+@pytest.mark.parametrize(
+    ("grid", "size"), [((27, 27), 12), ((24, 24), 12), ((5, 9), 12), ((12, 12), 12), ((7, 30), 3), ((1, 1), 2)]
+)
 def test_resampling_is_torchs_antialiased_interpolation(grid: tuple[int, int], size: int) -> None:
     features = torch.randn(2, 3, grid[0] * grid[1], 4)
     maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
-    expected = F.interpolate(maps, (size, size), mode="bilinear", antialias=True).flatten(2).transpose(1, 2).unflatten(0, (2, 3))
+    expected = (
+        F.interpolate(maps, (size, size), mode="bilinear", antialias=True)
+        .flatten(2)
+        .transpose(1, 2)
+        .unflatten(0, (2, 3))
+    )
     torch.testing.assert_close(resize_grid(features, grid, (size, size)), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -77,7 +84,10 @@ def test_frame_stack_joins_one_place_over_time() -> None:
     stacked = stack_frames(features, 2)
     assert stacked.shape == (1, 2, 3, 4)
     for stack, place in itertools.product(range(2), range(3)):
-        assert stacked[0, stack, place].tolist() == [*features[0, 2 * stack, place].tolist(), *features[0, 2 * stack + 1, place].tolist()]
+        assert stacked[0, stack, place].tolist() == [
+            *features[0, 2 * stack, place].tolist(),
+            *features[0, 2 * stack + 1, place].tolist(),
+        ]
 
 
 def merge_slowly(features: Tensor, num_kept: int) -> tuple[Tensor, list[list[int]]]:
@@ -86,14 +96,18 @@ def merge_slowly(features: Tensor, num_kept: int) -> tuple[Tensor, list[list[int
     while len(tokens) > num_kept:
         sources, targets = tokens[::2], tokens[1::2]
         similar = [[float(torch.cosine_similarity(a[0], b[0], dim=0)) for b in targets] for a in sources]
-        best = sorted(range(len(sources)), key=lambda i: -max(similar[i]))[: min(len(tokens) - num_kept, len(tokens) // 2)]
+        best = sorted(range(len(sources)), key=lambda i: -max(similar[i]))[
+            : min(len(tokens) - num_kept, len(tokens) // 2)
+        ]
         merged = list(targets)
         for i in best:
             j = similar[i].index(max(similar[i]))
             (one, size, places), (other, other_size, other_places) = sources[i], merged[j]
             mean = (one * size + other * other_size) / (size + other_size)
             merged[j] = (mean, size + other_size, places + other_places)
-        kept = {2 * i: sources[i] for i in range(len(sources)) if i not in best} | {2 * j + 1: token for j, token in enumerate(merged)}
+        kept = {2 * i: sources[i] for i in range(len(sources)) if i not in best} | {
+            2 * j + 1: token for j, token in enumerate(merged)
+        }
         tokens = [kept[place] for place in sorted(kept)]
     return torch.stack([token[0] for token in tokens]), [sorted(token[2]) for token in tokens]
 
@@ -161,7 +175,9 @@ def test_what_moves_and_what_stands_out_is_kept() -> None:
     features[:, :, 5] = torch.tensor([1.0, -1.0, 1.0])
     for frame in range(4):
         features[:, frame, 12 + frame] = torch.tensor([-1.0, 1.0, 1.0])
-    tokens, frame_of = keep_salient(features, torch.arange(16.0).reshape(1, 1, 16, 1).expand(1, 4, 16, 1), (4, 4), 8 / 64)
+    tokens, frame_of = keep_salient(
+        features, torch.arange(16.0).reshape(1, 1, 16, 1).expand(1, 4, 16, 1), (4, 4), 8 / 64
+    )
     kept = {(int(frame), int(place)) for frame, place in zip(frame_of[0], tokens[0, 0, :, 0], strict=True)}
     assert {(frame, 12 + frame) for frame in range(4)} <= kept
     assert len(kept & {(frame, 5) for frame in range(4)}) >= 2

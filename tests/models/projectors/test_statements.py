@@ -166,7 +166,10 @@ def test_the_defaults_fit_every_encoder_of_the_tables(kind: str, temporal: str) 
         ({"kind": "c_abstractor", "num_queries": 140}, r"projector\.num_queries=140 is not; set it to 144"),
         ({"frame_stack": 3}, r"projector\.frame_stack=3 does not divide data\.num_frames=4"),
         ({"kind": "pixel_shuffle", "grid": (27, 27)}, r"set encoder\.image_size to the size of 28 × 28 patches"),
-        ({"kind": "pixel_shuffle", "grid": (16, 17), "shuffle": 4}, r"encoder\.image_size to the size of 16 × 16 patches"),
+        (
+            {"kind": "pixel_shuffle", "grid": (16, 17), "shuffle": 4},
+            r"encoder\.image_size to the size of 16 × 16 patches",
+        ),
         ({"kind": "pixel_shuffle", "reducer": "pool", "grid": (26, 26)}, r"pooled 2 × 2; .* of 27 × 27 patches"),
         ({"kind": "pixel_shuffle", "reducer": "resample", "resample_size": 13}, r"set projector\.resample_size=14"),
     ],

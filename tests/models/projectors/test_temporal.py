@@ -31,7 +31,9 @@ def test_temporal_attention_looks_along_time_at_its_own_place_only(spec_of: Make
     assert moved[:, [0, 2]].max() == 0
 
 
-@pytest.mark.parametrize(("temporal", "is_bag"), [("none", True), ("position", False), ("attention", False), ("local_global", False)])
+@pytest.mark.parametrize(
+    ("temporal", "is_bag"), [("none", True), ("position", False), ("attention", False), ("local_global", False)]
+)
 def test_frame_order_matters_with_temporal_modelling(temporal: str, is_bag: bool, spec_of: Make) -> None:
     """Bags of frames cannot tell left from right."""
     projector = build_projector(*spec_of(temporal=temporal, window=20))
@@ -94,9 +96,13 @@ def test_the_whole_part_is_dense_attention_with_the_mask() -> None:
     query, key, value = (split_heads(each, 2) for each in part.qkv(part.norm(tokens.flatten(1, 2))).chunk(3, dim=-1))
     readers = split_heads(part.global_query, 2)
     read = torch.softmax(readers @ key.transpose(2, 3) / 6**0.5, dim=-1) @ value  # the global tokens look at all 21
-    global_key, global_value = (split_heads(each, 2) for each in part.global_key_value(part.global_query + join_heads(read)).chunk(2, -1))
+    global_key, global_value = (
+        split_heads(each, 2) for each in part.global_key_value(part.global_query + join_heads(read)).chunk(2, -1)
+    )
     mixed = dense(rotate(query), rotate(key), value, global_key, global_value, 5)
-    torch.testing.assert_close(part(tokens, (1, 7)), tokens + part.out(join_heads(mixed)).view_as(tokens), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        part(tokens, (1, 7)), tokens + part.out(join_heads(mixed)).view_as(tokens), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_rotation_is_that_of_llama() -> None:
@@ -129,7 +135,10 @@ def test_work_and_saved_memory_grow_with_the_length_not_its_square(spec_of: Make
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             part(torch.randn(1, 1, length, 8), (1, length))
         flops.append(counter.get_total_flops())
         saved.append(sum(sizes.values()))

@@ -27,7 +27,9 @@ def save_run(projector: Projector, file: Path) -> Path:
     return file
 
 
-def save_folder(folder: Path, prefix: str, out_dim: int = DL, in_dim: int = DV, *, has_norm: bool = False) -> dict[str, Tensor]:
+def save_folder(
+    folder: Path, prefix: str, out_dim: int = DL, in_dim: int = DV, *, has_norm: bool = False
+) -> dict[str, Tensor]:
     """Two shards as LLaVA's or InternVL's; that of the language model is broken, so reading it would fail."""
     folder.mkdir()
     shapes = {
@@ -41,7 +43,9 @@ def save_folder(folder: Path, prefix: str, out_dim: int = DL, in_dim: int = DV, 
     weights = {f"{prefix}multi_modal_projector.{name}": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     save_file(weights | {f"{prefix}vision_tower.x": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"broken")
-    index = dict.fromkeys(weights, "model-00001-of-00002.safetensors") | {"language_model.x": "model-00002-of-00002.safetensors"}
+    index = dict.fromkeys(weights, "model-00001-of-00002.safetensors") | {
+        "language_model.x": "model-00002-of-00002.safetensors"
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return {name.removeprefix(f"{prefix}multi_modal_projector."): weight.float() for name, weight in weights.items()}
 
@@ -102,20 +106,38 @@ def test_the_real_classes_are_read(spec_of: Make, tmp_path: Path) -> None:
     projector = build_projector(*spec_of())
     load_projector_weights(projector, tmp_path)
     features = torch.randn(1, 4, 16, DV)
-    torch.testing.assert_close(projector(features), theirs.model.multi_modal_projector(features).flatten(1, 2), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        projector(features), theirs.model.multi_modal_projector(features).flatten(1, 2), atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [
-        ({"out_dim": 4}, {}, r"is for a language model of width 4, but llm is 8 wide; set projector\.checkpoint=null to train a new"),
+        (
+            {"out_dim": 4},
+            {},
+            r"is for a language model of width 4, but llm is 8 wide; set projector\.checkpoint=null to train a new",
+        ),
         ({"out_dim": 4}, {"temporal": "position"}, r"is for a language model of width 4, but llm is 8 wide"),
         ({"out_dim": 4}, {"kind": "pixel_shuffle"}, r"is for a language model of width 4, but llm is 8 wide"),
         ({"in_dim": 5}, {}, r"is for tokens of width 5, but here they have 6, which encoder"),
-        ({"in_dim": DV}, {"frame_stack": 2}, r"is for tokens of width 6, but here they have 12, .*projector\.frame_stack"),
-        ({}, {"temporal": "position"}, r"lacks the part that models time \(before\.norm\.bias\); set projector\.temporal=none"),
+        (
+            {"in_dim": DV},
+            {"frame_stack": 2},
+            r"is for tokens of width 6, but here they have 12, .*projector\.frame_stack",
+        ),
+        (
+            {},
+            {"temporal": "position"},
+            r"lacks the part that models time \(before\.norm\.bias\); set projector\.temporal=none",
+        ),
         ({}, {"temporal": "attention"}, r"lacks the part that models time .*; set projector\.temporal=none"),
-        ({}, {"depth": 3}, r"another kind of projector, as it lacks projection\.layers\.4\.bias; set projector\.kind, depth"),
+        (
+            {},
+            {"depth": 3},
+            r"another kind of projector, as it lacks projection\.layers\.4\.bias; set projector\.kind, depth",
+        ),
         ({}, {"kind": "linear"}, r"another kind of projector, as it holds projection\.layers\.2\.bias"),
         ({"has_norm": True}, {}, r"another kind of projector, as it holds projection\.norm\.bias; .*use_layer_norm"),
         ({}, {"kind": "perceiver"}, r"another kind of projector"),
@@ -136,8 +158,16 @@ def test_what_does_not_fit_is_refused_in_words(
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [
-        ({"temporal": "position"}, {}, r"models time by a part that this projector lacks .*; set projector\.temporal as it was trained"),
-        ({"temporal": "position"}, {"temporal": "position", "num_frames": 8}, r"before\.position\.frame with the shape \(4, 1, 6\), here"),
+        (
+            {"temporal": "position"},
+            {},
+            r"models time by a part that this projector lacks .*; set projector\.temporal as it was trained",
+        ),
+        (
+            {"temporal": "position"},
+            {"temporal": "position", "num_frames": 8},
+            r"before\.position\.frame with the shape \(4, 1, 6\), here",
+        ),
         (
             {"kind": "perceiver"},
             {"kind": "perceiver", "num_queries": 9},

@@ -41,7 +41,9 @@ def find_chromium() -> str | None:
     return named or next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-NEEDS_BROWSER = pytest.mark.skipif(find_chromium() is None, reason="no Chromium found; install chromium, or name it in CHROMIUM")
+NEEDS_BROWSER = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium found; install chromium, or name it in CHROMIUM"
+)
 
 
 class Browser:
@@ -55,8 +57,19 @@ class Browser:
         self._in, from_browser = os.pipe()
         # The protocol's pipe is file 3 (commands) and 4 (answers) of the browser.
         shell = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
-        command = ["/bin/bash", "-c", shell, "bash", program, *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
-        self._process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            "/bin/bash",
+            "-c",
+            shell,
+            "bash",
+            program,
+            *_FLAGS,
+            f"--user-data-dir={self._profile.name}",
+            "about:blank",
+        ]
+        self._process = subprocess.Popen(
+            command, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(to_browser)
         os.close(from_browser)
         self._rest, self._number, self._session = b"", 0, ""
@@ -72,7 +85,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -89,7 +104,9 @@ class Browser:
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         """The answer to one command of the protocol."""
         self._number += 1
-        message = {"id": self._number, "method": method, "params": params} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": self._number, "method": method, "params": params} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._out, json.dumps(message).encode() + b"\0")
         deadline_s = time.monotonic() + self.timeout_s
         while True:
@@ -143,7 +160,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of an expression, which may be a promise."""
-        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        answer = self.send(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"], ensure_ascii=False)[:2000])
         return answer["result"].get("value")
@@ -155,12 +174,16 @@ class Browser:
 
     def click(self, selector: str, text: str = "") -> None:
         """Clicks the first element that fits and, with `text`, says just that."""
-        self.run(f"[...document.querySelectorAll({selector!r})].find((node) => !{text!r} || node.textContent === {text!r}).click()")
+        self.run(
+            f"[...document.querySelectorAll({selector!r})].find((node) => !{text!r} || node.textContent === {text!r}).click()"
+        )
 
     def write(self, selector: str, value: str) -> None:
         """Sets a field as typing or choosing does."""
         node = f"document.querySelector({selector!r})"
-        self.run(f"{node}.value = {value!r}; {node}.dispatchEvent(new Event('input')); {node}.dispatchEvent(new Event('change'))")
+        self.run(
+            f"{node}.value = {value!r}; {node}.dispatchEvent(new Event('input')); {node}.dispatchEvent(new Event('change'))"
+        )
 
     def press(self, key: str, code: int) -> None:
         """One key, as a person presses it; `code` is its Windows key code."""
@@ -169,17 +192,31 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
     def show_as(
-        self, *, width: int, height: int = 900, scheme: str = "light", scale: float = 1.0, media: str = "", motion: str = "no-preference"
+        self,
+        *,
+        width: int,
+        height: int = 900,
+        scheme: str = "light",
+        scale: float = 1.0,
+        media: str = "",
+        motion: str = "no-preference",
     ) -> None:
         """Size of the window, the system's colours, `print` or the screen, and whether the system asks to `reduce` motion."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
-        features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": motion}]
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
+        )
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": motion},
+        ]
         self.send("Emulation.setEmulatedMedia", media=media, features=features)
 
     def picture(self, *, whole: bool = False, clip: dict[str, float] | None = None) -> bytes:
         """A PNG of what is to be seen, of the whole page, or of a part (x, y, width, height in CSS pixels)."""
         part: dict[str, Any] = {"clip": clip | {"scale": 1}} if clip else {}
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole or clip is not None, **part)
+        answer = self.send(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=whole or clip is not None, **part
+        )
         return base64.b64decode(answer["data"])
 
     def errors(self) -> list[str]:
@@ -189,7 +226,9 @@ class Browser:
         for event in self.events:
             name, told = event["method"], event.get("params", {})
             is_error = name == "Runtime.exceptionThrown"
-            is_error = is_error or (name == "Runtime.consoleAPICalled" and told["type"] in {"error", "warning", "assert"})
+            is_error = is_error or (
+                name == "Runtime.consoleAPICalled" and told["type"] in {"error", "warning", "assert"}
+            )
             is_error = is_error or (name == "Log.entryAdded" and told["entry"]["level"] in {"error", "warning"})
             if is_error:
                 found.append(json.dumps(told, ensure_ascii=False)[:1000])
@@ -198,7 +237,9 @@ class Browser:
     def requests(self) -> list[str]:
         """Addresses that were asked for, but those whose content stands in the address."""
         self.run("0")
-        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        urls = [
+            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith("data:")]
 
     def _next(self, deadline_s: float, waiting_for: str) -> dict[str, Any]:

@@ -43,29 +43,46 @@ def make_run(name: str, group: str, factors: dict[str, Any], score: float | None
         planned_gib=12.5,
         planned_fit_s=450.0,
         parameters={} if score is None else {"total": 400_000_000, "trained": 20_000_000},
-        curve={"train/loss": [(step, 4 / step + 0.1 * (score or 0)) for step in range(1, 40)], METRIC: [(20, 0.5), (39, score or 0.0)]},
+        curve={
+            "train/loss": [(step, 4 / step + 0.1 * (score or 0)) for step in range(1, 40)],
+            METRIC: [(20, 0.5), (39, score or 0.0)],
+        },
         is_collapsed=False,
         warnings=[],
         not_compared="",
         command=f"python train.py encoder={factors['encoder']} seed={name[-1]}",
-        config={"encoder.name": factors["encoder"], "seed": int(name[-1]), "data.root": "data/clips", "llm.layers": [1, 2]},
+        config={
+            "encoder.name": factors["encoder"],
+            "seed": int(name[-1]),
+            "data.root": "data/clips",
+            "llm.layers": [1, 2],
+        },
         tokenizer="mecab_ko 1.0.3",
         revision="0123456789ab",
     )
     return RunRow(**(finished | changes))
 
 
-def make_group(name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_level: bool = False) -> GroupRow:
+def make_group(
+    name: str, factors: dict[str, Any], runs: Sequence[RunRow], *, is_best: bool = False, is_level: bool = False
+) -> GroupRow:
     """A line of the leaderboard with the means of its runs; `is_level` is as of the data, the best included."""
     done = [run for run in runs if METRIC in run.scores]
     means = {key: sum(run.scores[key] for run in done) / len(done) for key in (METRIC, "val/bleu_4")} if done else {}
     p_value = 0.4 if is_level else 0.0005
     difference = (
-        Difference(means[METRIC] - 3, means[METRIC] - 3.3, means[METRIC] - 2.7, "clips and seeds", p_value, p_value) if done else None
+        Difference(means[METRIC] - 3, means[METRIC] - 3.3, means[METRIC] - 2.7, "clips and seeds", p_value, p_value)
+        if done
+        else None
     )
     costs: dict[str, float | None] = {"peak_memory_gib": None, "seconds": None, "trained": None, "total": None}
     if done:
-        costs = {"peak_memory_gib": done[0].peak_memory_gib, "seconds": done[0].seconds["total"], "trained": 2e7, "total": 4e8}
+        costs = {
+            "peak_memory_gib": done[0].peak_memory_gib,
+            "seconds": done[0].seconds["total"],
+            "trained": 2e7,
+            "total": 4e8,
+        }
     return GroupRow(
         id=name,
         name=" + ".join(map(str, factors.values())),
@@ -91,34 +108,54 @@ def make_clips(runs: Sequence[RunRow], count: int, videos: Sequence[str] = ()) -
         texts[-1] = "" if index == 0 else texts[-1]
         score = 1.0 + index / 10
         captions = [
-            CaptionRow(run.id, text, {"cider": score + number / 10}) for number, (run, text) in enumerate(zip(runs, texts, strict=True))
+            CaptionRow(run.id, text, {"cider": score + number / 10})
+            for number, (run, text) in enumerate(zip(runs, texts, strict=True))
         ]
         video = videos[index] if index < len(videos) else f"lost/{index:03d}.mp4"
         chosen = [_REASONS[index % 4]]
         references = ["빨간 연 하나가 하늘에서 천천히 움직인다.", HOSTILE]
-        rows.append(ClipRow(f"clip_{index:03d}", video, references, ("바다", "도시")[index % 2], chosen, score, 0.1 * len(runs), captions))
+        rows.append(
+            ClipRow(
+                f"clip_{index:03d}",
+                video,
+                references,
+                ("바다", "도시")[index % 2],
+                chosen,
+                score,
+                0.1 * len(runs),
+                captions,
+            )
+        )
     return rows
 
 
 def make_report(
-    *, num_clips: int = 24, videos: Sequence[str] = (), seeds: int = 2, encoders: Sequence[str] = ("siglip2", "dinov3", "clip")
+    *,
+    num_clips: int = 24,
+    videos: Sequence[str] = (),
+    seeds: int = 2,
+    encoders: Sequence[str] = ("siglip2", "dinov3", "clip"),
 ) -> Report:
     """Encoders by seeds, each a little worse than the one before, the second level with the best; and a job that failed."""
     runs, groups = [], []
     for place, encoder in enumerate(encoders):
         factors = {"encoder": encoder, "projector": "mlp"}
         own = [
-            make_run(f"r{place}{seed}", f"g{place}", factors, 3 - 0.9 * place / len(encoders) * 3 + 0.01 * seed) for seed in range(seeds)
+            make_run(f"r{place}{seed}", f"g{place}", factors, 3 - 0.9 * place / len(encoders) * 3 + 0.01 * seed)
+            for seed in range(seeds)
         ]
         if place == 2:
-            own[0] = make_run(own[0].id, "g2", factors, own[0].scores[METRIC], is_collapsed=True, warnings=["all captions are alike"])
+            own[0] = make_run(
+                own[0].id, "g2", factors, own[0].scores[METRIC], is_collapsed=True, warnings=["all captions are alike"]
+            )
         runs += own
         groups.append(make_group(f"g{place}", factors, own, is_best=place == 0, is_level=place == 1))
     lost = {"encoder": "clip", "projector": HOSTILE}
     failed = make_run("rx0", "gx", lost, None)
     finished = list(runs)
     levels = [
-        Level(group.factors["encoder"], group.scores[METRIC], group.intervals[METRIC], [group.id], group.difference) for group in groups
+        Level(group.factors["encoder"], group.scores[METRIC], group.intervals[METRIC], [group.id], group.difference)
+        for group in groups
     ]
     return Report(
         title=f"encoders {HOSTILE}",
@@ -136,7 +173,10 @@ def make_report(
         groups=[*groups, make_group("gx", lost, [failed])],
         effects=[Effect("encoder", True, 1, levels)],
         fronts=[Front("peak_memory_gib", ["g2", "g1", "g0"]), Front("seconds", ["g0"]), Front("trained", ["g0"])],
-        categories=[CategoryRow(name, 12, {run.id: {"cider": run.scores[METRIC]} for run in finished}) for name in ("바다", HOSTILE)],
+        categories=[
+            CategoryRow(name, 12, {run.id: {"cider": run.scores[METRIC]} for run in finished})
+            for name in ("바다", HOSTILE)
+        ],
         clips=make_clips(finished, num_clips, videos),
         notes=[Note("Intervals allow for the choice of clips.", "구간은 클립 선택을 고려합니다.")],
     )

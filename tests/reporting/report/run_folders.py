@@ -20,7 +20,9 @@ from vlmcap.types import Clip
 CATEGORIES = ("바다", "도시", "숲")
 
 
-def make_clips(count: int, *, split: str = "val", folder: Path | None = None, has_categories: bool = True) -> list[Clip]:
+def make_clips(
+    count: int, *, split: str = "val", folder: Path | None = None, has_categories: bool = True
+) -> list[Clip]:
     """Clips with Korean captions; with a folder, the first three are real videos in it and the last one is a broken file."""
     rng = random.Random(f"clips of {split}")
     clips = []
@@ -45,7 +47,9 @@ def say(clips: Sequence[Clip], quality: float, seed: int) -> list[Prediction]:
     rng = random.Random(seed)
     words = [word for clip in clips for word in clip.captions[0].split()]
     return [
-        Prediction(clip, " ".join(word if rng.random() < quality else rng.choice(words) for word in clip.captions[0].split()))
+        Prediction(
+            clip, " ".join(word if rng.random() < quality else rng.choice(words) for word in clip.captions[0].split())
+        )
         for clip in clips
     ]
 
@@ -173,7 +177,10 @@ def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
         if step % 20 == 0:
             loop = {"val/cider": scores.get("val/cider", 0.0) * step / 45, "val/loss": 5 / step**0.5}
             records.append({"step": step, "epoch": (step - 1) // 20, **loop})
-    records += [{"step": 40, "epoch": 2, **{key: v for key, v in scores.items() if key.startswith(split)}} for split in ("val", "test")]
+    records += [
+        {"step": 40, "epoch": 2, **{key: v for key, v in scores.items() if key.startswith(split)}}
+        for split in ("val", "test")
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
@@ -199,7 +206,13 @@ def write_sweep(root: Path, *, seeds: int = 2, num_clips: int = 30, videos: Path
                     memory_gib=9 + 4 * (encoder == "siglip2"),
                     seconds=600.0 + 300 * (projector == "mlp") + 7 * seed,
                     trained=20_000_000 if projector == "mlp" else 50_000_000,
-                    status={"status": "finished", "reason": "", "error": None, "overrides": [], "plan": {"peak_gib": 11.5}},
+                    status={
+                        "status": "finished",
+                        "reason": "",
+                        "error": None,
+                        "overrides": [],
+                        "plan": {"peak_gib": 11.5},
+                    },
                 )
                 number += 1
     refused = {
@@ -212,7 +225,13 @@ def write_sweep(root: Path, *, seeds: int = 2, num_clips: int = 30, videos: Path
     }
     job = ["encoder=siglip2", "projector=mlp", "llm=qwen3_32b", "hardware=l4"]
     write_run(root / str(number), job, status=refused, has_summary=False)
-    failed = {"status": "failed", "reason": "the loss became NaN at step 12", "error": "RuntimeError", "overrides": [], "seconds": 90.0}
+    failed = {
+        "status": "failed",
+        "reason": "the loss became NaN at step 12",
+        "error": "RuntimeError",
+        "overrides": [],
+        "seconds": 90.0,
+    }
     job = ["encoder=clip", "projector=mlp", "llm=qwen3_4b", "hardware=l4"]
     write_run(root / str(number + 1), job, seed=seeds, status=failed, has_summary=False)
     return root

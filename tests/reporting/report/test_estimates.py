@@ -23,7 +23,9 @@ def runs_of(values: dict[str, list[list[float]]]) -> dict[str, list[RunScore]]:
 
 
 def test_one_seed_each_is_the_paired_bootstrap() -> None:
-    values = {name: (GENERATOR.normal(size=25) + shift).tolist() for name, shift in (("a", 0.6), ("b", 0.0), ("c", 0.4))}
+    values = {
+        name: (GENERATOR.normal(size=25) + shift).tolist() for name, shift in (("a", 0.6), ("b", 0.0), ("c", 0.4))
+    }
     metrics = {name: mean_metric("x", run) for name, run in values.items()}
     expected = compare_runs(metrics, baseline="a", resamples=RESAMPLES)
     estimator = Estimator(runs_of({name: [run] for name, run in values.items()}), resamples=RESAMPLES)
@@ -69,7 +71,10 @@ def test_a_single_seed_is_given_the_variance_of_the_others() -> None:
 
 def test_equal_seeds_leave_the_clips() -> None:
     values = GENERATOR.normal(size=20).tolist()
-    twice, once = (Estimator(runs_of({"a": runs}), resamples=RESAMPLES).estimate({"a": 1.0}) for runs in ([values, values], [values]))
+    twice, once = (
+        Estimator(runs_of({"a": runs}), resamples=RESAMPLES).estimate({"a": 1.0})
+        for runs in ([values, values], [values])
+    )
     assert twice.ends == pytest.approx(once.ends)
     assert (twice.over, once.over) == ("clips and seeds", "clips")
 
@@ -81,7 +86,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     false_claims = 0
     for _ in range(200):
         clips = GENERATOR.normal(size=40)
-        values = {name: [(clips + GENERATOR.normal(0, 0.3) + GENERATOR.normal(0, 0.5, 40)).tolist() for _ in range(3)] for name in "ab"}
+        values = {
+            name: [(clips + GENERATOR.normal(0, 0.3) + GENERATOR.normal(0, 0.5, 40)).tolist() for _ in range(3)]
+            for name in "ab"
+        }
         estimator = Estimator(runs_of(values), resamples=RESAMPLES)
         found = estimator.estimate({"b": 1.0, "a": -1.0})
         clips_only = estimator._over_clips({"b": 1.0, "a": -1.0})
@@ -99,7 +107,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 def grid(missing: tuple[str, str] | None = None) -> tuple[dict[str, dict[str, str | int]], Estimator]:
     """Encoders by ranks, b worse than a by 1, rank 8 worse by 0.5 and 4 worse by 0.25."""
     levels = [(encoder, rank) for encoder in "ab" for rank in (4, 8, 16) if (encoder, str(rank)) != missing]
-    groups: dict[str, dict[str, str | int]] = {f"{encoder}{rank}": {"encoder": encoder, "rank": rank} for encoder, rank in levels}
+    groups: dict[str, dict[str, str | int]] = {
+        f"{encoder}{rank}": {"encoder": encoder, "rank": rank} for encoder, rank in levels
+    }
     clips = GENERATOR.normal(size=30)
     quality = {"a": 1.0, "b": 0.0, 16: 0.5, 8: 0.0, 4: 0.25}
     values = {name: [(clips + quality[own["encoder"]] + quality[own["rank"]]).tolist()] for name, own in groups.items()}
@@ -115,7 +125,9 @@ def test_effects_of_a_grid() -> None:
     assert encoder.levels[0].difference is None
     difference = encoder.levels[1].difference
     assert difference is not None
-    assert (difference.value, difference.low, difference.high) == pytest.approx((-1, -1, -1))  # the clips are the same and cancel
+    assert (difference.value, difference.low, difference.high) == pytest.approx(
+        (-1, -1, -1)
+    )  # the clips are the same and cancel
     assert [level.value for level in rank.levels] == [16, 4, 8]
     assert [level.difference and round(level.difference.value, 6) for level in rank.levels] == [None, -0.25, -0.5]
 

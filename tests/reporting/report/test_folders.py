@@ -28,7 +28,11 @@ def test_runs_are_found_below_a_sweep_in_order(sweep: Path, tmp_path: Path) -> N
     assert [path.name for path in found] == [str(number) for number in range(10)]
     (tmp_path / "10" / "checkpoints").mkdir(parents=True)
     (tmp_path / "9").mkdir()
-    for path in (tmp_path / "10" / "summary.json", tmp_path / "9" / "metrics.jsonl", tmp_path / "10" / "checkpoints" / "summary.json"):
+    for path in (
+        tmp_path / "10" / "summary.json",
+        tmp_path / "9" / "metrics.jsonl",
+        tmp_path / "10" / "checkpoints" / "summary.json",
+    ):
         path.write_text("{}")
     assert [path.name for path in find_runs([tmp_path])] == ["9", "10"]
 
@@ -58,7 +62,10 @@ def test_a_whole_run(sweep: Path) -> None:
     assert run.command == "python train.py encoder=siglip2 projector=mlp llm=qwen3_4b hardware=l4 seed=0"
     assert run.predictions.keys() == {"val", "test"}
     assert len(run.curve["train/loss"]) == 20
-    assert [step for step, _ in run.curve["val/cider"]] == [20, 40]  # not the score at the end, which is of the best checkpoint
+    assert [step for step, _ in run.curve["val/cider"]] == [
+        20,
+        40,
+    ]  # not the score at the end, which is of the best checkpoint
     assert "test/cider" not in run.curve
 
 
@@ -97,12 +104,16 @@ def test_torn_files_become_warnings(sweep: Path, tmp_path: Path) -> None:
 def test_hydras_own_configuration_stands_in(sweep: Path, tmp_path: Path) -> None:
     folder = copied(sweep, tmp_path / "run")
     (folder / "config.yaml").unlink()
-    (folder / ".hydra" / "config.yaml").write_text("encoder: {name: clip, image_size: '${hardware.image_size}'}\nseed: 3\n")
+    (folder / ".hydra" / "config.yaml").write_text(
+        "encoder: {name: clip, image_size: '${hardware.image_size}'}\nseed: 3\n"
+    )
     assert read(folder).config == {"encoder.name": "clip", "seed": 3}
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text('{"scores": {"a": 1, "b": null, "c": NaN, "d": true, "e": "x"}, "parameters": 3, "seconds": []}')
+    (tmp_path / "summary.json").write_text(
+        '{"scores": {"a": 1, "b": null, "c": NaN, "d": true, "e": "x"}, "parameters": 3, "seconds": []}'
+    )
     run = read(tmp_path)
     assert (run.scores, run.parameters, run.seconds, run.command) == ({"a": 1.0}, {}, {}, "python train.py")
 
@@ -110,7 +121,9 @@ def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
 def test_what_evaluate_leaves(sweep: Path, tmp_path: Path) -> None:
     shutil.copy(sweep / "0" / "predictions" / "test.jsonl", tmp_path / "predictions.jsonl")
     shutil.copy(sweep / "0" / "config.yaml", tmp_path / "evaluation.yaml")
-    (tmp_path / "metrics.json").write_text(json.dumps({"checkpoint": "runs/a b/best.ckpt", "tokenizer": "mecab_ko (1)", "test/cider": 2.5}))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"checkpoint": "runs/a b/best.ckpt", "tokenizer": "mecab_ko (1)", "test/cider": 2.5})
+    )
     run = read(find_runs([tmp_path])[0])
     assert (run.status, run.scores, run.tokenizer) == ("finished", {"test/cider": 2.5}, "mecab_ko (1)")
     assert run.predictions.keys() == {"test"}
@@ -135,7 +148,8 @@ def test_long_courses_are_thinned(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         "".join(
-            json.dumps({"step": step, "train/loss": 1 / step, "train/lr_x": 1, "train/tokens_per_s": 9}) + "\n" for step in range(1, 1001)
+            json.dumps({"step": step, "train/loss": 1 / step, "train/lr_x": 1, "train/tokens_per_s": 9}) + "\n"
+            for step in range(1, 1001)
         )
     )
     course = read_course(path, [])
@@ -146,7 +160,13 @@ def test_long_courses_are_thinned(tmp_path: Path) -> None:
 
 
 def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:
-    row = {"id": "b", "video": "b.mp4", "prediction": "바다", "references": ["바다이다"], "scores": {"cider": 1.0, "rouge_l": None}}
+    row = {
+        "id": "b",
+        "video": "b.mp4",
+        "prediction": "바다",
+        "references": ["바다이다"],
+        "scores": {"cider": 1.0, "rouge_l": None},
+    }
     lines = [
         json.dumps(row),
         json.dumps(row | {"id": "a", "references": "한 문장", "scores": {"cider": 2.0, "rouge_l": 0.5}}),
@@ -159,7 +179,11 @@ def test_captions_with_torn_and_repeated_lines(tmp_path: Path) -> None:
     warnings: list[str] = []
     captions = read_captions(tmp_path / "val.jsonl", warnings, {})
     assert captions is not None
-    assert (captions.ids, captions.texts, captions.references) == (["a", "b"], ["바다", "산"], [["한 문장"], ["바다이다"]])
+    assert (captions.ids, captions.texts, captions.references) == (
+        ["a", "b"],
+        ["바다", "산"],
+        [["한 문장"], ["바다이다"]],
+    )
     assert {name: values.tolist() for name, values in captions.scores.items()} == {"cider": [2.0, 3.0]}
     assert warnings == [
         "Lines of val.jsonl that cannot be read and are left out: 3.",

@@ -12,7 +12,13 @@ LLM = {"a": {"name": "a", "max_new_tokens": 768}, "b": {"name": "b", "max_new_to
 
 
 def run(config: dict[str, Any], *overrides: str, name: str = "0") -> RunFolder:
-    base = {"seed": 0, "encoder": {"name": "clip"}, "llm": LLM["a"], "data": {"name": "demo", "num_frames": 8}, "tuning": {"name": "lora"}}
+    base = {
+        "seed": 0,
+        "encoder": {"name": "clip"},
+        "llm": LLM["a"],
+        "data": {"name": "demo", "num_frames": 8},
+        "tuning": {"name": "lora"},
+    }
     return RunFolder(Path(name), config=flatten(base | config), overrides=list(overrides))
 
 
@@ -42,7 +48,13 @@ def test_what_somebody_typed_is_never_hidden_behind_a_group() -> None:
 
 
 def test_seeds_places_and_loggers_do_not_matter() -> None:
-    one = run({"seed": 1, "paths": {"output_dir": "x", "cache_dir": "/c1"}, "encoder": {"name": "clip", "checkpoint": "/c1/demo/e"}})
+    one = run(
+        {
+            "seed": 1,
+            "paths": {"output_dir": "x", "cache_dir": "/c1"},
+            "encoder": {"name": "clip", "checkpoint": "/c1/demo/e"},
+        }
+    )
     two = run({"seed": 2, "paths": {"output_dir": "y", "cache_dir": "/c2"}, "encoder": {"name": "clip", "checkpoint": "/c2/demo/e"},
                "logger": {"kind": "wandb"}})  # fmt: skip
     assert find_factors([one, two]) == []

@@ -19,7 +19,16 @@ from PIL import Image
 
 from tests.reporting.report.invented import HOSTILE, make_report, make_run
 from vlmcap.data.decoding.video import write_video
-from vlmcap.reporting.report.page import FULL, MAX_POINTS, SCRIPTS, Pictures, clip_pictures, page_data, pictures_of, report_page
+from vlmcap.reporting.report.page import (
+    FULL,
+    MAX_POINTS,
+    SCRIPTS,
+    Pictures,
+    clip_pictures,
+    page_data,
+    pictures_of,
+    report_page,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 WEB = ROOT / "vlmcap" / "reporting" / "report" / "web"
@@ -77,14 +86,18 @@ def test_no_address_is_fetched(page: str) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_make_no_markup_of_text(name: str) -> None:
     source = (WEB / name).read_text(encoding="utf-8")
-    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|fetch\(|XMLHttp|srcdoc", source)
+    assert not re.findall(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|fetch\(|XMLHttp|srcdoc", source
+    )
     assert "</script" not in source
 
 
 def test_every_word_is_in_both_languages() -> None:
     source = (WEB / "words.js").read_text(encoding="utf-8")
     words = dict(re.findall(r'^  (\w+): (\["(?:[^"\\]|\\.)*", "(?:[^"\\]|\\.)*"\]),$', source, re.MULTILINE))
-    assert len(words) == len(re.findall(r"^  \w+:", source, re.MULTILINE)), "each on a line of its own, English and Korean"
+    assert len(words) == len(re.findall(r"^  \w+:", source, re.MULTILINE)), (
+        "each on a line of its own, English and Korean"
+    )
     same = {"rank", "pValue", "madeBy", "gib"}
     for key, pair in words.items():
         english, korean = json.loads(pair)
@@ -126,16 +139,25 @@ def test_long_curves_are_thinned_but_for_their_ends() -> None:
 def test_twenty_runs_of_forty_long_captions_are_below_five_megabytes() -> None:
     rng = np.random.default_rng(0)
     report = make_report(num_clips=40, encoders=[f"encoder{index}" for index in range(10)], seeds=2)
-    texts = ["".join(chr(0xAC00 + code) + " " * (code % 3 == 0) for code in rng.integers(0, 11000, 575).tolist()) for _ in range(100)]
+    texts = [
+        "".join(chr(0xAC00 + code) + " " * (code % 3 == 0) for code in rng.integers(0, 11000, 575).tolist())
+        for _ in range(100)
+    ]
     clips = [
         dataclasses.replace(
-            clip, captions=[dataclasses.replace(caption, text=texts[(7 * i + j) % 100]) for j, caption in enumerate(clip.captions)]
+            clip,
+            captions=[
+                dataclasses.replace(caption, text=texts[(7 * i + j) % 100]) for j, caption in enumerate(clip.captions)
+            ],
         )
         for i, clip in enumerate(report.clips)
     ]
     steps = [(step, float(value)) for step, value in enumerate(rng.random(2000))]
     keys = {f"part{index}.some_setting": index for index in range(250)}
-    runs = [dataclasses.replace(run, curve={f"train/{n}": steps for n in range(6)}, config=keys | run.config) for run in report.runs]
+    runs = [
+        dataclasses.replace(run, curve={f"train/{n}": steps for n in range(6)}, config=keys | run.config)
+        for run in report.runs
+    ]
     pictures = {clip.id: Pictures(("A" * 9000,) * 4) for clip in clips}
     page = report_page(dataclasses.replace(report, clips=clips, runs=runs), pictures)
     assert len(page.encode()) < 5_000_000
@@ -159,7 +181,9 @@ def test_pictures_of_a_clip_are_small_jpegs(video: Path) -> None:
 def test_a_video_that_cannot_be_shown_is_told(tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    assert clip_pictures(str(tmp_path / "lost.mp4")) == Pictures(reason="lost.mp4 cannot be read: there is no such file")
+    assert clip_pictures(str(tmp_path / "lost.mp4")) == Pictures(
+        reason="lost.mp4 cannot be read: there is no such file"
+    )
     assert "broken.mp4" in clip_pictures(str(broken)).reason
     assert "no video" in clip_pictures("").reason
     archive = tmp_path / "clips.zip"
@@ -179,11 +203,19 @@ def test_pictures_and_reasons_reach_the_page() -> None:
     report = make_report(num_clips=3)
     own = dataclasses.replace(report.clips[2], thumbnails=["own"])
     report = dataclasses.replace(report, clips=[*report.clips[:2], own])
-    data = page_data(report, {"clip_000": Pictures(("AAAA",)), "clip_001": Pictures(reason="lost"), "clip_002": Pictures(("BBBB",))})
-    assert [(clip["thumbnails"], clip["picture_note"]) for clip in data["clips"]] == [(["AAAA"], ""), ([], "lost"), (["own"], "")]
+    data = page_data(
+        report, {"clip_000": Pictures(("AAAA",)), "clip_001": Pictures(reason="lost"), "clip_002": Pictures(("BBBB",))}
+    )
+    assert [(clip["thumbnails"], clip["picture_note"]) for clip in data["clips"]] == [
+        (["AAAA"], ""),
+        ([], "lost"),
+        (["own"], ""),
+    ]
 
 
 def test_without_a_browser_its_tests_are_skipped(tmp_path: Path) -> None:
     code = "from tests.reporting.report.browser import find_chromium; print(find_chromium())"
-    found = subprocess.run([sys.executable, "-c", code], env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "None"

@@ -18,7 +18,9 @@ def order(browser: Browser) -> list[str]:
 def test_every_section_is_there(browser: Browser) -> None:
     names = ["overview", "leaderboard", "effects", "curves", "costs", "categories", "clips", "configuration"]
     assert browser.run("[...document.querySelectorAll('main > section')].map((node) => node.id)") == names
-    assert browser.run("[...document.querySelectorAll('#bar nav a')].every((link) => document.querySelector(link.getAttribute('href')))")
+    assert browser.run(
+        "[...document.querySelectorAll('#bar nav a')].every((link) => document.querySelector(link.getAttribute('href')))"
+    )
     assert "siglip2 + mlp is the best of 3 configurations." in browser.texts(".answer")[0]
     assert "cannot be told from it on this data: dinov3 + mlp" in browser.texts(".answer")[0]
 
@@ -34,7 +36,16 @@ def test_hostile_text_stays_text(browser: Browser) -> None:
 def test_the_leaderboard_sorts_by_every_column(browser: Browser) -> None:
     assert order(browser) == ["g0", "g1", "g2", "gx"]
     keys = browser.run("[...document.querySelectorAll('.board thead button')].map((node) => node.dataset.sort)")
-    assert {"rank", "name", "score", "difference", "p", "cost:peak_memory_gib", "score:val/bleu_4", "factor:encoder"} <= set(keys)
+    assert {
+        "rank",
+        "name",
+        "score",
+        "difference",
+        "p",
+        "cost:peak_memory_gib",
+        "score:val/bleu_4",
+        "factor:encoder",
+    } <= set(keys)
     for key in keys:
         browser.click(f'[data-sort="{key}"]')
         first = order(browser)
@@ -71,9 +82,15 @@ def test_the_leaderboard_filters_by_text_and_by_factor(browser: Browser) -> None
 
 def test_words_say_what_the_numbers_mean(browser: Browser) -> None:
     said = browser.texts(".board td.verdict")
-    assert said[:3] == ["The best score.", "No difference that these clips and seeds can show.", "Worse by more than chance explains."]
+    assert said[:3] == [
+        "The best score.",
+        "No difference that these clips and seeds can show.",
+        "Worse by more than chance explains.",
+    ]
     assert browser.texts(".board tbody tr:nth-child(3) td.number")[1] == "< 0.001"
-    assert browser.run("document.querySelectorAll('.board svg.bar rect').length") == 5, "three intervals, two of differences"
+    assert browser.run("document.querySelectorAll('.board svg.bar rect').length") == 5, (
+        "three intervals, two of differences"
+    )
 
 
 def test_runs_are_shown_one_by_one(browser: Browser) -> None:
@@ -143,7 +160,9 @@ def test_runs_are_picked(browser: Browser) -> None:
 
 def test_curves_tell_values(browser: Browser) -> None:
     browser.run("document.querySelector('svg.curves').scrollIntoView({block: 'center', behavior: 'instant'})")
-    box = browser.run("(() => { const b = document.querySelector('svg.curves').getBoundingClientRect(); return [b.left, b.top]; })()")
+    box = browser.run(
+        "(() => { const b = document.querySelector('svg.curves').getBoundingClientRect(); return [b.left, b.top]; })()"
+    )
     browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 900, y=box[1] + 100)
     assert not browser.run("document.getElementById('tip').hidden")
     assert "siglip2 + mlp, seed 0" in browser.texts("#tip")[0]
@@ -175,6 +194,9 @@ def test_configurations_are_compared_and_commands_copied(browser: Browser) -> No
     copied += "document.querySelector('.command .copy').click(); })"
     assert browser.run(copied) == "python train.py encoder=siglip2 seed=0"
     assert (
-        browser.run("new Promise((done) => setTimeout(() => done(document.querySelector('.command .copy').textContent), 50))") == "Copied"
+        browser.run(
+            "new Promise((done) => setTimeout(() => done(document.querySelector('.command .copy').textContent), 50))"
+        )
+        == "Copied"
     )
     assert len(browser.texts("#configuration details .command")) == 7

@@ -35,7 +35,9 @@ def test_dark_and_light(browser: Browser, page_file: Path) -> None:
     light = browser.run("getComputedStyle(document.body).backgroundColor")
     assert light == "rgb(255, 255, 255)"
     browser.show_as(width=1280, scheme="dark")
-    browser.run(f"new Promise((done) => {{ const look = () => ({theme} === 'dark' ? done() : setTimeout(look, 20)); look(); }})")
+    browser.run(
+        f"new Promise((done) => {{ const look = () => ({theme} === 'dark' ? done() : setTimeout(look, 20)); look(); }})"
+    )
     assert browser.run(theme) == "dark", "as the system is"
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
     browser.click("#theme")
@@ -47,8 +49,21 @@ def test_dark_and_light(browser: Browser, page_file: Path) -> None:
 def test_text_stands_out_from_what_is_behind_it(browser: Browser, scheme: str) -> None:
     """WCAG 2.1 asks for a contrast of 4.5."""
     browser.run(f"setTheme({scheme!r})")
-    pairs = [("text", "back"), ("quiet", "back"), ("quiet", "raised"), ("text", "tint"), ("accent", "tint"), ("same", "back")]
-    pairs += [("other", "other-back"), ("only", "only-back"), ("shared", "shared-back"), ("text", "warn-back"), ("bad", "warn-back")]
+    pairs = [
+        ("text", "back"),
+        ("quiet", "back"),
+        ("quiet", "raised"),
+        ("text", "tint"),
+        ("accent", "tint"),
+        ("same", "back"),
+    ]
+    pairs += [
+        ("other", "other-back"),
+        ("only", "only-back"),
+        ("shared", "shared-back"),
+        ("text", "warn-back"),
+        ("bad", "warn-back"),
+    ]
     script = "((name) => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim())"
     for front, back in pairs:
         one, other = (luminance(browser.run(f"{script}({name!r})")) for name in (front, back))

@@ -29,7 +29,9 @@ def test_a_sweep_of_two_jobs(real_path: list[str], tmp_path: Path) -> None:
         "trainer.log_every_n_steps=1",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
 
     report = make_report([tmp_path / "multirun"], tmp_path / "report", Wanted())

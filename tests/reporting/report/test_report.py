@@ -95,7 +95,9 @@ def test_clips(report: Report) -> None:
         assert clip.spread == pytest.approx(max(scores) - min(scores))
         assert clip.category
         assert clip.references
-    assert max((clip.score for clip in report.clips), default=0) == next(clip.score for clip in report.clips if "best" in clip.chosen)
+    assert max((clip.score for clip in report.clips), default=0) == next(
+        clip.score for clip in report.clips if "best" in clip.chosen
+    )
 
 
 def test_fewer_clips(sweep: Path) -> None:
@@ -108,7 +110,9 @@ def test_fewer_clips(sweep: Path) -> None:
 
 def test_one_reading_gives_the_same_report_as_another(sweep: Path, report: Report) -> None:
     again = report_of(sweep).plain()
-    assert json.dumps(again | {"created": ""}, allow_nan=False) == json.dumps(report.plain() | {"created": ""}, allow_nan=False)
+    assert json.dumps(again | {"created": ""}, allow_nan=False) == json.dumps(
+        report.plain() | {"created": ""}, allow_nan=False
+    )
 
 
 def test_scores_that_are_counted_from_the_texts(sweep: Path) -> None:
@@ -127,7 +131,11 @@ def test_a_score_that_is_not_of_clips(sweep: Path) -> None:
 def test_other_clips_and_tokenisers_are_told_and_not_compared(sweep: Path, tmp_path: Path) -> None:
     fewer = write_run(tmp_path / "fewer", ["encoder=clip", *JOB], clips={"val": make_clips(20)}, quality=0.99)
     other = shutil.copytree(sweep / "0", tmp_path / "other")
-    lines = (other / "predictions" / "val.jsonl").read_text("utf-8").replace('"tokenizer": "mecab_ko', '"tokenizer": "whitespace')
+    lines = (
+        (other / "predictions" / "val.jsonl")
+        .read_text("utf-8")
+        .replace('"tokenizer": "mecab_ko', '"tokenizer": "whitespace')
+    )
     (other / "predictions" / "val.jsonl").write_text(lines, "utf-8")
     bare = shutil.copytree(sweep / "1", tmp_path / "bare")
     shutil.rmtree(bare / "predictions")
@@ -161,7 +169,9 @@ def test_scoring_anew_with_another_tokeniser(sweep: Path) -> None:
     run = next(run for run in found.runs if Path(run.folder).name == "0")
     rows = [json.loads(line) for line in (sweep / "0" / "predictions" / "val.jsonl").read_text("utf-8").splitlines()]
     texts, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
-    assert run.scores["val/cider"] == pytest.approx(score_captions(texts, references, tokenizer="char", metrics=["cider"])["cider"])
+    assert run.scores["val/cider"] == pytest.approx(
+        score_captions(texts, references, tokenizer="char", metrics=["cider"])["cider"]
+    )
     assert found.tokenizer.startswith("char")
 
 
@@ -188,9 +198,13 @@ def test_facts_have_intervals_where_the_lexicon_is_there(tmp_path: Path) -> None
     (tmp_path / "facts.json").write_text(json.dumps(FACTS, ensure_ascii=False), "utf-8")
     clips = {"val": make_clips(15, has_categories=False)}
     for name, quality in (("a", 0.9), ("b", 0.5)):
-        folder = write_run(tmp_path / name, [f"encoder={'clip' if name == 'a' else 'siglip2'}", *JOB], clips=clips, quality=quality)
+        folder = write_run(
+            tmp_path / name, [f"encoder={'clip' if name == 'a' else 'siglip2'}", *JOB], clips=clips, quality=quality
+        )
         text = (folder / "config.yaml").read_text("utf-8")
-        (folder / "config.yaml").write_text(text.replace("  facts: null", f"  facts: {tmp_path / 'facts.json'}"), "utf-8")
+        (folder / "config.yaml").write_text(
+            text.replace("  facts: null", f"  facts: {tmp_path / 'facts.json'}"), "utf-8"
+        )
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
         summary["scores"]["val/facts/mean"] = 0.5
         (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
@@ -215,7 +229,12 @@ def test_csv(report: Report) -> None:
     rows = list(csv.DictReader(io.StringIO(leaderboard_csv(report))))
     assert len(rows) == 10
     first, run = rows[0], report.runs[0]
-    assert (first["id"], first["encoder"], first["seed"], first["status"]) == (run.id, "siglip2", str(run.seed), "finished")
+    assert (first["id"], first["encoder"], first["seed"], first["status"]) == (
+        run.id,
+        "siglip2",
+        str(run.seed),
+        "finished",
+    )
     assert float(first["val/cider"]) == run.scores["val/cider"]
     assert (float(first["val/cider/low"]), float(first["val/cider/high"])) == run.intervals["val/cider"]
     assert float(first["group/score"]) == report.groups[0].scores["val/cider"]
@@ -230,7 +249,9 @@ def test_markdown(report: Report) -> None:
     assert "## Effect of projector" in text
     assert "refused | the plan needs 31.0 GiB" in text
     assert "python train.py encoder=clip projector=mlp" in text
-    lengths = {line.count("|") for line in text.split("## Leaderboard")[1].split("##")[0].splitlines() if line.startswith("|")}
+    lengths = {
+        line.count("|") for line in text.split("## Leaderboard")[1].split("##")[0].splitlines() if line.startswith("|")
+    }
     assert len(lengths) == 1
 
 
@@ -261,7 +282,9 @@ def test_the_command(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["{sweep}", "--tokenizer", "mecab"], "Unknown tokenizer 'mecab'"),
     ],
 )
-def test_mistakes(sweep: Path, tmp_path: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    sweep: Path, tmp_path: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     given = [argument.format(sweep=sweep, file=tmp_path / "file") for argument in arguments]
     with pytest.raises(SystemExit) as stop:
@@ -280,7 +303,9 @@ def test_pictures_draw_no_boxes_for_letters_that_no_font_has(monkeypatch: pytest
     pictures._drawable.cache_clear()
     group = report.groups[0]
     assert pictures._label(group) == group.name
-    object.__setattr__(korean := type(group)(**{key: getattr(group, key) for key in group.__slots__}), "name", "인코더 비교")
+    object.__setattr__(
+        korean := type(group)(**{key: getattr(group, key) for key in group.__slots__}), "name", "인코더 비교"
+    )
     assert pictures._label(korean) == group.id
     monkeypatch.undo()
     pictures._families.cache_clear()

@@ -22,7 +22,9 @@ from vlmcap.reporting.report.captions import mark_facts
 from vlmcap.reporting.report.folders import read_run
 from vlmcap.reporting.report.run_page import NUM_CLIPS, leave_page, next_commands, run_page
 
-LEXICON = FactLexicon.from_dict({"colour": {"빨강": ["빨간"], "파랑": ["파란"]}, "way": {"왼쪽": ["왼쪽으로"], "오른쪽": ["오른쪽으로"]}})
+LEXICON = FactLexicon.from_dict(
+    {"colour": {"빨강": ["빨간"], "파랑": ["파란"]}, "way": {"왼쪽": ["왼쪽으로"], "오른쪽": ["오른쪽으로"]}}
+)
 
 
 def embedded(page: str) -> dict[str, Any]:
@@ -44,7 +46,9 @@ def test_it_shows_twelve_test_clips_that_play(page: str) -> None:
     assert len(data["clips"]) == NUM_CLIPS and all(clip["id"].startswith("test_") for clip in data["clips"])
     shown = [len(clip["thumbnails"]) for clip in data["clips"] if clip["thumbnails"]]
     assert shown == [8] * 3, "all frames of the short ones"
-    assert sum("cannot be read" in clip["picture_note"] for clip in data["clips"]) == NUM_CLIPS - 3, "each says why it has none"
+    assert sum("cannot be read" in clip["picture_note"] for clip in data["clips"]) == NUM_CLIPS - 3, (
+        "each says why it has none"
+    )
     assert len(page.encode()) < 3_000_000
 
 
@@ -54,11 +58,17 @@ def test_facts_are_right_or_wrong(page: str) -> None:
         assert [mark[3] for mark in clip["reference_marks"]] == [True] * 7, "of the reference itself"
         for start, end, fact, is_right in caption["marks"]:
             assert caption["text"][start:end] == caption["text"][start:end].strip() != ""
-            assert fact in {"place", "time", "weather", "object", "colour", "direction", "camera"} and isinstance(is_right, bool)
+            assert fact in {"place", "time", "weather", "object", "colour", "direction", "camera"} and isinstance(
+                is_right, bool
+            )
     marks = mark_facts("파란 연이 왼쪽으로 간다. \U0001f388", "빨간 연이 왼쪽으로 간다.", LEXICON)
     assert marks == [(0, 2, "colour", False), (6, 10, "way", True)]
-    assert mark_facts("파란 연과 빨간 연", "빨간 연", LEXICON) == [(0, 2, "colour", False), (6, 8, "colour", False)], "two values say none"
-    assert mark_facts("파란 연", "연 하나", LEXICON) == [], "no clip counts for a fact that its reference does not state"
+    assert mark_facts("파란 연과 빨간 연", "빨간 연", LEXICON) == [(0, 2, "colour", False), (6, 8, "colour", False)], (
+        "two values say none"
+    )
+    assert mark_facts("파란 연", "연 하나", LEXICON) == [], (
+        "no clip counts for a fact that its reference does not state"
+    )
     assert mark_facts("파란 연", "빨간 연", None) == []
 
 
@@ -86,21 +96,29 @@ def test_commands_go_on_from_the_run(one_run: Path) -> None:
     run = read_run(one_run, read_yaml)
     commands = next_commands(run, ["zip://a.mp4::clips.zip", "my clips/a.mp4"])
     assert commands["caption"] == f"vlmcap caption 'my clips/a.mp4' --checkpoint {one_run}/checkpoints/best.ckpt"
-    assert commands["evaluate"].startswith(f"python evaluate.py checkpoint={one_run}/checkpoints/best.ckpt data.split=test")
+    assert commands["evaluate"].startswith(
+        f"python evaluate.py checkpoint={one_run}/checkpoints/best.ckpt data.split=test"
+    )
     assert commands["resume"].endswith(f"seed=0 paths.output_dir={one_run} checkpoint=last")
     assert commands["sweep"].startswith("python train.py -m ") and commands["sweep"].endswith(" seed=0,1,2")
     assert commands["sweep"].count("seed=") == 1
     assert commands["compare"] == f"vlmcap report {one_run} multirun --output report"
     installed = next_commands(dataclasses.replace(run, command="vlmcap train encoder=clip checkpoint=last"))
-    assert installed["caption"].startswith("vlmcap caption clip.mp4 ") and installed["evaluate"].startswith("vlmcap evaluate checkpoint=")
+    assert installed["caption"].startswith("vlmcap caption clip.mp4 ") and installed["evaluate"].startswith(
+        "vlmcap evaluate checkpoint="
+    )
     assert installed["resume"] == f"vlmcap train encoder=clip paths.output_dir={one_run} checkpoint=last"
     assert installed["sweep"] == "vlmcap train -m encoder=clip seed=0,1,2"
 
 
-def test_an_evaluation_has_a_page_without_what_only_training_has(one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_has_a_page_without_what_only_training_has(
+    one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = json.loads((one_run / "summary.json").read_text())["scores"]
     own = {key: value for key, value in scores.items() if key.startswith("test/")}
-    (tmp_path / "metrics.json").write_text(json.dumps({"checkpoint": "first/best.ckpt", "tokenizer": "mecab_ko (1)", **own}))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"checkpoint": "first/best.ckpt", "tokenizer": "mecab_ko (1)", **own})
+    )
     (tmp_path / "predictions.jsonl").write_bytes((one_run / "predictions" / "test.jsonl").read_bytes())
     (tmp_path / "evaluation.yaml").write_bytes((one_run / "config.yaml").read_bytes())
     leave_page(tmp_path, read_yaml, version="0.1.0")
@@ -112,7 +130,12 @@ def test_an_evaluation_has_a_page_without_what_only_training_has(one_run: Path, 
 
 def test_the_plan_stands_beside_what_it_took(one_run: Path, page: str) -> None:
     run = embedded(page)["runs"][0]
-    assert (run["planned_gib"], run["planned_fit_s"], run["peak_memory_gib"], run["seconds"]["fit"]) == (11.5, 480.0, 10.0, 550.0)
+    assert (run["planned_gib"], run["planned_fit_s"], run["peak_memory_gib"], run["seconds"]["fit"]) == (
+        11.5,
+        480.0,
+        10.0,
+        550.0,
+    )
 
 
 @pytest.fixture
@@ -130,7 +153,9 @@ def test_a_full_disk_costs_the_page_and_not_the_run(one_run: Path, capsys: pytes
     leave_page(one_run, read_yaml, version="0.1.0")
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert "index.html was not written (OSError: [Errno 28] No space left on device); the run itself is complete." in said
+    assert (
+        "index.html was not written (OSError: [Errno 28] No space left on device); the run itself is complete." in said
+    )
     assert not (one_run / "index.html").exists()
 
 

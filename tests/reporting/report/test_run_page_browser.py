@@ -11,7 +11,9 @@ from tests.reporting.report.browser import NEEDS_BROWSER, Browser
 
 pytestmark = [pytest.mark.browser, NEEDS_BROWSER]
 
-SHOWN = "[...document.querySelector('.film').children].filter((frame) => getComputedStyle(frame).display !== 'none').length"
+SHOWN = (
+    "[...document.querySelector('.film').children].filter((frame) => getComputedStyle(frame).display !== 'none').length"
+)
 PLACE = "[...document.querySelector('.film').children].findIndex((frame) => frame.classList.contains('now'))"
 MOVES = f"new Promise((done) => {{ const first = {PLACE}; setTimeout(() => done({PLACE} !== first), 270); }})"
 
@@ -70,9 +72,7 @@ def test_hostile_text_stays_text(run_browser: Browser) -> None:
 def test_scores_say_how_to_read_them(run_browser: Browser) -> None:
     rows = run_browser.texts(".readings:first-of-type tbody tr[data-score='facts/direction'] *")
     assert rows[0].startswith("Fact: direction") and "A model that does not look reaches about 0." in rows[1]
-    unread = (
-        "[...document.querySelectorAll('#scores > .scroll tbody tr')].filter((row) => !row.querySelector('.reading').textContent).length"
-    )
+    unread = "[...document.querySelectorAll('#scores > .scroll tbody tr')].filter((row) => !row.querySelector('.reading').textContent).length"
     assert run_browser.run(unread) == 0
     assert run_browser.texts("#took tbody tr") == [
         "Peak memory11.5\u00a0GiB10.0\u00a0GiB",
@@ -86,7 +86,9 @@ def test_scores_say_how_to_read_them(run_browser: Browser) -> None:
 def test_commands_are_copied(run_browser: Browser, one_run: Path) -> None:
     names = run_browser.run("[...document.querySelectorAll('#next .command')].map((node) => node.dataset.command)")
     assert names == ["caption", "evaluate", "resume", "sweep", "compare"]
-    copied = "new Promise((done) => { navigator.clipboard.writeText = (text) => { done(text); return Promise.resolve(); };"
+    copied = (
+        "new Promise((done) => { navigator.clipboard.writeText = (text) => { done(text); return Promise.resolve(); };"
+    )
     copied += "document.querySelector('[data-command=compare] .copy').click(); })"
     assert run_browser.run(copied) == f"vlmcap report {one_run} multirun --output report"
 

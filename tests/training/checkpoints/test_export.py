@@ -89,7 +89,9 @@ def tied(folder: Path, tmp_path: Path) -> Path:
     """The same model with its head in its embeddings."""
     from transformers import AutoConfig, Qwen3ForCausalLM
 
-    copy = shutil.copytree(folder, tmp_path / "tied-base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    copy = shutil.copytree(
+        folder, tmp_path / "tied-base", ignore=shutil.ignore_patterns("*.safetensors", "config.json")
+    )
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = True
     config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}
@@ -102,7 +104,9 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_captions_are_those_of_the_checkpoint(make: Callable[..., Checkpoint], aihub_root: Path, tmp_path: Path) -> None:
+def test_captions_are_those_of_the_checkpoint(
+    make: Callable[..., Checkpoint], aihub_root: Path, tmp_path: Path
+) -> None:
     path, _ = make("llm.max_new_tokens=12")
     videos = sorted((aihub_root / "train" / "videos").glob("*.mp4"))
     expected = load_captioner(path).caption(videos)
@@ -133,7 +137,9 @@ def test_a_run_in_four_bits_is_merged_onto_the_full_base(
     lora = captioner.llm.peft_config["default"]
     delta = adapters[stem.format("B")] @ adapters[stem.format("A")] * lora.lora_alpha / lora.r
     name = "model.layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(merged[name].float(), plain[name] + delta, rtol=2**-7, atol=2**-7 * float(plain[name].abs().max()))
+    torch.testing.assert_close(
+        merged[name].float(), plain[name] + delta, rtol=2**-7, atol=2**-7 * float(plain[name].abs().max())
+    )
     assert distance(merged[name].float() - plain[name], delta.detach()) < 0.02
     norm = "model.norm.weight"
     assert torch.equal(merged[norm], plain[norm].bfloat16())
@@ -163,13 +169,17 @@ def test_without_adapters(real_path: list[str], tuning: str, llm_folder: Path, t
     export(path, tmp_path / "out")
     merged, plain = weights_of(tmp_path / "out"), weights_of(llm_folder)
     for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, plain[name] * (1.5 if tuning == "full" and name.endswith("q_proj.weight") else 1.0))
+        torch.testing.assert_close(
+            tensor, plain[name] * (1.5 if tuning == "full" and name.endswith("q_proj.weight") else 1.0)
+        )
 
 
 def test_the_folder_holds_all_that_belongs_to_it(
     make: Callable[..., Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, captioner = make("llm.chat_template='{% for m in messages %}{{ m.content }}{% endfor %} A:'", "evaluation.repetition_penalty=1.2")
+    path, captioner = make(
+        "llm.chat_template='{% for m in messages %}{{ m.content }}{% endfor %} A:'", "evaluation.repetition_penalty=1.2"
+    )
     main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "deep" / "out"), "llm.max_new_tokens=9"])
     shown = capsys.readouterr()
     folder = tmp_path / "deep" / "out"
@@ -179,17 +189,26 @@ def test_the_folder_holds_all_that_belongs_to_it(
     assert "writing" in shown.err
     from transformers import AutoTokenizer, GenerationConfig
 
-    assert AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "가"}], tokenize=False) == "가 A:"
+    assert (
+        AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "가"}], tokenize=False)
+        == "가 A:"
+    )
     settings = GenerationConfig.from_pretrained(folder)
     assert (settings.eos_token_id, settings.do_sample, settings.max_new_tokens) == (captioner.prompt.stop_ids, False, 9)
     assert settings.repetition_penalty == 1.2
     # vLLM takes every safetensors file beside config.json for weights of the model.
     assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
-    assert {file.name for file in (folder / "vlmcap").iterdir()} == {"config.yaml", "origin.json", "projector.safetensors"}
+    assert {file.name for file in (folder / "vlmcap").iterdir()} == {
+        "config.yaml",
+        "origin.json",
+        "projector.safetensors",
+    }
     assert [file.name for file in folder.parent.iterdir()] == ["out"]
 
 
-def test_large_models_come_in_shards(make: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_come_in_shards(
+    make: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, captioner = make()
     monkeypatch.setattr(merging, "SHARD_SIZE", "100KB")
     export(path, tmp_path / "out")
@@ -226,7 +245,9 @@ def test_what_is_there_is_not_touched(make: Callable[..., Checkpoint], tmp_path:
         export(used, tmp_path / "again")
 
 
-def test_mistakes_are_told_before_the_base_is_read(make: Callable[..., Checkpoint], tmp_path: Path, moe_folder: Path) -> None:
+def test_mistakes_are_told_before_the_base_is_read(
+    make: Callable[..., Checkpoint], tmp_path: Path, moe_folder: Path
+) -> None:
     path, _ = make()
     with pytest.raises(UserError, match="--dtype int8 is none of bfloat16, float16, float32"):
         export(path, tmp_path / "out", dtype="int8")
@@ -244,7 +265,9 @@ def test_mistakes_are_told_before_the_base_is_read(make: Callable[..., Checkpoin
     assert not (tmp_path / "out").exists()
 
 
-def test_a_moved_base_is_found_by_an_override(make: Callable[..., Checkpoint], llm_folder: Path, tmp_path: Path) -> None:
+def test_a_moved_base_is_found_by_an_override(
+    make: Callable[..., Checkpoint], llm_folder: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(llm_folder, tmp_path / "old")
     path, captioner = make(f"llm.checkpoint={copy}")
     copy.rename(tmp_path / "new")

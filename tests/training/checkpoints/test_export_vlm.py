@@ -17,14 +17,25 @@ from vlmcap.training.checkpoints.load import load_captioner
 
 
 @pytest.mark.parametrize(
-    "kind", thinned(["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video"], lambda kind: kind in ("qwen3_vl", "llava_next_video"))
+    "kind",
+    thinned(
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video"],
+        lambda kind: kind in ("qwen3_vl", "llava_next_video"),
+    ),
 )
-def test_a_whole_model(kind: str, qwen_folders: dict[str, Path], llava_folder: Path, aihub_root: Path, tmp_path: Path) -> None:
+def test_a_whole_model(
+    kind: str, qwen_folders: dict[str, Path], llava_folder: Path, aihub_root: Path, tmp_path: Path
+) -> None:
     """The stock class loads it, and our captions from it are those of the checkpoint."""
     import transformers
 
     base = llava_folder if kind == "llava_next_video" else qwen_folders[kind]
-    names = {"qwen2_vl": "qwen2_vl_7b", "qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b", "llava_next_video": "llava_next_video_7b"}
+    names = {
+        "qwen2_vl": "qwen2_vl_7b",
+        "qwen2_5_vl": "qwen2_5_vl_7b",
+        "qwen3_vl": "qwen3_vl_8b",
+        "llava_next_video": "llava_next_video_7b",
+    }
     overrides = [
         f"model={names[kind]}",
         f"model.checkpoint={base}",
@@ -63,9 +74,21 @@ def test_a_whole_model(kind: str, qwen_folders: dict[str, Path], llava_folder: P
 
 def test_a_trained_encoder_is_refused(llava_folder: Path, aihub_root: Path, tmp_path: Path) -> None:
     """The whole model's class has no place for the adapters of its tower."""
-    base = [f"model.checkpoint={llava_folder}", "data=aihub", f"data.root={aihub_root}", "data.num_frames=2", "hardware=cpu"]
-    base += ["llm.chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'", "llm.max_caption_tokens=96", "llm.max_new_tokens=6"]
-    config = compose(["model=llava_next_video_7b", "tuning.encoder=lora", *base, f"paths.cache_dir={tmp_path / 'cache'}"])
+    base = [
+        f"model.checkpoint={llava_folder}",
+        "data=aihub",
+        f"data.root={aihub_root}",
+        "data.num_frames=2",
+        "hardware=cpu",
+    ]
+    base += [
+        "llm.chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'",
+        "llm.max_caption_tokens=96",
+        "llm.max_new_tokens=6",
+    ]
+    config = compose(
+        ["model=llava_next_video_7b", "tuning.encoder=lora", *base, f"paths.cache_dir={tmp_path / 'cache'}"]
+    )
     write_checkpoint(config, tmp_path / "best.ckpt")
     with pytest.raises(UserError, match=r"trained with tuning\.encoder=lora, and a trained encoder cannot be put back"):
         export(tmp_path / "best.ckpt", tmp_path / "out")

@@ -39,7 +39,12 @@ def checkpoint(tiny_config: Callable[..., Config], tmp_path_factory: pytest.Temp
 def test_captioning_needs_no_lightning(checkpoint: tuple[Path, list[str]], code: str) -> None:
     path, videos = checkpoint
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT + code, str(path), *videos], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", WITHOUT + code, str(path), *videos],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     expected = load_captioner(path).caption(videos)
@@ -47,10 +52,14 @@ def test_captioning_needs_no_lightning(checkpoint: tuple[Path, list[str]], code:
     if code == LOAD:
         assert json.loads(done.stdout) == expected
     else:
-        assert done.stdout.splitlines() == [f"{video}\t{caption}" for video, caption in zip(videos, expected, strict=True)]
+        assert done.stdout.splitlines() == [
+            f"{video}\t{caption}" for video, caption in zip(videos, expected, strict=True)
+        ]
 
 
 def test_the_absent_libraries_are_those_that_training_loads() -> None:
     code = f"{WITHOUT} import vlmcap.training.module"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert "import of lightning halted" in done.stderr

@@ -43,9 +43,13 @@ class FakeVllm(types.ModuleType):
                 from transformers import AutoModelForCausalLM
 
                 fake.started.append(arguments)
-                self.model = AutoModelForCausalLM.from_pretrained(arguments["model"], dtype=getattr(torch, arguments["dtype"])).eval()
+                self.model = AutoModelForCausalLM.from_pretrained(
+                    arguments["model"], dtype=getattr(torch, arguments["dtype"])
+                ).eval()
 
-            def generate(self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, *, use_tqdm: bool) -> list[Any]:
+            def generate(
+                self, prompts: list[dict[str, Any]], sampling_params: SamplingParams, *, use_tqdm: bool
+            ) -> list[Any]:
                 arguments = sampling_params.arguments
                 fake.asked.append(([prompt["prompt_embeds"] for prompt in prompts], arguments))
                 return [self._one(prompt["prompt_embeds"], arguments) for prompt in prompts]
@@ -73,7 +77,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
 @pytest.fixture
 def made(real_path: list[str], tmp_path: Path) -> tuple[Config, Path]:
     """A configuration and a checkpoint of it."""
-    config = compose([*real_path, "llm.max_new_tokens=10", "cache.enabled=true", "data.split=val", "data.eval_batch_size=3"])
+    config = compose(
+        [*real_path, "llm.max_new_tokens=10", "cache.enabled=true", "data.split=val", "data.eval_batch_size=3"]
+    )
     path = tmp_path / "run" / "checkpoints" / "best.ckpt"
     write_checkpoint(config, path)
     return config, path
@@ -81,7 +87,9 @@ def made(real_path: list[str], tmp_path: Path) -> tuple[Config, Path]:
 
 def with_engine(config: Config, folder: Path, **settings: Any) -> Config:
     evaluation = dataclasses.replace(config.evaluation, engine=Engine.vllm, **settings)
-    return dataclasses.replace(config, evaluation=evaluation, paths=dataclasses.replace(config.paths, output_dir=str(folder)))
+    return dataclasses.replace(
+        config, evaluation=evaluation, paths=dataclasses.replace(config.paths, output_dir=str(folder))
+    )
 
 
 def predictions(folder: Path) -> list[str]:
@@ -89,7 +97,9 @@ def predictions(folder: Path) -> list[str]:
     return [json.loads(line)["prediction"] for line in lines]
 
 
-def test_captions_and_scores_are_those_of_the_own_path(made: tuple[Config, Path], vllm: FakeVllm, tmp_path: Path) -> None:
+def test_captions_and_scores_are_those_of_the_own_path(
+    made: tuple[Config, Path], vllm: FakeVllm, tmp_path: Path
+) -> None:
     config, path = made
     own = dataclasses.replace(config, paths=dataclasses.replace(config.paths, output_dir=str(tmp_path / "own")))
     expected = evaluate(own, path)
@@ -151,7 +161,9 @@ def load_config(folder: Path) -> Config:
     return to_config(from_plain(read_checkpoint(folder)["vlmcap"]["config"], {"data.split": "val"}))
 
 
-def test_an_export_of_another_checkpoint_is_refused(made: tuple[Config, Path], vllm: FakeVllm, tmp_path: Path, llm_folder: Path) -> None:
+def test_an_export_of_another_checkpoint_is_refused(
+    made: tuple[Config, Path], vllm: FakeVllm, tmp_path: Path, llm_folder: Path
+) -> None:
     config, path = made
     export(path, tmp_path / "mine")
     content = torch.load(path, weights_only=True)
@@ -164,7 +176,9 @@ def test_an_export_of_another_checkpoint_is_refused(made: tuple[Config, Path], v
     assert not vllm.started
 
 
-def test_what_is_refused_is_refused_before_the_export(made: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_is_refused_before_the_export(
+    made: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, path = made
     with pytest.raises(UserError, match=r"evaluation\.num_beams=2"):
         evaluate(with_engine(config, tmp_path / "out", num_beams=2), path)
@@ -181,7 +195,9 @@ def test_what_is_refused_is_refused_before_the_export(made: tuple[Config, Path],
 def test_a_whole_model_is_refused(llava_folder: Path, aihub_root: Path, tmp_path: Path, vllm: FakeVllm) -> None:
     from vlmcap.training.checkpoints.trained import assemble_trained
 
-    config = compose(["model=llava_next_video_7b", f"model.checkpoint={llava_folder}", "data=aihub", f"data.root={aihub_root}"])
+    config = compose(
+        ["model=llava_next_video_7b", f"model.checkpoint={llava_folder}", "data=aihub", f"data.root={aihub_root}"]
+    )
     with pytest.raises(UserError, match=rf"not all that model={llava_folder.name.lower()} needs"):
         assemble_trained(with_engine(config, tmp_path), tmp_path / "x.ckpt", {})
 

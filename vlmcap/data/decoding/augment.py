@@ -64,6 +64,8 @@ def recolor_frames(frames: Tensor, brightness: float, contrast: float, saturatio
     offset = torch.full((3, 1), (1 - contrast) * brightness * mean_grey)
     changed = torch.empty(frames.shape, dtype=torch.uint8)
     for frame, target in zip(frames, changed, strict=True):
-        for rows, out in zip(frame.split(_ROWS, dim=1), target.split(_ROWS, dim=1), strict=True):  # as float32 in the processor's cache
+        for rows, out in zip(
+            frame.split(_ROWS, dim=1), target.split(_ROWS, dim=1), strict=True
+        ):  # as float32 in the processor's cache
             out.copy_(torch.addmm(offset, matrix, rows.reshape(3, -1).float()).round_().clamp_(0, 255).view(rows.shape))
     return changed

@@ -30,7 +30,19 @@ _TOO_SLOW = "decoding took longer than data.decode_timeout_s allows"
 # Of a disk, a network or a full table of open files, not of what the file holds.
 _TRANSIENT = {
     getattr(errno, name)
-    for name in ("EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "EINTR", "EAGAIN", "ETIMEDOUT", "ECONNRESET", "EHOSTUNREACH", "EACCES")
+    for name in (
+        "EIO",
+        "ESTALE",
+        "EMFILE",
+        "ENFILE",
+        "ENOMEM",
+        "EINTR",
+        "EAGAIN",
+        "ETIMEDOUT",
+        "ECONNRESET",
+        "EHOSTUNREACH",
+        "EACCES",
+    )
     if hasattr(errno, name)
 }
 _READ_BYTES = 1 << 20  # at a time of file objects: each read crosses into Python
@@ -108,7 +120,9 @@ class MediaFile:
                 source, protocols = stream or stack.enter_context(self.open_bytes()), "none"
             options = {"protocol_whitelist": protocols, "format_whitelist": _FORMATS}
             yield stack.enter_context(
-                av.open(source, "r", timeout=timeout_s, metadata_errors="replace", options=options, buffer_size=_READ_BYTES)
+                av.open(
+                    source, "r", timeout=timeout_s, metadata_errors="replace", options=options, buffer_size=_READ_BYTES
+                )
             )
 
 

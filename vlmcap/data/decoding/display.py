@@ -40,7 +40,13 @@ def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
     """Whether nothing but a turn is to be done, so that any decoder that follows rotation shows the same."""
     matrix = display_matrix(frame)
     is_turn = matrix is None or matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0
-    return is_turn and aspect_ratio == 1 and not frame.interlaced_frame and frame.color_trc not in _HDR and not _is_untagged_hd(frame)
+    return (
+        is_turn
+        and aspect_ratio == 1
+        and not frame.interlaced_frame
+        and frame.color_trc not in _HDR
+        and not _is_untagged_hd(frame)
+    )
 
 
 def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
@@ -52,10 +58,14 @@ def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
         frame = _upper_field(frame)
     colorspace = Colorspace.ITU709 if _is_untagged_hd(frame) else None
     if frame.color_trc in _HDR:
-        deep = frame.to_ndarray(format="rgb48le", width=width, height=height, src_colorspace=colorspace, threads=_THREADS)
+        deep = frame.to_ndarray(
+            format="rgb48le", width=width, height=height, src_colorspace=colorspace, threads=_THREADS
+        )
         pixels = to_sdr(np.asarray(deep, dtype=np.uint16), is_hlg=frame.color_trc == ColorTrc.ARIB_STD_B67)
     else:
-        shallow = frame.to_ndarray(format="rgb24", width=width, height=height, src_colorspace=colorspace, threads=_THREADS)
+        shallow = frame.to_ndarray(
+            format="rgb24", width=width, height=height, src_colorspace=colorspace, threads=_THREADS
+        )
         pixels = np.asarray(shallow, dtype=np.uint8)
     return _oriented(pixels, display_matrix(frame)).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 

@@ -27,7 +27,14 @@ from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, 
 from vlmcap.data.decoding.display import is_plain
 from vlmcap.data.decoding.key_frames import key_frame_times, picture_changes
 from vlmcap.data.decoding.sampling import adaptive_moments, choose_moments, jitter_moments, keyframe_moments
-from vlmcap.data.decoding.timeline import KeyPacket, check_missing, frame_rate, has_sample_table, indexed_timeline, scanned_timeline
+from vlmcap.data.decoding.timeline import (
+    KeyPacket,
+    check_missing,
+    frame_rate,
+    has_sample_table,
+    indexed_timeline,
+    scanned_timeline,
+)
 
 _MIN_SEEK_FRAMES = 4  # below this, decoding on is cheaper than refilling the decoder after a seek
 _SKIP_MARGIN_FRAMES = 4  # so far ahead of a wanted moment, frames that no other frame leans on are not decoded
@@ -58,7 +65,9 @@ class FrameReader:
             with self._reopened() as (other, stream):
                 self.timeline = scanned_timeline(other, stream, deadline_s)
         if self.duration_s > limits.max_duration_s:
-            raise VideoError(f"it claims to last {self.duration_s:.0f} seconds, more than the allowed {limits.max_duration_s:.0f}")
+            raise VideoError(
+                f"it claims to last {self.duration_s:.0f} seconds, more than the allowed {limits.max_duration_s:.0f}"
+            )
         self._shown: tuple[int, VideoFrame] | None = None
         self._ahead: tuple[int, VideoFrame] | None = None
         self._is_started, self._can_seek = False, self.timeline.is_timed
@@ -70,7 +79,9 @@ class FrameReader:
         self._frames = self._decode(container.demux(self._stream), first)
         if not self.timeline.is_start_known:
             start = self._first_time()
-            self.timeline = replace(self.timeline, start=start, duration=max(self.timeline.step, self.timeline.end - start))
+            self.timeline = replace(
+                self.timeline, start=start, duration=max(self.timeline.step, self.timeline.end - start)
+            )
         if self.timeline.stated_end is not None and not self.timeline.is_indexed:
             stated_s = float(self.timeline.stated_end * self.timeline.tick_s)
             check_missing(stated_s - float(self.timeline.end * self.timeline.tick_s), stated_s)
@@ -157,7 +168,11 @@ class FrameReader:
             raise VideoError("it holds no frame that can be decoded")
         if self._ahead is None:
             start, frame = self._shown
-            self.check_end(float((start + max(frame.duration or 0, self.timeline.step) - self.timeline.start) * self.timeline.tick_s))
+            self.check_end(
+                float(
+                    (start + max(frame.duration or 0, self.timeline.step) - self.timeline.start) * self.timeline.tick_s
+                )
+            )
         return self._shown[1]
 
     def check_end(self, end_s: float) -> None:
@@ -169,10 +184,15 @@ class FrameReader:
         check_missing(self.duration_s - end_s, self.duration_s)
 
     def _tick_of(self, moment_s: float) -> int:
-        return self.timeline.start + math.floor(moment_s / self.timeline.tick_s + 1e-6)  # a moment that falls on a frame means that frame
+        return self.timeline.start + math.floor(
+            moment_s / self.timeline.tick_s + 1e-6
+        )  # a moment that falls on a frame means that frame
 
     def _in_seconds(self, times: list[int]) -> list[float]:
-        return [min(max(0.0, float((moment - self.timeline.start) * self.timeline.tick_s)), self.duration_s) for moment in times]
+        return [
+            min(max(0.0, float((moment - self.timeline.start) * self.timeline.tick_s)), self.duration_s)
+            for moment in times
+        ]
 
     @contextmanager
     def _reopened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -199,7 +219,9 @@ class FrameReader:
             keys = self._keys_until(moment)
             return bool(keys) and keys[-1].time > position
         index = self._stream.index_entries
-        delay = max(0, self.timeline.start - index[0].timestamp)  # the index holds decoding times, earlier by the reordering of frames
+        delay = max(
+            0, self.timeline.start - index[0].timestamp
+        )  # the index holds decoding times, earlier by the reordering of frames
         entry = index.search_timestamp(moment - delay, backward=True)
         return entry >= 0 and index[entry].timestamp + delay > position
 

@@ -35,10 +35,16 @@ def is_image(stream: BinaryIO) -> bool:
     stream.seek(0)
     is_riff_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     is_avif = head[4:12] in (b"ftypavif", b"ftypavis")
-    return is_riff_webp or is_avif or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*"))
+    return (
+        is_riff_webp
+        or is_avif
+        or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*"))
+    )
 
 
-def read_image(stream: BinaryIO, data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float) -> Tensor:
+def read_image(
+    stream: BinaryIO, data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float
+) -> Tensor:
     """uint8 (F', 3, H, W): the image, or sampled frames of an animation, turned as its EXIF data says."""
     frames = []
     with open_image(stream, limits) as image:
@@ -51,7 +57,9 @@ def read_image(stream: BinaryIO, data: DataConfig, rng: Generator | None, limits
     return torch.from_numpy(np.stack(frames))
 
 
-def read_image_list(addresses: Sequence[str], data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float) -> Tensor:
+def read_image_list(
+    addresses: Sequence[str], data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float
+) -> Tensor:
     """uint8 (F', 3, H, W): sampled images of a list, each scaled to the size of the first one sampled."""
     frames: list[NDArray[np.uint8]] = []
     for index in sample_indices(len(addresses), data, rng):

@@ -24,7 +24,9 @@ _MOST_KEYS = 8  # times num_frames: key frames that are decoded at most
 _MOST_THUMBNAILS = 32  # times num_frames: pictures compared at most
 
 
-def key_frame_times(container: InputContainer, stream: VideoStream, timeline: Timeline, num_frames: int, deadline_s: float) -> list[int]:
+def key_frame_times(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, num_frames: int, deadline_s: float
+) -> list[int]:
     """Timestamps of at most `num_frames` key frames, evenly thinned, ascending.
 
     A file with a table of its frames is read at those key frames only; any other has been read through already.
@@ -36,7 +38,9 @@ def key_frame_times(container: InputContainer, stream: VideoStream, timeline: Ti
         times = [key.time for key in timeline.keys]
         return [times[i] for i in spread(len(times), min(len(times), num_frames))]
     if entries := _indexed_keys(stream):
-        packets = _indexed_packets(container, stream, [entries[i] for i in spread(len(entries), min(len(entries), num_frames))], deadline_s)
+        packets = _indexed_packets(
+            container, stream, [entries[i] for i in spread(len(entries), min(len(entries), num_frames))], deadline_s
+        )
         return sorted({packet.pts for packet in packets if packet.pts is not None})
     return []
 
@@ -68,7 +72,9 @@ def picture_changes(
     for moment, frame in timeline.clock(packets):
         if times and moment < times[-1] + max(1, timeline.duration // (_MOST_THUMBNAILS * num_frames)):
             continue
-        grey = frame.to_ndarray(format="gray", width=_THUMBNAIL, height=_THUMBNAIL, interpolation="AREA", threads=1).astype(np.int16)
+        grey = frame.to_ndarray(
+            format="gray", width=_THUMBNAIL, height=_THUMBNAIL, interpolation="AREA", threads=1
+        ).astype(np.int16)
         if last is not None:
             changes.append(float(np.abs(grey - last).mean()))
         times.append(moment)

@@ -44,7 +44,9 @@ def jitter_moments(moments: list[float], data: DataConfig, duration_s: float, rn
     if rng is None or jitter == 0:
         return moments
     shifts = rng.uniform(-jitter, jitter, len(moments)) * duration_s / data.num_frames
-    return sorted(min(max(0.0, moment + float(shift)), duration_s) for moment, shift in zip(moments, shifts, strict=True))
+    return sorted(
+        min(max(0.0, moment + float(shift)), duration_s) for moment, shift in zip(moments, shifts, strict=True)
+    )
 
 
 def uniform_moments(duration_s: float, num_frames: int) -> list[float]:
@@ -73,7 +75,9 @@ def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames
     return moments
 
 
-def adaptive_moments(times: Sequence[float], changes: Sequence[float], duration_s: float, num_frames: int) -> list[float]:
+def adaptive_moments(
+    times: Sequence[float], changes: Sequence[float], duration_s: float, num_frames: int
+) -> list[float]:
     """The moments that cut the clip's change into `num_frames` equal shares, each in the middle of its share.
 
     A fifth of the change is taken to be spread evenly over the clip, and all of it where nothing changes.

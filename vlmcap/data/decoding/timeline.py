@@ -94,7 +94,11 @@ def frame_rate(stream: VideoStream) -> Fraction:
 
 def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
     """Whether the index holds every frame, with times that can be trusted; other formats fill it while they are read."""
-    return container.format.name.startswith("mov,") and 0 < stream.frames <= len(stream.index_entries) and bool(stream.duration)
+    return (
+        container.format.name.startswith("mov,")
+        and 0 < stream.frames <= len(stream.index_entries)
+        and bool(stream.duration)
+    )
 
 
 def indexed_timeline(stream: VideoStream) -> Timeline:
@@ -125,7 +129,9 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
         if packet.stream_index == stream.index and packet.size and not packet.is_discard:
             scan.add(packet)
     stated_end = _stated_end(container, stream, tick_s)
-    if stated_end is None and container.format.name == "matroska,webm" and container.duration:  # the end of the longest stream
+    if (
+        stated_end is None and container.format.name == "matroska,webm" and container.duration
+    ):  # the end of the longest stream
         check_missing(container.duration / av.time_base - last_s, container.duration / av.time_base)
     if not scan.times:
         return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
@@ -134,13 +140,19 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
     if slots := scan.slots(is_reordered, is_slotted, int(_LARGEST_JUMP_S / tick_s)):
         keys = tuple(KeyPacket(slots[i], scan.sizes[i], slots[i]) for i in scan.keys)
         duration = slots[-1] - slots[0] + _shortest(slots, step)
-        return Timeline(slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end)
+        return Timeline(
+            slots[0], duration, step, tick_s, keys, is_timed=False, slots=tuple(slots), stated_end=stated_end
+        )
     times = [time for time in scan.times if time is not None]
-    keys = tuple(sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None))
+    keys = tuple(
+        sorted(KeyPacket(time, scan.sizes[i], scan.order(i)) for i in scan.keys if (time := scan.times[i]) is not None)
+    )
     start, is_start_known = times[0], times[0] == min(times) and scan.is_from_key
     if is_slotted:
         start = scan.first_time()
-    return Timeline(start, max(step, scan.end - start), step, tick_s, keys, is_start_known=is_start_known, stated_end=stated_end)
+    return Timeline(
+        start, max(step, scan.end - start), step, tick_s, keys, is_start_known=is_start_known, stated_end=stated_end
+    )
 
 
 class _Scan:

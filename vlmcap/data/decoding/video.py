@@ -171,7 +171,11 @@ def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[T
     assert frames is not None
     num_shown = len(times_s)
     # A view would carry the unused rows to other processes.
-    return frames if num_shown == len(rows) else frames[:num_shown].clone(), torch.tensor(times_s, dtype=torch.float64), rows
+    return (
+        frames if num_shown == len(rows) else frames[:num_shown].clone(),
+        torch.tensor(times_s, dtype=torch.float64),
+        rows,
+    )
 
 
 def _without_repeats(frames: Tensor, times_s: Tensor, rows: list[int]) -> DecodedFrames:
@@ -186,7 +190,9 @@ def _without_repeats(frames: Tensor, times_s: Tensor, rows: list[int]) -> Decode
 _REPRODUCIBLE = "cpu-independent=1"
 
 
-def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23, preset: str = "veryfast") -> None:
+def write_video(
+    path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23, preset: str = "veryfast"
+) -> None:
     """Write an H.264 yuv420p MP4 whole or not at all; equal frames give equal bytes.
 
     Args:
@@ -208,7 +214,12 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        _encode(temporary, frames, Fraction(fps).limit_denominator(1001), {"crf": str(crf), "preset": preset, "x264-params": _REPRODUCIBLE})
+        _encode(
+            temporary,
+            frames,
+            Fraction(fps).limit_denominator(1001),
+            {"crf": str(crf), "preset": preset, "x264-params": _REPRODUCIBLE},
+        )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -218,7 +229,9 @@ def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict
     import av
     from av.video.frame import VideoFrame
 
-    with av.open(f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
+    with av.open(
+        f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart", "fflags": "+bitexact"}
+    ) as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -28,13 +28,13 @@ _AT_ONCE = 1024
 _LOCK_TIMEOUT_S = 30.0
 _Known = tuple[int, str, str]  # size, version, hash
 
-_TABLE = (
-    "CREATE TABLE IF NOT EXISTS hashes (address TEXT PRIMARY KEY, size INTEGER, version TEXT, hash TEXT, checksum INTEGER) WITHOUT ROWID"
-)
+_TABLE = "CREATE TABLE IF NOT EXISTS hashes (address TEXT PRIMARY KEY, size INTEGER, version TEXT, hash TEXT, checksum INTEGER) WITHOUT ROWID"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def content_hashes(clips: Sequence[Clip], memo: Path, progress: Callable[[int, int], None] | None = None) -> NDArray[np.bytes_]:
+def content_hashes(
+    clips: Sequence[Clip], memo: Path, progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.bytes_]:
     """S32 (N,): 32 hexadecimal digits for the media of each clip; zeros where a file of it cannot be read. Captions do not count.
 
     Args:
@@ -84,7 +84,9 @@ def _block_hashes(clips: Sequence[Clip], memo: _Memo, pool: ThreadPoolExecutor) 
     found = memo.find(names)
     before = [found.get(name) for name in names]
     now = list(pool.map(_look, addresses, before))
-    memo.add([(name, *new) for name, old, new in zip(names, before, now, strict=True) if new is not None and new != old])
+    memo.add(
+        [(name, *new) for name, old, new in zip(names, before, now, strict=True) if new is not None and new != old]
+    )
     return dict(zip(addresses, now, strict=True))
 
 
@@ -158,7 +160,11 @@ class _Memo:
             query = f"SELECT address, size, version, hash, checksum FROM hashes WHERE address IN ({','.join('?' * len(part))})"
             try:
                 rows = self._base.execute(query, part).fetchall()
-                found |= {address: tuple(known) for address, *known, checksum in rows if checksum == _checksum(address, *known)}
+                found |= {
+                    address: tuple(known)
+                    for address, *known, checksum in rows
+                    if checksum == _checksum(address, *known)
+                }
             except sqlite3.Error as error:
                 self._give_up(error)
         return found
@@ -169,7 +175,9 @@ class _Memo:
             return
         try:
             with self._base:
-                self._base.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", [(*row, _checksum(*row)) for row in rows])
+                self._base.executemany(
+                    "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", [(*row, _checksum(*row)) for row in rows]
+                )
         except sqlite3.Error as error:
             self._give_up(error)
 
@@ -179,12 +187,17 @@ class _Memo:
         self._base = None
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED and not self._is_made_again:
             self._is_made_again = True
-            for path in (self.path, *(self.path.with_name(f"{self.path.name}-{part}") for part in ("journal", "wal", "shm"))):
+            for path in (
+                self.path,
+                *(self.path.with_name(f"{self.path.name}-{part}") for part in ("journal", "wal", "shm")),
+            ):
                 with contextlib.suppress(OSError):
                     path.unlink()
             self._connect()
             return
-        warnings.warn(f"{self.path} cannot be used ({error}), so all videos are read for their hashes each time", stacklevel=4)
+        warnings.warn(
+            f"{self.path} cannot be used ({error}), so all videos are read for their hashes each time", stacklevel=4
+        )
 
 
 def _checksum(*row: object) -> int:

@@ -59,7 +59,9 @@ def remove_store(root: Path, key: str) -> int:
     if root / key not in store_folders(root):
         raise UserError(f"there is no feature store '{key}' in {root}: `vlmcap cache info` shows those there are")
     if _info(root / key).is_in_use:
-        raise UserError(f"the feature store '{key}' in {root} is in use by a running program: wait until that has ended")
+        raise UserError(
+            f"the feature store '{key}' in {root} is in use by a running program: wait until that has ended"
+        )
     freed = _size(root / key)
     aside = root / f"{_REMOVED}{secrets.token_hex(4)}"
     (root / key).rename(aside)
@@ -115,7 +117,9 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
 def store_folders(root: Path) -> list[Path]:
     """The folders of the stores under `root`, sorted."""
     try:
-        return [path for path in sorted(root.iterdir()) if is_key(path.name) and path.is_dir() and not path.is_symlink()]
+        return [
+            path for path in sorted(root.iterdir()) if is_key(path.name) and path.is_dir() and not path.is_symlink()
+        ]
     except OSError:
         return []
 
@@ -135,7 +139,9 @@ def _info(folder: Path) -> StoreInfo:
     except (OSError, ValueError):
         recipe = {}
     plain = recipe if isinstance(recipe, dict) else {}
-    return StoreInfo(folder.name, plain, len(index.hashes), _size(folder), last_used(folder), sums.stated, is_in_use(folder))
+    return StoreInfo(
+        folder.name, plain, len(index.hashes), _size(folder), last_used(folder), sums.stated, is_in_use(folder)
+    )
 
 
 def _size(folder: Path) -> int:

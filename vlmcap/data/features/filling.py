@@ -159,7 +159,9 @@ class _Filling:
         return [_Chunk(hashlib.sha256(self.hashes[part].tobytes()).hexdigest()[:24], part) for part in parts]
 
     def _missing(self, chunk: _Chunk) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = chunk.positions[self.store.missing(self.hashes[chunk.positions], retry_lost=self.retry_lost)]
+        found: NDArray[np.int64] = chunk.positions[
+            self.store.missing(self.hashes[chunk.positions], retry_lost=self.retry_lost)
+        ]
         return found
 
     def _is_open(self, chunk: _Chunk) -> bool:
@@ -205,7 +207,9 @@ class _Filling:
     def _wait(self) -> None:
         """Sleep a little, with a word now and then."""
         if self.on_wait is not None and time.monotonic() - self._said >= _SAY_S:
-            self.on_wait(f"waiting for {sum(self._left.values())} clips that {self._owner()} encodes into {self.store.folder}")
+            self.on_wait(
+                f"waiting for {sum(self._left.values())} clips that {self._owner()} encodes into {self.store.folder}"
+            )
             self._said = time.monotonic()
         time.sleep(self.settings.poll_s)
 

@@ -84,7 +84,9 @@ class ShardIndex:
         places[:, 0] = numbers[places[:, 0]]
         mask = places[:, 0] >= 0
         files = tuple(self.files[number] for number in kept)
-        return ShardIndex(files, self.hashes[mask], self.offsets[mask], places[mask], self.checksums[mask], self.times_s[mask])
+        return ShardIndex(
+            files, self.hashes[mask], self.offsets[mask], places[mask], self.checksums[mask], self.times_s[mask]
+        )
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
         """The index with more shards; a clip that is in several keeps its first place."""
@@ -202,7 +204,11 @@ def is_pretrained_vlm(folder: Path) -> bool:
         return False
     index = update(index, folder, {})
     try:
-        held = {(file.name, row.content): (row.offset, row.checksum) for file in index.files for row in read_shard(folder / file.name).rows}
+        held = {
+            (file.name, row.content): (row.offset, row.checksum)
+            for file in index.files
+            for row in read_shard(folder / file.name).rows
+        }
     except (BrokenFileError, OSError):
         return False
     return all(
@@ -220,9 +226,15 @@ def _load(folder: Path) -> ShardIndex | None:
             if header.metadata["format"] != _FORMAT:
                 return None
             entries = json.loads(header.metadata["files"])
-            files = tuple(ShardFile(**entry | {"lost": tuple(entry["lost"]), "errors": ErrorSums(**entry["errors"])}) for entry in entries)
+            files = tuple(
+                ShardFile(**entry | {"lost": tuple(entry["lost"]), "errors": ErrorSums(**entry["errors"])})
+                for entry in entries
+            )
             hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
-            offsets, places = _mapped(file, header, "offsets", np.int64, 2), _mapped(file, header, "places", np.int32, _COLUMNS)
+            offsets, places = (
+                _mapped(file, header, "offsets", np.int64, 2),
+                _mapped(file, header, "places", np.int32, _COLUMNS),
+            )
             checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
             times_s = _mapped(file, header, "times_s", np.float64, header.tensors["times_s"].shape[1])
         index = ShardIndex(files, hashes, offsets, places, checksums, times_s)

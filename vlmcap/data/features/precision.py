@@ -13,7 +13,12 @@ from torch import Tensor
 
 from vlmcap.errors import UserError
 
-_TYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+_TYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
 DTYPES = tuple(_TYPES)
 _SCALE_BYTES = 4
 _INT8_MAX = 127

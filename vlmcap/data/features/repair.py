@@ -6,7 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlmcap.data.features.shards import DAMAGED, SCALE, BrokenFileError, Shard, read_shard, tensors_checksum, write_shard
+from vlmcap.data.features.shards import (
+    DAMAGED,
+    SCALE,
+    BrokenFileError,
+    Shard,
+    read_shard,
+    tensors_checksum,
+    write_shard,
+)
 from vlmcap.types import Clip, Skipped
 
 
@@ -29,7 +37,11 @@ def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise BrokenFileError(str(error)) from error
-    damaged = [row.content for row in shard.rows if tensors_checksum(row.content, tensors, row.grid_thw, row.times_s) != row.checksum]
+    damaged = [
+        row.content
+        for row in shard.rows
+        if tensors_checksum(row.content, tensors, row.grid_thw, row.times_s) != row.checksum
+    ]
     return shard, tensors, damaged
 
 
@@ -48,7 +60,10 @@ def repair_shard(path: Path) -> bool:
         return False
     sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
     grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
-    skipped = {content: Skipped(Clip("", "", ()), reason, content not in shard.lost) for content, reason in shard.skipped.items()}
+    skipped = {
+        content: Skipped(Clip("", "", ()), reason, content not in shard.lost)
+        for content, reason in shard.skipped.items()
+    }
     skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
     times_s = {row.content: row.times_s for row in shard.rows if row.times_s and row.content in sound}
     write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors, times_s)

@@ -155,10 +155,16 @@ def read_shard(path: Path) -> Shard:
     try:
         if header.metadata["format"] != _FORMAT:
             raise BrokenFileError("it holds no features, or those of another version")
-        dtype, grids, times_s = header.metadata["dtype"], json.loads(header.metadata["grids"]), json.loads(header.metadata["times_s"])
+        dtype, grids, times_s = (
+            header.metadata["dtype"],
+            json.loads(header.metadata["grids"]),
+            json.loads(header.metadata["times_s"]),
+        )
         checksums = json.loads(header.metadata["checksums"])
         names = [name for name in header.tensors if not name.endswith(SCALE)]
-        rows = tuple(_row(name, header, dtype, grids.get(name), times_s.get(name, ()), checksums[name]) for name in names)
+        rows = tuple(
+            _row(name, header, dtype, grids.get(name), times_s.get(name, ()), checksums[name]) for name in names
+        )
         skipped = {str(content): str(reason) for content, reason in json.loads(header.metadata["skipped"]).items()}
         lost = tuple(str(content) for content in json.loads(header.metadata["lost"]))
         return Shard(dtype, rows, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
@@ -181,10 +187,14 @@ def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s:
     if grid is not None:
         frames, height, width = (int(size) for size in grid)
         grid_thw = (frames, height, width)
-    return Row(name, place.start, scale_offset, shape, grid_thw, int(checksum), tuple(float(time_s) for time_s in times_s))
+    return Row(
+        name, place.start, scale_offset, shape, grid_thw, int(checksum), tuple(float(time_s) for time_s in times_s)
+    )
 
 
-def entry_checksum(content: str, shape: Sequence[int], grid_thw: GridTHW | None, times_s: FrameTimes, parts: Iterable[Any]) -> int:
+def entry_checksum(
+    content: str, shape: Sequence[int], grid_thw: GridTHW | None, times_s: FrameTimes, parts: Iterable[Any]
+) -> int:
     """CRC-32 of all that an entry says: whose it is, its sizes and times, and the bytes of its numbers and scales.
 
     Args:
@@ -202,7 +212,9 @@ def entry_checksum(content: str, shape: Sequence[int], grid_thw: GridTHW | None,
 
 def tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: GridTHW | None, times_s: FrameTimes) -> int:
     """The same of an entry whose numbers and scales are tensors."""
-    parts = [tensors[name].reshape(-1).view(torch.uint8).numpy() for name in (content, content + SCALE) if name in tensors]
+    parts = [
+        tensors[name].reshape(-1).view(torch.uint8).numpy() for name in (content, content + SCALE) if name in tensors
+    ]
     return entry_checksum(content, tensors[content].shape, grid_thw, times_s, parts)
 
 
@@ -229,7 +241,9 @@ def write_shard(
     reasons = {content: item.reason for content, item in skipped.items()}
     names = [name for name in tensors if not name.endswith(SCALE)]
     times = times_s or {}
-    checksums = {content: tensors_checksum(content, tensors, grids.get(content), times.get(content, ())) for content in names}
+    checksums = {
+        content: tensors_checksum(content, tensors, grids.get(content), times.get(content, ())) for content in names
+    }
     plain: dict[str, Any] = {
         "grids": grids,
         "times_s": times,
@@ -238,7 +252,11 @@ def write_shard(
         "lost": lost,
         "errors": asdict(errors),
     }
-    metadata = {"format": _FORMAT, "dtype": dtype, **{name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}}
+    metadata = {
+        "format": _FORMAT,
+        "dtype": dtype,
+        **{name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()},
+    }
     path = folder / f"{time.time_ns() // 1000:016d}-{process_name()}-{secrets.token_hex(3)}{SUFFIX}"
     with replacing(path) as partial:
         try:
@@ -329,7 +347,9 @@ class ShardWriter:
             return
         self.make_room(self.num_bytes)
         try:
-            write_shard(self.folder, self.recipe.dtype, self._tensors, self._grids, self._skipped, self._errors, self._times_s)
+            write_shard(
+                self.folder, self.recipe.dtype, self._tensors, self._grids, self._skipped, self._errors, self._times_s
+            )
         except OSError as error:
             if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
                 raise UserError(

@@ -214,7 +214,11 @@ class FeatureStore:
             parts.append(self._shards.read(file, int(scale_start), math.prod(shape[:2]) * torch.float32.itemsize))
         self._verify(content, parts)
         numbers = torch.from_numpy(parts[0]).view(dtype).reshape(shape)
-        return dequantize(numbers, torch.from_numpy(parts[1]).view(torch.float32).reshape(shape[:2])) if len(parts) == 2 else numbers
+        return (
+            dequantize(numbers, torch.from_numpy(parts[1]).view(torch.float32).reshape(shape[:2]))
+            if len(parts) == 2
+            else numbers
+        )
 
     def _verify(self, content: bytes, parts: list[NDArray[np.uint8]]) -> None:
         opened = self._opened()
@@ -223,7 +227,10 @@ class FeatureStore:
         if self._is_verified[row]:
             return
         times_s = self.times_s(content) or ()
-        if entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), times_s, parts) != opened.checksums[row]:
+        if (
+            entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), times_s, parts)
+            != opened.checksums[row]
+        ):
             raise DamagedEntryError(content.decode())
         self._is_verified[row] = True
 

@@ -41,4 +41,6 @@ def _plugin_entries(reader: Reader, settings: DataConfig, split: str | None) -> 
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"the reader of data={settings.kind} failed ({reason}); check data.root={settings.root}, or correct it") from error
+        raise UserError(
+            f"the reader of data={settings.kind} failed ({reason}); check data.root={settings.root}, or correct it"
+        ) from error

@@ -65,13 +65,17 @@ def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
         elif ending in VIDEO_ENDINGS or ending in IMAGE_ENDINGS:
             media.append(_named(found))
     if not labels:
-        raise UserError(f"there are no labels (.json) in {settings.root}, but {len(media)} clips; set data.root to the folder with both")
+        raise UserError(
+            f"there are no labels (.json) in {settings.root}, but {len(media)} clips; set data.root to the folder with both"
+        )
     if any(label.split for label in labels):  # a stray .json beside the splits is no label
         stems = {clip.stem for clip in media if not clip.split}
         labels = [label for label in labels if label.split or label.stem in stems]
     for name in sorted({label.split for label in labels}):
         if split is None or name in ("", standard_split(split)):
-            pairs = _pair([label for label in labels if label.split == name], [clip for clip in media if clip.split == name])
+            pairs = _pair(
+                [label for label in labels if label.split == name], [clip for clip in media if clip.split == name]
+            )
             for label, clip_id, clip in pairs:
                 yield clip if isinstance(clip, Skipped) else _read_label(label, clip_id, clip.file.address, settings)
 
@@ -89,7 +93,10 @@ def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_
     labels_at = _grouped(labels, "key")
     # Whatever has no counterpart of the same path is compared by its last name alone.
     free_labels = _grouped((label for label in labels if label.key not in clips_at), "stem")
-    free_clips = {stem: _videos_first(group) for stem, group in _grouped((c for c in media if c.key not in labels_at), "stem").items()}
+    free_clips = {
+        stem: _videos_first(group)
+        for stem, group in _grouped((c for c in media if c.key not in labels_at), "stem").items()
+    }
     for label in sorted(labels, key=lambda label: (label.key, label.file.path)):
         is_exact = label.key in clips_at
         rivals = labels_at[label.key] if is_exact or len(labels_at[label.key]) > 1 else free_labels[label.stem]
@@ -136,6 +143,8 @@ def _read_label(label: _Named, clip_id: str, video: str, settings: AihubConfig) 
     captions = captions_at(content, settings.caption_key)
     if not captions.texts:
         found = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
-        return skip(clip_id, f"the label {name} has {found}: set data.caption_key, or repair or remove the label", video)
+        return skip(
+            clip_id, f"the label {name} has {found}: set data.caption_key, or repair or remove the label", video
+        )
     category = text_at(content, settings.category_key) if settings.category_key else ""
     return Record(Clip(clip_id, video, captions.texts, category), label.split, num_empty=captions.num_empty)

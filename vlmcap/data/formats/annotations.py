@@ -35,11 +35,17 @@ def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tup
     for name in dict.fromkeys([*SPELLINGS, *([split] if split else [])]):
         for address in _first_spelling(settings, pattern, name):
             if found.setdefault(address, name) != name:
-                raise UserError(f"data.annotations={pattern}: {address} could be of {found[address]} and of {name}; rename it")
+                raise UserError(
+                    f"data.annotations={pattern}: {address} could be of {found[address]} and of {name}; rename it"
+                )
     wanted = [(name, address) for address, name in found.items() if split in (None, name)]
     if not wanted:
-        annotation_files(replace(settings, annotations=pattern.replace("{split}", split or "train")))  # says what there is
-        raise UserError(f"data.annotations={pattern} finds no file below data.root={settings.root} that names the split {split or 'train'}")
+        annotation_files(
+            replace(settings, annotations=pattern.replace("{split}", split or "train"))
+        )  # says what there is
+        raise UserError(
+            f"data.annotations={pattern} finds no file below data.root={settings.root} that names the split {split or 'train'}"
+        )
     return wanted
 
 
@@ -67,7 +73,9 @@ def load_json(address: str) -> Any:
     except MediaError as error:
         raise UserError(f"data.annotations: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.annotations: {address} is no JSON ({error}); copy it again, or name another file") from error
+        raise UserError(
+            f"data.annotations: {address} is no JSON ({error}); copy it again, or name another file"
+        ) from error
 
 
 def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
@@ -106,7 +114,9 @@ def json_lines(address: str) -> Iterator[tuple[int, Any | Skipped]]:
         text = read_text(address)
     except MediaError as error:
         raise UserError(f"data.annotations: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which also splits at U+2028 inside of captions
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # not splitlines, which also splits at U+2028 inside of captions
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -126,7 +136,14 @@ def media_name(settings: PatternConfig, id: str) -> str:
 
 
 def make_record(
-    settings: MediaConfig, id: str, files: Sequence[str], captions: Captions, entry: Any, *, split: str = "", group: str = ""
+    settings: MediaConfig,
+    id: str,
+    files: Sequence[str],
+    captions: Captions,
+    entry: Any,
+    *,
+    split: str = "",
+    group: str = "",
 ) -> Record | Skipped:
     """The record of an entry, or why there is none: no caption, or a file that is missing or lies outside the root.
 
@@ -141,7 +158,11 @@ def make_record(
     """
     if not captions.texts:
         assert isinstance(settings, KeyedConfig), "other formats have no entries without a caption"
-        return skip(id, f"no caption at data.caption_key={settings.caption_key}{why_no_caption(entry, settings.caption_key)}", files[0])
+        return skip(
+            id,
+            f"no caption at data.caption_key={settings.caption_key}{why_no_caption(entry, settings.caption_key)}",
+            files[0],
+        )
     try:
         addresses = tuple(resolve_media(settings, name) for name in files)
     except OutsideRootError as error:
@@ -166,9 +187,13 @@ def checked(entries: Entries, settings: AnnotatedConfig) -> Entries:
             return
         bad.append(entry)
     if not bad:
-        raise UserError(f"data.annotations={settings.annotations} has no entries below data.root={settings.root}: name another file")
+        raise UserError(
+            f"data.annotations={settings.annotations} has no entries below data.root={settings.root}: name another file"
+        )
     first = f"{bad[0].clip.id}: {bad[0].reason}"
-    raise UserError(f"none of the {len(bad)} entries of data.annotations={settings.annotations} can be used, first {first}")
+    raise UserError(
+        f"none of the {len(bad)} entries of data.annotations={settings.annotations} can be used, first {first}"
+    )
 
 
 def _describe(content: Any) -> str:

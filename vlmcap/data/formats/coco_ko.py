@@ -33,5 +33,10 @@ def _record(settings: CocoKoConfig, entry: Any, number: int, split: str) -> Reco
         return skip(text_at(entry, "id") or f"entry {number}", "the entry has no file_path")
     id = text_at(entry, "id") or path.rpartition(".")[0]
     return make_record(
-        settings, id, [path], captions_at(entry, settings.caption_key), entry, split=split or split_in_path(_YEAR.sub("", path))[0]
+        settings,
+        id,
+        [path],
+        captions_at(entry, settings.caption_key),
+        entry,
+        split=split or split_in_path(_YEAR.sub("", path))[0],
     )

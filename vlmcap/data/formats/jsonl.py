@@ -96,7 +96,9 @@ def _parse(line: bytes | None) -> dict[str, Any]:
     try:
         content = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise _BadLineError(f"the line is no UTF-8 text (byte {error.start}; cp949 and UTF-16 are not read): convert the file") from error
+        raise _BadLineError(
+            f"the line is no UTF-8 text (byte {error.start}; cp949 and UTF-16 are not read): convert the file"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise _BadLineError(f"the line is no JSON ({error}): repair or remove it") from error
     if not isinstance(content, dict):
@@ -136,5 +138,7 @@ def _media_names(content: dict[str, Any]) -> list[str]:
     value = content[keys[0]]
     names = value if keys[0] == "frames" else [value]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise _BadLineError(f"'{keys[0]}' must be " + ("a list of file names" if keys[0] == "frames" else "a file name"))
+        raise _BadLineError(
+            f"'{keys[0]}' must be " + ("a list of file names" if keys[0] == "frames" else "a file name")
+        )
     return names

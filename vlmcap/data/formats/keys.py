@@ -10,7 +10,12 @@ from vlmcap.data.text import normalize_caption
 _MAX_KEYS_NAMED = 12
 _MAX_KEYS_SEEN = 1000
 _NO_TEXT = "no text at any key"
-_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list without text, or with something else in it"}
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list without text, or with something else in it",
+}
 
 
 class Captions(NamedTuple):

@@ -44,10 +44,15 @@ def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str
         raise UserError(
             f"no sentence has a caption at data.caption_key={settings.caption_key}; the first has {describe_keys(sentences[0])}"
         )
-    return {id: Captions(sum((p.texts for p in parts), ()), sum(p.num_empty for p in parts)) for id, parts in captions.items()}
+    return {
+        id: Captions(sum((p.texts for p in parts), ()), sum(p.num_empty for p in parts))
+        for id, parts in captions.items()
+    }
 
 
-def _record(settings: MsrvttConfig, video: Any, number: int, captions: dict[str, Captions], split: str) -> Record | Skipped:
+def _record(
+    settings: MsrvttConfig, video: Any, number: int, captions: dict[str, Captions], split: str
+) -> Record | Skipped:
     id = text_at(video, "video_id")
     if not id:
         return skip(f"video {number}", "the video has no video_id")

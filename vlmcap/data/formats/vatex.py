@@ -32,4 +32,6 @@ def _record(settings: VatexConfig, entry: Any, number: int, split: str) -> Recor
         return skip(f"entry {number}", "the entry has no videoID")
     cut = _CUT.fullmatch(id)
     captions = captions_at(entry, settings.caption_key)
-    return make_record(settings, id, [media_name(settings, id)], captions, entry, split=split, group=cut[1] if cut else "")
+    return make_record(
+        settings, id, [media_name(settings, id)], captions, entry, split=split, group=cut[1] if cut else ""
+    )

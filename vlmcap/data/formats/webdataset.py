@@ -74,7 +74,9 @@ def _choices(piece: str) -> list[str]:
     numbers = _RANGE.fullmatch(piece)
     if numbers is None:
         if "," not in piece:
-            raise UserError(f"data.annotations: {{{piece}}} is neither a range like {{000..099}} nor a choice like {{a,b}} nor {{split}}")
+            raise UserError(
+                f"data.annotations: {{{piece}}} is neither a range like {{000..099}} nor a choice like {{a,b}} nor {{split}}"
+            )
         return piece.split(",")
     first, last = int(numbers[1]), int(numbers[2])
     if last < first or last - first >= _MAX_SHARDS:
@@ -124,14 +126,22 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
         label = _read_label(sample)
         captions = captions_at(label, settings.caption_key)
         if not captions.texts and "txt" in sample.members:
-            captions = Captions(tuple(filter(None, [normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))])))
+            captions = Captions(
+                tuple(filter(None, [normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))]))
+            )
     except MediaError as error:
         return skip(sample.id, str(error), video)
     except (ValueError, RecursionError) as error:
         return skip(sample.id, f"{sample.members['json']} is no JSON ({error})", video)
     if not captions.texts:
-        there = why_no_caption(label, settings.caption_key) if "json" in sample.members else f": it has {', '.join(sample.members)}"
-        return skip(sample.id, f"no caption in a txt member and none at data.caption_key={settings.caption_key}{there}", video)
+        there = (
+            why_no_caption(label, settings.caption_key)
+            if "json" in sample.members
+            else f": it has {', '.join(sample.members)}"
+        )
+        return skip(
+            sample.id, f"no caption in a txt member and none at data.caption_key={settings.caption_key}{there}", video
+        )
     category = text_at(label, settings.category_key) if settings.category_key else ""
     return Record(Clip(sample.id, video, captions.texts, category), split, num_empty=captions.num_empty)
 

@@ -164,9 +164,13 @@ class BatchSampler(Sampler[list[Draw]]):
         ValueError: A number is out of its range.
     """
 
-    def __init__(self, plan: BatchPlan, *, seed: int = 0, rank: int = 0, world_size: int = 1, content: str = "") -> None:
+    def __init__(
+        self, plan: BatchPlan, *, seed: int = 0, rank: int = 0, world_size: int = 1, content: str = ""
+    ) -> None:
         if seed < 0 or not 0 <= rank < world_size:
-            raise ValueError(f"seed must not be negative and rank be in 0 to {world_size - 1}, but they are {seed} and {rank}")
+            raise ValueError(
+                f"seed must not be negative and rank be in 0 to {world_size - 1}, but they are {seed} and {rank}"
+            )
         self.plan = plan.divided_by(world_size)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.digest = "-".join([self.plan.digest, str(seed), str(world_size), content])
@@ -231,7 +235,9 @@ class BatchSampler(Sampler[list[Draw]]):
         if len(plan.buckets) and plan.buckets[-1]:
             clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
             generator.shuffle(steps)
-            if len(plan) % self.world_size and steps[0] == steps.max():  # sharded ranks need a batch before an empty one
+            if (
+                len(plan) % self.world_size and steps[0] == steps.max()
+            ):  # sharded ranks need a batch before an empty one
                 steps = np.roll(steps, -1)
         else:  # a single bucket: its clips are in any order already
             clips = generator.permutation(plan.clips)

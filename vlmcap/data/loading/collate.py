@@ -101,10 +101,16 @@ class Collator:
                 continue
             caption = self._caption_ids(item.clip)
             if self.mode == "train" and not caption:
-                skipped.append(Skipped(item.clip, f"clip {item.clip.id} has no caption to learn from: it is empty or gives no tokens"))
+                skipped.append(
+                    Skipped(
+                        item.clip, f"clip {item.clip.id} has no caption to learn from: it is empty or gives no tokens"
+                    )
+                )
                 continue
             num_truncated += len(caption) > self.max_caption_tokens
-            sequences.append(_Sequence(item, *self._prompt(item.grid_thw, item.times_s), caption[: self.max_caption_tokens]))
+            sequences.append(
+                _Sequence(item, *self._prompt(item.grid_thw, item.times_s), caption[: self.max_caption_tokens])
+            )
         grids = [sequence.sample.grid_thw for sequence in sequences if sequence.sample.grid_thw is not None]
         assert len(grids) in (0, len(sequences)), "a batch mixes clips with a size of their own and without"
         times_s = tuple(sequence.sample.times_s for sequence in sequences)
@@ -151,7 +157,9 @@ class Collator:
             *starts, width = accumulate(lengths, initial=0)
             return (1, width), [(0, start) for start in starts]
         width = max(lengths, default=0) or len(self._prompt(None, None)[0])
-        return (len(lengths), width), [(row, width - length if self.mode == "generate" else 0) for row, length in enumerate(lengths)]
+        return (len(lengths), width), [
+            (row, width - length if self.mode == "generate" else 0) for row, length in enumerate(lengths)
+        ]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
         """Ids, mask and positions, each (R, S), and places, by their names in a `Batch`."""
@@ -206,7 +214,11 @@ def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
         visual_mask: bool (R, S), True where a projected visual token goes.
         labels: int64 (R, S), `IGNORED` where the loss passes over, as it does at the start of a row; None for generation.
     """
-    found: dict[str, Any] = {"visual_places": visual_mask.flatten().nonzero().flatten(), "targets": None, "label_places": None}
+    found: dict[str, Any] = {
+        "visual_places": visual_mask.flatten().nonzero().flatten(),
+        "targets": None,
+        "label_places": None,
+    }
     if labels is not None:
         flat = labels.flatten()  # (R, S) -> (R · S,)
         places = (flat != IGNORED).nonzero().flatten()

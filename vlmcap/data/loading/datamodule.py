@@ -89,7 +89,9 @@ class CaptionDataModule(L.LightningDataModule):
         """Any clips once over all ranks, as lists of `Sample` and `Skipped` of the length of a batch to caption."""
         rank, world_size = self.evaluation_rank
         size = self.prompt_batch_size
-        return DataLoader(sampler=range(rank, len(clips), world_size), batch_size=size, **self._common(clips, list, size))
+        return DataLoader(
+            sampler=range(rank, len(clips), world_size), batch_size=size, **self._common(clips, list, size)
+        )
 
     def resume_at(self, position: Mapping[str, Any]) -> None:
         """Makes the next training loader start at a `BatchSampler.position`."""
@@ -116,15 +118,21 @@ class CaptionDataModule(L.LightningDataModule):
         assert max_tokens is not None, "the configuration asks for it"
         return packed_plan(lengths, max_tokens)
 
-    def _eval_loader(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], batch_size: int) -> DataLoader[Any]:
+    def _eval_loader(
+        self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], batch_size: int
+    ) -> DataLoader[Any]:
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
         own = range(rank, len(clips), world_size)
         # A batch keeps a GPU busy for minutes, so one of each worker in advance is enough; with many rows its frames are gigabytes.
         prefetch = 1 if self.data.num_workers else None
-        return DataLoader(sampler=own, batch_size=batch_size, prefetch_factor=prefetch, **self._common(clips, collator, batch_size))
+        return DataLoader(
+            sampler=own, batch_size=batch_size, prefetch_factor=prefetch, **self._common(clips, collator, batch_size)
+        )
 
-    def _common(self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], num_clips: int) -> dict[str, Any]:
+    def _common(
+        self, clips: Sequence[Clip], collator: Callable[[list[Sample | Skipped]], object], num_clips: int
+    ) -> dict[str, Any]:
         """Arguments of every loader, whose batches have at most `num_clips` clips."""
         workers, dataset = self.data.num_workers, self.make_dataset(clips)
         return {

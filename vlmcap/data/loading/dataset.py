@@ -92,7 +92,9 @@ class ClipDataset(Dataset[Sample | Skipped]):
         if frames is None:
             return Skipped(clip, facts["reason"], is_final=facts["is_final"])
         grid_thw = facts["grid_thw"]
-        return Sample(clip, frames=frames, grid_thw=None if grid_thw is None else tuple(grid_thw), times_s=tuple(facts["times_s"]))
+        return Sample(
+            clip, frames=frames, grid_thw=None if grid_thw is None else tuple(grid_thw), times_s=tuple(facts["times_s"])
+        )
 
     def _read(self, request: list[int | None]) -> Answer:
         """The grid, the times and the frames of a clip, or the reason why there are none."""
@@ -106,7 +108,9 @@ class ClipDataset(Dataset[Sample | Skipped]):
             return {"reason": str(error), "is_final": error.is_final}, None
         except UserError:
             raise
-        except Exception as error:  # whatever else a file can bring libraries to: one clip, not the run; max_bad_fraction catches bugs
+        except (
+            Exception
+        ) as error:  # whatever else a file can bring libraries to: one clip, not the run; max_bad_fraction catches bugs
             if is_out_of_memory(error) and self._isolated is not None:
                 raise
             return {"reason": _cannot_read(clip, _describe(error)), "is_final": False}, None

@@ -44,7 +44,9 @@ _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
 _FIRST_TO_GO = "900"  # of -1000 to 1000: a system out of memory takes this process, not the one that trains
 _GRACE_S = 2.0  # beyond the limit that the decoder looks at itself
-_DEATH_S = 1.0  # that a process takes to end by itself after its connection has: killed on top, it would not tell how it died
+_DEATH_S = (
+    1.0  # that a process takes to end by itself after its connection has: killed on top, it would not tell how it died
+)
 _REAP_S = 2.0  # a killed process that stands in a dead network drive ends when the drive answers, which may be never
 
 
@@ -104,7 +106,9 @@ class Isolated:
             except LostError as error:
                 if child.num_calls == 1 or isinstance(error, _TooSlowError):
                     raise
-            return self._ask(self._living_child(function), request)  # an earlier clip may have left the first child damaged or full
+            return self._ask(
+                self._living_child(function), request
+            )  # an earlier clip may have left the first child damaged or full
 
     def close(self) -> None:
         """Ends the child; another call would fork a new one."""
@@ -117,7 +121,9 @@ class Isolated:
         self._unreaped: list[int] = []
 
     def _living_child(self, function: Callable[[Any], Answer]) -> _Child:
-        if self._child is not None and _reap(self._child.pid, patience_s=0) is not None:  # ended between two calls: no clip's fault
+        if (
+            self._child is not None and _reap(self._child.pid, patience_s=0) is not None
+        ):  # ended between two calls: no clip's fault
             self._child.close()
             self._child = None
         if self._child is None:
@@ -130,7 +136,9 @@ class Isolated:
             facts, tensor = child.ask(request, time.monotonic() + self.timeout_s + _GRACE_S)
         except TimeoutError:
             self._drop(child)
-            raise _TooSlowError(f"decoding took longer than data.decode_timeout_s={self.timeout_s:g} and was stopped") from None
+            raise _TooSlowError(
+                f"decoding took longer than data.decode_timeout_s={self.timeout_s:g} and was stopped"
+            ) from None
         except OSError:  # the child's end of the connection is closed
             raise LostError(_describe(self._drop(child, patience_s=_DEATH_S))) from None
         except BaseException:  # an interrupt: the answer on its way must not be taken for the next one's

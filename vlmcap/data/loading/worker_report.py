@@ -23,7 +23,9 @@ T_co = TypeVar("T_co", covariant=True)
 _MAX_NAMED = 4
 _MAX_WORKERS = 256  # of one loader; those beyond are not watched
 _LAST_SECONDS = 120.0  # of a worker after SIGTERM
-_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
+_DEATH = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)"
+)
 _TIMEOUT = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 _START_S = 120.0  # for a worker to start, and for a busy disk
 _MARGIN_S = 3.0  # of each clip, beyond the limit at which its decoder is stopped
@@ -160,8 +162,13 @@ class WorkerWatch:
 
     def _describe_silence(self, seconds: float) -> str:
         clips = [clip for notes in self._notes for clip in notes.clips_read()]
-        reading = f" while they read {', '.join(f'{clip.id} ({clip.video})' for clip in clips[:_MAX_NAMED])}" if clips else ""
-        cause = shared_memory_problem() or "look at the disk of the videos, or set data.num_workers=0 to see what a worker does"
+        reading = (
+            f" while they read {', '.join(f'{clip.id} ({clip.video})' for clip in clips[:_MAX_NAMED])}" if clips else ""
+        )
+        cause = (
+            shared_memory_problem()
+            or "look at the disk of the videos, or set data.num_workers=0 to see what a worker does"
+        )
         return f"no batch came from the data workers for {seconds:.0f} s{reading}: {cause}"
 
     def _describe(self, pids: list[int], signal_name: str | None) -> str:

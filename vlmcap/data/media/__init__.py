@@ -16,7 +16,16 @@ from typing import BinaryIO, NamedTuple
 
 from vlmcap.data.media.archive_cache import index_of, use_index_folder
 from vlmcap.data.media.archives import ENCRYPTED, Member, Place, kind_of
-from vlmcap.data.media.storage import MediaError, MediaStat, Window, explained, local_file, open_file, read_range, stat_file
+from vlmcap.data.media.storage import (
+    MediaError,
+    MediaStat,
+    Window,
+    explained,
+    local_file,
+    open_file,
+    read_range,
+    stat_file,
+)
 
 __all__ = [
     "Address",
@@ -65,7 +74,9 @@ def parse_address(address: str) -> Address:
     if not separator or not member or not archive:
         raise MediaError(f"{address} is no address of a member: write {kind}://MEMBER::ARCHIVE")
     if "://" in member or archive.partition("://")[0] in ("zip", "tar"):
-        raise MediaError(f"{address} chains file systems: an archive within an archive is not read, unpack the outer one")
+        raise MediaError(
+            f"{address} chains file systems: an archive within an archive is not read, unpack the outer one"
+        )
     return Address(kind, member, archive)
 
 
@@ -158,7 +169,9 @@ def _open_zipped(address: str, archive: str, place: Place) -> BinaryIO:
     if place.method == ENCRYPTED:
         raise MediaError(f"{address} is encrypted: pack it again without a password")
     if place.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise MediaError(f"{address} is compressed by method {place.method}, which is not read: pack it again with zip -0")
+        raise MediaError(
+            f"{address} is compressed by method {place.method}, which is not read: pack it again with zip -0"
+        )
     is_stored = place.method == zipfile.ZIP_STORED
     if is_stored and place.size != place.packed:
         raise MediaError(f"{address} is damaged: its two sizes differ")
@@ -187,7 +200,9 @@ def _content_start(address: str, header: bytes, place: Place) -> int:
 
 def _check_growth(address: str, place: Place) -> None:
     if place.size > MAX_MEMBER_BYTES:
-        raise MediaError(f"{address} has {place.size} bytes, and compressed members are read up to {MAX_MEMBER_BYTES}: pack it with zip -0")
+        raise MediaError(
+            f"{address} has {place.size} bytes, and compressed members are read up to {MAX_MEMBER_BYTES}: pack it with zip -0"
+        )
     if place.size > max(1024**2, MAX_RATIO * place.packed):
         raise MediaError(f"{address} grows more than {MAX_RATIO} times when decompressed: no video or picture does")
 

@@ -23,7 +23,9 @@ ENCRYPTED = 0xFFFF
 
 _HANGUL = re.compile(r"[\uac00-\ud7a3\u1100-\u11ff\u3131-\u318e]")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_ROW = np.dtype([("start", "<i8"), ("end", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u2")])
+_ROW = np.dtype(
+    [("start", "<i8"), ("end", "<i8"), ("packed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u2")]
+)
 
 
 class Member(NamedTuple):
@@ -113,7 +115,9 @@ def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
         with zipfile.ZipFile(file) as directory:
             infos, limit = directory.infolist(), directory.start_dir
     except zipfile.BadZipFile as error:
-        raise MediaError(f"{archive} is no whole zip archive ({error}): copy it again, and join split downloads first") from error
+        raise MediaError(
+            f"{archive} is no whole zip archive ({error}): copy it again, and join split downloads first"
+        ) from error
     ends = dict.fromkeys(sorted({info.header_offset for info in infos}), limit)
     for start, following in zip(list(ends), list(ends)[1:], strict=False):
         ends[start] = following
@@ -123,7 +127,12 @@ def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
         name = decode_name(raw, is_utf8=bool(info.flag_bits & 0x800))
         if not info.is_dir() and "\0" not in name:
             method = ENCRYPTED if info.flag_bits & 0x1 else min(info.compress_type, ENCRYPTED - 1)
-            yield name, Place(info.header_offset, ends[info.header_offset], info.compress_size, info.file_size, info.CRC, method)
+            yield (
+                name,
+                Place(
+                    info.header_offset, ends[info.header_offset], info.compress_size, info.file_size, info.CRC, method
+                ),
+            )
 
 
 def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
@@ -138,7 +147,12 @@ def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
                 cast("Any", tar).members.clear()  # tarfile keeps them all, a kilobyte each
                 name = decode_name(info.name.encode("utf-8", "surrogateescape"), is_utf8=True)
                 if info.isreg() and not info.issparse() and "\0" not in name:
-                    yield name, Place(info.offset_data, info.offset_data + info.size, info.size, info.size, 0, zipfile.ZIP_STORED)
+                    yield (
+                        name,
+                        Place(
+                            info.offset_data, info.offset_data + info.size, info.size, info.size, 0, zipfile.ZIP_STORED
+                        ),
+                    )
             file.seek(tar.offset)
     except tarfile.TarError as error:
         raise MediaError(f"{archive} is no whole tar archive ({error}): copy it again") from error

@@ -53,7 +53,9 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
     found = _local_file(settings, relative) or _member(settings, relative, "/".join(parts))
     if found is None:
         broken = [archive.error for archive in _archives(settings) if archive.error]
-        raise OutsideRootError(f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else ""))
+        raise OutsideRootError(
+            f"there is no file {relative!r} below {settings.root}" + (f"; {broken[0]}" if broken else "")
+        )
     return found
 
 
@@ -65,7 +67,9 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
     """
     pattern, root = settings.annotations, settings.root
     if not pattern:
-        raise UserError("data.annotations has no value: set it to the file with the captions, or to a pattern, below data.root")
+        raise UserError(
+            "data.annotations has no value: set it to the file with the captions, or to a pattern, below data.root"
+        )
     if not settings.allow_outside:
         try:
             pattern = "/".join(_parts(pattern, False))
@@ -76,7 +80,9 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
     except MediaError as error:
         raise UserError(f"data.root={root}: {error}") from error
     if not found:
-        raise UserError(f"data.annotations={settings.annotations} is no file below data.root={root}; {_whats_there(root, pattern)}")
+        raise UserError(
+            f"data.annotations={settings.annotations} is no file below data.root={root}; {_whats_there(root, pattern)}"
+        )
     return found
 
 
@@ -144,7 +150,9 @@ def _check_inside(settings: AnnotatedConfig, path: str, *, is_link: bool) -> Non
     # A link is followed to its end; for plain files the folder is enough, which saves a look at each of its parents for each file.
     real = os.path.realpath(path) if is_link else os.path.join(_real_folder(folder), name)
     if not is_below(real, _real_folder(settings.root)):
-        raise OutsideRootError(f"{path!r} is a link out of data.root: copy the file there, or set data.allow_outside=true")
+        raise OutsideRootError(
+            f"{path!r} is a link out of data.root: copy the file there, or set data.allow_outside=true"
+        )
 
 
 def _real_folder(folder: str) -> str:
@@ -159,11 +167,17 @@ def _real(folder: str) -> str:
 def _member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
     """The address of the member of an archive below the root that has this path, or this name."""
     archives = [archive for archive in _archives(settings) if not archive.error]
-    below = [(a, relative.removeprefix(a.folder).lstrip("/")) for a in archives if relative.startswith(f"{a.folder}/" if a.folder else "")]
+    below = [
+        (a, relative.removeprefix(a.folder).lstrip("/"))
+        for a in archives
+        if relative.startswith(f"{a.folder}/" if a.folder else "")
+    ]
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
         found = [address for archive, member in candidates if (address := _existing(archive.file, member))]
         if len(found) > 1:
-            raise OutsideRootError(f"{found[0]} and {found[1]} have the same name: set data.media to the archive that is meant")
+            raise OutsideRootError(
+                f"{found[0]} and {found[1]} have the same name: set data.media to the archive that is meant"
+            )
         if found:
             return found[0]
     return None
@@ -188,14 +202,21 @@ def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
     root = settings.root
     if is_archive(root) and not os.path.isdir(root):
         for member in list_members(root):
-            if any(fnmatch.fnmatchcase(unicodedata.normalize("NFC", member.name), form) or member.name == form for form in _forms(pattern)):
+            if any(
+                fnmatch.fnmatchcase(unicodedata.normalize("NFC", member.name), form) or member.name == form
+                for form in _forms(pattern)
+            ):
                 yield member_address(root, member.name)
     elif "://" in root:
         yield from list_remote(f"{root.rstrip('/')}/{pattern}")
     else:
         for form in _forms(pattern):
             literal = os.path.join(root, form)
-            paths = [literal] if os.path.isfile(literal) else glob.glob(os.path.join(glob.escape(root), form), recursive=True)
+            paths = (
+                [literal]
+                if os.path.isfile(literal)
+                else glob.glob(os.path.join(glob.escape(root), form), recursive=True)
+            )
             paths = [path for path in paths if os.path.isfile(path)]
             for path in paths:
                 _refuse_link(settings, path)
@@ -215,7 +236,15 @@ def _whats_there(root: str, pattern: str) -> str:
     """What the root has with the ending of the pattern."""
     ending = os.path.splitext(pattern)[1]
     if "://" in root or not os.path.isdir(root):
-        return "set data.annotations or data.root" if "://" in root or os.path.isfile(root) else "there is no such folder: set data.root"
+        return (
+            "set data.annotations or data.root"
+            if "://" in root or os.path.isfile(root)
+            else "there is no such folder: set data.root"
+        )
     names = sorted(entry for entry in os.listdir(root) if not entry.startswith("."))
     alike = [name for name in names if name.endswith(ending)] or names
-    return f"there are {', '.join(alike[:_MAX_NAMED])}: set data.annotations" if alike else "the folder is empty: set data.root"
+    return (
+        f"there are {', '.join(alike[:_MAX_NAMED])}: set data.annotations"
+        if alike
+        else "the folder is empty: set data.root"
+    )

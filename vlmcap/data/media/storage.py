@@ -23,7 +23,18 @@ SCHEMES = ("file", "memory", "http", "https", "s3", "gs", "gcs", "abfs", "az", "
 """Kinds of URL that are opened; everything else that fsspec could do (shells, archives to disk, notebooks) is refused."""
 
 REMOTE_BLOCK_BYTES = 64 * 1024
-_VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "sha256", "mtime", "LastModified", "last_modified", "updated", "created")
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "checksum",
+    "sha256",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
 
 
 class MediaError(Exception):
@@ -51,7 +62,9 @@ def scheme_of(place: str) -> str:
         kinds = ", ".join(SCHEMES)
         raise MediaError(f"{place}: addresses of kind '{scheme}' are not opened, only {kinds}, zip and tar")
     if "::" in rest:
-        raise MediaError(f"{place} chains file systems: only zip://MEMBER::ARCHIVE and tar://MEMBER::ARCHIVE are opened")
+        raise MediaError(
+            f"{place} chains file systems: only zip://MEMBER::ARCHIVE and tar://MEMBER::ARCHIVE are opened"
+        )
     return scheme
 
 

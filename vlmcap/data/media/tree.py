@@ -146,13 +146,17 @@ def _entries(folder: str, visit: Visit | None) -> list[os.DirEntry[str]]:
             return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         if visit is None:
-            raise UserError(f"{folder} cannot be read ({error.strerror}): give this user the right to read it, or move it away") from error
+            raise UserError(
+                f"{folder} cannot be read ({error.strerror}): give this user the right to read it, or move it away"
+            ) from error
         visit.unreadable.append(folder)
         return []
 
 
 def _no_folder(root: str) -> UserError:
-    return UserError(f"data.root is {root}, which is no folder (and no .zip or .tar file): set it to the folder that holds the data set")
+    return UserError(
+        f"data.root is {root}, which is no folder (and no .zip or .tar file): set it to the folder that holds the data set"
+    )
 
 
 def is_below(real: str, real_root: str) -> bool:

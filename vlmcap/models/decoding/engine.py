@@ -183,7 +183,12 @@ class _Decoder:
     """The rows that are being written, in the places 0 to N of the cache."""
 
     def __init__(
-        self, llm: nn.Module, settings: GenerationSettings, stop_ids: Collection[int], num_rows: int, graphs: Graphs | None = None
+        self,
+        llm: nn.Module,
+        settings: GenerationSettings,
+        stop_ids: Collection[int],
+        num_rows: int,
+        graphs: Graphs | None = None,
     ) -> None:
         model: Any = base_model(llm)
         self.model, self.num_rows, self.max_new_tokens = model, num_rows, settings.max_new_tokens
@@ -217,7 +222,11 @@ class _Decoder:
         # The head runs on last tokens only, through the class's own forward, as some scale what it gives (HyperCLOVA X).
         handle = self.model.lm_head.register_forward_pre_hook(
             # (N, S, Dl) -> (N, 1, Dl)
-            lambda _, inputs: (torch.stack([hidden[len(prompt) - 1] for hidden, prompt in zip(inputs[0], prompts, strict=True)])[:, None],)
+            lambda _, inputs: (
+                torch.stack([hidden[len(prompt) - 1] for hidden, prompt in zip(inputs[0], prompts, strict=True)])[
+                    :, None
+                ],
+            )
         )
         try:
             logits = self.model(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True).logits

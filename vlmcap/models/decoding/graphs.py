@@ -111,7 +111,9 @@ class CapturedSteps:
             graphs.is_broken = True
             self.forget()
             print(
-                f"Captions are written without CUDA graphs, as one could not be captured: {first_line(error)}", file=sys.stderr, flush=True
+                f"Captions are written without CUDA graphs, as one could not be captured: {first_line(error)}",
+                file=sys.stderr,
+                flush=True,
             )
             step()
         else:
@@ -132,7 +134,9 @@ def make_graphs(llm: nn.Module, wanted: bool | str, device: torch.device) -> Gra
     """
     if wanted is False:
         return None
-    reason = "they need a CUDA device" if device.type != "cuda" or not torch.cuda.is_available() else capture_obstacle(llm)
+    reason = (
+        "they need a CUDA device" if device.type != "cuda" or not torch.cuda.is_available() else capture_obstacle(llm)
+    )
     if not reason:
         return CudaGraphs(device)
     if wanted is True:

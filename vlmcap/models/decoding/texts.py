@@ -31,7 +31,9 @@ class RowTexts:
         is_done: bool (R,); a row that has ended writes nothing more.
     """
 
-    def __init__(self, num_rows: int, settings: GenerationSettings, stop_ids: Collection[int], device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, settings: GenerationSettings, stop_ids: Collection[int], device: torch.device
+    ) -> None:
         self.most, rules = settings.max_new_tokens, settings.rules
         self.penalty, self.no_repeat = rules.repetition_penalty, rules.no_repeat_ngram_size
         self.lookup = rules.speculate_ngram if rules.speculate_ngram < self.most else 0
@@ -74,7 +76,9 @@ class RowTexts:
         starts = torch.arange(self.most - size, device=ids.device)
         windows = ids.unfold(1, size, 1)[:, :-1]  # (N, M) -> (N, M - n, n): those that something may follow
         is_match = (windows == _tail(ids, self.counts[:count], size)[:, None]).all(-1) & (starts < counts - size)
-        place = (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)  # (N, 1), where the text goes on behind the latest match
+        place = (
+            (starts + size).masked_fill(~is_match, -1).amax(1, keepdim=True)
+        )  # (N, 1), where the text goes on behind the latest match
         period = (counts - place).clamp(min=1)
         index = place.clamp(min=0) + torch.arange(num_tokens, device=ids.device) % period
         return ids.gather(1, index).masked_fill(place < 0, -1)

@@ -14,7 +14,14 @@ from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import EncoderOptions, Family, VisionEncoder
 from vlmcap.models.encoders.classes import set_depth
 from vlmcap.models.encoders.families import family_of
-from vlmcap.models.encoders.preprocessing import FrameTransform, Preprocessing, Transform, preprocessing_of, read_processor, timm_processor
+from vlmcap.models.encoders.preprocessing import (
+    FrameTransform,
+    Preprocessing,
+    Transform,
+    preprocessing_of,
+    read_processor,
+    timm_processor,
+)
 from vlmcap.models.encoders.tower import build_tower, load_tower, read_config, vision_config
 
 if TYPE_CHECKING:
@@ -91,7 +98,9 @@ def _assemble(
     """The frozen encoder; what is chosen stands above a processor file, and that above the defaults."""
     timm = timm_processor(getattr(config, "pretrained_cfg", None) or {})
     preprocessing = default_preprocessing(config.model_type).updated(processor or timm)
-    preprocessing = replace(preprocessing, mean=options.mean or preprocessing.mean, std=options.std or preprocessing.std)
+    preprocessing = replace(
+        preprocessing, mean=options.mean or preprocessing.mean, std=options.std or preprocessing.std
+    )
     if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
         raise UserError(
             f"{source} has no preprocessor_config.json with a mean and a standard deviation for three channels, and none is known for "

@@ -178,7 +178,9 @@ class Family:
         """The module behind the last block, or None where cutting the tower gives no hidden state."""
         return find_final_norm(config)
 
-    def assemble(self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing) -> VisionEncoder:
+    def assemble(
+        self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing
+    ) -> VisionEncoder:
         """The encoder around a tower.
 
         Raises:
@@ -187,7 +189,9 @@ class Family:
         layout = self.layout(config)
         size, arguments = _image_size(config, options, layout, preprocessing)
         grid = (size // layout.patch_size, size // layout.patch_size)
-        transform: Transform = FrameTransform(size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size))
+        transform: Transform = FrameTransform(
+            size, preprocessing.resampling, preprocessing.is_cropped, preprocessing.short_side_for(size)
+        )
         if options.max_tiles > 1:
             transform = TileTransform(size, grid, options.max_tiles, preprocessing.resampling)
         return VisionEncoder(
@@ -202,14 +206,18 @@ class Family:
         )
 
 
-def _image_size(config: Any, options: EncoderOptions, layout: Layout, preprocessing: Preprocessing) -> tuple[int, tuple[str, ...]]:
+def _image_size(
+    config: Any, options: EncoderOptions, layout: Layout, preprocessing: Preprocessing
+) -> tuple[int, tuple[str, ...]]:
     """Side of a frame in pixels, and the arguments that the class needs for it; where any size is possible the processor file decides."""
     own = getattr(config, "image_size", None)
     own = None if own is None else square_side(own)
     native = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
     size = native if options.image_size is None else options.image_size
     if size is None:
-        raise UserError("neither config.json nor a processor file of encoder.checkpoint says its image size; set encoder.image_size")
+        raise UserError(
+            "neither config.json nor a processor file of encoder.checkpoint says its image size; set encoder.image_size"
+        )
     patch = layout.patch_size
     if size == own:
         return size, ()
@@ -218,8 +226,12 @@ def _image_size(config: Any, options: EncoderOptions, layout: Layout, preprocess
     if layout.arguments:
         return size, layout.arguments
     if not layout.is_any_size:
-        raise UserError(f"encoder.image_size={size} is not possible: this encoder has positions for {own} pixels alone; leave it out")
+        raise UserError(
+            f"encoder.image_size={size} is not possible: this encoder has positions for {own} pixels alone; leave it out"
+        )
     if size % patch:
         below = size // patch * patch
-        raise UserError(f"encoder.image_size={size} is no multiple of the patch of {patch} pixels; take {below} or {below + patch}")
+        raise UserError(
+            f"encoder.image_size={size} is no multiple of the patch of {patch} pixels; take {below} or {below + patch}"
+        )
     return size, ()

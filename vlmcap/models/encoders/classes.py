@@ -32,7 +32,9 @@ def tower_class(config: Any) -> Any:
         found = MODEL_MAPPING[type(config)]
     except (KeyError, ValueError):
         module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        models: list[Any] = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PreTrainedModel)]
+        models: list[Any] = [
+            value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, PreTrainedModel)
+        ]
         found = [model for model in models if model.config_class is type(config) and "forward" in vars(model)]
         if not found:
             raise UnknownLayoutError("has no class of its own in transformers") from None

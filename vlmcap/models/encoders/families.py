@@ -32,7 +32,11 @@ class Dinov3(Family):
 _REMOTE = "intern_vit_6b"  # the model type of InternViT's remote code, whatever the size
 
 # The remote configuration's names and, as its class fills them in, values.
-_CONFIG_NAMES = {"qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "initializer_factor": "layer_scale_init_value"}
+_CONFIG_NAMES = {
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "initializer_factor": "layer_scale_init_value",
+}
 _REMOTE_DEFAULTS: dict[str, Any] = {
     "hidden_size": 3200,
     "intermediate_size": 12800,
@@ -68,7 +72,9 @@ class Internvit(Family):
     bring along. That code is never run: names and values are put into the words of transformers' class.
     """
 
-    preprocessing = Preprocessing(*_IMAGENET)  # GotOcr2ImageProcessor, which its files name, has other values of its own
+    preprocessing = Preprocessing(
+        *_IMAGENET
+    )  # GotOcr2ImageProcessor, which its files name, has other values of its own
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """A remote configuration in transformers' words; dropout and the code's own switches are left out."""

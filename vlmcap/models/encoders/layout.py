@@ -126,7 +126,9 @@ def _find_layout(key: _Key, patch: int) -> Layout:
         size = (_SIDE + 2) * patch
         is_any_size = _has_patches(tower, size, patch, first)
         takes_argument = _ARGUMENT in inspect.signature(model_class.forward).parameters
-        is_by_argument = not is_any_size and takes_argument and _has_patches(tower, size, patch, first, **{_ARGUMENT: True})
+        is_by_argument = (
+            not is_any_size and takes_argument and _has_patches(tower, size, patch, first, **{_ARGUMENT: True})
+        )
         # With a block, as blocks may share what stands beside them, such as biases by position.
         unused, idle = _unused_parts(_shrunk(config, model_class, depth=1, size=_SIDE * patch)[0], _SIDE * patch)
     return Layout(patch, first, width, is_any_size, (_ARGUMENT,) if is_by_argument else (), unused, idle)

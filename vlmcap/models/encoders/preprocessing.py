@@ -195,7 +195,9 @@ class TileTransform:
         size = self.image_size
         rows, columns = self.layout(*frames.shape[-2:])
         resized = resize(frames, rows * size, columns * size, self.resampling)
-        tiles = resized.unflatten(-2, (rows, size)).unflatten(-1, (columns, size)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        tiles = (
+            resized.unflatten(-2, (rows, size)).unflatten(-1, (columns, size)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        )
         if rows * columns > 1:
             overview = resize(frames, size, size, self.resampling)
             tiles = torch.cat([tiles, overview[:, None]], dim=1)

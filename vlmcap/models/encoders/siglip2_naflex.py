@@ -47,12 +47,16 @@ class NaflexEncoder(VisionEncoder):
         """
         lengths = [height * width for height, width in sizes]
         used = max(lengths)
-        pixels = (frames[:, :used].unflatten(-1, (-1, 3)).to(self.mean.dtype) - self.mean.flatten()) / self.std.flatten()
+        pixels = (
+            frames[:, :used].unflatten(-1, (-1, 3)).to(self.mean.dtype) - self.mean.flatten()
+        ) / self.std.flatten()
         is_real = bias = None
         if min(lengths) < used:
             is_real = torch.arange(used, device=frames.device) < on_device(lengths, frames.device)[:, None]
             # In the form that attention adds: from a plain mask the class would ask the device whether anything is masked, and wait.
-            bias = torch.zeros(is_real.shape, dtype=self._dtype, device=frames.device).masked_fill(~is_real, torch.finfo(self._dtype).min)
+            bias = torch.zeros(is_real.shape, dtype=self._dtype, device=frames.device).masked_fill(
+                ~is_real, torch.finfo(self._dtype).min
+            )
             bias = bias[:, None, None].expand(-1, 1, used, -1)
         hidden: Tensor = self.tower(
             pixel_values=pixels.flatten(-2).to(self._dtype),
@@ -84,16 +88,22 @@ class Siglip2Naflex(Family):
         """Likewise."""
         return FinalNorm("post_layernorm", is_counted=False)
 
-    def assemble(self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing) -> VisionEncoder:
+    def assemble(
+        self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing
+    ) -> VisionEncoder:
         """The encoder around a tower.
 
         Raises:
             UserError: A fixed size or tiles are asked for.
         """
         if options.image_size is not None:
-            raise UserError("encoder.image_size does not go with a NaFlex encoder, whose frames keep their shape; set encoder.max_patches")
+            raise UserError(
+                "encoder.image_size does not go with a NaFlex encoder, whose frames keep their shape; set encoder.max_patches"
+            )
         if options.max_tiles > 1:
-            raise UserError("encoder.tiling does not go with a NaFlex encoder, whose frames keep their shape; raise encoder.max_patches")
+            raise UserError(
+                "encoder.tiling does not go with a NaFlex encoder, whose frames keep their shape; raise encoder.max_patches"
+            )
         side = math.isqrt(options.max_patches)
         return NaflexEncoder(
             tower,

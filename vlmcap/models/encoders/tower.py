@@ -42,7 +42,9 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
 
     part = next((values[key] for key in _PARTS if values.get(key)), values)
     # timm's own files name no type.
-    model_type = part.get("model_type") or (TIMM if "pretrained_cfg" in part and "architecture" in part else _type_of_part(values))
+    model_type = part.get("model_type") or (
+        TIMM if "pretrained_cfg" in part and "architecture" in part else _type_of_part(values)
+    )
     family = family_of(model_type)
     known = {**family.config_values({**part, "model_type": model_type})}
     if known["model_type"] not in CONFIG_MAPPING:
@@ -74,7 +76,9 @@ def _type_of_part(values: Mapping[str, Any]) -> str:
     if whole not in CONFIG_MAPPING:
         return str(whole)
     config = AutoConfig.for_model(whole)
-    return str(next((getattr(config, key).model_type for key in _PARTS if getattr(config, key, None) is not None), whole))
+    return str(
+        next((getattr(config, key).model_type for key in _PARTS if getattr(config, key, None) is not None), whole)
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -165,7 +169,10 @@ def load_tower(family: Family, config: Any, folder: Path, options: EncoderOption
     with torch.device("meta"):
         names = _Names(family, model_class._from_config(config), dropped)
     weights = read_weights(folder, names)
-    settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": _attention(family, model_class, options.attention)}
+    settings: dict[str, Any] = {
+        "dtype": options.dtype,
+        "attn_implementation": _attention(family, model_class, options.attention),
+    }
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         tower, loading = model_class.from_pretrained(
             None,
@@ -194,7 +201,11 @@ class _Names:
         from transformers.core_model_loading import WeightConverter
 
         self._family, self._prefix, self._class = family, tower.base_model_prefix, type(tower)
-        self._state = {name: value for name, value in tower.state_dict().items() if not name.startswith(tuple(f"{d}." for d in dropped))}
+        self._state = {
+            name: value
+            for name, value in tower.state_dict().items()
+            if not name.startswith(tuple(f"{d}." for d in dropped))
+        }
         conversions = get_model_conversion_mapping(tower)
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._renamings = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
@@ -202,7 +213,11 @@ class _Names:
     def required(self, unused: frozenset[str]) -> set[str]:
         """Tensors that a checkpoint must have: all that count, less those that the class fills in by a rule, such as scales of 1."""
         optional = [re.compile(pattern) for pattern in self._class._keys_to_ignore_on_load_missing or ()]
-        return {name for name in self._state if numberless(name) not in unused and not any(pattern.search(name) for pattern in optional)}
+        return {
+            name
+            for name in self._state
+            if numberless(name) not in unused and not any(pattern.search(name) for pattern in optional)
+        }
 
     def __call__(self, key: str) -> tuple[str, ...]:
         """Names under which transformers reads a tensor of the tower, what a whole model puts in front cut off; of others, none."""
@@ -245,11 +260,15 @@ def read_weights(folder: Path, names: Callable[[str], tuple[str, ...]]) -> dict[
                 )
             parts = tensor.chunk(len(targets))
             # A part of a larger tensor would keep all of it in memory.
-            weights |= {name: part.clone() if len(targets) > 1 else part for name, part in zip(targets, parts, strict=True)}
+            weights |= {
+                name: part.clone() if len(targets) > 1 else part for name, part in zip(targets, parts, strict=True)
+            }
     except UserError:
         raise
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"encoder.checkpoint {folder} could not be read ({first_line(error)}); copy it again") from error
+        raise UserError(
+            f"encoder.checkpoint {folder} could not be read ({first_line(error)}); copy it again"
+        ) from error
     return weights
 
 
@@ -262,7 +281,9 @@ def _check(folder: Path, required: set[str], loading: Mapping[str, Any]) -> None
             "take config.json and weights of one checkpoint"
         )
     if missing := sorted(required & set(loading["missing_keys"])):
-        raise UserError(f"{source} lacks {len(missing)} weights of the vision tower, first: {missing[0]}; take a whole checkpoint")
+        raise UserError(
+            f"{source} lacks {len(missing)} weights of the vision tower, first: {missing[0]}; take a whole checkpoint"
+        )
     if errors := loading.get("error_msgs"):
         raise UserError(f"{source} could not be read ({str(errors[0]).splitlines()[0]}); copy it again")
 

@@ -99,11 +99,18 @@ def _linear_layers(model: nn.Module) -> list[str]:
     """Full names of the linear layers that may have an adapter."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # PyTorch's own attention reads its inner weights past any adapter; experts have a switch of their own.
-    closed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention) or is_router(model, name, module)]
+    closed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or is_router(model, name, module)
+    ]
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".experts." not in name and not _is_inside(name, closed)
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and ".experts." not in name
+        and not _is_inside(name, closed)
     ]
 
 

@@ -114,7 +114,11 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, model_class: Any) -> s
     if model_class is not None and not getattr(model_class, flag, False):
         return f"is not supported by {model_class.__name__}"
     if name == REPEATED:
-        return "" if model_class is None or _takes_functions(model_class) else f"is not supported by {model_class.__name__}"
+        return (
+            ""
+            if model_class is None or _takes_functions(model_class)
+            else f"is not supported by {model_class.__name__}"
+        )
     if name == "sdpa":
         return ""
     if torch.device(device).type != "cuda":

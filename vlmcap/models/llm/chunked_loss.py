@@ -42,7 +42,11 @@ def rows_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
 def can_chunk(model: Any) -> bool:
     """Whether a causal language model's logits are `lm_head(hidden)`, with a head that is frozen, bare and unquantised."""
     head: Any = getattr(model, "lm_head", None)
-    if type(model).__name__ not in UNSCALED or type(head) is not nn.Linear or {name for name, _ in head.named_parameters()} != {"weight"}:
+    if (
+        type(model).__name__ not in UNSCALED
+        or type(head) is not nn.Linear
+        or {name for name, _ in head.named_parameters()} != {"weight"}
+    ):
         return False
     # Whatever stands around the head (a hook, another's forward) may change what it gives, or bring its weight from elsewhere.
     is_bare = not head._forward_hooks and not head._forward_pre_hooks and "forward" not in vars(head)
@@ -72,7 +76,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, dtype: torch.dtype, is_differentiated: bool
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        is_differentiated: bool,
     ) -> Tensor:
         gain = _HALF_GAIN if dtype is torch.float16 else 1.0
         loss = torch.zeros((), device=hidden.device)
@@ -93,7 +103,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradient is not None
-        gradient = ctx.gradient.float().mul_(grad_loss.float() / ctx.gain)  # in float32: the loss scaler's factor may be out of float16
+        gradient = ctx.gradient.float().mul_(
+            grad_loss.float() / ctx.gain
+        )  # in float32: the loss scaler's factor may be out of float16
         return gradient.to(ctx.dtype), None, None, None, None, None
 
 

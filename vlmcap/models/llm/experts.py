@@ -64,7 +64,9 @@ def pack_experts(weight: Tensor) -> Params4bit:
         state2=scale_state,
     )
     bits = torch.cat(packed)
-    return Params4bit(bits, requires_grad=False, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True)
+    return Params4bit(
+        bits, requires_grad=False, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True
+    )
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -97,7 +99,9 @@ def unpack_experts(weight: Params4bit, dtype: torch.dtype, experts: Tensor | Non
         bits = bits.view(num_experts, -1)[experts].view(-1, 1)  # (E · bytes, 1) -> (S · bytes, 1)
     whole = torch.Size((num_experts if experts is None else len(experts), *shape))
     scale.add_(state.offset)
-    one = QuantState(absmax=scale, shape=whole, dtype=dtype, blocksize=BLOCK, code=state.code, quant_type=state.quant_type)
+    one = QuantState(
+        absmax=scale, shape=whole, dtype=dtype, blocksize=BLOCK, code=state.code, quant_type=state.quant_type
+    )
     return dequantize_4bit(bits, one)
 
 
@@ -133,7 +137,9 @@ def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
 
     Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel is for bfloat16 and compute capabilities 9 and 10.
     """
-    return device.type == "cuda" and (dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10))
+    return device.type == "cuda" and (
+        dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
+    )
 
 
 class FusedExperts(nn.Module):
@@ -227,7 +233,9 @@ class FusedExperts(nn.Module):
             output = _product(rows, self._unpack(name, dtype, experts).transpose(1, 2), offsets)
         if name not in self.lora_A:
             return cast(Tensor, output)
-        down, up = (factors[name] if experts is None else factors[name][experts] for factors in (self.lora_A, self.lora_B))
+        down, up = (
+            factors[name] if experts is None else factors[name][experts] for factors in (self.lora_A, self.lora_B)
+        )
         if spare := -down.shape[1] % _ALIGNED:  # zeros change nothing
             down, up = F.pad(down, (0, 0, 0, spare)), F.pad(up, (0, spare))
         down, up = down.to(autocast or down.dtype), up.to(autocast or up.dtype)
@@ -274,10 +282,14 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
     for name, module in found:
         weights: list[Any] = [getattr(module, matrix) for matrix in MATRICES]
         if to_pack and any(weight[0].numel() % BLOCK for weight in weights):
-            raise UserError(f"llm.quantization=4bit needs experts whose size is a multiple of {BLOCK}; set llm.quantization=none")
+            raise UserError(
+                f"llm.quantization=4bit needs experts whose size is a multiple of {BLOCK}; set llm.quantization=none"
+            )
         if to_pack:
             weights = [Params4bit(weight.data, requires_grad=False, quant_type="nf4") for weight in weights]
-        model.set_submodule(name, FusedExperts(weights[0], weights[1], cast(nn.Module, module.act_fn)).train(module.training))
+        model.set_submodule(
+            name, FusedExperts(weights[0], weights[1], cast(nn.Module, module.act_fn)).train(module.training)
+        )
     return len(found)
 
 
@@ -295,7 +307,11 @@ def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
     counts = [getattr(text, key, None) for key in EXPERT_COUNTS]
     experts = [count for count in counts if isinstance(count, int) and count > 0]
     leaf = name.rsplit(".", 1)[-1]
-    return bool(experts) and leaf in ("gate", "router", "shared_expert_gate") and getattr(module, "out_features", None) in (*experts, 1)
+    return (
+        bool(experts)
+        and leaf in ("gate", "router", "shared_expert_gate")
+        and getattr(module, "out_features", None) in (*experts, 1)
+    )
 
 
 def add_expert_lora(model: nn.Module, lora: LoraConfig) -> int:
@@ -328,11 +344,15 @@ def merge_expert_lora(model: nn.Module) -> int:
     """
     layers = [experts for experts in fused_experts(model) if len(experts.lora_A)]
     if any(experts.is_packed for experts in layers):
-        raise UserError("adapters on experts cannot be merged into 4 bit; load the base with llm.quantization=none to merge")
+        raise UserError(
+            "adapters on experts cannot be merged into 4 bit; load the base with llm.quantization=none to merge"
+        )
     for experts in layers:
         for name in MATRICES:
             weight = getattr(experts, name)
-            for expert in range(experts.num_experts):  # one at a time: all deltas of a layer in float32 are twice its experts
+            for expert in range(
+                experts.num_experts
+            ):  # one at a time: all deltas of a layer in float32 are twice its experts
                 delta = experts.lora_B[name][expert] @ experts.lora_A[name][expert]
                 weight[expert] = (weight[expert].float() + experts.lora_scale * delta).to(weight.dtype)
         experts.lora_A, experts.lora_B = nn.ParameterDict(), nn.ParameterDict()

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.errors import UserError
-from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, is_packed, pack_experts, replace_experts, stock_experts
+from vlmcap.models.llm.experts import (
+    BLOCK,
+    SCALE_BLOCK,
+    FusedExperts,
+    is_packed,
+    pack_experts,
+    replace_experts,
+    stock_experts,
+)
 from vlmcap.models.versions import check_transformers
 
 
@@ -32,7 +40,9 @@ def expert_quantization(folder: Path, config: Any) -> Any:
         return config
     check_transformers("quantised experts")
     if config.load_in_8bit:
-        raise UserError(f"llm.quantization=8bit would leave the experts of {folder} in 16 bit; set llm.quantization=4bit")
+        raise UserError(
+            f"llm.quantization=8bit would leave the experts of {folder} in 16 bit; set llm.quantization=4bit"
+        )
     config.quant_method = _register()
     return config
 
@@ -58,7 +68,11 @@ def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = set(get_keys_to_not_convert(model))
-    linear = {id(module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in kept}
+    linear = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in kept
+    }
     experts = {id(weight) for _, module in stock_experts(model) for weight in module.parameters()}
     total = 0
     for parameter in model.parameters():
@@ -74,7 +88,9 @@ def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 def _refuse_unless(is_reached: Callable[[Tensor], bool], model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name and "lora_" not in name and parameter.ndim > 1 and not is_reached(parameter):
-            raise UserError(f"llm.quantization=4bit does not reach the experts of this model ({name}); set llm.quantization=none")
+            raise UserError(
+                f"llm.quantization=4bit does not reach the experts of this model ({name}); set llm.quantization=none"
+            )
 
 
 @cache
@@ -98,7 +114,9 @@ def _register() -> str:
             if not holds_experts(context["model"], name):
                 return self.linear.convert(input_dict, **context)
             weight = value[0] if isinstance(value, list) else value
-            if weight.shape != (expected := context["model"].get_parameter(name).shape):  # transformers looks at unpacked ones only
+            if weight.shape != (
+                expected := context["model"].get_parameter(name).shape
+            ):  # transformers looks at unpacked ones only
                 raise ValueError(f"{name} is {tuple(weight.shape)} in the files and {tuple(expected)} in the model")
             return {name: pack_experts(weight)}
 

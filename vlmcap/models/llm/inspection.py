@@ -93,7 +93,9 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
     packages = optional_packages(model_class)
     problems = []
     if "lm_head" not in inspect.getsource(model_class):
-        problems.append(f"{model_class.__name__} names its output layer otherwise than lm_head, which vlmcap needs; take another llm")
+        problems.append(
+            f"{model_class.__name__} names its output layer otherwise than lm_head, which vlmcap needs; take another llm"
+        )
     tokenizer, template, prompt = None, "", None
     try:
         tokenizer = load_tokenizer(folder)
@@ -119,7 +121,9 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
         is_packable=config.model_type in PACKABLE,
         is_native=is_decodable(config, generation_config(folder)),
         optional_packages=tuple(_DISTRIBUTIONS.get(package, package.replace("_", "-")) for package in packages),
-        missing_packages=tuple(_DISTRIBUTIONS.get(one, one.replace("_", "-")) for one in packages if importlib.util.find_spec(one) is None),
+        missing_packages=tuple(
+            _DISTRIBUTIONS.get(one, one.replace("_", "-")) for one in packages if importlib.util.find_spec(one) is None
+        ),
         problems=tuple(problems),
     )
 
@@ -146,7 +150,11 @@ def license_of(folder: Path) -> str:
     if named:
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     files = sorted(file for file in folder.glob("LICENSE*") if file.is_file())
-    lines = (line.strip(" #*\t") for file in files[:1] for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+    lines = (
+        line.strip(" #*\t")
+        for file in files[:1]
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
     return next((line[:_LONGEST_LICENSE] for line in lines if line), "")
 
 

@@ -68,7 +68,9 @@ def load_language_model(
         options["quantization_config"] = expert_quantization(folder, quantization_config(quantization, dtype))
     model, missing = _from_pretrained(model_class, folder, options)
     if missing:  # transformers would fill them with random numbers
-        raise UserError(f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+        raise UserError(
+            f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint"
+        )
     check_attention(model, chosen)
     if quantization == "4bit":
         keep_packing(model)
@@ -166,7 +168,9 @@ def language_config(folder: Path) -> tuple[Any, Any, bool]:
     try:
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}") from error
+        raise UserError(
+            f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}"
+        ) from error
     text = whole.get_text_config()
     try:
         return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
@@ -188,5 +192,7 @@ def _from_pretrained(model_class: Any, folder: Path, options: dict[str, Any]) ->
             "could run foreign code; take a checkpoint with safetensors"
         ) from error
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}") from error
+        raise UserError(
+            f"llm.checkpoint {folder} could not be loaded as a causal language model: {first_line(error)}"
+        ) from error
     return cast(nn.Module, model), sorted(loading["missing_keys"])

@@ -22,7 +22,15 @@ from vlmcap.models.llm.load import load_language_model
 SHARD_SIZE = "4GB"
 _PROBE = 32  # tokens that logits are compared on
 Progress = Callable[[int, int], None]
-_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
 
 
 def merge_adapters(
@@ -258,11 +266,17 @@ def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> N
     Raises:
         UserError: One has no place in the model, or another shape.
     """
-    saved = {name.removeprefix("captioner.llm."): tensor for name, tensor in weights.items() if name.startswith("captioner.llm.")}
+    saved = {
+        name.removeprefix("captioner.llm."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("captioner.llm.")
+    }
     own = model.state_dict()
     for name, tensor in saved.items():
         if name not in own or own[name].shape != tensor.shape:
-            raise UserError(f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; llm.checkpoint must be the run's")
+            raise UserError(
+                f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; llm.checkpoint must be the run's"
+            )
     model.load_state_dict(saved, strict=False)
 
 
@@ -274,7 +288,9 @@ def refuse_quantized(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
-            raise UserError(f"adapters cannot be merged into quantised weights ({name}); merge onto the base with llm.quantization=none")
+            raise UserError(
+                f"adapters cannot be merged into quantised weights ({name}); merge onto the base with llm.quantization=none"
+            )
 
 
 def save_merged(merged: Any, base_folder: Path, folder: Path, beside: Sequence[str] = ()) -> None:

@@ -45,7 +45,9 @@ class PromptEncoder:
         if not text:
             return []
         # A sentencepiece tokenizer puts its word mark in front, lead or not, as in the training of LLaVA.
-        return list(self.tokenizer(self.caption_lead + text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(
+            self.tokenizer(self.caption_lead + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Generated ids to text, special tokens and outer blanks dropped."""
@@ -104,7 +106,9 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     _check_used(template, turns, rendered)
     lead, end_id = _answer_frame(template, turns, rendered)
     num_rows = _num_embeddings(folder)
-    pad_id = end_id if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_rows else int(tokenizer.pad_token_id)
+    pad_id = (
+        end_id if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_rows else int(tokenizer.pad_token_id)
+    )
     encoder = PromptEncoder(
         tokenizer=tokenizer,
         prefix_ids=_first_ids(tokenizer, before),
@@ -130,9 +134,15 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise UserError(f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {first_line(error)}") from error
-    if not tokenizer("가", add_special_tokens=False)["input_ids"]:  # without files, some classes come up with an empty vocabulary
-        raise UserError(f"llm.checkpoint {folder} holds no tokenizer; put tokenizer.json and tokenizer_config.json there")
+        raise UserError(
+            f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {first_line(error)}"
+        ) from error
+    if not tokenizer("가", add_special_tokens=False)[
+        "input_ids"
+    ]:  # without files, some classes come up with an empty vocabulary
+        raise UserError(
+            f"llm.checkpoint {folder} holds no tokenizer; put tokenizer.json and tokenizer_config.json there"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} names no end token (eos_token), so captions would have no end")
     return tokenizer
@@ -218,8 +228,12 @@ def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str)
         UserError: There is such a setting.
     """
     first, name = turns[0], f"the chat template of {template.folder}"
-    if template.enable_thinking and rendered == replace(template, enable_thinking=False).render(turns, add_generation_prompt=True):
-        raise UserError(f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set llm.chat_template")
+    if template.enable_thinking and rendered == replace(template, enable_thinking=False).render(
+        turns, add_generation_prompt=True
+    ):
+        raise UserError(
+            f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set llm.chat_template"
+        )
     # A template's own system turn may have the very text.
     is_dropped = first["role"] == "system" and first["content"].strip() not in rendered.partition(_VISUAL)[0]
     if is_dropped and rendered == template.render(turns[1:], add_generation_prompt=True):
@@ -239,7 +253,9 @@ def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: st
     before, _, after = whole.partition(_ANSWER)
     lead = before.removeprefix(rendered)
     end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if after.strip() else []
-    is_special = bool(end) and end[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end[0]].special
+    is_special = (
+        bool(end) and end[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end[0]].special
+    )
     return lead if lead.isspace() else "", int(end[0] if is_special else tokenizer.eos_token_id)
 
 

@@ -57,14 +57,21 @@ def load_pretrained(
     """
     _check_kind(kind, folder)
     if kind == "llava_next_video":
-        return load_llava(folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host)
+        return load_llava(
+            folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host
+        )
     language: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "attention": attention, "device": device}
     language["is_on_host"] = is_on_host
     return load_qwen_vl(kind, folder, **language, max_patches=max_patches, use_outer_marks=use_outer_marks)
 
 
 def build_pretrained(
-    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool = Qwen3VlConfig.use_outer_marks
+    kind: str,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    max_patches: int,
+    use_outer_marks: bool = Qwen3VlConfig.use_outer_marks,
 ) -> VlmComponents:
     """The parts of a `config.json` with random weights; without any under `torch.device("meta")`."""
     if kind == "llava_next_video":
@@ -89,7 +96,10 @@ def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, 
     if kind == "llava_next_video":
         return load_encoder(folder, vision_options(read_config(folder), dtype), device)
     tower_class, config = _tower_of(kind, folder)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, tower_class)}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": choose_attention(attention, device, dtype, tower_class),
+    }
     options["device_map"] = {"": device}
     tower = read_model(tower_class, kind, folder, config=config, key_mapping=_OUT_OF_WHOLE, **options)
     return vision_encoder(kind, tower, max_patches=max_patches, processor=read_processor(folder)).to(device)

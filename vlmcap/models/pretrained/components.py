@@ -52,7 +52,16 @@ def reading(kind: str, folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, KeyError, OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        EOFError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(f"model.checkpoint {folder} could not be loaded as {kind}: {first_line(error)}") from error
 
 
@@ -73,5 +82,7 @@ def read_model(model_class: Any, kind: str, folder: Path, **options: Any) -> Any
             folder, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
         )
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint")
+        raise UserError(
+            f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint"
+        )
     return model

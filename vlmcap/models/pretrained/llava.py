@@ -30,7 +30,9 @@ _SETTINGS = {
 }
 
 
-def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool) -> VlmComponents:
+def load_llava(
+    folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool
+) -> VlmComponents:
     """A LLaVA-NeXT-Video checkpoint, taken apart; arguments as `load_pretrained`'s.
 
     Raises:
@@ -40,7 +42,9 @@ def load_llava(folder: Path, *, dtype: torch.dtype, quantization: str, attention
     encoder = load_encoder(folder, vision_options(config, dtype), "cpu" if is_on_host else device)
     projector = _projector(config, encoder, text_width(folder))
     load_projector_weights(projector, folder)
-    llm = load_language_model(folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host)
+    llm = load_language_model(
+        folder, dtype=dtype, quantization=quantization, attention=attention, device=device, is_on_host=is_on_host
+    )
     return _parts(encoder, projector, llm)
 
 
@@ -63,9 +67,13 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
     layer = config.get("vision_feature_layer", -2)
     for key, value in _SETTINGS.items():
         if config.get(key, value) != value:
-            raise UserError(f"model.checkpoint has {key}={config[key]} in its config.json, and only {value} is known; take another one")
+            raise UserError(
+                f"model.checkpoint has {key}={config[key]} in its config.json, and only {value} is known; take another one"
+            )
     if not isinstance(layer, int):
-        raise UserError(f"model.checkpoint joins the layers {layer} of its vision tower, and only one layer is known; take another one")
+        raise UserError(
+            f"model.checkpoint joins the layers {layer} of its vision tower, and only one layer is known; take another one"
+        )
     return EncoderOptions(feature_layer=layer, dtype=dtype)
 
 
@@ -73,7 +81,9 @@ def _projector(config: Mapping[str, Any], encoder: VisionEncoder, out_dim: int) 
     stride = int(config.get("spatial_pool_stride", 2))
     if any(side % stride for side in encoder.grid):  # the class drops what we average
         rows, columns = encoder.grid
-        raise UserError(f"model.checkpoint pools {stride} × {stride} of {rows} × {columns} patches, which leaves a rest; take another one")
+        raise UserError(
+            f"model.checkpoint pools {stride} × {stride} of {rows} × {columns} patches, which leaves a rest; take another one"
+        )
     settings = MlpConfig(depth=2, reducer=Reducer.pool, pool_size=stride, temporal=Temporal.none)
     return build_projector(settings, ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, num_frames=1))
 

@@ -42,10 +42,14 @@ def merged_pretrained(
     Raises:
         UserError: The folder cannot be loaded, or the weights do not fit it.
     """
-    projector = {n.removeprefix("captioner.projector."): t for n, t in weights.items() if n.startswith("captioner.projector.")}
+    projector = {
+        n.removeprefix("captioner.projector."): t for n, t in weights.items() if n.startswith("captioner.projector.")
+    }
     if kind == "llava_next_video":
         whole, language = _load_llava(folder, dtype)
-        _put_projector(whole.model.multi_modal_projector, {_llava_name(name): tensor for name, tensor in projector.items()})
+        _put_projector(
+            whole.model.multi_modal_projector, {_llava_name(name): tensor for name, tensor in projector.items()}
+        )
     else:
         whole = language = _load_qwen(kind, folder, dtype, projector)
     refuse_quantized(whole)
@@ -121,5 +125,7 @@ def _put_projector(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if weights and own != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
-        raise UserError("the checkpoint's projector is not that of model.checkpoint; model.checkpoint must be the run's")
+        raise UserError(
+            "the checkpoint's projector is not that of model.checkpoint; model.checkpoint must be the run's"
+        )
     module.load_state_dict(dict(weights), strict=bool(weights))

@@ -45,7 +45,9 @@ class TimestampedRuns:
         steps, *grid = grid_thw or (0, 0, 0)
         span = self.frames_per_patch
         known = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
-        assert steps == 0 or (steps - 1) * span < len(known) <= steps * span, f"{len(known)} times for {steps} temporal patches"
+        assert steps == 0 or (steps - 1) * span < len(known) <= steps * span, (
+            f"{len(known)} times for {steps} temporal patches"
+        )
         for index in range(steps):
             own = known[index * span : (index + 1) * span]
             text = f"{VISION_END if index else ''}<{(own[0] + own[-1]) / 2:.1f} seconds>{VISION_START}"
@@ -79,7 +81,9 @@ class QwenVLCaptioner(VideoCaptioner):
         """What the language model is called with, in training and for generation."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-        assert batch.position_ids is None, "check_packing lets no model with positions in time, height and width through"
+        assert batch.position_ids is None, (
+            "check_packing lets no model with positions in time, height and width through"
+        )
         model: Any = base_model(self.llm)
         # The class finds the places of visual tokens by the video token's embedding.
         ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)
@@ -88,7 +92,8 @@ class QwenVLCaptioner(VideoCaptioner):
         assert sum(counts) == len(visual), "placeholders and visual tokens differ in number"
         first, *deep = visual.to(embeddings.dtype).split(embeddings.shape[-1], dim=-1)
         output = BaseModelOutputWithDeepstackFeatures(
-            pooler_output=list(first.split(counts)), deepstack_features=[list(layer.split(counts)) for layer in deep] or None
+            pooler_output=list(first.split(counts)),
+            deepstack_features=[list(layer.split(counts)) for layer in deep] or None,
         )
         return {
             "inputs_embeds": embeddings,
@@ -110,7 +115,9 @@ class QwenVLCaptioner(VideoCaptioner):
             second_per_grid_ts=[self.seconds_per_patch(times_s) for times_s in batch.times_s or [None] * len(batch)],
             attention_mask=mask,
         )
-        return (positions.pin_memory() if ids.is_cuda and torch.cuda.is_available() else positions).to(ids.device, non_blocking=True)
+        return (positions.pin_memory() if ids.is_cuda and torch.cuda.is_available() else positions).to(
+            ids.device, non_blocking=True
+        )
 
     def seconds_per_patch(self, times_s: FrameTimes | None) -> float:
         """Time between temporal patches, from which Qwen2.5-VL makes positions.

@@ -71,7 +71,9 @@ class ClipTransform:
 
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW:
         """(T, h, w) of a clip; the last frame of an uneven one is repeated."""
-        rows, columns = smart_size(height, width, self.patch_size * self.merge_size, self.max_patches // self.merge_size**2)
+        rows, columns = smart_size(
+            height, width, self.patch_size * self.merge_size, self.max_patches // self.merge_size**2
+        )
         return math.ceil(num_frames / self.temporal_patch_size), rows * self.merge_size, columns * self.merge_size
 
     def possible_grids(self, num_frames: int) -> list[GridTHW]:
@@ -88,7 +90,12 @@ class ClipTransform:
             )
         merge, blocks = self.merge_size, self.max_patches // self.merge_size**2
         least = min(_MIN_BLOCKS, blocks)
-        sizes = [(rows, columns) for rows in range(1, blocks + 1) for columns in range(1, blocks // rows + 1) if rows * columns >= least]
+        sizes = [
+            (rows, columns)
+            for rows in range(1, blocks + 1)
+            for columns in range(1, blocks // rows + 1)
+            if rows * columns >= least
+        ]
         return [(steps, rows * merge, columns * merge) for rows, columns in sizes]
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -97,7 +104,9 @@ class ClipTransform:
         steps, rows, columns = self.grid_thw(frames.shape[0], *frames.shape[-2:])
         if missing := steps * span - len(frames):
             frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-        cells = resize(frames, rows * size, columns * size, self.resampling).reshape(steps, span, 3, rows, size, columns, size)
+        cells = resize(frames, rows * size, columns * size, self.resampling).reshape(
+            steps, span, 3, rows, size, columns, size
+        )
         return cells.permute(0, 3, 5, 2, 1, 4, 6).reshape(steps, rows * columns, 3 * span * size * size)
 
 
@@ -175,18 +184,26 @@ class QwenVisionEncoder(nn.Module):
         """Patch features, uint8 (B, T, P, 3 · t · p · p) -> (B, T, P, Dv), zeros where a clip is smaller than the batch."""
         assert grid_thw is not None, "clips of this encoder have sizes of their own"
         merge, (num_steps, num_patches) = self.transform.merge_size, frames.shape[1:3]
-        own = [to_blocks(clip[:steps, : h * w], (h, w), merge) for clip, (steps, h, w) in zip(frames, grid_thw, strict=True)]
+        own = [
+            to_blocks(clip[:steps, : h * w], (h, w), merge)
+            for clip, (steps, h, w) in zip(frames, grid_thw, strict=True)
+        ]
         flat = torch.cat([clip.flatten(0, 1) for clip in own])
         pixels = (flat.unflatten(-1, (3, -1)).to(self.mean.dtype) - self.mean) / self.std
         sizes = on_device(grid_thw, frames.device)
         output = self.tower(pixels.flatten(1).to(self.tower.patch_embed.proj.weight.dtype), grid_thw=sizes)
         layers = [output.pooler_output, *(output.deepstack_features if self.num_deep_layers else ())]
-        blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(0, 1)  # (4 · N, Dv)
+        blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(
+            0, 1
+        )  # (4 · N, Dv)
         ends = [steps * h * w for steps, h, w in grid_thw]
         # Padded and stacked, not written into zeros: autograd refuses to write into a row of an iterated tensor.
         return torch.stack(
             [
-                F.pad(from_blocks(clip.reshape(steps, h * w, -1), (h, w), merge), (0, 0, 0, num_patches - h * w, 0, num_steps - steps))
+                F.pad(
+                    from_blocks(clip.reshape(steps, h * w, -1), (h, w), merge),
+                    (0, 0, 0, num_patches - h * w, 0, num_steps - steps),
+                )
                 for clip, (steps, h, w) in zip(blocks.split(ends), grid_thw, strict=True)
             ]
         )
@@ -234,5 +251,7 @@ class MergerProjector(nn.Module):
         assert grid is not None, "clips of this projector have sizes of their own"
         with wide_autocast(features):
             layers = to_blocks(features, grid, self.spec.merge_size).float().chunk(len(self.mergers), dim=-1)
-            tokens = [merger(layer.flatten(0, 2).contiguous()) for merger, layer in zip(self.mergers, layers, strict=True)]
+            tokens = [
+                merger(layer.flatten(0, 2).contiguous()) for merger, layer in zip(self.mergers, layers, strict=True)
+            ]
         return torch.cat(tokens, dim=-1).float().unflatten(0, (len(features), -1))

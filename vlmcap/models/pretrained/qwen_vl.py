@@ -45,7 +45,10 @@ FAMILIES = {
     "qwen2_vl": QwenFamily("Qwen2VLForConditionalGeneration", "Qwen2VisionTransformerPretrainedModel", _CLIP),
     "qwen2_5_vl": QwenFamily("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformerPretrainedModel", _CLIP),
     "qwen3_vl": QwenFamily(
-        "Qwen3VLForConditionalGeneration", "Qwen3VLVisionModel", Preprocessing((0.5,) * 3, (0.5,) * 3), has_timestamps=True
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLVisionModel",
+        Preprocessing((0.5,) * 3, (0.5,) * 3),
+        has_timestamps=True,
     ),
 }
 
@@ -70,7 +73,10 @@ def load_qwen_vl(
     import transformers
 
     model_class = getattr(transformers, FAMILIES[kind].class_name)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(attention, device, dtype, model_class)}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": choose_attention(attention, device, dtype, model_class),
+    }
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if quantization != "none":
         config = quantization_config(quantization, dtype)
@@ -83,10 +89,14 @@ def load_qwen_vl(
     if quantization == "4bit":
         keep_packing(model)
     processor = read_processor(folder)
-    return split_qwen_vl(kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks, processor=processor, tokenizer=tokenizer)
+    return split_qwen_vl(
+        kind, model, max_patches=max_patches, use_outer_marks=use_outer_marks, processor=processor, tokenizer=tokenizer
+    )
 
 
-def build_qwen_vl(kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool) -> VlmComponents:
+def build_qwen_vl(
+    kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool
+) -> VlmComponents:
     """The parts of a configuration with random weights, without a tokenizer and so without `visual_layout`."""
     import transformers
 
@@ -139,7 +149,9 @@ def split_qwen_vl(
     )
 
 
-def vision_encoder(kind: str, tower: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None) -> QwenVisionEncoder:
+def vision_encoder(
+    kind: str, tower: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None
+) -> QwenVisionEncoder:
     """The vision tower of such a model as an encoder, frozen; its mergers are taken out of it.
 
     Args:
@@ -155,5 +167,7 @@ def vision_encoder(kind: str, tower: Any, *, max_patches: int, processor: Mappin
     merge = vision.spatial_merge_size
     if max_patches < merge**2:
         raise UserError(f"encoder.max_patches must be at least {merge**2} for this model, not {max_patches}")
-    transform = ClipTransform(vision.patch_size, vision.temporal_patch_size, merge, max_patches, preprocessing.resampling)
+    transform = ClipTransform(
+        vision.patch_size, vision.temporal_patch_size, merge, max_patches, preprocessing.resampling
+    )
     return QwenVisionEncoder(tower, transform=transform, preprocessing=preprocessing).requires_grad_(False).eval()

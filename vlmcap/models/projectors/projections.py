@@ -96,7 +96,9 @@ class PixelShuffleProjector(Projection[PixelShuffleConfig]):
         wrong = f"projector.shuffle={shuffle} does not divide the grid"
         if config.reducer is Reducer.resample:
             size = config.resample_size
-            raise UserError(f"{wrong} of {size} × {size} patches; set projector.resample_size={_nearest(size, shuffle)}")
+            raise UserError(
+                f"{wrong} of {size} × {size} patches; set projector.resample_size={_nearest(size, shuffle)}"
+            )
         pool = config.pool_size if config.reducer is Reducer.pool else 1
         rows, columns = (_nearest(side, shuffle, pool) for side in grid)
         behind = f", pooled {pool} × {pool}" if pool > 1 else ""
@@ -196,7 +198,9 @@ class PromptProjector(Projection[CrossAttentionConfig]):
         super().__init__()
         hidden_dim = config.hidden_dim or sizes.in_dim
         self.embed = nn.Linear(sizes.out_dim, hidden_dim)
-        self.layers = nn.ModuleList(_PromptLayer(hidden_dim, sizes.in_dim, config.num_heads) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            _PromptLayer(hidden_dim, sizes.in_dim, config.num_heads) for _ in range(config.num_layers)
+        )
         self.readout = nn.Linear(hidden_dim, sizes.out_dim)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
@@ -213,7 +217,9 @@ class PromptProjector(Projection[CrossAttentionConfig]):
     def check(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
         """Raises a `UserError` where there is no question."""
         if not sizes.num_prompt_tokens:
-            raise UserError("projector.queries=prompt needs a question, and there is none; set llm.prompt, or projector.queries=learned")
+            raise UserError(
+                "projector.queries=prompt needs a question, and there is none; set llm.prompt, or projector.queries=learned"
+            )
 
     @classmethod
     def out_grid(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
@@ -345,7 +351,11 @@ class _ConvBlock(nn.Module):
             _ChannelNorm(out_dim),
         )
         is_same = in_dim == out_dim
-        self.shortcut = nn.Identity() if is_same else nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), _ChannelNorm(out_dim))
+        self.shortcut = (
+            nn.Identity()
+            if is_same
+            else nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), _ChannelNorm(out_dim))
+        )
 
     def forward(self, maps: Tensor) -> Tensor:
         return F.silu(self.branch(maps) + self.shortcut(maps))

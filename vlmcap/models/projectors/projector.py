@@ -52,7 +52,11 @@ class Projector(nn.Module):
         self.projection: Projection[Any] = self.kind(config, inner)
         is_placed = self.around.temporal is Temporal.position
         needs_position = is_placed or self.kind.embeds_frames
-        self.before = NormalizedPosition(inner.in_dim, inner.num_frames, inner.grid if is_placed else None) if needs_position else None
+        self.before = (
+            NormalizedPosition(inner.in_dim, inner.num_frames, inner.grid if is_placed else None)
+            if needs_position
+            else None
+        )
         self.after = _attention(config, self.kind, inner)
 
     def num_tokens(self, num_frames: int, num_patches: int, grid: Grid | None = None) -> int:
@@ -69,14 +73,20 @@ class Projector(nn.Module):
             prompt: (N, Dl), embeddings of the question; only queries=prompt looks at them.
         """
         grid = grid or self.sizes.grid
-        assert features.shape[2] == grid[0] * grid[1], f"{features.shape[2]} patches are no grid of {grid[0]} × {grid[1]}"
+        assert features.shape[2] == grid[0] * grid[1], (
+            f"{features.shape[2]} patches are no grid of {grid[0]} × {grid[1]}"
+        )
         with torch.autocast(autocast_device(features), enabled=False):
             tokens, layout = self._prepare(features.float(), grid, prompt)
         with wide_autocast(features):
             tokens = self.projection(tokens, layout)
-            tokens = tokens.unsqueeze(1) if tokens.dim() == 3 else tokens  # those of a whole clip: (B, V, Dl) -> (B, 1, V, Dl)
+            tokens = (
+                tokens.unsqueeze(1) if tokens.dim() == 3 else tokens
+            )  # those of a whole clip: (B, V, Dl) -> (B, 1, V, Dl)
             if self.after is not None:
-                inner = dataclasses.replace(_inner_sizes(self.config, self.sizes), grid=layout.grid, num_frames=layout.num_frames)
+                inner = dataclasses.replace(
+                    _inner_sizes(self.config, self.sizes), grid=layout.grid, num_frames=layout.num_frames
+                )
                 tokens = self.after(tokens, self.kind.out_grid(self.config, inner) or layout.grid)
         return tokens.float().flatten(1, 2)  # (B, F, P', Dl) -> (B, V, Dl)
 
@@ -147,7 +157,10 @@ def _inner_sizes(config: ProjectorConfig, sizes: ProjectorSizes) -> ProjectorSiz
     around = _around(config)
     stack = around.frame_stack
     return dataclasses.replace(
-        sizes, in_dim=sizes.in_dim * stack, grid=reduced_grid(around, sizes.grid), num_frames=math.ceil(sizes.num_frames / stack)
+        sizes,
+        in_dim=sizes.in_dim * stack,
+        grid=reduced_grid(around, sizes.grid),
+        num_frames=math.ceil(sizes.num_frames / stack),
     )
 
 
@@ -165,7 +178,9 @@ def _attention(config: ProjectorConfig, kind: type[Projection[Any]], inner: Proj
     assert config.hidden_dim is not None, "filled in by the projector"
     width, hidden, heads = inner.out_dim, config.hidden_dim, config.num_heads
     if config.temporal is Temporal.local_global:
-        return LocalGlobalAttention(width, hidden_dim=hidden, num_heads=heads, window=config.window, num_global=config.num_global)
+        return LocalGlobalAttention(
+            width, hidden_dim=hidden, num_heads=heads, window=config.window, num_global=config.num_global
+        )
     grid = kind.out_grid(config, inner)
     assert grid is not None, "refused by `check_projector`"
     return TemporalAttention(width, hidden_dim=hidden, num_heads=heads, max_frames=inner.num_frames, grid=grid)
@@ -176,7 +191,11 @@ def _check_heads(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
     step, inner_dim = config.num_heads * (2 if is_rotary else 1), _inner_dim(config, sizes.in_dim)
     if not config.has_heads or inner_dim % step == 0:
         return
-    wanted = "twice projector.num_heads, as temporal=local_global needs heads of even width" if is_rotary else "projector.num_heads"
+    wanted = (
+        "twice projector.num_heads, as temporal=local_global needs heads of even width"
+        if is_rotary
+        else "projector.num_heads"
+    )
     raise UserError(
         f"projector.hidden_dim={config.hidden_dim} is no multiple of {wanted} ({step}); "
         f"set projector.hidden_dim={math.ceil(inner_dim / step) * step} or null"

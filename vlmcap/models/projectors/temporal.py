@@ -126,7 +126,9 @@ class LocalGlobalAttention(nn.Module):
         return tokens + self.out(join_heads(mixed)).view_as(tokens)
 
 
-def windowed_attention(query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, window: int) -> Tensor:
+def windowed_attention(
+    query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, window: int
+) -> Tensor:
     """Attention of each token to those at most `window` away and to the global ones.
 
     A block of w queries sees its own block of keys and the two beside it, so dense kernels do the work on n blocks.
@@ -146,9 +148,16 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, global_key: Te
     size = min(window, length)
     num_blocks = -(-length // size)
     mask = _block_mask(length, size, window, num_global, query.device).repeat(batch, 1, 1, 1)
-    queries = F.pad(query, (0, 0, 0, num_blocks * size - length)).unflatten(2, (num_blocks, size)).transpose(1, 2).flatten(0, 1)
+    queries = (
+        F.pad(query, (0, 0, 0, num_blocks * size - length))
+        .unflatten(2, (num_blocks, size))
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
     keys, values = (
-        torch.cat([_neighbours(part, size, num_blocks), summary.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)], dim=3).flatten(0, 1)
+        torch.cat(
+            [_neighbours(part, size, num_blocks), summary.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)], dim=3
+        ).flatten(0, 1)
         for part, summary in ((key, global_key), (value, global_value))
     )
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

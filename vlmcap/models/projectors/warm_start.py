@@ -63,7 +63,9 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         wanted = read_safetensors(folder, lambda name: _our_name(name) is not None)
         found = {ours: tensor for name, tensor in wanted if (ours := _our_name(name))}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"projector.checkpoint {folder} could not be read ({type(error).__name__}); copy the folder anew") from error
+        raise UserError(
+            f"projector.checkpoint {folder} could not be read ({type(error).__name__}); copy the folder anew"
+        ) from error
     return _some(found, folder)
 
 
@@ -110,7 +112,9 @@ def _check_names(path: Path, saved: dict[str, Tensor], present: dict[str, Tensor
             f"set projector.kind, depth and use_layer_norm as it was trained, {_ANEW}"
         )
     if lacking:
-        raise UserError(f"projector.checkpoint {path} lacks the part that models time ({lacking[0]}); set projector.temporal=none, {_ANEW}")
+        raise UserError(
+            f"projector.checkpoint {path} lacks the part that models time ({lacking[0]}); set projector.temporal=none, {_ANEW}"
+        )
     if extra:
         raise UserError(
             f"projector.checkpoint {path} models time by a part that this projector lacks ({extra[0]}); "

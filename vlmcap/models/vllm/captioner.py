@@ -39,7 +39,9 @@ class TokenEmbeddings(nn.Module):
         name = next(name for name, module in model.named_modules() if module is self.table)
         found = dict(read_safetensors(folder, lambda key: key == f"{name}.weight"))
         if not found:
-            raise UserError(f"{folder} holds no {name}.weight in its safetensors; write the folder with `vlmcap export`")
+            raise UserError(
+                f"{folder} holds no {name}.weight in its safetensors; write the folder with `vlmcap export`"
+            )
         weight = next(iter(found.values())).to(dtype)
         self.table.weight = nn.Parameter(weight, requires_grad=False)
 

@@ -26,7 +26,9 @@ from vlmcap.models.vllm import worker as vllm_worker
 _ENGINE = "evaluation.engine=vllm"
 
 
-def engine_arguments(folder: Path, evaluation: EvaluationConfig, *, dtype: str, max_model_len: int, seed: int) -> dict[str, Any]:
+def engine_arguments(
+    folder: Path, evaluation: EvaluationConfig, *, dtype: str, max_model_len: int, seed: int
+) -> dict[str, Any]:
     """Arguments of `vllm.LLM`.
 
     Args:
@@ -65,10 +67,14 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
     rules = settings.rules
     if rules.num_beams > 1:
         beams = rules.num_beams
-        raise UserError(f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=native")
+        raise UserError(
+            f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=native"
+        )
     if rules.no_repeat_ngram_size:
         size = rules.no_repeat_ngram_size
-        raise UserError(f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=native")
+        raise UserError(
+            f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=native"
+        )
     if rules.repetition_penalty != 1.0:
         # It counts the ids of the prompt too, and a prompt of embeddings has none: https://github.com/vllm-project/vllm/issues/57719.
         penalty = rules.repetition_penalty
@@ -76,7 +82,11 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
             f"evaluation.repetition_penalty={penalty} stops vLLM where prompts are embeddings (vLLM issue 57719); "
             "set it to 1, or evaluation.engine=native"
         )
-    arguments: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_token_ids": list(stop_ids), "detokenize": False}
+    arguments: dict[str, Any] = {
+        "max_tokens": settings.max_new_tokens,
+        "stop_token_ids": list(stop_ids),
+        "detokenize": False,
+    }
     if not rules.do_sample:
         return arguments | {"temperature": 0.0}
     return arguments | {"temperature": rules.temperature, "top_p": rules.top_p, "top_k": rules.top_k}
@@ -94,10 +104,14 @@ def check_vllm(python: str | None) -> None:
     try:
         found = subprocess.run([python, "-c", "import vllm"], capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"evaluation.vllm_python={python} cannot be run ({type(error).__name__}); name a Python interpreter") from error
+        raise UserError(
+            f"evaluation.vllm_python={python} cannot be run ({type(error).__name__}); name a Python interpreter"
+        ) from error
     if found.returncode != 0:
         reason = next(iter(reversed(found.stderr.strip().splitlines())), "no message")
-        raise UserError(f"evaluation.vllm_python={python} cannot import vllm ({reason}); install it there with pip install vllm")
+        raise UserError(
+            f"evaluation.vllm_python={python} cannot import vllm ({reason}); install it there with pip install vllm"
+        )
 
 
 def start_engine(arguments: dict[str, Any], python: str | None) -> VllmEngine:
@@ -147,7 +161,9 @@ class OtherProcess:
     def __init__(self, arguments: dict[str, Any], python: str) -> None:
         # -P: the folder of the program is no place to import from, as vLLM would find our modules there.
         command = [python, "-P", str(Path(vllm_worker.__file__))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         self.close = weakref.finalize(self, _end, self._process)
         answer = self._ask({"engine": arguments})
         if "error" in answer:
@@ -163,7 +179,9 @@ class OtherProcess:
             save_file({str(index): prompt.cpu().contiguous() for index, prompt in enumerate(prompts)}, file)
             answer = self._ask({"file": str(file), "count": len(prompts), "sampling": sampling})
         if "error" in answer:
-            raise UserError(f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set evaluation.engine=native")
+            raise UserError(
+                f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set evaluation.engine=native"
+            )
         ids: list[list[int]] = answer["ids"]
         return ids
 

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, replace_experts
 from vlmcap.planning.estimate.live_bytes import add_launches
 
-_UNPACK_KERNELS = 3  # of the experts' 4-bit weights: scales, their offset, weights; bitsandbytes fuses those of linear layers
+_UNPACK_KERNELS = (
+    3  # of the experts' 4-bit weights: scales, their offset, weights; bitsandbytes fuses those of linear layers
+)
 _INT8_KERNELS = 2  # beside the product: the input to 8 bits, the output back
 
 
@@ -30,7 +32,9 @@ def fill_with_fake_tensors(module: nn.Module, mode: FakeTensorMode) -> None:
                         continue
                     if id(tensor) not in made:
                         empty: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                        made[id(tensor)] = (
+                            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                        )
                         _keep_marks(tensor, made[id(tensor)])
                     tensors[name] = made[id(tensor)]
 
@@ -99,7 +103,9 @@ class _Fake4bit(Linear4bit):  # type: ignore[misc]
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         with torch.device("meta"):
-            super().__init__(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4")
+            super().__init__(
+                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
             packed, scales = packed_sizes(linear.weight.numel())
             weight: Any = _frozen_bytes(packed)
             weight.compress_statistics, weight.quant_type = True, "nf4"
@@ -121,7 +127,9 @@ class _Fake8bit(Linear8bitLt):  # type: ignore[misc]
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         with torch.device("meta"):
-            super().__init__(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0)
+            super().__init__(
+                linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
+            )
             self.weight = _frozen_bytes(linear.weight.numel())
             self.register_buffer("quantization_state", torch.empty(linear.out_features, dtype=torch.float32))
             self.bias = linear.bias

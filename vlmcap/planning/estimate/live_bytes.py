@@ -22,7 +22,14 @@ from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
 # These write nothing, or return their input as it is; views are recognised by their schema.
-_NO_KERNEL = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view}
+_NO_KERNEL = {
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+    _aten._unsafe_view,
+}
 ROUNDING = 512  # bytes: the CUDA allocator hands out multiples of it
 
 
@@ -80,7 +87,9 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._live.setdefault(self._key(tensor), ("excluded", 0, tensor.untyped_storage()))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -189,15 +198,26 @@ class OnCard(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is torch._grouped_mm:  # fake ones are for bfloat16 alone; all rows in one group are as much arithmetic and memory
+        if (
+            func is torch._grouped_mm
+        ):  # fake ones are for bfloat16 alone; all rows in one group are as much arithmetic and memory
             return torch.mm(args[0], args[1][0])
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _makes_integers(func, args, kwargs) or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)):
+        if _makes_integers(func, args, kwargs) or (
+            tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func in (Tensor.__getitem__, Tensor.__setitem__):  # by a mask: the shape is known only from the mask's values
+        if func in (
+            Tensor.__getitem__,
+            Tensor.__setitem__,
+        ):  # by a mask: the shape is known only from the mask's values
             args = (args[0], _flat(tree_map(_places, args[1])), *args[2:])
-        if func in (torch.repeat_interleave, Tensor.repeat_interleave) and len(args) > 1 and isinstance(args[1], Tensor):
+        if (
+            func in (torch.repeat_interleave, Tensor.repeat_interleave)
+            and len(args) > 1
+            and isinstance(args[1], Tensor)
+        ):
             kwargs = {**kwargs, "output_size": int(args[1].sum())}
         if func in _WIDE and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_widen, (tuple(args), dict(kwargs)))
@@ -232,7 +252,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_fused: bool, back: float, live: LiveBytes
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_fused: bool,
+        back: float,
+        live: LiveBytes,
     ) -> Tensor:
         add_launches(1)
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -264,7 +291,9 @@ def _makes_integers(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
         return False
     if (dtype := kwargs.get("dtype")) is not None:
         return dtype in (torch.int64, torch.int32, torch.bool)
-    return func in (torch.arange, torch.tensor) and not any(isinstance(leaf, float | Tensor) for leaf in tree_leaves(args))
+    return func in (torch.arange, torch.tensor) and not any(
+        isinstance(leaf, float | Tensor) for leaf in tree_leaves(args)
+    )
 
 
 def _widen(value: Any) -> Any:

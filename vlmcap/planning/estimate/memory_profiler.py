@@ -147,12 +147,18 @@ class MemoryProfiler:
             "plugin": plugins_of(self.config).get("encoder"),
         }
         depth = plain_vision_blocks(self.config) if self.config.is_pretrained_vlm else self.sizes.num_encoder_blocks
-        return self._trace("encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks))
+        return self._trace(
+            "encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks)
+        )
 
     def projector(self, num_clips: int) -> StageMemory:
         """Features to visual tokens."""
         model = self.config.model
-        key = {"projector": dataclasses.asdict(self.config.projector), "sizes": dataclasses.asdict(self.sizes), "clips": num_clips}
+        key = {
+            "projector": dataclasses.asdict(self.config.projector),
+            "sizes": dataclasses.asdict(self.sizes),
+            "clips": num_clips,
+        }
         key |= {
             "width": int(text_config(self.config).hidden_size),
             "base": model.checkpoint if isinstance(model, PretrainedVlmConfig) else "",
@@ -175,7 +181,9 @@ class MemoryProfiler:
         make = partial(self._trace_language, num_clips, num_caption, is_training)
         return self._trace_kept(key, num_kept, make) if num_kept else self._trace("language", key, self.depth, make)
 
-    def shallow_language(self, num_clips: int, num_caption: int, num_more: int = 0, *, is_training: bool = True) -> StageMemory:
+    def shallow_language(
+        self, num_clips: int, num_caption: int, num_more: int = 0, *, is_training: bool = True
+    ) -> StageMemory:
         """The same of as few blocks as may stand for all, and `num_more`."""
         key = self._language_key(num_clips, num_caption, is_training)
         make = partial(self._trace_language, num_clips, num_caption, is_training)
@@ -193,11 +201,27 @@ class MemoryProfiler:
         return float(num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
 
     def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:
-        key = {"base": self._base("llm"), "llm": [self.config.llm.quantization.value, self.config.llm.attention], "clips": num_clips}
-        key |= {"runs": self.sizes.runs, "gap": self.sizes.gap, "caption": num_caption, "tuning": dataclasses.asdict(self.config.tuning)}
-        key |= {"grid": self.sizes.grid if self.config.is_pretrained_vlm else (), "chunk": self.config.hardware.loss_chunk_mib}
+        key = {
+            "base": self._base("llm"),
+            "llm": [self.config.llm.quantization.value, self.config.llm.attention],
+            "clips": num_clips,
+        }
+        key |= {
+            "runs": self.sizes.runs,
+            "gap": self.sizes.gap,
+            "caption": num_caption,
+            "tuning": dataclasses.asdict(self.config.tuning),
+        }
+        key |= {
+            "grid": self.sizes.grid if self.config.is_pretrained_vlm else (),
+            "chunk": self.config.hardware.loss_chunk_mib,
+        }
         key |= {"merged": self.is_merged and not num_caption}
-        key |= {"training": is_training, "packed": self._packs(num_caption, is_training), "engine": writes_itself(self.config)}
+        key |= {
+            "training": is_training,
+            "packed": self._packs(num_caption, is_training),
+            "engine": writes_itself(self.config),
+        }
         return key | {"offload": self.config.hardware.offload_checkpoints}
 
     def _packs(self, num_caption: int, is_training: bool) -> bool:
@@ -207,15 +231,23 @@ class MemoryProfiler:
         """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
         return _SHORT + (self._deep_layers() - 1 if what == "language" else 0)
 
-    def _trace(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]) -> StageMemory:
+    def _trace(
+        self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]
+    ) -> StageMemory:
         short = self.short(what)
         if depth is None or depth <= short + 1:
             return self._keep(what, key, depth, make)
         return extrapolate(self._keep(what, key, short, make), self._keep(what, key, short + 1, make), depth - short)
 
-    def _keep(self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]) -> StageMemory:
+    def _keep(
+        self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]
+    ) -> StageMemory:
         hardware = self.config.hardware
-        key = key | {"what": what, "precision": hardware.precision.value, "checkpointing": hardware.gradient_checkpointing}
+        key = key | {
+            "what": what,
+            "precision": hardware.precision.value,
+            "checkpointing": hardware.gradient_checkpointing,
+        }
         return self.store.get(key | {"flash": self.has_flash, "depth": depth}, lambda: make(depth or 0))
 
     def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageMemory]) -> StageMemory:
@@ -230,7 +262,11 @@ class MemoryProfiler:
         return architecture(self.config, "model" if self.config.is_pretrained_vlm else part)
 
     def _encoder_tuning(self) -> Any:
-        return [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))] if self.trains_encoder else None
+        return (
+            [self.config.tuning.encoder_tuning.value, dataclasses.asdict(lora_of(self.config))]
+            if self.trains_encoder
+            else None
+        )
 
     def _trace_encoder(self, num_clips: int, depth: int) -> StageMemory:
         mode = _fake_mode()
@@ -273,7 +309,9 @@ class MemoryProfiler:
             has_backward=is_trained or self.trains_encoder,
         )
 
-    def _trace_language(self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0) -> StageMemory:
+    def _trace_language(
+        self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0
+    ) -> StageMemory:
         mode = _fake_mode()
         is_training = is_training and num_caption > 0
         llm, captioner_class = fake_llm(self.config, mode, depth, self.has_flash, num_kept)
@@ -282,13 +320,18 @@ class MemoryProfiler:
         with mode:
             visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=is_training)
         grid = self.sizes.grid if self.config.is_pretrained_vlm else None
-        captions = [num_caption, *[max(0, num_caption - 1)] * (num_clips - 1)]  # padded, as batches are: a mask that says so is not dropped
+        captions = [
+            num_caption,
+            *[max(0, num_caption - 1)] * (num_clips - 1),
+        ]  # padded, as batches are: a mask that says so is not dropped
         is_packed = self._packs(num_caption, is_training)
         batch = language_batch(captions, self.sizes.runs, PROMPT_TOKENS, grid, self.sizes.gap, is_packed=is_packed)
         if not num_caption:
             batch = self._padded_prompts(batch)
         prompt: Any = SimpleNamespace(question_ids=[1])
-        captioner = captioner_class(None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config))
+        captioner = captioner_class(
+            None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config)
+        )
         captioner.encode = lambda batch: visual  # type: ignore[method-assign]
         captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
@@ -298,7 +341,9 @@ class MemoryProfiler:
         caches: list[Any] = []
 
         def prefill() -> torch.Tensor:
-            output = llm(**captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=True, logits_to_keep=1)
+            output = llm(
+                **captioner.language_inputs(batch, captioner.visual_tokens(batch)), use_cache=True, logits_to_keep=1
+            )
             caches.append(output.past_key_values)
             logits: torch.Tensor = output.logits
             return logits
@@ -317,7 +362,9 @@ class MemoryProfiler:
         )
         return trace() if num_caption else self._for_captions(llm, mode, trace)
 
-    def _for_captions(self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageMemory]) -> StageMemory:
+    def _for_captions(
+        self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageMemory]
+    ) -> StageMemory:
         """A trace with the adapters as they are while captions are written; what they stand in for is among the weights."""
         before = {id(parameter): parameter for parameter in llm.parameters()}
         dtype = autocast_dtype(self.config)
@@ -332,7 +379,10 @@ class MemoryProfiler:
         """Prompts as the engine reads them: ours on the right and without a mask, transformers' on the left where clips differ in size."""
         if writes_itself(self.config):
             return dataclasses.replace(batch, is_right_padded=True)
-        if self.config.is_pretrained_vlm or len(cached_meta_encoder(self.config).possible_grids(self.config.data.num_frames)) > 1:
+        if (
+            self.config.is_pretrained_vlm
+            or len(cached_meta_encoder(self.config).possible_grids(self.config.data.num_frames)) > 1
+        ):
             batch.attention_mask[1:, 0] = 0
         return batch
 
@@ -360,7 +410,9 @@ class FastMemoryProfiler(MemoryProfiler):
         if num_kept:
             return super().language(num_clips, num_caption, num_kept)
         num_tokens = num_clips * (self.sizes.num_visual + PROMPT_TOKENS + num_caption)
-        return self.anchors(num_caption, is_training=is_training).at(num_tokens, self.depth - self.short("language"), num_clips)
+        return self.anchors(num_caption, is_training=is_training).at(
+            num_tokens, self.depth - self.short("language"), num_clips
+        )
 
     def anchors(self, num_caption: int, *, is_training: bool = True) -> Anchors:
         """The traces of the language model, the same for all sizes of this configuration."""
@@ -376,7 +428,9 @@ class FastMemoryProfiler(MemoryProfiler):
             longer=base.shallow_language(1, num_caption, 1, is_training=is_training),
             wide=wide.shallow_language(1, num_caption, is_training=is_training),
             wide_longer=None if is_checkpointed else wide.shallow_language(1, num_caption, 1, is_training=is_training),
-            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption, is_training=is_training) if has_more else None,
+            doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption, is_training=is_training)
+            if has_more
+            else None,
         )
 
     def _with_visual(self, num_visual: int) -> MemoryProfiler:

@@ -212,8 +212,14 @@ def cached_meta_vlm(config: Config) -> VlmComponents:
 
 def _cached(config: Config, make: Callable[[], Any]) -> Any:
     part = config.model if config.is_pretrained_vlm else config.encoder
-    base = architecture(config, "model") if config.is_pretrained_vlm else [architecture(config, "encoder"), processor(config)]
-    return cached([asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make)
+    base = (
+        architecture(config, "model")
+        if config.is_pretrained_vlm
+        else [architecture(config, "encoder"), processor(config)]
+    )
+    return cached(
+        [asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make
+    )
 
 
 def fake_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
@@ -227,7 +233,9 @@ def fake_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -
 def fake_projector(config: Config, sizes: ProjectorSizes | None, mode: FakeTensorMode) -> nn.Module:
     """The projector in fake tensors, trained."""
     with torch.device("meta"):
-        projector: nn.Module = meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
+        projector: nn.Module = (
+            meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
+        )
     is_trained = any(stage.projector_lr > 0 for stage in config.tuning.stages.values())
     projector.requires_grad_(is_trained)
     fill_with_fake_tensors(projector, mode)
@@ -254,7 +262,9 @@ def fake_llm(
             llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
         else:
             attention = "sdpa" if has_flash else _repeated_keys()
-            llm = AutoModelForCausalLM.from_config(text_config(config, depth), dtype=dtype, attn_implementation=attention)
+            llm = AutoModelForCausalLM.from_config(
+                text_config(config, depth), dtype=dtype, attn_implementation=attention
+            )
         llm.requires_grad_(False)
         quantize_fake(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm, num_kept)

@@ -62,7 +62,9 @@ def _text_pass(model: Any) -> Callable[[], Tensor]:
         ids = ids[:, : -(model.config.pad_token_id + 1)] + model.config.pad_token_id + 1
 
     def forward() -> Tensor:
-        output: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states[-1]
+        output: Tensor = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
+        ).hidden_states[-1]
         return output
 
     return forward

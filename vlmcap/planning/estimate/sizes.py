@@ -38,7 +38,9 @@ from vlmcap.planning.estimate.meta_models import (
 )
 from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
-_TEXT_BETWEEN_RUNS = 12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
+_TEXT_BETWEEN_RUNS = (
+    12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ def sizes_of(config: Config) -> Sizes:
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
-    depth = 0 if config.is_pretrained_vlm or has_plugin_encoder(config) else num_blocks(encoder)  # a plugin's blocks are not known
+    depth = (
+        0 if config.is_pretrained_vlm or has_plugin_encoder(config) else num_blocks(encoder)
+    )  # a plugin's blocks are not known
     sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
@@ -108,7 +112,10 @@ def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]
     tower = encoder.tower.config
     patch = int(tower.patch_size if not isinstance(tower.patch_size, list | tuple) else tower.patch_size[0])
     depth = int(getattr(tower, "temporal_patch_size", 1) or 1)
-    if encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None or encoder.max_tiles > 1:
+    if (
+        encoder.transform.grid_thw(config.data.num_frames, rows * patch, columns * patch) is None
+        or encoder.max_tiles > 1
+    ):
         return (frames, 3, rows * patch, columns * patch)
     return (frames, rows * columns, 3 * depth * patch * patch)
 
@@ -145,7 +152,11 @@ def download_bytes(config: Config) -> float:
     if config.is_pretrained_vlm:
         if _is_here(config, "model"):
             return 0.0
-        return 2.0 * (_language_total(config) + _parameters(cached_meta_encoder(config)) + _parameters(cached_meta_vlm(config).projector))
+        return 2.0 * (
+            _language_total(config)
+            + _parameters(cached_meta_encoder(config))
+            + _parameters(cached_meta_vlm(config).projector)
+        )
     vision = 0 if _is_here(config, "encoder") else _parameters(cached_meta_encoder(config))
     return 2.0 * (vision + (0 if _is_here(config, "llm") else _language_total(config)))
 
@@ -206,7 +217,11 @@ def language_batch(
     shape = (1, sum(lengths)) if is_packed else (len(lengths), max(lengths))
     starts = [0, *accumulate(lengths)] if is_packed else [0] * len(lengths)
     ids, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    attention, visual, labels = torch.zeros_like(ids), torch.zeros(shape, dtype=torch.bool), torch.full_like(ids, IGNORED)
+    attention, visual, labels = (
+        torch.zeros_like(ids),
+        torch.zeros(shape, dtype=torch.bool),
+        torch.full_like(ids, IGNORED),
+    )
     for index, length in enumerate(lengths):
         row, start = (0 if is_packed else index), starts[index]
         visual[row, start : start + len(prompt)] = is_visual

@@ -74,7 +74,9 @@ def extrapolate(short: StageMemory, longer: StageMemory, num_more: int) -> Stage
     )
 
 
-def extrapolate_kept(base: StageMemory, again: StageMemory, kept: StageMemory, num_again: int, num_kept: int) -> StageMemory:
+def extrapolate_kept(
+    base: StageMemory, again: StageMemory, kept: StageMemory, num_again: int, num_kept: int
+) -> StageMemory:
     """The trace of a model some of whose blocks are computed again and the last ones kept.
 
     Args:
@@ -140,7 +142,9 @@ class Anchors:
         if self.wide_longer is None:
             block = _grown(_sum([(1, self.longer), (-1, self.short)]), num_tokens / self.num_tokens)
         else:
-            block = _sum([(1 - times, self.longer), (times - 1, self.short), (times, self.wide_longer), (-times, self.wide)])
+            block = _sum(
+                [(1 - times, self.longer), (times - 1, self.short), (times, self.wide_longer), (-times, self.wide)]
+            )
         return _sum([*terms, (num_more, block)])
 
 
@@ -152,14 +156,20 @@ def clips_of(one: StageMemory, two: StageMemory, num_clips: int) -> StageMemory:
 def _sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
     def lines(parts: Sequence[Bytes]) -> dict[str, float]:
         tags = {tag: None for part in parts for tag in part}
-        return {tag: sum(times * part.get(tag, 0) for (times, _), part in zip(terms, parts, strict=True)) for tag in tags}
+        return {
+            tag: sum(times * part.get(tag, 0) for (times, _), part in zip(terms, parts, strict=True)) for tag in tags
+        }
 
     traces = [trace for _, trace in terms]
     moments: Mapping[str, None] = {moment: None for trace in traces for moment in trace.peaks}
     return StageMemory(
         weights=lines([trace.weights for trace in traces]),
         num_trained=sum(times * trace.num_trained for times, trace in terms),
-        peaks={moment: lines([trace.peaks.get(moment, {}) for trace in traces]) for moment in moments if "middle" not in moment},
+        peaks={
+            moment: lines([trace.peaks.get(moment, {}) for trace in traces])
+            for moment in moments
+            if "middle" not in moment
+        },
         retained=lines([trace.retained for trace in traces]),
         left=lines([trace.left for trace in traces]),
         flops=sum(times * trace.flops for times, trace in terms),
@@ -189,7 +199,13 @@ def weights_of(module: nn.Module) -> Counter[str]:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kind = "quantisation state" if "quantization_state" in name else "trained weights" if tensor.requires_grad else "frozen weights"
+            kind = (
+                "quantisation state"
+                if "quantization_state" in name
+                else "trained weights"
+                if tensor.requires_grad
+                else "frozen weights"
+            )
             total[kind] += tensor.numel() * tensor.element_size()
     return total
 

@@ -42,7 +42,11 @@ class Cell:
     @property
     def peak_gib(self) -> float | None:
         """The higher of both."""
-        return None if self.training_gib is None or self.generation_gib is None else max(self.training_gib, self.generation_gib)
+        return (
+            None
+            if self.training_gib is None or self.generation_gib is None
+            else max(self.training_gib, self.generation_gib)
+        )
 
     @property
     def fits(self) -> bool:
@@ -52,7 +56,14 @@ class Cell:
     def plain(self) -> dict[str, Any]:
         """As `--json` prints it."""
         rounded = {name: value and round(value, 2) for name, value in self._figures().items()}
-        return {"hardware": self.hardware, "encoder": self.encoder, "llm": self.llm, "fits": self.fits, **rounded, "error": self.error}
+        return {
+            "hardware": self.hardware,
+            "encoder": self.encoder,
+            "llm": self.llm,
+            "fits": self.fits,
+            **rounded,
+            "error": self.error,
+        }
 
     def _figures(self) -> dict[str, float | None]:
         return {
@@ -85,7 +96,8 @@ def _reason(cell: Cell) -> str:
 def _show_one(cells: Sequence[Cell], console: Console) -> None:
     usable, count = cells[0].usable_gib, sum(cell.fits for cell in cells)
     console.print(
-        f"hardware={cells[0].hardware}: {count} of {len(cells)} fit in {usable:.1f} GiB; ✗ does not, – cannot be built", style="bold"
+        f"hardware={cells[0].hardware}: {count} of {len(cells)} fit in {usable:.1f} GiB; ✗ does not, – cannot be built",
+        style="bold",
     )
     rows, columns = _distinct(cell.encoder for cell in cells), _distinct(cell.llm for cell in cells)
     found = {(cell.encoder, cell.llm): cell for cell in cells}
@@ -108,7 +120,9 @@ def _show_one(cells: Sequence[Cell], console: Console) -> None:
 def _shown(cell: Cell, width: int) -> tuple[str, str]:
     if cell.peak_gib is None:
         return "–".rjust(width), "dim"
-    return (f"{cell.peak_gib:.1f}".rjust(width), "green") if cell.fits else (f"✗{cell.peak_gib:.1f}".rjust(width), "red")
+    return (
+        (f"{cell.peak_gib:.1f}".rjust(width), "green") if cell.fits else (f"✗{cell.peak_gib:.1f}".rjust(width), "red")
+    )
 
 
 def head(name: str) -> list[str]:
@@ -140,7 +154,10 @@ def draw_grid(cells: Sequence[Cell], file: Path) -> None:
     from matplotlib.figure import Figure  # not needed for the table on the terminal
 
     profiles = list(dict.fromkeys(cell.hardware for cell in cells))
-    encoders, llms = list(dict.fromkeys(cell.encoder for cell in cells)), list(dict.fromkeys(cell.llm for cell in cells))
+    encoders, llms = (
+        list(dict.fromkeys(cell.encoder for cell in cells)),
+        list(dict.fromkeys(cell.llm for cell in cells)),
+    )
     height = 0.32 * len(encoders) + 1.5
     figure = Figure(figsize=(2.2 + 0.62 * len(llms), height * len(profiles)), layout="constrained")
     for index, hardware in enumerate(profiles):

@@ -26,10 +26,15 @@ from vlmcap.terminal import transient_bar
 
 _GROUPS = ("hardware", "encoder", "llm")
 _LEFT_OUT = {"hardware": {"cpu"}, "encoder": {*TINY_ENCODERS, CUSTOM}, "llm": {"tiny", CUSTOM}}
-_FOLLOWS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}  # groups whose values come from these groups
+_FOLLOWS = {
+    "encoder": ("encoder", "cache"),
+    "llm": ("llm", "projector", "tuning"),
+}  # groups whose values come from these groups
 _MOST_PROCESSES = 8
 _configs: GridConfigs | None = None  # what a forked process finds
-_ONE_CAPTION = "data.eval_batch_size=1"  # the least that captions take: more are written at a time only where there is room
+_ONE_CAPTION = (
+    "data.eval_batch_size=1"  # the least that captions take: more are written at a time only where there is room
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,9 @@ def grid_names(overrides: Sequence[str]) -> GridNames:
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "model" and value != "assembled":
-            raise UserError(f"--grid combines encoders and language models, and {override} has its own; leave one of them out")
+            raise UserError(
+                f"--grid combines encoders and language models, and {override} has its own; leave one of them out"
+            )
         if key in _GROUPS:
             chosen.setdefault(key, []).extend(value.split(","))
         else:
@@ -92,7 +99,9 @@ class GridConfigs:
         for group in _GROUPS:
             for name in getattr(names, group):
                 chosen = first | {group: name}
-                composed[group, name] = Composed([_ONE_CAPTION, *names.rest, *(f"{key}={value}" for key, value in chosen.items())])
+                composed[group, name] = Composed(
+                    [_ONE_CAPTION, *names.rest, *(f"{key}={value}" for key, value in chosen.items())]
+                )
         self._bases = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
         self._parts = {
             (hardware, group, name): composed["hardware", hardware].parts_with(group, composed[group, name], follows)

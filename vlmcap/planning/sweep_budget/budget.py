@@ -236,7 +236,9 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
     if max_clips is not None:
         most = max(job.clips.train for job in best)
         cost = f"{max_clips / most:.0%} of the training clips, the first of the seeded order"
-        chosen.append(Proposal(f"data.max_clips={max_clips}", cost, sweep_seconds(with_clips(best, max_clips)), num_fitting(best)))
+        chosen.append(
+            Proposal(f"data.max_clips={max_clips}", cost, sweep_seconds(with_clips(best, max_clips)), num_fitting(best))
+        )
     return chosen
 
 
@@ -260,5 +262,7 @@ def _needed(chosen: Sequence[Proposal], budget_s: float, replan: Replan) -> list
     result = []
     for index, proposal in enumerate(kept):
         jobs = replan([other.override for other in kept[: index + 1]])
-        result.append(proposal if jobs is None else replace(proposal, total_s=sweep_seconds(jobs), num_fitting=num_fitting(jobs)))
+        result.append(
+            proposal if jobs is None else replace(proposal, total_s=sweep_seconds(jobs), num_fitting=num_fitting(jobs))
+        )
     return result

@@ -39,7 +39,9 @@ def plan_sweep(overrides: Sequence[str], price: float | None = None) -> SweepPla
     _check_machines(sweep.configs, price)
     jobs = sweep.jobs(())
     assert jobs is not None
-    proposals = propose(jobs, 3600 * budget_h, sweep.jobs) if budget_h is not None and any(job.fits for job in jobs) else []
+    proposals = (
+        propose(jobs, 3600 * budget_h, sweep.jobs) if budget_h is not None and any(job.fits for job in jobs) else []
+    )
     return SweepPlan(jobs, price, budget_h, proposals, _described(sweep.configs))
 
 
@@ -150,13 +152,23 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
 
 def _store(config: Config) -> str:
     """Equal for configurations that read the same stored features, and shown as the encoder's name."""
-    part = {key: value for key, value in dataclasses.asdict(config.encoder).items() if key not in ("name", "is_cached", "attention")}
+    part = {
+        key: value
+        for key, value in dataclasses.asdict(config.encoder).items()
+        if key not in ("name", "is_cached", "attention")
+    }
     data, cache = config.data, config.cache
     pool = config.pool_size
-    rest = [data.num_frames, data.sampling.value, data.fps, data.variable_frames, cache.dtype, pool, config.hardware.precision.value]
-    return (
-        f"{config.model.name if config.is_pretrained_vlm else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
-    )
+    rest = [
+        data.num_frames,
+        data.sampling.value,
+        data.fps,
+        data.variable_frames,
+        cache.dtype,
+        pool,
+        config.hardware.precision.value,
+    ]
+    return f"{config.model.name if config.is_pretrained_vlm else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
 
 
 def _one_budget(configs: Sequence[Config], swept: Sequence[str]) -> float | None:
@@ -169,9 +181,13 @@ def _check_machines(configs: Sequence[Config], price: float | None) -> None:
     names = sorted({config.hardware.name for config in configs})
     kinds = {config.hardware.accelerator for config in configs}
     if len(kinds) > 1:
-        raise UserError(f"hardware={','.join(names)} would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own")
+        raise UserError(
+            f"hardware={','.join(names)} would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own"
+        )
     if price is not None and len(names) > 1:
-        raise UserError(f"--price is that of one GPU, and the sweep takes hardware={','.join(names)}; plan one hardware at a time")
+        raise UserError(
+            f"--price is that of one GPU, and the sweep takes hardware={','.join(names)}; plan one hardware at a time"
+        )
 
 
 def _described(configs: Sequence[Config]) -> list[str]:
@@ -179,10 +195,15 @@ def _described(configs: Sequence[Config]) -> list[str]:
     counted = {(config.data.name, num_clips(config), config.tuning.num_epochs) for config in configs}
     lines = []
     for name, clips, epochs in sorted(counted, key=str):
-        splits = f"{grouped(clips.train)} training, {grouped(clips.val)} validation and {grouped(clips.test)} test clips"
+        splits = (
+            f"{grouped(clips.train)} training, {grouped(clips.val)} validation and {grouped(clips.test)} test clips"
+        )
         lines.append(f"data={name}: {splits}, {epochs} epochs")
     is_cpu = configs[0].hardware.accelerator == "cpu"
     from vlmcap.planning.hardware import CORE_FLOPS, UTILISATION
 
     of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core" if is_cpu else "the data sheet's speed"
-    return [*lines, f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted."]
+    return [
+        *lines,
+        f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted.",
+    ]

@@ -78,7 +78,12 @@ class SweepPlan:
         return {
             "combinations": [_plain_job(job) for job in self.jobs],
             "encoding": [
-                {"encoder": one.encoder, "num_clips": one.num_clips, "num_readers": one.num_readers, "hours": _hours(one.seconds)}
+                {
+                    "encoder": one.encoder,
+                    "num_clips": one.num_clips,
+                    "num_readers": one.num_readers,
+                    "hours": _hours(one.seconds),
+                }
                 for one in self.encodings
             ],
             "training_h": round(self.training_h, 3),
@@ -91,7 +96,12 @@ class SweepPlan:
             "is_within_budget": self.is_within,
             "is_possible": self.is_possible,
             "proposals": [
-                {"override": one.override, "cost": one.cost, "total_h": _hours(one.total_s), "num_fitting": one.num_fitting}
+                {
+                    "override": one.override,
+                    "cost": one.cost,
+                    "total_h": _hours(one.total_s),
+                    "num_fitting": one.num_fitting,
+                }
                 for one in self.proposals
             ],
             "add": [proposal.override for proposal in self.proposals],
@@ -142,8 +152,12 @@ def show_budget(plan: SweepPlan) -> None:
         console.print("In order of lost quality, each with those above it:", markup=False)
         console.print(_proposals(plan), width=min(console.width, _WIDEST))
         if plan.is_possible:
-            console.print(f"Add: {' '.join(proposal.override for proposal in plan.proposals)}", markup=False, soft_wrap=True)
-    console.print(verdict(plan), style="bold green" if plan.is_possible and plan.is_within else "bold red", markup=False)
+            console.print(
+                f"Add: {' '.join(proposal.override for proposal in plan.proposals)}", markup=False, soft_wrap=True
+            )
+    console.print(
+        verdict(plan), style="bold green" if plan.is_possible and plan.is_within else "bold red", markup=False
+    )
 
 
 def _table(plan: SweepPlan) -> Table:
@@ -169,7 +183,12 @@ def _row(job: Job) -> tuple[str, ...]:
     peak = f"{job.peak_gib:.1f}"
     if not job.fits:
         return (job.name, peak, "no", "–", "–", "–")
-    return (job.name, peak, "yes", *(short_number(seconds / HOUR_S) for seconds in (job.training_s, job.evaluation_s, job.total_s)))
+    return (
+        job.name,
+        peak,
+        "yes",
+        *(short_number(seconds / HOUR_S) for seconds in (job.training_s, job.evaluation_s, job.total_s)),
+    )
 
 
 def _proposals(plan: SweepPlan) -> Table:

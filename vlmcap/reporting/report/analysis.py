@@ -70,7 +70,9 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
     groups, estimator = group_rows(members, factors, metric, shown, is_higher_better=is_higher_better(metric))
     ranked = {group.id: group.factors for group in groups if group.is_best or group.difference is not None}
     rows = run_rows(members, groups, factors, split)
-    compared = {member.id: member.captions[split] for member in members if member.is_compared and split in member.captions}
+    compared = {
+        member.id: member.captions[split] for member in members if member.is_compared and split in member.captions
+    }
     clip_metric = find_clip_metric(list(compared.values()))
     some = next(iter(compared.values()), None)
     return Report(
@@ -88,7 +90,9 @@ def analyse(runs: Sequence[RunFolder], wanted: Wanted, *, version: str, advance:
         runs=rows,
         groups=groups,
         effects=find_effects(factors, ranked, estimator, is_higher_better=is_higher_better(metric)),
-        fronts=find_fronts([group for group in groups if group.id in ranked], metric, is_higher_better=is_higher_better(metric)),
+        fronts=find_fronts(
+            [group for group in groups if group.id in ranked], metric, is_higher_better=is_higher_better(metric)
+        ),
         categories=find_categories(members, split),
         clips=choose_clips(compared, clip_metric, wanted.clips, find_lexicon(runs)),
         notes=make_notes(rows, groups, metric),
@@ -99,7 +103,9 @@ def find_fronts(groups: Sequence[GroupRow], metric: str, *, is_higher_better: bo
     """For each cost that two groups know: those that no other beats at a lower or equal cost."""
     fronts = []
     for cost in COSTS:
-        known = [(value, group.scores[metric], group.id) for group in groups if (value := group.costs.get(cost)) is not None]
+        known = [
+            (value, group.scores[metric], group.id) for group in groups if (value := group.costs.get(cost)) is not None
+        ]
         if len(known) < 2:
             continue
         sign = 1 if is_higher_better else -1
@@ -120,7 +126,9 @@ class _Found:
     samples: dict[str, Resampled] = field(default_factory=dict)
 
 
-def _read_captions(runs: Sequence[RunFolder], split: str, name: str, tokenizer: str | None, advance: Advance) -> list[_Found]:
+def _read_captions(
+    runs: Sequence[RunFolder], split: str, name: str, tokenizer: str | None, advance: Advance
+) -> list[_Found]:
     found = [_Found() for _ in runs]
     shared: dict[str, str] = {}
     scored: dict[str, dict[int, Mapping[str, ClipMetric]]] = {}
@@ -213,5 +221,7 @@ def _about_runs(runs: Sequence[RunRow], metric: str) -> list[Note]:
             )
         )
     if sum(metric in run.scores and not run.not_compared for run in runs) > MOST_RUNS:
-        notes.append(Note(f"Captions are those of the {MOST_RUNS} best runs.", f"캡션은 상위 {MOST_RUNS}개 실행의 것입니다."))
+        notes.append(
+            Note(f"Captions are those of the {MOST_RUNS} best runs.", f"캡션은 상위 {MOST_RUNS}개 실행의 것입니다.")
+        )
     return notes

@@ -114,7 +114,9 @@ def _columns(rows: list[tuple[str, dict[str, Any]]], shared: dict[str, str]) -> 
         texts=texts,
         references=references,
         categories=[str(row.get("category") or "") for _, row in rows],
-        scores={name: np.array([scores[name] for scores in each], np.float64) for name in each[0] if _is_whole(name, each)},
+        scores={
+            name: np.array([scores[name] for scores in each], np.float64) for name in each[0] if _is_whole(name, each)
+        },
         tokenizer=" and ".join(sorted(tokenizers)),
         digest=hashlib.sha256(content.encode()).hexdigest(),
         collapse=collapse_warning(texts),
@@ -132,7 +134,9 @@ def find_clip_metric(runs: Sequence[Captions]) -> str:
     return next((name for name in _PREFERRED if runs and all(name in run.scores for run in runs)), "")
 
 
-def choose_clips(runs: Mapping[str, Captions], metric: str, count: int, lexicon: FactLexicon | None = None) -> list[ClipRow]:
+def choose_clips(
+    runs: Mapping[str, Captions], metric: str, count: int, lexicon: FactLexicon | None = None
+) -> list[ClipRow]:
     """Up to `count` clips with the captions of all runs, an equal share for each `Reason`; runs differ where there are two.
 
     Args:
@@ -146,7 +150,9 @@ def choose_clips(runs: Mapping[str, Captions], metric: str, count: int, lexicon:
     shown = dict(list(runs.items())[:MOST_RUNS])
     scores = np.stack([run.scores[metric] for run in shown.values()])  # (runs, clips)
     means, spreads = scores.mean(0), np.ptp(scores, axis=0)
-    reasons = _choose(means, spreads, count, [name for name in get_args(Reason) if name != "different" or len(runs) > 1])
+    reasons = _choose(
+        means, spreads, count, [name for name in get_args(Reason) if name != "different" or len(runs) > 1]
+    )
     first = next(iter(shown.values()))
     return [
         ClipRow(
@@ -177,7 +183,12 @@ def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[M
     if lexicon is None:
         return []
     stated, wanted, length = lexicon.extract(text), lexicon.extract(reference), len(shown_text(text, lexicon))
-    found = sorted((start, end, fact) for fact, spans in lexicon.find(text).items() if wanted[fact] is not None for start, end, _ in spans)
+    found = sorted(
+        (start, end, fact)
+        for fact, spans in lexicon.find(text).items()
+        if wanted[fact] is not None
+        for start, end, _ in spans
+    )
     marks: list[Mark] = []
     for start, end, fact in found:
         if end <= min(length, MOST_CHARACTERS) and (not marks or start >= marks[-1][1]):

@@ -66,7 +66,14 @@ class Estimator:
         resamples: How many to draw where no clips are known.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[RunScore]], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[RunScore]],
+        *,
+        confidence: float = 0.95,
+        seed: int = 0,
+        resamples: int = 2000,
+    ) -> None:
         self.groups, self.confidence, self.seed, self.resamples = groups, confidence, seed, resamples
         self.means = {name: float(np.mean([run.score for run in runs])) for name, runs in groups.items()}
         repeated = [[run.score for run in runs] for runs in groups.values() if len(runs) > 1]
@@ -127,10 +134,14 @@ class Estimator:
             curvature += part**2 / (len(scores) - 1 if is_repeated else self._freedom)
         if variance == 0:
             return np.zeros(self.resamples)
-        return math.sqrt(variance) * np.random.default_rng([self.seed, 1]).standard_t(variance**2 / curvature, self.resamples)
+        return math.sqrt(variance) * np.random.default_rng([self.seed, 1]).standard_t(
+            variance**2 / curvature, self.resamples
+        )
 
 
-def find_effects(factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, *, is_higher_better: bool) -> list[Effect]:
+def find_effects(
+    factors: Sequence[str], groups: Mapping[str, Factors], estimator: Estimator, *, is_higher_better: bool
+) -> list[Effect]:
     """The effect of each factor with two levels or more.
 
     Two groups are matched for a factor where they agree in all others. A level counts over the combinations that every level has: in a
@@ -170,5 +181,8 @@ def _effect(
     if complete:
         best = {name: -weight for name, weight in means[ranked[0]].items()}
         differences = estimator.differences({level: means[level] | best for level in ranked[1:]})
-    rows = [Level(values[level], estimates[level].value, estimates[level].ends, counted[level], differences.get(level)) for level in ranked]
+    rows = [
+        Level(values[level], estimates[level].value, estimates[level].ends, counted[level], differences.get(level))
+        for level in ranked
+    ]
     return Effect(factor, bool(complete), len(complete) if complete else len(combinations), rows)

@@ -67,7 +67,9 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; give the folder of a run, or of a sweep such as multirun/<date>/<time>")
+            raise UserError(
+                f"{folder} is no folder; give the folder of a run, or of a sweep such as multirun/<date>/<time>"
+            )
         runs = list(_runs_below(folder, set()))
         if not runs:
             raise UserError(f"{folder} holds no run: no summary.json, status.json or metrics.jsonl in it or below")
@@ -110,7 +112,9 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
         peak_memory_gib=_numbers(summary).get("peak_memory_gib"),
         planned_gib=plan.get("peak_gib"),
         planned_fit_s=plan.get("fit_s"),
-        parameters={name: sum(int(part.get(key) or 0) for part in parts) for name, key in _COUNTS.items()} if parts else {},
+        parameters={name: sum(int(part.get(key) or 0) for part in parts) for name, key in _COUNTS.items()}
+        if parts
+        else {},
         curve=read_course(folder / "metrics.jsonl", warnings),
         revision=str(summary.get("git_revision") or ""),
         predictions=predictions,
@@ -154,10 +158,16 @@ def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
         yield folder
         return
     try:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "." and entry.name not in _NOT_RUNS]
+        names = [
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_dir() and entry.name[0] != "." and entry.name not in _NOT_RUNS
+        ]
     except OSError:  # not for us to read
         return
-    for name in sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]):
+    for name in sorted(
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    ):
         yield from _runs_below(folder / name, seen)
 
 
@@ -182,7 +192,9 @@ def _part(record: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
     """The entries that are numbers; JSON's null, NaN and infinity are none."""
-    kept = {name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    kept = {
+        name: value for name, value in record.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     return {name: float(value) for name, value in kept.items() if math.isfinite(value)}
 
 
@@ -208,7 +220,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys to values of nested dictionaries; a list is a value, and a reference to another key that is not resolved is left out."""
     if isinstance(value, dict):
         return {
-            key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()
+            key: leaf
+            for name, part in value.items()
+            for key, leaf in flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()
         }
     return {} if not prefix or (isinstance(value, str) and "${" in value) else {prefix: value}
 

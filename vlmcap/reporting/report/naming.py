@@ -81,7 +81,11 @@ def group_name(run: RunFolder, factors: Sequence[str]) -> str:
     if not run.config:
         return run.path.name
     parts = [str(value) for factor, value in values.items() if factor in _PARTS and value not in (None, *_ABSENT)]
-    others = [_labelled(factor, value, factors) for factor, value in values.items() if factor not in _PARTS and value is not None]
+    others = [
+        _labelled(factor, value, factors)
+        for factor, value in values.items()
+        if factor not in _PARTS and value is not None
+    ]
     if not parts and not others:
         parts = [str(name) for part in _PARTS if (name := run.config.get(f"{part}.name")) not in (None, *_ABSENT)]
     return ", ".join([" + ".join(parts), *others] if parts else others) or run.path.name

@@ -113,7 +113,11 @@ def _common_config(configs: list[dict[str, Any]]) -> dict[str, Any]:
     known = [config for config in configs if config]
     if len(known) < 2:
         return {}
-    return {key: value for key, value in known[0].items() if all(key in config and config[key] == value for config in known[1:])}
+    return {
+        key: value
+        for key, value in known[0].items()
+        if all(key in config and config[key] == value for config in known[1:])
+    }
 
 
 def _thinned(points: list[Any]) -> list[Any]:

@@ -43,7 +43,9 @@ def draw_leaderboard(report: Report, file: Path) -> None:
         axes.grid(axis="x", color="#eaeef2")
         axes.set_axisbelow(True)
         over = next((group.over for group in groups if group.over), "")
-        told = f"95 % intervals over {over}; dark: best, light: not told apart from it" if over else "no intervals known"
+        told = (
+            f"95 % intervals over {over}; dark: best, light: not told apart from it" if over else "no intervals known"
+        )
         axes.set_title(told, fontsize=9, loc="left", color="#57606a")
         _plain_frame(axes)
 
@@ -62,14 +64,21 @@ def draw_fronts(report: Report, file: Path) -> None:
             }
             costs = [cost for cost, _, _ in points.values()]
             middle = (min(costs) + max(costs)) / 2
-            axes.plot(*zip(*(points[one][:2] for one in front.groups), strict=True), color=_BEST, linewidth=1, drawstyle="steps-post")
+            axes.plot(
+                *zip(*(points[one][:2] for one in front.groups), strict=True),
+                color=_BEST,
+                linewidth=1,
+                drawstyle="steps-post",
+            )
             for one, (cost, score, group) in points.items():
                 is_front = one in front.groups
                 axes.plot([cost], [score], "o", color=_BEST if is_front else _WORSE, markersize=7 if is_front else 5)
                 if is_front or len(points) <= _NAMED:
                     side, shift = ("right", -5) if cost > middle else ("left", 5)  # a label stays inside
                     style: dict[str, Any] = {"fontsize": 7.5, "color": "black" if is_front else "#57606a"}
-                    axes.annotate(_label(group), (cost, score), textcoords="offset points", xytext=(shift, 6), ha=side, **style)
+                    axes.annotate(
+                        _label(group), (cost, score), textcoords="offset points", xytext=(shift, 6), ha=side, **style
+                    )
             axes.set(xlabel=name, ylabel=_label_of_metric(report) if index == 0 else "")
             axes.margins(x=0.25, y=0.15)
             axes.grid(color="#eaeef2")
@@ -83,7 +92,9 @@ def draw_curves(report: Report, file: Path) -> None:
     runs = [run for run in report.runs if run.curve]
     order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MOST_GROUPS]
     wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])
-    shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][:2]  # a single point is no course
+    shown = [key for key in wanted if any(len(run.curve.get(key, ())) > 1 for run in runs)][
+        :2
+    ]  # a single point is no course
     with _written(file, (6.0 * max(1, len(shown)) + 2.5, 4.2)) as figure:
         colours = _colours(len(order))
         for index, key in enumerate(shown):
@@ -93,7 +104,14 @@ def draw_curves(report: Report, file: Path) -> None:
                 for number, curve in enumerate(curves):
                     name = _label(group) if number == 0 and place < _NAMED else None
                     mark = "o" if len(curve) < 8 else ""
-                    axes.plot(*zip(*curve, strict=True), color=colours[place], linewidth=1.2, marker=mark, markersize=3, label=name)
+                    axes.plot(
+                        *zip(*curve, strict=True),
+                        color=colours[place],
+                        linewidth=1.2,
+                        marker=mark,
+                        markersize=3,
+                        label=name,
+                    )
             axes.set(xlabel="step", title=key)
             axes.grid(color="#eaeef2")
             _plain_frame(axes)
@@ -123,7 +141,9 @@ def _families() -> tuple[str, ...]:
 @functools.cache
 def _drawable() -> Callable[[str], bool]:
     """Whether every letter of a text is in a font that is there: what is not would be drawn as a box."""
-    letters = {code for name in _families() for code in font_manager.get_font(font_manager.findfont(name)).get_charmap()}
+    letters = {
+        code for name in _families() for code in font_manager.get_font(font_manager.findfont(name)).get_charmap()
+    }
     return lambda text: all(ord(letter) in letters for letter in text)
 
 

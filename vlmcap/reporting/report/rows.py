@@ -64,7 +64,9 @@ def identify(members: Sequence[Member], factors: Sequence[str], metric: str, *, 
     ]
     named = _without_repeats(named)
     sign = -1 if is_higher_better else 1
-    return sorted(named, key=lambda one: (not one.is_compared, not one.has_metric, sign * one.run.scores.get(metric, 0.0)))
+    return sorted(
+        named, key=lambda one: (not one.is_compared, not one.has_metric, sign * one.run.scores.get(metric, 0.0))
+    )
 
 
 def group_rows(
@@ -93,7 +95,9 @@ def group_rows(
     for name, those in groups.items():
         known = {key: one.estimate({name: 1.0}) for key, one in estimators.items() if name in one.groups}
         difference = differences.get(name)
-        is_told = difference is not None and difference.adjusted_p_value is not None and difference.adjusted_p_value < LEVEL
+        is_told = (
+            difference is not None and difference.adjusted_p_value is not None and difference.adjusted_p_value < LEVEL
+        )
         rows.append(
             GroupRow(
                 id=name,
@@ -120,7 +124,8 @@ def run_rows(members: Sequence[Member], groups: Sequence[GroupRow], factors: Seq
     names = {group.id: group.name for group in groups}
     has_seeds = any(len(group.runs) > 1 for group in groups)
     labels = [
-        names[member.group] + (f", seed {seed}" if has_seeds and (seed := seed_of(member.run)) is not None else "") for member in members
+        names[member.group] + (f", seed {seed}" if has_seeds and (seed := seed_of(member.run)) is not None else "")
+        for member in members
     ]
     often = Counter(labels)
     return [
@@ -137,7 +142,9 @@ def find_categories(members: Sequence[Member], split: str) -> list[CategoryRow]:
         for name, row in _by_category(member, split).items() if member.is_compared else ():
             clips[name] = max(clips.get(name, 0), round(row.pop("clips", 0)))
             scores.setdefault(name, {})[member.id] = row
-    return [CategoryRow(name, clips[name], own) for name, own in sorted(scores.items(), key=lambda item: -clips[item[0]])]
+    return [
+        CategoryRow(name, clips[name], own) for name, own in sorted(scores.items(), key=lambda item: -clips[item[0]])
+    ]
 
 
 def _by_category(member: Member, split: str) -> dict[str, dict[str, float]]:

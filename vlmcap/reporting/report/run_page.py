@@ -40,7 +40,10 @@ def leave_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> None:
         with replacing(folder / FILE) as partial:
             partial.write_text(page, encoding="utf-8")
     except Exception as error:  # whatever it is, the run is over and its results are written
-        print(f"{folder / FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is complete.", flush=True)
+        print(
+            f"{folder / FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is complete.",
+            flush=True,
+        )
         return
     print(f"{folder / FILE}: curves, scores, clips with their captions, and the commands to go on", flush=True)
 
@@ -73,7 +76,12 @@ def next_commands(run: RunFolder, videos: Sequence[str] = ()) -> dict[str, str]:
         video = next((video for video in videos if "://" not in video), "clip.mp4")
         evaluate = [*program, "evaluate"] if program == ["vlmcap"] else [*program, "evaluate.py"]
         commands["caption"] = ["vlmcap", "caption", video, "--checkpoint", run.checkpoint]
-        commands["evaluate"] = [*evaluate, f"checkpoint={run.checkpoint}", "data.split=test", "evaluation.swap_videos=true"]
+        commands["evaluate"] = [
+            *evaluate,
+            f"checkpoint={run.checkpoint}",
+            "data.split=test",
+            "evaluation.swap_videos=true",
+        ]
     if (run.path / "checkpoints" / "last.ckpt").is_file() and len(words) > 1:
         rest = [word for word in words[2:] if not word.startswith("checkpoint=")]
         own = [word for word in rest if not word.startswith("seed=")]
@@ -100,7 +108,10 @@ def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> 
     Nothing but the video tells the model of a clip, as the prompt is the same for all, so the caption of the next clip is what the model
     says when it gets that clip's video.
     """
-    lexicon, seen = find_lexicon([run]), _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl")
+    lexicon, seen = (
+        find_lexicon([run]),
+        _read_visual_reliance(run.path / "predictions" / "visual_reliance" / f"{split}.jsonl"),
+    )
     found = []
     for clip, following in zip(clips, [*clips[1:], *clips[:1]], strict=True):
         other = seen.get(clip.id) or ((following.id, following.captions[0].text) if following is not clip else None)

@@ -22,7 +22,11 @@ from vlmcap.reporting.report.folders import RunFolder
 
 RESAMPLES = 2000
 _SEED = 0
-_FROM_FILE = ("cider", "cider_d", "rouge_l")  # the mean over clips is the score of the corpus, so no caption need be read again
+_FROM_FILE = (
+    "cider",
+    "cider_d",
+    "rouge_l",
+)  # the mean over clips is the score of the corpus, so no caption need be read again
 _BY_TOKENS = (*COUNTED, "meteor", "length_ratio", "repetition_rate", "self_bleu", "swapped/", "category/")
 _BATCH_ELEMENTS = 1 << 24
 
@@ -72,7 +76,10 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
             batch, those = those[:size], those[size:]
             chosen = [metrics[index][name] for index, name in batch]
             ends = np.cumsum([metric.values.shape[1] for metric in chosen])[:-1]
-            parts = [np.split(sums, ends, axis=1) for sums in resampled_sums([metric.values for metric in chosen], RESAMPLES, _SEED)]
+            parts = [
+                np.split(sums, ends, axis=1)
+                for sums in resampled_sums([metric.values for metric in chosen], RESAMPLES, _SEED)
+            ]
             for place, (index, name) in enumerate(batch):
                 scores = np.concatenate([chosen[place].score(part[place]) for part in parts])
                 samples[index][name] = resampled(chosen[place], scores, _SEED)
@@ -126,7 +133,9 @@ def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, Clip
     try:
         lexicon = FactLexicon.from_json(Path(facts)) if wanted.startswith("facts/") and facts else None
         texts, references = captions.texts, captions.references
-        return clip_scores(wanted, texts, references, tokenizer=_tokenizer_of(run, captions), synonyms=synonyms, lexicon=lexicon)
+        return clip_scores(
+            wanted, texts, references, tokenizer=_tokenizer_of(run, captions), synonyms=synonyms, lexicon=lexicon
+        )
     except UserError as error:
         run.warnings.append(f"{wanted} has no interval over clips: {error}")
         return {}

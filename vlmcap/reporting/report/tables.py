@@ -20,18 +20,62 @@ def leaderboard_csv(report: Report) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
-        ["id", "name", "group", *report.factors, "seed", "status", "reason", *names, f"{report.metric}/low", f"{report.metric}/high"]
-        + ["seconds", "peak_memory_gib", "planned_gib", "parameters", "trained_parameters", "is_collapsed", "not_compared"]
-        + [f"group/{name}" for name in ("score", "low", "high", "seeds", "difference", "difference_low", "difference_high", "p", "p_holm")]
+        [
+            "id",
+            "name",
+            "group",
+            *report.factors,
+            "seed",
+            "status",
+            "reason",
+            *names,
+            f"{report.metric}/low",
+            f"{report.metric}/high",
+        ]
+        + [
+            "seconds",
+            "peak_memory_gib",
+            "planned_gib",
+            "parameters",
+            "trained_parameters",
+            "is_collapsed",
+            "not_compared",
+        ]
+        + [
+            f"group/{name}"
+            for name in (
+                "score",
+                "low",
+                "high",
+                "seeds",
+                "difference",
+                "difference_low",
+                "difference_high",
+                "p",
+                "p_holm",
+            )
+        ]
         + ["revision", "folder", "command"]
     )
     for run in report.runs:
         low, high = run.intervals.get(report.metric, ("", ""))
         writer.writerow(
-            [run.id, run.name, run.group, *(_cell(run.factors[factor]) for factor in report.factors), _cell(run.seed), run.status]
+            [
+                run.id,
+                run.name,
+                run.group,
+                *(_cell(run.factors[factor]) for factor in report.factors),
+                _cell(run.seed),
+                run.status,
+            ]
             + [run.reason, *(_cell(run.scores.get(name)) for name in names), low, high]
             + [_cell(value) for value in (run.seconds.get("total"), run.peak_memory_gib, run.planned_gib)]
-            + [_cell(run.parameters.get("total")), _cell(run.parameters.get("trained")), _cell(run.is_collapsed), run.not_compared]
+            + [
+                _cell(run.parameters.get("total")),
+                _cell(run.parameters.get("trained")),
+                _cell(run.is_collapsed),
+                run.not_compared,
+            ]
             + _group_cells(groups[run.group], report.metric)
             + [run.revision, run.folder, run.command]
         )
@@ -121,13 +165,26 @@ def _ends(ends: Ends | None) -> str:
 def _facts(report: Report) -> str:
     lines = [f"{len(report.runs)} runs, {len(report.groups)} configurations, {report.created}, vlmcap {report.version}"]
     if report.num_clips:
-        lines.append(f"compared on {report.num_clips} clips" + (f", tokens by {report.tokenizer}" if report.tokenizer else ""))
+        lines.append(
+            f"compared on {report.num_clips} clips" + (f", tokens by {report.tokenizer}" if report.tokenizer else "")
+        )
     return "; ".join(lines) + "."
 
 
 def _leaderboard(report: Report) -> str:
     more = [name for name in report.metrics if name != report.metric]
-    header = ["configuration", "seeds", report.metric, "95 %", "to the best", "p (Holm)", "GiB", "min", "trained", *more]
+    header = [
+        "configuration",
+        "seeds",
+        report.metric,
+        "95 %",
+        "to the best",
+        "p (Holm)",
+        "GiB",
+        "min",
+        "trained",
+        *more,
+    ]
     rows = []
     for group in report.groups:
         if report.metric not in group.scores:
@@ -144,13 +201,21 @@ def _effect(effect: Effect, report: Report) -> str:
     for level in effect.levels:
         apart = "" if level.difference is None else f"{level.difference.value:+.3f}"
         interval = "" if level.difference is None or level.difference.low is None else f"[{level.difference.low:+.3f}, "
-        interval += f"{level.difference.high:+.3f}]" if interval and level.difference and level.difference.high is not None else ""
+        interval += (
+            f"{level.difference.high:+.3f}]"
+            if interval and level.difference and level.difference.high is not None
+            else ""
+        )
         p_value = "" if level.difference is None else _p_value(level.difference)
-        rows.append([_escaped(str(level.value)), f"{level.score:.3f}", _ends(level.interval).strip(), apart, interval, p_value])
+        rows.append(
+            [_escaped(str(level.value)), f"{level.score:.3f}", _ends(level.interval).strip(), apart, interval, p_value]
+        )
     kind = f"Combinations of everything else, the same for each value: {effect.num_combinations}." if effect.is_matched else (
         "Not matched: the values differ in other things too."
     )  # fmt: skip
-    return f"## Effect of {effect.factor}\n\n{kind}\n\n" + _table(["value", report.metric, "95 %", "to the best", "95 %", "p (Holm)"], rows)
+    return f"## Effect of {effect.factor}\n\n{kind}\n\n" + _table(
+        ["value", report.metric, "95 %", "to the best", "95 %", "p (Holm)"], rows
+    )
 
 
 def _fronts(report: Report) -> str:
@@ -165,13 +230,21 @@ def _categories(report: Report) -> str:
     first = [next((run for run in report.runs if run.group == group.id), None) for group in report.groups[:5]]
     runs = [run for run in first if run is not None and report.metric in run.scores]
     metric = report.metric.partition("/")[2]
-    if not report.categories or not any(metric in row for category in report.categories for row in category.scores.values()):
+    if not report.categories or not any(
+        metric in row for category in report.categories for row in category.scores.values()
+    ):
         return ""
     rows = [
-        [_escaped(category.name), str(category.num_clips), *(_number(category.scores.get(run.id, {}).get(metric)) for run in runs)]
+        [
+            _escaped(category.name),
+            str(category.num_clips),
+            *(_number(category.scores.get(run.id, {}).get(metric)) for run in runs),
+        ]
         for category in report.categories
     ]
-    return f"## {report.metric} by category\n\n" + _table(["category", "clips", *(_escaped(run.name) for run in runs)], rows)
+    return f"## {report.metric} by category\n\n" + _table(
+        ["category", "clips", *(_escaped(run.name) for run in runs)], rows
+    )
 
 
 def _ended(report: Report) -> str:

@@ -82,4 +82,7 @@ class Choice:
         """Says once that the metric has no value."""
         if not self._has_said:
             self._has_said = True
-            print(f"Warning: {self.monitor} has no value after epoch {epoch + 1}; {self.what} follows {FALLBACK} instead.", flush=True)
+            print(
+                f"Warning: {self.monitor} has no value after epoch {epoch + 1}; {self.what} follows {FALLBACK} instead.",
+                flush=True,
+            )

@@ -88,7 +88,13 @@ class CaptionEvaluation(L.Callback):
         self._captions.to(trainer.strategy.root_device)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keeps captions and sums of the loss."""
         assert isinstance(outputs, Validated)
@@ -98,7 +104,13 @@ class CaptionEvaluation(L.Callback):
             self._keep(batch.prompts, outputs.captions)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keeps captions."""
         self._keep(batch, outputs)
@@ -111,7 +123,9 @@ class CaptionEvaluation(L.Callback):
             return
         self._publish(trainer, pl_module, "val", scores)
         if trainer.is_global_zero and self.predictions:
-            write_predictions(self.folder / f"val-epoch={trainer.current_epoch:02d}.jsonl", self.predictions, self.scorer.tokenizer)
+            write_predictions(
+                self.folder / f"val-epoch={trainer.current_epoch:02d}.jsonl", self.predictions, self.scorer.tokenizer
+            )
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the whole split with every metric and logs under its name."""

@@ -74,7 +74,9 @@ class Window:
     @property
     def loss(self) -> float:
         """Nats a label token."""
-        return sum(float(batch.loss) for batch in self.batches) / max(1, sum(batch.num_labels for batch in self.batches))
+        return sum(float(batch.loss) for batch in self.batches) / max(
+            1, sum(batch.num_labels for batch in self.batches)
+        )
 
 
 class DivergenceGuard(L.Callback):
@@ -96,7 +98,9 @@ class DivergenceGuard(L.Callback):
         self._recent: deque[float] = deque(maxlen=_SMOOTHED)
         self._best, self._high, self._skips = math.inf, 0, 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         """Notes what the loss is going to be computed of."""
         assert isinstance(pl_module, CaptioningModule)
         if self._window is None:
@@ -110,7 +114,9 @@ class DivergenceGuard(L.Callback):
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
         self._window.batches[-1].loss, self._window.batches[-1].num_labels = pl_module.last_loss
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Looks at the step before, then at this one's loss.
 
         Raises:
@@ -120,10 +126,16 @@ class DivergenceGuard(L.Callback):
         self.settle(trainer)
         window = self._window
         reason = self._judge(window)
-        if trainer.strategy.reduce_boolean_decision(reason is not None, all=False) if trainer.world_size > 1 else reason:
+        if (
+            trainer.strategy.reduce_boolean_decision(reason is not None, all=False)
+            if trainer.world_size > 1
+            else reason
+        ):
             self._stop(trainer, window, reason or "the loss of another process went wrong")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         """Ends the window after an optimiser step."""
         assert isinstance(pl_module, CaptioningModule) and self._window is not None
         if pl_module.grad_norm is not None:
@@ -228,7 +240,9 @@ def write_window(window: Window, reason: str, target: Path, *, precision: str) -
                 "loss": _plain(float(batch.loss) / max(1, batch.num_labels)),
                 "label_tokens": batch.num_labels,
                 "shape": list(batch.input_ids.shape),
-                "clips": [{"id": clip.id, "video": clip.video, "captions": list(clip.captions)} for clip in batch.clips],
+                "clips": [
+                    {"id": clip.id, "video": clip.video, "captions": list(clip.captions)} for clip in batch.clips
+                ],
             }
             for batch in window.batches
         ],

@@ -43,7 +43,9 @@ def part_counts(
     return parts
 
 
-def show_parts(parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int, title: str, notes: Mapping[str, str]) -> None:
+def show_parts(
+    parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int, title: str, notes: Mapping[str, str]
+) -> None:
     """Prints what is trained and what is frozen."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("part", "parameters", "trained", ""):
@@ -51,7 +53,9 @@ def show_parts(parts: Mapping[str, Mapping[str, int]], *, num_visual_tokens: int
     for name, entry in parts.items():
         trained = f"{entry['trained']:,}" if entry["trained"] else "-"
         table.add_row(name, f"{entry['parameters']:,}", trained, "trained" if entry["trained"] else "frozen")
-    table.caption = f"{num_visual_tokens} visual tokens a clip" + "".join(f" · {key} {value}" for key, value in notes.items())
+    table.caption = f"{num_visual_tokens} visual tokens a clip" + "".join(
+        f" · {key} {value}" for key, value in notes.items()
+    )
     table.caption_justify = "left"
     Console().print(table)
 
@@ -73,7 +77,9 @@ def show_scores(scores: Mapping[str, float], tokenizer: str) -> None:
             if name.startswith(("swapped/", "permuted/", "category/", "visual_reliance/")):
                 continue
             others = [own.get(f"{kind}/{name}") for kind in ("swapped", "permuted")] if is_swapped else []
-            table.add_row(score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
+            table.add_row(
+                score_label(name), f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others)
+            )
         Console().print(table)
         _show_categories(split, own)
         _show_visual_reliance(split, own)
@@ -83,7 +89,11 @@ def score_label(name: str) -> str:
     """What a score is called where people read it."""
     kind, _, rest = name.partition("/")
     words = rest.replace("_", " ")
-    groups = {"facts": f"fact: {rest}", "content": f"content words: {words}", "siglip": f"SigLIP, no reference: {words}"}
+    groups = {
+        "facts": f"fact: {rest}",
+        "content": f"content words: {words}",
+        "siglip": f"SigLIP, no reference: {words}",
+    }
     groups["bertscore"] = f"BERTScore: {words}"
     return METRIC_LABELS.get(name) or groups.get(kind, name)
 
@@ -101,7 +111,9 @@ def _show_categories(split: str, scores: Mapping[str, float]) -> None:
     for column in ("category", *(METRIC_LABELS.get(metric, metric) for metric in metrics)):
         table.add_column(column, justify="left" if column == "category" else "right")
     for category, row in sorted(rows.items(), key=lambda item: -item[1].get("clips", 0)):
-        table.add_row(category, *(f"{row[metric]:.0f}" if metric == "clips" else f"{row[metric]:.3f}" for metric in metrics))
+        table.add_row(
+            category, *(f"{row[metric]:.0f}" if metric == "clips" else f"{row[metric]:.3f}" for metric in metrics)
+        )
     Console().print(table)
 
 
@@ -115,7 +127,9 @@ def _show_visual_reliance(split: str, scores: Mapping[str, float]) -> None:
         table.add_column(column, justify="left" if column == "score" else "right")
     for name in names:
         values = (scores[f"visual_reliance/{video}/{name}"] for video in ("own", "swapped", "blanked"))
-        table.add_row("loss of the labels" if name == "loss" else score_label(name), *(f"{value:.3f}" for value in values))
+        table.add_row(
+            "loss of the labels" if name == "loss" else score_label(name), *(f"{value:.3f}" for value in values)
+        )
     Console().print(table)
 
 
@@ -143,7 +157,9 @@ class RunProgress(L.Callback):
         clock: Seconds, by which lines within an epoch are printed where there is no bar.
     """
 
-    def __init__(self, log_every_n_steps: int, max_steps: int = -1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, log_every_n_steps: int, max_steps: int = -1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.log_every_n_steps, self.max_steps = log_every_n_steps, max_steps
         self._clock, self._schedule = clock, LineClock(clock)
         self._batches = WorkLines("", clock)  # of the loop that captions or measures now
@@ -155,9 +171,15 @@ class RunProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
         self._schedule = LineClock(self._clock)
-        self._started, self._first_step, self._logged_step = time.perf_counter(), trainer.global_step, trainer.global_step
+        self._started, self._first_step, self._logged_step = (
+            time.perf_counter(),
+            trainer.global_step,
+            trainer.global_step,
+        )
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         """Logs after every few optimiser steps and after the last of an epoch."""
         assert isinstance(pl_module, CaptioningModule)
         self._print_if_due(trainer, lambda: self._step_line(trainer, pl_module))
@@ -172,7 +194,13 @@ class RunProgress(L.Callback):
         pl_module.log_dict(self._last, logger=False)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Prints how far validation is, now and then."""
         self._report(trainer, "validation", batch_idx, trainer.num_val_batches[0])
@@ -182,7 +210,13 @@ class RunProgress(L.Callback):
         self._schedule = LineClock(self._clock)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Prints how far the captions of a split are, now and then."""
         self._report(trainer, "captioning", batch_idx, trainer.num_test_batches[dataloader_idx])
@@ -234,7 +268,10 @@ class RunProgress(L.Callback):
             trainer.check_val_every_n_epoch or 1
         ) == 0  # otherwise the metrics are of an earlier epoch
         scores = trainer.callback_metrics if is_scored else {}
-        parts = [f"{position.name} {number}/{position.stage.epochs}", f"loss {self._last['train/loss']:.3f}" if self._last else "loss –"]
+        parts = [
+            f"{position.name} {number}/{position.stage.epochs}",
+            f"loss {self._last['train/loss']:.3f}" if self._last else "loss –",
+        ]
         for name, label in _SHOWN.items():
             if name in scores:
                 parts.append(f"{label} {float(scores[name]):.3f}")
@@ -265,7 +302,9 @@ class TerminalBar(TQDMProgressBar):
         super().__init__(leave=False)
         self.progress = progress
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """Lightning's numbers without the version, the metrics of the last log step, and the minutes left."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)

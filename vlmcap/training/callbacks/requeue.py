@@ -68,14 +68,18 @@ class StopOnSignal(L.Callback):
             return
         self.received = number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step; once more ends it at once.\n".encode())  # print may be what was interrupted
+        os.write(
+            2, f"\n{name}: saving after this step; once more ends it at once.\n".encode()
+        )  # print may be what was interrupted
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals back from Lightning, whose handlers save wherever the run stands, or nothing."""
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == self._receive:
             self._listen()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stops behind an optimiser step."""
         done = batch_idx + 1
         if done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches:
@@ -139,6 +143,8 @@ def requeue() -> None:
         return
     done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
     print(
-        f"Slurm job {name} is in the queue again." if done.returncode == 0 else f"scontrol requeue {name}: {done.stderr.strip()}",
+        f"Slurm job {name} is in the queue again."
+        if done.returncode == 0
+        else f"scontrol requeue {name}: {done.stderr.strip()}",
         flush=True,
     )

@@ -83,7 +83,9 @@ class RunCheckpoints(Checkpoint):
             self.last_path.unlink(missing_ok=True)
             self.best_path.unlink(missing_ok=True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Saves the last state if a step is done and due."""
         done, step = batch_idx + 1, trainer.global_step
         is_step_done = done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches
@@ -127,7 +129,9 @@ class RunCheckpoints(Checkpoint):
             if not is_here:
                 found = None  # of a run that this one branches off from
             elif trainer.is_global_zero:
-                print(f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is better.")
+                print(
+                    f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is better."
+                )
         self.best = trainer.strategy.broadcast(found)
         if not trainer.is_global_zero:
             return

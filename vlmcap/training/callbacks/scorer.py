@@ -28,7 +28,18 @@ from vlmcap.metrics.user_metrics import user_scores, user_scores_each
 from vlmcap.types import Clip
 
 # While training; the slower ones follow at the end.
-LOOP_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "cider_d", "rouge_l", "distinct_ratio", "length_ratio", "repetition_rate")
+LOOP_METRICS = (
+    "bleu_1",
+    "bleu_2",
+    "bleu_3",
+    "bleu_4",
+    "cider",
+    "cider_d",
+    "rouge_l",
+    "distinct_ratio",
+    "length_ratio",
+    "repetition_rate",
+)
 CATEGORY_METRICS = ("clips", "bleu_4", "cider", "rouge_l")
 
 
@@ -67,7 +78,9 @@ class CaptionScorer:
         self.synonyms = config.synonyms
         load_synonyms(config.synonyms)  # a mistake in them is said now, not after an epoch
 
-    def score(self, predictions: Sequence[Prediction], *, metrics: Sequence[str] | None = None, device: str = "cpu") -> dict[str, float]:
+    def score(
+        self, predictions: Sequence[Prediction], *, metrics: Sequence[str] | None = None, device: str = "cpu"
+    ) -> dict[str, float]:
         """Text scores, those of a user's metrics, `facts/*` where facts are configured, and more where `metrics` is None.
 
         That is content words by class (`content/*`), scores by category (`category/<name>/*`) where clips have one, model-based scores
@@ -85,21 +98,29 @@ class CaptionScorer:
             Name to score.
         """
         texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
-        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(texts, references)
+        scores = self._score(texts, references, METRIC_NAMES if metrics is None else metrics) | user_scores(
+            texts, references
+        )
         if metrics is None:
             words = content_scores(texts, references, self.synonyms)
-            scores |= {name: value for name, value in words.items() if name.startswith("content/") and not math.isnan(value)}
+            scores |= {
+                name: value for name, value in words.items() if name.startswith("content/") and not math.isnan(value)
+            }
         if self.lexicon is not None:
             scores |= {f"facts/{name}": value for name, value in fact_accuracy(texts, references, self.lexicon).items()}
         if metrics is None:
             scores |= self._by_category(predictions)
             with fastest_kernels():  # a strict run must not end on a kernel that a score lacks
-                scores |= model_scores(self.config, [row.clip.video for row in predictions], texts, references, device=device)
+                scores |= model_scores(
+                    self.config, [row.clip.video for row in predictions], texts, references, device=device
+                )
         if self.config.swap_videos and metrics is None and len(predictions) > 1:
             scores |= self._swapped(texts, references)
         return scores
 
-    def _score(self, texts: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> dict[str, float]:
+    def _score(
+        self, texts: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
+    ) -> dict[str, float]:
         backend = self.config.backend.value
         return score_with(backend, texts, references, tokenizer=self.tokenizer, metrics=metrics, synonyms=self.synonyms)
 
@@ -109,7 +130,11 @@ class CaptionScorer:
             return {}
         texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
         groups = score_by_category(texts, references, categories, tokenizer=self.tokenizer)
-        return {f"category/{'(none)' if name == '' else name}/{key}": row[key] for name, row in groups.items() for key in CATEGORY_METRICS}
+        return {
+            f"category/{'(none)' if name == '' else name}/{key}": row[key]
+            for name, row in groups.items()
+            for key in CATEGORY_METRICS
+        }
 
     def _swapped(self, texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float]:
         count = min(self.config.swap_shifts, len(texts) - 1)
@@ -129,7 +154,12 @@ class CaptionScorer:
 
 
 def model_scores(
-    config: EvaluationConfig, videos: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]], *, device: str = "cpu"
+    config: EvaluationConfig,
+    videos: Sequence[str],
+    texts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Means over clips, named `siglip/*` and `bertscore/*`; nothing where no checkpoint is configured.
 
@@ -159,13 +189,20 @@ def model_scores(
         # One clip at a time: the frames of a whole split would not fit.
         frames = (list(decode_frames(video, config.siglip_frames).permute(0, 2, 3, 1).numpy()) for video in videos)
         rows = siglip.score(frames, texts)
-        scores |= {f"siglip/{name}": _mean([getattr(row, name) for row in rows]) for name in ("cosine", "probability", "cut_ratio")}
+        scores |= {
+            f"siglip/{name}": _mean([getattr(row, name) for row in rows])
+            for name in ("cosine", "probability", "cut_ratio")
+        }
         del siglip
     if config.bert_checkpoint is not None:
         from vlmcap.metrics.model_based import BertScorer
 
-        each = BertScorer(config.bert_checkpoint, layer=config.bert_layer, device=device).score(texts, references, idf=config.bert_idf)
-        scores |= {f"bertscore/{name}": _mean([getattr(row, name) for row in each]) for name in ("precision", "recall", "f1")}
+        each = BertScorer(config.bert_checkpoint, layer=config.bert_layer, device=device).score(
+            texts, references, idf=config.bert_idf
+        )
+        scores |= {
+            f"bertscore/{name}": _mean([getattr(row, name) for row in each]) for name in ("precision", "recall", "f1")
+        }
         scores["bertscore/cut_ratio"] = _mean([float(row.is_cut) for row in each])
     return scores
 

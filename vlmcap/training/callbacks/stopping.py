@@ -35,7 +35,13 @@ class PatientStop(EarlyStopping):
         # After validation and not after the epoch: where an epoch is not validated, the metric is that of an earlier one.
         # A metric without a value is not better, and no reason to stop at once.
         super().__init__(
-            monitor, mode=mode, patience=patience, min_delta=min_delta, check_finite=False, check_on_train_epoch_end=False, verbose=False
+            monitor,
+            mode=mode,
+            patience=patience,
+            min_delta=min_delta,
+            check_finite=False,
+            check_on_train_epoch_end=False,
+            verbose=False,
         )
         self._first_epoch = plan.at_epoch(plan.num_epochs - 1).first_epoch
         self.best_epoch = self._heard_epoch = -1
@@ -138,5 +144,6 @@ class TrialPruning(L.Callback):
             is_worse = not is_last and self._trial.should_prune()
         if trainer.strategy.broadcast(is_worse):
             raise TrialPruned(
-                f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there", value
+                f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there",
+                value,
             )

@@ -67,7 +67,9 @@ class VisualRelianceCheck(L.Callback):
         if trainer.sanity_checking:
             return
         epoch = trainer.current_epoch
-        number = (epoch + 1) // (trainer.check_val_every_n_epoch or 1)  # by the epoch, so that a resumed run keeps the beat
+        number = (epoch + 1) // (
+            trainer.check_val_every_n_epoch or 1
+        )  # by the epoch, so that a resumed run keeps the beat
         if number % self.settings.every_n_validations == 0:
             self._check(trainer, pl_module, "val", f"val-epoch={epoch:02d}")
 
@@ -83,7 +85,11 @@ class VisualRelianceCheck(L.Callback):
         order = swap_order(clips, self.seed)
         states = random_states()
         try:
-            waiting = progress_reporter(f"looking at exchanged videos of the {split} split") if trainer.is_global_zero else nullcontext()
+            waiting = (
+                progress_reporter(f"looking at exchanged videos of the {split} split")
+                if trainer.is_global_zero
+                else nullcontext()
+            )
             with torch.no_grad(), trainer.precision_plugin.forward_context(), waiting:
                 seen = self._gather(_Look(self, trainer, pl_module).all(clips, order))
         finally:
@@ -99,7 +105,9 @@ class VisualRelianceCheck(L.Callback):
             dist.all_gather_object(everyone, seen)
         return [one for rows in everyone for one in rows]
 
-    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: VisualReliance) -> None:
+    def _publish(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, name: str, found: VisualReliance
+    ) -> None:
         scores = {f"{split}/{score}": value for score, value in found.named().items()}
         self.evaluation.scores |= scores
         log_scores(trainer, pl_module, scores)
@@ -108,7 +116,9 @@ class VisualRelianceCheck(L.Callback):
         write_visual_reliance(self.folder / f"{name}.jsonl", found)
         print_line(trainer, f"{split}, {len(found.clips)} clips: {found.sentence()}")
         if found.is_blind:
-            print_line(trainer, f"Warning: {split}: the captions do not depend on the video: another clip's does as well.")
+            print_line(
+                trainer, f"Warning: {split}: the captions do not depend on the video: another clip's does as well."
+            )
 
 
 class _Look:
@@ -128,8 +138,13 @@ class _Look:
 
     def all(self, clips: Sequence[Clip], order: Sequence[int]) -> list[Seen]:
         """This rank's share, with each of the three videos."""
-        swapped = [replace(clip, video=clips[other].video, frames=clips[other].frames) for clip, other in zip(clips, order, strict=True)]
-        own = self._look(OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples])
+        swapped = [
+            replace(clip, video=clips[other].video, frames=clips[other].frames)
+            for clip, other in zip(clips, order, strict=True)
+        ]
+        own = self._look(
+            OWN, self._samples(clips), lambda samples: [self.own.get(sample.clip.id, "") for sample in samples]
+        )
         return [
             *own,
             *self._look(SWAPPED, self._samples(swapped), self._write),
@@ -146,7 +161,9 @@ class _Look:
         assert isinstance(black, Sample), "a picture of our own"
         yield [replace(black, clip=clip) for clip in clips]
 
-    def _look(self, condition: str, batches: Iterator[list[Sample]], write: Callable[[list[Sample]], list[str]]) -> list[Seen]:
+    def _look(
+        self, condition: str, batches: Iterator[list[Sample]], write: Callable[[list[Sample]], list[str]]
+    ) -> list[Seen]:
         seen = []
         for samples in batches:
             texts: Sequence[str | None] = write(samples) if self.has_captions and samples else [None] * len(samples)

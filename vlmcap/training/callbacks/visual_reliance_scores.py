@@ -39,7 +39,9 @@ def swap_order(clips: Sequence[Clip], seed: int) -> list[int]:
     groups: list[str | tuple[str, ...]] = [clip.category if by_category else _video(clip) for clip in clips]
     # Groups, and videos in them, stand together in the order in which the shuffle meets them first.
     first: dict[tuple[object, ...], int] = {
-        key: place for place, index in reversed([*enumerate(shuffled)]) for key in (("group", groups[index]), _video(clips[index]))
+        key: place
+        for place, index in reversed([*enumerate(shuffled)])
+        for key in (("group", groups[index]), _video(clips[index]))
     }
     placed = sorted(shuffled, key=lambda index: (first["group", groups[index]], first[_video(clips[index])]))
     # Turned by the size of the largest group nobody meets their own, unless that group is more than half of all.
@@ -125,24 +127,39 @@ class VisualReliance:
     def is_blind(self) -> bool:
         """Whether another clip's video is as good as the own one: by CIDEr where there are captions, otherwise by the loss."""
         if self.has_captions:
-            return is_near_zero(self.ciders[OWN], [own - other for own, other in zip(self.ciders[OWN], self.ciders[SWAPPED], strict=True)])
+            return is_near_zero(
+                self.ciders[OWN],
+                [own - other for own, other in zip(self.ciders[OWN], self.ciders[SWAPPED], strict=True)],
+            )
         own, swapped = ([one.loss / one.num_tokens for one in self.seen[name]] for name in (OWN, SWAPPED))
         return is_near_zero(own, [other - one for one, other in zip(own, swapped, strict=True)])
 
     def named(self) -> dict[str, float]:
         """`visual_reliance/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`: above 0 for a model that looks."""
-        named = {f"visual_reliance/{name}/{score}": value for name, own in self.scores.items() for score, value in own.items()}
-        for score, label, sign in (("cider", "cider_drop", 1), ("facts/mean", "facts_drop", 1), ("loss", "loss_rise", -1)):
+        named = {
+            f"visual_reliance/{name}/{score}": value
+            for name, own in self.scores.items()
+            for score, value in own.items()
+        }
+        for score, label, sign in (
+            ("cider", "cider_drop", 1),
+            ("facts/mean", "facts_drop", 1),
+            ("loss", "loss_rise", -1),
+        ):
             if score in self.scores[OWN]:
                 for name in (SWAPPED, BLANKED):
-                    named[f"visual_reliance/{name}/{label}"] = sign * (self.scores[OWN][score] - self.scores[name][score])
+                    named[f"visual_reliance/{name}/{label}"] = sign * (
+                        self.scores[OWN][score] - self.scores[name][score]
+                    )
         return named | {"visual_reliance/is_blind": float(self.is_blind)}
 
     def sentence(self) -> str:
         """One line for people."""
         score, label = ("cider", "CIDEr") if self.has_captions else ("loss", "loss")
         own, swapped, blanked = (self.scores[name][score] for name in CONDITIONS)
-        return f"{label} {own:.3f} with the own video, {swapped:.3f} with another clip's, {blanked:.3f} with a black one"
+        return (
+            f"{label} {own:.3f} with the own video, {swapped:.3f} with another clip's, {blanked:.3f} with a black one"
+        )
 
 
 def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
@@ -156,7 +173,9 @@ def is_near_zero(own: Sequence[float], drops: Sequence[float]) -> bool:
     return mean <= _NEAR * fmean(own) and mean <= _NUM_ERRORS * error
 
 
-def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], scorer: CaptionScorer) -> VisualReliance | None:
+def compare(
+    clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], scorer: CaptionScorer
+) -> VisualReliance | None:
     """The comparison over the clips that could be read with every video; None where they are fewer than two.
 
     Args:
@@ -170,7 +189,9 @@ def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], s
     if len(rows) < 2:
         return None
     kept = {name: [by_key[name, clips[row].id] for row in rows] for name in CONDITIONS}
-    scores = {name: {"loss": sum(one.loss for one in own) / sum(one.num_tokens for one in own)} for name, own in kept.items()}
+    scores = {
+        name: {"loss": sum(one.loss for one in own) / sum(one.num_tokens for one in own)} for name, own in kept.items()
+    }
     ciders: dict[str, list[float]] = {}
     if all(one.text is not None for own in kept.values() for one in own):
         for name, own in kept.items():
@@ -178,7 +199,9 @@ def compare(clips: Sequence[Clip], order: Sequence[int], seen: Sequence[Seen], s
             scores[name] |= scorer.score(predictions, metrics=("cider",))
             texts, references = [row.text for row in predictions], [row.clip.captions for row in predictions]
             ciders[name] = [each["cider"] for each in score_each(texts, references, tokenizer=scorer.tokenizer)]
-    return VisualReliance(tuple(clips[row] for row in rows), tuple(clips[order[row]] for row in rows), kept, ciders, scores)
+    return VisualReliance(
+        tuple(clips[row] for row in rows), tuple(clips[order[row]] for row in rows), kept, ciders, scores
+    )
 
 
 def write_visual_reliance(path: Path, found: VisualReliance) -> None:
@@ -186,7 +209,12 @@ def write_visual_reliance(path: Path, found: VisualReliance) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, (clip, other) in enumerate(zip(found.clips, found.swapped, strict=True)):
-            record: dict[str, object] = {"id": clip.id, "video": clip.video, "swapped_video": other.video, "references": [*clip.captions]}
+            record: dict[str, object] = {
+                "id": clip.id,
+                "video": clip.video,
+                "swapped_video": other.video,
+                "references": [*clip.captions],
+            }
             for name in CONDITIONS:
                 one = found.seen[name][row]
                 own: dict[str, object] = {"loss": round(one.loss / one.num_tokens, 6)}

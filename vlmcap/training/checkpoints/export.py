@@ -38,7 +38,17 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "num_beams", "length_penalty", "max_length")
+_SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "num_beams",
+    "length_penalty",
+    "max_length",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,12 @@ class Exported:
 
 
 def export(
-    checkpoint: str | Path, output: Path, *, dtype: str | None = None, device: str = "cpu", overrides: Mapping[str, Any] | None = None
+    checkpoint: str | Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    overrides: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Writes the model of a checkpoint, whole or not at all.
 
@@ -78,19 +93,31 @@ def export(
     silence_libraries()
     check_output(output)
     if is_export(Path(checkpoint)):
-        raise UserError(f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run")
+        raise UserError(
+            f"--checkpoint {checkpoint} is an exported folder already; copy it, or give the .ckpt file of a run"
+        )
     content = read_checkpoint(checkpoint)
     config = saved_config(content["vlmcap"]["config"], overrides)
     # The claim lies beside the folder, which appears whole.
     with claimed(
-        output.absolute().parent / CLAIMS / output.name, f"--output {output} is being written", "wait for it, or name a new folder"
+        output.absolute().parent / CLAIMS / output.name,
+        f"--output {output} is being written",
+        "wait for it, or name a new folder",
     ):
         check_output(output)
-        return write_export(config, content, Path(checkpoint), output, dtype=_dtype(dtype, config), device=_device(device))
+        return write_export(
+            config, content, Path(checkpoint), output, dtype=_dtype(dtype, config), device=_device(device)
+        )
 
 
 def write_export(
-    config: Config, content: Mapping[str, Any], checkpoint: Path, output: Path, *, dtype: torch.dtype, device: str = "cpu"
+    config: Config,
+    content: Mapping[str, Any],
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> Exported:
     """Writes the model of a checkpoint that was read already; see `export`.
 
@@ -157,9 +184,15 @@ def as_exported(config: Config, folder: Path) -> Config:
     if isinstance(before, EncoderTuningConfig):
         # The adapters of the encoder alone are left, which are on all its layers.
         is_adapted, default = before.encoder is EncoderTuning.lora, LoraConfig()
-        lora = dataclasses.replace(before.lora, target_modules=default.target_modules, use_experts=False) if is_adapted else default
+        lora = (
+            dataclasses.replace(before.lora, target_modules=default.target_modules, use_experts=False)
+            if is_adapted
+            else default
+        )
         tuning = dataclasses.replace(tuning, encoder=before.encoder, encoder_lr=before.encoder_lr, lora=lora)
-    changed = dataclasses.replace(config, tuning=tuning, llm=dataclasses.replace(config.llm, quantization=Quantization["none"]))
+    changed = dataclasses.replace(
+        config, tuning=tuning, llm=dataclasses.replace(config.llm, quantization=Quantization["none"])
+    )
     base = dataclasses.replace(getattr(changed, part), checkpoint=str(folder), revision=None)
     return dataclasses.replace(changed, **{part: base})
 
@@ -205,14 +238,20 @@ def _base(config: Config, content: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> tuple[Any, float]:
+def _merged(
+    config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str
+) -> tuple[Any, float]:
     from vlmcap.models.llm.adapt import add_lora
     from vlmcap.models.llm.merge import merged_model
     from vlmcap.models.pretrained.merged import merged_pretrained
 
     # Adapters that no stage trained are in no checkpoint, and change nothing.
-    is_adapted = config.tuning.use_lora and any(stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values())
-    adapt: Callable[[nn.Module], nn.Module] | None = (lambda model: add_lora(model, lora_of(config))) if is_adapted else None
+    is_adapted = config.tuning.use_lora and any(
+        stage.adapter_lr > 0 and stage.epochs for stage in config.tuning.stages.values()
+    )
+    adapt: Callable[[nn.Module], nn.Module] | None = (
+        (lambda model: add_lora(model, lora_of(config))) if is_adapted else None
+    )
     with progress_reporter("merging layers") as progress:
         settings: dict[str, Any] = {"adapt": adapt, "dtype": dtype, "device": device, "progress": progress}
         if config.is_pretrained_vlm:
@@ -220,7 +259,9 @@ def _merged(config: Config, folder: Path, weights: Mapping[str, Tensor], dtype: 
         return merged_model(folder, weights, **settings)
 
 
-def _write(folder: Path, model: Any, config: Config, base: Path, weights: Mapping[str, Tensor], origin: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path, model: Any, config: Config, base: Path, weights: Mapping[str, Tensor], origin: Mapping[str, Any]
+) -> None:
     from vlmcap.models.llm.merge import save_merged
 
     save_merged(model, base, folder, _PROCESSOR if config.is_pretrained_vlm else ())
@@ -239,7 +280,11 @@ def write_parts(folder: Path, config: Config, weights: Mapping[str, Tensor], ori
     beside.mkdir()
     for part in EXPORT_PARTS:
         prefix = f"captioner.{part}."
-        own = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor.contiguous()
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        }
         if own:
             save_file(own, beside / f"{part}.safetensors")
     write_yaml(to_plain(as_exported(config, Path("."))), beside / EXPORT_CONFIG)
@@ -260,11 +305,19 @@ def _write_older_names(file: Path) -> None:
 
 def _write_generation(folder: Path, config: Config, base: Path) -> None:
     """Makes the generation settings stop where captions end, and decode as the run's evaluation does."""
-    file, prompt, settings = folder / "generation_config.json", load_prompt_of(config, base), generation_settings(config)
+    file, prompt, settings = (
+        folder / "generation_config.json",
+        load_prompt_of(config, base),
+        generation_settings(config),
+    )
     values = json.loads(file.read_text(encoding="utf-8"))
     values = {name: value for name, value in values.items() if name not in _SAMPLING}
     chosen = {name: value for name, value in settings.as_arguments().items() if value is not None}
-    chosen |= {"repetition_penalty": settings.rules.repetition_penalty, "eos_token_id": prompt.stop_ids, "pad_token_id": prompt.pad_id}
+    chosen |= {
+        "repetition_penalty": settings.rules.repetition_penalty,
+        "eos_token_id": prompt.stop_ids,
+        "pad_token_id": prompt.pad_id,
+    }
     file.write_text(json.dumps(values | chosen, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

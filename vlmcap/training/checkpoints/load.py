@@ -90,7 +90,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{file} is no checkpoint that can be read safely: {first_line(error)}") from error
     if not isinstance(content, dict) or "vlmcap" not in content:
-        raise UserError(f"{file} was not written by vlmcap's train.py; give a .ckpt file under the checkpoints/ folder of a run")
+        raise UserError(
+            f"{file} was not written by vlmcap's train.py; give a .ckpt file under the checkpoints/ folder of a run"
+        )
     check_plugins(content["vlmcap"].get("plugins", {}))
     return content
 
@@ -121,13 +123,20 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         for part in EXPORT_PARTS:
             file = beside / f"{part}.safetensors"
-            weights |= {f"captioner.{part}.{name}": tensor for name, tensor in load_file(file).items()} if file.is_file() else {}
+            weights |= (
+                {f"captioner.{part}.{name}": tensor for name, tensor in load_file(file).items()}
+                if file.is_file()
+                else {}
+            )
         plain: Any = OmegaConf.to_container(OmegaConf.load(beside / EXPORT_CONFIG))
         origin = read_origin(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{beside} cannot be read ({first_line(error)}); run `vlmcap export` again") from error
     check_plugins(origin.get("plugins", {}))
-    plain["llm" if plain["model"]["kind"] == "assembled" else "model"] |= {"checkpoint": str(folder.resolve()), "revision": None}
+    plain["llm" if plain["model"]["kind"] == "assembled" else "model"] |= {
+        "checkpoint": str(folder.resolve()),
+        "revision": None,
+    }
     bases = {part: base for part, base in origin["bases"].items() if part == "encoder"}  # the other one is this folder
     return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}
 
@@ -166,7 +175,9 @@ def trained_parameters(captioner: VideoCaptioner, plan: StagePlan) -> dict[str, 
             parts[part][name] = parameter
     for part, parameters in parts.items():
         if not parameters:
-            raise UserError(f"tuning gives the {part} a learning rate, but the model has no such part; choose another tuning=NAME")
+            raise UserError(
+                f"tuning gives the {part} a learning rate, but the model has no such part; choose another tuning=NAME"
+            )
     return parts
 
 

@@ -86,7 +86,9 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
     given = config.evaluation.vllm_model
     if is_export(checkpoint):
         if given is not None and Path(given).resolve() != checkpoint.resolve():
-            raise UserError(f"evaluation.vllm_model={given} is not the checkpoint {checkpoint}; leave evaluation.vllm_model out")
+            raise UserError(
+                f"evaluation.vllm_model={given} is not the checkpoint {checkpoint}; leave evaluation.vllm_model out"
+            )
         return checkpoint
     content = read_checkpoint(checkpoint)
     sha256 = checkpoint_sha256(checkpoint)
@@ -107,7 +109,9 @@ def merged_folder(config: Config, checkpoint: Path) -> Path:
 def _check_export(folder: Path, checkpoint: Path, sha256: str) -> None:
     """`UserError` unless the folder is an export of the checkpoint."""
     if not is_export(folder):
-        raise UserError(f"evaluation.vllm_model={folder} is no folder of `vlmcap export`; name one, or leave it out to make one")
+        raise UserError(
+            f"evaluation.vllm_model={folder} is no folder of `vlmcap export`; name one, or leave it out to make one"
+        )
     origin = read_origin(folder)
     if origin["checkpoint_sha256"] != sha256:
         raise UserError(

@@ -35,7 +35,11 @@ def use_checkpoint(run: Any, config: Config, checkpoint: Path) -> None:
         config: Of the evaluation.
         checkpoint: The file.
     """
-    if _settings(config).log_checkpoints is LoggedCheckpoint["none"] or not checkpoint.is_file() or not _is_small(checkpoint, config):
+    if (
+        _settings(config).log_checkpoints is LoggedCheckpoint["none"]
+        or not checkpoint.is_file()
+        or not _is_small(checkpoint, config)
+    ):
         return
     trained_by = known_ids(folder_of(checkpoint)).get("wandb")
     artifact = _checkpoint_artifact(trained_by or f"{checkpoint.stem}-{run.id}", checkpoint, config)
@@ -65,7 +69,9 @@ def _log_predictions(run: Any, files: list[Path]) -> None:
 
     there = [file for file in files if file.is_file()]
     if there:
-        artifact = wandb.Artifact(f"predictions-{run.id}", type="predictions", description="Captions and scores of each clip.")
+        artifact = wandb.Artifact(
+            f"predictions-{run.id}", type="predictions", description="Captions and scores of each clip."
+        )
         for file in there:
             artifact.add_file(str(file), name=file.name)
         run.log_artifact(artifact)
@@ -74,7 +80,9 @@ def _log_predictions(run: Any, files: list[Path]) -> None:
 def _is_small(file: Path, config: Config) -> bool:
     mib, most = file.stat().st_size / 2**20, _settings(config).max_artifact_mib
     if mib > most:
-        print(f"W&B: {file.name} of {mib:,.0f} MiB is not sent; logger.max_artifact_mib={most} is the limit.", flush=True)
+        print(
+            f"W&B: {file.name} of {mib:,.0f} MiB is not sent; logger.max_artifact_mib={most} is the limit.", flush=True
+        )
     return mib <= most
 
 

@@ -42,7 +42,11 @@ class JsonlLogger(Logger):
         """One line; the write is one call, so that a kill tears at most the last line."""
         values = dict(metrics)
         epoch = values.pop("epoch", None)
-        record = {"step": step, "epoch": None if epoch is None else int(epoch), **{name: float(value) for name, value in values.items()}}
+        record = {
+            "step": step,
+            "epoch": None if epoch is None else int(epoch),
+            **{name: float(value) for name, value in values.items()},
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

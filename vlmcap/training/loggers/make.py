@@ -32,7 +32,9 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
         UserError: The package of the kind is not installed.
     """
     known = ids_to_resume(config, folder, step)
-    extra = _extra_loggers(config, plain, folder, "train", known, step)  # refuses before a file of an earlier run is cut
+    extra = _extra_loggers(
+        config, plain, folder, "train", known, step
+    )  # refuses before a file of an earlier run is cut
     jsonl, rows = JsonlLogger(folder / "metrics.jsonl"), []
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         is_outside = any(isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) for logger in extra)
@@ -80,17 +82,22 @@ def end_loggers(loggers: Sequence[Logger], config: Config, folder: Path, summary
             logger.experiment.summary.update(numbers)
             log_run_files(logger.experiment, config, folder)
         elif not isinstance(logger, JsonlLogger | CSVLogger):
-            costs = {name: float(value) for name, value in numbers.items() if name not in summary["scores"]}  # scores they have already
+            costs = {
+                name: float(value) for name, value in numbers.items() if name not in summary["scores"]
+            }  # scores they have already
             logger.log_metrics(costs, step=int(summary["steps"]))
         if isinstance(logger, TensorBoardLogger):  # its table of runs; by other names, as it puts a point at step 0
             logger.log_hyperparams(
-                factors(config), {f"final/{name}": numbers[name] for name in (*FINAL_SCORES, PEAK_MEMORY) if name in numbers}
+                factors(config),
+                {f"final/{name}": numbers[name] for name in (*FINAL_SCORES, PEAK_MEMORY) if name in numbers},
             )
     _end(loggers)
 
 
 @rank_zero_only
-def end_evaluation_loggers(loggers: Sequence[Logger], config: Config, folder: Path, checkpoint: Path, scores: Mapping[str, float]) -> None:
+def end_evaluation_loggers(
+    loggers: Sequence[Logger], config: Config, folder: Path, checkpoint: Path, scores: Mapping[str, float]
+) -> None:
     """Gives the scores, the predictions and the checkpoint they are of to the loggers that have a place for them, and ends them."""
     trained_by = known_ids(folder_of(checkpoint))
     for logger in loggers:

@@ -30,7 +30,9 @@ def csv_logger(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Logger:
         warnings.filterwarnings("ignore", "Experiment logs directory")  # it says that earlier rows will be lost
         _ = logger.experiment
     for row in rows:
-        logger.log_metrics({name: value for name, value in row.items() if name != "step" and value is not None}, step=row["step"])
+        logger.log_metrics(
+            {name: value for name, value in row.items() if name != "step" and value is not None}, step=row["step"]
+        )
     if rows:
         logger.save()
     return logger

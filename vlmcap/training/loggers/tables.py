@@ -56,7 +56,10 @@ class WandbTable(L.Callback):
         size = self._size(rows)
         if self.sent_bytes + size > self.config.max_media_mib * 2**20:
             if not self._is_full:
-                print(f"W&B: no more tables of captions; logger.max_media_mib={self.config.max_media_mib} is reached.", flush=True)
+                print(
+                    f"W&B: no more tables of captions; logger.max_media_mib={self.config.max_media_mib} is reached.",
+                    flush=True,
+                )
             self._is_full = True
             return
         self.sent_bytes += size
@@ -86,7 +89,9 @@ class WandbTable(L.Callback):
     def _thumbnail(self, row: Prediction) -> bytes | None:
         """Four frames side by side as JPEG, or None where the video cannot be read; made once a clip."""
         if row.clip.id not in self._thumbnails:
-            self._thumbnails[row.clip.id] = _strip(row.clip.video, self.config.thumbnail_height, self.config.jpeg_quality)
+            self._thumbnails[row.clip.id] = _strip(
+                row.clip.video, self.config.thumbnail_height, self.config.jpeg_quality
+            )
         return self._thumbnails[row.clip.id]
 
 
@@ -99,7 +104,9 @@ def _strip(video: str, height: int, quality: int) -> bytes | None:
         return None
     strip = Image.fromarray(frames.permute(2, 0, 3, 1).flatten(1, 2).numpy())  # (H, 4 W, 3)
     scale = min(1.0, height / strip.height)
-    small = strip.resize((max(1, round(strip.width * scale)), max(1, round(strip.height * scale))), Image.Resampling.LANCZOS)
+    small = strip.resize(
+        (max(1, round(strip.width * scale)), max(1, round(strip.height * scale))), Image.Resampling.LANCZOS
+    )
     target = io.BytesIO()
     small.save(target, format="JPEG", quality=quality)
     return target.getvalue()

@@ -16,7 +16,9 @@ from vlmcap.config.names import factors
 _OWN: dict[str, str | None] = {"run": None, "data": None}  # what an earlier job of this process left
 
 
-def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known_id: str | None = None) -> Logger:
+def wandb_logger(
+    config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known_id: str | None = None
+) -> Logger:
     """Runs group by encoder and language model, or by whole model, without a click: group, tags and factors say what differs.
 
     The configuration has the factors under one word each, as an agent of a W&B sweep sets them too, and all of it under `settings`.
@@ -35,7 +37,9 @@ def wandb_logger(config: Config, plain: Mapping[str, Any], folder: Path, job_typ
     assert isinstance(settings, WandbConfig)
     reason = offline_reason(settings.offline)
     if reason:
-        print(f"W&B: offline, {reason}; `wandb sync {folder / 'wandb'}/offline-run-*` uploads the run later.", flush=True)
+        print(
+            f"W&B: offline, {reason}; `wandb sync {folder / 'wandb'}/offline-run-*` uploads the run later.", flush=True
+        )
         _stage_beside(folder)
     logger = WandbLogger(
         project=settings.project,

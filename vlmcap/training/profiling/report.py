@@ -23,7 +23,11 @@ LABELS = {
     "optimiser": "optimiser",
     "other": "other",
 }
-AROUND_LABELS = {"captions": "evaluation: captions, loss", "scores": "evaluation: scores", "rest": "evaluation: the rest"}
+AROUND_LABELS = {
+    "captions": "evaluation: captions, loss",
+    "scores": "evaluation: scores",
+    "rest": "evaluation: the rest",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,9 @@ class StepTimes:
 
     def metrics(self) -> dict[str, float]:
         """The figures for loggers."""
-        values = {f"profile/{name if name in LABELS else f'evaluation_{name}'}_s": seconds for name, seconds in self.rows()}
+        values = {
+            f"profile/{name if name in LABELS else f'evaluation_{name}'}_s": seconds for name, seconds in self.rows()
+        }
         if self.worker_decode_s is not None:
             values["profile/worker_decode_s"] = self.worker_decode_s
         return values | {"profile/step_s": self.step_s, "profile/total_s": self.total_s}
@@ -108,7 +114,9 @@ def notes(times: StepTimes) -> list[str]:
     if times.worker_decode_s is not None:
         what = "read features" if times.is_cached else "decoded"
         workers = "a worker" if times.num_workers == 1 else f"{times.num_workers} workers"
-        found.append(f"Beside the step, and not in its sum, {workers} {what} for {times.worker_decode_s:.4f} s a step, added up.")
+        found.append(
+            f"Beside the step, and not in its sum, {workers} {what} for {times.worker_decode_s:.4f} s a step, added up."
+        )
     if times.plain_step_s is not None:
         found.append(f"A later step, not timed: {times.plain_step_s:.4f} s.")
     return found
