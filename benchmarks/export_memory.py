@@ -1,7 +1,7 @@
 """Memory that merging adapters takes, of a Qwen3 with random weights: `python benchmarks/export_memory.py FOLDER`.
 
-Prints the weights' size, and what the process held of its own (RssAnon) and of mapped files (RssFile) when the merge was done and the
-folder written. Writes base and merged model below FOLDER.
+Prints the weights' size, and what the process held of its own (RssAnon) and of mapped files (RssFile) when the merge
+was done and the folder written. Writes base and merged model below FOLDER.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Time and memory of attention over all tokens of a clip: dense, dense with the mask of windows, and `temporal=local_global`.
+"""Time and memory of attention over all tokens of a clip.
+
+Dense, dense with the mask of windows, and `temporal=local_global`.
 
     python benchmarks/local_global.py --output experiments/local_global
 
-One forward and backward pass a length and kind, all three side by side in one run: `dense` is full self-attention by torch's fused kernel,
-`masked` gives what `local_global` gives, from one mask over all pairs. Memory is the peak of what the pass holds beyond its inputs: on CUDA
-the allocator's count, elsewhere the sum of live tensors (what a kernel holds inside is not seen there). The fused kernel keeps no matrix of
-scores, so dense attention without a mask is linear in memory and only its time grows with the square. Writes local_global.json, .md,
-and .png where matplotlib is installed.
+One forward and backward pass a length and kind, all three side by side in one run: `dense` is full self-attention by
+torch's fused kernel, `masked` gives what `local_global` gives, from one mask over all pairs. Memory is the peak of what
+the pass holds beyond its inputs: on CUDA the allocator's count, elsewhere the sum of live tensors (what a kernel holds
+inside is not seen there). The fused kernel keeps no matrix of scores, so dense attention without a mask is linear in
+memory and only its time grows with the square. Writes local_global.json, .md, and .png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -167,7 +169,8 @@ def main() -> None:
         else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     head = (
-        f"Window {options.window}, {options.num_global} global tokens, {options.heads} heads of {options.head_width}, float32, "
+        f"Window {options.window}, {options.num_global} global tokens, {options.heads} heads of {options.head_width}, "
+        "float32, "
         f"torch {torch.__version__}, {where} ({os.cpu_count()} cores), median of {options.repeats}.\n\n"
     )
     text = head + table(rows, list(kinds))

@@ -2,10 +2,11 @@
 
     python benchmarks/moe_memory.py [--layers 16] [--experts 32]
 
-Each loads the same synthetic Qwen3-MoE checkpoint on the CPU in a process of its own, then does one training step with LoRA on attention
-and gradient checkpointing. Resident memory is counted from after the imports on. "anonymous" is what cannot be given back; the rest are
-pages of the checkpoint's files, which the kernel drops when memory is short. Freed memory goes back to the kernel at once
-(MALLOC_MMAP_THRESHOLD_), else the C library's habits would be measured; that costs time, so the seconds are upper bounds. Linux only.
+Each loads the same synthetic Qwen3-MoE checkpoint on the CPU in a process of its own, then does one training step with
+LoRA on attention and gradient checkpointing. Resident memory is counted from after the imports on. "anonymous" is what
+cannot be given back; the rest are pages of the checkpoint's files, which the kernel drops when memory is short. Freed
+memory goes back to the kernel at once (MALLOC_MMAP_THRESHOLD_), else the C library's habits would be measured; that
+costs time, so the seconds are upper bounds. Linux only.
 """
 
 from __future__ import annotations

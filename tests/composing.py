@@ -22,8 +22,8 @@ _CHECKPOINT = re.compile(r"(model|encoder|llm)\.checkpoint=")
 class Remembered:
     """`compose_node` with a memory.
 
-    Hydra itself puts values in after the files are merged, so the result is the same. Where anything goes wrong, all is composed as
-    written, so that errors are the true ones.
+    Hydra itself puts values in after the files are merged, so the result is the same. Where anything goes wrong, all is
+    composed as written, so that errors are the true ones.
 
     Args:
         compose_node: The function that composes.

@@ -92,7 +92,7 @@ def composed_once() -> Iterator[None]:
         yield
 
 
-# --- a whole tiny run -------------------------------------------------------------------------------------------------------------------
+# --- a whole tiny run -------------------------------------------------------------------------------------------------
 
 TINY_RUN = (
     "data.demo.num_train=24",
@@ -128,7 +128,10 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_cache: Path) -> Callable[..., Config]:
-    """A function from a run folder and overrides to a configuration: 24 clips, 4 steps of 2 micro-batches of 3 clips an epoch, 2 epochs."""
+    """A function from a run folder and overrides to a configuration.
+
+    24 clips, 4 steps of 2 micro-batches of 3 clips an epoch, 2 epochs.
+    """
     from vlmcap.compose import compose
 
     def make(folder: Path, *overrides: str) -> Config:
@@ -314,7 +317,10 @@ def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def real_path(siglip_folder: Path, llm_folder: Path, aihub_root: Path, tmp_path: Path) -> list[str]:
-    """Overrides that put the tiny checkpoints and clips under `encoder=siglip2 llm=qwen3_8b`; the run goes to `tmp_path / "run"`."""
+    """Overrides that put the tiny checkpoints and clips under `encoder=siglip2 llm=qwen3_8b`.
+
+    The run goes to `tmp_path / "run"`.
+    """
     return [
         "encoder=siglip2",
         "llm=qwen3_8b",

@@ -4,8 +4,9 @@
         -> models, data, metrics -> compose, config_errors, config_files, config
         -> types, errors, files, locks, terminal, libraries, determinism
 
-Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and *typing* (under
-`if TYPE_CHECKING:`). Directions, libraries and circles count all three: whoever reads a file must know the file that it names.
+Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and
+*typing* (under `if TYPE_CHECKING:`). Directions, libraries and circles count all three: whoever reads a file must know
+the file that it names.
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ def test_an_evaluation_reads_what_it_takes(tiny_config: MakeConfig, tmp_path: Pa
     assert len(taken) > 70
 
 
-# Read where captions are scored by models, by programs around an evaluation, or of records; and what decides which demo it is.
+# Read where captions are scored by models, by programs around an evaluation, or of records; and what decides which demo
+# it is.
 READ_ELSEWHERE = {
     *(
         "model.name",

@@ -1,4 +1,7 @@
-"""Rules of the house that are neither lint nor types: length of functions and files, what documents may hold, pinned versions."""
+"""Rules of the house that are neither lint nor types.
+
+Length of functions and files, what documents may hold, pinned versions.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def program_files() -> list[Path]:
 
 
 def long_functions(source: str) -> Iterator[tuple[str, int]]:
-    """Name and length of each function, nested ones and methods too, that has too many lines; decorators do not count."""
+    """Name and length of each function, nested ones and methods too, that has too many lines.
+
+    Decorators do not count.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1

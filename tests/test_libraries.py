@@ -1,4 +1,7 @@
-"""Programs choose the CUDA allocator's growing segments and a deterministic workspace before PyTorch is imported; a user's choice stays."""
+"""Programs choose the CUDA allocator's growing segments and a deterministic workspace before PyTorch is imported.
+
+A user's choice stays.
+"""
 
 from __future__ import annotations
 

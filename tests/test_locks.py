@@ -152,7 +152,7 @@ def test_what_a_process_is_called() -> None:
         assert pool.apply(process_name) not in (process_name(), ELSEWHERE)
 
 
-# --- a folder that one program at a time may write to ------------------------------------------------------------------------------------
+# --- a folder that one program at a time may write to -----------------------------------------------------------------
 
 
 def hold(folder: Path, started: Any, end: Any) -> None:

@@ -1,4 +1,7 @@
-"""Overrides as people type them: what Hydra parses keeps its meaning, anything else is text, and other programs' keys name ours."""
+"""Overrides as people type them.
+
+What Hydra parses keeps its meaning, anything else is text, and other programs' keys name ours.
+"""
 
 from __future__ import annotations
 

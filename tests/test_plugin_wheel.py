@@ -122,6 +122,6 @@ def test_a_wheel_is_planned_trained_exported_and_loaded(tmp_path: Path) -> None:
         load = [sys.executable, "-c", f"import vlmcap; vlmcap.load({str(source)!r})"]
         refused = subprocess.run(load, env=environment(), capture_output=True, text=True, check=False).stderr
         assert (
-            "UserError: the checkpoint has encoder=cells of the plugin vlm-parts, which is not loaded; install vlm-parts 3.1"
-            in refused
+            "UserError: the checkpoint has encoder=cells of the plugin vlm-parts, which is not loaded; install "
+            "vlm-parts 3.1" in refused
         )

@@ -1,4 +1,7 @@
-"""Nothing in the package runs what a file says: no pickle, no code from checkpoints, no shell, no archive unpacked to disk."""
+"""Nothing in the package runs what a file says.
+
+No pickle, no code from checkpoints, no shell, no archive unpacked to disk.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vlmcap"
 HARMLESS = {"pickle.UnpicklingError"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# A sweep's jobs go from this program to processes of its own, by a pipe, or through submitit and Ray, which pickle what they carry.
+# A sweep's jobs go from this program to processes of its own, by a pipe, or through submitit and Ray, which pickle what
+# they carry.
 BETWEEN_PROCESSES = Path("sweeping/child.py")
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "commands.getoutput"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -33,7 +37,10 @@ def offences(source: str) -> Iterator[str]:
 
 
 def _used(node: ast.AST) -> Iterator[str]:
-    """Dotted names that a node imports from, or looks up in, modules; a bare `import pickle` only gives access to its exceptions."""
+    """Dotted names that a node imports from, or looks up in, modules.
+
+    A bare `import pickle` only gives access to its exceptions.
+    """
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.asname or alias.name != "pickle")
     elif isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -1,4 +1,7 @@
-"""No setting is accepted that changes nothing: every key of every group is refused by name, or read by what a user runs."""
+"""No setting is accepted that changes nothing.
+
+Every key of every group is refused by name, or read by what a user runs.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,10 @@ def at(config: Config, key: str) -> Any:
 
 
 def with_value(key: str, value: str) -> Config:
-    """The default configuration with one value changed, as an override changes it; composing anew takes a third of a second."""
+    """The default configuration with one value changed, as an override changes it.
+
+    Composing anew takes a third of a second.
+    """
     node = NODE.copy()
     OmegaConf.update(node, key, yaml.safe_load(value))
     return to_config(node)

@@ -3,8 +3,8 @@
     python -m tools.import_graph           modules, arrows, circles, imports inside functions, lines
     python -m tools.import_graph --single  and the modules that one other module imports
 
-Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and *typing* (under
-`if TYPE_CHECKING:`). tests/test_architecture.py holds the directions.
+Three kinds of import are told apart: *eager* (runs when the module is imported), *lazy* (inside a function) and
+*typing* (under `if TYPE_CHECKING:`). tests/test_architecture.py holds the directions.
 """
 
 from __future__ import annotations
@@ -167,10 +167,12 @@ def main() -> None:
     print(f"{len(files)} modules, {sum(lines.values())} lines, {sum(map(len, graph.values()))} arrows")
     print(f"circle: {' -> '.join(circle)}" if circle else "no circle")
     print(
-        f"{sum(i.kind == 'lazy' for i in imports)} imports inside functions, {sum(i.kind == 'lazy' for i in ours)} of them of our modules"
+        f"{sum(i.kind == 'lazy' for i in imports)} imports inside functions, {sum(i.kind == 'lazy' for i in ours)} of "
+        "them of our modules"
     )
     print(
-        f"{len(single)} modules have one importer, {sum(lines[module] < 80 for module in single)} of them under 80 lines"
+        f"{len(single)} modules have one importer, {sum(lines[module] < 80 for module in single)} of them under 80 "
+        "lines"
     )
     for module in sorted(single) if options.single else ():
         print(f"  {lines[module]:4} lines  {module} <- {single[module]}")

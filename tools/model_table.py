@@ -4,8 +4,9 @@
     python -m tools.model_table --check          exit with 1 when it is not current
     python -m tools.model_table --measured FILE  first take the parity errors out of a JUnit file
 
-The errors come from the tests themselves: a parity test calls pytest's `record_property("parity:encoder:clip", error)`, and
-`pytest -o junit_family=xunit1 --junit-xml=FILE tests/models` writes all that was recorded; names that were not are dropped.
+The errors come from the tests themselves: a parity test calls pytest's `record_property("parity:encoder:clip", error)`,
+and `pytest -o junit_family=xunit1 --junit-xml=FILE tests/models` writes all that was recorded; names that were not are
+dropped.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def page() -> str:
 
 
 def read_measured(file: Path) -> dict[str, dict[str, str | float]]:
-    """Test and error of every `parity:` property in a JUnit file of pytest; the largest where a name was recorded more than once."""
+    """Test and error of every `parity:` property in a JUnit file of pytest.
+
+    The largest where a name was recorded more than once.
+    """
     found: dict[str, dict[str, str | float]] = {}
     for case in ElementTree.parse(file).iter("testcase"):
         for recorded in case.iter("property"):

@@ -149,8 +149,8 @@ _OF_CHECKPOINT: dict[str, Any] = {
 def name_components(node: DictConfig, hydra_node: Any) -> None:
     """Names parts by their checkpoints, where those are not the ones of the files that the parts come from.
 
-    With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model. What the command
-    line sets stays.
+    With `llm=vicuna_7b llm.checkpoint=…`, name, license and chat template of Vicuna would be borrowed by another model.
+    What the command line sets stays.
 
     Args:
         node: Composed configuration before its interpolations are resolved, changed in place.
@@ -183,7 +183,10 @@ def name_components(node: DictConfig, hydra_node: Any) -> None:
 
 
 def _name_by_file(node: DictConfig, group: str, choice: str | None) -> None:
-    """Calls a part as the user's own file is called where that states no name: it would have that of the file that it begins with."""
+    """Calls a part as the user's own file is called where that states no name.
+
+    It would have that of the file that it begins with.
+    """
     file = config_file(f"{group}/{choice}")
     content: dict[str, Any] = read_yaml(file) if file.is_file() else {"name": choice}
     if "name" in content or "name" in content.get(group, {}):
@@ -202,7 +205,10 @@ def _replace(node: DictConfig, part: str, values: Mapping[str, Any], own: Mappin
 
 
 def checkpoint_name(checkpoint: str) -> str:
-    """The name of a hub id or a folder: its last component in lower case; for a folder of the hub's cache, that of its id."""
+    """The name of a hub id or a folder: its last component in lower case.
+
+    For a folder of the hub's cache, that of its id.
+    """
     path = Path(os.path.abspath(os.path.expanduser(checkpoint)))
     is_cached = path.parent.name == "snapshots"
     return (path.parents[1].name.rpartition("--")[2] if is_cached else path.name).lower()
@@ -211,7 +217,8 @@ def checkpoint_name(checkpoint: str) -> str:
 class Composed:
     """A composed configuration whose groups may still be replaced by those of another one.
 
-    Composing takes a third of a second, so a table of many combinations composes each name once and combines the groups.
+    Composing takes a third of a second, so a table of many combinations composes each name once and combines the
+    groups.
 
     Args:
         overrides: Overrides as `compose` takes them.

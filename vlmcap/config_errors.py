@@ -48,7 +48,10 @@ def explain(error: Exception) -> str:
 
 
 def _reason(text: str) -> str:
-    """What a function such as `range()` says of its arguments; the parser's own words are of tokens, and say nothing to a user."""
+    """What a function such as `range()` says of its arguments.
+
+    The parser's own words are of tokens, and say nothing to a user.
+    """
     found = re.search(r"while evaluating '.*': (.*)", text)
     return f" ({found.group(1)})" if found else ""
 

@@ -75,7 +75,9 @@ def with_overrides(base: dict[str, Any], composed: DictConfig, overrides: Sequen
 
 
 def override_values(overrides: Sequence[str], *, program: str = "", read: Collection[str] = ()) -> dict[str, Any]:
-    """Keys to the values that overrides give them, for a saved configuration; a name such as `hardware=l4` is a whole group.
+    """Keys to the values that overrides give them, for a saved configuration.
+
+    A name such as `hardware=l4` is a whole group.
 
     Args:
         overrides: As typed.
@@ -83,7 +85,8 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
         read: The keys, and groups of keys, that it reads; all where there are none.
 
     Raises:
-        UserError: An override names what is not there, has a wrong value, or is of a key that the program does not read.
+        UserError: An override names what is not there, has a wrong value, or is of a key that the program does not
+            read.
     """
     if not overrides:
         return {}
@@ -95,7 +98,10 @@ def override_values(overrides: Sequence[str], *, program: str = "", read: Collec
 
 
 def loosened(overrides: Sequence[str]) -> list[str]:
-    """The overrides with keys that some kind of their group has made possible for any: which kind it is, the checkpoint will say."""
+    """The overrides with keys that some kind of their group has made possible for any.
+
+    Which kind it is, the checkpoint will say.
+    """
     found = []
     for override in overrides:
         key = key_of(override)

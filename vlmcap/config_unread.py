@@ -51,7 +51,8 @@ def unread_override(node: DictConfig, config: Config, overrides: Sequence[str]) 
     typed_root = any(key_of(override) == "data.root" and override != NO_DATA for override in overrides)
     if typed_root and config.data.is_demo and config.data.root != default_at(config, "data.root"):
         return (
-            f"data.root={config.data.root} changes nothing in data={config.data.name}, whose clips are made under paths.cache_dir; "
+            f"data.root={config.data.root} changes nothing in data={config.data.name}, whose clips are made under "
+            "paths.cache_dir; "
             "choose another data=NAME, or leave data.root out"
         )
     return ""
@@ -104,7 +105,9 @@ def _followers() -> dict[str, list[str]]:
 
 
 def check_single_run(overrides: Sequence[str], config: Config) -> None:
-    """Refuses settings of a whole sweep beside a single run or plan, which does not read them; values that are the defaults may stand.
+    """Refuses settings of a whole sweep beside a single run or plan, which does not read them.
+
+    Values that are the defaults may stand.
 
     Args:
         overrides: As typed.
@@ -138,7 +141,8 @@ def check_training(overrides: Sequence[str], config: Config) -> None:
         key = key_of(override)
         if key == "data.split" and config.data.split is not default_at(config, key):
             raise UserError(
-                f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave it out"
+                f"{override} changes nothing in training, which scores val and test; give it to evaluate.py, or leave "
+                "it out"
             )
         if (
             key == "evaluation.max_final_clips"
@@ -146,5 +150,6 @@ def check_training(overrides: Sequence[str], config: Config) -> None:
             and config.evaluation.max_final_clips is not None
         ):
             raise UserError(
-                f"{override} changes nothing with trainer.overfit=true, which scores the clips of data.max_clips; leave it out"
+                f"{override} changes nothing with trainer.overfit=true, which scores the clips of data.max_clips; "
+                "leave it out"
             )

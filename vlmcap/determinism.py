@@ -21,8 +21,9 @@ _VARIABLES = {
 def deterministic_kernels(is_active: bool) -> Iterator[None]:
     """Within it, equal inputs give equal bits on the same machine; the earlier state comes back at the end.
 
-    The mode is strict, as the backward passes of flash and memory-efficient attention ignore `warn_only`. Fresh memory is not filled, which
-    would cost a pass over every unpacked 4-bit weight, and nothing here reads memory before it is written.
+    The mode is strict, as the backward passes of flash and memory-efficient attention ignore `warn_only`. Fresh memory
+    is not filled, which would cost a pass over every unpacked 4-bit weight, and nothing here reads memory before it is
+    written.
 
     Args:
         is_active: Whether the mode is wanted; the context changes nothing without it.

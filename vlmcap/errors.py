@@ -11,7 +11,8 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake in configuration or input, told in one sentence: what is wrong, where, and how to mend it.
 
-    The command-line programs print the sentence and exit with code 2; any other exception is a bug of ours and keeps its traceback.
+    The command-line programs print the sentence and exit with code 2; any other exception is a bug of ours and keeps
+    its traceback.
     """
 
 

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all.
 
-Both are written in a work folder beside their place, `.NAME.MACHINE-TOKEN.partial`, whose lock ends with its process, however that ends. So
-whoever writes next into the same parent can tell what dead processes have left from what living ones write, and removes the former.
+Both are written in a work folder beside their place, `.NAME.MACHINE-TOKEN.partial`, whose lock ends with its process,
+however that ends. So whoever writes next into the same parent can tell what dead processes have left from what living
+ones write, and removes the former.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def work_folder(path: Path) -> Iterator[Path]:
 def remove_leftovers(parent: Path) -> None:
     """Remove the work folders in `parent` whose processes are dead.
 
-    One of this machine goes at once; another machine's, and any where the file system has no locks, when it has not changed for a day.
+    One of this machine goes at once; another machine's, and any where the file system has no locks, when it has not
+    changed for a day.
     """
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:

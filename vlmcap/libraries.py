@@ -15,9 +15,10 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the 
 def set_cuda_variables() -> None:
     """Sets what PyTorch reads once per process, before it is imported; what the user has set stays.
 
-    The CUDA allocator may grow its segments: batches differ in length, and segments of fixed sizes fragment. torchtune measured 16.4 GiB
-    reserved without and 10.8 with expandable segments (https://github.com/pytorch/torchtune/issues/1185). The workspace of cuBLAS is one
-    with which its products can be deterministic, as a later run of the process may ask for that.
+    The CUDA allocator may grow its segments: batches differ in length, and segments of fixed sizes fragment. torchtune
+    measured 16.4 GiB reserved without and 10.8 with expandable segments
+    (https://github.com/pytorch/torchtune/issues/1185). The workspace of cuBLAS is one with which its products can be
+    deterministic, as a later run of the process may ask for that.
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
@@ -33,8 +34,8 @@ def has_expandable_segments() -> bool:
 def import_libraries(*, with_adapters: bool, with_training: bool = True) -> None:
     """Imports the heavy libraries without the collector of circles, which would search all that they define again and again.
 
-    What they define stays for good, so later collections leave it out too. Only before anything else ran: what an earlier run left behind
-    must not stay.
+    What they define stays for good, so later collections leave it out too. Only before anything else ran: what an
+    earlier run left behind must not stay.
 
     Args:
         with_adapters: The run needs peft, which is a quarter of the time.

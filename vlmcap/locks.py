@@ -1,8 +1,8 @@
 """Who works on what: files that processes on one or more machines lock and keep fresh.
 
-A lock is the kernel's (flock): it ends with its process, however that ends, and cannot be left behind as a process number can. What a lock
-does not reach beyond its machine for, the times of the files say: mounts that keep locks to themselves, and file servers that count the
-locks of a machine that died.
+A lock is the kernel's (flock): it ends with its process, however that ends, and cannot be left behind as a process
+number can. What a lock does not reach beyond its machine for, the times of the files say: mounts that keep locks to
+themselves, and file servers that count the locks of a machine that died.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ _owned: dict[Path, int] = {}  # folders that `claimed_folder` holds -> number of
 
 
 def process_name() -> str:
-    """`machine-token` of this process: two names without hyphens, as a process number may be another's in a container or tomorrow."""
+    """`machine-token` of this process.
+
+    Two names without hyphens, as a process number may be another's in a container or tomorrow.
+    """
     return f"{machine_name()}-{_token(os.getpid())}"
 
 
@@ -76,10 +79,11 @@ def file_lock(path: Path, timeout_s: float = 0.0) -> BaseFileLock:
 class Claims:
     """Claims of this process, in a context that gives them back at its end.
 
-    The features of clips do not depend on a claim for their correctness: two processes with the same claim do the same work twice.
+    The features of clips do not depend on a claim for their correctness: two processes with the same claim do the same
+    work twice.
 
-    A claim of a process that has ended on this machine is free at once. That of another machine is when the time of its file has stood
-    still for `stale_s` by our own clock, as the clocks of two machines may differ.
+    A claim of a process that has ended on this machine is free at once. That of another machine is when the time of its
+    file has stood still for `stale_s` by our own clock, as the clocks of two machines may differ.
 
     Args:
         folder: Folder of the claims; it is made here.
@@ -132,7 +136,10 @@ class Claims:
         return True
 
     def owner(self, name: str) -> tuple[str, int]:
-        """What stands in a claim, its owner's `process_name` and description, and the time of the file in ns; nothing where it has gone."""
+        """What stands in a claim, its owner's `process_name` and description, and the time of the file in ns.
+
+        Nothing where it has gone.
+        """
         path = self.folder / name
         with contextlib.suppress(OSError):
             return path.read_text(errors="replace"), path.stat().st_mtime_ns
@@ -173,7 +180,9 @@ def remove_free_claims(folder: Path) -> None:
 
 @contextmanager
 def claimed_folder(folder: Path, key: str) -> Iterator[None]:
-    """Holds a folder that one program at a time may write to; it is made with its parents, and removed at the end if it is empty.
+    """Holds a folder that one program at a time may write to.
+
+    It is made with its parents, and removed at the end if it is empty.
 
     A process may hold a folder again that it holds already.
 
@@ -220,11 +229,13 @@ def living_owner(folder: Path) -> str | None:
 def claimed(claim: Path, state: str, advice: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Holds a claim, whose file is `claim`.
 
-    A process that has ended blocks nobody. One on another machine, whose locks may not reach here, gets two minutes to show a sign of life.
+    A process that has ended blocks nobody. One on another machine, whose locks may not reach here, gets two minutes to
+    show a sign of life.
 
     Args:
         claim: File of the claim, in a folder of claims.
-        state: What holds while another process has the claim, such as "the folder x is in use"; the owner is named behind it.
+        state: What holds while another process has the claim, such as "the folder x is in use"; the owner is named
+            behind it.
         advice: How to go on then.
         wait_s: Seconds to wait for a living owner; a line says who it is.
 

@@ -1,4 +1,7 @@
-"""Overrides as people type them: values that Hydra cannot parse are quoted, and keys of other programs are answered with ours."""
+"""Overrides as people type them.
+
+Values that Hydra cannot parse are quoted, and keys of other programs are answered with ours.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,23 @@ _RATES = "adapter_lr is for the adapters, tuning.projector_lr for the projector,
 _EPOCHS = "tuning.align_epochs of them are the first stage of tuning=two_stage"
 _QUANTIZATION = "llm.quantization"
 
-# Keys of Lightning, Hydra, transformers and lightning-hydra-template; what is set here instead, with the value that was typed where the
-# text ends in "="; and what more there is to say. A key whose last name is one of ours, such as `trainer.precision`, needs no line.
+# Keys of Lightning, Hydra, transformers and lightning-hydra-template; what is set here instead, with the value that was
+# typed where the text ends in "="; and what more there is to say. A key whose last name is one of ours, such as
+# `trainer.precision`, needs no line.
 HINTS: dict[str, tuple[str, str]] = {
     name: (instead, more)
     for names, instead, more in (
         (
-            "lr learning_rate base_lr optim.lr optim.learning_rate optimizer.lr optimizer.learning_rate trainer.lr trainer.learning_rate "
+            "lr learning_rate base_lr optim.lr optim.learning_rate optimizer.lr optimizer.learning_rate trainer.lr "
+            "trainer.learning_rate "
             "model.lr model.learning_rate tuning.lr tuning.learning_rate tuning.lora.lr train.lr train.learning_rate "
             "llm.lr llm.adapter_lr model.adapter_lr llm.suggested.adapter_lr",
             "tuning.adapter_lr=",
             _RATES,
         ),
         (
-            "epochs max_epochs num_epochs n_epochs num_train_epochs trainer.epochs trainer.max_epochs trainer.num_epochs "
+            "epochs max_epochs num_epochs n_epochs num_train_epochs trainer.epochs trainer.max_epochs "
+            "trainer.num_epochs "
             "trainer.num_train_epochs train.epochs train.max_epochs training.epochs tuning.max_epochs data.epochs "
             "optim.epochs data.tune_epochs",
             "tuning.epochs=",
@@ -53,8 +59,10 @@ HINTS: dict[str, tuple[str, str]] = {
             "",
         ),
         (
-            "batch_size bs train_batch_size per_device_train_batch_size trainer.batch_size trainer.per_device_train_batch_size "
-            "train.batch_size training.batch_size data.train_batch_size data.bs dataloader.batch_size datamodule.batch_size",
+            "batch_size bs train_batch_size per_device_train_batch_size trainer.batch_size "
+            "trainer.per_device_train_batch_size "
+            "train.batch_size training.batch_size data.train_batch_size data.bs dataloader.batch_size "
+            "datamodule.batch_size",
             "data.batch_size=",
             "",
         ),
@@ -64,7 +72,8 @@ HINTS: dict[str, tuple[str, str]] = {
             "",
         ),
         (
-            "ckpt ckpt_path checkpoint_path resume resume_from resume_from_checkpoint trainer.ckpt_path trainer.checkpoint trainer.resume "
+            "ckpt ckpt_path checkpoint_path resume resume_from resume_from_checkpoint trainer.ckpt_path "
+            "trainer.checkpoint trainer.resume "
             "trainer.resume_from_checkpoint model.ckpt_path paths.checkpoint paths.ckpt_path",
             "checkpoint=",
             "",
@@ -75,14 +84,16 @@ HINTS: dict[str, tuple[str, str]] = {
             "",
         ),
         (
-            "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir trainer.output_dir "
+            "output_dir out_dir output save_dir log_dir run_dir default_root_dir trainer.default_root_dir "
+            "trainer.output_dir "
             "trainer.save_dir paths.output paths.out_dir paths.log_dir paths.root_dir logger.save_dir",
             "paths.output_dir=",
             "",
         ),
         ("cache_dir", "paths.cache_dir=", ""),
         (
-            "data_dir data_root data_path root dataset_path data.dir data.path data.data_dir paths.data_dir paths.data_root",
+            "data_dir data_root data_path root dataset_path data.dir data.path data.data_dir paths.data_dir "
+            "paths.data_root",
             "data.root=",
             "",
         ),
@@ -142,11 +153,14 @@ _LEFT_TO_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")  # Hydra has th
 
 
 def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command: str = "") -> list[str]:
-    """Overrides as Hydra's grammar has them. A value that Hydra can parse keeps its meaning; any other is text, and is quoted.
+    """Overrides as Hydra's grammar has them.
+
+    A value that Hydra can parse keeps its meaning; any other is text, and is quoted.
 
     Args:
         arguments: Overrides as typed, such as `data.root=~/도심 (1)`.
-        is_sweep: Whether several values may be given: then the elements of `a,b` and of `choice(a,b)` are quoted one by one.
+        is_sweep: Whether several values may be given: then the elements of `a,b` and of `choice(a,b)` are quoted one by
+            one.
         command: Command line that would take several values, with `-m`; empty where there is none.
 
     Raises:
@@ -159,7 +173,8 @@ def read_overrides(arguments: Sequence[str], *, is_sweep: bool = False, command:
         key, _, value = argument.partition("=")
         if key in SCHEMAS and value in ("null", ""):
             raise UserError(
-                f"{key}={value} chooses nothing; name one of those that `python train.py --help` lists, or leave {key} out"
+                f"{key}={value} chooses nothing; name one of those that `python train.py --help` lists, or leave "
+                f"{key} out"
             )
     found = [_in_grammar(argument, is_sweep=is_sweep) for argument in arguments]
     for argument, text in zip(arguments, found, strict=True):
@@ -283,7 +298,10 @@ def _in_grammar(override: str, *, is_sweep: bool) -> str:
 
 
 def _elements(text: str, element: Callable[[str], str]) -> list[str]:
-    """What stands between the commas, each made parsable; a comma inside of quotes, brackets or a call parts nothing."""
+    """What stands between the commas, each made parsable.
+
+    A comma inside of quotes, brackets or a call parts nothing.
+    """
     pieces, found = text.split(","), []
     start = 0
     while start < len(pieces):

@@ -1,7 +1,7 @@
 """A user's own parts: modules that register kinds beside ours, from files, importable names and installed distributions.
 
-A plugin is code that the user names or installs. Nothing is ever loaded out of a checkpoint, which only says which plugin its parts
-came from.
+A plugin is code that the user names or installs. Nothing is ever loaded out of a checkpoint, which only says which
+plugin its parts came from.
 """
 
 from __future__ import annotations
@@ -111,15 +111,16 @@ def _load(name: str) -> None:
     _loaded.add(name)
     if is_new and before == {(group, kind) for group, kinds in MAKERS.items() for kind in kinds}:
         raise UserError(
-            f"--plugin {name} registers no part; decorate its class or function with vlmcap.config.kinds.register_component"
+            f"--plugin {name} registers no part; decorate its class or function with "
+            "vlmcap.config.kinds.register_component"
         )
 
 
 def _import(name: str) -> bool:
     """Imports a file or a module; returns whether it was not there before.
 
-    A file is imported under its own name from its own folder, the last that is searched: it hides nothing, and processes of this run,
-    which unpickle its classes, find it in the same way.
+    A file is imported under its own name from its own folder, the last that is searched: it hides nothing, and
+    processes of this run, which unpickle its classes, find it in the same way.
     """
     file = Path(name) if name.endswith(".py") else None
     module_name = name if file is None else file.stem
@@ -161,7 +162,7 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else (point.module, "")
 
 
-# --- what a part came from --------------------------------------------------------------------------------------------------------------
+# --- what a part came from --------------------------------------------------------------------------------------------
 
 
 def plugin_kinds(group: str) -> list[str]:
@@ -179,7 +180,10 @@ def plugins_of(config: Any) -> dict[str, dict[str, str]]:
 
 
 def origin(part: Any) -> dict[str, str]:
-    """Name and version of what brought a class or function: its distribution, or its module with the SHA-256 of the file."""
+    """Name and version of what brought a class or function.
+
+    Its distribution, or its module with the SHA-256 of the file.
+    """
     return _origin(part.__module__)
 
 
@@ -218,7 +222,8 @@ def check_plugins(saved: Mapping[str, Mapping[str, str]]) -> None:
         found = origin(MAKERS[group][kind])
         if found["version"] != wanted:
             print(
-                f"Warning: {group}={kind} was trained with {name} {wanted[:19]}, and {found['name']} {found['version'][:19]} is loaded.",
+                f"Warning: {group}={kind} was trained with {name} {wanted[:19]}, and {found['name']} "
+                f"{found['version'][:19]} is loaded.",
                 file=sys.stderr,
             )
 

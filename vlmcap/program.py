@@ -1,4 +1,7 @@
-"""How `vlmcap train` and `vlmcap evaluate` run: help at once, a mistake as one sentence, and no folder left by a run of nothing."""
+"""How `vlmcap train` and `vlmcap evaluate` run.
+
+Help at once, a mistake as one sentence, and no folder left by a run of nothing.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ _made: list[Path] = []  # folders that `UniqueRunFolder` made, the innermost fir
 class UniqueRunFolder(Callback):
     """Gives each run and each sweep a folder of its own before Hydra writes to it, as `hydra.callbacks` in conf/train.yaml names it.
 
-    A folder that is named by the time of day gets a number where another run has made it in the same second. A folder that the user
-    named and a living run writes to is refused.
+    A folder that is named by the time of day gets a number where another run has made it in the same second. A folder
+    that the user named and a living run writes to is refused.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -158,8 +161,8 @@ def hydra_arguments(given: Sequence[str], command: str, *, of_checkpoint: bool =
 def help_text(name: str) -> str:
     """The help of `conf/<name>.yaml`.
 
-    Hydra would print the same, but lists every choice of every group before, whether the template names them or not, and copies all of
-    its configuration for each: three quarters of the time that `--help` took.
+    Hydra would print the same, but lists every choice of every group before, whether the template names them or not,
+    and copies all of its configuration for each: three quarters of the time that `--help` took.
     """
     text = str(OmegaConf.load(config_file(name)).hydra.help.template)
     load_plugins()
@@ -171,7 +174,8 @@ def help_text(name: str) -> str:
 def report_user_errors() -> Iterator[None]:
     """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into one line and 130.
 
-    Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command printed before it.
+    Stands inside of Hydra's functions too: an exception that reached Hydra would have all overrides of the command
+    printed before it.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -210,7 +214,10 @@ def report_user_errors() -> Iterator[None]:
 
 
 def _fail_job(error: Exception, sentence: str) -> NoReturn:
-    """Ends a job so that those to come run: an exit would end them too. Hydra keeps the exception, which must keep no model alive."""
+    """Ends a job so that those to come run: an exit would end them too.
+
+    Hydra keeps the exception, which must keep no model alive.
+    """
     print(
         f"Error in job {output_folder().name}: {sentence}" if not isinstance(error, TrialPruned) else sentence,
         file=sys.stderr,
@@ -239,7 +246,10 @@ def output_folder() -> Path:
 
 
 def _remove_unused_folder() -> None:
-    """Removes the folder that Hydra made for a run that came to nothing: one that holds no more than Hydra's own files."""
+    """Removes the folder that Hydra made for a run that came to nothing.
+
+    One that holds no more than Hydra's own files.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):

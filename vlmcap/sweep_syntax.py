@@ -1,4 +1,7 @@
-"""Hydra's sweep syntax as `python train.py -m` reads it: `encoder=clip,siglip2`, `seed=range(3)`, `optim=choice(adamw,adamw_8bit)`."""
+"""Hydra's sweep syntax as `python train.py -m` reads it.
+
+`encoder=clip,siglip2`, `seed=range(3)`, `optim=choice(adamw,adamw_8bit)`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ def expand(overrides: Sequence[str], parser: OverridesParser | None = None) -> t
 
     Args:
         overrides: As after `python train.py -m`; of a key that is there twice the last counts, as for Hydra.
-        parser: Of the running program; None makes one, and puts what the experiment file has under `hydra.sweeper.params` in front.
+        parser: Of the running program; None makes one, and puts what the experiment file has under
+            `hydra.sweeper.params` in front.
 
     Raises:
         UserError: An override cannot be read, or has no values to try one by one.

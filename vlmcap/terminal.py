@@ -20,7 +20,10 @@ _PIPE_WIDTH = 140  # columns of a wide table that is not printed to a terminal
 
 
 def leave_closed_pipe() -> NoReturn:
-    """Ends a command whose output is no longer read, as `| head` leaves it: without a word, and with the exit code of SIGPIPE."""
+    """Ends a command whose output is no longer read, as `| head` leaves it.
+
+    Without a word, and with the exit code of SIGPIPE.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
     raise SystemExit(141) from None
 
@@ -57,7 +60,8 @@ class LineClock:
 class WorkLines:
     """Lines about long work in a log.
 
-    Whoever does the work prints them, or a thread of their own does, so that work that reports nothing for long is not silent either.
+    Whoever does the work prints them, or a thread of their own does, so that work that reports nothing for long is not
+    silent either.
 
     Args:
         label: What is done.
@@ -134,7 +138,8 @@ def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[
         quiet_s: Work that takes no longer shows nothing.
 
     Yields:
-        A function of the work done and of all work, None where nobody knows how much that is. Work that never calls it has no bar
+        A function of the work done and of all work, None where nobody knows how much that is. Work that never calls it
+        has no bar
             and no line at the end.
     """
     if draws_bars():
@@ -150,7 +155,9 @@ def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[
 
 @contextmanager
 def transient_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
-    """Progress of work that is only a step on the way: a bar that disappears at the end; in a log lines of long work alone.
+    """Progress of work that is only a step on the way: a bar that disappears at the end.
+
+    In a log lines of long work alone.
 
     Args:
         label: What is done.
@@ -214,7 +221,10 @@ def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
 @contextmanager
 def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
-    """A widget where ipywidgets is installed, as Lightning's bar is one, else a line that is written over; rich knows only the widget."""
+    """A widget where ipywidgets is installed, as Lightning's bar is one, else a line that is written over.
+
+    Rich knows only the widget.
+    """
     if importlib.util.find_spec("ipywidgets") is None:
         from tqdm import tqdm
     else:

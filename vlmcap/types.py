@@ -1,7 +1,7 @@
 """Records that travel between data, models and training.
 
-Legend: B clips, R rows, F frames (tiles of a frame count as frames), P patches a frame, Dv vision width, V visual tokens of a clip, S
-sequence (visual tokens included), T label tokens, H/W pixels.
+Legend: B clips, R rows, F frames (tiles of a frame count as frames), P patches a frame, Dv vision width, V visual
+tokens of a clip, S sequence (visual tokens included), T label tokens, H/W pixels.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ class Clip:
 
     Attributes:
         id: Unique within its split; the label file's stem for AI Hub data.
-        video: Path or address of the video or image; a member of an archive is `zip://MEMBER::ARCHIVE` or `tar://MEMBER::ARCHIVE`.
+        video: Path or address of the video or image; a member of an archive is `zip://MEMBER::ARCHIVE` or
+            `tar://MEMBER::ARCHIVE`.
         captions: Reference captions, at least one; empty only for captioning without references.
         category: Free label for break-downs, empty when unknown.
-        frames: Images that are the frames of the clip, in order, where it is no video; `video` is then the first of them.
+        frames: Images that are the frames of the clip, in order, where it is no video; `video` is then the first of
+            them.
     """
 
     id: str
@@ -74,10 +76,13 @@ class Sample:
 
     Attributes:
         clip: Where it comes from.
-        frames: uint8 (F, 3, H, W), already resized for the encoder; (F, P, 3 · p · p), cut into patches, where sizes vary.
+        frames: uint8 (F, 3, H, W), already resized for the encoder; (F, P, 3 · p · p), cut into patches, where sizes
+            vary.
         features: (F, P, Dv), patch features of the frozen encoder out of the cache.
-        grid_thw: Frames, patch rows and columns where any of them varies from clip to clip; None where they are the encoder's own.
-        times_s: Times of the frames as they were decoded, before the encoder joins any of them; None where they are not known.
+        grid_thw: Frames, patch rows and columns where any of them varies from clip to clip; None where they are the
+            encoder's own.
+        times_s: Times of the frames as they were decoded, before the encoder joins any of them; None where they are not
+            known.
     """
 
     clip: Clip
@@ -91,11 +96,13 @@ class Sample:
 class Batch:
     """A batch of B clips in R rows; ids, labels and masks share one length S, the visual placeholders included.
 
-    Where something stands in the rows is said by places, and how many there are by plain numbers, as the host would have to wait for a
-    device that holds masks to count them. A place is an index into the rows laid end to end, row · S + column.
+    Where something stands in the rows is said by places, and how many there are by plain numbers, as the host would
+    have to wait for a device that holds masks to count them. A place is an index into the rows laid end to end, row · S
+    + column.
 
-    A clip has a row of its own, R = B, unless the batch is packed: all clips then stand in one row, R = 1, one behind another and
-    without padding. Frames, features and sizes always go by clip, in the order in which the clips stand in the rows.
+    A clip has a row of its own, R = B, unless the batch is packed: all clips then stand in one row, R = 1, one behind
+    another and without padding. Frames, features and sizes always go by clip, in the order in which the clips stand in
+    the rows.
 
     Attributes:
         clips: The B clips, in the order of rows and of places in a row.
@@ -110,7 +117,8 @@ class Batch:
         features: (B, F, P, Dv) or None.
         grid_thw: A clip each, where they vary; frames and features are then padded with zeros at the end of F and of P.
         times_s: Times of each clip's frames, None where they are not known; empty where they are known of no clip.
-        position_ids: int64 (R, S), from 0 anew for each clip, of a packed batch; None where a clip has a row of its own.
+        position_ids: int64 (R, S), from 0 anew for each clip, of a packed batch; None where a clip has a row of its
+            own.
         is_right_padded: Whether all padding stands behind the clips of a row, so that causal attention needs no mask.
         skipped: Clips of this batch that could not be read.
         num_truncated: Captions cut to the limit in this batch.
@@ -192,7 +200,10 @@ class Batch:
 
 
 def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of a tensor, in its own type: autocast would refuse to stack float16 features where it computes in bfloat16."""
+    """Some rows of a tensor, in its own type.
+
+    Autocast would refuse to stack float16 features where it computes in bfloat16.
+    """
     import torch
 
     with torch.autocast(values.device.type, enabled=False):

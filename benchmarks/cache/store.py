@@ -1,11 +1,13 @@
-"""Speed of the feature store against a plain file a clip: raw numbers read by `np.fromfile`, and `torch.save` with `torch.load`.
+"""Speed of the feature store against a plain file a clip.
+
+Raw numbers read by `np.fromfile`, and `torch.save` with `torch.load`.
 
     python benchmarks/cache/store.py [--mib 400] [--repeats 3] [--output F.json]
 
-All write the same float16 features, down to the disk (fsync), and read each clip once in one random order: "cached" when the files are in
-the system's cache, "again" in a second epoch, for which the store has compared all checksums, and "cold" after the files were dropped from
-that cache. The store also checks every number, measures the error of storage, and claims its work. Ways take turns within each repeat; the
-figures are medians, in MB/s of float16 features.
+All write the same float16 features, down to the disk (fsync), and read each clip once in one random order: "cached"
+when the files are in the system's cache, "again" in a second epoch, for which the store has compared all checksums, and
+"cold" after the files were dropped from that cache. The store also checks every number, measures the error of storage,
+and claims its work. Ways take turns within each repeat; the figures are medians, in MB/s of float16 features.
 """
 
 from __future__ import annotations

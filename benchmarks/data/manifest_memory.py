@@ -2,9 +2,10 @@
 
     python benchmarks/data/manifest_memory.py [--clips 1000000] [--characters 575] [--workers 4] [--output F.json]
 
-Both are filled by the same reader from the same file of JSON lines, each in a process of its own. Then workers are started, by fork and by
-spawn, each reads every clip once, and all are measured while all are alive. RSS counts shared pages in full, PSS (Linux) divides them
-among those who share them, so that the sum of PSS is what the machine really gives. "anonymous" is memory that cannot be dropped.
+Both are filled by the same reader from the same file of JSON lines, each in a process of its own. Then workers are
+started, by fork and by spawn, each reads every clip once, and all are measured while all are alive. RSS counts shared
+pages in full, PSS (Linux) divides them among those who share them, so that the sum of PSS is what the machine really
+gives. "anonymous" is memory that cannot be dropped.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ def memory() -> dict[str, int]:
 
 def show(result: dict[str, Any]) -> None:
     print(
-        f"{result['clips']:,} clips, {result['file_mib']} MiB of JSON lines, {result['workers']} workers; {result['machine']}"
+        f"{result['clips']:,} clips, {result['file_mib']} MiB of JSON lines, {result['workers']} workers; "
+        f"{result['machine']}"
     )
     rows = result["rows"]
     width = max(map(len, rows[0]))

@@ -2,10 +2,11 @@
 
     python benchmarks/data/packing.py --output packing.json
 
-A tiny Qwen3 (random weights, frozen, LoRA on all linear layers) learns from random features and captions whose lengths are log-normal,
-short as those of public caption sets, or long. All three kinds of batches come from the batch plans of training, hold at most the same
-number of tokens, and are timed in turns, forward and backward, on the same clips. Tokens count only where they are real; the share of
-padding is that of all places in the batches. Writes JSON and prints a table.
+A tiny Qwen3 (random weights, frozen, LoRA on all linear layers) learns from random features and captions whose lengths
+are log-normal, short as those of public caption sets, or long. All three kinds of batches come from the batch plans of
+training, hold at most the same number of tokens, and are timed in turns, forward and backward, on the same clips.
+Tokens count only where they are real; the share of padding is that of all places in the batches. Writes JSON and prints
+a table.
 """
 
 from __future__ import annotations

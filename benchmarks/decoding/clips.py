@@ -23,7 +23,10 @@ def real_clips() -> dict[str, Path]:
 
 
 def long_clip(work: Path, gop: int) -> Path:
-    """A minute of 1080p30 with a key frame every `gop` frames and x264's other defaults; made once, then kept in `work`."""
+    """A minute of 1080p30 with a key frame every `gop` frames and x264's other defaults.
+
+    Made once, then kept in `work`.
+    """
     path = work / f"1080p-gop{gop}.mp4"
     if path.exists():
         return path

@@ -1,4 +1,7 @@
-"""Other libraries that read frames by index, each as its documentation says, on one thread; ImportError where one is not installed."""
+"""Other libraries that read frames by index, each as its documentation says, on one thread.
+
+ImportError where one is not installed.
+"""
 
 from __future__ import annotations
 

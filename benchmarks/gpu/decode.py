@@ -1,4 +1,7 @@
-"""Milliseconds of a caption token, by what may change them: rows, engine, deterministic mode, autocast's cache and adapters."""
+"""Milliseconds of a caption token, by what may change them.
+
+Rows, engine, deterministic mode, autocast's cache and adapters.
+"""
 
 from __future__ import annotations
 

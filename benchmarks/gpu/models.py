@@ -65,7 +65,8 @@ _TINY_MOE = {
 }
 
 
-# Overrides of the checks at true size, and the blocks that encoder and language model are cut to, where a path is the same in each.
+# Overrides of the checks at true size, and the blocks that encoder and language model are cut to, where a path is the
+# same in each.
 TRUE_SIZES: dict[str, tuple[tuple[str, ...], int | None]] = {
     "recommended_l4": (("experiment=recommended_l4",), None),
     "recommended_h100": (("experiment=recommended_h100",), None),
@@ -183,12 +184,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-# --- batches and the loop ---------------------------------------------------------------------------------------------------------------
+# --- batches and the loop ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the collator asks of a tokenizer: as much text as a plan counts with; a caption's text is the number of its tokens."""
+    """What the collator asks of a tokenizer: as much text as a plan counts with.
+
+    A caption's text is the number of its tokens.
+    """
 
     prefix_ids: tuple[int, ...] = (1,) * (PROMPT_TOKENS // 2)
     suffix_ids: tuple[int, ...] = (1,) * (PROMPT_TOKENS - PROMPT_TOKENS // 2)

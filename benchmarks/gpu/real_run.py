@@ -1,4 +1,7 @@
-"""train.py as users run it, on small models and pictures made here: repeated, killed, resumed, evaluated, captioned and exported."""
+"""train.py as users run it, on small models and pictures made here.
+
+Repeated, killed, resumed, evaluated, captioned and exported.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ def _caption(report: Report, place: Place, checkpoint: Path) -> None:
     report.add("export", "share of captions that are the run's", _share(expected, merged))
 
 
-# --- the run that is killed -------------------------------------------------------------------------------------------------------------
+# --- the run that is killed -------------------------------------------------------------------------------------------
 
 
 def _start(place: Place, overrides: Sequence[str], name: str) -> subprocess.Popen[bytes]:
@@ -148,7 +151,7 @@ def _lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# --- what it trains on ------------------------------------------------------------------------------------------------------------------
+# --- what it trains on ------------------------------------------------------------------------------------------------
 
 
 def _into(place: Place, name: str) -> str:

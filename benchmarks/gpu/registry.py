@@ -59,13 +59,15 @@ CHECKS = (
         "parts",
         _HERE + "pytest_checks:parts",
         75,
-        "Loss, gradients and captions of every encoder, projector, reducer and number format, at tiny size, against the CPU.",
+        "Loss, gradients and captions of every encoder, projector, reducer and number format, at tiny size, against "
+        "the CPU.",
     ),
     Check(
         "recommended_l4",
         _HERE + "true_size:recommended_l4",
         95,
-        "A training run and captions of the experiment at true size, random weights, captions of different lengths, beside the plan.",
+        "A training run and captions of the experiment at true size, random weights, captions of different lengths, "
+        "beside the plan.",
         least_gib=12,
     ),
     Check(

@@ -56,7 +56,8 @@ class Row:
         case: What was run.
         measure: What was measured, with its unit.
         value: The figure; None where there is none.
-        verdict: pass, fail, info (no bounds), rehearsed (tiny size, where bounds say nothing), skipped, stopped or error.
+        verdict: pass, fail, info (no bounds), rehearsed (tiny size, where bounds say nothing), skipped, stopped or
+            error.
         limit: The bounds in words.
         source: Where they come from.
         note: More, such as by how much a figure is out of its bounds.
@@ -126,7 +127,10 @@ def as_line(row: Row | dict[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The machine and the rows of a file, where it is there; half a line at its end, as of a stopped writer, is left out."""
+    """The machine and the rows of a file, where it is there.
+
+    Half a line at its end, as of a stopped writer, is left out.
+    """
     machine: dict[str, Any] = {}
     rows: list[Row] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
@@ -141,7 +145,10 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def verdict_of(rows: Iterable[Row]) -> str:
-    """Of a whole check that ran to its end: the worst of its rows, where skipped ones count as good beside others that ran."""
+    """Of a whole check that ran to its end.
+
+    The worst of its rows, where skipped ones count as good beside others that ran.
+    """
     verdicts = {row.verdict for row in rows}
     for bad in ("error", "fail"):
         if bad in verdicts:

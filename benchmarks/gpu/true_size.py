@@ -44,7 +44,8 @@ WARM, COUNTED, TIMED = (
 )  # micro-batches, of which one takes a slow GPU seconds: the first takes memory and chooses kernels
 PROFILED = 3  # tokens of a profile, which takes a while to read
 ACCUMULATED = 2  # micro-batches to an optimiser step
-# Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 rows, 0.6 × 768 tokens, and the prompts.
+# Seconds per caption of recommended_h100 as planned when the goal was set: 46 ms per token of 16 rows, 0.6 × 768
+# tokens, and the prompts.
 _PLANNED_CAPTIONS_S = 1.495
 _CAPTION_SHARE = 0.6  # of the most tokens: the mean caption of the Korean data
 
@@ -79,7 +80,9 @@ def moe(report: Report, place: Place) -> None:
 
 
 def t4(report: Report, place: Place) -> None:
-    """What a T4 would run: attention by repeated keys, fp16 with loss scaling; four layers, as the path is the same in each.
+    """What a T4 would run: attention by repeated keys, fp16 with loss scaling.
+
+    Four layers, as the path is the same in each.
 
     A rehearsal computes in bf16, as CPUs have no layer norm of fp16.
     """
@@ -250,7 +253,10 @@ def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounde
 
 
 def _needed_flops(prepared: Prepared) -> float:
-    """Operations of a clip, each counted once: those of gradient checkpointing's second forward pass are no progress."""
+    """Operations of a clip, each counted once.
+
+    Those of gradient checkpointing's second forward pass are no progress.
+    """
     config = prepared.config
     if not config.hardware.gradient_checkpointing:
         return prepared.plan.flops

@@ -1,4 +1,6 @@
-"""Words in the place of morphemes, where mecab-ko is not installed: `python -m benchmarks.gpu.words train.py OVERRIDES`.
+"""Words in the place of morphemes, where mecab-ko is not installed.
+
+`python -m benchmarks.gpu.words train.py OVERRIDES`.
 
 A run scores its captions, and some scores are over morphemes. Here only that it runs counts, and no score is looked at.
 """

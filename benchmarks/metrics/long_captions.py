@@ -2,8 +2,8 @@
 
     python benchmarks/metrics/long_captions.py FOLDER
 
-The captions come out of a small grammar, 13 sentences and some 580 characters each, as long as those of the AI Hub data; the prediction
-files stay in FOLDER, for `python -m vlmcap.metrics`. docs/scores.md has what it printed.
+The captions come out of a small grammar, 13 sentences and some 580 characters each, as long as those of the AI Hub
+data; the prediction files stay in FOLDER, for `python -m vlmcap.metrics`. docs/scores.md has what it printed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def sentence(rng: random.Random) -> str:
 
 
 def make_runs(rng: random.Random) -> tuple[list[str], dict[str, list[str]]]:
-    """References, and predictions of each run: prefixes, and two runs that say a share of the sentences of something else."""
+    """References, and predictions of each run.
+
+    Prefixes, and two runs that say a share of the sentences of something else.
+    """
     clips = [[sentence(rng) for _ in range(NUM_SENTENCES)] for _ in range(NUM_CLIPS)]
     references = [" ".join(clip) for clip in clips]
     runs = {
@@ -106,7 +109,8 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lengths = f"{sum(map(len, references)) / len(references):.0f} characters, {corpus_length(references):.0f} tokens a caption"
     print(
-        f"{len(references)} clips, {lengths}, tokens by {split.version}\n\nrun           BLEU-4   CIDEr  CIDEr-D  ROUGE-L"
+        f"{len(references)} clips, {lengths}, tokens by {split.version}\n\nrun           BLEU-4   CIDEr  CIDEr-D  "
+        "ROUGE-L"
     )
     statistics = {}
     for name, texts in runs.items():

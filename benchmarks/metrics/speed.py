@@ -2,13 +2,16 @@
 
     python benchmarks/metrics/speed.py [--pairs 40000] [--tokens 108] [--repeats 2] [--stream 1000000]
 
-Each runs in a process of its own, alone, and builds the same seeded corpus of Korean-looking words (frequencies as 1 / rank; a
-prediction keeps 70 % of its reference). pycocoevalcap's Bleu, Cider and Rouge get the tokens joined by blanks, as they want them; vlmcap
-gets the lists of tokens. Times are processor seconds, the least of the repeats, from tokens to scores, references counted anew; a later
-epoch counts only the predictions. "memory" is the peak above what the corpus and the imports took, "whole" that of the process.
+Each runs in a process of its own, alone, and builds the same seeded corpus of Korean-looking words (frequencies as 1 /
+rank; a prediction keeps 70 % of its reference). pycocoevalcap's Bleu, Cider and Rouge get the tokens joined by blanks,
+as they want them; vlmcap gets the lists of tokens. Times are processor seconds, the least of the repeats, from tokens
+to scores, references counted anew; a later epoch counts only the predictions. "memory" is the peak above what the
+corpus and the imports took, "whole" that of the process.
 
-Raw text: `score_captions` with mecab-ko in wall seconds, tokenising in as many processes as there are cores, first and second epoch.
-Streaming: many short predictions from a generator against counted references: the memory after counting and what it grows by.
+Raw text: `score_captions` with mecab-ko in wall seconds, tokenising in as many processes as there are cores, first and
+second epoch.
+Streaming: many short predictions from a generator against counted references: the memory after counting and what it
+grows by.
 """
 
 from __future__ import annotations
@@ -117,11 +120,14 @@ def report(result: dict[str, Any]) -> None:
     off = max(abs(ours["scores"][name] - score) for name, score in theirs["scores"].items())
     print(f"largest difference of the scores: {off:.1e}\n")
     print(
-        f"raw text, {raw['pairs']} pairs, {raw['cores']} cores: first epoch {raw['first_s']:.1f} s, second {raw['later_s']:.1f} s (wall); "
-        f"tokenising both sides {raw['tokenize_one_process_s']:.1f} s in one process, {raw['tokenize_all_cores_s']:.1f} s on all cores"
+        f"raw text, {raw['pairs']} pairs, {raw['cores']} cores: first epoch {raw['first_s']:.1f} s, second "
+        f"{raw['later_s']:.1f} s (wall); "
+        f"tokenising both sides {raw['tokenize_one_process_s']:.1f} s in one process, "
+        f"{raw['tokenize_all_cores_s']:.1f} s on all cores"
     )
     print(
-        f"streaming, {stream['pairs']} pairs of 10 tokens: references {stream['count_s']:.1f} s and {stream['references_mb']:.0f} MB, "
+        f"streaming, {stream['pairs']} pairs of 10 tokens: references {stream['count_s']:.1f} s and "
+        f"{stream['references_mb']:.0f} MB, "
         f"predictions {stream['score_s']:.1f} s and {stream['growth_mb']:.0f} MB more, "
         f"of which statistics {stream['statistics_mb']:.0f} MB; peak {stream['whole_mb']:.0f} MB"
     )

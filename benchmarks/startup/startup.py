@@ -1,12 +1,15 @@
-"""What a user waits for before anything happens: help, the resolved configuration, and the first training step of the demo.
+"""What a user waits for before anything happens.
+
+Help, the resolved configuration, and the first training step of the demo.
 
     python benchmarks/startup/startup.py [--repeats 5] [--output benchmarks/startup]
 
-Each command runs in a fresh process, the commands in turn and not one after another, so that a busy minute falls on all of them. Processor
-seconds (user and system, of the process and its children) are the firmer figure on a shared machine; wall seconds go from the process's
-start to its end. The first step ends when Lightning calls the callbacks of its first batch; clips, tiny parts and features of the demo
-are made before, unmeasured, in `paths.cache_dir` ($VLMCAP_CACHE_DIR), which takes three minutes where they are not there yet. `import` is
-what the libraries alone take by Python's defaults; train.py imports them with the collector of circles off, which saves about a fifth.
+Each command runs in a fresh process, the commands in turn and not one after another, so that a busy minute falls on all
+of them. Processor seconds (user and system, of the process and its children) are the firmer figure on a shared machine;
+wall seconds go from the process's start to its end. The first step ends when Lightning calls the callbacks of its first
+batch; clips, tiny parts and features of the demo are made before, unmeasured, in `paths.cache_dir` ($VLMCAP_CACHE_DIR),
+which takes three minutes where they are not there yet. `import` is what the libraries alone take by Python's defaults;
+train.py imports them with the collector of circles off, which saves about a fifth.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = "import torch, lightning, transformers, peft"
-# `python train.py` with a callback that ends the process after the first batch; nothing heavy is imported before train.py imports it.
+# `python train.py` with a callback that ends the process after the first batch; nothing heavy is imported before
+# train.py imports it.
 FIRST_STEP = """
 import os, runpy, sys
 import vlmcap.training.run as run

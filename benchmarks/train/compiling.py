@@ -1,9 +1,11 @@
-"""Whether `torch.compile` pays: this project's cached training step with the language model's layers compiled, beside the same uncompiled.
+"""Whether `torch.compile` pays.
+
+This project's cached training step with the language model's layers compiled, beside the same uncompiled.
 
     python benchmarks/train/compiling.py [--steps 5] [--lengths 450 380 520 410]
 
-The shape is `small` of parts.py. Each layer is compiled by itself as `hardware.compile=true` does. "fixed" gives each step the same
-caption length, "varying" gives each step another, as real captions have. Both models take each step one
+The shape is `small` of parts.py. Each layer is compiled by itself as `hardware.compile=true` does. "fixed" gives each
+step the same caption length, "varying" gives each step another, as real captions have. Both models take each step one
 after the other, from the same weights; the losses must agree. "first" is the step that compiles. Writes compiling.json.
 """
 
@@ -86,7 +88,8 @@ def one_step(module: Any, batch: Batch) -> dict[str, float]:
 
 def report(result: dict[str, Any]) -> None:
     print(
-        "| captions | way | first step, s | s a step after it, median (least to most) | processor s | losses differ by |"
+        "| captions | way | first step, s | s a step after it, median (least to most) | processor s | losses differ "
+        "by |"
     )
     print("|---|---|---|---|---|---|")
     for kind in ("fixed", "varying"):
@@ -95,7 +98,8 @@ def report(result: dict[str, Any]) -> None:
             spread = f"{statistics.median(wall):.2f} ({min(wall):.2f} to {max(wall):.2f})"
             cpu = statistics.median(step["cpu_s"] for step in steps[1:])
             print(
-                f"| {kind} | {way} | {steps[0]['wall_s']:.1f} | {spread} | {cpu:.2f} | {result[kind]['losses_differ_by']:.0e} |"
+                f"| {kind} | {way} | {steps[0]['wall_s']:.1f} | {spread} | {cpu:.2f} | "
+                f"{result[kind]['losses_differ_by']:.0e} |"
             )
 
 

@@ -128,7 +128,10 @@ def make_batch(shape: Shape, features: Tensor | None) -> Batch:
 
 
 def make_stock(folder: Path, shape: Shape) -> tuple[Any, dict[str, Tensor]]:
-    """The stock class under peft's LoRA with its projector trained, and its inputs: pixels with scale and normalisation in one step."""
+    """The stock class under peft's LoRA with its projector trained, and its inputs.
+
+    Pixels with scale and normalisation in one step.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlavaNextVideoForConditionalGeneration
 
@@ -185,7 +188,10 @@ def set_adapters(model: nn.Module) -> None:
 
 
 def count_flops(model: nn.Module, loss: Any) -> int:
-    """Floating-point operations of matrix products in one forward and backward pass; torch counts no attention on a CPU."""
+    """Floating-point operations of matrix products in one forward and backward pass.
+
+    Torch counts no attention on a CPU.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -201,7 +207,10 @@ def num_tokens(shape: Shape) -> list[int]:
 
 
 def attention_flops(shape: Shape, way: str) -> int:
-    """Operations of fused attention, two products forward and five backward; it skips half of them where the causal mask stands alone."""
+    """Operations of fused attention, two products forward and five backward.
+
+    It skips half of them where the causal mask stands alone.
+    """
     lengths = num_tokens(shape)
     share = 0.5 if len(set(lengths)) == 1 else 1.0  # padding needs a mask
     text = share * len(lengths) * 2 * max(lengths) ** 2 * shape.text_width * shape.text_layers * (2 + 5)

@@ -2,11 +2,11 @@
 
     python benchmarks/train/scaling.py [--steps 3] [--threads 2]
 
-One size varies at a time around a base of 4 frames, 225 caption tokens, one clip and a language model of width 512 (4 layers, vocabulary
-151 936). Each point is a process of its own, as in step.py: median wall and processor seconds of a step after a warm-up, operations of
-one forward and backward pass, largest resident set of the process, and how much of it was there before the first step (libraries,
-weights, and what loading takes). Writes scaling.json, and scaling.png where matplotlib is installed. `--axes` without names plots what
-scaling.json holds.
+One size varies at a time around a base of 4 frames, 225 caption tokens, one clip and a language model of width 512 (4
+layers, vocabulary 151 936). Each point is a process of its own, as in step.py: median wall and processor seconds of a
+step after a warm-up, operations of one forward and backward pass, largest resident set of the process, and how much of
+it was there before the first step (libraries, weights, and what loading takes). Writes scaling.json, and scaling.png
+where matplotlib is installed. `--axes` without names plots what scaling.json holds.
 """
 
 from __future__ import annotations

@@ -1,16 +1,20 @@
-"""A training step of LLaVA-NeXT-Video: the stock class under the Hugging Face Trainer, and this project's, uncached and cached.
+"""A training step of LLaVA-NeXT-Video.
+
+The stock class under the Hugging Face Trainer, and this project's, uncached and cached.
 
     python benchmarks/train/step.py [--shapes small wide batch] [--steps 5] [--threads 2]
 
-All three start from the same weights, adapters (peft's LoRA, rank 16, on all linear layers of the language model) and clips, train the
-same parameters (adapters and projector) in float32 with the same AdamW, clipping and constant rates, without gradient checkpointing and
-with PyTorch's fused attention, each in a process of its own. "trainer" is `LlavaNextVideoForConditionalGeneration` with its own loss in
-`transformers.Trainer`; "uncached" is this project's module in Lightning's Trainer, on frames; "cached" is the same on features of the
-frozen encoder as the feature store brings them, so that the encoder is not loaded (kept in float32 here, so that losses can be compared;
-reading them is in benchmarks/cache). The processes take turns, step by step, so that a busy machine is busy for all, and their threads
-wait without spinning, which costs the others' cores. A step is forward, backward, clipping and optimiser, and what the trainers do around
-them; the first is a warm-up. Memory is the largest resident set of the process (ru_maxrss), libraries and weights included. "bound" is
-the ratio of the floating-point operations of one forward and backward pass, matrix products as torch counts them and attention by its
+All three start from the same weights, adapters (peft's LoRA, rank 16, on all linear layers of the language model) and
+clips, train the same parameters (adapters and projector) in float32 with the same AdamW, clipping and constant rates,
+without gradient checkpointing and with PyTorch's fused attention, each in a process of its own. "trainer" is
+`LlavaNextVideoForConditionalGeneration` with its own loss in `transformers.Trainer`; "uncached" is this project's
+module in Lightning's Trainer, on frames; "cached" is the same on features of the frozen encoder as the feature store
+brings them, so that the encoder is not loaded (kept in float32 here, so that losses can be compared; reading them is in
+benchmarks/cache). The processes take turns, step by step, so that a busy machine is busy for all, and their threads
+wait without spinning, which costs the others' cores. A step is forward, backward, clipping and optimiser, and what the
+trainers do around them; the first is a warm-up. Memory is the largest resident set of the process (ru_maxrss),
+libraries and weights included. "bound" is the ratio of the floating-point operations of one forward and backward pass,
+matrix products as torch counts them and attention by its
 formula: what the time would be if only arithmetic counted. `--report` prints what step.json holds.
 """
 

@@ -1,4 +1,6 @@
-"""One way of step.py or scaling.py in a process of its own: it waits for a line before each step, and answers with a line of JSON.
+"""One way of step.py or scaling.py in a process of its own.
+
+It waits for a line before each step, and answers with a line of JSON.
 
     python benchmarks/train/ways.py SHAPE FOLDER save|trainer|uncached|cached STEPS
 

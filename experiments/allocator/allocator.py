@@ -28,8 +28,9 @@ from vlmcap.planning.estimate.sizes import language_batch, sizes_of
 from vlmcap.planning.hardware import GIB, planned_device
 
 _MIB = 2**20
-# c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp: blocks up to 1 MiB share segments of 2 MiB, those below 10 MiB segments
-# of 20 MiB, and larger ones have their own, in multiples of 2 MiB. Segments that grow do so by 2 MiB, or by 20 MiB for large blocks.
+# c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp: blocks up to 1 MiB share segments of 2 MiB, those
+# below 10 MiB segments of 20 MiB, and larger ones have their own, in multiples of 2 MiB. Segments that grow do so by 2
+# MiB, or by 20 MiB for large blocks.
 _SMALL, _SMALL_SEGMENT, _LARGE_SEGMENT, _LEAST_OWN, _OWN_STEP, _LEAST_BLOCK = (
     _MIB,
     2 * _MIB,
@@ -161,7 +162,10 @@ class Replay(LiveBytes):
 
 
 def simulate(config: Config) -> dict[str, float]:
-    """GiB beyond weights in steps on captions of the data's lengths: allocated, reserved by segments that grow, and by fixed ones."""
+    """GiB beyond weights in steps on captions of the data's lengths.
+
+    Allocated, reserved by segments that grow, and by fixed ones.
+    """
     sizes, gpu = sizes_of(config), planned_device(config)
     depth = int(text_config(config).num_hidden_layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

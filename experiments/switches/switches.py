@@ -41,7 +41,8 @@ def main() -> None:
         keys = " ".join(f"`{override}`" for override in overrides) or "–"
         kept = plan.num_kept or "–"
         print(
-            f"| {name} | {keys} | {plan.training_gib:.1f} | {plan.activations_gib:.1f} | {plan.flops / 1e12:.0f} | {kept} |",
+            f"| {name} | {keys} | {plan.training_gib:.1f} | {plan.activations_gib:.1f} | {plan.flops / 1e12:.0f} | "
+            f"{kept} |",
             flush=True,
         )
 

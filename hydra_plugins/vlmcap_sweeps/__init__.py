@@ -1,4 +1,7 @@
-"""What Hydra looks for in the namespace package `hydra_plugins`: the sweeper of `train.py -m`, and the folder of `--config-dir`."""
+"""What Hydra looks for in the namespace package `hydra_plugins`.
+
+The sweeper of `train.py -m`, and the folder of `--config-dir`.
+"""
 
 from __future__ import annotations
 

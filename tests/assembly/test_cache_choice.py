@@ -31,7 +31,8 @@ def test_a_large_encoder_on_a_slow_card_is_cached_and_the_line_says_both_costs()
     assert choice.without_s == pytest.approx(9000 * 0.5)  # the decoding hides behind encoder and language model
     assert choice.with_s == pytest.approx(2500 * (0.5 + 0.02))  # and so does the reading of 20 ms
     assert choice.sentence == (
-        "cache.enabled=auto: on, as 9 000 visits to 2 500 clips cost about 21.7 min with features of 25.0 GB built and read, "
+        "cache.enabled=auto: on, as 9 000 visits to 2 500 clips cost about 21.7 min with features of 25.0 GB built "
+        "and read, "
         "and 75.0 min of encoding without"
     )
 

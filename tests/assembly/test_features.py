@@ -1,4 +1,7 @@
-"""Features of a configuration: made before the language model is loaded, read without an encoder, and the same losses as without them."""
+"""Features of a configuration.
+
+Made before the language model is loaded, read without an encoder, and the same losses as without them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whole models are given the times of the frames that they see: in training, from stored features, and for files on the command line."""
+"""Whole models are given the times of the frames that they see.
+
+In training, from stored features, and for files on the command line.
+"""
 
 from __future__ import annotations
 

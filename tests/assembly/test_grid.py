@@ -1,7 +1,9 @@
-"""Every encoder with every projector and every language model: sizes are right on the meta device, or the pair is refused in words.
+"""Every encoder with every projector and every language model.
 
-Nothing is downloaded or allocated: encoders are built once each from their known configurations, and language models only say their
-width and context.
+Sizes are right on the meta device, or the pair is refused in words.
+
+Nothing is downloaded or allocated: encoders are built once each from their known configurations, and language models
+only say their width and context.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Every part of the tables trains, scores and captions in a whole run; clips of several sizes share batches and a cache."""
+"""Every part of the tables trains, scores and captions in a whole run.
+
+Clips of several sizes share batches and a cache.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The acceptance run: how it starts, stops, counts and shows what it found; each check is rehearsed on the CPU at tiny size."""
+"""The acceptance run: how it starts, stops, counts and shows what it found.
+
+Each check is rehearsed on the CPU at tiny size.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ class Checkpoint:
 
 
 def randomize(model: Any, seed: int) -> Any:
-    """The model with noise in every tensor: some classes start positions, CLS tokens and scales at constants that would hide mistakes."""
+    """The model with noise in every tensor.
+
+    Some classes start positions, CLS tokens and scales at constants that would hide mistakes.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -34,8 +34,8 @@ REFUSALS = {
     "busy": (429, "", "Too many requests"),
     "out of order": (503, "", "Service unavailable"),
 }
-# Others: "reset" ends the connection at once, "cut" in the middle of a body and at each later try, "cut once" heals, "hang" never
-# answers, "no hub" answers like a proxy's page.
+# Others: "reset" ends the connection at once, "cut" in the middle of a body and at each later try, "cut once" heals,
+# "hang" never answers, "no hub" answers like a proxy's page.
 
 
 @dataclass

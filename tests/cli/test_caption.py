@@ -1,4 +1,7 @@
-"""`vlmcap caption`: which files it finds, and an output that outlives whatever ends it. With a model: tests/training/test_real_path.py."""
+"""`vlmcap caption`: which files it finds, and an output that outlives whatever ends it.
+
+With a model: tests/training/test_real_path.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ from vlmcap.types import Clip, Skipped
 
 
 class FakeCaptioner:
-    """Captions a clip with its name; keeps what it was asked for, fails on names with `bad`, and stops at `stop_at` with `error`."""
+    """Captions a clip with its name.
+
+    Keeps what it was asked for, fails on names with `bad`, and stops at `stop_at` with `error`.
+    """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -79,7 +85,7 @@ def ends(*arguments: str | Path) -> int:
     return stop.value.code
 
 
-# --- which files ------------------------------------------------------------------------------------------------------------------------
+# --- which files ------------------------------------------------------------------------------------------------------
 
 
 def test_files_and_folders(tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_paths_that_hold_no_video(tmp_path: Path) -> None:
         find_videos([tmp_path / "missing.mp4"])
 
 
-# --- the output -------------------------------------------------------------------------------------------------------------------------
+# --- the output -------------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_there_as_clips_are_done(
@@ -201,8 +207,8 @@ def test_rows_are_there_as_clips_are_done(
     assert names_of(output) == ["a", "b"]
     err = capsys.readouterr().err.splitlines()[-1]
     assert (
-        err
-        == f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; the same command with --resume goes on from there"
+        err == f"Stopped by Ctrl-C: 2 captioned, 0 skipped, 0 failed: {output}; the same command with --resume goes on "
+        "from there"
     )
     with output.open("a", encoding="utf-8") as file:
         file.write('{"video": "c.mp4", "predi')

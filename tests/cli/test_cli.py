@@ -1,4 +1,7 @@
-"""`vlmcap`: arguments, files, and mistakes that end in one line and exit code 2. Captioning itself: tests/training/test_real_path.py."""
+"""`vlmcap`: arguments, files, and mistakes that end in one line and exit code 2.
+
+Captioning itself: tests/training/test_real_path.py.
+"""
 
 from __future__ import annotations
 
@@ -58,14 +61,15 @@ def test_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert exits(["caption", str(tmp_path), "--checkpoint", "x.ckpt"], capsys) == (130, "Interrupted.\n")
 
 
-# --- vlmcap cache ------------------------------------------------------------------------------------------------------------------------
+# --- vlmcap cache -----------------------------------------------------------------------------------------------------
 
 
 def test_help_loads_nothing_slow() -> None:
     script = (
         "import sys\nfrom vlmcap.cli import main\n"
         "try:\n    main(['cache', 'build', '--help'])\nexcept SystemExit:\n    pass\n"
-        "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'hydra', 'numpy', 'transformers', 'rich'}, file=sys.stderr)"
+        "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'hydra', 'numpy', 'transformers', 'rich'}, "
+        "file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "without loading its language model" in " ".join(done.stdout.split())
@@ -161,7 +165,7 @@ def test_a_picture_of_no_table_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert not any(tmp_path.iterdir())
 
 
-# --- overrides everywhere ----------------------------------------------------------------------------------------------------------------
+# --- overrides everywhere ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS if command.name != "check-plugin"])

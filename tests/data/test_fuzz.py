@@ -1,4 +1,7 @@
-"""Damaged clips and labels: each is read or refused in one sentence that names it; nothing crashes, hangs or eats memory."""
+"""Damaged clips and labels: each is read or refused in one sentence that names it.
+
+Nothing crashes, hangs or eats memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Unusable clips are written down once each, by any number of processes and in bounded space; too many of them stop the run."""
+"""Unusable clips are written down once each, by any number of processes and in bounded space.
+
+Too many of them stop the run.
+"""
 
 from __future__ import annotations
 

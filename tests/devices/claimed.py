@@ -1,6 +1,7 @@
 """Tensors that claim to be on `cuda:0` and compute on the CPU, so that a mix-up of devices and a wait for the GPU show without one.
 
-PyTorch's core takes them for tensors of the CPU, as a CPU build has no streams for its autograd; Python code sees `cuda:0` everywhere.
+PyTorch's core takes them for tensors of the CPU, as a CPU build has no streams for its autograd; Python code sees
+`cuda:0` everywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
-# Operations that a GPU answers only when it has done all work before them, as the host needs their values or the size of their result.
+# Operations that a GPU answers only when it has done all work before them, as the host needs their values or the size
+# of their result.
 _WAITS = {
     "_local_scalar_dense",
     "nonzero",
@@ -107,7 +109,10 @@ def _name(func: Any) -> str:
 
 
 def _check(func: Any, args: Any, tensors: list[Tensor]) -> None:
-    """`DeviceMixError` for what CUDA refuses: a CPU tensor that is no scalar, but for indices of a tensor of the GPU and copies."""
+    """`DeviceMixError` for what CUDA refuses.
+
+    A CPU tensor that is no scalar, but for indices of a tensor of the GPU and copies.
+    """
     name = _name(func)
     if name in ("copy_", "_to_copy"):
         return
@@ -255,7 +260,10 @@ def claimed_device() -> Iterator[Counter[str]]:
 
 
 def claim(module: nn.Module) -> None:
-    """Puts parameters and buffers on `cuda:0`, as `Module.to` does: shared ones stay shared, other attributes stay where they are."""
+    """Puts parameters and buffers on `cuda:0`, as `Module.to` does.
+
+    Shared ones stay shared, other attributes stay where they are.
+    """
     moved: dict[int, Any] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():

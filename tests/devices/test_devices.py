@@ -1,4 +1,7 @@
-"""A training step and captions on a device that is not the CPU: nothing is mixed up, and the host waits for it a known number of times."""
+"""A training step and captions on a device that is not the CPU.
+
+Nothing is mixed up, and the host waits for it a known number of times.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ from vlmcap.training.objects import Run
 
 NEW_TOKENS = 6
 USUAL = (1, 5, 0)
-# Overrides of a case, and the most waits and blocking copies of a micro-batch, of a batch of prompts, and of a decoding step.
+# Overrides of a case, and the most waits and blocking copies of a micro-batch, of a batch of prompts, and of a decoding
+# step.
 CASES: dict[str, tuple[list[str], tuple[int, int, int]]] = {
     "siglip": ([], USUAL),
     "clip": (["encoder=clip"], USUAL),

@@ -1,4 +1,7 @@
-"""Loss, gradients and captions of every part on a GPU are those of the CPU; the acceptance run (benchmarks/gpu) shows the figures."""
+"""Loss, gradients and captions of every part on a GPU are those of the CPU.
+
+The acceptance run (benchmarks/gpu) shows the figures.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ def _write_png(path: Path, frames: NDArray[np.uint8]) -> None:
 
 @pytest.fixture(scope="session")
 def aihub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips in AI Hub's layout that are read without PyAV: animated PNGs, as what a file is stands in its first bytes."""
+    """Clips in AI Hub's layout that are read without PyAV.
+
+    Animated PNGs, as what a file is stands in its first bytes.
+    """
     root = tmp_path_factory.mktemp("aihub-images")
     write_aihub(root, _write_png)
     return root

@@ -1,4 +1,7 @@
-"""What is measured, and what `vlmcap caption` writes, is computed as in a run: in the same modes and on like batches."""
+"""What is measured, and what `vlmcap caption` writes, is computed as in a run.
+
+In the same modes and on like batches.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 
 class Alignment(NamedTuple):
-    """Fewer is better in each of the first three, compared in this order; bit i of `used` is set when hypothesis token i is matched."""
+    """Fewer is better in each of the first three, compared in this order.
+
+    Bit i of `used` is set when hypothesis token i is matched.
+    """
 
     misses: int
     chunks: int

@@ -1,4 +1,6 @@
-"""BLEU, CIDEr and ROUGE-L as their papers write them: plain Python, one caption after the other, to read and to compare the fast code with.
+"""BLEU, CIDEr and ROUGE-L as their papers write them.
+
+Plain Python, one caption after the other, to read and to compare the fast code with.
 
 Formulas and sources stand in `vlmcap.metrics.ngram_scores`, `.cider` and `.rouge`.
 """
@@ -16,8 +18,8 @@ from vlmcap.metrics.ngrams import MAX_ORDER, Tokens, closest_length
 
 NGram: TypeAlias = tuple[str, ...]
 
-# A numerator that keeps zero matches from zeroing the product exactly, and a denominator that keeps an empty caption from a division
-# by zero. Without them scores of short or bad captions would differ from published ones.
+# A numerator that keeps zero matches from zeroing the product exactly, and a denominator that keeps an empty caption
+# from a division by zero. Without them scores of short or bad captions would differ from published ones.
 _TINY = 1e-15
 _SMALL = 1e-9
 
@@ -142,7 +144,8 @@ def sentence_cider(
 ) -> list[CiderScore]:
     """CIDEr and CIDEr-D of each clip, with document frequencies over all the references given.
 
-    The scores of a clip depend on the whole corpus, so a score of batches, averaged, is another number (up to 18 % off): gather first.
+    The scores of a clip depend on the whole corpus, so a score of batches, averaged, is another number (up to 18 %
+    off): gather first.
 
     Args:
         hypotheses: The tokens of one prediction a clip.
@@ -150,8 +153,8 @@ def sentence_cider(
         sigma: Width of the length penalty in tokens, for CIDEr-D only.
 
     Returns:
-        One pair of scores a clip. Both are NaN, with a warning, for a corpus of one clip: every n-gram of its references is in every
-        clip, so all weights are 0 and the score says nothing.
+        One pair of scores a clip. Both are NaN, with a warning, for a corpus of one clip: every n-gram of its
+        references is in every clip, so all weights are 0 and the score says nothing.
     """
     if len(hypotheses) == 1:
         warnings.warn(
@@ -190,7 +193,8 @@ def _weigh(counts: list[Counter[NGram]], frequencies: Counter[NGram], log_clips:
         for order in counts
     ]
     norms = [math.sqrt(sum(weight**2 for weight in order.values())) for order in weights]
-    # The reference implementation measures length in bigrams: the same differences, but for an empty caption, which scores 0 anyhow.
+    # The reference implementation measures length in bigrams: the same differences, but for an empty caption, which
+    # scores 0 anyhow.
     return _Vector(weights, norms, counts[0].total())
 
 

@@ -172,7 +172,8 @@ def test_help_answers_without_torch_or_an_analyser() -> None:
         "sys.argv = ['metrics', '--help']\n"
         "try:\n    runpy.run_module('vlmcap.metrics', run_name='__main__')\n"
         "except SystemExit as ended:\n    assert not ended.code\n"
-        "heavy = {'torch', 'transformers', 'lightning', 'torchmetrics', 'sacrebleu', 'mecab_ko', 'kiwipiepy', 'pycocoevalcap'}\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'torchmetrics', 'sacrebleu', 'mecab_ko', 'kiwipiepy', "
+        "'pycocoevalcap'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run(

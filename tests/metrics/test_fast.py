@@ -46,7 +46,10 @@ ENGLISH = [
 
 
 def generated(words: list[str], clips: int, longest: int, seed: int) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Clips of one to five references; predictions near a reference, equal to it, unrelated, of one token, of none, with unknown words."""
+    """Clips of one to five references.
+
+    Predictions near a reference, equal to it, unrelated, of one token, of none, with unknown words.
+    """
     draw = random.Random(seed)
 
     def caption() -> list[str]:

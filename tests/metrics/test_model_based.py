@@ -1,4 +1,7 @@
-"""Model-based scores through the real classes at tiny size, random weights saved to folders: batches change nothing, equal texts give 1."""
+"""Model-based scores through the real classes at tiny size, random weights saved to folders.
+
+Batches change nothing, equal texts give 1.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def make_frames(height: int = 36, width: int = 48) -> list[list[np.ndarray[Any, 
     ]
 
 
-# --- SigLIP -----------------------------------------------------------------------------------------------------------------------------
+# --- SigLIP -----------------------------------------------------------------------------------------------------------
 
 
 def test_siglip_equals_the_models_own_logits(siglip: str) -> None:
@@ -156,7 +159,7 @@ def test_what_siglip_cannot_score_is_told(siglip: str, bert: str, tmp_path: Path
         SiglipScorer(siglip).score([[]], ["산"])
 
 
-# --- BERTScore --------------------------------------------------------------------------------------------------------------------------
+# --- BERTScore --------------------------------------------------------------------------------------------------------
 
 
 def test_identical_texts_give_one_and_others_less(bert: str) -> None:
@@ -174,8 +177,9 @@ def test_identical_texts_give_one_and_others_less(bert: str) -> None:
 def test_bertscore_equals_torchmetrics(bert: str, idf: bool, layer: int) -> None:
     from torchmetrics.functional.text import bert_score
 
-    # From short to long on both sides: torchmetrics 1.9 sorts each side by length and puts it back by the same permutation instead of its
-    # inverse, so of texts in another order it compares each prediction with another clip's reference.
+    # From short to long on both sides: torchmetrics 1.9 sorts each side by length and puts it back by the same
+    # permutation instead of its inverse, so of texts in another order it compares each prediction with another clip's
+    # reference.
     texts = ["산 .", "바다 에 파도", "사람 이 걷는다 . 산"]
     references = ["파도 .", "산 이 보인다", "높은 산 이 걷는다 ."]
     expected = bert_score(
@@ -225,7 +229,7 @@ def test_empty_and_long_texts(bert: str) -> None:
         BertScorer("nowhere/at-all")
 
 
-# --- in an evaluation -------------------------------------------------------------------------------------------------------------------
+# --- in an evaluation -------------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_has_them_where_checkpoints_are_named(siglip: str, bert: str, tmp_path: Path) -> None:

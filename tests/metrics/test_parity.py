@@ -27,7 +27,10 @@ ENGLISH = ["a", "dog", "runs", "on", "the", "beach", "slowly"]
 
 
 def corpora() -> st.SearchStrategy[Corpus]:
-    """Two to six clips of one to five references, over few words so that much matches; captions of no and of one token among them."""
+    """Two to six clips of one to five references, over few words so that much matches.
+
+    Captions of no and of one token among them.
+    """
     captions = st.sampled_from([KOREAN, ENGLISH]).flatmap(lambda words: st.lists(st.sampled_from(words), max_size=12))
     clips = st.tuples(captions, st.lists(captions, min_size=1, max_size=5))
     return st.lists(clips, min_size=2, max_size=6).map(
@@ -150,7 +153,8 @@ def test_corpora_of_unequal_length_are_refused(score: Callable[..., object]) -> 
         score([["바다"], ["산"], ["강"]], [[["바다"]], [["산"]]])
 
 
-# Printed by meteor-1.5.jar with `-l en -m exact`. In the last pair words repeat so much that the order of ties decides its chunks.
+# Printed by meteor-1.5.jar with `-l en -m exact`. In the last pair words repeat so much that the order of ties decides
+# its chunks.
 METEOR_JAR: list[tuple[str, list[str], float]] = [
     ("바다 에서 사람 이 달린다 .", ["바다 에서 사람 이 달린다 ."], 1.0),
     ("바다 에서 사람 이 달린다 .", ["바다 에서 사람 이 걷 는다 .", "산 에서 개 가 달린다 ."], 0.3507323440574334),
@@ -160,9 +164,11 @@ METEOR_JAR: list[tuple[str, list[str], float]] = [
     ('" KBS " 라는 글자 가 , 화면 에 보인다 !', ['화면 에 " KBS " 글자 가 보인다 .'], 0.43622800184687255),
     ("사람 이 개 가 사람 이 새 가 사람 이 난다", ["새 가 사람 이 개 가 난다 사람 이"], 0.47402922556421007),
     (
-        "가 을 구름 가 길 에서 구름 을 에서 가 바다 하늘 구름 바다 바다 바다 산 하늘 산 구름 는 에서 하늘 바다 산 이 길 구름 는 을",
+        "가 을 구름 가 길 에서 구름 을 에서 가 바다 하늘 구름 바다 바다 바다 산 하늘 산 구름 는 에서 하늘 바다 산 이 "
+        "길 구름 는 을",
         [
-            "산 산 이 에서 구름 하늘 산 에서 하늘 바다 길 는 구름 을 에서 을 가 길 에서 구름 길 을 에서 가 가 바다 하늘 구름 가 바다"
+            "산 산 이 에서 구름 하늘 산 에서 하늘 바다 길 는 구름 을 에서 을 가 길 에서 구름 길 을 에서 가 가 바다 "
+            "하늘 구름 가 바다"
         ],
         0.3947854716547752,
     ),

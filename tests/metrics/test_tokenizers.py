@@ -1,4 +1,7 @@
-"""Normalisation and tokenisers: what would make two equal captions differ, or split one caption in two, must not get through."""
+"""Normalisation and tokenisers.
+
+What would make two equal captions differ, or split one caption in two, must not get through.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,8 @@ def test_tokens_of_a_korean_caption(name: str, expected: list[str]) -> None:
     assert get_tokenizer(name)(CAPTION) == expected
 
 
-# Output of Stanford CoreNLP 3.4.1 `PTBTokenizer -preserveLines -lowerCase`, less the punctuation that pycocoevalcap drops.
+# Output of Stanford CoreNLP 3.4.1 `PTBTokenizer -preserveLines -lowerCase`, less the punctuation that pycocoevalcap
+# drops.
 PTB = {
     '바닷가에서 "좋다" 3.5km (BBC) 뉴스': "바닷가에서 좋다 3.5 km -lrb- bbc -rrb- 뉴스",
     "A man's dog isn't here, can't go... okay! cannot gonna": "a man 's dog is n't here ca n't go okay can not gon na",
@@ -91,18 +95,22 @@ PTB = {
         "작은 끝 대시 1,000 원 50 % #tag @user a/b $ 5 & -lsb- x -rsb- -lcb- y -rcb-"
     ),
     "이동합니다.그리고 끝.": "이동합니다.그리고 끝",
-    "Mr. Kim's black-and-white T-shirt at 10:30 a.m. on 2024-01-02": "mr. kim 's black-and-white t-shirt at 10:30 a.m. on 2024-01-02",
+    "Mr. Kim's black-and-white T-shirt at 10:30 a.m. on "
+    "2024-01-02": "mr. kim 's black-and-white t-shirt at 10:30 a.m. on 2024-01-02",
     "3명·4명 한국어!? 좋아요^^ it's we've they're I'm": "3명 · 4명 한국어 !? 좋아요 ^ ^ it 's we 've they 're i 'm",
     "안녕!! 음.... a-- b --- c": "안녕 !! 음 a b c",
     "He said: 'it's mine' and \"that\" (ok).": "he said it 's mine and that -lrb- ok -rrb-",
-    "2번째 장면(실내)은 3.5초, 10:30분에 1인칭, 4K/60fps 화질.": "2번째 장면 -lrb- 실내 -rrb- 은 3.5 초 10:30 분에 1인칭 4k/60fps 화질",
+    "2번째 장면(실내)은 3.5초, 10:30분에 1인칭, 4K/60fps "
+    "화질.": "2번째 장면 -lrb- 실내 -rrb- 은 3.5 초 10:30 분에 1인칭 4k/60fps 화질",
     "서울·부산 간 KTX-산천 열차가 100km/h로": "서울 · 부산 간 ktx-산천 열차가 100km/h 로",
     "「제목」 『책』 《영화》 〈시〉 【공지】 ㎞": "제목 책 영화 시 공지",
     "rock 'n' roll, 'tis the season, y'all, o'clock '90s 'em": "rock 'n' roll 't is the season y' all o'clock '90s 'em",
-    "£2, €5, ¥100, 10¢ ₩1,000원 ½ cup +82-10-1234-5678 1+1 -5도": "# 2 $ 5 ¥ 100 10 cents 1,000 원 1/2 cup +82-10-1234-5678 1 +1 -5 도",
+    "£2, €5, ¥100, 10¢ ₩1,000원 ½ cup +82-10-1234-5678 1+1 "
+    "-5도": "# 2 $ 5 ¥ 100 10 cents 1,000 원 1/2 cup +82-10-1234-5678 1 +1 -5 도",
     "C++ C# .NET node.js e-mail AT&T R&D &amp; c#을": "c++ c# net node.js e-mail at&t r&d & c# 을",
     "*강조* _밑줄_ __가__ a_b _": "* 강조 * _ 밑줄 _ __ 가 __ a_b _",
-    "가나다。 중국어，문장！ 日本語のテキスト「はい」 ★별 ♥ → ① ℃ 😀": "가나다 。 중국어 ， 문장 ！ 日本語のテキスト はい ★ 별 ♥ → ① ℃",
+    "가나다。 중국어，문장！ 日本語のテキスト「はい」 ★별 ♥ → ① ℃ "
+    "😀": "가나다 。 중국어 ， 문장 ！ 日本語のテキスト はい ★ 별 ♥ → ① ℃",
     "couldn't've shouldn't ain't let's who're": "could n't 've should n't ai n't let 's who 're",
     "1st 22-year-old twenty-one": "1st 22-year-old twenty-one",
     "http://www.example.com/a?b=c user@mail.com www.site.kr": "http://www.example.com/a?b=c user@mail.com www.site.kr",

@@ -126,7 +126,10 @@ def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) 
 
 
 def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: VideoCaptioner) -> None:
-    """HyperCLOVA X scales behind the head: without it, training would see logits several times those that captions are decoded from."""
+    """HyperCLOVA X scales behind the head.
+
+    Without it, training would see logits several times those that captions are decoded from.
+    """
     from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
     sizes = {

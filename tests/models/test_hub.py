@@ -50,7 +50,7 @@ def refused(
     return sentence
 
 
-# --- what is fetched --------------------------------------------------------------------------------------------------------------------
+# --- what is fetched --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_download_that_was_cut_goes_on_by_itself(hub_here: Hub, tmp_path: Path
     assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-# --- what is there already --------------------------------------------------------------------------------------------------------------
+# --- what is there already --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["reset", "hang", "out of order", "gated, no access"])
@@ -175,12 +175,15 @@ def test_what_a_plan_fetched_is_no_download(hub_here: Hub, tmp_path: Path, monke
     assert locate(NAME, None, key="llm.checkpoint") == found
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------------------------
+# --- what goes wrong --------------------------------------------------------------------------------------------------
 
 SENTENCES = {
-    "gated, no account": "is gated and no account is logged in: accept its license (Some License) at https://huggingface.co/someone/model,",
-    "gated, no access": "is gated and the account that is logged in has no access yet: accept its license (Some License) at",
-    "no repository": "no folder 'someone/model' here, and the hub has no such model or it is private: correct llm.checkpoint, or log in",
+    "gated, no account": "is gated and no account is logged in: accept its license (Some License) at "
+    "https://huggingface.co/someone/model,",
+    "gated, no access": "is gated and the account that is logged in has no access yet: accept its license (Some "
+    "License) at",
+    "no repository": "no folder 'someone/model' here, and the hub has no such model or it is private: correct "
+    "llm.checkpoint, or log in",
     "bad token": "the hub does not accept this machine's token",
     "forbidden": "this machine's token may not read 'someone/model'",
     "busy": "after too many requests: wait some minutes",

@@ -38,7 +38,8 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
-# What tells a class apart: scales of HyperCLOVA X, and the two kinds of EXAONE 4, one with windows and layers without positions.
+# What tells a class apart: scales of HyperCLOVA X, and the two kinds of EXAONE 4, one with windows and layers without
+# positions.
 OPTIONS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4-full": {"sliding_window": None, "layer_types": ["full_attention"] * 2},

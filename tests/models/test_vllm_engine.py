@@ -1,4 +1,7 @@
-"""vLLM is asked for what the own path does: the same settings in its words, prompts without padding, a process of its own."""
+"""vLLM is asked for what the own path does.
+
+The same settings in its words, prompts without padding, a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def test_embeddings_are_those_of_the_model(llm_folder: Path, tmp_path: Path) -> 
         TokenEmbeddings(tmp_path, torch.float32)
 
 
-# --- no vLLM, another one, a broken one --------------------------------------------------------------------------------------------------
+# --- no vLLM, another one, a broken one -------------------------------------------------------------------------------
 
 
 def test_no_vllm_is_one_sentence_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""What evaluation takes beside weights: copies of keys and values for a token, the loss of validation, models of scores."""
+"""What evaluation takes beside weights.
+
+Copies of keys and values for a token, the loss of validation, models of scores.
+"""
 
 from __future__ import annotations
 

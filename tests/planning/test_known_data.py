@@ -1,4 +1,7 @@
-"""What a plan takes from the data: the number of clips and the length of captions, or assumptions where it is not there."""
+"""What a plan takes from the data.
+
+The number of clips and the length of captions, or assumptions where it is not there.
+"""
 
 from __future__ import annotations
 

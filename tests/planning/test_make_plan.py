@@ -45,7 +45,10 @@ def test_the_targets_are_met(overrides: list[str], num_visual: int, most_gib: fl
 
 @pytest.mark.slow
 def test_weights_are_those_of_the_published_sizes() -> None:
-    """Qwen3-8B: 36 blocks of 4-bit layers, embeddings and head of 151 936 x 4 096 in 16 bits; CLIP's tower in 16 bits."""
+    """Qwen3-8B: 36 blocks of 4-bit layers, embeddings and head of 151 936 x 4 096 in 16 bits.
+
+    CLIP's tower in 16 bits.
+    """
     plan = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1")
     linear = 36 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288)
     packed = linear / 2 + linear / 64 + 4 * linear / 64 / 256
@@ -63,7 +66,8 @@ def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
     """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits, whose factors were cast for each token."""
     overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1"]
     plan, bare = planned(*overrides, "evaluation.cuda_graphs=false"), planned(*overrides, "tuning=projector_only")
-    # Of each linear layer: input cast for autocast, two products, their scale and the sum; its factors are cast once for all tokens.
+    # Of each linear layer: input cast for autocast, two products, their scale and the sum; its factors are cast once
+    # for all tokens.
     assert plan.token_launches - bare.token_launches == 36 * 7 * 5
     assert plan.token_launches == pytest.approx(4419 - 36 * 7 * 4, rel=0.03)
     assert plan.token_s == pytest.approx(plan.token_launches * plan.gpu.launch_s)
@@ -129,7 +133,8 @@ def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(plan_module, "make_plan", fail)
     assert with_caption_plan(compose(overrides)).data.eval_batch_size == 1
     assert capsys.readouterr().out == (
-        "Captions are written 1 at a time, as they cannot be planned: no rule for this operation; set data.eval_batch_size\n"
+        "Captions are written 1 at a time, as they cannot be planned: no rule for this operation; set "
+        "data.eval_batch_size\n"
     )
 
 

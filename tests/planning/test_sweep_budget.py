@@ -77,7 +77,10 @@ def test_a_limit_of_steps_limits_epochs_and_evaluations() -> None:
     "overrides", [[], ["evaluation.every_n_epochs=1"], ["tuning=lora", "data.max_clips=300"], ["trainer.max_steps=500"]]
 )
 def test_visits_are_those_that_the_feature_cache_counts(overrides: list[str]) -> None:
-    """Every second of a visit is one here; a validation clip in the loop is visited twice, for its captions and for its loss."""
+    """Every second of a visit is one here.
+
+    A validation clip in the loop is visited twice, for its captions and for its loss.
+    """
     config = compose([*overrides, "data.demo.num_train=1600"])
     sizes = {"train": config.data.max_clips or 1600, "val": 100, "test": 200}
     steps = config.trainer.max_steps
@@ -181,7 +184,10 @@ def test_changes_that_do_not_go_or_do_not_help_are_left_out() -> None:
 
 
 def test_a_combination_that_fits_only_with_a_change_is_counted_from_then_on() -> None:
-    """Features on disk take the encoder off the GPU: the change saves hours, and the second combination adds its own."""
+    """Features on disk take the encoder off the GPU.
+
+    The change saves hours, and the second combination adds its own.
+    """
     large = replace(JOB, name="large", peak_gib=23.0)
     speeds = SPEEDS | {"cache.enabled=true": lambda job: replace(SPEEDS["cache.enabled=true"](job), peak_gib=10.0)}
     first, *_ = propose([JOB, large], 90000, replanner([JOB, large], speeds))

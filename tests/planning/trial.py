@@ -118,7 +118,9 @@ def trace_trial(trial: Trial, depth: int) -> StageMemory:
 
 
 def peak_of_real_step(trial: Trial, depth: int) -> float:
-    """Bytes that the resident set grows by in a real step on the CPU, over what it is with the weights; for a fresh process.
+    """Bytes that the resident set grows by in a real step on the CPU, over what it is with the weights.
+
+    For a fresh process.
 
     A step on two tokens comes first, so that threads and kernels are there.
     """
@@ -138,7 +140,10 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
 
 
 def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
-    """Bytes that PyTorch's allocator hands out in a real step on a GPU, over what the weights take; a short step comes first here too."""
+    """Bytes that PyTorch's allocator hands out in a real step on a GPU, over what the weights take.
+
+    A short step comes first here too.
+    """
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth)).to(device)
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)

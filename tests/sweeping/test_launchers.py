@@ -1,4 +1,7 @@
-"""Launchers really run: processes a GPU, submitit's local executor, a local Ray; one job fails, one is killed, the others end well."""
+"""Launchers really run: processes a GPU, submitit's local executor, a local Ray.
+
+One job fails, one is killed, the others end well.
+"""
 
 from __future__ import annotations
 

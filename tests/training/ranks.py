@@ -1,6 +1,7 @@
 """Whole runs as two processes over gloo, forked off one that has imported everything, as a test's own process should not fork.
 
-`python -m tests.training.ranks FOLDER CACHE NAME=WORLD:OVERRIDE;OVERRIDE …` leaves a folder and a log a run, one run after another.
+`python -m tests.training.ranks FOLDER CACHE NAME=WORLD:OVERRIDE;OVERRIDE …` leaves a folder and a log a run, one run
+after another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`debug=fast` meets every part of a run in two steps a stage; `debug=overfit` learns a few clips by heart and says so."""
+"""`debug=fast` meets every part of a run in two steps a stage.
+
+`debug=overfit` learns a few clips by heart and says so.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,8 @@ def test_a_fast_run_leaves_what_a_run_leaves(
     assert {file.name for file in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(
-        "Short run: training (align and tune), validation, checkpoints and the scores of 2 clips of val and 2 clips of test"
+        "Short run: training (align and tune), validation, checkpoints and the scores of 2 clips of val and 2 clips "
+        "of test"
     )
 
 

@@ -1,4 +1,7 @@
-"""A run whose data decides the prompt and the lengths of captions: its files hold the numbers, and its checkpoint needs no data."""
+"""A run whose data decides the prompt and the lengths of captions.
+
+Its files hold the numbers, and its checkpoint needs no data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every named combination and every whole model trains, scores, captions, and goes on from its checkpoint: real classes, tiny weights."""
+"""Every named combination and every whole model trains, scores, captions, and goes on from its checkpoint.
+
+Real classes, tiny weights.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ EXPERIMENTS = [
     "quality_h100",
     "efficient_t4",
 ]
-# Model, its kind, and whether the features come from the cache; those of LLaVA are CLIP's, those of Qwen3-VL several layers at once.
+# Model, its kind, and whether the features come from the cache; those of LLaVA are CLIP's, those of Qwen3-VL several
+# layers at once.
 WHOLE = [
     ("llava_next_video_7b", "llava_next_video", True),
     ("qwen2_vl_7b", "qwen2_vl", False),

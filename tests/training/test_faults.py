@@ -1,4 +1,7 @@
-"""A training run on a damaged data set: it goes on without the bad clips and names them, stops past the limit, and names deadly ones."""
+"""A training run on a damaged data set.
+
+It goes on without the bad clips and names them, stops past the limit, and names deadly ones.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ def losses(folder: Path) -> list[float]:
 
 
 def hold(most: int, patch: pytest.MonkeyPatch, *, free_calls: int = 0) -> list[int]:
-    """A model that runs out of memory for more than `most` clips at once, but for its first calls; returns the sizes it was given."""
+    """A model that runs out of memory for more than `most` clips at once, but for its first calls.
+
+    Returns the sizes it was given.
+    """
     original, sizes = VideoCaptioner.loss_sum, []
 
     def loss_sum(self: VideoCaptioner, batch: Any) -> Any:

@@ -30,7 +30,8 @@ from vlmcap.training.run import train
 from vlmcap.training.schedule import StagePlan
 
 NUM_EPOCHS = 4
-# The best epoch is in the middle, the first, the last, or by the loss; the third script stops early in two of its places.
+# The best epoch is in the middle, the first, the last, or by the loss; the third script stops early in two of its
+# places.
 SCRIPTS: dict[str, tuple[str, list[float], list[float]]] = {
     "middle": ("val/loss", [7.0, 5.0, 6.0, 5.5], [0.0] * 4),
     "last": ("val/cider", [7.0, 7.0, 7.0, 7.0], [0.1, 0.3, 0.2, 0.4]),

@@ -51,7 +51,7 @@ def start(tiny_config: MakeConfig, tmp_path: Path) -> Iterator[Callable[..., lis
     os.environ.pop("WANDB_DATA_DIR", None)
 
 
-# --- W&B --------------------------------------------------------------------------------------------------------------------------------
+# --- W&B --------------------------------------------------------------------------------------------------------------
 
 
 def segment(folder: Path, number: int) -> WandbFile:
@@ -148,7 +148,7 @@ def test_a_whole_run_that_is_resumed_is_one_run(start: object, tiny_config: Make
     assert steps == [[2], [4, 6]]
 
 
-# --- MLflow -----------------------------------------------------------------------------------------------------------------------------
+# --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["file", "sqlite"])
@@ -181,7 +181,7 @@ def test_mlflow_goes_on_with_its_run(start: Callable[..., list[Logger]], mlflow_
     assert len(client.search_runs([experiment.experiment_id])) == 2, "so is one whose record is gone"
 
 
-# --- TensorBoard ------------------------------------------------------------------------------------------------------------------------
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
 def test_tensorboard_has_each_step_once(start: Callable[..., list[Logger]], tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_tensorboard_has_each_step_once(start: Callable[..., list[Logger]], tmp_
     assert [step for step, _ in read()] == [1, 2], "an overwritten run leaves no events"
 
 
-# --- CSV --------------------------------------------------------------------------------------------------------------------------------
+# --- CSV --------------------------------------------------------------------------------------------------------------
 
 
 def test_csv_loses_no_row_and_has_none_twice(start: Callable[..., list[Logger]], tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_csv_loses_no_row_and_has_none_twice(start: Callable[..., list[Logger]],
     assert [step for step, _ in read()] == [1, 2]
 
 
-# --- trackio ----------------------------------------------------------------------------------------------------------------------------
+# --- trackio ----------------------------------------------------------------------------------------------------------
 
 
 def test_trackio_goes_on_under_the_name_that_it_gave(

@@ -91,7 +91,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(
         assert (norm <= 0.05 * 1.001) == (max_grad_norm < 1)
         assert all(torch.allclose(one[name], many[name], atol=1e-6 * float(norm), rtol=1e-3) for name in one)
     for name, weight in large.weights[0].items():
-        # Where a gradient is rounding alone, Adam makes a step of it as large as any; the gradients themselves were compared above.
+        # Where a gradient is rounding alone, Adam makes a step of it as large as any; the gradients themselves were
+        # compared above.
         is_steep = large.gradients[0][name].abs() > 1e-5 * first_norm(large)
         assert torch.allclose(weight[is_steep], small.weights[0][name][is_steep], atol=1e-6, rtol=0)
 

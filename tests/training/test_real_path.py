@@ -1,4 +1,7 @@
-"""From true Hugging Face folders to a trained, scored and speaking captioner: `encoder=siglip2 llm=qwen3_8b`, 4 bits, on the CPU."""
+"""From true Hugging Face folders to a trained, scored and speaking captioner.
+
+`encoder=siglip2 llm=qwen3_8b`, 4 bits, on the CPU.
+"""
 
 from __future__ import annotations
 

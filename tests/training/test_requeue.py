@@ -196,7 +196,7 @@ def test_the_program_is_stopped_from_outside(
     assert not list(folder.glob("hpc_ckpt*"))
 
 
-# --- one folder, one run ----------------------------------------------------------------------------------------------------------------
+# --- one folder, one run ----------------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_holds_a_run_is_refused(straight_run: Path, tiny_config: MakeConfig) -> None:

@@ -31,7 +31,7 @@ def metrics(folder: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-# --- metrics and their better direction -------------------------------------------------------------------------------------------------
+# --- metrics and their better direction -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_is_never_measured_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
-# --- early stopping ---------------------------------------------------------------------------------------------------------------------
+# --- early stopping ---------------------------------------------------------------------------------------------------
 
 WAITING = (
     "callbacks=early_stopping",
@@ -116,7 +116,7 @@ def test_a_metric_without_a_value_is_waited_for_as_one_that_is_no_better() -> No
     assert [stop._evaluate_stopping_criteria(torch.tensor(value))[0] for value in values] == [False, False, False, True]
 
 
-# --- the guard --------------------------------------------------------------------------------------------------------------------------
+# --- the guard --------------------------------------------------------------------------------------------------------
 
 
 def spoil(step: int, how: Callable[[torch.Tensor], torch.Tensor], patch: pytest.MonkeyPatch, last: int = 10**6) -> None:

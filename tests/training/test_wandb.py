@@ -1,4 +1,7 @@
-"""Weights & Biases without a network: a run and an evaluation of it, read out of the files that `wandb sync` would upload."""
+"""Weights & Biases without a network.
+
+A run and an evaluation of it, read out of the files that `wandb sync` would upload.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,8 @@ def test_offline_is_said_in_one_line_a_run(done: Done) -> None:
     assert len(told) == 2
     assert (
         told[0]
-        == f"W&B: offline, as WANDB_MODE=offline says; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the run later."
+        == f"W&B: offline, as WANDB_MODE=offline says; `wandb sync {done.folder / 'wandb'}/offline-run-*` uploads the "
+        "run later."
     )
 
 

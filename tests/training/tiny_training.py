@@ -1,4 +1,7 @@
-"""A whole training run in a second: the true data module, module, trainer and checkpoints around a captioner of a thousand weights."""
+"""A whole training run in a second.
+
+The true data module, module, trainer and checkpoints around a captioner of a thousand weights.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,10 @@ def chunks(content: bytes) -> Iterator[bytes]:
 
 
 class WandbFile:
-    """What an offline run's record file holds; each start of a run writes a segment of its own, which is the last one here."""
+    """What an offline run's record file holds.
+
+    Each start of a run writes a segment of its own, which is the last one here.
+    """
 
     def __init__(self, folder: Path, num_segments: int = 1) -> None:
         from wandb.proto.wandb_internal_pb2 import Record

@@ -1,8 +1,8 @@
 """Whether keeping a frozen encoder's features on disk is cheaper than computing them anew in every epoch.
 
-Published measurements conflict, and both sides are right. A cache saves the encoder's arithmetic and the decoding of video, and costs
-the building and the reading: with a slow GPU or a large encoder it pays from the second epoch on, with a fast GPU, a small encoder and
-a language model behind which the data workers hide their decoding it never does.
+Published measurements conflict, and both sides are right. A cache saves the encoder's arithmetic and the decoding of
+video, and costs the building and the reading: with a slow GPU or a large encoder it pays from the second epoch on, with
+a fast GPU, a small encoder and a language model behind which the data workers hide their decoding it never does.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class CacheChoice:
 
 
 def choose_cache(costs: CacheCosts) -> CacheChoice:
-    """The cheaper of a cache and none; none where it does not fit, or where reading a clip takes longer than encoding it."""
+    """The cheaper of a cache and none.
+
+    None where it does not fit, or where reading a clip takes longer than encoding it.
+    """
     read_s, compute_s = _read_s(costs), _compute_s(costs)
     without_s = costs.num_visits * compute_s
     with_s = costs.num_missing * _build_s(costs) + costs.num_visits * read_s
@@ -110,7 +113,10 @@ def _off(with_s: float, without_s: float, why: str) -> CacheChoice:
 
 
 def _compute_s(costs: CacheCosts) -> float:
-    """Seconds that a clip without a cache adds to a step: its encoding, and as much of the decoding as the workers cannot hide."""
+    """Seconds that a clip without a cache adds to a step.
+
+    Its encoding, and as much of the decoding as the workers cannot hide.
+    """
     if costs.num_workers == 0:
         return costs.decode_s + costs.encode_s
     step_s = costs.encode_s + costs.rest_s
@@ -143,12 +149,18 @@ def flops_per_s(hardware: str, num_cores: int | None = None) -> float:
 
 
 def encoder_flops(num_parameters: int, num_tokens: int) -> float:
-    """Arithmetic of a forward pass: two operations a parameter and token; attention's own part, below a tenth here, is left out."""
+    """Arithmetic of a forward pass: two operations a parameter and token.
+
+    Attention's own part, below a tenth here, is left out.
+    """
     return 2.0 * num_parameters * num_tokens
 
 
 def training_flops(num_parameters: int, num_tokens: int, *, is_checkpointed: bool) -> float:
-    """Arithmetic of a step through frozen weights: forward, backward to the inputs, and forward again under gradient checkpointing."""
+    """Arithmetic of a step through frozen weights.
+
+    Forward, backward to the inputs, and forward again under gradient checkpointing.
+    """
     return (6.0 if is_checkpointed else 4.0) * num_parameters * num_tokens
 
 
@@ -219,7 +231,10 @@ def num_visits(config: Config, sizes: Mapping[str, int]) -> int:
 
 
 def time_decoding(dataset: ClipDataset) -> float:
-    """Seconds that a clip takes to be read and resized, the median of a few; a stated constant where none can be read."""
+    """Seconds that a clip takes to be read and resized, the median of a few.
+
+    A stated constant where none can be read.
+    """
     from vlmcap.types import Sample
 
     count = len(dataset)

@@ -55,7 +55,9 @@ class Splits(Mapping[str, ClipTable]):
 
 
 def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Split] = ()) -> Splits:
-    """The clips of splits, all read in one pass: of train `data.max_clips`, of the others `evaluation.max_final_clips` at most.
+    """The clips of splits, all read in one pass.
+
+    Of train `data.max_clips`, of the others `evaluation.max_final_clips` at most.
 
     Args:
         config: `data`, `evaluation`, `seed` and `paths.cache_dir`, in which the tables are kept, are read.
@@ -63,7 +65,8 @@ def load_splits(config: Config, splits: Sequence[Split], optional: Sequence[Spli
         optional: What may be missing, and is left out then.
 
     Raises:
-        UserError: The data set cannot be read, a split is missing, nothing of it can be used, or two clips of a split have one id.
+        UserError: The data set cannot be read, a split is missing, nothing of it can be used, or two clips of a split
+            have one id.
     """
     use_index_folder(Path(config.paths.cache_dir) / "archives")
     wanted = [split for split in Split if split in splits or split in optional]
@@ -147,7 +150,8 @@ class _Reading:
         mend = (
             "raise data.splits.val or data.splits.test, or change data.splits.seed"
             if self.drawer is not None
-            else "train and val are needed to train and test is optional; add what is missing, or set data.splits.random=true, "
+            else "train and val are needed to train and test is optional; add what is missing, or set "
+            "data.splits.random=true, "
             "which draws all three"
         )
         raise UserError(
@@ -210,7 +214,8 @@ def _with_progress(entries: Entries) -> Iterator[Record | Skipped]:
 def blank_clip(config: Config) -> Clip:
     """A clip of `data.num_frames` black pictures, whose file is made on first use.
 
-    A clip like any other, so that its features are cached where those of others are, and frames go through the encoder where theirs do.
+    A clip like any other, so that its features are cached where those of others are, and frames go through the encoder
+    where theirs do.
     """
     from PIL import Image
 

@@ -105,7 +105,8 @@ def device_of(config: Config) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise UserError(
-            f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the driver"
+            f"hardware={config.hardware.name} needs a CUDA device and there is none; use hardware=cpu, or check the "
+            "driver"
         )
     return f"cuda:{torch.cuda.current_device()}"
 
@@ -240,7 +241,8 @@ def projector_sizes(config: Config, encoder: Any, out_dim: int, num_prompt_token
     if isinstance(settings, PixelShuffleConfig) and len({(height, width) for _, height, width in grids}) > 1:
         raise UserError(
             f"projector={settings.name} joins patches {settings.shuffle} by {settings.shuffle}, and the grids of "
-            f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another projector or encoder"
+            f"encoder={config.encoder.name} vary with the clip, so they do not always divide; choose another "
+            "projector or encoder"
         )
     most_frames = max(frames for frames, _, _ in grids)
     return ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, most_frames, num_prompt_tokens)
@@ -265,7 +267,10 @@ def _check_tiling(config: Config) -> None:
 
 
 def load_prompt_of(config: Config, folder: Path, **around: str) -> PromptEncoder:
-    """The language model's tokenizer with the prompt; `around` is text that stands directly around the visual tokens."""
+    """The language model's tokenizer with the prompt.
+
+    `around` is text that stands directly around the visual tokens.
+    """
     from vlmcap.models.llm.prompt import load_prompt
 
     return load_prompt(folder, config.llm, **around)
@@ -276,7 +281,8 @@ def language_options(config: Config) -> dict[str, Any]:
     quantization = config.llm.quantization.value
     if quantization != "none" and any(stage.llm_lr > 0 for stage in config.tuning.stages.values()):
         raise UserError(
-            f"tuning={config.tuning.name} trains the language model's own weights, which llm.quantization={quantization} forbids; "
+            f"tuning={config.tuning.name} trains the language model's own weights, which "
+            f"llm.quantization={quantization} forbids; "
             "set llm.quantization=none"
         )
     return {
@@ -366,7 +372,10 @@ def add_adapters(config: Config, llm: nn.Module, num_kept: int = 0) -> nn.Module
 
 
 def compile_blocks(config: Config, llm: nn.Module) -> None:
-    """Compiles the language model's blocks where `hardware.compile` says so; a plan's hollow model is never compiled."""
+    """Compiles the language model's blocks where `hardware.compile` says so.
+
+    A plan's hollow model is never compiled.
+    """
     from vlmcap.models.llm.layers import compile_layers
 
     if config.hardware.compile:

@@ -34,7 +34,8 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
 
     data = config.data
     if features is not None and config.encoder.is_cached:
-        # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are not.
+        # Small features are read faster than a worker hands them over; those of real encoders, tens of MB a clip, are
+        # not.
         data = dataclasses.replace(data, num_workers=0)
     is_shuffled = data.batching is Batching.shuffled
     return CaptionDataModule(
@@ -48,13 +49,17 @@ def build_data(config: Config, assembly: Assembly, clips: Mapping[str, Sequence[
         max_eval_clips=config.evaluation.max_clips,
         lengths=None if is_shuffled or "train" not in clips else training_lengths(config, assembly, clips["train"]),
         pin_memory=config.hardware.accelerator != "cpu",
-        # With shards, every rank takes part in every forward pass, so all must write the same captions in the same steps.
+        # With shards, every rank takes part in every forward pass, so all must write the same captions in the same
+        # steps.
         is_evaluation_shared=config.trainer.strategy is not Strategy.fsdp2,
     )
 
 
 def training_lengths(config: Config, assembly: Assembly, clips: Sequence[Clip]) -> NDArray[np.int64]:
-    """(N,) tokens of each training clip's whole sequence; of the largest possible video where sizes vary and are not known yet."""
+    """(N,) tokens of each training clip's whole sequence.
+
+    Of the largest possible video where sizes vary and are not known yet.
+    """
     from vlmcap.data.loading.lengths import caption_lengths, sequence_lengths
 
     prompt, base = assembly.captioner.prompt, assembly.sources.bases["model" if config.is_pretrained_vlm else "llm"]

@@ -1,4 +1,7 @@
-"""Features of the frozen encoder for a configuration: stored before the language model is loaded, read while training."""
+"""Features of the frozen encoder for a configuration.
+
+Stored before the language model is loaded, read while training.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,9 @@ class Features:
 
 
 def prepare_features(plan: FeaturePlan, clips: Mapping[str, Sequence[Clip]]) -> Features | None:
-    """Every clip's features in the store, a black one's too if a run asks for it; None where the configuration or the costs want none.
+    """Every clip's features in the store, a black one's too if a run asks for it.
+
+    None where the configuration or the costs want none.
 
     The encoder is loaded only where clips are missing, and is gone from memory on return.
 
@@ -198,7 +203,9 @@ def fill_store(
     clips: Mapping[str, Sequence[Clip]],
     hashes: Mapping[str, NDArray[np.bytes_]],
 ) -> None:
-    """Encodes what is missing, split by split, and says beforehand what it will take; does not load the encoder for nothing.
+    """Encodes what is missing, split by split, and says beforehand what it will take.
+
+    Does not load the encoder for nothing.
 
     Raises:
         UserError: The disk is full, or no clip can be read.

@@ -152,7 +152,8 @@ def _check_decoding(config: Config, folder: Path, model: str) -> None:
     is_known = maker_of("llm", config.llm.kind) is None
     if key is not None and is_known and not is_decodable(language_config(folder)[0], generation_config(folder)):
         raise UserError(
-            f"evaluation.{key}={as_text(getattr(chosen, key))} changes nothing with {model}, whose captions transformers writes; "
+            f"evaluation.{key}={as_text(getattr(chosen, key))} changes nothing with {model}, whose captions "
+            "transformers writes; "
             f"leave evaluation.{key} out"
         )
 
@@ -171,7 +172,8 @@ def assemble(
     Args:
         spec: As `describe_model` returned it.
         features: Stored features of the clips, with which the encoder is not loaded; None where frames will come.
-        is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any more.
+        is_fresh: False where a checkpoint's weights will follow, so that `projector.checkpoint` need not be there any
+            more.
         llm: Stands in for the language model where another program runs that; not for whole models.
         num_kept_layers: Last layers of the language model that are not recomputed although it is checkpointed.
         is_meta: Leaves frozen weights on the meta device, for a process that receives its shards of them from another.
@@ -203,7 +205,8 @@ def _assemble_parts(
     if features is not None and features.pool_size is not None and isinstance(settings, TokenProjectorConfig):
         from vlmcap.data.features.dataset import pooled_grid
 
-        # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are encoded on the fly.
+        # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are
+        # encoded on the fly.
         frames, *side = pooled_grid(spec.grids[0], features.pool_size)
         sizes = dataclasses.replace(sizes, grid=reduced_grid(settings, sizes.grid))
         settings = dataclasses.replace(settings, reducer=Reducer.none)
@@ -247,7 +250,10 @@ def _assemble_vlm(spec: ModelSpec, features: Features | None, num_kept_layers: i
 
 
 def captioner_options(spec: ModelSpec, visual: VisualLayout) -> dict[str, Any]:
-    """Arguments of a captioner beside its parts: memory of its loss, arithmetic of its captions, and the reader of its files."""
+    """Arguments of a captioner beside its parts.
+
+    Memory of its loss, arithmetic of its captions, and the reader of its files.
+    """
     return {
         "loss_chunk_bytes": loss_chunk_bytes(spec.config),
         "autocast_dtype": autocast_dtype(spec.config),
@@ -284,7 +290,9 @@ def generation_settings(config: Config) -> GenerationSettings:
 def check_context(
     config: Config, visual: VisualLayout, grids: Sequence[GridTHW], prompt: PromptEncoder, context: int
 ) -> int:
-    """Visual tokens of the largest clip; `UserError` if they, the prompt and the longest caption exceed the model's positions.
+    """Visual tokens of the largest clip.
+
+    `UserError` if they, the prompt and the longest caption exceed the model's positions.
 
     Args:
         config: Of the run.
@@ -320,6 +328,7 @@ def check_length(config: Config, num_visual: int, text: int, context: int) -> No
         if config.is_pretrained_vlm:
             name, mend = f"model={config.model.name}", "lower encoder.max_patches where frames keep their aspect ratio"
         raise UserError(
-            f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of {context} tokens "
+            f"{num_visual} visual tokens, {text} of the prompt and {longest} of the caption exceed the context of "
+            f"{context} tokens "
             f"of {name}; lower data.num_frames, {mend}, or lower llm.max_caption_tokens and llm.max_new_tokens"
         )

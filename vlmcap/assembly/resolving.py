@@ -1,7 +1,7 @@
 """What a configuration leaves to its data and its checkpoints, decided once: prompt, lengths of captions and licenses.
 
-Decided values take the places of `auto` in the configuration, so that the run's files and checkpoints hold them, and evaluation and
-captioning need no data.
+Decided values take the places of `auto` in the configuration, so that the run's files and checkpoints hold them, and
+evaluation and captioning need no data.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def longest_caption(config: Config, splits: Sequence[Sequence[Clip]]) -> int:
 
 
 def caption_counts(config: Config, splits: Sequence[Sequence[Clip]]) -> list[NDArray[np.int32]]:
-    """Tokens of each caption with its end token, by split; counted once for each set of captions and tokenizer, and remembered.
+    """Tokens of each caption with its end token, by split.
+
+    Counted once for each set of captions and tokenizer, and remembered.
 
     Raises:
         UserError: The language model's tokenizer is not there.

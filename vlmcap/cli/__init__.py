@@ -1,7 +1,7 @@
 """The command `vlmcap`: training, scoring, and all that is done with models and data besides.
 
-A command has its arguments in `arguments.py`, which imports nothing heavy, and its body in the module of its name, which is imported
-once the arguments are known to be right: help and mistakes in arguments come at once.
+A command has its arguments in `arguments.py`, which imports nothing heavy, and its body in the module of its name,
+which is imported once the arguments are known to be right: help and mistakes in arguments come at once.
 """
 
 from __future__ import annotations

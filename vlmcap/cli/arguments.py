@@ -66,7 +66,8 @@ def _part_overrides(options: Namespace, name: str) -> None:
     setattr(options, name, [path for path in paths if not is_override(str(path))])
     if not getattr(options, name):
         raise UserError(
-            f"vlmcap {options.command} needs {'a FOLDER' if name == 'folders' else 'a PATH'} beside {options.overrides[0]}"
+            f"vlmcap {options.command} needs {'a FOLDER' if name == 'folders' else 'a PATH'} beside "
+            f"{options.overrides[0]}"
         )
 
 
@@ -145,7 +146,8 @@ def _cache(parser: ArgumentParser) -> None:
     for action in made.values():
         _add_overrides(
             action,
-            "overrides of `vlmcap train`, such as encoder=siglip2 data.root=…; paths.cache_dir says where the features are",
+            "overrides of `vlmcap train`, such as encoder=siglip2 data.root=…; paths.cache_dir says where the "
+            "features are",
         )
     chosen = made["prune"].add_mutually_exclusive_group(required=True)
     text = "delete the longest unused stores until N GiB are left"

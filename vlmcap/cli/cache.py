@@ -50,7 +50,9 @@ def run(options: Namespace) -> None:
 
 
 def build(overrides: Sequence[str]) -> None:
-    """Encodes every clip of a configuration that is not in its store yet; neither the language model nor its files are needed.
+    """Encodes every clip of a configuration that is not in its store yet.
+
+    Neither the language model nor its files are needed.
 
     Args:
         overrides: Of train.py.
@@ -135,7 +137,8 @@ def verify(overrides: Sequence[str]) -> None:
         else "not all are removed"
     )
     print(
-        f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of {root}; {end}."
+        f"Damaged: {grouped(sum(len(damage.contents) for damage in found))} clips in {grouped(len(found))} files of "
+        f"{root}; {end}."
     )
     raise SystemExit(1)
 

@@ -67,7 +67,7 @@ def run(options: Namespace) -> None:
     print(_printable(str(tally)), file=sys.stdout if rows else sys.stderr)
 
 
-# --- which files ------------------------------------------------------------------------------------------------------------------------
+# --- which files ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -110,7 +110,8 @@ class Found:
 def find_videos(paths: Sequence[Path]) -> Found:
     """Files as given, and the videos below folders and in archives, sorted by path.
 
-    Folders are walked as those of data sets are: archives count as folders, hidden files are left out, links are followed.
+    Folders are walked as those of data sets are: archives count as folders, hidden files are left out, links are
+    followed.
 
     Raises:
         UserError: A path is not there, or a folder holds no video.
@@ -155,7 +156,7 @@ def _named(names: Sequence[str]) -> str:
     return _printable(", ".join(names[:_MAX_NAMED]) + more)
 
 
-# --- captioning -------------------------------------------------------------------------------------------------------------------------
+# --- captioning -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

@@ -18,8 +18,8 @@ _MARK = b'{"video": '  # what a row begins with
 class CaptionFile:
     """A file with one JSON object per line and clip, which grows by whole lines as clips are done.
 
-    A row is `{"video": …, "prediction": …}`, or `{"video": …, "error": …}` for a clip that could not be read. Rows that are there are
-    kept by `is_resumed`, but for those of errors, as those clips are tried again, and for broken lines.
+    A row is `{"video": …, "prediction": …}`, or `{"video": …, "error": …}` for a clip that could not be read. Rows that
+    are there are kept by `is_resumed`, but for those of errors, as those clips are tried again, and for broken lines.
 
     Args:
         path: The file; one that has captions for all of `videos` is written again from its start unless `is_resumed`.
@@ -43,7 +43,8 @@ class CaptionFile:
             )
         if not is_resumed and there and (missing := (asked - there).total()):
             raise UserError(
-                f"--output: {path} has {there.total()} rows of an earlier command, and lacks {missing} of these {len(videos)} files: "
+                f"--output: {path} has {there.total()} rows of an earlier command, and lacks {missing} of these "
+                f"{len(videos)} files: "
                 "add --resume to go on with it, or remove it"
             )
         if is_resumed:

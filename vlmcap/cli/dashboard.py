@@ -57,7 +57,8 @@ def show_dashboard(project: str, entity: str | None, *, objective: str, file: Pa
     """
     if find_spec("wandb_workspaces") is None:
         raise UserError(
-            "vlmcap dashboard needs the package wandb-workspaces, which is not installed: pip install 'vlmcap[dashboard]'"
+            "vlmcap dashboard needs the package wandb-workspaces, which is not installed: pip install "
+            "'vlmcap[dashboard]'"
         )
     from vlmcap.reporting.dashboard import spec, workspace
     from vlmcap.training.loggers.wandb_run import offline_reason

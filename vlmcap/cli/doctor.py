@@ -158,7 +158,10 @@ def _check_python() -> list[Check]:
 
 
 def _check_libraries() -> list[Check]:
-    """Versions against the ranges that vlmcap itself was installed with; their lower ends are those that its tests ran with."""
+    """Versions against the ranges that vlmcap itself was installed with.
+
+    Their lower ends are those that its tests ran with.
+    """
     needed = [Requirement(line) for line in importlib.metadata.requires("vlmcap") or []]
     ranges = {one.name: one.specifier for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
     checks = []

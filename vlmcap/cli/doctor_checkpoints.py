@@ -138,7 +138,8 @@ def _describe_encoder(config: Config) -> Description:
     width, patch, side = (vision.get(name) for name in ("hidden_size", "patch_size", "image_size"))
     if width is None or patch is None:
         raise UserError(
-            f"encoder.checkpoint {folder} holds no vision encoder but a {whole.get('model_type')}; take another checkpoint"
+            f"encoder.checkpoint {folder} holds no vision encoder but a {whole.get('model_type')}; take another "
+            "checkpoint"
         )
     is_square = isinstance(patch, int) and isinstance(side, int)
     plain = {

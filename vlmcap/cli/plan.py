@@ -24,7 +24,8 @@ def run(options: Namespace) -> None:
 
     Raises:
         UserError: An override is wrong, or parts do not fit together.
-        SystemExit: With code 1 where the configuration does not fit, or neither the sweep nor what is proposed for it keeps to the budget.
+        SystemExit: With code 1 where the configuration does not fit, or neither the sweep nor what is proposed for it
+            keeps to the budget.
     """
     silence_libraries()
     if options.multirun:

@@ -1,7 +1,9 @@
-"""Every setting that may be made: its name, type, unit, default and check. The YAML files under `conf/` give the values.
+"""Every setting that may be made: its name, type, unit, default and check.
 
-The first default of each YAML file is one of these schemas, so a typo, a wrong type or a key of another kind ends before anything is
-loaded. Checks that look at one group stand in its `__post_init__`, those across groups in `Config`.
+The YAML files under `conf/` give the values.
+
+The first default of each YAML file is one of these schemas, so a typo, a wrong type or a key of another kind ends
+before anything is loaded. Checks that look at one group stand in its `__post_init__`, those across groups in `Config`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ def _if_enabled(default: Any) -> Any:
 
 @dataclass
 class VisualRelianceConfig:
-    """Whether captions depend on the video: validation again with the videos exchanged between clips, and with black ones."""
+    """Whether captions depend on the video.
+
+    Validation again with the videos exchanged between clips, and with black ones.
+    """
 
     enabled: bool = False
     mode: VisualRelianceMode = _if_enabled(
@@ -49,7 +52,10 @@ class ProfileConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """An end of training once `monitor` gets no better; counted in the last stage alone, the others train to their ends."""
+    """An end of training once `monitor` gets no better.
+
+    Counted in the last stage alone, the others train to their ends.
+    """
 
     enabled: bool = False
     patience: int = _if_enabled(3)  # validations without a better value
@@ -64,7 +70,10 @@ class EarlyStoppingConfig:
 
 @dataclass
 class GuardConfig:
-    """The end of a run that has gone wrong, before its checkpoints: a loss or gradient that is no number, or a loss that ran off."""
+    """The end of a run that has gone wrong, before its checkpoints.
+
+    A loss or gradient that is no number, or a loss that ran off.
+    """
 
     enabled: bool = True
     factor: float = _if_enabled(2.0)  # times the best loss so far, and 1 nat above it, is too high

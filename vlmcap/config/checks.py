@@ -39,8 +39,8 @@ def only_with(setting: str, is_read: Callable[[Any], bool], default: Any) -> Any
     """A field that is read only while another field of its dataclass has a certain value.
 
     Args:
-        setting: What to set for the field to be read, such as "do_sample=true", with blanks between several; keys are those of the
-            group.
+        setting: What to set for the field to be read, such as "do_sample=true", with blanks between several; keys are
+            those of the group.
         is_read: The dataclass -> whether it is so.
         default: Value that stands for "not set".
     """

@@ -29,7 +29,10 @@ class DemoConfig:
 
 @dataclass
 class SplitConfig:
-    """Splits drawn here, where a data set brings none: whole groups, by a hash, so that a growing set keeps its old assignments."""
+    """Splits drawn here, where a data set brings none.
+
+    Whole groups, by a hash, so that a growing set keeps its old assignments.
+    """
 
     random: bool = False  # false: folders or fields of the data set say which clip is in which split
     val: float = only_with("random=true", lambda c: c.random, 0.05)  # shares of the groups
@@ -115,7 +118,8 @@ class DataConfig:
         require(budget is None or budget > 0, f"data.max_tokens_per_batch must be at least 1, not {budget}")
         require(
             budget is None or batching is not Batching.shuffled,
-            f"data.max_tokens_per_batch={budget} needs batches of clips of like length; set data.batching=by_length or packed",
+            f"data.max_tokens_per_batch={budget} needs batches of clips of like length; set data.batching=by_length "
+            "or packed",
         )
         require(
             budget is not None or batching is not Batching.packed,

@@ -42,9 +42,9 @@ def register(group: str) -> Callable[[T], T]:
 def register_component(group: str, schema: type) -> Callable[[M], M]:
     """Makes a class or a function the maker of a kind, and its dataclass the schema of that kind.
 
-    A projector's maker is a `Projection`; an encoder's a function of settings and folder that returns a `FrameEncoder`, its weights
-    random where the folder is None; a language model's a function of settings and folder, with the arguments dtype, quantization,
-    attention and device; a data format's a `Reader`.
+    A projector's maker is a `Projection`; an encoder's a function of settings and folder that returns a `FrameEncoder`,
+    its weights random where the folder is None; a language model's a function of settings and folder, with the
+    arguments dtype, quantization, attention and device; a data format's a `Reader`.
 
     Args:
         group: "encoder", "projector", "llm" or "data".
@@ -98,5 +98,6 @@ def check_kind(group: str, plain: Mapping[str, Any], kind: str) -> None:
     if plain["kind"] != kind:
         chosen = f"{group}={plain.get('name', kind)}"
         raise ValueError(
-            f"{group}.kind={plain['kind']} cannot be set beside {chosen}, whose kind is {kind}; choose another {group}=NAME"
+            f"{group}.kind={plain['kind']} cannot be set beside {chosen}, whose kind is {kind}; choose another "
+            f"{group}=NAME"
         )

@@ -1,4 +1,7 @@
-"""What runs are told apart by, and the names of what they log: loggers write these, and panels and reports read them."""
+"""What runs are told apart by, and the names of what they log.
+
+Loggers write these, and panels and reports read them.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ class EvaluationConfig:
         EvaluationBackend.native
     )  # pycocoevalcap's BLEU, CIDEr-D and ROUGE-L of the same tokens instead
     every_n_epochs: int = 1
-    # What decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py; transformers alone has beams.
+    # What decodes captions: ours, transformers' generate, or vllm, which is for evaluate.py; transformers alone has
+    # beams.
     engine: Engine = only_with(
         "num_beams=1 do_sample=false", lambda c: c.engine is Engine.vllm or c.is_greedy, Engine.native
     )
@@ -94,10 +95,11 @@ class EvaluationConfig:
     clips_per_row: int = only_with(_OWN, lambda c: c.is_refilling, 4)
     # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
     speculate_ngram: int = only_with(_OWN, lambda c: c.is_refilling, 0)
-    # Repeat a decoding step as a CUDA graph: true, false, or auto, which is true on a GPU wherever a step can be captured.
+    # Repeat a decoding step as a CUDA graph: true, false, or auto, which is true on a GPU wherever a step can be
+    # captured.
     cuda_graphs: Any = only_with(_OWN, lambda c: c.is_refilling, "auto")
-    # Add adapters to copies of unquantised weights while captions are written: true, false, or auto, which is true where the plan has
-    # memory for the copies. In 16 bits the sum is rounded, as in `vlmcap export`.
+    # Add adapters to copies of unquantised weights while captions are written: true, false, or auto, which is true
+    # where the plan has memory for the copies. In 16 bits the sum is rounded, as in `vlmcap export`.
     merge_adapters: Any = only_with("engine=native", lambda c: c.engine is not Engine.vllm, "auto")
     num_beams: int = 1
     # Of beam search: above 0 favours longer captions.
@@ -302,7 +304,8 @@ def _check_cache(config: Config) -> None:
     reducer = projector.reducer if isinstance(projector, TokenProjectorConfig) else Reducer.none
     require(
         cache.enabled is False or not cache.pooled or reducer is Reducer.pool,
-        f"cache.pooled=true keeps what projector.reducer=pool leaves, and projector.reducer={reducer.name}; set cache.pooled=false",
+        f"cache.pooled=true keeps what projector.reducer=pool leaves, and projector.reducer={reducer.name}; set "
+        "cache.pooled=false",
     )
     if cache.enabled is not True:
         return
@@ -314,5 +317,6 @@ def _check_cache(config: Config) -> None:
     changed = config.data.changed_by
     require(
         changed is None,
-        f"{changed} gives a clip other frames in every epoch, and cache.enabled=true keeps the features of one; set cache.enabled=false",
+        f"{changed} gives a clip other frames in every epoch, and cache.enabled=true keeps the features of one; set "
+        "cache.enabled=false",
     )

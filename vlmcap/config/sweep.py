@@ -54,7 +54,8 @@ class SweepConfig:
         is_known = not self.resume or self.folder is not None
         require(
             is_known,
-            "sweep.resume=true goes on with the sweep in sweep.folder, which has no value; give the folder under multirun/",
+            "sweep.resume=true goes on with the sweep in sweep.folder, which has no value; give the folder under "
+            "multirun/",
         )
 
 

@@ -41,7 +41,8 @@ class TrainerConfig:
     )
     log_every_n_steps: int = 10
     checkpoint_every_n_steps: int | None = None
-    # Equal seeds give equal weights, bit for bit: true, false, or auto, which is true on a CPU and false on a GPU, where it costs time.
+    # Equal seeds give equal weights, bit for bit: true, false, or auto, which is true on a CPU and false on a GPU,
+    # where it costs time.
     deterministic: Any = "auto"
     progress_bar: bool = True
     requeue: bool = (

@@ -213,5 +213,6 @@ class TwoStageConfig(LoraTuningConfig):
         is_possible = self.align_epochs <= self.epochs
         require(
             is_possible,
-            f"tuning.align_epochs={self.align_epochs} are more than tuning.epochs={self.epochs}, which counts both stages",
+            f"tuning.align_epochs={self.align_epochs} are more than tuning.epochs={self.epochs}, which counts both "
+            "stages",
         )

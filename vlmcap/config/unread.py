@@ -1,4 +1,7 @@
-"""Settings that change nothing beside the others, each refused with a sentence that says why: one that passed would mislead a sweep."""
+"""Settings that change nothing beside the others, each refused with a sentence that says why.
+
+One that passed would mislead a sweep.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,8 @@ _RULES = (
     _Rule(
         ("data.batch_size",),
         lambda run: run.data.max_tokens_per_batch is None,
-        "beside data.max_tokens_per_batch, which says how large batches are; leave {key} out, or set data.max_tokens_per_batch=null",
+        "beside data.max_tokens_per_batch, which says how large batches are; leave {key} out, or set "
+        "data.max_tokens_per_batch=null",
     ),
     _Rule(
         ("trainer.shrink_on_oom",),
@@ -78,7 +82,8 @@ _RULES = (
     _Rule(
         ("trainer.shrink_on_oom",),
         _is_one_process,
-        "with several processes, as one alone may start again; set hardware.devices=1 and trainer.num_nodes=1, or leave {key} out",
+        "with several processes, as one alone may start again; set hardware.devices=1 and trainer.num_nodes=1, or "
+        "leave {key} out",
     ),
     _Rule(
         ("trainer.strategy",),
@@ -111,7 +116,8 @@ _RULES = (
     _Rule(
         ("evaluation.merge_adapters",),
         lambda run: run.tuning.use_lora and run.llm.quantization.value == "none",
-        "without adapters on unquantised weights; set tuning=lora and llm.quantization=none as well, or leave {key} out",
+        "without adapters on unquantised weights; set tuning=lora and llm.quantization=none as well, or leave {key} "
+        "out",
     ),
     _Rule(
         ("evaluation.cuda_graphs",),
@@ -173,7 +179,8 @@ def unread_keys(run: Run, *, that_follow: bool = False) -> dict[str, str]:
 
     Args:
         run: The run's configuration.
-        that_follow: Whether only keys count that follow others, and so have values of many kinds although they are not set.
+        that_follow: Whether only keys count that follow others, and so have values of many kinds although they are not
+            set.
     """
     leaves = [leaf for leaf in _leaves("", run) if not that_follow or "follows" in leaf[2].metadata]
     found = {path: _why_unread(run, path, owner, known) for path, owner, known in leaves}

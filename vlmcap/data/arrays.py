@@ -27,7 +27,10 @@ def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays of a file, or None where it is absent or damaged: an `.npz` file is a zip file, whose members have checksums."""
+    """The arrays of a file, or None where it is absent or damaged.
+
+    An `.npz` file is a zip file, whose members have checksums.
+    """
     try:
         with np.load(path, allow_pickle=False) as saved:
             return {name: np.asarray(saved[name]) for name in saved.files}

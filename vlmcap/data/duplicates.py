@@ -1,7 +1,10 @@
-"""Clips that look alike, found by their pictures: copies, re-encodings, and cuts of one scene that fell into two splits.
+"""Clips that look alike, found by their pictures.
 
-A picture's hash is its gradient at 9 x 8 grey pixels (dHash): 64 bits, of which scaling, compression and a little noise change few.
-The library imagehash has this hash too, for one PIL image at a time and with scipy and PyWavelets, but no search among many clips.
+Copies, re-encodings, and cuts of one scene that fell into two splits.
+
+A picture's hash is its gradient at 9 x 8 grey pixels (dHash): 64 bits, of which scaling, compression and a little noise
+change few. The library imagehash has this hash too, for one PIL image at a time and with scipy and PyWavelets, but no
+search among many clips.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
 
 
 def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> list[list[int]]:
-    """Groups of rows that are near each other, directly or through others; each ascending, and groups by their first row.
+    """Groups of rows that are near each other, directly or through others.
+
+    Each ascending, and groups by their first row.
 
     Args:
         hashes: uint64 (N, 3), the hashes of three frames of each clip.

@@ -12,7 +12,9 @@ _WAIT_S = 3600.0  # a slow machine takes minutes to train a tiny part, and lines
 
 
 def get_or_create(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` unless it is there; of several processes one makes it and the others wait, and say for whom.
+    """`folder`, filled by `make` unless it is there.
+
+    Of several processes one makes it and the others wait, and say for whom.
 
     A broken or killed making leaves nothing half-written under its name, and what it left beside it goes with the next.
 

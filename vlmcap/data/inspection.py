@@ -1,4 +1,6 @@
-"""What a data set holds, looked at before anything is trained: broken files, captions too long, clips that are twice there.
+"""What a data set holds, looked at before anything is trained.
+
+Broken files, captions too long, clips that are twice there.
 
 Legend: N clips, F frames, H/W pixels.
 """

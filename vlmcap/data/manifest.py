@@ -28,10 +28,12 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class ClipTable(Sequence[Clip]):
-    """Clips in a file of JSON lines, read one by one by their positions in it; copies, slices and workers share the file.
+    """Clips in a file of JSON lines, read one by one by their positions in it.
 
-    A line is read by its place (`pread`) and not through a memory map, whose pages would count as memory of each worker that has touched
-    them; the table of places, 8 bytes a clip, is mapped.
+    Copies, slices and workers share the file.
+
+    A line is read by its place (`pread`) and not through a memory map, whose pages would count as memory of each worker
+    that has touched them; the table of places, 8 bytes a clip, is mapped.
 
     Args:
         path: The `.jsonl` file; its `.offsets.npy` stands beside it.
@@ -99,7 +101,8 @@ class ClipTable(Sequence[Clip]):
 class TableWriter:
     """Writes clips one after the other to a table, which `close` names by its content; for use in a `with` block.
 
-    Any number of processes may write to one folder: each works in a folder of its own, and equal tables get equal names.
+    Any number of processes may write to one folder: each works in a folder of its own, and equal tables get equal
+    names.
 
     Args:
         folder: Of the tables; made.
@@ -181,6 +184,7 @@ def _refuse_equal_ids(table: ClipTable, hashes: NDArray[np.int64]) -> None:
         first, second = table[int(order[position])], table[int(order[position + 1])]
         if first.id == second.id:  # and not only their hashes
             raise UserError(
-                f"the id '{first.id}' stands for two clips of one split, {first.video} ('{first.captions[0][:40]}') and {second.video} "
+                f"the id '{first.id}' stands for two clips of one split, {first.video} ('{first.captions[0][:40]}') "
+                f"and {second.video} "
                 f"('{second.captions[0][:40]}'): give each an id of its own"
             )

@@ -15,7 +15,8 @@ from vlmcap.types import Clip
 def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | None:
     """One sentence on the videos that are in more than one split with the same content, or None where there are none.
 
-    Contents are compared only where sizes are equal, so next to nothing is read. Of files on an object store, the addresses are compared.
+    Contents are compared only where sizes are equal, so next to nothing is read. Of files on an object store, the
+    addresses are compared.
 
     Args:
         splits: Split name to clips.
@@ -45,7 +46,10 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
 
 
 def _look(clip: Clip) -> tuple[Hashable, ...] | None:
-    """What clips of one content have in common without a look at it: sizes, or addresses where sizes cost a request; None if unreadable."""
+    """What clips of one content have in common without a look at it: sizes, or addresses where sizes cost a request.
+
+    None if unreadable.
+    """
     files = clip.frames or (clip.video,)
     try:
         if any(local_file(parse_address(file).file) is None for file in files):

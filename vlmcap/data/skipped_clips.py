@@ -26,11 +26,12 @@ _LOCK_TIMEOUT_S = 10.0  # others hold it for as long as it takes to write some l
 class SkippedClipLog:
     """A JSON-lines file that names each unusable clip once, and the limit of how many there may be.
 
-    All processes of a run may share the file; each counts what the others added since it began, whenever it adds something itself. A
-    resumed run goes on with the file without repeating lines, but what stood there before does not count against the limit: it may have
-    been repaired since.
+    All processes of a run may share the file; each counts what the others added since it began, whenever it adds
+    something itself. A resumed run goes on with the file without repeating lines, but what stood there before does not
+    count against the limit: it may have been repaired since.
 
-    Memory and file are bounded: a few bytes a bad clip, and no more lines than `max_lines`; what comes after is counted only.
+    Memory and file are bounded: a few bytes a bad clip, and no more lines than `max_lines`; what comes after is counted
+    only.
 
     Args:
         path: The file, one object {id, video, reason} a line; made with its folder at the first bad clip.
@@ -82,7 +83,8 @@ class SkippedClipLog:
         if len(self._bad) <= self.max_bad_fraction * self.num_clips:
             return
         raise UserError(
-            f"{len(self._bad)} of {self.num_clips} clips cannot be used, more than data.max_bad_fraction={self.max_bad_fraction} allows; "
+            f"{len(self._bad)} of {self.num_clips} clips cannot be used, more than "
+            f"data.max_bad_fraction={self.max_bad_fraction} allows; "
             f"first: {self._first}; {self.path} lists them: repair or remove them, or raise data.max_bad_fraction"
         )
 

@@ -32,7 +32,10 @@ _KOREAN = re.compile(rf"([가-힣]+?){KOREAN_ENDING}")
 
 
 def standard_split(name: str) -> str:
-    """`train`, `val` or `test` for the many ways of writing them (`Training`, `2.Validation`, `훈련`); other names in lower case."""
+    """`train`, `val` or `test` for the many ways of writing them (`Training`, `2.Validation`, `훈련`).
+
+    Other names in lower case.
+    """
     name = _BEFORE.sub("", unicodedata.normalize("NFC", name).strip().lower(), count=1)
     korean = _KOREAN.fullmatch(name)
     return _STANDARD.get(korean[1] if korean else name, name)
@@ -51,7 +54,8 @@ def split_in_path(path: str) -> tuple[str, str]:
 class SplitDrawer:
     """Draws a clip's split from its group alone, so that a group is never in two splits and a growing data set keeps its old ones.
 
-    The group is what the pattern finds in the id, else what the data set names, else the video itself by its path below the root.
+    The group is what the pattern finds in the id, else what the data set names, else the video itself by its path below
+    the root.
 
     Args:
         settings: Shares, seed and pattern.
@@ -90,7 +94,8 @@ class SplitDrawer:
         """
         if self._unmatched is not None and not self._num_matches:
             raise UserError(
-                f"data.splits.group_pattern={self.settings.group_pattern} matches no id, such as '{self._unmatched}'; mend it, or set it "
+                f"data.splits.group_pattern={self.settings.group_pattern} matches no id, such as '{self._unmatched}'; "
+                "mend it, or set it "
                 "to null, which keeps the clips of one video file together"
             )
 
@@ -98,7 +103,8 @@ class SplitDrawer:
 def draw_split(group: str, settings: SplitConfig) -> str:
     """The split of a group, by a hash of it and the seed.
 
-    Test lies at one end of the hashes and validation at the other, so that a change of one share leaves the other split as it was.
+    Test lies at one end of the hashes and validation at the other, so that a change of one share leaves the other split
+    as it was.
     """
     digest = hashlib.sha256(f"{settings.seed}\0{group}".encode("utf-8", "surrogatepass")).digest()
     position = int.from_bytes(digest[:8]) / 2**64
@@ -106,7 +112,10 @@ def draw_split(group: str, settings: SplitConfig) -> str:
 
 
 def video_name(clip: Clip, root: str) -> str:
-    """What stands for the video where the data set names no source, the same by whichever link; the id of an entry without one."""
+    """What stands for the video where the data set names no source, the same by whichever link.
+
+    The id of an entry without one.
+    """
     return relative_address(real_address(clip.video), real_address(root)) if clip.video else clip.id
 
 
@@ -123,6 +132,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"data.splits.group_pattern={pattern} is no regular expression: {error}") from error
     if not compiled.groups:
         raise UserError(
-            f"data.splits.group_pattern={pattern} has no group: put the part of the id that names the source in parentheses"
+            f"data.splits.group_pattern={pattern} has no group: put the part of the id that names the source in "
+            "parentheses"
         )
     return compiled

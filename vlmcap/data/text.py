@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# What nobody sees and no tokenizer expects: control characters, soft hyphens, marks of width zero and of direction, byte order marks, and
-# half surrogates, which no file can hold. The joiners and variants that emoji are made of stay.
+# What nobody sees and no tokenizer expects: control characters, soft hyphens, marks of width zero and of direction,
+# byte order marks, and half surrogates, which no file can hold. The joiners and variants that emoji are made of stay.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -22,9 +22,9 @@ _FILLERS = frozenset(
 def normalize_caption(text: str) -> str:
     """`text` in Unicode NFC without invisible characters, and with every run of white space, line separators included, as one blank.
 
-    Decomposed Hangul (as macOS writes it) looks the same and matches nothing; a stray line separator shifts all later lines of files
-    that are read by line. Text of which nothing can be seen, such as joiners or Hangul fillers alone, is "". Doing it again changes
-    nothing.
+    Decomposed Hangul (as macOS writes it) looks the same and matches nothing; a stray line separator shifts all later
+    lines of files that are read by line. Text of which nothing can be seen, such as joiners or Hangul fillers alone, is
+    "". Doing it again changes nothing.
     """
     # Removing comes first: a mark between two jamo would keep them from composing.
     caption = " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())

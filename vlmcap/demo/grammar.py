@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, fields
 
-# Every value of every fact, with the phrases that state it. Any phrase of a value counts; the phrases of two values never overlap.
+# Every value of every fact, with the phrases that state it. Any phrase of a value counts; the phrases of two values
+# never overlap.
 FACTS: dict[str, dict[str, list[str]]] = {
     "place": {name: [name] for name in ("바다", "산자락", "도심", "강변", "궁궐", "들판")},
     "time": {name: [name] for name in ("아침", "한낮", "해 질 녘", "한밤")},

@@ -1,7 +1,7 @@
 """Frames of a demo scene, drawn with numpy.
 
-Legend: T frames, H/W pixels. Colours are RGB in 0…255. Objects are mirror-symmetric, so that the direction of motion can only be
-told from several frames.
+Legend: T frames, H/W pixels. Colours are RGB in 0…255. Objects are mirror-symmetric, so that the direction of motion
+can only be told from several frames.
 """
 
 from __future__ import annotations

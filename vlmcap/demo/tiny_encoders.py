@@ -1,7 +1,10 @@
-"""The tiny encoders of the demo: each family's real class, trained from nothing on the demo clips by CLIP's recipe, made once.
+"""The tiny encoders of the demo.
 
-They differ in what their families differ in: where positions come from, what is read off for the caption (CLS, attention pooling, a
-mean), normalisation of pixels, registers. Width, depth, patches, examples and steps are the same for all.
+Each family's real class, trained from nothing on the demo clips by CLIP's recipe, made once.
+
+They differ in what their families differ in: where positions come from, what is read off for the caption (CLS,
+attention pooling, a mean), normalisation of pixels, registers. Width, depth, patches, examples and steps are the same
+for all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The tiny language model of the demo: a real class, trained from nothing on the demo captions, made once.
 
-The tiny parts stand in for published checkpoints, so that fine-tuning on a CPU is what it is on a GPU: a frozen encoder that knows
-pictures, a language model that knows Korean and how to use what stands before it, and a projector that must join the two.
+The tiny parts stand in for published checkpoints, so that fine-tuning on a CPU is what it is on a GPU: a frozen encoder
+that knows pictures, a language model that knows Korean and how to use what stands before it, and a projector that must
+join the two.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ LANGUAGE_CONFIG = {
 
 
 def train_tokenizer(texts: Sequence[str], prompt: str) -> Any:
-    """A byte-level BPE tokenizer with a chat template, in transformers' class; the prompt's words are in its vocabulary too."""
+    """A byte-level BPE tokenizer with a chat template, in transformers' class.
+
+    The prompt's words are in its vocabulary too.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,8 +69,9 @@ def make_language_model(
 ) -> None:
     """Trains a Qwen3 of 0.7 M parameters on captions alone and saves it with its tokenizer.
 
-    Each example is a chat in which the user's turn holds the caption's words in disorder and with gaps, and the answer is the caption.
-    So the model learns Korean sentences, and to say what its context holds: what projected video will have to speak to.
+    Each example is a chat in which the user's turn holds the caption's words in disorder and with gaps, and the answer
+    is the caption. So the model learns Korean sentences, and to say what its context holds: what projected video will
+    have to speak to.
 
     Args:
         folder: Where to save.
@@ -103,7 +108,10 @@ def make_language_model(
 
 
 def _chat_batch(tokenizer: Any, texts: Sequence[str], prompt: str, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Ids and labels (B, S) of chats that ask for `texts` from their scattered words; labels are -100 outside the answer."""
+    """Ids and labels (B, S) of chats that ask for `texts` from their scattered words.
+
+    Labels are -100 outside the answer.
+    """
     rows: list[tuple[list[int], list[int]]] = []
     for text in texts:
         words = [word for word in text.split() if rng.random() > 0.1]

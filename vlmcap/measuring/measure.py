@@ -39,7 +39,8 @@ from vlmcap.training.checkpoints.load import single_process
 _CLOSE = 0.02  # of a planned figure: what is called as planned
 NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still
 _MOST_CONTEXT_GIB = 2.0  # more on the GPU beside our own memory is another program's
-# Planned weights, and bytes beyond them: below, what is measured is the cost of calling kernels and the noise of the allocator.
+# Planned weights, and bytes beyond them: below, what is measured is the cost of calling kernels and the noise of the
+# allocator.
 _LEAST_WEIGHTS_GIB, _LEAST_GIB = 0.5, 0.1
 _HEADROOM = 0.85  # of the memory that ended: what a change has to come down to
 

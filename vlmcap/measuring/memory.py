@@ -60,7 +60,10 @@ class MemoryUse:
         return Use(grown, grown)
 
     def context_gib(self) -> float:
-        """What is taken on the GPU beside PyTorch's allocator: the context, kernels and workspaces, and other programs'."""
+        """What is taken on the GPU beside PyTorch's allocator.
+
+        The context, kernels and workspaces, and other programs'.
+        """
         if not self.is_cuda:
             return 0.0
         free, total = torch.cuda.mem_get_info(self.device)

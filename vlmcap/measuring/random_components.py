@@ -1,6 +1,9 @@
-"""A configuration's captioner at true size, or cut to few blocks, with random weights: no download, and no copy in the host's memory.
+"""A configuration's captioner at true size, or cut to few blocks, with random weights.
 
-Same classes, number formats, adapters and attention as `assemble` gives. Values are random, so what it writes means nothing.
+No download, and no copy in the host's memory.
+
+Same classes, number formats, adapters and attention as `assemble` gives. Values are random, so what it writes means
+nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +92,10 @@ def _total_blocks(num_blocks: int, layer: int) -> int:
 
 
 def _cut(values: dict[str, Any], num_blocks: int) -> None:
-    """Fewer blocks in the part of a `config.json`, in place; Qwen's towers call them depth, and name layers that give features."""
+    """Fewer blocks in the part of a `config.json`, in place.
+
+    Qwen's towers call them depth, and name layers that give features.
+    """
     for key in ("num_hidden_layers", "depth"):
         if key in values:
             values[key] = min(int(values[key]), num_blocks)
@@ -195,7 +201,8 @@ def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[st
 def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> Any:
     """The module with random weights in the place of those on the meta device; what was shared stays shared.
 
-    Norms' weights are 1 and vectors 0, tables such as rotary frequencies what transformers computes, packed weights quantised one by one.
+    Norms' weights are 1 and vectors 0, tables such as rotary frequencies what transformers computes, packed weights
+    quantised one by one.
 
     Args:
         module: On the meta device, changed in place.

@@ -1,4 +1,6 @@
-"""Training steps and captions of a captioner with random weights, taken by the trainer of a run: their time and their memory.
+"""Training steps and captions of a captioner with random weights, taken by the trainer of a run.
+
+Their time and their memory.
 
 Legend: B clips, F frames, P patches per frame, Dv vision width.
 """
@@ -33,7 +35,8 @@ from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch, ValidationBatch
 
 NUM_TIMED = 2  # optimiser steps on captions as long as the data's
-# With the first one, which takes memory and chooses kernels, and a last one on the longest captions, which takes the most memory.
+# With the first one, which takes memory and chooses kernels, and a last one on the longest captions, which takes the
+# most memory.
 NUM_STEPS = NUM_TIMED + 2
 MOST_MICRO = 2  # batches per step where gradients are accumulated: the second finds the gradients of the first, as all later ones would
 _RATE = 1e-6

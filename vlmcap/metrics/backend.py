@@ -1,9 +1,9 @@
 """Who computes: our own scores, or the reference package's scorers in their place.
 
-`pycocoevalcap` is for whoever must report numbers that COCO's package itself has computed: its `Bleu`, `Cider` and `Rouge` run on our
-tokens, under the same keys. They agree with ours to 1e-9 and take longer. Not run are its tokeniser, which needs Java, shifts pairs at
-some line separators and adds nothing for Hangul; its METEOR, a Java program that cuts Hangul into syllables; and its SPICE, which
-downloads models and reads English only.
+`pycocoevalcap` is for whoever must report numbers that COCO's package itself has computed: its `Bleu`, `Cider` and
+`Rouge` run on our tokens, under the same keys. They agree with ours to 1e-9 and take longer. Not run are its tokeniser,
+which needs Java, shifts pairs at some line separators and adds nothing for Hangul; its METEOR, a Java program that cuts
+Hangul into syllables; and its SPICE, which downloads models and reads English only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, Tokenizer, get_tokenize
 
 BACKENDS: tuple[str, ...] = ("native", "pycocoevalcap")
 COCO_METRICS: tuple[str, ...] = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l")
-"""What the reference package computes. Its "CIDEr" is `cider_d`; `cider`, without the length penalty, is ours whatever the backend."""
+"""What the reference package computes.
+
+Its "CIDEr" is `cider_d`; `cider`, without the length penalty, is ours whatever the backend.
+"""
 
 
 def check_backend(backend: str) -> None:
@@ -49,10 +52,12 @@ def score_with(
         synonyms: As in `score_captions`.
 
     Returns:
-        Name to score, in the order asked for. A single clip has CIDEr-D 0 from pycocoevalcap, and NaN from us, as it says nothing.
+        Name to score, in the order asked for. A single clip has CIDEr-D 0 from pycocoevalcap, and NaN from us, as it
+        says nothing.
 
     Raises:
-        UserError: As in `score_captions`, or the backend is unknown, not installed, or cannot score references without any token.
+        UserError: As in `score_captions`, or the backend is unknown, not installed, or cannot score references without
+            any token.
     """
     check_backend(backend)
     if backend == "native":

@@ -39,16 +39,18 @@ def read_captions(predictions: Path, references: Sequence[Path] = ()) -> Caption
     """The predictions of one file with the references in it, or in others.
 
     Args:
-        predictions: JSONL with `prediction`, and with `references` (a list, or one text) and `id` where there are some; JSON, a list of
-            such objects or of COCO's results (`image_id`, `caption`); or text, a caption a line.
-        references: None if they stand in the first file. Else one file of JSONL or JSON with `references` and `id`, or COCO's annotations;
-            or text files, whose lines belong to the predictions in order, each file giving every clip one reference.
+        predictions: JSONL with `prediction`, and with `references` (a list, or one text) and `id` where there are some;
+            JSON, a list of such objects or of COCO's results (`image_id`, `caption`); or text, a caption a line.
+        references: None if they stand in the first file. Else one file of JSONL or JSON with `references` and `id`, or
+            COCO's annotations; or text files, whose lines belong to the predictions in order, each file giving every
+            clip one reference.
 
     Returns:
         The corpus; texts are not checked beyond their place.
 
     Raises:
-        UserError: A file is not there, not UTF-8 or not as described, or predictions and references do not belong together.
+        UserError: A file is not there, not UTF-8 or not as described, or predictions and references do not belong
+            together.
     """
     entries = _read_entries(predictions, "prediction")
     if not references:
@@ -68,7 +70,8 @@ def _join_lines(entries: list[_Entry], paths: Sequence[Path]) -> CaptionFile:
     for path, lines in zip(paths, streams, strict=True):
         if len(lines) != len(entries):
             raise UserError(
-                f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to prediction n."
+                f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to "
+                "prediction n."
             )
     # An empty line in one of several files says that this clip has fewer references.
     rows = [[line for line in row if line.strip()] or [row[0]] for row in zip(*streams, strict=True)]
@@ -198,7 +201,8 @@ def check_captions(predictions: Sequence[str], references: Sequence[Sequence[str
             raise UserError(f"{name} must be a list with an entry for each clip, got {_kind(given)}.")
     if len(predictions) != len(references):
         raise UserError(
-            f"There are {len(predictions)} predictions but {len(references)} lists of references: each clip needs one of both."
+            f"There are {len(predictions)} predictions but {len(references)} lists of references: each clip needs one "
+            "of both."
         )
     if len(predictions) == 0:
         raise UserError("There are no captions to score: give at least one prediction with its references.")

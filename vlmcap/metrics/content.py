@@ -1,13 +1,16 @@
 """Precision and recall of content words by class: does the caption name what is there, in whatever words around it?
 
-mecab-ko says which morphemes carry content: common nouns (NNG), proper nouns (NNP), verbs (VV), adjectives (VA and roots, XR), numbers
-(SN, NR and counting determiners such as 두), and foreign words (SL, SH: BBC, 漢字). Stems are compared, so tense and particles do not
-count; 하다, 되다, 있다, 없다 are left out, as are bound nouns and adverbs. A word matches the same word of the same class, as often as both
-have it. Order does not count, and neither does the clip's meaning: a caption may say the right words of the wrong thing.
+mecab-ko says which morphemes carry content: common nouns (NNG), proper nouns (NNP), verbs (VV), adjectives (VA and
+roots, XR), numbers (SN, NR and counting determiners such as 두), and foreign words (SL, SH: BBC, 漢字). Stems are
+compared, so tense and particles do not count; 하다, 되다, 있다, 없다 are left out, as are bound nouns and adverbs. A
+word matches the same word of the same class, as often as both have it. Order does not count, and neither does the
+clip's meaning: a caption may say the right words of the wrong thing.
 
-    precision = matched words / content words of the captions,   recall = matched words / content words of the references
+    precision = matched words / content words of the captions,   recall = matched words / content words of the
+    references
 
-summed over clips and, of several references, over the one with the best F1 (its recall is of that one, not of all together).
+summed over clips and, of several references, over the one with the best F1 (its recall is of that one, not of all
+together).
 """
 
 from __future__ import annotations
@@ -40,14 +43,16 @@ def content_scores(
     Args:
         predictions: One text a clip; normalised here.
         references: For each clip one or more texts.
-        synonyms: Word to list of words that count as the same, or the path of a JSON file that holds such an object; see `load_synonyms`.
+        synonyms: Word to list of words that count as the same, or the path of a JSON file that holds such an object;
+            see `load_synonyms`.
 
     Returns:
         `content_precision`, `content_recall`, `content_f1`, and for each class such as noun `content/noun_precision`,
         `content/noun_recall`; each between 0 and 1, NaN where there is no such word to be right about.
 
     Raises:
-        UserError: As in `score_captions`, the synonyms contradict each other or cannot be read, or mecab-ko is not installed.
+        UserError: As in `score_captions`, the synonyms contradict each other or cannot be read, or mecab-ko is not
+            installed.
     """
     return content_from_counts(content_counts(predictions, references, synonyms).sum(0))
 
@@ -55,7 +60,9 @@ def content_scores(
 def content_counts(
     predictions: Sequence[str], references: Sequence[Sequence[str]], synonyms: Synonyms | str | Path | None = None
 ) -> npt.NDArray[np.int64]:
-    """What `content_scores` sums: for each clip and class the words matched, said, and in the reference, shape (N, 6, 3).
+    """What `content_scores` sums.
+
+    For each clip and class the words matched, said, and in the reference, shape (N, 6, 3).
 
     Classes are in the order of `CONTENT_CLASS_NAMES`. Arguments and errors are those of `content_scores`.
     """
@@ -86,8 +93,8 @@ def content_from_counts(counts: npt.NDArray[np.int64]) -> dict[str, float]:
 def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
     """Each word and each stem of the synonyms to the one word that stands for its group.
 
-    Words are written as in a dictionary: "달리다": ["뛰다", "질주하다"] counts for every form of these verbs. Within a group still only
-    words of one class match: a noun does not stand for a verb.
+    Words are written as in a dictionary: "달리다": ["뛰다", "질주하다"] counts for every form of these verbs. Within a
+    group still only words of one class match: a noun does not stand for a verb.
 
     Args:
         synonyms: Word to list of words, the path of a JSON file with such an object in UTF-8, or None.
@@ -109,7 +116,8 @@ def load_synonyms(synonyms: Synonyms | str | Path | None) -> dict[str, str]:
         for form in dict.fromkeys(form for other in (word, *others) for form in _dictionary_forms(other)):
             if group.setdefault(form, normalize(word)) != normalize(word):
                 raise UserError(
-                    f"{where}: {form!r} counts as both {group[form]!r} and {normalize(word)!r}; put it into one of the lists."
+                    f"{where}: {form!r} counts as both {group[form]!r} and {normalize(word)!r}; put it into one of "
+                    "the lists."
                 )
     return group
 
@@ -122,7 +130,10 @@ def _read(path: str | Path) -> Any:
 
 
 def _dictionary_forms(word: str) -> list[str]:
-    """The word, and as "-" after it the stem if it may be a verb's dictionary form; mecab gives stems, and of 이동하다 the noun 이동."""
+    """The word, and as "-" after it the stem if it may be a verb's dictionary form.
+
+    Mecab gives stems, and of 이동하다 the noun 이동.
+    """
     word = normalize(word).lower()
     for ending in ("하다", "되다"):
         if len(word) > len(ending) and word.endswith(ending):

@@ -1,4 +1,6 @@
-"""References counted once, and captions counted against them: all that BLEU, CIDEr and ROUGE-L of clips and of corpora come from.
+"""References counted once, and captions counted against them.
+
+All that BLEU, CIDEr and ROUGE-L of clips and of corpora come from.
 
     references = ReferenceCorpus(tokens_of_references)          # once
     statistics = clip_statistics(tokens_of_captions, references)  # each epoch
@@ -53,7 +55,9 @@ CHUNK_TOKENS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class OrderCounts:
-    """The n-grams of one order in all references; R captions, G distinct n-grams, E entries sorted by caption and n-gram.
+    """The n-grams of one order in all references.
+
+    R captions, G distinct n-grams, E entries sorted by caption and n-gram.
 
     Attributes:
         keys: What names each n-gram, sorted, shape (G,); empty for order 1, where the token's id does.
@@ -133,7 +137,10 @@ class ReferenceCorpus:
         return orders
 
     def _order(self, table: Ints, pieces: list[Counts], bounds: Ints, size: int) -> OrderCounts:
-        """One order from the counts of chunks; the captions of a chunk are numbered from 0, the first of them is at `bounds`."""
+        """One order from the counts of chunks.
+
+        The captions of a chunk are numbered from 0, the first of them is at `bounds`.
+        """
         captions = np.diff(bounds).tolist()
         ngram = np.concatenate([piece.ngram.astype(np.int32) for piece in pieces])
         times = np.concatenate([piece.times.astype(np.int32) for piece in pieces])
@@ -176,7 +183,10 @@ class ClipStatistics:
     rouge_l: Floats
 
     def take(self, rows: npt.ArrayLike) -> ClipStatistics:
-        """The statistics of some clips: by number, repeated ones counted as often, or by a mask. Document frequencies stay as they were."""
+        """The statistics of some clips: by number, repeated ones counted as often, or by a mask.
+
+        Document frequencies stay as they were.
+        """
         return ClipStatistics(*(getattr(self, field.name)[np.asarray(rows)] for field in fields(self)))
 
 
@@ -184,8 +194,8 @@ def clip_statistics(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
     """The counts and scores of each clip.
 
     Args:
-        hypotheses: The tokens of one prediction a clip, in the order of the references. A generator is read as it goes, so a large corpus
-            need not be held.
+        hypotheses: The tokens of one prediction a clip, in the order of the references. A generator is read as it goes,
+            so a large corpus need not be held.
         references: The references, counted.
 
     Returns:

@@ -1,4 +1,7 @@
-"""What overlap scores do not show: a model that says the same for every clip, that repeats itself, or that stops early."""
+"""What overlap scores do not show.
+
+A model that says the same for every clip, that repeats itself, or that stops early.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ from vlmcap.metrics.ngrams import Tokens, closest_length
 from vlmcap.metrics.tokenizers import normalize
 
 COLLAPSED_DISTINCT_RATIO = 0.5
-"""Below this share of distinct captions `collapse_warning` speaks: people hardly ever describe two clips in the same words, and collapsed
+"""Below this share of distinct captions `collapse_warning` speaks.
+
+People hardly ever describe two clips in the same words, and collapsed
 models were seen at 0.04 to 0.11. Few clips of few kinds, as in a demo, may go below it honestly."""
 
 COLLAPSED_REPETITION_RATE = 0.2
-"""Above this share of repeated 4-grams within captions `collapse_warning` speaks; captions that say everything twice have 0.5, or one in
+"""Above this share of repeated 4-grams within captions `collapse_warning` speaks.
+
+Captions that say everything twice have 0.5, or one in
 five of them has been caught in a loop that fills it."""
 
 _ORDER = 4
@@ -26,7 +33,8 @@ _FEWEST_FOR_WARNING = 8
 def distinct_ratio(predictions: Sequence[str]) -> float:
     """Distinct normalised predictions divided by predictions, above 0 and at most 1.
 
-    A collapsed model says a handful of captions for every clip; 0.04 to 0.11 was seen while a reference-free score rose.
+    A collapsed model says a handful of captions for every clip; 0.04 to 0.11 was seen while a reference-free score
+    rose.
 
     Args:
         predictions: One text a clip, at least one.
@@ -77,10 +85,13 @@ def repetition_rate(hypotheses: Sequence[Tokens]) -> float:
 def self_bleu(
     hypotheses: Sequence[Tokens], *, captions: int = _SELF_BLEU_CAPTIONS, others: int = _SELF_BLEU_OTHERS, seed: int = 0
 ) -> float:
-    """How much captions repeat each other: the mean BLEU-4 of a caption against other captions (Zhu et al., "Texygen", SIGIR 2018).
+    """How much captions repeat each other.
 
-    0 is all different, 1 all the same. It grows with the number of others, so compare only values of equal sizes. Over N captions it takes
-    N^2 comparisons; here a seeded sample bounds them: at most `captions` captions, each against the same `others` captions less itself.
+    The mean BLEU-4 of a caption against other captions (Zhu et al., "Texygen", SIGIR 2018).
+
+    0 is all different, 1 all the same. It grows with the number of others, so compare only values of equal sizes. Over
+    N captions it takes N^2 comparisons; here a seeded sample bounds them: at most `captions` captions, each against the
+    same `others` captions less itself.
 
     Args:
         hypotheses: The tokens of one prediction a clip.
@@ -89,7 +100,8 @@ def self_bleu(
         seed: Chooses the samples; the same seed and sizes give the same clips, whatever the captions.
 
     Returns:
-        The mean, from 0 to 1, with n-grams that do not occur counted as 1e-15 matches as in BLEU here; NaN for fewer than two captions.
+        The mean, from 0 to 1, with n-grams that do not occur counted as 1e-15 matches as in BLEU here; NaN for fewer
+        than two captions.
     """
     if len(hypotheses) < 2:
         return math.nan
@@ -110,8 +122,9 @@ def self_bleu(
 def collapse_warning(predictions: Sequence[str]) -> str | None:
     """One sentence for the log when the captions have collapsed, None when they have not.
 
-    They have when fewer than half are distinct (`COLLAPSED_DISTINCT_RATIO`, from eight clips on), or when more than a fifth of the 4-grams
-    of words are said before in the same caption (`COLLAPSED_REPETITION_RATE`). Words are those of whitespace.
+    They have when fewer than half are distinct (`COLLAPSED_DISTINCT_RATIO`, from eight clips on), or when more than a
+    fifth of the 4-grams of words are said before in the same caption (`COLLAPSED_REPETITION_RATE`). Words are those of
+    whitespace.
 
     Args:
         predictions: One text a clip.
@@ -123,7 +136,8 @@ def collapse_warning(predictions: Sequence[str]) -> str | None:
         common, count = Counter(normalize(text) for text in predictions).most_common(1)[0]
         shown = common if len(common) <= 60 else f"{common[:60]}…"
         return (
-            f"The captions have collapsed: only {ratio:.0%} of {len(predictions)} are distinct, and {count} clips get {shown!r}; "
+            f"The captions have collapsed: only {ratio:.0%} of {len(predictions)} are distinct, and {count} clips get "
+            f"{shown!r}; "
             "overlap scores are not to be trusted."
         )
     repeated = repetition_rate([normalize(text).split() for text in predictions])
@@ -137,7 +151,10 @@ def _ngrams(tokens: Tokens, order: int) -> list[tuple[str, ...]]:
 
 
 def _bleu(tokens: Tokens, references: list[list[Counter[tuple[str, ...]]]], lengths: list[int]) -> float:
-    """BLEU-4 of one caption with the constants of `vlmcap.metrics.ngram_scores`; the others are counted once, unlike there."""
+    """BLEU-4 of one caption with the constants of `vlmcap.metrics.ngram_scores`.
+
+    The others are counted once, unlike there.
+    """
     product = 1.0
     for order in range(_ORDER):
         ngrams = Counter(_ngrams(tokens, order + 1))

@@ -1,7 +1,8 @@
 """Do captions state the right facts of their own clip? Overlap scores reward style; facts need the video.
 
-A fact (place, direction) has values (sea, mountain), and a value has phrases, any of which in a caption says that value. Beside the
-accuracy stands what the same predictions reach on the wrong clips: a model that ignores the video scores the same on both.
+A fact (place, direction) has values (sea, mountain), and a value has phrases, any of which in a caption says that
+value. Beside the accuracy stands what the same predictions reach on the wrong clips: a model that ignores the video
+scores the same on both.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class FactLexicon:
             The lexicon.
 
         Raises:
-            UserError: The shape is another, there is no fact, a fact is called "mean", a phrase is empty or says two values of a fact.
+            UserError: The shape is another, there is no fact, a fact is called "mean", a phrase is empty or says two
+                values of a fact.
         """
         if not isinstance(facts, dict) or not facts:
             raise UserError(
@@ -75,13 +77,17 @@ class FactLexicon:
     def extract(self, text: str) -> dict[str, str | None]:
         """The value that the text states for each fact; None where it states none or more than one.
 
-        Phrases are found anywhere in the normalised text, inside words too, because Korean particles and endings attach to them. A phrase
-        inside a longer phrase of the same fact does not count: "바닷가" does not say what "바닷가 마을" says.
+        Phrases are found anywhere in the normalised text, inside words too, because Korean particles and endings attach
+        to them. A phrase inside a longer phrase of the same fact does not count: "바닷가" does not say what "바닷가
+        마을" says.
         """
         return {fact: _only({value for _, _, value in spans}) for fact, spans in self.find(text).items()}
 
     def find(self, text: str) -> dict[str, list[Span]]:
-        """Where the normalised text states each fact: start, end and value of the phrases that count, in the order of the text."""
+        """Where the normalised text states each fact.
+
+        Start, end and value of the phrases that count, in the order of the text.
+        """
         normalized = normalize(text)
         return {fact: _find(normalized, phrases) for fact, phrases in self.phrases.items()}
 
@@ -93,11 +99,13 @@ def fact_accuracy(
 
     Args:
         predictions: One text a clip.
-        references: For each clip one or more texts; the first one decides. A clip counts for a fact only if it states it.
+        references: For each clip one or more texts; the first one decides. A clip counts for a fact only if it states
+            it.
         lexicon: The facts to look for.
 
     Returns:
-        A number between 0 and 1 for each fact, NaN for one that no reference states, and under "mean" the mean over the others.
+        A number between 0 and 1 for each fact, NaN for one that no reference states, and under "mean" the mean over the
+        others.
 
     Raises:
         UserError: The captions are none, unequal in number, or not texts.
@@ -127,12 +135,14 @@ def permutation_expectation(
 ) -> dict[str, float]:
     """The accuracy to expect when every clip gets the prediction of another clip, for each fact, and the mean over facts.
 
-    It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j of which reference j states the
-    fact. With n clips, and counts of each value v among all predictions and among the m references that state the fact, it is
+    It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j of which
+    reference j states the fact. With n clips, and counts of each value v among all predictions and among the m
+    references that state the fact, it is
 
         (sum_v predicted(v) * stated(v)  -  matches on the own clip) / (m (n - 1)),
 
-    which tends to sum_v p_predicted(v) * p_stated(v) for many clips. A model whose accuracy is not above it has not looked at the video.
+    which tends to sum_v p_predicted(v) * p_stated(v) for many clips. A model whose accuracy is not above it has not
+    looked at the video.
 
     Args:
         predictions: One text a clip.
@@ -204,7 +214,8 @@ def _phrases_of(values: object, where: str) -> dict[str, str]:
                 raise UserError(f"The value {value!r} of {where} has a phrase that is empty or no text.")
             if phrases.setdefault(phrase, value) != value:
                 raise UserError(
-                    f"The phrase {phrase!r} of {where} says both {phrases[phrase]!r} and {value!r}: keep it in one of them."
+                    f"The phrase {phrase!r} of {where} says both {phrases[phrase]!r} and {value!r}: keep it in one of "
+                    "them."
                 )
     return phrases
 

@@ -2,23 +2,27 @@
 
     F = P R / (alpha P + (1 - alpha) R),   penalty = gamma (chunks / matches)^beta,   METEOR = (1 - penalty) F
 
-P and R are the weight of the matches over the weight of all tokens of hypothesis and reference, where a content word weighs delta and a
-function word 1 - delta; chunks are runs of matches that are adjacent, in order, in both. The parameters are those that METEOR 1.5 has for
-English, which COCO's evaluation uses for every language: alpha = 0.85, beta = 0.2, gamma = 0.6, delta = 0.75.
+P and R are the weight of the matches over the weight of all tokens of hypothesis and reference, where a content word
+weighs delta and a function word 1 - delta; chunks are runs of matches that are adjacent, in order, in both. The
+parameters are those that METEOR 1.5 has for English, which COCO's evaluation uses for every language: alpha = 0.85,
+beta = 0.2, gamma = 0.6, delta = 0.75.
 
-Left out are stems, WordNet synonyms, paraphrase tables, and the English words among the function words; they hold nothing for Hangul. So
-on Korean tokens the numbers are those of the jar with `-l en -m exact`; on English they lie below METEOR's. COCO's evaluation adds `-norm`,
-which cuts Hangul into syllables whatever tokens it is given: its METEOR of a Korean caption is close to that of the tokeniser `char` here.
+Left out are stems, WordNet synonyms, paraphrase tables, and the English words among the function words; they hold
+nothing for Hangul. So on Korean tokens the numbers are those of the jar with `-l en -m exact`; on English they lie
+below METEOR's. COCO's evaluation adds `-norm`, which cuts Hangul into syllables whatever tokens it is given: its METEOR
+of a Korean caption is close to that of the tokeniser `char` here.
 
-For the corpus, matches, chunks and weights are summed before the formula, as the jar does; of several references the best one counts.
+For the corpus, matches, chunks and weights are summed before the formula, as the jar does; of several references the
+best one counts.
 
-`meteor_ko` has the same alignment over Korean stems, as METEOR does to English with its stem stage, with mecab-ko in the
-stemmer's place. The text is taken apart into morphemes, so an inflected verb or adjective matches at its stem whatever its
-ending (달립니다, 달렸다, 달리는: 달리). Particles, endings, auxiliary verbs, affixes and punctuation are the function words:
-each weighs 1 - delta = 0.25 against 0.75, and matches if it is the same one, forms that only the sound before them chooses
-counted as one (이/가, 을/를, 았/었, ㅂ니다/습니다). A content word matches a content word, never a function word that looks
-like it. The parameters are those that METEOR 1.5 tuned on English: no Korean judgements have tuned these. Compare runs by
-it, not with METEOR of published work. Synonyms are not matched; `content_scores` takes a file of them.
+`meteor_ko` has the same alignment over Korean stems, as METEOR does to English with its stem stage, with mecab-ko in
+the stemmer's place. The text is taken apart into morphemes, so an inflected verb or adjective matches at its stem
+whatever its ending (달립니다, 달렸다, 달리는: 달리). Particles, endings, auxiliary verbs, affixes and punctuation are
+the function words: each weighs 1 - delta = 0.25 against 0.75, and matches if it is the same one, forms that only the
+sound before them chooses counted as one (이/가, 을/를, 았/었, ㅂ니다/습니다). A content word matches a content word,
+never a function word that looks like it. The parameters are those that METEOR 1.5 tuned on English: no Korean
+judgements have tuned these. Compare runs by it, not with METEOR of published work. Synonyms are not matched;
+`content_scores` takes a file of them.
 """
 
 from __future__ import annotations
@@ -43,9 +47,11 @@ _FUNCTION_WORDS = frozenset(
 # Begins the token of a function word; normalised text holds no tab.
 _MARK = "\t"
 _SAME = (
-    "이 가|은 는|을 를|와 과|로 으로|로서 으로서|로써 으로써|아 야|이나 나|이랑 랑|이라는 라는|이라고 라고",  # particles
+    "이 가|은 는|을 를|와 과|로 으로|로서 으로서|로써 으로써|아 야|이나 나|이랑 랑|이라는 라는|이라고 "
+    "라고",  # particles
     "았 었 였|아 어 여|아서 어서 여서|아요 어요 여요|아도 어도 여도|아야 어야 여야|며 으며|면 으면|면서 으면서|"
-    "ᄂ 은 ᆫ|ᄅ 을 ᆯ|ᄇ니다 습니다 ᆸ니다|ᄂ다 는다 ᆫ다",  # endings; the dictionary writes their final consonants in either way
+    "ᄂ 은 ᆫ|ᄅ 을 ᆯ|ᄇ니다 습니다 ᆸ니다|ᄂ다 는다 "
+    "ᆫ다",  # endings; the dictionary writes their final consonants in either way
 )
 _PARTICLES, _ENDINGS = (
     {form: forms.split()[0] for forms in table.split("|") for form in forms.split()} for table in _SAME
@@ -169,9 +175,12 @@ def _pair_statistics(
 
 
 class _Beam:
-    """The best alignments of the reference up to some token, in order; parallel lists, as this is the inner loop of METEOR.
+    """The best alignments of the reference up to some token, in order.
 
-    The rank of an alignment holds (misses, chunks closed, distance) in one integer, so that it compares like the triple; lower is better.
+    Parallel lists, as this is the inner loop of METEOR.
+
+    The rank of an alignment holds (misses, chunks closed, distance) in one integer, so that it compares like the
+    triple; lower is better.
 
     Attributes:
         ranks: Sorted ranks, less `base`.
@@ -196,7 +205,10 @@ class _Beam:
         self._extend_all(distance, going_on=position, end=position + 1)
 
     def _extend_all(self, cost: int, going_on: int, end: int) -> None:
-        """Adds the cost to all, and a chunk to those whose growing chunk does not go on at that position; all get the new end."""
+        """Adds the cost to all, and a chunk to those whose growing chunk does not go on at that position.
+
+        All get the new end.
+        """
         closes = [old not in (-1, going_on) for old in self.ends]
         self.base += cost
         if all(closes):
@@ -212,13 +224,15 @@ class _Beam:
     def branch(self, choices: list[tuple[int, int, int]]) -> None:
         """Extends each alignment by a match at each free choice (position, its bit, its distance in a code), and by no match.
 
-        METEOR 1.5 adds the distance of an uncertain match to the choices tried after it, not to the match itself. That decides ties, and
-        so the number of chunks of long captions: without it a third of 60 generated ones had other chunks than the jar's.
+        METEOR 1.5 adds the distance of an uncertain match to the choices tried after it, not to the match itself. That
+        decides ties, and so the number of chunks of long captions: without it a third of 60 generated ones had other
+        chunks than the jar's.
         """
         chunk, miss, width = self.chunk << _SERIAL_BITS, self.miss << _SERIAL_BITS, len(choices) + 1
         lengthening = {position for position, _, _ in choices}
-        # A code is a rank and, below it, the serial number of the candidate: sorted codes are stably sorted ranks. No extension lowers a
-        # rank, so once a beam of candidates is known, whatever lies above its last can be dropped unseen.
+        # A code is a rank and, below it, the serial number of the candidate: sorted codes are stably sorted ranks. No
+        # extension lowers a rank, so once a beam of candidates is known, whatever lies above its last can be dropped
+        # unseen.
         limit, codes = math.inf, []
         for index, (rank, end, used) in enumerate(zip(self.ranks, self.ends, self.used, strict=True)):
             code = rank << _SERIAL_BITS | index * width
@@ -261,8 +275,8 @@ class _Beam:
 def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
     """Matched hypothesis positions (as bits) and chunks of the alignment with most matches, then fewest chunks, then least distance.
 
-    Only words that occur more than once leave a choice, yet the best choice is hard to find in general: like METEOR, a beam search over the
-    reference from left to right keeps the 40 best alignments, a tie going to the one found first.
+    Only words that occur more than once leave a choice, yet the best choice is hard to find in general: like METEOR, a
+    beam search over the reference from left to right keeps the 40 best alignments, a tie going to the one found first.
     """
     positions: defaultdict[str, list[int]] = defaultdict(list)
     for position, token in enumerate(hypothesis):

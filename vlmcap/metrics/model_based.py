@@ -1,11 +1,14 @@
-"""Scores by pretrained models: SigLIP's image-text score and BERTScore. Optional, and never alone: they stand beside the overlap scores.
+"""Scores by pretrained models: SigLIP's image-text score and BERTScore.
 
-Both need checkpoints that are named by hand, torch and transformers (`pip install "vlmcap[model-scores]"`); this module imports them only
-when a scorer is built. Any hub id or folder in Hugging Face layout does, such as google/siglip2-so400m-patch14-384 and klue/bert-base.
+Optional, and never alone: they stand beside the overlap scores.
 
-The trap of a score without references: on long Korean captions of background videos SigLIP's score *rose* while the model collapsed to a
-few captions for all clips (4 to 11 % distinct). A caption that fits every clip a little fits each of them. Read it with
-`distinct_ratio`, and only beside a score that knows references.
+Both need checkpoints that are named by hand, torch and transformers (`pip install "vlmcap[model-scores]"`); this module
+imports them only when a scorer is built. Any hub id or folder in Hugging Face layout does, such as
+google/siglip2-so400m-patch14-384 and klue/bert-base.
+
+The trap of a score without references: on long Korean captions of background videos SigLIP's score *rose* while the
+model collapsed to a few captions for all clips (4 to 11 % distinct). A caption that fits every clip a little fits each
+of them. Read it with `distinct_ratio`, and only beside a score that knows references.
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ class ImageTextScore(NamedTuple):
 class SiglipScorer:
     """Image-text score by SigLIP or SigLIP 2 (Zhai et al., ICCV 2023, arXiv:2303.15343; Tschannen et al., 2025, arXiv:2502.14786).
 
-        cosine = mean over frames f and sentences s of <f, s> / (|f| |s|),    probability = mean of sigmoid(exp(t) cosine + b)
+        cosine = mean over frames f and sentences s of <f, s> / (|f| |s|),    probability = mean of sigmoid(exp(t)
+        cosine + b)
 
-    with the t and b of the checkpoint. SigLIP 2's text tower is multilingual but reads 64 tokens; a caption of 575 Korean characters has
-    several times as many. So captions are judged sentence by sentence, and sentences that are cut nevertheless are counted.
+    with the t and b of the checkpoint. SigLIP 2's text tower is multilingual but reads 64 tokens; a caption of 575
+    Korean characters has several times as many. So captions are judged sentence by sentence, and sentences that are cut
+    nevertheless are counted.
 
     Args:
         checkpoint: A `SiglipModel` or `Siglip2Model` with its tokeniser and image processor.
@@ -62,7 +67,8 @@ class SiglipScorer:
         self.model = _load(AutoModel, checkpoint, "siglip_checkpoint", dtype="float32").eval().to(device)
         if self.model.config.model_type not in {"siglip", "siglip2"}:
             raise UserError(
-                f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model: give one of SigLIP or SigLIP 2."
+                f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model: give one of SigLIP or "
+                "SigLIP 2."
             )
         self.tokenizer = _load(AutoTokenizer, checkpoint, "siglip_checkpoint")
         self.processor = _load(AutoImageProcessor, checkpoint, "siglip_checkpoint")
@@ -111,7 +117,8 @@ class SiglipScorer:
 
         parts = []
         for batch in _batches(texts, self.batch_size):
-            # It was trained on texts padded to one length, without a mask, and reads the last position: padding is part of the input.
+            # It was trained on texts padded to one length, without a mask, and reads the last position: padding is part
+            # of the input.
             inputs = self.tokenizer(
                 list(batch), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
             )
@@ -140,11 +147,13 @@ class BertScore(NamedTuple):
 class BertScorer:
     """BERTScore (Zhang et al., "BERTScore: evaluating text generation with BERT", ICLR 2020, arXiv:1904.09675).
 
-        P = sum_i w_i max_j <h_i, r_j> / sum_i w_i over the prediction's tokens i,   R the same over the reference's,   F1 = 2 P R / (P + R)
+        P = sum_i w_i max_j <h_i, r_j> / sum_i w_i over the prediction's tokens i,   R the same over the reference's,
+        F1 = 2 P R / (P + R)
 
-    with unit vectors h and r of one hidden layer and w = 1, or the inverse document frequency log((N + 1) / (df + 1)) over the N reference
-    texts. Tokens that the tokeniser adds are left out, as in torchmetrics. There is no rescaling by a baseline, so scores of unrelated
-    Korean texts are far from 0: compare, and only with the same checkpoint and layer.
+    with unit vectors h and r of one hidden layer and w = 1, or the inverse document frequency log((N + 1) / (df + 1))
+    over the N reference texts. Tokens that the tokeniser adds are left out, as in torchmetrics. There is no rescaling
+    by a baseline, so scores of unrelated Korean texts are far from 0: compare, and only with the same checkpoint and
+    layer.
 
     Args:
         checkpoint: A text encoder, such as `BertModel`, with its tokeniser.

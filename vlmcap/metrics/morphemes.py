@@ -1,7 +1,8 @@
 """Korean text as morphemes with their part of speech: what says which words carry content.
 
-mecab-ko writes an inflected word as one token ("달립니다", VV+EF) with its parts beside it (달리/VV, ᄇ니다/EF). Here the parts are the
-morphemes, so that every form of a verb has one stem. Tags are those of the Sejong corpus as mecab-ko-dic has them.
+mecab-ko writes an inflected word as one token ("달립니다", VV+EF) with its parts beside it (달리/VV, ᄇ니다/EF). Here
+the parts are the morphemes, so that every form of a verb has one stem. Tags are those of the Sejong corpus as
+mecab-ko-dic has them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import NamedTuple
 from vlmcap.errors import UserError
 from vlmcap.metrics.tokenizers import normalize
 
-# The class of a content word by its tag. Adverbs (천천히), bound nouns (것, 명) and determiners are in none: mecab does not tell
-# those that say something of the picture from those that do not, but for the numerals among the determiners, which `_NUMERALS` names.
+# The class of a content word by its tag. Adverbs (천천히), bound nouns (것, 명) and determiners are in none: mecab does
+# not tell those that say something of the picture from those that do not, but for the numerals among the determiners,
+# which `_NUMERALS` names.
 CONTENT_CLASSES: dict[str, str] = {
     "NNG": "noun",
     "NNP": "proper",
@@ -30,7 +32,8 @@ CONTENT_CLASSES: dict[str, str] = {
 _NUMERALS = frozenset(["한", "두", "세", "네", "다섯", "여섯", "일곱", "여덟", "아홉", "열", "스무"])
 # Verbs and adjectives that only carry the ending of what stands before them, or say that something is there.
 _LIGHT = frozenset(["하", "되", "있", "없", "이러", "그러"])
-# Tags of function words: particles (J), endings (E), copulas (VC), auxiliary verbs (VX), affixes but roots (XP, XS), punctuation.
+# Tags of function words: particles (J), endings (E), copulas (VC), auxiliary verbs (VX), affixes but roots (XP, XS),
+# punctuation.
 _FUNCTION_TAGS = ("J", "E", "VC", "VX", "XP", "XS", "SF", "SE", "SS", "SP", "SC", "SY")
 
 
@@ -97,7 +100,8 @@ def _parts(surface: str, features: str) -> tuple[Morpheme, ...]:
     if kind != "Inflect" or expression == "*":
         # A compound noun stays one word: 바닷가 is not 바닷 and 가.
         return (Morpheme(surface.lower(), tag.partition("+")[0]),)
-    # The dictionary writes a final consonant as an initial one (ᄇ니다); composing would not find the two equal, so forms stay as they are.
+    # The dictionary writes a final consonant as an initial one (ᄇ니다); composing would not find the two equal, so
+    # forms stay as they are.
     parts = (part.split("/") for part in expression.split("+"))
     return tuple(
         Morpheme(unicodedata.normalize("NFC", part[0]), part[1]) for part in parts if len(part) > 1 and part[0]

@@ -1,7 +1,8 @@
 """Captions as integers, and their n-grams counted by sorting: what BLEU and CIDEr are made of.
 
-An n-gram is a number: that of its first n - 1 tokens times 2^32, plus its last token, looked up in the sorted table of all n-grams of that
-order in the references. The place in the table is its id, from which the next order is made. Nothing is hashed, so nothing can collide.
+An n-gram is a number: that of its first n - 1 tokens times 2^32, plus its last token, looked up in the sorted table of
+all n-grams of that order in the references. The place in the table is its id, from which the next order is made.
+Nothing is hashed, so nothing can collide.
 """
 
 from __future__ import annotations
@@ -111,7 +112,10 @@ def is_first(ordered: Ints) -> npt.NDArray[np.bool_]:
 
 
 def distinct(values: Ints) -> Ints:
-    """The values, sorted, each once. Sorts them in place: half the memory and a tenth of the time of `np.unique` with its extras."""
+    """The values, sorted, each once.
+
+    Sorts them in place: half the memory and a tenth of the time of `np.unique` with its extras.
+    """
     values.sort()
     return values[is_first(values)]
 
@@ -129,7 +133,8 @@ def rank(prefix: Ints, token: Ints) -> tuple[Ints, Ints]:
     """The distinct pairs of prefix and token, joined and sorted, and for each pair its place among them."""
     token_bits, place_bits = _bits(token), len(token).bit_length()
     if _bits(prefix) + token_bits + place_bits < 64:
-        # The place of each pair rides along in the lowest bits: sorting numbers is several times faster than sorting places by numbers.
+        # The place of each pair rides along in the lowest bits: sorting numbers is several times faster than sorting
+        # places by numbers.
         packed = (prefix << token_bits | token) << place_bits | np.arange(len(token))
         packed.sort()
         order = packed & ((1 << place_bits) - 1)
@@ -147,7 +152,10 @@ def _bits(values: Ints) -> int:
 
 
 def number_ngrams(prefix: Ints, token: Ints, table: Ints) -> Ints:
-    """The place of each n-gram in the table; those that are not in it get numbers from its length on, equal ones the same."""
+    """The place of each n-gram in the table.
+
+    Those that are not in it get numbers from its length on, equal ones the same.
+    """
     once, places = rank(prefix, token)
     place, known = look_up(table, once)
     return np.where(known, place, len(table) + np.arange(len(once)))[places]
@@ -158,7 +166,8 @@ def numbered(captions: Packed, number: Callable[[int, Ints, Ints], Ints]) -> Ite
 
     Args:
         captions: Token ids, which are the numbers of order 1.
-        number: Given an order above 1, the number of each n-gram's first n - 1 tokens, and its last token, returns the n-grams' numbers.
+        number: Given an order above 1, the number of each n-gram's first n - 1 tokens, and its last token, returns the
+            n-grams' numbers.
     """
     caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
     numbers = last = captions.ids
@@ -176,7 +185,8 @@ def count_ngrams(captions: Packed, tables: Sequence[Ints]) -> list[Counts]:
 
     Args:
         captions: Token ids.
-        tables: The sorted keys of the known n-grams of order 2, 3 and 4. What is in none of them is numbered from its length on.
+        tables: The sorted keys of the known n-grams of order 2, 3 and 4. What is in none of them is numbered from its
+            length on.
     """
     pairs = numbered(captions, lambda order, prefix, last: number_ngrams(prefix, last, tables[order - 2]))
     return [count_pairs(caption, numbers) for caption, numbers in pairs]

@@ -2,13 +2,13 @@
 
     P = LCS / tokens of the hypothesis,  R = LCS / tokens of the reference,  F = (1 + b^2) P R / (R + b^2 P),  b = 1.2
 
-LCS is the length of the longest common subsequence. With several references the largest P and the largest R are taken, even from two
-different ones. Two empty captions count as equal. Tokens are compared as they are: packages that keep only ASCII words score identical
-Korean captions 0.
+LCS is the length of the longest common subsequence. With several references the largest P and the largest R are taken,
+even from two different ones. Two empty captions count as equal. Tokens are compared as they are: packages that keep
+only ASCII words score identical Korean captions 0.
 
-The LCS is computed a row of its table at a time, a bit a cell (Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004): from
-V = all ones, each token of the hypothesis makes V = (V + (V & M)) | (V & ~M), M having a bit at each place of that token in the reference;
-at the end the LCS is the number of zeros.
+The LCS is computed a row of its table at a time, a bit a cell (Hyyrö, "Bit-parallel LCS-length computation revisited",
+AWOCA 2004): from V = all ones, each token of the hypothesis makes V = (V + (V & M)) | (V & ~M), M having a bit at each
+place of that token in the reference; at the end the LCS is the number of zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from vlmcap.metrics.ngrams import Ints, Packed, rank
 
 _BETA = 1.2
 _WORD_BITS = 64
-# Steps of numpy cost a microsecond whatever they do, so a few long captions are quicker as Python's own long integers: measured.
+# Steps of numpy cost a microsecond whatever they do, so a few long captions are quicker as Python's own long integers:
+# measured.
 _PAIRS_PER_WORD = 40
 
 
@@ -109,7 +110,8 @@ def _place_masks(
     """A bit mask of places in the reference for each (pair, token).
 
     Returns:
-        The masks, shape (words, rows); the row of each token of each hypothesis, one pair behind the other; where each pair begins there.
+        The masks, shape (words, rows); the row of each token of each hypothesis, one pair behind the other; where each
+        pair begins there.
     """
     said, of_said, place = _spread(hypotheses, hypothesis)
     true, of_true, where = _spread(references, reference)
@@ -125,7 +127,10 @@ def _place_masks(
 
 
 def _spread(captions: Packed, which: Ints) -> tuple[Ints, Ints, Ints]:
-    """The tokens of the captions asked for, one behind the other; for each its number in `which`, and its place there."""
+    """The tokens of the captions asked for, one behind the other.
+
+    For each its number in `which`, and its place there.
+    """
     lengths = captions.lengths[which]
     owner = np.repeat(np.arange(len(which)), lengths)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -53,8 +53,9 @@ def score_captions(
 ) -> dict[str, float]:
     """The scores of a corpus of captions under their names.
 
-    Give the whole corpus at once: CIDEr, BLEU and METEOR of batches, averaged, are other numbers. The references of the last two corpora
-    stay counted in memory, some 90 bytes a token, so that scoring other predictions of the same clips splits only those.
+    Give the whole corpus at once: CIDEr, BLEU and METEOR of batches, averaged, are other numbers. The references of the
+    last two corpora stay counted in memory, some 90 bytes a token, so that scoring other predictions of the same clips
+    splits only those.
 
     Args:
         predictions: One caption a clip; an empty one counts as wrong, not as missing.
@@ -64,11 +65,12 @@ def score_captions(
         synonyms: Words that count as the same content word, as in `vlmcap.metrics.content.load_synonyms`.
 
     Returns:
-        Name to score, in the order asked for. BLEU, ROUGE-L and METEOR lie between 0 and 1, CIDEr and CIDEr-D between 0 and 10 (NaN with a
-        warning for a single clip), chrF++ between 0 and 100; the length ratio is ideally 1.
+        Name to score, in the order asked for. BLEU, ROUGE-L and METEOR lie between 0 and 1, CIDEr and CIDEr-D between 0
+        and 10 (NaN with a warning for a single clip), chrF++ between 0 and 100; the length ratio is ideally 1.
 
     Raises:
-        UserError: There is no caption, the numbers differ, a text is None, a clip has no reference, or a name is unknown.
+        UserError: There is no caption, the numbers differ, a text is None, a clip has no reference, or a name is
+            unknown.
     """
     check_captions(predictions, references)
     wanted = _check_metrics(metrics)
@@ -93,8 +95,8 @@ def score_each(
 ) -> list[dict[str, float]]:
     """The scores of each caption by itself, for a file of predictions: `cider`, `cider_d`, `rouge_l`, `bleu_4`.
 
-    CIDEr takes document frequencies from all the references given, so its mean, and that of ROUGE-L, is the score of the corpus; the mean
-    of BLEU is not.
+    CIDEr takes document frequencies from all the references given, so its mean, and that of ROUGE-L, is the score of
+    the corpus; the mean of BLEU is not.
 
     Args:
         predictions: One caption a clip.
@@ -148,7 +150,8 @@ def score_by_category(
 def corpus_chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """chrF++ of the corpus, from 0 to 100 as sacrebleu and the literature print it (Popovic, "chrF++", WMT 2017).
 
-    It needs no tokeniser, so it is the one overlap score that two groups can compare without agreeing on a morpheme analyser.
+    It needs no tokeniser, so it is the one overlap score that two groups can compare without agreeing on a morpheme
+    analyser.
 
     Character n-grams up to 6 without spaces, word n-grams up to 2, beta = 2. Of several references the best one counts.
 
@@ -211,13 +214,15 @@ class _Counted(NamedTuple):
     corpus: ReferenceCorpus
 
 
-# The references of a validation and a test split are the same in every epoch, and take longer to split than all scores to compute.
+# The references of a validation and a test split are the same in every epoch, and take longer to split than all scores
+# to compute.
 _COUNTED: deque[_Counted] = deque(maxlen=2)
 
 
 def count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> ReferenceCorpus:
     """The references of each clip, tokenised and counted, or what the same texts gave before."""
-    # The texts themselves are compared: equal strings that are one object cost nothing, and a changed one is never missed.
+    # The texts themselves are compared: equal strings that are one object cost nothing, and a changed one is never
+    # missed.
     texts = tuple(map(tuple, references))
     for counted in tuple(_COUNTED):
         if counted.tokenizer == tokenizer and counted.texts == texts:

@@ -5,25 +5,27 @@
     paired_bootstrap(a, b)  # the difference with its interval and p-value
     compare_runs({"mlp": a, "perceiver": b, ...}, baseline="mlp")  # many runs, Holm-corrected
 
-Every score here is a function of numbers summed over clips (`ClipMetric`), so a resample of the clips is a row of counts times a
-matrix: no caption is scored again. `scipy.stats.bootstrap` calls the statistic on index arrays instead, and its jackknife takes
-N^2 numbers; that is why the resampling is ours. Document frequencies, and so each clip's CIDEr, are held as they are in the
-full reference corpus: they belong to the test set, not to the sample of clips, and a resample that counted them again would see
-its repeated clips as common.
+Every score here is a function of numbers summed over clips (`ClipMetric`), so a resample of the clips is a row of
+counts times a
+matrix: no caption is scored again. `scipy.stats.bootstrap` calls the statistic on index arrays instead, and its
+jackknife takes N^2 numbers; that is why the resampling is ours. Document frequencies, and so each clip's CIDEr, are
+held as they are in the full reference corpus: they belong to the test set, not to the sample of clips, and a resample
+that counted them again would see its repeated clips as common.
 
-A bootstrap of few clips is too sure in two ways (Hesterberg, "What teachers should know about the bootstrap", The American
-Statistician 2015): it takes the spread of N clips for that of all clips, and it takes the skew of a score to the wrong side. So
+A bootstrap of few clips is too sure in two ways (Hesterberg, "What teachers should know about the bootstrap", The
+American Statistician 2015): it takes the spread of N clips for that of all clips, and it takes the skew of a score to
+the wrong side. So
 
-- a difference of two runs, which is hardly skewed as both are scored on the same clips, has its resampled deviations widened until
-  their tails are those of Student's t with N - 1 degrees of freedom;
-- a run's own score, which is skewed, has a BCa interval (Efron, "Better bootstrap confidence intervals", JASA 1987) at the levels
-  of Student's t. BCa of a difference would cover less often than the widened quantiles do, and a studentised interval of a score
-  that few clips make up can leave its scale.
+- a difference of two runs, which is hardly skewed as both are scored on the same clips, has its resampled deviations
+  widened until their tails are those of Student's t with N - 1 degrees of freedom;
+- a run's own score, which is skewed, has a BCa interval (Efron, "Better bootstrap confidence intervals", JASA 1987) at
+  the levels of Student's t. BCa of a difference would cover less often than the widened quantiles do, and a studentised
+  interval of a score that few clips make up can leave its scale.
 
 `benchmarks/metrics/coverage.py` measures all of them; docs/scores.md has the figures.
 
-What is resampled is clips. Clips of one video are not independent, and what another seed of the training would give is in none
-of these numbers: an interval is too narrow where either matters.
+What is resampled is clips. Clips of one video are not independent, and what another seed of the training would give is
+in none of these numbers: an interval is too narrow where either matters.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Comparison:
         difference: Score of the second run less that of the first.
         low: Lower end of the difference's confidence interval; NaN from `approximate_randomization`, which gives none.
         high: Upper end.
-        p_value: How often a difference at least as large, of either sign, comes about if the runs are equally good; above 0, at most 1.
+        p_value: How often a difference at least as large, of either sign, comes about if the runs are equally good;
+            above 0, at most 1.
         adjusted_p_value: The same after Holm's correction, where several runs were compared; else equal to `p_value`.
     """
 
@@ -105,8 +108,8 @@ def bootstrap(
         metric: The clips' statistics and the score of their sums.
         resamples: Samples of as many clips, with replacement, at least 2; below 1 000 the ends are rough.
         confidence: Between 0 and 1.
-        method: "bca" corrects bias and skew, and allows for few clips; "percentile" takes plain quantiles of the resampled scores,
-            as many other tools do, and covers too seldom below some hundred clips.
+        method: "bca" corrects bias and skew, and allows for few clips; "percentile" takes plain quantiles of the
+            resampled scores, as many other tools do, and covers too seldom below some hundred clips.
         seed: Chooses the samples.
 
     Returns:
@@ -129,9 +132,9 @@ def paired_bootstrap(
 ) -> Comparison:
     """Second run less first on the same clips, tested by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
 
-    Both runs are scored on the same resamples, so that easy and hard clips cancel. The p-value is two-sided: the share of resamples
-    whose difference, its tails widened, is at least as far from the observed one as that is from zero,
-    (1 + that number) / (1 + resamples).
+    Both runs are scored on the same resamples, so that easy and hard clips cancel. The p-value is two-sided: the share
+    of resamples whose difference, its tails widened, is at least as far from the observed one as that is from zero, (1
+    + that number) / (1 + resamples).
 
     Args:
         first: The run compared with.
@@ -184,8 +187,9 @@ def approximate_randomization(
 ) -> Comparison:
     """Second run less first, tested by swapping their captions clip by clip (Riezler and Maxwell, ACL 2005 workshop on MT evaluation).
 
-    If the runs are equally good, whose caption is whose does not matter: the p-value is the share of random swaps that give a difference
-    at least as large, of either sign. It asks less of the clips than the bootstrap does, and gives no interval.
+    If the runs are equally good, whose caption is whose does not matter: the p-value is the share of random swaps that
+    give a difference at least as large, of either sign. It asks less of the clips than the bootstrap does, and gives no
+    interval.
 
     Args:
         first: The run compared with.
@@ -213,12 +217,15 @@ def approximate_randomization(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for testing many: the chance of any false claim stays below the level (Holm, Scand. J. Statistics 1979).
+    """p-values corrected for testing many.
+
+    The chance of any false claim stays below the level (Holm, Scand. J. Statistics 1979).
 
     The smallest of m is multiplied by m, the next by m - 1, and so on, none below the one before it and none above 1.
 
     Args:
-        p_values: Any number of them, each between 0 and 1, of tests that need not be independent. NaN stays NaN and is not counted.
+        p_values: Any number of them, each between 0 and 1, of tests that need not be independent. NaN stays NaN and is
+            not counted.
 
     Returns:
         The corrected ones in the same order.
@@ -295,7 +302,10 @@ def chunk_sizes(resamples: int, clips: int) -> Iterator[int]:
 
 
 def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """Sums over resampled clips, the arrays side by side, some resamples at a time; the same clips for the same seed, resamples and N."""
+    """Sums over resampled clips, the arrays side by side, some resamples at a time.
+
+    The same clips for the same seed, resamples and N.
+    """
     together = np.concatenate(values, axis=1)
     clips = len(together)
     rng = np.random.default_rng(seed)
@@ -326,10 +336,12 @@ def _student(levels: Floats, clips: int) -> Floats:
 
 
 def _widened(samples: Floats, score: float, clips: int, seed: int) -> Floats:
-    """Samples about the score whose tails are those of Student's t: resampled clips spread like the normal distribution.
+    """Samples about the score whose tails are those of Student's t.
 
-    The factors depend on nothing but the arguments' sizes and the seed, so that a difference of widened scores is the widened
-    difference.
+    Resampled clips spread like the normal distribution.
+
+    The factors depend on nothing but the arguments' sizes and the seed, so that a difference of widened scores is the
+    widened difference.
     """
     if clips < 2:
         return samples

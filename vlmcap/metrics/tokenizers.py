@@ -1,6 +1,9 @@
-"""Splitting captions into tokens: the choice that moves Korean scores most, so every tokeniser carries its name and version.
+"""Splitting captions into tokens.
 
-On 500 short Korean pairs BLEU-4 rises from .387 on whitespace words to .531 on mecab-ko morphemes, with the same captions.
+The choice that moves Korean scores most, so every tokeniser carries its name and version.
+
+On 500 short Korean pairs BLEU-4 rises from .387 on whitespace words to .531 on mecab-ko morphemes, with the same
+captions.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from dataclasses import dataclass
 
 from vlmcap.errors import UserError
 
-# What takes no room on a screen yet makes two equal captions differ: control characters that are not whitespace (NUL would also end
-# a C string inside an analyser), soft hyphens, joiners, marks of direction, variation selectors, Hangul fillers, the byte order mark,
-# and half surrogates, which no analyser can encode.
+# What takes no room on a screen yet makes two equal captions differ: control characters that are not whitespace (NUL
+# would also end a C string inside an analyser), soft hyphens, joiners, marks of direction, variation selectors, Hangul
+# fillers, the byte order mark, and half surrogates, which no analyser can encode.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
@@ -40,12 +43,14 @@ _MOST_WORKERS = 8
 def normalize(text: str, *, normalize_fullwidth: bool = False) -> str:
     """The text on one line: invisible characters removed, composed (NFC), and every run of whitespace one space.
 
-    Decomposed Hangul (NFD, as macOS writes file names) shares no character with composed Hangul and would score 0; a carriage return,
-    U+2028, a vertical tab or a form feed inside a caption would split its line in any tool that works line by line.
+    Decomposed Hangul (NFD, as macOS writes file names) shares no character with composed Hangul and would score 0; a
+    carriage return, U+2028, a vertical tab or a form feed inside a caption would split its line in any tool that works
+    line by line.
 
     Args:
         text: Any string.
-        normalize_fullwidth: Also turn full-width letters, digits and punctuation ("３ｋｍ！") into the usual ones ("3km!").
+        normalize_fullwidth: Also turn full-width letters, digits and punctuation ("３ｋｍ！") into the usual ones
+            ("3km!").
 
     Returns:
         The normalised string; normalising it again changes nothing.
@@ -79,13 +84,13 @@ class Tokenizer:
     def tokenize_many(self, texts: Sequence[str], workers: int | None = None) -> list[list[str]]:
         """The tokens of each text: what calling the tokeniser on each returns, faster for many texts.
 
-        A text that occurs more than once is split once, as collapsed models and templated references repeat captions; its entries are then
-        one list, so do not change them in place.
+        A text that occurs more than once is split once, as collapsed models and templated references repeat captions;
+        its entries are then one list, so do not change them in place.
 
         Args:
             texts: Any number of texts.
-            workers: Processes to split in; None takes one for each million characters, up to 8 and the processors. A tokeniser that did not
-                come from `get_tokenizer` is always split in this process.
+            workers: Processes to split in; None takes one for each million characters, up to 8 and the processors. A
+                tokeniser that did not come from `get_tokenizer` is always split in this process.
 
         Returns:
             One list of tokens a text, in order.
@@ -112,9 +117,10 @@ def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
     """The tokeniser of that name, built once a process.
 
     Args:
-        name: `mecab_ko` (morphemes, the default everywhere), `kiwi` (morphemes, of an optional package), `char` (every character but
-            the spaces), `whitespace`, or `ptb` (what COCO caption scores are computed on, without Java).
-        normalize_fullwidth: Turn full-width forms ("３ｋｍ") into the usual ones first; the version of the tokeniser then says so.
+        name: `mecab_ko` (morphemes, the default everywhere), `kiwi` (morphemes, of an optional package), `char` (every
+            character but the spaces), `whitespace`, or `ptb` (what COCO caption scores are computed on, without Java).
+        normalize_fullwidth: Turn full-width forms ("３ｋｍ") into the usual ones first; the version of the tokeniser
+            then says so.
 
     Returns:
         The tokeniser.
@@ -133,7 +139,10 @@ def get_tokenizer(name: str, *, normalize_fullwidth: bool = False) -> Tokenizer:
 
 
 def worker_count(texts: Sequence[str]) -> int:
-    """The processes worth starting for these texts: 1 below two million characters, at most 8 and the processors of this process."""
+    """The processes worth starting for these texts.
+
+    1 below two million characters, at most 8 and the processors of this process.
+    """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(sum(map(len, texts)) // _CHARACTERS_PER_WORKER, processors, _MOST_WORKERS))
 
@@ -141,8 +150,9 @@ def worker_count(texts: Sequence[str]) -> int:
 def tokenize_in_processes(name: str, normalize_fullwidth: bool, texts: Sequence[str], workers: int) -> list[list[str]]:
     """The tokens of each text, in order, by `workers` processes with the tokeniser of that name.
 
-    They are plain `python -m vlmcap.metrics.worker NAME` processes that speak JSON over their pipes. multiprocessing would either fork a
-    process that holds threads and a CUDA context, or import the caller's main script once more in every worker.
+    They are plain `python -m vlmcap.metrics.worker NAME` processes that speak JSON over their pipes. multiprocessing
+    would either fork a process that holds threads and a CUDA context, or import the caller's main script once more in
+    every worker.
 
     Args:
         name: One of `TOKENIZER_NAMES`.
@@ -234,12 +244,13 @@ _BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "ptb": _ptb,
 }
 TOKENIZER_NAMES: tuple[str, ...] = tuple(_BUILDERS)
-# The default of `evaluation.tokenizer`, written again, since the configuration takes longer to import than all of these metrics.
+# The default of `evaluation.tokenizer`, written again, since the configuration takes longer to import than all of these
+# metrics.
 DEFAULT_TOKENIZER = "mecab_ko"
 
 
-# COCO's evaluation removes these tokens after lower-casing. It means to remove brackets too, but lists them in capitals, so
-# "-lrb-" and its kin stay in published scores; they stay here as well.
+# COCO's evaluation removes these tokens after lower-casing. It means to remove brackets too, but lists them in
+# capitals, so "-lrb-" and its kin stay in published scores; they stay here as well.
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 _RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -259,7 +270,8 @@ _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "…": 
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": ' " ', "&nbsp;": " "}
 _ENTITY = re.compile("|".join(_ENTITIES))
 
-# What the jar does not know and drops with a warning: Korean quotation marks and units (《》『』㎞), emoji, the won sign.
+# What the jar does not know and drops with a warning: Korean quotation marks and units (《》『』㎞), emoji, the won
+# sign.
 _UNKNOWN = re.compile(
     "[«»\u2010-\u2012\u201b\u2024\u2025\u2027\u2039\u203a\u203c\u203d\u2043\u2045-\u205e\u2072\u2073\u208f\u209d-\u209f\u20a1-\u20a3\u20a5-\u20ab\u20ad-\u20ff"
     "\u2150-\u2152\u215f-\u2182\u2185-\u218f\u3003\u3004\u3007-\u3011\u3013-\u3030\u3036-\u303a\u303d-\u303f\u3200-\u33ff"
@@ -298,14 +310,16 @@ _TOKEN = re.compile(
 def split_ptb(text: str) -> list[str]:
     """The lower-case Penn Treebank tokens of normalised text, without the punctuation that COCO's evaluation removes.
 
-    English contractions are split ("isn't" gives "is", "n't"), brackets become "-lrb-" and the like, a number with a separator parts from
-    its unit ("3.5km" gives "3.5", "km"). Hangul words come out as whitespace would split them, particles and all. The rules are those of
-    Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase` so far as captions need them; the tokens equal the jar's on the hard
-    strings of the tests, which run the jar where there is Java, and on every symbol of the blocks there.
+    English contractions are split ("isn't" gives "is", "n't"), brackets become "-lrb-" and the like, a number with a
+    separator parts from its unit ("3.5km" gives "3.5", "km"). Hangul words come out as whitespace would split them,
+    particles and all. The rules are those of Stanford's PTBTokenizer 3.4.1 with `-preserveLines -lowerCase` so far as
+    captions need them; the tokens equal the jar's on the hard strings of the tests, which run the jar where there is
+    Java, and on every symbol of the blocks there.
 
-    Known deviations, all rare in captions: an operator between letters ("x+y" is one token in the jar, here three), "&" between small
-    letters ("a&b" is three tokens in the jar, here one), a space inside a fraction ("1 1/2"), "d'ye", escaped tags ("&lt;b&gt;"), smileys
-    (":)" leaks as ":-rrb-" from the jar; here it is "-rrb-"), and whatever of English abbreviations and file names is not tested.
+    Known deviations, all rare in captions: an operator between letters ("x+y" is one token in the jar, here three), "&"
+    between small letters ("a&b" is three tokens in the jar, here one), a space inside a fraction ("1 1/2"), "d'ye",
+    escaped tags ("&lt;b&gt;"), smileys (":)" leaks as ":-rrb-" from the jar; here it is "-rrb-"), and whatever of
+    English abbreviations and file names is not tested.
 
     Args:
         text: Text on one line.

@@ -1,11 +1,14 @@
-"""Caption scores as a torchmetrics `Metric`: texts come in batch by batch and rank by rank, and are scored once, as one corpus.
+"""Caption scores as a torchmetrics `Metric`.
+
+Texts come in batch by batch and rank by rank, and are scored once, as one corpus.
 
     score = CaptionScore(metrics=["bleu_4", "cider"])
     score.update(["파도가 치는 바다."], [["파도가 밀려오는 바다."]], ids=["clip-17"])
     score.compute()  # {"bleu_4": tensor(...), "cider": tensor(...)}
 
-CIDEr, BLEU and METEOR of a batch, averaged over batches or ranks, are other numbers (CIDEr by up to 18 %). So the state is the texts
-themselves, as lines of JSON in tensors of bytes: what torchmetrics gathers, moves, pickles and resets like any state.
+CIDEr, BLEU and METEOR of a batch, averaged over batches or ranks, are other numbers (CIDEr by up to 18 %). So the state
+is the texts themselves, as lines of JSON in tensors of bytes: what torchmetrics gathers, moves, pickles and resets like
+any state.
 
 This module imports torch; the rest of `vlmcap.metrics` does not.
 """
@@ -83,8 +86,8 @@ class CaptionScore(Metric):
         Args:
             predictions: One caption a clip.
             references: For each clip one or more captions.
-            ids: A name a clip. A clip that comes twice under its name is scored once: distributed samplers repeat clips so that every
-                rank has equally many. Without names every caption counts.
+            ids: A name a clip. A clip that comes twice under its name is scored once: distributed samplers repeat clips
+                so that every rank has equally many. Without names every caption counts.
 
         Raises:
             UserError: The numbers differ, a text is None, or a clip has no reference.
@@ -127,7 +130,8 @@ class CaptionScore(Metric):
         lines = dim_zero_cat(self.rows).to("cpu", torch.uint8).numpy().tobytes().decode("ascii").splitlines()
         corpus: list[tuple[str | None, str, list[str]]] = []
         seen: dict[str, list[str]] = {}
-        # Sums of floats depend on their order. Sorting takes out who came first, and which of two captions of a repeated clip counts.
+        # Sums of floats depend on their order. Sorting takes out who came first, and which of two captions of a
+        # repeated clip counts.
         for name, prediction, references in map(json.loads, sorted(lines)):
             if name is not None:
                 if seen.setdefault(name, references) != references:
@@ -138,7 +142,8 @@ class CaptionScore(Metric):
         return corpus
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # For a rank without clips torchmetrics would send an empty float tensor, which others could not gather with their bytes.
+        # For a rank without clips torchmetrics would send an empty float tensor, which others could not gather with
+        # their bytes.
         if len(self.rows) == 0:
             self.rows.append(torch.zeros(0, dtype=torch.uint8, device=self.device))
         super()._sync_dist(*args, **kwargs)

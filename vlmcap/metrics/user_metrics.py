@@ -84,10 +84,12 @@ def _called(
         values = [float(value) for value in found]
     except Exception as error:  # whatever the user's function raises
         raise UserError(
-            f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); correct it, or leave its plugin out"
+            f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); correct it, or leave its plugin "
+            "out"
         ) from error
     if len(values) != len(predictions):
         raise UserError(
-            f"the metric {name} gives {len(values)} numbers for {len(predictions)} clips; return one number, or one per clip"
+            f"the metric {name} gives {len(values)} numbers for {len(predictions)} clips; return one number, or one "
+            "per clip"
         )
     return [0.0 if math.isnan(value) else value for value in values]

@@ -1,7 +1,7 @@
 """Encoder, projector and language model joined into one captioner.
 
-Legend: B clips, R rows, F frames, P patches per frame, V visual tokens per clip, S sequence, T label tokens, N vocabulary, Dv vision width,
-Dl language width.
+Legend: B clips, R rows, F frames, P patches per frame, V visual tokens per clip, S sequence, T label tokens, N
+vocabulary, Dv vision width, Dl language width.
 """
 
 from __future__ import annotations
@@ -98,14 +98,18 @@ class VideoCaptioner(nn.Module):
         # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
         chunk_rows = self._chunk_rows(len(targets))
         hidden, logits = self._decode(inputs, places, has_head=chunk_rows is None)  # (R, S, Dl) -> (T, Dl), (T, N)
-        # 5. Loss: over the whole vocabulary of N tokens; where logits take too much room, a few of their rows at a time.
+        # 5. Loss: over the whole vocabulary of N tokens; where logits take too much room, a few of their rows at a
+        # time.
         if chunk_rows is not None:
             head: Any = base_model(self.llm).lm_head
             return chunked_cross_entropy(hidden, head.weight, targets, chunk_rows), len(targets)
         return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Patch features (B, F, P, Dv), of frames or out of the cache; with gradients only where the encoder is trained."""
+        """Patch features (B, F, P, Dv), of frames or out of the cache.
+
+        With gradients only where the encoder is trained.
+        """
         if batch.features is not None:
             return batch.features.to(batch.input_ids.device)
         assert self.encoder is not None, "frames came, but the encoder was not loaded"
@@ -118,7 +122,10 @@ class VideoCaptioner(nn.Module):
 
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:
-        """Prompts with features in the place of frames, encoded as many at a time as captions are written; they wait in host memory."""
+        """Prompts with features in the place of frames, encoded as many at a time as captions are written.
+
+        They wait in host memory.
+        """
         if batch.features is not None or not len(batch):
             return batch
         size = self.generation.num_rows or len(batch)
@@ -154,13 +161,15 @@ class VideoCaptioner(nn.Module):
         embeddings = self.merge(batch, visual)
         if batch.position_ids is None:
             return {"inputs_embeds": embeddings, "attention_mask": self.language_mask(batch)}
-        # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that start at 0 again.
+        # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that
+        # start at 0 again.
         return {"inputs_embeds": embeddings, "position_ids": batch.position_ids}
 
     def language_mask(self, batch: Batch) -> Tensor | None:
         """The mask (R, S) that the language model is called with; None where it changes nothing for real tokens.
 
-        With any mask, SDPA leaves its flash kernel, repeats keys and values for all heads, and takes a mask of S × S for each row.
+        With any mask, SDPA leaves its flash kernel, repeats keys and values for all heads, and takes a mask of S × S
+        for each row.
         """
         return None if batch.is_right_padded and self.is_causal else batch.attention_mask
 
@@ -178,7 +187,10 @@ class VideoCaptioner(nn.Module):
         return embeddings
 
     def _chunk_rows(self, num_labels: int) -> int | None:
-        """Label positions whose logits the loss makes at a time; None where it makes all at once, in the model's own forward pass."""
+        """Label positions whose logits the loss makes at a time.
+
+        None where it makes all at once, in the model's own forward pass.
+        """
         model: Any = base_model(self.llm)
         if self.loss_chunk_bytes is None or not can_chunk(model):
             return None
@@ -206,7 +218,10 @@ class VideoCaptioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
-        """Captions of a left-padded batch, in row order; of more clips than `GenerationSettings.num_rows`, some wait for others."""
+        """Captions of a left-padded batch, in row order.
+
+        Of more clips than `GenerationSettings.num_rows`, some wait for others.
+        """
         from vlmcap.models.llm.merge import adapters_for_captions
 
         self._explain_engine()
@@ -242,12 +257,18 @@ class VideoCaptioner(nn.Module):
 
     @property
     def prompt_batch_size(self) -> int:
-        """Clips of a batch to caption: more than there are rows where waiting clips can take the rows of those that end."""
+        """Clips of a batch to caption.
+
+        More than there are rows where waiting clips can take the rows of those that end.
+        """
         chosen = self.generation
         return clips_for(chosen.num_rows or 1, chosen.rules.clips_per_row if self.is_refilling else 1)
 
     def _native_ids(self, batch: Batch) -> list[list[int]]:
-        """Greedy captions in row order, each up to and with its end token; with half of the rows from now on where memory runs out."""
+        """Greedy captions in row order, each up to and with its end token.
+
+        With half of the rows from now on where memory runs out.
+        """
         num_rows = self.generation.num_rows or len(batch)
         try:
             return self._ids_of_rows(batch, num_rows)
@@ -299,8 +320,9 @@ class VideoCaptioner(nn.Module):
     def _generate_by_library(self, batch: Batch) -> list[list[int]]:
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-        # transformers takes a row's left padding off its generated tokens, as if they were the prompt, when it penalises repetition
-        # itself, so a caption would depend on what it is batched with. The 1.0 overrides what a checkpoint may ask for.
+        # transformers takes a row's left padding off its generated tokens, as if they were the prompt, when it
+        # penalises repetition itself, so a caption would depend on what it is batched with. The 1.0 overrides what a
+        # checkpoint may ask for.
         penalty = self.generation.rules.repetition_penalty
         processors = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
         ids: Tensor = self.llm.generate(  # type: ignore[operator]

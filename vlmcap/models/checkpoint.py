@@ -60,7 +60,8 @@ def locate(
         revision: Branch, tag or commit on the hub.
         key: Configuration key, for the error.
         gate: License that the hub wants accepted first.
-        part: Text in the names of the wanted tensors, such as `VISION`; files of a whole model that hold none are not downloaded.
+        part: Text in the names of the wanted tensors, such as `VISION`; files of a whole model that hold none are not
+            downloaded.
         has_weights: False downloads the small files alone: configuration, tokenizer, chat template.
 
     Raises:
@@ -160,7 +161,10 @@ def _download(checkpoint: str, revision: str | None, part: str | None, has_weigh
 
 
 def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path | None:
-    """The snapshot in the hub's cache, unless files of it are missing: a plan fetches the configuration alone, and downloads break off."""
+    """The snapshot in the hub's cache, unless files of it are missing.
+
+    A plan fetches the configuration alone, and downloads break off.
+    """
     folder = cached_folder(checkpoint, revision)
     if folder is None:
         return None
@@ -191,7 +195,10 @@ def _index_of(pattern: str) -> str:
 
 
 def _shards(index: Path, part: str) -> list[str]:
-    """Files with a tensor that has `part` in its name; all files where none has, as in a checkpoint of the part alone."""
+    """Files with a tensor that has `part` in its name.
+
+    All files where none has, as in a checkpoint of the part alone.
+    """
     files = weight_map(index)
     return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
 
@@ -288,7 +295,10 @@ def holding(files: dict[Path, list[str] | None], is_wanted: Callable[[str], bool
 
 
 def read_safetensors(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-    """Wanted tensors with their names; files that hold none of them are not opened, and where there are no files nothing comes."""
+    """Wanted tensors with their names.
+
+    Files that hold none of them are not opened, and where there are no files nothing comes.
+    """
     from safetensors import safe_open
 
     for file in holding(weight_files(folder, "model.safetensors"), is_wanted):

@@ -1,4 +1,7 @@
-"""Files of a checkpoint from the hub: asked for within bounded time, and one sentence for each way in which they are not to be had."""
+"""Files of a checkpoint from the hub.
+
+Asked for within bounded time, and one sentence for each way in which they are not to be had.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ class HubUnreachableError(UserError):
 def fetch_file(checkpoint: str, name: str, revision: str | None) -> Path:
     """One file in the hub's cache, downloaded unless its current version is there.
 
-    The library waits for a silent hub for six minutes before it gives up. A first request, which is not repeated, says within
-    HF_HUB_ETAG_TIMEOUT whether the file can be had.
+    The library waits for a silent hub for six minutes before it gives up. A first request, which is not repeated, says
+    within HF_HUB_ETAG_TIMEOUT whether the file can be had.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -67,7 +70,9 @@ def cached_folder(checkpoint: str, revision: str | None) -> Path | None:
 def hub_error(
     error: Exception, checkpoint: str, revision: str | None, *, key: str, gate: str | None = None
 ) -> UserError:
-    """The sentence for a download that failed; it repeats nothing that a server said, nor an address with a password in it.
+    """The sentence for a download that failed.
+
+    It repeats nothing that a server said, nor an address with a password in it.
 
     Args:
         error: What the library raised.
@@ -102,27 +107,32 @@ def _access_sentence(
             return f"{key}={checkpoint} is neither a folder nor a hub id: set it {_LOCAL}, or to an id such as Qwen/Qwen3-8B"
         case errors.GatedRepoError() if _status(error) == 401:
             return (
-                f"checkpoint '{checkpoint}' is gated and no account is logged in: {license_text}, and log in with `hf auth login` "
+                f"checkpoint '{checkpoint}' is gated and no account is logged in: {license_text}, and log in with `hf "
+                "auth login` "
                 f"or HF_TOKEN, or set {key} {_LOCAL}"
             )
         case errors.GatedRepoError():
             return (
-                f"checkpoint '{checkpoint}' is gated and the account that is logged in has no access yet: {license_text} with that "
+                f"checkpoint '{checkpoint}' is gated and the account that is logged in has no access yet: "
+                f"{license_text} with that "
                 f"account, wait where its owners must agree, or set {key} {_LOCAL}"
             )
         case errors.RevisionNotFoundError():
             return (
-                f"checkpoint '{checkpoint}' has no revision '{revision or 'main'}': set {key.rpartition('.')[0]}.revision to a branch, "
+                f"checkpoint '{checkpoint}' has no revision '{revision or 'main'}': set "
+                f"{key.rpartition('.')[0]}.revision to a branch, "
                 f"tag or commit of {page}/commits"
             )
         case errors.RemoteEntryNotFoundError():
             return (
-                f"checkpoint '{checkpoint}' has no config.json on the hub: {key} must name a model in Hugging Face layout, "
+                f"checkpoint '{checkpoint}' has no config.json on the hub: {key} must name a model in Hugging Face "
+                "layout, "
                 "not adapters or GGUF files alone"
             )
         case errors.RepositoryNotFoundError():
             return (
-                f"there is no folder '{checkpoint}' here, and the hub has no such model or it is private: correct {key}, or log in with "
+                f"there is no folder '{checkpoint}' here, and the hub has no such model or it is private: correct "
+                f"{key}, or log in with "
                 "`hf auth login` to an account that may read it"
             )
         case errors.HfHubHTTPError() if _status(error) < 500:
@@ -142,13 +152,17 @@ def _refusal(status: int, checkpoint: str, key: str) -> str:
 
 
 def _silence_sentence(error: BaseException, checkpoint: str, key: str) -> str | None:
-    """A hub that gave no usable answer. The kinds of the HTTP library are known by name, as it is the hub library's choice."""
+    """A hub that gave no usable answer.
+
+    The kinds of the HTTP library are known by name, as it is the hub library's choice.
+    """
     from huggingface_hub import constants, errors
 
     host, kinds = _host(constants.ENDPOINT), {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
-            f"checkpoint '{checkpoint}' is not on this machine, and HF_HUB_OFFLINE forbids its download: unset HF_HUB_OFFLINE "
+            f"checkpoint '{checkpoint}' is not on this machine, and HF_HUB_OFFLINE forbids its download: unset "
+            "HF_HUB_OFFLINE "
             f"(and TRANSFORMERS_OFFLINE), or set {key} {_LOCAL}"
         )
     if isinstance(error, errors.HfHubHTTPError):
@@ -158,7 +172,8 @@ def _silence_sentence(error: BaseException, checkpoint: str, key: str) -> str | 
     if kinds & {"TimeoutException", "TimeoutError"}:
         limits = f"HF_HUB_ETAG_TIMEOUT={constants.HF_HUB_ETAG_TIMEOUT} and HF_HUB_DOWNLOAD_TIMEOUT={constants.HF_HUB_DOWNLOAD_TIMEOUT}"
         return (
-            f"{host} stopped answering when asked for '{checkpoint}': try again, raise the seconds of {limits} on a slow line, "
+            f"{host} stopped answering when asked for '{checkpoint}': try again, raise the seconds of {limits} on a "
+            "slow line, "
             f"or set {key} {_LOCAL}"
         )
     if kinds & {"ConnectError", "ProxyError", "UnsupportedProtocol", "InvalidURL"}:
@@ -173,12 +188,14 @@ def _transfer_sentence(error: BaseException, checkpoint: str, key: str) -> str |
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"NetworkError", "ProtocolError", "ConnectionError"} or "Consistency check failed" in str(error):
         return (
-            f"the connection broke off while '{checkpoint}' was fetched: run the same command again, which fetches what is still "
+            f"the connection broke off while '{checkpoint}' was fetched: run the same command again, which fetches "
+            "what is still "
             f"missing, or set {key} {_LOCAL}"
         )
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return (
-            f"checkpoint '{checkpoint}' cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}): make room there, "
+            f"checkpoint '{checkpoint}' cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}): make room "
+            "there, "
             f"set HF_HOME to another folder, or set {key} {_LOCAL}"
         )
     return None

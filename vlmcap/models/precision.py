@@ -6,7 +6,9 @@ import torch
 
 
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
-    """The autocast of Lightning's `MixedPrecision` plugin, which keeps no copies of cast weights; without a type none at all.
+    """The autocast of Lightning's `MixedPrecision` plugin, which keeps no copies of cast weights.
+
+    Without a type none at all.
 
     Args:
         device: Device of the model.

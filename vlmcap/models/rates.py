@@ -6,7 +6,10 @@ import math
 
 
 def cosine_rate(step: int, num_steps: int, *, peak: float, warmup_steps: int, final_ratio: float) -> float:
-    """The rate at `step` of 0…num_steps-1: linear rise over `warmup_steps`, then half a cosine from `peak` to `final_ratio` · peak."""
+    """The rate at `step` of 0…num_steps-1.
+
+    Linear rise over `warmup_steps`, then half a cosine from `peak` to `final_ratio` · peak.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)

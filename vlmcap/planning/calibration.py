@@ -118,7 +118,9 @@ def read_calibrations(folder: Path) -> list[Calibration]:
 def choose_calibration(
     found: Sequence[Calibration], hardware: str, here: str | None = None, here_profile: str | None = None
 ) -> Calibration | None:
-    """The measurement that plans of a profile may use: of the GPU that is here, or else of the very GPU that the profile is of.
+    """The measurement that plans of a profile may use.
+
+    Of the GPU that is here, or else of the very GPU that the profile is of.
 
     Args:
         found: All that are kept.
@@ -141,7 +143,10 @@ def calibration_folder(config: Config) -> Path:
 
 
 def calibrated_device(config: Config) -> DeviceInfo:
-    """The GPU of the profile, or this computer, with what was measured on it; without where nothing was, or on another GPU."""
+    """The GPU of the profile, or this computer, with what was measured on it.
+
+    Without where nothing was, or on another GPU.
+    """
     gpu = planned_device(config)
     if not (found := read_calibrations(calibration_folder(config))):
         return gpu  # without a look at the GPU, which would take memory on it

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _MOST = 200  # lengths that stand for all
-# Korean captions of AI Hub's background video (data set 71849): 311 to 708 tokens with a mean of 402 by Qwen3's tokenizer, 761 to 1 572
-# with a mean of 932 by Vicuna's. Shares of the longest one, from 0.45 with a mean of 0.58, follow a power of the rank.
+# Korean captions of AI Hub's background video (data set 71849): 311 to 708 tokens with a mean of 402 by Qwen3's
+# tokenizer, 761 to 1 572 with a mean of 932 by Vicuna's. Shares of the longest one, from 0.45 with a mean of 0.58,
+# follow a power of the rank.
 _SHORTEST, _POWER = 0.45, 3.2
 
 

@@ -30,8 +30,8 @@ MOST_ROWS = 64
 FILL = 0.9  # of a GPU's memory that rows are added up to: a plan is an estimate
 UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
 READ_AGAIN = 2  # bytes: then the product reads it
-# Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of these sizes on
-# each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
+# Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of
+# these sizes on each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
 FUSED_ROWS = 16
 
 
@@ -146,7 +146,8 @@ class _Captions:
     def seconds(self, rows: int, token_s: float) -> float:
         """Seconds to caption a clip of many.
 
-        A row writes one caption after the other, and the last of its batch waits for the longest of those of the other rows.
+        A row writes one caption after the other, and the last of its batch waits for the longest of those of the other
+        rows.
         """
         from vlmcap.models.decoding.settings import clips_for
         from vlmcap.planning.estimate.sizes import writes_itself
@@ -185,7 +186,8 @@ class _Captions:
         from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes, writes_itself
 
         config, memory_profiler, is_own = self.config, self.memory_profiler, writes_itself(self.config)
-        # Keys and values are repeated for all queries of a token before compute capability 8.0, and where guesses make it several tokens.
+        # Keys and values are repeated for all queries of a token before compute capability 8.0, and where guesses make
+        # it several tokens.
         is_repeated = not self.gpu.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, memory_profiler)
         waiting = clips_for(

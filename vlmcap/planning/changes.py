@@ -1,4 +1,7 @@
-"""Changes that make a configuration smaller, in order of lost quality: for a plan that does not fit, and for a run out of memory."""
+"""Changes that make a configuration smaller, in order of lost quality.
+
+For a plan that does not fit, and for a run out of memory.
+"""
 
 from __future__ import annotations
 

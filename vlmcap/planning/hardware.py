@@ -14,8 +14,9 @@ from vlmcap.config import Config
 GIB = 2**30
 UTILISATION = 0.4  # of a GPU's peak, that models of these sizes reach in training, where nothing was measured
 CORE_FLOPS = 60e9  # float32 on one core: measured with CLIP-L's layers on a server CPU
-# An estimate, not a measurement: 4 419 kernels per token of Qwen3-8B with LoRA in 4 bits are expected to take 50 to 80 ms on an L4 or an
-# H100, as eager PyTorch, peft and bitsandbytes need 11 to 18 microseconds of the host for each. The cores of a T4's host are older.
+# An estimate, not a measurement: 4 419 kernels per token of Qwen3-8B with LoRA in 4 bits are expected to take 50 to 80
+# ms on an L4 or an H100, as eager PyTorch, peft and bitsandbytes need 11 to 18 microseconds of the host for each. The
+# cores of a T4's host are older.
 LAUNCH_S, OLD_HOST_LAUNCH_S = 15e-6, 20e-6
 # An estimate: what a small kernel takes on the GPU in a graph, where the next one follows within half a microsecond
 # (https://developer.nvidia.com/blog/cuda-graphs/). No host is faster than this.
@@ -38,7 +39,8 @@ class DeviceInfo:
         bandwidth_share: Share of `bytes_per_s` that writing captions reaches.
         launch_s: Host seconds per kernel launch while captions are written, dispatch by PyTorch and Python included.
         kernel_s: The same where the step is a CUDA graph.
-        calibrated: GPU and day of the measurement that the last four and the context come from; empty where they are assumed.
+        calibrated: GPU and day of the measurement that the last four and the context come from; empty where they are
+            assumed.
     """
 
     usable_gib: float
@@ -97,7 +99,9 @@ def matching_profile(name: str, total_gib: float) -> str | None:
 
 
 def suitable_profile(name: str, total_gib: float, capability: tuple[int, int]) -> str | None:
-    """The profile that suits a GPU: its own, or that of the largest GPU which has no more memory and no more abilities; None if none.
+    """The profile that suits a GPU: its own, or that of the largest GPU which has no more memory and no more abilities.
+
+    None if none.
 
     Args:
         name: As PyTorch reports it.
@@ -157,7 +161,10 @@ def _processor_name() -> str:
 
 
 def _memory_gib() -> tuple[float, float]:
-    """All, and what a program may take; 0 where the system does not say. A container's limit counts as the machine's memory."""
+    """All, and what a program may take; 0 where the system does not say.
+
+    A container's limit counts as the machine's memory.
+    """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = {name: float(rest.split()[0]) * 1024 / GIB for name, _, rest in (line.partition(":") for line in lines)}
@@ -177,7 +184,10 @@ _NAMES = (
 
 
 def _container_gib() -> list[tuple[float, float]]:
-    """Limit and use of the control groups that this process is in, where they have a limit; files in memory that can go count as free."""
+    """Limit and use of the control groups that this process is in, where they have a limit.
+
+    Files in memory that can go count as free.
+    """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:

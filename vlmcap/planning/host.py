@@ -1,4 +1,7 @@
-"""Memory of the host that a run takes: the process itself, what passes through it, and data workers with their batches."""
+"""Memory of the host that a run takes.
+
+The process itself, what passes through it, and data workers with their batches.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from vlmcap.planning.hardware import GIB
 from vlmcap.planning.memory import FLOAT, OPTIMIZERS, Moment, Stage, largest_first
 
 _MIB = 2**20
-# Measured with the CPU builds of torch 2.13, transformers 5.23, peft and lightning: private memory of a process that has imported all that
-# a run imports, and of a data worker and its decoding process after a few clips. What a CUDA build adds is not known here.
+# Measured with the CPU builds of torch 2.13, transformers 5.23, peft and lightning: private memory of a process that
+# has imported all that a run imports, and of a data worker and its decoding process after a few clips. What a CUDA
+# build adds is not known here.
 PROCESS_BYTES = 550 * _MIB
 WORKER_BYTES, DECODER_BYTES = 60 * _MIB, 120 * _MIB
 _DECODED_BYTES = 2 * 1920 * 1080 * 3  # of a frame of 1080p, as it is decoded and while it is resized
@@ -109,6 +113,7 @@ def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
         return ""
     largest, size = next((name, size) for name, size in host.parts.items() if name != "process")
     return (
-        f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this machine has "
+        f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this "
+        "machine has "
         f"{machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
     )

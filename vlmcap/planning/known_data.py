@@ -73,7 +73,9 @@ def known_captions(config: Config) -> CaptionLengths | None:
 
 
 def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:
-    """Split name to all clips of the data, read once; empty for the demo, which makes its own, and where `data.root` is not there.
+    """Split name to all clips of the data, read once.
+
+    Empty for the demo, which makes its own, and where `data.root` is not there.
 
     Raises:
         UserError: The data cannot be read.

@@ -50,7 +50,8 @@ def make_plan(
         gpu: GPU to plan for; None takes that of the hardware profile, with the figures that were measured on it.
         memory_profiler: MemoryProfiler of the same configuration, in place of an exact one.
         captions: Lengths of the training captions, where they were counted; None assumes those of Korean captions.
-        num_clips: Training clips, where they were counted; None takes data.max_clips, or as many as AI Hub's data set has.
+        num_clips: Training clips, where they were counted; None takes data.max_clips, or as many as AI Hub's data set
+            has.
 
     Raises:
         UserError: The parts do not fit together, or an architecture is not known.
@@ -103,7 +104,8 @@ def _check_plannable(config: Config) -> None:
     """`NotPlannedError` for what cannot be traced."""
     if config.tuning.use_lora and lora_of(config).use_dora and config.llm.quantization.name == "4bit":
         raise NotPlannedError(
-            "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and a plan has none; "
+            "tuning.lora.use_dora=true over llm.quantization=4bit cannot be planned, as DoRA unpacks the weights and "
+            "a plan has none; "
             "plan it without DoRA, and leave room for one layer's weights in full"
         )
 
@@ -125,7 +127,8 @@ def _stated(config: Config, memory_profiler: MemoryProfiler) -> dict[str, Any]:
 def fullest_batch(config: Config, memory_profiler: MemoryProfiler, captions: CaptionLengths) -> tuple[int, int]:
     """Clips of a training batch, and caption tokens that each of them is padded to.
 
-    Under `data.max_tokens_per_batch` it holds as many of the shortest clips as there may be, and captions fill what is left.
+    Under `data.max_tokens_per_batch` it holds as many of the shortest clips as there may be, and captions fill what is
+    left.
     """
     budget, longest = config.data.max_tokens_per_batch, config.llm.caption_tokens
     if budget is None:
@@ -185,8 +188,8 @@ def _padded_flops(
 ) -> float:
     """Arithmetic of a step on a batch as long as batches are, where the trace has one of the longest captions.
 
-    A batch is padded to its longest clip: that of so many random ones, or of clips of like length. Arithmetic counts by tokens, which
-    leaves out that attention grows faster.
+    A batch is padded to its longest clip: that of so many random ones, or of clips of like length. Arithmetic counts by
+    tokens, which leaves out that attention grows faster.
     """
     _, traced = fullest_batch(config, memory_profiler, captions)
     length = captions.longest_of(batch_size) if config.data.batching is Batching.shuffled else captions.mean
@@ -284,8 +287,10 @@ def enforce_plan(config: Config) -> Plan | None:
         return None
     if not plan.fits:
         sentence = (
-            f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, {plan.generation_gib:.1f} in generation) "
-            f"and hardware={plan.hardware} has {plan.gpu.usable_gib:.1f}; `vlmcap plan` with the same overrides says what makes it fit, "
+            f"{plan.title} needs {plan.peak_gib:.1f} GiB ({plan.training_gib:.1f} in training, "
+            f"{plan.generation_gib:.1f} in generation) "
+            f"and hardware={plan.hardware} has {plan.gpu.usable_gib:.1f}; `vlmcap plan` with the same overrides says "
+            "what makes it fit, "
             "plan.enforce=warn trains all the same"
         )
         _refuse(config, sentence, plan.peak_gib, plan.gpu.usable_gib)
@@ -305,7 +310,8 @@ def _refuse(config: Config, sentence: str, needed_gib: float, usable_gib: float)
 def with_caption_plan(config: Config) -> Config:
     """The configuration with numbers where it leaves to the plan how captions are written.
 
-    Where nothing can be planned, as on a CPU, as many are written at a time as anywhere, or as many as a training batch has on a GPU.
+    Where nothing can be planned, as on a CPU, as many are written at a time as anywhere, or as many as a training batch
+    has on a GPU.
 
     Args:
         config: Run configuration.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from vlmcap.planning.estimate.stages import Bytes, StageMemory
 
-# What the allocator holds beside tensors, of all but weights, where its segments grow and where they have fixed sizes: at most so much in
-# steps on captions of different lengths, with PyTorch's allocator simulated (experiments/allocator).
+# What the allocator holds beside tensors, of all but weights, where its segments grow and where they have fixed sizes:
+# at most so much in steps on captions of different lengths, with PyTorch's allocator simulated (experiments/allocator).
 EXPANDABLE_SHARE, FIXED_SHARE = 0.12, 0.55
 _UNUSED = "fragmentation"
 FLOAT = 4  # bytes of a trained weight and of its gradient
@@ -102,7 +102,10 @@ def training_peak(
 
 
 def kept_between_steps(stages: Sequence[Stage], optimizer: str) -> dict[str, float]:
-    """Bytes that a training run keeps while it captions: the optimiser's state, and the last step's gradients until the next one."""
+    """Bytes that a training run keeps while it captions.
+
+    The optimiser's state, and the last step's gradients until the next one.
+    """
     num_trained = sum(stage.trace.num_trained for stage in stages)
     return {"optimiser state": OPTIMIZERS[optimizer][0] * num_trained, "gradients": FLOAT * num_trained}
 
@@ -120,7 +123,8 @@ class Captioning:
         prompt_tokens: Tokens of a prompt, visual ones included.
         new_tokens: Most tokens of a caption.
         copied_share: What a token copies of the keys and values, which are those of one block at a time.
-        is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are written.
+        is_reserved: Whether the cache of all rows is there from the first prompt on, as newcomers come while others are
+            written.
     """
 
     prefill: StageMemory
@@ -137,7 +141,9 @@ class Captioning:
 def generation_peak(
     stages: Sequence[Stage], held: Bytes, work: Captioning, scores: Mapping[str, Stage], *, unused_share: float = 0.0
 ) -> Moment:
-    """The fullest moment of evaluation: the prompt's pass, the last token with the cache at its longest, the loss, or a model of a score.
+    """The fullest moment of evaluation.
+
+    The prompt's pass, the last token with the cache at its longest, the loss, or a model of a score.
 
     Args:
         stages: Of the training step: their weights, and the forward passes in front of the language model.

@@ -186,7 +186,8 @@ def _samples(report: Inspection) -> str:
     if not report.samples:
         return ""
     shown = "".join(
-        f'<div class="clip"><div>{"".join(_image(as_jpeg(frame)) for frame in frames)}</div><p class="quiet">{escape(_name(entry))}'
+        f'<div class="clip"><div>{"".join(_image(as_jpeg(frame)) for frame in frames)}</div><p '
+        f'class="quiet">{escape(_name(entry))}'
         f"{' · ' + escape(clip.category) if clip.category else ''}</p>{''.join(f'<p>{escape(text)}</p>' for text in clip.captions)}</div>"
         for entry, clip, frames in report.samples
     )
@@ -214,7 +215,8 @@ def _page(title: str, korean_title: str, body: str) -> str:
         f'<!doctype html>\n<html lang="en" data-language="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head>\n<body>'
-        f'<button id="language" type="button">{_both("한국어", "English")}</button><h1>{_both(title, korean_title)}</h1>\n'
+        '<button id="language" '
+        f'type="button">{_both("한국어", "English")}</button><h1>{_both(title, korean_title)}</h1>\n'
         f"{body}\n<script>{_SCRIPT}</script></body></html>\n"
     )
 
@@ -253,13 +255,15 @@ def _histogram(values: ArrayLike, label: str, marks: Sequence[tuple[float, str]]
     scale = width / (edges[-1] - edges[0])
     step, top = width / len(counts), int(counts.max())
     bars = "".join(
-        f'<rect class="bar" x="{i * step:.1f}" y="{height - count * (height - 10) / top:.1f}" width="{max(1.0, step - 1):.1f}" '
+        f'<rect class="bar" x="{i * step:.1f}" y="{height - count * (height - 10) / top:.1f}" '
+        f'width="{max(1.0, step - 1):.1f}" '
         f'height="{count * (height - 10) / top:.1f}"><title>{edges[i]:.0f} – {edges[i + 1]:.0f}: {count}</title></rect>'
         for i, count in enumerate(counts)
     )
     lines = "".join(
         f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>'
-        f'<text class="mark" x="{x - 4 if x > width / 2 else x + 4:.1f}" y="10" text-anchor="{"end" if x > width / 2 else "start"}">'
+        f'<text class="mark" x="{x - 4 if x > width / 2 else x + 4:.1f}" y="10" '
+        f'text-anchor="{"end" if x > width / 2 else "start"}">'
         f"{escape(text)}</text>"
         for value, text in marks
         if 0 <= (x := (value - edges[0]) * scale) <= width

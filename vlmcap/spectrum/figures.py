@@ -1,6 +1,7 @@
 """How many directions patch features use, and whether features of near patches are more alike than those of far ones.
 
-Legend: N patches of all frames, P patches of a frame (row-major over its grid h × w), Dv vision width, R prefix tokens (CLS, registers).
+Legend: N patches of all frames, P patches of a frame (row-major over its grid h × w), Dv vision width, R prefix tokens
+(CLS, registers).
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Locality:
 
     @property
     def length(self) -> float | None:
-        """Correlation length in patches: the distance at which the correlation is 1/e; None where it is larger all over the frame."""
+        """Correlation length in patches: the distance at which the correlation is 1/e.
+
+        None where it is larger all over the frame.
+        """
         level = math.exp(-1)
         pairs = list(zip(self.distances, self.correlation, strict=True))
         for (near, high), (far, low) in itertools.pairwise(pairs):
@@ -114,7 +118,9 @@ class Spectrum:
 
 
 def singular_values(features: Tensor, *, is_centred: bool = True) -> Tensor:
-    """Float64 (min(N, Dv),), largest first, by the smaller of the two Gram matrices; below 1e-8 of the largest they are rounding.
+    """Float64 (min(N, Dv),), largest first, by the smaller of the two Gram matrices.
+
+    Below 1e-8 of the largest they are rounding.
 
     Args:
         features: (N, Dv).

@@ -197,7 +197,9 @@ def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
 
 
 def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: SpectrumSettings) -> dict[str, Spectrum]:
-    """Number of the layer to its figures, of the frames of one clip; figures are taken as each layer ends, so one is held at a time.
+    """Number of the layer to its figures, of the frames of one clip.
+
+    Figures are taken as each layer ends, so one is held at a time.
 
     Raises:
         UserError: Frames have sizes of their own, so that a layer's tokens stand in no plain order.

@@ -1,6 +1,7 @@
 """Figures of encoders' features as pictures, as a table and as JSON.
 
-The pictures show singular values, similarity against distance, and the patches of a frame that one of its patches is similar to.
+The pictures show singular values, similarity against distance, and the patches of a frame that one of its patches is
+similar to.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class Composer:
         """Every combination of the arguments.
 
         Raises:
-            UserError: One cannot be read or composed, none is without a mistake, or what is of the sweep as a whole is swept.
+            UserError: One cannot be read or composed, none is without a mistake, or what is of the sweep as a whole is
+                swept.
         """
         combinations, swept = expand(arguments, self.parser)
         check_arguments(arguments, swept)

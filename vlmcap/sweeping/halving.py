@@ -1,7 +1,7 @@
 """`sweep=halving`: successive halving (Jamieson and Talwalkar, https://arxiv.org/abs/1502.07943).
 
-All combinations run with few clips and epochs, the better share goes on with more, until one is left that runs with all of them. A round
-costs each combination so much more as fewer are left, so that all rounds cost about the same.
+All combinations run with few clips and epochs, the better share goes on with more, until one is left that runs with all
+of them. A round costs each combination so much more as fewer are left, so that all rounds cost about the same.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Halving:
         for index, size in enumerate(sizes):
             share = self._sweep.keep ** (len(sizes) - 1 - index)
             print(
-                f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the work of the last round",
+                f"Round {index + 1} of {len(sizes)}: {len(left)} combinations with {share:.0%} of the work of the "
+                "last round",
                 flush=True,
             )
             jobs = [
@@ -121,7 +122,9 @@ def best(ends: Sequence[Done], count: int, mode: str) -> list[int]:
 
 
 def scaled(job: Job, share: float, what: Scaled) -> list[str]:
-    """The overrides of a job with a share of its clips and epochs, their product where both are scaled; at least one of each.
+    """The overrides of a job with a share of its clips and epochs, their product where both are scaled.
+
+    At least one of each.
 
     Raises:
         UserError: It is not known how many clips there are.

@@ -38,8 +38,8 @@ class Status:
     """The end of a run.
 
     Attributes:
-        status: `finished`; `refused` before anything was trained; `failed` at work; `pruned` as its trial was worse than others;
-            `interrupted` by a signal, or not over yet.
+        status: `finished`; `refused` before anything was trained; `failed` at work; `pruned` as its trial was worse
+            than others; `interrupted` by a signal, or not over yet.
         reason: One sentence; empty where the run finished.
         error: The exception's class.
         config_hash: Of `vlmcap.compose.config_hash`; None where the configuration itself was wrong.
@@ -110,7 +110,9 @@ class Record:
         return output_folder() if self.config is None or is_sweep() else Path(self.config.paths.output_dir)
 
     def begin(self, config: Config) -> None:
-        """Says which configuration runs; a job of a sweep leaves a file at once, by which one that is killed is known again.
+        """Says which configuration runs.
+
+        A job of a sweep leaves a file at once, by which one that is killed is known again.
 
         Raises:
             InUseError: Another run writes to the folder.

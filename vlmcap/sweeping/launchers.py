@@ -32,7 +32,10 @@ def num_parallel(launcher: LauncherConfig) -> int:
 
 
 def batch_size(launcher: LauncherConfig) -> int | None:
-    """Jobs that one call of the launcher is given; None is all of them, of which it runs as many at a time as it may."""
+    """Jobs that one call of the launcher is given.
+
+    None is all of them, of which it runs as many at a time as it may.
+    """
     if not isinstance(launcher, ParallelLauncherConfig):
         return 1  # the line of a job stands in front of what it prints
     return launcher.n_jobs if isinstance(launcher, SubmititLauncherConfig) and launcher.is_local else None
@@ -114,8 +117,8 @@ class _Launcher(Generic[L]):
 class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
     """`launcher=joblib`: some jobs at a time on this computer, each in a fresh process that sees its own GPU and no other.
 
-    joblib hands the jobs out; their processes are not joblib's own, as one that the system kills would end the others with it,
-    and one that is used again keeps the GPU that it had.
+    joblib hands the jobs out; their processes are not joblib's own, as one that the system kills would end the others
+    with it, and one that is used again keeps the GPU that it had.
     """
 
     library = "joblib"
@@ -148,7 +151,10 @@ class JoblibLauncher(_Launcher[ParallelLauncherConfig]):
 
 
 class RayLauncher(_Launcher[RayLauncherConfig]):
-    """`launcher=ray`: a Ray task for each combination, on this computer or on a cluster; Ray gives each its own GPUs."""
+    """`launcher=ray`: a Ray task for each combination, on this computer or on a cluster.
+
+    Ray gives each its own GPUs.
+    """
 
     library = "ray"
 

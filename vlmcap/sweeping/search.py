@@ -52,7 +52,8 @@ class SearchSpace:
         endless = [key for key in self.distributions if key not in self.choices]
         if endless:
             raise UserError(
-                f"sweep.sampler=grid cannot try every value of {endless[0]}; give a list or a range, or sweep.sampler=tpe"
+                f"sweep.sampler=grid cannot try every value of {endless[0]}; give a list or a range, or "
+                "sweep.sampler=tpe"
             )
         return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
 

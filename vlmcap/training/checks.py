@@ -47,7 +47,8 @@ def check_engine(config: Config) -> None:
     """`UserError` for an engine that cannot caption while weights change."""
     if config.evaluation.engine is Engine.vllm:
         raise UserError(
-            "evaluation.engine=vllm is for evaluate.py, as vLLM holds merged weights and training changes them; leave it out here"
+            "evaluation.engine=vllm is for evaluate.py, as vLLM holds merged weights and training changes them; leave "
+            "it out here"
         )
 
 
@@ -66,7 +67,8 @@ def check_stages(config: Config) -> None:
     tuned = config.tuning.encoder_tuning
     if tuned is not EncoderTuning.none and not any(stage.encoder_lr > 0 for stage in stages):
         raise UserError(
-            f"tuning.encoder={tuned.name}, but nothing trains the encoder; set tuning.encoder_lr, or tuning.encoder=none"
+            f"tuning.encoder={tuned.name}, but nothing trains the encoder; set tuning.encoder_lr, or "
+            "tuning.encoder=none"
         )
 
 
@@ -128,14 +130,16 @@ def check_position(held: Mapping[str, Any], config: Config) -> None:
     position, before, steps = held["position"], held["plan"], config.trainer.accumulate_grad_batches
     if position["batches"] and before["accumulate"] != steps:
         raise UserError(
-            f"the checkpoint stands inside an epoch of trainer.accumulate_grad_batches={before['accumulate']}, where {steps} cannot go "
+            f"the checkpoint stands inside an epoch of trainer.accumulate_grad_batches={before['accumulate']}, where "
+            f"{steps} cannot go "
             "on; resume with the same number, or from a checkpoint at the end of an epoch"
         )
     num_begun = position["epoch"] + bool(position["batches"])
     trained, asked = before["stages"][:num_begun], StagePlan(config.tuning.stages).stage_names()[:num_begun]
     if trained != asked:
         raise UserError(
-            f"the checkpoint has trained {_epochs(trained)}, but tuning now begins with {_epochs(asked)}; keep the epochs of "
+            f"the checkpoint has trained {_epochs(trained)}, but tuning now begins with {_epochs(asked)}; keep the "
+            "epochs of "
             "stages that have begun, or lengthen the last of them, or start a new run"
         )
 
@@ -161,16 +165,19 @@ def check_strategy(config: Config) -> None:
 def _check_fsdp2(config: Config) -> None:
     if config.llm.quantization is not Quantization["none"]:
         raise UserError(
-            f"trainer=fsdp2 cuts weights into shards, which llm.quantization={config.llm.quantization.name} packs into blocks of its own; "
+            f"trainer=fsdp2 cuts weights into shards, which llm.quantization={config.llm.quantization.name} packs "
+            "into blocks of its own; "
             "set llm.quantization=none, or trainer=ddp"
         )
     if config.hardware.precision is Precision.fp16:
         raise UserError(
-            "trainer=fsdp2 has no scaler for hardware.precision=fp16; set hardware.precision=bf16 or fp32, or trainer=ddp"
+            "trainer=fsdp2 has no scaler for hardware.precision=fp16; set hardware.precision=bf16 or fp32, or "
+            "trainer=ddp"
         )
     if config.optim.kind is not OptimKind.adamw:
         raise UserError(
-            f"trainer=fsdp2 keeps the optimiser's state in shards, which optim={config.optim.kind.name} cannot; set optim=adamw"
+            f"trainer=fsdp2 keeps the optimiser's state in shards, which optim={config.optim.kind.name} cannot; set "
+            "optim=adamw"
         )
     if uses_expert_adapters(config):
         raise UserError(
@@ -206,7 +213,8 @@ def extra_callbacks(config: Config) -> list[L.Callback]:
             )
         if isinstance(made, WeightAveraging) and config.trainer.strategy is Strategy.fsdp2:
             raise UserError(
-                f"callbacks.extra: {target} cannot average the shards of trainer=fsdp2; leave it out, or set trainer=ddp"
+                f"callbacks.extra: {target} cannot average the shards of trainer=fsdp2; leave it out, or set "
+                "trainer=ddp"
             )
         callbacks.append(made)
     return callbacks
@@ -248,13 +256,16 @@ def check_folder(config: Config, resumed: Path | None) -> None:
     )
     if found is not None:
         raise UserError(
-            f"paths.output_dir={folder} holds a run already ({found.relative_to(folder)}): choose another folder, resume that run with "
+            f"paths.output_dir={folder} holds a run already ({found.relative_to(folder)}): choose another folder, "
+            "resume that run with "
             "checkpoint=last, or set paths.overwrite=true"
         )
 
 
 def find_resume(config: Config) -> Path | None:
-    """The checkpoint to resume from, if any; with `trainer.requeue=true` the folder's last one is taken without being asked for.
+    """The checkpoint to resume from, if any.
+
+    With `trainer.requeue=true` the folder's last one is taken without being asked for.
 
     Raises:
         UserError: It is not there.
@@ -265,6 +276,7 @@ def find_resume(config: Config) -> Path | None:
     path = last if config.checkpoint == "last" else Path(config.checkpoint)
     if not path.is_file():
         raise UserError(
-            f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to resume"
+            f"checkpoint={config.checkpoint}: {path} does not exist; set paths.output_dir to the folder of the run to "
+            "resume"
         )
     return path

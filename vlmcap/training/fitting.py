@@ -60,8 +60,10 @@ def fit(
         if smaller is None:
             raise OutOfMemoryError(f"memory ran out at step {run.trainer.global_step + 1} ({error}): {advice(config)}")
         print(
-            f"Memory ran out at step {run.trainer.global_step + 1}: starting again with data.batch_size={smaller.data.batch_size} "
-            f"trainer.accumulate_grad_batches={smaller.trainer.accumulate_grad_batches}, the same clips in each optimiser step.",
+            f"Memory ran out at step {run.trainer.global_step + 1}: starting again with "
+            f"data.batch_size={smaller.data.batch_size} "
+            f"trainer.accumulate_grad_batches={smaller.trainer.accumulate_grad_batches}, the same clips in each "
+            "optimiser step.",
             flush=True,
         )
         config = smaller
@@ -92,7 +94,10 @@ def _may_shrink(config: Config, run: Run, resumed: Path | None) -> bool:
 
 
 def _fit_once(run: Run, resumed: Path | None) -> str | None:
-    """Trains; what the allocator said where memory ran out. The exception itself is not kept, as it holds all that it came through."""
+    """Trains; what the allocator said where memory ran out.
+
+    The exception itself is not kept, as it holds all that it came through.
+    """
     try:
         with run.data.watch.naming_clips(), listening(run), keeping_interrupts(run.trainer):
             run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resumed, weights_only=True)
@@ -139,7 +144,10 @@ def _reset(run: Run, weights: dict[str, Tensor]) -> None:
 
 
 def release_memory() -> None:
-    """Frees what an earlier run of this process left, and resets the peak memory of the device; a CPU has none to reset."""
+    """Frees what an earlier run of this process left, and resets the peak memory of the device.
+
+    A CPU has none to reset.
+    """
     import torch
 
     gc.collect()  # models hold themselves in circles

@@ -49,7 +49,8 @@ class CaptioningModule(L.LightningModule):
         captioner: The assembled model, frozen where nothing is trained.
         plan: Stages and rates.
         optim: Kind and settings of the optimiser.
-        identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen bases.
+        identity: Plain data that goes into every checkpoint: the configuration and the fingerprints of the frozen
+            bases.
         skipped_log: Of clips that could not be used.
         max_label_tokens: Most label tokens of one micro-batch; a constant that keeps loss sums small in half precision.
         sharder: Cuts the captioner into shards of all processes on a device; None leaves it whole.
@@ -149,7 +150,10 @@ class CaptioningModule(L.LightningModule):
         return max(1, -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Summed loss over a constant; `on_before_optimizer_step` turns the sum of the window into a mean over its label tokens."""
+        """Summed loss over a constant.
+
+        `on_before_optimizer_step` turns the sum of the window into a mean over its label tokens.
+        """
         self._note(batch)
         self.num_truncated += batch.num_truncated
         self.last_loss = (0.0, 0)
@@ -174,7 +178,8 @@ class CaptioningModule(L.LightningModule):
             self._earlier is None
         ):  # the other ranks wait for this one's shards in every block, so it must compute something
             raise UserError(
-                "no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see skipped_clips.jsonl"
+                "no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see "
+                "skipped_clips.jsonl"
             )
         return self.captioner.loss_sum(self._earlier)[0] * 0.0
 
@@ -241,7 +246,10 @@ class CaptioningModule(L.LightningModule):
         return values
 
     def read_log(self) -> dict[str, float]:
-        """What `take_log` would give for this rank alone, which may ask at any time; empty before the first optimiser step."""
+        """What `take_log` would give for this rank alone, which may ask at any time.
+
+        Empty before the first optimiser step.
+        """
         return self._log_values(float(self._log_loss), self._log_labels, self._log_tokens) if self._step_rates else {}
 
     def _log_values(self, loss: float, num_labels: float, num_tokens: float) -> dict[str, float]:
@@ -323,7 +331,8 @@ class CaptioningModule(L.LightningModule):
         """Checks that the checkpoint belongs to this model, and restores random states and the position in the data.
 
         Raises:
-            UserError: Trained weights are missing, unknown or of another shape, a frozen base is another one, or the optimiser's state is.
+            UserError: Trained weights are missing, unknown or of another shape, a frozen base is another one, or the
+                optimiser's state is.
         """
         held = checkpoint.get("vlmcap") or {}
         check_base_checkpoints(held.get("bases", {}), self.identity.get("bases", {}))

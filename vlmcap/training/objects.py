@@ -62,7 +62,8 @@ def build_run(
         folder: Run folder.
         step: Step of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped.
         trial: The search's view of the run.
-        is_training: Whether the run fits; an evaluation has no checkpoints and none of the callbacks that only training needs.
+        is_training: Whether the run fits; an evaluation has no checkpoints and none of the callbacks that only training
+            needs.
     """
     import lightning as L
 

@@ -1,6 +1,7 @@
 """AdamW in the kinds of `optim.kind`: plain, fused into one kernel, or with its state in 8 bits.
 
-Source of AdamW: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101; of 8-bit states: Dettmers et al., https://arxiv.org/abs/2110.02861.
+Source of AdamW: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101; of 8-bit states: Dettmers et al.,
+https://arxiv.org/abs/2110.02861.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def make_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: Op
     devices = {parameter.device.type for parameters in trained.values() for parameter in parameters.values()}
     if wrong := sorted(devices - {"cpu", "cuda"}):
         raise UserError(
-            f"optim.kind={config.kind.value} runs on a CPU or a CUDA device, and the model is on {wrong[0]}; set optim.kind=adamw"
+            f"optim.kind={config.kind.value} runs on a CPU or a CUDA device, and the model is on {wrong[0]}; set "
+            "optim.kind=adamw"
         )
     if config.kind is OptimKind.adamw_8bit:
         from bitsandbytes.optim import AdamW8bit
@@ -74,7 +76,8 @@ def fit_saved_states(saved: list[dict[str, Any]], config: OptimConfig) -> None:
         if states and any(name in state for state in states for name in _QUANTISED) != is_wanted:
             kind = "adamw" if is_wanted else "adamw_8bit"
             raise UserError(
-                f"the checkpoint's optimiser is not optim.kind={config.kind.value}, and its state cannot be turned into that; "
+                f"the checkpoint's optimiser is not optim.kind={config.kind.value}, and its state cannot be turned "
+                "into that; "
                 f"set optim.kind={kind}, or start a new run"
             )
         for group in optimizer["param_groups"]:

@@ -52,7 +52,8 @@ def train(config: Config, trial: Trial | None = None) -> float:
 
     Raises:
         InUseError: Another process writes to the folder of the run.
-        UserError: Something in the configuration or the data is wrong, memory ran out, or an operation has no deterministic kernel.
+        UserError: Something in the configuration or the data is wrong, memory ran out, or an operation has no
+            deterministic kernel.
     """
     import_libraries(with_adapters=config.tuning.use_lora)
     with run_folder(config), as_process(config), deterministic_kernels(config.is_deterministic):
@@ -83,7 +84,8 @@ def _train(config: Config, trial: Trial | None) -> float:
     check_run(config, resumed)
     config = with_model_kind(config)
 
-    # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read before that.
+    # 3. Plan the memory, and refuse a run that cannot fit; where the data decides how long captions are, it is read
+    # before that.
     clips: Mapping[str, Sequence[Clip]] = {}
     if config.llm.is_length_open and not config.data.is_demo:
         clips = _read_splits(config)
@@ -154,7 +156,10 @@ def _validation_loss(run: Run) -> dict[str, float]:
 
 
 def _monitored(config: Config, scores: Mapping[str, float]) -> float:
-    """The value of the monitored metric; NaN where only the data could say that there is none, as the run itself is finished."""
+    """The value of the monitored metric.
+
+    NaN where only the data could say that there is none, as the run itself is finished.
+    """
     value = scores.get(config.monitor, math.nan)
     if not math.isfinite(value):
         names = ", ".join(sorted(name for name, score in scores.items() if math.isfinite(score)))
@@ -184,7 +189,10 @@ def _load_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> tuple[Co
 
 
 def _read_splits(config: Config) -> Splits:
-    """The splits of a training run; the training clips stand in for those of validation where they are to be learned by heart."""
+    """The splits of a training run.
+
+    The training clips stand in for those of validation where they are to be learned by heart.
+    """
     if not config.trainer.overfit:
         return load_splits(config, NEEDED, OPTIONAL)
     read = load_splits(config, [Split.train])

@@ -1,4 +1,7 @@
-"""Learning rates as a function of the place in the stages: the stages of tuning, and the scheduler that follows them."""
+"""Learning rates as a function of the place in the stages.
+
+The stages of tuning, and the scheduler that follows them.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +84,9 @@ class StagePlan:
 class StageRates(LRScheduler):
     """Gives each parameter group the rate that a `StagePlan` has for its `part`, one optimiser step after another.
 
-    Its state is empty: a rate depends on nothing but the place in the stages, so `begin` sets those of a fresh and of a resumed
-    run. A place is an epoch and a step in it. The steps of earlier epochs do not count, as those may have had other batches.
+    Its state is empty: a rate depends on nothing but the place in the stages, so `begin` sets those of a fresh and of a
+    resumed run. A place is an epoch and a step in it. The steps of earlier epochs do not count, as those may have had
+    other batches.
 
     Args:
         optimizer: Each of its groups has a `part`.
@@ -99,7 +103,8 @@ class StageRates(LRScheduler):
         Args:
             epoch: Epoch of the step to come, from 0.
             step: Optimiser steps already done in it.
-            steps_per_epoch: Optimiser steps of an epoch; not known before, as Lightning makes schedulers before loaders.
+            steps_per_epoch: Optimiser steps of an epoch; not known before, as Lightning makes schedulers before
+                loaders.
         """
         self.steps_per_epoch = steps_per_epoch
         self.step(epoch * steps_per_epoch + step)

@@ -1,7 +1,7 @@
 """A captioner cut into shards, one a process, by torch's `fully_shard` (FSDP2).
 
-Each parameter is split along its first dimension and every process keeps one part of it; a block's parameters come together only while
-the block computes. Source: Zhao et al., https://arxiv.org/abs/2304.11277.
+Each parameter is split along its first dimension and every process keeps one part of it; a block's parameters come
+together only while the block computes. Source: Zhao et al., https://arxiv.org/abs/2304.11277.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ _METHODS = ("loss_sum", "encoded", "generate")  # what is called of a captioner,
 def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None) -> None:
     """Cuts the captioner into shards on `device`, with the weights that the first process holds.
 
-    The units are the blocks of the language model and of the encoder, the projector, and the rest. No process but the first needs weights:
-    the others may come with everything on the meta device. Tensors travel one by one, so none ever holds the whole model on its device.
+    The units are the blocks of the language model and of the encoder, the projector, and the rest. No process but the
+    first needs weights: the others may come with everything on the meta device. Tensors travel one by one, so none ever
+    holds the whole model on its device.
 
     Args:
-        captioner: With `encoder`, `projector` and `llm`; its parameters are exchanged, under their names. What requires gradients goes on
-            doing so, and the parameters of one unit that do must be of one type.
+        captioner: With `encoder`, `projector` and `llm`; its parameters are exchanged, under their names. What requires
+            gradients goes on doing so, and the parameters of one unit that do must be of one type.
         mesh: One-dimensional, of all processes.
         device: Of this process.
-        dtype: Of the blocks' arithmetic and of what is gathered for it, their gradients being summed in float32; None for that of their
-            weights. The projector keeps float32.
+        dtype: Of the blocks' arithmetic and of what is gathered for it, their gradients being summed in float32; None
+            for that of their weights. The projector keeps float32.
     """
     held = _strip_to_meta(captioner)
     weights: dict[str, Any] = {**held} if dist.get_rank() == 0 else {}
@@ -44,7 +45,8 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
         for block in blocks(getattr(captioner, part)):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(captioner.projector, mesh=mesh)  # type: ignore[arg-type]
-    # Gathered anew on the way back, unlike torch's default for a root: embeddings and head are a gigabyte, and stages thaw parameters.
+    # Gathered anew on the way back, unlike torch's default for a root: embeddings and head are a gigabyte, and stages
+    # thaw parameters.
     fully_shard(captioner, mesh=mesh, reshard_after_forward=True)
     for method in _METHODS:
         register_fsdp_forward_method(captioner, method)
@@ -56,7 +58,10 @@ def shard_captioner(captioner: nn.Module, mesh: DeviceMesh, device: torch.device
 
 
 def blocks(part: nn.Module | None) -> list[nn.Module]:
-    """The members of the outermost lists of modules with parameters: the layers of a transformer, and of each of its parts."""
+    """The members of the outermost lists of modules with parameters.
+
+    The layers of a transformer, and of each of its parts.
+    """
     return [] if part is None else list(_blocks(part))
 
 

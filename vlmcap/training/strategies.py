@@ -107,8 +107,9 @@ class SharedStrategy(_StaysInPlace, DDPStrategy):
 class ShardedStrategy(ModelParallelStrategy):
     """Every process has a part of each weight (FSDP2) and its own batches.
 
-    Lightning's own checkpoints number the optimiser's states by all parameters of the model, and gather all of them. Ours hold the trained
-    weights only, whole, and the optimiser's states as a single process has them, so that any number of processes reads them.
+    Lightning's own checkpoints number the optimiser's states by all parameters of the model, and gather all of them.
+    Ours hold the trained weights only, whole, and the optimiser's states as a single process has them, so that any
+    number of processes reads them.
 
     Args:
         command: Of one process.

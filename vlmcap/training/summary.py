@@ -131,7 +131,9 @@ def _versions() -> dict[str, str | None]:
 
 
 def expected(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dict[str, float] | None:
-    """What the plan expects of the run, beside which stands what it took: `peak_gib`, `usable_gib`, and `fit_s`, seconds of the fit.
+    """What the plan expects of the run, beside which stands what it took.
+
+    `peak_gib`, `usable_gib`, and `fit_s`, seconds of the fit.
 
     Args:
         config: Run configuration.

@@ -10,7 +10,10 @@ DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "video.md"
 
 
 def check_table(name: str, table: str) -> None:
-    """Fails if the document has another table between `<!-- name -->` and `<!-- end -->`; with UPDATE_DOCS=1 it is written instead."""
+    """Fails if the document has another table between `<!-- name -->` and `<!-- end -->`.
+
+    With UPDATE_DOCS=1 it is written instead.
+    """
     text = DOCUMENT.read_text("utf-8")
     found = re.search(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", text, re.DOTALL)
     assert found is not None, f"docs/video.md has no table {name}"

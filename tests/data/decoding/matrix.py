@@ -1,7 +1,7 @@
 """Videos of many encodings in many containers, whose frames show their number, so that what was read can be told from what was wanted.
 
-A picture is 8 x 4 cells: a white one, the number in 7 of them, the same 7 inverted, a black one, and below moving grey. Turned or
-mirrored it gives no number.
+A picture is 8 x 4 cells: a white one, the number in 7 of them, the same 7 inverted, a black one, and below moving grey.
+Turned or mirrored it gives no number.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ PROPERTIES = ("constant", "variable", "late start", "longer sound", "B-frames", 
 
 @dataclass(frozen=True)
 class Video:
-    """A file and the truth about it: seconds at which frame i appears, from the first one on, and when the last one goes."""
+    """A file and the truth about it.
+
+    Seconds at which frame i appears, from the first one on, and when the last one goes.
+    """
 
     path: Path
     times_s: list[float]
@@ -103,7 +106,9 @@ class UnavailableError(Exception):
 
 
 def make_video(folder: Path, encoding: str, container: str, kind: str) -> Video:
-    """A video of 60 frames with a key frame every 12; what `kind` says of the display is lost where a container has no place for it.
+    """A video of 60 frames with a key frame every 12.
+
+    What `kind` says of the display is lost where a container has no place for it.
 
     Raises:
         UnavailableError: There can be no such file.

@@ -240,7 +240,8 @@ def grey_corners(levels: tuple[float, float, float, float]) -> Frames:
     return np.repeat(np.round(255 * np.asarray(levels)).astype(np.uint8).reshape(2, 2, 1), 3, axis=-1)
 
 
-# Signals of 0, 20, 203 and 1000 cd/m² (BT.2100), and what a screen shows of them: BT.2408 has 203 as the white of a page.
+# Signals of 0, 20, 203 and 1000 cd/m² (BT.2100), and what a screen shows of them: BT.2408 has 203 as the white of a
+# page.
 HDR_LEVELS = {PQ: (0.0, 0.3459, 0.5807, 0.7518), HLG: (0.0, 0.3394, 0.75, 1.0)}
 SDR_LEVELS = (0.0, 0.349, 0.879, 1.0)
 
@@ -262,7 +263,7 @@ def test_hues_stay_and_brightness_ascends(is_hlg: bool) -> None:
     assert red[0] > 2 * red[1] and red[0] > 2 * red[2]
 
 
-# --- the table of containers ------------------------------------------------------------------------------------------------------------
+# --- the table of containers ------------------------------------------------------------------------------------------
 
 
 def turned(angle: float, hflip: bool) -> SetUp:

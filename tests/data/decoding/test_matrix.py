@@ -162,7 +162,8 @@ def test_all_encodings_in_all_containers(tmp_path: Path) -> None:
     for container in CONTAINERS:
         rows.append(f"| {container} | " + " | ".join(str(counts[container, kind] or "–") for kind in PROPERTIES) + " |")
     rows.append(
-        f"\n{sum(counts.values())} files, each read in {len(SAMPLINGS)} ways: {num_reads} readings; {num_unavailable} of the "
+        f"\n{sum(counts.values())} files, each read in {len(SAMPLINGS)} ways: {num_reads} readings; {num_unavailable} "
+        "of the "
         f"{len(ENCODINGS) * len(CONTAINERS) * len(PROPERTIES)} combinations do not exist."
     )
     check_table("frames", "\n".join(rows))

@@ -1,4 +1,7 @@
-"""torchcodec gives the frames that PyAV gives, which only a machine where it loads can show; without it, errors are one sentence."""
+"""torchcodec gives the frames that PyAV gives, which only a machine where it loads can show.
+
+Without it, errors are one sentence.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def test_the_checks_hold_for_both(tmp_path: Path, make_frames: MakeFrames, real_
 
 
 class FakeDecoder:
-    """Frames of one grey each, a second apart from second 2 on, numbered by their second; large as those of the clip that a test reads."""
+    """Frames of one grey each, a second apart from second 2 on, numbered by their second.
+
+    Large as those of the clip that a test reads.
+    """
 
     metadata = SimpleNamespace(width=640, height=272, begin_stream_seconds=2.0, end_stream_seconds=12.0)
 

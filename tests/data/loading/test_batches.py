@@ -1,4 +1,7 @@
-"""Each clip once an epoch, in batches that keep their limits; an order of seed and epoch alone; a position that resumes exactly."""
+"""Each clip once an epoch, in batches that keep their limits; an order of seed and epoch alone.
+
+A position that resumes exactly.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ def epoch_of(sampler: BatchSampler, epoch: int) -> list[list[int]]:
 
 
 def caption_like(count: int) -> NDArray[np.int64]:
-    """Lengths of whole sequences: captions of 311 to 708 tokens with 402 on average, a prompt, and 128 visual tokens."""
+    """Lengths of whole sequences.
+
+    Captions of 311 to 708 tokens with 402 on average, a prompt, and 128 visual tokens.
+    """
     return np.clip(np.random.default_rng(0).gamma(16, 6, count) + 306, 311, 708).astype(np.int64) + 40 + 128
 
 

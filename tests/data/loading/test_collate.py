@@ -1,4 +1,7 @@
-"""Sequences are joined part by part: labels are exactly the caption, visual tokens are whole, nothing is lost silently."""
+"""Sequences are joined part by part.
+
+Labels are exactly the caption, visual tokens are whole, nothing is lost silently.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Loaders give what their settings say, whoever reads and wherever they start; ranks share evaluation without repeats."""
+"""Loaders give what their settings say, whoever reads and wherever they start.
+
+Ranks share evaluation without repeats.
+"""
 
 from __future__ import annotations
 

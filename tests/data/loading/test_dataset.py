@@ -1,4 +1,7 @@
-"""Clips become samples, or say in one sentence why not, whatever the decoder does; what is random hangs on (seed, epoch, index) alone."""
+"""Clips become samples, or say in one sentence why not, whatever the decoder does.
+
+What is random hangs on (seed, epoch, index) alone.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,8 @@ def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_worke
     ]
     assert {item.clip.id: item.reason for item in items if isinstance(item, Skipped)} == {
         "empty": "empty.mp4 cannot be read: the file is empty",
-        "text": "text.mp4 cannot be read: it is damaged, truncated or no video (Invalid data found when processing input)",
+        "text": "text.mp4 cannot be read: it is damaged, truncated or no video (Invalid data found when processing "
+        "input)",
         "gone": "gone.mp4 cannot be read: there is no such file",
     }
     samples = [item for item in items if isinstance(item, Sample)]

@@ -1,4 +1,7 @@
-"""A call that hangs, crashes or eats memory costs its own answer and nothing else: no zombie, no descriptor, no other call's answer."""
+"""A call that hangs, crashes or eats memory costs its own answer and nothing else.
+
+No zombie, no descriptor, no other call's answer.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,10 @@ def test_the_clip_is_named(loader: Loader, kill: Callable[[], Any]) -> None:
 
 @pytest.fixture
 def _fresh_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch sets its handler once a process, and Lightning takes it away after a training: other tests may have done either."""
+    """torch sets its handler once a process, and Lightning takes it away after a training.
+
+    Other tests may have done either.
+    """
     before = signal.getsignal(signal.SIGCHLD)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     yield

@@ -59,7 +59,7 @@ def names(archive: Path) -> list[str]:
     return [member.name for member in list_members(str(archive))]
 
 
-# --- names ------------------------------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_a_korean_windows_zip_are_hangul(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_name_is_a_key_and_leads_nowhere(tmp_path: Path, name: str) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- indices ----------------------------------------------------------------------------------------------------------------------------
+# --- indices ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_zip_index_has_files_only_and_the_last_of_two(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_processes_that_fork_do_not_move_each_others_position(tmp_path: Path) ->
     assert first + opened.read() == contents["0.bin"]
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def everywhere(folder: Path, content: bytes = CONTENT) -> list[str]:
     return addresses
 
 
-# --- addresses --------------------------------------------------------------------------------------------------------------------------
+# --- addresses --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_an_address() -> None:
@@ -114,7 +114,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_media("s3://bucket/a.mp4")
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("whole_read_bytes", [0, 64 * 1024**2])  # remote ranges as wanted, or all at once

@@ -181,7 +181,10 @@ def test_eager_attention_writes_the_same() -> None:
 
 @pytest.mark.parametrize("attention", [REPEATED, *FLASH])
 def test_attention_of_other_gpus_writes_the_same(attention: str) -> None:
-    """A T4's attention decodes as it is; where flash-attn is installed, PyTorch's decodes in its place, which needs no such package."""
+    """A T4's attention decodes as it is.
+
+    Where flash-attn is installed, PyTorch's decodes in its place, which needs no such package.
+    """
     register_repeated_keys()
     model: Any = make_model("Qwen3")
     settings = GenerationSettings(NEW, EvaluationConfig(speculate_ngram=2))

@@ -1,4 +1,7 @@
-"""Captured decoding steps, on a CPU: a recorder of operations stands in for CUDA and repeats them on the same memory, as a graph does."""
+"""Captured decoding steps, on a CPU.
+
+A recorder of operations stands in for CUDA and repeats them on the same memory, as a graph does.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ class Recorder(TorchDispatchMode):
 
 
 class RecordedGraphs:
-    """Graphs of recorded operations. Recording runs a step, which CUDA's capturing does not, so the first replay is left out."""
+    """Graphs of recorded operations.
+
+    Recording runs a step, which CUDA's capturing does not, so the first replay is left out.
+    """
 
     def __init__(self) -> None:
         self.num_warm_ups, self.captured, self.num_replays, self.is_broken = 0, 0, 0, False
@@ -147,7 +153,8 @@ def test_where_capturing_fails_steps_go_on_as_they_are(capsys: pytest.CaptureFix
         assert greedy_ids(model, prompts(), settings, STOPS, 3, graphs) == expected(model, prompts(), settings)
     assert graphs.captured == 1, "it is not tried again"
     assert capsys.readouterr().err == (
-        "Captions are written without CUDA graphs, as one could not be captured: operation not permitted when stream is capturing\n"
+        "Captions are written without CUDA graphs, as one could not be captured: operation not permitted when stream "
+        "is capturing\n"
     )
 
 
@@ -181,5 +188,6 @@ def test_graphs_are_asked_for_or_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     assert make_graphs(meta_encoder("Qwen3Moe"), "auto", cuda) is None
     assert (
         capsys.readouterr().err
-        == "Captions are written without CUDA graphs, as transformers may wait for the number of tokens of each expert.\n"
+        == "Captions are written without CUDA graphs, as transformers may wait for the number of tokens of each "
+        "expert.\n"
     )

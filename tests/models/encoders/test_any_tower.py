@@ -1,4 +1,7 @@
-"""Any vision tower of transformers as an encoder, against its class; what has no grid of patches is refused in a sentence."""
+"""Any vision tower of transformers as an encoder, against its class.
+
+What has no grid of patches is refused in a sentence.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,10 @@ def test_towers_of_whole_checkpoints(
 def test_files_without_a_tensor_of_the_tower_are_not_opened(
     checkpoints: dict[str, Checkpoint], tmp_path: Path, kind: str, family: str
 ) -> None:
-    """Shards of the language model may be missing, those of the last block's weights too: layer -2 does not need them."""
+    """Shards of the language model may be missing, those of the last block's weights too.
+
+    Layer -2 does not need them.
+    """
     whole = save_whole(kind, checkpoints[family], tmp_path, max_shard_size="12KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     behind = re.compile(r"\.layers?\.2\.|post_layernorm|tower\.layernorm|\.head\.")
@@ -127,7 +130,10 @@ def test_blocks_of_dinov3_at_the_top_or_one_level_down(checkpoints: dict[str, Ch
 
 
 def remote_layout(model: Any, values: dict[str, Any], folder: Path) -> None:
-    """Writes a model as OpenGVLab's own checkpoints are: their names, one tensor of queries, keys and values, code to be refused."""
+    """Writes a model as OpenGVLab's own checkpoints are.
+
+    Their names, one tensor of queries, keys and values, code to be refused.
+    """
     weights = dict(model.state_dict())
     for index in range(model.config.num_hidden_layers):
         own = f"encoder.layer.{index}.attention."

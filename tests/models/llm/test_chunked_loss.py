@@ -207,7 +207,10 @@ def exact_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("factor", [2.0**-12, 1.0, 2.0**12], ids=["small", "one", "large"])
 def test_float16_gradients_do_not_vanish_in_a_large_vocabulary(factor: float) -> None:
-    """Shares of 50 000 nearly even logits are 2e-5, below float16's least normal number; some of the words here are far below it."""
+    """Shares of 50 000 nearly even logits are 2e-5, below float16's least normal number.
+
+    Some of the words here are far below it.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(6, 32, generator=generator).half()
     weight = (torch.randn(50_000, 32, generator=generator) * 0.3).half()

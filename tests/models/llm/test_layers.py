@@ -1,4 +1,7 @@
-"""Layers that are computed again or compiled give the same loss and gradients; of offloaded ones only the inputs are moved."""
+"""Layers that are computed again or compiled give the same loss and gradients.
+
+Of offloaded ones only the inputs are moved.
+"""
 
 from __future__ import annotations
 

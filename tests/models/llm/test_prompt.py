@@ -198,7 +198,8 @@ def test_an_answer_is_framed_as_the_template_frames_it(llm_folder: Path, tokeniz
     """The blank before it is the caption's, the special token behind it ends it, whatever the tokenizer calls its end token."""
     assert prompt_of(llm_folder, thinking=thinking).caption_lead == ""
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content }}<|endoftext|>{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content "
+        "}}<|endoftext|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )
     prompt = load_prompt(llm_folder, LlmConfig(prompt=QUESTION, chat_template=template))

@@ -111,7 +111,7 @@ def load(folder: Path, quantization: str = "none") -> Any:
     return load_language_model(folder, dtype=torch.float32, quantization=quantization, attention="sdpa", device="cpu")
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def test_safetensors_go_before_pickles(vicuna_folder: Path, tmp_path: Path) -> N
     load(folder)
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------------------------
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_template_is_that_of_its_training(vicuna_folder: Path) -> None:

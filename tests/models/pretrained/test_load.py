@@ -1,4 +1,7 @@
-"""Whole models and their vision encoders alone: what is refused, quantisation, training, and true sizes on the meta device."""
+"""Whole models and their vision encoders alone.
+
+What is refused, quantisation, training, and true sizes on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,10 @@ def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_fo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[str, Path]) -> None:
-    """Clips of two sizes, so that one is padded; adapters on linear layers alone, not on the convolution that shares a name with one."""
+    """Clips of two sizes, so that one is padded.
+
+    Adapters on linear layers alone, not on the convolution that shares a name with one.
+    """
     parts = load(kind, qwen_folders[kind])
     if tuning == "lora":
         add_tower_lora(parts.encoder.tower, LoraConfig(rank=2, alpha=4))

@@ -1,4 +1,7 @@
-"""Qwen3-VL's prompt, token by token, against transformers' processor; and the seconds of Qwen2.5-VL's temporal patches."""
+"""Qwen3-VL's prompt, token by token, against transformers' processor.
+
+And the seconds of Qwen2.5-VL's temporal patches.
+"""
 
 from __future__ import annotations
 

@@ -162,7 +162,10 @@ def test_learned_queries_see_their_own_frame_only(spec_of: Make) -> None:
 
 
 def test_learned_queries_see_the_kept_tokens_of_their_frame(spec_of: Make) -> None:
-    """Behind saliency, frames hold different numbers of tokens; with a frame embedding, each must still read its own."""
+    """Behind saliency, frames hold different numbers of tokens.
+
+    With a frame embedding, each must still read its own.
+    """
     projector = build_projector(*spec_of("cross_attention", reducer="saliency", keep_ratio=0.5))
     features = torch.randn(1, FRAMES, 16, DV)
     tokens, layout = projector._prepare(features, (4, 4), None)
@@ -189,7 +192,10 @@ def test_latents_tell_frames_apart(spec_of: Make) -> None:
 
 @pytest.mark.parametrize("kind", ["cross_attention", "perceiver"])
 def test_the_inner_width_keeps_true_sizes_small(kind: str) -> None:
-    """DINOv3-H+ to Qwen3-32B with four layers: 17 to 19 GiB of weights and optimiser state at the language model's width."""
+    """DINOv3-H+ to Qwen3-32B with four layers.
+
+    17 to 19 GiB of weights and optimiser state at the language model's width.
+    """
     millions = {}
     for hidden_dim in (None, 5120):
         config = settings_of(kind, num_layers=4, num_queries=64, hidden_dim=hidden_dim)

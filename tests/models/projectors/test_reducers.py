@@ -1,4 +1,7 @@
-"""Reducers that keep a grid, against torch and LLaVA-NeXT-Video; those that choose by content, against ToMe and by what they keep."""
+"""Reducers that keep a grid, against torch and LLaVA-NeXT-Video.
+
+Those that choose by content, against ToMe and by what they keep.
+"""
 
 from __future__ import annotations
 

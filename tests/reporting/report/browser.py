@@ -1,4 +1,6 @@
-"""A real headless Chromium for tests, driven over a pipe by its DevTools protocol: nothing to install beside the browser.
+"""A real headless Chromium for tests, driven over a pipe by its DevTools protocol.
+
+Nothing to install beside the browser.
 
 https://chromedevtools.github.io/devtools-protocol/; messages are JSON, a zero byte after each.
 """
@@ -175,14 +177,16 @@ class Browser:
     def click(self, selector: str, text: str = "") -> None:
         """Clicks the first element that fits and, with `text`, says just that."""
         self.run(
-            f"[...document.querySelectorAll({selector!r})].find((node) => !{text!r} || node.textContent === {text!r}).click()"
+            f"[...document.querySelectorAll({selector!r})].find((node) => !{text!r} || node.textContent === "
+            f"{text!r}).click()"
         )
 
     def write(self, selector: str, value: str) -> None:
         """Sets a field as typing or choosing does."""
         node = f"document.querySelector({selector!r})"
         self.run(
-            f"{node}.value = {value!r}; {node}.dispatchEvent(new Event('input')); {node}.dispatchEvent(new Event('change'))"
+            f"{node}.value = {value!r}; {node}.dispatchEvent(new Event('input')); {node}.dispatchEvent(new "
+            "Event('change'))"
         )
 
     def press(self, key: str, code: int) -> None:

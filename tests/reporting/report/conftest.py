@@ -15,7 +15,10 @@ from tests.reporting.report.run_folders import write_one_run, write_sweep
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multirun folder of eight runs that finished, one that was refused and one that failed; see `write_sweep`. Not to be changed."""
+    """A multirun folder of eight runs that finished, one that was refused and one that failed; see `write_sweep`.
+
+    Not to be changed.
+    """
     return write_sweep(tmp_path_factory.mktemp("multirun") / "sweep")
 
 

@@ -100,7 +100,10 @@ def make_group(
 
 
 def make_clips(runs: Sequence[RunRow], count: int, videos: Sequence[str] = ()) -> list[ClipRow]:
-    """Clips, of which the first caption is hostile and the last is empty; `videos` are those of the first ones, others are not there."""
+    """Clips, of which the first caption is hostile and the last is empty.
+
+    `videos` are those of the first ones, others are not there.
+    """
     rows = []
     for index in range(count):
         texts = [f"파란 연 {number} 개가 하늘에 천천히 움직인다. 클립{index:03d}" for number in range(len(runs))]
@@ -136,7 +139,10 @@ def make_report(
     seeds: int = 2,
     encoders: Sequence[str] = ("siglip2", "dinov3", "clip"),
 ) -> Report:
-    """Encoders by seeds, each a little worse than the one before, the second level with the best; and a job that failed."""
+    """Encoders by seeds, each a little worse than the one before, the second level with the best.
+
+    And a job that failed.
+    """
     runs, groups = [], []
     for place, encoder in enumerate(encoders):
         factors = {"encoder": encoder, "projector": "mlp"}

@@ -1,4 +1,7 @@
-"""Folders as `train.py` leaves them, without training: real configurations, real scores of invented captions of a known quality."""
+"""Folders as `train.py` leaves them, without training.
+
+Real configurations, real scores of invented captions of a known quality.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ CATEGORIES = ("바다", "도시", "숲")
 def make_clips(
     count: int, *, split: str = "val", folder: Path | None = None, has_categories: bool = True
 ) -> list[Clip]:
-    """Clips with Korean captions; with a folder, the first three are real videos in it and the last one is a broken file."""
+    """Clips with Korean captions.
+
+    With a folder, the first three are real videos in it and the last one is a broken file.
+    """
     rng = random.Random(f"clips of {split}")
     clips = []
     for index in range(count):
@@ -135,7 +141,10 @@ def write_run(
 
 
 def write_one_run(folder: Path, videos: Path) -> Path:
-    """A run of the demo that knows facts: 12 test clips, of which three are videos and one says what could harm a page, and a plan."""
+    """A run of the demo that knows facts.
+
+    12 test clips, of which three are videos and one says what could harm a page, and a plan.
+    """
     from tests.reporting.report.invented import HOSTILE
     from vlmcap.config import EvaluationConfig
     from vlmcap.demo.grammar import FACTS
@@ -187,8 +196,8 @@ def _write_course(folder: Path, scores: Mapping[str, float]) -> None:
 def write_sweep(root: Path, *, seeds: int = 2, num_clips: int = 30, videos: Path | None = None) -> Path:
     """A multirun folder: two encoders by two projectors by seeds, of which siglip2 + mlp is best, and two jobs that failed.
 
-    clip is 0.2 worse than siglip2 in `quality`, cross_attention 0.1 worse than mlp. The job of the language model that is too large was
-    refused by its plan, another ended in an error.
+    clip is 0.2 worse than siglip2 in `quality`, cross_attention 0.1 worse than mlp. The job of the language model that
+    is too large was refused by its plan, another ended in an error.
     """
     root.mkdir(parents=True, exist_ok=True)
     (root / "multirun.yaml").write_text("hydra: {}\n", encoding="utf-8")

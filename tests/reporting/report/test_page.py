@@ -163,7 +163,7 @@ def test_twenty_runs_of_forty_long_captions_are_below_five_megabytes() -> None:
     assert len(page.encode()) < 5_000_000
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_of_a_clip_are_small_jpegs(video: Path) -> None:

@@ -19,7 +19,8 @@ def test_every_section_is_there(browser: Browser) -> None:
     names = ["overview", "leaderboard", "effects", "curves", "costs", "categories", "clips", "configuration"]
     assert browser.run("[...document.querySelectorAll('main > section')].map((node) => node.id)") == names
     assert browser.run(
-        "[...document.querySelectorAll('#bar nav a')].every((link) => document.querySelector(link.getAttribute('href')))"
+        "[...document.querySelectorAll('#bar nav a')].every((link) => "
+        "document.querySelector(link.getAttribute('href')))"
     )
     assert "siglip2 + mlp is the best of 3 configurations." in browser.texts(".answer")[0]
     assert "cannot be told from it on this data: dinov3 + mlp" in browser.texts(".answer")[0]

@@ -1,4 +1,7 @@
-"""The page that one run leaves: what it holds, what it makes of facts and of another clip's video, and that it never costs the run."""
+"""The page that one run leaves.
+
+What it holds, what it makes of facts and of another clip's video, and that it never costs the run.
+"""
 
 from __future__ import annotations
 

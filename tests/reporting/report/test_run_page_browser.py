@@ -1,4 +1,7 @@
-"""The page of one run in a real headless Chromium: what plays, what is coloured, what can be copied, and how it looks."""
+"""The page of one run in a real headless Chromium.
+
+What plays, what is coloured, what can be copied, and how it looks.
+"""
 
 from __future__ import annotations
 

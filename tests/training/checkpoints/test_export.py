@@ -226,7 +226,7 @@ def test_a_tuned_encoder_goes_along(make: Callable[..., Checkpoint], aihub_root:
     assert load_captioner(tmp_path / "out").caption(videos) == expected
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_there_is_not_touched(make: Callable[..., Checkpoint], tmp_path: Path) -> None:

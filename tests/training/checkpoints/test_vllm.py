@@ -25,7 +25,10 @@ from vlmcap.training.run import evaluate, train
 
 
 class FakeVllm(types.ModuleType):
-    """What is called of vLLM, in its own names; captions come of transformers' model in the folder. Keeps what it was asked."""
+    """What is called of vLLM, in its own names; captions come of transformers' model in the folder.
+
+    Keeps what it was asked.
+    """
 
     def __init__(self) -> None:
         super().__init__("vllm")

@@ -1,7 +1,7 @@
 """Changes of a clip's frames that leave its captions true.
 
-There are no flips: captions say 왼쪽 and 오른쪽, and writing in the picture would no longer be what they quote. Hues stay too, since
-captions name colours.
+There are no flips: captions say 왼쪽 and 오른쪽, and writing in the picture would no longer be what they quote. Hues
+stay too, since captions name colours.
 
 Legend: F frames, H/W pixels.
 """
@@ -28,8 +28,10 @@ def augment_frames(frames: Tensor, augment: AugmentConfig, rng: Generator) -> Te
 
     Args:
         frames: uint8 (F, 3, H, W).
-        augment: `color`: brightness, contrast and saturation are multiplied by factors within 1 ± `color`, each drawn for itself.
-            `crop`: up to this share of the height and of the width is cut off, the same share of both; where is drawn for each.
+        augment: `color`: brightness, contrast and saturation are multiplied by factors within 1 ± `color`, each drawn
+            for itself.
+            `crop`: up to this share of the height and of the width is cut off, the same share of both; where is drawn
+                for each.
         rng: Source of chance.
 
     Returns:
@@ -44,7 +46,10 @@ def augment_frames(frames: Tensor, augment: AugmentConfig, rng: Generator) -> Te
 
 
 def crop_frames(frames: Tensor, share: float, top: float, left: float) -> Tensor:
-    """Frames without `share` of their height and width; `top` and `left`, 0 to 1, say how much of that goes at the start."""
+    """Frames without `share` of their height and width.
+
+    `top` and `left`, 0 to 1, say how much of that goes at the start.
+    """
     height, width = frames.shape[-2:]
     kept_height, kept_width = math.ceil(height * (1 - share)), math.ceil(width * (1 - share))
     first_row, first_column = round(top * (height - kept_height)), round(left * (width - kept_width))
@@ -54,8 +59,8 @@ def crop_frames(frames: Tensor, share: float, top: float, left: float) -> Tensor
 def recolor_frames(frames: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
     """Frames with colours scaled by three factors, 1 being no change; uint8 (F, 3, H, W) to the same.
 
-    Contrast is about the mean grey of the whole clip, saturation about each pixel's own grey. All three are linear, so they are one
-    matrix and one offset, and values are cut off at 0 and 255 once.
+    Contrast is about the mean grey of the whole clip, saturation about each pixel's own grey. All three are linear, so
+    they are one matrix and one offset, and values are cut off at 0 and 255 once.
     """
     luma = torch.tensor(_LUMA)
     mean_grey = float(luma @ frames[..., ::_MEAN_STEP, ::_MEAN_STEP].float().mean(dim=(0, 2, 3)))

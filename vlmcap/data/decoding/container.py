@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# What holds video itself. Playlists, edit lists of other files and numbered pictures (hls, dash, concat, imf, image2, …) are missing on
-# purpose: they make the library open whatever files they name.
+# What holds video itself. Playlists, edit lists of other files and numbered pictures (hls, dash, concat, imf, image2,
+# …) are missing on purpose: they make the library open whatever files they name.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,mpegtsraw,flv,asf,ogg,mxf,nut,rm,wtv,dv,ivf,obu,av1,h264,hevc,vvc,m4v,"
     "mjpeg,gif,vc1,yuv4mpegpipe"
@@ -53,7 +53,8 @@ class VideoError(Exception):
 
     Args:
         message: The sentence.
-        is_final: False where the file may be good, and another try go better: time ran out, or the disk or network failed.
+        is_final: False where the file may be good, and another try go better: time ran out, or the disk or network
+            failed.
     """
 
     def __init__(self, message: str, *, is_final: bool = True) -> None:
@@ -76,7 +77,10 @@ class DecodeLimits:
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A media file at an address, which can be opened more than once: formats without an index cannot all be rewound."""
+    """A media file at an address, which can be opened more than once.
+
+    Formats without an index cannot all be rewound.
+    """
 
     address: str
 
@@ -104,10 +108,12 @@ class MediaFile:
 
     @contextmanager
     def open_container(self, timeout_s: float, stream: BinaryIO | None = None) -> Iterator[InputContainer]:
-        """The open container of a file that `open_bytes` can open; `stream` is one that it has opened, to spare opening it again.
+        """The open container of a file that `open_bytes` can open.
 
-        Only this file is opened, whatever it says: a playlist renamed to .mp4 cannot send us to other files or the network. Metadata
-        is not ours, so text in a legacy Korean encoding must not stop us.
+        `stream` is one that it has opened, to spare opening it again.
+
+        Only this file is opened, whatever it says: a playlist renamed to .mp4 cannot send us to other files or the
+        network. Metadata is not ours, so text in a legacy Korean encoding must not stop us.
         """
         import av
 

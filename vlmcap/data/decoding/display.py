@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from vlmcap.data.decoding.hdr import to_sdr
 
-# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a process
-# with such a frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
+# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a
+# process with such a frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
 _THREADS = 1
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 _HD_HEIGHT, _HD_WIDTH = 720, 1280  # from these on, pictures that do not say so have the colours of BT.709

@@ -1,7 +1,7 @@
 """Frames of an open video at given moments, decoding as little as possible.
 
-All times are integer ticks of the stream's time base unless a name ends in `_s`. The frame *at* a moment is the one on screen then:
-the last whose timestamp is not later. That holds with a variable frame rate too.
+All times are integer ticks of the stream's time base unless a name ends in `_s`. The frame *at* a moment is the one on
+screen then: the last whose timestamp is not later. That holds with a variable frame rate too.
 """
 
 from __future__ import annotations
@@ -286,7 +286,10 @@ class FrameReader:
             yield from self._decode(container.demux(stream), _NOWHERE)
 
     def _decode(self, packets: Iterable[Packet[VideoStream]], first: int) -> Iterator[tuple[int, VideoFrame]]:
-        """(time, frame) in the order of display, from `first` on: earlier frames lean on frames that were not decoded."""
+        """(time, frame) in the order of display, from `first` on.
+
+        Earlier frames lean on frames that were not decoded.
+        """
         return ((moment, frame) for moment, frame in self.timeline.clock(self._counted(packets)) if moment >= first)
 
     def _counted(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:

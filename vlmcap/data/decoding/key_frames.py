@@ -1,4 +1,6 @@
-"""What a stream tells about its content before its frames are sampled: where its key frames are and where its picture changes.
+"""What a stream tells about its content before its frames are sampled.
+
+Where its key frames are and where its picture changes.
 
 Times are ticks of the stream's time base unless a name ends in `_s`.
 """
@@ -50,8 +52,8 @@ def picture_changes(
 ) -> tuple[list[int], list[float]]:
     """Ascending timestamps, and the mean absolute difference of the pictures between each two of them, at 32 x 32 grey pixels.
 
-    The pictures are the key frames where these are many, at most 8 · `num_frames` of them; else what other frames lean on is decoded
-    once, and at most 32 · `num_frames` of it compared.
+    The pictures are the key frames where these are many, at most 8 · `num_frames` of them; else what other frames lean
+    on is decoded once, and at most 32 · `num_frames` of it compared.
 
     Args:
         container: Just opened.

@@ -1,10 +1,11 @@
 """Which moments of a clip the model sees, by `data.sampling`.
 
-`uniform` takes the centres of equal segments; `random` takes a moment drawn in each of them; `fps` takes one frame every 1 / fps seconds;
-`keyframe` takes the key frames of the stream; `adaptive` takes more frames where the picture changes.
+`uniform` takes the centres of equal segments; `random` takes a moment drawn in each of them; `fps` takes one frame
+every 1 / fps seconds; `keyframe` takes the key frames of the stream; `adaptive` takes more frames where the picture
+changes.
 
-Moments are seconds from the start of a clip, ascending. Lists of images have no clock: there a moment counts images, and the clip lasts
-as many seconds as it has images.
+Moments are seconds from the start of a clip, ascending. Lists of images have no clock: there a moment counts images,
+and the clip lasts as many seconds as it has images.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def uniform_moments(duration_s: float, num_frames: int) -> list[float]:
 
 
 def fps_moments(duration_s: float, fps: float, num_frames: int) -> list[float]:
-    """The centres of intervals of 1 / fps seconds, thinned evenly to `num_frames`; the middle of a clip shorter than half an interval."""
+    """The centres of intervals of 1 / fps seconds, thinned evenly to `num_frames`.
+
+    The middle of a clip shorter than half an interval.
+    """
     count = math.ceil(duration_s * fps - 0.5)  # centres that lie before the end
     if count < 1:
         return [duration_s / 2]
@@ -66,7 +70,10 @@ def fps_moments(duration_s: float, fps: float, num_frames: int) -> list[float]:
 
 
 def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames: int) -> list[float]:
-    """`num_frames` key frames, evenly thinned; where there are fewer, moments in the middle of the longest gaps fill up."""
+    """`num_frames` key frames, evenly thinned.
+
+    Where there are fewer, moments in the middle of the longest gaps fill up.
+    """
     moments = [key_moments[i] for i in spread(len(key_moments), min(len(key_moments), num_frames))]
     while len(moments) < num_frames:
         edges = [0.0, *moments, duration_s]

@@ -93,7 +93,10 @@ def frame_rate(stream: VideoStream) -> Fraction:
 
 
 def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the index holds every frame, with times that can be trusted; other formats fill it while they are read."""
+    """Whether the index holds every frame, with times that can be trusted.
+
+    Other formats fill it while they are read.
+    """
     return (
         container.format.name.startswith("mov,")
         and 0 < stream.frames <= len(stream.index_entries)
@@ -231,7 +234,10 @@ class _Scan:
         return [start + round(float(time - spread[0])) for time in spread]
 
     def first_time(self) -> int:
-        """The time of the first frame of an AVI; that of MPEG-1 is too early by the frames that the decoder holds back."""
+        """The time of the first frame of an AVI.
+
+        That of MPEG-1 is too early by the frames that the decoder holds back.
+        """
         first, *others = sorted(time for time in self.times if time is not None)
         return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
 

@@ -1,6 +1,7 @@
 """Frames read by torchcodec, where it is installed: an optional second decoder behind the same interface.
 
-The file is opened by PyAV first: its protections, its checks and its moments hold for both decoders, so both give the same frames.
+The file is opened by PyAV first: its protections, its checks and its moments hold for both decoders, so both give the
+same frames.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from vlmcap.errors import UserError, first_line
 
 @functools.cache
 def _load() -> ModuleType | str:
-    """`torchcodec.decoders`, or why there is none; it loads FFmpeg's shared libraries, which may be missing or of the wrong version."""
+    """`torchcodec.decoders`, or why there is none.
+
+    It loads FFmpeg's shared libraries, which may be missing or of the wrong version.
+    """
     try:
         return importlib.import_module("torchcodec.decoders")
     except (ImportError, OSError, RuntimeError) as error:
@@ -41,7 +45,8 @@ def resolve_decoder(decoder: Decoder) -> Decoder:
         return Decoder.torchcodec
     if decoder is Decoder.torchcodec:
         raise UserError(
-            f"data.decoder=torchcodec cannot be used, as torchcodec does not load ({loaded}): install it together with FFmpeg's shared "
+            f"data.decoder=torchcodec cannot be used, as torchcodec does not load ({loaded}): install it together "
+            "with FFmpeg's shared "
             "libraries, or set data.decoder=pyav"
         )
     return Decoder.pyav
@@ -62,7 +67,8 @@ class TorchcodecReader:
         loaded = _load()
         assert isinstance(loaded, ModuleType), "resolve_decoder has said that it loads"
         try:
-            # exact: the other mode takes a constant frame rate for granted. One thread: data workers are processes already.
+            # exact: the other mode takes a constant frame rate for granted. One thread: data workers are processes
+            # already.
             self._decoder = loaded.VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1, device="cpu")
         except (RuntimeError, ValueError) as error:
             raise VideoError(f"torchcodec cannot open it ({first_line(error)})") from error

@@ -50,7 +50,8 @@ class DecodedFrames(NamedTuple):
 
     Attributes:
         frames: uint8 (F', 3, H, W), RGB.
-        times_s: float64 (F'), the seconds from the clip's first frame to each of them; None for images, which have no clock.
+        times_s: float64 (F'), the seconds from the clip's first frame to each of them; None for images, which have no
+            clock.
     """
 
     frames: Tensor
@@ -66,13 +67,14 @@ def read_frames(
 ) -> Tensor:
     """Frames of a video, an image or a list of images, upright, in the order of time.
 
-    There are fewer than `data.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips; `pad_frames`
-    gives such clips the rest. Reading stops after the last wanted frame, and jumps to key frames where the file has an index of them.
+    There are fewer than `data.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips;
+    `pad_frames` gives such clips the rest. Reading stops after the last wanted frame, and jumps to key frames where the
+    file has an index of them.
 
     Args:
         clip: A clip, or the address of a video or image.
-        data: Which frames, how long reading may take, and the decoder. torchcodec reads MP4 and MOV files that need no more than a
-            turn to be shown; PyAV reads the others.
+        data: Which frames, how long reading may take, and the decoder. torchcodec reads MP4 and MOV files that need no
+            more than a turn to be shown; PyAV reads the others.
         rng: Source of chance; without one, random sampling is uniform and nothing is jittered.
         limits: What else the clip may cost; `DecodeLimits()` by default.
 
@@ -106,7 +108,8 @@ def read_timed_frames(
         with file.open_container(data.decode_timeout_s, stream) as container:
             reader = FrameReader(file, container, deadline_s, limits)
             moments = reader.choose_moments(data, rng)
-            # torchcodec seeks to wrong frames in other files, and shows as stored what is mirrored, interlaced, stretched or HDR.
+            # torchcodec seeks to wrong frames in other files, and shows as stored what is mirrored, interlaced,
+            # stretched or HDR.
             if resolve_decoder(data.decoder) is Decoder.pyav or not (reader.timeline.is_indexed and reader.is_plain):
                 return _without_repeats(*_read(reader, moments, limits.max_pixels))
         path = local_path(file.address)
@@ -185,8 +188,9 @@ def _without_repeats(frames: Tensor, times_s: Tensor, rows: list[int]) -> Decode
     return DecodedFrames(frames[rows], times_s[rows])
 
 
-# Of x264's assembly, that of the macroblock tree rounds differently between CPUs and reads memory that was never written where
-# frames are small: 60 encodings of the same frames gave 23 different files. This option takes the plain C instead.
+# Of x264's assembly, that of the macroblock tree rounds differently between CPUs and reads memory that was never
+# written where frames are small: 60 encodings of the same frames gave 23 different files. This option takes the plain C
+# instead.
 _REPRODUCIBLE = "cpu-independent=1"
 
 

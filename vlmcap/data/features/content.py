@@ -35,12 +35,14 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 def content_hashes(
     clips: Sequence[Clip], memo: Path, progress: Callable[[int, int], None] | None = None
 ) -> NDArray[np.bytes_]:
-    """S32 (N,): 32 hexadecimal digits for the media of each clip; zeros where a file of it cannot be read. Captions do not count.
+    """S32 (N,): 32 hexadecimal digits for the media of each clip; zeros where a file of it cannot be read.
+
+    Captions do not count.
 
     Args:
         clips: N clips; a clip of several images is the hash of their hashes.
-        memo: SQLite file that remembers hashes by address, size and version; processes may share it. A folder that refuses it costs
-            time only: then all files are read again.
+        memo: SQLite file that remembers hashes by address, size and version; processes may share it. A folder that
+            refuses it costs time only: then all files are read again.
         progress: Called with (clips done, N).
     """
     hashes = np.full(len(clips), UNREADABLE, "S32")
@@ -58,9 +60,10 @@ def content_hashes(
 def media_hash(address: str, stat: MediaStat) -> str:
     """32 hexadecimal digits for the content of a file.
 
-    Files up to 1 MiB are hashed whole. Of larger ones the size and 16 evenly spread blocks of 64 KiB are, the first and last among
-    them: that reads 1 MiB a clip instead of all, and the table of sample sizes at one end of an MP4 differs after any new encoding.
-    A byte changed in place between the blocks goes unnoticed.
+    Files up to 1 MiB are hashed whole. Of larger ones the size and 16 evenly spread blocks of 64 KiB are, the first and
+    last among
+    them: that reads 1 MiB a clip instead of all, and the table of sample sizes at one end of an MP4 differs after any
+    new encoding. A byte changed in place between the blocks goes unnoticed.
 
     Raises:
         MediaError: It cannot be read.

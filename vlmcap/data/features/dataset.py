@@ -23,7 +23,9 @@ from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 
 class FeatureDataset(Dataset[Sample | Skipped]):
-    """Clips with the frozen encoder's features (F, P, Dv) out of a store; clips that could not be read when it was filled stay skipped.
+    """Clips with the frozen encoder's features (F, P, Dv) out of a store.
+
+    Clips that could not be read when it was filled stay skipped.
 
     A clip whose features are damaged is skipped too, and its entry removed, so that the next run encodes it again.
 
@@ -42,7 +44,8 @@ class FeatureDataset(Dataset[Sample | Skipped]):
         missing = store.missing(hashes)
         if len(missing):
             raise UserError(
-                f"the feature cache {store.folder} lacks {len(missing)} of {len(clips)} clips, first: {clips[int(missing[0])].id}; "
+                f"the feature cache {store.folder} lacks {len(missing)} of {len(clips)} clips, first: "
+                f"{clips[int(missing[0])].id}; "
                 "start again to have them encoded"
             )
 

@@ -72,7 +72,8 @@ def remove_store(root: Path, key: str) -> int:
 def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
     """Bytes freed so that all stores together take at most `max_bytes`, or as near to it as may be.
 
-    Whole shards go, the oldest of the store that was unused for longest first: what is left of a store can be used and filled again.
+    Whole shards go, the oldest of the store that was unused for longest first: what is left of a store can be used and
+    filled again.
 
     Args:
         root: Folder of all stores.
@@ -107,8 +108,10 @@ def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
     held = sum(size for folder, size in sizes.items() if folder.name == key or is_in_use(folder))
     if held + incoming > max_bytes:  # told before anything is evicted for nothing
         raise UserError(
-            f"cache.max_gib allows {max_bytes / 2**30:.2f} GiB of features in {root}, which holds {held / 2**30:.2f} of this run and of "
-            f"others that are running, and {incoming / 2**30:.2f} more are to come: raise it, or wait for the other runs"
+            f"cache.max_gib allows {max_bytes / 2**30:.2f} GiB of features in {root}, which holds {held / 2**30:.2f} "
+            "of this run and of "
+            f"others that are running, and {incoming / 2**30:.2f} more are to come: raise it, or wait for the other "
+            "runs"
         )
     if sum(sizes.values()) + incoming > max_bytes:
         prune(root, max_bytes - incoming, keep=(key,))

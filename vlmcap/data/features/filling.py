@@ -37,7 +37,8 @@ class FillSettings:
         chunk_clips: Clips that a process claims at a time.
         stale_s: Seconds without a sign of life after which another machine's claim is taken over.
         poll_s: Seconds between looks at what others have done, when they hold all that is left.
-        patience_s: Seconds without any new features of theirs after which their clips are encoded here, too: they may hang.
+        patience_s: Seconds without any new features of theirs after which their clips are encoded here, too: they may
+            hang.
     """
 
     shard_bytes: int = 256 * 2**20
@@ -68,8 +69,8 @@ def fill_store(
         store: The store to fill.
         hashes: S32 (N,), the content hashes of all clips.
         batches: From positions in `hashes` to lists of samples, as `Batches` says.
-        encode: Stacked frames and the clips' sizes, if they have their own -> (B, F, P, Dv), floating, on any device; or a list
-            of B tensors (F, P, Dv) without padding.
+        encode: Stacked frames and the clips' sizes, if they have their own -> (B, F, P, Dv), floating, on any device;
+            or a list of B tensors (F, P, Dv) without padding.
         progress: Called with (clips done, N); those of other processes count.
         on_wait: Called with a sentence now and then, while other processes hold all that is left.
         retry_lost: Try clips again whose decoder was lost, not those that are broken.
@@ -77,8 +78,8 @@ def fill_store(
         settings: How shards are cut and work is shared.
 
     Raises:
-        UserError: The disk or `max_bytes` is too small, no clip is readable, features are not finite or overflow the dtype, or
-            their shape varies.
+        UserError: The disk or `max_bytes` is too small, no clip is readable, features are not finite or overflow the
+            dtype, or their shape varies.
     """
     _Filling(store, hashes, encode, progress, on_wait, retry_lost, max_bytes, settings or FillSettings()).run(batches)
 
@@ -232,13 +233,15 @@ class _Filling:
             own = self.store.num_bytes + num_bytes
             if own > self.max_bytes:
                 raise UserError(
-                    f"the features take {own / 2**30:.2f} GiB, and cache.max_gib allows {self.max_bytes / 2**30:.2f}: raise it, or {advice}"
+                    f"the features take {own / 2**30:.2f} GiB, and cache.max_gib allows {self.max_bytes / 2**30:.2f}: "
+                    f"raise it, or {advice}"
                 )
             self._make_room(num_bytes)
             free = shutil.disk_usage(self.store.folder).free
         if num_bytes > free:
             raise UserError(
-                f"the feature cache needs {num_bytes / 1e9:.1f} GB more in {self.store.root}, where {free / 1e9:.1f} GB are free: "
+                f"the feature cache needs {num_bytes / 1e9:.1f} GB more in {self.store.root}, where {free / 1e9:.1f} "
+                "GB are free: "
                 f"{advice} or free the space"
             )
 

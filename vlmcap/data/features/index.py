@@ -126,7 +126,9 @@ def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray
 
 
 def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str | None = None) -> ShardIndex:
-    """The index of what is in the folder now: headers are read of new shards only; the same object where nothing changed.
+    """The index of what is in the folder now: headers are read of new shards only.
+
+    The same object where nothing changed.
 
     Args:
         index: As far as known.
@@ -197,7 +199,8 @@ def load(folder: Path) -> ShardIndex:
 def is_pretrained_vlm(folder: Path) -> bool:
     """Whether there is an index that can be trusted, and whose entries are in the shards where it says.
 
-    Shards that were exchanged at equal size and time are found here alone: the index goes by size and time, each shard is sound.
+    Shards that were exchanged at equal size and time are found here alone: the index goes by size and time, each shard
+    is sound.
     """
     index = _load(folder)
     if index is None:

@@ -1,4 +1,7 @@
-"""Who uses a store of features: files in its folder that processes on one or more machines lock and keep fresh, as `vlmcap.locks` does."""
+"""Who uses a store of features.
+
+Files in its folder that processes on one or more machines lock and keep fresh, as `vlmcap.locks` does.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ _LEASE_TIMEOUT_S = 2.0  # others hold a lease for as long as it takes to see tha
 
 
 class Lease:
-    """This process's sign in the folder of a store that it is in use, which eviction respects; a read-only folder does without.
+    """This process's sign in the folder of a store that it is in use, which eviction respects.
+
+    A read-only folder does without.
 
     Args:
         folder: Folder of the store.
@@ -65,7 +70,10 @@ def _end(path: Path, pid: int) -> None:
 
 
 def is_alive(lease: Path) -> bool:
-    """Whether the process of a lease lives: it locks it, or if it is another machine's has renewed it in half an hour. Else it goes."""
+    """Whether the process of a lease lives: it locks it, or if it is another machine's has renewed it in half an hour.
+
+    Else it goes.
+    """
     with contextlib.suppress(OSError):
         is_late = time.time() - lease.stat().st_mtime > _EXPIRE_S
         if is_here(lease.name):

@@ -32,7 +32,10 @@ def stored_type(dtype: str) -> torch.dtype:
 
 
 def size_bytes(num_clips: int, num_frames: int, num_patches: int, embed_dim: int, dtype: str) -> int:
-    """Bytes that the features of N clips take, known before they are built; about 150 bytes of header a clip come on top."""
+    """Bytes that the features of N clips take, known before they are built.
+
+    About 150 bytes of header a clip come on top.
+    """
     token = embed_dim * stored_type(dtype).itemsize + (_SCALE_BYTES if dtype == "int8" else 0)
     return num_clips * num_frames * num_patches * token
 

@@ -21,7 +21,8 @@ class Recipe:
     """Everything that the features of a clip depend on besides its content.
 
     Attributes:
-        encoder: SHA-256 of the checkpoint's files; the same weights under another name or revision give the same features.
+        encoder: SHA-256 of the checkpoint's files; the same weights under another name or revision give the same
+            features.
         layer: Hidden layer that the features are taken from.
         transform: Plain settings of the frame transform, image size among them.
         num_frames: F at most.
@@ -71,7 +72,8 @@ def cache_key(**parts: object) -> str:
     """16 hexadecimal digits of the SHA-256 of `parts` as canonical JSON: equal parts in any order give equal keys.
 
     Args:
-        parts: Plain values: None, booleans, integers, finite floats, text, and lists, tuples and text-keyed dictionaries of them.
+        parts: Plain values: None, booleans, integers, finite floats, text, and lists, tuples and text-keyed
+            dictionaries of them.
 
     Raises:
         TypeError: A value is of another type; its text might differ from run to run.

@@ -46,7 +46,9 @@ def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
 
 
 def repair_shard(path: Path) -> bool:
-    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again; the old one goes.
+    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again.
+
+    The old one goes.
 
     Returns:
         Whether anything was damaged.

@@ -2,8 +2,9 @@
 
 Legend: F frames, P patches a frame, Dv vision width.
 
-A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes in patches, times of
-frames, a checksum of each clip's entry, clips that could not be read, and the error of the stored numbers.
+A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes
+in patches, times of frames, a checksum of each clip's entry, clips that could not be read, and the error of the stored
+numbers.
 """
 
 from __future__ import annotations
@@ -229,7 +230,8 @@ def write_shard(
 ) -> Path:
     """A new shard in `folder`, on the disk before it bears its name.
 
-    Times are written in full: a prompt rounds them to a tenth of a second, and must come out the same with and without a cache.
+    Times are written in full: a prompt rounds them to a tenth of a second, and must come out the same with and without
+    a cache.
 
     Raises:
         OSError: The disk is full or the folder not writable.
@@ -353,7 +355,8 @@ class ShardWriter:
         except OSError as error:
             if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
                 raise UserError(
-                    f"the disk of {self.folder} is full: free some space and start again, which goes on from here, or set "
+                    f"the disk of {self.folder} is full: free some space and start again, which goes on from here, or "
+                    "set "
                     "cache.enabled=false"
                 ) from error
             raise
@@ -385,7 +388,8 @@ class ShardWriter:
             is_other = shape[1] != self.shape[1] if self.recipe.variable_frames else shape != self.shape
             if is_other:
                 raise UserError(
-                    f"features of clip {sample.clip.id} are {shape}, earlier ones {self.shape}, and cannot share a cache: "
+                    f"features of clip {sample.clip.id} are {shape}, earlier ones {self.shape}, and cannot share a "
+                    "cache: "
                     "set cache.enabled=false"
                 )
         if not is_finite(read):

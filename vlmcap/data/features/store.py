@@ -34,7 +34,9 @@ _MAX_OPEN = 64  # shards at once
 
 
 class FeatureStore:
-    """Features by content hash, in the folder `root/recipe.key`; picklable, and safe to share with data workers and machines.
+    """Features by content hash, in the folder `root/recipe.key`.
+
+    Picklable, and safe to share with data workers and machines.
 
     Args:
         root: Folder of all stores; `fill_store` makes it.
@@ -101,9 +103,10 @@ class FeatureStore:
         """Positions of the clips that have to be encoded, ascending; of several clips of the same content the first.
 
         Args:
-            hashes: S32 (N,), from `content_hashes`. Clips that cannot be opened are not missing: they can never be there.
-            retry_lost: Count clips whose decoder was lost (it took too long, or too much memory). Broken ones are known to have no
-                features, and so are lost ones otherwise.
+            hashes: S32 (N,), from `content_hashes`. Clips that cannot be opened are not missing: they can never be
+                there.
+            retry_lost: Count clips whose decoder was lost (it took too long, or too much memory). Broken ones are known
+                to have no features, and so are lost ones otherwise.
         """
         names, first = np.unique(hashes, return_index=True)
         is_missing = ~contains(self._opened().hashes, names) & (names != UNREADABLE)
@@ -132,7 +135,9 @@ class FeatureStore:
         return tuple(times_s[~np.isnan(times_s)].tolist()) or None
 
     def read(self, content: bytes) -> tuple[Tensor, GridTHW | None]:
-        """Features (F, P, Dv) in memory of their own, as stored, or float16 out of int8; and the clip's size in patches.
+        """Features (F, P, Dv) in memory of their own, as stored, or float16 out of int8.
+
+        And the clip's size in patches.
 
         The first time that this process reads an entry, its checksum is compared.
 
@@ -153,12 +158,15 @@ class FeatureStore:
             if self.skipped(content) is not None:  # another process has found them damaged
                 raise DamagedEntryError(content.decode()) from error
             raise UserError(
-                f"cached features have gone from {self.folder} while they were in use: start again to have them built again, and "
+                f"cached features have gone from {self.folder} while they were in use: start again to have them built "
+                "again, and "
                 "raise cache.max_gib if other runs share the folder"
             ) from error
 
     def drop_damaged(self, content: bytes) -> None:
-        """Remove the damaged entries of the shard that this clip is in: they count as skipped, and the next filling encodes them again.
+        """Remove the damaged entries of the shard that this clip is in.
+
+        They count as skipped, and the next filling encodes them again.
 
         A folder that cannot be written keeps them; they are found damaged again by every process.
         """

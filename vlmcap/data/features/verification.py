@@ -30,7 +30,9 @@ class Damage:
 
 
 def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
-    """What is damaged in all stores under `root`; entries and files that are damaged are removed, and runs make them again.
+    """What is damaged in all stores under `root`.
+
+    Entries and files that are damaged are removed, and runs make them again.
 
     Programs that have a store open may go on: they keep what they have open, and find again what has moved.
 

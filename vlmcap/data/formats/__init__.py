@@ -15,7 +15,9 @@ FORMATS = ("aihub", "jsonl", "coco_ko", "nikl", "msrvtt", "vatex", "llava", "web
 
 
 def read_records(settings: DataConfig, split: str | None = None) -> Entries:
-    """The entries of a data set, lazily and in a stable order: a `Record` each, or a `Skipped` that says why there is none.
+    """The entries of a data set, lazily and in a stable order.
+
+    A `Record` each, or a `Skipped` that says why there is none.
 
     Args:
         settings: Where the data set is and how it is read; its class is that of a format.

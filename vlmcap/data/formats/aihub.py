@@ -40,10 +40,13 @@ class _Named:
 
 
 def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
-    """The clips of labels, sorted by path: `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
+    """The clips of labels, sorted by path.
 
-    A label and its clip have the same path below their folders, up to the ending, or else a stem that no other has. A folder named as
-    a split (`train`, `Training`, `2.Validation`) gives the split; labels elsewhere have none. Archives count as folders.
+    `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
+
+    A label and its clip have the same path below their folders, up to the ending, or else a stem that no other has. A
+    folder named as a split (`train`, `Training`, `2.Validation`) gives the split; labels elsewhere have none. Archives
+    count as folders.
 
     Args:
         settings: `root`, `caption_key` and `category_key` are used.
@@ -66,7 +69,8 @@ def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
             media.append(_named(found))
     if not labels:
         raise UserError(
-            f"there are no labels (.json) in {settings.root}, but {len(media)} clips; set data.root to the folder with both"
+            f"there are no labels (.json) in {settings.root}, but {len(media)} clips; set data.root to the folder "
+            "with both"
         )
     if any(label.split for label in labels):  # a stray .json beside the splits is no label
         stems = {clip.stem for clip in media if not clip.split}

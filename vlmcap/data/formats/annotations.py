@@ -1,4 +1,7 @@
-"""What the readers of published layouts share: files of captions, a split each where they are so, and entries out of them."""
+"""What the readers of published layouts share.
+
+Files of captions, a split each where they are so, and entries out of them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tup
             replace(settings, annotations=pattern.replace("{split}", split or "train"))
         )  # says what there is
         raise UserError(
-            f"data.annotations={pattern} finds no file below data.root={settings.root} that names the split {split or 'train'}"
+            f"data.annotations={pattern} finds no file below data.root={settings.root} that names the split "
+            f"{split or 'train'}"
         )
     return wanted
 
@@ -89,7 +93,8 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
         return found
     wanted = "a list of entries" if key is None else f"an object with a list '{key}'"
     raise UserError(
-        f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file, or choose another data=NAME"
+        f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file, or choose "
+        "another data=NAME"
     )
 
 

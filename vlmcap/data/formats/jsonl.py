@@ -30,9 +30,10 @@ class _BadLineError(Exception):
 def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
     """The clips of all lines, in order, one file after the other; blank lines are passed over.
 
-    Keys of a line: one of `video`, `image` and `frames` (a list of images), paths below `root/media`; the caption at `caption_key`, a
-    string or a list, or else `captions`; and, if wanted, `id` (else the file's name and the number of the line among all), `split` (else
-    the name of the .jsonl file, where that is one), `category`, and `group`, which names the source.
+    Keys of a line: one of `video`, `image` and `frames` (a list of images), paths below `root/media`; the caption at
+    `caption_key`, a string or a list, or else `captions`; and, if wanted, `id` (else the file's name and the number of
+    the line among all), `split` (else the name of the .jsonl file, where that is one), `category`, and `group`, which
+    names the source.
 
     Args:
         settings: `root`, `annotations`, `media`, `caption_key`, `category_key` and `allow_outside` are used.
@@ -117,7 +118,8 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
     captions = next((found for key in keys if (found := captions_at(content, key)).texts), None)
     if captions is None:
         raise _BadLineError(
-            f"there is no caption at data.caption_key={settings.caption_key} or captions{why_no_caption(content, *keys)}; "
+            f"there is no caption at data.caption_key={settings.caption_key} or "
+            f"captions{why_no_caption(content, *keys)}; "
             "set data.caption_key, or repair or remove the line",
             addresses[0],
         )

@@ -21,7 +21,8 @@ _ANSWERERS = ("gpt", "assistant")
 def read_llava(settings: LlavaConfig, split: str | None = None) -> Entries:
     """A record a conversation, whose caption is the first answer in it; questions and later turns are left out.
 
-    A list under `image` is the frames of one clip. Ids that come again, as in mixtures, get a number: `000123`, `000123#2`.
+    A list under `image` is the frames of one clip. Ids that come again, as in mixtures, get a number: `000123`,
+    `000123#2`.
 
     Raises:
         UserError: A file is no such list, or no conversation can be used.

@@ -14,7 +14,9 @@ from vlmcap.types import Skipped
 
 
 def read_msrvtt(settings: MsrvttConfig, split: str | None = None) -> Entries:
-    """A record a video with all its sentences, in the order of `videos`; the group is the film that it was cut from (`url`).
+    """A record a video with all its sentences, in the order of `videos`.
+
+    The group is the film that it was cut from (`url`).
 
     `data.caption_key` is a path in a sentence, `data.category_key` one in a video.
 
@@ -42,7 +44,8 @@ def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str
         captions[text_at(sentence, "video_id")].append(found if found.texts else Captions((), max(1, found.num_empty)))
     if sentences and not any(found.texts for parts in captions.values() for found in parts):
         raise UserError(
-            f"no sentence has a caption at data.caption_key={settings.caption_key}; the first has {describe_keys(sentences[0])}"
+            f"no sentence has a caption at data.caption_key={settings.caption_key}; the first has "
+            f"{describe_keys(sentences[0])}"
         )
     return {
         id: Captions(sum((p.texts for p in parts), ()), sum(p.num_empty for p in parts))

@@ -1,4 +1,7 @@
-"""Image captions of the National Institute of Korean Language: JSON Lines of `id`, `input` (the image) and `output` (five captions)."""
+"""Image captions of the National Institute of Korean Language.
+
+JSON Lines of `id`, `input` (the image) and `output` (five captions).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from vlmcap.types import Skipped
 def read_nikl(settings: NiklConfig, split: str | None = None) -> Entries:
     """A record a line; the split is that of the file where `data.annotations` has `{split}` in it.
 
-    `input` names the image: a file below `data.root/data.media` where it has an ending, else the `{id}` of `data.media_pattern`.
+    `input` names the image: a file below `data.root/data.media` where it has an ending, else the `{id}` of
+    `data.media_pattern`.
 
     Raises:
         UserError: A file cannot be read, or no line of any can be used.

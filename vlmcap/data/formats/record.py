@@ -30,7 +30,10 @@ Entries = Iterator[Record | Skipped]
 
 
 class Reader(Protocol):
-    """Gives the entries of a data set in a stable order; of one split where that is asked, though it may give others too."""
+    """Gives the entries of a data set in a stable order.
+
+    Of one split where that is asked, though it may give others too.
+    """
 
     def __call__(self, settings: Any, split: str | None = None) -> Entries:
         """The entries."""

@@ -17,10 +17,12 @@ _CUT = re.compile(r"(.+)_\d{6}_\d{6}")  # a film's name, and the seconds between
 def read_vatex(settings: VatexConfig, split: str | None = None) -> Entries:
     """A record a video with all captions of one language; the group is the film that it was cut from.
 
-    The split is that of the file, where `data.annotations` has `{split}` in it; the video is the `{id}` of `data.media_pattern`.
+    The split is that of the file, where `data.annotations` has `{split}` in it; the video is the `{id}` of
+    `data.media_pattern`.
 
     Raises:
-        UserError: A file is no such list, or no entry can be used, as when `data.caption_key` names a language that is not there.
+        UserError: A file is no such list, or no entry can be used, as when `data.caption_key` names a language that is
+            not there.
     """
     records = (_record(settings, entry, number, name) for name, number, entry in list_entries(settings, split))
     return checked(records, settings)

@@ -1,6 +1,7 @@
 """WebDataset shards: tar files whose members `KEY.mp4` and `KEY.json` or `KEY.txt` are one clip, on disk or in an object store.
 
-Clips become addresses of members, so that order, ranks and resuming are those of single files; a remote clip is one range request.
+Clips become addresses of members, so that order, ranks and resuming are those of single files; a remote clip is one
+range request.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class _Sample:
 def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Entries:
     """A record a sample, shard by shard; its id is the shard's path below the root and the basename of its members.
 
-    `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; `{split}` in it says which split a shard is
-    of. The caption is at `data.caption_key` of the json member, or else it is the whole txt member.
+    `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; `{split}` in it says
+    which split a shard is of. The caption is at `data.caption_key` of the json member, or else it is the whole txt
+    member.
 
     Raises:
         UserError: A shard is missing or broken, or no sample of any can be used.

@@ -1,8 +1,9 @@
 """Which clips share a training batch, and where in an epoch a run stands.
 
-A plan gives each clip a *slot*, lays slots out in batches, and cuts them into *buckets* of like length. All this is made once; an epoch
-only moves clips about inside their buckets and shuffles the order of the batches. So every epoch sees each clip exactly once, in other
-company than before, in batches that keep their limits, and the number of batches never changes: learning rates are told in steps.
+A plan gives each clip a *slot*, lays slots out in batches, and cuts them into *buckets* of like length. All this is
+made once; an epoch only moves clips about inside their buckets and shuffles the order of the batches. So every epoch
+sees each clip exactly once, in other company than before, in batches that keep their limits, and the number of batches
+never changes: learning rates are told in steps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from torch.utils.data import Sampler
 from vlmcap.errors import UserError
 
 Draw = tuple[int, int]
-"""Key of a training sample, (epoch, index); a data set may draw frames at random from it. Keys in evaluation are plain indices."""
+"""Key of a training sample, (epoch, index); a data set may draw frames at random from it.
+
+Keys in evaluation are plain indices.
+"""
 
 Indices = NDArray[np.int64]
 
@@ -73,13 +77,14 @@ def shuffled_plan(num_clips: int, batch_size: int) -> BatchPlan:
 def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None = None) -> BatchPlan:
     """Clips of like length together, so that little is padding.
 
-    A bucket holds as many batches as the cube root of their number, 11 of 1 250 and 50 of 125 000: with more clips, batches become evener
-    and their company more varied.
+    A bucket holds as many batches as the cube root of their number, 11 of 1 250 and 50 of 125 000: with more clips,
+    batches become evener and their company more varied.
 
     Args:
         lengths: (N,), tokens of each clip's whole sequence.
         batch_size: Clips a batch, unless `max_tokens` is given.
-        max_tokens: Most tokens of a batch, padding included: its clips times the longest of its bucket. No clip may be longer.
+        max_tokens: Most tokens of a batch, padding included: its clips times the longest of its bucket. No clip may be
+            longer.
     """
     assert max_tokens is None or not len(lengths) or lengths.max() <= max_tokens
     order = np.argsort(-lengths, kind="stable")
@@ -99,8 +104,8 @@ def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None
 def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
     """Clips that fill a row of `max_tokens` one behind another, by first-fit decreasing.
 
-    Clips are packed as if each were as long as the longest of its bucket, so that any clip of a bucket fits in any of its slots. Equal
-    rows are laid out together, which takes seconds for a million clips.
+    Clips are packed as if each were as long as the longest of its bucket, so that any clip of a bucket fits in any of
+    its slots. Equal rows are laid out together, which takes seconds for a million clips.
 
     Args:
         lengths: (N,), tokens of each clip's whole sequence.
@@ -145,13 +150,16 @@ def _cuts(start: int, end: int, size: int) -> Indices:
 
 
 class BatchSampler(Sampler[list[Draw]]):
-    """Batches of one rank, as lists of `Draw`; their order is a function of the plan, seed, epoch, rank and number of ranks alone.
+    """Batches of one rank, as lists of `Draw`.
 
-    Ranks take neighbouring batches, which are of like length, so that none waits long for another. Every rank takes the same number of
-    steps and no clip comes twice: where batches of one clip cannot be shared evenly, some ranks get an empty batch in one step.
+    Their order is a function of the plan, seed, epoch, rank and number of ranks alone.
 
-    It is stateful as torchdata's loader wants it: the state is the number of batches drawn, which the loader keeps beside each batch
-    that its workers read ahead.
+    Ranks take neighbouring batches, which are of like length, so that none waits long for another. Every rank takes the
+    same number of steps and no clip comes twice: where batches of one clip cannot be shared evenly, some ranks get an
+    empty batch in one step.
+
+    It is stateful as torchdata's loader wants it: the state is the number of batches drawn, which the loader keeps
+    beside each batch that its workers read ahead.
 
     Args:
         plan: Of all ranks.
@@ -191,7 +199,10 @@ class BatchSampler(Sampler[list[Draw]]):
             self._epoch, self._start = epoch, 0
 
     def position(self, epoch: int, batches: int) -> dict[str, Any]:
-        """The state, as plain data, after so many batches of an epoch; after the last, that at the start of the next."""
+        """The state, as plain data, after so many batches of an epoch.
+
+        After the last, that at the start of the next.
+        """
         if batches >= len(self):
             epoch, batches = epoch + 1, 0
         return {"epoch": epoch, "batches": batches, "order": self.digest}
@@ -208,8 +219,10 @@ class BatchSampler(Sampler[list[Draw]]):
         """
         if state["batches"] and state["order"] != self.digest:
             raise UserError(
-                "the checkpoint stands inside an epoch whose batches are other ones now; resume with the same clips, seed, number of "
-                "devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a checkpoint at the end of an epoch"
+                "the checkpoint stands inside an epoch whose batches are other ones now; resume with the same clips, "
+                "seed, number of "
+                "devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a checkpoint at the "
+                "end of an epoch"
             )
         self._epoch, self._start, self._drawn = state["epoch"], state["batches"], state["batches"]
 

@@ -46,7 +46,10 @@ class PromptEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """A clip's sequence in its parts; they are joined, never searched for again, so no label can be lost to a tokenisation mismatch."""
+    """A clip's sequence in its parts.
+
+    They are joined, never searched for again, so no label can be lost to a tokenisation mismatch.
+    """
 
     sample: Sample
     prompt: tuple[int, ...]
@@ -61,15 +64,17 @@ class _Sequence:
 class Collator:
     """Turns a list of samples into a `Batch`; picklable if `prompt` is.
 
-    Train: prefix, V placeholders, suffix, caption, end token; padded on the right; the first caption of a clip is the target. Packed, all
-    clips stand one behind another in a single row without padding, and positions start anew with each, by which the model keeps them apart.
-    Generate: prefix, V placeholders, suffix; padded on the left, so that every row ends where generation goes on; labels are None.
+    Train: prefix, V placeholders, suffix, caption, end token; padded on the right; the first caption of a clip is the
+    target. Packed, all clips stand one behind another in a single row without padding, and positions start anew with
+    each, by which the model keeps them apart.
+    Generate: prefix, V placeholders, suffix; padded on the left, so that every row ends where generation goes on;
+    labels are None.
 
     Attributes:
         prompt: Token ids of the parts.
         visual: V, never cut; or where clips differ, a function of their size and times, picklable too.
-        max_caption_tokens: Longest caption, end token included; a longer one is cut and keeps no end token, so the model does not
-            learn to stop there.
+        max_caption_tokens: Longest caption, end token included; a longer one is cut and keeps no end token, so the
+            model does not learn to stop there.
         mode: "train" or "generate".
         is_packed: Training batches are packed; those for generation never are.
 
@@ -86,7 +91,8 @@ class Collator:
     def __post_init__(self) -> None:
         if (isinstance(self.visual, int) and self.visual < 0) or self.max_caption_tokens < 1:
             raise ValueError(
-                f"visual must be at least 0 and max_caption_tokens at least 1, not {self.visual} and {self.max_caption_tokens}"
+                f"visual must be at least 0 and max_caption_tokens at least 1, not {self.visual} and "
+                f"{self.max_caption_tokens}"
             )
         if self.mode not in ("train", "generate"):
             raise ValueError(f"mode must be 'train' or 'generate', not '{self.mode}'")
@@ -212,7 +218,8 @@ def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
 
     Args:
         visual_mask: bool (R, S), True where a projected visual token goes.
-        labels: int64 (R, S), `IGNORED` where the loss passes over, as it does at the start of a row; None for generation.
+        labels: int64 (R, S), `IGNORED` where the loss passes over, as it does at the start of a row; None for
+            generation.
     """
     found: dict[str, Any] = {
         "visual_places": visual_mask.flatten().nonzero().flatten(),

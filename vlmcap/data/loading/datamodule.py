@@ -24,7 +24,9 @@ from vlmcap.types import Clip, Sample, Skipped
 
 
 class CaptionDataModule(L.LightningDataModule):
-    """Training batches with labels; validation as prompts to caption and labelled batches of the same clips; any split as prompts.
+    """Training batches with labels; validation as prompts to caption and labelled batches of the same clips.
+
+    Any split as prompts.
 
     Args:
         clips: Split name to clips.
@@ -64,7 +66,10 @@ class CaptionDataModule(L.LightningDataModule):
         self._position: Mapping[str, Any] | None = None
 
     def train_dataloader(self) -> StatefulDataLoader[Any]:
-        """Batches of `data.batching`, ordered by seed and epoch; after a resume the first pass starts where the checkpoint stood."""
+        """Batches of `data.batching`, ordered by seed and epoch.
+
+        After a resume the first pass starts where the checkpoint stood.
+        """
         rank, world_size = self._rank
         content = _content(self.clips["train"])
         plan = self._plan()
@@ -110,8 +115,10 @@ class CaptionDataModule(L.LightningDataModule):
         if max_tokens is not None and len(lengths) and lengths.max() > max_tokens:
             longest = int(lengths.argmax())
             raise UserError(
-                f"the clip {self.clips['train'][longest].id} takes {lengths[longest]} tokens, more than data.max_tokens_per_batch="
-                f"{max_tokens}; set that to at least {lengths[longest]}, or lower llm.max_caption_tokens or data.num_frames"
+                f"the clip {self.clips['train'][longest].id} takes {lengths[longest]} tokens, more than "
+                "data.max_tokens_per_batch="
+                f"{max_tokens}; set that to at least {lengths[longest]}, or lower llm.max_caption_tokens or "
+                "data.num_frames"
             )
         if batching is Batching.by_length:
             return length_plan(lengths, batch_size=self.data.batch_size, max_tokens=max_tokens)
@@ -124,7 +131,8 @@ class CaptionDataModule(L.LightningDataModule):
         """Each clip once over all ranks; some ranks have one less than others, as a repeated clip would count twice."""
         rank, world_size = self.evaluation_rank
         own = range(rank, len(clips), world_size)
-        # A batch keeps a GPU busy for minutes, so one of each worker in advance is enough; with many rows its frames are gigabytes.
+        # A batch keeps a GPU busy for minutes, so one of each worker in advance is enough; with many rows its frames
+        # are gigabytes.
         prefetch = 1 if self.data.num_workers else None
         return DataLoader(
             sampler=own, batch_size=batch_size, prefetch_factor=prefetch, **self._common(clips, collator, batch_size)
@@ -156,7 +164,10 @@ class CaptionDataModule(L.LightningDataModule):
 
 
 def _content(clips: Sequence[Clip]) -> str:
-    """Eight hexadecimal digits for the ids and captions of a thousand clips, evenly spread: other data sets differ in those."""
+    """Eight hexadecimal digits for the ids and captions of a thousand clips, evenly spread.
+
+    Other data sets differ in those.
+    """
     content = hashlib.sha256()
     for index in range(0, len(clips), max(1, len(clips) // 1000)):
         clip = clips[index]

@@ -31,19 +31,23 @@ Key = int | tuple[int, int]
 
 
 class ClipDataset(Dataset[Sample | Skipped]):
-    """Clips with frames, resized for the encoder; a clip that cannot be read gives a `Skipped`, whatever its file does to the decoder.
+    """Clips with frames, resized for the encoder.
 
-    A key (epoch, index) is a training sample: what is random in it depends on (seed, epoch, index) alone. A bare index always gives the
-    same frames, without augmentation.
+    A clip that cannot be read gives a `Skipped`, whatever its file does to the decoder.
 
-    A clip that took longer than its limit is not tried again: two of a hundred that hang would cost the limit in each epoch.
+    A key (epoch, index) is a training sample: what is random in it depends on (seed, epoch, index) alone. A bare index
+    always gives the same frames, without augmentation.
+
+    A clip that took longer than its limit is not tried again: two of a hundred that hang would cost the limit in each
+    epoch.
 
     Args:
         clips: The clips, in the order of the indices.
         data: How they are read; only training samples are augmented.
         seed: Seed of everything random.
         frame_transform: uint8 (F, 3, H, W) of any size -> uint8 as the encoder wants it; picklable for data workers.
-        grid_of: F, H and W of decoded frames -> the clip's size in patches, or None where it is the encoder's own; picklable too.
+        grid_of: F, H and W of decoded frames -> the clip's size in patches, or None where it is the encoder's own;
+            picklable too.
         limits: What else a clip may cost; `DecodeLimits()` by default.
 
     Raises:

@@ -1,7 +1,7 @@
 """Calls that may hang, crash or eat memory, made in a child process that can be lost without harm.
 
-Data workers are daemonic, so `multiprocessing` gives them no children: this forks by itself. Requests and facts travel as JSON and
-tensors as raw bytes; nothing is unpickled.
+Data workers are daemonic, so `multiprocessing` gives them no children: this forks by itself. Requests and facts travel
+as JSON and tensors as raw bytes; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class Isolated:
-    """Calls in a child of the process that makes them: forked at the first one, again after each loss, ended with this object.
+    """Calls in a child of the process that makes them.
+
+    Forked at the first one, again after each loss, ended with this object.
 
     Copies in other processes (forked or pickled) get children of their own.
 
@@ -302,7 +304,10 @@ def _prepare(connection: socket.socket, memory_bytes: int, parent: int) -> None:
 
 
 def _reset_signals() -> None:
-    """Faults kill without a word; what is meant for the run's processes (an interrupt, a time limit's notice) is the parent's business."""
+    """Faults kill without a word.
+
+    What is meant for the run's processes (an interrupt, a time limit's notice) is the parent's business.
+    """
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):  # SIGKILL and SIGSTOP cannot be set
             signal.signal(number, signal.SIG_DFL)

@@ -55,7 +55,8 @@ def sequence_lengths(
         captions: As `caption_lengths` returns them.
         max_caption_tokens: What is longer is cut.
         prompt_tokens: Of text before the caption.
-        visual_tokens: Of a clip with the text among them, or (N,) of each; where they vary and are not known, the most there can be.
+        visual_tokens: Of a clip with the text among them, or (N,) of each; where they vary and are not known, the most
+            there can be.
     """
     return np.minimum(captions, max_caption_tokens).astype(np.int64) + prompt_tokens + visual_tokens
 
@@ -65,7 +66,8 @@ def _counts(clips: Sequence[Clip], encode: Encode, num_processes: int) -> Iterat
     if num_processes < 2:
         yield from (count_tokens(clips[start : start + CHUNK], encode) for start in starts)
         return
-    # Not forked: this process holds threads, and perhaps a GPU. The pool ends its processes with the block, whatever they do.
+    # Not forked: this process holds threads, and perhaps a GPU. The pool ends its processes with the block, whatever
+    # they do.
     with multiprocessing.get_context("spawn").Pool(num_processes, _start_process, (encode,)) as pool:
         results = [(start, pool.apply_async(_count_in_process, (clips[start : start + CHUNK],))) for start in starts]
         for start, result in results:

@@ -1,7 +1,10 @@
-"""Tensors from data workers where /dev/shm is small, as it is in containers: Docker gives 64 MB unless it is told otherwise.
+"""Tensors from data workers where /dev/shm is small, as it is in containers.
 
-A worker hands a batch over in shared memory. Where that is full, torch prints a traceback in a thread of the worker and loses the batch,
-and the training waits for it for ever. Here such a tensor goes through the worker's pipe in its place, which costs two copies.
+Docker gives 64 MB unless it is told otherwise.
+
+A worker hands a batch over in shared memory. Where that is full, torch prints a traceback in a thread of the worker and
+loses the batch, and the training waits for it for ever. Here such a tensor goes through the worker's pipe in its place,
+which costs two copies.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ def shared_memory_problem(needed_bytes: int = _ENOUGH_BYTES) -> str | None:
     if free >= needed_bytes:
         return None
     return (
-        f"{_PLACE} has {free / 1e6:.0f} MB free, so batches may have to come from the data workers through pipes, which is slower: "
+        f"{_PLACE} has {free / 1e6:.0f} MB free, so batches may have to come from the data workers through pipes, "
+        "which is slower: "
         "start the container with --shm-size=8g or --ipc=host, or set data.num_workers=0"
     )
 

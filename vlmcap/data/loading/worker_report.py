@@ -54,8 +54,8 @@ def start_worker(_worker_id: int) -> None:
 def leave_signals_to_main() -> None:
     """Makes a worker outlive the signals that stop a run, which a terminal and Slurm send to all of its processes.
 
-    The main process needs batches up to the end of its step, and ends its workers itself. One that hangs is ended by an alarm, as torch's
-    way to end it is SIGTERM too.
+    The main process needs batches up to the end of its step, and ends its workers itself. One that hangs is ended by an
+    alarm, as torch's way to end it is SIGTERM too.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -96,7 +96,10 @@ class WorkerNotes:
         return [pid for pid, noted in self._rows.tolist() if noted]
 
     def clip_read_by(self, pid: int) -> Clip | None:
-        """The clip that a worker process reads or died of; None between two clips and for processes that are no workers of this."""
+        """The clip that a worker process reads or died of.
+
+        None between two clips and for processes that are no workers of this.
+        """
         for owner, noted in self._rows.tolist():
             if owner == pid and noted:
                 return self._clips[int(noted) - 1]
@@ -136,7 +139,8 @@ class WorkerWatch:
     def naming_clips(self) -> Iterator[None]:
         """Around all that reads batches: a worker's death, or its silence, becomes a `UserError` that names its clip.
 
-        torch raises it out of a signal handler, at any point of the main process, so the whole training belongs into the block.
+        torch raises it out of a signal handler, at any point of the main process, so the whole training belongs into
+        the block.
 
         Raises:
             UserError: A data worker died, or no batch came for far longer than it may take.
@@ -184,7 +188,10 @@ class WorkerWatch:
 
 
 def _was_fetched(error: BaseException) -> bool:
-    """Whether the error arose while a tensor was fetched from its worker: one that died in between cannot hand it over."""
+    """Whether the error arose while a tensor was fetched from its worker.
+
+    One that died in between cannot hand it over.
+    """
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
 

@@ -1,7 +1,7 @@
 """Videos, images and texts by address: a local path, a URL, or a member of an archive, which is read in place.
 
-An address is a str: `clips/a.mp4`, `s3://bucket/a.mp4`, `zip://MEMBER::ARCHIVE` or `tar://MEMBER::ARCHIVE`, the archive being a local path
-or a URL. A member that is not compressed is a window on its archive; nothing is unpacked to disk.
+An address is a str: `clips/a.mp4`, `s3://bucket/a.mp4`, `zip://MEMBER::ARCHIVE` or `tar://MEMBER::ARCHIVE`, the archive
+being a local path or a URL. A member that is not compressed is a window on its archive; nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ MAX_RATIO = 200
 """Times that a compressed member may grow once it is above a mebibyte; video and pictures grow by a few percent."""
 MAX_TEXT_BYTES = 2 * 1024**3
 WHOLE_READ_BYTES = 64 * 1024**2
-"""Remote files and members up to this size come in one request and stay in memory; larger ones in ranges as they are wanted."""
+"""Remote files and members up to this size come in one request and stay in memory.
+
+Larger ones in ranges as they are wanted.
+"""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -188,7 +191,10 @@ def _open_zipped(address: str, archive: str, place: Place) -> BinaryIO:
 
 
 def _content_start(address: str, header: bytes, place: Place) -> int:
-    """Position in the archive at which the content begins; the local header's extra field may differ from the central one."""
+    """Position in the archive at which the content begins.
+
+    The local header's extra field may differ from the central one.
+    """
     if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
         raise MediaError(f"{address} is damaged: its header is not where the archive's directory says")
     _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
@@ -201,7 +207,8 @@ def _content_start(address: str, header: bytes, place: Place) -> int:
 def _check_growth(address: str, place: Place) -> None:
     if place.size > MAX_MEMBER_BYTES:
         raise MediaError(
-            f"{address} has {place.size} bytes, and compressed members are read up to {MAX_MEMBER_BYTES}: pack it with zip -0"
+            f"{address} has {place.size} bytes, and compressed members are read up to {MAX_MEMBER_BYTES}: pack it "
+            "with zip -0"
         )
     if place.size > max(1024**2, MAX_RATIO * place.packed):
         raise MediaError(f"{address} grows more than {MAX_RATIO} times when decompressed: no video or picture does")

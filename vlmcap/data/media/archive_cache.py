@@ -28,7 +28,9 @@ def use_index_folder(folder: Path | None) -> None:
 
 
 def index_of(archive: str, kind: str) -> ArchiveIndex:
-    """The index of an archive. A local archive that has changed is read again; a remote one is taken to stay while the process runs.
+    """The index of an archive. A local archive that has changed is read again.
+
+    A remote one is taken to stay while the process runs.
 
     Raises:
         MediaError: The archive cannot be read.

@@ -1,6 +1,7 @@
 """What is in a zip or tar archive and where: names, sizes and positions, read once and kept small.
 
-Nothing is ever unpacked to disk, so a member's name is a key and no path: `..`, a leading `/` or a backslash in it lead nowhere.
+Nothing is ever unpacked to disk, so a member's name is a key and no path: `..`, a leading `/` or a backslash in it lead
+nowhere.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Member(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a member lies: bytes `start` to `end` hold it and, in a zip, its local header; `packed` bytes of them are the content."""
+    """Where a member lies: bytes `start` to `end` hold it and, in a zip, its local header.
+
+    `packed` bytes of them are the content.
+    """
 
     start: int
     end: int
@@ -163,8 +167,9 @@ def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
 def decode_name(raw: bytes, *, is_utf8: bool) -> str:
     """The name of a member, out of the bytes in the archive.
 
-    Korean Windows writes cp949 and macOS UTF-8, both without saying so in a zip's flag, where the standard means cp437. UTF-8 is taken
-    where it is valid and has Hangul, cp949 where that gives Hangul, then any valid UTF-8, and cp437 for the rest.
+    Korean Windows writes cp949 and macOS UTF-8, both without saying so in a zip's flag, where the standard means cp437.
+    UTF-8 is taken where it is valid and has Hangul, cp949 where that gives Hangul, then any valid UTF-8, and cp437 for
+    the rest.
     """
     if raw.isascii():
         return raw.decode()
@@ -185,6 +190,7 @@ def _decode(raw: bytes, encoding: str) -> str | None:
 
 def _compressed_tar(archive: str, compression: str) -> MediaError:
     return MediaError(
-        f"{archive} is compressed ({compression}), so that its members cannot be reached one by one: unpack it, or pack it again without "
+        f"{archive} is compressed ({compression}), so that its members cannot be reached one by one: unpack it, or "
+        "pack it again without "
         "compression (tar -cf); videos and images are compressed already"
     )

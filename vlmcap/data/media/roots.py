@@ -28,13 +28,16 @@ class OutsideRootError(Exception):
 
 
 def resolve_media(settings: MediaConfig, name: str) -> str:
-    """The address of a file that annotations name, below `root/media`; in NFC and in NFD, in a folder or inside an archive.
+    """The address of a file that annotations name, below `root/media`.
 
-    An archive stands for a folder of its name, and for the folder that it lies in. A remote root is not asked whether the file is there.
+    In NFC and in NFD, in a folder or inside an archive.
+
+    An archive stands for a folder of its name, and for the folder that it lies in. A remote root is not asked whether
+    the file is there.
 
     Raises:
-        OutsideRootError: There is no such file, two archives hold it, or the name is an absolute path, has `..` in it, is a URL, or goes
-            through a link that leaves the root, unless `allow_outside`.
+        OutsideRootError: There is no such file, two archives hold it, or the name is an absolute path, has `..` in it,
+            is a URL, or goes through a link that leaves the root, unless `allow_outside`.
         UserError: `settings.media` leaves the root.
     """
     if settings.allow_outside and ("://" in name or os.path.isabs(name)):
@@ -60,7 +63,9 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
 
 
 def annotation_files(settings: AnnotatedConfig) -> list[str]:
-    """Addresses of the files that `data.annotations` names, sorted; it is a file or a pattern with `*`, `?` and `**` below the root.
+    """Addresses of the files that `data.annotations` names, sorted.
+
+    It is a file or a pattern with `*`, `?` and `**` below the root.
 
     Raises:
         UserError: There are none, or they lie outside the root.
@@ -87,7 +92,10 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
 
 
 def real_address(address: str) -> str:
-    """The address with the links on the way to its file resolved: one file has one, however it is spelt. Remote ones stay."""
+    """The address with the links on the way to its file resolved: one file has one, however it is spelt.
+
+    Remote ones stay.
+    """
     parts = parse_address(address)
     path = local_file(parts.file)
     if path is None:
@@ -147,7 +155,8 @@ def _check_inside(settings: AnnotatedConfig, path: str, *, is_link: bool) -> Non
     if settings.allow_outside:
         return
     folder, name = os.path.split(path)
-    # A link is followed to its end; for plain files the folder is enough, which saves a look at each of its parents for each file.
+    # A link is followed to its end; for plain files the folder is enough, which saves a look at each of its parents for
+    # each file.
     real = os.path.realpath(path) if is_link else os.path.join(_real_folder(folder), name)
     if not is_below(real, _real_folder(settings.root)):
         raise OutsideRootError(

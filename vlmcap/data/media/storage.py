@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 SCHEMES = ("file", "memory", "http", "https", "s3", "gs", "gcs", "abfs", "az", "hf")
-"""Kinds of URL that are opened; everything else that fsspec could do (shells, archives to disk, notebooks) is refused."""
+"""Kinds of URL that are opened.
+
+Everything else that fsspec could do (shells, archives to disk, notebooks) is refused.
+"""
 
 REMOTE_BLOCK_BYTES = 64 * 1024
 _VERSION_KEYS = (
@@ -90,7 +93,9 @@ def explained(place: str) -> Iterator[None]:
 
 
 def stat_file(place: str) -> MediaStat:
-    """Size and version of a file: its times of modification and change and its inode, or what the store tells (entity tag, checksum, time).
+    """Size and version of a file.
+
+    Its times of modification and change and its inode, or what the store tells (entity tag, checksum, time).
 
     Raises:
         MediaError: There is no such file, it is no regular file, or its size is unknown.
@@ -161,7 +166,8 @@ def _stat_local(path: str) -> MediaStat:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path} is no regular file")
-    # The time of change and the inode as well: tools that copy keep the time of modification, and two clips may have one size.
+    # The time of change and the inode as well: tools that copy keep the time of modification, and two clips may have
+    # one size.
     return MediaStat(status.st_size, f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}")
 
 

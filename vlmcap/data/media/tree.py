@@ -86,8 +86,8 @@ def list_files(root: str, outside: Outside = "refuse", visit: Visit | None = Non
 def walk(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[str]:
     """Paths of the regular files below a folder, sorted in each folder, hidden ones left out.
 
-    Links to folders are followed, but not to those that hold the link. With `visit`, each folder comes once, by its own name where
-    that is below `root` too; without, under every name that leads to it, as annotations may use any of them.
+    Links to folders are followed, but not to those that hold the link. With `visit`, each folder comes once, by its own
+    name where that is below `root` too; without, under every name that leads to it, as annotations may use any of them.
 
     Args:
         root: The folder.
@@ -122,7 +122,8 @@ def _walk(folder: str, real_root: str, outside: Outside, above: frozenset[str], 
             if outside == "skip":
                 continue
             raise UserError(
-                f"{entry.path} is a link out of data.root: copy the files there, set data.root to the folder that really holds them, "
+                f"{entry.path} is a link out of data.root: copy the files there, set data.root to the folder that "
+                "really holds them, "
                 "or set data.allow_outside=true"
             )
         # Asked by path, a link that leads to itself is neither; an entry raises.
@@ -155,7 +156,8 @@ def _entries(folder: str, visit: Visit | None) -> list[os.DirEntry[str]]:
 
 def _no_folder(root: str) -> UserError:
     return UserError(
-        f"data.root is {root}, which is no folder (and no .zip or .tar file): set it to the folder that holds the data set"
+        f"data.root is {root}, which is no folder (and no .zip or .tar file): set it to the folder that holds the "
+        "data set"
     )
 
 

@@ -51,7 +51,10 @@ class _RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the states (N, H, q, D); what to look at: newcomers at themselves, a step at all that its rows hold."""
+        """Writes the states (N, H, q, D).
+
+        What to look at: newcomers at themselves, a step at all that its rows hold.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         places = self.places
@@ -90,7 +93,9 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """A cache for transformers' models whose rows come and go; before each call of the model, one says which rows it is for.
+    """A cache for transformers' models whose rows come and go.
+
+    Before each call of the model, one says which rows it is for.
 
     Args:
         num_rows: R, the most rows at a time.
@@ -117,7 +122,9 @@ class RowCache(Cache):
         self._places.first, self._places.width = first, width
 
     def expect_step(self, lengths: Tensor, width: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Positions, int64 (N, q), and what each token may look at, bool (N, 1, q, S), of the next call: q tokens for each of rows 0 to N.
+        """Positions, int64 (N, q), and what each token may look at, bool (N, 1, q, S), of the next call.
+
+        Q tokens for each of rows 0 to N.
 
         Args:
             lengths: int64 (N,), tokens that each row holds.

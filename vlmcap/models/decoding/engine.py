@@ -1,10 +1,11 @@
 """Greedy captions of many clips by a few rows, which are never idle while clips wait.
 
-A step of the language model costs nearly the same for one row as for many, and captions differ in length: in plain batches, rows that
-have ended wait for the longest. Here they leave, and waiting clips take their places, as in continuous batching (Yu et al.,
-Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
+A step of the language model costs nearly the same for one row as for many, and captions differ in length: in plain
+batches, rows that have ended wait for the longest. Here they leave, and waiting clips take their places, as in
+continuous batching (Yu et al., Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
 
-All that a step needs and changes stays on the device, and its shapes are few, so that it can be captured as a CUDA graph.
+All that a step needs and changes stays on the device, and its shapes are few, so that it can be captured as a CUDA
+graph.
 
 Legend: R rows, N rows of one call, S sequence, q tokens a row in one step, Dl language width.
 """
@@ -58,7 +59,10 @@ _EXTRAS = (
 
 
 def can_decode(llm: nn.Module) -> bool:
-    """Whether `greedy_ids` writes what transformers' generate would: all layers see all keys, and nothing else steers the choice."""
+    """Whether `greedy_ids` writes what transformers' generate would.
+
+    All layers see all keys, and nothing else steers the choice.
+    """
     return not obstacle(llm)
 
 
@@ -148,7 +152,10 @@ class _Waiting:
         self._next: tuple[int, Tensor] | None = None
 
     def take(self, most: int) -> list[tuple[int, Tensor]]:
-        """Up to `most` prompts of `PROMPT_TOKENS` tokens together, padded to the longest; one at least where there is any."""
+        """Up to `most` prompts of `PROMPT_TOKENS` tokens together, padded to the longest.
+
+        One at least where there is any.
+        """
         taken: list[tuple[int, Tensor]] = []
         longest = 0
         while len(taken) < most:
@@ -211,7 +218,8 @@ class _Decoder:
         return len(self.rows) - before
 
     def _read(self, prompts: list[Tensor]) -> None:
-        # Padded on the right, so that keys stand from the first column on, and no token sees padding: it comes later than all of them.
+        # Padded on the right, so that keys stand from the first column on, and no token sees padding: it comes later
+        # than all of them.
         embeddings = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         first, width = len(self.rows), embeddings.shape[1]
         if self.cache.reserve(_rounded(width + self.max_new_tokens + _DRAFT, self.block)):
@@ -219,7 +227,8 @@ class _Decoder:
         self.cache.expect_newcomers(first, width)
         for row, prompt in enumerate(prompts, first):
             self.texts.start(row, len(prompt))
-        # The head runs on last tokens only, through the class's own forward, as some scale what it gives (HyperCLOVA X).
+        # The head runs on last tokens only, through the class's own forward, as some scale what it gives (HyperCLOVA
+        # X).
         handle = self.model.lm_head.register_forward_pre_hook(
             # (N, S, Dl) -> (N, 1, Dl)
             lambda _, inputs: (

@@ -24,7 +24,8 @@ class GenerationSettings:
         rules: Engine, search and sampling; names and ranges are those of transformers.
         num_rows: Most captions that are written at a time; None writes those of a whole batch.
         use_cache: Whether the keys of earlier tokens are kept.
-        is_merged: Whether adapters are merged into unquantised weights meanwhile, of which the originals are kept beside.
+        is_merged: Whether adapters are merged into unquantised weights meanwhile, of which the originals are kept
+            beside.
     """
 
     max_new_tokens: int
@@ -39,7 +40,10 @@ class GenerationSettings:
         return self.rules.is_greedy and self.use_cache
 
     def as_arguments(self) -> dict[str, Any]:
-        """Arguments of transformers' `generate`, but for the penalty; those of sampling and beams only where they count, or it warns."""
+        """Arguments of transformers' `generate`, but for the penalty.
+
+        Those of sampling and beams only where they count, or it warns.
+        """
         rules, names = self.rules, ["num_beams", "no_repeat_ngram_size", "do_sample"]
         names += ["temperature", "top_p", "top_k"] if rules.do_sample else []
         names += ["length_penalty"] if rules.num_beams > 1 else []

@@ -39,7 +39,8 @@ class RowTexts:
         self.lookup = rules.speculate_ngram if rules.speculate_ngram < self.most else 0
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.ids = torch.zeros(num_rows, self.most, dtype=torch.int64, device=device)
-        # A row that nobody has taken reads one token at the first position, so that no row of a step attends to nothing.
+        # A row that nobody has taken reads one token at the first position, so that no row of a step attends to
+        # nothing.
         self.counts = torch.ones(num_rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.zeros_like(self.counts)
         self.is_done = torch.ones(num_rows, dtype=torch.bool, device=device)

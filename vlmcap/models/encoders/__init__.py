@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 
 def load_encoder(folder: Path, options: EncoderOptions, device: str = "cpu") -> VisionEncoder:
-    """The vision encoder in `folder`, frozen; of a whole checkpoint (CLIP, SigLIP, LLaVA, InternVL, …) only the tower is read.
+    """The vision encoder in `folder`, frozen.
+
+    Of a whole checkpoint (CLIP, SigLIP, LLaVA, InternVL, …) only the tower is read.
 
     Args:
-        folder: Checkpoint in Hugging Face layout, of any vision tower of transformers that gives a grid of patch features.
+        folder: Checkpoint in Hugging Face layout, of any vision tower of transformers that gives a grid of patch
+            features.
         options: What is chosen.
         device: Where its weights are put while they are read, such as "cpu" or "cuda:0".
 
@@ -46,7 +49,9 @@ def load_encoder(folder: Path, options: EncoderOptions, device: str = "cpu") -> 
 
 
 def build_meta_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
-    """The same encoder without its weights, on the meta device: its sizes and its transform, out of the configuration files alone.
+    """The same encoder without its weights, on the meta device.
+
+    Its sizes and its transform, out of the configuration files alone.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
@@ -75,7 +80,8 @@ def build_encoder(
         config: A `config.json`, or transformers' object, of the tower or of a whole model.
         options: What is chosen.
         processor: Content of a processor file; None leaves the values of transformers' processor.
-        num_blocks: Blocks that the tower has, whatever the configuration says, before it is cut behind the chosen layer.
+        num_blocks: Blocks that the tower has, whatever the configuration says, before it is cut behind the chosen
+            layer.
 
     Raises:
         UserError: There is no vision tower with a grid of patch features in it, or an option is impossible for it.
@@ -88,7 +94,10 @@ def build_encoder(
 
 
 def default_preprocessing(model_type: str) -> Preprocessing:
-    """What a type of tower wants where no processor file says it; without mean and std where transformers does not know them."""
+    """What a type of tower wants where no processor file says it.
+
+    Without mean and std where transformers does not know them.
+    """
     return family_of(model_type).preprocessing or preprocessing_of(model_type)
 
 
@@ -103,7 +112,8 @@ def _assemble(
     )
     if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
         raise UserError(
-            f"{source} has no preprocessor_config.json with a mean and a standard deviation for three channels, and none is known for "
+            f"{source} has no preprocessor_config.json with a mean and a standard deviation for three channels, and "
+            "none is known for "
             f"'{config.model_type}'; set encoder.image_mean and encoder.image_std, such as [0.5,0.5,0.5]"
         )
     return family.assemble(tower, config, options, preprocessing).requires_grad_(False).eval()

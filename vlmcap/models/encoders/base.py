@@ -1,7 +1,7 @@
 """What every vision encoder does: frames in, patch features out, sizes stated.
 
-Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches a frame (row-major over the grid h × w),
-Dv vision width, S side of a frame in pixels.
+Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches a frame (row-major over
+the grid h × w), Dv vision width, S side of a frame in pixels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ class EncoderOptions:
     """What may be chosen of an encoder.
 
     Attributes:
-        feature_layer: Index into the hidden states that the class of transformers returns, 0 before the first block. -1 is what the
-            class returns as `last_hidden_state`, so it is behind a final norm where the class has one on the way (DINOv2, DINOv3,
-            InternViT, ViT, AIMv2, …); only of SigLIP and SigLIP 2 it is the last hidden state before the final norm.
+        feature_layer: Index into the hidden states that the class of transformers returns, 0 before the first block. -1
+            is what the class returns as `last_hidden_state`, so it is behind a final norm where the class has one on
+            the way (DINOv2, DINOv3, InternViT, ViT, AIMv2, …); only of SigLIP and SigLIP 2 it is the last hidden state
+            before the final norm.
         dtype: Of the weights.
         image_size: Side of a frame in pixels; None is the checkpoint's own.
         max_patches: Budget a frame where sizes vary (NaFlex); others ignore it.
         max_tiles: Tiles that a frame may be cut into, the overview not counted; 1 cuts nothing.
-        attention: Implementation in the words of transformers; "sdpa" where a class has no FlashAttention, "eager" without either.
+        attention: Implementation in the words of transformers; "sdpa" where a class has no FlashAttention, "eager"
+            without either.
         mean: Per channel, of pixels in 0…1, in place of the checkpoint's.
         std: Likewise.
     """
@@ -108,7 +110,8 @@ class VisionEncoder(nn.Module):
 
         Args:
             frames: As `transform` returned them, padded at the end of F where clips have fewer.
-            grid_thw: A clip each, where they vary; frames behind a clip's last are not computed, and zero in what is returned.
+            grid_thw: A clip each, where they vary; frames behind a clip's last are not computed, and zero in what is
+                returned.
         """
         batch, num_frames = frames.shape[:2]
         grids = [(num_frames, *self.grid)] * batch if grid_thw is None else grid_thw
@@ -149,7 +152,8 @@ class Family:
     """Rules for a type of vision tower; these are for all that need none of their own.
 
     Attributes:
-        preprocessing: Where the checkpoint has no processor file; None takes the values of the processor class in transformers.
+        preprocessing: Where the checkpoint has no processor file; None takes the values of the processor class in
+            transformers.
         is_raw: `feature_layer=-1` is before the final norm.
         has_flash: False where the class cannot run with FlashAttention although it says so.
     """
@@ -209,7 +213,10 @@ class Family:
 def _image_size(
     config: Any, options: EncoderOptions, layout: Layout, preprocessing: Preprocessing
 ) -> tuple[int, tuple[str, ...]]:
-    """Side of a frame in pixels, and the arguments that the class needs for it; where any size is possible the processor file decides."""
+    """Side of a frame in pixels, and the arguments that the class needs for it.
+
+    Where any size is possible the processor file decides.
+    """
     own = getattr(config, "image_size", None)
     own = None if own is None else square_side(own)
     native = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
@@ -227,7 +234,8 @@ def _image_size(
         return size, layout.arguments
     if not layout.is_any_size:
         raise UserError(
-            f"encoder.image_size={size} is not possible: this encoder has positions for {own} pixels alone; leave it out"
+            f"encoder.image_size={size} is not possible: this encoder has positions for {own} pixels alone; leave it "
+            "out"
         )
     if size % patch:
         below = size // patch * patch

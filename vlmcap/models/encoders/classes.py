@@ -51,7 +51,9 @@ def set_depth(config: Any, num_blocks: int) -> None:
 
 
 def describe_timm(config: Any) -> None:
-    """Puts sizes into the configuration of a timm model, which has only a name; towers without blocks or patches are left without.
+    """Puts sizes into the configuration of a timm model, which has only a name.
+
+    Towers without blocks or patches are left without.
 
     Raises:
         UnknownLayoutError: timm is not installed, or has no such model.

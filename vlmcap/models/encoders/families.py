@@ -1,4 +1,7 @@
-"""What the general way does not know of some vision towers: names and values of other layouts, and rules that their publishers keep."""
+"""What the general way does not know of some vision towers.
+
+Names and values of other layouts, and rules that their publishers keep.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Siglip(Family):
-    """SigLIP, and SigLIP 2 at a fixed resolution (Tschannen et al., https://arxiv.org/abs/2502.14786): features are not normed."""
+    """SigLIP, and SigLIP 2 at a fixed resolution (Tschannen et al., https://arxiv.org/abs/2502.14786).
+
+    Features are not normed.
+    """
 
     is_raw = True
 
@@ -68,8 +74,9 @@ class Internvit(Family):
 
     BaseCheckpoints: Chen et al., https://arxiv.org/abs/2312.14238 and https://arxiv.org/abs/2412.05271.
 
-    Weights come in two layouts: transformers' own, inside the `-hf` checkpoints, and that of the code which OpenGVLab's other checkpoints
-    bring along. That code is never run: names and values are put into the words of transformers' class.
+    Weights come in two layouts: transformers' own, inside the `-hf` checkpoints, and that of the code which OpenGVLab's
+    other checkpoints bring along. That code is never run: names and values are put into the words of transformers'
+    class.
     """
 
     preprocessing = Preprocessing(

@@ -35,8 +35,8 @@ class Layout:
         embed_dim: Dv.
         is_any_size: Pictures of other sizes than the configuration's need no argument.
         arguments: Arguments of `forward` that other sizes need, where they are possible by them alone.
-        unused: Parameters that play no part in the features, such as those of a pooling head, in the words of `numberless`;
-            no checkpoint needs to hold them.
+        unused: Parameters that play no part in the features, such as those of a pooling head, in the words of
+            `numberless`; no checkpoint needs to hold them.
         idle: Modules of such parameters alone, which the tower can do without.
     """
 
@@ -65,8 +65,8 @@ class FinalNorm:
 def find_layout(config: Any) -> Layout:
     """The layout of the features that the class of a configuration returns.
 
-    A tower of no blocks maps each patch to one token. Changing one patch after another shows which tokens belong to patches,
-    and in which order they are.
+    A tower of no blocks maps each patch to one token. Changing one patch after another shows which tokens belong to
+    patches, and in which order they are.
 
     Raises:
         UnknownLayoutError: It returns no square grid with a token for each patch.
@@ -176,7 +176,10 @@ def _probing() -> Iterator[None]:
 
 
 def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) -> Any:
-    """A configuration of fewer and narrower blocks for smaller pictures; the width of a head stays, as positions may depend on it."""
+    """A configuration of fewer and narrower blocks for smaller pictures.
+
+    The width of a head stays, as positions may depend on it.
+    """
     small = copy.deepcopy(config)
     set_depth(small, depth)
     own = getattr(config, "image_size", None)

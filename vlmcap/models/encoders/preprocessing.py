@@ -19,7 +19,8 @@ from vlmcap.types import GridTHW
 
 # PIL's numbers, as processor files hold them; of what torch can antialias, bicubic is nearest to Lanczos.
 _RESAMPLING = {1: "bicubic", 2: "bilinear", 3: "bicubic"}
-# A tower's own checkpoint has the first file; whole checkpoints keep all processors in the second, and some have one for video alone.
+# A tower's own checkpoint has the first file; whole checkpoints keep all processors in the second, and some have one
+# for video alone.
 _FILES = (
     ("preprocessor_config.json", None),
     ("processor_config.json", "image_processor"),
@@ -77,7 +78,10 @@ class Preprocessing:
         return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
     def short_side_for(self, image_size: int) -> int | None:
-        """Pixels of the shorter side before a cut of `image_size`, in the checkpoint's proportion; None if they are the same."""
+        """Pixels of the shorter side before a cut of `image_size`, in the checkpoint's proportion.
+
+        None if they are the same.
+        """
         if self.short_side is None or self.image_size is None or self.short_side <= self.image_size:
             return None
         return round(self.short_side * image_size / self.image_size)
@@ -96,7 +100,10 @@ def read_processor(folder: Path) -> dict[str, Any]:
 
 
 def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says, in the words of a processor file of transformers; nothing of other configurations."""
+    """What timm's `pretrained_cfg` says, in the words of a processor file of transformers.
+
+    Nothing of other configurations.
+    """
     if "mean" not in values:
         return {}
     side = int((values.get("input_size") or (3, 224, 224))[-1])
@@ -111,7 +118,10 @@ def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preprocessing_of(model_type: str) -> Preprocessing:
-    """What the image processor of a type of model does in transformers, sizes left out; without mean and std where there is none."""
+    """What the image processor of a type of model does in transformers, sizes left out.
+
+    Without mean and std where there is none.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import model_type_to_module_name
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
@@ -175,8 +185,8 @@ class FrameTransform:
 class TileTransform:
     """Frames cut into square tiles, as InternVL's dynamic resolution does (Chen et al., https://arxiv.org/abs/2404.16821, section 3.3).
 
-    The layout is the one, of those with at most `max_tiles` tiles, whose aspect ratio is closest to the frame's. The whole frame,
-    squeezed into one more tile, comes last, unless there is only one tile.
+    The layout is the one, of those with at most `max_tiles` tiles, whose aspect ratio is closest to the frame's. The
+    whole frame, squeezed into one more tile, comes last, unless there is only one tile.
 
     Attributes:
         image_size: Side of a tile in pixels.
@@ -191,7 +201,10 @@ class TileTransform:
     resampling: str = "bicubic"
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Tiles, uint8 (F, 3, H, W) -> uint8 (F · T, 3, image_size, image_size): row-major within a frame, frame after frame."""
+        """Tiles, uint8 (F, 3, H, W) -> uint8 (F · T, 3, image_size, image_size).
+
+        Row-major within a frame, frame after frame.
+        """
         size = self.image_size
         rows, columns = self.layout(*frames.shape[-2:])
         resized = resize(frames, rows * size, columns * size, self.resampling)
@@ -261,7 +274,9 @@ Transform = FrameTransform | TileTransform | PatchTransform
 
 @dataclass(frozen=True, slots=True)
 class StatedGrid:
-    """Says the size of every clip, those on the encoder's own grid included, as clips may differ in frames alone; must pickle too.
+    """Says the size of every clip, those on the encoder's own grid included, as clips may differ in frames alone.
+
+    Must pickle too.
 
     Attributes:
         varying: F, H and W of decoded frames -> a clip's size, or None for the encoder's own grid.

@@ -22,7 +22,10 @@ from vlmcap.types import GridTHW
 
 
 class NaflexEncoder(VisionEncoder):
-    """An encoder whose frames come as patches, as many as their aspect ratio asks for; its `grid` is that of a square frame."""
+    """An encoder whose frames come as patches, as many as their aspect ratio asks for.
+
+    Its `grid` is that of a square frame.
+    """
 
     has_flash = False
 
@@ -53,7 +56,8 @@ class NaflexEncoder(VisionEncoder):
         is_real = bias = None
         if min(lengths) < used:
             is_real = torch.arange(used, device=frames.device) < on_device(lengths, frames.device)[:, None]
-            # In the form that attention adds: from a plain mask the class would ask the device whether anything is masked, and wait.
+            # In the form that attention adds: from a plain mask the class would ask the device whether anything is
+            # masked, and wait.
             bias = torch.zeros(is_real.shape, dtype=self._dtype, device=frames.device).masked_fill(
                 ~is_real, torch.finfo(self._dtype).min
             )
@@ -61,7 +65,8 @@ class NaflexEncoder(VisionEncoder):
         hidden: Tensor = self.tower(
             pixel_values=pixels.flatten(-2).to(self._dtype),
             pixel_attention_mask=bias,
-            # The class reads them number by number: an array makes no device wait, and lets the model be traced without values.
+            # The class reads them number by number: an array makes no device wait, and lets the model be traced without
+            # values.
             spatial_shapes=np.array(sizes),
         ).last_hidden_state
         if is_real is not None:
@@ -98,11 +103,13 @@ class Siglip2Naflex(Family):
         """
         if options.image_size is not None:
             raise UserError(
-                "encoder.image_size does not go with a NaFlex encoder, whose frames keep their shape; set encoder.max_patches"
+                "encoder.image_size does not go with a NaFlex encoder, whose frames keep their shape; set "
+                "encoder.max_patches"
             )
         if options.max_tiles > 1:
             raise UserError(
-                "encoder.tiling does not go with a NaFlex encoder, whose frames keep their shape; raise encoder.max_patches"
+                "encoder.tiling does not go with a NaFlex encoder, whose frames keep their shape; raise "
+                "encoder.max_patches"
             )
         side = math.isqrt(options.max_patches)
         return NaflexEncoder(

@@ -1,4 +1,7 @@
-"""Vision towers of transformers: cut behind the chosen layer, filled from a checkpoint that may hold much more, given adapters."""
+"""Vision towers of transformers.
+
+Cut behind the chosen layer, filled from a checkpoint that may hold much more, given adapters.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def vision_config(values: Mapping[str, Any], source: str) -> tuple[Family, Any]:
     known = {**family.config_values({**part, "model_type": model_type})}
     if known["model_type"] not in CONFIG_MAPPING:
         raise UserError(
-            f"{source} holds a model of type '{model_type}', which transformers does not know, and code inside a checkpoint is never run; "
+            f"{source} holds a model of type '{model_type}', which transformers does not know, and code inside a "
+            "checkpoint is never run; "
             "set encoder.checkpoint to one in the layout of transformers"
         )
     try:
@@ -127,7 +131,8 @@ def _cut(family: Family, config: Any, options: EncoderOptions, source: str) -> t
         raise refusal(source, config, error) from error
     if norm is None:
         raise UserError(
-            f"encoder.feature_layer={layer} is not possible for '{config.model_type}', whose class gives no features of inner layers; "
+            f"encoder.feature_layer={layer} is not possible for '{config.model_type}', whose class gives no features "
+            "of inner layers; "
             "set encoder.feature_layer=-1"
         )
     kept = layer if layer >= 0 else depth + 1 + layer
@@ -211,7 +216,10 @@ class _Names:
         self._renamings = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
 
     def required(self, unused: frozenset[str]) -> set[str]:
-        """Tensors that a checkpoint must have: all that count, less those that the class fills in by a rule, such as scales of 1."""
+        """Tensors that a checkpoint must have.
+
+        All that count, less those that the class fills in by a rule, such as scales of 1.
+        """
         optional = [re.compile(pattern) for pattern in self._class._keys_to_ignore_on_load_missing or ()]
         return {
             name
@@ -220,7 +228,10 @@ class _Names:
         }
 
     def __call__(self, key: str) -> tuple[str, ...]:
-        """Names under which transformers reads a tensor of the tower, what a whole model puts in front cut off; of others, none."""
+        """Names under which transformers reads a tensor of the tower, what a whole model puts in front cut off.
+
+        Of others, none.
+        """
         parts = key.split(".")
         for index in range(len(parts)):
             front = ".".join(parts[:index])
@@ -256,7 +267,8 @@ def read_weights(folder: Path, names: Callable[[str], tuple[str, ...]]) -> dict[
             targets = names(key)
             if twice := sorted(weights.keys() & set(targets)):
                 raise UserError(
-                    f"encoder.checkpoint {folder} holds two vision towers, as {twice[0]} is there twice; take one with a single one"
+                    f"encoder.checkpoint {folder} holds two vision towers, as {twice[0]} is there twice; take one "
+                    "with a single one"
                 )
             parts = tensor.chunk(len(targets))
             # A part of a larger tensor would keep all of it in memory.
@@ -314,7 +326,8 @@ def add_tower_lora(tower: nn.Module, lora: LoraConfig) -> None:
     """
     from peft import inject_adapter_in_model
 
-    # Full names: in Qwen's towers a convolution has the last name of a linear layer (proj), and peft would adapt it too.
+    # Full names: in Qwen's towers a convolution has the last name of a linear layer (proj), and peft would adapt it
+    # too.
     targets = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not targets:
         raise UserError("tuning.encoder=lora finds no linear layer in this encoder; set tuning.encoder=full or none")

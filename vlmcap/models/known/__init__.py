@@ -1,7 +1,8 @@
 """Architectures of the published checkpoints that `conf/` names, so that sizes are known before anything is downloaded.
 
-A file is a checkpoint's `config.json` in Hugging Face's layout, with the fields that decide shapes; rotary bases, scales and token ids
-only where they could be read, as a download brings its own file. Its name is the hub id with `--` for the slash.
+A file is a checkpoint's `config.json` in Hugging Face's layout, with the fields that decide shapes; rotary bases,
+scales and token ids only where they could be read, as a download brings its own file. Its name is the hub id with `--`
+for the slash.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Low-rank adapters on a language model, by peft.
 
-LoRA (Hu et al., https://arxiv.org/abs/2106.09685), and as options DoRA (Liu et al., https://arxiv.org/abs/2402.09353) and rsLoRA
-(Kalajdzievski, https://arxiv.org/abs/2312.03732).
+LoRA (Hu et al., https://arxiv.org/abs/2106.09685), and as options DoRA (Liu et al., https://arxiv.org/abs/2402.09353)
+and rsLoRA (Kalajdzievski, https://arxiv.org/abs/2312.03732).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _KEY = "tuning.lora.target_modules"
 
 
 def add_lora(model: nn.Module, lora: LoraConfig) -> peft.PeftModel:
-    """`model` with adapters in float32 beside its frozen weights; head, embeddings and the routers of experts never get one.
+    """`model` with adapters in float32 beside its frozen weights.
+
+    Head, embeddings and the routers of experts never get one.
 
     Args:
         model: As `load_language_model` returns it; changed in place.
@@ -86,7 +88,8 @@ def _targets(model: nn.Module, wanted: str) -> list[str]:
         if not any(_has_name(layer, name) for layer in linear):
             known = sorted({layer.rsplit(".", 1)[-1] for layer in linear})
             raise UserError(
-                f"{_KEY}={wanted}: {name} fits no layer that may have an adapter; choose from {', '.join(known)}, or all-linear"
+                f"{_KEY}={wanted}: {name} fits no layer that may have an adapter; choose from {', '.join(known)}, or "
+                "all-linear"
             )
     return [layer for layer in linear if any(_has_name(layer, name) for name in names)]
 

@@ -1,9 +1,12 @@
-"""The attention of a language model: the implementation that runs it, and which models keep the clips of a packed row apart.
+"""The attention of a language model.
 
-Hardware, number format and class decide on the implementation, and never is it silently the slow one. Without a mask, transformers asks
-SDPA to group queries (`enable_gqa`). Only the flash kernel can, and it needs compute capability 8.0. On older GPUs (T4) PyTorch falls back
-to plain matrix products in silence, which hold S × S numbers for each head. "sdpa_repeated" repeats keys and values, which are S × D
-numbers for each head, so that the memory-efficient kernel runs.
+The implementation that runs it, and which models keep the clips of a packed row apart.
+
+Hardware, number format and class decide on the implementation, and never is it silently the slow one. Without a mask,
+transformers asks SDPA to group queries (`enable_gqa`). Only the flash kernel can, and it needs compute capability 8.0.
+On older GPUs (T4) PyTorch falls back to plain matrix products in silence, which hold S × S numbers for each head.
+"sdpa_repeated" repeats keys and values, which are S × D numbers for each head, so that the memory-efficient kernel
+runs.
 
 Legend: B batch, H heads, K heads of keys and values, S sequence, D width of a head.
 """
@@ -23,8 +26,9 @@ _UNGROUPED = nn.Identity()  # in place of the layer, which would say how many qu
 FLASH = ("flash_attention_2", "flash_attention_3")
 _SDPA = ("sdpa", REPEATED)
 _NAMES = ("auto", *_SDPA, "eager", *FLASH)
-# Names of transformers' configurations. In these classes, every layer that looks at other tokens is attention, full or in a window, and
-# transformers derives its mask from positions that start anew. Recurrent layers and convolutions have no mask to derive.
+# Names of transformers' configurations. In these classes, every layer that looks at other tokens is attention, full or
+# in a window, and transformers derives its mask from positions that start anew. Recurrent layers and convolutions have
+# no mask to derive.
 PACKABLE = ("exaone4", "hyperclovax", "llama", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -32,8 +36,8 @@ def choose_attention(requested: str, device: str, dtype: torch.dtype, model_clas
     """The implementation to load with, in the words of transformers.
 
     Args:
-        requested: "auto" (FlashAttention 2 where it is installed and works, else PyTorch's fused one), transformers' name, or
-            "sdpa_repeated", which "sdpa" becomes by itself on GPUs that need it.
+        requested: "auto" (FlashAttention 2 where it is installed and works, else PyTorch's fused one), transformers'
+            name, or "sdpa_repeated", which "sdpa" becomes by itself on GPUs that need it.
         device: Where the model will run, such as "cpu" or "cuda:0".
         dtype: Of its arithmetic.
         model_class: transformers' class, where it is known already.
@@ -72,7 +76,8 @@ def check_attention(model: Any, chosen: str) -> None:
     for config in configs.values():
         if config._attn_implementation != chosen:
             raise UserError(
-                f"llm.attention={chosen} was asked for, but transformers runs {config._attn_implementation}; set llm.attention to that "
+                f"llm.attention={chosen} was asked for, but transformers runs {config._attn_implementation}; set "
+                "llm.attention to that "
                 "name to accept it"
             )
 
@@ -92,15 +97,19 @@ def check_packing(folder: Path, name: str) -> None:
     model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().model_type
     if model_type not in PACKABLE:
         raise UserError(
-            f"data.batching=packed puts several clips in one row, which {name} ({model_type}) is not known to keep apart; "
+            f"data.batching=packed puts several clips in one row, which {name} ({model_type}) is not known to keep "
+            "apart; "
             "set data.batching=by_length"
         )
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether no token of a language model sees a later one, by the account of its own layers; False where they say nothing.
+    """Whether no token of a language model sees a later one, by the account of its own layers.
 
-    Padding behind the real tokens then changes nothing for them, with or without a mask, in windowed and recurrent layers too.
+    False where they say nothing.
+
+    Padding behind the real tokens then changes nothing for them, with or without a mask, in windowed and recurrent
+    layers too.
     """
     flags = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
     return bool(flags) and all(flags)
@@ -167,7 +176,8 @@ def repeated_keys_attention(
         query: (B, H, S, D).
         key: (B, K, S', D), where K divides H.
         value: As the keys.
-        attention_mask: True where a query sees a key, (B or 1, H or 1, S, S'); None where the causal mask alone counts, or none.
+        attention_mask: True where a query sees a key, (B or 1, H or 1, S, S'); None where the causal mask alone counts,
+            or none.
         **arguments: As transformers passes them.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward

@@ -1,7 +1,8 @@
 """Cross-entropy of a frozen head, a few rows at a time, so that logits of all label tokens never exist at once.
 
-The gradient to the hidden states is computed in the forward pass, while a chunk's logits are there, and only it is kept: T × Dl numbers
-in place of T × N. The idea is that of Liger's fused linear cross-entropy (Hsu et al., https://arxiv.org/abs/2410.10989), in plain torch.
+The gradient to the hidden states is computed in the forward pass, while a chunk's logits are there, and only it is
+kept: T × Dl numbers in place of T × N. The idea is that of Liger's fused linear cross-entropy (Hsu et al.,
+https://arxiv.org/abs/2410.10989), in plain torch.
 
 Legend: T label tokens, N vocabulary, Dl language width.
 """
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Classes of transformers whose forward returns what the head gives as it is. HyperCLOVA X and Granite scale it, Gemma caps it.
+# Classes of transformers whose forward returns what the head gives as it is. HyperCLOVA X and Granite scale it, Gemma
+# caps it.
 UNSCALED = frozenset(
     {
         "Exaone4ForCausalLM",
@@ -29,8 +31,9 @@ UNSCALED = frozenset(
         "Qwen3VLForConditionalGeneration",
     }
 )
-# Gradients of logits are shares of a token, most of them far below float16's least number; a gain lifts them. Their absolute values sum
-# to 2 a row at most, so a weight of 30 in the head would be needed to leave the format at the other end.
+# Gradients of logits are shares of a token, most of them far below float16's least number; a gain lifts them. Their
+# absolute values sum to 2 a row at most, so a weight of 30 in the head would be needed to leave the format at the other
+# end.
 _HALF_GAIN = 1024.0
 
 
@@ -48,7 +51,8 @@ def can_chunk(model: Any) -> bool:
         or {name for name, _ in head.named_parameters()} != {"weight"}
     ):
         return False
-    # Whatever stands around the head (a hook, another's forward) may change what it gives, or bring its weight from elsewhere.
+    # Whatever stands around the head (a hook, another's forward) may change what it gives, or bring its weight from
+    # elsewhere.
     is_bare = not head._forward_hooks and not head._forward_pre_hooks and "forward" not in vars(head)
     return is_bare and not head.weight.requires_grad and head.weight.is_floating_point() and not head.weight.is_meta
 
@@ -56,7 +60,8 @@ def can_chunk(model: Any) -> bool:
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
     """Summed cross-entropy in nats of `hidden @ weight.T` against `labels`, float32 and without dimensions.
 
-    Equal, but for the order of sums, to `F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")`, under autocast too.
+    Equal, but for the order of sums, to `F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")`,
+    under autocast too.
 
     Args:
         hidden: Hidden states of label positions, (T, Dl).
@@ -110,7 +115,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_shares(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of some rows, and its gradient to their logits, float32 (rows, N); `logits` are overwritten where they are float32."""
+    """Summed loss of some rows, and its gradient to their logits, float32 (rows, N).
+
+    `logits` are overwritten where they are float32.
+    """
     shares = logits.float()
     del logits
     picked = shares.gather(1, labels.unsqueeze(1))

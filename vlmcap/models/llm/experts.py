@@ -1,10 +1,12 @@
-"""Experts of a mixture-of-experts language model: packed to 4 bit or not, with adapters or without, and how routers are recognised.
+"""Experts of a mixture-of-experts language model.
 
-transformers keeps the experts of a layer in two fused parameters. bitsandbytes and peft look for linear layers, so the one leaves them in
-16 bit and the other gives them no adapters.
+Packed to 4 bit or not, with adapters or without, and how routers are recognised.
 
-Legend: N tokens, K experts per token, S = N · K pairs of a token and an expert, E experts, M matrices (of all experts, or one per pair),
-H hidden size, I intermediate size of an expert, R adapter rank.
+transformers keeps the experts of a layer in two fused parameters. bitsandbytes and peft look for linear layers, so the
+one leaves them in 16 bit and the other gives them no adapters.
+
+Legend: N tokens, K experts per token, S = N · K pairs of a token and an expert, E experts, M matrices (of all experts,
+or one per pair), H hidden size, I intermediate size of an expert, R adapter rank.
 """
 
 from __future__ import annotations
@@ -133,9 +135,12 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has no kernel for grouped products: the host then waits for the groups' sizes and multiplies one by one.
+    """Whether PyTorch has no kernel for grouped products.
 
-    Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel is for bfloat16 and compute capabilities 9 and 10.
+    The host then waits for the groups' sizes and multiplies one by one.
+
+    Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel is for bfloat16 and compute capabilities 9 and
+    10.
     """
     return device.type == "cuda" and (
         dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
@@ -145,13 +150,15 @@ def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
 class FusedExperts(nn.Module):
     """SwiGLU experts, all matrices of a layer unpacked and multiplied at once, as transformers' own experts are.
 
-    Which matrices are unpacked is decided by the number of tokens, so that the host never waits for the choice of the router. Up to E
-    pairs, as in a caption of few rows, take the matrices of their own experts. Otherwise all are unpacked, one kind at a time: 0.75 GiB
-    in 16 bits of Qwen3-30B-A3B's `gate_up_proj`, and 0.38 GiB of its `down_proj`. A training batch chooses all experts anyway. Their
-    rows go through one grouped product; where there is no kernel for it, a caption's few rows go through all experts instead.
+    Which matrices are unpacked is decided by the number of tokens, so that the host never waits for the choice of the
+    router. Up to E pairs, as in a caption of few rows, take the matrices of their own experts. Otherwise all are
+    unpacked, one kind at a time: 0.75 GiB in 16 bits of Qwen3-30B-A3B's `gate_up_proj`, and 0.38 GiB of its
+    `down_proj`. A training batch chooses all experts anyway. Their rows go through one grouped product; where there is
+    no kernel for it, a caption's few rows go through all experts instead.
 
     Args:
-        gate_up_proj: (E, 2 I, H). While a model is loaded in 4 bit it has no data yet, and `pack_experts`'s result takes its place.
+        gate_up_proj: (E, 2 I, H). While a model is loaded in 4 bit it has no data yet, and `pack_experts`'s result
+            takes its place.
         down_proj: (E, H, I), likewise.
         act_fn: Activation function of the gate.
     """

@@ -1,7 +1,8 @@
 """4-bit experts while loading, and how many bytes that saves.
 
-transformers builds a model without weights, lets its quantiser exchange modules, and then reads tensor by tensor; per-expert tensors of
-the hub's files are fused a layer at a time. So a quantiser that knows experts is all it takes: never is more than a layer unpacked.
+transformers builds a model without weights, lets its quantiser exchange modules, and then reads tensor by tensor;
+per-expert tensors of the hub's files are fused a layer at a time. So a quantiser that knows experts is all it takes:
+never is more than a layer unpacked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def expert_quantization(folder: Path, config: Any) -> Any:
     """`config` (transformers' BitsAndBytesConfig), changed so that the experts of the model in `folder`, if it has any, are quantised too.
 
     Raises:
-        UserError: Experts and 8 bit: bitsandbytes has no such storage for them; or transformers is too old for experts in 4 bits.
+        UserError: Experts and 8 bit: bitsandbytes has no such storage for them; or transformers is too old for experts
+            in 4 bits.
     """
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
 """What a language model checkpoint is, read from its small files alone: no weights are opened.
 
-A published checkpoint is more than its name: the class that runs it, the text that ends an answer, the license. All of that stands in
-the folder, so nobody has to write it down for each model.
+A published checkpoint is more than its name: the class that runs it, the text that ends an answer, the license. All of
+that stands in the folder, so nobody has to write it down for each model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from vlmcap.models.llm.load import language_config
 from vlmcap.models.llm.prompt import PromptEncoder, generation_config, load_prompt, load_tokenizer
 
 _LONGEST_LICENSE = 120  # characters of the first line of a LICENSE file
-# transformers replaces these functions by those of a package where it is installed, and is correct but slower where it is not.
+# transformers replaces these functions by those of a package where it is installed, and is correct but slower where it
+# is not.
 _PACKAGE = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
 _HUB_KERNELS = "is_kernels_available()"  # in the source of the few classes that fetch compiled code by themselves
 _DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # where pip calls it otherwise than Python does
@@ -42,7 +43,8 @@ class LlmDescription:
         vocab_size: Number of rows of its embedding.
         largest_id: Largest token id of the tokenizer, added tokens included; None without a tokenizer.
         has_chat_template: Whether the tokenizer brings a chat template.
-        end_tokens: Tokens that end generation, the one that the template puts behind an answer first; empty without a template.
+        end_tokens: Tokens that end generation, the one that the template puts behind an answer first; empty without a
+            template.
         has_thinking_switch: Whether the chat template reads `enable_thinking`.
         license: As the folder states it; empty where it does not.
         attention: Implementations that the class supports.
@@ -94,7 +96,8 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
     problems = []
     if "lm_head" not in inspect.getsource(model_class):
         problems.append(
-            f"{model_class.__name__} names its output layer otherwise than lm_head, which vlmcap needs; take another llm"
+            f"{model_class.__name__} names its output layer otherwise than lm_head, which vlmcap needs; take another "
+            "llm"
         )
     tokenizer, template, prompt = None, "", None
     try:
@@ -129,7 +132,9 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
 
 
 def license_of(folder: Path) -> str:
-    """The license that the front matter of a README.md states, or else the title of a LICENSE file; empty where there is neither.
+    """The license that the front matter of a README.md states, or else the title of a LICENSE file.
+
+    Empty where there is neither.
 
     A name that only says that another license applies ("other") gives way to `license_name`.
 

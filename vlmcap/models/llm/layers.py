@@ -1,4 +1,7 @@
-"""How the layers of a language model run in training: computed again in the backward pass to save memory, or as compiled code."""
+"""How the layers of a language model run in training.
+
+Computed again in the backward pass to save memory, or as compiled code.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ def checkpoint_layers(model: nn.Module, *, is_offloaded: bool = False, num_kept:
 
     Args:
         model: A model of transformers, changed in place.
-        is_offloaded: Inputs wait in pinned host memory: layers × tokens × width less on the device, for a copy there and one back.
+        is_offloaded: Inputs wait in pinned host memory: layers × tokens × width less on the device, for a copy there
+            and one back.
         num_kept: Last layers that keep all they computed, and are not computed again: the way back reaches them first.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -31,8 +35,8 @@ def checkpoint_layers(model: nn.Module, *, is_offloaded: bool = False, num_kept:
 
 
 def _offloading_checkpoint(function: Any, *inputs: Any) -> Any:
-    # What the layer saves inside goes to the checkpoint's own hooks, which keep nothing; only the inputs come to these. Masks and
-    # positions, which all layers share, are bound to the function and stay where they are.
+    # What the layer saves inside goes to the checkpoint's own hooks, which keep nothing; only the inputs come to these.
+    # Masks and positions, which all layers share, are bound to the function and stay where they are.
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=False)
 

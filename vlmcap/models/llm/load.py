@@ -14,7 +14,8 @@ from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.experts import BLOCK
 from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
 
-# Names of the language model's weights in a whole vision-language model's files, as published and as transformers 5 writes them.
+# Names of the language model's weights in a whole vision-language model's files, as published and as transformers 5
+# writes them.
 _OUT_OF_WHOLE = {
     r"^language_model\.model\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
@@ -23,7 +24,9 @@ _OUT_OF_WHOLE = {
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
-    """The bitsandbytes configuration of `kind`: NF4 with double quantisation for "4bit", LLM.int8() for "8bit", None for "none".
+    """The bitsandbytes configuration of `kind`.
+
+    NF4 with double quantisation for "4bit", LLM.int8() for "8bit", None for "none".
 
     Source: Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314.
     """
@@ -47,8 +50,8 @@ def load_language_model(
     """A causal language model with every parameter frozen.
 
     Args:
-        folder: Checkpoint in Hugging Face layout; its own code is never run, and pickled weights may hold nothing but tensors. Of a whole
-            vision-language model its language model is taken.
+        folder: Checkpoint in Hugging Face layout; its own code is never run, and pickled weights may hold nothing but
+            tensors. Of a whole vision-language model its language model is taken.
         dtype: Of unquantised weights, and of the arithmetic on quantised ones.
         quantization: "none", "8bit" or "4bit".
         attention: As `choose_attention` takes it.
@@ -84,7 +87,9 @@ def device_map(device: str, quantization: str, *, is_on_host: bool) -> dict[str,
 
 
 def build_meta_language_model(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> nn.Module:
-    """What `load_language_model` returns unquantised, with parameters and buffers on the meta device: no file of weights is opened.
+    """What `load_language_model` returns unquantised, with parameters and buffers on the meta device.
+
+    No file of weights is opened.
 
     Args:
         folder: As for `load_language_model`, as are the others.
@@ -108,7 +113,8 @@ def keep_packing(model: nn.Module) -> None:
     What reads the weights afterwards (DoRA, a comparison with the base) would misread them.
 
     Raises:
-        UserError: A layer's width is no multiple of the block of 64 weights: on the same CPUs, bitsandbytes 0.50 unpacks it wrongly.
+        UserError: A layer's width is no multiple of the block of 64 weights: on the same CPUs, bitsandbytes 0.50
+            unpacks it wrongly.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -118,7 +124,8 @@ def keep_packing(model: nn.Module) -> None:
             is_misread = module.weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
             if is_misread and module.in_features % BLOCK:
                 raise UserError(
-                    f"llm.quantization=4bit: bitsandbytes misreads layers of width {module.in_features}, which is no multiple of {BLOCK}, "
+                    f"llm.quantization=4bit: bitsandbytes misreads layers of width {module.in_features}, which is no "
+                    f"multiple of {BLOCK}, "
                     "on this CPU; set llm.quantization=none"
                 )
 
@@ -134,7 +141,10 @@ def text_width(folder: Path) -> int:
 
 
 def num_active_parameters(folder: Path) -> int:
-    """Parameters that a token goes through, read from the configuration alone: no embeddings or head, of experts those it is sent to."""
+    """Parameters that a token goes through, read from the configuration alone.
+
+    No embeddings or head, of experts those it is sent to.
+    """
     from transformers import AutoModel
 
     config = _text_config(folder)
@@ -176,7 +186,8 @@ def language_config(folder: Path) -> tuple[Any, Any, bool]:
         return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
     except KeyError as error:
         raise UserError(
-            f"llm.checkpoint {folder} holds no causal language model but a {text.model_type}; take another llm, or model= for a whole one"
+            f"llm.checkpoint {folder} holds no causal language model but a {text.model_type}; take another llm, or "
+            "model= for a whole one"
         ) from error
 
 
@@ -188,7 +199,8 @@ def _from_pretrained(model_class: Any, folder: Path, options: dict[str, Any]) ->
         model, loading = model_class.from_pretrained(folder, weights_only=True, output_loading_info=True, **options)
     except (pickle.UnpicklingError, EOFError) as error:  # torch's message would advise to run the code after all
         raise UserError(
-            f"llm.checkpoint {folder} has a pytorch_model*.bin that holds more than tensors, or is broken, and was refused, as reading it "
+            f"llm.checkpoint {folder} has a pytorch_model*.bin that holds more than tensors, or is broken, and was "
+            "refused, as reading it "
             "could run foreign code; take a checkpoint with safetensors"
         ) from error
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:

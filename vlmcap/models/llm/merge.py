@@ -1,6 +1,7 @@
 """Adapters folded into the language model's own weights, for programs that know no adapters.
 
-Merging goes onto the unquantised base: in 4 bit the rounding would eat the adapters (https://github.com/huggingface/peft/issues/2321).
+Merging goes onto the unquantised base: in 4 bit the rounding would eat the adapters
+(https://github.com/huggingface/peft/issues/2321).
 """
 
 from __future__ import annotations
@@ -41,17 +42,21 @@ def merge_adapters(
     adapt: Callable[[nn.Module], nn.Module],
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """The difference of logits before and after the merge, as `merge` gives it; the merged model is in `output`, whole or not at all.
+    """The difference of logits before and after the merge, as `merge` gives it.
+
+    The merged model is in `output`, whole or not at all.
 
     Args:
         base_folder: The language model that the adapters were trained on, unquantised, in Hugging Face layout.
-        weights: Adapters by name, such as a checkpoint's state; what is no adapter of the language model is passed over.
+        weights: Adapters by name, such as a checkpoint's state; what is no adapter of the language model is passed
+            over.
         output: A new folder in Hugging Face layout with the tokenizer of the base.
         adapt: Puts adapters on the base as in training, such as a call of `add_lora` with the run's settings.
         dtype: Of the merged weights.
 
     Raises:
-        UserError: The output is there already, base and adapters do not fit, or the merged model does not give the same logits.
+        UserError: The output is there already, base and adapters do not fit, or the merged model does not give the same
+            logits.
     """
     if output.exists():
         raise UserError(f"{output} is there already; name a new folder for the merged model")
@@ -70,7 +75,9 @@ def merged_model(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, float]:
-    """The language model with its training folded in, on the CPU, and the difference of logits that `merge` gives; 0 without adapters.
+    """The language model with its training folded in, on the CPU, and the difference of logits that `merge` gives.
+
+    0 without adapters.
 
     One copy of the weights is held: the base is read once, and each layer takes its adapters in where it stands.
 
@@ -99,7 +106,9 @@ def merged_model(
 
 @torch.no_grad()
 def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, float]:
-    """The model without adapters but with their effect, and by how much its logits differ: ||after - before|| / ||before||.
+    """The model without adapters but with their effect, and by how much its logits differ.
+
+    ||after - before|| / ||before||.
 
     Where there are experts, both sides send each token to the same ones.
 
@@ -125,19 +134,23 @@ def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, fl
     tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
     if not difference <= tolerance:  # nan is no number below
         raise UserError(
-            f"the merged model's logits differ from those with adapters by {difference:.1e} (at most {tolerance:.0e}): not saved"
+            f"the merged model's logits differ from those with adapters by {difference:.1e} (at most "
+            f"{tolerance:.0e}): not saved"
         )
     return merged, difference
 
 
 class Routing:
-    """The choice of experts, kept from one run of a model for the next; the routers must be the same modules in both runs.
+    """The choice of experts, kept from one run of a model for the next.
 
-    Two almost equal experts change places by a rounding error, and the token's output with them; a comparison of two sets of weights in
-    16 bit says something only where both send each token to the same experts.
+    The routers must be the same modules in both runs.
+
+    Two almost equal experts change places by a rounding error, and the token's output with them; a comparison of two
+    sets of weights in 16 bit says something only where both send each token to the same experts.
 
     Args:
-        model: Causal language model, with or without adapters, which routers never have; one without experts has no routers.
+        model: Causal language model, with or without adapters, which routers never have; one without experts has no
+            routers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -183,10 +196,12 @@ def fold_in(adapted: Any, progress: Progress | None = None) -> None:
 
 @contextmanager
 def adapters_for_captions(llm: nn.Module, *, is_merged: bool) -> Iterator[None]:
-    """Within it, LoRA takes fewer kernels per token; afterwards all parameters are the very objects that they were before.
+    """Within it, LoRA takes fewer kernels per token.
 
-    Adapters are added to copies of the weights beside them, where those are stored as plain numbers. All others are held in the type that
-    autocast computes in, to which it would convert them at each call.
+    Afterwards all parameters are the very objects that they were before.
+
+    Adapters are added to copies of the weights beside them, where those are stored as plain numbers. All others are
+    held in the type that autocast computes in, to which it would convert them at each call.
 
     Args:
         llm: The language model, with or without adapters.
@@ -229,7 +244,10 @@ def _adapted_layers(llm: nn.Module) -> list[Any]:
 
 
 def is_mergeable(layer: Any) -> bool:
-    """Whether the adapters of a layer can be added to its weights: they are plain numbers, all of them on this device."""
+    """Whether the adapters of a layer can be added to its weights.
+
+    They are plain numbers, all of them on this device.
+    """
     weight = layer.get_base_layer().weight
     return weight.is_floating_point() and not hasattr(weight, "quant_state") and not _is_sharded(layer)
 
@@ -255,7 +273,8 @@ def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:
             raise UserError(
-                f"adapter {name} is {tuple(saved[name].shape)}, not {tuple(tensor.shape)}; tuning.lora.rank must be that of the run"
+                f"adapter {name} is {tuple(saved[name].shape)}, not {tuple(tensor.shape)}; tuning.lora.rank must be "
+                "that of the run"
             )
     adapted.load_state_dict(saved, strict=False)
 
@@ -275,7 +294,8 @@ def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> N
     for name, tensor in saved.items():
         if name not in own or own[name].shape != tensor.shape:
             raise UserError(
-                f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; llm.checkpoint must be the run's"
+                f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; llm.checkpoint must be "
+                "the run's"
             )
     model.load_state_dict(saved, strict=False)
 
@@ -289,7 +309,8 @@ def refuse_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
             raise UserError(
-                f"adapters cannot be merged into quantised weights ({name}); merge onto the base with llm.quantization=none"
+                f"adapters cannot be merged into quantised weights ({name}); merge onto the base with "
+                "llm.quantization=none"
             )
 
 

@@ -18,7 +18,9 @@ _VISUAL, _ANSWER = "<<vlmcap-visual-tokens>>", "<<vlmcap-caption>>"
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Ids of everything that is text. Parts are tokenised one by one and joined as ids, so nothing is ever searched for again.
+    """Ids of everything that is text.
+
+    Parts are tokenised one by one and joined as ids, so nothing is ever searched for again.
 
     Attributes:
         tokenizer: Of the language model.
@@ -82,14 +84,15 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
 
     Args:
         folder: Checkpoint in Hugging Face layout.
-        llm: `prompt` is what the user asks about the video; the visual tokens stand in front of it, on a line of their own unless a
-            `visual_suffix` parts them. A `system_prompt` of None leaves the system turn to the template, and `chat_template` is a Jinja
-            template in place of the tokenizer's.
+        llm: `prompt` is what the user asks about the video; the visual tokens stand in front of it, on a line of their
+            own unless a `visual_suffix` parts them. A `system_prompt` of None leaves the system turn to the template,
+            and `chat_template` is a Jinja template in place of the tokenizer's.
         visual_prefix: Directly before the visual tokens, such as Qwen-VL's <|vision_start|>.
         visual_suffix: Directly behind them, such as <|vision_end|>.
 
     Raises:
-        UserError: There is no tokenizer, chat template or end token, or the template does not use a setting that was made.
+        UserError: There is no tokenizer, chat template or end token, or the template does not use a setting that was
+            made.
     """
     tokenizer = load_tokenizer(folder)
     break_after = visual_suffix or "\n"
@@ -101,7 +104,8 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     before, placeholder, after = rendered.partition(_VISUAL)
     if not placeholder:
         raise UserError(
-            f"the chat template of {folder} drops the user's text, as one made for a processor does; set llm.chat_template to one for text"
+            f"the chat template of {folder} drops the user's text, as one made for a processor does; set "
+            "llm.chat_template to one for text"
         )
     _check_used(template, turns, rendered)
     lead, end_id = _answer_frame(template, turns, rendered)
@@ -177,8 +181,10 @@ def _check_rows(encoder: PromptEncoder, folder: Path, num_rows: float) -> None:
     if beyond:
         first = min(beyond)
         raise UserError(
-            f"the tokenizer in {folder} has {len(beyond)} tokens beyond the {num_rows} rows of the model's embedding that text can hold, "
-            f"first {tokenizer.convert_ids_to_tokens(first)!r} ({first}); remove them from tokenizer.json, or resize the model's embedding "
+            f"the tokenizer in {folder} has {len(beyond)} tokens beyond the {num_rows} rows of the model's embedding "
+            "that text can hold, "
+            f"first {tokenizer.convert_ids_to_tokens(first)!r} ({first}); remove them from tokenizer.json, or resize "
+            "the model's embedding "
             "(resize_token_embeddings) and save it"
         )
 
@@ -202,7 +208,8 @@ class _Template:
 
         if not self.text and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"the tokenizer in {self.folder} has no chat template; set llm.chat_template, or take an instruction-tuned llm.checkpoint"
+                f"the tokenizer in {self.folder} has no chat template; set llm.chat_template, or take an "
+                "instruction-tuned llm.checkpoint"
             )
         try:
             return str(
@@ -217,7 +224,8 @@ class _Template:
         except (TemplateError, TypeError, ValueError) as error:  # such as: no system turn allowed
             reason = first_line(error)
             raise UserError(
-                f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or llm.chat_template"
+                f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or "
+                "llm.chat_template"
             ) from error
 
 
@@ -232,13 +240,15 @@ def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str)
         turns, add_generation_prompt=True
     ):
         raise UserError(
-            f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set llm.chat_template"
+            f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set "
+            "llm.chat_template"
         )
     # A template's own system turn may have the very text.
     is_dropped = first["role"] == "system" and first["content"].strip() not in rendered.partition(_VISUAL)[0]
     if is_dropped and rendered == template.render(turns[1:], add_generation_prompt=True):
         raise UserError(
-            f"llm.system_prompt changes nothing, as {name} drops the system turn; leave it out and put its text into llm.prompt, "
+            f"llm.system_prompt changes nothing, as {name} drops the system turn; leave it out and put its text into "
+            "llm.prompt, "
             "or set llm.chat_template"
         )
 
@@ -260,7 +270,10 @@ def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: st
 
 
 def _first_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of what begins the sequence: with the beginning token once, where the tokenizer puts one of its own accord."""
+    """Ids of what begins the sequence.
+
+    With the beginning token once, where the tokenizer puts one of its own accord.
+    """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("가")["input_ids"][:1] == [bos]

@@ -49,8 +49,8 @@ def load_pretrained(
         device: Where the model will run, such as "cpu" or "cuda:0"; its weights are put there while loading.
         is_on_host: Leaves unquantised weights in host memory, for a model that is cut into shards.
         max_patches: Patches a frame at most, for the Qwen family; LLaVA's frames have one size.
-        use_outer_marks: Whether an outer `<|vision_start|>…<|vision_end|>` stands around Qwen3-VL's frames, as its processor has it since
-            transformers 5.10; other models have the one pair always.
+        use_outer_marks: Whether an outer `<|vision_start|>…<|vision_end|>` stands around Qwen3-VL's frames, as its
+            processor has it since transformers 5.10; other models have the one pair always.
 
     Raises:
         UserError: The folder holds another model, or only a part of one.
@@ -80,7 +80,9 @@ def build_pretrained(
 
 
 def load_vision(kind: str, folder: Path, *, dtype: torch.dtype, attention: str, device: str, max_patches: int) -> Any:
-    """The vision encoder of a whole model, frozen, with the interface of `VisionEncoder`; the language model is not read.
+    """The vision encoder of a whole model, frozen, with the interface of `VisionEncoder`.
+
+    The language model is not read.
 
     Args:
         kind: As `load_pretrained` takes it.

@@ -24,11 +24,13 @@ class VlmComponents:
         encoder: Frozen vision tower, with the interface of `VisionEncoder`.
         projector: Its projector or merger, float32.
         llm: The language part with its head, frozen.
-        num_tokens: (F, (h, w)) -> V without building anything, F in temporal patches where the encoder joins frames; picklable.
+        num_tokens: (F, (h, w)) -> V without building anything, F in temporal patches where the encoder joins frames;
+            picklable.
         captioner_class: Makes the captioner of (encoder, projector, llm, prompt, generation).
         visual_prefix: Text right before the visual tokens.
         visual_suffix: Text right behind them.
-        visual_layout: A clip's size and times -> runs of placeholders and text between them, picklable; None for one run of placeholders.
+        visual_layout: A clip's size and times -> runs of placeholders and text between them, picklable; None for one
+            run of placeholders.
     """
 
     encoder: Any
@@ -66,7 +68,9 @@ def reading(kind: str, folder: Path) -> Iterator[None]:
 
 
 def read_model(model_class: Any, kind: str, folder: Path, **options: Any) -> Any:
-    """A model with the weights in `folder`; code in the checkpoint is never run, and pickled weights may hold nothing but tensors.
+    """A model with the weights in `folder`.
+
+    Code in the checkpoint is never run, and pickled weights may hold nothing but tensors.
 
     Args:
         model_class: Of transformers.

@@ -68,11 +68,13 @@ def vision_options(config: Mapping[str, Any], dtype: torch.dtype) -> EncoderOpti
     for key, value in _SETTINGS.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"model.checkpoint has {key}={config[key]} in its config.json, and only {value} is known; take another one"
+                f"model.checkpoint has {key}={config[key]} in its config.json, and only {value} is known; take "
+                "another one"
             )
     if not isinstance(layer, int):
         raise UserError(
-            f"model.checkpoint joins the layers {layer} of its vision tower, and only one layer is known; take another one"
+            f"model.checkpoint joins the layers {layer} of its vision tower, and only one layer is known; take "
+            "another one"
         )
     return EncoderOptions(feature_layer=layer, dtype=dtype)
 
@@ -82,7 +84,8 @@ def _projector(config: Mapping[str, Any], encoder: VisionEncoder, out_dim: int) 
     if any(side % stride for side in encoder.grid):  # the class drops what we average
         rows, columns = encoder.grid
         raise UserError(
-            f"model.checkpoint pools {stride} × {stride} of {rows} × {columns} patches, which leaves a rest; take another one"
+            f"model.checkpoint pools {stride} × {stride} of {rows} × {columns} patches, which leaves a rest; take "
+            "another one"
         )
     settings = MlpConfig(depth=2, reducer=Reducer.pool, pool_size=stride, temporal=Temporal.none)
     return build_projector(settings, ProjectorSizes(encoder.embed_dim, out_dim, encoder.grid, num_frames=1))

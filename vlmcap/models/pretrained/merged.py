@@ -28,7 +28,9 @@ def merged_pretrained(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, float]:
-    """The whole model in its class of transformers, on the CPU, and the difference of logits that `merge` gives; 0 without adapters.
+    """The whole model in its class of transformers, on the CPU, and the difference of logits that `merge` gives.
+
+    0 without adapters.
 
     Args:
         kind: As `load_pretrained` takes it.

@@ -1,4 +1,6 @@
-"""Qwen-VL models as captioners: what stands around a clip in the prompt, positions in time, height and width (mRoPE), and DeepStack.
+"""Qwen-VL models as captioners.
+
+What stands around a clip in the prompt, positions in time, height and width (mRoPE), and DeepStack.
 
 Legend: B batch, S sequence, T temporal patches, h/w patch rows and columns.
 """
@@ -39,7 +41,8 @@ class TimestampedRuns:
     def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int | Sequence[int]]:
         """Time, start mark, placeholders and end mark of each temporal patch in turn; nothing without a clip.
 
-        The time of a patch is the middle between those of its first and last frame; the last frame fills up the last patch.
+        The time of a patch is the middle between those of its first and last frame; the last frame fills up the last
+        patch.
         """
         runs: list[int | Sequence[int]] = []
         steps, *grid = grid_thw or (0, 0, 0)
@@ -63,8 +66,8 @@ class TimestampedRuns:
 class QwenVLCaptioner(VideoCaptioner):
     """Captions of video clips by a Qwen-VL model.
 
-    The language part is the checkpoint's own class without its vision tower; projected tokens reach it as outputs of a vision tower
-    that ran before, so placement, DeepStack, beams and the cache of keys and values are the class's own.
+    The language part is the checkpoint's own class without its vision tower; projected tokens reach it as outputs of a
+    vision tower that ran before, so placement, DeepStack, beams and the cache of keys and values are the class's own.
 
     Args:
         frames_per_patch: Frames that share a temporal patch.
@@ -122,7 +125,8 @@ class QwenVLCaptioner(VideoCaptioner):
     def seconds_per_patch(self, times_s: FrameTimes | None) -> float:
         """Time between temporal patches, from which Qwen2.5-VL makes positions.
 
-        The class takes one number per clip, so frames that were sampled unevenly count as spread evenly over the time that they span.
+        The class takes one number per clip, so frames that were sampled unevenly count as spread evenly over the time
+        that they span.
         """
         if times_s is None:
             return self.frames_per_patch / CLOCKLESS_FPS

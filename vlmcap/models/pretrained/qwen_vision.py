@@ -1,8 +1,10 @@
-"""From frames of any size to visual tokens, as Qwen-VL models do it: patches, the vision tower up to its mergers, the mergers.
+"""From frames of any size to visual tokens, as Qwen-VL models do it.
 
-Legend: B batch, F frames, T temporal patches (F / 2), P patches a frame (row-major over the grid h × w), p side of a patch, H/W pixels, D
-width of the tower, n DeepStack layers of Qwen3-VL, Dv (1 + n) · D with them behind the last layer, N merged patches of all clips, V visual
-tokens a clip, Dl language width.
+Patches, the vision tower up to its mergers, the mergers.
+
+Legend: B batch, F frames, T temporal patches (F / 2), P patches a frame (row-major over the grid h × w), p side of a
+patch, H/W pixels, D width of the tower, n DeepStack layers of Qwen3-VL, Dv (1 + n) · D with them behind the last layer,
+N merged patches of all clips, V visual tokens a clip, Dl language width.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ _MIN_BLOCKS = 4  # smaller frames are enlarged to as many merged patches
 def smart_size(height: int, width: int, factor: int, max_blocks: int) -> tuple[int, int]:
     """Rows and columns of blocks of `factor` pixels that a frame is resized to, keeping its aspect ratio within the budget.
 
-    The rule of Qwen's own processors (https://arxiv.org/abs/2409.12191), for a frame at a time. It lets very long frames exceed the
-    budget; here they are squeezed into it.
+    The rule of Qwen's own processors (https://arxiv.org/abs/2409.12191), for a frame at a time. It lets very long
+    frames exceed the budget; here they are squeezed into it.
 
     Args:
         height: Of the frame in pixels.
@@ -53,7 +55,9 @@ def smart_size(height: int, width: int, factor: int, max_blocks: int) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class ClipTransform:
-    """Resizes a clip within a budget of patches and cuts it up, in uint8; picklable, so that it runs in the data workers.
+    """Resizes a clip within a budget of patches and cuts it up, in uint8.
+
+    Picklable, so that it runs in the data workers.
 
     Attributes:
         patch_size: p.
@@ -86,7 +90,8 @@ class ClipTransform:
         if rest:
             size = self.temporal_patch_size
             raise UserError(
-                f"this model looks at {size} frames at a time, so data.num_frames must be a multiple of {size}, not {num_frames}"
+                f"this model looks at {size} frames at a time, so data.num_frames must be a multiple of {size}, not "
+                f"{num_frames}"
             )
         merge, blocks = self.merge_size, self.max_patches // self.merge_size**2
         least = min(_MIN_BLOCKS, blocks)
@@ -230,7 +235,8 @@ class MergerSpec:
 class MergerProjector(nn.Module):
     """2 × 2 patches to one token, by the checkpoint's own mergers.
 
-    Weights stay in float32 and the input is cast at the edge; float16 autocast ends there too, as its largest number is 65 504.
+    Weights stay in float32 and the input is cast at the edge; float16 autocast ends there too, as its largest number is
+    65 504.
 
     Args:
         mergers: That of the last layer, then one for each DeepStack layer.
@@ -247,7 +253,10 @@ class MergerProjector(nn.Module):
         return self.spec.num_tokens(num_frames, grid or (1, num_patches))
 
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None, prompt: Tensor | None = None) -> Tensor:
-        """Visual tokens, (B, T, P, Dv) -> float32 (B, V, (1 + n) · Dl); those of the DeepStack layers stand behind the token's own."""
+        """Visual tokens, (B, T, P, Dv) -> float32 (B, V, (1 + n) · Dl).
+
+        Those of the DeepStack layers stand behind the token's own.
+        """
         assert grid is not None, "clips of this projector have sizes of their own"
         with wide_autocast(features):
             layers = to_blocks(features, grid, self.spec.merge_size).float().chunk(len(self.mergers), dim=-1)

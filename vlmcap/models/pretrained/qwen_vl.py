@@ -135,7 +135,8 @@ def split_qwen_vl(
     spec = MergerSpec(merge, encoder.grid)
     model.model.visual = None  # the tower's weights are the encoder's now
     is_timed = family.has_timestamps and tokenizer is not None
-    # Around the timestamps of Qwen3-VL, each run has its own pair, whose last end mark is the prompt's; the outer pair is one more.
+    # Around the timestamps of Qwen3-VL, each run has its own pair, whose last end mark is the prompt's; the outer pair
+    # is one more.
     num_marks = int(use_outer_marks) if family.has_timestamps else 1
     return VlmComponents(
         encoder=encoder,

@@ -1,7 +1,7 @@
 """What projections share: their interface, attention, and arithmetic under autocast.
 
-Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl language width; of
-attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
+Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl
+language width; of attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class TokenLayout:
     Attributes:
         grid: (h, w) on which a frame's tokens stood before some were chosen, row-major.
         num_frames: F.
-        frame_of: int64 (B, V), the frame of each token, where frames keep different numbers: tokens are then (B, 1, V, D).
+        frame_of: int64 (B, V), the frame of each token, where frames keep different numbers: tokens are then (B, 1, V,
+            D).
         prompt: (N, Dl), embeddings of the question.
     """
 
@@ -61,12 +62,12 @@ class TokenLayout:
 class Projection(nn.Module, Generic[C]):
     """Map from vision to language width: what a kind of projector is, inside of what stands around every kind.
 
-    A subclass is made of `(config, sizes)`, its configuration and the sizes of what reaches it: behind the reducer and stacks of frames,
-    where the configuration has them, and with `hidden_dim` filled in.
+    A subclass is made of `(config, sizes)`, its configuration and the sizes of what reaches it: behind the reducer and
+    stacks of frames, where the configuration has them, and with `hidden_dim` filled in.
 
     Attributes:
-        reads: "token" if it maps each token alone, "grid" if it needs all patches of a frame in their places, "set" if it reads any
-            number of tokens in any places. It decides which reducers may stand in front.
+        reads: "token" if it maps each token alone, "grid" if it needs all patches of a frame in their places, "set" if
+            it reads any number of tokens in any places. It decides which reducers may stand in front.
         chosen_by: The setting that chooses this class where its kind alone does not.
         embeds_frames: Whether a frame embedding stands in front without `temporal=position`.
     """
@@ -132,7 +133,10 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the queries found, (B, Q, D) and (B, K, Dk) -> (B, Q, D); `mask` is bool (B, 1, Q, K), True where to look."""
+        """What the queries found, (B, Q, D) and (B, K, Dk) -> (B, Q, D).
+
+        `mask` is bool (B, 1, Q, K), True where to look.
+        """
         query = split_heads(self.query(queries), self.num_heads)
         key, value = (split_heads(part, self.num_heads) for part in self.key_value(features).chunk(2, dim=-1))
         attended: Tensor = self.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
@@ -161,7 +165,10 @@ def join_heads(heads: Tensor) -> Tensor:
 
 
 def cast_once(features: Tensor) -> Tensor:
-    """The features as autocast would cast them, once for all layers that read them: it keeps a copy a layer for the way back."""
+    """The features as autocast would cast them, once for all layers that read them.
+
+    It keeps a copy a layer for the way back.
+    """
     device = autocast_device(features)
     return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 

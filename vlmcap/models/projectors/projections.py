@@ -1,10 +1,10 @@
 """All maps from vision to language width: each says what it needs, how many tokens it gives, and how.
 
-Token by token (`MLPProjector`, `PixelShuffleProjector`), by attention of queries (`QueryProjector` for each frame, `PromptProjector` and
-`PerceiverProjector` for the clip), or by convolutions (`CAbstractorProjector`).
+Token by token (`MLPProjector`, `PixelShuffleProjector`), by attention of queries (`QueryProjector` for each frame,
+`PromptProjector` and `PerceiverProjector` for the clip), or by convolutions (`CAbstractorProjector`).
 
-Legend: B batch, F frames, M = B · F, P tokens a frame (row-major over a grid h × w), D width of what comes in, C inner width, Q queries,
-N tokens of the question, Dl language width.
+Legend: B batch, F frames, M = B · F, P tokens a frame (row-major over a grid h × w), D width of what comes in, C inner
+width, Q queries, N tokens of the question, Dl language width.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class PixelShuffleProjector(Projection[PixelShuffleConfig]):
         rows, columns = (_nearest(side, shuffle, pool) for side in grid)
         behind = f", pooled {pool} × {pool}" if pool > 1 else ""
         raise UserError(
-            f"{wrong} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × {columns} patches, "
+            f"{wrong} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × "
+            f"{columns} patches, "
             "or choose another projector"
         )
 
@@ -120,7 +121,10 @@ def _nearest(side: int, factor: int, pool: int = 1) -> int:
 
 
 def shuffle_patches(tokens: Tensor, grid: Grid, factor: int) -> Tensor:
-    """Patches joined s × s, (B, F, P, D) -> (B, F, P / s², s² · D): rows inside a token first, then columns, then channels."""
+    """Patches joined s × s, (B, F, P, D) -> (B, F, P / s², s² · D).
+
+    Rows inside a token first, then columns, then channels.
+    """
     batch, frames, _, width = tokens.shape
     rows, columns = grid[0] // factor, grid[1] // factor
     cells = tokens.reshape(batch, frames, rows, factor, columns, factor, width).transpose(3, 4)
@@ -133,7 +137,8 @@ class QueryProjector(Projection[CrossAttentionConfig]):
 
     A layer is pre-norm cross-attention and a feed-forward part, both with residual: the Q-Former of BLIP-2 (Li et al.,
     https://arxiv.org/abs/2301.12597) without its self-attention, or the resampler of Qwen-VL (Bai et al.,
-    https://arxiv.org/abs/2308.12966) with more than one layer. All layers have the inner width and one last linear layer leads to Dl.
+    https://arxiv.org/abs/2308.12966) with more than one layer. All layers have the inner width and one last linear
+    layer leads to Dl.
     """
 
     reads = "set"
@@ -185,7 +190,9 @@ class _QueryLayer(nn.Module):
 
 
 class PromptProjector(Projection[CrossAttentionConfig]):
-    """The question's tokens attend to all features of the clip: N tokens a clip, each a word with what the video shows of it.
+    """The question's tokens attend to all features of the clip.
+
+    N tokens a clip, each a word with what the video shows of it.
 
     A layer is attention, residual and LayerNorm behind them, without a feed-forward part. InstructBLIP (Dai et al.,
     https://arxiv.org/abs/2305.06500) lets the instruction choose features in a similar way.
@@ -218,7 +225,8 @@ class PromptProjector(Projection[CrossAttentionConfig]):
         """Raises a `UserError` where there is no question."""
         if not sizes.num_prompt_tokens:
             raise UserError(
-                "projector.queries=prompt needs a question, and there is none; set llm.prompt, or projector.queries=learned"
+                "projector.queries=prompt needs a question, and there is none; set llm.prompt, or "
+                "projector.queries=learned"
             )
 
     @classmethod
@@ -247,7 +255,8 @@ class _PromptLayer(nn.Module):
 class PerceiverProjector(Projection[PerceiverConfig]):
     """Flamingo's resampler: learned latents attend to the features of all frames and to themselves, Q tokens a clip.
 
-    The frame embedding that tells frames apart is added in front of it (`NormalizedPosition`), where it survives a choice of tokens.
+    The frame embedding that tells frames apart is added in front of it (`NormalizedPosition`), where it survives a
+    choice of tokens.
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", https://arxiv.org/abs/2204.14198.
     """
 
@@ -296,7 +305,9 @@ class _PerceiverLayer(nn.Module):
 
 @register_component("projector", CAbstractorConfig)
 class CAbstractorProjector(Projection[CAbstractorConfig]):
-    """Position, convolution blocks, pooling to a square, convolution blocks, then an MLP to Dl: neighbours stay neighbours.
+    """Position, convolution blocks, pooling to a square, convolution blocks, then an MLP to Dl.
+
+    Neighbours stay neighbours.
 
     Source: Cha et al., "Honeybee: Locality-enhanced Projector for Multimodal LLM", https://arxiv.org/abs/2312.06742.
     """
@@ -324,7 +335,8 @@ class CAbstractorProjector(Projection[CAbstractorConfig]):
         """Raises a `UserError` unless the tokens of a frame make a square."""
         if math.isqrt(config.num_queries) ** 2 != config.num_queries:
             raise UserError(
-                f"projector=c_abstractor gives a square of tokens per frame, which projector.num_queries={config.num_queries} is not; "
+                "projector=c_abstractor gives a square of tokens per frame, which "
+                f"projector.num_queries={config.num_queries} is not; "
                 f"set it to {round(math.sqrt(config.num_queries)) ** 2}"
             )
 
@@ -335,7 +347,10 @@ class CAbstractorProjector(Projection[CAbstractorConfig]):
 
 
 class _ConvBlock(nn.Module):
-    """RegNet's block with squeeze-and-excitation, (M, in, h, w) -> (M, out, h, w); the 3 × 3 convolution takes each channel alone."""
+    """RegNet's block with squeeze-and-excitation, (M, in, h, w) -> (M, out, h, w).
+
+    The 3 × 3 convolution takes each channel alone.
+    """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """One projector out of its parts: what stands around every kind, what it needs, and how many tokens come of it.
 
-Legend: B batch, F frames (tiles count), P patches a frame on a grid h × w, Dv vision width, V visual tokens a clip, N tokens of the
-question, Dl language width.
+Legend: B batch, F frames (tiles count), P patches a frame on a grid h × w, Dv vision width, V visual tokens a clip, N
+tokens of the question, Dl language width.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Projector(nn.Module):
 
     A kind whose configuration is no `TokenProjectorConfig` has its map to Dl alone.
 
-    Weights stay in float32 and the input is cast at the edge, so that half precision in the encoder cannot overflow here; float16 autocast
-    ends at the same edge, as its largest number is 65 504.
+    Weights stay in float32 and the input is cast at the edge, so that half precision in the encoder cannot overflow
+    here; float16 autocast ends at the same edge, as its largest number is 65 504.
 
     Args:
         config: Settings, checked with the sizes (`check_projector`).
@@ -165,7 +165,10 @@ def _inner_sizes(config: ProjectorConfig, sizes: ProjectorSizes) -> ProjectorSiz
 
 
 def _inner_dim(config: TokenProjectorConfig, in_dim: int) -> int:
-    """Width of attention and convolutions: `hidden_dim`, or Dv rounded up to even heads, as rotary embeddings turn pairs."""
+    """Width of attention and convolutions.
+
+    `hidden_dim`, or Dv rounded up to even heads, as rotary embeddings turn pairs.
+    """
     if config.hidden_dim is not None:
         return config.hidden_dim
     step = 2 * config.num_heads if config.has_heads else 1
@@ -233,6 +236,7 @@ def _check_time(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
     if config.temporal is Temporal.attention and kind.out_grid(config, sizes) is None:
         chosen = kind.chosen_by or f"projector={config.kind}"
         raise UserError(
-            f"projector.temporal=attention follows one place through time, but the tokens of {chosen} belong to the whole clip; "
+            f"projector.temporal=attention follows one place through time, but the tokens of {chosen} belong to the "
+            "whole clip; "
             "set projector.temporal to none, position or local_global"
         )

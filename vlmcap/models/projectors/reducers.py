@@ -1,7 +1,8 @@
 """Fewer visual tokens in front of the projection: on a smaller grid, or by content.
 
-By content, the choice is made on the encoder's features and applied to the tokens that carry their position already, so that a token
-knows where it was. Grids are resized by products of matrices, as the gradients of torch's own kernels are not deterministic on CUDA.
+By content, the choice is made on the encoder's features and applied to the tokens that carry their position already, so
+that a token knows where it was. Grids are resized by products of matrices, as the gradients of torch's own kernels are
+not deterministic on CUDA.
 
 Legend: B batch, F frames, N = B · F, P patches a frame (row-major over a grid h × w), K tokens that are left, D width.
 """
@@ -26,7 +27,10 @@ def reduced_grid(config: TokenProjectorConfig, grid: Grid) -> Grid:
 
 
 def num_chosen(reducer: Reducer, keep_ratio: float, num_frames: int, num_patches: int) -> int:
-    """Tokens of a clip that merge or saliency leaves: a share of each frame, or of the clip with at least one per frame."""
+    """Tokens of a clip that merge or saliency leaves.
+
+    A share of each frame, or of the clip with at least one per frame.
+    """
     if reducer is Reducer.merge:
         return num_frames * _share(keep_ratio, num_patches)
     return max(num_frames, _share(keep_ratio, num_frames * num_patches))
@@ -46,7 +50,8 @@ def resize(config: TokenProjectorConfig, features: Tensor, grid: Grid) -> Tensor
 def pool_grid(features: Tensor, grid: Grid, size: int) -> Tensor:
     """Averages size × size neighbouring patches of each frame, (B, F, P, D) -> (B, F, P', D).
 
-    Windows that pass the edge of an odd grid average what is there. LLaVA-NeXT-Video pools 2 × 2 so: 576 patches become 144.
+    Windows that pass the edge of an odd grid average what is there. LLaVA-NeXT-Video pools 2 × 2 so: 576 patches become
+    144.
     """
     maps = features.flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (B, F, P, D) -> (N, D, h, w)
     pooled = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False)
@@ -56,9 +61,9 @@ def pool_grid(features: Tensor, grid: Grid, size: int) -> Tensor:
 def stack_frames(features: Tensor, size: int) -> Tensor:
     """Features of `size` consecutive frames at each place joined into one wider token, (B, F, P, D) -> (B, ⌈F / size⌉, P, size · D).
 
-    The last frame of a clip, or an image, is repeated until it fills a stack. A token then holds how its place changes in time, which
-    direction of motion needs; the number of visual tokens falls by `size`. Qwen2-VL's temporal patches join two frames in the same way,
-    before the encoder (https://arxiv.org/abs/2409.12191).
+    The last frame of a clip, or an image, is repeated until it fills a stack. A token then holds how its place changes
+    in time, which direction of motion needs; the number of visual tokens falls by `size`. Qwen2-VL's temporal patches
+    join two frames in the same way, before the encoder (https://arxiv.org/abs/2409.12191).
     """
     if missing := -features.shape[1] % size:
         features = torch.cat([features, features[:, -1:].expand(-1, missing, -1, -1)], dim=1)
@@ -69,7 +74,8 @@ def merge_tokens(features: Tensor, tokens: Tensor, keep_ratio: float) -> Tensor:
     """Averages the most similar tokens of a frame until a share is left, in order of their places.
 
     Bipartite soft matching in rounds, as in ToMe (Bolya et al., "Token Merging: Your ViT But Faster",
-    https://arxiv.org/abs/2210.09461): every other token may join the most similar of those between, and the most similar pairs do.
+    https://arxiv.org/abs/2210.09461): every other token may join the most similar of those between, and the most
+    similar pairs do.
 
     Args:
         features: (B, F, P, D), which decide what is similar.
@@ -133,7 +139,10 @@ def _match(features: Tensor, num_merged: int) -> Tensor:
 
 
 def average_groups(tokens: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Mean of each group, (N, P, D) -> (N, K, D); as a product of matrices, since adding by index is not deterministic on CUDA."""
+    """Mean of each group, (N, P, D) -> (N, K, D).
+
+    As a product of matrices, since adding by index is not deterministic on CUDA.
+    """
     members = (group.unsqueeze(1) == torch.arange(num_groups, device=group.device).unsqueeze(1)).to(tokens.dtype)
     return members @ tokens / members.sum(-1, keepdim=True)
 
@@ -142,8 +151,8 @@ def average_groups(tokens: Tensor, group: Tensor, num_groups: int) -> Tensor:
 def saliency(features: Tensor, grid: Grid) -> Tensor:
     """How much each patch differs from its place in the frames beside, plus from the patches around it, (B, F, P, D) -> (B, F, P).
 
-    Differences are squared distances of directions, so that equal frames differ by exactly 0; each kind is divided by its mean over the
-    clip, so that neither outweighs the other.
+    Differences are squared distances of directions, so that equal frames differ by exactly 0; each kind is divided by
+    its mean over the clip, so that neither outweighs the other.
     """
     directions = F.normalize(features, dim=-1)
     change, contrast = _change(directions), _contrast(directions, grid)
@@ -183,7 +192,10 @@ def pool_maps(maps: Tensor, side: int) -> Tensor:
 
 
 def linear_weights(old: int, new: int, device: torch.device | None = None) -> Tensor:
-    """Share of each old sample in each new one, (new, old), rows summing to 1: a triangle as wide as the larger of both spacings."""
+    """Share of each old sample in each new one, (new, old), rows summing to 1.
+
+    A triangle as wide as the larger of both spacings.
+    """
     scale = old / new
     centers = (torch.arange(new, device=device) + 0.5) * scale
     distances = (torch.arange(old, device=device) + 0.5 - centers[:, None]).abs()

@@ -1,7 +1,7 @@
 """Temporal modelling: positions that tell the frames of a clip apart, and attention along time.
 
-Legend: B batch, F frames, P tokens a frame (row-major over a grid h × w), V = F · P tokens of a clip, D width, Dl language width, H heads,
-C inner width, d = C / H; of windows, w window, n blocks, G global tokens.
+Legend: B batch, F frames, P tokens a frame (row-major over a grid h × w), V = F · P tokens of a clip, D width, Dl
+language width, H heads, C inner width, d = C / H; of windows, w window, n blocks, G global tokens.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ class FramePosition(nn.Module):
 
 
 class NormalizedPosition(nn.Module):
-    """LayerNorm, then `FramePosition`, in front of the projection: `temporal=position`, and the frame embedding of the perceiver.
+    """LayerNorm, then `FramePosition`, in front of the projection.
 
-    Standing in front, it lets the projector's own layers join what a token shows with where and when it does; from behind they could
-    only be added, and left-and-early would look like right-and-late. The norm gives embeddings of any encoder a common scale.
+    `temporal=position`, and the frame embedding of the perceiver.
+
+    Standing in front, it lets the projector's own layers join what a token shows with where and when it does; from
+    behind they could only be added, and left-and-early would look like right-and-late. The norm gives embeddings of any
+    encoder a common scale.
     """
 
     def __init__(self, dim: int, max_frames: int, grid: Grid | None) -> None:
@@ -60,7 +63,8 @@ class NormalizedPosition(nn.Module):
 class TemporalAttention(nn.Module):
     """Self-attention along time for each place, with residual: divided space-time attention's temporal half.
 
-    Source: Bertasius et al., "Is Space-Time Attention All You Need for Video Understanding?", https://arxiv.org/abs/2102.05095.
+    Source: Bertasius et al., "Is Space-Time Attention All You Need for Video Understanding?",
+    https://arxiv.org/abs/2102.05095.
 
     Args:
         dim: Dl.
@@ -88,13 +92,15 @@ class TemporalAttention(nn.Module):
 
 
 class LocalGlobalAttention(nn.Module):
-    """Each token attends to its neighbours and to global tokens that have attended to all, with residual: `temporal=local_global`.
+    """Each token attends to its neighbours and to global tokens that have attended to all, with residual.
+
+    `temporal=local_global`.
 
     Time and memory grow with the number of tokens, not with its square.
 
-    The windows and global tokens of Longformer (Beltagy et al., https://arxiv.org/abs/2004.05150). There a token hears of distant ones
-    through the global tokens of the layer before; here the global tokens read first, so one layer suffices. Rotary embeddings
-    (Su et al., https://arxiv.org/abs/2104.09864) tell before from after in a window.
+    The windows and global tokens of Longformer (Beltagy et al., https://arxiv.org/abs/2004.05150). There a token hears
+    of distant ones through the global tokens of the layer before; here the global tokens read first, so one layer
+    suffices. Rotary embeddings (Su et al., https://arxiv.org/abs/2104.09864) tell before from after in a window.
 
     Args:
         dim: Dl.
@@ -173,7 +179,8 @@ def _neighbours(tokens: Tensor, size: int, num_blocks: int) -> Tensor:
 def _block_mask(length: int, size: int, window: int, num_global: int, device: torch.device) -> Tensor:
     """True where to look, bool (n, 1, size, 3 · size + G): real tokens of the window, and every global token.
 
-    Rows of padding see the last token at least, as a block is no longer than the window; with nothing to see they could be NaN.
+    Rows of padding see the last token at least, as a block is no longer than the window; with nothing to see they could
+    be NaN.
     """
     starts = torch.arange(0, length, size, device=device)[:, None]
     rows = starts + torch.arange(size, device=device)

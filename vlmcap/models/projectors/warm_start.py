@@ -24,8 +24,8 @@ def load_projector_weights(projector: Projector, path: str | Path) -> None:
 
     Args:
         projector: As `build_projector` made it.
-        path: A .ckpt file of a run here, or a folder in Hugging Face layout that holds a `multi_modal_projector` (LLaVA, InternVL); of a
-            folder, only the files with the projector are read.
+        path: A .ckpt file of a run here, or a folder in Hugging Face layout that holds a `multi_modal_projector`
+            (LLaVA, InternVL); of a folder, only the files with the projector are read.
 
     Raises:
         UserError: There is no projector in it, or one that does not fit.
@@ -38,7 +38,8 @@ def load_projector_weights(projector: Projector, path: str | Path) -> None:
     for name, weight in present.items():
         if saved[name].shape != weight.shape:
             raise UserError(
-                f"projector.checkpoint {path} holds {name} with the shape {tuple(saved[name].shape)}, here it is {tuple(weight.shape)}; "
+                f"projector.checkpoint {path} holds {name} with the shape {tuple(saved[name].shape)}, here it is "
+                f"{tuple(weight.shape)}; "
                 f"take the projector, encoder and data.num_frames it was trained with, {_ANEW}"
             )
     projector.load_state_dict(saved)
@@ -50,7 +51,8 @@ def _read_run(path: Path) -> dict[str, Tensor]:
         weights = content["state_dict"].items()
     except Exception as error:  # each kind of wrong file raises another; to the user they are one
         raise UserError(
-            f"projector.checkpoint {path} is neither a .ckpt file of a run nor a folder in Hugging Face layout ({type(error).__name__}); "
+            f"projector.checkpoint {path} is neither a .ckpt file of a run nor a folder in Hugging Face layout "
+            f"({type(error).__name__}); "
             f"name one of these, {_ANEW}"
         ) from error
     return _some({name.removeprefix(_OURS): weight for name, weight in weights if name.startswith(_OURS)}, path)
@@ -79,7 +81,8 @@ def _our_name(name: str) -> str | None:
 def _some(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if not weights:
         raise UserError(
-            f"projector.checkpoint {path} holds no projector ({_OURS}… in a run, {_THEIRS}… in safetensors of a folder); "
+            f"projector.checkpoint {path} holds no projector ({_OURS}… in a run, {_THEIRS}… in safetensors of a "
+            "folder); "
             f"name one that does, {_ANEW}"
         )
     return weights
@@ -90,13 +93,15 @@ def _check_widths(path: Path, saved: dict[str, Tensor], present: dict[str, Tenso
     last = [name for name, weight in present.items() if name.startswith("projection.") and weight.dim() == 2][-1]
     if last in saved and len(saved[last]) != len(present[last]):
         raise UserError(
-            f"projector.checkpoint {path} is for a language model of width {len(saved[last])}, but llm is {len(present[last])} wide; "
+            f"projector.checkpoint {path} is for a language model of width {len(saved[last])}, but llm is "
+            f"{len(present[last])} wide; "
             "set projector.checkpoint=null to train a new projector"
         )
     first = next((name for name in _FIRST if name in present), last)
     if first in saved and saved[first].shape[1] != present[first].shape[1]:
         raise UserError(
-            f"projector.checkpoint {path} is for tokens of width {saved[first].shape[1]}, but here they have {present[first].shape[1]}, "
+            f"projector.checkpoint {path} is for tokens of width {saved[first].shape[1]}, but here they have "
+            f"{present[first].shape[1]}, "
             f"which encoder, projector.frame_stack and projector.shuffle make; take those it was trained with, {_ANEW}"
         )
 
@@ -113,7 +118,8 @@ def _check_names(path: Path, saved: dict[str, Tensor], present: dict[str, Tensor
         )
     if lacking:
         raise UserError(
-            f"projector.checkpoint {path} lacks the part that models time ({lacking[0]}); set projector.temporal=none, {_ANEW}"
+            f"projector.checkpoint {path} lacks the part that models time ({lacking[0]}); set "
+            f"projector.temporal=none, {_ANEW}"
         )
     if extra:
         raise UserError(

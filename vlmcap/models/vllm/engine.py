@@ -76,7 +76,8 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
             f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=native"
         )
     if rules.repetition_penalty != 1.0:
-        # It counts the ids of the prompt too, and a prompt of embeddings has none: https://github.com/vllm-project/vllm/issues/57719.
+        # It counts the ids of the prompt too, and a prompt of embeddings has none:
+        # https://github.com/vllm-project/vllm/issues/57719.
         penalty = rules.repetition_penalty
         raise UserError(
             f"evaluation.repetition_penalty={penalty} stops vLLM where prompts are embeddings (vLLM issue 57719); "
@@ -98,7 +99,8 @@ def check_vllm(python: str | None) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 f"{_ENGINE} needs vLLM, which is not installed here; install it in an environment of its own "
-                "(python -m venv vllm-env && vllm-env/bin/pip install vllm) and set evaluation.vllm_python=vllm-env/bin/python"
+                "(python -m venv vllm-env && vllm-env/bin/pip install vllm) and set "
+                "evaluation.vllm_python=vllm-env/bin/python"
             )
         return
     try:
@@ -180,7 +182,8 @@ class OtherProcess:
             answer = self._ask({"file": str(file), "count": len(prompts), "sampling": sampling})
         if "error" in answer:
             raise UserError(
-                f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set evaluation.engine=native"
+                f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set "
+                "evaluation.engine=native"
             )
         ids: list[list[int]] = answer["ids"]
         return ids
@@ -215,5 +218,6 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _not_started(reason: str) -> UserError:
     return UserError(
-        f"vLLM did not start ({reason}); lower evaluation.vllm_gpu_memory if the GPU is too full, or set evaluation.engine=native"
+        f"vLLM did not start ({reason}); lower evaluation.vllm_gpu_memory if the GPU is too full, or set "
+        "evaluation.engine=native"
     )

@@ -1,9 +1,11 @@
 """vLLM asked for captions by prompt embeddings, here or as a program in an environment of its own.
 
-This file imports nothing of the package: vLLM's environment has vLLM, torch and safetensors, and no vlmcap. As a program it reads a JSON
-object a line on its input and answers each with one on its output; tensors travel in safetensors files.
+This file imports nothing of the package: vLLM's environment has vLLM, torch and safetensors, and no vlmcap. As a
+program it reads a JSON object a line on its input and answers each with one on its output; tensors travel in
+safetensors files.
 
-Source: https://docs.vllm.ai/en/stable/features/prompt_embeds/ (`LLM(enable_prompt_embeds=True)`, `{"prompt_embeds": (S, Dl)}`).
+Source: https://docs.vllm.ai/en/stable/features/prompt_embeds/ (`LLM(enable_prompt_embeds=True)`, `{"prompt_embeds": (S,
+Dl)}`).
 """
 
 from __future__ import annotations

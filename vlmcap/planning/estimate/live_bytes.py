@@ -1,4 +1,6 @@
-"""Bytes of the tensors that are alive while a step runs, and its arithmetic; what a GPU does otherwise than the CPU that traces it.
+"""Bytes of the tensors that are alive while a step runs, and its arithmetic.
+
+What a GPU does otherwise than the CPU that traces it.
 
 Works on real and on fake tensors, so that the step of a model of true size can be counted without its memory.
 """
@@ -178,10 +180,11 @@ _WIDE = {
 class OnCard(TorchFunctionMode):
     """Runs functions as a GPU would, and those on real tensors (ids, masks, positions) in earnest, as their values decide on shapes.
 
-    These are rules from PyTorch's sources. Under CUDA's autocast normalisation, softmax, losses and powers work in float32.
-    Scaled dot-product attention runs fused: it keeps its inputs, its output and a float32 number per row and head; a mask is made
-    additive in the input's format; the backward pass takes the gradients of its inputs and a float32 copy of that of the queries.
-    On GPUs below compute capability 8.0 grouped queries run unfused, with all pairs in float32.
+    These are rules from PyTorch's sources. Under CUDA's autocast normalisation, softmax, losses and powers work in
+    float32. Scaled dot-product attention runs fused: it keeps its inputs, its output and a float32 number per row and
+    head; a mask is made additive in the input's format; the backward pass takes the gradients of its inputs and a
+    float32 copy of that of the queries. On GPUs below compute capability 8.0 grouped queries run unfused, with all
+    pairs in float32.
 
     Args:
         live: Whose arithmetic attention adds to.

@@ -190,7 +190,10 @@ class MemoryProfiler:
         return self._keep("language", key, self.short("language") + num_more, make)
 
     def scores(self) -> dict[str, StageMemory | None]:
-        """Models of scores by their settings; None for those that are not known here. They are the same for all configurations."""
+        """Models of scores by their settings; None for those that are not known here.
+
+        They are the same for all configurations.
+        """
         checkpoints = {key: getattr(self.config.evaluation, key) for key in KEYS}
         return cached(["scores", checkpoints], lambda: profile_scores(self.config, self.has_flash))  # type: ignore[no-any-return]
 
@@ -251,7 +254,10 @@ class MemoryProfiler:
         return self.store.get(key | {"flash": self.has_flash, "depth": depth}, lambda: make(depth or 0))
 
     def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageMemory]) -> StageMemory:
-        """The trace with the last blocks kept, out of three short ones: two blocks computed again and one kept, and one more of each."""
+        """The trace with the last blocks kept, out of three short ones.
+
+        Two blocks computed again and one kept, and one more of each.
+        """
         again = self.fewest_again
         key = key | {"what": "language", "precision": self.config.hardware.precision.value, "flash": self.has_flash}
         shapes = ((again + 1, 1), (again + 2, 1), (again + 2, 2))
@@ -365,7 +371,10 @@ class MemoryProfiler:
     def _for_captions(
         self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageMemory]
     ) -> StageMemory:
-        """A trace with the adapters as they are while captions are written; what they stand in for is among the weights."""
+        """A trace with the adapters as they are while captions are written.
+
+        What they stand in for is among the weights.
+        """
         before = {id(parameter): parameter for parameter in llm.parameters()}
         dtype = autocast_dtype(self.config)
         autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
@@ -376,7 +385,10 @@ class MemoryProfiler:
         return dataclasses.replace(found, weights={**found.weights, ORIGINALS: originals})
 
     def _padded_prompts(self, batch: Batch) -> Batch:
-        """Prompts as the engine reads them: ours on the right and without a mask, transformers' on the left where clips differ in size."""
+        """Prompts as the engine reads them.
+
+        Ours on the right and without a mask, transformers' on the left where clips differ in size.
+        """
         if writes_itself(self.config):
             return dataclasses.replace(batch, is_right_padded=True)
         if (

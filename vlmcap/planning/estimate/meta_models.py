@@ -71,14 +71,20 @@ def architecture(config: Config, part: str) -> dict[str, Any]:
 
 
 def processor(config: Config) -> dict[str, Any]:
-    """What a checkpoint's image processor says, or nothing where the family's values are used: it decides the grid of a rotary encoder."""
+    """What a checkpoint's image processor says, or nothing where the family's values are used.
+
+    It decides the grid of a rotary encoder.
+    """
     is_made = config.encoder.checkpoint in TINY_ENCODERS or has_plugin_encoder(config)
     folder = None if is_made else _description(config, "encoder")
     return {} if folder is None else read_processor(folder)
 
 
 def _description(config: Config, part: str) -> Path | None:
-    """The folder with the configuration files of a base; None where the packaged values are used: without a revision, or without a hub."""
+    """The folder with the configuration files of a base.
+
+    None where the packaged values are used: without a revision, or without a hub.
+    """
     settings = getattr(config, part)
     key, is_known = f"{part}.checkpoint", known_config(settings.checkpoint) is not None
     if Path(settings.checkpoint).expanduser().is_dir():
@@ -109,7 +115,8 @@ def text_values(config: Config) -> dict[str, Any]:
     text = dict(values.get("text_config") or values)
     if text.get("model_type") not in CONFIG_MAPPING:
         raise UserError(
-            f"{part}.checkpoint={getattr(config, part).checkpoint} has the model_type {text.get('model_type')!r}, which the installed "
+            f"{part}.checkpoint={getattr(config, part).checkpoint} has the model_type {text.get('model_type')!r}, "
+            "which the installed "
             f"transformers {transformers.__version__} does not know: update transformers, or choose another checkpoint"
         )
     return text
@@ -137,7 +144,8 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
 
     Args:
         config: Of the run.
-        num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of encoder.feature_layer.
+        num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of
+            encoder.feature_layer.
     """
     if config.is_pretrained_vlm:
         encoder: VisionEncoder = meta_vlm(config, 1, num_blocks).encoder
@@ -162,7 +170,10 @@ def num_blocks(encoder: Any) -> int:
 
 
 def plain_vision_blocks(config: Config) -> int | None:
-    """Blocks of a whole model's tower without those that differ (full attention among windows, DeepStack); None where it does not say."""
+    """Blocks of a whole model's tower without those that differ (full attention among windows, DeepStack).
+
+    None where it does not say.
+    """
     vision = architecture(config, "model").get("vision_config") or {}
     total = next((int(vision[key]) for key in _DEPTHS if key in vision), None)
     return None if total is None else total - sum(len(vision.get(key) or ()) for key in _OTHER_KINDS)
@@ -174,7 +185,8 @@ def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> Vlm
     Args:
         config: Of the run.
         depth: Blocks of its language model to leave.
-        plain_vision: Blocks of its tower to leave beside those that differ, which come first then; None leaves all in their places.
+        plain_vision: Blocks of its tower to leave beside those that differ, which come first then; None leaves all in
+            their places.
     """
     values = architecture(config, "model")
     text = dict(values.get("text_config") or {})

@@ -1,4 +1,6 @@
-"""The sizes of a configuration before it is traced: patches and visual tokens of a clip, batches of such clips, bytes of weights.
+"""The sizes of a configuration before it is traced.
+
+Patches and visual tokens of a clip, batches of such clips, bytes of weights.
 
 Legend: B clips, F frames, P patches per frame, Dv vision width, V visual tokens per clip, T caption tokens.
 """
@@ -196,7 +198,9 @@ def language_batch(
     *,
     is_packed: bool = False,
 ) -> Batch:
-    """A batch of clips of one size, as the collator makes it: padded on the right, or packed; its frames or features are made elsewhere.
+    """A batch of clips of one size, as the collator makes it: padded on the right, or packed.
+
+    Its frames or features are made elsewhere.
 
     Its ids and masks are real tensors, as their values decide on shapes.
 

@@ -1,7 +1,8 @@
 """One stage of a training step (encoder, projector or language model), run on fake tensors and counted.
 
-A model's blocks are alike, so two short traces, one of a block more than the other, say what any number of them takes: every figure of a
-trace is linear in the depth, as each belongs to one moment of the step (in front of the blocks, in the first, in the last, behind them).
+A model's blocks are alike, so two short traces, one of a block more than the other, say what any number of them takes:
+every figure of a trace is linear in the depth, as each belongs to one moment of the step (in front of the blocks, in
+the first, in the last, behind them).
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ def extrapolate_kept(
 class Anchors:
     """Traces to interpolate between, for a language model with any number of tokens, blocks and labels.
 
-    At a fixed moment of a step without padding every figure is a constant, a share a token, a share a block and token, a share a block and
-    a share a row of labels. Under checkpointing gradients and weights alone go by blocks, and one trace less does.
+    At a fixed moment of a step without padding every figure is a constant, a share a token, a share a block and token,
+    a share a block and a share a row of labels. Under checkpointing gradients and weights alone go by blocks, and one
+    trace less does.
 
     Attributes:
         num_tokens: Of `short`, `longer` and `doubled`.
@@ -115,7 +117,8 @@ class Anchors:
         short: As few blocks as may stand for all.
         longer: One block more.
         wide: More tokens.
-        wide_longer: More tokens and one block more; None where what a block keeps goes by tokens, but for gradients and weights.
+        wide_longer: More tokens and one block more; None where what a block keeps goes by tokens, but for gradients and
+            weights.
         doubled: As many tokens in two clips, so twice the labels; None where there are none.
     """
 
@@ -261,7 +264,8 @@ def profile_stage(
         with mode, live, OnCard(live, has_flash):
             live.tag = "backward"
             live.enter("backward start")
-            # What torch.autograd.backward calls; inside of that one, OnCard would be off, as inside of any function that a mode sees.
+            # What torch.autograd.backward calls; inside of that one, OnCard would be off, as inside of any function
+            # that a mode sees.
             _engine_run_backward((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
             del output
             left = dict(live.snapshot())

@@ -155,7 +155,10 @@ def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cel
 
 
 def _jobs(names: GridNames, configs: GridConfigs) -> list[tuple[str, Sequence[tuple[str, str, str]]]]:
-    """What is traced at once: a language model as one kind of GPU has it, largest batch first; an encoder with its projectors."""
+    """What is traced at once: a language model as one kind of GPU has it, largest batch first.
+
+    An encoder with its projectors.
+    """
     jobs: list[tuple[str, Sequence[tuple[str, str, str]]]] = []
     for llm in names.llm:
         kinds: dict[Any, tuple[str, str, str]] = {}
@@ -222,7 +225,10 @@ def _memory_profiler(config: Config, *, sizes: bool = True) -> FastMemoryProfile
 
 
 def _run(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | None) -> Iterator[Any]:
-    """Results in order, from forked processes, which have all that is loaded here; where there are none, from this one."""
+    """Results in order, from forked processes, which have all that is loaded here.
+
+    Where there are none, from this one.
+    """
     count = min(num_processes or os.cpu_count() or 1, _MOST_PROCESSES, len(jobs))
     if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, jobs)

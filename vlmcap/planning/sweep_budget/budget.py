@@ -1,7 +1,8 @@
 """Hours of a sweep: those of each combination, those of all together, and ways to bring them under a budget.
 
-Counted are the clips that a run takes (every epoch of every stage, the evaluations in the loop, whole splits at the end) times the seconds
-that its GPU needs for one. Features that are kept are encoded once, however many combinations read them.
+Counted are the clips that a run takes (every epoch of every stage, the evaluations in the loop, whole splits at the
+end) times the seconds that its GPU needs for one. Features that are kept are encoded once, however many combinations
+read them.
 """
 
 from __future__ import annotations
@@ -179,7 +180,9 @@ def with_clips(jobs: Sequence[Job], max_clips: int) -> list[Job]:
 
 
 def largest_subset(jobs: Sequence[Job], budget_s: float) -> int | None:
-    """The most training clips, in whole hundreds and fewer than now, with which the sweep takes at most `budget_s`; None where none do.
+    """The most training clips, in whole hundreds and fewer than now, with which the sweep takes at most `budget_s`.
+
+    None where none do.
 
     Every number is tried: under trainer.max_steps fewer clips are more epochs, and so more evaluations, not fewer.
     """
@@ -214,12 +217,15 @@ Replan = Callable[[Sequence[str]], Sequence[Job] | None]
 
 
 def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Proposal]:
-    """The changes, least loss first, that bring a sweep under its budget or as near as they can; each on top of those before it.
+    """The changes, least loss first, that bring a sweep under its budget or as near as they can.
+
+    Each on top of those before it.
 
     Args:
         jobs: As they are now.
         budget_s: Seconds that all may take.
-        replan: The combinations with more overrides; None where these do not go with them. Others may fit the GPU then, and count.
+        replan: The combinations with more overrides; None where these do not go with them. Others may fit the GPU then,
+            and count.
     """
     chosen: list[Proposal] = []
     best = jobs

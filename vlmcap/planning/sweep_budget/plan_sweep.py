@@ -65,7 +65,10 @@ class _Sweep:
                 raise UserError(f"{name}: {error}" if name else str(error)) from error
 
     def jobs(self, more: Sequence[str]) -> list[Job] | None:
-        """The combinations with more overrides; None where a key of these is swept itself, or they do not go with a combination."""
+        """The combinations with more overrides.
+
+        None where a key of these is swept itself, or they do not go with a combination.
+        """
         key = tuple(more)
         if key not in self._made:
             self._made[key] = self._plan(key)
@@ -115,7 +118,10 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split, each cut as a run would cut it: those of the data where it is there, or as many as AI Hub's set has."""
+    """Clips of each split, each cut as a run would cut it.
+
+    Those of the data where it is there, or as many as AI Hub's set has.
+    """
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
         demo = config.data.demo

@@ -137,7 +137,9 @@ def find_clip_metric(runs: Sequence[Captions]) -> str:
 def choose_clips(
     runs: Mapping[str, Captions], metric: str, count: int, lexicon: FactLexicon | None = None
 ) -> list[ClipRow]:
-    """Up to `count` clips with the captions of all runs, an equal share for each `Reason`; runs differ where there are two.
+    """Up to `count` clips with the captions of all runs, an equal share for each `Reason`.
+
+    Runs differ where there are two.
 
     Args:
         runs: Run id to its captions, best run first, all of the same clips.
@@ -179,7 +181,10 @@ def choose_clips(
 
 
 def mark_facts(text: str, reference: str, lexicon: FactLexicon | None) -> list[Mark]:
-    """Where the text as it is shown states facts that the reference states, in the order of the text; no two marks overlap."""
+    """Where the text as it is shown states facts that the reference states, in the order of the text.
+
+    No two marks overlap.
+    """
     if lexicon is None:
         return []
     stated, wanted, length = lexicon.extract(text), lexicon.extract(reference), len(shown_text(text, lexicon))

@@ -1,8 +1,8 @@
 """What a report holds: the contract between what reads and compares runs, and the page, the tables and the pictures made of it.
 
-`Report.plain()` is all of it as JSON's types. Numbers that were not measured are None, in JSON null; no number is NaN or infinite.
-Metrics have the names of `summary.json`: `val/cider`, `test/facts/mean`. Runs and groups are named by `id` everywhere; both stand in the
-order of the leaderboard, best first, those without the metric last.
+`Report.plain()` is all of it as JSON's types. Numbers that were not measured are None, in JSON null; no number is NaN
+or infinite. Metrics have the names of `summary.json`: `val/cider`, `test/facts/mean`. Runs and groups are named by `id`
+everywhere; both stand in the order of the leaderboard, best first, those without the metric last.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class RunRow:
         name: What tells it from the others, such as `siglip2 + mlp, seed 1`.
         folder: As found, below what was given.
         group: The id of its group: the same configuration but for the seed.
-        factors: Keys that differ between runs, the seed left out; a group of files (`encoder`) by its name, others by their dotted key.
+        factors: Keys that differ between runs, the seed left out; a group of files (`encoder`) by its name, others by
+            their dotted key.
         seed: None where no configuration was left.
         status: `unfinished` is a folder that says nothing of its end: it goes on, or was killed.
         reason: One sentence, empty for a finished run.
@@ -119,9 +120,11 @@ class GroupRow:
         scores: Means over the runs, of every metric that all finished ones have.
         intervals: Ends of 95 % intervals, of the metrics that have one.
         over: What those intervals allow for.
-        difference: To the best group by the report's metric; None for the best itself and for what is not compared with it.
+        difference: To the best group by the report's metric; None for the best itself and for what is not compared with
+            it.
         is_best: Whether it has the best score among those compared.
-        is_level: Whether it is the best or cannot be told from it: the adjusted p-value is 0.05 or more, or there is none.
+        is_level: Whether it is the best or cannot be told from it: the adjusted p-value is 0.05 or more, or there is
+            none.
         costs: Means over its finished runs under the names of `COSTS`, and `total`, all parameters; None where unknown.
     """
 
@@ -148,7 +151,8 @@ class Level:
         score: Mean over the groups counted.
         interval: Its ends, None where there is none.
         groups: Ids of the groups counted.
-        difference: To the best level, over the same combinations of everything else; None for the best, and where nothing is matched.
+        difference: To the best level, over the same combinations of everything else; None for the best, and where
+            nothing is matched.
     """
 
     value: Value
@@ -164,8 +168,8 @@ class Effect:
 
     Attributes:
         factor: Key.
-        is_matched: Whether every level is counted over the same combinations of all other factors. If not, levels are plain means, and
-            what else differs between them is in those.
+        is_matched: Whether every level is counted over the same combinations of all other factors. If not, levels are
+            plain means, and what else differs between them is in those.
         num_combinations: Combinations of the other factors that are counted.
         levels: Best first.
     """
@@ -206,7 +210,10 @@ class CategoryRow:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRow:
-    """What one run said of a clip; `scores` are of this caption alone, and `marks` are there where the run knows facts."""
+    """What one run said of a clip.
+
+    `scores` are of this caption alone, and `marks` are there where the run knows facts.
+    """
 
     run: str
     text: str
@@ -312,6 +319,9 @@ class Report:
 
 
 def config_difference(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys of two flat configurations whose values differ, with both values; None stands for a key that one of them lacks."""
+    """Keys of two flat configurations whose values differ, with both values.
+
+    None stands for a key that one of them lacks.
+    """
     keys = [*first, *(key for key in second if key not in first)]
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}

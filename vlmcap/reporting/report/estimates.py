@@ -2,18 +2,21 @@
 
 The score of a group is the mean over its seeds. Two things could have come out otherwise.
 
-*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.significance`), so that easy and hard clips cancel in differences.
+*Clips.* They are resampled, the same ones for every run (`vlmcap.metrics.significance`), so that easy and hard clips
+cancel in differences.
 
-*Seeds.* A bootstrap of three seeds would see two thirds of their variance, and tails that are far too thin. So the deviation of a mean
-over seeds is drawn from Student's t: of its variance, the sum of s^2 / n over the groups in question, with the degrees of freedom that
-Welch and Satterthwaite give it (Welch, "The generalization of 'Student's' problem", Biometrika 1947). A group of one seed is given the
-variance of the others, pooled. To pool all would find more, but a model close to collapse is less steady than others: with three seeds and
-five times their spread in one group, pooling called a fifth of equal pairs different in a simulation, this six of a hundred.
+*Seeds.* A bootstrap of three seeds would see two thirds of their variance, and tails that are far too thin. So the
+deviation of a mean over seeds is drawn from Student's t: of its variance, the sum of s^2 / n over the groups in
+question, with the degrees of freedom that Welch and Satterthwaite give it (Welch, "The generalization of 'Student's'
+problem", Biometrika 1947). A group of one seed is given the variance of the others, pooled. To pool all would find
+more, but a model close to collapse is less steady than others: with three seeds and five times their spread in one
+group, pooling called a fifth of equal pairs different in a simulation, this six of a hundred.
 
 Where no group has two seeds nothing is known of them, and the interval is one over clips, that of
 `bootstrap` and of `paired_bootstrap` there, to the digit.
 
-Seeds are seen on the same clips, so what clips and seeds do together counts twice: intervals are a little too wide rather than too narrow.
+Seeds are seen on the same clips, so what clips and seeds do together counts twice: intervals are a little too wide
+rather than too narrow.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ class RunScore:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with its 95 % interval and the p-value of its being other than 0; None where nothing is known of its spread."""
+    """A value with its 95 % interval and the p-value of its being other than 0.
+
+    None where nothing is known of its spread.
+    """
 
     value: float
     ends: Ends | None
@@ -144,9 +150,9 @@ def find_effects(
 ) -> list[Effect]:
     """The effect of each factor with two levels or more.
 
-    Two groups are matched for a factor where they agree in all others. A level counts over the combinations that every level has: in a
-    grid of which one run failed, its combination counts for nobody. Where no combination has every level, levels are plain means over
-    their groups, which differ in other things too, and no difference is given.
+    Two groups are matched for a factor where they agree in all others. A level counts over the combinations that every
+    level has: in a grid of which one run failed, its combination counts for nobody. Where no combination has every
+    level, levels are plain means over their groups, which differ in other things too, and no difference is given.
 
     Args:
         factors: Keys.

@@ -125,7 +125,8 @@ def read_run(folder: Path, read_yaml: ReadYaml) -> RunFolder:
 def read_course(path: Path, warnings: list[str]) -> dict[str, list[tuple[int, float]]]:
     """Metric to steps and values: the training loss, the rates, and every metric of the validations while training.
 
-    The scores at the end, which the same file holds, are of other clips and of the best checkpoint: they would be a false last point.
+    The scores at the end, which the same file holds, are of other clips and of the best checkpoint: they would be a
+    false last point.
 
     Args:
         path: The file; there may be none.
@@ -149,7 +150,10 @@ def read_course(path: Path, warnings: list[str]) -> dict[str, list[tuple[int, fl
 
 
 def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """The folder itself, or the runs below it; nothing below a run is another. Links are followed, but no folder is entered twice."""
+    """The folder itself, or the runs below it; nothing below a run is another.
+
+    Links are followed, but no folder is entered twice.
+    """
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
@@ -217,7 +221,10 @@ def _config(folder: Path, read_yaml: ReadYaml, warnings: list[str]) -> dict[str,
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values of nested dictionaries; a list is a value, and a reference to another key that is not resolved is left out."""
+    """Dotted keys to values of nested dictionaries.
+
+    A list is a value, and a reference to another key that is not resolved is left out.
+    """
     if isinstance(value, dict):
         return {
             key: leaf
@@ -236,7 +243,10 @@ def _overrides(folder: Path, status: dict[str, Any], read_yaml: ReadYaml) -> lis
 
 
 def _command(summary: dict[str, Any], overrides: list[str]) -> str:
-    """A job of a sweep is repeated by its own overrides, not by the sweep's command. Its folder is not to be written again."""
+    """A job of a sweep is repeated by its own overrides, not by the sweep's command.
+
+    Its folder is not to be written again.
+    """
     overrides = [override for override in overrides if not override.startswith(OF_A_SWEEP)]
     said = [str(word) for word in summary.get("command") or []]
     if not said or "-m" in said or "--multirun" in said:

@@ -51,8 +51,8 @@ def comparable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def find_factors(runs: Sequence[RunFolder]) -> list[str]:
     """The keys whose values tell all configurations apart, whatever the seed.
 
-    First come groups of files (`encoder` for `encoder.name`), then keys that somebody typed. What else differs is left out where these
-    decide it, as `llm.max_new_tokens` is by `llm`, and is a factor of its own where they do not.
+    First come groups of files (`encoder` for `encoder.name`), then keys that somebody typed. What else differs is left
+    out where these decide it, as `llm.max_new_tokens` is by `llm`, and is a factor of its own where they do not.
 
     Args:
         runs: With their configurations; those without one say nothing.
@@ -76,7 +76,10 @@ def factor_values(run: RunFolder, factors: Sequence[str]) -> dict[str, Value]:
 
 
 def group_name(run: RunFolder, factors: Sequence[str]) -> str:
-    """Such as `siglip2 + mlp, rank=8`: parts by their names, other keys with as much of the key as tells it from the others."""
+    """Such as `siglip2 + mlp, rank=8`.
+
+    Parts by their names, other keys with as much of the key as tells it from the others.
+    """
     values = factor_values(run, factors)
     if not run.config:
         return run.path.name
@@ -149,7 +152,10 @@ def _key(override: str) -> str:
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, None]:
-    """Keys of which two configurations have different values, in the order of the configuration; one that lacks a key does not count."""
+    """Keys of which two configurations have different values, in the order of the configuration.
+
+    One that lacks a key does not count.
+    """
     first: dict[str, str] = {}
     differing: dict[str, None] = {}
     for config in configs:

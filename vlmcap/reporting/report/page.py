@@ -53,7 +53,8 @@ class Pictures:
 def report_page(report: Report, pictures: Mapping[str, Pictures] | None = None) -> str:
     """The whole page.
 
-    Whatever the report holds is data to it: the page's own code makes text of it, and the browser is told to run and to fetch nothing else.
+    Whatever the report holds is data to it: the page's own code makes text of it, and the browser is told to run and to
+    fetch nothing else.
 
     Args:
         report: What it shows.
@@ -67,7 +68,8 @@ def report_page(report: Report, pictures: Mapping[str, Pictures] | None = None) 
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(report.title)}</title>'
         f'<link rel="icon" href="data:,"><style>{style}</style></head>\n<body><div id="bar"></div><main id="page">'
-        f"<h1>{escape(report.title)}</h1><noscript>This page needs JavaScript. 이 페이지는 JavaScript가 필요합니다.</noscript></main>\n"
+        f"<h1>{escape(report.title)}</h1><noscript>This page needs JavaScript. 이 페이지는 JavaScript가 "
+        "필요합니다.</noscript></main>\n"
         f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script></body></html>\n'
     )
 
@@ -137,7 +139,8 @@ def _rounded(value: Any) -> Any:
 def clip_pictures(video: str, num_frames: int = NUM_FRAMES, height: int = HEIGHT) -> Pictures:
     """Frames at the centres of equal parts of a clip.
 
-    A file that is missing or cannot be read is told in `reason`: a report is written of runs whose videos may lie elsewhere.
+    A file that is missing or cannot be read is told in `reason`: a report is written of runs whose videos may lie
+    elsewhere.
 
     Args:
         video: Path or address of the video or image.

@@ -88,7 +88,10 @@ def draw_fronts(report: Report, file: Path) -> None:
 
 
 def draw_curves(report: Report, file: Path) -> None:
-    """The training loss, and the report's metric, or else the validation loss, while training; a colour a configuration, a line a run."""
+    """The training loss, and the report's metric, or else the validation loss, while training.
+
+    A colour a configuration, a line a run.
+    """
     runs = [run for run in report.runs if run.curve]
     order = [group for group in report.groups if any(run.group == group.id for run in runs)][:MOST_GROUPS]
     wanted = dict.fromkeys(["train/loss", report.metric, "val/loss"])

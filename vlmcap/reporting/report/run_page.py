@@ -28,7 +28,9 @@ MAX_S = 30.0  # for reading all of them
 
 
 def leave_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> None:
-    """Writes the page of a run that has ended, and prints where it is; if that fails, a line says why and the run loses nothing.
+    """Writes the page of a run that has ended, and prints where it is.
+
+    If that fails, a line says why and the run loses nothing.
 
     Args:
         folder: Folder of a run of `train.py` or `evaluate.py`.
@@ -41,7 +43,8 @@ def leave_page(folder: Path, read_yaml: ReadYaml, *, version: str) -> None:
             partial.write_text(page, encoding="utf-8")
     except Exception as error:  # whatever it is, the run is over and its results are written
         print(
-            f"{folder / FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is complete.",
+            f"{folder / FILE} was not written ({type(error).__name__}: {first_line(error)}); the run itself is "
+            "complete.",
             flush=True,
         )
         return
@@ -103,10 +106,12 @@ def _split(report: Report) -> str:
 
 
 def _with_other_videos(clips: Sequence[ClipRow], run: RunFolder, split: str) -> list[ClipRow]:
-    """The clips with what was said of another clip's video: as `callbacks=visual_reliance` saw it, else the caption of the next clip here.
+    """The clips with what was said of another clip's video.
 
-    Nothing but the video tells the model of a clip, as the prompt is the same for all, so the caption of the next clip is what the model
-    says when it gets that clip's video.
+    As `callbacks=visual_reliance` saw it, else the caption of the next clip here.
+
+    Nothing but the video tells the model of a clip, as the prompt is the same for all, so the caption of the next clip
+    is what the model says when it gets that clip's video.
     """
     lexicon, seen = (
         find_lexicon([run]),
@@ -124,7 +129,10 @@ def _other(name: str, text: str, clip: ClipRow, lexicon: FactLexicon | None) -> 
 
 
 def _read_visual_reliance(path: Path) -> dict[str, tuple[str, str]]:
-    """Clip to the file of the other video and what was said of it; empty where no captions of other videos were written."""
+    """Clip to the file of the other video and what was said of it.
+
+    Empty where no captions of other videos were written.
+    """
     found: dict[str, tuple[str, str]] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -87,7 +87,9 @@ def resample(metrics: Sequence[Mapping[str, ClipMetric]], sets: Sequence[str]) -
 
 
 def comparable(metric: str, captions: Sequence[Captions | None]) -> list[str]:
-    """Why each run cannot be compared with the most: empty for those most, who have the same clips, references and tokeniser.
+    """Why each run cannot be compared with the most.
+
+    Empty for those most, who have the same clips, references and tokeniser.
 
     Args:
         metric: Without its split; some do not depend on the tokeniser.
@@ -128,7 +130,10 @@ def find_lexicon(runs: Sequence[RunFolder]) -> FactLexicon | None:
 
 
 def _computed(run: RunFolder, captions: Captions, wanted: str) -> dict[str, ClipMetric]:
-    """The wanted score from the texts; nothing, and a warning, where the run's own settings of it are not there any more."""
+    """The wanted score from the texts.
+
+    Nothing, and a warning, where the run's own settings of it are not there any more.
+    """
     facts, synonyms = run.config.get("evaluation.facts"), run.config.get("evaluation.synonyms")
     try:
         lexicon = FactLexicon.from_json(Path(facts)) if wanted.startswith("facts/") and facts else None
@@ -156,6 +161,7 @@ def _check_scores(run: RunFolder, split: str, metrics: Mapping[str, ClipMetric],
             continue
         if said is not None and not is_new and abs(score - said) > 1e-3 * max(1.0, abs(said)):
             run.warnings.append(
-                f"{split}/{name} is {said:.4f} in the run's record and {score:.4f} by its captions, which are counted here."
+                f"{split}/{name} is {said:.4f} in the run's record and {score:.4f} by its captions, which are counted "
+                "here."
             )
         run.scores[f"{split}/{name}"] = score

@@ -83,6 +83,7 @@ class Choice:
         if not self._has_said:
             self._has_said = True
             print(
-                f"Warning: {self.monitor} has no value after epoch {epoch + 1}; {self.what} follows {FALLBACK} instead.",
+                f"Warning: {self.monitor} has no value after epoch {epoch + 1}; {self.what} follows {FALLBACK} "
+                "instead.",
                 flush=True,
             )

@@ -82,8 +82,9 @@ class Window:
 class DivergenceGuard(L.Callback):
     """Watches the loss of each micro-batch, for which the host waits once per step, and the gradients.
 
-    A loss is looked at before the optimiser's step. The norm of the gradients is read with the next step's loss, when it has long been
-    computed, and before anything is saved: a step with a wrong gradient has then spoiled the weights, but no checkpoint.
+    A loss is looked at before the optimiser's step. The norm of the gradients is read with the next step's loss, when
+    it has long been computed, and before anything is saved: a step with a wrong gradient has then spoiled the weights,
+    but no checkpoint.
 
     Args:
         config: Factor, window and skips.
@@ -196,7 +197,8 @@ class DivergenceGuard(L.Callback):
         if self.is_scaled:
             mend = "a GPU with bfloat16 (hardware.precision=bf16), or " + mend
         raise DivergedError(
-            f"stopped at step {window.step + 1} ({window.stage}, epoch {window.epoch + 1}): {reason}; its batch is in {target}.json, "
+            f"stopped at step {window.step + 1} ({window.stage}, epoch {window.epoch + 1}): {reason}; its batch is in "
+            f"{target}.json, "
             f"{saved}; look at those clips, then try {mend}, or turn this check off by callbacks.guard.enabled=false"
         )
 

@@ -147,9 +147,10 @@ _SHOWN = {"val/loss": "val loss", "val/cider": "val CIDEr", "val/facts/mean": "f
 class RunProgress(L.Callback):
     """Logs loss, speed and rates every few steps, and prints a line per epoch and, where there is no bar, now and then within it.
 
-    The metrics are logged with `log_dict`, so that any callback finds them in `trainer.callback_metrics`. The rows of the
-    loggers are written here, as Lightning's `LearningRateMonitor` writes its own: Lightning itself would count steps from 0,
-    leave out the last step of an epoch unless it is a multiple of `log_every_n_steps`, and round to float32.
+    The metrics are logged with `log_dict`, so that any callback finds them in `trainer.callback_metrics`. The rows of
+    the loggers are written here, as Lightning's `LearningRateMonitor` writes its own: Lightning itself would count
+    steps from 0, leave out the last step of an epoch unless it is a multiple of `log_every_n_steps`, and round to
+    float32.
 
     Args:
         log_every_n_steps: Optimiser steps between log lines.

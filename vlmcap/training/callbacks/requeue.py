@@ -26,9 +26,10 @@ _JOB = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID")
 class StopOnSignal(L.Callback):
     """Saves `last.ckpt` at the end of the optimiser step that a signal comes in, and stops.
 
-    Inside accumulation it waits, as no checkpoint holds gradients; inside validation it stops at the next batch, with the state
-    of the step before, and the resumed run repeats the validation. After the last validation the state is saved already, and the
-    run stops before the final scoring, or at its next batch. A second signal ends the process at once.
+    Inside accumulation it waits, as no checkpoint holds gradients; inside validation it stops at the next batch, with
+    the state of the step before, and the resumed run repeats the validation. After the last validation the state is
+    saved already, and the run stops before the final scoring, or at its next batch. A second signal ends the process at
+    once.
 
     Args:
         folder: Of the run.
@@ -92,8 +93,8 @@ class StopOnSignal(L.Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         """Stops within validation, which may take minutes, with the random states of before.
 
-        Ranks may have different numbers of batches, and weight averaging has swapped the weights: such runs stop at the next
-        optimiser step.
+        Ranks may have different numbers of batches, and weight averaging has swapped the weights: such runs stop at the
+        next optimiser step.
         """
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         is_swapped = any(isinstance(callback, WeightAveraging) for callback in callbacks)
@@ -107,7 +108,10 @@ class StopOnSignal(L.Callback):
             self._stop(trainer)
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        """Stops within the final scoring, where a resumed run begins again; ranks may have different numbers of batches."""
+        """Stops within the final scoring, where a resumed run begins again.
+
+        Ranks may have different numbers of batches.
+        """
         if trainer.world_size == 1 and self.received is not None:
             self._stop(trainer)
 

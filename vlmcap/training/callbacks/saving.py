@@ -21,7 +21,10 @@ from vlmcap.training.loggers.jsonl import JsonlLogger
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames: Lightning's own writes in the system's temporary folder, and from there it may be a copy."""
+    """Writes beside the target and renames.
+
+    Lightning's own writes in the system's temporary folder, and from there it may be a copy.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Saves so that `path` holds the old content or the new one, whenever the process dies."""
@@ -33,7 +36,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _is_full(checkpoint: dict[str, Any], file: Path) -> bool:
-    """Saves, and says whether the disk had no room for it. The error ends here, as its frames would keep the file open, and its room."""
+    """Saves, and says whether the disk had no room for it.
+
+    The error ends here, as its frames would keep the file open, and its room.
+    """
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
@@ -46,10 +52,10 @@ def _is_full(checkpoint: dict[str, Any], file: Path) -> bool:
 class RunCheckpoints(Checkpoint):
     """Keeps the last state of a run, and the best one by a metric.
 
-    Both are written at the end of an epoch, when all callbacks have heard of its validation: the best state first, and then the
-    last one, so that no state says of the best one what is no longer true. The score of `best.ckpt` is read from that file when a
-    run resumes. Within epochs, the last state is also saved every few optimiser steps, and never between the micro-batches of one
-    step, whose gradients are in no checkpoint.
+    Both are written at the end of an epoch, when all callbacks have heard of its validation: the best state first, and
+    then the last one, so that no state says of the best one what is no longer true. The score of `best.ckpt` is read
+    from that file when a run resumes. Within epochs, the last state is also saved every few optimiser steps, and never
+    between the micro-batches of one step, whose gradients are in no checkpoint.
 
     Args:
         folder: Run folder.
@@ -130,7 +136,8 @@ class RunCheckpoints(Checkpoint):
                 found = None  # of a run that this one branches off from
             elif trainer.is_global_zero:
                 print(
-                    f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is better."
+                    f"best.ckpt is of step {found.step}, later than this checkpoint; it stays until a validation is "
+                    "better."
                 )
         self.best = trainer.strategy.broadcast(found)
         if not trainer.is_global_zero:
@@ -201,8 +208,9 @@ def checkpoint_callbacks(folder: Path, config: Config) -> list[Callback]:
 def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) -> None:
     """Makes the state of Lightning's loop say where the run stands, and nothing of how it came there.
 
-    Its own counts differ with the callback that saves: an epoch counts as done where a run stops inside it, and as not done after its last
-    batch. Resumed from the latter, Lightning forgets to count the start of the next epoch, and a second resume trains an epoch too many.
+    Its own counts differ with the callback that saves: an epoch counts as done where a run stops inside it, and as not
+    done after its last batch. Resumed from the latter, Lightning forgets to count the start of the next epoch, and a
+    second resume trains an epoch too many.
 
     Args:
         loop: The state, changed in place.
@@ -217,7 +225,8 @@ def settle_loop(loop: dict[str, Any], epoch: int, next_epoch: int, step: int) ->
         for count in (batches["total"], batches["current"]):
             count["completed"] = count["processed"]
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its number of workers.
+    # torchdata's state of the loader says less, as Lightning reads it inside an epoch only, and binds a run to its
+    # number of workers.
     loop["state_dict"].pop("combined_loader", None)
 
 

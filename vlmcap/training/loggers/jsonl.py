@@ -66,7 +66,10 @@ class JsonlLogger(Logger):
                 partial.write_text("".join(lines[:num_rows]), encoding="utf-8")
 
     def cut_after(self, step: int) -> list[dict[str, Any]]:
-        """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again. Returns the others."""
+        """Drops lines of later steps than `step`, and a torn last one: a resumed run writes them again.
+
+        Returns the others.
+        """
         if not self.path.is_file():
             return []
         kept: list[tuple[str, dict[str, Any]]] = []

@@ -25,8 +25,9 @@ def make_loggers(config: Config, plain: Mapping[str, Any], folder: Path, step: i
         config: Names the kind.
         plain: The resolved configuration as plain data.
         folder: Of the run.
-        step: Of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped. A run that resumes a checkpoint
-            of its own folder goes on with the records that `logger.json` names, any other one begins new ones.
+        step: Of the checkpoint that the run resumes from; later lines of `metrics.jsonl` are dropped. A run that
+            resumes a checkpoint of its own folder goes on with the records that `logger.json` names, any other one
+            begins new ones.
 
     Raises:
         UserError: The package of the kind is not installed.

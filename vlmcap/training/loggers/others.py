@@ -19,7 +19,9 @@ from vlmcap.training.loggers.wandb_run import group_name, run_name, run_tags
 
 
 def csv_logger(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Logger:
-    """`metrics.csv`, which begins with the rows of `metrics.jsonl` that a resumed run keeps: Lightning starts the file again.
+    """`metrics.csv`, which begins with the rows of `metrics.jsonl` that a resumed run keeps.
+
+    Lightning starts the file again.
 
     Args:
         folder: The run's folder.
@@ -43,8 +45,10 @@ def tensorboard_logger(folder: Path, step: int | None, *, is_training: bool) -> 
 
     Args:
         folder: The run's folder.
-        step: Step that the run resumes from, beyond which earlier events no longer count; None for a run from the start.
-        is_training: Whether events in the folder are those of an earlier start of the run, which are removed where it starts again.
+        step: Step that the run resumes from, beyond which earlier events no longer count; None for a run from the
+            start.
+        is_training: Whether events in the folder are those of an earlier start of the run, which are removed where it
+            starts again.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -84,7 +88,10 @@ def mlflow_logger(config: Config, folder: Path, job_type: str, known_id: str | N
 
 @rank_zero_only
 def _reopened_params(address: str, run_id: str) -> dict[str, str] | None:
-    """The parameters of a run, which MLflow lets nobody change, after marking it as running; None where there is no such run."""
+    """The parameters of a run, which MLflow lets nobody change, after marking it as running.
+
+    None where there is no such run.
+    """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
@@ -150,7 +157,10 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Nothing at the end of a loop: those of fitting and of each test follow each other in a run. `end` is the end."""
+        """Nothing at the end of a loop: those of fitting and of each test follow each other in a run.
+
+        `end` is the end.
+        """
 
     @rank_zero_only
     def end(self) -> None:

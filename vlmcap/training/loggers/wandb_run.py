@@ -19,16 +19,20 @@ _OWN: dict[str, str | None] = {"run": None, "data": None}  # what an earlier job
 def wandb_logger(
     config: Config, plain: Mapping[str, Any], folder: Path, job_type: str, known_id: str | None = None
 ) -> Logger:
-    """Runs group by encoder and language model, or by whole model, without a click: group, tags and factors say what differs.
+    """Runs group by encoder and language model, or by whole model, without a click.
 
-    The configuration has the factors under one word each, as an agent of a W&B sweep sets them too, and all of it under `settings`.
+    Group, tags and factors say what differs.
+
+    The configuration has the factors under one word each, as an agent of a W&B sweep sets them too, and all of it under
+    `settings`.
 
     Args:
         config: Of the run.
         plain: The same as plain data.
         folder: Of the run.
         job_type: "train" or "eval".
-        known_id: Id of the run that is resumed; offline, another segment with it is written. WANDB_RUN_ID takes precedence.
+        known_id: Id of the run that is resumed; offline, another segment with it is written. WANDB_RUN_ID takes
+            precedence.
     """
     import wandb
 

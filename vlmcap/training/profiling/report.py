@@ -10,7 +10,8 @@ from typing import Any
 
 from vlmcap.files import replacing
 
-# In the order of a step; the names are those in steps.json and, with "profile/" before and "_s" behind, those of the loggers.
+# In the order of a step; the names are those in steps.json and, with "profile/" before and "_s" behind, those of the
+# loggers.
 LABELS = {
     "decode": "decode",
     "wait": "wait for data",
@@ -43,8 +44,10 @@ class StepTimes:
         is_cached: Clips are read as features, so that no encoder runs and "decode" is reading those.
         step_s: By two readings of the clock a stretch of steps, apart from those of the parts.
         parts: Names of `LABELS` to seconds in the main process; "decode" is there only without workers.
-        worker_decode_s: Reading the clips of a step, added over workers, which do it beside the step; None without workers.
-        evaluation: Names of `AROUND_LABELS` to seconds a step: those of a mean evaluation over the steps from one to the next.
+        worker_decode_s: Reading the clips of a step, added over workers, which do it beside the step; None without
+            workers.
+        evaluation: Names of `AROUND_LABELS` to seconds a step: those of a mean evaluation over the steps from one to
+            the next.
         plain_step_s: A step after those that were timed and traced; None where the run ended before.
         trace: Name of the trace's file, or None.
     """
@@ -68,7 +71,10 @@ class StepTimes:
         return self.step_s + sum(self.evaluation.values())
 
     def rows(self) -> list[tuple[str, float]]:
-        """Names and seconds of the parts and of evaluation; they add up to `total_s`, but for what the clock itself took."""
+        """Names and seconds of the parts and of evaluation.
+
+        They add up to `total_s`, but for what the clock itself took.
+        """
         return [(name, self.parts[name]) for name in LABELS if name in self.parts] + [*self.evaluation.items()]
 
     def metrics(self) -> dict[str, float]:
