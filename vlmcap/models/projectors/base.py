@@ -81,7 +81,7 @@ class Projection(nn.Module, Generic[C]):
         raise NotImplementedError
 
     @classmethod
-    def check(cls, config: C, sizes: ProjectorSizes) -> None:
+    def validate(cls, config: C, sizes: ProjectorSizes) -> None:
         """Checks that there can be such a projection for clips of a size.
 
         Args:

@@ -88,7 +88,7 @@ class PixelShuffleProjector(Projection[PixelShuffleConfig]):
         return projected
 
     @classmethod
-    def check(cls, config: PixelShuffleConfig, sizes: ProjectorSizes) -> None:
+    def validate(cls, config: PixelShuffleConfig, sizes: ProjectorSizes) -> None:
         """Raises a `UserError` unless s divides the grid, with the nearest grid that it divides."""
         shuffle, grid = config.shuffle, sizes.grid
         if not any(side % shuffle for side in reduced_grid(config, grid)):
@@ -221,7 +221,7 @@ class PromptProjector(Projection[CrossAttentionConfig]):
         return projected
 
     @classmethod
-    def check(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
+    def validate(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
         """Raises a `UserError` where there is no question."""
         if not sizes.num_prompt_tokens:
             raise UserError(
@@ -331,7 +331,7 @@ class CAbstractorProjector(Projection[CAbstractorConfig]):
         return projected.unflatten(0, tokens.shape[:2])
 
     @classmethod
-    def check(cls, config: CAbstractorConfig, sizes: ProjectorSizes) -> None:
+    def validate(cls, config: CAbstractorConfig, sizes: ProjectorSizes) -> None:
         """Raises a `UserError` unless the tokens of a frame make a square."""
         if math.isqrt(config.num_queries) ** 2 != config.num_queries:
             raise UserError(

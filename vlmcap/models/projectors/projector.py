@@ -123,7 +123,7 @@ def check_projector(config: ProjectorConfig, sizes: ProjectorSizes) -> None:
         _check_heads(config, sizes)
         _check_reducer(config)
         _check_time(config, sizes)
-    projection_class(config).check(config, sizes)
+    projection_class(config).validate(config, sizes)
 
 
 def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int, grid: Grid | None = None) -> int:
@@ -140,7 +140,7 @@ def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int
     """
     kind, around = projection_class(config), _around(config)
     sizes = dataclasses.replace(sizes, num_frames=num_frames, grid=grid or sizes.grid)
-    kind.check(config, sizes)
+    kind.validate(config, sizes)
     inner = _inner_sizes(config, sizes)
     if around.chooses_tokens and kind.reads == "token":
         return num_chosen(around.reducer, around.keep_ratio, inner.num_frames, math.prod(inner.grid))
