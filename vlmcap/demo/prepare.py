@@ -1,4 +1,4 @@
-"""What the demo makes on first use: its clips and the tiny parts."""
+"""Makes the demo's clips and tiny components on first use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from vlmcap.config import AihubConfig, Config, DemoConfig, DemoDataConfig
 
-TINY = "tiny"  # the checkpoint name of the language model that is made here
-TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of encoders
+TINY = "tiny"  # checkpoint name of the language model that is trained here
+TINY_ENCODERS = (TINY, "tiny_siglip2", "tiny_dinov3", "tiny_internvit", "tiny_untrained")  # and of the encoders
 
 
 def prepare(config: Config) -> Config:
-    """The configuration with the demo's data and tiny parts made and their folders filled in."""
+    """Returns the configuration with the folders of the demo's clips and tiny components, which are made if missing."""
     data, encoder, llm, evaluation = config.data, config.encoder, config.llm, config.evaluation
     if data.is_demo:
         folder = demo_folder(config)
@@ -20,28 +20,28 @@ def prepare(config: Config) -> Config:
         if evaluation.facts is None:
             evaluation = dataclasses.replace(evaluation, facts=str(folder / "facts.json"))
     if llm.checkpoint == TINY or encoder.checkpoint in TINY_ENCODERS:
-        parts = tiny_parts(config)
+        components = tiny_components(config)
         if llm.checkpoint == TINY:
-            llm = dataclasses.replace(llm, checkpoint=str(parts["llm"]))
+            llm = dataclasses.replace(llm, checkpoint=str(components["llm"]))
         if encoder.checkpoint in TINY_ENCODERS:
-            encoder = dataclasses.replace(encoder, checkpoint=str(parts["encoder"]))
+            encoder = dataclasses.replace(encoder, checkpoint=str(components["encoder"]))
     return dataclasses.replace(config, data=data, encoder=encoder, llm=llm, evaluation=evaluation)
 
 
 def demo_folder(config: Config) -> Path:
-    """The demo data set, made on first use."""
+    """Returns the folder of the demo's clips, which are written on first use."""
     from vlmcap.demo.clips import make_demo
 
     return make_demo(Path(config.paths.cache_dir) / "demo", demo_settings(config))
 
 
 def demo_settings(config: Config) -> DemoConfig:
-    """Settings of the clips that the tiny parts are trained on; the parts go with any data."""
+    """Returns the settings of the clips on which the tiny components are trained, whatever data the run itself uses."""
     return config.data.demo if isinstance(config.data, DemoDataConfig) else DemoConfig()
 
 
-def tiny_parts(config: Config) -> dict[str, Path]:
-    """Folders of the tiny language model and the tiny encoder that is named, trained on first use on the demo's training split."""
+def tiny_components(config: Config) -> dict[str, Path]:
+    """Returns the folders of the tiny language model and the named tiny encoder, trained on first use on demo clips."""
     from transformers import AutoTokenizer
 
     from vlmcap.data.formats import Record, read_records

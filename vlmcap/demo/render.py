@@ -6,6 +6,8 @@ can only be told from several frames.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,7 +75,11 @@ def _ground(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Image, M
     if scene.place == "바다":
         image[:] = (20, 85, 150)
         image[np.sin(y * 90 + 2 * np.sin(x * 12 + phase)) > 0.75] = (150, 200, 225)
-        return image, below
+        islets = _landmarks(lambda u, v: (u / 0.09) ** 2 + (v / 0.1) ** 2 < 1, x, y - _HORIZON, rng) & (
+            y < _HORIZON + 0.02
+        )
+        image[islets] = (110, 95, 80)
+        return image, below | islets
     if scene.place == "산자락":
         ridge = np.minimum(
             *(np.abs(x - cx) * rng.uniform(0.9, 1.3) + 0.3 for cx in (rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.9)))
@@ -81,7 +87,9 @@ def _ground(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Image, M
         image[:] = (60, 95, 60)
         image[y < ridge + 0.1] = (215, 215, 220)
         image[y > 0.75] = (45, 75, 40)
-        return image, y > ridge
+        pines = _landmarks(lambda u, v: (np.abs(u) < 0.35 * (v + 0.24)) & (v < 0), x, y - 0.76, rng)
+        image[pines] = (20, 45, 30)
+        return image, (y > ridge) | pines
     if scene.place == "도심":
         width = size // 9
         height = np.repeat(rng.uniform(0.22, 0.5, 12), width)[:size]
@@ -107,7 +115,20 @@ def _ground(scene: Scene, size: int, rng: np.random.Generator) -> tuple[Image, M
         return image, (y > 0.72) | roof | (wall & (y > 0.42))
     image[:] = (205, 185, 70)
     image[np.sin((x - 0.5) / (y - _HORIZON + 0.12) * 14 + phase) > 0.3] = (130, 160, 50)
-    return image, below
+    trees = _landmarks(
+        lambda u, v: (u**2 + (v + 0.08) ** 2 < 0.07**2) | ((np.abs(u) < 0.015) & (np.abs(v) < 0.03)),
+        x,
+        y - _HORIZON,
+        rng,
+    )
+    image[trees] = (40, 75, 35)
+    return image, below | trees
+
+
+def _landmarks(shape: Callable[[Image, Image], Mask], x: Image, y: Image, rng: np.random.Generator) -> Mask:
+    """Where two objects of a shape stand; without them waves, slopes and furrows look the same when the camera pans."""
+    left, right = rng.uniform(0.22, 0.42), rng.uniform(0.58, 0.78)
+    return shape(x - left, y) | shape(x - right, y)
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Image:

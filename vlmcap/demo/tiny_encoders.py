@@ -1,10 +1,7 @@
-"""The tiny encoders of the demo.
+"""Trains the tiny encoders, each of its family's real class, from scratch on the demo clips with CLIP's objective.
 
-Each family's real class, trained from nothing on the demo clips by CLIP's recipe, made once.
-
-They differ in what their families differ in: where positions come from, what is read off for the caption (CLS,
-attention pooling, a mean), normalisation of pixels, registers. Width, depth, patches, examples and steps are the same
-for all.
+They differ in what their families differ in: where positions come from, what is pooled for the caption (CLS, attention
+or a mean), normalisation of pixels, registers. Width, depth, patches, examples and steps are the same for all.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {
 def make_encoder(
     folder: Path, clips: Sequence[Clip], tokenizer: Any, *, name: str, num_steps: int, seed: int, progress: Progress
 ) -> None:
-    """Trains a vision tower of 0.2 M parameters on single frames and captions, beside a text tower that is not kept, and saves it.
+    """Trains a vision tower of 0.2 M parameters beside a text tower that is dropped afterwards, and saves it.
 
     Source of the objective: Radford et al., https://arxiv.org/abs/2103.00020.
 

@@ -90,7 +90,7 @@ def make_language_model(
         model: Any = Qwen3ForCausalLM(
             Qwen3Config(
                 **(LANGUAGE_CONFIG | {"vocab_size": len(tokenizer)}),
-                initializer_range=0.08,  # about width ** -0.5; with the 0.02 of wide models attention learns to copy only much later
+                initializer_range=0.08,  # about width ** -0.5; with the usual 0.02 attention learns to copy much later
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
