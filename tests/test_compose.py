@@ -42,7 +42,7 @@ def rounds() -> list[list[tuple[str, str]]]:
         "experiment",
         "debug",
     }  # they exchange other groups; `own` comes with a whole model
-    files = {group: [name for other, name in GROUPS if other == group and name != "own"] for group in sorted(groups)}
+    files = {group: [name for other, name in GROUPS if other == group and name != "native"] for group in sorted(groups)}
     return [
         [(group, names[turn % len(names)]) for group, names in files.items()]
         for turn in range(max(map(len, files.values())))
@@ -76,7 +76,7 @@ EXPERIMENTS = {
     "recommended_a100": ("dinov3_l", "mlp", "qwen3_14b", "a100", 8),
     "recommended_h100": ("dinov3_hplus", "cross_attention", "qwen3_32b", "h100", 16),
     "quality_h100": ("dinov3_hplus", "cross_attention", "qwen3_32b", "h100", 16),
-    "efficient_t4": ("own", "own", "own", "t4", 4),
+    "efficient_t4": ("native", "native", "native", "t4", 4),
 }
 
 # A study and the number of its runs; what it is run on, which is no study itself.
@@ -172,7 +172,7 @@ def test_help_names_every_choice() -> None:
             group, names = list(listed)[-1], line
         listed.setdefault(group, set()).update(re.sub(r"[,:()]", " ", names).split())
     for group, name in GROUPS:
-        assert name in listed[group] or name == "own"
+        assert name in listed[group] or name == "native"
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["llm=native", "llm.name=x"], ["model=assembled has no own llm", "choose another llm"]),
         (["llm=native", "llm.name=x", "llm.checkpoint=a/b"], ["model=assembled has no own llm", "choose another llm"]),
         (
-            ["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"],
+            ["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=native"],
             ["model=qwen2_vl_7b brings its own llm", "leave llm=native out"],
         ),
         (

@@ -55,4 +55,4 @@ def group_choices(group: str) -> list[str]:
     """The names that a group has in `conf/`, in the user's own folder and from plugins, sorted."""
     load_plugins()
     names = {*plugin_kinds(group)} | {file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")}
-    return sorted(name for name in names if name != "own")  # comes with a whole model, and is not for choosing
+    return sorted(name for name in names if name != "native")  # comes with a whole model, and is not for choosing

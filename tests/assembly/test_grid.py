@@ -44,7 +44,7 @@ def names(group: str) -> list[str]:
     files = (Path(config_dir()) / group).glob("*.yaml")
     names = (file.stem for file in files)
     return sorted(
-        name for name in names if name not in ("own", CUSTOM, *TINY_ENCODERS)
+        name for name in names if name not in ("native", CUSTOM, *TINY_ENCODERS)
     )  # no published checkpoint; the demo runs them
 
 

@@ -58,7 +58,7 @@ def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as
 
         handle = llm.register_forward_pre_hook(enter)
         with live, torch.no_grad():
-            if engine == "own":
+            if engine == "native":
                 greedy_ids(llm, iter(prompts), settings, [50], ROWS)
             else:
                 llm.generate(
@@ -72,7 +72,7 @@ def test_the_library_copies_a_block_of_the_cache_for_each_token_and_ours_none_as
         return float(live.peaks["step"].total())
 
     assert peak_of_steps("hf") == pytest.approx(CACHE * (1 + 1 / LAYERS), rel=0.05)
-    assert CACHE <= peak_of_steps("own") < CACHE * (1 + 0.5 / LAYERS)
+    assert CACHE <= peak_of_steps("native") < CACHE * (1 + 0.5 / LAYERS)
 
 
 @pytest.mark.slow

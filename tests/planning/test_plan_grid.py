@@ -48,7 +48,7 @@ def test_names_left_out_are_all_of_conf_but_the_small_ones() -> None:
     assert names.llm == ["qwen3_4b", "qwen3_8b"]
     assert names.rest == ["tuning.lora.rank=8"]
     assert names.hardware[0] == "t4"
-    assert not {"cpu", "tiny", "own"} & {*names.hardware, *names.encoder}
+    assert not {"cpu", "tiny", "native"} & {*names.hardware, *names.encoder}
 
 
 def test_a_whole_model_leaves_nothing_to_combine() -> None:

@@ -43,7 +43,7 @@ def test_the_page_is_current(page: str) -> None:
 )
 def test_every_name_of_a_group_has_a_row(page: str, title: str, group: str) -> None:
     names = {file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if not file.stem.startswith("tiny")} - {
-        "own",
+        "native",
         "custom",
     }
     assert rows(page, title).keys() == names

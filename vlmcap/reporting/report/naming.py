@@ -15,7 +15,7 @@ from vlmcap.reporting.report.folders import RunFolder
 
 _PARTS = ("model", "encoder", "projector", "llm")
 _GROUPS = (*_PARTS, "tuning", "hardware", "data", "optim", "evaluation", "trainer", "callbacks")
-_ABSENT = {"own", "assembled"}  # the part of a whole model, and the absence of one
+_ABSENT = {"native", "assembled"}  # the part of a whole model, and the absence of one
 _NO_MATTER = (
     "seed",
     "monitor",
