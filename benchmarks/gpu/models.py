@@ -27,8 +27,8 @@ from vlmcap.libraries import silence_libraries
 from vlmcap.measuring.random_components import random_captioner, with_blocks
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder
-from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of
-from vlmcap.planning.hardware import CARDS, detect_gpu, matching_profile, planned_device
+from vlmcap.planning.estimate.sizes import Sizes, clip_sizes, frames_shape
+from vlmcap.planning.hardware import GPUS, detect_gpu, matching_profile, planned_device
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
 from vlmcap.training.callbacks.guard import DivergenceGuard
@@ -131,7 +131,7 @@ def planned(place: Place, name: str, tiny: Sequence[str] = ()) -> Planned:
     if num_blocks is not None and not place.is_tiny:
         config = with_blocks(config, num_blocks, place.folder / "cut")
     short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=NUM_NEW))
-    return Planned(short, config, make_plan(short, planned_device(short)), sizes_of(short))
+    return Planned(short, config, make_plan(short, planned_device(short)), clip_sizes(short))
 
 
 def prepare(place: Place, name: str, tiny: Sequence[str] = ()) -> Prepared:
@@ -167,9 +167,9 @@ def peak_flops() -> float | None:
     if gpu is None:
         return None
     if re.search(r"\bH200\b", gpu.name):  # the same processor with more memory
-        return CARDS["h100"].peak_flops
+        return GPUS["h100"].peak_flops
     profile = matching_profile(gpu.name, gpu.total_gib)
-    return None if profile is None else CARDS[profile].peak_flops
+    return None if profile is None else GPUS[profile].peak_flops
 
 
 def tiny_moe(folder: Path) -> str:

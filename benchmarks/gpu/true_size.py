@@ -35,7 +35,7 @@ from vlmcap.models.versions import check_transformers
 from vlmcap.planning.estimate.meta_models import text_config
 from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import make_plan
-from vlmcap.planning.memory import Moment
+from vlmcap.planning.peak_memory import Moment
 
 WARM, COUNTED, TIMED = (
     1,

@@ -32,14 +32,14 @@ def shares(plan: Plan) -> dict[str, float]:
     for name, size in plan.training.parts.items():
         kind = next((kind for kind, ends in ENDS.items() if name.endswith(ends)), "activations")
         found[kind] += size / GIB
-    found["fragmentation, CUDA context"] += plan.gpu.context_gib
+    found["fragmentation, CUDA context"] += plan.device.context_gib
     return found
 
 
 def main() -> None:
     """Writes the picture."""
     silence_libraries()
-    plans = {gpu: make_plan(compose([f"experiment=recommended_{gpu}", "data.root=unset"])) for gpu in CARDS}
+    plans = {gpu: make_plan(compose([f"experiment=recommended_{gpu}", "data.root=unset"])) for gpu in GPUS}
     figure = Figure(figsize=(8.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     labels = [f"{gpu}: {plan.title}\n{plan.num_frames} frames, batch {plan.batch_size}" for gpu, plan in plans.items()]
@@ -49,7 +49,7 @@ def main() -> None:
         axes.barh(labels, sizes, left=left, label=kind, color=colour, height=0.6)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for row, (plan, end) in enumerate(zip(plans.values(), left, strict=True)):
-        axes.text(end + 0.4, row, f"{end:.1f} of {plan.gpu.usable_gib:.1f}", va="center", fontsize=8)
+        axes.text(end + 0.4, row, f"{end:.1f} of {plan.device.usable_gib:.1f}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="GiB at the fullest moment of a training step", xlim=(0, 1.18 * max(left)))
     axes.tick_params(labelsize=8)

@@ -16,9 +16,9 @@ from vlmcap.cli import main
 from vlmcap.compose import compose, register_schemas
 from vlmcap.config_files import config_dir
 from vlmcap.errors import UserError
-from vlmcap.planning.sweep_budget import plan_sweep as module
+from vlmcap.planning.sweep_budget import make_sweep_plan as module
 from vlmcap.planning.sweep_budget.budget import NumClips
-from vlmcap.planning.sweep_budget.plan_sweep import num_clips, plan_sweep
+from vlmcap.planning.sweep_budget.make_sweep_plan import num_clips, plan_sweep
 from vlmcap.planning.sweep_budget.sweep_plan import show_budget
 from vlmcap.sweep_syntax import expand, short_names
 
@@ -176,9 +176,9 @@ def test_parts_that_do_not_go_together_are_named_and_the_others_counted(
         ),
         (
             ["hardware=cpu,l4"],
-            r"hardware=cpu,l4 would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own",
+            r"hardware=cpu,l4 would add up CPU hours and GPU hours; plan hardware=cpu separately",
         ),
-        (["sweep.budget_h=10,20"], r"sweep\.budget_h is of the sweep as a whole and cannot be swept"),
+        (["sweep.budget_h=10,20"], r"sweep\.budget_h limits the sweep as a whole and cannot be swept"),
         (["seed=interval(0,1)"], r"seed=interval\(0,1\) has no values to try one by one; give a list"),
         (["seed=range(3,1)"], r"seed has no values to try"),
         (["seed=(1,2"], r"seed has a wrong value"),
@@ -192,7 +192,7 @@ def test_a_mistake_is_one_sentence(overrides: list[str], expected: str) -> None:
 
 
 def test_a_price_is_of_one_card() -> None:
-    with pytest.raises(UserError, match=r"--price is that of one GPU, and the sweep takes hardware=a100,l4"):
+    with pytest.raises(UserError, match=r"--price is for one GPU, but the sweep has hardware=a100,l4"):
         plan_sweep(["hardware=l4,a100"], price=1.0)
 
 
@@ -224,7 +224,7 @@ def test_the_table_keeps_to_80_columns_and_ends_with_the_verdict(capsys: pytest.
     assert max(len(line) for line in lines) <= 80
     assert lines[0].split() == ["combination", "GiB", "fits", "training", "h", "evaluation", "h", "total", "h"]
     assert lines[-1].startswith("4 of 4 combinations: ")
-    assert lines[-1].endswith("at 0.8 an hour.")
+    assert lines[-1].endswith("at 0.8 per hour.")
 
 
 def test_json_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
