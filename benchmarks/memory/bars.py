@@ -1,6 +1,6 @@
-"""Draws docs/memory.png: where the memory goes in a training step of the four recommended combinations, as the plan counts it.
+"""Draws docs/memory.png: planned memory of a training step of the four recommended combinations.
 
-python benchmarks/memory/bars.py            write the picture; wants matplotlib (pip install 'vlmcap[bench]')
+python benchmarks/memory/bars.py            writes the picture; needs matplotlib (pip install 'vlmcap[bench]')
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "memory.png"
-CARDS = ("t4", "l4", "a100", "h100")
+GPUS = ("t4", "l4", "a100", "h100")
 ENDS = {  # in this order; what fits none is an activation
     "frozen weights": ("frozen weights", "quantisation state"),
     "trained weights, gradients, optimiser": ("trained weights", "gradients", "optimiser state"),
@@ -27,7 +27,7 @@ COLOURS = ("#4878a8", "#e0a44a", "#6aa56a", "#b9b9b9")
 
 
 def shares(plan: Plan) -> dict[str, float]:
-    """GiB of each kind."""
+    """Returns GiB by kind."""
     found = dict.fromkeys(ENDS, 0.0)
     for name, size in plan.training.parts.items():
         kind = next((kind for kind, ends in ENDS.items() if name.endswith(ends)), "activations")
