@@ -157,7 +157,9 @@ def report(name: str, result: dict[str, Any]) -> None:
     print(
         f"\n**{name}**: {result['tokens']} tokens per step, load {load['load_before']} before, {load['load']} after\n"
     )
-    titles = "way | s per step, median (least to most) | ratio | processor s | ratio | bound | tokens/s | peak GiB | ratio"
+    titles = (
+        "way | s per step, median (least to most) | ratio | processor s | ratio | bound | tokens/s | peak GiB | ratio"
+    )
     print(f"| {titles} | losses differ by |\n{'|---' * 10}|")
     for way, row in ways.items():
         spread = f"{row['median_s']:.2f} ({min(row['wall_s']):.2f} to {max(row['wall_s']):.2f})"

@@ -32,7 +32,7 @@ CHANGE = Change(("data.batch_size=1",), "no quality", 0.1)
 
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What plans are made from; most tests plan the same parts."""
+    """Memory profiles, shared as most tests plan the same components."""
     return tmp_path_factory.mktemp("plans")
 
 
@@ -59,7 +59,7 @@ def kept(folder: Path) -> list[Path]:
         lambda overrides: "optim=adamw_8bit" in overrides,
     ),
 )
-def test_tiny_parts_are_measured_beside_their_plan(overrides: list[str]) -> None:
+def test_tiny_components_are_measured_beside_their_plan(overrides: list[str]) -> None:
     comparison = measure([*TINY, *overrides])
     result = comparison.plain()
     assert result["training"]["measured_gib"] > 0
@@ -79,7 +79,7 @@ def test_the_page_ends_with_how_far_off_the_plan_is(capsys: pytest.CaptureFixtur
     assert kept(cache_dir) == []
 
 
-def test_a_whole_measurement_is_kept_and_used_by_the_plan(
+def test_a_complete_measurement_is_stored_and_used_by_the_plan(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure_module, "is_too_small", lambda _: False)
@@ -114,8 +114,8 @@ def test_the_calibrated_plan_of_a_token_is_what_was_measured(
     assert token_seconds(work, gpu) == pytest.approx(ratio * token_s)
 
 
-def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
-    """Of a mixture of experts: packed layers, packed experts and what stays as it was."""
+def test_4_bit_weights_are_those_of_the_plan() -> None:
+    """A mixture of experts has packed layers, packed experts and weights that are not packed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from vlmcap.planning.estimate.fake_tensors import quantize_fake
@@ -178,7 +178,7 @@ def test_tables_are_those_of_the_class(kind: str) -> None:
         lambda parts: len(parts) == 2,
     ),
 )
-def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: Path) -> None:
+def test_a_truncated_configuration_is_planned_as_truncated(overrides: list[str], tmp_path: Path) -> None:
     config = compose(["data.root=unset", "hardware=l4", *overrides])
     whole, cut = make_plan(config), make_plan(with_blocks(config, 2, tmp_path / "cut"))
     assert cut.num_visual == whole.num_visual
@@ -187,8 +187,8 @@ def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", thinned(["qwen2_5_vl", "qwen3_vl"], lambda kind: kind == "qwen3_vl"))
-def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
-    """Small ones of the same classes: positions in three directions, DeepStack, clips with sizes of their own."""
+def test_pretrained_vlms_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
+    """Small models of the same classes: positions in three dimensions, DeepStack, clips of different sizes."""
     name = {"qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}[kind]
     small = ["data.num_frames=2", "encoder.max_patches=16", "llm.max_caption_tokens=16", "llm.max_new_tokens=4"]
     settings = ["data.batch_size=2", "data.eval_batch_size=2", "hardware=cpu", *small]
@@ -197,7 +197,7 @@ def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> 
     assert comparison.measured.clip_s > 0
 
 
-def test_memory_that_ends_is_one_sentence_with_the_plan_s_advice(
+def test_out_of_memory_is_one_sentence_with_the_plan_s_advice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_dir: Path
 ) -> None:
     def fail(*_: Any) -> float:
@@ -238,7 +238,7 @@ def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path,
     assert list(temporary.iterdir()) == []
 
 
-def test_a_host_without_room_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_room_is_refused_before_anything_is_created(monkeypatch: pytest.MonkeyPatch) -> None:
     present = measure_module.detect_cpu()
     monkeypatch.setattr(measure_module, "detect_cpu", lambda: dataclasses.replace(present, free_gib=0.01))
     with pytest.raises(
@@ -248,7 +248,7 @@ def test_a_host_without_room_is_told_before_anything_is_made(monkeypatch: pytest
 
 
 @pytest.mark.gpu
-def test_a_card_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [
             "doctor",

@@ -41,7 +41,7 @@ def private_bytes(pid: int) -> int:
 def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(
     real_path: list[str], make_run: Callable[[Config], Run]
 ) -> None:
-    """Counted in the second epoch, with the loaders of validation still there."""
+    """Counted in the second epoch, with the validation loaders still alive."""
     config = compose([*real_path, "data.num_workers=1", "cache.enabled=false", "tuning=lora", "tuning.epochs=2"])
     run, found = make_run(config), list[list[int]]()
 

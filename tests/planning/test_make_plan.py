@@ -63,7 +63,7 @@ def test_weights_are_those_of_the_published_sizes() -> None:
 
 @pytest.mark.slow
 def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
-    """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits, whose factors were cast for each token."""
+    """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits, with factors cast per token."""
     overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1"]
     plan, bare = planned(*overrides, "evaluation.cuda_graphs=false"), planned(*overrides, "tuning=projector_only")
     # Of each linear layer: input cast for autocast, two products, their scale and the sum; its factors are cast once
@@ -165,7 +165,7 @@ def test_experts_launch_as_many_kernels_for_a_batch_as_for_a_row() -> None:
 @pytest.mark.parametrize(
     "name", thinned(["llava_next_video_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"], lambda name: name == "llava_next_video_7b")
 )
-def test_whole_models_are_planned(name: str) -> None:
+def test_pretrained_vlms_are_planned(name: str) -> None:
     plan = planned(f"model={name}", "hardware=l4", "data.eval_batch_size=1")
     assert 4 < plan.training_gib < 16
     assert plan.fits
@@ -177,7 +177,7 @@ def test_a_tiny_configuration_without_a_download_is_planned() -> None:
     assert plan.hardware == "cpu"
 
 
-def test_stored_features_take_the_encoder_off_the_card() -> None:
+def test_stored_features_take_the_encoder_off_the_gpu() -> None:
     without, stored = (
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4"),
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "cache.enabled=true"),

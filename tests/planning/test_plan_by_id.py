@@ -39,7 +39,7 @@ WHOLE_MODEL = (*GPU, "model=qwen2_5_vl_7b", "llm.max_caption_tokens=64", "llm.ma
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces of each test in a folder of its own, so that equal numbers are computed twice."""
+    """Memory profiles of each test in its own folder, so that equal numbers are computed twice."""
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -48,7 +48,7 @@ def planned(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def publish(hub: Hub, siglip_folder: Path, llm_folder: Path) -> tuple[list[str], list[str]]:
-    """Overrides that name both parts by id, and by folder."""
+    """Overrides that name both components by id, and by folder."""
     hub.add(LLM, llm_folder)
     hub.add(ENCODER, siglip_folder)
     by_id = [*PARTS, f"llm.checkpoint={LLM}", f"encoder.checkpoint={ENCODER}"]
@@ -96,7 +96,7 @@ def test_the_demo_downloads_nothing() -> None:
     assert download_bytes(compose(["data.root=unset"])) == 0
 
 
-def test_a_whole_model_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
+def test_a_pretrained_vlm_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
     folder = qwen_folders["qwen2_5_vl"]
     hub_here.add(WHOLE, folder)
     by_id, by_folder = (compose([*WHOLE_MODEL, f"model.checkpoint={name}"]) for name in (WHOLE, folder))
@@ -110,7 +110,7 @@ def test_a_whole_model_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[
 
 
 @pytest.mark.slow
-def test_a_whole_plan_of_a_whole_model_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
+def test_a_pretrained_vlm_is_planned_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
     folder = qwen_folders["qwen2_5_vl"]
     hub_here.add(WHOLE, folder)
     found, expected = (planned([*WHOLE_MODEL, f"model.checkpoint={name}"]) for name in (WHOLE, folder))

@@ -77,7 +77,7 @@ def _nonzero(peak: Any) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("has_checkpointing", [True, False])
 def test_the_profile_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
-    """Against the peak of the resident set of a fresh process that takes the same step in earnest."""
+    """Compares with the peak of the resident set of a fresh process that runs the same step on real tensors."""
     trial = Trial(
         "qwen3", width=256, vocabulary=8000, has_checkpointing=has_checkpointing, num_visual=1024, num_caption=512
     )
