@@ -170,13 +170,14 @@ def generation_peak(
         alive, cached = _with_stage_name(last, peak), work.token_bytes * work.num_prompts * work.prompt_tokens
         # The profile holds the keys and values of all blocks to its end, counted as attention.
         kept = min(cached, alive[attention]) if name in ("forward last", "forward end") else 0
-        own = reserved if work.is_reserved else Counter({"keys and values": kept})
-        moments[f"prompt, {name}"] = alive - Counter({attention: kept}) + own
+        cache_entry = reserved if work.is_reserved else Counter({"keys and values": kept})
+        moments[f"prompt, {name}"] = alive - Counter({attention: kept}) + cache_entry
     moments["last token"] = Counter({"keys and values": cache, "one block's copy of them": cache * work.copied_share})
     for name, stage in scores.items():
-        own = Counter({f"{name}: weights": sum(stage.memory.weights.values())})
+        score_weights = Counter({f"{name}: weights": sum(stage.memory.weights.values())})
         moments |= {
-            f"{name}, {moment}": own + _with_stage_name(name, peak) for moment, peak in _forward_peaks(stage.memory)
+            f"{name}, {moment}": score_weights + _with_stage_name(name, peak)
+            for moment, peak in _forward_peaks(stage.memory)
         }
     name, fullest = max(moments.items(), key=lambda item: item[1].total())
     return Moment(name, _with_fragmentation(always, fullest, unused_share))

@@ -129,10 +129,10 @@ def singular_values(features: Tensor, *, is_centred: bool = True) -> Tensor:
         features: (N, Dv).
         is_centred: Whether the mean is subtracted, which is otherwise one large value.
     """
-    own = features.double()
+    values = features.double()
     if is_centred:
-        own = own - own.mean(0)
-    gram = own.T @ own if own.shape[0] > own.shape[1] else own @ own.T
+        values = values - values.mean(0)
+    gram = values.T @ values if values.shape[0] > values.shape[1] else values @ values.T
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
 
 
@@ -176,8 +176,8 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
     sums: dict[str, Tensor] = {}
     for frame in frames:
         distance = patch_distances(frame.grid)
-        own = frame.patches.double()
-        unit, centred = F.normalize(own, dim=-1), own - mean.double()
+        patches = frame.patches.double()
+        unit, centred = F.normalize(patches, dim=-1), patches - mean.double()
         parts = {
             "distance": distance,
             "similarity": unit @ unit.T,

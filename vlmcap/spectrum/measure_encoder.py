@@ -186,13 +186,14 @@ def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
     """Returns a frame as uint8 (H, W, 3), or None where there is no such frame (Qwen-VL joins two frames)."""
     if frames.dim() == 4 and row < len(frames):
         return frames[row].permute(1, 2, 0)
-    if (
-        frames.dim() == 3 and row < len(frames) and frames.shape[-1] % 3 == 0
-    ):  # NaFlex: patches, rows of pixels, then colours
+    if frames.dim() == 3 and row < len(frames):  # NaFlex: patches of rows of pixels, then colours
         side = round((frames.shape[-1] // 3) ** 0.5)
-        own = frames[row, : grid[0] * grid[1]]
+        patches = frames[row, : grid[0] * grid[1]]
         if side * side * 3 == frames.shape[-1]:
-            return own.reshape(*grid, side, side, 3).permute(0, 2, 1, 3, 4).reshape(grid[0] * side, grid[1] * side, 3)
+            # (h * w, 3 * side²) -> (h * side, w * side, 3)
+            return (
+                patches.reshape(*grid, side, side, 3).permute(0, 2, 1, 3, 4).reshape(grid[0] * side, grid[1] * side, 3)
+            )
     return None
 
 
@@ -216,8 +217,8 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
         hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
         tokens = hidden[:LAYER_FRAMES, -num_patches:]
         frames = [
-            FrameFeatures(own, encoder.grid, whole[:prefix] if prefix else None)
-            for own, whole in zip(tokens, hidden[:LAYER_FRAMES], strict=True)
+            FrameFeatures(patches, encoder.grid, states[:prefix] if prefix else None)
+            for patches, states in zip(tokens, hidden[:LAYER_FRAMES], strict=True)
         ]
         found[str(number)] = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
 

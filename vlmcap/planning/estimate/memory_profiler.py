@@ -54,7 +54,7 @@ from vlmcap.plugins import plugins_of
 from vlmcap.types import Batch
 
 ORIGINALS = "originals of weights"  # weights that merged copies replace during captioning
-_SHORT_DEPTH = 2  # blocks of the shorter of two traces
+_SHORT_DEPTH = 2  # blocks in the shorter of two profiles
 _FEW_TOKENS, _MORE_TOKENS = 4096, 24576  # tokens of the batches that the language model is profiled at
 NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # for profiles of the language model alone
 _PROFILED_PACKAGES = ("models", "planning", "assembly")  # packages whose code decides on a profile
@@ -117,7 +117,7 @@ class MemoryProfiler:
         self.config, self.has_flash = config, has_flash
         self.sizes = sizes or clip_sizes(config)
         self.store = ProfileStore(Path(config.paths.cache_dir).expanduser() / "plans")
-        self.is_merged = False  # whether adapters are merged while captions are written
+        self.is_merged = False  # whether adapters are merged during captioning
         self.trains_encoder = config.tuning.encoder_tuning is not EncoderTuning.none
 
     def with_adapters(self, *, is_merged: bool) -> Self:
@@ -160,14 +160,12 @@ class MemoryProfiler:
             "projector": dataclasses.asdict(self.config.projector),
             "sizes": dataclasses.asdict(self.sizes),
             "clips": num_clips,
-        }
-        key |= {
             "width": int(text_config(self.config).hidden_size),
             "base": model.checkpoint if isinstance(model, PretrainedVlmConfig) else "",
             "input": self.trains_encoder,
             "plugin": plugins_of(self.config).get("projector"),
+            "trained": [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()],
         }
-        key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
         return self._profile("projector", key, None, lambda _: self._profile_projector(num_clips))
 
     def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageMemory:
@@ -206,28 +204,23 @@ class MemoryProfiler:
         return float(num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
 
     def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:
-        key = {
+        config = self.config
+        return {
             "base": self._architecture("llm"),
-            "llm": [self.config.llm.quantization.value, self.config.llm.attention],
+            "llm": [config.llm.quantization.value, config.llm.attention],
             "clips": num_clips,
-        }
-        key |= {
             "runs": self.sizes.runs,
             "gap": self.sizes.gap,
             "caption": num_caption,
-            "tuning": dataclasses.asdict(self.config.tuning),
-        }
-        key |= {
-            "grid": self.sizes.grid if self.config.is_pretrained_vlm else (),
-            "chunk": self.config.hardware.loss_chunk_mib,
-        }
-        key |= {"merged": self.is_merged and not num_caption}
-        key |= {
+            "tuning": dataclasses.asdict(config.tuning),
+            "grid": self.sizes.grid if config.is_pretrained_vlm else (),
+            "chunk": config.hardware.loss_chunk_mib,
+            "merged": self.is_merged and not num_caption,
             "training": is_training,
             "packed": self._packs(num_caption, is_training),
-            "engine": uses_native_decoding(self.config),
+            "engine": uses_native_decoding(config),
+            "offload": config.hardware.offload_checkpoints,
         }
-        return key | {"offload": self.config.hardware.offload_checkpoints}
 
     def _packs(self, num_caption: int, is_training: bool) -> bool:
         return self.config.data.batching is Batching.packed and num_caption > 0 and is_training
@@ -330,10 +323,8 @@ class MemoryProfiler:
         with mode:
             visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=is_training)
         grid = self.sizes.grid if self.config.is_pretrained_vlm else None
-        captions = [
-            num_caption,
-            *[max(0, num_caption - 1)] * (num_clips - 1),
-        ]  # padded like real batches, as libraries drop a mask without padding
+        # Lengths differ as in real batches, because libraries drop a mask without padding.
+        captions = [num_caption, *[max(0, num_caption - 1)] * (num_clips - 1)]
         is_packed = self._packs(num_caption, is_training)
         batch = language_batch(captions, self.sizes.runs, PROMPT_TOKENS, grid, self.sizes.gap, is_packed=is_packed)
         if not num_caption:
@@ -343,6 +334,7 @@ class MemoryProfiler:
             None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config)
         )
         captioner.encode = lambda batch: visual  # type: ignore[method-assign]
+        # (B, V, Dl) -> (B * V, Dl)
         captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
         if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which are fake here

@@ -56,23 +56,7 @@ class StageMemory:
 
 def extrapolate(short: StageMemory, longer: StageMemory, num_more: int) -> StageMemory:
     """Returns the profile with `num_more` blocks more than `short`; `longer` has one more."""
-    times = num_more
-
-    def line(a: float, b: float) -> float:
-        return a + times * (b - a)
-
-    def lines(a: Bytes, b: Bytes) -> Bytes:
-        return {tag: line(a.get(tag, 0), b.get(tag, 0)) for tag in {**a, **b}}
-
-    return StageMemory(
-        weights=lines(short.weights, longer.weights),
-        num_trained=line(short.num_trained, longer.num_trained),
-        peaks={moment: lines(peak, longer.peaks[moment]) for moment, peak in short.peaks.items()},
-        retained=lines(short.retained, longer.retained),
-        left=lines(short.left, longer.left),
-        flops=line(short.flops, longer.flops),
-        launches=line(short.launches, longer.launches),
-    )
+    return _weighted_sum([(1 - num_more, short), (num_more, longer)])
 
 
 def extrapolate_kept(
@@ -87,20 +71,7 @@ def extrapolate_kept(
         num_again: Recomputed blocks more than `base` has.
         num_kept: Kept blocks more than `base` has.
     """
-    along, across = extrapolate(base, again, num_again), extrapolate(base, kept, num_kept)
-
-    def combine(first: Bytes, second: Bytes, own: Bytes) -> Bytes:
-        return {tag: first.get(tag, 0) + second.get(tag, 0) - own.get(tag, 0) for tag in {**first, **second}}
-
-    return StageMemory(
-        weights=combine(along.weights, across.weights, base.weights),
-        num_trained=along.num_trained + across.num_trained - base.num_trained,
-        peaks={moment: combine(along.peaks[moment], across.peaks[moment], peak) for moment, peak in base.peaks.items()},
-        retained=combine(along.retained, across.retained, base.retained),
-        left=combine(along.left, across.left, base.left),
-        flops=along.flops + across.flops - base.flops,
-        launches=along.launches + across.launches - base.launches,
-    )
+    return _weighted_sum([(1 - num_again - num_kept, base), (num_again, again), (num_kept, kept)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,24 +129,21 @@ def extrapolate_clips(one: StageMemory, two: StageMemory, num_clips: int) -> Sta
 
 
 def _weighted_sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
-    def lines(parts: Sequence[Bytes]) -> dict[str, float]:
-        tags = {tag: None for part in parts for tag in part}
+    """Adds up profiles with factors, at the moments of the first one; a deeper one also has middle blocks."""
+    profiles = [profile for _, profile in terms]
+
+    def add(parts: Sequence[Bytes]) -> dict[str, float]:
+        tags = dict.fromkeys(tag for part in parts for tag in part)
         return {
             tag: sum(times * part.get(tag, 0) for (times, _), part in zip(terms, parts, strict=True)) for tag in tags
         }
 
-    profiles = [profile for _, profile in terms]
-    moments: Mapping[str, None] = {moment: None for profile in profiles for moment in profile.peaks}
     return StageMemory(
-        weights=lines([profile.weights for profile in profiles]),
+        weights=add([profile.weights for profile in profiles]),
         num_trained=sum(times * profile.num_trained for times, profile in terms),
-        peaks={
-            moment: lines([profile.peaks.get(moment, {}) for profile in profiles])
-            for moment in moments
-            if "middle" not in moment
-        },
-        retained=lines([profile.retained for profile in profiles]),
-        left=lines([profile.left for profile in profiles]),
+        peaks={moment: add([profile.peaks.get(moment, {}) for profile in profiles]) for moment in profiles[0].peaks},
+        retained=add([profile.retained for profile in profiles]),
+        left=add([profile.left for profile in profiles]),
         flops=sum(times * profile.flops for times, profile in terms),
         launches=sum(times * profile.launches for times, profile in terms),
     )
