@@ -60,18 +60,18 @@ def extrapolate(short: StageMemory, longer: StageMemory, num_more: int) -> Stage
 
 
 def extrapolate_kept(
-    base: StageMemory, again: StageMemory, kept: StageMemory, num_again: int, num_kept: int
+    base: StageMemory, recomputed: StageMemory, kept: StageMemory, num_recomputed: int, num_kept: int
 ) -> StageMemory:
     """Returns the profile of a model whose last blocks are kept and whose other blocks are recomputed.
 
     Args:
         base: Profile with some blocks of either kind.
-        again: Profile with one more recomputed block.
+        recomputed: Profile with one more recomputed block.
         kept: Profile with one more kept block.
-        num_again: Recomputed blocks more than `base` has.
+        num_recomputed: Recomputed blocks more than `base` has.
         num_kept: Kept blocks more than `base` has.
     """
-    return _weighted_sum([(1 - num_again - num_kept, base), (num_again, again), (num_kept, kept)])
+    return _weighted_sum([(1 - num_recomputed - num_kept, base), (num_recomputed, recomputed), (num_kept, kept)])
 
 
 @dataclass(frozen=True, slots=True)
