@@ -1,7 +1,7 @@
-"""Memory that merging adapters takes, of a Qwen3 with random weights: `python benchmarks/export_memory.py FOLDER`.
+"""Memory of merging adapters into a Qwen3 with random weights: `python benchmarks/export_memory.py FOLDER`.
 
-Prints the weights' size, and what the process held of its own (RssAnon) and of mapped files (RssFile) when the merge
-was done and the folder written. Writes base and merged model below FOLDER.
+Prints the size of the weights, and the anonymous (RssAnon) and file-backed (RssFile) memory of the process after the
+merge and after writing. Writes the base and the merged model below FOLDER.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""Time and memory of attention over all tokens of a clip.
-
-Dense, dense with the mask of windows, and `temporal=local_global`.
+"""Time and memory of attention over all tokens of a clip: dense, masked to windows, and `temporal=local_global`.
 
     python benchmarks/local_global.py --output experiments/local_global
 
-One forward and backward pass a length and kind, all three side by side in one run: `dense` is full self-attention by
-torch's fused kernel, `masked` gives what `local_global` gives, from one mask over all pairs. Memory is the peak of what
-the pass holds beyond its inputs: on CUDA the allocator's count, elsewhere the sum of live tensors (what a kernel holds
-inside is not seen there). The fused kernel keeps no matrix of scores, so dense attention without a mask is linear in
-memory and only its time grows with the square. Writes local_global.json, .md, and .png where matplotlib is installed.
+One forward and backward pass per length and kind, all three in one run: `dense` is full self-attention by PyTorch's
+fused kernel, `masked` gives what `local_global` gives, from one mask over all pairs. Memory is the peak of what the
+pass holds beyond its inputs: on CUDA the allocator's count, elsewhere the sum of live tensors (without what a kernel
+allocates internally). The fused kernel stores no score matrix, so memory of dense attention without a mask is linear,
+and only its time is quadratic. Writes local_global.json, .md, and .png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ MIB = 2**20
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak bytes of tensors that operations made and nobody has dropped yet."""
+    """Counts the peak bytes of live tensors that operations created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def attentions(window: int, num_global: int, heads: int, width: int, device: str) -> dict[str, Attention]:
-    """The three kinds by name; each maps query, key and value (1, H, V, d) to (1, H, V, d)."""
+    """Returns the three kinds by name; each maps query, key and value (1, H, V, d) to (1, H, V, d)."""
     summary = [torch.randn(1, heads, num_global, width, device=device) for _ in range(2)]
 
     def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ def attentions(window: int, num_global: int, heads: int, width: int, device: str
 
 
 def measure(attend: Attention, shape: tuple[int, int, int, int], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds and peak MiB of one pass forward and backward."""
+    """Returns median seconds and peak MiB of a forward and backward pass."""
     parts = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
     is_cuda = device == "cuda"
 
@@ -111,7 +109,7 @@ def measure(attend: Attention, shape: tuple[int, int, int, int], repeats: int, d
 
 
 def table(rows: list[dict[str, Any]], kinds: list[str]) -> str:
-    """Markdown, a length a row."""
+    """Formats a Markdown table with a row per length."""
     heads = ["V", *(f"{kind} s" for kind in kinds), *(f"{kind} MiB" for kind in kinds)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
     for row in rows:
@@ -125,7 +123,7 @@ def table(rows: list[dict[str, Any]], kinds: list[str]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], kinds: list[str], file: Path) -> None:
-    """Both measures against the length, on logarithmic axes."""
+    """Plots both measures against the length on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

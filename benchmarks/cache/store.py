@@ -1,13 +1,11 @@
-"""Speed of the feature store against a plain file a clip.
-
-Raw numbers read by `np.fromfile`, and `torch.save` with `torch.load`.
+"""Speed of the feature store against a plain file per clip, by `np.fromfile` and by `torch.load`.
 
     python benchmarks/cache/store.py [--mib 400] [--repeats 3] [--output F.json]
 
 All write the same float16 features, down to the disk (fsync), and read each clip once in one random order: "cached"
 when the files are in the system's cache, "again" in a second epoch, for which the store has compared all checksums, and
-"cold" after the files were dropped from that cache. The store also checks every number, measures the error of storage,
-and claims its work. Ways take turns within each repeat; the figures are medians, in MB/s of float16 features.
+"cold" after the files were dropped from that cache. The store also checks every number, measures the storage error and
+locks its work. Ways take turns within each repeat; the figures are medians, in MB/s of float16 features.
 """
 
 from __future__ import annotations
@@ -90,7 +88,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(way: str, folder: Path, shape: tuple[int, ...], num_clips: int) -> dict[str, float]:
-    """Seconds of each measure."""
+    """Returns the seconds of each measure."""
     features = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0)).half()
     started = time.perf_counter()
     write = write_store if way in STORED else write_files
@@ -175,7 +173,7 @@ def write_files(
 
 
 def drop(folder: Path) -> None:
-    """Take the files out of the system's cache."""
+    """Drops the files from the system's cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,6 +1,4 @@
-"""Padding of the ways to make batches, and time and memory of their plans.
-
-Vlmcap beside the length-grouped sampler of transformers.
+"""Padding, planning time and memory of ways to batch: vlmcap beside transformers' length-grouped sampler.
 
     python benchmarks/data/batching.py [--clips 10000] [--batch-size 8] [--many 1000000] [--output
     benchmarks/data/batching.json]
@@ -8,14 +6,14 @@ Vlmcap beside the length-grouped sampler of transformers.
 Three data sets of drawn lengths, in tokens of a whole sequence: "long" has captions as those of AI Hub's background
 videos (311 to 708 tokens of Qwen's tokenizer, 402 on average), a prompt of 40 and 128 visual tokens; "video" the same
 with 1 152 visual tokens; "mixed" is half of "long" and half of images with 144 visual tokens and captions of 10 to 60.
-The budget is the batch size times the mean length, so that all ways have about as many tokens a batch. `padding` is the
-share of padding among the tokens computed, `fill` the share of the budget that is used by tokens, `largest` the most
-tokens of a batch over the budget: memory is sized by it. One epoch each.
+The budget is the batch size times the mean length, so that all ways have about as many tokens per batch. `padding` is
+the share of padding among the tokens computed, `fill` the share of the budget that is used by tokens, `largest` the
+most tokens of a batch over the budget: memory is sized by it. One epoch each.
 
-transformers' sampler orders clips by length within 50 batches drawn at random; its batches are cut from that order.
+transformers' sampler orders clips by length within 50 batches drawn at random; its batches are slices of that order.
 
-The plans of many clips are made in a process each, on packed and on length-grouped batches: seconds to the plan and to
-the first batch of an epoch, and what the process grew by.
+The plans of many clips are made in separate processes, for packed and for length-grouped batches: seconds to the plan
+and to the first batch of an epoch, and growth of the process.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/data/manifest_memory.py [--clips 1000000] [--characters 575] [--workers 4] [--output F.json]
 
-Both are filled by the same reader from the same file of JSON lines, each in a process of its own. Then workers are
+Both are filled by the same reader from the same file of JSON lines, each in a separate process. Then workers are
 started, by fork and by spawn, each reads every clip once, and all are measured while all are alive. RSS counts shared
-pages in full, PSS (Linux) divides them among those who share them, so that the sum of PSS is what the machine really
-gives. "anonymous" is memory that cannot be dropped.
+pages in full, PSS (Linux) divides them among the processes that share them, so that the sum of PSS is the memory in
+use. "anonymous" memory cannot be dropped.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def parse() -> argparse.Namespace:
 
 
 def write_manifest(folder: Path, clips: int, characters: int) -> int:
-    """Bytes of a file of JSON lines, beside as many empty videos as keep the reader's look at each honest."""
+    """Writes a file of JSON lines and returns its bytes.
+
+    Empty videos beside it make the reader's check of each realistic.
+    """
     (folder / "videos").mkdir()
     for index in range(NUM_VIDEOS):
         (folder / "videos" / f"{index}.mp4").touch()
@@ -103,7 +106,7 @@ def read_clips(folder: Path) -> Iterator[Clip]:
 
 
 def measure(kind: str, method: str, folder: Path, num_workers: int) -> dict[str, Any]:
-    """One kind of manifest in the main process and in workers that read all of it."""
+    """Measures one kind of manifest in the main process and in workers that read all of it."""
     before = memory()
     started = time.perf_counter()
     clips: Sequence[Clip] = (
@@ -148,7 +151,7 @@ def work(clips: Sequence[Clip], barrier: Any, results: Any) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: resident, proportional and anonymous, the last two 0 where the system does not say."""
+    """Returns resident, proportional and anonymous bytes of this process; the last two are 0 where not reported."""
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.exists():
         unit = 1 if sys.platform == "darwin" else 1024

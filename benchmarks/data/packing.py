@@ -1,12 +1,11 @@
-"""Speed and padding of a training step with clips in shuffled batches, in batches of like length, and packed into one row.
+"""Speed and padding of a training step with shuffled batches, batches of similar length, and packed batches.
 
     python benchmarks/data/packing.py --output packing.json
 
 A tiny Qwen3 (random weights, frozen, LoRA on all linear layers) learns from random features and captions whose lengths
 are log-normal, short as those of public caption sets, or long. All three kinds of batches come from the batch plans of
 training, hold at most the same number of tokens, and are timed in turns, forward and backward, on the same clips.
-Tokens count only where they are real; the share of padding is that of all places in the batches. Writes JSON and prints
-a table.
+Only real tokens count; the share of padding is that of all positions in the batches. Writes JSON and prints a table.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SETS = {
 
 @dataclass
 class Words:
-    """A prompt whose captions are numbers of random tokens."""
+    """Stands in for a tokenizer: captions are numbers of random tokens."""
 
     prefix_ids: list[int] = field(default_factory=lambda: list(range(5, 20)))
     suffix_ids: list[int] = field(default_factory=lambda: list(range(20, 40)))
@@ -84,7 +83,7 @@ def batches_of(plan: BatchPlan, collator: Collator, samples: list[Sample]) -> li
 
 
 def make_kinds(num_clips: int, caption: int, num_visual: int, max_tokens: int, seed: int) -> dict[str, list[Batch]]:
-    """Batches of one epoch by kind."""
+    """Makes the batches of one epoch by kind."""
     rng = np.random.default_rng(seed)
     prompt: Any = Words()
     around = 1 + num_visual + len(prompt.prefix_ids) + len(prompt.suffix_ids)

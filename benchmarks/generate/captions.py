@@ -1,22 +1,22 @@
-"""Captions a second of transformers' generate and of vlmcap's own engine, side by side in one run.
+"""Captions per second of transformers' generate and of vlmcap's native engine, in one run.
 
     python benchmarks/generate/captions.py [--clips 64] [--rows 16 32] [--repeats 3] [--threads 1] [--shrink 1]
     [--minutes M]
 
-Qwen3 of 2 layers x 512 with random weights in float32 runs in full at every step, and writes captions of lengths drawn
-as those of the data (scripted.py says how). Each engine gets the same input embeddings and must give the same ids back.
+Qwen3 of 2 layers x 512 with random weights in float32 runs in full at every step, and generates captions with the
+lengths of the data (scripted.py says how). Each engine gets the same input embeddings and must give the same ids back.
 The methods:
 
 transformers       `generate` on one batch of `rows` clips after another, left-padded, as vlmcap called it before
 drop               vlmcap, the same batches one after another: rows that have ended leave
-own                vlmcap, all clips at once: rows that have ended leave, waiting clips take their places
+own                vlmcap, all clips at once: rows that have ended leave, waiting clips take their slots
 own, known         the same, the longest captions first, as if their lengths were known
-own, speculate N   the same as `own`, looking N-grams up, on captions in which no order is repeated
-phrases, ...       `own` without and with look-up on captions of 40 phrases that come again and again
+own, speculate N   the same as `own` with N-gram look-up, on captions without repetition
+phrases, ...       `own` without and with look-up, on captions of 40 repeated phrases
 
-Methods take turns, and the order is reversed every other time. Every single time goes to captions.json; the command
-goes on where an earlier one with the same settings stopped, such as after `--minutes`. The plot needs matplotlib (`pip
-install vlmcap[bench]`).
+Methods take turns, and the order is reversed every other time. Every time goes to captions.json; the command continues
+where an earlier one with the same settings stopped, such as after `--minutes`. The plot needs matplotlib (`pip install
+vlmcap[bench]`).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
 
 
 class Tasks:
-    """The model, and clips whose captions it will write."""
+    """The model, and clips with captions that it will generate."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -119,7 +119,7 @@ class Tasks:
         return [len(caption) for caption in self.make().captions]
 
     def measure(self, method: str, rows: int) -> dict[str, float]:
-        """Seconds of all clips' captions; the captions must be the scripted ones."""
+        """Returns the seconds of all clips' captions, which must be the scripted ones."""
         task = self.make(40 if method.startswith("phrases") else None)
         wall, processor = time.perf_counter(), time.process_time()
         captions = self.captions(task, method, rows)
@@ -149,7 +149,7 @@ class Tasks:
 
 @torch.no_grad()
 def by_transformers(model: ScriptedQwen3, prompts: list[torch.Tensor]) -> list[list[int]]:
-    """Captions up to and with their end token, of one left-padded batch."""
+    """Generates captions up to and including their end token, of one left-padded batch."""
     embeddings = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], batch_first=True, padding_side="left"
@@ -165,7 +165,7 @@ def by_transformers(model: ScriptedQwen3, prompts: list[torch.Tensor]) -> list[l
 
 
 def bound(lengths: list[int], rows: int) -> float:
-    """What refilling alone can give: tokens that plain batches have room for, over those that are written."""
+    """Returns the gain of refilling alone: tokens that plain batches have room for, over those that are generated."""
     room = sum(
         len(part) * max(part) for part in (lengths[start : start + rows] for start in range(0, len(lengths), rows))
     )
@@ -190,7 +190,7 @@ def machine() -> dict[str, Any]:
 
 
 def ratios(times: dict[str, Any], method: str, peer: str, kind: str) -> list[float]:
-    """Of each repeat, how many times faster than its peer."""
+    """Returns for each repeat how many times faster it is than its peer."""
     return [theirs[kind] / ours[kind] for theirs, ours in zip(times.get(peer, []), times.get(method, []), strict=False)]
 
 

@@ -1,9 +1,9 @@
-"""A language model that does all of its work and then writes given captions, so that engines can be timed on captions of true length.
+"""A language model that does its full work but generates given captions, to time engines on captions of real length.
 
-Random weights never end a caption where a trained model would. Here every step runs the whole of Qwen3, its head
-included; then the logit of the scripted token is raised above all others. A token's id names its clip and its word, and
-with the position of the token, which every engine has to tell the model, the next one is known: engines are asked for
-nothing special, and a wrong position, cache row or stop shows as a wrong caption.
+Random weights never end a caption where a trained model would. Here every step runs the whole of Qwen3 including its
+head; then the logit of the scripted token is raised above all others. A token's id identifies its clip and its word,
+and with the position of the token, which every engine has to give the model, the next one is known: engines need
+nothing special, and a wrong position, cache row or stop results in a wrong caption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Task:
 
     Attributes:
         prompts: (S, Dl), input embeddings of each clip.
-        captions: Ids of each clip's caption, the end token included.
+        captions: Ids of each clip's caption, including the end token.
     """
 
     prompts: list[Tensor]
@@ -38,9 +38,9 @@ class Task:
 
 
 def draw_lengths(count: int, seed: int, shrink: int = 1) -> list[int]:
-    """Tokens of captions with the data's least, mean and most, over `shrink`.
+    """Draws caption lengths with the data's least, mean and most, divided by `shrink`.
 
-    The shape between is not known: a beta distribution.
+    The distribution between them is not known, so a beta distribution is assumed.
     """
     share = (MEAN - LEAST) / (MOST - LEAST)
     generator = np.random.default_rng(seed)
@@ -51,16 +51,15 @@ def draw_lengths(count: int, seed: int, shrink: int = 1) -> list[int]:
 def make_task(
     model: ScriptedQwen3, count: int, prompt_tokens: int, *, seed: int, shrink: int = 1, phrases: int | None = None
 ) -> Task:
-    """Clips with prompts of about `prompt_tokens` and captions drawn as the data's.
+    """Makes clips with prompts of about `prompt_tokens` and captions with lengths like the data's.
 
     Args:
-        model: Is given the script.
-        count: Clips.
-        prompt_tokens: Of a prompt, give or take an eighth.
-        seed: Of everything.
-        shrink: Captions are shorter by this factor.
-        phrases: None for captions without any repeated order; else their words come in this many phrases of 4 to 12
-            words.
+        model: Model that receives the script.
+        count: Number of clips.
+        prompt_tokens: Tokens of a prompt, plus or minus an eighth.
+        seed: Seed of all draws.
+        shrink: Factor by which captions are shorter.
+        phrases: None for captions without repetition; otherwise their words come in this many phrases of 4 to 12 words.
     """
     generator = np.random.default_rng(seed)
     lengths = draw_lengths(count, seed, shrink)
@@ -96,13 +95,13 @@ class Script:
         )
 
     def after(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Next tokens after tokens at positions, both (N, q); the end token where there is none."""
+        """Returns the tokens after tokens at positions, both (N, q); the end token where there is none."""
         clips = (ids - 1).clamp(min=0) // WORDS
         steps = (positions - self.prompt_lengths[clips] + 1).clamp(0, self.captions.shape[1] - 1)
         return self.captions[clips, steps]
 
     def first(self, embeddings: Tensor) -> Tensor:
-        """First tokens behind prompts (N, S, Dl), whichever side their padding is on; (N, 1)."""
+        """Returns the first tokens after prompts (N, S, Dl) with padding on either side; (N, 1)."""
         clips = (embeddings[..., 0].amax(1) - _MARK).round().long()
         return self.captions[clips, :1]
 
@@ -114,7 +113,7 @@ class ScriptedQwen3(Qwen3ForCausalLM):
 
     @functools.wraps(Qwen3ForCausalLM.forward)  # transformers' generate looks into the signature for what it may pass
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Logits with the scripted token's above all others."""
+        """Returns logits in which the scripted token's is the highest."""
         output = super().forward(*args, **kwargs)
         ids = kwargs.get("input_ids")
         tokens = (
@@ -127,7 +126,7 @@ class ScriptedQwen3(Qwen3ForCausalLM):
 
 
 def make_model(num_clips: int, layers: int, width: int) -> ScriptedQwen3:
-    """Qwen3 of random weights with words for so many clips."""
+    """Makes a Qwen3 with random weights and words for a number of clips."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=1 + num_clips * WORDS,

@@ -31,11 +31,11 @@ from benchmarks.gpu.runner import ROOT, describe_machine, run_checks
 from benchmarks.gpu.table import page
 
 _RESULTS = Path(__file__).parent / "results"
-_PATIENCE = 4  # times the budgets, for a rehearsal on a busy CPU
+_PATIENCE = 4  # factor on the budgets, for a rehearsal on a busy CPU
 
 
 def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) -> int:
-    """Runs the checks; the exit code."""
+    """Runs the checks and returns the exit code."""
     options = _parse(arguments, checks)
     if options.list:
         print("\n".join(f"{check.name:18} {check.budget_s:4.0f} s  {check.title}" for check in checks))
@@ -111,14 +111,14 @@ def _run(options: argparse.Namespace, machine: dict[str, Any], chosen: Sequence[
 
 
 def _begin(results: Path, machine: dict[str, Any], chosen: Sequence[Check]) -> None:
-    """Writes the file anew, with what earlier runs found in the checks that do not run now."""
+    """Writes the file again, with earlier results of the checks that do not run now."""
     names = {check.name for check in chosen}
     kept = [row for row in read_rows(results)[1] if row.check not in names]
     results.write_text(as_line(machine) + "".join(as_line(row) for row in kept), encoding="utf-8")
 
 
 def _verdict(ends: Sequence[Row], name: str, seconds: float, shown: Path) -> str:
-    """The last line."""
+    """Returns the last line."""
     counts = {"pass": "passed", "rehearsed": "were rehearsed"}
     good = [end for end in ends if end.verdict in counts]
     words = counts[good[0].verdict] if good else "passed"

@@ -1,4 +1,4 @@
-"""One check in a process of its own: `python -m benchmarks.gpu.child NAME FUNCTION ROWS DEVICE SIZE FOLDER`."""
+"""Runs one check in its process: `python -m benchmarks.gpu.child NAME FUNCTION ROWS DEVICE SIZE FOLDER`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmcap.libraries import set_cuda_variables
 
 
 def main(name: str, function: str, rows: str, device: str, size: str, folder: str) -> None:
-    """Runs the check; its rows go into a file, and what it prints to the screen."""
+    """Runs the check; its rows go into a file, and its output to the screen."""
     set_cuda_variables()  # as the programs do, before PyTorch is imported
     report = Report(name, Path(rows), is_rehearsal=size == "tiny")
     module, _, called = function.partition(":")

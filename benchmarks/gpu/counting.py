@@ -1,7 +1,4 @@
-"""What a GPU and its host did meanwhile.
-
-Waits of the host, launches, the time in which the GPU was busy, and memory of both.
-"""
+"""Counts what a GPU and its host do: waits of the host, launches, busy time of the GPU, and memory of both."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 
 import torch
 
-_WAIT = "called a synchronizing CUDA operation"  # PyTorch's words under torch.cuda.set_sync_debug_mode("warn")
+_WAIT = "called a synchronizing CUDA operation"  # PyTorch's warning under torch.cuda.set_sync_debug_mode("warn")
 _CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")  # beginnings of names
 _EVERY_S = 0.005
 GIB = 2**30
@@ -50,7 +47,7 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """What one piece of work gave the GPU to do; on a CPU, the operations of PyTorch.
+    """Work of a GPU; on a CPU, the operations of PyTorch.
 
     Attributes:
         count: Calls by which the host started kernels, graphs and copies.
@@ -65,7 +62,7 @@ class Launches:
 
 
 def launches(work: Callable[[], object], device: str) -> Launches:
-    """Profiles a piece of work, which takes longer so."""
+    """Profiles a function, which makes it slower."""
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     is_cuda = device == "cuda"
@@ -80,7 +77,7 @@ def launches(work: Callable[[], object], device: str) -> Launches:
 
 
 def wait(device: str) -> None:
-    """Returns when the GPU has done all that it was given."""
+    """Waits until the GPU has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -90,8 +87,8 @@ class Use:
     """Memory of the GPU, in GiB; on a CPU that of the process.
 
     Attributes:
-        allocated: By tensors, at most.
-        reserved: Held by PyTorch's allocator, at most.
+        allocated: Peak of tensors.
+        reserved: Peak held by PyTorch's allocator.
     """
 
     allocated: float = 0.0
@@ -99,28 +96,28 @@ class Use:
 
 
 class Memory:
-    """The most memory since `start`."""
+    """Measures the peak of memory since `start`."""
 
     def __init__(self, device: str) -> None:
         self.is_cuda = device == "cuda"
         self._base_gib = resident_gib("VmRSS")
 
     def start(self) -> None:
-        """Gives back what is not needed, and begins anew."""
+        """Releases unused memory and resets the peak."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> Use:
-        """The most since then; a process keeps no peak that can be set back, so a CPU shows what is there now."""
+        """Returns the peak; on a CPU the present memory, as the peak of a process cannot be reset."""
         if self.is_cuda:
             return Use(torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)
         grown = resident_gib("VmRSS") - self._base_gib
         return Use(grown, grown)
 
     def context_gib(self) -> float:
-        """What is taken beside PyTorch's allocator: the context, kernels and workspaces, and other programs' memory."""
+        """Returns GPU memory beside PyTorch's allocator: context, kernels, workspaces and other programs."""
         if not self.is_cuda:
             return 0.0
         free, total = torch.cuda.mem_get_info()
@@ -128,10 +125,7 @@ class Memory:
 
 
 def resident_gib(name: str) -> float:
-    """Memory of this process by its name in /proc/self/status.
-
-    All ("VmRSS"), or what no file stands behind ("RssAnon").
-    """
+    """Returns memory of this process by its name in /proc/self/status: all ("VmRSS"), or anonymous ("RssAnon")."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(name))
     return float(line.split()[1]) * 1024 / GIB
@@ -139,11 +133,11 @@ def resident_gib(name: str) -> float:
 
 @dataclass(slots=True)
 class HostMemory:
-    """Host memory that no file stands behind.
+    """Anonymous host memory.
 
     Attributes:
-        base_gib: When the watch began.
-        peak_gib: The most since then.
+        base_gib: Memory at the beginning.
+        peak_gib: Peak since then.
     """
 
     base_gib: float
@@ -151,24 +145,24 @@ class HostMemory:
 
     @property
     def grown_gib(self) -> float:
-        """What came on top of the beginning."""
+        """Growth since the beginning."""
         return self.peak_gib - self.base_gib
 
 
 @contextmanager
 def watching_host() -> Iterator[HostMemory]:
-    """Looks at this process's anonymous memory many times a second.
+    """Samples this process's anonymous memory many times per second.
 
-    Pages of weight files that are mapped do not count.
+    Pages of memory-mapped weight files do not count.
     """
     now = resident_gib("RssAnon")
     memory, is_over = HostMemory(now, now), threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not is_over.wait(_EVERY_S):
             memory.peak_gib = max(memory.peak_gib, resident_gib("RssAnon"))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield memory

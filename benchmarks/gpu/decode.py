@@ -1,7 +1,4 @@
-"""Milliseconds of a caption token, by what may change them.
-
-Rows, engine, deterministic mode, autocast's cache and adapters.
-"""
+"""Milliseconds per caption token by number of slots, engine, deterministic mode, autocast's cache and adapters."""
 
 from __future__ import annotations
 
@@ -31,13 +28,13 @@ NUM_TOKENS = 8  # of the captions that are timed
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One way to write captions.
+    """A way to decode captions.
 
     Attributes:
-        engine: Ours, or transformers'.
+        engine: Native, or transformers'.
         has_adapters: Whether LoRA runs; without it, a step launches what merged weights would.
         is_deterministic: Whether the caller trains in deterministic mode.
-        has_cache: Whether autocast keeps its casts, which Lightning's does not.
+        has_cache: Whether autocast caches its casts, which Lightning's does not.
     """
 
     engine: Engine
@@ -52,7 +49,7 @@ class Cell:
 
 
 def matrix(report: Report, place: Place) -> None:
-    """Qwen3-8B in 4 bits with LoRA and short prompts, every cell at 1, 8 and 32 rows."""
+    """Measures Qwen3-8B in 4 bits with LoRA and short prompts, every cell at 1, 8 and 32 rows."""
     prepared = prepare(place, "decode")
     captioner = prepared.captioner.eval()
     found: dict[tuple[Cell, int], float] = {}
@@ -62,7 +59,7 @@ def matrix(report: Report, place: Place) -> None:
         prompts = prompt_batch(prepared, rows).to(captioner.device)
         for cell in cells:
             write = _writer(captioner, prepared, prompts, cell, rows)
-            write(2)  # takes memory, chooses kernels
+            write(2)  # warm-up: allocates memory and chooses kernels
             seconds = timed(write, NUM_TOKENS, place.device) - timed(write, 1, place.device)
             found[cell, rows] = max(1e-9, seconds) / (NUM_TOKENS - 1)
             report.add(str(cell), f"ms per token, {_rows(rows)}", 1e3 * found[cell, rows])
@@ -76,7 +73,7 @@ def _rows(count: int) -> str:
 
 
 def _compare(report: Report, found: dict[tuple[Cell, int], float]) -> None:
-    """Ratios that have bounds."""
+    """Reports ratios that have bounds."""
     ours = Cell(Engine.native)
     for rows in dict.fromkeys(rows for _, rows in found):
         own = found[ours, rows]
@@ -101,7 +98,7 @@ def _report_launches(
 def _writer(
     captioner: VideoCaptioner, prepared: Prepared, prompts: Batch, cell: Cell, rows: int
 ) -> Callable[[int], list[str]]:
-    """A function that writes captions of so many tokens."""
+    """Returns a function that decodes captions of a number of tokens."""
     precision = prepared.config.hardware.precision
     is_mixed = precision is not Precision.fp32
     kind = captioner.device.type

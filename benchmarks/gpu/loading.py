@@ -1,4 +1,4 @@
-"""Where weights are: read straight to the GPU, and left there when a fit ends."""
+"""Checks where weights are: read straight to the GPU, and still there when a fit ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, 
 
 
 def unquantised(report: Report, place: Place) -> None:
-    """Qwen3 of 1.4 GiB in bfloat16, read from disk."""
+    """Loads a Qwen3 of 1.4 GiB in bfloat16 from disk."""
     from vlmcap.models.llm.load import load_language_model
 
     require_gpu(place, 4, Precision.bf16)
@@ -58,7 +58,7 @@ def _load(read: Any, folder: Path, place: Place) -> Any:
 
 
 def _saved(place: Place) -> Path:
-    """A checkpoint in Hugging Face layout."""
+    """Saves a checkpoint in Hugging Face layout."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = _SMALL if place.is_tiny else _LARGE
@@ -79,7 +79,7 @@ def _saved(place: Place) -> Path:
 
 
 def teardown_8bit(report: Report, place: Place) -> None:
-    """Four layers of Qwen3-8B in 8 bits before and after a fit."""
+    """Compares four layers of Qwen3-8B in 8 bits before and after a fit."""
     prepared = prepare(place, "teardown_8bit", ["llm.quantization=8bit"])
     captioner: Any = prepared.captioner
     rng = random.Random(0)
@@ -101,7 +101,7 @@ def teardown_8bit(report: Report, place: Place) -> None:
 
 
 def fit(prepared: Prepared, place: Place, batches: Sequence[Batch]) -> tuple[Any, Any]:
-    """A step for each batch; the trainer and its module."""
+    """Trains a step for each batch, and returns the trainer and its module."""
     trainer, module = training(prepared, place, [], len(batches), 1)
     trainer.fit(module, train_dataloaders=loader(batches, place))
     wait(place.device)

@@ -1,4 +1,4 @@
-"""Models at true size with random weights, batches whose captions differ in length, and Lightning's loop around them."""
+"""Models at true size with random weights, batches with captions of different lengths, and Lightning's trainer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from vlmcap.libraries import silence_libraries
 from vlmcap.measuring.random_components import random_captioner, with_blocks
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder
-from vlmcap.planning.estimate.sizes import Sizes, frames_shape, sizes_of
-from vlmcap.planning.hardware import CARDS, detect_gpu, matching_profile, planned_device
+from vlmcap.planning.estimate.sizes import Sizes, clip_sizes, frames_shape
+from vlmcap.planning.hardware import GPUS, detect_gpu, matching_profile, planned_device
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
 from vlmcap.training.callbacks.guard import DivergenceGuard
@@ -38,8 +38,8 @@ from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch, Clip, Sample
 
 NUM_NEW = 16  # tokens of the captions that are written
-_MOST_ID = 600  # random ids stay below, where every vocabulary has tokens
-# All that any stage trains is trained, and no clips wait for rows, as a plan would have their frames on the GPU.
+_MOST_ID = 600  # random ids are smaller, where every vocabulary has tokens
+# All that any stage trains is trained, and no clips wait for a slot, as a plan counts their frames on the GPU.
 _COMMON = ("tuning.align_epochs=0", "tuning.epochs=1", "evaluation.clips_per_row=1")
 _TINY = (
     "hardware=cpu",
@@ -65,8 +65,8 @@ _TINY_MOE = {
 }
 
 
-# Overrides of the checks at true size, and the blocks that encoder and language model are cut to, where a path is the
-# same in each.
+# Overrides of the checks at true size, and the number of blocks that encoder and language model are truncated to, where
+# all blocks take the same path.
 TRUE_SIZES: dict[str, tuple[tuple[str, ...], int | None]] = {
     "recommended_l4": (("experiment=recommended_l4",), None),
     "recommended_h100": (("experiment=recommended_h100",), None),
@@ -92,10 +92,10 @@ class Planned:
     """A configuration at true size and its plan.
 
     Attributes:
-        config: Its captions cut to `NUM_NEW` tokens.
+        config: Configuration with captions of at most `NUM_NEW` tokens.
         whole: The same with captions of full length.
-        plan: Of `config`, by data sheets alone.
-        sizes: Of a clip.
+        plan: Plan of `config`, by data sheets alone.
+        sizes: Sizes of a clip.
     """
 
     config: Config
@@ -106,22 +106,22 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Prepared(Planned):
-    """The same with a model.
+    """A planned configuration with its model.
 
     Attributes:
-        captioner: With random weights.
+        captioner: Captioner with random weights.
     """
 
     captioner: VideoCaptioner
 
 
 def planned(place: Place, name: str, tiny: Sequence[str] = ()) -> Planned:
-    """The configuration of a check.
+    """Returns the configuration of a check and its plan.
 
     Args:
         place: Where it runs.
         name: A key of `TRUE_SIZES`.
-        tiny: Overrides of a rehearsal, on top of the demo's own parts.
+        tiny: Overrides of a rehearsal, in addition to the demo's components.
     """
     silence_libraries()
     overrides, num_blocks = TRUE_SIZES[name]
@@ -131,11 +131,11 @@ def planned(place: Place, name: str, tiny: Sequence[str] = ()) -> Planned:
     if num_blocks is not None and not place.is_tiny:
         config = with_blocks(config, num_blocks, place.folder / "cut")
     short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=NUM_NEW))
-    return Planned(short, config, make_plan(short, planned_device(short)), sizes_of(short))
+    return Planned(short, config, make_plan(short, planned_device(short)), clip_sizes(short))
 
 
 def prepare(place: Place, name: str, tiny: Sequence[str] = ()) -> Prepared:
-    """The model of a check; arguments as those of `planned`.
+    """Builds the model of a check; the arguments are those of `planned`.
 
     Raises:
         Skip: The GPU is too small or too old.
@@ -147,10 +147,10 @@ def prepare(place: Place, name: str, tiny: Sequence[str] = ()) -> Prepared:
 
 
 def require_gpu(place: Place, gib: float, precision: Precision) -> None:
-    """Nothing, if the GPU at hand can run this.
+    """Checks that this GPU can run a check.
 
     Raises:
-        Skip: It has less memory than that, or no bfloat16.
+        Skip: It has too little memory, or no bfloat16.
     """
     gpu = detect_gpu() if place.device == "cuda" else None
     if gpu is None:
@@ -162,25 +162,25 @@ def require_gpu(place: Place, gib: float, precision: Precision) -> None:
 
 
 def peak_flops() -> float | None:
-    """Dense half-precision operations per second of the GPU at hand; None where no data sheet is known."""
+    """Returns dense half-precision operations per second of this GPU; None where its data sheet is not known."""
     gpu = detect_gpu()
     if gpu is None:
         return None
-    if re.search(r"\bH200\b", gpu.name):  # the same processor with more memory
-        return CARDS["h100"].peak_flops
+    if re.search(r"\bH200\b", gpu.name):  # the same chip with more memory
+        return GPUS["h100"].peak_flops
     profile = matching_profile(gpu.name, gpu.total_gib)
-    return None if profile is None else CARDS[profile].peak_flops
+    return None if profile is None else GPUS[profile].peak_flops
 
 
 def tiny_moe(folder: Path) -> str:
-    """A folder with the `config.json` of a mixture of experts of a few thousand weights."""
+    """Returns a folder with the `config.json` of a mixture of experts of a few thousand weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **_TINY_MOE}), encoding="utf-8")
     return str(folder)
 
 
 def say(text: str) -> None:
-    """What a check does at the moment, for its log."""
+    """Prints what a check is doing, for its log."""
     print(text, flush=True)
 
 
@@ -189,7 +189,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the collator asks of a tokenizer: as much text as a plan counts with.
+    """Stands in for the tokenizer of the collator, with as much text as a plan assumes.
 
     A caption's text is the number of its tokens.
     """
@@ -200,18 +200,18 @@ class _Prompt:
     pad_id: int = 0
 
     def encode_caption(self, text: str) -> list[int]:
-        """Random tokens, one less than the number, as the end token follows."""
+        """Returns random tokens, one less than the number, as the end token follows."""
         rng = random.Random(text)
         return [rng.randrange(3, _MOST_ID) for _ in range(int(text) - 1)]
 
 
 def training_batch(found: Planned, rng: random.Random, *, is_longest: bool) -> Batch:
-    """A micro-batch on the CPU by the collator of a run, padded on the right.
+    """Makes a micro-batch on the CPU with the collator of a run, padded on the right.
 
     Args:
-        found: What runs.
+        found: Configuration that runs.
         rng: Draws the lengths of the captions.
-        is_longest: Whether one of the captions has the most tokens that the plan counts with.
+        is_longest: Whether one of the captions has the most tokens that the plan assumes.
     """
     most, count = found.config.llm.caption_tokens, found.config.data.batch_size
     lengths = [most if is_longest and not row else draw_length(rng, most) for row in range(count)]
@@ -219,7 +219,7 @@ def training_batch(found: Planned, rng: random.Random, *, is_longest: bool) -> B
 
 
 def prompt_batch(found: Planned, num_rows: int) -> Batch:
-    """Prompts on the CPU, of as many clips."""
+    """Makes prompts of `num_rows` clips on the CPU."""
     return _collated(found, [1] * num_rows, "generate")
 
 
@@ -232,7 +232,7 @@ def _collated(found: Planned, lengths: Sequence[int], mode: Literal["train", "ge
 
 
 def draw_length(rng: random.Random, most: int) -> int:
-    """Tokens of a caption, spread as those of the Korean data are between their least, mean and most."""
+    """Draws the tokens of a caption between the least and the most of the Korean data, around their mean."""
     span = _MOST_LENGTH - _LEAST_LENGTH
     first = 2.0
     second = first * (span / (_MEAN_LENGTH - _LEAST_LENGTH) - 1)
@@ -242,7 +242,7 @@ def draw_length(rng: random.Random, most: int) -> int:
 def training(
     prepared: Prepared, place: Place, callbacks: Sequence[L.Callback], num_batches: int, accumulate: int
 ) -> tuple[L.Trainer, CaptioningModule]:
-    """Lightning's trainer with the settings of a run, and the module around the captioner."""
+    """Returns Lightning's trainer with the settings of a run, and the module around the captioner."""
     config, plan = prepared.config, StagePlan(prepared.config.tuning.stages)
     module = CaptioningModule(
         prepared.captioner,
@@ -274,19 +274,19 @@ def training(
 
 
 def loader(batches: Sequence[Batch], place: Place) -> DataLoader[Any]:
-    """The batches one by one, in page-locked memory where they go to a GPU, as a run's loader has them."""
+    """Returns a loader of the batches, in page-locked memory for a GPU, as in a run."""
     chosen: Any = list(batches)
-    return DataLoader(chosen, batch_size=None, collate_fn=_as_it_is, pin_memory=place.device == "cuda")
+    return DataLoader(chosen, batch_size=None, collate_fn=_identity, pin_memory=place.device == "cuda")
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
 def writer(
     prepared: Prepared, trainer: L.Trainer, module: CaptioningModule, num_rows: int
 ) -> Callable[[int], list[str]]:
-    """A function that writes captions of so many tokens for a batch of prompts, as the loop's evaluation does."""
+    """Returns a function that decodes captions of a number of tokens for a batch of prompts, as in evaluation."""
     prompts = prompt_batch(prepared, num_rows).to(module.captioner.device)
     plugin: Any = trainer.precision_plugin
 

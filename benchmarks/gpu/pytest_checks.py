@@ -1,4 +1,4 @@
-"""The tests that need a GPU, as pytest runs them."""
+"""Runs the tests that need a GPU with pytest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIGURES: dict[str, tuple[str, dict[bool, Limit]]] = {
 
 
 def gpu_tests(report: Report, place: Place) -> None:
-    """Every test that is marked `gpu`, but for those of `PARTS`; a rehearsal collects them."""
+    """Runs every test with the marker `gpu`, except those of `PARTS`; a rehearsal only collects them."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if _is_marked(path))
     files = [file for file in files if file != PARTS]
     if place.is_tiny:
@@ -43,7 +43,7 @@ def gpu_tests(report: Report, place: Place) -> None:
 
 
 def parts(report: Report, place: Place) -> None:
-    """Loss, gradients and captions of all parts, each within its bounds."""
+    """Checks loss, gradients and captions of all components against their bounds."""
     _pytest(place, [PARTS, "-q", *(["-k", _TINY_PARTS] if place.is_tiny else [])])
     for name, figures, problem, reason in _cases(place):
         case = name.partition("[")[2].rstrip("]")
@@ -61,10 +61,10 @@ def _is_marked(path: Path) -> bool:
 
 
 def _pytest(place: Place, arguments: Sequence[str]) -> str:
-    """What pytest printed; the results go into a file.
+    """Runs pytest and returns its output; the results go into a file.
 
     Raises:
-        RuntimeError: It ran no test to its end.
+        RuntimeError: No test ran to its end.
     """
     command = [
         sys.executable,
@@ -88,7 +88,7 @@ def _pytest(place: Place, arguments: Sequence[str]) -> str:
 
 
 def _cases(place: Place) -> Iterator[tuple[str, dict[str, str], str, str]]:
-    """Name, recorded properties, problem and reason for being skipped of each test."""
+    """Yields name, recorded properties, problem and skip reason of each test."""
     for case in ElementTree.parse(place.folder / "tests.xml").iter("testcase"):
         figures = {one.get("name", ""): one.get("value", "") for one in case.iter("property")}
         bad = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)

@@ -1,6 +1,6 @@
-"""train.py as users run it, on small models and pictures made here.
+"""Runs train.py as users do, on small models and generated images.
 
-Repeated, killed, resumed, evaluated, captioned and exported.
+Runs are repeated, killed, resumed, evaluated, captioned and exported.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ _SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, 
 
 
 def bf16(report: Report, place: Place) -> None:
-    """As on an L4: bf16, 4 bits, gradient checkpointing."""
+    """Runs as on an L4: bf16, 4 bits, gradient checkpointing."""
     _run(report, place, ["hardware=l4"])
 
 
 def fp16(report: Report, place: Place) -> None:
-    """As on a T4, but unquantised: fp16 and loss scaling; a rehearsal in bf16, as CPUs have no layer norm of fp16."""
+    """Runs as on a T4, but unquantised: fp16 and loss scaling.
+
+    A rehearsal uses bf16, as CPUs have no fp16 layer norm.
+    """
     precision = ["hardware.precision=bf16"] if place.is_tiny else []
     _run(report, place, ["hardware=t4", "llm.quantization=none", *precision])
 
@@ -110,7 +113,7 @@ def _start(place: Place, overrides: Sequence[str], name: str) -> subprocess.Pope
 
 
 def _kill(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Ends the process without a warning once it has a checkpoint.
+    """Kills the process as soon as it has a checkpoint.
 
     Raises:
         RuntimeError: It ended before that, or took too long.
@@ -159,7 +162,7 @@ def _into(place: Place, name: str) -> str:
 
 
 def _overrides(place: Place) -> list[str]:
-    """Of a run of a few dozen steps; images need no PyAV, and words no mecab-ko."""
+    """Returns overrides of a run of a few dozen steps; images need no PyAV, and words no mecab-ko."""
     counts = {"train": 6, "val": 2, "test": 2} if place.is_tiny else {"train": 24, "val": 6, "test": 6}
     root, captions = _make_clips(place.folder / "clips", counts)
     vision, language = _make_bases(place.folder / "bases", captions)
@@ -193,7 +196,7 @@ def _overrides(place: Place) -> list[str]:
 
 
 def _make_clips(folder: Path, counts: dict[str, int]) -> tuple[Path, list[str]]:
-    """Animated PNGs of the demo's scenes with their captions, a JSON-lines file a split."""
+    """Makes animated PNGs of the demo's scenes with their captions, in a JSON-lines file per split."""
     from PIL import Image
 
     from vlmcap.demo.render import render
@@ -214,7 +217,7 @@ def _make_clips(folder: Path, counts: dict[str, int]) -> tuple[Path, list[str]]:
 
 
 def _make_bases(folder: Path, captions: Sequence[str]) -> tuple[Path, Path]:
-    """A SigLIP tower and a Qwen3 with random weights, with a tokenizer, in Hugging Face layout."""
+    """Makes a SigLIP tower and a Qwen3 with random weights and a tokenizer, in Hugging Face layout."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 

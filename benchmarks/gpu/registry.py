@@ -1,23 +1,23 @@
-"""The checks of the acceptance run, in their order, and the seconds that each may take."""
+"""The checks of the acceptance run in their order, and their time budgets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-TOTAL_S = 475.0  # of a whole run: under eight minutes. The budgets add up to more, as no GPU needs all of them
+TOTAL_S = 475.0  # of a whole run, under eight minutes; the budgets add up to more, as no GPU needs all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A function that a process of its own calls.
+    """A function that runs in a separate process.
 
     Attributes:
-        name: On the command line and in the results.
-        function: As `module:function`; it takes a `Report` and a `Place`.
-        budget_s: Seconds after which it is stopped, start of the process included.
-        title: What it does, one sentence.
-        least_gib: Memory of a GPU below which it is not even started; what its plan asks for is looked at when it runs.
+        name: Name on the command line and in the results.
+        function: Function as `module:function`; it takes a `Report` and a `Place`.
+        budget_s: Seconds after which it is stopped, including the start of the process.
+        title: What it does, in one sentence.
+        least_gib: GPU memory below which it is not started; the memory that its plan needs is checked when it runs.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Place:
     Attributes:
         device: "cuda" or "cpu".
         is_tiny: Whether sizes are those of a rehearsal.
-        folder: Empty, and removed afterwards.
+        folder: Empty folder, which is removed afterwards.
     """
 
     device: str
@@ -43,7 +43,7 @@ class Place:
 
     @property
     def accelerator(self) -> str:
-        """As `hardware.accelerator` takes it."""
+        """Value of `hardware.accelerator`."""
         return "gpu" if self.device == "cuda" else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""What a check found, a line of JSON each."""
+"""Results of a check, one line of JSON each."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ GOOD = ("pass", "info", "rehearsed")  # "skipped" is neither good nor bad
 BAD = ("fail", "error", "stopped")
 
 
-class Skip(Exception):  # noqa: N818 - no error: the GPU at hand cannot run the check
+class Skip(Exception):  # noqa: N818 - not an error: this GPU cannot run the check
     """A check that cannot run here; the message says what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bounds of a figure, and where they come from.
+    """The bounds of a figure.
 
     Attributes:
         least: Lower bound; None for none.
         most: Upper bound; None for none.
-        source: One line.
+        source: Where the bounds come from, in one line.
     """
 
     least: float | None
@@ -39,7 +39,7 @@ class Limit:
         return short(self.least) if self.least == self.most else f"{short(self.least)} to {short(self.most)}"
 
     def distance(self, value: float) -> float:
-        """How far a figure is out of the bounds; 0 within them, and not a number for none."""
+        """Returns how far a figure is outside of the bounds; 0 within them, and NaN without a figure."""
         if value != value:
             return value
         below = 0.0 if self.least is None else self.least - value
@@ -49,18 +49,18 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure, or the end of a check.
+    """A figure, or the end of a check.
 
     Attributes:
         check: Name of the check.
         case: What was run.
         measure: What was measured, with its unit.
-        value: The figure; None where there is none.
-        verdict: pass, fail, info (no bounds), rehearsed (tiny size, where bounds say nothing), skipped, stopped or
+        value: Figure; None where there is none.
+        verdict: pass, fail, info (no bounds), rehearsed (tiny size, where bounds mean nothing), skipped, stopped or
             error.
-        limit: The bounds in words.
-        source: Where they come from.
-        note: More, such as by how much a figure is out of its bounds.
+        limit: Bounds in words.
+        source: Where the bounds come from.
+        note: Details, such as how far a figure is outside of its bounds.
     """
 
     check: str
@@ -74,17 +74,17 @@ class Row:
 
     @property
     def is_end(self) -> bool:
-        """Whether it says how a check ended."""
+        """Whether the row reports how a check ended."""
         return not self.measure
 
 
 class Report:
-    """Takes the figures of one check, and writes each at once, so that nothing is lost where the check is stopped.
+    """Collects the figures of a check, and writes each immediately, so that none is lost if the check is stopped.
 
     Args:
         check: Name of the check.
         path: File that lines are added to.
-        is_rehearsal: Whether bounds say nothing.
+        is_rehearsal: Whether bounds mean nothing.
     """
 
     def __init__(self, check: str, path: Path, *, is_rehearsal: bool) -> None:
@@ -92,7 +92,7 @@ class Report:
         self.rows: list[Row] = []
 
     def add(self, case: str, measure: str, value: float, limit: Limit | None = None, note: str = "") -> None:
-        """Notes a figure, and its verdict where there are bounds."""
+        """Adds a figure with its verdict."""
         verdict, by = "info", ""
         if limit is not None:
             distance = limit.distance(value)
@@ -104,11 +104,11 @@ class Report:
         self._write(Row(self.check, case, measure, float(value), verdict, *text, "; ".join(filter(None, [by, note]))))
 
     def skip(self, case: str, reason: str) -> None:
-        """Notes a case that cannot run here."""
+        """Reports a case that cannot run here."""
         self._write(Row(self.check, case, "not run", None, "skipped", note=f"skipped: {reason}"))
 
     def fail(self, case: str, reason: str) -> None:
-        """Notes a case that broke."""
+        """Reports a case that failed with an error."""
         self._write(Row(self.check, case, "not run", None, "error", note=reason))
 
     def _write(self, row: Row) -> None:
@@ -118,7 +118,7 @@ class Report:
 
 
 def as_line(row: Row | dict[str, Any]) -> str:
-    """A row, or the description of a machine, as a line of JSON, which knows neither infinity nor what is no number."""
+    """Returns a row, or the description of a machine, as a line of JSON, with null for infinity and NaN."""
     plain = asdict(row) if isinstance(row, Row) else row
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()
@@ -127,9 +127,9 @@ def as_line(row: Row | dict[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The machine and the rows of a file, where it is there.
+    """Reads the machine and the rows of a file; empty where there is none.
 
-    Half a line at its end, as of a stopped writer, is left out.
+    An incomplete last line, which a stopped writer leaves, is ignored.
     """
     machine: dict[str, Any] = {}
     rows: list[Row] = []
@@ -145,9 +145,9 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def verdict_of(rows: Iterable[Row]) -> str:
-    """Of a whole check that ran to its end.
+    """Returns the verdict of a check that ran to its end.
 
-    The worst of its rows, where skipped ones count as good beside others that ran.
+    It is the worst of its rows, where skipped rows count as good if others ran.
     """
     verdicts = {row.verdict for row in rows}
     for bad in ("error", "fail"):
@@ -159,7 +159,7 @@ def verdict_of(rows: Iterable[Row]) -> str:
 
 
 def short(value: float | None) -> str:
-    """A figure with four digits that count."""
+    """Formats a figure with four significant digits."""
     if value is None or value != value:
         return "–"
     if value == 0 or 0.001 <= abs(value) < 100_000:

@@ -1,4 +1,4 @@
-"""Runs checks one after another, each in a process of its own that is stopped when its time is over."""
+"""Runs checks one after another, each in a separate process that is stopped when its time is over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.gpu.rows import Row, as_line, read_rows, verdict_of
 ROOT = Path(__file__).resolve().parents[2]
 _LEAST_S = 5.0  # no check starts with less time left
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
-_MOST_LINES = 15  # of the log of a check that broke
+_MOST_LINES = 15  # of the log of a check that failed
 _DESCRIBE = """
 import json, platform, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +41,7 @@ print(json.dumps(found))
 
 
 def describe_machine() -> dict[str, Any]:
-    """The GPU and the versions, asked for by a process that gives the GPU's memory back.
+    """Describes the GPU and the versions, from a process that then releases the GPU's memory.
 
     Raises:
         RuntimeError: PyTorch cannot be imported.
@@ -65,16 +65,16 @@ def run_checks(
     say: Callable[[str], None],
     after: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Runs the checks, and adds their rows to the results as each of them ends, however it ends.
+    """Runs the checks, and adds their rows to the results as each of them ends, even with an error.
 
     Args:
-        checks: In their order.
+        checks: Checks in their order.
         device: "cuda" or "cpu".
         results: File of JSON lines.
         is_tiny: Whether sizes are those of a rehearsal.
         total_s: Seconds of all checks together.
-        memory_gib: Of the GPU; None for a CPU.
-        say: Takes a line as each check starts and ends.
+        memory_gib: Memory of the GPU; None for a CPU.
+        say: Receives a line as each check starts and ends.
         after: Called when the rows of a check are in the file.
 
     Returns:
@@ -101,21 +101,21 @@ def run_checks(
 
 
 def _too_small(check: Check, memory_gib: float | None) -> str:
-    """Why a check is not started on this GPU; empty if it is."""
+    """Returns why a check is not started on this GPU; empty if it is."""
     if memory_gib is None or memory_gib >= check.least_gib:
         return ""
     return f"skipped: needs {check.least_gib:.0f} GiB, and this GPU has {memory_gib:.0f}"
 
 
 def _note(results: Path, *rows: Row) -> Row:
-    """Adds rows to the results; the last of them."""
+    """Adds rows to the results, and returns the last one."""
     with results.open("a", encoding="utf-8") as file:
         file.write("".join(as_line(row) for row in rows))
     return rows[-1]
 
 
 def _run(check: Check, place: Place, results: Path, budget_s: float, say: Callable[[str], None]) -> Row:
-    """The last row of a check; its own rows go into the results even where Ctrl-C ends it."""
+    """Runs a check and returns its last row; its rows are added to the results even after Ctrl-C."""
     rows, log = place.folder / "rows.jsonl", place.folder / "log.txt"
     work = place.folder / "work"
     work.mkdir()
@@ -135,7 +135,7 @@ def _run(check: Check, place: Place, results: Path, budget_s: float, say: Callab
     end = _end(check, 0.0, "stopped", "interrupted")
     try:
         with log.open("wb") as output:
-            # A session of its own: Ctrl-C reaches this process alone, which then ends all that the check has started.
+            # In a new session, Ctrl-C reaches only this process, which then ends all that the check has started.
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -165,7 +165,7 @@ def _run(check: Check, place: Place, results: Path, budget_s: float, say: Callab
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started, which share its session."""
+    """Ends a process and all that it started in its session."""
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
         try:
             os.killpg(process.pid, number)
@@ -183,7 +183,7 @@ def _end(check: Check, seconds: float, verdict: str, note: str) -> Row:
 
 
 def _problems(rows: Sequence[Row]) -> str:
-    """The first figure that is wrong, and how many others are."""
+    """Describes the first figure outside of its bounds, and counts the others."""
     bad = [row for row in rows if row.verdict in ("fail", "error")]
     if bad:
         first = bad[0]

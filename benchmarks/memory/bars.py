@@ -1,6 +1,6 @@
-"""Draws docs/memory.png: where the memory goes in a training step of the four recommended combinations, as the plan counts it.
+"""Draws docs/memory.png: planned memory of a training step of the four recommended combinations.
 
-python benchmarks/memory/bars.py            write the picture; wants matplotlib (pip install 'vlmcap[bench]')
+python benchmarks/memory/bars.py            writes the picture; needs matplotlib (pip install 'vlmcap[bench]')
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Plan
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "memory.png"
-CARDS = ("t4", "l4", "a100", "h100")
+GPUS = ("t4", "l4", "a100", "h100")
 ENDS = {  # in this order; what fits none is an activation
     "frozen weights": ("frozen weights", "quantisation state"),
     "trained weights, gradients, optimiser": ("trained weights", "gradients", "optimiser state"),
@@ -27,19 +27,19 @@ COLOURS = ("#4878a8", "#e0a44a", "#6aa56a", "#b9b9b9")
 
 
 def shares(plan: Plan) -> dict[str, float]:
-    """GiB of each kind."""
+    """Returns GiB by kind."""
     found = dict.fromkeys(ENDS, 0.0)
     for name, size in plan.training.parts.items():
         kind = next((kind for kind, ends in ENDS.items() if name.endswith(ends)), "activations")
         found[kind] += size / GIB
-    found["fragmentation, CUDA context"] += plan.gpu.context_gib
+    found["fragmentation, CUDA context"] += plan.device.context_gib
     return found
 
 
 def main() -> None:
     """Writes the picture."""
     silence_libraries()
-    plans = {gpu: make_plan(compose([f"experiment=recommended_{gpu}", "data.root=unset"])) for gpu in CARDS}
+    plans = {gpu: make_plan(compose([f"experiment=recommended_{gpu}", "data.root=unset"])) for gpu in GPUS}
     figure = Figure(figsize=(8.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     labels = [f"{gpu}: {plan.title}\n{plan.num_frames} frames, batch {plan.batch_size}" for gpu, plan in plans.items()]
@@ -49,7 +49,7 @@ def main() -> None:
         axes.barh(labels, sizes, left=left, label=kind, color=colour, height=0.6)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for row, (plan, end) in enumerate(zip(plans.values(), left, strict=True)):
-        axes.text(end + 0.4, row, f"{end:.1f} of {plan.gpu.usable_gib:.1f}", va="center", fontsize=8)
+        axes.text(end + 0.4, row, f"{end:.1f} of {plan.device.usable_gib:.1f}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="GiB at the fullest moment of a training step", xlim=(0, 1.18 * max(left)))
     axes.tick_params(labelsize=8)

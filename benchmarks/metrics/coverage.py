@@ -47,7 +47,7 @@ def quantiles(draws: Floats) -> tuple[float, float]:
 
 
 def studentised(values: Floats, means: Floats, squares: Floats) -> Floats:
-    """Draws whose quantiles are the bootstrap-t interval of a mean, from the means of the values and of their squares."""
+    """Returns draws whose quantiles are the bootstrap-t interval of a mean, from means of values and of squares."""
     clips, mean = len(values), float(values.mean())
     error = float(values.std(ddof=1)) / np.sqrt(clips)
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (clips - 1))
@@ -62,7 +62,7 @@ def is_rejected(draws: Floats, difference: float) -> bool:
 
 
 def measure(draw: Draw, truth: float, clips: int, seed: int) -> dict[str, float]:
-    """The share of trials whose interval holds the truth, its mean width, and the share of tests that reject the truth."""
+    """Returns the share of trials whose interval holds the truth, its mean width, and the share of rejected truths."""
     rng = np.random.default_rng([seed, clips])
     covered = dict.fromkeys(("percentile", "bca", "paired", "studentised"), 0)
     widths = dict.fromkeys(covered, 0.0)

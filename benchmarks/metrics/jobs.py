@@ -1,4 +1,4 @@
-"""What `speed.py` measures, each in a process of its own."""
+"""The measurements of `speed.py`, each in a separate process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def one_core() -> None:
 
 
 def corpus(pairs: int, tokens: int, seed: int = 0) -> Corpus:
-    """Predictions and references; a third longer or shorter than `tokens` at most, one reference a clip."""
+    """Makes predictions and references, at most a third longer or shorter than `tokens`, one reference per clip."""
     generator = random.Random(seed)
     words = [f"{chr(0xAC00 + i % 11172)}{chr(0xAC00 + i * 7 % 11172)}" for i in range(VOCABULARY)]
     cumulative, total = [], 0.0

@@ -1,9 +1,9 @@
-"""What the scores say of long Korean captions: exact prefixes of the reference, and two runs that differ by a little.
+"""Scores of long Korean captions: exact prefixes of the reference, and two runs that differ slightly.
 
     python benchmarks/metrics/long_captions.py FOLDER
 
-The captions come out of a small grammar, 13 sentences and some 580 characters each, as long as those of the AI Hub
-data; the prediction files stay in FOLDER, for `python -m vlmcap.metrics`. docs/scores.md has what it printed.
+The captions are made by a small grammar, with 13 sentences and some 580 characters each, as long as those of the AI Hub
+data; the prediction files stay in FOLDER for `python -m vlmcap.metrics`. docs/scores.md shows the output.
 """
 
 from __future__ import annotations
@@ -71,10 +71,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def make_runs(rng: random.Random) -> tuple[list[str], dict[str, list[str]]]:
-    """References, and predictions of each run.
-
-    Prefixes, and two runs that say a share of the sentences of something else.
-    """
+    """Makes references, and predictions of each run: prefixes, and two runs with a share of the sentences replaced."""
     clips = [[sentence(rng) for _ in range(NUM_SENTENCES)] for _ in range(NUM_CLIPS)]
     references = [" ".join(clip) for clip in clips]
     runs = {
@@ -107,7 +104,8 @@ def main(folder: Path) -> None:
     split = get_tokenizer("mecab_ko")
     corpus = ReferenceCorpus([[split(text)] for text in references])
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = f"{sum(map(len, references)) / len(references):.0f} characters, {corpus_length(references):.0f} tokens a caption"
+    num_characters = sum(map(len, references)) / len(references)
+    lengths = f"{num_characters:.0f} characters, {corpus_length(references):.0f} tokens per caption"
     print(
         f"{len(references)} clips, {lengths}, tokens by {split.version}\n\nrun           BLEU-4   CIDEr  CIDEr-D  "
         "ROUGE-L"

@@ -2,11 +2,11 @@
 
     python benchmarks/metrics/speed.py [--pairs 40000] [--tokens 108] [--repeats 2] [--stream 1000000]
 
-Each runs in a process of its own, alone, and builds the same seeded corpus of Korean-looking words (frequencies as 1 /
-rank; a prediction keeps 70 % of its reference). pycocoevalcap's Bleu, Cider and Rouge get the tokens joined by blanks,
-as they want them; vlmcap gets the lists of tokens. Times are processor seconds, the least of the repeats, from tokens
-to scores, references counted anew; a later epoch counts only the predictions. "memory" is the peak above what the
-corpus and the imports took, "whole" that of the process.
+Each runs alone in a separate process, and builds the same seeded corpus of Korean-looking words (frequencies as 1 /
+rank; a prediction keeps 70 % of its reference). pycocoevalcap's Bleu, Cider and Rouge get the tokens joined by spaces,
+as they require; vlmcap gets lists of tokens. Times are processor seconds, the least of the repeats, from tokens to
+scores, including the counting of references; a later epoch counts only the predictions. "memory" is the peak above what
+the corpus and the imports took, "whole" is that of the process.
 
 Raw text: `score_captions` with mecab-ko in wall seconds, tokenising in as many processes as there are cores, first and
 second epoch.
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one job, measured in a process of its own."""
+    """Returns the figures of one job, measured in a separate process."""
     options = [f"--{key}={getattr(arguments, key)}" for key in ("pairs", "tokens", "repeats", "stream", "raw")]
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}

@@ -1,15 +1,13 @@
-"""What a user waits for before anything happens.
-
-Help, the resolved configuration, and the first training step of the demo.
+"""Startup time of vlmcap: help, the resolved configuration, and the first training step of the demo.
 
     python benchmarks/startup/startup.py [--repeats 5] [--output benchmarks/startup]
 
 Each command runs in a fresh process, the commands in turn and not one after another, so that a busy minute falls on all
-of them. Processor seconds (user and system, of the process and its children) are the firmer figure on a shared machine;
-wall seconds go from the process's start to its end. The first step ends when Lightning calls the callbacks of its first
-batch; clips, tiny parts and features of the demo are made before, unmeasured, in `paths.cache_dir` ($VLMCAP_CACHE_DIR),
-which takes three minutes where they are not there yet. `import` is what the libraries alone take by Python's defaults;
-train.py imports them with the collector of circles off, which saves about a fifth.
+of them. Processor seconds (user and system, of the process and its children) are the more reliable figure on a shared
+machine; wall seconds go from the process's start to its end. The first step ends when Lightning calls the callbacks of
+its first batch; clips, tiny parts and features of the demo are made before, unmeasured, in `paths.cache_dir`
+($VLMCAP_CACHE_DIR), which takes three minutes where they are not there yet. `import` is what the libraries alone take
+by Python's defaults; train.py imports them with the cyclic garbage collector off, which saves about a fifth.
 """
 
 from __future__ import annotations
@@ -89,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Processor and wall seconds of a fresh interpreter."""
+    """Returns processor and wall seconds of a fresh interpreter."""
     started, before = time.perf_counter(), os.times()
     subprocess.run(
         [sys.executable, *command],

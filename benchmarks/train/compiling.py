@@ -1,10 +1,8 @@
-"""Whether `torch.compile` pays.
-
-This project's cached training step with the language model's layers compiled, beside the same uncompiled.
+"""Speed of `torch.compile`: the cached training step with and without compiled language model layers.
 
     python benchmarks/train/compiling.py [--steps 5] [--lengths 450 380 520 410]
 
-The shape is `small` of parts.py. Each layer is compiled by itself as `hardware.compile=true` does. "fixed" gives each
+The shape is `small` of parts.py. Each layer is compiled separately, as `hardware.compile=true` does. "fixed" gives each
 step the same caption length, "varying" gives each step another, as real captions have. Both models take each step one
 after the other, from the same weights; the losses must agree. "first" is the step that compiles. Writes compiling.json.
 """
@@ -73,7 +71,7 @@ def compare(folder: Path, lengths: list[int], num_steps: int) -> dict[str, Any]:
 
 
 def one_step(module: Any, batch: Batch) -> dict[str, float]:
-    """Forward and backward pass; weights stay, so that every step of both starts from the same."""
+    """Runs a forward and backward pass; weights do not change, so that both models start every step from the same."""
     wall, cpu = time.perf_counter(), time.process_time()
     loss, labels = module.captioner.loss_sum(batch)
     mean: Tensor = loss / labels

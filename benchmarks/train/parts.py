@@ -50,7 +50,7 @@ SHAPES = {"small": Shape(), "wide": Shape(text_width=1024), "batch": Shape(capti
 
 @dataclass
 class Words:
-    """A prompt whose captions are numbers of random tokens."""
+    """Stands in for a tokenizer: captions are numbers of random tokens."""
 
     prefix_ids: list[int] = field(default_factory=lambda: list(range(5, 10)))
     suffix_ids: list[int] = field(default_factory=lambda: list(range(20, 35)))
@@ -63,7 +63,7 @@ class Words:
 
 
 def save_model(shape: Shape, folder: Path) -> None:
-    """Random weights of a shape in the hub's layout, and features of its clips as the cache would have them, in float32."""
+    """Saves random weights of a shape in the hub's layout, and its clips' features like the cache, in float32."""
     from transformers import CLIPImageProcessor, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
     vision = {
@@ -117,7 +117,7 @@ def make_frames(shape: Shape) -> Tensor:
 
 
 def make_batch(shape: Shape, features: Tensor | None) -> Batch:
-    """The batch, of frames unless features are given."""
+    """Makes the batch, with frames unless features are given."""
     frames = make_frames(shape) if features is None else None
     samples = []
     for i, tokens in enumerate(shape.captions):
@@ -128,9 +128,9 @@ def make_batch(shape: Shape, features: Tensor | None) -> Batch:
 
 
 def make_stock(folder: Path, shape: Shape) -> tuple[Any, dict[str, Tensor]]:
-    """The stock class under peft's LoRA with its projector trained, and its inputs.
+    """Makes the stock class with peft's LoRA and a trained projector, and its inputs.
 
-    Pixels with scale and normalisation in one step.
+    Pixels are scaled and normalised in one step.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import LlavaNextVideoForConditionalGeneration
@@ -157,7 +157,7 @@ def make_stock(folder: Path, shape: Shape) -> tuple[Any, dict[str, Tensor]]:
 
 
 def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) -> tuple[CaptioningModule, Batch]:
-    """This project's module around the parts of the same folder."""
+    """Makes this project's module around the components of the same folder."""
     parts = load(folder)
     llm = add_lora(parts.llm, LoraConfig(rank=RANK, alpha=ALPHA))
     set_adapters(llm)
@@ -176,7 +176,7 @@ def make_ours(folder: Path, shape: Shape, *, is_cached: bool, num_steps: int) ->
 
 
 def set_adapters(model: nn.Module) -> None:
-    """Starts adapters from weights that depend on their layer's name alone."""
+    """Initialises adapters from weights that depend only on the name of their layer."""
     count = 0
     for name, parameter in base_model(model).named_parameters():
         if "lora_A" in name:
@@ -188,9 +188,9 @@ def set_adapters(model: nn.Module) -> None:
 
 
 def count_flops(model: nn.Module, loss: Any) -> int:
-    """Floating-point operations of matrix products in one forward and backward pass.
+    """Counts floating-point operations of matrix products in one forward and backward pass.
 
-    Torch counts no attention on a CPU.
+    PyTorch counts no attention on a CPU.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -201,15 +201,15 @@ def count_flops(model: nn.Module, loss: Any) -> int:
 
 
 def num_tokens(shape: Shape) -> list[int]:
-    """Of each clip's sequence."""
+    """Returns the sequence length of each clip."""
     prompt = len(Words().prefix_ids) + len(Words().suffix_ids) + TOKENS_A_FRAME * shape.num_frames
     return [prompt + caption for caption in shape.captions]
 
 
 def attention_flops(shape: Shape, way: str) -> int:
-    """Operations of fused attention, two products forward and five backward.
+    """Returns the operations of fused attention, two products in the forward and five in the backward pass.
 
-    It skips half of them where the causal mask stands alone.
+    It skips half of them where the causal mask is the only one.
     """
     lengths = num_tokens(shape)
     share = 0.5 if len(set(lengths)) == 1 else 1.0  # padding needs a mask

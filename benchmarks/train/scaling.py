@@ -3,7 +3,7 @@
     python benchmarks/train/scaling.py [--steps 3] [--threads 2]
 
 One size varies at a time around a base of 4 frames, 225 caption tokens, one clip and a language model of width 512 (4
-layers, vocabulary 151 936). Each point is a process of its own, as in step.py: median wall and processor seconds of a
+layers, vocabulary 151 936). Each point is a separate process, as in step.py: median wall and processor seconds of a
 step after a warm-up, operations of one forward and backward pass, largest resident set of the process, and how much of
 it was there before the first step (libraries, weights, and what loading takes). Writes scaling.json, and scaling.png
 where matplotlib is installed. `--axes` without names plots what scaling.json holds.
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measure(shape: dict[str, Any], num_steps: int, threads: int) -> dict[str, Any]:
-    """One point."""
+    """Measures one point."""
     name = json.dumps(shape)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         saving = start([name, folder, "save", "0"], threads)
@@ -79,17 +79,20 @@ def measure(shape: dict[str, Any], num_steps: int, threads: int) -> dict[str, An
 
 
 def report(result: dict[str, Any]) -> None:
-    print("| axis | size | s a step, median (least to most) | processor s | TFLOP | peak GiB | before the first step |")
+    print(
+        "| axis | size | s per step, median (least to most) | processor s | TFLOP | peak GiB | before the first step |"
+    )
     print("|---|---|---|---|---|---|---|")
     for axis, points in result["axes"].items():
         for size, point in points.items():
             spread = f"{point['median_s']:.2f} ({min(point['wall_s']):.2f} to {max(point['wall_s']):.2f})"
-            figures = f"{point['median_cpu_s']:.2f} | {point['flops'] / 1e12:.3f} | {point['peak_gib']:.2f} | {point['loaded_gib']:.2f}"
-            print(f"| {axis} | {size} | {spread} | {figures} |")
+            compute = f"{point['median_cpu_s']:.2f} | {point['flops'] / 1e12:.3f}"
+            memory = f"{point['peak_gib']:.2f} | {point['loaded_gib']:.2f}"
+            print(f"| {axis} | {size} | {spread} | {compute} | {memory} |")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Two rows of panels, time and memory, a column an axis."""
+    """Plots two rows of panels, time and memory, with a column per axis."""
     from matplotlib.figure import Figure
 
     axes = result["axes"]

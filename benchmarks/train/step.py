@@ -1,21 +1,19 @@
-"""A training step of LLaVA-NeXT-Video.
-
-The stock class under the Hugging Face Trainer, and this project's, uncached and cached.
+"""A training step of LLaVA-NeXT-Video with the Hugging Face Trainer, and with this project, uncached and cached.
 
     python benchmarks/train/step.py [--shapes small wide batch] [--steps 5] [--threads 2]
 
 All three start from the same weights, adapters (peft's LoRA, rank 16, on all linear layers of the language model) and
 clips, train the same parameters (adapters and projector) in float32 with the same AdamW, clipping and constant rates,
-without gradient checkpointing and with PyTorch's fused attention, each in a process of its own. "trainer" is
+without gradient checkpointing and with PyTorch's fused attention, each in a separate process. "trainer" is
 `LlavaNextVideoForConditionalGeneration` with its own loss in `transformers.Trainer`; "uncached" is this project's
 module in Lightning's Trainer, on frames; "cached" is the same on features of the frozen encoder as the feature store
-brings them, so that the encoder is not loaded (kept in float32 here, so that losses can be compared; reading them is in
-benchmarks/cache). The processes take turns, step by step, so that a busy machine is busy for all, and their threads
+returns them, so that the encoder is not loaded (kept in float32 here, so that losses can be compared; reading them is
+in benchmarks/cache). The processes take turns, step by step, so that a busy machine is busy for all, and their threads
 wait without spinning, which costs the others' cores. A step is forward, backward, clipping and optimiser, and what the
 trainers do around them; the first is a warm-up. Memory is the largest resident set of the process (ru_maxrss),
-libraries and weights included. "bound" is the ratio of the floating-point operations of one forward and backward pass,
-matrix products as torch counts them and attention by its
-formula: what the time would be if only arithmetic counted. `--report` prints what step.json holds.
+including libraries and weights. "bound" is the ratio of the floating-point operations of one forward and backward pass,
+matrix products as PyTorch counts them and attention by its formula: the ratio of times if only arithmetic counted.
+`--report` prints the contents of step.json.
 """
 
 from __future__ import annotations
@@ -102,7 +100,7 @@ def run_alone(name: str, folder: str, threads: int) -> None:
 
 
 def take_turns(jobs: dict[str, list[str]], num_steps: int, threads: int) -> dict[str, dict[str, Any]]:
-    """What each way says of loading, of each step and of its end."""
+    """Returns what each way reports of loading, of each step and of its end."""
     processes = {way: start(arguments, threads) for way, arguments in jobs.items()}
     rows = {way: {"loaded": hear(process), "steps": []} for way, process in processes.items()}
     for step in range(num_steps):
@@ -152,13 +150,17 @@ def machine() -> dict[str, Any]:
 
 
 def report(name: str, result: dict[str, Any]) -> None:
-    """The table of a shape, and whether the targets are met."""
+    """Prints the table of a shape, and whether the targets are met."""
     ways, base, load = result["ways"], result["ways"]["trainer"], result["machine"]
     shape = Shape(**result["shape"] | {"captions": tuple(result["shape"]["captions"])})
     flops = {way: row["flops"] + attention_flops(shape, way) for way, row in ways.items()}
-    print(f"\n**{name}**: {result['tokens']} tokens a step, load {load['load_before']} before, {load['load']} after\n")
-    titles = "way | s a step, median (least to most) | ratio | processor s | ratio | bound | tokens/s | peak GiB | ratio | losses differ by"
-    print(f"| {titles} |\n{'|---' * 10}|")
+    print(
+        f"\n**{name}**: {result['tokens']} tokens per step, load {load['load_before']} before, {load['load']} after\n"
+    )
+    titles = (
+        "way | s per step, median (least to most) | ratio | processor s | ratio | bound | tokens/s | peak GiB | ratio"
+    )
+    print(f"| {titles} | losses differ by |\n{'|---' * 10}|")
     for way, row in ways.items():
         spread = f"{row['median_s']:.2f} ({min(row['wall_s']):.2f} to {max(row['wall_s']):.2f})"
         time, processor, memory = (row[key] / base[key] for key in ("median_s", "median_cpu_s", "peak_gib"))
@@ -188,7 +190,7 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 def difference(row: dict[str, Any], base: dict[str, Any]) -> float:
-    """Largest relative difference of the losses of all steps."""
+    """Returns the largest relative difference of the losses of all steps."""
     return max(abs(own - other) / other for own, other in zip(row["losses"], base["losses"], strict=True))
 
 

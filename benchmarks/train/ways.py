@@ -1,4 +1,4 @@
-"""One way of step.py or scaling.py in a process of its own.
+"""Runs one way of step.py or scaling.py in a separate process.
 
 It waits for a line before each step, and answers with a line of JSON.
 
@@ -22,7 +22,7 @@ import torch
 
 
 class Turns:
-    """The parent's side of a step; standard output is for its answers alone."""
+    """The child's side of the turns; standard output is only for its answers."""
 
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
@@ -31,7 +31,7 @@ class Turns:
         self.wall_s = self.cpu_s = 0.0
 
     def begin(self) -> None:
-        """Waits for the parent's word."""
+        """Waits for the parent's line."""
         if self.is_first:
             self.say({"peak_gib": peak_gib()})
             self.is_first = False
@@ -51,7 +51,7 @@ class Turns:
 
 
 def peak_gib() -> float:
-    """The largest resident set of this process so far."""
+    """Returns the largest resident set of this process so far."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def run_trainer(folder: Path, shape: Any, way: str, num_steps: int, turns: Turns) -> tuple[Any, Any]:
-    """The stock class under the Hugging Face Trainer."""
+    """Runs the stock class under the Hugging Face Trainer."""
     from parts import ADAPTER_RATE, PROJECTOR_RATE, make_stock
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -130,7 +130,7 @@ def run_trainer(folder: Path, shape: Any, way: str, num_steps: int, turns: Turns
 
 
 def run_ours(folder: Path, shape: Any, way: str, num_steps: int, turns: Turns) -> tuple[Any, Any]:
-    """This project's module under Lightning's Trainer, with the settings of train.py."""
+    """Runs this project's module under Lightning's Trainer, with the settings of train.py."""
     import lightning as L
     from parts import make_ours
     from torch.utils.data import DataLoader

@@ -22,9 +22,9 @@ from vlmcap.libraries import silence_libraries
 from vlmcap.measuring.steps import step_captions
 from vlmcap.models.precision import autocast
 from vlmcap.planning.caption_lengths import CaptionLengths
-from vlmcap.planning.estimate.live_bytes import LiveBytes, OnCard
+from vlmcap.planning.estimate.live_bytes import CudaEmulationMode, LiveBytes
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, fake_llm, text_config
-from vlmcap.planning.estimate.sizes import language_batch, sizes_of
+from vlmcap.planning.estimate.sizes import clip_sizes, language_batch
 from vlmcap.planning.hardware import GIB, planned_device
 
 _MIB = 2**20
@@ -166,7 +166,7 @@ def simulate(config: Config) -> dict[str, float]:
 
     Allocated, reserved by segments that grow, and by fixed ones.
     """
-    sizes, gpu = sizes_of(config), planned_device(config)
+    sizes, gpu = clip_sizes(config), planned_device(config)
     depth = int(text_config(config).num_hidden_layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     llm, captioner_class = fake_llm(config, mode, depth, gpu.has_flash)
@@ -184,7 +184,7 @@ def simulate(config: Config) -> dict[str, float]:
     steps = step_captions(lengths, config.data.batch_size, 2, is_sorted=False)
     for index, captions in enumerate(steps):
         batch = language_batch(captions, sizes.runs, PROMPT_TOKENS, None, sizes.gap)
-        with mode, live, OnCard(live, gpu.has_flash):
+        with mode, live, CudaEmulationMode(live, gpu.has_flash):
             visual = torch.empty(len(captions), sizes.num_visual, width, requires_grad=True)
             captioner.encode = lambda batch, visual=visual: visual  # type: ignore[method-assign, misc]
             with autocast("cpu", autocast_dtype(config)):

@@ -243,8 +243,8 @@ def hub_here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     close_session()
-    meta_models._fetch.cache_clear()
+    meta_models._fetch_config.cache_clear()
     yield hub
-    meta_models._fetch.cache_clear()
+    meta_models._fetch_config.cache_clear()
     with suppress(RuntimeError):
         close_session()

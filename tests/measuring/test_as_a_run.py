@@ -30,7 +30,7 @@ Seen = list[dict[str, Any]]
 
 
 def context_of(captioner: VideoCaptioner, batch: Batch) -> dict[str, Any]:
-    """All that changes how the language model computes."""
+    """Everything that changes how the language model computes."""
     return {
         "labelled": batch.labels is not None,
         "training": captioner.llm.training,

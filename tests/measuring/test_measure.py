@@ -16,13 +16,13 @@ from vlmcap.compose import compose
 from vlmcap.errors import UserError
 from vlmcap.measuring import measure as measure_module
 from vlmcap.measuring.measure import Comparison, measure
-from vlmcap.measuring.memory import Use
+from vlmcap.measuring.memory_use import PeakMemory
 from vlmcap.measuring.random_components import fill_random, quantize_meta, with_blocks
 from vlmcap.measuring.steps import Measured
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.experts import fused_experts
 from vlmcap.planning.captioning import TokenWork, token_seconds
-from vlmcap.planning.estimate.stages import weights_of
+from vlmcap.planning.estimate.stages import weight_bytes
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change
 
@@ -31,14 +31,14 @@ CHANGE = Change(("data.batch_size=1",), "no quality", 0.1)
 
 
 @pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What plans are made from; most tests plan the same parts."""
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Memory profiles, shared as most tests plan the same components."""
     return tmp_path_factory.mktemp("plans")
 
 
 @pytest.fixture(autouse=True)
-def cache_dir(tmp_path: Path, traces: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "plans").symlink_to(traces)
+def cache_dir(tmp_path: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "plans").symlink_to(profiles)
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path))
     return tmp_path
 
@@ -59,14 +59,14 @@ def kept(folder: Path) -> list[Path]:
         lambda overrides: "optim=adamw_8bit" in overrides,
     ),
 )
-def test_tiny_parts_are_measured_beside_their_plan(overrides: list[str]) -> None:
+def test_tiny_components_are_measured_beside_their_plan(overrides: list[str]) -> None:
     comparison = measure([*TINY, *overrides])
     result = comparison.plain()
     assert result["training"]["measured_gib"] > 0
     assert result["seconds_per_clip"]["measured"] > 0
     assert result["seconds_per_token"]["measured"] > 0
     assert result["caption_tokens"] == 8
-    assert comparison.why_not_kept == "the model is too small to say anything of others"
+    assert comparison.why_not_kept == "the model is too small to be representative of others"
 
 
 @pytest.mark.slow
@@ -74,12 +74,12 @@ def test_the_page_ends_with_how_far_off_the_plan_is(capsys: pytest.CaptureFixtur
     main(["doctor", "--measure", "--blocks", "1", *TINY])
     shown = capsys.readouterr()
     assert shown.out.strip().splitlines()[-1].startswith("The plan's memory is ")
-    assert "only 1 block of each part ran" in shown.out
+    assert "only 1 block of each component ran" in shown.out
     assert "training step 4 of 4" in shown.err
     assert kept(cache_dir) == []
 
 
-def test_a_whole_measurement_is_kept_and_used_by_the_plan(
+def test_a_complete_measurement_is_stored_and_used_by_the_plan(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure_module, "is_too_small", lambda _: False)
@@ -89,12 +89,12 @@ def test_a_whole_measurement_is_kept_and_used_by_the_plan(
     config = compose(["data.root=unset", *TINY])
     short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, max_new_tokens=8))
     plan = make_plan(short)
-    assert plan.gpu.calibrated.startswith(comparison.gpu)
+    assert plan.device.calibrated.startswith(comparison.device_name)
     assert plan.training_gib == pytest.approx(comparison.training_gib, rel=1e-6)
     assert plan.token_s == pytest.approx(comparison.measured.token_s)
     assert plan.clip_s == pytest.approx(comparison.measured.clip_s)
     main(["plan", *TINY])
-    assert f"calibrated on {comparison.gpu}" in " ".join(capsys.readouterr().out.split())
+    assert f"calibrated on {comparison.device_name}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("token_bytes", [1e3, 1e12], ids=["launches", "memory"])
@@ -106,16 +106,16 @@ def test_the_calibrated_plan_of_a_token_is_what_was_measured(
     config = compose(["data.root=unset", *TINY])
     plan = make_plan(config)
     work = TokenWork(token_bytes, plan.token_launches, is_captured)
-    token_s = token_seconds(work, plan.gpu)
+    token_s = token_seconds(work, plan.device)
     plan = dataclasses.replace(plan, token_bytes=token_bytes, token_s=token_s, is_captured=is_captured)
-    use = Use(plan.training_gib, plan.training_gib)
+    use = PeakMemory(plan.training_gib, plan.training_gib)
     measured = Measured(use, use, 0.0, plan.clip_s, ratio * token_s, 8)
-    gpu = Comparison(plan, measured, "GPU", 8.0, None).calibration().on(plan.gpu)
+    gpu = Comparison(plan, measured, "GPU", 8.0, None).calibration().on(plan.device)
     assert token_seconds(work, gpu) == pytest.approx(ratio * token_s)
 
 
-def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
-    """Of a mixture of experts: packed layers, packed experts and what stays as it was."""
+def test_4_bit_weights_are_those_of_the_plan() -> None:
+    """A mixture of experts has packed layers, packed experts and weights that are not packed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from vlmcap.planning.estimate.fake_tensors import quantize_fake
@@ -136,13 +136,13 @@ def test_weights_of_4_bit_parts_are_those_of_the_plan() -> None:
     }
     config = AutoConfig.for_model("qwen3_moe", **sizes)
     with torch.device("meta"):
-        llm, hollow = (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for _ in range(2))
+        llm, fake = (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for _ in range(2))
     quantize_meta(llm, "4bit", torch.bfloat16)
     fill_random(llm.requires_grad_(False).eval(), "cpu", torch.bfloat16)
-    quantize_fake(hollow.requires_grad_(False), "4bit", torch.bfloat16)
+    quantize_fake(fake.requires_grad_(False), "4bit", torch.bfloat16)
     assert all(experts.is_packed for experts in fused_experts(llm))
     assert not any(tensor.is_meta for tensor in [*llm.parameters(), *llm.buffers()])
-    assert weights_of(llm)["frozen weights"] == weights_of(hollow)["frozen weights"]
+    assert weight_bytes(llm)["frozen weights"] == weight_bytes(fake)["frozen weights"]
     logits = llm(input_ids=torch.randint(0, 300, (1, 7))).logits
     assert torch.isfinite(logits).all()
 
@@ -178,7 +178,7 @@ def test_tables_are_those_of_the_class(kind: str) -> None:
         lambda parts: len(parts) == 2,
     ),
 )
-def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: Path) -> None:
+def test_a_truncated_configuration_is_planned_as_truncated(overrides: list[str], tmp_path: Path) -> None:
     config = compose(["data.root=unset", "hardware=l4", *overrides])
     whole, cut = make_plan(config), make_plan(with_blocks(config, 2, tmp_path / "cut"))
     assert cut.num_visual == whole.num_visual
@@ -187,8 +187,8 @@ def test_a_cut_configuration_is_planned_as_cut(overrides: list[str], tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", thinned(["qwen2_5_vl", "qwen3_vl"], lambda kind: kind == "qwen3_vl"))
-def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
-    """Small ones of the same classes: positions in three directions, DeepStack, clips with sizes of their own."""
+def test_pretrained_vlms_are_measured(kind: str, qwen_folders: dict[str, Path]) -> None:
+    """Small models of the same classes: positions in three dimensions, DeepStack, clips of different sizes."""
     name = {"qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}[kind]
     small = ["data.num_frames=2", "encoder.max_patches=16", "llm.max_caption_tokens=16", "llm.max_new_tokens=4"]
     settings = ["data.batch_size=2", "data.eval_batch_size=2", "hardware=cpu", *small]
@@ -197,7 +197,7 @@ def test_whole_models_are_measured(kind: str, qwen_folders: dict[str, Path]) -> 
     assert comparison.measured.clip_s > 0
 
 
-def test_memory_that_ends_is_one_sentence_with_the_plan_s_advice(
+def test_out_of_memory_is_one_sentence_with_the_plan_s_advice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_dir: Path
 ) -> None:
     def fail(*_: Any) -> float:
@@ -238,17 +238,17 @@ def test_ctrl_c_leaves_no_file(monkeypatch: pytest.MonkeyPatch, cache_dir: Path,
     assert list(temporary.iterdir()) == []
 
 
-def test_a_host_without_room_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_room_is_refused_before_anything_is_created(monkeypatch: pytest.MonkeyPatch) -> None:
     present = measure_module.detect_cpu()
     monkeypatch.setattr(measure_module, "detect_cpu", lambda: dataclasses.replace(present, free_gib=0.01))
     with pytest.raises(
-        UserError, match=r"needs 0\.\d GiB by its plan and .* has 0\.0 free; measure less of it with --blocks 1"
+        UserError, match=r"planned to need 0\.\d GiB and .* has 0\.0 free; measure a part of it with --blocks 1"
     ):
         measure(TINY)
 
 
 @pytest.mark.gpu
-def test_a_card_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [
             "doctor",

@@ -1,4 +1,4 @@
-"""What tests of plans share."""
+"""Fixtures of the tests of plans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of the module's own, so that its traces are made again, once."""
+    """A cache folder per module, so that its memory profiles are made again, but only once."""
     folder = tmp_path_factory.mktemp("plans")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLMCAP_CACHE_DIR", str(folder))

@@ -1,4 +1,4 @@
-"""Layers are computed again only as far as `hardware.activation_budget_gib` needs it."""
+"""Layers are recomputed only as far as `hardware.activation_budget_gib` requires."""
 
 from __future__ import annotations
 

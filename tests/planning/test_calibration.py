@@ -1,4 +1,4 @@
-"""What was measured on a GPU: kept whole, read back, used for that GPU alone."""
+"""Measurements on a device are stored atomically, read back, and used for that device only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlmcap.planning.calibration import (
 from vlmcap.planning.captioning import TokenWork, token_seconds
 from vlmcap.planning.hardware import DetectedDevice, device_info, matching_profile, planned_device, suitable_profile
 from vlmcap.planning.make_plan import make_plan, training_seconds
-from vlmcap.planning.memory import Moment, is_known, scale_beyond
+from vlmcap.planning.peak_memory import Moment, is_known, scale_activations
 
 L4 = Calibration(
     "NVIDIA L4", 22.0, "l4", "2026-11-28", "siglip2 + mlp + qwen3_8b", 1.2, 0.4, 0.5, 0.7, 24e-6, 3e-6, 90.0
@@ -41,7 +41,7 @@ def configured(*overrides: str) -> Config:
     return compose(["data.root=unset", *overrides])
 
 
-def test_it_comes_back_as_it_was_and_replaces_the_card_s_last(tmp_path: Path) -> None:
+def test_it_is_read_back_and_replaces_the_last_of_its_device(tmp_path: Path) -> None:
     write_calibration(tmp_path / "new", L4)
     other = dataclasses.replace(L4, utilisation=0.3)
     file = write_calibration(tmp_path / "new", other)
@@ -50,21 +50,22 @@ def test_it_comes_back_as_it_was_and_replaces_the_card_s_last(tmp_path: Path) ->
     assert read_calibrations(tmp_path / "new") == [other]
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"GPU": "x"}'])
+@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"device_name": "x"}'])
 def test_a_broken_file_is_none(tmp_path: Path, broken: str) -> None:
     (tmp_path / "x.json").write_text(broken)
     assert read_calibrations(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("beyond_ratio", 0.0), ("utilisation", float("nan")), ("context_gib", -1.0), ("GPU", 3)]
+    ("key", "value"),
+    [("activation_ratio", 0.0), ("utilisation", float("nan")), ("context_gib", -1.0), ("device_name", 3)],
 )
 def test_impossible_figures_are_none(tmp_path: Path, key: str, value: object) -> None:
     (tmp_path / "x.json").write_text(json.dumps(L4.plain() | {key: value}))
     assert read_calibrations(tmp_path) == []
 
 
-def test_a_write_that_is_cut_off_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_calibration(tmp_path, L4)
 
     def interrupted(*_: object, **__: object) -> None:
@@ -88,15 +89,15 @@ def test_a_write_that_is_cut_off_leaves_the_old_one(tmp_path: Path, monkeypatch:
         ("t4", "NVIDIA L4", "l4", False),  # measured with another profile
     ],
 )
-def test_only_that_card_s_plans_use_it(
+def test_only_plans_of_that_gpu_use_it(
     hardware: str, here: str | None, here_profile: str | None, is_used: bool
 ) -> None:
     assert (choose_calibration([L4], hardware, here, here_profile) == L4) == is_used
 
 
-def test_one_of_a_card_without_a_profile_is_used_there_alone() -> None:
-    own = dataclasses.replace(L4, gpu="NVIDIA GeForce RTX 4090", memory_gib=23.5)
-    assert choose_calibration([L4, own], "l4", own.gpu, "l4") == own
+def test_one_of_a_gpu_without_a_profile_is_used_on_that_gpu_only() -> None:
+    own = dataclasses.replace(L4, device_name="NVIDIA GeForce RTX 4090", memory_gib=23.5)
+    assert choose_calibration([L4, own], "l4", own.device_name, "l4") == own
     assert choose_calibration([own], "l4") is None
 
 
@@ -115,7 +116,7 @@ def test_one_of_a_card_without_a_profile_is_used_there_alone() -> None:
         ("NVIDIA GeForce RTX 3050", 7.8, (8, 6), None, None),
     ],
 )
-def test_the_profile_of_a_card(
+def test_the_profile_of_a_gpu(
     name: str, total_gib: float, capability: tuple[int, int], own: str | None, suitable: str | None
 ) -> None:
     assert matching_profile(name, total_gib) == own
@@ -133,7 +134,7 @@ def test_the_figures_change_what_they_should() -> None:
     moment = Moment(
         "a", {"encoder: frozen weights": 8.0, "optimiser state": 4.0, "gradients": 2.0, "fragmentation": 1.0}
     )
-    assert scale_beyond(moment, 1.5).parts == {
+    assert scale_activations(moment, 1.5).parts == {
         "encoder: frozen weights": 8.0,
         "optimiser state": 4.0,
         "gradients": 3.0,
@@ -142,7 +143,7 @@ def test_the_figures_change_what_they_should() -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_uses_it_and_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [
         "encoder=clip",
         "llm=qwen3_4b",
@@ -169,10 +170,10 @@ def test_a_plan_uses_it_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", *overrides, "--json"])
     assert json.loads(capsys.readouterr().out)["calibrated"] == "NVIDIA L4, 2026-11-28"
     assert make_plan(config, planned_device(config)) == before
-    assert make_plan(configured("encoder=clip", "llm=qwen3_4b", "hardware=a100")).gpu.calibrated == ""
+    assert make_plan(configured("encoder=clip", "llm=qwen3_4b", "hardware=a100")).device.calibrated == ""
 
 
-def test_another_card_here_leaves_the_plan_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gpu_leaves_the_plan_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured("encoder=clip", "llm=qwen3_4b", "hardware=l4")
     write_calibration(calibration_folder(config), L4)
     monkeypatch.setattr(

@@ -20,7 +20,7 @@ from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.live_bytes import LiveBytes
 from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
-from vlmcap.planning.estimate.sizes import writes_itself
+from vlmcap.planning.estimate.sizes import uses_native_decoding
 from vlmcap.planning.hardware import GIB, planned_device
 from vlmcap.planning.make_plan import fullest_batch, make_plan
 from vlmcap.planning.plan import Plan
@@ -86,9 +86,9 @@ def test_the_plan_counts_those_copies_and_beams() -> None:
         "llm.max_new_tokens=4000",
     ]
     own, beams = planned(*base), planned(*base, "evaluation.num_beams=4", "data.eval_batch_size=2")
-    assert writes_itself(compose(["data.root=unset", *base]))
-    assert not writes_itself(compose(["data.root=unset", *base, "evaluation.engine=hf"]))
-    assert not writes_itself(compose(["data.root=unset", "model=qwen3_vl_8b", "hardware=l4"]))
+    assert uses_native_decoding(compose(["data.root=unset", *base]))
+    assert not uses_native_decoding(compose(["data.root=unset", *base, "evaluation.engine=hf"]))
+    assert not uses_native_decoding(compose(["data.root=unset", "model=qwen3_vl_8b", "hardware=l4"]))
     cache = 2 * 36 * 8 * 128 * 2 * 8 * (own.num_visual + 32 + 4000)
     for plan in (own, beams):  # eight rows each
         assert plan.generation.parts["keys and values"] == cache
@@ -179,12 +179,12 @@ def test_models_of_scores_are_traced_at_their_size(tmp_path: Path) -> None:
     config = compose(
         [*base, f"evaluation.bert_checkpoint={tmp_path / 'bert'}", "evaluation.siglip_checkpoint=someone/unknown"]
     )
-    traced = MemoryProfiler(config, True).scores()
-    assert traced["siglip_checkpoint"] is None
+    profiles = MemoryProfiler(config, True).scores()
+    assert profiles["siglip_checkpoint"] is None
     assert make_plan(config).not_counted == ["evaluation.siglip_checkpoint"]
-    trace = traced["bert_checkpoint"]
-    assert trace is not None
-    assert sum(trace.weights.values()) == sum(
+    profile = profiles["bert_checkpoint"]
+    assert profile is not None
+    assert sum(profile.weights.values()) == sum(
         t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]
     )
     live, ids = LiveBytes(), torch.ones(16, 512, dtype=torch.int64)
@@ -192,7 +192,7 @@ def test_models_of_scores_are_traced_at_their_size(tmp_path: Path) -> None:
     with live, torch.inference_mode():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
     assert len(output.hidden_states) == 7
-    assert max(sum(peak.values()) for peak in trace.peaks.values()) == pytest.approx(
+    assert max(sum(peak.values()) for peak in profile.peaks.values()) == pytest.approx(
         live.peaks["start"].total(), rel=0.1
     )
 
@@ -221,7 +221,7 @@ def test_reserved_stands_beside_allocated(monkeypatch: pytest.MonkeyPatch) -> No
     growing = planned(*overrides)
     plain = growing.plain()["training"]
     assert plain["allocated_gib"] < plain["reserved_gib"]
-    assert plain["reserved_gib"] == pytest.approx(growing.training_gib - growing.gpu.context_gib, abs=1e-3)
+    assert plain["reserved_gib"] == pytest.approx(growing.training_gib - growing.device.context_gib, abs=1e-3)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
     fixed = planned(*overrides)
     assert fixed.training.allocated == growing.training.allocated

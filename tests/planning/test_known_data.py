@@ -16,7 +16,7 @@ from vlmcap.config_unread import NO_DATA
 from vlmcap.planning.known_data import known_captions, known_clips, planned
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.sweep_budget.budget import NumClips
-from vlmcap.planning.sweep_budget.plan_sweep import num_clips
+from vlmcap.planning.sweep_budget.make_sweep_plan import num_clips
 
 LENGTHS = ("llm.max_caption_tokens=", "llm.max_new_tokens=")
 
@@ -60,7 +60,7 @@ def test_seconds_are_those_of_the_data_s_captions(open_path: list[str], capsys: 
 def test_an_assumption_is_stated(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "llm=qwen3_4b", "encoder=clip", "hardware=a100_80", "data=aihub"])
     out = " ".join(capsys.readouterr().out.split())
-    assert f"up to {ASSUMED_CAPTION_TOKENS} tokens, assumed: name data.root" in out
+    assert f"up to {ASSUMED_CAPTION_TOKENS} tokens (assumed; set data.root to count the captions)" in out
     assert "8 000 clips" in out
 
 

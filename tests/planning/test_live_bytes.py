@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlmcap.planning.estimate.live_bytes import ROUNDING, LiveBytes, OnCard, add_launches
+from vlmcap.planning.estimate.live_bytes import ROUNDING, CudaEmulationMode, LiveBytes, add_launches
 
 KB4 = 1000 * 4 // ROUNDING * ROUNDING + ROUNDING  # 1000 float32, rounded up as the allocator does
 
@@ -65,7 +65,7 @@ def test_arithmetic_of_products_is_counted() -> None:
         torch.zeros(2, 3) @ torch.zeros(3, 5)
         assert live.flops == 2 * 2 * 3 * 5
         ends = torch.tensor([4, 6], dtype=torch.int32)
-        with OnCard(live):
+        with CudaEmulationMode(live):
             out = torch.nn.functional.grouped_mm(torch.zeros(6, 4), torch.zeros(2, 4, 8), offs=ends)
     assert out.shape == (6, 8)
     assert live.flops == 2 * 2 * 3 * 5 + 2 * 6 * 4 * 8

@@ -12,7 +12,7 @@ from vlmcap.cli import main
 from vlmcap.compose import compose
 from vlmcap.errors import DoesNotFitError, UserError
 from vlmcap.planning import make_plan as plan_module
-from vlmcap.planning.captioning import FILL, FUSED_ROWS, MOST_ROWS
+from vlmcap.planning.captioning import FILL, FUSED_ROWS, MAX_SLOTS
 from vlmcap.planning.changes import with_changes
 from vlmcap.planning.estimate.sizes import unpacked_experts
 from vlmcap.planning.make_plan import enforce_plan, make_plan, with_caption_plan
@@ -63,21 +63,21 @@ def test_weights_are_those_of_the_published_sizes() -> None:
 
 @pytest.mark.slow
 def test_a_caption_token_takes_as_long_as_its_kernels() -> None:
-    """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits, whose factors were cast for each token."""
+    """4 419 kernels were counted on a running model of 36 layers with LoRA in 4 bits, with factors cast per token."""
     overrides = ["encoder=clip", "llm=qwen3_8b", "hardware=l4", "data.eval_batch_size=1"]
     plan, bare = planned(*overrides, "evaluation.cuda_graphs=false"), planned(*overrides, "tuning=projector_only")
     # Of each linear layer: input cast for autocast, two products, their scale and the sum; its factors are cast once
     # for all tokens.
     assert plan.token_launches - bare.token_launches == 36 * 7 * 5
     assert plan.token_launches == pytest.approx(4419 - 36 * 7 * 4, rel=0.03)
-    assert plan.token_s == pytest.approx(plan.token_launches * plan.gpu.launch_s)
+    assert plan.token_s == pytest.approx(plan.token_launches * plan.device.launch_s)
     assert 0.040 < plan.token_s < 0.060
     more = planned(*overrides[:-1], "data.eval_batch_size=4", "evaluation.cuda_graphs=false")
     assert more.token_launches == pytest.approx(plan.token_launches), "rows launch nothing"
     captured = planned(*overrides)
     assert captured.is_captured and not plan.is_captured
     assert captured.token_launches == plan.token_launches
-    assert captured.token_s == pytest.approx(captured.token_bytes / captured.gpu.bytes_per_s), (
+    assert captured.token_s == pytest.approx(captured.token_bytes / captured.device.bytes_per_s), (
         "the host does not hold it up"
     )
 
@@ -110,10 +110,10 @@ def test_merged_adapters_launch_nothing_and_take_a_copy_of_the_weights() -> None
 def test_as_many_captions_are_written_at_a_time_as_fit(name: str, least: int, most: int) -> None:
     plan = planned(f"experiment=recommended_{name}")
     assert least <= plan.eval_batch_size <= most
-    assert plan.generation_gib <= FILL * plan.gpu.usable_gib
-    if plan.eval_batch_size < MOST_ROWS:
+    assert plan.generation_gib <= FILL * plan.device.usable_gib
+    if plan.eval_batch_size < MAX_SLOTS:
         more = planned(f"experiment=recommended_{name}", f"data.eval_batch_size={plan.eval_batch_size + 1}")
-        assert more.generation_gib > FILL * plan.gpu.usable_gib
+        assert more.generation_gib > FILL * plan.device.usable_gib
 
 
 def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +122,8 @@ def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys:
     assert chosen.data.eval_batch_size == planned(*overrides).eval_batch_size > 1
     assert with_caption_plan(compose([*overrides, "data.eval_batch_size=3"])).data.eval_batch_size == 3
     monkeypatch.setattr(plan_module, "make_plan", lambda _: pytest.fail("planned"))
-    assert with_caption_plan(compose(["data.root=unset"])).data.eval_batch_size == MOST_ROWS, (
-        "a CPU's memory is not planned"
+    assert with_caption_plan(compose(["data.root=unset"])).data.eval_batch_size == MAX_SLOTS, (
+        "the memory of a CPU is not planned"
     )
     assert with_caption_plan(compose([*overrides, "trainer=fsdp2", "hardware.devices=2"])).data.eval_batch_size == 1
 
@@ -133,8 +133,8 @@ def test_a_run_takes_the_plan_s_numbers(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(plan_module, "make_plan", fail)
     assert with_caption_plan(compose(overrides)).data.eval_batch_size == 1
     assert capsys.readouterr().out == (
-        "Captions are written 1 at a time, as they cannot be planned: no rule for this operation; set "
-        "data.eval_batch_size\n"
+        "Captions are written 1 at a time, as their memory cannot be planned (no rule for this operation); set "
+        "data.eval_batch_size to change it.\n"
     )
 
 
@@ -165,7 +165,7 @@ def test_experts_launch_as_many_kernels_for_a_batch_as_for_a_row() -> None:
 @pytest.mark.parametrize(
     "name", thinned(["llava_next_video_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"], lambda name: name == "llava_next_video_7b")
 )
-def test_whole_models_are_planned(name: str) -> None:
+def test_pretrained_vlms_are_planned(name: str) -> None:
     plan = planned(f"model={name}", "hardware=l4", "data.eval_batch_size=1")
     assert 4 < plan.training_gib < 16
     assert plan.fits
@@ -177,7 +177,7 @@ def test_a_tiny_configuration_without_a_download_is_planned() -> None:
     assert plan.hardware == "cpu"
 
 
-def test_stored_features_take_the_encoder_off_the_card() -> None:
+def test_stored_features_take_the_encoder_off_the_gpu() -> None:
     without, stored = (
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4"),
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4", "cache.enabled=true"),
@@ -206,13 +206,13 @@ def test_changes_make_it_fit_and_none_is_idle() -> None:
         assert not make_plan(compose([*overrides, *(override for override in flat if override != left_out)])).fits
 
 
-def test_a_second_plan_traces_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_plan_profiles_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
     monkeypatch.setattr(
-        "vlmcap.planning.estimate.memory_profiler.profile_stage", lambda *_, **__: pytest.fail("traced again")
+        "vlmcap.planning.estimate.memory_profiler.profile_stage", lambda *_, **__: pytest.fail("profiled again")
     )
     assert planned("encoder=clip", "llm=qwen3_8b", "hardware=l4") == first
-    for file in (store / "plans").iterdir():  # broken files are traced anew
+    for file in (store / "plans").iterdir():  # broken files are profiled again
         file.write_text("{")
     with pytest.raises(pytest.fail.Exception):
         planned("encoder=clip", "llm=qwen3_8b", "hardware=l4")
@@ -263,7 +263,7 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     enforce_plan(compose(["data.root=unset", "hardware=cpu"]))
 
 
-def test_a_model_that_cannot_be_traced_does_not_cost_the_run(
+def test_a_model_that_cannot_be_profiled_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: object) -> Plan:
@@ -271,12 +271,12 @@ def test_a_model_that_cannot_be_traced_does_not_cost_the_run(
 
     monkeypatch.setattr(plan_module, "make_plan", fail)
     enforce_plan(compose(["data.root=unset", "encoder=clip", "llm=qwen3_8b", "hardware=l4"]))
-    assert "No memory plan: RuntimeError: no rule for this operation" in capsys.readouterr().out
+    assert "No memory plan is made: RuntimeError: no rule for this operation" in capsys.readouterr().out
 
 
 def test_dora_on_packed_weights_has_no_plan_and_trains(capsys: pytest.CaptureFixture[str]) -> None:
     config = compose(["data.root=unset", "encoder=siglip2", "llm=qwen3_4b", "hardware=l4", "tuning.lora.use_dora=true"])
-    with pytest.raises(UserError, match=r"use_dora=true over llm.quantization=4bit cannot be planned"):
+    with pytest.raises(UserError, match=r"use_dora=true with llm.quantization=4bit cannot be planned"):
         make_plan(config)
     enforce_plan(config)
-    assert "No memory plan: tuning.lora.use_dora=true" in capsys.readouterr().out
+    assert "No memory plan is made: tuning.lora.use_dora=true" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from vlmcap.config import Config
 from vlmcap.errors import UserError
 from vlmcap.models.known import known_config
 from vlmcap.planning.estimate.meta_models import architecture
-from vlmcap.planning.estimate.sizes import download_bytes, sizes_of
+from vlmcap.planning.estimate.sizes import clip_sizes, download_bytes
 from vlmcap.planning.make_plan import enforce_plan, make_plan
 
 LLM, ENCODER, WHOLE = "someone/llm", "someone/encoder", "someone/vlm"
@@ -39,7 +39,7 @@ WHOLE_MODEL = (*GPU, "model=qwen2_5_vl_7b", "llm.max_caption_tokens=64", "llm.ma
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces of each test in a folder of its own, so that equal numbers are computed twice."""
+    """Memory profiles of each test in its own folder, so that equal numbers are computed twice."""
     monkeypatch.setenv("VLMCAP_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -48,7 +48,7 @@ def planned(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def publish(hub: Hub, siglip_folder: Path, llm_folder: Path) -> tuple[list[str], list[str]]:
-    """Overrides that name both parts by id, and by folder."""
+    """Overrides that name both components by id, and by folder."""
     hub.add(LLM, llm_folder)
     hub.add(ENCODER, siglip_folder)
     by_id = [*PARTS, f"llm.checkpoint={LLM}", f"encoder.checkpoint={ENCODER}"]
@@ -96,11 +96,11 @@ def test_the_demo_downloads_nothing() -> None:
     assert download_bytes(compose(["data.root=unset"])) == 0
 
 
-def test_a_whole_model_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
+def test_a_pretrained_vlm_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
     folder = qwen_folders["qwen2_5_vl"]
     hub_here.add(WHOLE, folder)
     by_id, by_folder = (compose([*WHOLE_MODEL, f"model.checkpoint={name}"]) for name in (WHOLE, folder))
-    assert sizes_of(by_id) == sizes_of(by_folder)
+    assert clip_sizes(by_id) == clip_sizes(by_folder)
     assert architecture(by_id, "model") == architecture(by_folder, "model")
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     assert download_bytes(by_id) == pytest.approx(size / 2, rel=0.1)
@@ -110,7 +110,7 @@ def test_a_whole_model_is_described_by_its_id(hub_here: Hub, qwen_folders: dict[
 
 
 @pytest.mark.slow
-def test_a_whole_plan_of_a_whole_model_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
+def test_a_pretrained_vlm_is_planned_by_its_id(hub_here: Hub, qwen_folders: dict[str, Path]) -> None:
     folder = qwen_folders["qwen2_5_vl"]
     hub_here.add(WHOLE, folder)
     found, expected = (planned([*WHOLE_MODEL, f"model.checkpoint={name}"]) for name in (WHOLE, folder))
@@ -155,9 +155,9 @@ def test_an_image_processor_decides_the_grid_of_a_rotary_encoder(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"height": side, "width": side}}))
     hub_here.add(ENCODER, folder)
     overrides = [*PARTS, "encoder=dinov3_s", "projector.reducer=none"]
-    found = sizes_of(compose([*overrides, f"encoder.checkpoint={ENCODER}"]))
+    found = clip_sizes(compose([*overrides, f"encoder.checkpoint={ENCODER}"]))
     assert found.num_visual == 2 * (side // 16) ** 2
-    assert found == sizes_of(compose([*overrides, f"encoder.checkpoint={folder}"]))
+    assert found == clip_sizes(compose([*overrides, f"encoder.checkpoint={folder}"]))
 
 
 @pytest.mark.parametrize("fault", SENTENCES)

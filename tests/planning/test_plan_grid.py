@@ -51,7 +51,7 @@ def test_names_left_out_are_all_of_conf_but_the_small_ones() -> None:
     assert not {"cpu", "tiny", "native"} & {*names.hardware, *names.encoder}
 
 
-def test_a_whole_model_leaves_nothing_to_combine() -> None:
+def test_a_pretrained_vlm_leaves_nothing_to_combine() -> None:
     with pytest.raises(UserError, match="--grid combines"):
         grid_names(["model=qwen3_vl_8b"])
 

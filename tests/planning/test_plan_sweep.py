@@ -1,4 +1,4 @@
-"""`vlmcap plan -m`: the combinations are Hydra's, a tiny sweep is added up, and what does not do is refused in one sentence."""
+"""`vlmcap plan -m`: combinations are Hydra's, a tiny sweep is added up, and what is not possible is refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vlmcap.cli import main
 from vlmcap.compose import compose, register_schemas
 from vlmcap.config_files import config_dir
 from vlmcap.errors import UserError
-from vlmcap.planning.sweep_budget import plan_sweep as module
+from vlmcap.planning.sweep_budget import make_sweep_plan as module
 from vlmcap.planning.sweep_budget.budget import NumClips
-from vlmcap.planning.sweep_budget.plan_sweep import num_clips, plan_sweep
+from vlmcap.planning.sweep_budget.make_sweep_plan import num_clips, plan_sweep
 from vlmcap.planning.sweep_budget.sweep_plan import show_budget
 from vlmcap.sweep_syntax import expand, short_names
 
@@ -28,7 +28,7 @@ TINY = ["data.num_frames=8", "data.max_clips=1000"]  # data.demo on a CPU
 
 
 def hydras_jobs(overrides: list[str]) -> list[list[str]]:
-    """The jobs that `train.py -m` would be given."""
+    """The jobs of `train.py -m`."""
     register_schemas()
     with initialize_config_dir(config_dir(), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -65,7 +65,7 @@ def test_shuffled_values_are_all_there() -> None:
     assert sorted(found) == sorted((f"seed={seed}",) for seed in range(20))
 
 
-def test_names_are_parts_and_other_keys_with_their_values() -> None:
+def test_names_are_components_and_other_keys_with_their_values() -> None:
     jobs, swept = expand(["encoder=clip,siglip2", "hardware=l4", "data.num_frames=4,8"])
     assert short_names(jobs, swept)[:2] == ["clip data.num_frames=4", "clip data.num_frames=8"]
 
@@ -93,10 +93,10 @@ def test_a_tiny_sweep_is_added_up() -> None:
 
 
 def test_stored_features_take_the_encoder_out_of_training_and_evaluation() -> None:
-    stored, anew = plan_sweep(["cache.enabled=true,false", *TINY]).jobs
-    assert (stored.store is None, anew.store is None) == (False, True)
-    assert anew.seconds.train - stored.seconds.train == pytest.approx(stored.seconds.encode, rel=0.02)
-    assert anew.evaluation_s > stored.evaluation_s
+    stored, encoded = plan_sweep(["cache.enabled=true,false", *TINY]).jobs
+    assert (stored.store is None, encoded.store is None) == (False, True)
+    assert encoded.seconds.train - stored.seconds.train == pytest.approx(stored.seconds.encode, rel=0.02)
+    assert encoded.evaluation_s > stored.evaluation_s
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_other_frames_are_other_features() -> None:
 
 @pytest.mark.slow
 def test_proposals_bring_it_under_the_budget_and_are_true() -> None:
-    """What the last proposal promises is what a plan with all of them says."""
+    """The hours of the last proposal are those of a plan with all proposals."""
     overrides = ["seed=0,1", "cache.enabled=false", *TINY]
     whole = plan_sweep(overrides).total_h
     plan = plan_sweep([*overrides, f"sweep.budget_h={0.6 * whole}"])
@@ -144,7 +144,7 @@ def test_clips_are_counted_by_the_data_set() -> None:
     assert count("data.max_clips=9000") == NumClips(2000, 100, 200)
 
 
-def test_parts_that_do_not_go_together_are_named_and_the_others_counted(
+def test_impossible_combinations_are_named_and_the_others_counted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_plan = module.make_plan
@@ -176,9 +176,9 @@ def test_parts_that_do_not_go_together_are_named_and_the_others_counted(
         ),
         (
             ["hardware=cpu,l4"],
-            r"hardware=cpu,l4 would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own",
+            r"hardware=cpu,l4 would add up CPU hours and GPU hours; plan hardware=cpu separately",
         ),
-        (["sweep.budget_h=10,20"], r"sweep\.budget_h is of the sweep as a whole and cannot be swept"),
+        (["sweep.budget_h=10,20"], r"sweep\.budget_h limits the sweep as a whole and cannot be swept"),
         (["seed=interval(0,1)"], r"seed=interval\(0,1\) has no values to try one by one; give a list"),
         (["seed=range(3,1)"], r"seed has no values to try"),
         (["seed=(1,2"], r"seed has a wrong value"),
@@ -191,8 +191,8 @@ def test_a_mistake_is_one_sentence(overrides: list[str], expected: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_price_is_of_one_card() -> None:
-    with pytest.raises(UserError, match=r"--price is that of one GPU, and the sweep takes hardware=a100,l4"):
+def test_a_price_is_for_one_gpu() -> None:
+    with pytest.raises(UserError, match=r"--price is for one GPU, but the sweep has hardware=a100,l4"):
         plan_sweep(["hardware=l4,a100"], price=1.0)
 
 
@@ -224,7 +224,7 @@ def test_the_table_keeps_to_80_columns_and_ends_with_the_verdict(capsys: pytest.
     assert max(len(line) for line in lines) <= 80
     assert lines[0].split() == ["combination", "GiB", "fits", "training", "h", "evaluation", "h", "total", "h"]
     assert lines[-1].startswith("4 of 4 combinations: ")
-    assert lines[-1].endswith("at 0.8 an hour.")
+    assert lines[-1].endswith("at 0.8 per hour.")
 
 
 def test_json_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

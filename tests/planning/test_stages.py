@@ -1,4 +1,4 @@
-"""Two short traces say what a deep model takes; a trace on fake tensors says what real ones take."""
+"""Two short profiles give that of a deep model, and a profile with fake tensors is that of real ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.planning.trial import Trial, trace_trial
+from tests.planning.trial import Trial, profile_trial
 from vlmcap.planning.estimate.stages import extrapolate, extrapolate_kept
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,47 +23,47 @@ MODELS: dict[str, Trial] = {
 
 
 @pytest.mark.parametrize("trial", MODELS.values(), ids=MODELS.keys())
-def test_two_short_traces_give_the_whole_one(trial: Trial) -> None:
-    whole = trace_trial(trial, DEPTH)
-    guess = extrapolate(trace_trial(trial, 2), trace_trial(trial, 3), DEPTH - 2)
-    whole_peaks = {moment: peak for moment, peak in whole.peaks.items() if "middle" not in moment}
+def test_two_short_profiles_give_a_deep_one(trial: Trial) -> None:
+    deep = profile_trial(trial, DEPTH)
+    guess = extrapolate(profile_trial(trial, 2), profile_trial(trial, 3), DEPTH - 2)
+    deep_peaks = {moment: peak for moment, peak in deep.peaks.items() if "middle" not in moment}
     assert {moment: _nonzero(peak) for moment, peak in guess.peaks.items()} == {
-        m: _nonzero(p) for m, p in whole_peaks.items()
+        m: _nonzero(p) for m, p in deep_peaks.items()
     }
-    assert _nonzero(guess.retained) == _nonzero(whole.retained)
-    assert _nonzero(guess.left) == _nonzero(whole.left)
-    assert guess.weights == whole.weights
-    assert guess.num_trained == whole.num_trained
-    assert guess.flops == pytest.approx(whole.flops)
-    assert guess.launches == whole.launches
-    assert max(sum(peak.values()) for peak in whole_peaks.values()) == max(
-        sum(peak.values()) for peak in whole.peaks.values()
+    assert _nonzero(guess.retained) == _nonzero(deep.retained)
+    assert _nonzero(guess.left) == _nonzero(deep.left)
+    assert guess.weights == deep.weights
+    assert guess.num_trained == deep.num_trained
+    assert guess.flops == pytest.approx(deep.flops)
+    assert guess.launches == deep.launches
+    assert max(sum(peak.values()) for peak in deep_peaks.values()) == max(
+        sum(peak.values()) for peak in deep.peaks.values()
     )
 
 
 @pytest.mark.slow
-def test_kept_blocks_are_three_short_traces() -> None:
+def test_kept_blocks_are_extrapolated_from_three_short_profiles() -> None:
     trial = Trial("qwen3", width=128)
-    whole = trace_trial(replace(trial, num_kept=3), DEPTH + 1)
+    deep = profile_trial(replace(trial, num_kept=3), DEPTH + 1)
     shapes = ((3, 1), (4, 1), (4, 2))
-    base, again, kept = (trace_trial(replace(trial, num_kept=num_kept), depth) for depth, num_kept in shapes)
+    base, again, kept = (profile_trial(replace(trial, num_kept=num_kept), depth) for depth, num_kept in shapes)
     guess = extrapolate_kept(base, again, kept, 2, 2)
     assert {"forward turn", "backward turn"} <= guess.peaks.keys()
     for moment, peak in guess.peaks.items():
-        assert _nonzero(peak) == _nonzero(whole.peaks[moment])
-    assert _nonzero(guess.retained) == _nonzero(whole.retained)
-    assert guess.flops == pytest.approx(whole.flops)
+        assert _nonzero(peak) == _nonzero(deep.peaks[moment])
+    assert _nonzero(guess.retained) == _nonzero(deep.retained)
+    assert guess.flops == pytest.approx(deep.flops)
     assert max(sum(peak.values()) for peak in guess.peaks.values()) == max(
-        sum(peak.values()) for peak in whole.peaks.values()
+        sum(peak.values()) for peak in deep.peaks.values()
     )
-    assert sum(guess.retained.values()) > sum(trace_trial(trial, DEPTH + 1).retained.values())
-    assert guess.flops < trace_trial(trial, DEPTH + 1).flops
+    assert sum(guess.retained.values()) > sum(profile_trial(trial, DEPTH + 1).retained.values())
+    assert guess.flops < profile_trial(trial, DEPTH + 1).flops
 
 
 @pytest.mark.slow
 def test_inputs_in_host_memory_take_nothing() -> None:
     trial = Trial("qwen3", width=128)
-    stays, waits = trace_trial(trial, DEPTH), trace_trial(replace(trial, is_offloaded=True), DEPTH)
+    stays, waits = profile_trial(trial, DEPTH), profile_trial(replace(trial, is_offloaded=True), DEPTH)
     layers = DEPTH * (trial.num_visual + trial.num_caption + 8) * trial.width * 4
     assert sum(stays.retained.values()) - sum(waits.retained.values()) == pytest.approx(
         layers, rel=0.25
@@ -76,13 +76,13 @@ def _nonzero(peak: Any) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("has_checkpointing", [True, False])
-def test_the_trace_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
-    """Against the peak of the resident set of a fresh process that takes the same step in earnest."""
+def test_the_profile_is_within_a_tenth_of_a_real_step(has_checkpointing: bool) -> None:
+    """Compares with the peak of the resident set of a fresh process that runs the same step on real tensors."""
     trial = Trial(
         "qwen3", width=256, vocabulary=8000, has_checkpointing=has_checkpointing, num_visual=1024, num_caption=512
     )
-    trace = trace_trial(trial, 4)
-    planned = max(sum(peak.values()) for peak in trace.peaks.values())
+    profile = profile_trial(trial, 4)
+    planned = max(sum(peak.values()) for peak in profile.peaks.values())
     measured = _measure(trial, 4)
     assert planned == pytest.approx(measured, rel=0.1)
 

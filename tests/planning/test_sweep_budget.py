@@ -98,7 +98,7 @@ def test_visits_are_those_that_the_feature_cache_counts(overrides: list[str]) ->
     assert difference == (200 if steps >= 0 else 0)
 
 
-def test_the_subset_is_the_largest_whole_hundred() -> None:
+def test_the_subset_is_the_largest_multiple_of_a_hundred() -> None:
     budget_s = 60000.0
     found = largest_subset([JOB, JOB], budget_s)
     assert found == 600  # of each 22 120 s of evaluation and 12 s a clip: 30 000 s leave 656 clips

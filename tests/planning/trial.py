@@ -1,4 +1,4 @@
-"""A language model of any size that takes a training step on fake tensors, and the same step on real ones to compare with."""
+"""A language model of any size, for a training step with fake tensors and the same step with real ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.config import LoraConfig
-from vlmcap.measuring.memory import reset_peak, resident
+from vlmcap.measuring.memory_use import reset_peak, resident_bytes
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.layers import checkpoint_layers
 from vlmcap.planning.estimate.sizes import language_batch
-from vlmcap.planning.estimate.stages import StageMemory, blocks_of, profile_stage
+from vlmcap.planning.estimate.stages import StageMemory, find_blocks, profile_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +23,16 @@ class Trial:
     """A language model and its batch.
 
     Attributes:
-        kind: transformers' model type.
-        width: Of its hidden states.
-        vocabulary: Of its head.
+        kind: Model type of transformers.
+        width: Width of the hidden states.
+        vocabulary: Size of the vocabulary.
         quantization: "none", "8bit" or "4bit".
-        has_checkpointing: Of activations.
-        num_clips: In the batch.
-        num_visual: Visual tokens of a clip.
-        num_caption: Caption tokens of a clip.
-        num_kept: Last blocks that are not computed again.
-        is_offloaded: Inputs of blocks that are computed again wait in host memory.
+        has_checkpointing: Whether activations are checkpointed.
+        num_clips: Clips in the batch.
+        num_visual: Visual tokens per clip.
+        num_caption: Caption tokens per clip.
+        num_kept: Number of last blocks that are not recomputed.
+        is_offloaded: Whether inputs of recomputed blocks wait in host memory.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Trial:
 
 
 def build_trial(trial: Trial, depth: int) -> nn.Module:
-    """The model with adapters, in float32, with random weights; without any under `torch.device("meta")`."""
+    """Builds the model in float32 with random weights, or without weights under `torch.device("meta")`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     heads = max(2, trial.width // 64)
@@ -87,11 +87,11 @@ def _captioner(trial: Trial, llm: nn.Module, visual: Tensor) -> VideoCaptioner:
     return captioner
 
 
-def trace_trial(trial: Trial, depth: int) -> StageMemory:
-    """The trace of its training step."""
+def profile_trial(trial: Trial, depth: int) -> StageMemory:
+    """Profiles the training step with fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from vlmcap.planning.estimate.fake_tensors import fill_with_fake_tensors, forget_checkpoints, quantize_fake
+    from vlmcap.planning.estimate.fake_tensors import emulate_checkpoint_offload, fill_with_fake_tensors, quantize_fake
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
@@ -99,13 +99,13 @@ def trace_trial(trial: Trial, depth: int) -> StageMemory:
         quantize_fake(llm, trial.quantization, torch.float32)
         llm = _adapted(trial, llm)
     if trial.is_offloaded:
-        forget_checkpoints(llm)
+        emulate_checkpoint_offload(llm)
     fill_with_fake_tensors(llm, mode)
     with mode:
         visual = torch.empty(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
     captioner = _captioner(trial, llm, visual)
     batch = language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8)
-    blocks = list(blocks_of(base_model(llm), depth))
+    blocks = list(find_blocks(base_model(llm), depth))
     return profile_stage(
         llm,
         lambda: captioner.loss_sum(batch)[0],
@@ -118,9 +118,7 @@ def trace_trial(trial: Trial, depth: int) -> StageMemory:
 
 
 def peak_of_real_step(trial: Trial, depth: int) -> float:
-    """Bytes that the resident set grows by in a real step on the CPU, over what it is with the weights.
-
-    For a fresh process.
+    """Returns the bytes that a real step on the CPU adds to the resident set; needs a fresh process.
 
     A step on two tokens comes first, so that threads and kernels are there.
     """
@@ -134,15 +132,15 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
         language_batch([trial.num_caption] * trial.num_clips, [trial.num_visual], 8),
     )
     reset_peak()
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     captioner.loss_sum(batch)[0].backward()
-    return resident("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
-def peak_on_card(trial: Trial, depth: int, device: torch.device) -> float:
-    """Bytes that PyTorch's allocator hands out in a real step on a GPU, over what the weights take.
+def peak_on_gpu(trial: Trial, depth: int, device: torch.device) -> float:
+    """Returns the bytes that PyTorch's allocator hands out in a real step on a GPU, beside the weights.
 
-    A short step comes first here too.
+    A short step comes first here, too.
     """
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth)).to(device)

@@ -1,4 +1,4 @@
-"""The figures of features whose spectrum and correlation are known."""
+"""Figures of features whose spectrum and correlation are known."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_mean_that_all_share_is_no_correlation() -> None:
     assert found.length is not None and found.length < 1
 
 
-def test_features_that_never_part_have_no_length() -> None:
+def test_features_that_stay_correlated_have_no_length() -> None:
     ones = torch.ones(16, 4)
     assert locality([FrameFeatures(ones, (4, 4))], torch.zeros(4)).length is None
     halves = torch.cat([ones[:8], -ones[:8]])
@@ -98,7 +98,7 @@ def test_frames_of_different_grids_go_together() -> None:
     assert len(both.distances) == len(alone[1].distances)
 
 
-def test_outliers_and_the_cls_token_are_told() -> None:
+def test_outliers_and_the_cls_token_are_reported() -> None:
     patches = torch.nn.functional.normalize(random(100, 16), dim=-1)
     patches[:5] *= 10
     frames = [FrameFeatures(patches, (10, 10), 4 * torch.nn.functional.normalize(random(2, 16, seed=3), dim=-1))]

@@ -1,4 +1,4 @@
-"""`vlmcap spectrum` measures the features that a run would read, of every kind of encoder, and draws them."""
+"""`vlmcap spectrum` measures the features that a run would read, for every kind of encoder, and draws them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from vlmcap.assembly.clips import load_splits
 from vlmcap.compose import compose
 from vlmcap.config import Config, Split
 from vlmcap.demo.prepare import prepare
-from vlmcap.planning.sweep_budget.plan_sweep import num_clips
+from vlmcap.planning.sweep_budget.make_sweep_plan import num_clips
 from vlmcap.training.run import train
 from vlmcap.training.summary import tried
 

@@ -15,7 +15,7 @@ from vlmcap.planning.grid.make_grid import grid_names, make_grid
 from vlmcap.planning.known_data import known_captions, known_clips, planned
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import show_plan
-from vlmcap.planning.sweep_budget.plan_sweep import plan_sweep
+from vlmcap.planning.sweep_budget.make_sweep_plan import plan_sweep
 from vlmcap.planning.sweep_budget.sweep_plan import show_budget
 
 
@@ -42,7 +42,7 @@ def _one(overrides: Sequence[str], *, as_json: bool, is_pretrained_vlm: bool) ->
     check_single_run(overrides, config)
     train = known_clips(config).get("train", ())
     plan = make_plan(config, captions=known_captions(config), num_clips=len(train) or None)
-    plan = with_changes(plan, overrides, composed=planned)
+    plan = with_changes(plan, overrides, compose_config=planned)
     if as_json:
         print(json.dumps(plan.plain(), indent=2))
     else:

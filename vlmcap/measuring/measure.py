@@ -1,4 +1,4 @@
-"""`vlmcap doctor --measure`: training steps and short captions at true size on random weights, beside their plan."""
+"""`vlmcap doctor --measure`: training steps and short captions at true size with random weights, beside their plan."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from vlmcap.config import Config
 from vlmcap.config_unread import NO_DATA
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.libraries import silence_libraries
-from vlmcap.measuring.memory import MemoryUse
+from vlmcap.measuring.memory_use import MemoryUse
 from vlmcap.measuring.random_components import random_captioner, with_blocks
-from vlmcap.measuring.steps import Measured, gone_after, measured_run
+from vlmcap.measuring.steps import Measured, measure_run, releasing_memory
 from vlmcap.planning.calibration import Calibration, calibration_folder, write_calibration
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.changes import with_changes
-from vlmcap.planning.estimate.sizes import sizes_of
+from vlmcap.planning.estimate.sizes import clip_sizes
 from vlmcap.planning.hardware import GIB, DetectedDevice, detect_cpu, detect_gpu, planned_device
-from vlmcap.planning.host import PROCESS_BYTES
+from vlmcap.planning.host_memory import PROCESS_BYTES
 from vlmcap.planning.known_data import known_captions, planned
 from vlmcap.planning.make_plan import make_plan, with_caption_plan
-from vlmcap.planning.memory import Moment, is_known
+from vlmcap.planning.peak_memory import Moment, is_known
 from vlmcap.planning.plan import Plan
 from vlmcap.terminal import duration, short_number, step_printer
 from vlmcap.training.checkpoints.load import single_process
 
-_CLOSE = 0.02  # of a planned figure: what is called as planned
-NUM_NEW = 32  # tokens of the short captions, where the configuration's are not shorter still
-_MOST_CONTEXT_GIB = 2.0  # more on the GPU beside our own memory is another program's
-# Planned weights, and bytes beyond them: below, what is measured is the cost of calling kernels and the noise of the
-# allocator.
+_CLOSE_SHARE = 0.02  # deviation from a planned figure that counts as equal
+NUM_NEW = 32  # most tokens of the short captions
+_MOST_CONTEXT_GIB = 2.0  # above it, other programs must be using the GPU
+# Least planned weights, and other bytes: below, a measurement shows kernel launches and noise of the allocator.
 _LEAST_WEIGHTS_GIB, _LEAST_GIB = 0.5, 0.1
-_HEADROOM = 0.85  # of the memory that ended: what a change has to come down to
+_HEADROOM = 0.85  # share of the plan that ran out of memory, which a change has to reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +49,34 @@ class Comparison:
     """A plan and its measurement.
 
     Attributes:
-        plan: Without calibration, for captions as short as the measured ones.
-        measured: What the GPU did.
-        gpu: As PyTorch names it.
-        memory_gib: Of it.
-        num_blocks: That encoder and language model were cut to; None if they were whole.
-        why_not_kept: Why it says nothing of later plans; empty if it does.
+        plan: Plan without calibration, for captions as short as the measured ones.
+        measured: Measurement.
+        device_name: GPU name that PyTorch reports, or the CPU's model name.
+        memory_gib: Memory of the device.
+        num_blocks: Number of blocks that encoder and language model were truncated to; None if they were complete.
+        why_not_kept: Reason why the measurement is not stored for later plans; empty if it is.
     """
 
     plan: Plan
     measured: Measured
-    gpu: str
+    device_name: str
     memory_gib: float
     num_blocks: int | None
     why_not_kept: str = ""
 
     @property
     def training_gib(self) -> float:
-        """What the GPU held at most in training: the allocator's memory and the context."""
+        """Peak of training: memory reserved by the allocator, and the CUDA context."""
         return self.measured.training.reserved + self.measured.context_gib
 
     @property
     def generation_gib(self) -> float:
-        """The same of generation."""
+        """Peak of generation: memory reserved by the allocator, and the CUDA context."""
         return self.measured.generation.reserved + self.measured.context_gib
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Measured over planned: of memory and seconds."""
+        """Measured over planned memory and seconds."""
         plan, measured = self.plan, self.measured
         return {
             "training_gib": self.training_gib / plan.training_gib,
@@ -87,44 +86,45 @@ class Comparison:
         }
 
     def calibration(self) -> Calibration:
-        """What later plans of this GPU take from it.
+        """Returns the figures that later plans for this device use.
 
         Raises:
-            ValueError: The measurement is too far from the plan to make a sound figure.
+            ValueError: The measurement is too far from the plan for a valid figure.
         """
         plan, measured = self.plan, self.measured
-        beyond, known = _beyond_gib(plan.training), plan.training.total / GIB - _beyond_gib(plan.training)
-        arithmetic_s = plan.flops / (plan.gpu.utilisation * plan.gpu.peak_flops)
-        # Moving packed weights keeps its planned seconds; a tenth of the measured ones at least are arithmetic.
+        activations = _activation_gib(plan.training)
+        known = plan.training.total / GIB - activations
+        arithmetic_s = plan.flops / (plan.device.utilisation * plan.device.peak_flops)
+        # Moving packed weights keeps its planned seconds; arithmetic takes at least a tenth of the measured ones.
         measured_s = max(measured.clip_s - (plan.clip_s - arithmetic_s), 0.1 * measured.clip_s)
-        # The planned bound is the one that was measured; the other one cannot have been slower than what was measured.
-        share = plan.token_bytes / (plan.gpu.bytes_per_s * measured.token_s)
+        # The bound that the plan names was measured; the other one cannot be slower than the measurement.
+        share = plan.token_bytes / (plan.device.bytes_per_s * measured.token_s)
         kernel = "kernel_s" if plan.is_captured else "launch_s"
-        planned_s, measured_s_each = getattr(plan.gpu, kernel), measured.token_s / plan.token_launches
+        planned_s, measured_s_each = getattr(plan.device, kernel), measured.token_s / plan.token_launches
         is_launch_bound = plan.token_s == plan.token_launches * planned_s
-        kernels = {"launch_s": plan.gpu.launch_s, "kernel_s": plan.gpu.kernel_s}
+        kernels = {"launch_s": plan.device.launch_s, "kernel_s": plan.device.kernel_s}
         kernels[kernel] = measured_s_each if is_launch_bound else min(measured_s_each, planned_s)
         return Calibration(
-            gpu=self.gpu,
+            device_name=self.device_name,
             memory_gib=round(self.memory_gib, 2),
             hardware=plan.hardware,
             date=datetime.date.today().isoformat(),
             model=plan.title,
-            beyond_ratio=(measured.training.reserved - known) / beyond,
+            activation_ratio=(measured.training.reserved - known) / activations,
             context_gib=max(0.0, measured.context_gib),
-            utilisation=plan.gpu.utilisation * arithmetic_s / measured_s,
-            bandwidth_share=max(share, plan.gpu.bandwidth_share) if is_launch_bound else share,
+            utilisation=plan.device.utilisation * arithmetic_s / measured_s,
+            bandwidth_share=max(share, plan.device.bandwidth_share) if is_launch_bound else share,
             **kernels,
             tokens_per_s=self.tokens_per_s,
         )
 
     @property
     def tokens_per_s(self) -> float:
-        """Caption tokens a second, over all clips of an evaluation batch."""
+        """Caption tokens per second, over all clips of an evaluation batch."""
         return self.plan.eval_batch_size / self.measured.token_s
 
     def plain(self) -> dict[str, Any]:
-        """As `--json` prints it; GiB and seconds as the names say."""
+        """Returns what `--json` prints; names give the units."""
         plan, measured, ratios = self.plan, self.measured, self.ratios
         phases = {"training": (plan.training_gib, plan.training, measured.training, self.training_gib)}
         phases["generation"] = (plan.generation_gib, plan.generation, measured.generation, self.generation_gib)
@@ -146,13 +146,13 @@ class Comparison:
         return {
             "model": plan.title,
             "hardware": plan.hardware,
-            "GPU": self.gpu,
+            "device": self.device_name,
             "blocks": self.num_blocks,
             "batch_size": plan.batch_size,
             "eval_batch_size": plan.eval_batch_size,
             **memory,
             "process_gib": {"planned": round(PROCESS_BYTES / GIB, 3), "measured": round(measured.process_gib, 3)},
-            "context_gib": {"planned": plan.gpu.context_gib, "measured": round(measured.context_gib, 3)},
+            "context_gib": {"planned": plan.device.context_gib, "measured": round(measured.context_gib, 3)},
             **{
                 name: {"planned": round(planned, 5), "measured": round(found, 5), "ratio": round(ratios[name], 3)}
                 for name, (planned, found) in seconds.items()
@@ -165,14 +165,14 @@ class Comparison:
 
 
 def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparison:
-    """The plan of a configuration beside what this machine did; kept for later plans where it says something of them.
+    """Measures a configuration beside its plan, and stores the result for later plans where it is representative.
 
     Args:
-        overrides: As `train.py` takes them; data.root is not needed.
-        num_blocks: That encoder and language model are cut to; None takes all.
+        overrides: Overrides as `train.py` takes them; data.root is not needed.
+        num_blocks: Number of blocks that encoder and language model are truncated to; None takes all.
 
     Raises:
-        UserError: Something in the configuration does not do, or the memory ended.
+        UserError: The configuration cannot be measured, or memory ran out.
     """
     silence_libraries()
     overrides = [NO_DATA, *overrides]
@@ -181,132 +181,136 @@ def measure(overrides: Sequence[str], num_blocks: int | None = None) -> Comparis
     lengths = known_captions(config) or CaptionLengths.assumed(config.llm.caption_tokens)
     device_of(config)
     with tempfile.TemporaryDirectory(prefix="vlmcap-measure-") as folder:
-        cut = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
-        short = dataclasses.replace(cut.llm, max_new_tokens=min(NUM_NEW, cut.llm.new_tokens))
-        measured_config = with_caption_plan(dataclasses.replace(cut, llm=short))
+        truncated = config if num_blocks is None else with_blocks(config, num_blocks, Path(folder))
+        short = dataclasses.replace(truncated.llm, max_new_tokens=min(NUM_NEW, truncated.llm.new_tokens))
+        measured_config = with_caption_plan(dataclasses.replace(truncated, llm=short))
         plan = make_plan(measured_config, planned_device(measured_config), captions=lengths)
-        present = _present(config)
-        _check_room(plan, present, config)
-        measured = _measured(measured_config, plan, lengths, overrides, Path(folder))
-    comparison = Comparison(plan, measured, present.name, present.total_gib, num_blocks)
-    comparison = dataclasses.replace(comparison, why_not_kept=_obstacle(comparison, present))
-    return comparison if comparison.why_not_kept else _kept(config, comparison)
+        detected = _detect_device(config)
+        _check_room(plan, detected, config)
+        measured = _run(measured_config, plan, lengths, overrides, Path(folder))
+    comparison = Comparison(plan, measured, detected.name, detected.total_gib, num_blocks)
+    comparison = dataclasses.replace(comparison, why_not_kept=_reason_not_kept(comparison, detected))
+    return comparison if comparison.why_not_kept else _keep(config, comparison)
 
 
 def _check(config: Config) -> None:
     if config.llm.new_tokens < 2:
-        raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, not {config.llm.new_tokens}")
+        raise UserError(f"llm.max_new_tokens must be at least 2 to time a token, but it is {config.llm.new_tokens}")
     if config.cache.enabled is True and config.cache.pooled:
         raise UserError("pooled features cannot be measured; set cache.pooled=false")
 
 
-def _present(config: Config) -> DetectedDevice:
-    gpu = None if config.hardware.accelerator == "cpu" else detect_gpu()
-    return gpu or detect_cpu()
+def _detect_device(config: Config) -> DetectedDevice:
+    device = None if config.hardware.accelerator == "cpu" else detect_gpu()
+    return device or detect_cpu()
 
 
-def _check_room(plan: Plan, present: DetectedDevice, config: Config) -> None:
-    """A host that runs out of memory ends programs without a word, so there it is refused; a GPU says so itself.
+def _check_room(plan: Plan, detected: DetectedDevice, config: Config) -> None:
+    """Refuses a plan that does not fit in host memory, as the system would kill the program; a GPU reports it itself.
 
     Raises:
-        UserError: The plan is larger than what is free on the host.
+        UserError: The plan needs more than the host's free memory.
     """
-    if not present.free_gib or plan.peak_gib <= present.free_gib:
+    if not detected.free_gib or plan.peak_gib <= detected.free_gib:
         return
     sentence = (
-        f"{plan.title} needs {plan.peak_gib:.1f} GiB by its plan and {present.name} has {present.free_gib:.1f} free"
+        f"{plan.title} is planned to need {plan.peak_gib:.1f} GiB and {detected.name} has {detected.free_gib:.1f} free"
     )
     if config.hardware.accelerator == "cpu":
         raise UserError(
-            f"{sentence}; measure less of it with --blocks 1, a smaller data.batch_size or data.eval_batch_size"
+            f"{sentence}; measure a part of it with --blocks 1, or lower data.batch_size or data.eval_batch_size"
         )
     print(f"Warning: {sentence}.", file=sys.stderr, flush=True)
 
 
-def _measured(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measured:
+def _run(config: Config, plan: Plan, lengths: CaptionLengths, overrides: Sequence[str], folder: Path) -> Measured:
     device = device_of(config)
-    moment: dict[str, str] = {"doing": "making weights"}
+    moment: dict[str, str] = {"doing": "creating weights"}
     print_step = step_printer()
 
     def say(step: str) -> None:
-        moment["doing"] = f"making or running: {step}"
+        moment["doing"] = f"creating or running: {step}"
         print_step(step)
 
-    with _explained(config, plan, overrides, moment), gone_after(device):
+    with _with_advice(config, plan, overrides, moment), releasing_memory(device):
         use = MemoryUse(device)
         has_encoder = config.cache.enabled is not True
         captioner = random_captioner(config, has_encoder=has_encoder, num_kept_layers=plan.num_kept, say=say)
         moment["doing"] = "training"
-        return measured_run(config, captioner, sizes_of(config), lengths, plan.batch_size, folder, use, say)
+        return measure_run(config, captioner, clip_sizes(config), lengths, plan.batch_size, folder, use, say)
 
 
 @contextmanager
-def _explained(config: Config, plan: Plan, overrides: Sequence[str], moment: dict[str, str]) -> Iterator[None]:
-    """Adds the plan's advice to the sentence on memory that ended; it is made only then, as it takes many plans."""
+def _with_advice(config: Config, plan: Plan, overrides: Sequence[str], moment: dict[str, str]) -> Iterator[None]:
+    """Adds advice to an out-of-memory error; it is planned only then, as it takes many plans."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
         if not is_out_of_memory(error):
             raise
         advice = _advice(config, plan, overrides)
-        has = f"{plan.title} ran out of memory on hardware={plan.hardware} while {moment['doing']}, planned at {plan.peak_gib:.1f} GiB"
-        raise UserError(f"{has} of {plan.gpu.usable_gib:.1f}; {advice}") from None
+        raise UserError(
+            f"{plan.title} ran out of memory on hardware={plan.hardware} while {moment['doing']}, "
+            f"planned at {plan.peak_gib:.1f} GiB of {plan.device.usable_gib:.1f}; {advice}"
+        ) from None
 
 
 def _advice(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
-    """What makes it smaller: so small that it fits, or by a sixth where the plan said that it would fit."""
-    gpu = dataclasses.replace(plan.gpu, usable_gib=min(plan.gpu.usable_gib, _HEADROOM * plan.peak_gib))
-    whole = make_plan(planned(overrides), gpu)
-    changes = with_changes(whole, overrides, gpu).changes
+    """Suggests changes: those that make the plan fit, or that lower it by `_HEADROOM` where it should have fit."""
+    device = dataclasses.replace(plan.device, usable_gib=min(plan.device.usable_gib, _HEADROOM * plan.peak_gib))
+    changes = with_changes(make_plan(planned(overrides), device), overrides, device).changes
     if not changes:
-        return "take a smaller llm or a larger GPU, or measure less of it with --blocks"
-    return f"try {' '.join(override for change in changes for override in change.overrides)}, planned at {changes[-1].peak_gib:.1f} GiB"
+        return "choose a smaller llm or a larger GPU, or measure a part of it with --blocks"
+    tried = " ".join(override for change in changes for override in change.overrides)
+    return f"try {tried}, planned at {changes[-1].peak_gib:.1f} GiB"
 
 
-def _obstacle(comparison: Comparison, present: DetectedDevice) -> str:
-    """Why a measurement is not kept; empty if it is."""
+def _reason_not_kept(comparison: Comparison, detected: DetectedDevice) -> str:
+    """Returns why a measurement is not stored; empty if it is."""
     plan = comparison.plan
     if comparison.num_blocks is not None:
-        return f"only {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''} of each part ran"
-    if present.profile != plan.hardware:
-        return f"hardware={plan.hardware} is not the profile that suits this GPU, which is {present.profile or 'none'}"
+        return f"only {_count_blocks(comparison.num_blocks)} of each component ran"
+    if detected.profile != plan.hardware:
+        return (
+            f"hardware={plan.hardware} is not the profile that suits this device, which is {detected.profile or 'none'}"
+        )
     if is_too_small(plan):
-        return "the model is too small to say anything of others"
+        return "the model is too small to be representative of others"
     if comparison.measured.context_gib > _MOST_CONTEXT_GIB:
-        return f"other programs seem to be on the GPU: {comparison.measured.context_gib:.1f} GiB of it are not ours"
+        return f"other programs seem to use the GPU: {comparison.measured.context_gib:.1f} GiB of it belong to others"
     return ""
 
 
-def _kept(config: Config, comparison: Comparison) -> Comparison:
+def _count_blocks(count: int) -> str:
+    return f"{count} block{'s' if count > 1 else ''}"
+
+
+def _keep(config: Config, comparison: Comparison) -> Comparison:
     try:
         write_calibration(calibration_folder(config), comparison.calibration())
     except ValueError:
-        return dataclasses.replace(comparison, why_not_kept="it is too far from the plan to make a sound figure")
+        return dataclasses.replace(comparison, why_not_kept="it is too far from the plan for a valid figure")
     except OSError as error:
-        return dataclasses.replace(comparison, why_not_kept=f"paths.cache_dir cannot be written to ({error.strerror})")
+        return dataclasses.replace(comparison, why_not_kept=f"paths.cache_dir is not writable ({error.strerror})")
     return comparison
 
 
-def _beyond_gib(moment: Moment) -> float:
+def _activation_gib(moment: Moment) -> float:
     return sum(size for name, size in moment.parts.items() if not is_known(name)) / GIB
 
 
 def is_too_small(plan: Plan) -> bool:
-    """Whether a plan has too little to say anything of others."""
-    return plan.weights_gib < _LEAST_WEIGHTS_GIB or _beyond_gib(plan.training) < _LEAST_GIB
+    """Whether a plan is too small to be representative of others."""
+    return plan.weights_gib < _LEAST_WEIGHTS_GIB or _activation_gib(plan.training) < _LEAST_GIB
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """Prints plan and measurement side by side, whether it is kept, and how far off the plan is last."""
+    """Prints plan and measurement side by side, whether the measurement is stored, and the deviation last."""
     console = Console(highlight=False)
     plan, measured, ratios = comparison.plan, comparison.measured, comparison.ratios
-    cut = (
-        ""
-        if comparison.num_blocks is None
-        else f", {comparison.num_blocks} block{'s' if comparison.num_blocks > 1 else ''}"
-    )
+    blocks = "" if comparison.num_blocks is None else f", {_count_blocks(comparison.num_blocks)}"
     table = Table(
-        title=f"{plan.title}{cut}, hardware={plan.hardware}, on {comparison.gpu}",
+        title=f"{plan.title}{blocks}, hardware={plan.hardware}, on {comparison.device_name}",
         title_justify="left",
         title_style="bold",
     )
@@ -324,11 +328,11 @@ def show_comparison(comparison: Comparison) -> None:
     ):
         expected = moment.allocated / GIB
         ratio = f"{use.allocated / expected:.2f}"
-        table.add_row(f"  of it by tensors, {name}", f"{expected:.2f} GiB", f"{use.allocated:.2f} GiB", ratio)
-    table.add_row("  of it beside PyTorch", f"{plan.gpu.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
+        table.add_row(f"  of it tensors, {name}", f"{expected:.2f} GiB", f"{use.allocated:.2f} GiB", ratio)
+    table.add_row("  of it beside PyTorch", f"{plan.device.context_gib:.2f} GiB", f"{measured.context_gib:.2f} GiB", "")
     if measured.process_gib:
         table.add_row(
-            "memory of the host's process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", ""
+            "host memory of the process", f"{PROCESS_BYTES / GIB:.2f} GiB", f"{measured.process_gib:.2f} GiB", ""
         )
     rows = {"clip": (f"a clip, batch {plan.batch_size}", plan.clip_s, measured.clip_s)}
     rows["token"] = (f"a caption token, batch {plan.eval_batch_size}", plan.token_s, measured.token_s)
@@ -336,10 +340,10 @@ def show_comparison(comparison: Comparison) -> None:
         table.add_row(label, duration(expected), duration(found), f"{ratios[f'seconds_per_{name}']:.2f}")
     console.print(table)
     if comparison.why_not_kept:
-        console.print(f"Not kept for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
+        console.print(f"Not stored for later plans: {comparison.why_not_kept}.", markup=False, soft_wrap=True)
     else:
         console.print(
-            "Kept: `vlmcap plan` uses these figures for this GPU; `vlmcap doctor --forget` removes them.",
+            "Stored: `vlmcap plan` uses these figures for this device; `vlmcap doctor --forget` removes them.",
             markup=False,
             soft_wrap=True,
         )
@@ -347,7 +351,7 @@ def show_comparison(comparison: Comparison) -> None:
 
 
 def distance(comparison: Comparison) -> str:
-    """How far off the plan is, in one sentence."""
+    """Describes the deviation from the plan in one sentence."""
     ratios = comparison.ratios
     memory = " and ".join(f"{_off(ratios[f'{name}_gib'])} in {name}" for name in ("training", "generation"))
     seconds = [
@@ -360,6 +364,6 @@ def distance(comparison: Comparison) -> str:
 def _off(ratio: float) -> str:
     if ratio <= 0:
         return "too small to be measured"
-    if abs(ratio - 1) <= _CLOSE:
+    if abs(ratio - 1) <= _CLOSE_SHARE:
         return "right"
     return f"{abs(1 / ratio - 1):.0%} too {'low' if ratio > 1 else 'high'}"

@@ -1,9 +1,7 @@
-"""A configuration's captioner at true size, or cut to few blocks, with random weights.
+"""Builds a configuration's captioner with random weights, at true size or truncated to few blocks.
 
-No download, and no copy in the host's memory.
-
-Same classes, number formats, adapters and attention as `assemble` gives. Values are random, so what it writes means
-nothing.
+Classes, number formats, adapters and attention are those of `assemble`, but nothing is downloaded and no copy of the
+weights is made in host memory. As values are random, captions are meaningless.
 """
 
 from __future__ import annotations
@@ -50,34 +48,34 @@ from vlmcap.planning.estimate.meta_models import (
     text_config,
 )
 
-_STD = 0.02  # of random weights, as transformers' own
-_PIXEL = 127.0  # mean and deviation of pixels; the encoder's own are in its checkpoint
+_WEIGHT_STD = 0.02  # of random weights, as in transformers
+_PIXEL_MEAN = 127.0  # mean and standard deviation of pixels, as the encoder's own are in its checkpoint
 
 
 def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
-    """The configuration with its bases cut to so many blocks.
+    """Truncates the base checkpoints of a configuration to few blocks.
 
     Args:
-        config: Of the run.
-        num_blocks: That encoder and language model keep, where they have more.
-        folder: Takes the `config.json`s of the cut bases, and traces of them.
+        config: Run configuration.
+        num_blocks: Most blocks of encoder and language model.
+        folder: Folder for the `config.json`s of the truncated checkpoints, and for their memory profiles.
     """
     paths = dataclasses.replace(config.paths, cache_dir=str(folder / "cache"))
     config = dataclasses.replace(config, paths=paths)
     if isinstance(config.model, PretrainedVlmConfig):
         values = architecture(config, "model")
         text = values.get("text_config") or values
-        _cut(text, num_blocks)
+        _truncate(text, num_blocks)
         layer = values.get("vision_feature_layer", -1)  # of LLaVA
-        _cut(values.get("vision_config") or {}, _total_blocks(num_blocks, layer if isinstance(layer, int) else -1))
+        _truncate(values.get("vision_config") or {}, _total_blocks(num_blocks, layer if isinstance(layer, int) else -1))
         model = dataclasses.replace(config.model, checkpoint=_write(folder / "model", values))
         return dataclasses.replace(config, model=model)
     text = architecture(config, "llm")
-    _cut(text.get("text_config") or text, num_blocks)
+    _truncate(text.get("text_config") or text, num_blocks)
     vision = architecture(config, "encoder")
     assert isinstance(config.encoder, TowerConfig)
     layer = config.encoder.feature_layer
-    _cut(vision.get("vision_config") or vision, _total_blocks(num_blocks, layer))
+    _truncate(vision.get("vision_config") or vision, _total_blocks(num_blocks, layer))
     checkpoint = _write(folder / "encoder", vision)
     (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor(config)), encoding="utf-8")
     layer = min(layer, num_blocks) if layer >= 0 else layer
@@ -87,14 +85,14 @@ def with_blocks(config: Config, num_blocks: int, folder: Path) -> Config:
 
 
 def _total_blocks(num_blocks: int, layer: int) -> int:
-    """Blocks of a tower of which so many run: a layer that is counted from the end leaves those behind it out."""
+    """Returns the blocks of a tower of which `num_blocks` run: those after a layer counted from the end do not."""
     return num_blocks if layer >= 0 else num_blocks - 1 - layer
 
 
-def _cut(values: dict[str, Any], num_blocks: int) -> None:
-    """Fewer blocks in the part of a `config.json`, in place.
+def _truncate(values: dict[str, Any], num_blocks: int) -> None:
+    """Truncates a section of a `config.json` in place.
 
-    Qwen's towers call them depth, and name layers that give features.
+    Qwen's towers call the number of blocks depth, and list layers that give features.
     """
     for key in ("num_hidden_layers", "depth"):
         if key in values:
@@ -114,32 +112,32 @@ def _write(folder: Path, values: dict[str, Any]) -> str:
 def random_captioner(
     config: Config, *, has_encoder: bool, num_kept_layers: int = 0, say: Callable[[str], None]
 ) -> VideoCaptioner:
-    """The captioner of a configuration, trained parts as training has them.
+    """Builds the captioner of a configuration, with components trained as configured.
 
     Args:
-        config: Of the run.
+        config: Run configuration.
         has_encoder: False where features come from disk.
-        num_kept_layers: Last layers that are not computed again although the language model is checkpointed.
-        say: Receives what is made.
+        num_kept_layers: Last layers that are not recomputed although the language model is checkpointed.
+        say: Receives what is being created.
 
     Raises:
-        UserError: The parts do not fit together, an architecture is not known, or the device is not there.
+        UserError: The components do not fit together, an architecture is not known, or the device is not there.
     """
     device = device_of(config)
     torch.manual_seed(config.seed)
-    cached_meta_encoder = meta_encoder(config)
-    sizes = planned_sizes(config, cached_meta_encoder)
+    encoder_on_meta = meta_encoder(config)
+    sizes = planned_sizes(config, encoder_on_meta)
     if sizes is not None:
         check_projector(config.projector, sizes)
     encoder = None
     if has_encoder:
-        say(f"encoder ({_billions(cached_meta_encoder)})")
-        encoder = fill_random(cached_meta_encoder, device)
+        say(f"encoder ({_size_text(encoder_on_meta)})")
+        encoder = fill_random(encoder_on_meta, device)
         _set_attention(config, encoder)
         train_encoder(config, encoder)
     with torch.device("meta"):
         projector: Any = meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
-    say(f"projector ({_billions(projector)})")
+    say(f"projector ({_size_text(projector)})")
     projector = fill_random(projector, device)
     projector.requires_grad_(any(stage.projector_lr > 0 for stage in config.tuning.stages.values()))
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
@@ -154,12 +152,12 @@ def random_captioner(
 
 
 def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Module:
-    """The language model, quantised as training has it.
+    """Builds the language model, quantised as configured.
 
     Args:
-        config: Of the run.
-        device: Where it is made.
-        say: Told what is made.
+        config: Run configuration.
+        device: Device that it is created on.
+        say: Receives what is being created.
     """
     options, text = language_options(config), text_config(config)
     dtype, kept = options["dtype"], None
@@ -171,20 +169,20 @@ def random_llm(config: Config, device: str, say: Callable[[str], None]) -> nn.Mo
         else:
             attention = choose_attention(options["attention"], device, dtype, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)])
             llm = AutoModelForCausalLM.from_config(text, dtype=dtype, attn_implementation=attention)
-    say(f"language model ({_billions(llm)}, {options['quantization']} quantisation)")
+    say(f"language model ({_size_text(llm)}, {options['quantization']} quantisation)")
     quantize_meta(llm, options["quantization"], dtype, kept)
     filled: nn.Module = fill_random(llm.requires_grad_(False).eval(), device, dtype)
     return filled
 
 
 def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[str] | None = None) -> None:
-    """Exchanges linear layers and experts for bitsandbytes' while they have no weights, as loading does.
+    """Replaces linear layers and experts of a meta model by those of bitsandbytes, as loading does.
 
     Args:
-        llm: On the meta device, changed in place.
+        llm: Model on the meta device, changed in place.
         quantization: "none", "8bit" or "4bit".
-        dtype: Of the arithmetic.
-        kept: Names of layers that stay as they are; None asks transformers (the head).
+        dtype: Data type of the arithmetic.
+        kept: Names of layers that are not quantised; None takes transformers' default (the head).
     """
     if quantization == "none":
         return
@@ -194,20 +192,20 @@ def quantize_meta(llm: Any, quantization: str, dtype: torch.dtype, kept: list[st
     replace_with_bnb_linear(
         llm, modules_to_not_convert=keys, quantization_config=quantization_config(quantization, dtype)
     )
-    setattr(llm, f"is_loaded_in_{quantization}", True)  # peft asks
+    setattr(llm, f"is_loaded_in_{quantization}", True)  # peft reads it
 
 
 @torch.no_grad()
 def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> Any:
-    """The module with random weights in the place of those on the meta device; what was shared stays shared.
+    """Replaces meta tensors by random weights; shared tensors stay shared.
 
-    Norms' weights are 1 and vectors 0, tables such as rotary frequencies what transformers computes, packed weights
-    quantised one by one.
+    Weights of norms are 1 and vectors 0; tables such as rotary frequencies are computed by transformers; packed weights
+    are quantised one by one.
 
     Args:
-        module: On the meta device, changed in place.
-        device: Where the weights are made.
-        dtype: That packed weights have before they are packed.
+        module: Module on the meta device, changed in place.
+        device: Device that the weights are created on.
+        dtype: Data type of packed weights before they are packed.
     """
     made: dict[int, Any] = {}
     for child in module.modules():
@@ -215,38 +213,38 @@ def fill_random(module: Any, device: str, dtype: torch.dtype | None = None) -> A
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in made:
-                        made[id(tensor)] = _made(child, name, tensor, device, dtype)
+                        made[id(tensor)] = _random_like(child, name, tensor, device, dtype)
                     tensors[name] = made[id(tensor)]
         if isinstance(getattr(child, "mean", None), Tensor) and isinstance(getattr(child, "std", None), Tensor):
-            child.mean.fill_(_PIXEL)
-            child.std.fill_(_PIXEL)
-    _compute_tables(module)
+            child.mean.fill_(_PIXEL_MEAN)
+            child.std.fill_(_PIXEL_MEAN)
+    _init_buffers(module)
     return module
 
 
-def _made(owner: nn.Module, name: str, tensor: Any, device: str, dtype: torch.dtype | None) -> Any:
+def _random_like(owner: nn.Module, name: str, tensor: Any, device: str, dtype: torch.dtype | None) -> Any:
     if isinstance(tensor, Params4bit):
-        weight = torch.empty(tensor.shape, dtype=dtype, device=device).normal_(std=_STD)
+        weight = torch.empty(tensor.shape, dtype=dtype, device=device).normal_(std=_WEIGHT_STD)
         if isinstance(owner, FusedExperts):
             return pack_experts(weight)
         return Params4bit(weight, requires_grad=False, **tensor.__dict__).to(device)
     if isinstance(tensor, Int8Params):  # quantised on the way from the host to the GPU, a layer at a time
         settings = {key: value for key, value in tensor.__dict__.items() if key != "SCB"}
-        return Int8Params(torch.empty(tensor.shape, dtype=dtype).normal_(std=_STD), requires_grad=False, **settings).to(
-            device
-        )
+        return Int8Params(
+            torch.empty(tensor.shape, dtype=dtype).normal_(std=_WEIGHT_STD), requires_grad=False, **settings
+        ).to(device)
     values = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         if tensor.ndim >= 2:
-            values.normal_(std=_STD)
+            values.normal_(std=_WEIGHT_STD)
         elif name.endswith("weight"):
             values.fill_(1)
         return nn.Parameter(values, requires_grad=tensor.requires_grad)
     return values
 
 
-def _compute_tables(module: nn.Module) -> None:
-    """Fills buffers by the model classes' own rules; weights that such a module has beside them are drawn anew."""
+def _init_buffers(module: nn.Module) -> None:
+    """Fills buffers by the model classes' own rules, which also draw the weights beside them again."""
 
     def walk(child: nn.Module, owner: Any) -> None:
         owner = child if isinstance(child, PreTrainedModel) else owner
@@ -259,7 +257,7 @@ def _compute_tables(module: nn.Module) -> None:
 
 
 def _set_attention(config: Config, encoder: Any) -> None:
-    """FlashAttention where it would be loaded with it; the meta_encoder has PyTorch's own."""
+    """Sets FlashAttention where loading would; the meta encoder has PyTorch's attention."""
     if has_plugin_encoder(config):
         return
     attention = tower_attention(config)
@@ -268,13 +266,13 @@ def _set_attention(config: Config, encoder: Any) -> None:
 
 
 def _prompt(config: Config) -> Any:
-    """What a captioner asks of its prompt, without a tokenizer: captions stay ids, and at first no token ends one."""
+    """Returns what a captioner needs of its prompt, without a tokenizer: captions stay ids, and no token ends one."""
     beyond = int(text_config(config).vocab_size)
     return SimpleNamespace(
         question_ids=[1] * (PROMPT_TOKENS // 2), stop_ids=[beyond], pad_id=0, decode=lambda rows: rows
     )
 
 
-def _billions(module: nn.Module) -> str:
+def _size_text(module: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in module.parameters())
     return f"{count / 1e9:.2f} billion weights" if count >= 1e8 else f"{count / 1e6:.1f} million weights"

@@ -1,6 +1,4 @@
-"""Training steps and captions of a captioner with random weights, taken by the trainer of a run.
-
-Their time and their memory.
+"""Times training steps and captions with random weights by the trainer of a run, and measures their memory.
 
 Legend: B clips, F frames, P patches per frame, Dv vision width.
 """
@@ -23,7 +21,7 @@ from torch.utils.data import DataLoader
 from vlmcap.config import Batching, Config, Stage
 from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.determinism import deterministic_kernels
-from vlmcap.measuring.memory import MemoryUse, Use, resident
+from vlmcap.measuring.memory_use import MemoryUse, PeakMemory, resident_bytes
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.estimate.meta_models import PROMPT_TOKENS, meta_encoder, text_config
@@ -34,31 +32,31 @@ from vlmcap.training.objects import make_module, make_trainer
 from vlmcap.training.schedule import StagePlan
 from vlmcap.types import Batch, ValidationBatch
 
-NUM_TIMED = 2  # optimiser steps on captions as long as the data's
-# With the first one, which takes memory and chooses kernels, and a last one on the longest captions, which takes the
-# most memory.
+NUM_TIMED = 2  # optimiser steps on captions with the data's lengths
+# A warm-up step allocates memory and chooses kernels, and a last one on the longest captions takes the most memory.
 NUM_STEPS = NUM_TIMED + 2
-MOST_MICRO = 2  # batches per step where gradients are accumulated: the second finds the gradients of the first, as all later ones would
-_RATE = 1e-6
-_MOST_ID = 1000  # random ids stay below, where no vocabulary has special tokens
+# Most micro-batches per step: with accumulation the second finds the gradients of the first, like all later ones.
+MAX_MICRO_BATCHES = 2
+_LEARNING_RATE = 1e-6
+_MAX_ID = 1000  # random ids are smaller, where no vocabulary has special tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """Training steps and captions, as the trainer of a run takes them.
+    """Memory and time of training steps and captions.
 
     Attributes:
-        training: Memory of the steps.
-        generation: Memory of the validation, in which captions are written.
-        context_gib: Memory of the GPU beside PyTorch's allocator.
-        clip_s: Seconds per clip of a step, the optimizer's share of the accumulated batches included.
-        token_s: Seconds per caption token of every clip of an evaluation batch.
+        training: Memory of the training steps.
+        generation: Memory of the validation, in which captions are decoded.
+        context_gib: GPU memory beside PyTorch's allocator.
+        clip_s: Seconds per clip of a training step, with the optimizer's share over the accumulated batches.
+        token_s: Seconds of one caption token of every clip of an evaluation batch.
         num_new: Tokens of the longest caption that was timed.
-        process_gib: Host memory of the process at most, where the model is on a GPU; 0 elsewhere.
+        process_gib: Peak host memory of the process, where the model is on a GPU; otherwise 0.
     """
 
-    training: Use
-    generation: Use
+    training: PeakMemory
+    generation: PeakMemory
     context_gib: float
     clip_s: float
     token_s: float
@@ -67,12 +65,12 @@ class Measured:
 
 
 def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch:
-    """A batch of the largest clips that a configuration may meet: random frames, or features where they are stored.
+    """Makes a batch of the largest clips of a configuration, with random frames, or features where they are stored.
 
     Args:
         config: Run configuration.
         sizes: Sizes of a clip.
-        captions: Tokens of the caption of each clip; those of a batch for generation are 0.
+        captions: Caption tokens of each clip; zeros for a batch for generation.
     """
     encoder = meta_encoder(config)
     shape = frames_shape(config, encoder, sizes.grid)
@@ -81,7 +79,7 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
     batch = language_batch(
         captions, sizes.runs, PROMPT_TOKENS, sizes.grid if varies else None, sizes.gap, is_packed=is_packed
     )
-    most = min(_MOST_ID, int(text_config(config).vocab_size))
+    most = min(_MAX_ID, int(text_config(config).vocab_size))
     ids = torch.randint(1, most, batch.input_ids.shape) if not config.is_pretrained_vlm else batch.input_ids
     targets = None if batch.label_places is None else ids.flatten()[batch.label_places + 1]
     batch = dataclasses.replace(batch, input_ids=ids, targets=targets)
@@ -95,13 +93,13 @@ def random_batch(config: Config, sizes: Sizes, captions: Sequence[int]) -> Batch
 
 
 def step_captions(lengths: CaptionLengths, batch_size: int, num_micro: int, *, is_sorted: bool) -> list[list[int]]:
-    """Caption lengths of the micro-batches of all steps: any, then as long as the data's, and the longest last.
+    """Returns caption lengths of the micro-batches of all steps: warm-up, the data's lengths, and the longest last.
 
     Args:
-        lengths: Lengths of the data.
-        batch_size: Clips of a micro-batch.
-        num_micro: Micro-batches of an optimizer step.
-        is_sorted: Whether clips of like length share a batch.
+        lengths: Caption lengths of the data.
+        batch_size: Clips per micro-batch.
+        num_micro: Micro-batches per optimizer step.
+        is_sorted: Whether clips of similar length share a batch.
     """
     count = NUM_TIMED * num_micro
     timed = lengths.spread(count * batch_size)
@@ -112,10 +110,10 @@ def step_captions(lengths: CaptionLengths, batch_size: int, num_micro: int, *, i
 
 
 def ending_ids(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Tokens that end captions at different places of their second halves, as far as the captions allow it.
+    """Chooses end tokens that stop captions at different places of their second halves, as far as possible.
 
     Args:
-        rows: Captions as they are written where no token ends them.
+        rows: Captions that were decoded without end tokens.
     """
     longest = max(map(len, rows))
     half = longest // 2
@@ -128,29 +126,29 @@ def ending_ids(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 class _Clock(L.Callback):
-    """Takes the time and the memory of what the trainer does."""
+    """Measures time and memory of the trainer's phases."""
 
     def __init__(
         self, captioner: VideoCaptioner, num_micro: int, num_new: int, use: MemoryUse, say: Callable[[str], None]
     ) -> None:
         self.captioner, self.num_micro, self.num_new, self.use, self.say = captioner, num_micro, num_new, use, say
-        self.micro_s: list[float] = []  # of timed steps: forward and backward passes
+        self.micro_s: list[float] = []  # forward and backward passes of timed steps
         self.optimizer_s: list[float] = []
-        self.training = Use(0.0, 0.0)
+        self.training = PeakMemory(0.0, 0.0)
         self.context_gib = 0.0
         self.captions: list[list[list[int]]] = []
         self.caption_s: list[float] = []
         self._mark_s, self._has_stepped = 0.0, False
 
     def _lap(self) -> float:
-        """Seconds since the last call, with all that the device was given to do."""
+        """Returns the seconds since the last call, after all work of the device is done."""
         if self.captioner.device.type == "cuda":
             torch.cuda.synchronize(self.captioner.device)
         started, self._mark_s = self._mark_s, time.perf_counter()
         return self._mark_s - started
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins the first phase."""
+        """Begins the training phase."""
         self.use.start()
         self._lap()
 
@@ -162,7 +160,7 @@ class _Clock(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends a micro-batch, or the step of the optimizer behind it."""
+        """Ends a micro-batch, or the optimizer step after it."""
         self._note(trainer, self.optimizer_s if self._has_stepped else self.micro_s, batch_idx)
         self._has_stepped = False
         if (batch_idx + 1) % self.num_micro == 0:
@@ -175,14 +173,14 @@ class _Clock(L.Callback):
             into.append(seconds)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins the second phase, with what a run keeps while it validates."""
+        """Begins the generation phase, with what a run keeps in memory during validation."""
         self.training, self.context_gib = self.use.peak(), self.use.context_gib()
         self.use.start()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Sets the length of the captions: the longest without an end, a single token, and the longest with ends."""
+        """Sets the caption length: the longest without end tokens, one token, and the longest with end tokens."""
         tokens = (self.num_new, 1, self.num_new)[batch_idx]
         self.captioner.generation = dataclasses.replace(self.captioner.generation, max_new_tokens=tokens)
         if len(self.captions) == 2:
@@ -198,7 +196,7 @@ class _Clock(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps captions and their seconds."""
+        """Stores the captions and their seconds."""
         self.caption_s.append(self._lap())
         self.captions.append(outputs.captions)
         self.say(f"captions of up to {max(map(len, outputs.captions))} tokens")
@@ -210,11 +208,11 @@ class _Clock(L.Callback):
 
     @property
     def token_s(self) -> float:
-        """Seconds per token: what long captions take over captions of one token."""
+        """Seconds per token: the difference of long captions and captions of one token."""
         return max(self.caption_s[2] - self.caption_s[1], 1e-9) / max(1, self.longest - 1)
 
 
-def measured_run(
+def measure_run(
     config: Config,
     captioner: VideoCaptioner,
     sizes: Sizes,
@@ -224,33 +222,33 @@ def measured_run(
     use: MemoryUse,
     say: Callable[[str], None],
 ) -> Measured:
-    """Takes steps of the configured optimizer on all that any stage trains, and validates, by the module and the trainer of a run.
+    """Runs optimizer steps on all that any stage trains, then validates, with the module and the trainer of a run.
 
     Args:
-        config: Run configuration; `llm.new_tokens` are the most tokens of a caption that is written.
+        config: Run configuration; `llm.new_tokens` is the most tokens of a caption.
         captioner: Captioner with random weights.
         sizes: Sizes of a clip.
         lengths: Caption lengths of the data.
-        batch_size: Clips of a micro-batch.
+        batch_size: Clips per micro-batch.
         folder: Folder that the trainer may write to.
-        use: Memory, which is taken for the two phases.
-        say: Receives how far it is.
+        use: Memory meter of the two phases.
+        say: Receives the progress.
     """
     accumulated = config.trainer.accumulate_grad_batches
-    num_micro = min(accumulated, MOST_MICRO)
+    num_micro = min(accumulated, MAX_MICRO_BATCHES)
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, accumulate_grad_batches=num_micro))
     is_sorted = config.data.batching is not Batching.shuffled
     rows = step_captions(lengths, batch_size, num_micro, is_sorted=is_sorted)
     assert config.data.eval_batch_size is not None, "the plan has decided"
     prompts = random_batch(config, sizes, [0] * config.data.eval_batch_size)
     labelled = random_batch(config, sizes, [lengths.longest] * min(config.data.batch_size, len(prompts)))
-    labelled = dataclasses.replace(labelled, frames=None, features=None)  # their features are those of the prompts
+    labelled = dataclasses.replace(labelled, frames=None, features=None)  # features are those of the prompts
     clock = _Clock(captioner, num_micro, config.llm.new_tokens, use, say)
     plan = StagePlan({"measured": _fullest_stage(config)})
     trainer = make_trainer(config, plan, folder, [clock], [], check_val_every_n_epoch=1)
     module = make_module(config, captioner, plan, {}, SkippedClipLog(folder / "skipped_clips.jsonl", 0.0, 1))
     batches = [random_batch(config, sizes, captions) for captions in rows]
-    # The loss of the clips comes with the captions that are not timed.
+    # The validation loss is computed in the batch that is not timed.
     validation = _loader(
         config, [ValidationBatch(prompts, (labelled,)), ValidationBatch(prompts, ()), ValidationBatch(prompts, ())]
     )
@@ -258,34 +256,35 @@ def measured_run(
         trainer.fit(module, _loader(config, batches), validation)
     step_s = sum(clock.micro_s) / len(clock.micro_s) + sum(clock.optimizer_s) / len(clock.optimizer_s) / accumulated
     context_gib = max(clock.context_gib, use.context_gib())
-    process_gib = resident("VmHWM") / GIB if use.is_cuda else 0.0
+    process_gib = resident_bytes("VmHWM") / GIB if use.is_cuda else 0.0
     return Measured(
         clock.training, use.peak(), context_gib, step_s / batch_size, clock.token_s, clock.longest, process_gib
     )
 
 
 def _fullest_stage(config: Config) -> Stage:
-    """One epoch that trains all that any stage trains, with so low rates that random weights stay numbers."""
+    """Returns one epoch that trains all that any stage trains, with rates so low that random weights stay finite."""
     stages = config.tuning.stages.values()
-    parts = ("encoder_lr", "projector_lr", "adapter_lr", "llm_lr")
+    rates = ("encoder_lr", "projector_lr", "adapter_lr", "llm_lr")
     return Stage(
-        epochs=1, **{part: _RATE if any(getattr(stage, part) > 0 for stage in stages) else 0.0 for part in parts}
+        epochs=1,
+        **{rate: _LEARNING_RATE if any(getattr(stage, rate) > 0 for stage in stages) else 0.0 for rate in rates},
     )
 
 
 def _loader(config: Config, batches: Sequence[Batch | ValidationBatch]) -> DataLoader[Any]:
-    """A loader whose batches are ready, in page-locked memory where a run's are."""
+    """Returns a loader of ready batches, in page-locked memory as in a run."""
     pin_memory = config.hardware.accelerator != "cpu"
-    return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, pin_memory=pin_memory)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=None, collate_fn=_identity, pin_memory=pin_memory)  # type: ignore[arg-type]
 
 
-def _as_it_is(batch: Batch | ValidationBatch) -> Batch | ValidationBatch:
+def _identity(batch: Batch | ValidationBatch) -> Batch | ValidationBatch:
     return batch
 
 
 @contextlib.contextmanager
-def gone_after(device: str) -> Iterator[None]:
-    """Gives memory back at the end, whatever that was."""
+def releasing_memory(device: str) -> Iterator[None]:
+    """Releases memory at the end, also after an error."""
     try:
         yield
     finally:

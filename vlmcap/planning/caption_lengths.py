@@ -1,14 +1,14 @@
-"""How long captions are: those of the data where it is there, or else shares of the longest one."""
+"""Caption lengths of the data, or assumed shares of the longest caption where the data is not there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_MOST = 200  # lengths that stand for all
+_MAX_LENGTHS = 200  # lengths that represent all
 # Korean captions of AI Hub's background video (data set 71849): 311 to 708 tokens with a mean of 402 by Qwen3's
-# tokenizer, 761 to 1 572 with a mean of 932 by Vicuna's. Shares of the longest one, from 0.45 with a mean of 0.58,
-# follow a power of the rank.
+# tokenizer, 761 to 1 572 with a mean of 932 by Vicuna's. Relative to the longest one, they start at 0.45, have a mean
+# of 0.58 and follow a power of the rank.
 _SHORTEST, _POWER = 0.45, 3.2
 
 
@@ -17,27 +17,29 @@ class CaptionLengths:
     """Caption lengths of a data set.
 
     Attributes:
-        tokens: Tokens of captions with their end token, ascending.
+        tokens: Tokens per caption including the end token, ascending.
     """
 
     tokens: tuple[int, ...]
 
     @classmethod
     def of(cls, counts: Sequence[int], most: int) -> CaptionLengths:
-        """The lengths of a data set.
+        """Returns the lengths of a data set.
 
         Args:
-            counts: Tokens of each caption, in any order; those of 0 are left out.
-            most: Longer captions are cut to it.
+            counts: Tokens of each caption, in any order; zeros are left out.
+            most: Length that longer captions are truncated to.
         """
         ordered = sorted(min(int(count), most) for count in counts if count)
-        step = max(1, len(ordered) // _MOST)
-        return cls(tuple(ordered[::-step][::-1]))  # with the longest one
+        step = max(1, len(ordered) // _MAX_LENGTHS)
+        return cls(tuple(ordered[::-step][::-1]))  # includes the longest one
 
     @classmethod
     def assumed(cls, longest: int) -> CaptionLengths:
-        """The lengths of Korean captions of which the longest is given."""
-        shares = (_SHORTEST + (1 - _SHORTEST) * ((index + 0.5) / _MOST) ** _POWER for index in range(_MOST - 1))
+        """Returns the lengths of Korean captions of which the longest is given."""
+        shares = (
+            _SHORTEST + (1 - _SHORTEST) * ((index + 0.5) / _MAX_LENGTHS) ** _POWER for index in range(_MAX_LENGTHS - 1)
+        )
         return cls((*(max(1, round(share * longest)) for share in shares), longest))
 
     @property
@@ -47,11 +49,11 @@ class CaptionLengths:
 
     @property
     def mean(self) -> float:
-        """Mean tokens of a caption."""
+        """Mean tokens per caption."""
         return sum(self.tokens) / len(self.tokens)
 
     def longest_of(self, count: int) -> float:
-        """Expected tokens of the longest of so many random captions, which a batch of them is padded to."""
+        """Returns the expected length of the longest of `count` random captions, which a batch of them is padded to."""
         total = len(self.tokens)
         return sum(
             length * (((index + 1) / total) ** count - (index / total) ** count)
@@ -59,5 +61,5 @@ class CaptionLengths:
         )
 
     def spread(self, count: int) -> list[int]:
-        """So many lengths, evenly spread over the captions, ascending."""
+        """Returns `count` lengths, evenly spread over the captions, ascending."""
         return [self.tokens[int((index + 0.5) / count * len(self.tokens))] for index in range(count)]

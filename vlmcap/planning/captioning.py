@@ -1,9 +1,13 @@
-"""Captions by the plan: how many are written at a time, the fullest moment meanwhile, and the seconds that they take."""
+"""Plans captioning: how many captions are decoded at a time, its peak memory, and its seconds.
+
+A slot is a place in the decoding batch, which the next clip takes when a caption ends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vlmcap.assembly.components import lora_of
@@ -11,25 +15,25 @@ from vlmcap.config import Config, Engine, Quantization, Strategy
 from vlmcap.libraries import has_expandable_segments
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.hardware import GIB, DeviceInfo
-from vlmcap.planning.memory import (
+from vlmcap.planning.peak_memory import (
     EXPANDABLE_SHARE,
     FIXED_SHARE,
     Captioning,
     Moment,
-    Stage,
+    ProfiledStage,
     generation_peak,
     kept_between_steps,
-    scale_beyond,
+    scale_activations,
 )
 
 if TYPE_CHECKING:
     from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
-# Rows at most: each one more adds less to the captions per second, and more clips wait in the host's memory.
-MOST_ROWS = 64
-FILL = 0.9  # of a GPU's memory that rows are added up to: a plan is an estimate
-UNPACKED_BYTES = 2.5  # moved for a 4-bit weight that a product unpacks: half a byte read, two written
-READ_AGAIN = 2  # bytes: then the product reads it
+# Each further slot adds fewer captions per second, and makes more clips wait in the host's memory.
+MAX_SLOTS = 64
+FILL = 0.9  # share of a GPU's memory that slots may fill, as a plan is an estimate
+UNPACKED_BYTES = 2.5  # bytes moved to unpack a 4-bit weight for a product: half a byte read, two written
+READ_AGAIN = 2  # bytes of an unpacked weight that the product then reads
 # Rows up to which bitsandbytes 0.50 multiplies by packed weights without unpacking them: at least 16 for most layers of
 # these sizes on each GPU here (`_gemm_4bit_use_custom_cuda`, bitsandbytes PR #1949).
 FUSED_ROWS = 16
@@ -37,12 +41,12 @@ FUSED_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class TokenWork:
-    """What one caption token of every clip of an evaluation batch takes.
+    """Work of decoding one token of every caption in the batch.
 
     Attributes:
-        moved_bytes: Through the GPU's memory.
+        moved_bytes: Bytes moved through GPU memory.
         num_launches: Kernels.
-        is_captured: Whether they are launched as one graph.
+        is_captured: Whether they are launched as one CUDA graph.
     """
 
     moved_bytes: float
@@ -52,18 +56,18 @@ class TokenWork:
 
 @dataclass(frozen=True, slots=True)
 class CaptionPlan:
-    """How captions are written.
+    """How captions are decoded.
 
     Attributes:
-        num_rows: Captions at a time.
+        num_slots: Captions that are decoded at a time.
         is_merged: Whether adapters are merged into copies of the weights.
-        moment: The fullest moment.
-        token: Work of a token of every row.
-        token_s: Its seconds.
+        moment: Fullest moment.
+        token: Work of a token of every slot.
+        token_s: Seconds of this work.
         caption_s: Seconds to caption a clip.
     """
 
-    num_rows: int
+    num_slots: int
     is_merged: bool
     moment: Moment
     token: TokenWork
@@ -73,168 +77,172 @@ class CaptionPlan:
 
 def plan_captions(
     config: Config,
-    gpu: DeviceInfo,
+    device: DeviceInfo,
     memory_profiler: MemoryProfiler,
-    steps: Sequence[Stage],
+    steps: Sequence[ProfiledStage],
     lengths: CaptionLengths,
-    scores: Mapping[str, Stage],
+    scores: Mapping[str, ProfiledStage],
 ) -> CaptionPlan:
-    """How a configuration writes captions on a GPU: with as many rows as fit, or as it says itself.
+    """Plans captioning with the configured number of slots, or with as many as fit.
 
     Args:
         config: Run configuration.
-        gpu: GPU that it runs on.
-        memory_profiler: MemoryProfiler of the configuration.
-        steps: Stages of a training step, whose weights are there.
+        device: Device that it runs on.
+        memory_profiler: Memory profiler of the configuration.
+        steps: Stages of a training step, whose weights stay on the GPU.
         lengths: Lengths of captions.
-        scores: Models of scores by their names.
+        scores: Score name to the stage of its model.
     """
     plans = [
-        _Captions(config, gpu, memory_profiler, steps, lengths, scores, is_merged).largest()
+        _CaptionPlanner(config, device, memory_profiler, steps, lengths, scores, is_merged).largest()
         for is_merged in ways_to_merge(config)
     ]
-    fitting = [plan for plan in plans if _fits(plan.moment, gpu, 1.0)]
+    fitting = [plan for plan in plans if _fits(plan.moment, device, 1.0)]
     return min(fitting or plans[-1:], key=lambda plan: plan.caption_s)
 
 
 def ways_to_merge(config: Config) -> list[bool]:
-    """Ways to treat adapters that are possible, the one with copies of the weights first."""
+    """Returns the possible values of `is_merged`, first the one that keeps copies of the weights."""
     wanted = config.evaluation.merge_adapters
     can_merge = (
         config.tuning.use_lora
         and config.llm.quantization is Quantization["none"]
         and config.evaluation.engine is not Engine.vllm
     )
-    if wanted == "auto":  # a CPU's memory is not planned
+    if wanted == "auto":  # the memory of a CPU is not planned
         return [True, False] if can_merge and config.hardware.accelerator != "cpu" else [False]
     return [can_merge and wanted is True]
 
 
-def _fits(moment: Moment, gpu: DeviceInfo, share: float) -> bool:
-    return moment.total / GIB + gpu.context_gib <= share * gpu.usable_gib
+def _fits(moment: Moment, device: DeviceInfo, share: float) -> bool:
+    return moment.total / GIB + device.context_gib <= share * device.usable_gib
 
 
 @dataclass(frozen=True)
-class _Captions:
-    """Captions of any number of rows."""
+class _CaptionPlanner:
+    """Plans captioning for any number of slots."""
 
     config: Config
-    gpu: DeviceInfo
+    device: DeviceInfo
     memory_profiler: MemoryProfiler
-    steps: Sequence[Stage]
+    steps: Sequence[ProfiledStage]
     lengths: CaptionLengths
-    scores: Mapping[str, Stage]
+    scores: Mapping[str, ProfiledStage]
     is_merged: bool
 
+    @cached_property
+    def is_native(self) -> bool:
+        """Whether the native engine decodes the captions."""
+        from vlmcap.planning.estimate.sizes import uses_native_decoding
+
+        return uses_native_decoding(self.config)
+
     def largest(self) -> CaptionPlan:
-        """The plan of the configured number of rows, or of the largest one that fits; of one row where none does."""
-        rows = self.config.data.eval_batch_size
-        if rows is None:
-            low, high = 1, MOST_ROWS
-            while low < high:  # memory rises with the rows
+        """Returns the plan of the configured number of slots, or of the most that fit; of one slot where none fits."""
+        slots = self.config.data.eval_batch_size
+        if slots is None:
+            low, high = 1, MAX_SLOTS
+            while low < high:  # binary search, as memory grows with the slots
                 middle = (low + high + 1) // 2
-                low, high = (middle, high) if _fits(self.moment(middle), self.gpu, FILL) else (low, middle - 1)
-            rows = low
-        return self.plan(rows)
+                low, high = (middle, high) if _fits(self.moment(middle), self.device, FILL) else (low, middle - 1)
+            slots = low
+        token = self.token(slots)
+        token_s = token_seconds(token, self.device)
+        return CaptionPlan(slots, self.is_merged, self.moment(slots), token, token_s, self.seconds(slots, token_s))
 
-    def plan(self, rows: int) -> CaptionPlan:
-        """The plan of a number of rows."""
-        token = self.token(rows)
-        token_s = token_seconds(token, self.gpu)
-        return CaptionPlan(rows, self.is_merged, self.moment(rows), token, token_s, self.seconds(rows, token_s))
+    def num_clips(self, slots: int) -> int:
+        """Returns the clips that the slots share."""
+        from vlmcap.models.decoding.settings import clips_for
 
-    def seconds(self, rows: int, token_s: float) -> float:
-        """Seconds to caption a clip of many.
+        return clips_for(slots, self.config.evaluation.clips_per_row if self.is_native else 1)
 
-        A row writes one caption after the other, and the last of its batch waits for the longest of those of the other
-        rows.
+    def seconds(self, slots: int, token_s: float) -> float:
+        """Returns the seconds to caption one of many clips.
+
+        A slot decodes one caption after the other. The last captions of a batch wait for the longest one among the
+        slots.
         """
-        from vlmcap.models.decoding.settings import clips_for
-        from vlmcap.planning.estimate.sizes import writes_itself
+        num_clips, prompt = self.num_clips(slots), self.prompt(slots)
+        num_tokens = (num_clips / slots - 1) * self.lengths.mean + self.lengths.longest_of(slots)
+        prefill_s = prompt.memory.flops / self.group(slots) / (self.device.utilisation * self.device.peak_flops)
+        return prefill_s + num_tokens * token_s / num_clips
 
-        per_row = clips_for(rows, self.config.evaluation.clips_per_row if writes_itself(self.config) else 1) / rows
-        num_tokens = (per_row - 1) * self.lengths.mean + self.lengths.longest_of(rows)
-        read_s = self.prompt(rows).trace.flops / self.group(rows) / (self.gpu.utilisation * self.gpu.peak_flops)
-        return read_s + num_tokens * token_s / (per_row * rows)
-
-    def group(self, rows: int) -> int:
-        """Prompts that the language model reads at a time."""
+    def group(self, slots: int) -> int:
+        """Returns the number of prompts in a prefill pass."""
         from vlmcap.models.decoding.engine import PROMPT_TOKENS
-        from vlmcap.planning.estimate.sizes import writes_itself
 
-        return (
-            min(rows, max(1, PROMPT_TOKENS // self.memory_profiler.sizes.num_before_caption))
-            if writes_itself(self.config)
-            else rows * self.config.evaluation.num_beams
-        )
+        if not self.is_native:
+            return slots * self.config.evaluation.num_beams
+        return min(slots, max(1, PROMPT_TOKENS // self.memory_profiler.sizes.num_before_caption))
 
-    def prompt(self, rows: int) -> Stage:
-        """The language model's pass over the prompts that are read at a time."""
-        from vlmcap.planning.estimate.stages import clips_of
+    def prompt(self, slots: int) -> ProfiledStage:
+        """Returns the language model's prefill pass."""
+        from vlmcap.planning.estimate.stages import extrapolate_clips
 
-        group = self.group(rows)
-        traces = [
-            self.memory_profiler.with_adapters(is_merged=self.is_merged).language(count, 0)
-            for count in range(1, min(2, group) + 1)
-        ]
-        return Stage("language model", clips_of(traces[0], traces[-1], group))
+        group = self.group(slots)
+        memory_profiler = self.memory_profiler.with_adapters(is_merged=self.is_merged)
+        one, two = (memory_profiler.language(min(count, group), 0) for count in (1, 2))
+        return ProfiledStage("language model", extrapolate_clips(one, two, group))
 
-    def moment(self, rows: int) -> Moment:
-        """The fullest moment."""
+    def moment(self, slots: int) -> Moment:
+        """Returns the fullest moment."""
         from vlmcap.models.captioner import CLIPS_AT_A_TIME
-        from vlmcap.models.decoding.settings import clips_for
-        from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes, writes_itself
+        from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes
 
-        config, memory_profiler, is_own = self.config, self.memory_profiler, writes_itself(self.config)
-        # Keys and values are repeated for all queries of a token before compute capability 8.0, and where guesses make
-        # it several tokens.
-        is_repeated = not self.gpu.has_flash or config.evaluation.speculate_ngram > 0
+        config, memory_profiler, is_native = self.config, self.memory_profiler, self.is_native
+        # Keys and values are repeated for grouped queries before compute capability 8.0, and where speculation decodes
+        # several tokens at a time.
+        is_repeated = not self.device.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, memory_profiler)
-        waiting = clips_for(
-            rows, config.evaluation.clips_per_row if is_own else 1
-        )  # clips that are captioned later wait on the GPU
-        held = {name: size * waiting} | kept_between_steps(self.steps, config.optim.kind.value)
-        prompt = self.prompt(rows).trace
-        held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(self.steps[-1].trace.weights.values())
+        # Clips that are captioned later wait on the GPU.
+        held = {name: size * self.num_clips(slots)} | kept_between_steps(self.steps, config.optim.kind.value)
+        prompt = self.prompt(slots).memory
+        held["originals of adapted weights"] = sum(prompt.weights.values()) - sum(
+            self.steps[-1].memory.weights.values()
+        )
         work = Captioning(
             prefill=prompt,
             validation=memory_profiler.language(config.data.batch_size, config.llm.caption_tokens, is_training=False),
             token_bytes=key_value_bytes(config),
-            num_rows=rows * config.evaluation.num_beams,
-            num_read=self.group(rows),
+            num_slots=slots * config.evaluation.num_beams,
+            num_prompts=self.group(slots),
             prompt_tokens=self.memory_profiler.sizes.num_before_caption,
             new_tokens=config.llm.new_tokens,
-            copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_own else 1.0) / memory_profiler.depth,
-            is_reserved=is_own,
+            copied_share=(grouped_queries(config) if is_repeated else 0.0 if is_native else 1.0)
+            / memory_profiler.depth,
+            is_reserved=is_native,
         )
         stages = [
-            *stages_in_front(config, memory_profiler, min(rows, CLIPS_AT_A_TIME) if is_own else rows),
+            *stages_in_front(config, memory_profiler, min(slots, CLIPS_AT_A_TIME) if is_native else slots),
             self.steps[-1],
         ]
         moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))
-        return scale_beyond(moment, self.gpu.beyond_ratio)
+        return scale_activations(moment, self.device.activation_ratio)
 
-    def token(self, rows: int) -> TokenWork:
-        """The work of a token: all weights and the cache once, and the kernels of the prompt's pass."""
+    def token(self, slots: int) -> TokenWork:
+        """Returns the work of a token, which reads all weights and the cache and launches the kernels of a prefill."""
         from vlmcap.planning.estimate.memory_profiler import ORIGINALS
         from vlmcap.planning.estimate.sizes import key_value_bytes, unpacked_experts
 
-        prompt = self.prompt(rows)
-        # Experts are unpacked whatever the number of rows, other weights for many rows alone.
-        share = unpacked_experts(self.config, rows) or float(rows > FUSED_ROWS)
+        prompt = self.prompt(slots)
+        # Experts are unpacked for any number of slots, other weights only for many.
+        share = unpacked_experts(self.config, slots) or float(slots > FUSED_ROWS)
         unpacking = 2 * share * packed_bytes(self.config, prompt) * (UNPACKED_BYTES - 0.5 + READ_AGAIN)
-        weights = sum(size for kind, size in prompt.trace.weights.items() if kind != ORIGINALS)
+        weights = sum(size for kind, size in prompt.memory.weights.items() if kind != ORIGINALS)
         cached = (
             key_value_bytes(self.config)
-            * rows
+            * slots
             * (self.memory_profiler.sizes.num_before_caption + self.config.llm.new_tokens / 2)
         )
-        return TokenWork(weights + unpacking + cached, prompt.trace.launches, is_captured(self.config))
+        return TokenWork(weights + unpacking + cached, prompt.memory.launches, is_captured(self.config))
 
 
 def is_captured(config: Config) -> bool:
-    """Whether decoding steps are CUDA graphs, as far as a configuration tells; see `vlmcap.models.decoding.graphs`."""
-    from vlmcap.planning.estimate.sizes import unpacked_experts, writes_itself
+    """Whether decoding steps are CUDA graphs, as far as the configuration decides.
+
+    See `vlmcap.models.decoding.graphs`.
+    """
+    from vlmcap.planning.estimate.sizes import unpacked_experts, uses_native_decoding
 
     is_stock = config.llm.quantization is Quantization["none"] and not (
         config.tuning.use_lora and lora_of(config).use_experts
@@ -243,37 +251,37 @@ def is_captured(config: Config) -> bool:
     is_wanted = config.hardware.accelerator != "cpu" and config.evaluation.cuda_graphs is not False
     return (
         is_wanted
-        and writes_itself(config)
+        and uses_native_decoding(config)
         and not waits
         and not config.hardware.compile
         and config.trainer.strategy is not Strategy.fsdp2
     )
 
 
-def token_seconds(work: TokenWork, gpu: DeviceInfo) -> float:
-    """Seconds of one token of every clip of a batch.
+def token_seconds(work: TokenWork, device: DeviceInfo) -> float:
+    """Returns the seconds of one token of every caption in the batch.
 
-    They are the GPU's, for moving bytes or for running kernels that are small, or the host's for launching kernels,
-    where those are more.
+    The slowest of three bounds it: memory bandwidth, small kernels on the GPU, or kernel launches by the host.
     """
     return max(
-        work.moved_bytes / (gpu.bandwidth_share * gpu.bytes_per_s), work.num_launches * seconds_per_kernel(work, gpu)
+        work.moved_bytes / (device.bandwidth_share * device.bytes_per_s),
+        work.num_launches * kernel_seconds(work, device),
     )
 
 
-def seconds_per_kernel(work: TokenWork, gpu: DeviceInfo) -> float:
-    """The GPU's in a graph, or else the host's."""
-    return gpu.kernel_s if work.is_captured else gpu.launch_s
+def kernel_seconds(work: TokenWork, device: DeviceInfo) -> float:
+    """Returns the seconds per kernel: the GPU's in a CUDA graph, otherwise the host's per launch."""
+    return device.kernel_s if work.is_captured else device.launch_s
 
 
-def stages_in_front(config: Config, memory_profiler: MemoryProfiler, num_clips: int) -> list[Stage]:
-    """What clips go through in front of the language model."""
-    first = [] if config.cache.enabled is True else [Stage("encoder", memory_profiler.encoder(num_clips))]
-    return [*first, Stage("projector", memory_profiler.projector(num_clips))]
+def stages_in_front(config: Config, memory_profiler: MemoryProfiler, num_clips: int) -> list[ProfiledStage]:
+    """Returns the stages that clips pass before the language model."""
+    first = [] if config.cache.enabled is True else [ProfiledStage("encoder", memory_profiler.encoder(num_clips))]
+    return [*first, ProfiledStage("projector", memory_profiler.projector(num_clips))]
 
 
 def clip_bytes(config: Config, memory_profiler: MemoryProfiler) -> tuple[str, float]:
-    """What a clip is on the GPU in front of the first stage, and its bytes."""
+    """Returns the name and the bytes of what a clip is on the GPU before the first stage."""
     is_cached = config.cache.enabled is True
     return (
         ("stored features", cached_bytes(memory_profiler))
@@ -283,28 +291,28 @@ def clip_bytes(config: Config, memory_profiler: MemoryProfiler) -> tuple[str, fl
 
 
 def feature_values(memory_profiler: MemoryProfiler) -> float:
-    """Numbers in the features of a clip."""
+    """Returns the number of values in a clip's features."""
     frames, rows, columns = memory_profiler.sizes.grid
     return float(frames * rows * columns * memory_profiler.sizes.embed_dim)
 
 
 def cached_bytes(memory_profiler: MemoryProfiler) -> float:
-    """Bytes of a clip's stored features."""
+    """Returns the bytes of a clip's stored features."""
     size = {"float32": 4.0, "int8": 1.0}.get(memory_profiler.config.cache.dtype, 2.0)
     return size * feature_values(memory_profiler) / (memory_profiler.config.pool_size or 1) ** 2
 
 
 def unused_share(config: Config) -> float:
-    """What the allocator cannot hand out, of all but weights."""
+    """Returns the memory that the allocator cannot hand out, as a share of all but weights."""
     if config.hardware.accelerator == "cpu":
         return 0.0
     return EXPANDABLE_SHARE if has_expandable_segments() else FIXED_SHARE
 
 
-def packed_bytes(config: Config, stage: Stage) -> float:
-    """Bytes of 4-bit weights."""
+def packed_bytes(config: Config, stage: ProfiledStage) -> float:
+    """Returns the bytes of 4-bit weights."""
     return (
-        stage.trace.weights.get("quantisation state", 0.0) * 32
+        stage.memory.weights.get("quantisation state", 0.0) * 32
         if config.llm.quantization is Quantization["4bit"]
         else 0.0
     )

@@ -1,7 +1,4 @@
-"""Changes that make a configuration smaller, in order of lost quality.
-
-For a plan that does not fit, and for a run out of memory.
-"""
+"""Changes that make a configuration smaller, in order of lost quality, for a plan that does not fit or an OOM."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ from vlmcap.planning.hardware import DeviceInfo
 from vlmcap.planning.make_plan import make_plan
 from vlmcap.planning.plan import Change, Plan
 
-# In order of lost quality: override, where it changes anything, and what it costs.
+# Override and what it costs, in order of lost quality.
 _CHANGES: tuple[tuple[str, str], ...] = (
-    ("hardware.gradient_checkpointing=true", "a third more arithmetic"),
+    ("hardware.gradient_checkpointing=true", "a third more compute"),
     ("data.eval_batch_size=1", "slower captions"),
     ("data.batch_size=1", "no quality: raise trainer.accumulate_grad_batches by the same factor"),
     ("optim=adamw_8bit", "rounded optimiser state"),
@@ -30,26 +27,27 @@ _CHANGES: tuple[tuple[str, str], ...] = (
     ("data.num_frames=4", "fewer frames"),
     ("data.num_frames=2", "fewer frames still"),
 )
-_GROUPS = {
-    "optim": "optim.kind"
-}  # a whole group that a change names, and what of it a configuration without groups has
-_SHRINK = 0.8  # of what was planned, or of what the GPU has: where memory did run out, the plan was too low
-_PLAIN = "lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or set hardware.gradient_checkpointing=true"
+_GROUP_KEYS = {"optim": "optim.kind"}  # group of a change to its key in a saved configuration, which has no groups
+_SHRINK = 0.8  # share of the plan, or of the GPU's memory, to aim at: where memory ran out, the plan was too low
+_GENERAL_ADVICE = (
+    "lower data.batch_size and raise trainer.accumulate_grad_batches by the same factor, "
+    "or set hardware.gradient_checkpointing=true"
+)
 
 
 def with_changes(
     plan: Plan,
     overrides: Sequence[str],
-    gpu: DeviceInfo | None = None,
-    composed: Callable[[Sequence[str]], Config] = compose,
+    device: DeviceInfo | None = None,
+    compose_config: Callable[[Sequence[str]], Config] = compose,
 ) -> Plan:
-    """The plan with the cheapest changes that make it fit, or that come nearest; unchanged where it fits.
+    """Adds the cheapest changes that make a plan fit, or come closest; a plan that fits is unchanged.
 
     Args:
-        plan: Of the overrides.
-        overrides: Of the configuration, as `train.py` takes them.
-        gpu: As of `make_plan`.
-        composed: Makes a configuration of overrides.
+        plan: Plan of the overrides.
+        overrides: Overrides of the configuration, as `train.py` takes them.
+        device: Device as in `make_plan`.
+        compose_config: Makes a configuration from overrides.
     """
     chosen: list[Change] = []
     best, taken = plan, list(overrides)
@@ -57,59 +55,61 @@ def with_changes(
         if best.fits:
             break
         try:
-            config = composed([*taken, override])
-            changed = make_plan(config, gpu)
-        except UserError:  # the change does not go with these parts
+            config = compose_config([*taken, override])
+            changed = make_plan(config, device)
+        except UserError:  # the change is not possible with these components
             continue
         if changed.peak_gib < best.peak_gib - 0.05:
             taken.append(override)
             chosen.append(Change((override,), cost, changed.peak_gib))
             best = changed
-    return dataclasses.replace(plan, changes=_needed(chosen, overrides, gpu, composed) if best.fits else chosen)
+    return dataclasses.replace(
+        plan, changes=_without_needless(chosen, overrides, device, compose_config) if best.fits else chosen
+    )
 
 
-def _needed(
+def _without_needless(
     chosen: Sequence[Change],
     overrides: Sequence[str],
-    gpu: DeviceInfo | None,
-    composed: Callable[[Sequence[str]], Config],
+    device: DeviceInfo | None,
+    compose_config: Callable[[Sequence[str]], Config],
 ) -> list[Change]:
-    """The changes without those that it fits without."""
+    """Removes changes that are not needed for the plan to fit."""
     kept = list(chosen)
     for change in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not change]
         flat = [override for other in rest for override in other.overrides]
-        if make_plan(composed([*overrides, *flat]), gpu).fits:
+        if make_plan(compose_config([*overrides, *flat]), device).fits:
             kept = rest
     taken, result = list(overrides), []
     for change in kept:
         taken += change.overrides
-        result.append(dataclasses.replace(change, peak_gib=make_plan(composed(taken), gpu).peak_gib))
+        result.append(dataclasses.replace(change, peak_gib=make_plan(compose_config(taken), device).peak_gib))
     return result
 
 
 def advice(config: Config) -> str:
-    """The cheapest changes by the plan, as a part of a sentence; general ones where there is no plan."""
+    """Returns the cheapest planned changes as part of a sentence, or general ones where there is no plan."""
     is_possible = "trainer.shrink_on_oom" not in unread_keys(config) and not config.trainer.shrink_on_oom
-    shrink = "; trainer.shrink_on_oom=true finds a smaller micro-batch by itself" if is_possible else ""
+    shrink = "; trainer.shrink_on_oom=true finds a smaller micro-batch automatically" if is_possible else ""
     try:
         changes = planned_changes(config)
-    except Exception:  # whatever a plan stumbles over, the user's trouble is the memory
+    except Exception:  # an error of the plan must not hide the out-of-memory error
         changes = []
     if not changes:
-        return _PLAIN + shrink
-    return "by the plan, cheapest first, " + ", then ".join(changes) + shrink
+        return _GENERAL_ADVICE + shrink
+    return "the plan suggests, cheapest first: " + ", then ".join(changes) + shrink
 
 
 def planned_changes(config: Config) -> list[str]:
-    """Overrides that bring the plan well under what did not do, each with its cost and the memory then."""
+    """Returns overrides that bring the plan well below the memory that was not enough, with their costs and peaks."""
     plain = to_plain(config)
 
     def changed(overrides: Sequence[str]) -> Config:
         pairs = (override.split("=", 1) for override in overrides)
-        return saved_config(plain, {_GROUPS.get(key, key): value for key, value in pairs}, is_training=True)
+        return saved_config(plain, {_GROUP_KEYS.get(key, key): value for key, value in pairs}, is_training=True)
 
     plan = make_plan(config)
-    gpu = dataclasses.replace(plan.gpu, usable_gib=_SHRINK * min(plan.peak_gib, plan.gpu.usable_gib))
-    plan = with_changes(dataclasses.replace(plan, gpu=gpu), [], gpu, changed)
+    device = dataclasses.replace(plan.device, usable_gib=_SHRINK * min(plan.peak_gib, plan.device.usable_gib))
+    plan = with_changes(dataclasses.replace(plan, device=device), [], device, changed)
     return [f"{' '.join(change.overrides)} ({change.cost}; {change.peak_gib:.1f} GiB)" for change in plan.changes]

@@ -1,4 +1,4 @@
-"""GPUs as plain figures, from their data sheets and from what PyTorch reports on them."""
+"""Speed and memory of devices, from GPU data sheets and from what PyTorch and the system report."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from pathlib import Path
 from vlmcap.config import Config
 
 GIB = 2**30
-UTILISATION = 0.4  # of a GPU's peak, that models of these sizes reach in training, where nothing was measured
-CORE_FLOPS = 60e9  # float32 on one core: measured with CLIP-L's layers on a server CPU
+UTILISATION = 0.4  # share of a GPU's peak that models of these sizes reach in training, where nothing was measured
+CORE_FLOPS = 60e9  # float32 operations per second of one core, measured with CLIP-L's layers on a server CPU
 # An estimate, not a measurement: 4 419 kernels per token of Qwen3-8B with LoRA in 4 bits are expected to take 50 to 80
-# ms on an L4 or an H100, as eager PyTorch, peft and bitsandbytes need 11 to 18 microseconds of the host for each. The
+# ms on an L4 or an H100, as eager PyTorch, peft and bitsandbytes need 11 to 18 microseconds on the host for each. The
 # cores of a T4's host are older.
 LAUNCH_S, OLD_HOST_LAUNCH_S = 15e-6, 20e-6
-# An estimate: what a small kernel takes on the GPU in a graph, where the next one follows within half a microsecond
-# (https://developer.nvidia.com/blog/cuda-graphs/). No host is faster than this.
+# An estimate of the time of a small kernel in a CUDA graph, where the next one follows within half a microsecond
+# (https://developer.nvidia.com/blog/cuda-graphs/). No host launches kernels faster than this.
 KERNEL_S = 2.5e-6
-CPU_LAUNCH_S = 28e-6  # measured: 123 ms for those 4 419 operations at a tiny width, the operations themselves included
+CPU_LAUNCH_S = 28e-6  # measured: 123 ms for those 4 419 operations at a tiny width, including the operations
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a plan needs to know of a GPU.
+    """Memory and speed of a GPU, or of a CPU, that a plan is made for.
 
     Attributes:
-        usable_gib: Memory that PyTorch reports, which is less than the name says.
-        peak_flops: Dense half-precision operations a second.
-        bytes_per_s: Of its memory.
-        has_flash: Compute capability 8.0 or newer.
-        context_gib: The CUDA context, and the kernels and workspaces of cuBLAS and cuDNN.
+        usable_gib: Memory that PyTorch reports, which is less than the product name says.
+        peak_flops: Dense half-precision operations per second.
+        bytes_per_s: Memory bandwidth.
+        has_flash: Whether the GPU has compute capability 8.0 or newer.
+        context_gib: Memory of the CUDA context and of the kernels and workspaces of cuBLAS and cuDNN.
         utilisation: Share of `peak_flops` that training reaches.
-        beyond_ratio: What is multiplied with the planned bytes beyond weights and optimiser state.
-        bandwidth_share: Share of `bytes_per_s` that writing captions reaches.
-        launch_s: Host seconds per kernel launch while captions are written, dispatch by PyTorch and Python included.
-        kernel_s: The same where the step is a CUDA graph.
-        calibrated: GPU and day of the measurement that the last four and the context come from; empty where they are
-            assumed.
+        activation_ratio: Factor on the planned bytes other than weights and optimiser state.
+        bandwidth_share: Share of `bytes_per_s` that caption decoding reaches.
+        launch_s: Host seconds per kernel launch during caption decoding, including dispatch by PyTorch and Python.
+        kernel_s: Seconds per kernel where the decoding step is a CUDA graph.
+        calibrated: Device and day of the measurement behind the last five figures and `context_gib`; empty where they
+            are assumed.
     """
 
     usable_gib: float
@@ -49,14 +49,14 @@ class DeviceInfo:
     has_flash: bool = True
     context_gib: float = 0.6
     utilisation: float = UTILISATION
-    beyond_ratio: float = 1.0
+    activation_ratio: float = 1.0
     bandwidth_share: float = 1.0
     launch_s: float = LAUNCH_S
     kernel_s: float = KERNEL_S
     calibrated: str = ""
 
 
-CARDS = {
+GPUS = {
     "t4": DeviceInfo(14.6, 65e12, 320e9, has_flash=False, launch_s=OLD_HOST_LAUNCH_S),
     "l4": DeviceInfo(22.0, 121e12, 300e9),
     "a100": DeviceInfo(39.4, 312e12, 1555e9),
@@ -66,65 +66,63 @@ CARDS = {
 
 
 def device_info(hardware: str, memory_gib: float, num_cores: int | None = None) -> DeviceInfo:
-    """The GPU of a hardware profile; one without an entry counts as an L4 of its size.
+    """Returns the device of a hardware profile; a GPU without an entry counts as an L4 with the profile's memory.
 
     Args:
         hardware: Name under `conf/hardware`.
-        memory_gib: Of the profile.
-        num_cores: Of a CPU; None for a GPU.
+        memory_gib: Memory of the profile.
+        num_cores: Number of CPU cores; None for a GPU.
     """
     if num_cores is not None:
         return DeviceInfo(memory_gib, num_cores * CORE_FLOPS, num_cores * 8e9, context_gib=0.0, launch_s=CPU_LAUNCH_S)
-    known = CARDS.get(hardware)
-    return known or DeviceInfo(0.92 * memory_gib, CARDS["l4"].peak_flops, CARDS["l4"].bytes_per_s)
+    known = GPUS.get(hardware)
+    return known or DeviceInfo(0.92 * memory_gib, GPUS["l4"].peak_flops, GPUS["l4"].bytes_per_s)
 
 
-_MODELS = {"t4": r"\bT4\b", "l4": r"\bL4\b", "a100": r"\bA100\b", "a100_80": r"\bA100\b", "h100": r"\bH100\b"}
-_SHARED = 0.9  # of a profile's memory that a GPU of its model has at least; a slice of one (MIG) has less
+_NAME_PATTERNS = {"t4": r"\bT4\b", "l4": r"\bL4\b", "a100": r"\bA100\b", "a100_80": r"\bA100\b", "h100": r"\bH100\b"}
+_MIN_MEMORY_SHARE = 0.9  # least share of a profile's memory; a MIG slice of such a GPU has less
 
 
 def matching_profile(name: str, total_gib: float) -> str | None:
-    """The hardware profile that was made for this very GPU.
+    """Returns the hardware profile of exactly this GPU model, or None.
 
     Args:
-        name: As PyTorch reports it, such as "NVIDIA L4".
-        total_gib: Its memory.
+        name: Device name that PyTorch reports, such as "NVIDIA L4".
+        total_gib: Memory of the GPU.
     """
     fitting = [
         key
-        for key, pattern in _MODELS.items()
-        if re.search(pattern, name) and total_gib >= _SHARED * CARDS[key].usable_gib
+        for key, pattern in _NAME_PATTERNS.items()
+        if re.search(pattern, name) and total_gib >= _MIN_MEMORY_SHARE * GPUS[key].usable_gib
     ]
-    return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)
+    return max(fitting, key=lambda key: GPUS[key].usable_gib, default=None)
 
 
 def suitable_profile(name: str, total_gib: float, capability: tuple[int, int]) -> str | None:
-    """The profile that suits a GPU: its own, or that of the largest GPU which has no more memory and no more abilities.
-
-    None if none.
+    """Returns the profile of this GPU, or of the largest GPU that has neither more memory nor more features, or None.
 
     Args:
-        name: As PyTorch reports it.
-        total_gib: Its memory.
+        name: Device name that PyTorch reports.
+        total_gib: Memory of the GPU.
         capability: Compute capability.
     """
     if own := matching_profile(name, total_gib):
         return own
     is_old = capability < (8, 0)
-    fitting = [key for key, gpu in CARDS.items() if gpu.usable_gib <= total_gib and not (gpu.has_flash and is_old)]
-    return max(fitting, key=lambda key: CARDS[key].usable_gib, default=None)
+    fitting = [key for key, gpu in GPUS.items() if gpu.usable_gib <= total_gib and not (gpu.has_flash and is_old)]
+    return max(fitting, key=lambda key: GPUS[key].usable_gib, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class DetectedDevice:
-    """A GPU, or the processor, of this machine.
+    """A GPU or the CPU of this machine.
 
     Attributes:
-        name: As PyTorch names it.
-        total_gib: Of its memory.
-        free_gib: Of it, free now.
-        profile: Name under `conf/hardware` that suits it; None if none does.
-        capability: Compute capability; None of a processor.
+        name: GPU name that PyTorch reports, or the CPU's model name.
+        total_gib: Total memory; 0 where the system does not report it.
+        free_gib: Free memory; 0 where the system does not report it.
+        profile: Suitable profile under `conf/hardware`; None if there is none.
+        capability: Compute capability; None for a CPU.
     """
 
     name: str
@@ -135,7 +133,7 @@ class DetectedDevice:
 
 
 def detect_gpu() -> DetectedDevice | None:
-    """The CUDA device that a run here would take; None without one."""
+    """Returns the CUDA device that a run on this machine would use; None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -147,8 +145,8 @@ def detect_gpu() -> DetectedDevice | None:
 
 
 def detect_cpu() -> DetectedDevice:
-    """This machine's processor and memory."""
-    total, free = _memory_gib()
+    """Returns this machine's CPU with its memory."""
+    total, free = _host_memory_gib()
     return DetectedDevice(f"{_processor_name()}, {os.cpu_count() or 1} cores", total, free, "cpu")
 
 
@@ -160,33 +158,30 @@ def _processor_name() -> str:
         return platform.processor() or platform.machine() or "processor"
 
 
-def _memory_gib() -> tuple[float, float]:
-    """All, and what a program may take; 0 where the system does not say.
-
-    A container's limit counts as the machine's memory.
-    """
+def _host_memory_gib() -> tuple[float, float]:
+    """Returns total and available memory, at most a container's limit; zeros where the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         sizes = {name: float(rest.split()[0]) * 1024 / GIB for name, _, rest in (line.partition(":") for line in lines)}
         total, free = sizes["MemTotal"], sizes["MemAvailable"]
     except (OSError, KeyError, ValueError, IndexError):
         return 0.0, 0.0
-    for limit, used in _container_gib():
+    for limit, used in _cgroup_limits_gib():
         total, free = min(total, limit), min(free, max(0.0, limit - used))
     return total, free
 
 
-_GROUPS = Path("/sys/fs/cgroup")
-_NAMES = (
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-)  # of control groups, version 2 and 1
+)  # control groups version 2 and 1
 
 
-def _container_gib() -> list[tuple[float, float]]:
-    """Limit and use of the control groups that this process is in, where they have a limit.
+def _cgroup_limits_gib() -> list[tuple[float, float]]:
+    """Returns limit and use of every control group of this process that has a limit.
 
-    Files in memory that can go count as free.
+    The page cache that can be reclaimed counts as free.
     """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
@@ -196,19 +191,19 @@ def _container_gib() -> list[tuple[float, float]]:
     folders = {
         folder
         for path in own
-        for root in (_GROUPS, _GROUPS / "memory")
+        for root in (_CGROUPS, _CGROUPS / "memory")
         for folder in (root / path, *(root / path).parents)
     }
     found = []
-    for folder in sorted(folder for folder in folders if folder.is_relative_to(_GROUPS)):
-        for limit, use in _NAMES:
-            with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+    for folder in sorted(folder for folder in folders if folder.is_relative_to(_CGROUPS)):
+        for limit, use in _CGROUP_FILES:
+            with contextlib.suppress(OSError, ValueError):  # "max" means no limit
                 most, used = int((folder / limit).read_text()), int((folder / use).read_text())
-                found.append((most / GIB, (used - _droppable_bytes(folder)) / GIB))
+                found.append((most / GIB, (used - _reclaimable_bytes(folder)) / GIB))
     return found
 
 
-def _droppable_bytes(folder: Path) -> int:
+def _reclaimable_bytes(folder: Path) -> int:
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -217,6 +212,6 @@ def _droppable_bytes(folder: Path) -> int:
 
 
 def planned_device(config: Config) -> DeviceInfo:
-    """The GPU of the profile, or this computer, by data sheets alone."""
+    """Returns the device of the hardware profile, or this machine's CPU, from data sheets alone."""
     cores = (os.cpu_count() or 1) if config.hardware.accelerator == "cpu" else None
     return device_info(config.hardware.name, config.hardware.memory_gib, cores)

@@ -1,4 +1,4 @@
-"""What a plan knows of the data, where the data is there: how many clips it has and how long its captions are."""
+"""What is known of the data before a run, where it is on this machine: its number of clips and caption lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def planned(overrides: Sequence[str]) -> Config:
-    """The configuration of overrides as a plan takes it, with what its data decides.
+    """Composes the configuration that a plan is made for, with the settings that its data decides.
 
     Raises:
         UserError: An override is wrong, or the data cannot be read.
@@ -28,7 +28,7 @@ def planned(overrides: Sequence[str]) -> Config:
 
 
 def with_known_data(config: Config) -> Config:
-    """The configuration with what its data decides, where that is there; counted once for all plans of a process.
+    """Fills in the settings that the data decides, where the data is there; it is read once per process.
 
     Raises:
         UserError: The data cannot be read.
@@ -42,7 +42,7 @@ def with_known_data(config: Config) -> Config:
 
 
 def for_plan(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
-    """The configuration with what its data decides, or as it is where there are no clips or the tokenizer cannot be had here.
+    """Fills in the settings that the data decides; unchanged without clips, or without the tokenizer on this machine.
 
     Args:
         config: Run configuration.
@@ -55,10 +55,10 @@ def for_plan(config: Config, clips: Mapping[str, Sequence[Clip]]) -> Config:
 
 
 def known_captions(config: Config) -> CaptionLengths | None:
-    """Lengths of the training captions; None where the data is not there, or the tokenizer cannot be had here.
+    """Returns the lengths of the training captions; None without the data, or without the tokenizer on this machine.
 
     Args:
-        config: Run configuration, as `planned` gives it.
+        config: Run configuration, as `planned` returns it.
 
     Raises:
         UserError: The data cannot be read.
@@ -73,9 +73,9 @@ def known_captions(config: Config) -> CaptionLengths | None:
 
 
 def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:
-    """Split name to all clips of the data, read once.
+    """Returns the clips of each split, read once per process.
 
-    Empty for the demo, which makes its own, and where `data.root` is not there.
+    Empty for the demo, which makes its own clips, and where `data.root` does not exist.
 
     Raises:
         UserError: The data cannot be read.
@@ -90,9 +90,9 @@ def known_clips(config: Config) -> Mapping[str, Sequence[Clip]]:
 
 
 def _data_key(config: Config) -> list[Any]:
-    data = {key: value for key, value in to_plain(config.data).items() if key not in _NO_MATTER}
+    data = {key: value for key, value in to_plain(config.data).items() if key not in _IRRELEVANT_KEYS}
     return [data, config.paths.cache_dir, config.seed]
 
 
-# Keys of data that change how clips are read into batches, and not which there are.
-_NO_MATTER = ("batch_size", "eval_batch_size", "num_frames", "batching", "max_tokens_per_batch", "num_workers")
+# Keys of `data` that change how clips are batched, but not which clips there are.
+_IRRELEVANT_KEYS = ("batch_size", "eval_batch_size", "num_frames", "batching", "max_tokens_per_batch", "num_workers")

@@ -1,4 +1,4 @@
-"""The memory, time and disk space that a configuration takes: as numbers, as JSON and on the terminal."""
+"""The memory, time and disk space of a configuration, printed as JSON or on the terminal."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmcap.planning.hardware import GIB, DeviceInfo, detect_cpu
-from vlmcap.planning.memory import Moment, activations, is_weight
+from vlmcap.planning.peak_memory import Moment, activations, is_weight
 from vlmcap.terminal import duration, gigabytes, grouped
 
 _WIDTH = 30  # characters of the longest bar
-_SMALL = 0.1 * GIB  # parts below are added up
-_HOST_PARTS = 3  # of the host's memory that are named
+_SMALL = 0.1 * GIB  # smaller entries are added up
+_HOST_PARTS = 3  # largest entries of the host's memory that are named
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A way to make a configuration fit.
+    """An override that brings a configuration closer to fitting.
 
     Attributes:
-        overrides: As `train.py` takes them.
-        cost: What is lost by it, for people.
-        peak_gib: With it, and with those in front of it in the list.
+        overrides: Overrides as `train.py` takes them.
+        cost: What is lost by it, in words.
+        peak_gib: Peak with this change and those before it in the list.
     """
 
     overrides: tuple[str, ...]
@@ -33,48 +33,48 @@ class Change:
     peak_gib: float
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Returns JSON-serialisable data."""
         return {"overrides": list(self.overrides), "cost": self.cost, "peak_gib": round(self.peak_gib, 2)}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Memory, time and disk of a configuration on its GPU.
+    """Memory, time and disk space of a configuration on its device.
 
     Attributes:
-        title: What the model is made of.
-        hardware: Name of the profile.
-        gpu: Its figures.
-        training: The fullest moment of a training step.
-        generation: The fullest moment while captions are written and scored.
-        host: The fullest moment of the host's memory.
-        num_visual: Visual tokens of a clip.
-        num_text: Text tokens of a clip, the longest caption included.
-        num_caption: Tokens of the longest caption, read or written.
-        is_caption_assumed: Whether that is an assumption, as the data that decides it is not there.
-        batch_size: Clips a micro-batch.
-        eval_batch_size: Clips that are captioned together.
-        num_frames: Of a clip.
-        flops: Of a clip in training.
-        clip_s: Seconds a clip in training.
+        title: Names of the components.
+        hardware: Name of the hardware profile.
+        device: Memory and speed of the device.
+        training: Fullest moment of a training step.
+        generation: Fullest moment while captions are decoded and scored.
+        host: Fullest moment of the host's memory.
+        num_visual: Visual tokens per clip.
+        num_text: Text tokens per clip, including the longest caption.
+        num_caption: Tokens of the longest caption, read or generated.
+        is_caption_assumed: Whether `num_caption` is assumed, because the data that decides it is not there.
+        batch_size: Clips per micro-batch.
+        eval_batch_size: Captions that are decoded at a time.
+        num_frames: Frames per clip.
+        flops: Floating-point operations per clip in training.
+        clip_s: Seconds per clip in training.
         caption_s: Seconds to caption a clip.
-        token_s: Of them, of one token of a whole evaluation batch.
-        token_bytes: Bytes that such a token moves through the GPU's memory.
+        token_s: Seconds of one token of all captions that are decoded together.
+        token_bytes: Bytes that such a token moves through GPU memory.
         token_launches: Kernels that such a token launches.
-        is_captured: Whether they are launched as one CUDA graph.
-        is_merged: Whether adapters are merged into copies of the weights for captions.
-        num_clips: That an epoch and the store of features are counted for.
-        cache_bytes: Of a clip's features on disk.
-        download_bytes: Weights of the bases that this machine does not have yet.
-        is_cached: Features come from disk, and the encoder is not on the GPU.
-        num_kept: Layers that are not computed again under hardware.activation_budget_gib.
-        not_counted: Settings of models whose size is not known here.
-        changes: That make it fit where it does not.
+        is_captured: Whether these kernels are one CUDA graph.
+        is_merged: Whether adapters are merged into copies of the weights for captioning.
+        num_clips: Training clips, for the time of an epoch and the size of the feature store.
+        cache_bytes: Bytes of a clip's features on disk.
+        download_bytes: Bytes of base checkpoints that this machine does not have yet.
+        is_cached: Whether features come from disk, and the encoder is not on the GPU.
+        num_kept: Layers that are not recomputed under hardware.activation_budget_gib.
+        not_counted: Settings of models whose size is not known on this machine.
+        changes: Changes that make it fit where it does not.
     """
 
     title: str
     hardware: str
-    gpu: DeviceInfo
+    device: DeviceInfo
     training: Moment
     generation: Moment
     host: Moment
@@ -103,13 +103,13 @@ class Plan:
 
     @property
     def training_gib(self) -> float:
-        """Peak of a training step: what PyTorch reserves, and the context."""
-        return self.training.total / GIB + self.gpu.context_gib
+        """Peak of a training step: memory that PyTorch reserves, and the CUDA context."""
+        return self.training.total / GIB + self.device.context_gib
 
     @property
     def generation_gib(self) -> float:
-        """Peak of generation: what PyTorch reserves, and the context."""
-        return self.generation.total / GIB + self.gpu.context_gib
+        """Peak of generation: memory that PyTorch reserves, and the CUDA context."""
+        return self.generation.total / GIB + self.device.context_gib
 
     @property
     def host_gib(self) -> float:
@@ -118,37 +118,37 @@ class Plan:
 
     @property
     def peak_gib(self) -> float:
-        """The higher of both."""
+        """Peak of training and generation."""
         return max(self.training_gib, self.generation_gib)
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU holds it."""
-        return self.peak_gib <= self.gpu.usable_gib
+        """Whether the device has enough memory."""
+        return self.peak_gib <= self.device.usable_gib
 
     @property
     def weights_gib(self) -> float:
-        """Weights of all kinds, quantisation state included."""
+        """Weights of all kinds, including quantisation state."""
         return sum(size for name, size in self.training.parts.items() if is_weight(name)) / GIB
 
     @property
     def activations_gib(self) -> float:
-        """What a training step adds to weights, gradients and optimiser state at its peak."""
+        """Memory that a training step adds to weights, gradients and optimiser state at its peak."""
         return activations(self.training) / GIB
 
     def plain(self) -> dict[str, Any]:
-        """As `--json` prints it; GiB, seconds and bytes as the names say."""
+        """Returns what `--json` prints; names give the units."""
         return {
             "model": self.title,
             "hardware": self.hardware,
             "fits": self.fits,
             "peak_gib": round(self.peak_gib, 3),
-            "usable_gib": self.gpu.usable_gib,
+            "usable_gib": self.device.usable_gib,
             "training_gib": round(self.training_gib, 3),
             "generation_gib": round(self.generation_gib, 3),
             "weights_gib": round(self.weights_gib, 3),
             "activations_gib": round(self.activations_gib, 3),
-            "context_gib": self.gpu.context_gib,
+            "context_gib": self.device.context_gib,
             "training": _plain_moment(self.training),
             "generation": _plain_moment(self.generation),
             "host_gib": round(self.host_gib, 3),
@@ -173,7 +173,7 @@ class Plan:
             "cache_bytes": round(self.cache_bytes * self.num_clips),
             "download_bytes": round(self.download_bytes),
             "is_cached": self.is_cached,
-            "calibrated": self.gpu.calibrated or None,
+            "calibrated": self.device.calibrated or None,
             "kept_layers": self.num_kept,
             "changes": [change.plain() for change in self.changes],
         }
@@ -189,11 +189,11 @@ def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
-    """Prints where the memory goes, what it costs, and the verdict last.
+    """Prints where the memory goes, what the run costs, and the verdict last.
 
     Args:
-        plan: What is shown.
-        is_pretrained_vlm: Small parts one by one.
+        plan: Plan to print.
+        is_pretrained_vlm: Whether small entries are listed one by one.
     """
     console = Console(highlight=False)
     for what, moment, gib in (
@@ -206,7 +206,7 @@ def show_plan(plan: Plan, *, is_pretrained_vlm: bool = False) -> None:
         table.add_column(overflow="fold")
         table.add_column(justify="right")
         table.add_column(no_wrap=True)
-        for name, size in _rows(moment, plan.gpu.context_gib, is_pretrained_vlm):
+        for name, size in _rows(moment, plan.device.context_gib, is_pretrained_vlm):
             table.add_row(name, f"{size:.2f} GiB", "█" * round(_WIDTH * size / max(gib, 1e-9)))
         console.print(table)
     console.print(_costs(plan))
@@ -229,39 +229,39 @@ def _costs(plan: Plan) -> Table:
         "a clip",
         f"{plan.num_frames} frames, {grouped(plan.num_visual)} visual and {grouped(plan.num_text)} text tokens",
     )
-    source = ", assumed: name data.root, and its captions decide" if plan.is_caption_assumed else ""
+    source = " (assumed; set data.root to count the captions)" if plan.is_caption_assumed else ""
     table.add_row("captions", f"up to {grouped(plan.num_caption)} tokens{source}")
-    table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP a clip in training")
+    table.add_row("arithmetic", f"{plan.flops / 1e12:.1f} TFLOP per clip in training")
     table.add_row(
-        "an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption one"
+        "an epoch", f"about {epoch} for {grouped(plan.num_clips)} clips, {duration(plan.caption_s)} to caption a clip"
     )
     table.add_row("captioning", f"{plan.eval_batch_size} at a time")
     download = f"{gigabytes(plan.download_bytes)} to download" if plan.download_bytes else "nothing to download"
     table.add_row("host", _host(plan.host))
     table.add_row("disk", f"{gigabytes(plan.cache_bytes * plan.num_clips)} for stored features, {download}")
     if plan.not_counted:
-        table.add_row("not counted", f"{' and '.join(plan.not_counted)}, whose config.json is not here")
-    if plan.gpu.calibrated:
-        table.add_row("figures", f"calibrated on {plan.gpu.calibrated}")
+        table.add_row("not counted", f"{' and '.join(plan.not_counted)}, as its config.json is not on this machine")
+    if plan.device.calibrated:
+        table.add_row("figures", f"calibrated on {plan.device.calibrated}")
     return table
 
 
 def _host(host: Moment) -> str:
-    """The host's memory, what takes most of it, and what is here."""
+    """Describes the host's memory, its largest entries, and the memory of this machine."""
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*host.parts.items()][:_HOST_PARTS])
-    here = detect_cpu().total_gib
-    machine = f"; this machine has {here:.1f}" if here else ""
+    total_gib = detect_cpu().total_gib
+    machine = f"; this machine has {total_gib:.1f}" if total_gib else ""
     return f"{host.total / GIB:.1f} GiB of memory while {host.name} ({parts}){machine}"
 
 
 def _verdict(plan: Plan) -> str:
-    has = f"{plan.gpu.usable_gib:.1f} GiB of hardware={plan.hardware}"
+    has = f"{plan.device.usable_gib:.1f} GiB of hardware={plan.hardware}"
     if plan.fits:
         return f"{plan.title}, batch {plan.batch_size}: fits, {plan.peak_gib:.1f} of {has}."
     if not plan.changes:
-        mend = "nothing known here makes it fit: take a smaller llm or a larger GPU."
-    elif plan.changes[-1].peak_gib <= plan.gpu.usable_gib:
-        mend = "the changes above, in order of lost quality, make it fit."
+        hint = "no known change makes it fit; choose a smaller llm or a larger GPU."
+    elif plan.changes[-1].peak_gib <= plan.device.usable_gib:
+        hint = "the changes above, in order of lost quality, make it fit."
     else:
-        mend = "the changes above do not suffice: take a smaller llm or a larger GPU."
-    return f"{plan.title}, batch {plan.batch_size}: does not fit, {plan.peak_gib:.1f} of {has}; {mend}"
+        hint = "the changes above are not enough; choose a smaller llm or a larger GPU."
+    return f"{plan.title}, batch {plan.batch_size}: does not fit, {plan.peak_gib:.1f} of {has}; {hint}"

@@ -1,6 +1,6 @@
-"""How many directions patch features use, and whether features of near patches are more alike than those of far ones.
+"""How many directions patch features use, and whether features of near patches are more similar than those of far ones.
 
-Legend: N patches of all frames, P patches of a frame (row-major over its grid h × w), Dv vision width, R prefix tokens
+Legend: N patches of all frames, P patches per frame (row-major over its grid h × w), Dv vision width, R prefix tokens
 (CLS, registers).
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _OUTLIER = 3.0  # times the median norm; the outliers of Darcet et al. have about ten times that of others
-_MAX_PAIRS = 1 << 28  # of patches, over all frames
+_MAX_PAIRS = 1 << 28  # pairs of patches over all frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class FrameFeatures:
     Attributes:
         patches: (P, Dv).
         grid: (h, w).
-        prefix: (R, Dv), or None where the encoder has none.
+        prefix: (R, Dv), or None where the encoder has no prefix tokens.
     """
 
     patches: Tensor
@@ -36,12 +36,14 @@ class FrameFeatures:
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """How likeness falls with distance, as means over all pairs of patches of a frame, distances rounded to whole patches.
+    """Similarity against distance, as means over pairs of patches of a frame.
+
+    Distances are rounded to whole patches.
 
     Attributes:
         distances: (K,), mean Euclidean distance of the pairs in patches; the first is 0, each patch with itself.
         similarity: (K,), mean cosine similarity.
-        correlation: (K,), mean product of features less the mean of all, over their mean square; 1 at distance 0.
+        correlation: (K,), mean product of centred features over their mean square; 1 at distance 0.
     """
 
     distances: tuple[float, ...]
@@ -50,9 +52,9 @@ class Locality:
 
     @property
     def length(self) -> float | None:
-        """Correlation length in patches: the distance at which the correlation is 1/e.
+        """Correlation length in patches, the distance at which the correlation is 1/e.
 
-        None where it is larger all over the frame.
+        None where the correlation is larger over the whole frame.
         """
         level = math.exp(-1)
         pairs = list(zip(self.distances, self.correlation, strict=True))
@@ -69,14 +71,15 @@ class Spectrum:
     """Figures of one encoder or of one of its layers.
 
     Attributes:
-        num_frames: That were looked at.
+        num_frames: Number of frames.
         num_tokens: Patches in the singular values.
         width: Dv.
-        values: Singular values of the patches less their mean, largest first.
-        locality: Over the frames.
-        outlier_share: Of the patches, those with a norm above three times the median.
+        values: Singular values of the centred patches, largest first.
+        locality: Similarity against distance over the frames.
+        outlier_share: Share of patches with a norm above three times the median.
         outlier_energy: Their share of the sum of squared norms.
-        prefix_norm: Mean norm of the first prefix token (CLS) over the median of the patches; None without.
+        prefix_norm: Mean norm of the first prefix token (CLS) over the median of the patches; None without prefix
+            tokens.
     """
 
     num_frames: int
@@ -90,16 +93,16 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """As of `effective_rank`."""
+        """See the function `effective_rank`."""
         return effective_rank(self.values)
 
     @property
     def participation_ratio(self) -> float:
-        """As of `participation_ratio`."""
+        """See the function `participation_ratio`."""
         return participation_ratio(self.values)
 
     def figures(self) -> dict[str, float | int | None]:
-        """The numbers of a table."""
+        """Returns the numbers of a table."""
         similarity = self.locality.similarity
         return {
             "width": self.width,
@@ -118,23 +121,23 @@ class Spectrum:
 
 
 def singular_values(features: Tensor, *, is_centred: bool = True) -> Tensor:
-    """Float64 (min(N, Dv),), largest first, by the smaller of the two Gram matrices.
+    """Returns the singular values in float64 (min(N, Dv),), largest first, from the smaller of the two Gram matrices.
 
-    Below 1e-8 of the largest they are rounding.
+    Values below 1e-8 of the largest are rounding errors.
 
     Args:
         features: (N, Dv).
-        is_centred: Of the features less their mean, as otherwise that is one large value.
+        is_centred: Whether the mean is subtracted, which is otherwise one large value.
     """
-    own = features.double()
+    values = features.double()
     if is_centred:
-        own = own - own.mean(0)
-    gram = own.T @ own if own.shape[0] > own.shape[1] else own @ own.T
+        values = values - values.mean(0)
+    gram = values.T @ values if values.shape[0] > values.shape[1] else values @ values.T
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
 
 
 def effective_rank(values: Tensor) -> float:
-    """Exponential of the entropy of the singular values over their sum, 1 to their number; 0 where all are 0.
+    """Returns the exponential of the entropy of the normalised singular values, from 1 to their number; 0 if all are 0.
 
     Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
@@ -145,9 +148,9 @@ def effective_rank(values: Tensor) -> float:
 
 
 def participation_ratio(values: Tensor) -> float:
-    """(Σλ)² / Σλ² of the variances λ, the squares of the singular values: 1 to their number; 0 where all are 0.
+    """Returns (Σλ)² / Σλ² of the variances λ, the squared singular values, from 1 to their number; 0 if all are 0.
 
-    It counts large directions where the effective rank also counts the many small ones.
+    It counts large directions, where the effective rank also counts the many small ones.
     """
     if not values.any():
         return 0.0
@@ -156,7 +159,7 @@ def participation_ratio(values: Tensor) -> float:
 
 
 def num_directions(values: Tensor, share: float) -> int:
-    """The fewest directions that hold `share` of the variance."""
+    """Returns the fewest directions that hold `share` of the variance."""
     variances = values**2
     if not variances.any():
         return 0
@@ -164,17 +167,17 @@ def num_directions(values: Tensor, share: float) -> int:
 
 
 def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
-    """Likeness against distance.
+    """Returns similarity against distance.
 
     Args:
-        frames: Their pairs of patches count alike.
-        mean: (Dv,), of all features; the correlation is of what differs from it.
+        frames: Frames, whose pairs of patches have equal weight.
+        mean: (Dv,), mean of all features, which is subtracted for the correlation.
     """
     sums: dict[str, Tensor] = {}
     for frame in frames:
         distance = patch_distances(frame.grid)
-        own = frame.patches.double()
-        unit, centred = F.normalize(own, dim=-1), own - mean.double()
+        patches = frame.patches.double()
+        unit, centred = F.normalize(patches, dim=-1), patches - mean.double()
         parts = {
             "distance": distance,
             "similarity": unit @ unit.T,
@@ -196,26 +199,26 @@ def locality(frames: Sequence[FrameFeatures], mean: Tensor) -> Locality:
 
 
 def patch_distances(grid: tuple[int, int]) -> Tensor:
-    """Euclidean distance of each pair of patches in patches, float64 (P, P)."""
+    """Returns the Euclidean distance of each pair of patches in patches, float64 (P, P)."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]).double(), torch.arange(grid[1]).double(), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1)
-    # Exact, where the default of large grids subtracts squares and says that a patch is far from itself.
+    # Exact; the default for large grids subtracts squares, so that a patch has a distance from itself.
     return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def similarity_maps(frame: FrameFeatures, queries: Sequence[int]) -> Tensor:
-    """Cosine similarity of some patches with all of their frame, (Q, h, w)."""
+    """Returns the cosine similarity of some patches with all of their frame, (Q, h, w)."""
     unit = F.normalize(frame.patches.float(), dim=-1)
-    return (unit[list(queries)] @ unit.T).unflatten(1, frame.grid)
+    return (unit[list(queries)] @ unit.T).unflatten(1, frame.grid)  # (Q, P) -> (Q, h, w)
 
 
 def measure_spectrum(frames: Sequence[FrameFeatures], *, max_tokens: int, seed: int = 0) -> Spectrum:
-    """The figures of the features of some frames.
+    """Returns the figures of the features of some frames.
 
     Args:
-        frames: At least one.
-        max_tokens: Patches that the singular values are of, drawn from all.
-        seed: Of the draw.
+        frames: At least one frame.
+        max_tokens: Most patches, drawn from all, in the singular values.
+        seed: Seed of the draw.
     """
     tokens = torch.cat([frame.patches for frame in frames]).float().cpu()
     drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:max_tokens]

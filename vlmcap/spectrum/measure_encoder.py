@@ -1,4 +1,4 @@
-"""`vlmcap spectrum`: features of some frames by each encoder, their figures, and the files."""
+"""`vlmcap spectrum`: encodes some frames with each encoder, computes figures of the features, and writes the files."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from vlmcap.sweep_syntax import expand, short_names
 from vlmcap.terminal import progress_reporter
 from vlmcap.types import Clip, Sample
 
-MAX_FRAMES = 64  # that are kept, spread over the clips: tens of MB each for the largest encoders
-LAYER_FRAMES = 8  # through all layers at once
+MAX_FRAMES = 64  # frames in memory, spread over the clips; tens of MB each for the largest encoders
+LAYER_FRAMES = 8  # frames for the figures of layers
 
 
 @dataclass(frozen=True, slots=True)
 class SpectrumSettings:
-    """What is looked at.
+    """Settings of `vlmcap spectrum`.
 
     Attributes:
-        num_clips: Of the validation split.
+        num_clips: Number of clips of the validation split.
         max_tokens: Patches in the singular values.
-        has_layers: Each layer, too.
+        has_layers: Whether each layer is measured, too.
         images: Images or videos in place of the data's clips.
     """
 
@@ -57,13 +57,13 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
     """Measures each encoder, prints a table or JSON, and writes `spectrum.json` and the pictures.
 
     Args:
-        overrides: Of train.py; each combination of swept values is one encoder.
-        settings: What is looked at.
-        folder: Of the files.
-        as_json: Printed.
+        overrides: Overrides as `train.py` takes them; each combination of swept values is one encoder.
+        settings: Settings of the measurement.
+        folder: Folder of the files.
+        as_json: Whether JSON is printed.
 
     Raises:
-        UserError: An override, an encoder or a clip does not do.
+        UserError: An override is wrong, or an encoder or a clip cannot be used.
     """
     silence_libraries()
     jobs, swept = expand(overrides)
@@ -94,14 +94,14 @@ def show_spectra(overrides: Sequence[str], settings: SpectrumSettings, folder: P
 
 
 def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> EncoderSpectrum:
-    """The figures of one encoder's features, and one frame to look at.
+    """Returns the figures of one encoder's features, and one frame for the pictures.
 
     Raises:
-        UserError: The encoder or the clips cannot be had, or no clip can be read.
+        UserError: The encoder or the clips are not available, or no clip can be read.
     """
     device_of(config)
     is_tiny = config.encoder.checkpoint == TINY
-    if not is_tiny:  # nor is the tiny language model to be made for nothing
+    if not is_tiny:  # so that the tiny language model is not made needlessly
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, checkpoint="unused"))
     if is_tiny or not settings.images:
         config = prepare(config)
@@ -117,11 +117,11 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
         if settings.has_layers and num_layers == 0:
             layers = _layers(config, encoder, sample, settings)
             num_layers = len(layers)
-        own, shown = _encode(config, encoder, sample, keep)
-        frames += own
-        pictures += shown
+        clip_frames, clip_pictures = _encode(config, encoder, sample, keep)
+        frames += clip_frames
+        pictures += clip_pictures
     if not frames:
-        raise UserError(f"none of the {len(clips)} clips can be read; check data.root, or --images")
+        raise UserError(f"none of the {len(clips)} clips can be read; check data.root or --images")
     spectrum = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
     middle = len(frames) // 2
     layer = encoder.feature_layer
@@ -131,7 +131,7 @@ def measure_encoder(name: str, config: Config, settings: SpectrumSettings) -> En
 
 
 def _clips(config: Config, settings: SpectrumSettings) -> list[Clip]:
-    """The images given, or clips spread evenly over the validation split (or what there is)."""
+    """Returns the given images, or clips spread evenly over the validation split (or the first split there is)."""
     if settings.images:
         missing = next((path for path in settings.images if not path.is_file()), None)
         if missing is not None:
@@ -154,7 +154,7 @@ def _samples(config: Config, encoder: VisionEncoder, clips: Sequence[Clip]) -> I
 def _encode(
     config: Config, encoder: VisionEncoder, sample: Sample, keep: int
 ) -> tuple[list[FrameFeatures], list[Tensor | None]]:
-    """Features of some frames of a clip with their prefix tokens, and the frames as pictures where they are."""
+    """Returns the features of some frames of a clip with their prefix tokens, and the frames as pictures."""
     assert sample.frames is not None
     prefixes: list[Tensor] = []
 
@@ -183,29 +183,30 @@ def _encode(
 
 
 def _picture(frames: Tensor, row: int, grid: tuple[int, int]) -> Tensor | None:
-    """uint8 (H, W, 3) of a frame, or None where there is no such frame (Qwen-VL joins two in one)."""
+    """Returns a frame as uint8 (H, W, 3), or None where there is no such frame (Qwen-VL joins two frames)."""
     if frames.dim() == 4 and row < len(frames):
         return frames[row].permute(1, 2, 0)
-    if (
-        frames.dim() == 3 and row < len(frames) and frames.shape[-1] % 3 == 0
-    ):  # NaFlex: patches, rows of pixels, then colours
+    if frames.dim() == 3 and row < len(frames):  # NaFlex: patches of rows of pixels, then colours
         side = round((frames.shape[-1] // 3) ** 0.5)
-        own = frames[row, : grid[0] * grid[1]]
+        patches = frames[row, : grid[0] * grid[1]]
         if side * side * 3 == frames.shape[-1]:
-            return own.reshape(*grid, side, side, 3).permute(0, 2, 1, 3, 4).reshape(grid[0] * side, grid[1] * side, 3)
+            # (h * w, 3 * side²) -> (h * side, w * side, 3)
+            return (
+                patches.reshape(*grid, side, side, 3).permute(0, 2, 1, 3, 4).reshape(grid[0] * side, grid[1] * side, 3)
+            )
     return None
 
 
 def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: SpectrumSettings) -> dict[str, Spectrum]:
-    """Number of the layer to its figures, of the frames of one clip.
+    """Returns layer number to figures, of the frames of one clip.
 
-    Figures are taken as each layer ends, so one is held at a time.
+    Figures are computed as each layer ends, so that the features of only one layer are in memory.
 
     Raises:
-        UserError: Frames have sizes of their own, so that a layer's tokens stand in no plain order.
+        UserError: Frames have different sizes, so that the tokens of a layer are in no plain order.
     """
     if config.is_pretrained_vlm or (sample.grid_thw is not None and sample.grid_thw[1:] != encoder.grid):
-        raise UserError("--layers is for encoders whose frames have one size; leave it out")
+        raise UserError("--layers needs an encoder whose frames have one size; remove it")
     assert sample.frames is not None
     lists = [module for module in encoder.tower.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = max(lists, key=len, default=torch.nn.ModuleList())
@@ -216,8 +217,8 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
         hidden = (output[0] if isinstance(output, tuple) else output).float().cpu()
         tokens = hidden[:LAYER_FRAMES, -num_patches:]
         frames = [
-            FrameFeatures(own, encoder.grid, whole[:prefix] if prefix else None)
-            for own, whole in zip(tokens, hidden[:LAYER_FRAMES], strict=True)
+            FrameFeatures(patches, encoder.grid, states[:prefix] if prefix else None)
+            for patches, states in zip(tokens, hidden[:LAYER_FRAMES], strict=True)
         ]
         found[str(number)] = measure_spectrum(frames, max_tokens=settings.max_tokens, seed=config.seed)
 
@@ -234,5 +235,5 @@ def _layers(config: Config, encoder: VisionEncoder, sample: Sample, settings: Sp
 
 
 def _file_name(name: str) -> str:
-    """The name with nothing in it that a path would misread."""
+    """Replaces characters that do not belong in a file name."""
     return re.sub(r"[^\w.=-]+", "_", name)

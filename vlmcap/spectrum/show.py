@@ -21,8 +21,8 @@ from vlmcap.spectrum.figures import FrameFeatures, Spectrum, similarity_maps
 from vlmcap.terminal import short_number, wide_console
 
 _COLOURS = ("#3b6ea5", "#c7522a", "#4c956c", "#8a5fa8", "#b8860b", "#555555", "#d16ba5", "#2a9d8f")
-_E = math.exp(-1)  # the level at which the correlation length is read
-_MAX_LABEL = 28  # characters that a column and a legend have room for
+_E = math.exp(-1)  # correlation that defines the correlation length
+_MAX_LABEL = 28  # characters
 _COLUMNS = {
     "width": "width",
     "effective_rank": "effective rank",
@@ -41,12 +41,12 @@ class EncoderSpectrum:
     """An encoder's figures.
 
     Attributes:
-        name: In tables and pictures.
-        layer: That is read, as `encoder.feature_layer`.
-        spectrum: Of its features.
+        name: Name in tables and pictures.
+        layer: Layer that is read, as `encoder.feature_layer`.
+        spectrum: Figures of its features.
         frame: Features of one frame.
-        picture: That frame, uint8 (H, W, 3), or None.
-        layers: Number of a layer to its figures; empty unless asked for.
+        picture: This frame, uint8 (H, W, 3), or None.
+        layers: Layer number to figures; empty unless requested.
     """
 
     name: str
@@ -58,12 +58,12 @@ class EncoderSpectrum:
 
     @property
     def label(self) -> str:
-        """The name, of a long one (a checkpoint's path) its end."""
+        """The name, or the end of a long one such as a checkpoint's path."""
         return self.name if len(self.name) <= _MAX_LABEL else f"…{self.name[1 - _MAX_LABEL :]}"
 
 
 def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
-    """A PNG of one encoder, whole or not at all."""
+    """Draws a PNG of one encoder, which is written atomically."""
     rows, columns = one.frame.grid
     queries = [row * columns + column for row, column in _queries(rows, columns)]
     num_maps = len(queries) + 1
@@ -93,7 +93,7 @@ def draw_spectrum(one: EncoderSpectrum, file: Path) -> None:
 
 
 def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
-    """A PNG of several encoders, whole or not at all."""
+    """Draws a PNG of several encoders, which is written atomically."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     values, alike, ranks = figure.subplots(1, 3)
     _draw_values(values, spectra)
@@ -116,7 +116,7 @@ def draw_comparison(spectra: Sequence[EncoderSpectrum], file: Path) -> None:
 
 
 def _queries(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Up to three places: the centre, and two off it towards opposite corners."""
+    """Returns up to three patches: the centre, and two off it towards opposite corners."""
     places = [(rows // 2, columns // 2), (rows // 5, columns // 5), (rows - 1 - rows // 5, columns - 1 - columns // 5)]
     return list(dict.fromkeys(places))
 
@@ -175,12 +175,12 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def spectra_record(spectra: Sequence[EncoderSpectrum]) -> dict[str, Any]:
-    """Everything that was measured, as plain data."""
+    """Returns everything that was measured, as plain data."""
     return {one.name: {"feature_layer": one.layer, **_record(one.spectrum), "layers": _layers(one)} for one in spectra}
 
 
 def print_spectra(spectra: Sequence[EncoderSpectrum]) -> None:
-    """A row an encoder, and below it a row a layer where those were asked for."""
+    """Prints a row per encoder and, where requested, a row per layer below it."""
     first = spectra[0].spectrum
     title = f"Patch features of {first.num_frames} frames, {first.num_tokens} patches in the ranks"
     table = Table(title=title, title_justify="left", box=None)

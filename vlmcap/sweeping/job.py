@@ -219,4 +219,4 @@ def _planned(config: Config) -> dict[str, float] | None:
         plan = make_plan(config)
     except Exception:  # the run's own failure is what counts
         return None
-    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.gpu.usable_gib, 3)}
+    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.device.usable_gib, 3)}

@@ -147,7 +147,11 @@ def expected(config: Config, run: Run, plan: Plan | None, num_steps: int) -> dic
     num_validations = num_trained // len(run.data.clips["train"]) // config.evaluation.every_n_epochs
     num_captioned = num_validations * min(config.evaluation.max_clips, len(run.data.clips["val"]))
     fit_s = num_trained * plan.clip_s + num_captioned * plan.caption_s
-    return {"peak_gib": round(plan.peak_gib, 3), "usable_gib": round(plan.gpu.usable_gib, 3), "fit_s": round(fit_s, 1)}
+    return {
+        "peak_gib": round(plan.peak_gib, 3),
+        "usable_gib": round(plan.device.usable_gib, 3),
+        "fit_s": round(fit_s, 1),
+    }
 
 
 def _program() -> list[str]:

@@ -1,4 +1,4 @@
-"""Models of true size without weights: shapes and number formats, in fake tensors that take no memory."""
+"""Models at true size without weights: fake tensors have shapes and dtypes but take no memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from vlmcap.models.llm.experts import BLOCK, SCALE_BLOCK, FusedExperts, replace_experts
 from vlmcap.planning.estimate.live_bytes import add_launches
 
-_UNPACK_KERNELS = (
-    3  # of the experts' 4-bit weights: scales, their offset, weights; bitsandbytes fuses those of linear layers
-)
-_INT8_KERNELS = 2  # beside the product: the input to 8 bits, the output back
+# Kernels that unpack the experts' 4-bit weights: scales, their offset, weights. Those of linear layers are one kernel.
+_UNPACK_KERNELS = 3
+_INT8_KERNELS = 2  # beside the product: quantise the input, dequantise the output
 
 
 def fill_with_fake_tensors(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Puts fake CPU tensors in the place of the meta tensors of a module; what was shared stays shared."""
+    """Replaces the meta tensors of a module by fake CPU tensors; shared tensors stay shared."""
     made: dict[int, Any] = {}
     with mode:
         for child in module.modules():
@@ -35,24 +34,24 @@ def fill_with_fake_tensors(module: nn.Module, mode: FakeTensorMode) -> None:
                         made[id(tensor)] = (
                             nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                         )
-                        _keep_marks(tensor, made[id(tensor)])
+                        _copy_quantization_attributes(tensor, made[id(tensor)])
                     tensors[name] = made[id(tensor)]
 
 
-def _keep_marks(old: Any, new: Any) -> None:
+def _copy_quantization_attributes(old: Any, new: Any) -> None:
     for name in ("compress_statistics", "quant_type"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
 
 
 def quantize_fake(model: nn.Module, quantization: str, dtype: torch.dtype, kept: set[str] | None = None) -> None:
-    """Exchanges the linear layers of a model on the meta device for quantised ones without weights, as bitsandbytes would.
+    """Replaces the linear layers of a meta model by quantised ones without weights, as bitsandbytes would.
 
     Args:
-        model: Changed in place.
+        model: Model that is changed in place.
         quantization: "none", "8bit" or "4bit".
-        dtype: Of the arithmetic.
-        kept: Names of layers that stay as they are; None asks transformers (the head).
+        dtype: Data type of the arithmetic.
+        kept: Names of layers that are not quantised; None takes transformers' default (the head).
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -62,24 +61,24 @@ def quantize_fake(model: nn.Module, quantization: str, dtype: torch.dtype, kept:
     if quantization == "none":
         return
     kept = set(get_keys_to_not_convert(model)) if kept is None else kept
-    layer_class = _Fake4bit if quantization == "4bit" else _Fake8bit
+    layer_class = _FakeLinear4bit if quantization == "4bit" else _FakeLinear8bit
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name not in kept:
             model.set_submodule(name, layer_class(module, dtype))
-    setattr(model, f"is_loaded_in_{quantization}", True)  # peft asks
+    setattr(model, f"is_loaded_in_{quantization}", True)  # peft reads it
 
 
-def forget_checkpoints(model: nn.Module) -> None:
-    """Makes the inputs of layers that are computed again take nothing while they wait, as they do in host memory.
+def emulate_checkpoint_offload(model: nn.Module) -> None:
+    """Makes inputs of checkpointed layers take no memory until the backward pass, as if they were in host memory.
 
-    `save_on_cpu`, which moves them in earnest, moves nothing in a trace, whose tensors are on the CPU as it is.
+    `save_on_cpu`, which offloads them in training, does nothing to fake tensors, as these are on the CPU already.
     """
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            cast(Any, module)._gradient_checkpointing_func = _forgetful_checkpoint
+            cast(Any, module)._gradient_checkpointing_func = _offloaded_checkpoint
 
 
-def _forgetful_checkpoint(function: Any, *inputs: Any) -> Any:
+def _offloaded_checkpoint(function: Any, *inputs: Any) -> Any:
     def forget(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
         return tensor.shape, tensor.dtype
 
@@ -91,13 +90,13 @@ def _forgetful_checkpoint(function: Any, *inputs: Any) -> Any:
 
 
 def packed_sizes(count: int) -> tuple[int, int]:
-    """Bytes of so many weights in NF4 with double quantisation, and of their scales."""
+    """Returns the bytes of `count` weights in NF4 with double quantisation, and of their scales."""
     scales = -(-count // BLOCK)
     return -(-count // 2), scales + 4 * -(-scales // SCALE_BLOCK)
 
 
-class _Fake4bit(Linear4bit):  # type: ignore[misc]
-    """bitsandbytes' layer: it unpacks its whole weight for a product, on the way there and on the way back, and keeps none."""
+class _FakeLinear4bit(Linear4bit):  # type: ignore[misc]
+    """Emulates bitsandbytes' 4-bit layer, which unpacks its weight in both passes and keeps no unpacked copy."""
 
     bias: Any
 
@@ -115,13 +114,13 @@ class _Fake4bit(Linear4bit):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(cast(torch.dtype, self.compute_dtype))
-        out: Tensor = _Unpacking.apply(wide, self.out_features, False)
+        out: Tensor = _UnpackedLinear.apply(wide, self.out_features, False)
         bias = None if self.bias is None else self.bias.to(out.dtype)
         return (out if bias is None else out + bias).to(x.dtype)
 
 
-class _Fake8bit(Linear8bitLt):  # type: ignore[misc]
-    """bitsandbytes' layer: 8-bit products of an 8-bit copy of the input; the way back unpacks the weight."""
+class _FakeLinear8bit(Linear8bitLt):  # type: ignore[misc]
+    """Emulates bitsandbytes' 8-bit layer: int8 products of an int8 copy of the input; backward unpacks the weight."""
 
     bias: Any
 
@@ -136,7 +135,7 @@ class _Fake8bit(Linear8bitLt):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         narrow = x.to(torch.float16) if x.dtype == torch.float32 else x
-        out: Tensor = _Unpacking.apply(narrow, self.out_features, True)
+        out: Tensor = _UnpackedLinear.apply(narrow, self.out_features, True)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
@@ -144,8 +143,8 @@ def _frozen_bytes(count: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, dtype=torch.uint8, device="meta"), requires_grad=False)
 
 
-class _Unpacking(torch.autograd.Function):
-    """x W^T, W (out, in) unpacked for it and kept by nobody."""
+class _UnpackedLinear(torch.autograd.Function):
+    """x W^T, where W (out, in) is unpacked for the product and not kept."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, out_dim: int, is_8bit: bool) -> Tensor:
@@ -170,25 +169,25 @@ def _fake_experts(experts: FusedExperts, is_packed: bool, dtype: torch.dtype) ->
             setattr(experts, name, _frozen_bytes(packed))
             experts.register_buffer(f"{name}_quantization_state", torch.empty(scales, dtype=torch.uint8, device="meta"))
     experts.__class__ = _FakeExperts
-    cast(Any, experts).hollow_dtype = dtype
-    cast(Any, experts).hollow_packed = is_packed
+    cast(Any, experts).fake_dtype = dtype
+    cast(Any, experts).is_packed = is_packed
 
 
 class _FakeExperts(FusedExperts):
-    """Experts whose weights are unpacked without being there."""
+    """Experts that allocate unpacked weights without having packed ones."""
 
-    hollow_dtype: torch.dtype
-    hollow_packed: bool
+    fake_dtype: torch.dtype
+    is_packed: bool
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.hollow_dtype
+        return self.fake_dtype
 
     def _is_frozen(self, name: str) -> bool:
-        return self.hollow_packed
+        return self.is_packed
 
     def _unpack(self, name: str, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
-        if not self.hollow_packed:
+        if not self.is_packed:
             return super()._unpack(name, dtype, experts)
         add_launches(_UNPACK_KERNELS)
         count, *shape = self.shapes[name]

@@ -1,8 +1,6 @@
-"""Bytes of the tensors that are alive while a step runs, and its arithmetic.
+"""Counts the bytes of live tensors and the arithmetic of a step, and emulates on a CPU what CUDA would allocate.
 
-What a GPU does otherwise than the CPU that traces it.
-
-Works on real and on fake tensors, so that the step of a model of true size can be counted without its memory.
+Both work on real and on fake tensors, so that the step of a model of true size is counted without its memory.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-# These write nothing, or return their input as it is; views are recognised by their schema.
+# These launch no kernel; views are recognised by their schema.
 _NO_KERNEL = {
     _aten.empty,
     _aten.empty_like,
@@ -32,15 +30,15 @@ _NO_KERNEL = {
     _aten.new_empty_strided,
     _aten._unsafe_view,
 }
-ROUNDING = 512  # bytes: the CUDA allocator hands out multiples of it
+ROUNDING = 512  # bytes, of which the CUDA allocator hands out multiples
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages from their making to their end, by the tag that was set when they were made.
+    """Counts every storage from its creation to its end, under the tag that was set when it was created.
 
     Attributes:
-        tag: What is made now belongs to it.
-        peaks: Segment -> bytes by tag at the moment of the segment's largest sum.
+        tag: Tag of the tensors that are created from now on.
+        peaks: Segment name to bytes by tag at the segment's peak.
         flops: Floating-point operations so far; a multiplication and an addition are two.
         launches: Kernels launched so far.
     """
@@ -64,17 +62,17 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def enter(self, segment: str) -> None:
-        """What follows belongs to the segment; entered again, its peak may rise."""
+        """Begins a segment; when a segment is entered again, its peak may rise."""
         self._segment = segment
         self._peak = self.peaks[segment].total() if segment in self.peaks else -1
         self._note_peak()
 
     def snapshot(self) -> Counter[str]:
-        """Bytes alive now, by tag."""
+        """Returns the bytes that are alive now, by tag."""
         return +Counter(self._by_tag)
 
     def own(self, tensor: Tensor, tag: str) -> None:
-        """Gives a live tensor to another tag; one that was made outside is counted from now on."""
+        """Gives a live tensor another tag; a tensor from outside is counted from now on."""
         key = self._key(tensor)
         if key in self._live:
             old, size, reference = self._live[key]
@@ -85,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
             self._add(tensor, tag)
 
     def exclude(self, tensors: Sequence[Tensor]) -> None:
-        """Leaves storages out that are counted elsewhere, such as weights."""
+        """Excludes storages that are counted elsewhere, such as weights."""
         for tensor in tensors:
             self._live.setdefault(self._key(tensor), ("excluded", 0, tensor.untyped_storage()))
 
@@ -133,13 +131,13 @@ _active: list[LiveBytes] = []
 
 
 def add_launches(count: int) -> None:
-    """Counts kernels that a GPU launches and the trace does not run."""
+    """Counts kernels that a GPU launches and that are not run here."""
     for live in _active:
         live.launches += count
 
 
 def tag_module(module: torch.nn.Module, live: LiveBytes, tag: str) -> None:
-    """What is made inside of the module's forward gets the tag, unless a module inside of it has one of its own."""
+    """Tags what the module's forward pass creates; tags of modules inside it take precedence."""
     outer: list[str] = []
 
     def enter(*_: Any) -> None:
@@ -153,7 +151,7 @@ def tag_module(module: torch.nn.Module, live: LiveBytes, tag: str) -> None:
     module.register_forward_hook(leave, always_call=True)
 
 
-_WIDE = {
+_FLOAT32_OPS = {  # run in float32 under CUDA's autocast
     F.layer_norm,
     F.softmax,
     F.log_softmax,
@@ -177,18 +175,20 @@ _WIDE = {
 }
 
 
-class OnCard(TorchFunctionMode):
-    """Runs functions as a GPU would, and those on real tensors (ids, masks, positions) in earnest, as their values decide on shapes.
+class CudaEmulationMode(TorchFunctionMode):
+    """Makes functions on fake CPU tensors allocate what they would on a GPU.
 
-    These are rules from PyTorch's sources. Under CUDA's autocast normalisation, softmax, losses and powers work in
-    float32. Scaled dot-product attention runs fused: it keeps its inputs, its output and a float32 number per row and
-    head; a mask is made additive in the input's format; the backward pass takes the gradients of its inputs and a
-    float32 copy of that of the queries. On GPUs below compute capability 8.0 grouped queries run unfused, with all
-    pairs in float32.
+    Functions of real tensors (ids, masks, positions) are run, as their values decide on shapes.
+
+    The rules are from PyTorch's sources. Under CUDA's autocast, normalisation, softmax, losses and powers run in
+    float32. Scaled dot-product attention is fused: it keeps its inputs, its output and a float32 number per token and
+    head; a mask is made additive in the input's dtype; the backward pass takes the gradients of its inputs and a
+    float32 copy of the queries' gradient. On GPUs below compute capability 8.0 grouped queries are not fused, with all
+    query-key pairs in float32.
 
     Args:
-        live: Whose arithmetic attention adds to.
-        has_flash: Whether the GPU is of compute capability 8.0 or newer.
+        live: Counter that the arithmetic of attention is added to.
+        has_flash: Whether the GPU has compute capability 8.0 or newer.
     """
 
     def __init__(self, live: LiveBytes, has_flash: bool = True) -> None:
@@ -201,29 +201,25 @@ class OnCard(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if (
-            func is torch._grouped_mm
-        ):  # fake ones are for bfloat16 alone; all rows in one group are as much arithmetic and memory
+        if func is torch._grouped_mm:
+            # It has fake tensors for bfloat16 only; one group of all rows takes as much arithmetic and memory.
             return torch.mm(args[0], args[1][0])
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _makes_integers(func, args, kwargs) or (
+        if _creates_integers(func, args, kwargs) or (
             tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func in (
-            Tensor.__getitem__,
-            Tensor.__setitem__,
-        ):  # by a mask: the shape is known only from the mask's values
-            args = (args[0], _flat(tree_map(_places, args[1])), *args[2:])
+        if func in (Tensor.__getitem__, Tensor.__setitem__):  # the values of a mask decide on the shape
+            args = (args[0], _expand_masks(tree_map(_mask_to_indices, args[1])), *args[2:])
         if (
             func in (torch.repeat_interleave, Tensor.repeat_interleave)
             and len(args) > 1
             and isinstance(args[1], Tensor)
         ):
             kwargs = {**kwargs, "output_size": int(args[1].sum())}
-        if func in _WIDE and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_widen, (tuple(args), dict(kwargs)))
+        if func in _FLOAT32_OPS and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_to_float32, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
 
     def _attend(
@@ -242,11 +238,11 @@ class OnCard(TorchFunctionMode):
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         is_fused = self.has_flash or not enable_gqa or query.shape[1] == key.shape[1]
         batch, heads, rows, dim = query.shape
-        pairs = batch * heads * rows * key.shape[2] / (2 if is_causal else 1)
-        self.live.flops += 4.0 * pairs * dim
-        # An empty mask in the input's format stands for the additive one; all heads share it.
+        num_pairs = batch * heads * rows * key.shape[2] / (2 if is_causal else 1)
+        self.live.flops += 4.0 * num_pairs * dim
+        # An empty mask in the input's dtype replaces the additive one; all heads share it.
         mask = None if attn_mask is None else query.new_empty(attn_mask.shape)
-        out: Tensor = _Attention.apply(query, key, value, mask, is_fused, 10.0 * pairs * dim, self.live)
+        out: Tensor = _Attention.apply(query, key, value, mask, is_fused, 10.0 * num_pairs * dim, self.live)
         return out
 
 
@@ -279,7 +275,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, _, _, rows = ctx.saved_tensors
         ctx.live.flops += ctx.flops
         work = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(rows)]
-        if query.shape[1] != key.shape[1]:  # gradients a query head, summed over a group at the end
+        if query.shape[1] != key.shape[1]:  # gradients per query head, summed over each group at the end
             work += [key.new_empty(key.shape[0], query.shape[1], *key.shape[2:]) for _ in range(2)]
         if not ctx.is_fused:
             work.append(torch.empty_like(rows))
@@ -288,8 +284,8 @@ class _Attention(torch.autograd.Function):
         return (*results, None, None, None, None)
 
 
-def _makes_integers(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a tensor of ids, masks or positions is made from plain numbers."""
+def _creates_integers(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a tensor of ids, masks or positions is created from plain numbers."""
     if func not in (torch.arange, torch.tensor, torch.zeros, torch.ones, torch.full):
         return False
     if (dtype := kwargs.get("dtype")) is not None:
@@ -299,28 +295,30 @@ def _makes_integers(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     )
 
 
-def _widen(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     is_narrow = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if is_narrow else value
 
 
-def _places(index: Any) -> Any:
-    """The places of a real mask's ones, in place of the mask."""
+def _mask_to_indices(index: Any) -> Any:
+    """Replaces a real mask by the indices of its true elements."""
     if isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor):
         with unset_fake_temporarily():
-            return _Places(index.nonzero(as_tuple=True))
+            return _MaskIndices(index.nonzero(as_tuple=True))
     return index
 
 
-class _Places:
+class _MaskIndices:
     def __init__(self, indices: tuple[Tensor, ...]) -> None:
         self.indices = indices
 
 
-def _flat(index: Any) -> Any:
-    """The index with the places of masks laid out as so many indices."""
-    if isinstance(index, _Places):
+def _expand_masks(index: Any) -> Any:
+    """Returns the index with each mask expanded to one index tensor per dimension."""
+    if isinstance(index, _MaskIndices):
         return index.indices
     if isinstance(index, tuple):
-        return tuple(part for entry in index for part in (entry.indices if isinstance(entry, _Places) else (entry,)))
+        return tuple(
+            part for entry in index for part in (entry.indices if isinstance(entry, _MaskIndices) else (entry,))
+        )
     return index

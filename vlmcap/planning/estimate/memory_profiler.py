@@ -1,6 +1,8 @@
-"""The traces of a configuration (encoder, projector, language model in training, its pass over prompts), and the store that keeps them.
+"""Memory profiles of a configuration's components, and the store that caches them on disk.
 
-Legend: B clips, F frames, P patches a frame, Dv vision width, V visual tokens a clip, Dl language width.
+There are profiles of the encoder, the projector, the language model in training, and its prefill pass.
+
+Legend: B clips, F frames, P patches per frame, Dv vision width, V visual tokens per clip, Dl language width.
 """
 
 from __future__ import annotations
@@ -38,42 +40,42 @@ from vlmcap.planning.estimate.meta_models import (
     text_config,
 )
 from vlmcap.planning.estimate.score_models import KEYS, profile_scores
-from vlmcap.planning.estimate.sizes import Sizes, frames_shape, language_batch, sizes_of, writes_itself
+from vlmcap.planning.estimate.sizes import Sizes, clip_sizes, frames_shape, language_batch, uses_native_decoding
 from vlmcap.planning.estimate.stages import (
     Anchors,
     StageMemory,
-    blocks_of,
-    clips_of,
     extrapolate,
+    extrapolate_clips,
     extrapolate_kept,
+    find_blocks,
     profile_stage,
 )
 from vlmcap.plugins import plugins_of
 from vlmcap.types import Batch
 
-ORIGINALS = "originals of weights"  # that others stand in for while captions are written
-_SHORT = 2  # blocks of the shorter of two traces
-_FEW, _MANY = 4096, 24576  # tokens of a batch that the language model is traced at
-NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # where only the language model is asked for
-_SOURCES = ("models", "planning", "assembly")  # packages that a trace runs
+ORIGINALS = "originals of weights"  # weights that merged copies replace during captioning
+_SHORT_DEPTH = 2  # blocks in the shorter of two profiles
+_FEW_TOKENS, _MORE_TOKENS = 4096, 24576  # tokens of the batches that the language model is profiled at
+NO_SIZES = Sizes((1, 1, 1), 0, 1, 0, 1, (1,), 0)  # for profiles of the language model alone
+_PROFILED_PACKAGES = ("models", "planning", "assembly")  # packages whose code decides on a profile
 
 
 class ProfileStore:
-    """Traces by the content of what they were made of.
+    """Caches memory profiles on disk, by the data that they depend on.
 
     Args:
-        folder: JSON files, one a trace; made when the first is kept.
+        folder: Folder of JSON files, one per profile; created when the first is stored.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, key: dict[str, Any], make: Callable[[], StageMemory]) -> StageMemory:
-        """The trace of `key`, made where it is not there; a file that cannot be read or written is no reason to fail.
+        """Returns the profile of `key`, which is made if missing; files that cannot be read or written are ignored.
 
         Args:
-            key: Plain data that decides on the trace.
-            make: Makes it.
+            key: Plain data that decides on the profile.
+            make: Makes the profile.
         """
         text = json.dumps([key, _code_version()], sort_keys=True, default=str)
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
@@ -81,21 +83,21 @@ class ProfileStore:
             return StageMemory(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             pass
-        trace = make()
+        profile = make()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(file) as target:
-                target.write_text(json.dumps(trace.plain()), encoding="utf-8")
+                target.write_text(json.dumps(profile.plain()), encoding="utf-8")
         except OSError:
             pass
-        return trace
+        return profile
 
 
 @cache
 def _code_version() -> str:
-    """Changes with our code and with the libraries that a trace runs."""
+    """Returns a hash of this package's code and of the library versions that decide on a profile."""
     digest = hashlib.sha256()
-    for package in _SOURCES:
+    for package in _PROFILED_PACKAGES:
         for file in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
             digest.update(file.read_bytes())
     libraries = " ".join(version(name) for name in ("torch", "transformers", "peft", "bitsandbytes"))
@@ -103,23 +105,23 @@ def _code_version() -> str:
 
 
 class MemoryProfiler:
-    """Makes and keeps the traces of one configuration.
+    """Profiles the components of one configuration.
 
     Args:
-        config: Of the run.
-        has_flash: Of the GPU.
-        sizes: In place of those of the configuration's largest clip.
+        config: Run configuration.
+        has_flash: Whether the GPU has compute capability 8.0 or newer.
+        sizes: Sizes of a clip; None takes those of the largest clip of the configuration.
     """
 
     def __init__(self, config: Config, has_flash: bool, sizes: Sizes | None = None) -> None:
         self.config, self.has_flash = config, has_flash
-        self.sizes = sizes or sizes_of(config)
+        self.sizes = sizes or clip_sizes(config)
         self.store = ProfileStore(Path(config.paths.cache_dir).expanduser() / "plans")
-        self.is_merged = False  # whether adapters are merged while captions are written
+        self.is_merged = False  # whether adapters are merged during captioning
         self.trains_encoder = config.tuning.encoder_tuning is not EncoderTuning.none
 
     def with_adapters(self, *, is_merged: bool) -> Self:
-        """The same memory_profiler for captions with adapters that are merged, or are not."""
+        """Returns a memory profiler for captioning with adapters that are merged, or are not."""
         other = copy.copy(self)
         other.is_merged = is_merged
         return other
@@ -130,119 +132,114 @@ class MemoryProfiler:
         return int(text_config(self.config).num_hidden_layers)
 
     @property
-    def fewest_again(self) -> int:
-        """Blocks computed again, at the fewest, that a trace with kept blocks begins with."""
-        return self.short("language")
+    def min_recomputed(self) -> int:
+        """Fewest recomputed blocks in a profile that also has kept blocks."""
+        return self.short_depth("language")
 
     def encoder(self, num_clips: int) -> StageMemory:
-        """Frames to features; every figure is linear in the clips, as none of them sees another."""
+        """Profiles frames to features; every figure is linear in the clips, as these are encoded independently."""
         if num_clips > 2:
             return extrapolate(self.encoder(1), self.encoder(2), num_clips - 1)
         settings = dataclasses.asdict(self.config.encoder) | {"name": "", "is_cached": False}
         key = {
             "encoder": settings,
-            "base": self._base("encoder"),
+            "base": self._architecture("encoder"),
             "tuning": self._encoder_tuning(),
             "frames": [self.sizes.grid, self.sizes.frame_bytes, self.sizes.num_encoder_blocks],
             "plugin": plugins_of(self.config).get("encoder"),
         }
         depth = plain_vision_blocks(self.config) if self.config.is_pretrained_vlm else self.sizes.num_encoder_blocks
-        return self._trace(
-            "encoder", key | {"clips": num_clips}, depth, lambda blocks: self._trace_encoder(num_clips, blocks)
+        return self._profile(
+            "encoder", key | {"clips": num_clips}, depth, lambda blocks: self._profile_encoder(num_clips, blocks)
         )
 
     def projector(self, num_clips: int) -> StageMemory:
-        """Features to visual tokens."""
+        """Profiles features to visual tokens."""
         model = self.config.model
         key = {
             "projector": dataclasses.asdict(self.config.projector),
             "sizes": dataclasses.asdict(self.sizes),
             "clips": num_clips,
-        }
-        key |= {
             "width": int(text_config(self.config).hidden_size),
             "base": model.checkpoint if isinstance(model, PretrainedVlmConfig) else "",
             "input": self.trains_encoder,
             "plugin": plugins_of(self.config).get("projector"),
+            "trained": [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()],
         }
-        key["trained"] = [stage.projector_lr > 0 for stage in self.config.tuning.stages.values()]
-        return self._trace("projector", key, None, lambda _: self._trace_projector(num_clips))
+        return self._profile("projector", key, None, lambda _: self._profile_projector(num_clips))
 
     def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageMemory:
-        """Visual tokens and text to the loss, or with no caption the pass over a prompt that generation begins with.
+        """Profiles visual tokens and text to the loss, or without captions the prefill pass of generation.
 
         Args:
             num_clips: B.
-            num_caption: Caption tokens of each clip.
-            num_kept: Last blocks that are not computed again.
-            is_training: False for the loss of validation, which has no way back.
+            num_caption: Caption tokens per clip; 0 for prefill.
+            num_kept: Number of last blocks that are not recomputed.
+            is_training: False for the validation loss, which has no backward pass.
         """
         key = self._language_key(num_clips, num_caption, is_training)
-        make = partial(self._trace_language, num_clips, num_caption, is_training)
-        return self._trace_kept(key, num_kept, make) if num_kept else self._trace("language", key, self.depth, make)
+        make = partial(self._profile_language, num_clips, num_caption, is_training)
+        return self._profile_kept(key, num_kept, make) if num_kept else self._profile("language", key, self.depth, make)
 
     def shallow_language(
         self, num_clips: int, num_caption: int, num_more: int = 0, *, is_training: bool = True
     ) -> StageMemory:
-        """The same of as few blocks as may stand for all, and `num_more`."""
+        """Profiles the language model with `num_more` blocks more than the fewest that represent all."""
         key = self._language_key(num_clips, num_caption, is_training)
-        make = partial(self._trace_language, num_clips, num_caption, is_training)
-        return self._keep("language", key, self.short("language") + num_more, make)
+        make = partial(self._profile_language, num_clips, num_caption, is_training)
+        return self._profile_depth("language", key, self.short_depth("language") + num_more, make)
 
     def scores(self) -> dict[str, StageMemory | None]:
-        """Models of scores by their settings; None for those that are not known here.
+        """Profiles the models of scores, by setting; None for those that are not known on this machine.
 
-        They are the same for all configurations.
+        They do not depend on the rest of the configuration.
         """
         checkpoints = {key: getattr(self.config.evaluation, key) for key in KEYS}
         return cached(["scores", checkpoints], lambda: profile_scores(self.config, self.has_flash))  # type: ignore[no-any-return]
 
     def checkpoint_bytes(self, num_clips: int, num_caption: int) -> float:
-        """Input of a checkpointed block of the language model."""
+        """Returns the bytes of the input of a checkpointed block of the language model."""
         width = int(text_config(self.config).hidden_size)
         num_tokens = num_clips * (self.sizes.num_before_caption + num_caption)
         return float(num_tokens * width * dtype_of(self.config.hardware.precision).itemsize)
 
     def _language_key(self, num_clips: int, num_caption: int, is_training: bool) -> dict[str, Any]:
-        key = {
-            "base": self._base("llm"),
-            "llm": [self.config.llm.quantization.value, self.config.llm.attention],
+        config = self.config
+        return {
+            "base": self._architecture("llm"),
+            "llm": [config.llm.quantization.value, config.llm.attention],
             "clips": num_clips,
-        }
-        key |= {
             "runs": self.sizes.runs,
             "gap": self.sizes.gap,
             "caption": num_caption,
-            "tuning": dataclasses.asdict(self.config.tuning),
-        }
-        key |= {
-            "grid": self.sizes.grid if self.config.is_pretrained_vlm else (),
-            "chunk": self.config.hardware.loss_chunk_mib,
-        }
-        key |= {"merged": self.is_merged and not num_caption}
-        key |= {
+            "tuning": dataclasses.asdict(config.tuning),
+            "grid": self.sizes.grid if config.is_pretrained_vlm else (),
+            "chunk": config.hardware.loss_chunk_mib,
+            "merged": self.is_merged and not num_caption,
             "training": is_training,
             "packed": self._packs(num_caption, is_training),
-            "engine": writes_itself(self.config),
+            "engine": uses_native_decoding(config),
+            "offload": config.hardware.offload_checkpoints,
         }
-        return key | {"offload": self.config.hardware.offload_checkpoints}
 
     def _packs(self, num_caption: int, is_training: bool) -> bool:
         return self.config.data.batching is Batching.packed and num_caption > 0 and is_training
 
-    def short(self, what: str) -> int:
-        """Blocks of the shorter of two traces; the first blocks of Qwen3-VL take DeepStack's features."""
-        return _SHORT + (self._deep_layers() - 1 if what == "language" else 0)
+    def short_depth(self, what: str) -> int:
+        """Returns the blocks of the shorter of two profiles; the first blocks of Qwen3-VL take DeepStack features."""
+        return _SHORT_DEPTH + (self._num_stacked_widths() - 1 if what == "language" else 0)
 
-    def _trace(
+    def _profile(
         self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]
     ) -> StageMemory:
-        short = self.short(what)
+        short = self.short_depth(what)
         if depth is None or depth <= short + 1:
-            return self._keep(what, key, depth, make)
-        return extrapolate(self._keep(what, key, short, make), self._keep(what, key, short + 1, make), depth - short)
+            return self._profile_depth(what, key, depth, make)
+        return extrapolate(
+            self._profile_depth(what, key, short, make), self._profile_depth(what, key, short + 1, make), depth - short
+        )
 
-    def _keep(
+    def _profile_depth(
         self, what: str, key: dict[str, Any], depth: int | None, make: Callable[[int], StageMemory]
     ) -> StageMemory:
         hardware = self.config.hardware
@@ -253,18 +250,18 @@ class MemoryProfiler:
         }
         return self.store.get(key | {"flash": self.has_flash, "depth": depth}, lambda: make(depth or 0))
 
-    def _trace_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageMemory]) -> StageMemory:
-        """The trace with the last blocks kept, out of three short ones.
+    def _profile_kept(self, key: dict[str, Any], num_kept: int, make: Callable[[int, int], StageMemory]) -> StageMemory:
+        """Profiles the language model with the last blocks kept, from three short profiles.
 
-        Two blocks computed again and one kept, and one more of each.
+        These have two recomputed blocks and a kept one, and one more of each kind.
         """
-        again = self.fewest_again
+        num_recomputed = self.min_recomputed
         key = key | {"what": "language", "precision": self.config.hardware.precision.value, "flash": self.has_flash}
-        shapes = ((again + 1, 1), (again + 2, 1), (again + 2, 2))
+        shapes = ((num_recomputed + 1, 1), (num_recomputed + 2, 1), (num_recomputed + 2, 2))
         base, longer, wider = (self.store.get(key | {"kept": shape}, partial(make, *shape)) for shape in shapes)
-        return extrapolate_kept(base, longer, wider, self.depth - num_kept - again, num_kept - 1)
+        return extrapolate_kept(base, longer, wider, self.depth - num_kept - num_recomputed, num_kept - 1)
 
-    def _base(self, part: str) -> Any:
+    def _architecture(self, part: str) -> Any:
         return architecture(self.config, "model" if self.config.is_pretrained_vlm else part)
 
     def _encoder_tuning(self) -> Any:
@@ -274,7 +271,7 @@ class MemoryProfiler:
             else None
         )
 
-    def _trace_encoder(self, num_clips: int, depth: int) -> StageMemory:
+    def _profile_encoder(self, num_clips: int, depth: int) -> StageMemory:
         mode = _fake_mode()
         encoder = fake_encoder(self.config, mode, depth or None)
         encoder.train(self.trains_encoder)
@@ -287,14 +284,14 @@ class MemoryProfiler:
             encoder,
             lambda: encoder(frames, grids),
             mode=mode,
-            blocks=() if self.config.is_pretrained_vlm or not depth else list(blocks_of(encoder, depth)),
+            blocks=() if self.config.is_pretrained_vlm or not depth else list(find_blocks(encoder, depth)),
             inputs=[frames],
             dtype=autocast_dtype(self.config),
             has_flash=self.has_flash,
             has_backward=self.trains_encoder,
         )
 
-    def _trace_projector(self, num_clips: int) -> StageMemory:
+    def _profile_projector(self, num_clips: int) -> StageMemory:
         mode = _fake_mode()
         encoder = cached_meta_encoder(self.config)
         projector = fake_projector(self.config, planned_sizes(self.config, encoder), mode)
@@ -315,21 +312,19 @@ class MemoryProfiler:
             has_backward=is_trained or self.trains_encoder,
         )
 
-    def _trace_language(
+    def _profile_language(
         self, num_clips: int, num_caption: int, is_training: bool, depth: int, num_kept: int = 0
     ) -> StageMemory:
         mode = _fake_mode()
         is_training = is_training and num_caption > 0
         llm, captioner_class = fake_llm(self.config, mode, depth, self.has_flash, num_kept)
         llm.train(is_training)
-        width = int(text_config(self.config).hidden_size) * self._deep_layers()
+        width = int(text_config(self.config).hidden_size) * self._num_stacked_widths()
         with mode:
             visual = torch.empty(num_clips, self.sizes.num_visual, width, requires_grad=is_training)
         grid = self.sizes.grid if self.config.is_pretrained_vlm else None
-        captions = [
-            num_caption,
-            *[max(0, num_caption - 1)] * (num_clips - 1),
-        ]  # padded, as batches are: a mask that says so is not dropped
+        # Lengths differ as in real batches, because libraries drop a mask without padding.
+        captions = [num_caption, *[max(0, num_caption - 1)] * (num_clips - 1)]
         is_packed = self._packs(num_caption, is_training)
         batch = language_batch(captions, self.sizes.runs, PROMPT_TOKENS, grid, self.sizes.gap, is_packed=is_packed)
         if not num_caption:
@@ -339,9 +334,10 @@ class MemoryProfiler:
             None, torch.nn.Identity(), llm, prompt, None, loss_chunk_bytes=loss_chunk_bytes(self.config)
         )
         captioner.encode = lambda batch: visual  # type: ignore[method-assign]
+        # (B, V, Dl) -> (B * V, Dl)
         captioner.project = lambda batch, features: features.flatten(0, 1)  # type: ignore[method-assign]
         inner = base_model(llm).model
-        if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which have no values here
+        if hasattr(inner, "get_placeholder_mask"):  # Qwen-VL's class compares embeddings, which are fake here
             places = batch.visual_mask.unsqueeze(-1)
             inner.get_placeholder_mask = lambda *_, **__: (places, places)
         caches: list[Any] = []
@@ -354,42 +350,42 @@ class MemoryProfiler:
             logits: torch.Tensor = output.logits
             return logits
 
-        trace = partial(
+        profile = partial(
             profile_stage,
             llm,
             (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
             mode=mode,
-            blocks=list(blocks_of(base_model(llm), depth)),
+            blocks=list(find_blocks(base_model(llm), depth)),
             inputs=[visual],
             dtype=autocast_dtype(self.config),
             has_flash=self.has_flash,
             has_backward=is_training,
             num_kept=num_kept,
         )
-        return trace() if num_caption else self._for_captions(llm, mode, trace)
+        return profile() if num_caption else self._with_caption_adapters(llm, mode, profile)
 
-    def _for_captions(
-        self, llm: torch.nn.Module, mode: FakeTensorMode, trace: Callable[[], StageMemory]
+    def _with_caption_adapters(
+        self, llm: torch.nn.Module, mode: FakeTensorMode, profile: Callable[[], StageMemory]
     ) -> StageMemory:
-        """A trace with the adapters as they are while captions are written.
+        """Profiles the model with its adapters in the state that they have during captioning.
 
-        What they stand in for is among the weights.
+        Weights that merged copies replace count as `ORIGINALS`.
         """
         before = {id(parameter): parameter for parameter in llm.parameters()}
         dtype = autocast_dtype(self.config)
         autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
         with mode, autocast, torch.no_grad(), adapters_for_captions(llm, is_merged=self.is_merged):
-            found = trace()
+            found = profile()
             now = {id(parameter) for parameter in llm.parameters()}
         originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
         return dataclasses.replace(found, weights={**found.weights, ORIGINALS: originals})
 
     def _padded_prompts(self, batch: Batch) -> Batch:
-        """Prompts as the engine reads them.
+        """Pads prompts as the decoding engine does.
 
-        Ours on the right and without a mask, transformers' on the left where clips differ in size.
+        The native one pads on the right without a mask, transformers on the left where clips differ in size.
         """
-        if writes_itself(self.config):
+        if uses_native_decoding(self.config):
             return dataclasses.replace(batch, is_right_padded=True)
         if (
             self.config.is_pretrained_vlm
@@ -398,48 +394,50 @@ class MemoryProfiler:
             batch.attention_mask[1:, 0] = 0
         return batch
 
-    def _deep_layers(self) -> int:
-        """How often the language width stands in what the projector gives: Qwen3-VL's DeepStack layers come with it."""
+    def _num_stacked_widths(self) -> int:
+        """Returns how many language widths a visual token has: Qwen3-VL appends those of its DeepStack layers."""
         if not isinstance(self.config.model, Qwen3VlConfig):
             return 1
         return 1 + int(cached_meta_vlm(self.config).encoder.num_deep_layers)
 
 
 class FastMemoryProfiler(MemoryProfiler):
-    """Traces of which those of the language model are the same for all encoders, and those of the projector for all batch sizes."""
+    """Interpolates, so that encoders share the language model's profiles and batch sizes the projector's."""
 
     @property
     def width(self) -> int:
-        """Of the language model's hidden states."""
+        """Width of the language model."""
         return int(text_config(self.config).hidden_size)
 
     def projector(self, num_clips: int) -> StageMemory:
-        """Features to visual tokens, from one and two clips."""
-        return clips_of(super().projector(1), super().projector(2), num_clips)
+        """Profiles features to visual tokens, extrapolated from one and two clips."""
+        return extrapolate_clips(super().projector(1), super().projector(2), num_clips)
 
     def language(self, num_clips: int, num_caption: int, num_kept: int = 0, *, is_training: bool = True) -> StageMemory:
-        """Interpolated by tokens and blocks; with kept layers, traced as ever."""
+        """Interpolates by tokens and blocks; with kept layers the profile is exact."""
         if num_kept:
             return super().language(num_clips, num_caption, num_kept)
         num_tokens = num_clips * (self.sizes.num_visual + PROMPT_TOKENS + num_caption)
         return self.anchors(num_caption, is_training=is_training).at(
-            num_tokens, self.depth - self.short("language"), num_clips
+            num_tokens, self.depth - self.short_depth("language"), num_clips
         )
 
     def anchors(self, num_caption: int, *, is_training: bool = True) -> Anchors:
-        """The traces of the language model, the same for all sizes of this configuration."""
+        """Returns the profiles of the language model that serve all clip sizes of this configuration."""
         text, data = PROMPT_TOKENS + num_caption, self.config.data
         has_more = num_caption > 0 and data.batch_size > 1
         is_checkpointed = is_training and num_caption > 0 and self.config.hardware.gradient_checkpointing
-        few = max(_FEW, 4 * text)
-        base, wide = self._with_visual(few - text), self._with_visual(few + _MANY - text)
+        few = max(_FEW_TOKENS, 4 * text)
+        few_tokens, more_tokens = self._with_visual(few - text), self._with_visual(few + _MORE_TOKENS - text)
         return Anchors(
             num_tokens=few,
-            num_more_tokens=few + _MANY,
-            short=base.shallow_language(1, num_caption, is_training=is_training),
-            longer=base.shallow_language(1, num_caption, 1, is_training=is_training),
-            wide=wide.shallow_language(1, num_caption, is_training=is_training),
-            wide_longer=None if is_checkpointed else wide.shallow_language(1, num_caption, 1, is_training=is_training),
+            num_more_tokens=few + _MORE_TOKENS,
+            short=few_tokens.shallow_language(1, num_caption, is_training=is_training),
+            longer=few_tokens.shallow_language(1, num_caption, 1, is_training=is_training),
+            wide=more_tokens.shallow_language(1, num_caption, is_training=is_training),
+            wide_longer=None
+            if is_checkpointed
+            else more_tokens.shallow_language(1, num_caption, 1, is_training=is_training),
             doubled=self._with_visual(few // 2 - text).shallow_language(2, num_caption, is_training=is_training)
             if has_more
             else None,

@@ -1,4 +1,4 @@
-"""A configuration's encoder, projector and language model at true size, without weights and without a download."""
+"""A configuration's encoder, projector and language model at true size, without weights or a download."""
 
 from __future__ import annotations
 
@@ -42,92 +42,96 @@ from vlmcap.models.known import known_config
 from vlmcap.models.llm.attention import REPEATED, register_repeated_keys
 from vlmcap.models.pretrained import VlmComponents, build_pretrained
 from vlmcap.models.projectors import ProjectorSizes, build_projector
-from vlmcap.planning.estimate.fake_tensors import fill_with_fake_tensors, forget_checkpoints, quantize_fake
+from vlmcap.planning.estimate.fake_tensors import emulate_checkpoint_offload, fill_with_fake_tensors, quantize_fake
 
-_DEPTHS = ("depth", "num_hidden_layers")
-_OTHER_KINDS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # blocks of a tower that are not like the rest
-PROMPT_TOKENS = 32  # of the text around the visual tokens; no tokenizer is there before the download
+_DEPTH_KEYS = ("depth", "num_hidden_layers")
+_SPECIAL_BLOCKS = (
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
+)  # keys of tower blocks that differ from the rest
+PROMPT_TOKENS = 32  # assumed text tokens around the visual ones, as there is no tokenizer before the download
 
 
-def architecture(config: Config, part: str) -> dict[str, Any]:
-    """The `config.json` of a base: of its folder, packaged for the published names, or fetched alone from the hub.
+def architecture(config: Config, component: str) -> dict[str, Any]:
+    """Returns the `config.json` of a base checkpoint: from its folder, from this package, or downloaded alone.
 
     Args:
         config: Run configuration.
-        part: "encoder", "llm" or "model".
+        component: "encoder", "llm" or "model".
 
     Raises:
-        UserError: There is none to be had.
+        UserError: It is not available.
     """
-    checkpoint = getattr(config, part).checkpoint
-    if part == "encoder" and has_plugin_encoder(config):  # its settings say all
+    checkpoint = getattr(config, component).checkpoint
+    if component == "encoder" and has_plugin_encoder(config):  # its settings decide everything
         return {}
-    if part == "llm" and checkpoint == TINY:  # made on first use
+    if component == "llm" and checkpoint == TINY:  # the demo makes it on first use
         return dict(LANGUAGE_CONFIG)
-    if part == "encoder" and checkpoint in TINY_ENCODERS:
+    if component == "encoder" and checkpoint in TINY_ENCODERS:
         return dict(VISION_CONFIGS[checkpoint])
-    folder = _description(config, part)
+    folder = _config_folder(config, component)
     return copy.deepcopy(known_config(checkpoint) or {}) if folder is None else read_config(folder)
 
 
 def processor(config: Config) -> dict[str, Any]:
-    """What a checkpoint's image processor says, or nothing where the family's values are used.
+    """Returns the settings of a checkpoint's image processor; empty where the family's defaults are used.
 
-    It decides the grid of a rotary encoder.
+    They decide the grid of a rotary encoder.
     """
     is_made = config.encoder.checkpoint in TINY_ENCODERS or has_plugin_encoder(config)
-    folder = None if is_made else _description(config, "encoder")
+    folder = None if is_made else _config_folder(config, "encoder")
     return {} if folder is None else read_processor(folder)
 
 
-def _description(config: Config, part: str) -> Path | None:
-    """The folder with the configuration files of a base.
+def _config_folder(config: Config, component: str) -> Path | None:
+    """Returns the folder with the configuration files of a base checkpoint.
 
-    None where the packaged values are used: without a revision, or without a hub.
+    None where the packaged values are used: without a revision, or without access to the hub.
     """
-    settings = getattr(config, part)
-    key, is_known = f"{part}.checkpoint", known_config(settings.checkpoint) is not None
+    settings = getattr(config, component)
+    key, is_known = f"{component}.checkpoint", known_config(settings.checkpoint) is not None
     if Path(settings.checkpoint).expanduser().is_dir():
         return locate_description(settings.checkpoint, settings.revision, key=key)
     if is_known and settings.revision is None:
         return None
     try:
-        return _fetch(settings.checkpoint, settings.revision, key, settings.gate)
+        return _fetch_config(settings.checkpoint, settings.revision, key, settings.gate)
     except HubUnreachableError:
         if is_known:
             return None
         raise
 
 
-@functools.cache  # the hub is asked once for all readers of a plan
-def _fetch(checkpoint: str, revision: str | None, key: str, gate: str | None) -> Path:
+@functools.cache  # one request per plan
+def _fetch_config(checkpoint: str, revision: str | None, key: str, gate: str | None) -> Path:
     return locate_description(checkpoint, revision, key=key, gate=gate, has_processor=key == "encoder.checkpoint")
 
 
 def text_values(config: Config) -> dict[str, Any]:
-    """The language model's part of the architecture.
+    """Returns the language model's section of the `config.json`.
 
     Raises:
         UserError: The installed transformers does not have its class.
     """
-    part = "model" if config.is_pretrained_vlm else "llm"
-    values = architecture(config, part)
+    component = "model" if config.is_pretrained_vlm else "llm"
+    values = architecture(config, component)
     text = dict(values.get("text_config") or values)
     if text.get("model_type") not in CONFIG_MAPPING:
+        checkpoint = getattr(config, component).checkpoint
         raise UserError(
-            f"{part}.checkpoint={getattr(config, part).checkpoint} has the model_type {text.get('model_type')!r}, "
-            "which the installed "
-            f"transformers {transformers.__version__} does not know: update transformers, or choose another checkpoint"
+            f"{component}.checkpoint={checkpoint} has the model_type {text.get('model_type')!r}, "
+            f"which the installed transformers {transformers.__version__} does not know; "
+            "update transformers, or choose another checkpoint"
         )
     return text
 
 
 def text_config(config: Config, depth: int | None = None) -> Any:
-    """Transformers' configuration of the language model.
+    """Returns transformers' configuration of the language model.
 
     Args:
-        config: Of the run.
-        depth: Blocks to leave; None leaves all, and is made once for all that only read it.
+        config: Run configuration.
+        depth: Number of blocks; None takes all, and returns one shared object that must not be changed.
     """
     values = text_values(config)
     if depth is None:
@@ -140,11 +144,11 @@ def text_config(config: Config, depth: int | None = None) -> Any:
 
 
 def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder:
-    """The vision encoder on the meta device.
+    """Builds the vision encoder on the meta device.
 
     Args:
-        config: Of the run.
-        num_blocks: Blocks to leave, of a whole model those of the commonest kind; None leaves all in front of
+        config: Run configuration.
+        num_blocks: Number of blocks, for a pretrained VLM of its most frequent kind; None takes all in front of
             encoder.feature_layer.
     """
     if config.is_pretrained_vlm:
@@ -158,35 +162,35 @@ def meta_encoder(config: Config, num_blocks: int | None = None) -> VisionEncoder
         layer = options.feature_layer
         depth = num_blocks if layer >= 0 else num_blocks - 1 - layer
         options = replace(options, feature_layer=min(layer, num_blocks))
-    # Sizes do not depend on how pixels are normalised, which only the checkpoint's processor file may say.
+    # Sizes do not depend on the normalisation of pixels, which may be stated only in the checkpoint's processor file.
     options = replace(options, mean=options.mean or (0.5, 0.5, 0.5), std=options.std or (0.5, 0.5, 0.5))
     with torch.device("meta"):
         return build_encoder(values, options, processor=processor(config), num_blocks=depth)
 
 
 def num_blocks(encoder: Any) -> int:
-    """Blocks of an encoder's tower."""
+    """Returns the number of blocks of an encoder's tower."""
     return int(encoder.tower.config.num_hidden_layers)
 
 
 def plain_vision_blocks(config: Config) -> int | None:
-    """Blocks of a whole model's tower without those that differ (full attention among windows, DeepStack).
+    """Returns the blocks of a pretrained VLM's tower without special ones (full attention among windows, DeepStack).
 
-    None where it does not say.
+    None where the `config.json` does not state it.
     """
     vision = architecture(config, "model").get("vision_config") or {}
-    total = next((int(vision[key]) for key in _DEPTHS if key in vision), None)
-    return None if total is None else total - sum(len(vision.get(key) or ()) for key in _OTHER_KINDS)
+    total = next((int(vision[key]) for key in _DEPTH_KEYS if key in vision), None)
+    return None if total is None else total - sum(len(vision.get(key) or ()) for key in _SPECIAL_BLOCKS)
 
 
 def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> VlmComponents:
-    """A whole model on the meta device.
+    """Builds a pretrained VLM on the meta device.
 
     Args:
-        config: Of the run.
-        depth: Blocks of its language model to leave.
-        plain_vision: Blocks of its tower to leave beside those that differ, which come first then; None leaves all in
-            their places.
+        config: Run configuration.
+        depth: Blocks of its language model.
+        plain_vision: Plain blocks of its tower beside the special ones, which then come first; None takes all blocks in
+            their order.
     """
     values = architecture(config, "model")
     text = dict(values.get("text_config") or {})
@@ -197,45 +201,45 @@ def meta_vlm(config: Config, depth: int, plain_vision: int | None = None) -> Vlm
     if text:
         values["text_config"] = text
     if plain_vision is not None:
-        values["vision_config"] = _cut_vision(values["vision_config"], plain_vision)
+        values["vision_config"] = _truncate_vision(values["vision_config"], plain_vision)
     dtype = dtype_of(config.hardware.precision)
     with torch.device("meta"):
         return build_pretrained(config.model.kind, values, dtype=dtype, max_patches=max_patches(config))
 
 
-def _cut_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
-    others = {key: list(range(len(vision[key]))) for key in _OTHER_KINDS if vision.get(key)}
-    depth = next(key for key in _DEPTHS if key in vision)
+def _truncate_vision(vision: dict[str, Any], num_plain: int) -> dict[str, Any]:
+    others = {key: list(range(len(vision[key]))) for key in _SPECIAL_BLOCKS if vision.get(key)}
+    depth = next(key for key in _DEPTH_KEYS if key in vision)
     return vision | others | {depth: num_plain + sum(map(len, others.values()))}
 
 
 def cached_meta_encoder(config: Config) -> VisionEncoder:
-    """The vision encoder on the meta device at full depth, made once for all that only ask for its sizes."""
+    """Returns the vision encoder on the meta device at full depth, shared by readers of its sizes."""
     if config.is_pretrained_vlm:
         encoder: VisionEncoder = cached_meta_vlm(config).encoder
         return encoder
-    return _cached(config, lambda: meta_encoder(config))  # type: ignore[no-any-return]
+    return _cached_by_vision(config, lambda: meta_encoder(config))  # type: ignore[no-any-return]
 
 
 def cached_meta_vlm(config: Config) -> VlmComponents:
-    """A whole model on the meta device with one block of its language model, made once for all that only ask for its sizes."""
-    return _cached(config, lambda: meta_vlm(config, 1))  # type: ignore[no-any-return]
+    """Returns a pretrained VLM on the meta device with one language model block, shared by readers of its sizes."""
+    return _cached_by_vision(config, lambda: meta_vlm(config, 1))  # type: ignore[no-any-return]
 
 
-def _cached(config: Config, make: Callable[[], Any]) -> Any:
-    part = config.model if config.is_pretrained_vlm else config.encoder
+def _cached_by_vision(config: Config, make: Callable[[], Any]) -> Any:
+    component = config.model if config.is_pretrained_vlm else config.encoder
     base = (
         architecture(config, "model")
         if config.is_pretrained_vlm
         else [architecture(config, "encoder"), processor(config)]
     )
     return cached(
-        [asdict(part), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make
+        [asdict(component), asdict(config.encoder), config.hardware.precision, config.hardware.attention, base], make
     )
 
 
 def fake_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -> VisionEncoder:
-    """The encoder in fake tensors, as training has it."""
+    """Builds the encoder with fake tensors, trained as configured."""
     encoder = meta_encoder(config, num_blocks)
     train_encoder(config, encoder)
     fill_with_fake_tensors(encoder, mode)
@@ -243,7 +247,7 @@ def fake_encoder(config: Config, mode: FakeTensorMode, num_blocks: int | None) -
 
 
 def fake_projector(config: Config, sizes: ProjectorSizes | None, mode: FakeTensorMode) -> nn.Module:
-    """The projector in fake tensors, trained."""
+    """Builds the projector with fake tensors, trained as configured."""
     with torch.device("meta"):
         projector: nn.Module = (
             meta_vlm(config, 1).projector if sizes is None else build_projector(config.projector, sizes)
@@ -257,21 +261,25 @@ def fake_projector(config: Config, sizes: ProjectorSizes | None, mode: FakeTenso
 def fake_llm(
     config: Config, mode: FakeTensorMode, depth: int, has_flash: bool, num_kept: int = 0
 ) -> tuple[nn.Module, Callable[..., VideoCaptioner]]:
-    """The language model in fake tensors, quantised and with adapters as training has it, and its captioner's class.
+    """Builds the language model with fake tensors, quantised and with adapters as in training.
 
     Args:
-        config: Of the run.
-        mode: Of the fake tensors.
-        depth: Blocks to leave.
-        has_flash: Of the GPU; without, keys and values are repeated for grouped queries, as `choose_attention` has it.
-        num_kept: Last blocks that are not computed again.
+        config: Run configuration.
+        mode: Mode of the fake tensors.
+        depth: Number of blocks.
+        has_flash: Whether the GPU has compute capability 8.0; otherwise keys and values are repeated for grouped
+            queries, as in `choose_attention`.
+        num_kept: Number of last blocks that are not recomputed.
+
+    Returns:
+        The language model and the class of its captioner.
     """
     dtype, kept = dtype_of(config.hardware.precision), None
     captioner_class: Callable[..., VideoCaptioner] = VideoCaptioner
     with torch.device("meta"):
         if config.is_pretrained_vlm and not isinstance(config.model, LlavaNextVideoConfig):
-            parts = meta_vlm(config, depth)
-            llm, captioner_class, kept = parts.llm, parts.captioner_class, {"lm_head"}
+            components = meta_vlm(config, depth)
+            llm, captioner_class, kept = components.llm, components.captioner_class, {"lm_head"}
         else:
             attention = "sdpa" if has_flash else _repeated_keys()
             llm = AutoModelForCausalLM.from_config(
@@ -281,7 +289,7 @@ def fake_llm(
         quantize_fake(llm, config.llm.quantization.value, dtype, kept)
         adapted = add_adapters(config, llm, num_kept)
     if config.hardware.offload_checkpoints:
-        forget_checkpoints(adapted)
+        emulate_checkpoint_offload(adapted)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(any(stage.adapter_lr > 0 for stage in config.tuning.stages.values()))
@@ -295,18 +303,23 @@ def _repeated_keys() -> str:
 
 
 def planned_sizes(config: Config, encoder: Any) -> ProjectorSizes | None:
-    """The projector's sizes; None for a whole model's own."""
+    """Returns the projector's sizes; None for a pretrained VLM, which has its own projector."""
     if config.is_pretrained_vlm:
         return None
     return projector_sizes(config, encoder, int(text_config(config).hidden_size), PROMPT_TOKENS // 2)
 
 
-_made: dict[str, Any] = {}
+_cache: dict[str, Any] = {}
 
 
 def cached(key: Any, make: Callable[[], Any]) -> Any:
-    """What was made of a key's plain data, made at its first use."""
+    """Returns a value that is made on the first use of a key.
+
+    Args:
+        key: Plain data that decides on the value.
+        make: Makes the value.
+    """
     text = json.dumps(key, sort_keys=True, default=str)
-    if text not in _made:
-        _made[text] = make()
-    return _made[text]
+    if text not in _cache:
+        _cache[text] = make()
+    return _cache[text]

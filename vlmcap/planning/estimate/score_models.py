@@ -1,4 +1,4 @@
-"""The models of scores that run on the GPU when a run ends, at true size and without weights."""
+"""Memory profiles of the models that compute scores on the GPU after a run, at true size and without weights."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ KEYS = ("siglip_checkpoint", "bert_checkpoint")
 
 
 def profile_scores(config: Config, has_flash: bool) -> dict[str, StageMemory | None]:
-    """A trace of each model that `evaluation` names, by its key; None where its `config.json` cannot be had.
+    """Profiles each model that `evaluation` names, by its key; None where its `config.json` is not available.
 
     Args:
         config: Run configuration.
         has_flash: Whether the GPU has fused attention for grouped queries.
     """
-    traced: dict[str, StageMemory | None] = {}
+    profiles: dict[str, StageMemory | None] = {}
     for key in KEYS:
         if (checkpoint := getattr(config.evaluation, key)) is not None:
             try:
-                traced[key] = _trace(key, _settings(key, checkpoint), has_flash)
-            except UserError:  # a plan is made before anything is downloaded, and the run says what is missing
-                traced[key] = None
-    return traced
+                profiles[key] = _profile_model(key, _model_config(key, checkpoint), has_flash)
+            except UserError:  # a plan is made before anything is downloaded; the run reports what is missing
+                profiles[key] = None
+    return profiles
 
 
-def _settings(key: str, checkpoint: str) -> Any:
+def _model_config(key: str, checkpoint: str) -> Any:
     values = known_config(checkpoint) or read_config(locate_description(checkpoint, None, key=f"evaluation.{key}"))
     return AutoConfig.for_model(**values)
 
 
-def _trace(key: str, settings: Any, has_flash: bool) -> StageMemory:
-    """The scorer's pass over a full batch, in float32 as the scorer computes."""
+def _profile_model(key: str, settings: Any, has_flash: bool) -> StageMemory:
+    """Profiles the scorer's pass over a full batch, in float32 like the scorer."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(settings, dtype=torch.float32).eval().requires_grad_(False)
@@ -56,9 +56,9 @@ def _trace(key: str, settings: Any, has_flash: bool) -> StageMemory:
 
 
 def _text_pass(model: Any) -> Callable[[], Tensor]:
-    """Texts as long as the encoder reads; all layers' states are kept, as the scorer takes one of them."""
+    """Returns a pass over texts of full length that keeps the states of all layers, as the scorer reads one of them."""
     ids = torch.ones(_batch_size(BertScorer), int(model.config.max_position_embeddings), dtype=torch.int64)
-    if "roberta" in model.config.model_type:  # which counts positions from behind the padding's
+    if "roberta" in model.config.model_type:  # its positions start behind the padding id
         ids = ids[:, : -(model.config.pad_token_id + 1)] + model.config.pad_token_id + 1
 
     def forward() -> Tensor:
@@ -71,7 +71,7 @@ def _text_pass(model: Any) -> Callable[[], Tensor]:
 
 
 def _image_pass(model: Any, mode: FakeTensorMode) -> Callable[[], Tensor]:
-    """Frames of the tower's own size, or as many patches where sizes vary; texts are shorter."""
+    """Returns a pass over frames, or over the most patches where sizes vary; texts are shorter."""
     vision, count = model.config.vision_config, _batch_size(SiglipScorer)
     inputs: dict[str, Any] = {}
     with mode:
@@ -92,5 +92,5 @@ def _image_pass(model: Any, mode: FakeTensorMode) -> Callable[[], Tensor]:
 
 
 def _batch_size(scorer: type) -> int:
-    """Texts or frames at a time, as the scorer has it."""
+    """Returns the scorer's default batch size."""
     return int(inspect.signature(scorer).parameters["batch_size"].default)

@@ -1,6 +1,4 @@
-"""The sizes of a configuration before it is traced.
-
-Patches and visual tokens of a clip, batches of such clips, bytes of weights.
+"""Sizes of a configuration: patches and visual tokens per clip, batches of such clips, bytes of weights.
 
 Legend: B clips, F frames, P patches per frame, Dv vision width, V visual tokens per clip, T caption tokens.
 """
@@ -40,20 +38,19 @@ from vlmcap.planning.estimate.meta_models import (
 )
 from vlmcap.types import IGNORED, Batch, Clip, GridTHW
 
-_TEXT_BETWEEN_RUNS = (
-    12  # tokens of a time and its marks in Qwen3-VL's prompt, at most: a digit is a token, and clips may last a day
-)
+# Most tokens of a timestamp and its marks in Qwen3-VL's prompt: a digit is a token, and clips may last a day.
+_TEXT_BETWEEN_RUNS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a clip comes to.
+    """Sizes of a clip.
 
     Attributes:
-        grid: Frames (tiles count), rows and columns of its patches at most.
-        frame_bytes: Of its frames on the GPU.
+        grid: Most frames (tiles count as frames), rows and columns of its patches.
+        frame_bytes: Bytes of its frames on the GPU.
         embed_dim: Dv.
-        num_encoder_blocks: That run.
+        num_encoder_blocks: Encoder blocks that are run.
         num_visual: V.
         runs: Visual tokens of each run of placeholders.
         gap: Text tokens between two runs.
@@ -78,11 +75,11 @@ class Sizes:
         return self.num_visual + self.num_prompt
 
 
-def sizes_of(config: Config) -> Sizes:
-    """The largest clip that a configuration may meet.
+def clip_sizes(config: Config) -> Sizes:
+    """Returns the sizes of the largest clip that a configuration may meet.
 
     Raises:
-        UserError: The parts do not fit, or a clip exceeds the language model's context.
+        UserError: The components do not fit together, or a clip exceeds the language model's context.
     """
     encoder = cached_meta_encoder(config)
     grid = max(encoder.possible_grids(config.data.num_frames), key=lambda size: size[0] * size[1] * size[2])
@@ -98,16 +95,15 @@ def sizes_of(config: Config) -> Sizes:
     frame_bytes = 1
     for side in frames_shape(config, encoder, grid):
         frame_bytes *= side
-    depth = (
-        0 if config.is_pretrained_vlm or has_plugin_encoder(config) else num_blocks(encoder)
-    )  # a plugin's blocks are not known
+    has_known_blocks = not config.is_pretrained_vlm and not has_plugin_encoder(config)
+    depth = num_blocks(encoder) if has_known_blocks else 0
     sizes = Sizes(grid, frame_bytes, encoder.embed_dim, depth, num_visual, runs, _TEXT_BETWEEN_RUNS if is_timed else 0)
     check_length(config, num_visual, sizes.num_prompt, int(text_config(config).max_position_embeddings))
     return sizes
 
 
 def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]:
-    """Of one clip's frames as the encoder takes them, bytes."""
+    """Returns the shape of one clip's frames as the encoder takes them, in bytes."""
     frames, rows, columns = grid
     if isinstance(encoder, FrameEncoder):
         return (frames, 3, encoder.transform.image_size, encoder.transform.image_size)
@@ -123,69 +119,69 @@ def frames_shape(config: Config, encoder: Any, grid: GridTHW) -> tuple[int, ...]
 
 
 def key_value_bytes(config: Config) -> float:
-    """Bytes of one token's keys and values in the cache, all blocks."""
+    """Returns the bytes of one token's keys and values in the cache of all blocks."""
     text = text_config(config)
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     return 2.0 * int(text.num_hidden_layers) * heads * dim * dtype_of(config.hardware.precision).itemsize
 
 
-def writes_itself(config: Config) -> bool:
-    """Whether our own decoding writes the captions, as far as a model tells without weights."""
+def uses_native_decoding(config: Config) -> bool:
+    """Whether the native engine decodes the captions, as far as it can be decided without weights."""
     has_plain_inputs = not config.is_pretrained_vlm or isinstance(config.model, LlavaNextVideoConfig)
     return config.evaluation.is_refilling and has_plain_inputs and is_decodable(text_config(config), None)
 
 
 def grouped_queries(config: Config) -> float:
-    """Heads of queries that share one of keys and values."""
+    """Returns the query heads per head of keys and values."""
     text = text_config(config)
     return float(text.num_attention_heads / (getattr(text, "num_key_value_heads", None) or text.num_attention_heads))
 
 
 def unpacked_experts(config: Config, num_tokens: int) -> float:
-    """Share of a layer's experts that a step of so many tokens unpacks; 0 where there are none."""
+    """Returns the share of a layer's experts that a step of `num_tokens` unpacks; 0 without experts."""
     text = text_config(config)
     total = next((int(getattr(text, key)) for key in EXPERT_COUNTS if getattr(text, key, None)), 0)
     return min(1.0, num_tokens * int(text.num_experts_per_tok) / total) if total else 0.0
 
 
 def download_bytes(config: Config) -> float:
-    """Bytes of the published weights, two per parameter, that the parts read and this machine does not have yet."""
+    """Returns the bytes of published weights, two per parameter, that this machine does not have yet."""
     if config.is_pretrained_vlm:
-        if _is_here(config, "model"):
+        if _is_downloaded(config, "model"):
             return 0.0
         return 2.0 * (
-            _language_total(config)
-            + _parameters(cached_meta_encoder(config))
-            + _parameters(cached_meta_vlm(config).projector)
+            _num_language_parameters(config)
+            + _num_parameters(cached_meta_encoder(config))
+            + _num_parameters(cached_meta_vlm(config).projector)
         )
-    vision = 0 if _is_here(config, "encoder") else _parameters(cached_meta_encoder(config))
-    return 2.0 * (vision + (0 if _is_here(config, "llm") else _language_total(config)))
+    vision = 0 if _is_downloaded(config, "encoder") else _num_parameters(cached_meta_encoder(config))
+    return 2.0 * (vision + (0 if _is_downloaded(config, "llm") else _num_language_parameters(config)))
 
 
-def _is_here(config: Config, part: str) -> bool:
-    """Whether nothing of a part is to be downloaded; the demo makes its own."""
-    settings = getattr(config, part)
+def _is_downloaded(config: Config, component: str) -> bool:
+    """Whether nothing of a component is left to download; the demo makes its own."""
+    settings = getattr(config, component)
     is_made = settings.checkpoint in (TINY, *TINY_ENCODERS)
-    return is_made or is_present(settings.checkpoint, settings.revision, VISION if part == "encoder" else None)
+    return is_made or is_present(settings.checkpoint, settings.revision, VISION if component == "encoder" else None)
 
 
-def _language_total(config: Config) -> int:
-    """Parameters of the language model; its blocks are alike, so two say how large it is."""
+def _num_language_parameters(config: Config) -> int:
+    """Returns the parameters of the language model, from two depths, as its blocks are alike."""
     num_blocks = int(text_config(config).num_hidden_layers)
     key, short = ["parameters", text_values(config), config.is_pretrained_vlm], range(1, min(2, num_blocks) + 1)
-    counts: list[int] = cached(key, lambda: [_language_parameters(config, depth) for depth in short])
+    counts: list[int] = cached(key, lambda: [_count_language_parameters(config, depth) for depth in short])
     return counts[0] + (num_blocks - 1) * (counts[-1] - counts[0])
 
 
-def _language_parameters(config: Config, depth: int) -> int:
+def _count_language_parameters(config: Config, depth: int) -> int:
     if config.is_pretrained_vlm:
-        return _parameters(meta_vlm(config, depth, plain_vision_blocks(config) and 1).llm)
+        return _num_parameters(meta_vlm(config, depth, plain_vision_blocks(config) and 1).llm)
     with torch.device("meta"):
-        return _parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
+        return _num_parameters(AutoModelForCausalLM.from_config(text_config(config, depth)))
 
 
-def _parameters(module: nn.Module) -> int:
+def _num_parameters(module: nn.Module) -> int:
     return sum(int(parameter.numel()) for parameter in module.parameters())
 
 
@@ -198,19 +194,17 @@ def language_batch(
     *,
     is_packed: bool = False,
 ) -> Batch:
-    """A batch of clips of one size, as the collator makes it: padded on the right, or packed.
-
-    Its frames or features are made elsewhere.
+    """Makes a batch of clips of one size like the collator, padded on the right or packed, without frames or features.
 
     Its ids and masks are real tensors, as their values decide on shapes.
 
     Args:
-        captions: Caption tokens of each clip, end token included; those of a batch for generation are 0.
+        captions: Caption tokens of each clip, including the end token; zeros for a batch for generation.
         runs: Visual tokens of each run; V is their sum.
         num_prompt: Text tokens in front of the caption, half of them before the visual tokens.
-        grid_thw: A clip's size in patches, where the model's positions go by it.
+        grid_thw: Size of a clip in patches, where the model's positions depend on it.
         gap: Text tokens between two runs.
-        is_packed: Whether all clips stand in one row.
+        is_packed: Whether all clips are in one sequence.
     """
     before = num_prompt // 2
     prompt = [False] * before

@@ -1,8 +1,8 @@
-"""One stage of a training step (encoder, projector or language model), run on fake tensors and counted.
+"""Profiles one stage of a training step (encoder, projector or language model) with fake tensors.
 
-A model's blocks are alike, so two short traces, one of a block more than the other, say what any number of them takes:
-every figure of a trace is linear in the depth, as each belongs to one moment of the step (in front of the blocks, in
-the first, in the last, behind them).
+A model's blocks are alike, so two short profiles, one with a block more than the other, give any depth: every figure
+is linear in the depth, as each belongs to one moment of the step (before the blocks, in the first, in the last, after
+them).
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
 from vlmcap.models.precision import autocast
-from vlmcap.planning.estimate.live_bytes import LiveBytes, OnCard, tag_module
+from vlmcap.planning.estimate.live_bytes import CudaEmulationMode, LiveBytes, tag_module
 
 Bytes = Mapping[str, float]
 """Tag to bytes."""
 
-_PER_BLOCK = "gradients"  # the tag that goes by blocks alone
+_PER_BLOCK = "gradients"  # tag whose bytes depend on the blocks, but not on the tokens
 _TAGS = {"attn": "attention", "attention": "attention", "mlp": "feed-forward", "feed_forward": "feed-forward"}
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What a stage takes; bytes by tag, those of its weights apart.
+    """Memory profile of a stage: bytes by tag, with its weights apart.
 
     Attributes:
-        weights: By what they are: frozen, quantisation state, trained.
+        weights: Bytes by kind: frozen weights, quantisation state, trained weights.
         num_trained: Trained parameters.
-        peaks: Moment ("forward first", "backward last", ...) -> bytes of the stage itself at its peak.
-        retained: Behind the forward pass: what the way back needs, and the output.
-        left: Behind the backward pass: gradients of the weights and of the input.
-        flops: Of forward and backward pass.
+        peaks: Moment ("forward first", "backward last", ...) to the bytes of the stage itself at its peak.
+        retained: Bytes after the forward pass: what the backward pass needs, and the output.
+        left: Bytes after the backward pass: gradients of the weights and of the input.
+        flops: Floating-point operations of forward and backward pass.
         launches: Kernels launched by the forward pass.
     """
 
@@ -50,76 +50,48 @@ class StageMemory:
     launches: float
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Returns JSON-serialisable data."""
         return asdict(self)
 
 
 def extrapolate(short: StageMemory, longer: StageMemory, num_more: int) -> StageMemory:
-    """The trace of `num_more` blocks more than `short` has; `longer` has one more."""
-    times = num_more
-
-    def line(a: float, b: float) -> float:
-        return a + times * (b - a)
-
-    def lines(a: Bytes, b: Bytes) -> Bytes:
-        return {tag: line(a.get(tag, 0), b.get(tag, 0)) for tag in {**a, **b}}
-
-    return StageMemory(
-        weights=lines(short.weights, longer.weights),
-        num_trained=line(short.num_trained, longer.num_trained),
-        peaks={moment: lines(peak, longer.peaks[moment]) for moment, peak in short.peaks.items()},
-        retained=lines(short.retained, longer.retained),
-        left=lines(short.left, longer.left),
-        flops=line(short.flops, longer.flops),
-        launches=line(short.launches, longer.launches),
-    )
+    """Returns the profile with `num_more` blocks more than `short`; `longer` has one more."""
+    return _weighted_sum([(1 - num_more, short), (num_more, longer)])
 
 
 def extrapolate_kept(
-    base: StageMemory, again: StageMemory, kept: StageMemory, num_again: int, num_kept: int
+    base: StageMemory, recomputed: StageMemory, kept: StageMemory, num_recomputed: int, num_kept: int
 ) -> StageMemory:
-    """The trace of a model some of whose blocks are computed again and the last ones kept.
+    """Returns the profile of a model whose last blocks are kept and whose other blocks are recomputed.
 
     Args:
-        base: Of some blocks of either kind.
-        again: With one more that is computed again.
-        kept: With one more that is kept.
-        num_again: Blocks that are computed again, more than `base` has.
-        num_kept: Blocks that are kept, more than `base` has.
+        base: Profile with some blocks of either kind.
+        recomputed: Profile with one more recomputed block.
+        kept: Profile with one more kept block.
+        num_recomputed: Recomputed blocks more than `base` has.
+        num_kept: Kept blocks more than `base` has.
     """
-    along, across = extrapolate(base, again, num_again), extrapolate(base, kept, num_kept)
-
-    def both(first: Bytes, second: Bytes, own: Bytes) -> Bytes:
-        return {tag: first.get(tag, 0) + second.get(tag, 0) - own.get(tag, 0) for tag in {**first, **second}}
-
-    return StageMemory(
-        weights=both(along.weights, across.weights, base.weights),
-        num_trained=along.num_trained + across.num_trained - base.num_trained,
-        peaks={moment: both(along.peaks[moment], across.peaks[moment], peak) for moment, peak in base.peaks.items()},
-        retained=both(along.retained, across.retained, base.retained),
-        left=both(along.left, across.left, base.left),
-        flops=along.flops + across.flops - base.flops,
-        launches=along.launches + across.launches - base.launches,
-    )
+    return _weighted_sum([(1 - num_recomputed - num_kept, base), (num_recomputed, recomputed), (num_kept, kept)])
 
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """Traces to interpolate between, for a language model with any number of tokens, blocks and labels.
+    """Profiles to interpolate between, for a language model with any number of tokens, blocks and labels.
 
-    At a fixed moment of a step without padding every figure is a constant, a share a token, a share a block and token,
-    a share a block and a share a row of labels. Under checkpointing gradients and weights alone go by blocks, and one
-    trace less does.
+    At a fixed moment of a step without padding, every figure is a constant plus shares per token, per block, per block
+    and token, and per sequence of labels. Under checkpointing only gradients and weights depend on the blocks alone,
+    and
+    one profile less is needed.
 
     Attributes:
-        num_tokens: Of `short`, `longer` and `doubled`.
-        num_more_tokens: Of `wide`.
-        short: As few blocks as may stand for all.
+        num_tokens: Tokens of `short`, `longer` and `doubled`.
+        num_more_tokens: Tokens of `wide`.
+        short: Fewest blocks that represent all.
         longer: One block more.
         wide: More tokens.
-        wide_longer: More tokens and one block more; None where what a block keeps goes by tokens, but for gradients and
-            weights.
-        doubled: As many tokens in two clips, so twice the labels; None where there are none.
+        wide_longer: More tokens and one block more; None where all that a block keeps is proportional to tokens, except
+            gradients and weights.
+        doubled: As many tokens in two clips, so twice the labels; None without labels.
     """
 
     num_tokens: int
@@ -131,56 +103,53 @@ class Anchors:
     doubled: StageMemory | None = None
 
     def at(self, num_tokens: float, num_more: int, num_clips: int = 1) -> StageMemory:
-        """The trace of a model.
+        """Interpolates a profile.
 
         Args:
-            num_tokens: Of the batch.
-            num_more: Blocks beside those of `short`.
-            num_clips: Whose captions give labels.
+            num_tokens: Tokens of the batch.
+            num_more: Blocks more than `short` has.
+            num_clips: Clips whose captions give labels.
         """
         times = (num_tokens - self.num_tokens) / (self.num_more_tokens - self.num_tokens)
         terms = [(1 - times, self.short), (times, self.wide)]
         if self.doubled is not None and num_clips > 1:
             terms += [(num_clips - 1, self.doubled), (1 - num_clips, self.short)]
         if self.wide_longer is None:
-            block = _grown(_sum([(1, self.longer), (-1, self.short)]), num_tokens / self.num_tokens)
+            block = _scale_block(_weighted_sum([(1, self.longer), (-1, self.short)]), num_tokens / self.num_tokens)
         else:
-            block = _sum(
+            block = _weighted_sum(
                 [(1 - times, self.longer), (times - 1, self.short), (times, self.wide_longer), (-times, self.wide)]
             )
-        return _sum([*terms, (num_more, block)])
+        return _weighted_sum([*terms, (num_more, block)])
 
 
-def clips_of(one: StageMemory, two: StageMemory, num_clips: int) -> StageMemory:
-    """The trace of so many clips, of which none sees another."""
+def extrapolate_clips(one: StageMemory, two: StageMemory, num_clips: int) -> StageMemory:
+    """Returns the profile of `num_clips` clips, which are processed independently."""
     return {1: one, 2: two}.get(num_clips) or extrapolate(one, two, num_clips - 1)
 
 
-def _sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
-    def lines(parts: Sequence[Bytes]) -> dict[str, float]:
-        tags = {tag: None for part in parts for tag in part}
+def _weighted_sum(terms: Sequence[tuple[float, StageMemory]]) -> StageMemory:
+    """Adds up profiles with factors, at the moments of the first one; a deeper one also has middle blocks."""
+    profiles = [profile for _, profile in terms]
+
+    def add(parts: Sequence[Bytes]) -> dict[str, float]:
+        tags = dict.fromkeys(tag for part in parts for tag in part)
         return {
             tag: sum(times * part.get(tag, 0) for (times, _), part in zip(terms, parts, strict=True)) for tag in tags
         }
 
-    traces = [trace for _, trace in terms]
-    moments: Mapping[str, None] = {moment: None for trace in traces for moment in trace.peaks}
     return StageMemory(
-        weights=lines([trace.weights for trace in traces]),
-        num_trained=sum(times * trace.num_trained for times, trace in terms),
-        peaks={
-            moment: lines([trace.peaks.get(moment, {}) for trace in traces])
-            for moment in moments
-            if "middle" not in moment
-        },
-        retained=lines([trace.retained for trace in traces]),
-        left=lines([trace.left for trace in traces]),
-        flops=sum(times * trace.flops for times, trace in terms),
-        launches=sum(times * trace.launches for times, trace in terms),
+        weights=add([profile.weights for profile in profiles]),
+        num_trained=sum(times * profile.num_trained for times, profile in terms),
+        peaks={moment: add([profile.peaks.get(moment, {}) for profile in profiles]) for moment in profiles[0].peaks},
+        retained=add([profile.retained for profile in profiles]),
+        left=add([profile.left for profile in profiles]),
+        flops=sum(times * profile.flops for times, profile in terms),
+        launches=sum(times * profile.launches for times, profile in terms),
     )
 
 
-def _grown(block: StageMemory, ratio: float) -> StageMemory:
+def _scale_block(block: StageMemory, ratio: float) -> StageMemory:
     def lines(part: Bytes) -> dict[str, float]:
         return {tag: size if tag == _PER_BLOCK else ratio * size for tag, size in part.items()}
 
@@ -195,8 +164,8 @@ def _grown(block: StageMemory, ratio: float) -> StageMemory:
     )
 
 
-def weights_of(module: nn.Module) -> Counter[str]:
-    """Bytes of parameters and buffers, by what they are."""
+def weight_bytes(module: nn.Module) -> Counter[str]:
+    """Returns the bytes of parameters and buffers by kind."""
     total: Counter[str] = Counter()
     seen: set[int] = set()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -213,8 +182,8 @@ def weights_of(module: nn.Module) -> Counter[str]:
     return total
 
 
-def blocks_of(module: nn.Module, depth: int) -> nn.ModuleList:
-    """The list of the model's blocks."""
+def find_blocks(module: nn.Module, depth: int) -> nn.ModuleList:
+    """Returns the list of the model's blocks."""
     return next(child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child) == depth)
 
 
@@ -230,23 +199,23 @@ def profile_stage(
     has_backward: bool = True,
     num_kept: int = 0,
 ) -> StageMemory:
-    """The trace of one forward pass and, where asked for, one backward pass.
+    """Profiles one forward pass and, if requested, one backward pass.
 
     Args:
-        module: Filled with fake tensors, in training mode where that matters.
-        forward: Runs it; a loss, or an output whose gradient is given from outside.
-        mode: Of the fake tensors.
-        blocks: Its blocks.
-        inputs: Tensors that another stage counts; the gradients of those that require one belong to this stage.
-        dtype: Of autocast; None is none.
+        module: Module with fake tensors, in training mode where that matters.
+        forward: Runs it, and returns a loss, or an output whose gradient the next stage gives.
+        mode: Mode of the fake tensors.
+        blocks: Blocks of the module.
+        inputs: Tensors that another stage counts; gradients of those that require one belong to this stage.
+        dtype: Data type of autocast; None turns it off.
         has_flash: Whether the GPU has fused attention for grouped queries.
-        has_backward: Whether anything in front of, or in, the stage is trained.
-        num_kept: Last blocks that are not computed again where others are.
+        has_backward: Whether anything in this stage, or in one before it, is trained.
+        num_kept: Number of last blocks that are not recomputed where others are.
     """
-    live, stage = LiveBytes(), _Stage(blocks, num_kept)
+    live, hooks = LiveBytes(), _MomentHooks(blocks, num_kept)
     live.exclude([*module.parameters(), *module.buffers(), *inputs])
-    stage.mark(module, live)
-    with mode, live, OnCard(live, has_flash), torch.set_grad_enabled(has_backward):
+    hooks.register(module, live)
+    with mode, live, CudaEmulationMode(live, has_flash), torch.set_grad_enabled(has_backward):
         live.enter("forward start")
         with autocast("cpu", dtype):
             output = forward()
@@ -254,47 +223,47 @@ def profile_stage(
         launches = live.launches
     left: Bytes = {}
     if has_backward:
-        stage.is_forward = False
+        hooks.is_forward = False
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_owner_of_gradient(live))
+                parameter.register_post_accumulate_grad_hook(_gradient_hook(live))
         with mode:
             gradient = torch.empty_like(output)  # the next stage counts it
         live.exclude([gradient])
-        with mode, live, OnCard(live, has_flash):
+        with mode, live, CudaEmulationMode(live, has_flash):
             live.tag = "backward"
             live.enter("backward start")
-            # What torch.autograd.backward calls; inside of that one, OnCard would be off, as inside of any function
-            # that a mode sees.
+            # torch.autograd.backward calls this. Inside of it CudaEmulationMode would be off, as in any function that a
+            # mode intercepts.
             _engine_run_backward((output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
             del output
             left = dict(live.snapshot())
     num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     peaks = {moment: dict(peak) for moment, peak in live.peaks.items() if moment != "start"}
-    return StageMemory(dict(weights_of(module)), num_trained, peaks, dict(retained), left, live.flops, launches)
+    return StageMemory(dict(weight_bytes(module)), num_trained, peaks, dict(retained), left, live.flops, launches)
 
 
-class _Stage:
-    """Names the moments of a stage while it runs, and to what the tensors belong that its modules make."""
+class _MomentHooks:
+    """Hooks that name the moments of a stage while it runs, and tag the tensors that its modules create."""
 
     def __init__(self, blocks: Sequence[nn.Module], num_kept: int) -> None:
         self.blocks, self.num_kept, self.is_forward = blocks, num_kept, True
 
-    def _place(self, index: int) -> str:
-        """Where a block stands; "turn" is the last one that is computed again, where others behind it are not."""
+    def _block_name(self, index: int) -> str:
+        """Returns the position of a block; "turn" is the last recomputed one, where later blocks are kept."""
         names = {len(self.blocks) - 1 - self.num_kept: "turn"} if self.num_kept else {}
         return (names | {0: "first", len(self.blocks) - 1: "last"}).get(index, "middle")
 
-    def mark(self, module: nn.Module, live: LiveBytes) -> None:
+    def register(self, module: nn.Module, live: LiveBytes) -> None:
         for name, child in module.named_modules():
             leaf = name.rsplit(".", 1)[-1]
             if tag := next((tag for key, tag in _TAGS.items() if key in leaf), None):
                 tag_module(child, live, tag)
         for index, block in enumerate(self.blocks):
             tag_module(block, live, "hidden states")
-            self._mark_block(block, live, self._place(index))
+            self._hook_block(block, live, self._block_name(index))
 
-    def _mark_block(self, block: nn.Module, live: LiveBytes, place: str) -> None:
+    def _hook_block(self, block: nn.Module, live: LiveBytes, place: str) -> None:
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.is_forward:
                 return
@@ -310,14 +279,14 @@ class _Stage:
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: live.enter(f"backward {place}"))
             if place == "last":
-                live.tag = "head and loss"  # no hook on the head: the chunked loss wants it bare
+                live.tag = "head and loss"  # no hook on the head, as a hook would turn the chunked loss off
                 live.enter("forward end")
 
         block.register_forward_pre_hook(begin, with_kwargs=True)
         block.register_forward_hook(end)
 
 
-def _owner_of_gradient(live: LiveBytes) -> Callable[[Tensor], None]:
+def _gradient_hook(live: LiveBytes) -> Callable[[Tensor], None]:
     def own(tensor: Tensor) -> None:
         assert tensor.grad is not None
         live.own(tensor.grad, "gradients")

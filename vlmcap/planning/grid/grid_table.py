@@ -1,4 +1,4 @@
-"""The peaks of memory of `vlmcap plan --grid`, a table per hardware profile: on the terminal and as a picture."""
+"""Shows the peaks of memory of `vlmcap plan --grid`, a table per hardware profile, on the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rich.text import Text
 
 from vlmcap.files import replacing
 
-_PIECE = 8  # characters of a line of a column's head
+_HEAD_WIDTH = 8  # characters per line of a column's head
 _FITS, _TIGHT, _TOO_LARGE, _IMPOSSIBLE = "#bfe3c0", "#f3e3a1", "#f0b9b4", "#e6e6e6"
-_NEARLY = 0.9  # of the GPU, from which on little is left
+_TIGHT_SHARE = 0.9  # of the GPU's memory; above it a plan is shown as tight
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A combination.
+    """A combination of an encoder, a language model and a hardware profile.
 
     Attributes:
-        hardware: Name of the profile.
-        encoder: Name.
-        llm: Name.
-        usable_gib: Of the GPU.
-        training_gib: Peak of a training step; None where the parts do not go together.
-        generation_gib: Peak while captions are written.
-        error: Why they do not.
+        hardware: Name of the hardware profile.
+        encoder: Name of the encoder.
+        llm: Name of the language model.
+        usable_gib: Memory of the GPU.
+        training_gib: Peak of a training step; None where the components cannot be combined.
+        generation_gib: Peak while captions are decoded.
+        error: Reason why they cannot be combined.
     """
 
     hardware: str
@@ -41,7 +41,7 @@ class Cell:
 
     @property
     def peak_gib(self) -> float | None:
-        """The higher of both."""
+        """Peak of training and generation."""
         return (
             None
             if self.training_gib is None or self.generation_gib is None
@@ -50,11 +50,11 @@ class Cell:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU holds it."""
+        """Whether the GPU has enough memory."""
         return self.peak_gib is not None and self.peak_gib <= self.usable_gib
 
     def plain(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """Returns what `--json` prints."""
         rounded = {name: value and round(value, 2) for name, value in self._figures().items()}
         return {
             "hardware": self.hardware,
@@ -75,15 +75,15 @@ class Cell:
 
 
 def show_grid(cells: Sequence[Cell], console: Console | None = None) -> None:
-    """Prints a table a hardware profile, in as many blocks of columns as the terminal's width asks for.
+    """Prints a table per hardware profile, in as many blocks of columns as the terminal's width requires.
 
     Args:
-        cells: All of a profile together, in order.
-        console: Other than the terminal.
+        cells: Cells, sorted by hardware profile.
+        console: Console to print on; None takes the terminal.
     """
     console = console or Console(highlight=False)
     for hardware in _distinct(cell.hardware for cell in cells):
-        _show_one([cell for cell in cells if cell.hardware == hardware], console)
+        _print_hardware([cell for cell in cells if cell.hardware == hardware], console)
     for error in _distinct(_reason(cell) for cell in cells if cell.error):
         console.print(f"– {error}", style="dim", markup=False)
 
@@ -93,10 +93,11 @@ def _reason(cell: Cell) -> str:
     return f"llm={cell.llm}: {alike}" if cell.llm not in alike else alike
 
 
-def _show_one(cells: Sequence[Cell], console: Console) -> None:
+def _print_hardware(cells: Sequence[Cell], console: Console) -> None:
     usable, count = cells[0].usable_gib, sum(cell.fits for cell in cells)
     console.print(
-        f"hardware={cells[0].hardware}: {count} of {len(cells)} fit in {usable:.1f} GiB; ✗ does not, – cannot be built",
+        f"hardware={cells[0].hardware}: {count} of {len(cells)} fit in {usable:.1f} GiB; "
+        "✗ does not fit, – cannot be built",
         style="bold",
     )
     rows, columns = _distinct(cell.encoder for cell in cells), _distinct(cell.llm for cell in cells)
@@ -112,12 +113,12 @@ def _show_one(cells: Sequence[Cell], console: Console) -> None:
         for encoder in rows:
             text = Text(encoder.ljust(first))
             for llm in block:
-                text.append(*_shown(found[encoder, llm], widths[llm]))
+                text.append(*_styled(found[encoder, llm], widths[llm]))
             console.print(text)
         console.print()
 
 
-def _shown(cell: Cell, width: int) -> tuple[str, str]:
+def _styled(cell: Cell, width: int) -> tuple[str, str]:
     if cell.peak_gib is None:
         return "–".rjust(width), "dim"
     return (
@@ -126,10 +127,10 @@ def _shown(cell: Cell, width: int) -> tuple[str, str]:
 
 
 def head(name: str) -> list[str]:
-    """A name in short lines, broken at its underscores."""
+    """Splits a name into short lines at its underscores."""
     lines: list[str] = []
     for piece in name.split("_"):
-        if lines and len(lines[-1]) + 1 + len(piece) <= _PIECE:
+        if lines and len(lines[-1]) + 1 + len(piece) <= _HEAD_WIDTH:
             lines[-1] += f"_{piece}"
         else:
             lines.append(piece)
@@ -150,7 +151,7 @@ def _distinct(names: Any) -> list[str]:
 
 
 def draw_grid(cells: Sequence[Cell], file: Path) -> None:
-    """A PNG with one table a hardware profile; colour says what the sign says too."""
+    """Draws a PNG with one table per hardware profile; signs repeat what the colours mean."""
     from matplotlib.figure import Figure  # not needed for the table on the terminal
 
     profiles = list(dict.fromkeys(cell.hardware for cell in cells))
@@ -162,12 +163,12 @@ def draw_grid(cells: Sequence[Cell], file: Path) -> None:
     figure = Figure(figsize=(2.2 + 0.62 * len(llms), height * len(profiles)), layout="constrained")
     for index, hardware in enumerate(profiles):
         axes = figure.add_subplot(len(profiles), 1, index + 1)
-        _draw_one(axes, [cell for cell in cells if cell.hardware == hardware], encoders, llms)
+        _draw_hardware(axes, [cell for cell in cells if cell.hardware == hardware], encoders, llms)
     with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
-def _draw_one(axes: Any, cells: Sequence[Cell], encoders: Sequence[str], llms: Sequence[str]) -> None:
+def _draw_hardware(axes: Any, cells: Sequence[Cell], encoders: Sequence[str], llms: Sequence[str]) -> None:
     for cell in cells:
         row, column = encoders.index(cell.encoder), llms.index(cell.llm)
         axes.barh(row + 0.5, 1, height=1, left=column, color=_colour(cell), edgecolor="white", linewidth=1.5)
@@ -187,4 +188,4 @@ def _label(cell: Cell) -> str:
 def _colour(cell: Cell) -> str:
     if cell.peak_gib is None:
         return _IMPOSSIBLE
-    return _TOO_LARGE if not cell.fits else _TIGHT if cell.peak_gib > _NEARLY * cell.usable_gib else _FITS
+    return _TOO_LARGE if not cell.fits else _TIGHT if cell.peak_gib > _TIGHT_SHARE * cell.usable_gib else _FITS

@@ -1,4 +1,7 @@
-"""`vlmcap plan --grid`: the plans of encoders × language models × hardware, composed and traced in fewer steps than there are cells."""
+"""Makes the table of `vlmcap plan --grid`: plans of encoders × language models × hardware.
+
+Names are composed and models are profiled once for many cells, so there are fewer steps than cells.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +28,23 @@ from vlmcap.planning.make_plan import make_plan
 from vlmcap.terminal import transient_bar
 
 _GROUPS = ("hardware", "encoder", "llm")
-_LEFT_OUT = {"hardware": {"cpu"}, "encoder": {*TINY_ENCODERS, CUSTOM}, "llm": {"tiny", CUSTOM}}
-_FOLLOWS = {
-    "encoder": ("encoder", "cache"),
-    "llm": ("llm", "projector", "tuning"),
-}  # groups whose values come from these groups
+_EXCLUDED = {"hardware": {"cpu"}, "encoder": {*TINY_ENCODERS, CUSTOM}, "llm": {"tiny", CUSTOM}}
+# Groups whose values depend on the choice in these groups.
+_DEPENDENT_GROUPS = {"encoder": ("encoder", "cache"), "llm": ("llm", "projector", "tuning")}
 _MOST_PROCESSES = 8
-_configs: GridConfigs | None = None  # what a forked process finds
-_ONE_CAPTION = (
-    "data.eval_batch_size=1"  # the least that captions take: more are written at a time only where there is room
-)
+_configs: GridConfigs | None = None  # inherited by forked processes
+_ONE_CAPTION = "data.eval_batch_size=1"  # least memory for captions, as more are decoded together only where it fits
 
 
 @dataclass(frozen=True, slots=True)
 class GridNames:
-    """What is combined.
+    """Names that are combined.
 
     Attributes:
-        hardware: Profiles.
-        encoder: Rows.
-        llm: Columns.
-        rest: Overrides that all share.
+        hardware: Hardware profiles.
+        encoder: Encoders, one per row.
+        llm: Language models, one per column.
+        rest: Overrides of all cells.
     """
 
     hardware: Sequence[str]
@@ -55,10 +54,10 @@ class GridNames:
 
 
 def grid_names(overrides: Sequence[str]) -> GridNames:
-    """The names of a command line, `hardware=l4,t4` several and all that `conf/` has where a group is not named.
+    """Parses overrides: `hardware=l4,t4` names several, and a group that is not named takes all of `conf/`.
 
     Raises:
-        UserError: A whole model is asked for, which leaves nothing to combine.
+        UserError: A pretrained VLM is chosen, whose components cannot be combined.
     """
     chosen: dict[str, list[str]] = {}
     rest = []
@@ -66,7 +65,7 @@ def grid_names(overrides: Sequence[str]) -> GridNames:
         key, _, value = override.partition("=")
         if key == "model" and value != "assembled":
             raise UserError(
-                f"--grid combines encoders and language models, and {override} has its own; leave one of them out"
+                f"--grid combines encoders and language models, but {override} brings its own; remove one of the two"
             )
         if key in _GROUPS:
             chosen.setdefault(key, []).extend(value.split(","))
@@ -76,18 +75,18 @@ def grid_names(overrides: Sequence[str]) -> GridNames:
 
 
 def _all_names(group: str) -> list[str]:
-    """The names of `conf/` that a group is combined over, the smallest GPU first."""
-    found = [name for name in group_choices(group) if name not in _LEFT_OUT[group]]
+    """Returns the names of `conf/` in a group, with hardware sorted by memory."""
+    found = [name for name in group_choices(group) if name not in _EXCLUDED[group]]
     if group != "hardware":
         return found
     return sorted(found, key=lambda name: (float(read_yaml(config_file(f"{group}/{name}"))["memory_gib"]), name))
 
 
 class GridConfigs:
-    """Configurations of cells: Hydra composes each name once, and what comes from a name is exchanged in the rest.
+    """Composes each name once, and makes the configurations of cells by exchanging what depends on a name.
 
     Args:
-        names: Of the table.
+        names: Names that are combined.
 
     Raises:
         UserError: An override is wrong.
@@ -102,38 +101,38 @@ class GridConfigs:
                 composed[group, name] = Composed(
                     [_ONE_CAPTION, *names.rest, *(f"{key}={value}" for key, value in chosen.items())]
                 )
-        self._bases = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
-        self._parts = {
+        self._hardware_configs = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
+        self._components = {
             (hardware, group, name): composed["hardware", hardware].parts_with(group, composed[group, name], follows)
             for hardware in names.hardware
-            for group, follows in _FOLLOWS.items()
+            for group, follows in _DEPENDENT_GROUPS.items()
             for name in getattr(names, group)
         }
 
     def config(self, hardware: str, encoder: str, llm: str) -> Config:
-        """Of a cell.
+        """Returns the configuration of a cell.
 
         Raises:
-            UserError: The names do not go together.
+            UserError: The names cannot be combined.
         """
-        parts = self._parts[hardware, "encoder", encoder] | self._parts[hardware, "llm", llm]
+        parts = self._components[hardware, "encoder", encoder] | self._components[hardware, "llm", llm]
         try:
-            return with_known_data(dataclasses.replace(self._bases[hardware], **parts))
+            return with_known_data(dataclasses.replace(self._hardware_configs[hardware], **parts))
         except ValueError as error:
             raise UserError(str(error)) from error
 
 
 def cells(names: GridNames) -> Iterator[tuple[str, str, str]]:
-    """Hardware, encoder and language model of every cell."""
+    """Yields hardware, encoder and language model of every cell."""
     return ((hardware, encoder, llm) for hardware in names.hardware for encoder in names.encoder for llm in names.llm)
 
 
 def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cell]:
-    """Every cell of the table; Ctrl-C leaves the traces that were made.
+    """Makes every cell of the table; Ctrl-C keeps the memory profiles that were made.
 
     Args:
-        names: What is combined.
-        num_processes: Number of processes that trace; None takes as many as there are processors.
+        names: Names that are combined.
+        num_processes: Number of processes; None takes as many as there are CPU cores, and at most eight.
 
     Raises:
         UserError: An override is wrong.
@@ -143,10 +142,10 @@ def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cel
     try:
         jobs = _jobs(names, _configs)
         rows = []
-        with transient_bar("Tracing", len(jobs) + len(names.hardware)) as advance:
-            for _ in _run(_trace, jobs, num_processes):
+        with transient_bar("Profiling memory", len(jobs) + len(names.hardware)) as advance:
+            for _ in _map_processes(_profile_job, jobs, num_processes):
                 advance()
-            for row in _run(_plan_row, [(names, hardware) for hardware in names.hardware], num_processes):
+            for row in _map_processes(_plan_row, [(names, hardware) for hardware in names.hardware], num_processes):
                 rows += row
                 advance()
         return rows
@@ -155,9 +154,9 @@ def make_grid(names: GridNames, *, num_processes: int | None = None) -> list[Cel
 
 
 def _jobs(names: GridNames, configs: GridConfigs) -> list[tuple[str, Sequence[tuple[str, str, str]]]]:
-    """What is traced at once: a language model as one kind of GPU has it, largest batch first.
+    """Returns what is profiled together: an encoder with its projectors, or a language model for one kind of GPU.
 
-    An encoder with its projectors.
+    The language model is profiled at the largest batch among the GPUs of a kind.
     """
     jobs: list[tuple[str, Sequence[tuple[str, str, str]]]] = []
     for llm in names.llm:
@@ -177,8 +176,8 @@ def _jobs(names: GridNames, configs: GridConfigs) -> list[tuple[str, Sequence[tu
     return jobs + [("encoder", [cell for cell in cells(names) if cell[1] == encoder]) for encoder in names.encoder]
 
 
-def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
-    """Makes the traces of a job, for the store."""
+def _profile_job(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
+    """Makes the memory profiles of a job, which are stored on disk."""
     what, members = job
     done = set()
     for cell in members:
@@ -199,7 +198,7 @@ def _trace(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
                     done.add(key)
                     memory_profiler.encoder(num_clips)
                     memory_profiler.projector(num_clips)
-        except UserError:  # the cell says so
+        except UserError:  # the cell reports it
             continue
 
 
@@ -224,18 +223,15 @@ def _memory_profiler(config: Config, *, sizes: bool = True) -> FastMemoryProfile
     return FastMemoryProfiler(config, calibrated_device(config).has_flash, None if sizes else NO_SIZES)
 
 
-def _run(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | None) -> Iterator[Any]:
-    """Results in order, from forked processes, which have all that is loaded here.
-
-    Where there are none, from this one.
-    """
+def _map_processes(work: Callable[[Any], Any], jobs: Sequence[Any], num_processes: int | None) -> Iterator[Any]:
+    """Maps jobs in order over forked processes, which inherit all that is loaded, or in this process without fork."""
     count = min(num_processes or os.cpu_count() or 1, _MOST_PROCESSES, len(jobs))
     if count < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(count, initializer=_leave_interrupts) as pool:
+    with multiprocessing.get_context("fork").Pool(count, initializer=_ignore_interrupts) as pool:
         yield from pool.imap(work, jobs)
 
 
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the pool

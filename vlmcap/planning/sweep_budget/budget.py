@@ -1,7 +1,7 @@
-"""Hours of a sweep: those of each combination, those of all together, and ways to bring them under a budget.
+"""Hours of a sweep: of each combination, of all together, and ways to bring the sweep under its budget.
 
-Counted are the clips that a run takes (every epoch of every stage, the evaluations in the loop, whole splits at the
-end) times the seconds that its GPU needs for one. Features that are kept are encoded once, however many combinations
+The clips that a run processes (every epoch of every stage, evaluations in the loop, whole splits at the end) are
+multiplied with the seconds that its GPU needs per clip. Stored features are encoded once for all combinations that
 read them.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 HOUR_S = 3600.0
-SUBSET_STEP = 100  # clips: a proposed subset is a round number
-_LEAST_GAIN = 0.01  # of the seconds, that a change must save to be proposed
-# In order of lost quality; a subset of the clips comes behind them.
-_STEPS: tuple[tuple[str, str, bool], ...] = (
+SUBSET_STEP = 100  # clips; a proposed subset is a multiple of it
+_LEAST_GAIN = 0.01  # share of the seconds that a change must save to be proposed
+# Override, cost and whether scores stay equal, in order of lost quality; a subset of the clips is tried last.
+_CHANGES: tuple[tuple[str, str, bool], ...] = (
     ("cache.enabled=true", "no quality: disk for the features", True),
     ("evaluation.max_clips=32", "a coarser choice of the best checkpoint", False),
     ("projector.reducer=pool", "a quarter of the visual tokens, 2 × 2 averaged", False),
@@ -25,13 +25,13 @@ _STEPS: tuple[tuple[str, str, bool], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class ClipSeconds:
-    """Seconds of the GPU for one clip.
+    """GPU seconds per clip.
 
     Attributes:
-        train: A training step's, with the encoder unless its features are stored.
-        caption: To write its caption from its features.
-        loss: The pass for its validation loss, from its features.
-        encode: The encoder alone.
+        train: Training step, including the encoder unless its features are stored.
+        caption: Captioning from features.
+        loss: Pass for the validation loss from features.
+        encode: Encoder alone.
     """
 
     train: float
@@ -42,7 +42,7 @@ class ClipSeconds:
 
 @dataclass(frozen=True, slots=True)
 class NumClips:
-    """Clips of each split."""
+    """Number of clips in each split."""
 
     train: int
     val: int
@@ -50,7 +50,7 @@ class NumClips:
 
     @property
     def total(self) -> int:
-        """Of all splits."""
+        """Clips of all splits."""
         return self.train + self.val + self.test
 
 
@@ -59,19 +59,19 @@ class Job:
     """One combination of a sweep.
 
     Attributes:
-        name: What tells it from the others.
-        overrides: Of its run.
-        hardware: Name of its GPU.
-        peak_gib: Of memory.
-        usable_gib: That the GPU has.
-        seconds: Of one clip.
-        clips: That it has.
-        num_epochs: Of all stages.
+        name: Name that distinguishes it from the others.
+        overrides: Overrides of its run.
+        hardware: Name of the hardware profile.
+        peak_gib: Peak memory.
+        usable_gib: Memory of the GPU.
+        seconds: GPU seconds per clip.
+        clips: Number of clips.
+        num_epochs: Epochs of all stages.
         every_n_epochs: Epochs from one evaluation to the next.
-        max_eval_clips: Of the validation split, captioned in the loop.
-        max_trained: Clips that trainer.max_steps allows in all; None is no limit.
-        store: Of the features that it reads, equal for combinations that share them; None encodes anew each time.
-        refusal: Why its parts do not go together; empty where they do.
+        max_eval_clips: Most validation clips that are captioned in the loop.
+        max_trained: Clips that trainer.max_steps allows in all; None for no limit.
+        store: Key of the feature store, equal for combinations that share it; None encodes the clips every time.
+        refusal: Reason why its components cannot be combined; empty where they can.
     """
 
     name: str
@@ -90,18 +90,18 @@ class Job:
 
     @property
     def fits(self) -> bool:
-        """Whether it can run; what cannot takes no time."""
+        """Whether it can run; combinations that cannot run take no time."""
         return not self.refusal and self.peak_gib <= self.usable_gib
 
     @property
     def num_trained(self) -> int:
-        """Clips taken in training, epochs and all."""
+        """Clips that are processed in training, over all epochs."""
         whole = self.num_epochs * self.clips.train
         return whole if self.max_trained is None else min(whole, self.max_trained)
 
     @property
     def num_in_loop(self) -> int:
-        """Clips captioned while training, all evaluations together."""
+        """Clips that are captioned during training, over all evaluations."""
         num_epochs = math.ceil(self.num_trained / self.clips.train)
         return num_epochs // self.every_n_epochs * min(self.max_eval_clips, self.clips.val)
 
@@ -112,7 +112,7 @@ class Job:
 
     @property
     def evaluation_s(self) -> float:
-        """Seconds of captions and validation loss in the loop, and of captions of the whole other splits at the end."""
+        """Seconds of captions and validation loss in the loop, and of captioning the other splits at the end."""
         if not self.fits:
             return 0.0
         encode_s = self.seconds.encode if self.store is None else 0.0
@@ -121,19 +121,19 @@ class Job:
 
     @property
     def total_s(self) -> float:
-        """Both."""
+        """Seconds of training and evaluation."""
         return self.training_s + self.evaluation_s
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The making of stored features, once for all who read them.
+    """The encoding of features that several combinations read.
 
     Attributes:
-        store: Of the features.
-        num_clips: Of all splits.
-        seconds: Of the encoder.
-        num_readers: Combinations that read them.
+        store: Key of the feature store.
+        num_clips: Clips of all splits.
+        seconds: GPU seconds of the encoder.
+        num_readers: Number of combinations that read the features.
     """
 
     store: str
@@ -143,12 +143,12 @@ class Encoding:
 
     @property
     def encoder(self) -> str:
-        """Its name, with which the store's begins."""
+        """Name of the encoder, with which the key begins."""
         return self.store.partition(" ")[0]
 
 
 def encodings(jobs: Sequence[Job]) -> list[Encoding]:
-    """What is encoded once, in order of the first reader; the longest where readers differ in clips or GPUs."""
+    """Returns what is encoded, in order of the first reader; the longest where readers differ in clips or GPUs."""
     readers: dict[str, list[Job]] = {}
     for job in jobs:
         if job.fits and job.store is not None:
@@ -165,26 +165,27 @@ def encodings(jobs: Sequence[Job]) -> list[Encoding]:
 
 
 def sweep_seconds(jobs: Sequence[Job]) -> float:
-    """Seconds of all that fit, and of the encoding that they share."""
+    """Returns the seconds of all combinations that fit, and of the encoding that they share."""
     return sum(job.total_s for job in jobs) + sum(encoding.seconds for encoding in encodings(jobs))
 
 
 def num_fitting(jobs: Sequence[Job]) -> int:
-    """Combinations that can run."""
+    """Returns the number of combinations that can run."""
     return sum(job.fits for job in jobs)
 
 
 def with_clips(jobs: Sequence[Job], max_clips: int) -> list[Job]:
-    """The same with `data.max_clips=max_clips`."""
+    """Returns the combinations with `data.max_clips=max_clips`."""
     return [replace(job, clips=replace(job.clips, train=min(job.clips.train, max_clips))) for job in jobs]
 
 
 def largest_subset(jobs: Sequence[Job], budget_s: float) -> int | None:
-    """The most training clips, in whole hundreds and fewer than now, with which the sweep takes at most `budget_s`.
+    """Returns the most training clips, in whole hundreds and fewer than now, that keep the sweep within `budget_s`.
 
-    None where none do.
+    Every number is tried, as under trainer.max_steps fewer clips mean more epochs, and so more evaluations.
 
-    Every number is tried: under trainer.max_steps fewer clips are more epochs, and so more evaluations, not fewer.
+    Returns:
+        The number of clips, or None where even the fewest take too long.
     """
     most = max(job.clips.train for job in jobs)
     for max_clips in range((most - 1) // SUBSET_STEP * SUBSET_STEP, 0, -SUBSET_STEP):
@@ -198,11 +199,11 @@ class Proposal:
     """A change that saves hours.
 
     Attributes:
-        override: As `train.py` takes it.
-        cost: What is lost by it, for people.
-        total_s: Of the sweep with it, and with those in front of it in the list.
-        num_fitting: Combinations that fit their GPU with it; more than before count with their hours.
-        keeps_quality: The scores stay as they are.
+        override: Override as `train.py` takes it.
+        cost: What is lost by it, in words.
+        total_s: Seconds of the sweep with this change and those before it in the list.
+        num_fitting: Combinations that then fit their GPU; more than before count with their hours.
+        keeps_quality: Whether the scores stay as they are.
     """
 
     override: str
@@ -213,23 +214,21 @@ class Proposal:
 
 
 Replan = Callable[[Sequence[str]], Sequence[Job] | None]
-"""Plans the combinations again with more overrides; None where these do not go with them."""
+"""Plans the combinations again with more overrides; None where these cannot be combined."""
 
 
 def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Proposal]:
-    """The changes, least loss first, that bring a sweep under its budget or as near as they can.
-
-    Each on top of those before it.
+    """Proposes changes that bring a sweep under its budget, or as near as possible, in order of lost quality.
 
     Args:
-        jobs: As they are now.
-        budget_s: Seconds that all may take.
-        replan: The combinations with more overrides; None where these do not go with them. Others may fit the GPU then,
-            and count.
+        jobs: The combinations as configured.
+        budget_s: Seconds for the whole sweep.
+        replan: Plans the combinations with more overrides; None where these cannot be combined. More combinations may
+            then fit their GPU, and count.
     """
     chosen: list[Proposal] = []
     best = jobs
-    for override, cost, keeps_quality in _STEPS:
+    for override, cost, keeps_quality in _CHANGES:
         if sweep_seconds(best) <= budget_s:
             break
         changed = replan([*(proposal.override for proposal in chosen), override])
@@ -237,7 +236,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
             best = changed
             chosen.append(Proposal(override, cost, sweep_seconds(best), num_fitting(best), keeps_quality))
     if sweep_seconds(best) <= budget_s:
-        return _needed(chosen, budget_s, replan)
+        return _without_needless(chosen, budget_s, replan)
     max_clips = largest_subset(best, budget_s)
     if max_clips is not None:
         most = max(job.clips.train for job in best)
@@ -249,7 +248,7 @@ def propose(jobs: Sequence[Job], budget_s: float, replan: Replan) -> list[Propos
 
 
 def _saves(before: Sequence[Job], after: Sequence[Job]) -> bool:
-    """Whether those that fitted still fit, and take less; what fits only now is no reason against a change."""
+    """Whether the combinations that fitted still fit, and take less time together."""
     pairs = [(old, new) for old, new in zip(before, after, strict=True) if old.fits]
     if not all(new.fits for _, new in pairs):
         return False
@@ -257,8 +256,8 @@ def _saves(before: Sequence[Job], after: Sequence[Job]) -> bool:
     return new_s < (1 - _LEAST_GAIN) * old_s
 
 
-def _needed(chosen: Sequence[Proposal], budget_s: float, replan: Replan) -> list[Proposal]:
-    """The changes without those that cost quality and that the budget holds without."""
+def _without_needless(chosen: Sequence[Proposal], budget_s: float, replan: Replan) -> list[Proposal]:
+    """Removes changes that cost quality and that the budget does not need."""
     kept = list(chosen)
     for proposal in reversed(chosen[:-1]):
         rest = [other for other in kept if other is not proposal]

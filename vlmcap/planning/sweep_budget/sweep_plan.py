@@ -1,4 +1,4 @@
-"""The hours that a sweep takes: as numbers, as JSON and on the terminal."""
+"""The hours of a sweep, printed as JSON or on the terminal."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.table import Table
 from vlmcap.planning.sweep_budget.budget import HOUR_S, Encoding, Job, Proposal, encodings, sweep_seconds
 from vlmcap.terminal import grouped, short_number
 
-_WIDEST = 90  # columns: a wide terminal does not tear a row apart
+_WIDEST = 90  # columns, so that rows stay readable on a wide terminal
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """Combinations, their sum, and what brings it under the budget.
+    """The combinations of a sweep, their sum, and proposals to bring it under the budget.
 
     Attributes:
         jobs: The combinations.
-        price: Of an hour; None where none was given.
-        budget_h: Hours for all; None is no limit.
-        proposals: Changes where the budget is exceeded.
-        notes: What was counted, and how far it may be trusted.
+        price: Price per hour; None if not given.
+        budget_h: Hours for the whole sweep; None for no limit.
+        proposals: Proposed changes where the budget is exceeded.
+        notes: What was counted, and how accurate it is.
     """
 
     jobs: Sequence[Job]
@@ -35,22 +35,22 @@ class SweepPlan:
 
     @property
     def training_h(self) -> float:
-        """Of all combinations."""
+        """Training hours of all combinations."""
         return sum(job.training_s for job in self.jobs) / HOUR_S
 
     @property
     def evaluation_h(self) -> float:
-        """Of all combinations."""
+        """Evaluation hours of all combinations."""
         return sum(job.evaluation_s for job in self.jobs) / HOUR_S
 
     @property
     def encodings(self) -> list[Encoding]:
-        """Features that are made once."""
+        """Features that are encoded once."""
         return encodings(self.jobs)
 
     @property
     def total_h(self) -> float:
-        """With the shared encoding."""
+        """Hours of the whole sweep, including shared encoding."""
         return sweep_seconds(self.jobs) / HOUR_S
 
     @property
@@ -60,21 +60,21 @@ class SweepPlan:
 
     @property
     def is_within(self) -> bool:
-        """Whether the sweep keeps to its budget as it is."""
+        """Whether the sweep is within its budget without changes."""
         return self.budget_h is None or self.total_h <= self.budget_h
 
     @property
     def proposed_h(self) -> float:
-        """With all proposals; without any, as it is."""
+        """Hours with all proposals; without any, those of the sweep."""
         return self.proposals[-1].total_s / HOUR_S if self.proposals else self.total_h
 
     @property
     def is_possible(self) -> bool:
-        """Whether something can run, and within the budget, be it with the proposals."""
+        """Whether a combination can run, and the sweep is within its budget with the proposals."""
         return bool(self.fitting) and (self.budget_h is None or self.proposed_h <= self.budget_h)
 
     def plain(self) -> dict[str, Any]:
-        """As `--json` prints it; hours, GiB and seconds as the names say."""
+        """Returns what `--json` prints; names give the units."""
         return {
             "combinations": [_plain_job(job) for job in self.jobs],
             "encoding": [
@@ -139,7 +139,7 @@ def _hours(seconds: float) -> float:
 
 
 def show_budget(plan: SweepPlan) -> None:
-    """Prints a row a combination, the sums, the proposals, the line to add, and the verdict last."""
+    """Prints a row per combination, the sums, the proposals, the line to add, and the verdict last."""
     console = Console(highlight=False)
     console.print(_table(plan), width=min(console.width, _WIDEST))
     for job in plan.jobs:
@@ -203,12 +203,14 @@ def _proposals(plan: SweepPlan) -> Table:
 
 
 def verdict(plan: SweepPlan) -> str:
-    """One sentence: whether the sweep runs, how long, and for how much."""
+    """Returns one sentence: whether the sweep can run, how long it takes, and its price."""
     count, num_fitting = len(plan.jobs), len(plan.fitting)
     if not num_fitting:
-        return f"None of {count} combinations fits; `vlmcap plan` with the overrides of one says what makes it fit."
+        return (
+            f"None of {count} combinations fits; run `vlmcap plan` with the overrides of one to see what makes it fit."
+        )
     hours = f"{short_number(plan.total_h)} h" + (
-        f", {_money(plan.price * plan.total_h)} at {plan.price:g} an hour" if plan.price is not None else ""
+        f", {_money(plan.price * plan.total_h)} at {plan.price:g} per hour" if plan.price is not None else ""
     )
     what = f"{num_fitting} of {count} combinations: {hours}"
     if plan.budget_h is None:
@@ -220,7 +222,7 @@ def verdict(plan: SweepPlan) -> str:
         money = f" ({_money(plan.price * plan.proposed_h)})" if plan.price is not None else ""
         return f"{over}, and {short_number(plan.proposed_h)} h{money} with the line above."
     what = "the changes above with data.max_clips=100" if plan.proposals else "data.max_clips=100"
-    return f"{over}, and not even {what} would do: take fewer combinations or more hours."
+    return f"{over}, and {what} would not be enough; sweep fewer combinations or raise sweep.budget_h."
 
 
 def _money(amount: float) -> str:

@@ -1,4 +1,4 @@
-"""`vlmcap plan -m`: what a sweep takes in all, from the plan of each of its combinations; no run is started."""
+"""Plans a whole sweep for `vlmcap plan -m`, from the plan of each combination; no run is started."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vlmcap.terminal import grouped, transient_bar
 if TYPE_CHECKING:
     from vlmcap.planning.plan import Plan
 
-NUM_HELD_OUT = 1000  # validation clips, and as many test clips, of AI Hub's Korean background video, about
+NUM_HELD_OUT = 1000  # about the number of validation, and of test, clips of AI Hub's Korean background video
 
 
 def plan_sweep(overrides: Sequence[str], price: float | None = None) -> SweepPlan:
-    """What every combination and all together take, and what brings them under `sweep.budget_h`.
+    """Plans what each combination and the whole sweep take, and what brings the sweep under `sweep.budget_h`.
 
     Args:
-        overrides: As after `python train.py -m`; data.root is not needed.
-        price: Of an hour of the GPU.
+        overrides: Overrides as after `python train.py -m`; data.root is not needed.
+        price: Price per GPU hour.
 
     Raises:
-        UserError: An override is wrong, no combination can be built, or hours of unlike machines would be added up.
+        UserError: An override is wrong, no combination can be built, or hours of different machines would be added up.
     """
     combinations, swept = expand([NO_DATA, *overrides])
     sweep = _Sweep(combinations, short_names(combinations, swept), swept)
@@ -42,21 +42,21 @@ def plan_sweep(overrides: Sequence[str], price: float | None = None) -> SweepPla
     proposals = (
         propose(jobs, 3600 * budget_h, sweep.jobs) if budget_h is not None and any(job.fits for job in jobs) else []
     )
-    return SweepPlan(jobs, price, budget_h, proposals, _described(sweep.configs))
+    return SweepPlan(jobs, price, budget_h, proposals, _notes(sweep.configs))
 
 
 class _Sweep:
-    """Combinations, and their plans with any more overrides; each is made once.
+    """The combinations of a sweep, and their plans with further overrides, each of which is made once.
 
     Args:
-        combinations: Overrides of each.
-        names: Of each.
-        swept: Keys that differ between them.
+        combinations: Overrides of each combination.
+        names: Name of each combination.
+        swept: Keys that differ between combinations.
     """
 
     def __init__(self, combinations: Sequence[tuple[str, ...]], names: Sequence[str], swept: Sequence[str]) -> None:
         self.combinations, self.names, self.swept = combinations, names, swept
-        self._made: dict[tuple[str, ...], list[Job] | None] = {}
+        self._planned: dict[tuple[str, ...], list[Job] | None] = {}
         self.configs: list[Config] = []
         for name, combination in zip(names, combinations, strict=True):
             try:
@@ -65,14 +65,14 @@ class _Sweep:
                 raise UserError(f"{name}: {error}" if name else str(error)) from error
 
     def jobs(self, more: Sequence[str]) -> list[Job] | None:
-        """The combinations with more overrides.
+        """Plans the combinations with further overrides.
 
-        None where a key of these is swept itself, or they do not go with a combination.
+        None where one of their keys is swept, or where they are not possible for a combination.
         """
         key = tuple(more)
-        if key not in self._made:
-            self._made[key] = self._plan(key)
-        return self._made[key]
+        if key not in self._planned:
+            self._planned[key] = self._plan(key)
+        return self._planned[key]
 
     def _plan(self, more: tuple[str, ...]) -> list[Job] | None:
         if any(override.partition("=")[0] in self.swept for override in more):
@@ -96,8 +96,8 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
     refusal, peak_gib, usable_gib, seconds = "", 0.0, 0.0, ClipSeconds(0.0, 0.0, 0.0, 0.0)
     try:
         plan = make_plan(config, captions=known_captions(config))
-        peak_gib, usable_gib, seconds = plan.peak_gib, plan.gpu.usable_gib, _seconds(config, plan)
-    except UserError as error:  # the others run
+        peak_gib, usable_gib, seconds = plan.peak_gib, plan.device.usable_gib, _seconds(config, plan)
+    except UserError as error:  # the other combinations can still run
         refusal = str(error)
     steps, trainer = config.trainer.max_steps, config.trainer
     return Job(
@@ -118,9 +118,9 @@ def _job(name: str, overrides: tuple[str, ...], config: Config) -> Job:
 
 
 def num_clips(config: Config) -> NumClips:
-    """Clips of each split, each cut as a run would cut it.
+    """Returns the clips of each split, truncated as in a run.
 
-    Those of the data where it is there, or as many as AI Hub's set has.
+    They are those of the data where it is there, or else about as many as AI Hub's data set has.
     """
     train, val, test = NUM_CLIPS, NUM_HELD_OUT, NUM_HELD_OUT
     if isinstance(config.data, DemoDataConfig):
@@ -138,14 +138,13 @@ def num_clips(config: Config) -> NumClips:
 
 
 def _seconds(config: Config, plan: Plan) -> ClipSeconds:
-    """Of one clip; the prompt's pass stands for that of the validation loss, longer by the caption."""
+    """Returns the GPU seconds per clip; the validation loss takes a prefill pass, longer by the caption."""
     from vlmcap.planning.estimate.memory_profiler import MemoryProfiler
 
-    memory_profiler, batch = MemoryProfiler(config, plan.gpu.has_flash), config.data.batch_size
-    speed = plan.gpu.utilisation * plan.gpu.peak_flops * batch
-    passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[
-        config.tuning.encoder_tuning
-    ]  # a trained one's trace is a step
+    memory_profiler, batch = MemoryProfiler(config, plan.device.has_flash), config.data.batch_size
+    speed = plan.device.utilisation * plan.device.peak_flops * batch
+    # The profile of a trained encoder is a whole step.
+    passes = {EncoderTuning.none: 1, EncoderTuning.lora: 2, EncoderTuning.full: 3}[config.tuning.encoder_tuning]
     prompt = memory_profiler.sizes.num_before_caption
     longer = 1 + config.llm.caption_tokens / prompt
     return ClipSeconds(
@@ -157,8 +156,8 @@ def _seconds(config: Config, plan: Plan) -> ClipSeconds:
 
 
 def _store(config: Config) -> str:
-    """Equal for configurations that read the same stored features, and shown as the encoder's name."""
-    part = {
+    """Returns a key that is equal for equal stored features; it begins with the encoder's name."""
+    settings = {
         key: value
         for key, value in dataclasses.asdict(config.encoder).items()
         if key not in ("name", "is_cached", "attention")
@@ -174,12 +173,13 @@ def _store(config: Config) -> str:
         pool,
         config.hardware.precision.value,
     ]
-    return f"{config.model.name if config.is_pretrained_vlm else config.encoder.name} {json.dumps([part, rest], default=str, sort_keys=True)}"
+    name = config.model.name if config.is_pretrained_vlm else config.encoder.name
+    return f"{name} {json.dumps([settings, rest], default=str, sort_keys=True)}"
 
 
 def _one_budget(configs: Sequence[Config], swept: Sequence[str]) -> float | None:
     if "sweep.budget_h" in swept:
-        raise UserError("sweep.budget_h is of the sweep as a whole and cannot be swept; give it one value")
+        raise UserError("sweep.budget_h limits the sweep as a whole and cannot be swept; give it one value")
     return configs[0].sweep.budget_h
 
 
@@ -188,16 +188,16 @@ def _check_machines(configs: Sequence[Config], price: float | None) -> None:
     kinds = {config.hardware.accelerator for config in configs}
     if len(kinds) > 1:
         raise UserError(
-            f"hardware={','.join(names)} would add hours of a CPU to hours of a GPU; plan hardware=cpu on its own"
+            f"hardware={','.join(names)} would add up CPU hours and GPU hours; plan hardware=cpu separately"
         )
     if price is not None and len(names) > 1:
         raise UserError(
-            f"--price is that of one GPU, and the sweep takes hardware={','.join(names)}; plan one hardware at a time"
+            f"--price is for one GPU, but the sweep has hardware={','.join(names)}; plan one hardware profile at a time"
         )
 
 
-def _described(configs: Sequence[Config]) -> list[str]:
-    """What was counted, and how far it may be trusted."""
+def _notes(configs: Sequence[Config]) -> list[str]:
+    """Describes what was counted, and how accurate it is."""
     counted = {(config.data.name, num_clips(config), config.tuning.num_epochs) for config in configs}
     lines = []
     for name, clips, epochs in sorted(counted, key=str):
@@ -208,7 +208,7 @@ def _described(configs: Sequence[Config]) -> list[str]:
     is_cpu = configs[0].hardware.accelerator == "cpu"
     from vlmcap.planning.hardware import CORE_FLOPS, UTILISATION
 
-    of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a core" if is_cpu else "the data sheet's speed"
+    of = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s per core" if is_cpu else "the data sheet's speed"
     return [
         *lines,
         f"Estimates, not measurements: {UTILISATION:.0%} of {of}; decoding, loading and scoring are not counted.",

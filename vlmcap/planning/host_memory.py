@@ -1,7 +1,4 @@
-"""Memory of the host that a run takes.
-
-The process itself, what passes through it, and data workers with their batches.
-"""
+"""Peak memory of the host during a run: the process, the data that passes through it, and data workers with batches."""
 
 from __future__ import annotations
 
@@ -11,16 +8,16 @@ from dataclasses import dataclass
 
 from vlmcap.config import Config, Strategy
 from vlmcap.planning.hardware import GIB
-from vlmcap.planning.memory import FLOAT, OPTIMIZERS, Moment, Stage, largest_first
+from vlmcap.planning.peak_memory import FLOAT, OPTIMIZERS, Moment, ProfiledStage, largest_first
 
 _MIB = 2**20
-# Measured with the CPU builds of torch 2.13, transformers 5.23, peft and lightning: private memory of a process that
-# has imported all that a run imports, and of a data worker and its decoding process after a few clips. What a CUDA
-# build adds is not known here.
+# Measured with the CPU builds of torch 2.13, transformers 5.23, peft and lightning: private memory of a process after
+# all imports of a run, and of a data worker and its decoding process after a few clips. What a CUDA build adds was not
+# measured.
 PROCESS_BYTES = 550 * _MIB
 WORKER_BYTES, DECODER_BYTES = 60 * _MIB, 120 * _MIB
-_DECODED_BYTES = 2 * 1920 * 1080 * 3  # of a frame of 1080p, as it is decoded and while it is resized
-_PREFETCHED = 2  # training batches of each worker that wait, torch's own default; of others one waits
+_DECODED_BYTES = 2 * 1920 * 1080 * 3  # a 1080p frame, once decoded and once while it is resized
+_PREFETCHED = 2  # training batches per worker that wait, PyTorch's default; of other loaders one waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,52 +35,54 @@ class HostBatch:
 
 def host_peak(
     config: Config,
-    steps: Sequence[Stage],
+    steps: Sequence[ProfiledStage],
     batches: Sequence[HostBatch],
     offloaded: float,
     waiting: float,
-    scores: Mapping[str, Stage],
+    scores: Mapping[str, ProfiledStage],
 ) -> Moment:
-    """The fullest moment of the host.
+    """Returns the moment at which the host's memory is fullest.
 
     Args:
         config: Run configuration.
         steps: Stages of a training step.
-        batches: Batches of the loaders whose workers live at once: those of training, and of validation.
-        offloaded: Bytes that checkpointed inputs of blocks take in host memory.
-        waiting: Bytes of features that wait for their captions to be written.
-        scores: Stages of models of scores.
+        batches: Batches of the loaders whose workers are alive together: training first, then validation.
+        offloaded: Bytes of checkpointed block inputs that are offloaded to host memory.
+        waiting: Bytes of features that wait for their captions to be decoded.
+        scores: Score name to the stage of its model.
     """
-    num_trained = sum(stage.trace.num_trained for stage in steps)
+    num_trained = sum(stage.memory.num_trained for stage in steps)
     process = {"process": float(PROCESS_BYTES)}
     loaders = _loaders(config, batches)
     tower = next(
         (
-            sum(stage.trace.weights.values())
+            sum(stage.memory.weights.values())
             for stage in steps
             if stage.name == "encoder" and not config.is_pretrained_vlm
         ),
         0.0,
     )
     moments = {
-        "loading": process | {"encoder on its way to the device": tower},
+        "loading": process | {"encoder being moved to the device": tower},
         "training": process | loaders | {"offloaded checkpoints": offloaded},
         "validating": process | loaders | {"features to caption": waiting},
     }
-    # Lightning moves the optimiser's state to the host when a fit ends.
+    # Lightning moves the optimiser state to the host when `fit` ends.
     ended = process | {name: size for name, size in loaders.items() if name.startswith("pinned")}
     ended |= {"optimiser state": OPTIMIZERS[config.optim.kind.value][0] * num_trained}
     if config.trainer.shrink_on_oom:
         moments["training"]["copies of trained weights"] = FLOAT * num_trained
     for name, stage in scores.items():
-        moments[f"scoring by {name}"] = ended | {f"{name} on its way to the device": sum(stage.trace.weights.values())}
+        moments[f"scoring by {name}"] = ended | {
+            f"{name} being moved to the device": sum(stage.memory.weights.values())
+        }
     moments["captioning a whole split"] = ended | _loaders(config, batches[1:]) | {"features to caption": waiting}
     name, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     return Moment(name, largest_first(parts))
 
 
 def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
-    """Workers that stay alive between epochs, their decoding processes, and the batches that wait."""
+    """Returns the bytes of workers, which stay alive between epochs, their decoding processes and waiting batches."""
     is_on_gpu, workers = config.hardware.accelerator != "cpu", config.data.num_workers
     if config.cache.enabled is True and config.encoder.is_cached:
         workers = 0  # small features are read without workers
@@ -95,25 +94,24 @@ def _loaders(config: Config, batches: Sequence[HostBatch]) -> dict[str, float]:
     }
     for batch in batches:
         waiting = max(1, (_PREFETCHED if batch.loader == "training" else 1) * workers)
-        if is_on_gpu:  # page-locked copies take the places of what the workers sent, and are kept for later batches
+        if is_on_gpu:  # page-locked copies replace what the workers sent, and are reused by later batches
             parts[f"pinned batches, {batch.loader}"] = waiting * pinned_bytes(batch.num_bytes)
         parts[f"batches, {batch.loader}"] = (1 if is_on_gpu else waiting) * batch.num_bytes
     return parts
 
 
 def pinned_bytes(num_bytes: float) -> float:
-    """Bytes that PyTorch locks for so many: powers of two (ATen/core/CachingHostAllocator.h)."""
+    """Returns the bytes that PyTorch page-locks for an allocation: powers of two (ATen/core/CachingHostAllocator.h)."""
     return float(2 ** math.ceil(math.log2(num_bytes))) if num_bytes > 0 else 0.0
 
 
 def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
-    """What is wrong if the host is too small; empty if it is not, or if it does not say how large it is."""
+    """Returns what is wrong if the host has too little memory; empty if it fits, or if its size is unknown."""
     needed = host.total / GIB * (1 if config.trainer.strategy is Strategy.auto else config.hardware.devices)
     if not machine_gib or needed <= machine_gib:
         return ""
     largest, size = next((name, size) for name, size in host.parts.items() if name != "process")
     return (
         f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this "
-        "machine has "
-        f"{machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
+        f"machine has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
     )

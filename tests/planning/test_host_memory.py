@@ -19,7 +19,7 @@ from vlmcap.errors import DoesNotFitError
 from vlmcap.planning import hardware
 from vlmcap.planning import make_plan as plan_module
 from vlmcap.planning.hardware import GIB, detect_cpu
-from vlmcap.planning.host import DECODER_BYTES, PROCESS_BYTES, WORKER_BYTES, pinned_bytes
+from vlmcap.planning.host_memory import DECODER_BYTES, PROCESS_BYTES, WORKER_BYTES, pinned_bytes
 from vlmcap.planning.make_plan import enforce_plan, make_plan
 from vlmcap.training.objects import Run
 
@@ -41,7 +41,7 @@ def private_bytes(pid: int) -> int:
 def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(
     real_path: list[str], make_run: Callable[[Config], Run]
 ) -> None:
-    """Counted in the second epoch, with the loaders of validation still there."""
+    """Counted in the second epoch, with the validation loaders still alive."""
     config = compose([*real_path, "data.num_workers=1", "cache.enabled=false", "tuning=lora", "tuning.epochs=2"])
     run, found = make_run(config), list[list[int]]()
 
@@ -65,7 +65,7 @@ def test_workers_and_their_decoders_are_as_many_and_as_large_as_planned(
 _SCRIPT = """
 import sys
 from pathlib import Path
-from vlmcap.measuring.memory import resident
+from vlmcap.measuring.memory_use import resident_bytes
 from vlmcap.libraries import import_libraries
 import_libraries(with_adapters=True)
 import bitsandbytes, torch, transformers
@@ -74,11 +74,11 @@ from vlmcap.models.encoders import EncoderOptions, load_encoder
 if sys.argv[1:]:
     options = EncoderOptions(feature_layer=-1, dtype=torch.bfloat16, attention="sdpa")
     load_encoder(Path(sys.argv[1]), options)
-    before = resident("RssAnon")
+    before = resident_bytes("RssAnon")
     kept = load_encoder(Path(sys.argv[2]), options)
-    print(resident("RssAnon") - before)
+    print(resident_bytes("RssAnon") - before)
 else:
-    print(resident("VmRSS"))
+    print(resident_bytes("VmRSS"))
 """
 
 
@@ -184,7 +184,7 @@ def test_a_container_s_limit_is_the_machine_s_memory(
     read = Path.read_text
     kib = GIB // 1024
     known = {"/proc/meminfo": f"MemTotal: {64 * kib} kB\nMemAvailable: {40 * kib} kB\n", "/proc/self/cgroup": lines}
-    monkeypatch.setattr(hardware, "_GROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: known.get(str(self)) or read(self, *a, **k))
     present = detect_cpu()
     assert (present.total_gib, present.free_gib) == (total_gib, free_gib)

@@ -13,16 +13,16 @@ import torch
 from vlmcap.planning.hardware import GIB
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
-_LARGE = 1 << 16  # bytes: what is larger goes back to the system when it is freed
+_LARGE = 1 << 16  # bytes; larger allocations go back to the system when they are freed
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
-    """Memory in use, in GiB.
+class PeakMemory:
+    """Peak memory of a phase, in GiB.
 
     Attributes:
-        allocated: By tensors, at most; on a CPU by the process, over what it had before the model.
-        reserved: Held by PyTorch's allocator, at most; the same as `allocated` on a CPU.
+        allocated: Peak of tensors; on a CPU the peak of the process, over what it had before the model.
+        reserved: Peak held by PyTorch's allocator; equal to `allocated` on a CPU.
     """
 
     allocated: float
@@ -30,7 +30,7 @@ class Use:
 
 
 class MemoryUse:
-    """Peaks of phases.
+    """Measures peak memory of phases.
 
     Args:
         device: "cpu", or a CUDA device.
@@ -40,10 +40,10 @@ class MemoryUse:
         self.device, self.is_cuda = device, torch.device(device).type == "cuda"
         if not self.is_cuda:
             _return_freed_memory()
-        self._base = 0.0 if self.is_cuda else resident("VmRSS")
+        self._base = 0.0 if self.is_cuda else resident_bytes("VmRSS")
 
     def start(self) -> None:
-        """Begins a phase: what is not needed goes back, and the peak is counted anew."""
+        """Begins a phase: releases unused memory and resets the peak."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -51,19 +51,16 @@ class MemoryUse:
         else:
             reset_peak()
 
-    def peak(self) -> Use:
-        """The most since the phase began."""
+    def peak(self) -> PeakMemory:
+        """Returns the peak since the phase began."""
         if self.is_cuda:
             allocated = torch.cuda.max_memory_allocated(self.device) / GIB
-            return Use(allocated, torch.cuda.max_memory_reserved(self.device) / GIB)
-        grown = (resident("VmHWM") - self._base) / GIB
-        return Use(grown, grown)
+            return PeakMemory(allocated, torch.cuda.max_memory_reserved(self.device) / GIB)
+        grown = (resident_bytes("VmHWM") - self._base) / GIB
+        return PeakMemory(grown, grown)
 
     def context_gib(self) -> float:
-        """What is taken on the GPU beside PyTorch's allocator.
-
-        The context, kernels and workspaces, and other programs'.
-        """
+        """Returns GPU memory beside PyTorch's allocator: context, kernels, workspaces and other programs."""
         if not self.is_cuda:
             return 0.0
         free, total = torch.cuda.mem_get_info(self.device)
@@ -71,19 +68,19 @@ class MemoryUse:
 
 
 def reset_peak() -> None:
-    """Linux alone keeps a peak that can be set back."""
+    """Resets the peak of the resident set, which only Linux supports."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def resident(name: str) -> float:
-    """Bytes of the process in memory, now ("VmRSS") or at most ("VmHWM")."""
+def resident_bytes(name: str) -> float:
+    """Returns the resident set of this process in bytes, now ("VmRSS") or at its peak ("VmHWM")."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(name))
     return float(line.split()[1]) * 1024
 
 
 def _return_freed_memory() -> None:
-    """Makes glibc give back what was freed, now and from now on, as the resident set is to show what is alive."""
+    """Makes glibc return freed memory now and in the future, so that the resident set shows what is alive."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
