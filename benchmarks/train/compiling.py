@@ -75,7 +75,7 @@ def compare(folder: Path, lengths: list[int], num_steps: int) -> dict[str, Any]:
 def one_step(module: Any, batch: Batch) -> dict[str, float]:
     """Forward and backward pass; weights stay, so that every step of both starts from the same."""
     wall, cpu = time.perf_counter(), time.process_time()
-    loss, labels = module.captioner.loss_sum(batch)
+    loss, labels = module.captioner(batch)
     mean: Tensor = loss / labels
     mean.backward()
     module.zero_grad()

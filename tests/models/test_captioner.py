@@ -96,23 +96,23 @@ def test_features_of_the_cache_give_what_frames_give(captioner: VideoCaptioner) 
     batch = collate(captioner, samples())
     assert batch.frames is not None
     cached = dataclasses.replace(batch, frames=None, features=captioner.encode(batch))
-    assert captioner.loss_sum(cached)[0].item() == pytest.approx(captioner.loss_sum(batch)[0].item(), rel=1e-6)
+    assert captioner(cached)[0].item() == pytest.approx(captioner(batch)[0].item(), rel=1e-6)
     captioner.encoder = None
-    captioner.loss_sum(cached)
+    captioner(cached)
     with pytest.raises(AssertionError, match="encoder was not loaded"):
-        captioner.loss_sum(batch)
+        captioner(batch)
 
 
 def test_a_wrong_number_of_placeholders_is_caught(captioner: VideoCaptioner) -> None:
     batch = Collator(captioner.prompt, VISUAL - 1, 200)(samples())
     with pytest.raises(AssertionError, match="differ in number"):
-        captioner.loss_sum(batch)
+        captioner(batch)
 
 
 def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) -> None:
     batch = collate(captioner, samples())
     weights = [p for p in captioner.parameters() if p.requires_grad]
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     gradients = torch.autograd.grad(loss, weights)
     output = captioner.llm(
         inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels
@@ -144,7 +144,7 @@ def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: Video
     )
     captioner.llm = HyperCLOVAXForCausalLM(config).eval()
     batch = collate(captioner, samples())
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     output = captioner.llm(
         inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels
     )
@@ -156,14 +156,14 @@ def test_the_head_sees_label_positions_only(captioner: VideoCaptioner) -> None:
     base_model(captioner.llm).lm_head.register_forward_hook(
         lambda _module, inputs, _output: seen.append(inputs[0].shape)
     )  # type: ignore[union-attr,operator]
-    captioner.loss_sum(batch)
+    captioner(batch)
     assert seen == [(batch.num_label_tokens, 64)]
 
 
 @torch.no_grad()
 def test_loss_of_two_is_that_of_one_and_one(captioner: VideoCaptioner) -> None:
-    both, counts = captioner.loss_sum(collate(captioner, samples()))
-    single = [captioner.loss_sum(collate(captioner, [item])) for item in samples()]
+    both, counts = captioner(collate(captioner, samples()))
+    single = [captioner(collate(captioner, [item])) for item in samples()]
     assert both.item() == pytest.approx(sum(loss.item() for loss, _ in single), rel=1e-5)
     assert counts == sum(count for _, count in single)
     assert single[0][1] != single[1][1]  # or nothing was padded
@@ -232,7 +232,7 @@ def test_training_moves_projector_and_adapters_and_nothing_else(captioner: Video
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     losses = []
     for _ in range(5):
-        loss, count = captioner.loss_sum(collate(captioner, samples()))
+        loss, count = captioner(collate(captioner, samples()))
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -80,9 +80,9 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
 
 
 def with_settings(
-    captioner: VideoCaptioner, *, num_rows: int | None = None, use_cache: bool = True, **rules: Any
+    captioner: VideoCaptioner, *, num_slots: int | None = None, use_cache: bool = True, **rules: Any
 ) -> VideoCaptioner:
-    captioner.generation = GenerationSettings(NEW, EvaluationConfig(**rules), num_rows, use_cache)
+    captioner.generation = GenerationSettings(NEW, EvaluationConfig(**rules), num_slots, use_cache)
     return captioner
 
 
@@ -154,7 +154,7 @@ def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, se
     expected = ids_of(with_settings(captioner, engine=Engine.hf, **settings), batch)
     assert len({tuple(row) for row in expected}) == 5
     for engine in (Engine.native, Engine.hf):
-        assert ids_of(with_settings(captioner, engine=engine, num_rows=2, **settings), batch) == expected
+        assert ids_of(with_settings(captioner, engine=engine, num_slots=2, **settings), batch) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,23 +174,23 @@ def test_who_writes(
     generate = captioner.llm.generate
     monkeypatch.setattr(captioner.llm, "generate", lambda **named: calls.append("hf") or generate(**named))  # type: ignore[operator]
     with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
-    assert with_settings(captioner, **settings).is_refilling == is_own
+    assert with_settings(captioner, **settings).use_continuous_batching == is_own
     assert calls == ([] if is_own else ["hf"])
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"num_beams": 2}, "as it writes greedy captions alone.\n"),
+        ({"num_beams": 2}, "as the native engine supports greedy search only.\n"),
         (
             {"num_beams": 2, "speculate_ngram": 2},
-            "as it writes greedy captions alone; evaluation.speculate_ngram is ignored.\n",
+            "as the native engine supports greedy search only; evaluation.speculate_ngram is ignored.\n",
         ),
         ({}, ""),
         ({"engine": Engine.hf}, ""),
     ],
 )
-def test_why_our_engine_cannot_run_is_said_once(
+def test_why_the_native_engine_cannot_run_is_printed_once(
     captioner: VideoCaptioner,
     settings: dict[str, Any],
     said: str,
@@ -201,10 +201,10 @@ def test_why_our_engine_cannot_run_is_said_once(
     for _ in range(2):
         with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "evaluation.engine=native" in line]
-    assert [line.partition("own, ")[2] for line in lines] == said.splitlines()
+    assert [line.partition("native, ")[2] for line in lines] == said.splitlines()
 
 
-def test_where_memory_runs_out_fewer_rows_write_the_same(
+def test_after_running_out_of_memory_fewer_slots_decode_the_same(
     captioner: VideoCaptioner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
@@ -218,10 +218,10 @@ def test_where_memory_runs_out_fewer_rows_write_the_same(
     hook = model.register_forward_pre_hook(run_out, with_kwargs=True)
     try:
         most = 1
-        assert ids_of(with_settings(captioner, num_rows=4), batch) == expected
-        assert captioner.generation.num_rows == 1
+        assert ids_of(with_settings(captioner, num_slots=4), batch) == expected
+        assert captioner.generation.num_slots == 1
         assert capsys.readouterr().err == "".join(
-            f"Memory ran out: captions are written {rows} at a time from here on.\n" for rows in (2, 1)
+            f"Memory ran out: from now on, at most {slots} captions are decoded at a time.\n" for slots in (2, 1)
         )
         most = 0
         with pytest.raises(torch.OutOfMemoryError):
@@ -244,10 +244,10 @@ def test_merged_adapters_write_the_same(captioner: VideoCaptioner, engine: Engin
     assert not layer.merged
 
 
-def test_clips_that_wait_are_encoded_when_a_row_is_free(captioner: VideoCaptioner) -> None:
+def test_waiting_clips_are_encoded_when_a_slot_is_free(captioner: VideoCaptioner) -> None:
     rows: list[int] = []
     hook = captioner.projector.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    with_settings(captioner, num_rows=2).generate(collate(captioner, samples(2, 2, 2, 2, 2)))
+    with_settings(captioner, num_slots=2).generate(collate(captioner, samples(2, 2, 2, 2, 2)))
     hook.remove()
     assert rows == [2, 2, 1]
 
@@ -392,7 +392,7 @@ def test_the_checkpoints_own_settings_do_not_sample(llm_folder: Path, siglip_fol
         assert ids_of(captioner, batch) == expected
 
 
-def test_a_batch_to_caption_has_some_clips_for_each_row_and_not_too_many(captioner: VideoCaptioner) -> None:
-    sizes = {rows: with_settings(captioner, num_rows=rows).prompt_batch_size for rows in (1, 10, 64, 200)}
+def test_a_batch_of_prompts_has_some_clips_per_slot_and_not_too_many(captioner: VideoCaptioner) -> None:
+    sizes = {slots: with_settings(captioner, num_slots=slots).prompt_batch_size for slots in (1, 10, 64, 200)}
     assert sizes == {1: 4, 10: 40, 64: 128, 200: 200}
-    assert with_settings(captioner, num_rows=10, engine=Engine.hf).prompt_batch_size == 10
+    assert with_settings(captioner, num_slots=10, engine=Engine.hf).prompt_batch_size == 10

@@ -102,7 +102,7 @@ def collate(captioner: VideoCaptioner, items: list[Sample], *, is_packed: bool) 
 
 def loss_and_gradients(captioner: VideoCaptioner, batch: Batch) -> tuple[float, int, list[Tensor]]:
     weights = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     return loss.item(), count, list(torch.autograd.grad(loss, weights))
 
 
@@ -145,16 +145,14 @@ def test_no_clip_sees_another(kind: str, make: Make) -> None:
     owner = (batch.position_ids == 0).cumsum(1) - 1
     for clip in range(len(items)):
         only = dataclasses.replace(batch, **places_of(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100)))
-        loss, count = captioner.loss_sum(only)
+        loss, count = captioner(only)
         assert count > 0
         (gradient,) = torch.autograd.grad(loss, batch.features)
         assert gradient.flatten(1).any(1).tolist() == [
             other == clip for other in range(len(items))
         ]  # exactly zero elsewhere
         changed = batch.input_ids.masked_fill((owner != clip) & ~batch.visual_mask, 7)
-        assert captioner.loss_sum(dataclasses.replace(only, input_ids=changed))[0].item() == pytest.approx(
-            loss.item(), rel=1e-6
-        )
+        assert captioner(dataclasses.replace(only, input_ids=changed))[0].item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def flash_like(
@@ -199,7 +197,7 @@ def test_nothing_of_the_clip_before_predicts_a_first_token(make: Make) -> None:
     items = [dataclasses.replace(item, grid_thw=None) for item in samples(3)]
     rows, packed = (Collator(bare, 0, 200, is_packed=is_packed)(items) for is_packed in (False, True))
     assert rows.num_label_tokens == packed.num_label_tokens == packed.input_ids.shape[1] - 3
-    (loss, count), (own_loss, own_count) = captioner.loss_sum(rows), captioner.loss_sum(packed)
+    (loss, count), (own_loss, own_count) = captioner(rows), captioner(packed)
     assert own_count == count == packed.num_label_tokens
     assert own_loss.item() == pytest.approx(loss.item(), rel=1e-6)
 

@@ -87,14 +87,14 @@ def test_the_loss_is_that_of_each_clip_alone(
     monkeypatch.setattr(
         captioner.encoder, "encode", lambda frames, sizes: encoded.append(len(frames)) or encode(frames, sizes)
     )
-    loss, count = captioner.loss_sum(collator(items))
+    loss, count = captioner(collator(items))
     assert encoded == [sum(LENGTHS)]
-    alone = [captioner.loss_sum(Collator(captioner.prompt, visual, 200)([item])) for item in items]
+    alone = [captioner(Collator(captioner.prompt, visual, 200)([item])) for item in items]
     assert count == sum(count for _, count in alone)
     assert loss.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-6)
     # A clip that needs no grid of its own gives the same with one.
     plain = Collator(captioner.prompt, visual, 200)([Sample(items[0].clip, frames=items[0].frames)])
-    assert captioner.loss_sum(plain)[0].item() == pytest.approx(alone[0][0].item(), rel=1e-6)
+    assert captioner(plain)[0].item() == pytest.approx(alone[0][0].item(), rel=1e-6)
 
 
 @torch.no_grad()
@@ -145,8 +145,8 @@ def test_temporal_patches_are_filled_up(kind: str, qwen_folders: dict[str, Path]
     collator = Collator(prompt, visual, 200)
     sizes = itertools.cycle(((84, 112), (128, 56)))
     items = [sample(noise(length, *size)) for length, size in zip(LENGTHS, sizes, strict=False)]
-    alone = [captioner.loss_sum(collator([item]))[0].item() for item in items]
-    assert captioner.loss_sum(collator(items))[0].item() == pytest.approx(sum(alone), rel=1e-5)
+    alone = [captioner(collator([item]))[0].item() for item in items]
+    assert captioner(collator(items))[0].item() == pytest.approx(sum(alone), rel=1e-5)
     frames = noise(3)
     filled = torch.cat([frames, frames[-1:]])
     assert transform.grid_thw(3, 28, 28) == transform.grid_thw(4, 28, 28)

@@ -55,7 +55,7 @@ class CaptionPlan:
     """How captions are written.
 
     Attributes:
-        num_rows: Captions at a time.
+        num_slots: Captions that are decoded at a time.
         is_merged: Whether adapters are merged into copies of the weights.
         moment: The fullest moment.
         token: Work of a token of every row.
@@ -63,7 +63,7 @@ class CaptionPlan:
         caption_s: Seconds to caption a clip.
     """
 
-    num_rows: int
+    num_slots: int
     is_merged: bool
     moment: Moment
     token: TokenWork
@@ -149,10 +149,12 @@ class _Captions:
         A row writes one caption after the other, and the last of its batch waits for the longest of those of the other
         rows.
         """
-        from vlmcap.models.decoding.settings import clips_for
+        from vlmcap.models.decoding.settings import prompt_batch_size
         from vlmcap.planning.estimate.sizes import writes_itself
 
-        per_row = clips_for(rows, self.config.evaluation.clips_per_row if writes_itself(self.config) else 1) / rows
+        per_row = (
+            prompt_batch_size(rows, self.config.evaluation.clips_per_slot if writes_itself(self.config) else 1) / rows
+        )
         num_tokens = (per_row - 1) * self.lengths.mean + self.lengths.longest_of(rows)
         read_s = self.prompt(rows).trace.flops / self.group(rows) / (self.gpu.utilisation * self.gpu.peak_flops)
         return read_s + num_tokens * token_s / (per_row * rows)
@@ -181,8 +183,8 @@ class _Captions:
 
     def moment(self, rows: int) -> Moment:
         """The fullest moment."""
-        from vlmcap.models.captioner import CLIPS_AT_A_TIME
-        from vlmcap.models.decoding.settings import clips_for
+        from vlmcap.models.captioner import MAX_ENCODED_CLIPS
+        from vlmcap.models.decoding.settings import prompt_batch_size
         from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes, writes_itself
 
         config, memory_profiler, is_own = self.config, self.memory_profiler, writes_itself(self.config)
@@ -190,8 +192,8 @@ class _Captions:
         # it several tokens.
         is_repeated = not self.gpu.has_flash or config.evaluation.speculate_ngram > 0
         name, size = clip_bytes(config, memory_profiler)
-        waiting = clips_for(
-            rows, config.evaluation.clips_per_row if is_own else 1
+        waiting = prompt_batch_size(
+            rows, config.evaluation.clips_per_slot if is_own else 1
         )  # clips that are captioned later wait on the GPU
         held = {name: size * waiting} | kept_between_steps(self.steps, config.optim.kind.value)
         prompt = self.prompt(rows).trace
@@ -208,7 +210,7 @@ class _Captions:
             is_reserved=is_own,
         )
         stages = [
-            *stages_in_front(config, memory_profiler, min(rows, CLIPS_AT_A_TIME) if is_own else rows),
+            *stages_in_front(config, memory_profiler, min(rows, MAX_ENCODED_CLIPS) if is_own else rows),
             self.steps[-1],
         ]
         moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))

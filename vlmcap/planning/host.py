@@ -115,5 +115,5 @@ def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
     return (
         f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this "
         "machine has "
-        f"{machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
+        f"{machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_slot"
     )

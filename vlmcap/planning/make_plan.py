@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlmcap.assembly.components import dtype_of, lora_of
 from vlmcap.config import Batching, Config, Enforce, Engine, Strategy
 from vlmcap.errors import DoesNotFitError, NotPlannedError, UserError
-from vlmcap.models.decoding.settings import clips_for
+from vlmcap.models.decoding.settings import prompt_batch_size
 from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.captioning import (
@@ -81,11 +81,11 @@ def make_plan(
         gpu=gpu,
         training=scale_beyond(training, gpu.beyond_ratio),
         generation=written.moment,
-        host=_host_peak(config, memory_profiler, steps, scores, batch_size, written.num_rows),
+        host=_host_peak(config, memory_profiler, steps, scores, batch_size, written.num_slots),
         batch_size=batch_size,
         flops=flops / batch_size,
         clip_s=_step_seconds(config, flops, steps, gpu) / batch_size,
-        eval_batch_size=written.num_rows,
+        eval_batch_size=written.num_slots,
         caption_s=written.caption_s,
         token_s=written.token_s,
         token_bytes=written.token.moved_bytes,
@@ -162,11 +162,11 @@ def _host_peak(
     steps: Sequence[Stage],
     scores: Mapping[str, Stage],
     batch_size: int,
-    num_rows: int,
+    num_slots: int,
 ) -> Moment:
     """The fullest moment of the host."""
     _, size = clip_bytes(config, memory_profiler)
-    num_captioned = clips_for(num_rows, config.evaluation.clips_per_row)
+    num_captioned = prompt_batch_size(num_slots, config.evaluation.clips_per_slot)
     clips = {"training": batch_size, "validation": num_captioned}
     feature_bytes = (
         0.0

@@ -21,7 +21,7 @@ from vlmcap.models import captioner as captioner_module
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
-from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_entropy, rows_per_chunk
+from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_entropy, labels_per_chunk
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
@@ -103,7 +103,7 @@ def chunk_bytes(captioner: VideoCaptioner, rows: int = 4) -> int:
 
 def loss_and_gradients(captioner: VideoCaptioner, batch: Batch, scale: float = 1.0) -> tuple[float, list[Tensor]]:
     weights = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     assert count == batch.num_label_tokens
     return loss.item(), [gradient / scale for gradient in torch.autograd.grad(loss * scale, weights)]
 
@@ -173,10 +173,10 @@ def test_labels_anywhere_and_rows_without_any(make: Make, spy: list[int]) -> Non
 def test_without_gradients_and_with_gradient_checkpointing(make: Make, spy: list[int]) -> None:
     captioner = make("qwen3")
     batch = batch_of(captioner)
-    expected = float(captioner.loss_sum(batch)[0])
+    expected = float(captioner(batch)[0])
     captioner.loss_chunk_bytes = chunk_bytes(captioner)
     with torch.no_grad():
-        loss, _ = captioner.loss_sum(batch)
+        loss, _ = captioner(batch)
     assert spy == [4]
     assert not loss.requires_grad
     assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -296,16 +296,16 @@ def test_logits_that_fit_are_had_at_once(make: Make, spy: list[int]) -> None:
     captioner = make("qwen3")
     batch = batch_of(captioner)
     captioner.loss_chunk_bytes = chunk_bytes(captioner, batch.num_label_tokens)
-    captioner.loss_sum(batch)
+    captioner(batch)
     assert not spy
     captioner.loss_chunk_bytes -= 1
-    captioner.loss_sum(batch)
+    captioner(batch)
     assert spy == [batch.num_label_tokens - 1]
 
 
 def test_a_chunk_stays_in_its_budget() -> None:
-    assert rows_per_chunk(151_936, 128 * 2**20) == 220
-    assert rows_per_chunk(151_936, 1) == 1
+    assert labels_per_chunk(151_936, 128 * 2**20) == 220
+    assert labels_per_chunk(151_936, 1) == 1
 
 
 def test_no_tensor_of_all_logits_is_made() -> None:

@@ -22,7 +22,7 @@ from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.merge import (
     Routing,
-    adapters_for_captions,
+    adapters_for_inference,
     fold_in,
     load_adapters,
     load_unadapted_weights,
@@ -256,7 +256,7 @@ def test_merged_for_captions_is_close_and_gone_afterwards(llm_folder: Path, sett
     bare = num_products(load(llm_folder))
     model = trained(adapter_of(**settings)(load(llm_folder)))
     before, expected, places = logits(model), num_products(model), identities(model)
-    with adapters_for_captions(model, is_merged=True):
+    with adapters_for_inference(model, is_merged=True):
         assert torch.allclose(logits(model), before, rtol=1e-4, atol=1e-5)
         assert not torch.equal(logits(model), logits(load(llm_folder)))
         assert num_products(model) == bare < expected, "adapters launch nothing"
@@ -268,7 +268,7 @@ def test_merged_for_captions_is_close_and_gone_afterwards(llm_folder: Path, sett
 def test_weights_come_back_after_an_error(llm_folder: Path) -> None:
     model = trained(adapter_of()(load(llm_folder, torch.bfloat16)))
     before, places = logits(model), identities(model)
-    with pytest.raises(KeyboardInterrupt), adapters_for_captions(model, is_merged=True):
+    with pytest.raises(KeyboardInterrupt), adapters_for_inference(model, is_merged=True):
         raise KeyboardInterrupt
     assert identities(model) == places
     assert torch.equal(logits(model), before)
@@ -280,20 +280,20 @@ def test_adapters_that_stay_apart_give_the_same_bits_with_fewer_casts(llm_folder
     places = identities(model)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         before = logits(model)
-        with adapters_for_captions(model, is_merged=quantization == "4bit"):  # which cannot be
+        with adapters_for_inference(model, is_merged=quantization == "4bit"):  # which cannot be
             dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
             assert dtypes == {torch.bfloat16}
             assert torch.equal(logits(model), before)
         assert torch.equal(logits(model), before)
     assert identities(model) == places
-    with adapters_for_captions(model, is_merged=False):
+    with adapters_for_inference(model, is_merged=False):
         assert identities(model) == places, "without autocast nothing would be cast"
 
 
 def test_dora_and_models_without_adapters_stay_as_they_are(llm_folder: Path) -> None:
     for model in (load(llm_folder), trained(adapter_of(use_dora=True)(load(llm_folder)))):
         places = identities(model)
-        with adapters_for_captions(model, is_merged=True), torch.autocast("cpu", torch.bfloat16):
+        with adapters_for_inference(model, is_merged=True), torch.autocast("cpu", torch.bfloat16):
             assert identities(model) == places
 
 
@@ -312,7 +312,7 @@ def test_training_goes_on_as_if_nothing_had_been_merged(llm_folder: Path) -> Non
             optimizer.step()
             found.append(loss.detach())
             if has_captions:
-                with adapters_for_captions(model, is_merged=True), torch.inference_mode():
+                with adapters_for_inference(model, is_merged=True), torch.inference_mode():
                     model(input_ids=ids)
             optimizer.zero_grad()
         return [*found, *(parameter.detach() for parameter in trained_ones)]

@@ -128,7 +128,7 @@ def test_loss_and_captions_are_the_references(
 ) -> None:
     captioner = make(folder)
     train, ask = batch_of(captioner), batch_of(captioner, "generate")
-    loss, count = captioner.loss_sum(train)
+    loss, count = captioner(train)
     assert (loss / count).item() == pytest.approx(
         reference(**reference_inputs(reference, train), labels=train.labels).loss.item(), rel=1e-5
     )
@@ -149,7 +149,7 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
     }
     assert parts.visual_layout is None
     assert VisualRun(parts.num_tokens, (FRAMES, *parts.encoder.grid))(None) == (FRAMES * 4,)
-    loss, _ = captioner.loss_sum(batch_of(captioner))
+    loss, _ = captioner(batch_of(captioner))
     loss.backward()
     assert all(parameter.grad is not None for parameter in captioner.projector.parameters())
 

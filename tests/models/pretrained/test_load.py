@@ -73,7 +73,7 @@ def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_fo
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     losses = []
     for _ in range(4):
-        loss, count = captioner.loss_sum(batch)
+        loss, count = captioner(batch)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -97,7 +97,7 @@ def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[s
     else:
         parts.encoder.requires_grad_(True)
     captioner, batch = adapted(parts, qwen_folders[kind])
-    captioner.train().loss_sum(batch)[0].backward()
+    captioner.train()(batch)[0].backward()
     trained = {name: parameter for name, parameter in parts.encoder.named_parameters() if parameter.requires_grad}
     assert trained
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
@@ -130,7 +130,7 @@ def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[st
     captioner, batch = adapted(parts, qwen_folders[kind])
     captioner.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = captioner.train().loss_sum(batch)
+        loss, _ = captioner.train()(batch)
     loss.backward()
     learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in learning)

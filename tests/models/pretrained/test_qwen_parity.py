@@ -189,7 +189,7 @@ def test_logits_depend_on_the_video_and_on_its_order(setup: Setup) -> None:
 @torch.no_grad()
 def test_loss_is_the_references(setup: Setup) -> None:
     batch = setup.batch()
-    loss, count = setup.captioner.loss_sum(batch)
+    loss, count = setup.captioner(batch)
     expected = setup.reference(**setup.reference_inputs(batch), labels=batch.labels).loss
     assert count == batch.num_label_tokens
     assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -217,16 +217,16 @@ def test_captions_of_two_are_those_of_one_and_one(setup: Setup, beams: int) -> N
     setup.captioner.generation = replace(setup.captioner.generation, rules=EvaluationConfig(num_beams=beams))
     both = setup.captioner.generate(setup.batch("generate"))
     assert both == [setup.captioner.generate(setup.batch("generate", (row,)))[0] for row in (0, 1)]
-    setup.captioner.generation = replace(setup.captioner.generation, num_rows=1)
+    setup.captioner.generation = replace(setup.captioner.generation, num_slots=1)
     assert setup.captioner.generate(setup.batch("generate")) == both
-    setup.captioner.generation = replace(setup.captioner.generation, num_rows=None)
+    setup.captioner.generation = replace(setup.captioner.generation, num_slots=None)
 
 
 def test_training_after_generation_has_fresh_positions(setup: Setup) -> None:
     """transformers keeps the offset of the last generation in the model."""
-    before = setup.captioner.loss_sum(setup.batch())[0].item()
+    before = setup.captioner(setup.batch())[0].item()
     setup.captioner.generate(setup.batch("generate", (1,)))
-    assert setup.captioner.loss_sum(setup.batch())[0].item() == before
+    assert setup.captioner(setup.batch())[0].item() == before
 
 
 def test_visual_tokens_are_encoded_once_for_all_beams(setup: Setup) -> None:
@@ -249,9 +249,7 @@ def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
     features = setup.captioner.encode(batch)
     assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind == "qwen3_vl" else 32)
     cached = replace(batch, frames=None, features=features)
-    assert setup.captioner.loss_sum(cached)[0].item() == pytest.approx(
-        setup.captioner.loss_sum(batch)[0].item(), rel=1e-6
-    )
+    assert setup.captioner(cached)[0].item() == pytest.approx(setup.captioner(batch)[0].item(), rel=1e-6)
 
 
 def test_every_used_weight_is_there_once(setup: Setup) -> None:

@@ -37,7 +37,7 @@ UNSCALED = frozenset(
 _HALF_GAIN = 1024.0
 
 
-def rows_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
+def labels_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
     """Label tokens whose float32 logits take at most `chunk_bytes`; 1 where not even one fits."""
     return max(1, chunk_bytes // (4 * vocab_size))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from vlmcap.config import LlmConfig
 from vlmcap.errors import UserError
-from vlmcap.models.decoding.engine import is_decodable
+from vlmcap.models.decoding.engine import supports_native_engine
 from vlmcap.models.llm.attention import PACKABLE, supported_attention
 from vlmcap.models.llm.load import language_config
 from vlmcap.models.llm.prompt import PromptEncoder, generation_config, load_prompt, load_tokenizer
@@ -122,7 +122,7 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
         attention=supported_attention(model_class),
         sliding_window=_sliding_window(config),
         is_packable=config.model_type in PACKABLE,
-        is_native=is_decodable(config, generation_config(folder)),
+        is_native=supports_native_engine(config, generation_config(folder)),
         optional_packages=tuple(_DISTRIBUTIONS.get(package, package.replace("_", "-")) for package in packages),
         missing_packages=tuple(
             _DISTRIBUTIONS.get(one, one.replace("_", "-")) for one in packages if importlib.util.find_spec(one) is None

@@ -195,7 +195,7 @@ def fold_in(adapted: Any, progress: Progress | None = None) -> None:
 
 
 @contextmanager
-def adapters_for_captions(llm: nn.Module, *, is_merged: bool) -> Iterator[None]:
+def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]:
     """Within it, LoRA takes fewer kernels per token.
 
     Afterwards all parameters are the very objects that they were before.

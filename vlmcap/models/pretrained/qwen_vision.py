@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import on_device
 from vlmcap.models.encoders.preprocessing import Preprocessing, resize
-from vlmcap.models.projectors.base import wide_autocast
+from vlmcap.models.projectors.base import autocast_without_float16
 from vlmcap.types import GridTHW
 
 _MIN_BLOCKS = 4  # smaller frames are enlarged to as many merged patches
@@ -258,7 +258,7 @@ class MergerProjector(nn.Module):
         Those of the DeepStack layers stand behind the token's own.
         """
         assert grid is not None, "clips of this projector have sizes of their own"
-        with wide_autocast(features):
+        with autocast_without_float16(features):
             layers = to_blocks(features, grid, self.spec.merge_size).float().chunk(len(self.mergers), dim=-1)
             tokens = [
                 merger(layer.flatten(0, 2).contiguous()) for merger, layer in zip(self.mergers, layers, strict=True)

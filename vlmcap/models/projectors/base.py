@@ -164,7 +164,7 @@ def join_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def cast_once(features: Tensor) -> Tensor:
+def cast_for_autocast(features: Tensor) -> Tensor:
     """The features as autocast would cast them, once for all layers that read them.
 
     It keeps a copy a layer for the way back.
@@ -173,7 +173,7 @@ def cast_once(features: Tensor) -> Tensor:
     return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 
 
-def wide_autocast(features: Tensor) -> AbstractContextManager[object]:
+def autocast_without_float16(features: Tensor) -> AbstractContextManager[object]:
     """Autocast as it is around the projector, but none where it would be float16, whose largest number is 65 504.
 
     Args:

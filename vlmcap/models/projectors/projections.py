@@ -35,7 +35,7 @@ from vlmcap.models.projectors.base import (
     Projection,
     ProjectorSizes,
     TokenLayout,
-    cast_once,
+    cast_for_autocast,
 )
 from vlmcap.models.projectors.reducers import pool_maps, reduced_grid, resize_grid
 
@@ -160,7 +160,7 @@ class QueryProjector(Projection[CrossAttentionConfig]):
             features, queries = self.norm(tokens.flatten(1, 2)), self.queries.repeat(frames, 1).expand(batch, -1, -1)
             own_frame = torch.arange(frames, device=tokens.device).repeat_interleave(len(self.queries))
             mask = (own_frame[:, None] == layout.frame_of[:, None, :]).unsqueeze(1)
-        features = cast_once(features)
+        features = cast_for_autocast(features)
         for layer in self.layers:
             queries = layer(queries, features, mask)
         projected: Tensor = self.readout(queries)
@@ -213,7 +213,7 @@ class PromptProjector(Projection[CrossAttentionConfig]):
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """Tokens of the question, (B, F, P, D) -> (B, N, Dl)."""
         assert layout.prompt is not None, "queries=prompt needs the embeddings of the question"
-        features = cast_once(tokens.flatten(1, 2))
+        features = cast_for_autocast(tokens.flatten(1, 2))
         words: Tensor = self.embed(layout.prompt.float()).expand(len(tokens), -1, -1)
         for layer in self.layers:
             words = layer(words, features)

@@ -22,8 +22,8 @@ from vlmcap.models.projectors.base import (
     ProjectorSizes,
     TokenLayout,
     autocast_device,
+    autocast_without_float16,
     projection_class,
-    wide_autocast,
 )
 from vlmcap.models.projectors.reducers import keep_salient, merge_tokens, num_chosen, reduced_grid, resize, stack_frames
 from vlmcap.models.projectors.temporal import LocalGlobalAttention, NormalizedPosition, TemporalAttention
@@ -78,7 +78,7 @@ class Projector(nn.Module):
         )
         with torch.autocast(autocast_device(features), enabled=False):
             tokens, layout = self._prepare(features.float(), grid, prompt)
-        with wide_autocast(features):
+        with autocast_without_float16(features):
             tokens = self.projection(tokens, layout)
             tokens = (
                 tokens.unsqueeze(1) if tokens.dim() == 3 else tokens

@@ -23,7 +23,7 @@ from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_c
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
-from vlmcap.models.llm.merge import adapters_for_captions
+from vlmcap.models.llm.merge import adapters_for_inference
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     architecture,
@@ -357,7 +357,7 @@ class MemoryProfiler:
         trace = partial(
             profile_stage,
             llm,
-            (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
+            (lambda: captioner(batch)[0]) if num_caption else prefill,
             mode=mode,
             blocks=list(blocks_of(base_model(llm), depth)),
             inputs=[visual],
@@ -378,7 +378,7 @@ class MemoryProfiler:
         before = {id(parameter): parameter for parameter in llm.parameters()}
         dtype = autocast_dtype(self.config)
         autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
-        with mode, autocast, torch.no_grad(), adapters_for_captions(llm, is_merged=self.is_merged):
+        with mode, autocast, torch.no_grad(), adapters_for_inference(llm, is_merged=self.is_merged):
             found = trace()
             now = {id(parameter) for parameter in llm.parameters()}
         originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
