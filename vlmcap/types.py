@@ -26,8 +26,8 @@ CLOCKLESS_FPS = 2.0
 VisualLayout = Callable[[GridTHW | None, FrameTimes | None], Sequence[int | Sequence[int]]]
 """Maps a clip's size and frame times to the content of its video in the prompt.
 
-The size is None for the encoder's fixed grid, the times are None for `CLOCKLESS_FPS`. Of the result, an int is a number of
-placeholders, and a sequence holds ids of text between them.
+The size is None for the encoder's fixed grid, the times are None for `CLOCKLESS_FPS`. Of the result, an int is a number
+of placeholders, and a sequence holds ids of text between them.
 """
 
 IGNORED = -100
@@ -98,8 +98,8 @@ class Batch:
     Positions are stored as places, indices row · S + column into the flattened rows, and counts as Python ints. Masks
     would have to be counted on the device, which the host would wait for.
 
-    Each clip has its own row, R = B, unless the batch is packed: then one row, R = 1, holds all clips one after another,
-    without padding. Frames, features and sizes are always indexed by clip, in the order of the rows.
+    Each clip has its own row, R = B, unless the batch is packed: then one row, R = 1, holds all clips without padding.
+    Frames, features and sizes are always indexed by clip, in the order of the rows.
 
     Attributes:
         clips: The B clips, in the order of rows and of places in a row.
@@ -165,7 +165,7 @@ class Batch:
         return flat.index_copy(0, self.label_places + 1, self.targets).view(self.input_ids.shape)  # (R · S,) -> (R, S)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Returns the batch with its tensors on `device`; Lightning calls this, as it cannot modify a frozen dataclass."""
+        """Returns the batch with its tensors on `device`; Lightning cannot move the fields of a frozen dataclass."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

@@ -187,9 +187,9 @@ SENTENCES = {
     "bad token": "the hub does not accept this machine's token",
     "forbidden": "this machine's token may not read 'someone/model'",
     "busy": "after too many requests: wait some minutes",
-    "out of order": "is out of order (HTTP 503), so 'someone/model' cannot be had: try again later",
-    "reset": "the connection broke off while 'someone/model' was fetched: run the same command again",
-    "cut": "the connection broke off while 'someone/model' was fetched: run the same command again",
+    "out of order": "is out of order (HTTP 503), so 'someone/model' cannot be downloaded: try again later",
+    "reset": "the connection broke off while 'someone/model' was downloaded: run the same command again",
+    "cut": "the connection broke off while 'someone/model' was downloaded: run the same command again",
     "hang": "stopped answering when asked for 'someone/model': try again, raise the seconds of HF_HUB_ETAG_TIMEOUT=0.5",
     "no hub": "does not answer like a hub when asked for 'someone/model': check HF_ENDPOINT and the proxy",
 }

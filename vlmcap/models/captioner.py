@@ -102,7 +102,7 @@ class VideoCaptioner(nn.Module):
         # 3. Merge: visual tokens replace the placeholders among the word embeddings.
         inputs = self.language_inputs(batch, visual)  # (R, S) -> (R, S, Dl)
         del features, visual  # their memory is free while the language model runs
-        # 4. Decode: the head runs on label positions only, as the logits of all positions would take most of the memory.
+        # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
         chunk_size = self._loss_chunk_size(len(targets))
         hidden, logits = self._decode(inputs, places, has_head=chunk_size is None)  # (R, S, Dl) -> (T, Dl), (T, N)
         # 5. Loss: over the N tokens of the vocabulary; in chunks where the logits of all T labels take too much memory.

@@ -158,7 +158,7 @@ def test_the_defaults_fit_every_encoder_of_the_tables(kind: str, temporal: str) 
         ({"hidden_dim": 0}, r"projector\.hidden_dim must be at least 1"),
         (
             {"kind": "perceiver", "hidden_dim": 9},
-            r"projector\.hidden_dim=9 is no multiple of projector\.num_heads \(2\); .*hidden_dim=10 or",
+            r"projector\.hidden_dim=9 is not a multiple of projector\.num_heads \(2\); .*hidden_dim=10 or",
         ),
         ({"temporal": "local_global", "hidden_dim": 6}, r"even width \(4\); set projector\.hidden_dim=8 or null"),
         ({"kind": "cross_attention", "queries": "prompt", "num_prompt_tokens": 0}, r"set llm\.prompt"),

@@ -113,7 +113,7 @@ class SlotCache(Cache):
         return self._plan.num_columns
 
     def reserve(self, num_columns: int) -> bool:
-        """Ensures a capacity of `num_columns` tokens per slot; returns whether larger buffers replace the present ones."""
+        """Ensures a capacity of `num_columns` tokens per slot; returns whether the buffers will be reallocated."""
         is_larger = num_columns > self._plan.num_columns
         if is_larger:
             self._plan.num_columns = num_columns

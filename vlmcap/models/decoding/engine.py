@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 _NUM_DRAFT_TOKENS = 4  # draft tokens of a step: every slot pays for them
 _ADMIT_FRACTION = 8  # prompts are admitted when 1/8 of the slots is free, as prefilling them one by one would be slower
 PROMPT_TOKENS = 8192  # tokens of prompts in one prefill: they keep a GPU busy, and more would only take memory
-# Steps between two checks for captions that have ended. A check makes the host wait for the GPU; without one, a finished
-# slot idles for half of these steps, 2 % of a caption of 400 tokens. On a CPU a check costs nothing.
+# Steps between two polls for captions that have ended. A poll makes the host wait for the GPU; in between, a finished
+# slot idles for half of these steps, 2 % of a caption of 400 tokens. On a CPU a poll costs nothing.
 POLL_EVERY = 16
 # A step attends to a multiple of this many columns: a captured step has one shape, and a caption of 768 tokens meets
 # four shapes of this size, while the columns beyond the longest slot are a few per cent of all.
@@ -173,7 +173,7 @@ class _Slot:
     Attributes:
         request: Number of its clip.
         num_prompt_tokens: Tokens before the caption.
-        num_generated: Tokens of the caption at the last check.
+        num_generated: Tokens of the caption at the last poll.
     """
 
     request: int
@@ -236,7 +236,7 @@ class _Decoder:
         self._is_polled = False
 
     def advance(self) -> None:
-        """Decodes further tokens in every slot, until the next check for captions that have ended."""
+        """Decodes further tokens in every slot, until the next poll."""
         count = len(self.slots) if self.is_on_cpu else min(self.num_slots, 1 << (len(self.slots) - 1).bit_length())
         num_tokens = 1 + (_NUM_DRAFT_TOKENS if self.texts.ngram_size else 0)
         num_steps = min(self.poll_every, self.max_new_tokens - min(slot.num_generated for slot in self.slots))

@@ -110,7 +110,8 @@ class CapturedSteps:
             graphs.is_broken = True
             self.forget()
             print(
-                f"Captions are generated without CUDA graphs, as a decoding step could not be captured: {first_line(error)}",
+                "Captions are generated without CUDA graphs, as a decoding step could not be captured: "
+                f"{first_line(error)}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -56,7 +56,7 @@ class SlotTexts:
             buffer[target] = buffer[source]
 
     def num_cached(self, count: int) -> Tensor:
-        """Returns tokens in the cache for the first N slots, int64 (N,): all but the last, which the next step reads."""
+        """Returns the cached tokens of the first N slots, int64 (N,): all but the last, which the next step reads."""
         return self.prompt_lengths[:count] + self.counts[:count] - 1
 
     def last(self, count: int) -> Tensor:
