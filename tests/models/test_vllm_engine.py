@@ -19,8 +19,8 @@ from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.vllm import engine as vllm_engine
 from vlmcap.models.vllm.captioner import TokenEmbeddings
 from vlmcap.models.vllm.engine import (
-    OtherProcess,
     VllmEngine,
+    VllmSubprocess,
     check_vllm,
     engine_arguments,
     sampling_arguments,
@@ -119,7 +119,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     python = interpreter(tmp_path, ECHO)
     check_vllm(str(python))
     engine = start(python)
-    assert isinstance(engine, OtherProcess)
+    assert isinstance(engine, VllmSubprocess)
     prompts = [torch.ones(3, 2), torch.ones(5, 2, dtype=torch.bfloat16)]
     assert engine.generate(prompts, {"max_tokens": 7}) == [[3, 6, 7], [5, 10, 7]]
     with pytest.raises(UserError, match=r"could not caption a batch \(ValueError: too long\)"):
@@ -132,7 +132,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_it_ends_with_us(tmp_path: Path) -> None:
     engine = start(interpreter(tmp_path, ECHO))
-    assert isinstance(engine, OtherProcess)
+    assert isinstance(engine, VllmSubprocess)
     process = engine._process
     del engine
     assert process.poll() == 0

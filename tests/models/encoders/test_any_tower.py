@@ -121,9 +121,9 @@ REFUSED = [
     ("convnext", "is hierarchical"),
     ("resnet", "is hierarchical"),
     ("vit_mae", "makes 4 tokens of 16 patches"),
-    ("bert", "takes no pictures"),
-    ("timesformer", "fails on a plain picture"),
-    ("qwen2_5_vl_vision", "takes no pictures"),
+    ("bert", "takes no images"),
+    ("timesformer", "fails on a plain image"),
+    ("qwen2_5_vl_vision", "takes no images"),
     ("gemma4_vision", "needs pixel_position_ids"),
 ]
 
@@ -167,7 +167,7 @@ def test_a_model_of_timm_without_timm_is_refused_in_a_sentence() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("of_nobody", "transformers does not know.*never run"), (None, "transformers does not know")],
+    [("of_nobody", "transformers does not support.*never run"), (None, "transformers does not support")],
 )
 def test_a_type_that_transformers_does_not_know(model_type: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):

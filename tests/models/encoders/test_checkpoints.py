@@ -237,7 +237,7 @@ def test_missing_or_broken_weights_are_refused(checkpoint: Checkpoint, tmp_path:
     with pytest.raises(UserError, match=r"lacks 1 weights .*q_proj\.weight"):
         broken.load()
     rewrite(broken.folder, weights | {name: weights[name][:16]})
-    with pytest.raises(UserError, match=r"q_proj\.weight of shape \(16, 32\) where its config\.json means \(32, 32\)"):
+    with pytest.raises(UserError, match=r"q_proj\.weight of shape \(16, 32\), but its config\.json needs \(32, 32\)"):
         broken.load()
     file.write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"encoder\.checkpoint"):

@@ -74,7 +74,7 @@ def test_names(machine: Any) -> None:
     machine()
     for name in ("sdpa", "eager", "flash_attention_2"):
         assert choose_attention(name, "cuda:0", BF16) == name
-    with pytest.raises(UserError, match=r"llm\.attention=nonsense is none of auto, sdpa, sdpa_repeated, eager"):
+    with pytest.raises(UserError, match=r"llm\.attention=nonsense is not one of auto, sdpa, sdpa_repeated, eager"):
         choose_attention("nonsense", "cpu", FP32)
 
 
@@ -123,7 +123,7 @@ def test_a_model_class_is_looked_at_before_its_weights(llm_folder: Path, monkeyp
 
 def test_a_silent_exchange_is_noticed(llm_folder: Path) -> None:
     model: Any = load_language_model(llm_folder, dtype=FP32, quantization="none", attention="eager", device="cpu")
-    with pytest.raises(UserError, match=r"llm\.attention=sdpa was asked for, but transformers runs eager"):
+    with pytest.raises(UserError, match=r"llm\.attention=sdpa was requested, but transformers uses eager"):
         check_attention(model, "sdpa")
 
 

@@ -193,7 +193,7 @@ def test_experts_of_another_make_are_refused_before_anything_is_read(tmp_path: P
     GptOssForCausalLM(GptOssConfig(**sizes, **heads)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing that could be read")
     config = expert_quantization(tmp_path, quantization_config("4bit", torch.float32))
-    with pytest.raises(UserError, match="does not reach the experts"):
+    with pytest.raises(UserError, match="does not support the experts"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
 
 

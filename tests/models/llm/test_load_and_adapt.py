@@ -144,7 +144,7 @@ def test_the_router_of_experts_gets_no_adapter(moe_folder: Path, quantization: s
     """peft's own "all-linear" would take it, where it is a linear layer."""
     adapted = with_lora(load(moe_folder, quantization))
     assert {name.rsplit(".", 1)[-1] for name in adapted_layers(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with pytest.raises(UserError, match="gate fits no layer"):
+    with pytest.raises(UserError, match="names gate, which is no adaptable layer"):
         with_lora(load(moe_folder), "q_proj,gate")
 
 

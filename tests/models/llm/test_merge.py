@@ -23,11 +23,11 @@ from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.merge import (
     Routing,
     adapters_for_inference,
-    fold_in,
     load_adapters,
     load_unadapted_weights,
     merge,
     merge_adapters,
+    merge_layers,
 )
 from vlmcap.models.llm.prompt import load_prompt
 
@@ -152,7 +152,7 @@ def test_nothing_is_left_of_a_failed_save(llm_folder: Path, tmp_path: Path, monk
 
 
 def test_a_folder_that_is_there_is_not_written_into(llm_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         merge_adapters(llm_folder, {}, tmp_path, adapt=adapter_of())
 
 
@@ -182,7 +182,7 @@ def test_a_merge_that_changes_the_model_is_refused(
 def test_adapters_that_do_not_fit(llm_folder: Path) -> None:
     weights = adapters(trained(adapter_of()(load(llm_folder))))
     lacking = dict(list(weights.items())[1:])
-    with pytest.raises(UserError, match=r"is not among the saved ones; tuning\.lora"):
+    with pytest.raises(UserError, match=r"is missing in the checkpoint; set tuning\.lora"):
         load_adapters(adapter_of()(load(llm_folder)), lacking)
     with pytest.raises(UserError, match=r"has no place in the model; tuning\.lora"):
         load_adapters(adapter_of(target_modules="q_proj")(load(llm_folder)), weights)
@@ -195,7 +195,7 @@ def test_no_second_copy_of_the_weights_is_held(llm_folder: Path) -> None:
     model = trained(adapter_of(target_modules="down_proj")(load(llm_folder)))
     largest = max(p.numel() for p in model.parameters()) * 4
     before, seen = live_bytes(), []
-    fold_in(model, lambda *_: seen.append(live_bytes()))
+    merge_layers(model, lambda *_: seen.append(live_bytes()))
     assert len(seen) == 2
     assert max(seen) <= before + largest
 

@@ -160,7 +160,7 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
         ("spatial_pool_mode", "max", "spatial_pool_mode=max"),
         ("vision_feature_select_strategy", "full", "vision_feature_select_strategy=full"),
         ("vision_feature_layer", [-2, -3], "joins the layers"),
-        ("spatial_pool_stride", 3, "leaves a rest"),
+        ("spatial_pool_stride", 3, "does not divide evenly"),
     ],
 )
 def test_other_ways_to_pool_and_project_are_refused(

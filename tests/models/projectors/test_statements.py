@@ -163,7 +163,7 @@ def test_the_defaults_fit_every_encoder_of_the_tables(kind: str, temporal: str) 
         ({"temporal": "local_global", "hidden_dim": 6}, r"even width \(4\); set projector\.hidden_dim=8 or null"),
         ({"kind": "cross_attention", "queries": "prompt", "num_prompt_tokens": 0}, r"set llm\.prompt"),
         ({"kind": "cross_attention", "queries": "prompt", "num_prompt_tokens": None}, r"set llm\.prompt"),
-        ({"kind": "c_abstractor", "num_queries": 140}, r"projector\.num_queries=140 is not; set it to 144"),
+        ({"kind": "c_abstractor", "num_queries": 140}, r"projector\.num_queries=140 is not a square .* set it to 144"),
         ({"frame_stack": 3}, r"projector\.frame_stack=3 does not divide data\.num_frames=4"),
         ({"kind": "pixel_shuffle", "grid": (27, 27)}, r"set encoder\.image_size to the size of 28 × 28 patches"),
         (
