@@ -1,4 +1,4 @@
-"""The architectures kept in vlmcap/models/known build in transformers' own classes, with the published numbers of parameters."""
+"""The configurations in vlmcap/models/known build transformers' classes with the published parameter counts."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_no_clip_sees_another(kind: str, make: Make) -> None:
 def flash_like(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """Attention that gets no mask and finds the borders in the positions it is passed, as FlashAttention does for one row."""
+    """Attention without a mask that separates clips by positions, as FlashAttention does for one row."""
     positions = arguments["position_ids"]
     assert attention_mask is None
     assert positions.shape == (1, query.shape[2])

@@ -1,4 +1,4 @@
-"""Right-padded training batches call the language model without a mask, with the loss and gradients that they have with one."""
+"""Right-padded training batches need no mask: loss and gradients are the same as with one."""
 
 from __future__ import annotations
 

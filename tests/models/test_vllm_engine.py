@@ -139,7 +139,8 @@ def test_it_ends_with_us(tmp_path: Path) -> None:
 
 
 def test_a_card_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = "class LLM:\n    def __init__(self, **_):\n        raise ValueError('No available memory for the cache blocks.')\n"
+    error = "ValueError('No available memory for the cache blocks.')"
+    broken = f"class LLM:\n    def __init__(self, **_):\n        raise {error}\n"
     with pytest.raises(
         UserError, match=r"did not start \(ValueError: No available memory.*lower evaluation\.vllm_gpu_memory"
     ):

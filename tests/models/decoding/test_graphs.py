@@ -153,8 +153,8 @@ def test_where_capturing_fails_steps_go_on_as_they_are(capsys: pytest.CaptureFix
         assert greedy_ids(model, prompts(), settings, STOPS, 3, graphs) == expected(model, prompts(), settings)
     assert graphs.captured == 1, "it is not tried again"
     assert capsys.readouterr().err == (
-        "Captions are generated without CUDA graphs, as a decoding step could not be captured: operation not permitted when stream "
-        "is capturing\n"
+        "Captions are generated without CUDA graphs, as a decoding step could not be captured: operation not "
+        "permitted when stream is capturing\n"
     )
 
 

@@ -240,7 +240,7 @@ def test_the_size_of_a_picture(tmp_path: Path) -> None:
         (folder / "preprocessor_config.json").write_text('{"size": {"height": 16, "width": 16}}')
         assert load_encoder(folder, EncoderOptions(-1, torch.float32)).transform.image_size == native  # type: ignore[union-attr]
         if model_type == "aimv2_vision_model":
-            with pytest.raises(UserError, match=r"encoder\.image_size=48 is not possible.*32 pixels alone"):
+            with pytest.raises(UserError, match=r"encoder\.image_size=48 is not possible.*32 pixels only"):
                 load_encoder(folder, EncoderOptions(-1, torch.float32, image_size=48))
             continue
         encoder = load_encoder(folder, EncoderOptions(-1, torch.float32, image_size=48))

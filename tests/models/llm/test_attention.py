@@ -1,4 +1,4 @@
-"""FlashAttention where it runs, the fused kernel else, with repeated keys where it needs them, and the slow one only by name."""
+"""Attention is FlashAttention if it runs, otherwise SDPA, with repeated keys if needed, and eager only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a language model checkpoint says of itself, and that models of many classes train and caption with what was read."""
+"""Descriptions of language model checkpoints; models of many classes train and caption as described."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_tokens_beyond_the_embedding_are_counted(llm_folder: Path, tokenizer: An
 
 
 def test_no_language_model(siglip_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"llm\.checkpoint .* no causal language model"):
+    with pytest.raises(UserError, match=r"llm\.checkpoint .* not a causal language model"):
         describe_llm(siglip_folder)
 
 

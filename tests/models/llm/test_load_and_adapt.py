@@ -129,7 +129,7 @@ def test_chosen_modules(llm_folder: Path) -> None:
     ],
 )
 def test_target_modules_that_do_not_do(llm_folder: Path, targets: str, named: str) -> None:
-    with pytest.raises(UserError, match=rf"tuning\.lora\.target_modules=.*: .*{named}|{named}") as caught:
+    with pytest.raises(UserError, match=rf"tuning\.lora\.target_modules=.*{named}") as caught:
         with_lora(load(llm_folder), targets)
     assert named in str(caught.value)
 

@@ -184,7 +184,7 @@ def test_adapters_that_do_not_fit(llm_folder: Path) -> None:
     lacking = dict(list(weights.items())[1:])
     with pytest.raises(UserError, match=r"is missing in the checkpoint; set tuning\.lora"):
         load_adapters(adapter_of()(load(llm_folder)), lacking)
-    with pytest.raises(UserError, match=r"has no place in the model; tuning\.lora"):
+    with pytest.raises(UserError, match=r"has no place in the model; set tuning\.lora"):
         load_adapters(adapter_of(target_modules="q_proj")(load(llm_folder)), weights)
     with pytest.raises(UserError, match=r"tuning\.lora\.rank"):
         load_adapters(adapter_of(rank=2)(load(llm_folder)), weights)
@@ -217,7 +217,7 @@ def test_trained_weights_of_the_model_itself(llm_folder: Path, moe_folder: Path)
     )
     assert (model.model.norm.weight == 2).all()
     for name, tensor in (("model.norm.weight", torch.zeros(3)), ("model.other", torch.zeros(64))):
-        with pytest.raises(UserError, match=r"has no place in the model; llm\.checkpoint"):
+        with pytest.raises(UserError, match=r"has no place in the model; set llm\.checkpoint"):
             load_unadapted_weights(model, {f"captioner.llm.{name}": tensor})
 
 

@@ -118,7 +118,8 @@ def test_no_tokenizer(llm_folder: Path, tmp_path: Path) -> None:
 
 def test_a_template_that_refuses_a_system_turn(llm_folder: Path, tmp_path: Path) -> None:
     folder = copy_without(llm_folder, tmp_path)
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    template = refusal + "{{ messages[0].content }}"
     (folder / "chat_template.jinja").write_text(template)
     assert prompt_of(folder).prefix_ids == []
     with pytest.raises(UserError, match=r"no system turn.*llm\.system_prompt"):
@@ -135,7 +136,8 @@ def test_a_template_that_drops_the_text(llm_folder: Path, tmp_path: Path) -> Non
 def test_a_template_made_for_a_processor(llm_folder: Path, tmp_path: Path) -> None:
     """It expects lists of parts and would drop a string."""
     folder = copy_without(llm_folder, tmp_path)
-    parts = "{% for m in messages %}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}{% endfor %}"
+    inner = "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+    parts = "{% for m in messages %}" + inner + "{% endfor %}"
     (folder / "chat_template.jinja").write_text(parts)
     with pytest.raises(UserError, match=r"llm\.chat_template"):
         prompt_of(folder)
@@ -195,7 +197,7 @@ def test_special_tokens_in_a_caption_are_text(llm_folder: Path, tokenizer: Any, 
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_an_answer_is_framed_as_the_template_frames_it(llm_folder: Path, tokenizer: Any, thinking: bool) -> None:
-    """The blank before it is the caption's, the special token behind it ends it, whatever the tokenizer calls its end token."""
+    """The template's blank leads the caption and its special token ends it, not the tokenizer's eos_token."""
     assert prompt_of(llm_folder, thinking=thinking).caption_lead == ""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content "
@@ -230,7 +232,7 @@ def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path
 
 
 def with_token(folder: Path, target: Path, content: str, *, is_special: bool) -> tuple[Path, int]:
-    """A copy whose tokenizer has one more token, which the embedding does not have, as its pad token if it is special."""
+    """Copies a checkpoint and adds a token without an embedding, which is the pad token if it is special."""
     copy = copy_without(folder, target)
     rows = json.loads((copy / "config.json").read_text())["vocab_size"]
     plain = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))

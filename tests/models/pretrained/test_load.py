@@ -191,7 +191,7 @@ def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Pat
     ],
 )
 def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
-    """The parts have every weight of the whole class, but for the last vision block and the newline, which LLaVA's videos do not use."""
+    """The components hold all weights but the last vision block and the newline, which LLaVA does not use for videos."""
     import transformers
 
     config = known_config(checkpoint)

@@ -1,4 +1,4 @@
-"""Projections against reference classes with the same weights, or against what their papers say, and what they look at."""
+"""Projections match reference classes with the same weights, or the equations of their papers."""
 
 from __future__ import annotations
 
