@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def moe_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saves a random Qwen3-MoE with 8 experts, 2 of them per token, as sharded files with a tensor per expert and matrix."""
+    """Saves a random Qwen3-MoE, 8 experts and 2 per token, as sharded files with a tensor per expert and matrix."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

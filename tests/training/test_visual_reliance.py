@@ -165,7 +165,7 @@ def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, 
     def generate(batch: Batch) -> list[str]:
         return ["말"] * len(batch)
 
-    run.module.captioner.forward, run.module.captioner.generate = loss_sum, generate  # type: ignore[method-assign]
+    run.module.captioner.forward, run.module.captioner.generate = forward, generate  # type: ignore[method-assign]
     scores, rows = look(run)
     assert scores == pytest.approx(
         {

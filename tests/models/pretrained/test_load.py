@@ -191,7 +191,7 @@ def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Pat
     ],
 )
 def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
-    """The components hold all weights but the last vision block and the newline, which LLaVA does not use for videos."""
+    """The components hold all weights but the last vision block and the newline, which LLaVA uses for images only."""
     import transformers
 
     config = known_config(checkpoint)
