@@ -1,4 +1,4 @@
-"""The joined captioner: merge, loss and generation against transformers' own, and independence from padding."""
+"""The captioner's merge, loss and generation match transformers and do not depend on padding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def collate(captioner: VideoCaptioner, items: list[Sample], mode: str = "train")
 
 
 def padded_left(batch: Batch, pad_id: int, width: int) -> Batch:
-    """The same batch with `width` positions of padding in front."""
+    """Returns the batch with `width` positions of left padding."""
 
     def pad(tensor: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(tensor, (width, 0), value=value)
@@ -126,7 +126,7 @@ def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) 
 
 
 def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: VideoCaptioner) -> None:
-    """HyperCLOVA X scales behind the head.
+    """HyperCLOVA X scales the output of the head.
 
     Without it, training would see logits several times those that captions are decoded from.
     """
@@ -181,7 +181,7 @@ def test_captions_do_not_depend_on_left_padding(captioner: VideoCaptioner) -> No
 
 
 def test_captions_are_greedy_whatever_the_checkpoint_says(captioner: VideoCaptioner) -> None:
-    """Qwen3's own settings sample, and the fixture's do too."""
+    """Qwen3's generation settings enable sampling, like those of the fixture."""
     batch = collate(captioner, samples()[:1], "generate")
     ids: list[int] = []
     embeddings = captioner.embed(batch)
@@ -196,7 +196,7 @@ def test_captions_are_greedy_whatever_the_checkpoint_says(captioner: VideoCaptio
 
 
 def with_next_tokens(captioner: VideoCaptioner, tokens: list[int]) -> None:
-    """Makes the head say `tokens` one after another, whatever it is asked, and the last one for ever."""
+    """Makes the head predict `tokens` one after another, and then the last one forever."""
     said = iter(tokens)
     last = tokens[-1]
 

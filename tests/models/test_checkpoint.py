@@ -1,4 +1,4 @@
-"""Where a checkpoint is, the fingerprint of what it holds, and which of its files are opened for single tensors."""
+"""Checkpoints are located and fingerprinted, and only the necessary files are opened for single tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding through the whole captioner: cache, padding, beams and sampling change what they should and nothing else."""
+"""Decoding through the captioner: cache, padding, beams and sampling have their intended effects only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="session")
 def llama_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama with random weights, every head its own keys and values as in Vicuna."""
+    """Llama with random weights and keys and values per head, as in Vicuna."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")
@@ -87,7 +87,7 @@ def with_settings(
 
 
 def samples(*frames: int) -> list[Sample]:
-    """Clips of so many frames each, hence prompts of different lengths, as features."""
+    """Returns features of clips with these numbers of frames, so that prompts differ in length."""
     generator = torch.Generator().manual_seed(3)
     clips = [Clip(str(i), Path(f"{i}.mp4"), ()) for i in range(len(frames))]
     features = [torch.randn(count, 4, 32, generator=generator) for count in frames]
@@ -104,7 +104,7 @@ def collate(captioner: VideoCaptioner, items: list[Sample]) -> Batch:
 
 
 def ids_of(captioner: VideoCaptioner, batch: Batch) -> list[list[int]]:
-    """What the language model wrote, up to and with its first end token, before it is made text."""
+    """Returns the generated ids, up to and including the first end token."""
     kept: list[Any] = []
     decode = captioner.prompt.tokenizer.batch_decode
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def test_with_cache_is_without_cache(captioner: VideoCaptioner, settings: dict[s
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_batch_is_its_clips_one_by_one(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
-    """Left padding is neither seen nor counted in positions."""
+    """Left padding is masked, and positions do not count it."""
     items = samples(1, 3, 2)
     batch = collate(captioner, items)
     assert batch.attention_mask.sum(1).tolist() == [
@@ -179,7 +179,7 @@ def test_who_writes(
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "reason"),
     [
         ({"num_beams": 2}, "as the native engine supports greedy search only.\n"),
         (
@@ -193,7 +193,7 @@ def test_who_writes(
 def test_why_the_native_engine_cannot_run_is_printed_once(
     captioner: VideoCaptioner,
     settings: dict[str, Any],
-    said: str,
+    reason: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,7 +201,7 @@ def test_why_the_native_engine_cannot_run_is_printed_once(
     for _ in range(2):
         with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "evaluation.engine=native" in line]
-    assert [line.partition("native, ")[2] for line in lines] == said.splitlines()
+    assert [line.partition("native, ")[2] for line in lines] == reason.splitlines()
 
 
 def test_after_running_out_of_memory_fewer_slots_decode_the_same(
@@ -255,7 +255,7 @@ def test_waiting_clips_are_encoded_when_a_slot_is_free(captioner: VideoCaptioner
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_greedy_is_the_best_next_token_each_time(captioner: VideoCaptioner, use_cache: bool) -> None:
-    """Against a loop of our own without padding and cache."""
+    """Compares with a plain loop without padding and cache."""
     (item,) = samples(2)
     batch = collate(captioner, [item])
     model: Any = captioner.llm
@@ -271,7 +271,7 @@ def test_greedy_is_the_best_next_token_each_time(captioner: VideoCaptioner, use_
 
 @torch.no_grad()
 def sequence_score(captioner: VideoCaptioner, batch: Batch, row: list[int]) -> float:
-    """Mean log-probability of the generated tokens, what beams are ranked by."""
+    """Returns the mean log-probability of the generated tokens, by which beams are ranked."""
     model: Any = captioner.llm
     prompt = captioner.embed(batch)
     words = model.get_input_embeddings()(torch.tensor([row]))
@@ -329,7 +329,7 @@ def test_rows_that_have_ended_wait_for_the_others(captioner: VideoCaptioner) -> 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 4}, {"do_sample": True}])
 def test_the_encoder_runs_once(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
-    """Beams share the visual tokens, and no step of decoding asks for them again."""
+    """Beams share the visual tokens, and no decoding step computes them again."""
     frames = torch.randint(0, 256, (2, 3, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     clips = [Clip(str(i), Path(f"{i}.mp4"), ()) for i in range(2)]
     items = [Sample(clip, frames=row, grid_thw=(3, 2, 2)) for clip, row in zip(clips, frames, strict=True)]
@@ -346,7 +346,7 @@ def test_the_encoder_runs_once(captioner: VideoCaptioner, settings: dict[str, An
 
 
 def test_repetition_controls_work(captioner: VideoCaptioner) -> None:
-    """However long the padding in front of a clip: it is no part of what was written."""
+    """The padding before a clip, of any length, is not part of the generated text."""
     batch = collate(captioner, samples(1, 3))
     captioner.generation = GenerationSettings(24, EvaluationConfig(no_repeat_ngram_size=2))
     assert not any(has_repeated_pair(row) for row in ids_of(captioner, batch))
@@ -377,7 +377,7 @@ def test_sampling_follows_the_seed_and_its_settings(captioner: VideoCaptioner) -
 
 
 def test_the_checkpoints_own_settings_do_not_sample(llm_folder: Path, siglip_folder: Path, tmp_path: Path) -> None:
-    """Qwen3's file samples, Vicuna's names a temperature without sampling and a longest length."""
+    """Qwen3's file enables sampling, Vicuna's sets a temperature without sampling and a maximum length."""
     reference = build(llm_folder, siglip_folder)
     batch = collate(reference, samples(2, 3))
     expected = ids_of(reference, batch)

@@ -1,4 +1,4 @@
-"""What is fetched from a hub, what is kept of it, and one sentence for each way in which it fails."""
+"""Downloads from a hub, the cache, and one sentence for each kind of failure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_folder(folder: Path) -> Path:
 def refused(
     checkpoint: str = NAME, revision: str | None = None, *, gate: str | None = None, is_plan: bool = False
 ) -> str:
-    """The sentence of a checkpoint that is not to be had."""
+    """Returns the message for a checkpoint that cannot be downloaded."""
     with pytest.raises(UserError) as caught:
         if is_plan:
             locate_description(checkpoint, revision, key="llm.checkpoint", gate=gate)
@@ -257,7 +257,7 @@ def test_no_server_at_all(hub_here: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_library_logs_no_address(hub_here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its warnings hold whole addresses: a mirror's password, or the signature of a storage server."""
+    """Its warnings contain complete addresses, with a mirror's password or the signature of a storage server."""
     endpoint = hub_here.endpoint.replace("//", "//somebody:password@")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     hub_here.add(NAME, small_folder(tmp_path / "model")).fault = "cut"

@@ -1,4 +1,4 @@
-"""Clips packed into one row: loss and gradients are those of a row each, and no clip sees another."""
+"""Loss and gradients of clips packed into one row equal those of one row per clip, and no clip sees another."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Make = Callable[..., VideoCaptioner]
 
 @pytest.fixture
 def make(llm_folder: Path) -> Make:
-    """A captioner around a tiny language model, with adapters as after some training."""
+    """Builds a captioner around a tiny language model with non-zero adapters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
@@ -190,7 +190,7 @@ def test_attention_without_a_mask_is_told_the_borders(kind: str, make: Make, fla
 
 
 def test_nothing_of_the_clip_before_predicts_a_first_token(make: Make) -> None:
-    """With neither prompt nor visual tokens the first token of a caption stands right behind another clip's last."""
+    """Without prompt and visual tokens, the first token of a caption directly follows the last one of another clip."""
     captioner = make("qwen3")
     bare = dataclasses.replace(captioner.prompt, prefix_ids=[], suffix_ids=[])
     captioner.project = lambda _batch, _features: torch.zeros(0, 64)  # type: ignore[method-assign]

@@ -38,7 +38,7 @@ Call = tuple[bool, bool]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    """Whether each call of PyTorch's attention is causal by its flag, and whether it has a mask."""
+    """Records for each SDPA call whether its causal flag is set and whether it has a mask."""
     seen: list[Call] = []
     attend = F.scaled_dot_product_attention
 

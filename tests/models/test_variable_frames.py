@@ -1,4 +1,4 @@
-"""Clips with fewer frames than others of their batch: each gives what it gives alone, and padding is never encoded."""
+"""A clip with fewer frames than others in its batch gives the same result as alone, and padding is never encoded."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_stated_grid_is_the_encoders_own_where_it_varies() -> None:
 
 
 def test_an_image_fills_its_stack() -> None:
-    """An image is what a clip would be that shows it all the time."""
+    """An image equals a clip that shows it in every frame."""
     projector = build_projector(
         MlpConfig(temporal=Temporal.none, frame_stack=4),
         ProjectorSizes(in_dim=6, out_dim=8, grid=(2, 2), num_frames=FRAMES),

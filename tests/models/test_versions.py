@@ -1,4 +1,4 @@
-"""A transformers that is too old is named where something else would come out of it, and nowhere else."""
+"""A transformers version that is too old is refused where results would be wrong, and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM is asked for what the own path does.
+"""vLLM receives the same prompts and settings as the native path.
 
 The same settings in its words, prompts without padding, a process of its own.
 """
@@ -74,7 +74,7 @@ def test_no_vllm_is_one_sentence_with_the_mend(tmp_path: Path, monkeypatch: pyte
 
 
 def interpreter(folder: Path, vllm: str | None) -> Path:
-    """An interpreter whose vllm is this source; None for one that has none."""
+    """Creates an interpreter whose vllm module is this source; None creates one without vllm."""
     packages = folder / "packages"
     packages.mkdir(parents=True)
     (packages / "vllm.py").write_text("raise ModuleNotFoundError(\"No module named 'vllm'\")" if vllm is None else vllm)
@@ -115,7 +115,7 @@ class LLM:
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:
-    """Whatever it prints; an error of a batch leaves it running; its end is told."""
+    """It may print; it survives the error of a batch; its end is reported."""
     python = interpreter(tmp_path, ECHO)
     check_vllm(str(python))
     engine = start(python)

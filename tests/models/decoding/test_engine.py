@@ -1,4 +1,4 @@
-"""Our own greedy decoding against transformers' generate, in float32, id by id, and which models it takes."""
+"""The native engine matches transformers' generate id by id in float32, and refuses unsupported models."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
 
 @torch.no_grad()
 def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) -> list[list[int]]:
-    """By transformers, all clips in one left-padded batch, cut behind the end token."""
+    """Generates with transformers in one left-padded batch, and truncates after the end token."""
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
     embeddings = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left")
@@ -105,7 +105,7 @@ def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) 
 
 
 class Calls:
-    """Shapes of what the model is called with: rows and tokens of each call, and rows and tokens that the head sees."""
+    """Records the shapes of each call: slots and tokens of the model, and slots and tokens of the head."""
 
     def __init__(self, model: nn.Module) -> None:
         inner: Any = base_model(model)
@@ -181,7 +181,7 @@ def test_eager_attention_writes_the_same() -> None:
 
 @pytest.mark.parametrize("attention", [REPEATED, *FLASH])
 def test_attention_of_other_gpus_writes_the_same(attention: str) -> None:
-    """A T4's attention decodes as it is.
+    """A T4's attention implementation is supported unchanged.
 
     Where flash-attn is installed, PyTorch's decodes in its place, which needs no such package.
     """

@@ -1,4 +1,4 @@
-"""Captured decoding steps, on a CPU.
+"""Captured decoding steps, tested on a CPU.
 
 A recorder of operations stands in for CUDA and repeats them on the same memory, as a graph does.
 """
@@ -25,7 +25,7 @@ from vlmcap.models.llm.adapt import add_lora
 
 
 class Recorder(TorchDispatchMode):
-    """Runs operations, and again what it has run, on the very tensors of the first time."""
+    """Records operations, and repeats them on the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def repeat(self) -> None:
-        """All operations in their order; each writes where it wrote before."""
+        """Repeats all operations in order, each into its original output."""
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
             places = {tensor.data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}

@@ -1,4 +1,4 @@
-"""Encoders from a configuration alone: sizes, counts, and options that cannot be."""
+"""Encoders from a configuration only: sizes, parameter counts and impossible options."""
 
 from __future__ import annotations
 

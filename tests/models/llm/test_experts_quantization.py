@@ -1,4 +1,4 @@
-"""Loading a mixture of experts in 4 bit: all of it packed, from every layout of the files, and its true size."""
+"""A mixture of experts is loaded in 4 bits from every file layout, all of it packed, with the computed size."""
 
 from __future__ import annotations
 

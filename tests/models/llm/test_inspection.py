@@ -105,7 +105,7 @@ PACKAGES = {
 
 
 def save(kind: str, tokenizer: Any, folder: Path) -> Path:
-    """A tiny model with random weights in the hub's layout."""
+    """Saves a tiny random model in the layout of the hub."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Merged weights give the logits that base and adapters give; what cannot be merged is refused."""
+"""Merged weights give the logits of base checkpoint and adapters; what cannot be merged is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def adapter_of(**settings: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 def trained(model: Any) -> Any:
-    """Adapters as after some training."""
+    """Gives a model non-zero adapters."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def trained(model: Any) -> Any:
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
-    """As a checkpoint of training names them, with a projector beside them."""
+    """Returns them with the names of a training checkpoint, together with a projector."""
     named = {f"captioner.llm.{name}": p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     return {
         **named,
@@ -168,7 +168,7 @@ def test_quantised_weights_are_refused(llm_folder: Path, quantization: str) -> N
 def test_a_merge_that_changes_the_model_is_refused(
     llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As merges that lose the adapters would."""
+    """Like a merge that loses the adapters."""
     from peft.tuners.lora import Linear
 
     adapt = adapter_of()
@@ -191,7 +191,7 @@ def test_adapters_that_do_not_fit(llm_folder: Path) -> None:
 
 
 def test_no_second_copy_of_the_weights_is_held(llm_folder: Path) -> None:
-    """A layer's worth at most stands beside the model while adapters are folded in."""
+    """Merging needs memory for one layer at most in addition to the model."""
     model = trained(adapter_of(target_modules="down_proj")(load(llm_folder)))
     largest = max(p.numel() for p in model.parameters()) * 4
     before, seen = live_bytes(), []
@@ -201,7 +201,7 @@ def test_no_second_copy_of_the_weights_is_held(llm_folder: Path) -> None:
 
 
 def live_bytes() -> int:
-    """Of all tensors in this process, each storage once."""
+    """Returns the bytes of all tensors in this process, counting each storage once."""
     gc.collect()
     tensors = [
         t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, FakeTensor)
@@ -222,7 +222,7 @@ def test_trained_weights_of_the_model_itself(llm_folder: Path, moe_folder: Path)
 
 
 def test_equal_experts_do_not_make_a_good_merge_look_bad(moe_folder: Path) -> None:
-    """In 16 bit, tokens change experts by a rounding error; the comparison sends them where they went before."""
+    """In 16 bits, rounding errors change the routing; the comparison replays the original routing."""
     model = trained(adapter_of()(load(moe_folder, torch.bfloat16)))
     assert len(Routing(model).routers) == 3
     _, difference = merge(model)
@@ -238,7 +238,7 @@ def identities(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def num_products(model: nn.Module) -> int:
-    """Linear layers that run for a token."""
+    """Counts the linear layers that run for a token."""
     calls: list[nn.Module] = []
     handles = [
         module.register_forward_hook(lambda own, *_: calls.append(own))

@@ -1,4 +1,4 @@
-"""Whole models and their vision encoders alone.
+"""Pretrained VLMs, and their vision encoders alone.
 
 What is refused, quantisation, training, and true sizes on the meta device.
 """
@@ -42,7 +42,7 @@ def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
 
 
 def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
-    """The captioner with LoRA on its language part, and a batch of two clips of other sizes."""
+    """Returns a captioner with LoRA on its language model, and a batch of two clips of different sizes."""
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
@@ -150,7 +150,7 @@ def test_another_kind_is_refused(qwen_folders: dict[str, Path], llava_folder: Pa
 
 
 def test_a_part_of_a_model_is_refused(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
-    """transformers would fill the gap with random numbers."""
+    """transformers would initialise them randomly."""
     folder = shutil.copytree(qwen_folders["qwen2_vl"], tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "merger" in name)

@@ -1,4 +1,4 @@
-"""What every projector does: float32 throughout, tokens in frame order, clips independent of each other."""
+"""Every projector computes in float32, returns tokens in frame order, and treats clips independently."""
 
 from __future__ import annotations
 

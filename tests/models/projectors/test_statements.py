@@ -1,4 +1,4 @@
-"""Every combination states its number of tokens or is refused in words."""
+"""Every combination states its number of tokens, or is refused with an explanation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int, grid: t
 
 
 def is_refused(kind: str, reducer: str, temporal: str, frame_stack: int) -> bool:
-    """What issue and contract exclude, said once more by hand."""
+    """The excluded combinations, written independently of the code."""
     if reducer in ("merge", "saliency"):
         return frame_stack > 1 or kind in ("c_abstractor", "pixel_shuffle") or temporal == "attention"
     return temporal == "attention" and kind in ("perceiver", "prompt")
@@ -198,6 +198,6 @@ def test_the_proposed_size_works_and_is_the_nearest(side: int, pool: int, shuffl
 
 
 def test_a_clip_of_another_grid_is_refused_too(spec_of: Make) -> None:
-    """Where grids vary, only some of them may be indivisible."""
+    """If grids vary, only some of them may be indivisible."""
     with pytest.raises(UserError, match="4 × 6 patches"):
         count_tokens(*spec_of("pixel_shuffle"), 4, (3, 6))

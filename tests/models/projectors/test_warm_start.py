@@ -1,4 +1,4 @@
-"""Projectors that start from trained weights, or say why they cannot."""
+"""Projectors start from trained weights, or explain why they cannot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_run(projector: Projector, file: Path) -> Path:
 def save_folder(
     folder: Path, prefix: str, out_dim: int = DL, in_dim: int = DV, *, has_norm: bool = False
 ) -> dict[str, Tensor]:
-    """Two shards as LLaVA's or InternVL's; that of the language model is broken, so reading it would fail."""
+    """Two shards like LLaVA's or InternVL's; that of the language model is broken, so reading it would fail."""
     folder.mkdir()
     shapes = {
         "linear_1.weight": (out_dim, in_dim),
@@ -95,7 +95,7 @@ def test_internvls_projector_is_read_with_its_norm(spec_of: Make, tmp_path: Path
 
 
 def test_the_real_classes_are_read(spec_of: Make, tmp_path: Path) -> None:
-    """As transformers itself saves them, in one file."""
+    """As transformers saves them, in one file."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     small: dict[str, Any] = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
