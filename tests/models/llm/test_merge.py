@@ -230,7 +230,7 @@ def test_equal_experts_do_not_make_a_good_merge_look_bad(moe_folder: Path) -> No
 
 
 def test_the_probe_is_shorter_than_any_context() -> None:
-    assert merging._PROBE <= 64
+    assert merging._NUM_PROBE_TOKENS <= 64
 
 
 def identities(model: nn.Module) -> dict[str, tuple[int, int]]:

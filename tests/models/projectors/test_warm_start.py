@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_in_words(
         (
             {"temporal": "position"},
             {"temporal": "position", "num_frames": 8},
-            r"before\.position\.frame with the shape \(4, 1, 6\), here",
+            r"before\.position\.frame with the shape \(4, 1, 6\), but",
         ),
         (
             {"kind": "perceiver"},
