@@ -1,7 +1,7 @@
-"""Records that travel between data, models and training.
+"""Records that data, models and training pass to each other.
 
-Legend: B clips, R rows, F frames (tiles of a frame count as frames), P patches a frame, Dv vision width, V visual
-tokens of a clip, S sequence (visual tokens included), T label tokens, H/W pixels.
+Legend: B clips, R rows, F frames (tiles of a frame count as frames), P patches per frame, Dv vision width, V visual
+tokens per clip, S sequence (visual tokens included), T label tokens, H/W pixels.
 """
 
 from __future__ import annotations
@@ -15,37 +15,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GridTHW = tuple[int, int, int]
-"""Size of one clip in patches: frames (times tiles), rows, columns."""
+"""Size of one clip in patches: frames (times tiles), patch rows, patch columns."""
 
 FrameTimes = tuple[float, ...]
-"""Seconds from a clip's first frame to each decoded one, ascending; a repeated frame repeats its time."""
+"""Seconds from a clip's first frame to each decoded frame, ascending; a repeated frame repeats its time."""
 
 CLOCKLESS_FPS = 2.0
-"""Images per second of a clip that has no clock: an image, an animation or a list of images."""
+"""Frames per second that are assumed for clips without timestamps: an image, an animation or a list of images."""
 
 VisualLayout = Callable[[GridTHW | None, FrameTimes | None], Sequence[int | Sequence[int]]]
-"""From a clip's size, or None for the encoder's own, and its frames' times, or None for `CLOCKLESS_FPS`, to what stands at the place of
-its video: numbers of placeholders, and ids of text."""
+"""Maps a clip's size and frame times to the content of its video in the prompt.
 
+The size is None for the encoder's fixed grid, the times are None for `CLOCKLESS_FPS`. Of the result, an int is a number
+of placeholders, and a sequence holds ids of text between them.
+"""
 
 IGNORED = -100
-"""Label of positions that the loss passes over."""
+"""Label of positions that the loss ignores."""
 
-_OF_ROWS = ("input_ids", "attention_mask", "frames", "features")
+_BATCHED = ("input_ids", "attention_mask", "frames", "features")
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One entry of a data set: a video, an image or a list of images, and what people said about it.
+    """One entry of a data set: a video, an image or a list of images, with its captions.
 
     Attributes:
-        id: Unique within its split; the label file's stem for AI Hub data.
+        id: Identifier that is unique within the split; the stem of the label file for AI Hub data.
         video: Path or address of the video or image; a member of an archive is `zip://MEMBER::ARCHIVE` or
             `tar://MEMBER::ARCHIVE`.
         captions: Reference captions, at least one; empty only for captioning without references.
-        category: Free label for break-downs, empty when unknown.
-        frames: Images that are the frames of the clip, in order, where it is no video; `video` is then the first of
-            them.
+        category: Free label by which scores are broken down; empty if unknown.
+        frames: Image files of the frames, in order, if the clip is a list of images; `video` is then the first of them.
     """
 
     id: str
@@ -57,12 +58,12 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A clip that could not be read, and why: takes the place of its `Sample`.
+    """A clip that could not be read; takes the place of its `Sample`.
 
     Attributes:
         clip: The clip.
-        reason: One sentence.
-        is_final: False where another try may go better: it took too long, or the system took the decoder away.
+        reason: One sentence that says why.
+        is_final: False if another attempt may succeed, after a timeout or a killed decoder.
     """
 
     clip: Clip
@@ -75,14 +76,12 @@ class Sample:
     """One clip ready for the model; exactly one of `frames` and `features` is set.
 
     Attributes:
-        clip: Where it comes from.
-        frames: uint8 (F, 3, H, W), already resized for the encoder; (F, P, 3 · p · p), cut into patches, where sizes
-            vary.
-        features: (F, P, Dv), patch features of the frozen encoder out of the cache.
-        grid_thw: Frames, patch rows and columns where any of them varies from clip to clip; None where they are the
-            encoder's own.
-        times_s: Times of the frames as they were decoded, before the encoder joins any of them; None where they are not
-            known.
+        clip: Entry of the data set.
+        frames: uint8 (F, 3, H, W), resized for the encoder; (F, P, 3 · p · p), split into patches, if sizes vary.
+        features: (F, P, Dv), patch features of the frozen encoder from the cache.
+        grid_thw: Frames, patch rows and patch columns if any of them varies between clips; None for the encoder's fixed
+            grid.
+        times_s: Times of the decoded frames, before the encoder joins any of them; None if unknown.
     """
 
     clip: Clip
@@ -96,32 +95,29 @@ class Sample:
 class Batch:
     """A batch of B clips in R rows; ids, labels and masks share one length S, the visual placeholders included.
 
-    Where something stands in the rows is said by places, and how many there are by plain numbers, as the host would
-    have to wait for a device that holds masks to count them. A place is an index into the rows laid end to end, row · S
-    + column.
+    Positions are stored as places, indices row · S + column into the flattened rows, and counts as Python ints. Masks
+    would have to be counted on the device, which the host would wait for.
 
-    A clip has a row of its own, R = B, unless the batch is packed: all clips then stand in one row, R = 1, one behind
-    another and without padding. Frames, features and sizes always go by clip, in the order in which the clips stand in
-    the rows.
+    Each clip has its own row, R = B, unless the batch is packed: then one row, R = 1, holds all clips without padding.
+    Frames, features and sizes are always indexed by clip, in the order of the rows.
 
     Attributes:
         clips: The B clips, in the order of rows and of places in a row.
-        input_ids: int64 (R, S); placeholder positions hold the padding id.
-        attention_mask: int64 (R, S); 1 on real tokens, 0 on padding.
-        visual_places: int64 (sum of V,); where projected visual tokens go, in the order of clips.
+        input_ids: int64 (R, S), with the padding id at placeholders.
+        attention_mask: int64 (R, S), 1 on real tokens, 0 on padding.
+        visual_places: int64 (sum of V,), places of the projected visual tokens, clip after clip.
         num_visual: V of each clip.
-        lengths: Real tokens of each clip.
-        targets: int64 (T,), the tokens that the loss counts: the caption and its end token; None for generation.
-        label_places: int64 (T,); places of the tokens in front of them, which predict them; None for generation.
-        frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) where patches vary, or None.
+        lengths: Number of real tokens of each clip.
+        targets: int64 (T,), the tokens of the loss: the caption and its end token; None for generation.
+        label_places: int64 (T,), places of the preceding tokens, which predict the targets; None for generation.
+        frames: uint8 (B, F, 3, H, W), or (B, F, P, 3 · p · p) if grids vary, or None.
         features: (B, F, P, Dv) or None.
-        grid_thw: A clip each, where they vary; frames and features are then padded with zeros at the end of F and of P.
-        times_s: Times of each clip's frames, None where they are not known; empty where they are known of no clip.
-        position_ids: int64 (R, S), from 0 anew for each clip, of a packed batch; None where a clip has a row of its
-            own.
-        is_right_padded: Whether all padding stands behind the clips of a row, so that causal attention needs no mask.
+        grid_thw: Size of each clip if sizes vary; frames and features are then zero-padded at the end of F and P.
+        times_s: Frame times of each clip, None for a clip without; empty if no clip has any.
+        position_ids: int64 (R, S) of a packed batch, restarting at 0 for each clip; None if each clip has its own row.
+        is_right_padded: Whether all padding follows the clips of a row, so that causal attention needs no mask.
         skipped: Clips of this batch that could not be read.
-        num_truncated: Captions cut to the limit in this batch.
+        num_truncated: Number of captions in this batch that were truncated to the limit.
     """
 
     clips: tuple[Clip, ...]
@@ -146,63 +142,64 @@ class Batch:
 
     @property
     def num_label_tokens(self) -> int:
-        """T, the tokens that the loss counts."""
+        """T, the number of tokens in the loss."""
         return 0 if self.targets is None else len(self.targets)
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens of all clips."""
+        """Number of real tokens of all clips."""
         return sum(self.lengths)
 
     @property
     def visual_mask(self) -> Tensor:
-        """Bool (R, S); True where a projected visual token goes."""
+        """Mask of visual tokens, bool (R, S)."""
         flat = self.input_ids.new_zeros(self.input_ids.numel())
         return flat.index_fill(0, self.visual_places, 1).view(self.input_ids.shape).bool()  # (R · S,) -> (R, S)
 
     @property
     def labels(self) -> Tensor | None:
-        """int64 (R, S); -100 outside the caption and its end token; None for generation."""
+        """Labels, int64 (R, S), -100 outside the caption and its end token; None for generation."""
         if self.targets is None or self.label_places is None:
             return None
         flat = self.input_ids.new_full((self.input_ids.numel(),), IGNORED)
         return flat.index_copy(0, self.label_places + 1, self.targets).view(self.input_ids.shape)  # (R · S,) -> (R, S)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The batch with its tensors on `device`; Lightning calls this, as it cannot look into a frozen record."""
+        """Returns the batch with its tensors on `device`; Lightning cannot move the fields of a frozen dataclass."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; the data loader calls this for batches that go to a GPU."""
+        """Returns the batch in page-locked memory; the data loader calls this for batches that go to a GPU."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def part(self, rows: Sequence[int]) -> Batch:
-        """The prompts of some of its rows; what could not be read stays with the whole."""
+    def select(self, indices: Sequence[int]) -> Batch:
+        """Returns a batch of prompts with the clips at `indices`, without the skipped clips."""
         import torch
 
-        assert self.targets is None, "prompts are taken apart, and labelled batches are not"
+        assert self.targets is None, "only prompts can be selected, not clips with targets"
         changed: dict[str, Any] = {
-            name: rows_of(value, rows) for name in _OF_ROWS if (value := getattr(self, name)) is not None
+            name: select_rows(value, indices) for name in _BATCHED if (value := getattr(self, name)) is not None
         }
         own, width = self.visual_places.split(self.num_visual), self.input_ids.shape[1]
-        places = torch.cat([own[row] + (place - row) * width for place, row in enumerate(rows)])
-        grids = None if self.grid_thw is None else tuple(self.grid_thw[row] for row in rows)
-        times_s = tuple(self.times_s[row] for row in rows) if self.times_s else ()
-        clips = tuple(self.clips[row] for row in rows)
-        changed |= {name: tuple(getattr(self, name)[row] for row in rows) for name in ("num_visual", "lengths")}
+        # A clip that moves from row `old` to row `new` moves its places by whole rows.
+        places = torch.cat([own[old] + (new - old) * width for new, old in enumerate(indices)])
+        grids = None if self.grid_thw is None else tuple(self.grid_thw[index] for index in indices)
+        times_s = tuple(self.times_s[index] for index in indices) if self.times_s else ()
+        clips = tuple(self.clips[index] for index in indices)
+        changed |= {name: tuple(getattr(self, name)[index] for index in indices) for name in ("num_visual", "lengths")}
         changed |= {"visual_places": places, "clips": clips, "grid_thw": grids, "times_s": times_s}
         return replace(self, **changed, skipped=(), num_truncated=0)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = (*_OF_ROWS, "visual_places", "targets", "label_places", "position_ids")
+        names = (*_BATCHED, "visual_places", "targets", "label_places", "position_ids")
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **changed)
 
 
-def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of a tensor, in its own type.
+def select_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Returns some rows of a tensor, in its own dtype.
 
-    Autocast would refuse to stack float16 features where it computes in bfloat16.
+    Autocast is disabled, as with bfloat16 it refuses to stack float16 features.
     """
     import torch
 
@@ -212,12 +209,12 @@ def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ValidationBatch:
-    """Clips that are read and encoded once, for their captions and for their loss.
+    """Clips that are read and encoded once, both for generating captions and for the loss.
 
     Attributes:
-        prompts: The clips with their frames or features, as prompts.
-        labelled: Those with a caption to compare with, a few in each batch, without frames or features.
-        is_captioned: False where the loss alone is asked for.
+        prompts: All clips with their frames or features, as prompts.
+        labelled: Clips with a reference caption, in small batches without frames or features.
+        is_captioned: Whether captions are generated; False computes the loss only.
     """
 
     prompts: Batch
@@ -229,15 +226,15 @@ class ValidationBatch:
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """Clips that could not be read, or have nothing to compare with."""
+        """Clips that could not be read or have no reference caption."""
         return tuple(skipped for batch in (self.prompts, *self.labelled) for skipped in batch.skipped)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ValidationBatch:
-        """As `Batch.to`."""
+        """Like `Batch.to`."""
         return self._map(lambda batch: batch.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ValidationBatch:
-        """As `Batch.pin_memory`."""
+        """Like `Batch.pin_memory`."""
         return self._map(lambda batch: batch.pin_memory())
 
     def _map(self, change: Callable[[Batch], Batch]) -> ValidationBatch:

@@ -104,7 +104,7 @@ def make_kinds(num_clips: int, caption: int, num_visual: int, max_tokens: int, s
 def seconds_of(captioner: VideoCaptioner, batches: list[Batch], device: str) -> float:
     start = time.perf_counter()
     for batch in batches:
-        captioner.loss_sum(batch.to(device))[0].backward()
+        captioner(batch.to(device))[0].backward()
         captioner.zero_grad()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -121,7 +121,7 @@ def _writer(
 def _generating(captioner: VideoCaptioner, cell: Cell, rows: int, num_new: int) -> Iterator[None]:
     chosen = captioner.generation
     rules = dataclasses.replace(chosen.rules, engine=cell.engine)
-    captioner.generation = dataclasses.replace(chosen, rules=rules, num_rows=rows, max_new_tokens=num_new)
+    captioner.generation = dataclasses.replace(chosen, rules=rules, num_slots=rows, max_new_tokens=num_new)
     try:
         yield
     finally:

@@ -111,5 +111,5 @@ def fit(prepared: Prepared, place: Place, batches: Sequence[Batch]) -> tuple[Any
 def _loss(module: Any, trainer: Any, batch: Any) -> float:
     module.eval()
     with trainer.precision_plugin.val_step_context(), torch.no_grad():
-        loss, count = module.captioner.loss_sum(batch)
+        loss, count = module.captioner(batch)
     return float(loss) / int(count)

@@ -28,7 +28,7 @@ from benchmarks.gpu.models import (
 )
 from benchmarks.gpu.registry import Place
 from benchmarks.gpu.rows import Report
-from vlmcap.models.decoding.engine import obstacle
+from vlmcap.models.decoding.engine import native_engine_obstacle
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import REPEATED
 from vlmcap.models.versions import check_transformers
@@ -91,7 +91,7 @@ def t4(report: Report, place: Place) -> None:
         prepared = prepare(place, "t4", tiny)
         model: Any = base_model(prepared.captioner.llm)
         report.add("attention", "is sdpa_repeated", model.config._attn_implementation == REPEATED, limits.ALL)
-        report.add("our engine", "decodes it", not obstacle(prepared.captioner.llm), limits.ALL)
+        report.add("our engine", "decodes it", not native_engine_obstacle(prepared.captioner.llm), limits.ALL)
         before = [parameter.detach().clone() for parameter in prepared.captioner.projector.parameters()]
         if (
             place.device == "cuda"

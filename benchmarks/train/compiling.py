@@ -73,7 +73,7 @@ def compare(folder: Path, lengths: list[int], num_steps: int) -> dict[str, Any]:
 def one_step(module: Any, batch: Batch) -> dict[str, float]:
     """Runs a forward and backward pass; weights do not change, so that both models start every step from the same."""
     wall, cpu = time.perf_counter(), time.process_time()
-    loss, labels = module.captioner.loss_sum(batch)
+    loss, labels = module.captioner(batch)
     mean: Tensor = loss / labels
     mean.backward()
     module.zero_grad()

@@ -156,7 +156,7 @@ def run_ours(folder: Path, shape: Any, way: str, num_steps: int, turns: Turns) -
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader([batch] * num_steps, batch_size=None))  # type: ignore[arg-type]
-    return module, lambda: module.captioner.loss_sum(batch)[0]
+    return module, lambda: module.captioner(batch)[0]
 
 
 if __name__ == "__main__":

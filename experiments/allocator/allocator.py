@@ -188,7 +188,7 @@ def simulate(config: Config) -> dict[str, float]:
             visual = torch.empty(len(captions), sizes.num_visual, width, requires_grad=True)
             captioner.encode = lambda batch, visual=visual: visual  # type: ignore[method-assign, misc]
             with autocast("cpu", autocast_dtype(config)):
-                loss = captioner.loss_sum(batch)[0]
+                loss = captioner(batch)[0]
             _engine_run_backward(
                 (loss,), (torch.empty_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family in transformers' own classes, random weights in every tensor, and frames of a real film."""
+"""Tiny random checkpoints of every family in transformers' own classes, and frames of a real film."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 def randomize(model: Any, seed: int) -> Any:
-    """The model with noise in every tensor.
+    """Adds noise to every tensor of a model.
 
     Some classes start positions, CLS tokens and scales at constants that would hide mistakes.
     """
@@ -61,7 +61,7 @@ def make_siglip(folder: Path) -> Checkpoint:
 
 
 def make_dinov3(folder: Path) -> Checkpoint:
-    """With SigLIP's processor class: DINOv3's own needs torchvision, and the file's content is alike."""
+    """Saves DINOv3 with SigLIP's processor class, as its own class needs torchvision and writes a similar file."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipImageProcessorPil
 
     config = DINOv3ViTConfig(**SHAPE, image_size=64, patch_size=16, num_register_tokens=4, use_gated_mlp=True)
@@ -93,19 +93,19 @@ def save(checkpoint: Checkpoint) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """Of all families with a fixed size."""
+    """Checkpoints of all families with a fixed image size."""
     return {family: save(make(tmp_path_factory.mktemp(family))) for family, make in MAKERS.items()}
 
 
 @pytest.fixture(params=list(MAKERS))
 def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint]) -> Checkpoint:
-    """Each of them in turn."""
+    """Each of the checkpoints in turn."""
     return checkpoints[request.param]
 
 
 @pytest.fixture(scope="session")
 def naflex(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """SigLIP 2 NaFlex: patches of 4 pixels, a budget of 24 of them."""
+    """SigLIP 2 NaFlex with patches of 4 pixels and at most 24 patches per frame."""
     from transformers import Siglip2ImageProcessorPil, Siglip2VisionConfig, Siglip2VisionModel
 
     model = randomize(Siglip2VisionModel(Siglip2VisionConfig(**SHAPE, patch_size=4, num_patches=16)), 5)
@@ -123,7 +123,7 @@ def film() -> Tensor:
 
 
 def hidden_state(checkpoint: Checkpoint, pixels: Tensor, layer: int, **arguments: Any) -> Tensor:
-    """Patch features that the class of transformers gives for normalised pixels."""
+    """Returns the patch features of the transformers class for normalised pixels."""
     output = checkpoint.model(pixel_values=pixels, output_hidden_states=True, **arguments)
     is_normed = checkpoint.family in ("dinov3", "internvit") and layer == -1
     hidden: Tensor = output.last_hidden_state if is_normed else output.hidden_states[layer]

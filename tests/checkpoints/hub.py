@@ -1,4 +1,4 @@
-"""A hub on this machine: it serves folders by the routes that huggingface_hub calls, and fails in the ways of the real one."""
+"""A local hub that serves folders by the routes that huggingface_hub calls, and simulates failures of the real one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import pytest
 TOKEN = "hf_aVerySecretTokenOfThisTest"  # must appear in no output
 _RESOLVE = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _INFO = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
-# Status, X-Error-Code and X-Error-Message of what the hub refuses.
+# Status, X-Error-Code and X-Error-Message of refusals.
 REFUSALS = {
     "gated, no account": (401, "GatedRepo", "Access to model is restricted. You must be authenticated to access it."),
     "gated, no access": (403, "GatedRepo", "Access to model is restricted and you are not in the authorized list."),
@@ -40,11 +40,11 @@ REFUSALS = {
 
 @dataclass
 class Repository:
-    """Folders by the name of their revision; a commit's name is made of its files' content."""
+    """Folders by the name of their revision; a commit is named by a hash of its files."""
 
     revisions: dict[str, Path]
     fault: str = ""
-    faulty: str = ""  # text in the names of the files that the fault is limited to
+    faulty: str = ""  # text in the names of the files that are affected by the fault
 
     def commits(self) -> dict[str, Path]:
         return {commit_of(folder): folder for folder in self.revisions.values()}
@@ -63,7 +63,7 @@ def commit_of(folder: Path) -> str:
 
 @dataclass
 class Hub:
-    """The repositories, and what was asked of them.
+    """The repositories, and the requests for them.
 
     Attributes:
         endpoint: As HF_ENDPOINT has it.
@@ -84,12 +84,12 @@ class Hub:
         return self.repositories[checkpoint]
 
     def fetched(self, checkpoint: str = "") -> set[str]:
-        """Names of files whose content was asked for."""
+        """Names of files whose content was requested."""
         paths = (_RESOLVE.fullmatch(path) for method, path in self.log if method == "GET")
         return {found["file"] for found in paths if found and checkpoint in ("", found["id"])}
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The environment of a program that talks to this hub alone."""
+        """Environment variables of a program that uses this hub."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         times = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
         proxies = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
@@ -97,13 +97,13 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. HEAD answers as GET does, without the content."""
+    """Handles one request; HEAD answers like GET without the content."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Prints nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -132,10 +132,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _folder(self, checkpoint: str, revision: str, file: str) -> Path | None:
-        """The folder that is asked for; None where the answer was given."""
+        """Returns the requested folder; None if the request has been answered."""
         repository = self.hub.repositories.get(checkpoint)
         fault = repository.fault if repository and repository.faulty in file else ""
-        # The hub shows what a gated model consists of to everyone.
+        # The hub lists the files of a gated model to everyone.
         if fault in REFUSALS and not ("gated" in fault and not file):
             self._refuse(*REFUSALS[fault])
         elif repository is None:
@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def _reset(self) -> None:
-        """Ends the connection with an RST, as a broken network does."""
+        """Resets the connection, like a broken network."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, content, headers)
 
     def _cut(self, repository: Repository, content: bytes, headers: dict[str, str]) -> None:
-        """Half of what was promised; then nothing at all, unless the fault heals."""
+        """Sends half of the announced bytes, then nothing, unless the fault heals."""
         if self.headers.get("Range"):
             self._reset()
             return

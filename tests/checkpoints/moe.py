@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def moe_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen3-MoE with random weights, 8 experts of which 2 are chosen, a tensor for each expert and matrix, in several files."""
+    """Saves a random Qwen3-MoE, 8 experts and 2 per token, as sharded files with a tensor per expert and matrix."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

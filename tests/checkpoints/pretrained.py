@@ -92,7 +92,7 @@ def qwen_folders(qwen_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def qwen_processors(qwen_tokenizer: Any) -> dict[str, Any]:
-    """transformers' own processors of frames that are resized and normalised already, as only that needs torchvision."""
+    """Returns transformers' processors for preprocessed frames, as only preprocessing needs torchvision."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor

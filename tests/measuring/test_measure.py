@@ -203,7 +203,7 @@ def test_out_of_memory_is_one_sentence_with_the_plan_s_advice(
     def fail(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(VideoCaptioner, "loss_sum", fail)
+    monkeypatch.setattr(VideoCaptioner, "forward", fail)
     monkeypatch.setattr(measure_module, "with_changes", lambda plan, *_: dataclasses.replace(plan, changes=[CHANGE]))
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--measure", *TINY])
@@ -218,7 +218,7 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any) -> float:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(VideoCaptioner, "loss_sum", fail)
+    monkeypatch.setattr(VideoCaptioner, "forward", fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         measure(TINY)
 

@@ -1,4 +1,4 @@
-"""The joined captioner: merge, loss and generation against transformers' own, and independence from padding."""
+"""The captioner's merge, loss and generation match transformers and do not depend on padding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def collate(captioner: VideoCaptioner, items: list[Sample], mode: str = "train")
 
 
 def padded_left(batch: Batch, pad_id: int, width: int) -> Batch:
-    """The same batch with `width` positions of padding in front."""
+    """Returns the batch with `width` positions of left padding."""
 
     def pad(tensor: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(tensor, (width, 0), value=value)
@@ -96,23 +96,23 @@ def test_features_of_the_cache_give_what_frames_give(captioner: VideoCaptioner) 
     batch = collate(captioner, samples())
     assert batch.frames is not None
     cached = dataclasses.replace(batch, frames=None, features=captioner.encode(batch))
-    assert captioner.loss_sum(cached)[0].item() == pytest.approx(captioner.loss_sum(batch)[0].item(), rel=1e-6)
+    assert captioner(cached)[0].item() == pytest.approx(captioner(batch)[0].item(), rel=1e-6)
     captioner.encoder = None
-    captioner.loss_sum(cached)
+    captioner(cached)
     with pytest.raises(AssertionError, match="encoder was not loaded"):
-        captioner.loss_sum(batch)
+        captioner(batch)
 
 
 def test_a_wrong_number_of_placeholders_is_caught(captioner: VideoCaptioner) -> None:
     batch = Collator(captioner.prompt, VISUAL - 1, 200)(samples())
     with pytest.raises(AssertionError, match="differ in number"):
-        captioner.loss_sum(batch)
+        captioner(batch)
 
 
 def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) -> None:
     batch = collate(captioner, samples())
     weights = [p for p in captioner.parameters() if p.requires_grad]
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     gradients = torch.autograd.grad(loss, weights)
     output = captioner.llm(
         inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels
@@ -126,7 +126,7 @@ def test_loss_and_gradients_are_those_of_full_logits(captioner: VideoCaptioner) 
 
 
 def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: VideoCaptioner) -> None:
-    """HyperCLOVA X scales behind the head.
+    """HyperCLOVA X scales the output of the head.
 
     Without it, training would see logits several times those that captions are decoded from.
     """
@@ -144,7 +144,7 @@ def test_the_loss_has_the_scale_that_the_class_gives_its_logits(captioner: Video
     )
     captioner.llm = HyperCLOVAXForCausalLM(config).eval()
     batch = collate(captioner, samples())
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     output = captioner.llm(
         inputs_embeds=captioner.embed(batch), attention_mask=batch.attention_mask, labels=batch.labels
     )
@@ -156,14 +156,14 @@ def test_the_head_sees_label_positions_only(captioner: VideoCaptioner) -> None:
     base_model(captioner.llm).lm_head.register_forward_hook(
         lambda _module, inputs, _output: seen.append(inputs[0].shape)
     )  # type: ignore[union-attr,operator]
-    captioner.loss_sum(batch)
+    captioner(batch)
     assert seen == [(batch.num_label_tokens, 64)]
 
 
 @torch.no_grad()
 def test_loss_of_two_is_that_of_one_and_one(captioner: VideoCaptioner) -> None:
-    both, counts = captioner.loss_sum(collate(captioner, samples()))
-    single = [captioner.loss_sum(collate(captioner, [item])) for item in samples()]
+    both, counts = captioner(collate(captioner, samples()))
+    single = [captioner(collate(captioner, [item])) for item in samples()]
     assert both.item() == pytest.approx(sum(loss.item() for loss, _ in single), rel=1e-5)
     assert counts == sum(count for _, count in single)
     assert single[0][1] != single[1][1]  # or nothing was padded
@@ -181,7 +181,7 @@ def test_captions_do_not_depend_on_left_padding(captioner: VideoCaptioner) -> No
 
 
 def test_captions_are_greedy_whatever_the_checkpoint_says(captioner: VideoCaptioner) -> None:
-    """Qwen3's own settings sample, and the fixture's do too."""
+    """Qwen3's generation settings enable sampling, like those of the fixture."""
     batch = collate(captioner, samples()[:1], "generate")
     ids: list[int] = []
     embeddings = captioner.embed(batch)
@@ -196,7 +196,7 @@ def test_captions_are_greedy_whatever_the_checkpoint_says(captioner: VideoCaptio
 
 
 def with_next_tokens(captioner: VideoCaptioner, tokens: list[int]) -> None:
-    """Makes the head say `tokens` one after another, whatever it is asked, and the last one for ever."""
+    """Makes the head predict `tokens` one after another, and then the last one forever."""
     said = iter(tokens)
     last = tokens[-1]
 
@@ -232,7 +232,7 @@ def test_training_moves_projector_and_adapters_and_nothing_else(captioner: Video
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     losses = []
     for _ in range(5):
-        loss, count = captioner.loss_sum(collate(captioner, samples()))
+        loss, count = captioner(collate(captioner, samples()))
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Where a checkpoint is, the fingerprint of what it holds, and which of its files are opened for single tensors."""
+"""Checkpoints are located and fingerprinted, and only the necessary files are opened for single tensors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ WEIGHT_MAP = {
 def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"vision_tower.a": name}}))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="not in its own folder"):
+    with pytest.raises(UserError, match="outside its own folder"):
         fingerprint(tmp_path, "a", part="vision_")
 
 
@@ -139,9 +139,9 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_by_every_reader(
     (tmp_path / "config.json").write_text(config)
     names = ("embeddings.class_embedding", "multi_modal_projector.linear_1.weight")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, outside)}))
-    with pytest.raises(UserError, match="not in its own folder"):
+    with pytest.raises(UserError, match="outside its own folder"):
         load_encoder(tmp_path, EncoderOptions(-1, torch.float32))
-    with pytest.raises(UserError, match="not in its own folder"):
+    with pytest.raises(UserError, match="outside its own folder"):
         load_projector_weights(
             build_projector(MlpConfig(temporal=Temporal.none), ProjectorSizes(2, 2, (2, 2), 1)), tmp_path
         )

@@ -1,4 +1,4 @@
-"""Decoding through the whole captioner: cache, padding, beams and sampling change what they should and nothing else."""
+"""Decoding through the captioner: cache, padding, beams and sampling have their intended effects only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="session")
 def llama_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama with random weights, every head its own keys and values as in Vicuna."""
+    """Llama with random weights and keys and values per head, as in Vicuna."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")
@@ -80,14 +80,14 @@ def build(folder: Path, encoder_folder: Path) -> VideoCaptioner:
 
 
 def with_settings(
-    captioner: VideoCaptioner, *, num_rows: int | None = None, use_cache: bool = True, **rules: Any
+    captioner: VideoCaptioner, *, num_slots: int | None = None, use_cache: bool = True, **rules: Any
 ) -> VideoCaptioner:
-    captioner.generation = GenerationSettings(NEW, EvaluationConfig(**rules), num_rows, use_cache)
+    captioner.generation = GenerationSettings(NEW, EvaluationConfig(**rules), num_slots, use_cache)
     return captioner
 
 
 def samples(*frames: int) -> list[Sample]:
-    """Clips of so many frames each, hence prompts of different lengths, as features."""
+    """Returns features of clips with these numbers of frames, so that prompts differ in length."""
     generator = torch.Generator().manual_seed(3)
     clips = [Clip(str(i), Path(f"{i}.mp4"), ()) for i in range(len(frames))]
     features = [torch.randn(count, 4, 32, generator=generator) for count in frames]
@@ -104,7 +104,7 @@ def collate(captioner: VideoCaptioner, items: list[Sample]) -> Batch:
 
 
 def ids_of(captioner: VideoCaptioner, batch: Batch) -> list[list[int]]:
-    """What the language model wrote, up to and with its first end token, before it is made text."""
+    """Returns the generated ids, up to and including the first end token."""
     kept: list[Any] = []
     decode = captioner.prompt.tokenizer.batch_decode
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def test_with_cache_is_without_cache(captioner: VideoCaptioner, settings: dict[s
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_batch_is_its_clips_one_by_one(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
-    """Left padding is neither seen nor counted in positions."""
+    """Left padding is masked, and positions do not count it."""
     items = samples(1, 3, 2)
     batch = collate(captioner, items)
     assert batch.attention_mask.sum(1).tolist() == [
@@ -154,7 +154,7 @@ def test_few_rows_and_either_engine_write_the_same(captioner: VideoCaptioner, se
     expected = ids_of(with_settings(captioner, engine=Engine.hf, **settings), batch)
     assert len({tuple(row) for row in expected}) == 5
     for engine in (Engine.native, Engine.hf):
-        assert ids_of(with_settings(captioner, engine=engine, num_rows=2, **settings), batch) == expected
+        assert ids_of(with_settings(captioner, engine=engine, num_slots=2, **settings), batch) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,26 +174,26 @@ def test_who_writes(
     generate = captioner.llm.generate
     monkeypatch.setattr(captioner.llm, "generate", lambda **named: calls.append("hf") or generate(**named))  # type: ignore[operator]
     with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
-    assert with_settings(captioner, **settings).is_refilling == is_own
+    assert with_settings(captioner, **settings).use_continuous_batching == is_own
     assert calls == ([] if is_own else ["hf"])
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "reason"),
     [
-        ({"num_beams": 2}, "as it writes greedy captions alone.\n"),
+        ({"num_beams": 2}, "as the native engine supports greedy search only.\n"),
         (
             {"num_beams": 2, "speculate_ngram": 2},
-            "as it writes greedy captions alone; evaluation.speculate_ngram is ignored.\n",
+            "as the native engine supports greedy search only; evaluation.speculate_ngram is ignored.\n",
         ),
         ({}, ""),
         ({"engine": Engine.hf}, ""),
     ],
 )
-def test_why_our_engine_cannot_run_is_said_once(
+def test_why_the_native_engine_cannot_run_is_printed_once(
     captioner: VideoCaptioner,
     settings: dict[str, Any],
-    said: str,
+    reason: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,10 +201,10 @@ def test_why_our_engine_cannot_run_is_said_once(
     for _ in range(2):
         with_settings(captioner, **settings).generate(collate(captioner, samples(1, 2)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "evaluation.engine=native" in line]
-    assert [line.partition("own, ")[2] for line in lines] == said.splitlines()
+    assert [line.partition("native, ")[2] for line in lines] == reason.splitlines()
 
 
-def test_where_memory_runs_out_fewer_rows_write_the_same(
+def test_after_running_out_of_memory_fewer_slots_decode_the_same(
     captioner: VideoCaptioner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batch = collate(captioner, samples(1, 3, 2, 3, 1))
@@ -218,10 +218,10 @@ def test_where_memory_runs_out_fewer_rows_write_the_same(
     hook = model.register_forward_pre_hook(run_out, with_kwargs=True)
     try:
         most = 1
-        assert ids_of(with_settings(captioner, num_rows=4), batch) == expected
-        assert captioner.generation.num_rows == 1
+        assert ids_of(with_settings(captioner, num_slots=4), batch) == expected
+        assert captioner.generation.num_slots == 1
         assert capsys.readouterr().err == "".join(
-            f"Memory ran out: captions are written {rows} at a time from here on.\n" for rows in (2, 1)
+            f"Memory ran out: from now on, at most {slots} captions are decoded at a time.\n" for slots in (2, 1)
         )
         most = 0
         with pytest.raises(torch.OutOfMemoryError):
@@ -244,10 +244,10 @@ def test_merged_adapters_write_the_same(captioner: VideoCaptioner, engine: Engin
     assert not layer.merged
 
 
-def test_clips_that_wait_are_encoded_when_a_row_is_free(captioner: VideoCaptioner) -> None:
+def test_waiting_clips_are_encoded_when_a_slot_is_free(captioner: VideoCaptioner) -> None:
     rows: list[int] = []
     hook = captioner.projector.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    with_settings(captioner, num_rows=2).generate(collate(captioner, samples(2, 2, 2, 2, 2)))
+    with_settings(captioner, num_slots=2).generate(collate(captioner, samples(2, 2, 2, 2, 2)))
     hook.remove()
     assert rows == [2, 2, 1]
 
@@ -255,7 +255,7 @@ def test_clips_that_wait_are_encoded_when_a_row_is_free(captioner: VideoCaptione
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_greedy_is_the_best_next_token_each_time(captioner: VideoCaptioner, use_cache: bool) -> None:
-    """Against a loop of our own without padding and cache."""
+    """Compares with a plain loop without padding and cache."""
     (item,) = samples(2)
     batch = collate(captioner, [item])
     model: Any = captioner.llm
@@ -271,7 +271,7 @@ def test_greedy_is_the_best_next_token_each_time(captioner: VideoCaptioner, use_
 
 @torch.no_grad()
 def sequence_score(captioner: VideoCaptioner, batch: Batch, row: list[int]) -> float:
-    """Mean log-probability of the generated tokens, what beams are ranked by."""
+    """Returns the mean log-probability of the generated tokens, by which beams are ranked."""
     model: Any = captioner.llm
     prompt = captioner.embed(batch)
     words = model.get_input_embeddings()(torch.tensor([row]))
@@ -329,7 +329,7 @@ def test_rows_that_have_ended_wait_for_the_others(captioner: VideoCaptioner) -> 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 4}, {"do_sample": True}])
 def test_the_encoder_runs_once(captioner: VideoCaptioner, settings: dict[str, Any]) -> None:
-    """Beams share the visual tokens, and no step of decoding asks for them again."""
+    """Beams share the visual tokens, and no decoding step computes them again."""
     frames = torch.randint(0, 256, (2, 3, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     clips = [Clip(str(i), Path(f"{i}.mp4"), ()) for i in range(2)]
     items = [Sample(clip, frames=row, grid_thw=(3, 2, 2)) for clip, row in zip(clips, frames, strict=True)]
@@ -346,7 +346,7 @@ def test_the_encoder_runs_once(captioner: VideoCaptioner, settings: dict[str, An
 
 
 def test_repetition_controls_work(captioner: VideoCaptioner) -> None:
-    """However long the padding in front of a clip: it is no part of what was written."""
+    """The padding before a clip, of any length, is not part of the generated text."""
     batch = collate(captioner, samples(1, 3))
     captioner.generation = GenerationSettings(24, EvaluationConfig(no_repeat_ngram_size=2))
     assert not any(has_repeated_pair(row) for row in ids_of(captioner, batch))
@@ -377,7 +377,7 @@ def test_sampling_follows_the_seed_and_its_settings(captioner: VideoCaptioner) -
 
 
 def test_the_checkpoints_own_settings_do_not_sample(llm_folder: Path, siglip_folder: Path, tmp_path: Path) -> None:
-    """Qwen3's file samples, Vicuna's names a temperature without sampling and a longest length."""
+    """Qwen3's file enables sampling, Vicuna's sets a temperature without sampling and a maximum length."""
     reference = build(llm_folder, siglip_folder)
     batch = collate(reference, samples(2, 3))
     expected = ids_of(reference, batch)
@@ -392,7 +392,7 @@ def test_the_checkpoints_own_settings_do_not_sample(llm_folder: Path, siglip_fol
         assert ids_of(captioner, batch) == expected
 
 
-def test_a_batch_to_caption_has_some_clips_for_each_row_and_not_too_many(captioner: VideoCaptioner) -> None:
-    sizes = {rows: with_settings(captioner, num_rows=rows).prompt_batch_size for rows in (1, 10, 64, 200)}
+def test_a_batch_of_prompts_has_some_clips_per_slot_and_not_too_many(captioner: VideoCaptioner) -> None:
+    sizes = {slots: with_settings(captioner, num_slots=slots).prompt_batch_size for slots in (1, 10, 64, 200)}
     assert sizes == {1: 4, 10: 40, 64: 128, 200: 200}
-    assert with_settings(captioner, num_rows=10, engine=Engine.hf).prompt_batch_size == 10
+    assert with_settings(captioner, num_slots=10, engine=Engine.hf).prompt_batch_size == 10

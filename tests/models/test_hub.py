@@ -1,4 +1,4 @@
-"""What is fetched from a hub, what is kept of it, and one sentence for each way in which it fails."""
+"""Downloads from a hub, the cache, and one sentence for each kind of failure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_folder(folder: Path) -> Path:
 def refused(
     checkpoint: str = NAME, revision: str | None = None, *, gate: str | None = None, is_plan: bool = False
 ) -> str:
-    """The sentence of a checkpoint that is not to be had."""
+    """Returns the message for a checkpoint that cannot be downloaded."""
     with pytest.raises(UserError) as caught:
         if is_plan:
             locate_description(checkpoint, revision, key="llm.checkpoint", gate=gate)
@@ -187,9 +187,9 @@ SENTENCES = {
     "bad token": "the hub does not accept this machine's token",
     "forbidden": "this machine's token may not read 'someone/model'",
     "busy": "after too many requests: wait some minutes",
-    "out of order": "is out of order (HTTP 503), so 'someone/model' cannot be had: try again later",
-    "reset": "the connection broke off while 'someone/model' was fetched: run the same command again",
-    "cut": "the connection broke off while 'someone/model' was fetched: run the same command again",
+    "out of order": "is out of order (HTTP 503), so 'someone/model' cannot be downloaded: try again later",
+    "reset": "the connection broke off while 'someone/model' was downloaded: run the same command again",
+    "cut": "the connection broke off while 'someone/model' was downloaded: run the same command again",
     "hang": "stopped answering when asked for 'someone/model': try again, raise the seconds of HF_HUB_ETAG_TIMEOUT=0.5",
     "no hub": "does not answer like a hub when asked for 'someone/model': check HF_ENDPOINT and the proxy",
 }
@@ -257,7 +257,7 @@ def test_no_server_at_all(hub_here: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_library_logs_no_address(hub_here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its warnings hold whole addresses: a mirror's password, or the signature of a storage server."""
+    """Its warnings contain complete addresses, with a mirror's password or the signature of a storage server."""
     endpoint = hub_here.endpoint.replace("//", "//somebody:password@")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     hub_here.add(NAME, small_folder(tmp_path / "model")).fault = "cut"

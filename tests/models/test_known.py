@@ -1,4 +1,4 @@
-"""The architectures kept in vlmcap/models/known build in transformers' own classes, with the published numbers of parameters."""
+"""The configurations in vlmcap/models/known build transformers' classes with the published parameter counts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ CONTEXTS = {
 
 
 def build(config: Any) -> torch.nn.Module:
-    """The class that the configuration names, without weights."""
+    """Builds the class of the configuration on the meta device."""
     with torch.device("meta"):
         return getattr(transformers, config.architectures[0])(config)
 
@@ -86,7 +86,7 @@ def vision_component(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def millions(module: torch.nn.Module, printed: str) -> str:
-    """To as many decimals as the published number has."""
+    """Rounds to the decimals of the published number."""
     count = sum(parameter.numel() for parameter in module.parameters())
     return f"{count / 1e6:.{len(printed.partition('.')[2])}f}"
 
@@ -104,7 +104,7 @@ def test_the_number_of_parameters_is_the_published_one(checkpoint: str) -> None:
 
 
 def named_in_conf() -> set[str]:
-    """Hub ids in the files under conf/."""
+    """Returns the hub ids in the files under conf/."""
     contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONF.glob("*/*.yaml")]
     checkpoints = [
         part.get("checkpoint")
@@ -116,7 +116,7 @@ def named_in_conf() -> set[str]:
 
 
 def test_every_checkpoint_that_conf_names_is_known_and_no_other() -> None:
-    """Otherwise its size and context would only be known after the download."""
+    """Otherwise its size and context would be known only after the download."""
     assert named_in_conf() == set(known_checkpoints())
 
 
@@ -160,7 +160,7 @@ SCALES = {"embedding_multiplier": 10.0, "logits_scaling": 0.5, "residual_multipl
 
 
 def language_models() -> dict[str, str]:
-    """model_type to one checkpoint of conf/llm that has it: the last, and thereby the hybrid EXAONE."""
+    """Maps each model_type to the last checkpoint of conf/llm that has it, for EXAONE the hybrid one."""
     contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CONF / "llm").glob("*.yaml"))]
     checkpoints = [content.get("checkpoint") for content in contents]
     known = {checkpoint: config for checkpoint in checkpoints if checkpoint and (config := known_config(checkpoint))}
@@ -171,7 +171,7 @@ def language_models() -> dict[str, str]:
 def test_a_tiny_one_gives_the_logits_of_its_class(
     model_type: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Through the real loading path, with left padding and from embeddings, as captions are written."""
+    """Uses the real loading path, left padding and input embeddings, like caption generation."""
     config = known_config(language_models()[model_type])
     assert config is not None
     small = config | {key: value for key, value in SHRUNK.items() if config.get(key) is not None}

@@ -1,4 +1,4 @@
-"""Clips packed into one row: loss and gradients are those of a row each, and no clip sees another."""
+"""Loss and gradients of clips packed into one row equal those of one row per clip, and no clip sees another."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Make = Callable[..., VideoCaptioner]
 
 @pytest.fixture
 def make(llm_folder: Path) -> Make:
-    """A captioner around a tiny language model, with adapters as after some training."""
+    """Builds a captioner around a tiny language model with non-zero adapters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
@@ -102,7 +102,7 @@ def collate(captioner: VideoCaptioner, items: list[Sample], *, is_packed: bool) 
 
 def loss_and_gradients(captioner: VideoCaptioner, batch: Batch) -> tuple[float, int, list[Tensor]]:
     weights = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     return loss.item(), count, list(torch.autograd.grad(loss, weights))
 
 
@@ -145,22 +145,20 @@ def test_no_clip_sees_another(kind: str, make: Make) -> None:
     owner = (batch.position_ids == 0).cumsum(1) - 1
     for clip in range(len(items)):
         only = dataclasses.replace(batch, **places_of(batch.visual_mask, batch.labels.masked_fill(owner != clip, -100)))
-        loss, count = captioner.loss_sum(only)
+        loss, count = captioner(only)
         assert count > 0
         (gradient,) = torch.autograd.grad(loss, batch.features)
         assert gradient.flatten(1).any(1).tolist() == [
             other == clip for other in range(len(items))
         ]  # exactly zero elsewhere
         changed = batch.input_ids.masked_fill((owner != clip) & ~batch.visual_mask, 7)
-        assert captioner.loss_sum(dataclasses.replace(only, input_ids=changed))[0].item() == pytest.approx(
-            loss.item(), rel=1e-6
-        )
+        assert captioner(dataclasses.replace(only, input_ids=changed))[0].item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def flash_like(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """Attention that gets no mask and finds the borders in the positions it is passed, as FlashAttention does for one row."""
+    """Attention without a mask that separates clips by positions, as FlashAttention does for one row."""
     positions = arguments["position_ids"]
     assert attention_mask is None
     assert positions.shape == (1, query.shape[2])
@@ -192,14 +190,14 @@ def test_attention_without_a_mask_is_told_the_borders(kind: str, make: Make, fla
 
 
 def test_nothing_of_the_clip_before_predicts_a_first_token(make: Make) -> None:
-    """With neither prompt nor visual tokens the first token of a caption stands right behind another clip's last."""
+    """Without prompt and visual tokens, the first token of a caption directly follows the last one of another clip."""
     captioner = make("qwen3")
     bare = dataclasses.replace(captioner.prompt, prefix_ids=[], suffix_ids=[])
     captioner.project = lambda _batch, _features: torch.zeros(0, 64)  # type: ignore[method-assign]
     items = [dataclasses.replace(item, grid_thw=None) for item in samples(3)]
     rows, packed = (Collator(bare, 0, 200, is_packed=is_packed)(items) for is_packed in (False, True))
     assert rows.num_label_tokens == packed.num_label_tokens == packed.input_ids.shape[1] - 3
-    (loss, count), (own_loss, own_count) = captioner.loss_sum(rows), captioner.loss_sum(packed)
+    (loss, count), (own_loss, own_count) = captioner(rows), captioner(packed)
     assert own_count == count == packed.num_label_tokens
     assert own_loss.item() == pytest.approx(loss.item(), rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""Right-padded training batches call the language model without a mask, with the loss and gradients that they have with one."""
+"""Right-padded training batches need no mask: loss and gradients are the same as with one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Call = tuple[bool, bool]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    """Whether each call of PyTorch's attention is causal by its flag, and whether it has a mask."""
+    """Records for each SDPA call whether its causal flag is set and whether it has a mask."""
     seen: list[Call] = []
     attend = F.scaled_dot_product_attention
 
@@ -91,7 +91,7 @@ def test_those_of_other_classes_too(kind: str, make: Make, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_attention_is_causal_by_its_flag_where_a_layer_has_no_window(kind: str, make: Make, calls: list[Call]) -> None:
     captioner = make(kind)
-    captioner.loss_sum(collate(captioner, samples(5), is_packed=False))
+    captioner(collate(captioner, samples(5), is_packed=False))
     windowed = (False, True)  # keys beyond the window need a mask of their own
     assert calls == [windowed if kind == "exaone4" else (True, False), (True, False)]
 
@@ -110,7 +110,7 @@ def test_padding_on_the_left_and_rows_of_many_clips_stay_as_they_are(make: Make,
     left = dataclasses.replace(collate(captioner, samples(5), is_packed=False), is_right_padded=False)
     packed = collate(captioner, samples(5), is_packed=True)
     for batch in (left, packed):
-        captioner.loss_sum(batch)
+        captioner(batch)
     assert set(calls) == {(False, True)}
 
 

@@ -1,4 +1,4 @@
-"""Clips with fewer frames than others of their batch: each gives what it gives alone, and padding is never encoded."""
+"""A clip with fewer frames than others in its batch gives the same result as alone, and padding is never encoded."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_the_loss_is_that_of_each_clip_alone(
     monkeypatch.setattr(
         captioner.encoder, "encode", lambda frames, sizes: encoded.append(len(frames)) or encode(frames, sizes)
     )
-    loss, count = captioner.loss_sum(collator(items))
+    loss, count = captioner(collator(items))
     assert encoded == [sum(LENGTHS)]
-    alone = [captioner.loss_sum(Collator(captioner.prompt, visual, 200)([item])) for item in items]
+    alone = [captioner(Collator(captioner.prompt, visual, 200)([item])) for item in items]
     assert count == sum(count for _, count in alone)
     assert loss.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-6)
     # A clip that needs no grid of its own gives the same with one.
     plain = Collator(captioner.prompt, visual, 200)([Sample(items[0].clip, frames=items[0].frames)])
-    assert captioner.loss_sum(plain)[0].item() == pytest.approx(alone[0][0].item(), rel=1e-6)
+    assert captioner(plain)[0].item() == pytest.approx(alone[0][0].item(), rel=1e-6)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_the_stated_grid_is_the_encoders_own_where_it_varies() -> None:
 
 
 def test_an_image_fills_its_stack() -> None:
-    """An image is what a clip would be that shows it all the time."""
+    """An image equals a clip that shows it in every frame."""
     projector = build_projector(
         MlpConfig(temporal=Temporal.none, frame_stack=4),
         ProjectorSizes(in_dim=6, out_dim=8, grid=(2, 2), num_frames=FRAMES),
@@ -145,8 +145,8 @@ def test_temporal_patches_are_filled_up(kind: str, qwen_folders: dict[str, Path]
     collator = Collator(prompt, visual, 200)
     sizes = itertools.cycle(((84, 112), (128, 56)))
     items = [sample(noise(length, *size)) for length, size in zip(LENGTHS, sizes, strict=False)]
-    alone = [captioner.loss_sum(collator([item]))[0].item() for item in items]
-    assert captioner.loss_sum(collator(items))[0].item() == pytest.approx(sum(alone), rel=1e-5)
+    alone = [captioner(collator([item]))[0].item() for item in items]
+    assert captioner(collator(items))[0].item() == pytest.approx(sum(alone), rel=1e-5)
     frames = noise(3)
     filled = torch.cat([frames, frames[-1:]])
     assert transform.grid_thw(3, 28, 28) == transform.grid_thw(4, 28, 28)

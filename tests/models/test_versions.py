@@ -1,4 +1,4 @@
-"""A transformers that is too old is named where something else would come out of it, and nowhere else."""
+"""A transformers version that is too old is refused where results would be wrong, and nowhere else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_older_one_is_refused_for_whole_models_and_for_experts(
     version: str, qwen_folders: dict[str, Path], moe_folder: Path, llm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    sentence = rf"need transformers 5\.23 or newer, .* and {version} is installed"
+    sentence = rf"need transformers 5\.23 or newer, .* but {version} is installed"
     with pytest.raises(UserError, match=f"the Qwen-VL models {sentence}"):
         load_pretrained("qwen3_vl", qwen_folders["qwen3_vl"], **OPTIONS)
     with pytest.raises(UserError, match=f"quantised experts {sentence}"):

@@ -1,4 +1,4 @@
-"""vLLM is asked for what the own path does.
+"""vLLM receives the same prompts and settings as the native path.
 
 The same settings in its words, prompts without padding, a process of its own.
 """
@@ -19,8 +19,8 @@ from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.vllm import engine as vllm_engine
 from vlmcap.models.vllm.captioner import TokenEmbeddings
 from vlmcap.models.vllm.engine import (
-    OtherProcess,
     VllmEngine,
+    VllmSubprocess,
     check_vllm,
     engine_arguments,
     sampling_arguments,
@@ -74,7 +74,7 @@ def test_no_vllm_is_one_sentence_with_the_mend(tmp_path: Path, monkeypatch: pyte
 
 
 def interpreter(folder: Path, vllm: str | None) -> Path:
-    """An interpreter whose vllm is this source; None for one that has none."""
+    """Creates an interpreter whose vllm module is this source; None creates one without vllm."""
     packages = folder / "packages"
     packages.mkdir(parents=True)
     (packages / "vllm.py").write_text("raise ModuleNotFoundError(\"No module named 'vllm'\")" if vllm is None else vllm)
@@ -115,11 +115,11 @@ class LLM:
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:
-    """Whatever it prints; an error of a batch leaves it running; its end is told."""
+    """It may print; it survives the error of a batch; its end is reported."""
     python = interpreter(tmp_path, ECHO)
     check_vllm(str(python))
     engine = start(python)
-    assert isinstance(engine, OtherProcess)
+    assert isinstance(engine, VllmSubprocess)
     prompts = [torch.ones(3, 2), torch.ones(5, 2, dtype=torch.bfloat16)]
     assert engine.generate(prompts, {"max_tokens": 7}) == [[3, 6, 7], [5, 10, 7]]
     with pytest.raises(UserError, match=r"could not caption a batch \(ValueError: too long\)"):
@@ -132,14 +132,15 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_it_ends_with_us(tmp_path: Path) -> None:
     engine = start(interpreter(tmp_path, ECHO))
-    assert isinstance(engine, OtherProcess)
+    assert isinstance(engine, VllmSubprocess)
     process = engine._process
     del engine
     assert process.poll() == 0
 
 
 def test_a_card_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = "class LLM:\n    def __init__(self, **_):\n        raise ValueError('No available memory for the cache blocks.')\n"
+    error = "ValueError('No available memory for the cache blocks.')"
+    broken = f"class LLM:\n    def __init__(self, **_):\n        raise {error}\n"
     with pytest.raises(
         UserError, match=r"did not start \(ValueError: No available memory.*lower evaluation\.vllm_gpu_memory"
     ):

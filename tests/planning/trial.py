@@ -108,7 +108,7 @@ def profile_trial(trial: Trial, depth: int) -> StageMemory:
     blocks = list(find_blocks(base_model(llm), depth))
     return profile_stage(
         llm,
-        lambda: captioner.loss_sum(batch)[0],
+        lambda: captioner(batch)[0],
         mode=mode,
         blocks=blocks,
         inputs=[visual],
@@ -125,7 +125,7 @@ def peak_of_real_step(trial: Trial, depth: int) -> float:
     torch.manual_seed(0)
     llm = _adapted(trial, build_trial(trial, depth))
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, requires_grad=True)
-    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(language_batch([2], [1], 8))[0].backward()
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_())(language_batch([2], [1], 8))[0].backward()
     llm.zero_grad(set_to_none=True)
     captioner, batch = (
         _captioner(trial, llm, visual),
@@ -146,7 +146,7 @@ def peak_on_gpu(trial: Trial, depth: int, device: torch.device) -> float:
     llm = _adapted(trial, build_trial(trial, depth)).to(device)
     visual = torch.randn(trial.num_clips, trial.num_visual, trial.width, device=device, requires_grad=True)
     short = language_batch([2], [1], 8).to(device)
-    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_()).loss_sum(short)[0].backward()
+    _captioner(trial, llm, visual[:1, :1].detach().requires_grad_())(short)[0].backward()
     llm.zero_grad(set_to_none=True)
     captioner, batch = (
         _captioner(trial, llm, visual),
@@ -155,6 +155,6 @@ def peak_on_gpu(trial: Trial, depth: int, device: torch.device) -> float:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    captioner.loss_sum(batch)[0].backward()
+    captioner(batch)[0].backward()
     torch.cuda.synchronize(device)
     return float(torch.cuda.max_memory_allocated(device) - before)

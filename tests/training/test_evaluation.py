@@ -163,7 +163,7 @@ def test_the_validation_loss_is_a_mean_over_label_tokens(
     run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     clips = run.data.clips["val"][:7]
     dataset = run.data.make_dataset(clips)
-    loss, count = run.module.captioner.eval().loss_sum(run.data.train_collator([dataset[index] for index in range(7)]))
+    loss, count = run.module.captioner.eval()(run.data.train_collator([dataset[index] for index in range(7)]))
     assert len(run.evaluation.predictions) == 7
     assert run.evaluation.scores["val/loss"] == pytest.approx(float(loss) / count, rel=1e-5)
     found = {name: value.item() for name, value in run.trainer.callback_metrics.items()}
@@ -173,7 +173,12 @@ def test_the_validation_loss_is_a_mean_over_label_tokens(
 def test_validation_reads_and_encodes_each_clip_once(
     tiny_config: MakeConfig, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    settings = ("data.eval_batch_size=3", "evaluation.max_clips=7", "evaluation.clips_per_row=2", "cache.enabled=false")
+    settings = (
+        "data.eval_batch_size=3",
+        "evaluation.max_clips=7",
+        "evaluation.clips_per_slot=2",
+        "cache.enabled=false",
+    )
     run = make_run(tiny_config(tmp_path, *settings))
     captioner, seen = run.module.captioner, {"encoded": 0, "read": 0}
     encoder, decoded = captioner.encoder, run.data.make_dataset

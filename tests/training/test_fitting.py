@@ -39,9 +39,9 @@ def hold(most: int, patch: pytest.MonkeyPatch, *, free_calls: int = 0) -> list[i
 
     Returns the sizes it was given.
     """
-    original, sizes = VideoCaptioner.loss_sum, []
+    original, sizes = VideoCaptioner.forward, []
 
-    def loss_sum(self: VideoCaptioner, batch: Any) -> Any:
+    def forward(self: VideoCaptioner, batch: Any) -> Any:
         sizes.append(len(batch))
         if self.training and len(batch) > most and len(sizes) > free_calls:
             raise torch.OutOfMemoryError(
@@ -49,7 +49,7 @@ def hold(most: int, patch: pytest.MonkeyPatch, *, free_calls: int = 0) -> list[i
             )
         return original(self, batch)
 
-    patch.setattr(VideoCaptioner, "loss_sum", loss_sum)
+    patch.setattr(VideoCaptioner, "forward", forward)
     return sizes
 
 

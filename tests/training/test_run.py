@@ -149,8 +149,8 @@ def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_eit
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[bool]] = {"training": set(), "captioning": set(), "writing back": set()}
-    loss_sum, own_ids, step = (
-        VideoCaptioner.loss_sum,
+    forward, own_ids, step = (
+        VideoCaptioner.forward,
         VideoCaptioner._native_ids,
         CaptioningModule.on_before_optimizer_step,
     )
@@ -165,7 +165,7 @@ def test_training_is_deterministic_and_captioning_is_not_with_the_numbers_of_eit
 
         return noted
 
-    monkeypatch.setattr(VideoCaptioner, "loss_sum", note("training", loss_sum))
+    monkeypatch.setattr(VideoCaptioner, "forward", note("training", forward))
     monkeypatch.setattr(VideoCaptioner, "_native_ids", note("captioning", own_ids))
     monkeypatch.setattr(CaptioningModule, "on_before_optimizer_step", note("writing back", step))
     losses, captions = [], []

@@ -156,7 +156,7 @@ def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, 
     dataset: Any = run.data.make_dataset(clips)
     own = {clip.id: dataset[row].frames for row, clip in enumerate(clips)}
 
-    def loss_sum(batch: Batch) -> tuple[Tensor, int]:
+    def forward(batch: Batch) -> tuple[Tensor, int]:
         assert batch.frames is not None
         is_own = torch.equal(batch.frames[0], own[batch.clips[0].id])
         is_black = not batch.frames.any()
@@ -165,7 +165,7 @@ def test_the_loss_alone_says_it_too(tiny_config: MakeConfig, make_run: MakeRun, 
     def generate(batch: Batch) -> list[str]:
         return ["말"] * len(batch)
 
-    run.module.captioner.loss_sum, run.module.captioner.generate = loss_sum, generate  # type: ignore[method-assign]
+    run.module.captioner.forward, run.module.captioner.generate = forward, generate  # type: ignore[method-assign]
     scores, rows = look(run)
     assert scores == pytest.approx(
         {

@@ -71,7 +71,7 @@ class TinyCaptioner(nn.Module):
         self.projector = nn.Linear(WIDTH, WIDTH)
         self.llm = nn.Sequential(nn.Embedding(32, WIDTH), nn.Dropout(0.2), nn.Linear(WIDTH, 32))
 
-    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
         assert batch.labels is not None
         assert batch.features is not None
         clips = self.projector(batch.features).mean(dim=(1, 2))
@@ -82,7 +82,7 @@ class TinyCaptioner(nn.Module):
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         return loss, int((labels != -100).sum())
 
-    def encoded(self, batch: Batch) -> Batch:
+    def with_features(self, batch: Batch) -> Batch:
         return batch
 
     def generate(self, batch: Batch) -> list[str]:

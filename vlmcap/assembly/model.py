@@ -142,15 +142,19 @@ def describe_model(config: Config) -> ModelSpec:
 
 def _check_decoding(config: Config, folder: Path, model: str) -> None:
     """`UserError` for settings of our own decoding where transformers writes the captions of a language model."""
-    from vlmcap.models.decoding.engine import is_decodable
+    from vlmcap.models.decoding.engine import supports_native_engine
     from vlmcap.models.llm.load import language_config
     from vlmcap.models.llm.prompt import generation_config
 
     chosen, default = config.evaluation, EvaluationConfig()
-    names = ("clips_per_row", "speculate_ngram", "engine", "cuda_graphs") if chosen.engine is not Engine.vllm else ()
+    names = ("clips_per_slot", "speculate_ngram", "engine", "cuda_graphs") if chosen.engine is not Engine.vllm else ()
     key = next((name for name in names if getattr(chosen, name) != getattr(default, name)), None)
     is_known = maker_of("llm", config.llm.kind) is None
-    if key is not None and is_known and not is_decodable(language_config(folder)[0], generation_config(folder)):
+    if (
+        key is not None
+        and is_known
+        and not supports_native_engine(language_config(folder)[0], generation_config(folder))
+    ):
         raise UserError(
             f"evaluation.{key}={as_text(getattr(chosen, key))} changes nothing with {model}, whose captions "
             "transformers writes; "

@@ -25,7 +25,7 @@ _SEARCH = (
     "engine",
     "cuda_graphs",
     "merge_adapters",
-    "clips_per_row",
+    "clips_per_slot",
     "speculate_ngram",
     "num_beams",
     "length_penalty",

@@ -91,13 +91,14 @@ class EvaluationConfig:
     max_final_clips: int | None = (
         None  # of each of the splits val and test, the first ones; null scores whole splits at the end
     )
-    # Clips of a batch to caption for each row, at most 128 together: those beyond wait for rows that end; 1 for none.
-    clips_per_row: int = only_with(_OWN, lambda c: c.is_refilling, 4)
+    # Clips of a batch of prompts per decoding slot, at most 128 in all: a waiting clip takes the slot of a caption that
+    # has ended; 1 disables waiting.
+    clips_per_slot: int = only_with(_OWN, lambda c: c.use_continuous_batching, 4)
     # Guess what comes next by n-grams of this many tokens; same captions, maybe sooner; 0 does not guess.
-    speculate_ngram: int = only_with(_OWN, lambda c: c.is_refilling, 0)
+    speculate_ngram: int = only_with(_OWN, lambda c: c.use_continuous_batching, 0)
     # Repeat a decoding step as a CUDA graph: true, false, or auto, which is true on a GPU wherever a step can be
     # captured.
-    cuda_graphs: Any = only_with(_OWN, lambda c: c.is_refilling, "auto")
+    cuda_graphs: Any = only_with(_OWN, lambda c: c.use_continuous_batching, "auto")
     # Add adapters to copies of unquantised weights while captions are written: true, false, or auto, which is true
     # where the plan has memory for the copies. In 16 bits the sum is rounded, as in `vlmcap export`.
     merge_adapters: Any = only_with("engine=native", lambda c: c.engine is not Engine.vllm, "auto")
@@ -142,7 +143,7 @@ class EvaluationConfig:
             require(
                 getattr(self, key) != "", f"evaluation.{key} is empty; give a hub id or a folder, or null to do without"
             )
-        require_positive("evaluation", self, "clips_per_row")
+        require_positive("evaluation", self, "clips_per_slot")
         for key in ("cuda_graphs", "merge_adapters"):
             value = getattr(self, key)
             require(
@@ -169,8 +170,8 @@ class EvaluationConfig:
         return self.num_beams == 1 and not self.do_sample
 
     @property
-    def is_refilling(self) -> bool:
-        """Whether our own loop is asked for, in which waiting clips take the rows of those that ended."""
+    def use_continuous_batching(self) -> bool:
+        """Whether the native engine is chosen, in which a waiting clip takes the slot of a caption that has ended."""
         return self.engine is Engine.native and self.is_greedy
 
 

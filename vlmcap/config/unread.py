@@ -51,7 +51,7 @@ class _Rule:
 
 
 _LORA = "tuning.lora."
-_GENERATED = ("evaluation.clips_per_row", "evaluation.speculate_ngram", "evaluation.engine", "evaluation.cuda_graphs")
+_GENERATED = ("evaluation.clips_per_slot", "evaluation.speculate_ngram", "evaluation.engine", "evaluation.cuda_graphs")
 _SECOND_STAGE = ("tuning.projector_lr", "tuning.adapter_lr", "tuning.encoder", "tuning.encoder_lr", _LORA)
 
 

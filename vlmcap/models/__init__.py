@@ -1,1 +1,1 @@
-"""Encoders, projectors, language models and the captioner that joins them; knows nothing of training or data."""
+"""Encoders, projectors, language models and the captioner that joins them; independent of training and data."""

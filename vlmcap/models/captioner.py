@@ -1,7 +1,7 @@
-"""Encoder, projector and language model joined into one captioner.
+"""A video captioner that joins a vision encoder, a projector and a language model.
 
-Legend: B clips, R rows, F frames, P patches per frame, V visual tokens per clip, S sequence, T label tokens, N
-vocabulary, Dv vision width, Dl language width.
+Legend: B clips, R rows (B, or 1 for a packed batch), F frames, P patches per frame, V visual tokens per clip,
+S sequence, T label tokens, N vocabulary, Dv vision width, Dl language width.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from vlmcap.config import Engine
 from vlmcap.determinism import fastest_kernels
 from vlmcap.errors import UserError, is_out_of_memory
 from vlmcap.models.decoding.graphs import Graphs
-from vlmcap.models.decoding.settings import GenerationSettings, clips_for
+from vlmcap.models.decoding.settings import GenerationSettings, prompt_batch_size
 from vlmcap.models.encoders import VisionEncoder
 from vlmcap.models.encoders.base import on_device
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import is_causal
-from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, rows_per_chunk
+from vlmcap.models.llm.chunked_loss import can_chunk, chunked_cross_entropy, labels_per_chunk
 from vlmcap.models.llm.prompt import PromptEncoder
 from vlmcap.models.precision import autocast
 from vlmcap.models.projectors import Projector
 from vlmcap.types import Batch, Skipped
 
-CLIPS_AT_A_TIME = 4  # clips that are encoded together for captions: more would only take memory
+MAX_ENCODED_CLIPS = 4  # clips that `generate` encodes together: more would only take memory
 
 
 class ClipReader(Protocol):
-    """Reads videos, by path or address, as batches of prompts, whose clips have the positions of their paths as ids."""
+    """Reads videos, by path or address, as batches of prompts whose clips carry the indices of their paths as ids."""
 
     def __call__(self, paths: Sequence[str | Path], batch_size: int) -> Iterable[Batch]:
-        """Batches of up to `batch_size` clips on the CPU, in the order of the paths."""
+        """Yields batches of up to `batch_size` clips on the CPU, in the order of the paths."""
         ...
 
 
 class VideoCaptioner(nn.Module):
-    """Captions of video clips.
+    """Encodes video clips, projects their features and lets a language model caption them.
 
     Args:
-        encoder: Vision encoder; None when features come from the cache and nobody will bring frames.
-        projector: Features to visual tokens, float32.
+        encoder: Vision encoder; None if all features come from the cache.
+        projector: Maps features to visual tokens, in float32.
         llm: Causal language model, with or without adapters.
-        prompt: Its tokenizer and the ids around the visual tokens.
-        generation: Decoding of `generate`.
-        loss_chunk_bytes: Bytes of float32 logits that `loss_sum` has at once; None for all.
-        autocast_dtype: Type of the arithmetic of `caption`, as in training and evaluation; None for float32.
-        reader: Reads the files of `caption`; None where only batches are captioned.
+        prompt: Tokenizer of the language model and the ids around the visual tokens.
+        generation: Decoding settings of `generate`.
+        loss_chunk_bytes: Bytes of float32 logits that `forward` materialises at a time; None for all logits at once.
+        autocast_dtype: Dtype of the arithmetic in `caption`, as in training and evaluation; None for float32.
+        reader: Reads the files for `caption`; None if only batches are captioned.
     """
 
     question_ids: Tensor
-    has_plain_inputs = True  # the language model is called with embeddings and a mask, and nothing else
+    has_plain_inputs = True  # the language model takes embeddings and a mask, and no further inputs
 
     def __init__(
         self,
@@ -75,110 +75,119 @@ class VideoCaptioner(nn.Module):
         self.encoder, self.projector, self.llm = encoder, projector, llm
         self.is_causal = is_causal(base_model(llm))
         self._has_explained = False
-        self._graphs: tuple[Graphs | None] | None = None  # made at the first caption
+        self._graphs: tuple[Graphs | None] | None = None  # created by the first call of `generate`
         self.prompt, self.generation = prompt, generation
         self.loss_chunk_bytes, self.autocast_dtype, self.reader = loss_chunk_bytes, autocast_dtype, reader
         self.register_buffer("question_ids", torch.tensor(prompt.question_ids, dtype=torch.long), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the projector is."""
+        """Device of the projector."""
         return next(self.projector.parameters()).device
 
-    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
-        """Summed negative log-likelihood of the T label tokens in nats, and T."""
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        """Computes the training loss of a batch.
+
+        Args:
+            batch: Clips with their captions as targets.
+
+        Returns:
+            The negative log-likelihood in nats, summed over the T label tokens, and T.
+        """
         targets, places = _required(batch.targets), _required(batch.label_places)  # (T,)
-        # 1. Encode: frames become patch features, unless those come from the cache.
+        # 1. Encode: frames become patch features, unless these come from the cache.
         features = self.encode(batch)  # (B, F, 3, H, W) -> (B, F, P, Dv)
         # 2. Project: the features of each clip become visual tokens of the language model's width.
         visual = self.project(batch, features)  # (B, F, P, Dv) -> (sum of V, Dl)
-        # 3. Merge: visual tokens take the places of the placeholders among the words' embeddings.
+        # 3. Merge: visual tokens replace the placeholders among the word embeddings.
         inputs = self.language_inputs(batch, visual)  # (R, S) -> (R, S, Dl)
         del features, visual  # their memory is free while the language model runs
         # 4. Decode: the head runs on label positions only, as logits of all positions would take most of the memory.
-        chunk_rows = self._chunk_rows(len(targets))
-        hidden, logits = self._decode(inputs, places, has_head=chunk_rows is None)  # (R, S, Dl) -> (T, Dl), (T, N)
-        # 5. Loss: over the whole vocabulary of N tokens; where logits take too much room, a few of their rows at a
-        # time.
-        if chunk_rows is not None:
+        chunk_size = self._loss_chunk_size(len(targets))
+        hidden, logits = self._decode(inputs, places, has_head=chunk_size is None)  # (R, S, Dl) -> (T, Dl), (T, N)
+        # 5. Loss: over the N tokens of the vocabulary; in chunks where the logits of all T labels take too much memory.
+        if chunk_size is not None:
             head: Any = base_model(self.llm).lm_head
-            return chunked_cross_entropy(hidden, head.weight, targets, chunk_rows), len(targets)
+            return chunked_cross_entropy(hidden, head.weight, targets, chunk_size), len(targets)
         return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Patch features (B, F, P, Dv), of frames or out of the cache.
+        """Returns patch features (B, F, P, Dv), encoded from the frames or taken from the cache.
 
-        With gradients only where the encoder is trained.
+        The encoder builds a graph for gradients only if some of its parameters are trained.
         """
         if batch.features is not None:
             return batch.features.to(batch.input_ids.device)
-        assert self.encoder is not None, "frames came, but the encoder was not loaded"
+        assert self.encoder is not None, "the batch holds frames, but the encoder was not loaded"
+        frames = _required(batch.frames)
         is_trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            features: Tensor = self.encoder(
-                _required(batch.frames), batch.grid_thw
-            )  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
+            features: Tensor = self.encoder(frames, batch.grid_thw)  # uint8 (B, F, 3, H, W) -> (B, F, P, Dv)
         return features
 
     @torch.no_grad()
-    def encoded(self, batch: Batch) -> Batch:
-        """Prompts with features in the place of frames, encoded as many at a time as captions are written.
-
-        They wait in host memory.
-        """
+    def with_features(self, batch: Batch) -> Batch:
+        """Returns the prompts with features in host memory in place of frames, encoded a few clips at a time."""
         if batch.features is not None or not len(batch):
             return batch
-        size = self.generation.num_rows or len(batch)
+        size = self.generation.num_slots or len(batch)
         groups = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
-        return replace(batch, frames=None, features=torch.cat([self.encode(batch.part(rows)).cpu() for rows in groups]))
+        features = torch.cat([self.encode(batch.select(group)).cpu() for group in groups])
+        return replace(batch, frames=None, features=features)
 
     def project(self, batch: Batch, features: Tensor) -> Tensor:
-        """Visual tokens of all clips, one clip after another, float32 (B, F, P, Dv) -> (sum of V, Dl)."""
+        """Projects features to the visual tokens of all clips, one clip after another.
+
+        Args:
+            batch: Clips of the features.
+            features: (B, F, P, Dv).
+
+        Returns:
+            Visual tokens, float32 (sum of V, Dl).
+        """
         prompt = self._embed_words(self.question_ids)
         if batch.grid_thw is None:
             return self.projector(features, prompt=prompt).flatten(0, 1)  # (B, V, Dl) -> (B * V, Dl)
         tokens: dict[int, Tensor] = {}
-        for grid_thw in dict.fromkeys(
-            batch.grid_thw
-        ):  # clips of one size go through the projector together, without their padding
-            rows = [row for row, other in enumerate(batch.grid_thw) if other == grid_thw]
+        for grid_thw in dict.fromkeys(batch.grid_thw):  # clips of one size are projected together, without padding
+            clips = [clip for clip, other in enumerate(batch.grid_thw) if other == grid_thw]
             num_frames, height, width = grid_thw
-            index = on_device(rows, features.device)
-            own = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> the rows' own F and P
-            tokens |= dict(zip(rows, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
-        return torch.cat([tokens[row] for row in range(len(batch))])
+            index = on_device(clips, features.device)
+            own = features[index, :num_frames, : height * width]  # (B, F, P, Dv) -> F and P of these clips
+            tokens |= dict(zip(clips, self.projector(own, grid=(height, width), prompt=prompt), strict=True))
+        return torch.cat([tokens[clip] for clip in range(len(batch))])
 
     def merge(self, batch: Batch, visual: Tensor) -> Tensor:
-        """Input embeddings (R, S, Dl) with the visual tokens (sum of V, Dl) in their places."""
+        """Returns input embeddings (R, S, Dl) with the visual tokens (sum of V, Dl) in place of the placeholders."""
         embeddings = self._embed_words(batch.input_ids)  # (R, S) -> (R, S, Dl)
         assert len(batch.visual_places) == len(visual), "placeholders and visual tokens differ in number"
-        # Ids, labels, mask and embeddings keep one length, whatever the padding side and the clips of a row.
+        # Ids, labels, mask and embeddings keep one length, for both padding sides and for packed rows.
         flat = embeddings.flatten(0, 1).index_copy(0, batch.visual_places, visual.to(embeddings.dtype))
         return flat.view(embeddings.shape)  # (R · S, Dl) -> (R, S, Dl)
 
     def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
-        """What the language model is called with, in training and for generation."""
+        """Returns the keyword arguments of the language model, for training and for generation."""
         embeddings = self.merge(batch, visual)
         if batch.position_ids is None:
             return {"inputs_embeds": embeddings, "attention_mask": self.language_mask(batch)}
-        # No mask: only without one does transformers keep apart the clips of a row, which it knows by positions that
-        # start at 0 again.
+        # Without a mask: only then does transformers keep the clips of a packed row apart, by the positions that
+        # restart at 0.
         return {"inputs_embeds": embeddings, "position_ids": batch.position_ids}
 
     def language_mask(self, batch: Batch) -> Tensor | None:
-        """The mask (R, S) that the language model is called with; None where it changes nothing for real tokens.
+        """Returns the attention mask (R, S) of the language model; None where it changes nothing for real tokens.
 
-        With any mask, SDPA leaves its flash kernel, repeats keys and values for all heads, and takes a mask of S × S
-        for each row.
+        With any mask, SDPA does not use its flash kernel, repeats keys and values for all heads, and needs an S × S
+        mask for each row.
         """
         return None if batch.is_right_padded and self.is_causal else batch.attention_mask
 
     def visual_tokens(self, batch: Batch) -> Tensor:
-        """Visual tokens (sum of V, Dl) of all clips, encoded and projected."""
+        """Encodes and projects all clips to visual tokens (sum of V, Dl)."""
         return self.project(batch, self.encode(batch))
 
     def embed(self, batch: Batch) -> Tensor:
-        """Input embeddings (R, S, Dl) with the visual tokens of all clips in their places."""
+        """Returns input embeddings (R, S, Dl) with the visual tokens of all clips in place."""
         return self.merge(batch, self.visual_tokens(batch))
 
     def _embed_words(self, ids: Tensor) -> Tensor:
@@ -186,30 +195,30 @@ class VideoCaptioner(nn.Module):
         embeddings: Tensor = model.get_input_embeddings()(ids)
         return embeddings
 
-    def _chunk_rows(self, num_labels: int) -> int | None:
-        """Label positions whose logits the loss makes at a time.
-
-        None where it makes all at once, in the model's own forward pass.
-        """
+    def _loss_chunk_size(self, num_labels: int) -> int | None:
+        """Number of labels whose logits are computed at a time; None for all, by the model's own forward pass."""
         model: Any = base_model(self.llm)
         if self.loss_chunk_bytes is None or not can_chunk(model):
             return None
-        rows = rows_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
-        return rows if num_labels > rows else None
+        size = labels_per_chunk(model.lm_head.out_features, self.loss_chunk_bytes)
+        return size if num_labels > size else None
 
     def _decode(self, inputs: dict[str, Any], places: Tensor, *, has_head: bool) -> tuple[Tensor, Tensor]:
-        """Hidden states of the places that predict labels (T, Dl), and their logits (T, N), or (0, N) without the head.
+        """Runs the language model, its head on the positions that predict labels only.
 
-        The head is called by the class's own forward, as some scale what the head gives (HyperCLOVA X).
+        The class's own forward calls the head, because some classes scale its output (HyperCLOVA X).
+
+        Returns:
+            Hidden states (T, Dl) of these positions, and their logits (T, N), or (0, N) without the head.
         """
         model: Any = base_model(self.llm)
         seen: list[Tensor] = []
 
-        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        def keep_label_positions(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen.append(arguments[0].flatten(0, 1).index_select(0, places))  # (R, S, Dl) -> (T, Dl)
             return (seen[0] if has_head else seen[0][:0],)
 
-        handle = model.lm_head.register_forward_pre_hook(keep)
+        handle = model.lm_head.register_forward_pre_hook(keep_label_positions)
         try:
             logits = model(**inputs, use_cache=False).logits
         finally:
@@ -218,111 +227,104 @@ class VideoCaptioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
-        """Captions of a left-padded batch, in row order.
+        """Captions the clips of a left-padded batch, in order.
 
-        Of more clips than `GenerationSettings.num_rows`, some wait for others.
+        Clips beyond `GenerationSettings.num_slots` wait until a slot is free.
         """
-        from vlmcap.models.llm.merge import adapters_for_captions
+        from vlmcap.models.llm.merge import adapters_for_inference
 
         self._explain_engine()
-        with fastest_kernels(), adapters_for_captions(self.llm, is_merged=self.generation.is_merged):
-            ids = self._native_ids(batch) if self.is_refilling else self._library_ids(batch)
+        with fastest_kernels(), adapters_for_inference(self.llm, is_merged=self.generation.is_merged):
+            ids = self._native_ids(batch) if self.use_continuous_batching else self._library_ids(batch)
         return self.prompt.decode(ids)
 
     @property
-    def is_refilling(self) -> bool:
-        """Whether our own decoding writes the captions, in which waiting clips take the rows of those that ended."""
-        return self.generation.rules.engine is Engine.native and not self._engine_obstacle()
+    def use_continuous_batching(self) -> bool:
+        """Whether the native engine decodes: a waiting clip then takes the slot of a caption that has ended."""
+        return self.generation.rules.engine is Engine.native and not self._native_engine_obstacle()
 
-    def _engine_obstacle(self) -> str:
-        """Why our own decoding cannot write the captions; empty if it can."""
-        from vlmcap.models.decoding.engine import obstacle
+    def _native_engine_obstacle(self) -> str:
+        """Returns why the native engine cannot decode; empty if it can."""
+        from vlmcap.models.decoding.engine import native_engine_obstacle
 
         if not self.generation.is_greedy:
-            return "it writes greedy captions alone"
-        return obstacle(self.llm) if self.has_plain_inputs else "this model needs positions in time, height and width"
+            return "the native engine supports greedy search only"
+        if not self.has_plain_inputs:
+            return "this model needs positions in time, height and width"
+        return native_engine_obstacle(self.llm)
 
     def _explain_engine(self) -> None:
-        """Says once why transformers writes the captions in place of our own decoding."""
-        if self._has_explained or self.is_refilling or self.generation.rules.engine is not Engine.native:
+        """Prints once why transformers decodes in place of the native engine."""
+        if self._has_explained or self.use_continuous_batching or self.generation.rules.engine is not Engine.native:
             return
         self._has_explained = True
         ignored = "; evaluation.speculate_ngram is ignored" if self.generation.rules.speculate_ngram else ""
-        reason = self._engine_obstacle()
-        print(
-            f"Captions are written by transformers, not by evaluation.engine=native, as {reason}{ignored}.",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = self._native_engine_obstacle()
+        _print(f"Captions are generated by transformers instead of evaluation.engine=native, as {reason}{ignored}.")
 
     @property
     def prompt_batch_size(self) -> int:
-        """Clips of a batch to caption.
-
-        More than there are rows where waiting clips can take the rows of those that end.
-        """
+        """Clips in a batch of prompts: more than there are slots if waiting clips can take slots that become free."""
         chosen = self.generation
-        return clips_for(chosen.num_rows or 1, chosen.rules.clips_per_row if self.is_refilling else 1)
+        clips_per_slot = chosen.rules.clips_per_slot if self.use_continuous_batching else 1
+        return prompt_batch_size(chosen.num_slots or 1, clips_per_slot)
 
     def _native_ids(self, batch: Batch) -> list[list[int]]:
-        """Greedy captions in row order, each up to and with its end token.
+        """Decodes with the native engine; halves the number of slots for good when memory runs out.
 
-        With half of the rows from now on where memory runs out.
+        Returns:
+            Ids of each clip's caption, up to and including its end token.
         """
-        num_rows = self.generation.num_rows or len(batch)
+        num_slots = self.generation.num_slots or len(batch)
         try:
-            return self._ids_of_rows(batch, num_rows)
-        except RuntimeError as error:  # PyTorch's own kind is one of these
-            if num_rows == 1 or not is_out_of_memory(error):
+            return self._ids_with_slots(batch, num_slots)
+        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is a subclass
+            if num_slots == 1 or not is_out_of_memory(error):
                 raise
-        self.generation = replace(self.generation, num_rows=num_rows // 2)
+        self.generation = replace(self.generation, num_slots=num_slots // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(
-            f"Memory ran out: captions are written {num_rows // 2} at a time from here on.", file=sys.stderr, flush=True
-        )
+        _print(f"Memory ran out: from now on, at most {num_slots // 2} captions are decoded at a time.")
         return self._native_ids(batch)
 
-    def _ids_of_rows(self, batch: Batch, num_rows: int) -> list[list[int]]:
+    def _ids_with_slots(self, batch: Batch, num_slots: int) -> list[list[int]]:
         from vlmcap.models.decoding.engine import greedy_ids
         from vlmcap.models.decoding.graphs import make_graphs
 
         if self._graphs is None:
             self._graphs = (make_graphs(self.llm, self.generation.rules.cuda_graphs, self.device),)
-        group = min(num_rows, CLIPS_AT_A_TIME)
+        group_size = min(num_slots, MAX_ENCODED_CLIPS)
         lengths = batch.lengths
-        order = sorted(
-            range(len(batch)), key=lambda row: -lengths[row]
-        )  # like lengths together, so that little is padding
+        order = sorted(range(len(batch)), key=lambda clip: -lengths[clip])  # similar lengths together: little padding
 
         def prompts() -> Iterator[Tensor]:
-            for start in range(0, len(order), group):  # clips that wait are not encoded yet
-                rows = order[start : start + group]
-                embeddings = self.embed(batch.part(rows))
-                yield from (embeddings[place, -lengths[row] :] for place, row in enumerate(rows))
+            for start in range(0, len(order), group_size):  # waiting clips are not encoded yet
+                clips = order[start : start + group_size]
+                embeddings = self.embed(batch.select(clips))
+                yield from (embeddings[index, -lengths[clip] :] for index, clip in enumerate(clips))
 
         ids = greedy_ids(
-            self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_rows, len(batch)), *self._graphs
+            self.llm, prompts(), self.generation, self.prompt.stop_ids, min(num_slots, len(batch)), *self._graphs
         )
-        by_row = dict(zip(order, ids, strict=True))
-        return [by_row[row] for row in range(len(batch))]
+        by_clip = dict(zip(order, ids, strict=True))
+        return [by_clip[clip] for clip in range(len(batch))]
 
     def _library_ids(self, batch: Batch) -> list[list[int]]:
-        """Captions by transformers, in row order, padding behind them."""
-        num_rows = self.generation.num_rows or len(batch)
-        if num_rows >= len(batch):
+        """Decodes with transformers, a batch of `num_slots` clips at a time; returns ids padded at the end."""
+        size = self.generation.num_slots or len(batch)
+        if size >= len(batch):
             return self._generate_by_library(batch)
         ids: list[list[int]] = []
-        for start in range(0, len(batch), num_rows):
-            ids += self._generate_by_library(batch.part(range(start, min(start + num_rows, len(batch)))))
+        for start in range(0, len(batch), size):
+            ids += self._generate_by_library(batch.select(range(start, min(start + size, len(batch)))))
         return ids
 
     def _generate_by_library(self, batch: Batch) -> list[list[int]]:
         from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-        # transformers takes a row's left padding off its generated tokens, as if they were the prompt, when it
-        # penalises repetition itself, so a caption would depend on what it is batched with. The 1.0 overrides what a
-        # checkpoint may ask for.
+        # When transformers adds the repetition penalty itself, it strips a row's left padding from the generated tokens
+        # as if they were the prompt, so a caption would depend on what it is batched with. The 1.0 overrides the
+        # checkpoint's generation_config.json.
         penalty = self.generation.rules.repetition_penalty
         processors = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
         ids: Tensor = self.llm.generate(  # type: ignore[operator]
@@ -336,7 +338,7 @@ class VideoCaptioner(nn.Module):
         return ids.tolist()
 
     def caption(self, paths: Sequence[str | Path]) -> list[str]:
-        """Captions of video files, in order.
+        """Captions video files, in order.
 
         Raises:
             UserError: A file could not be read.
@@ -349,17 +351,21 @@ class VideoCaptioner(nn.Module):
         return captions
 
     def caption_files(self, paths: Sequence[str | Path]) -> Iterator[tuple[str | Path, str | Skipped]]:
-        """Each path or address with its caption, or with why it has none, in order and as the batches get ready."""
-        assert self.reader is not None, "a captioner that was made without a reader captions batches only"
+        """Yields each path or address with its caption or the reason why it has none, in order, batch by batch."""
+        assert self.reader is not None, "a captioner without a reader captions batches only"
         self.eval()
         for batch in self.reader(paths, self.prompt_batch_size):
             batch = batch.to(self.device)
-            with torch.inference_mode(), autocast(self.device, self.autocast_dtype):  # as Lightning's test loop
+            with torch.inference_mode(), autocast(self.device, self.autocast_dtype):  # as in Lightning's test loop
                 texts = self.generate(batch) if len(batch) else []
             found: dict[str, str | Skipped] = {clip.id: text for clip, text in zip(batch.clips, texts, strict=True)}
             found |= {skipped.clip.id: skipped for skipped in batch.skipped}
             for index in sorted(found, key=int):
                 yield paths[int(index)], found[index]
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _required(tensor: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, which content they hold, and single tensors out of them without reading the rest."""
+"""Locates the files of a base checkpoint, fingerprints them, and reads single tensors from them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.models.hub import cached_folder, fetch_file, fetch_files, hub_error, list_files
 
-# Neither remote code nor pickles beside the weights, such as training_args.bin, are ever fetched.
+# Neither remote code nor pickle files other than weights, such as training_args.bin, are ever downloaded.
 _PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _SAFE, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-VISION = "vision_"  # in the names of a vision tower's tensors, where they are a part of a whole model
+VISION = "vision_"  # in the names of a vision tower's tensors in a pretrained VLM
 _CONTENT = ("config.json", *_PROCESSORS, *_TOKENIZERS, "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a frozen base is, so that another one is not taken for it.
+    """Identity of a base checkpoint, by which a changed one is noticed.
 
     Attributes:
         name: Hub id or folder as configured.
         revision: Commit on the hub; empty for a folder.
-        sha256: Over the content of weights, configuration, image processor, tokenizer and chat template.
+        sha256: Hash of the content of weights, configuration, image processor, tokenizer and chat template.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Fingerprint:
     sha256: str
 
     def as_dict(self) -> dict[str, str]:
-        """Plain data for a checkpoint."""
+        """Returns the fingerprint as plain data for a checkpoint."""
         return asdict(self)
 
 
@@ -53,19 +53,21 @@ def locate(
     part: str | None = None,
     has_weights: bool = True,
 ) -> Path:
-    """The local folder of `checkpoint`, downloaded when it is a hub id; pickled weights only where there are no others.
+    """Returns the local folder of a checkpoint, after downloading it if it is a hub id.
+
+    Pickled weights are downloaded only if there are no safetensors.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.
         revision: Branch, tag or commit on the hub.
-        key: Configuration key, for the error.
-        gate: License that the hub wants accepted first.
-        part: Text in the names of the wanted tensors, such as `VISION`; files of a whole model that hold none are not
-            downloaded.
-        has_weights: False downloads the small files alone: configuration, tokenizer, chat template.
+        key: Configuration key, for the error message.
+        gate: License that must be accepted on the hub.
+        part: Text in the names of the required tensors, such as `VISION`; files of a pretrained VLM without such a
+            tensor are not downloaded.
+        has_weights: False downloads only the small files: configuration, tokenizer, chat template.
 
     Raises:
-        UserError: No such folder and no download; each way in which the hub fails has a sentence of its own.
+        UserError: There is no such folder, or the download failed; `hub_error` explains each kind of failure.
     """
     if (folder := _local_folder(checkpoint, revision, key)) is not None:
         return folder
@@ -80,17 +82,17 @@ def locate(
 def locate_description(
     checkpoint: str, revision: str | None, *, key: str, gate: str | None = None, has_processor: bool = False
 ) -> Path:
-    """A folder with the small files that say how large a checkpoint is; of a hub id they alone are downloaded.
+    """Returns a folder with the small files that describe a checkpoint, after downloading only these.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.
         revision: Branch, tag or commit on the hub.
-        key: Configuration key, for the error.
-        gate: License that the hub wants accepted first.
-        has_processor: Whether an encoder's image processor belongs to them, beside `config.json`.
+        key: Configuration key, for the error message.
+        gate: License that must be accepted on the hub.
+        has_processor: Whether to download an encoder's image processor besides `config.json`.
 
     Raises:
-        UserError: As for `locate`; a `HubUnreachableError` where the hub gave no answer.
+        UserError: As for `locate`; a `HubUnreachableError` if the hub does not answer.
     """
     if (folder := _local_folder(checkpoint, revision, key)) is not None:
         return folder
@@ -109,7 +111,7 @@ def locate_description(
 
 
 def is_present(checkpoint: str, revision: str | None, part: str | None = None) -> bool:
-    """Whether nothing of a checkpoint is left to download; the hub is not asked.
+    """Whether a checkpoint is completely on this machine; the hub is not asked.
 
     Args:
         checkpoint: Folder in Hugging Face layout, or a hub id.
@@ -122,7 +124,7 @@ def is_present(checkpoint: str, revision: str | None, part: str | None = None) -
 
 
 def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | None:
-    """The folder that a name means; None for a hub id."""
+    """Returns the folder that a name refers to; None for a hub id."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -133,14 +135,14 @@ def _local_folder(checkpoint: str, revision: str | None, key: str) -> Path | Non
                 f"{name}={revision} changes nothing, as {key}={checkpoint} is a folder, not a hub id; leave {name} out"
             )
         return folder
-    if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # no hub id looks so
+    if checkpoint.startswith(("/", ".", "~")) or checkpoint.count("/") > 1:  # not a hub id
         raise UserError(f"{folder} does not exist; set {key} to a local folder in Hugging Face layout or a hub id")
     return None
 
 
 def _download(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path:
-    """The folder of a snapshot, or of an earlier one where the hub cannot be reached."""
-    # 1. One small file says whether the checkpoint may be read, and which commit the revision is.
+    """Downloads a snapshot and returns its folder; falls back to a cached one if the hub cannot be reached."""
+    # 1. One small file shows whether the checkpoint may be read, and resolves the revision to a commit.
     try:
         folder = fetch_file(checkpoint, "config.json", revision).parent
         names = list_files(checkpoint, folder.name)
@@ -149,10 +151,10 @@ def _download(checkpoint: str, revision: str | None, part: str | None, has_weigh
             return cached
         raise
 
-    # 2. The small files come first: where the weights are whole, so is the rest.
+    # 2. The small files come first: if the weights are complete later, so is the rest.
     fetch_files(checkpoint, _matching(names, _PATTERNS), folder.name)
 
-    # 3. The weights, of a whole model only the files with the wanted part.
+    # 3. Weights; of a pretrained VLM only the files with the required tensors.
     weights = [_weights_pattern(names)] if has_weights else []
     if weights and part is not None and (index := folder / _index_of(weights[0])).is_file():
         weights = _shards(index, part)
@@ -161,9 +163,9 @@ def _download(checkpoint: str, revision: str | None, part: str | None, has_weigh
 
 
 def _find_cached(checkpoint: str, revision: str | None, part: str | None, has_weights: bool) -> Path | None:
-    """The snapshot in the hub's cache, unless files of it are missing.
+    """Returns the cached snapshot if it is complete.
 
-    A plan fetches the configuration alone, and downloads break off.
+    It may be incomplete because a plan downloads only the configuration, and because downloads break off.
     """
     folder = cached_folder(checkpoint, revision)
     if folder is None:
@@ -185,20 +187,17 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 def _weights_pattern(names: Iterable[str]) -> str:
-    """Which weights to take of a folder's files; a subfolder's, such as another format's, do not count."""
+    """Returns the pattern of the weight files to use; files in subfolders, such as another format's, do not count."""
     return _SAFE if any(fnmatch(name, _SAFE) and "/" not in name for name in names) else _PICKLED
 
 
 def _index_of(pattern: str) -> str:
-    """Name of the file that says which weights stand where."""
+    """Returns the name of the index file that maps tensors to weight files."""
     return f"{pattern.replace('*', '')}.index.json"
 
 
 def _shards(index: Path, part: str) -> list[str]:
-    """Files with a tensor that has `part` in its name.
-
-    All files where none has, as in a checkpoint of the part alone.
-    """
+    """Returns the files with tensors that have `part` in their name, or all files if no tensor has."""
     files = weight_map(index)
     return sorted({file for tensor, file in files.items() if part in tensor} or set(files.values()))
 
@@ -206,13 +205,13 @@ def _shards(index: Path, part: str) -> list[str]:
 def fingerprint(
     folder: Path, name: str, memo: Path | None = None, part: str | None = None, *, has_weights: bool = True
 ) -> Fingerprint:
-    """The identity of the files in `folder`.
+    """Computes the fingerprint of the files in `folder`.
 
     Args:
-        folder: As `locate` returned it.
-        name: The configured name.
-        memo: JSON file that remembers hashes by path, size and time of change, as hashing 60 GB takes a minute.
-        part: As for `locate`: the other files of a whole model do not count.
+        folder: Folder that `locate` returned.
+        name: Configured name.
+        memo: JSON file that caches hashes by path, size and modification time, as hashing 60 GB takes a minute.
+        part: As for `locate`; other files of a pretrained VLM do not count.
         has_weights: As for `locate`.
     """
     weights = [_SAFE if any(folder.glob(_SAFE)) else _PICKLED] if has_weights else []
@@ -255,28 +254,28 @@ def _write_memo(memo: Path | None, known: dict[str, str]) -> None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to file name, of a checkpoint in several files.
+    """Reads the map from tensor names to file names of a sharded checkpoint.
 
     Args:
         index: Its `*.index.json`.
 
     Raises:
-        UserError: A file is not in the folder of the index.
+        UserError: The index names a file outside its own folder.
     """
     files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     if outside := next((file for file in files.values() if Path(file).name != file), None):
         raise UserError(
-            f"{index} names {outside}, which is not in its own folder; take the checkpoint from another source"
+            f"{index} names {outside}, which is outside its own folder; download the checkpoint from another source"
         )
     return files
 
 
 def weight_files(folder: Path, name: str) -> dict[Path, list[str] | None]:
-    """Files of weights with the names in them; None where only the file itself knows.
+    """Returns the weight files with the names of their tensors; None instead of names if there is no index.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
-        name: Of the file where there is one alone, such as `model.safetensors`.
+        name: Name of the file of an unsharded checkpoint, such as `model.safetensors`.
     """
     index = folder / f"{name}.index.json"
     if not index.is_file():
@@ -290,15 +289,12 @@ def weight_files(folder: Path, name: str) -> dict[Path, list[str] | None]:
 
 
 def holding(files: dict[Path, list[str] | None], is_wanted: Callable[[str], bool]) -> list[Path]:
-    """The files that hold, or may hold, a wanted tensor."""
+    """Returns the files that hold, or may hold, a wanted tensor."""
     return [file for file, keys in files.items() if keys is None or any(map(is_wanted, keys))]
 
 
 def read_safetensors(folder: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-    """Wanted tensors with their names.
-
-    Files that hold none of them are not opened, and where there are no files nothing comes.
-    """
+    """Yields the names and values of wanted tensors; files without any of them are not opened."""
     from safetensors import safe_open
 
     for file in holding(weight_files(folder, "model.safetensors"), is_wanted):

@@ -1,4 +1,4 @@
-"""The mixed precision of a run, for what computes without Lightning."""
+"""Mixed precision for code that runs without Lightning."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 
 
 def autocast(device: torch.device | str, dtype: torch.dtype | None) -> torch.autocast:
-    """The autocast of Lightning's `MixedPrecision` plugin, which keeps no copies of cast weights.
-
-    Without a type none at all.
+    """Returns the autocast context of Lightning's `MixedPrecision` plugin, which does not cache cast weights.
 
     Args:
         device: Device of the model.
-        dtype: Type of the arithmetic; None for that of the weights.
+        dtype: Dtype of the arithmetic; None disables autocast.
     """
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)

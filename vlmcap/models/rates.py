@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 
 def cosine_rate(step: int, num_steps: int, *, peak: float, warmup_steps: int, final_ratio: float) -> float:
-    """The rate at `step` of 0…num_steps-1.
+    """Returns the learning rate at `step`, from 0 to `num_steps` - 1.
 
-    Linear rise over `warmup_steps`, then half a cosine from `peak` to `final_ratio` · peak.
+    The rate rises linearly over `warmup_steps`, then follows half a cosine from `peak` to `final_ratio` · `peak`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

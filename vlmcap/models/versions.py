@@ -1,6 +1,6 @@
-"""Versions of transformers that a part of the models needs, checked where it is used.
+"""Minimum version of transformers for some models, checked when they are loaded.
 
-pip holds to the bounds of pyproject.toml, but a machine that has no package index runs with what is installed there.
+pip enforces the bounds in pyproject.toml, but a machine without a package index runs with what is installed there.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from packaging.version import Version
 
 from vlmcap.errors import UserError
 
-LEAST_TRANSFORMERS = Version(
-    "5.23"
-)  # with 5.17, the logits of Qwen-VL did not depend on the video, and 4-bit experts failed
+# With 5.17, the logits of Qwen-VL did not depend on the video, and 4-bit experts failed.
+MIN_TRANSFORMERS = Version("5.23")
 
 
 def check_transformers(what: str) -> None:
-    """Nothing, if the installed transformers can be trusted with a part.
+    """Checks that the installed transformers computes a feature correctly.
 
     Args:
-        what: The part, as the beginning of a sentence.
+        what: Plural name of the feature, the subject of the error message.
 
     Raises:
-        UserError: It is older than `LEAST_TRANSFORMERS`.
+        UserError: transformers is older than `MIN_TRANSFORMERS`.
     """
     installed = importlib.metadata.version("transformers")
-    if Version(installed) < LEAST_TRANSFORMERS:
+    if Version(installed) < MIN_TRANSFORMERS:
         raise UserError(
-            f"{what} need transformers {LEAST_TRANSFORMERS} or newer, as older versions compute something else, and "
-            f"{installed} is installed; run `pip install 'transformers>={LEAST_TRANSFORMERS}'`"
+            f"{what} need transformers {MIN_TRANSFORMERS} or newer, as older versions compute wrong results, but "
+            f"{installed} is installed; run `pip install 'transformers>={MIN_TRANSFORMERS}'`"
         )

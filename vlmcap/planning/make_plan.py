@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlmcap.assembly.components import dtype_of, lora_of
 from vlmcap.config import Batching, Config, Enforce, Engine, Strategy
 from vlmcap.errors import DoesNotFitError, NotPlannedError, UserError
-from vlmcap.models.decoding.settings import clips_for
+from vlmcap.models.decoding.settings import prompt_batch_size
 from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.caption_lengths import CaptionLengths
 from vlmcap.planning.captioning import (

@@ -24,7 +24,7 @@ from vlmcap.training.checkpoints.load import check_base_checkpoints, check_weigh
 from vlmcap.training.optimizer import fit_saved_states, make_optimizer
 from vlmcap.training.random_state import set_random_states, states_of_all
 from vlmcap.training.schedule import StagePlan, StageRates, peak_rate
-from vlmcap.types import Batch, ValidationBatch, rows_of
+from vlmcap.types import Batch, ValidationBatch, select_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class CaptioningModule(L.LightningModule):
         if len(batch) == 0:
             return self._zero()
         self._earlier = batch if self._is_sharded else None
-        loss, num_labels = self.captioner.loss_sum(batch)
+        loss, num_labels = self.captioner(batch)
         self._window_tokens += num_labels
         self.last_loss = (loss.detach(), num_labels)
         self._log_loss = self._log_loss + loss.detach().double()
@@ -181,7 +181,7 @@ class CaptioningModule(L.LightningModule):
                 "no clip of the first batch of a process can be used, and trainer=fsdp2 needs one; see "
                 "skipped_clips.jsonl"
             )
-        return self.captioner.loss_sum(self._earlier)[0] * 0.0
+        return self.captioner(self._earlier)[0] * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides gradients by the label tokens of the whole accumulated batch of all ranks, as one large batch would.
@@ -215,15 +215,15 @@ class CaptioningModule(L.LightningModule):
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> Any:
         """Captions of the clips, if they are asked for, and their loss, as `Validated`; each clip is encoded once."""
         self._note(batch)
-        prompts = self.captioner.encoded(batch.prompts)
+        prompts = self.captioner.with_features(batch.prompts)
         captions = self.captioner.generate(prompts) if batch.is_captioned and len(prompts) else []
         losses, num_labels = [0.0], 0
         rows = {clip.id: row for row, clip in enumerate(prompts.clips)}
         for part in batch.labelled:
             if len(part):
                 assert prompts.features is not None
-                features = rows_of(prompts.features, [rows[clip.id] for clip in part.clips])
-                loss, count = self.captioner.loss_sum(replace(part, features=features))
+                features = select_rows(prompts.features, [rows[clip.id] for clip in part.clips])
+                loss, count = self.captioner(replace(part, features=features))
                 losses.append(float(loss))
                 num_labels += count
         return Validated(captions, sum(losses), num_labels)

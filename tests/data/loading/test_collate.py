@@ -111,8 +111,8 @@ def test_times_reach_the_prompt_and_the_batch() -> None:
     batch = Collator(CharPrompt(), timed, 20, "generate")(samples)
     assert batch.input_ids.tolist() == [[2, 3, 1, 50, 725, 4, 5, 6], [1, 1, 2, 3, 1, 4, 5, 6]]
     assert batch.times_s == ((0.5, 7.25), None)
-    assert batch.part([1]).times_s == (None,)
-    assert batch.part([1, 0]).times_s == (None, (0.5, 7.25))
+    assert batch.select([1]).times_s == (None,)
+    assert batch.select([1, 0]).times_s == (None, (0.5, 7.25))
     assert Collator(CharPrompt(), layout, 20)([sized("a", (2, 1, 1), True)]).times_s == ()
 
 
@@ -272,7 +272,7 @@ def test_a_part_of_the_prompts_is_that_of_its_rows() -> None:
     batch = Collator(CharPrompt(), layout, 20, "generate")(
         [sized(name, grid, True) for name, grid in zip("abc", grids, strict=True)]
     )
-    part = batch.part([2, 0])
+    part = batch.select([2, 0])
     assert [clip.id for clip in part.clips] == ["c", "a"]
     for name in ("input_ids", "attention_mask", "visual_mask", "features"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[[2, 0]]), name

@@ -1,4 +1,4 @@
-"""Our own greedy decoding against transformers' generate, in float32, id by id, and which models it takes."""
+"""The native engine matches transformers' generate id by id in float32, and refuses unsupported models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.config import EvaluationConfig, LoraConfig
-from vlmcap.models.decoding.engine import can_decode, greedy_ids
+from vlmcap.models.decoding.engine import greedy_ids, native_engine_obstacle
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
 from vlmcap.models.llm.attention import FLASH, REPEATED, register_repeated_keys
@@ -83,7 +83,7 @@ def prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
 
 @torch.no_grad()
 def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) -> list[list[int]]:
-    """By transformers, all clips in one left-padded batch, cut behind the end token."""
+    """Generates with transformers in one left-padded batch, and truncates after the end token."""
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
     embeddings = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_side="left")
@@ -105,7 +105,7 @@ def expected(model: nn.Module, own: list[Tensor], settings: GenerationSettings) 
 
 
 class Calls:
-    """Shapes of what the model is called with: rows and tokens of each call, and rows and tokens that the head sees."""
+    """Records the shapes of each call: slots and tokens of the model, and slots and tokens of the head."""
 
     def __init__(self, model: nn.Module) -> None:
         inner: Any = base_model(model)
@@ -131,12 +131,12 @@ class Calls:
             hook.remove()
 
 
-@pytest.mark.parametrize("num_rows", [3, 9])
+@pytest.mark.parametrize("num_slots", [3, 9])
 @pytest.mark.parametrize("rules", RULES)
-def test_captions_are_those_of_transformers(model: nn.Module, rules: dict[str, Any], num_rows: int) -> None:
+def test_captions_are_those_of_transformers(model: nn.Module, rules: dict[str, Any], num_slots: int) -> None:
     settings = GenerationSettings(NEW, EvaluationConfig(**rules))
     theirs = expected(model, prompts(), settings)
-    assert greedy_ids(model, prompts(), settings, STOPS, num_rows) == theirs
+    assert greedy_ids(model, prompts(), settings, STOPS, num_slots) == theirs
     assert len({len(row) for row in theirs}) > 3, "rows must stop at different times"
 
 
@@ -175,13 +175,13 @@ def test_eager_attention_writes_the_same() -> None:
     settings = GenerationSettings(NEW)
     fused = greedy_ids(model, prompts(), settings, STOPS, 3)
     model.set_attn_implementation("eager")  # type: ignore[operator]
-    assert can_decode(model)
+    assert not native_engine_obstacle(model)
     assert greedy_ids(model, prompts(), settings, STOPS, 3) == fused
 
 
 @pytest.mark.parametrize("attention", [REPEATED, *FLASH])
 def test_attention_of_other_gpus_writes_the_same(attention: str) -> None:
-    """A T4's attention decodes as it is.
+    """A T4's attention implementation is supported unchanged.
 
     Where flash-attn is installed, PyTorch's decodes in its place, which needs no such package.
     """
@@ -192,7 +192,7 @@ def test_attention_of_other_gpus_writes_the_same(attention: str) -> None:
     seen: set[str] = set()
     model.lm_head.register_forward_hook(lambda *_: seen.add(model.config._attn_implementation))
     model.config._attn_implementation = attention
-    assert can_decode(model)
+    assert not native_engine_obstacle(model)
     assert greedy_ids(model, prompts(), settings, STOPS, 3) == expected_ids
     assert seen == {attention if attention == REPEATED else "sdpa"}
     assert model.config._attn_implementation == attention, "training goes on with its own"
@@ -253,8 +253,8 @@ def meta_encoder(kind: str, **changes: Any) -> Any:
 
 def test_full_attention_is_taken_with_and_without_adapters() -> None:
     for kind in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe"):
-        assert can_decode(meta_encoder(kind)), kind
-    assert can_decode(add_lora(meta_encoder("Qwen3"), LoraConfig(rank=2, alpha=2)))
+        assert not native_engine_obstacle(meta_encoder(kind)), kind
+    assert not native_engine_obstacle(add_lora(meta_encoder("Qwen3"), LoraConfig(rank=2, alpha=2)))
 
 
 @pytest.mark.parametrize(
@@ -269,14 +269,14 @@ def test_full_attention_is_taken_with_and_without_adapters() -> None:
     ],
 )
 def test_windows_other_classes_and_moving_angles_are_not(kind: str, changes: dict[str, Any]) -> None:
-    assert not can_decode(meta_encoder(kind, **changes))
+    assert native_engine_obstacle(meta_encoder(kind, **changes))
 
 
 def test_what_only_transformers_does_is_left_to_it() -> None:
     model = meta_encoder("Llama")
     model.generation_config.suppress_tokens = [3]
-    assert not can_decode(model)
+    assert native_engine_obstacle(model)
     model = meta_encoder("Llama")
     model.config._attn_implementation = "flex_attention"
-    assert not can_decode(model)
-    assert not can_decode(nn.Linear(2, 2))
+    assert native_engine_obstacle(model)
+    assert native_engine_obstacle(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Captured decoding steps, on a CPU.
+"""Captured decoding steps, tested on a CPU.
 
 A recorder of operations stands in for CUDA and repeats them on the same memory, as a graph does.
 """
@@ -19,13 +19,13 @@ from vlmcap.config import EvaluationConfig, LoraConfig
 from vlmcap.errors import UserError
 from vlmcap.models.decoding import engine
 from vlmcap.models.decoding.engine import greedy_ids
-from vlmcap.models.decoding.graphs import CudaGraphs, Graphs, capture_obstacle, make_graphs
+from vlmcap.models.decoding.graphs import CudaGraphs, Graphs, make_graphs, uncapturable_reason
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora
 
 
 class Recorder(TorchDispatchMode):
-    """Runs operations, and again what it has run, on the very tensors of the first time."""
+    """Records operations, and repeats them on the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def repeat(self) -> None:
-        """All operations in their order; each writes where it wrote before."""
+        """Repeats all operations in order, each into its original output."""
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
             places = {tensor.data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
@@ -82,9 +82,9 @@ class RecordedGraphs:
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several shapes, and looks between them, in captions of twenty tokens."""
+    """Several shapes, and polls between them, in captions of twenty tokens."""
     monkeypatch.setattr(engine, "_BLOCK", 16)
-    monkeypatch.setattr(engine, "LOOK_EVERY", 3)
+    monkeypatch.setattr(engine, "POLL_EVERY", 3)
 
 
 def adapted() -> nn.Module:
@@ -109,8 +109,8 @@ def test_replayed_steps_write_the_captions_of_transformers(
     model, graphs = make(), RecordedGraphs()
     settings = GenerationSettings(NEW, EvaluationConfig(**rules))
     plain = GenerationSettings(NEW, EvaluationConfig(**{**rules, "speculate_ngram": 0}))
-    for num_rows in (3, 9):
-        assert greedy_ids(model, prompts(), settings, STOPS, num_rows, graphs) == expected(model, prompts(), plain)
+    for num_slots in (3, 9):
+        assert greedy_ids(model, prompts(), settings, STOPS, num_slots, graphs) == expected(model, prompts(), plain)
     assert graphs.num_replays > graphs.num_warm_ups + graphs.captured, "most steps must be replayed"
 
 
@@ -118,27 +118,27 @@ def test_shapes_are_few_and_a_graph_is_made_for_each() -> None:
     model, graphs = make_model("Qwen3"), RecordedGraphs()
     with Calls(model) as calls:
         greedy_ids(model, prompts(), GenerationSettings(60), (), 5, graphs)
-    # Nine clips in five rows: five of them, then those that are left, rounded up to a power of two.
-    assert {rows for rows, _ in calls.steps} == {5, 4}
+    # Nine clips in five slots: steps of five, then of the remaining ones, rounded up to a power of two.
+    assert {slots for slots, _ in calls.steps} == {5, 4}
     assert len(calls.steps) == graphs.num_warm_ups + graphs.captured
     assert graphs.captured == 10, "five widths for each"
     assert graphs.num_replays + graphs.num_warm_ups >= 2 * 59
 
 
-def test_a_row_that_has_ended_is_seen_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captions are the same however seldom the host looks, and it looks once in so many steps."""
+def test_a_finished_caption_is_noticed_at_the_next_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions do not depend on how often the host polls."""
     model, settings = make_model("Llama"), GenerationSettings(NEW)
-    looks: list[int] = []
+    polls: list[bool] = []
     take = engine._Decoder.take_finished
-    monkeypatch.setattr(engine._Decoder, "take_finished", lambda self: looks.append(self._has_looked) or take(self))
+    monkeypatch.setattr(engine._Decoder, "take_finished", lambda self: polls.append(self._is_polled) or take(self))
     counts = {}
     for every in (1, 5, 50):
-        monkeypatch.setattr(engine, "LOOK_EVERY", every)
-        looks.clear()
+        monkeypatch.setattr(engine, "POLL_EVERY", every)
+        polls.clear()
         assert greedy_ids(model, prompts(), settings, STOPS, 3, RecordedGraphs()) == expected(
             model, prompts(), settings
         )
-        counts[every] = looks.count(False)
+        counts[every] = polls.count(False)
     assert counts[1] > 3 * counts[5] / 2 > counts[50]
 
 
@@ -153,8 +153,8 @@ def test_where_capturing_fails_steps_go_on_as_they_are(capsys: pytest.CaptureFix
         assert greedy_ids(model, prompts(), settings, STOPS, 3, graphs) == expected(model, prompts(), settings)
     assert graphs.captured == 1, "it is not tried again"
     assert capsys.readouterr().err == (
-        "Captions are written without CUDA graphs, as one could not be captured: operation not permitted when stream "
-        "is capturing\n"
+        "Captions are generated without CUDA graphs, as a decoding step could not be captured: operation not "
+        "permitted when stream is capturing\n"
     )
 
 
@@ -162,15 +162,15 @@ def test_obstacles_to_a_graph_are_named() -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     model: Any = meta_encoder("Llama")
-    assert capture_obstacle(model) == ""
+    assert uncapturable_reason(model) == ""
     model.model.layers[0].mlp.up_proj = Linear4bit(16, 16, device="meta")
-    assert capture_obstacle(model) == ""
+    assert uncapturable_reason(model) == ""
     model.model.layers[0].mlp.up_proj = Linear8bitLt(16, 16, device="meta")
-    assert "8-bit" in capture_obstacle(model)
-    assert "expert" in capture_obstacle(meta_encoder("Qwen3Moe"))
+    assert "8-bit" in uncapturable_reason(model)
+    assert "expert" in uncapturable_reason(meta_encoder("Qwen3Moe"))
     compiled: Any = meta_encoder("Llama")
     compiled.model.layers[0].compile()
-    assert "hardware.compile" in capture_obstacle(compiled)
+    assert "hardware.compile" in uncapturable_reason(compiled)
 
 
 def test_graphs_are_asked_for_or_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +188,6 @@ def test_graphs_are_asked_for_or_left_out(monkeypatch: pytest.MonkeyPatch, capsy
     assert make_graphs(meta_encoder("Qwen3Moe"), "auto", cuda) is None
     assert (
         capsys.readouterr().err
-        == "Captions are written without CUDA graphs, as transformers may wait for the number of tokens of each "
+        == "Captions are generated without CUDA graphs, as transformers may wait for the number of tokens of each "
         "expert.\n"
     )

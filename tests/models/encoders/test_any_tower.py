@@ -1,4 +1,4 @@
-"""Any vision tower of transformers as an encoder, against its class.
+"""Any vision tower of transformers works as an encoder and matches its class.
 
 What has no grid of patches is refused in a sentence.
 """
@@ -86,7 +86,7 @@ def frames_of(encoder: VisionEncoder) -> torch.Tensor:
 
 @torch.no_grad()
 def expected(model: Any, encoder: VisionEncoder, frames: torch.Tensor, layer: int) -> torch.Tensor:
-    """Patches of the class's own output: its last hidden state for -1, but SigLIP's before the norm."""
+    """Returns the patches of the class's output: the last hidden state for -1, but before the norm for SigLIP."""
     outputs = model(
         pixel_values=(frames[0].float() - encoder.mean) / encoder.std,
         output_hidden_states=layer != -1 or is_siglip(model),
@@ -121,15 +121,15 @@ REFUSED = [
     ("convnext", "is hierarchical"),
     ("resnet", "is hierarchical"),
     ("vit_mae", "makes 4 tokens of 16 patches"),
-    ("bert", "takes no pictures"),
-    ("timesformer", "fails on a plain picture"),
-    ("qwen2_5_vl_vision", "takes no pictures"),
+    ("bert", "takes no images"),
+    ("timesformer", "fails on a plain image"),
+    ("qwen2_5_vl_vision", "takes no images"),
     ("gemma4_vision", "needs pixel_position_ids"),
 ]
 
 
 def tiny_values(model_type: str) -> dict[str, Any]:
-    """A small configuration in the words that its class knows."""
+    """Returns a small configuration with the keys of its class."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type)
@@ -167,7 +167,7 @@ def test_a_model_of_timm_without_timm_is_refused_in_a_sentence() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("of_nobody", "transformers does not know.*never run"), (None, "transformers does not know")],
+    [("of_nobody", "transformers does not support.*never run"), (None, "transformers does not support")],
 )
 def test_a_type_that_transformers_does_not_know(model_type: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -186,7 +186,7 @@ def test_frames_that_are_no_squares_are_refused() -> None:
     "order", [lambda t: t.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2), lambda t: t + t.roll(1, 1)]
 )
 def test_patches_in_another_order_are_seen(order: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class that goes column by column, and one that mixes neighbours."""
+    """A class with column-major patches, and one that mixes neighbours."""
     from transformers import ViTModel
 
     forward = ViTModel.forward
@@ -234,13 +234,13 @@ def test_without_a_known_normalisation_the_keys_are_named() -> None:
 
 
 def test_the_size_of_a_picture(tmp_path: Path) -> None:
-    """DINOv2 takes any size, and so its processor file decides; ViT interpolates on request; AIMv2 has one size."""
+    """DINOv2 supports any size, so its processor file decides; ViT interpolates on request; AIMv2 has one size."""
     for model_type, native in (("dinov2", 16), ("vit", 32), ("aimv2_vision_model", 32)):
         save(tiny_model(model_type, {}), folder := tmp_path / model_type)
         (folder / "preprocessor_config.json").write_text('{"size": {"height": 16, "width": 16}}')
         assert load_encoder(folder, EncoderOptions(-1, torch.float32)).transform.image_size == native  # type: ignore[union-attr]
         if model_type == "aimv2_vision_model":
-            with pytest.raises(UserError, match=r"encoder\.image_size=48 is not possible.*32 pixels alone"):
+            with pytest.raises(UserError, match=r"encoder\.image_size=48 is not possible.*32 pixels only"):
                 load_encoder(folder, EncoderOptions(-1, torch.float32, image_size=48))
             continue
         encoder = load_encoder(folder, EncoderOptions(-1, torch.float32, image_size=48))
@@ -248,7 +248,7 @@ def test_the_size_of_a_picture(tmp_path: Path) -> None:
 
 
 def test_weights_that_play_no_part_may_be_missing(tmp_path: Path) -> None:
-    """ViT's pooler is in few of its checkpoints; every other weight is asked for."""
+    """Few checkpoints of ViT have its pooler; every other weight is required."""
     save(tiny_model("vit", {}), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert any(name.startswith("pooler.") for name in weights)
@@ -268,7 +268,7 @@ def test_weights_that_play_no_part_may_be_missing(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_tower_of_a_whole_model(tmp_path: Path) -> None:
-    """Of a type that no list here names, with its language model beside it."""
+    """A type that no list here names, together with its language model."""
     import transformers as hf
 
     text = {
@@ -306,7 +306,7 @@ def test_adapters_and_checkpointing(tmp_path: Path) -> None:
 
 
 def image_types() -> Iterator[str]:
-    """Types of models that take pictures, but for whole models, whose towers have types of their own."""
+    """Model types that take images, except VLMs, whose towers have types of their own."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

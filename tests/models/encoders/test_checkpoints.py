@@ -1,4 +1,4 @@
-"""Vision towers out of every layout in which they are published, reading nothing else."""
+"""Vision towers are loaded from every published layout, without reading other weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DECODER = TEXT | {"num_key_value_heads": 2, "vocab_size": 64}
 
 
 def copy_of(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """The same model, its files free to be changed."""
+    """Copies the checkpoint, so that a test may change its files."""
     shutil.copytree(checkpoint.folder, folder)
     return Checkpoint(checkpoint.family, folder, checkpoint.model, checkpoint.processor, checkpoint.num_prefix_tokens)
 
@@ -44,7 +44,7 @@ def assert_same_features(checkpoint: Checkpoint, layer: int = -2) -> None:
 
 
 def save_whole(kind: str, checkpoint: Checkpoint, folder: Path, **arguments: Any) -> Checkpoint:
-    """A whole model with the checkpoint's tower in it."""
+    """Saves a larger model that contains the checkpoint's tower."""
     import transformers as hf
 
     vision = checkpoint.model.config.to_dict()
@@ -87,7 +87,7 @@ def test_towers_of_whole_checkpoints(
 def test_files_without_a_tensor_of_the_tower_are_not_opened(
     checkpoints: dict[str, Checkpoint], tmp_path: Path, kind: str, family: str
 ) -> None:
-    """Shards of the language model may be missing, those of the last block's weights too.
+    """Shards of the language model and of unused blocks may be missing.
 
     Layer -2 does not need them.
     """
@@ -130,7 +130,7 @@ def test_blocks_of_dinov3_at_the_top_or_one_level_down(checkpoints: dict[str, Ch
 
 
 def remote_layout(model: Any, values: dict[str, Any], folder: Path) -> None:
-    """Writes a model as OpenGVLab's own checkpoints are.
+    """Writes a model in the layout of OpenGVLab's checkpoints.
 
     Their names, one tensor of queries, keys and values, code to be refused.
     """
@@ -177,7 +177,7 @@ def remote_layout(model: Any, values: dict[str, Any], folder: Path) -> None:
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_internvit_in_the_remote_layout(tmp_path: Path, is_large: bool, layer: int) -> None:
-    """The 300M has biases and LayerNorm, the 6B norms of queries and keys and RMSNorm."""
+    """The 300M model has biases and LayerNorm, the 6B model query and key norms and RMSNorm."""
     from transformers import GotOcr2ImageProcessorPil, InternVLVisionConfig, InternVLVisionModel
 
     norm = "rms_norm" if is_large else "layer_norm"
@@ -228,7 +228,7 @@ def test_pickled_weights_only_where_there_are_no_others(checkpoints: dict[str, C
 
 
 def test_missing_or_broken_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """transformers would fill a gap with random numbers."""
+    """transformers would initialise missing weights randomly."""
     broken = copy_of(checkpoint, tmp_path / "copy")
     file = broken.folder / "model.safetensors"
     weights = load_file(file)
@@ -237,7 +237,7 @@ def test_missing_or_broken_weights_are_refused(checkpoint: Checkpoint, tmp_path:
     with pytest.raises(UserError, match=r"lacks 1 weights .*q_proj\.weight"):
         broken.load()
     rewrite(broken.folder, weights | {name: weights[name][:16]})
-    with pytest.raises(UserError, match=r"q_proj\.weight of shape \(16, 32\) where its config\.json means \(32, 32\)"):
+    with pytest.raises(UserError, match=r"q_proj\.weight of shape \(16, 32\), but its config\.json needs \(32, 32\)"):
         broken.load()
     file.write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"encoder\.checkpoint"):
@@ -251,7 +251,7 @@ def test_missing_or_broken_weights_are_refused(checkpoint: Checkpoint, tmp_path:
 
 
 def test_loading_leaves_the_random_state_alone(checkpoint: Checkpoint) -> None:
-    """A run's seed would otherwise depend on the encoder."""
+    """Otherwise the random state of a run would depend on the encoder."""
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Patch features against the classes of transformers, given the same pixel values."""
+"""Patch features match the transformers classes for the same pixel values."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_features_are_the_hidden_states_of_the_class(
 
 @torch.no_grad()
 def test_layers_differ(checkpoint: Checkpoint) -> None:
-    """3 is the raw state that -1 is the norm of, in the families whose features are published normed."""
+    """In families with a final norm, -1 is the norm of the raw state 3."""
     frames = frames_of(size_of(checkpoint.load()), 1, 1)
     first, last, before, raw = (checkpoint.load(layer)(frames) for layer in (0, -1, -2, 3))
     assert not torch.allclose(last, before, atol=1e-2)
@@ -89,7 +89,7 @@ def test_another_image_size(checkpoint: Checkpoint, size: int) -> None:
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 @torch.no_grad()
 def test_pixels_beyond_the_last_whole_patch_are_dropped(checkpoints: dict[str, Checkpoint], family: str) -> None:
-    """As in SigLIP 2 itself: 384 pixels are 27 patches of 14."""
+    """As in SigLIP 2: 384 pixels give 27 patches of 14."""
     checkpoint, frames = checkpoints[family], frames_of(80, 1, 1)
     encoder = checkpoint.load(image_size=80)
     expected = hidden_state(checkpoint, pixels_of(checkpoint, frames), -1, interpolate_pos_encoding=True)
@@ -99,7 +99,7 @@ def test_pixels_beyond_the_last_whole_patch_are_dropped(checkpoints: dict[str, C
 
 @torch.no_grad()
 def test_patches_are_in_row_major_order(checkpoint: Checkpoint) -> None:
-    """Layer 0 is before any attention, so a change in row 1, column 2 reaches patch 6 of 16 alone."""
+    """Layer 0 is before any attention, so a change in row 1, column 2 reaches only patch 6 of 16."""
     encoder = checkpoint.load(0)
     size = size_of(encoder)
     frames = frames_of(size, 1, 1)

@@ -1,4 +1,4 @@
-"""SigLIP 2 NaFlex against transformers' own processor and model."""
+"""SigLIP 2 NaFlex matches transformers' processor and model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_features_on_equal_pixels(
 
 
 def test_frames_of_one_shape_need_no_mask_and_no_padding(naflex: Checkpoint) -> None:
-    """Padding costs attention its fast kernels, and time."""
+    """With a padding mask, attention cannot use its fast kernels."""
     encoder, seen = naflex.load(), []
     encoder.tower.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(kwargs), with_kwargs=True)
     features = encoder(torch.zeros(2, 2, 24, 48, dtype=torch.uint8), [(2, 3, 5), (2, 5, 3)])
@@ -99,7 +99,7 @@ def test_padding_is_masked_in_every_attention(naflex: Checkpoint) -> None:
 
 
 def test_the_model_can_be_traced_without_values(naflex: Checkpoint) -> None:
-    """The plan of memory and time runs it so."""
+    """The memory plan runs it with fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):

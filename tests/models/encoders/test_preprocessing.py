@@ -1,4 +1,4 @@
-"""Frames and tiles against transformers' image processors, and features end to end from a frame of a real film."""
+"""Frames and tiles match transformers' image processors, and so do features of a frame of a real film."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SIZES = [(90, 160), (160, 90), (41, 53), (56, 56), (20, 30), (480, 640), (100, 3
 
 
 def cut_from(film: Tensor, height: int, width: int) -> Tensor:
-    """A piece of real frames at its own sharpness, (3, 3, height, width)."""
+    """Returns a crop of real frames at full resolution, (3, 3, height, width)."""
     return film[..., 100 : 100 + height, 300 : 300 + width].contiguous()
 
 
 def processed(checkpoint: Checkpoint, frames: Tensor) -> Tensor:
-    """Normalised pixels of the reference processor."""
+    """Returns the normalised pixels of the reference processor."""
     if (
         checkpoint.family == "dinov3"
     ):  # its processor rescales first and resizes in floating point, by torchvision, which is this call
@@ -46,7 +46,7 @@ def normalised(encoder: VisionEncoder, frames: Tensor) -> Tensor:
 
 
 def grey_levels(encoder: VisionEncoder, pixels: Tensor, expected: Tensor) -> float:
-    """The largest difference in steps of 1/255."""
+    """Returns the largest difference in units of 1/255."""
     return float(((pixels - expected) * encoder.std).abs().max())
 
 
@@ -194,7 +194,7 @@ def test_features_of_tiles(checkpoints: dict[str, Checkpoint], film: Tensor) -> 
 
 @torch.no_grad()
 def test_a_batch_of_clips_of_different_shape(checkpoint: Checkpoint, film: Tensor) -> None:
-    """A batch of two is two batches of one, and padding is not computed."""
+    """A batch of two equals two batches of one, and padding is not computed."""
     encoder = checkpoint.load(max_tiles=4)
     clips = [film[:2, :, :200, :200], film[:2, :, :100, :300]]
     tiles = [encoder.transform(clip) for clip in clips]

@@ -1,4 +1,4 @@
-"""FlashAttention where it runs, the fused kernel else, with repeated keys where it needs them, and the slow one only by name."""
+"""Attention is FlashAttention if it runs, otherwise SDPA, with repeated keys if needed, and eager only on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the GPU's compute capability and which packages are there."""
+    """Sets the GPU's compute capability and the installed packages."""
 
     def set_up(capability: tuple[int, int] = (8, 0), *, installed: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -74,7 +74,7 @@ def test_names(machine: Any) -> None:
     machine()
     for name in ("sdpa", "eager", "flash_attention_2"):
         assert choose_attention(name, "cuda:0", BF16) == name
-    with pytest.raises(UserError, match=r"llm\.attention=nonsense is none of auto, sdpa, sdpa_repeated, eager"):
+    with pytest.raises(UserError, match=r"llm\.attention=nonsense is not one of auto, sdpa, sdpa_repeated, eager"):
         choose_attention("nonsense", "cpu", FP32)
 
 
@@ -123,7 +123,7 @@ def test_a_model_class_is_looked_at_before_its_weights(llm_folder: Path, monkeyp
 
 def test_a_silent_exchange_is_noticed(llm_folder: Path) -> None:
     model: Any = load_language_model(llm_folder, dtype=FP32, quantization="none", attention="eager", device="cpu")
-    with pytest.raises(UserError, match=r"llm\.attention=sdpa was asked for, but transformers runs eager"):
+    with pytest.raises(UserError, match=r"llm\.attention=sdpa was requested, but transformers uses eager"):
         check_attention(model, "sdpa")
 
 
@@ -135,7 +135,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
-    """Of each call of SDPA: whether it groups queries, heads of queries, heads of keys."""
+    """Records, for each SDPA call, whether it groups queries, the query heads and the key heads."""
     seen: list[tuple[bool, int, int]] = []
     original = F.scaled_dot_product_attention
 
@@ -236,7 +236,7 @@ def test_a_class_with_its_own_attention_keeps_it(gpu: Callable[[tuple[int, int]]
 
 @pytest.mark.gpu
 def test_the_memory_efficient_kernel_runs_on_repeated_keys() -> None:
-    """Which groups no queries on any GPU: the plain call is refused where only that kernel is allowed, ours is not."""
+    """The kernel groups no queries on any GPU: with only it enabled, "sdpa" fails and "sdpa_repeated" works."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from vlmcap.models.llm.attention import repeated_keys_attention

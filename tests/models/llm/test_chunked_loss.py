@@ -1,4 +1,4 @@
-"""The loss of a few rows at a time is that of all logits at once: value and gradients, for every class on the list."""
+"""The chunked loss equals that of all logits at once, in value and gradients, for every supported class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmcap.models import captioner as captioner_module
 from vlmcap.models.captioner import VideoCaptioner
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora, base_model
-from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_entropy, rows_per_chunk
+from vlmcap.models.llm.chunked_loss import UNSCALED, can_chunk, chunked_cross_entropy, labels_per_chunk
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.prompt import VisualRun, load_prompt
 from vlmcap.models.pretrained import load_pretrained
@@ -53,7 +53,7 @@ Make = Callable[..., VideoCaptioner]
 
 @pytest.fixture
 def make(llm_folder: Path) -> Make:
-    """A captioner around a tiny language model, with adapters as after some training."""
+    """Builds a captioner around a tiny language model with non-zero adapters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     prompt = load_prompt(llm_folder, LlmConfig(prompt="설명해 주세요."))
@@ -103,7 +103,7 @@ def chunk_bytes(captioner: VideoCaptioner, rows: int = 4) -> int:
 
 def loss_and_gradients(captioner: VideoCaptioner, batch: Batch, scale: float = 1.0) -> tuple[float, list[Tensor]]:
     weights = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    loss, count = captioner.loss_sum(batch)
+    loss, count = captioner(batch)
     assert count == batch.num_label_tokens
     return loss.item(), [gradient / scale for gradient in torch.autograd.grad(loss * scale, weights)]
 
@@ -127,7 +127,7 @@ def assert_alike(chunked: Any, plain: Any, *, loss: float = 1e-5, gradient: floa
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows a chunk of each loss that was chunked."""
+    """Records the rows per chunk of each chunked loss."""
     seen: list[int] = []
 
     def note(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
@@ -173,10 +173,10 @@ def test_labels_anywhere_and_rows_without_any(make: Make, spy: list[int]) -> Non
 def test_without_gradients_and_with_gradient_checkpointing(make: Make, spy: list[int]) -> None:
     captioner = make("qwen3")
     batch = batch_of(captioner)
-    expected = float(captioner.loss_sum(batch)[0])
+    expected = float(captioner(batch)[0])
     captioner.loss_chunk_bytes = chunk_bytes(captioner)
     with torch.no_grad():
-        loss, _ = captioner.loss_sum(batch)
+        loss, _ = captioner(batch)
     assert spy == [4]
     assert not loss.requires_grad
     assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -191,7 +191,7 @@ def test_without_gradients_and_with_gradient_checkpointing(make: Make, spy: list
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("weights", ["half", "single"])
 def test_in_half_precision_as_autocast_has_it(dtype: torch.dtype, weights: str, make: Make, spy: list[int]) -> None:
-    """A gradient is rounded to the format on either way, so it may differ by a few of its steps."""
+    """Gradients are rounded to the dtype in both ways, so they may differ by a few units in the last place."""
     captioner = make("qwen3", dtype if weights == "half" else torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         chunked, plain = both(captioner, batch_of(captioner), spy, scale=1.0 if dtype is torch.bfloat16 else 64.0)
@@ -207,7 +207,7 @@ def exact_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("factor", [2.0**-12, 1.0, 2.0**12], ids=["small", "one", "large"])
 def test_float16_gradients_do_not_vanish_in_a_large_vocabulary(factor: float) -> None:
-    """Shares of 50 000 nearly even logits are 2e-5, below float16's least normal number.
+    """Probabilities of 50 000 nearly equal logits are 2e-5, below the smallest normal float16 number.
 
     Some of the words here are far below it.
     """
@@ -296,16 +296,16 @@ def test_logits_that_fit_are_had_at_once(make: Make, spy: list[int]) -> None:
     captioner = make("qwen3")
     batch = batch_of(captioner)
     captioner.loss_chunk_bytes = chunk_bytes(captioner, batch.num_label_tokens)
-    captioner.loss_sum(batch)
+    captioner(batch)
     assert not spy
     captioner.loss_chunk_bytes -= 1
-    captioner.loss_sum(batch)
+    captioner(batch)
     assert spy == [batch.num_label_tokens - 1]
 
 
 def test_a_chunk_stays_in_its_budget() -> None:
-    assert rows_per_chunk(151_936, 128 * 2**20) == 220
-    assert rows_per_chunk(151_936, 1) == 1
+    assert labels_per_chunk(151_936, 128 * 2**20) == 220
+    assert labels_per_chunk(151_936, 1) == 1
 
 
 def test_no_tensor_of_all_logits_is_made() -> None:

@@ -1,4 +1,4 @@
-"""Experts in 4 bit: the module against transformers' own, and what autograd keeps."""
+"""Experts in 4 bits match transformers' module, and autograd saves little."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pack(module: nn.Module) -> FusedExperts:
 
 
 def unpacked(module: nn.Module) -> Qwen3MoeExperts:
-    """transformers' module with the weights that the packed one stands for."""
+    """Returns transformers' module with the unpacked weights."""
     twin = copy.deepcopy(module)
     for name in experts_module.MATRICES:
         bits, state = quantize_4bit(getattr(module, name).data, compress_statistics=True, quant_type="nf4")
@@ -160,7 +160,7 @@ def test_the_gpu_gives_what_the_cpu_gives() -> None:
 
 
 def loop(experts: FusedExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The same, one expert after the other, in plain products."""
+    """Computes the same with plain products, one expert after the other."""
     total = torch.zeros_like(hidden)
     for expert in range(experts.num_experts):
         tokens, places = (index == expert).nonzero(as_tuple=True)
@@ -251,7 +251,7 @@ def test_few_tokens_unpack_their_own_experts_and_many_unpack_all_at_once(monkeyp
 
 @contextmanager
 def counting_unpacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The most kinds of matrices alive at a time, whoever holds them."""
+    """Returns the maximum number of kinds of matrices that are alive at a time."""
     alive: list[StorageWeakRef] = []
     most = [0]
 
@@ -285,7 +285,7 @@ def loss_of(model: Any) -> Tensor:
 
 
 def saved_shapes(model: Any) -> set[tuple[int, ...]]:
-    """Last two sizes of what autograd keeps between a pass forward and the one back."""
+    """Returns the last two dimensions of the tensors that autograd saves for backward."""
     saved: set[tuple[int, ...]] = set()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(tuple(t.shape[-2:])) or t, lambda t: t):
         loss_of(model).backward()

@@ -1,4 +1,4 @@
-"""Adapters on attention beside packed experts, and on the experts themselves."""
+"""Adapters on attention next to packed experts, and on the experts themselves."""
 
 from __future__ import annotations
 

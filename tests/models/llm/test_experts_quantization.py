@@ -1,4 +1,4 @@
-"""Loading a mixture of experts in 4 bit: all of it packed, from every layout of the files, and its true size."""
+"""A mixture of experts is loaded in 4 bits from every file layout, all of it packed, with the computed size."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_experts_of_another_make_are_refused_before_anything_is_read(tmp_path: P
     GptOssForCausalLM(GptOssConfig(**sizes, **heads)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing that could be read")
     config = expert_quantization(tmp_path, quantization_config("4bit", torch.float32))
-    with pytest.raises(UserError, match="does not reach the experts"):
+    with pytest.raises(UserError, match="does not support the experts"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
 
 

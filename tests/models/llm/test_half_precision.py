@@ -1,4 +1,4 @@
-"""float16 as a T4 has it: a float32 projector in front of a 16-bit language model, under loss scaling."""
+"""float16 as on a T4: a float32 projector, a 16-bit language model and loss scaling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def captioner(folder: Path, quantization: str) -> VideoCaptioner:
 
 
 def batch_of(model: VideoCaptioner) -> Batch:
-    """Features near the end of the format: sums over their width are beyond it."""
+    """Features near the largest float16 number, so that sums over their width overflow."""
     features = (torch.randn(2, 2, 4, 32) * 1e4 + 2e4).clamp(-6e4, 6e4).half()
     clips = [
         Clip(str(i), Path(f"{i}.mp4"), (caption,))
@@ -56,7 +56,7 @@ def test_large_features_train_with_loss_scaling(llm_folder: Path, quantization: 
     losses = []
     for _ in range(20):
         with torch.autocast("cpu", dtype=torch.float16):
-            loss, count = model.loss_sum(batch)
+            loss, count = model(batch)
         losses.append(float(loss.detach()) / count)
         scaler.scale(loss / count).backward()
         scaler.step(optimizer)
@@ -69,7 +69,7 @@ def test_large_features_train_with_loss_scaling(llm_folder: Path, quantization: 
 
 
 def test_in_float16_such_a_projector_overflows(llm_folder: Path) -> None:
-    """Or the test above would show nothing."""
+    """Otherwise the test above would be vacuous."""
     model = captioner(llm_folder, "none")
     features = batch_of(model).features
     assert features is not None

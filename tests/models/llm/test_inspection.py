@@ -1,4 +1,4 @@
-"""What a language model checkpoint says of itself, and that models of many classes train and caption with what was read."""
+"""Descriptions of language model checkpoints; models of many classes train and caption as described."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmcap.config import LlmConfig, LoraConfig, MlpConfig, Temporal
 from vlmcap.data.loading.collate import Collator
 from vlmcap.errors import UserError
 from vlmcap.models.captioner import VideoCaptioner
-from vlmcap.models.decoding.engine import can_decode
+from vlmcap.models.decoding.engine import native_engine_obstacle
 from vlmcap.models.decoding.settings import GenerationSettings
 from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.inspection import describe_llm, license_of
@@ -105,7 +105,7 @@ PACKAGES = {
 
 
 def save(kind: str, tokenizer: Any, folder: Path) -> Path:
-    """A tiny model with random weights in the hub's layout."""
+    """Saves a tiny random model in the layout of the hub."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_a_model_of_any_class_trains_and_captions_as_it_was_described(
     attention = "sdpa" if "sdpa" in found.attention else "eager"
     loaded = load_language_model(folder, dtype=torch.float32, quantization="none", attention=attention, device="cpu")
     assert type(loaded).__name__ == found.model_class
-    assert can_decode(loaded) == found.is_native
+    assert (not native_engine_obstacle(loaded)) == found.is_native
     llm = add_lora(loaded, LoraConfig(rank=4, alpha=8))
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."))
     sizes = ProjectorSizes(in_dim=8, out_dim=found.hidden_size, grid=(2, 2), num_frames=2)
@@ -138,7 +138,7 @@ def test_a_model_of_any_class_trains_and_captions_as_it_was_described(
     captioner = VideoCaptioner(None, projector, llm, prompt, GenerationSettings(4))
     items = [Sample(Clip(text, "clip.mp4", (text,)), features=torch.randn(2, 4, 8)) for text in CAPTIONS[:2]]
     visual = VisualRun(lambda frames, grid: frames * grid[0] * grid[1], (2, 2, 2))
-    loss, num_tokens = captioner.loss_sum(Collator(prompt, visual, 64)(items))
+    loss, num_tokens = captioner(Collator(prompt, visual, 64)(items))
     loss.backward()  # type: ignore[no-untyped-call]
     assert num_tokens > 0
     assert torch.isfinite(loss)
@@ -210,7 +210,7 @@ def test_tokens_beyond_the_embedding_are_counted(llm_folder: Path, tokenizer: An
 
 
 def test_no_language_model(siglip_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"llm\.checkpoint .* no causal language model"):
+    with pytest.raises(UserError, match=r"llm\.checkpoint .* not a causal language model"):
         describe_llm(siglip_folder)
 
 

@@ -26,7 +26,7 @@ from vlmcap.models.llm.load import load_language_model
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that went to host memory."""
+    """Records the shapes of tensors that are offloaded to host memory."""
     shapes: list[tuple[int, ...]] = []
 
     class Watched(layers.save_on_cpu):

@@ -1,4 +1,4 @@
-"""Loading, 4-bit weights on the CPU, and adapters that alone are trained."""
+"""Language models are loaded, quantised to 4 bits on the CPU, and adapted with only the adapters trainable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_lora(model: nn.Module, targets: str = "all-linear") -> Any:
 
 
 def raw_bytes(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen weights as stored, quantisation constants included."""
+    """Returns the stored frozen weights, including quantisation constants."""
     kept = {}
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
@@ -129,7 +129,7 @@ def test_chosen_modules(llm_folder: Path) -> None:
     ],
 )
 def test_target_modules_that_do_not_do(llm_folder: Path, targets: str, named: str) -> None:
-    with pytest.raises(UserError, match=rf"tuning\.lora\.target_modules=.*: .*{named}|{named}") as caught:
+    with pytest.raises(UserError, match=rf"tuning\.lora\.target_modules=.*{named}") as caught:
         with_lora(load(llm_folder), targets)
     assert named in str(caught.value)
 
@@ -141,10 +141,10 @@ def adapted_layers(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 def test_the_router_of_experts_gets_no_adapter(moe_folder: Path, quantization: str) -> None:
-    """peft's own "all-linear" would take it, where it is a linear layer."""
+    """peft's own "all-linear" would adapt it if it is a linear layer."""
     adapted = with_lora(load(moe_folder, quantization))
     assert {name.rsplit(".", 1)[-1] for name in adapted_layers(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with pytest.raises(UserError, match="gate fits no layer"):
+    with pytest.raises(UserError, match="names gate, which is no adaptable layer"):
         with_lora(load(moe_folder), "q_proj,gate")
 
 
@@ -173,7 +173,7 @@ def test_experts_get_adapters_when_asked(moe_folder: Path, llm_folder: Path) -> 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
 def test_every_kind_learns_and_comes_back(llm_folder: Path, quantization: str, kind: str) -> None:
-    """Saved adapters in a fresh model give the same logits to the bit, on 4-bit weights too."""
+    """Saved adapters loaded into a new model give bit-identical logits, also on 4-bit weights."""
 
     def build() -> Any:
         base = load(llm_folder, quantization)
@@ -228,7 +228,7 @@ def test_what_is_no_language_model(siglip_folder: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 def test_a_gap_in_the_weights_is_refused(llm_folder: Path, tmp_path: Path, quantization: str) -> None:
-    """transformers would fill it with random numbers."""
+    """transformers would initialise it randomly."""
     folder = shutil.copytree(llm_folder, tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -248,7 +248,7 @@ def test_broken_weights_and_unknown_attention(llm_folder: Path, tmp_path: Path) 
 
 
 def whole_model(folder: Path) -> Any:
-    """LLaVA-NeXT-Video's class with random weights, in the published layout."""
+    """Saves LLaVA-NeXT-Video with random weights in the published layout."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""Merged weights give the logits that base and adapters give; what cannot be merged is refused."""
+"""Merged weights give the logits of base checkpoint and adapters; what cannot be merged is refused."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vlmcap.models.llm.adapt import add_lora
 from vlmcap.models.llm.load import load_language_model
 from vlmcap.models.llm.merge import (
     Routing,
-    adapters_for_captions,
-    fold_in,
+    adapters_for_inference,
     load_adapters,
     load_unadapted_weights,
     merge,
     merge_adapters,
+    merge_layers,
 )
 from vlmcap.models.llm.prompt import load_prompt
 
@@ -44,7 +44,7 @@ def adapter_of(**settings: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 def trained(model: Any) -> Any:
-    """Adapters as after some training."""
+    """Gives a model non-zero adapters."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def trained(model: Any) -> Any:
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
-    """As a checkpoint of training names them, with a projector beside them."""
+    """Returns them with the names of a training checkpoint, together with a projector."""
     named = {f"captioner.llm.{name}": p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     return {
         **named,
@@ -152,7 +152,7 @@ def test_nothing_is_left_of_a_failed_save(llm_folder: Path, tmp_path: Path, monk
 
 
 def test_a_folder_that_is_there_is_not_written_into(llm_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         merge_adapters(llm_folder, {}, tmp_path, adapt=adapter_of())
 
 
@@ -168,7 +168,7 @@ def test_quantised_weights_are_refused(llm_folder: Path, quantization: str) -> N
 def test_a_merge_that_changes_the_model_is_refused(
     llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As merges that lose the adapters would."""
+    """Like a merge that loses the adapters."""
     from peft.tuners.lora import Linear
 
     adapt = adapter_of()
@@ -182,26 +182,26 @@ def test_a_merge_that_changes_the_model_is_refused(
 def test_adapters_that_do_not_fit(llm_folder: Path) -> None:
     weights = adapters(trained(adapter_of()(load(llm_folder))))
     lacking = dict(list(weights.items())[1:])
-    with pytest.raises(UserError, match=r"is not among the saved ones; tuning\.lora"):
+    with pytest.raises(UserError, match=r"is missing in the checkpoint; set tuning\.lora"):
         load_adapters(adapter_of()(load(llm_folder)), lacking)
-    with pytest.raises(UserError, match=r"has no place in the model; tuning\.lora"):
+    with pytest.raises(UserError, match=r"has no place in the model; set tuning\.lora"):
         load_adapters(adapter_of(target_modules="q_proj")(load(llm_folder)), weights)
     with pytest.raises(UserError, match=r"tuning\.lora\.rank"):
         load_adapters(adapter_of(rank=2)(load(llm_folder)), weights)
 
 
 def test_no_second_copy_of_the_weights_is_held(llm_folder: Path) -> None:
-    """A layer's worth at most stands beside the model while adapters are folded in."""
+    """Merging needs memory for one layer at most in addition to the model."""
     model = trained(adapter_of(target_modules="down_proj")(load(llm_folder)))
     largest = max(p.numel() for p in model.parameters()) * 4
     before, seen = live_bytes(), []
-    fold_in(model, lambda *_: seen.append(live_bytes()))
+    merge_layers(model, lambda *_: seen.append(live_bytes()))
     assert len(seen) == 2
     assert max(seen) <= before + largest
 
 
 def live_bytes() -> int:
-    """Of all tensors in this process, each storage once."""
+    """Returns the bytes of all tensors in this process, counting each storage once."""
     gc.collect()
     tensors = [
         t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, FakeTensor)
@@ -217,12 +217,12 @@ def test_trained_weights_of_the_model_itself(llm_folder: Path, moe_folder: Path)
     )
     assert (model.model.norm.weight == 2).all()
     for name, tensor in (("model.norm.weight", torch.zeros(3)), ("model.other", torch.zeros(64))):
-        with pytest.raises(UserError, match=r"has no place in the model; llm\.checkpoint"):
+        with pytest.raises(UserError, match=r"has no place in the model; set llm\.checkpoint"):
             load_unadapted_weights(model, {f"captioner.llm.{name}": tensor})
 
 
 def test_equal_experts_do_not_make_a_good_merge_look_bad(moe_folder: Path) -> None:
-    """In 16 bit, tokens change experts by a rounding error; the comparison sends them where they went before."""
+    """In 16 bits, rounding errors change the routing; the comparison replays the original routing."""
     model = trained(adapter_of()(load(moe_folder, torch.bfloat16)))
     assert len(Routing(model).routers) == 3
     _, difference = merge(model)
@@ -230,7 +230,7 @@ def test_equal_experts_do_not_make_a_good_merge_look_bad(moe_folder: Path) -> No
 
 
 def test_the_probe_is_shorter_than_any_context() -> None:
-    assert merging._PROBE <= 64
+    assert merging._NUM_PROBE_TOKENS <= 64
 
 
 def identities(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -238,7 +238,7 @@ def identities(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def num_products(model: nn.Module) -> int:
-    """Linear layers that run for a token."""
+    """Counts the linear layers that run for a token."""
     calls: list[nn.Module] = []
     handles = [
         module.register_forward_hook(lambda own, *_: calls.append(own))
@@ -256,7 +256,7 @@ def test_merged_for_captions_is_close_and_gone_afterwards(llm_folder: Path, sett
     bare = num_products(load(llm_folder))
     model = trained(adapter_of(**settings)(load(llm_folder)))
     before, expected, places = logits(model), num_products(model), identities(model)
-    with adapters_for_captions(model, is_merged=True):
+    with adapters_for_inference(model, is_merged=True):
         assert torch.allclose(logits(model), before, rtol=1e-4, atol=1e-5)
         assert not torch.equal(logits(model), logits(load(llm_folder)))
         assert num_products(model) == bare < expected, "adapters launch nothing"
@@ -268,7 +268,7 @@ def test_merged_for_captions_is_close_and_gone_afterwards(llm_folder: Path, sett
 def test_weights_come_back_after_an_error(llm_folder: Path) -> None:
     model = trained(adapter_of()(load(llm_folder, torch.bfloat16)))
     before, places = logits(model), identities(model)
-    with pytest.raises(KeyboardInterrupt), adapters_for_captions(model, is_merged=True):
+    with pytest.raises(KeyboardInterrupt), adapters_for_inference(model, is_merged=True):
         raise KeyboardInterrupt
     assert identities(model) == places
     assert torch.equal(logits(model), before)
@@ -280,20 +280,20 @@ def test_adapters_that_stay_apart_give_the_same_bits_with_fewer_casts(llm_folder
     places = identities(model)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         before = logits(model)
-        with adapters_for_captions(model, is_merged=quantization == "4bit"):  # which cannot be
+        with adapters_for_inference(model, is_merged=quantization == "4bit"):  # which cannot be
             dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
             assert dtypes == {torch.bfloat16}
             assert torch.equal(logits(model), before)
         assert torch.equal(logits(model), before)
     assert identities(model) == places
-    with adapters_for_captions(model, is_merged=False):
+    with adapters_for_inference(model, is_merged=False):
         assert identities(model) == places, "without autocast nothing would be cast"
 
 
 def test_dora_and_models_without_adapters_stay_as_they_are(llm_folder: Path) -> None:
     for model in (load(llm_folder), trained(adapter_of(use_dora=True)(load(llm_folder)))):
         places = identities(model)
-        with adapters_for_captions(model, is_merged=True), torch.autocast("cpu", torch.bfloat16):
+        with adapters_for_inference(model, is_merged=True), torch.autocast("cpu", torch.bfloat16):
             assert identities(model) == places
 
 
@@ -312,7 +312,7 @@ def test_training_goes_on_as_if_nothing_had_been_merged(llm_folder: Path) -> Non
             optimizer.step()
             found.append(loss.detach())
             if has_captions:
-                with adapters_for_captions(model, is_merged=True), torch.inference_mode():
+                with adapters_for_inference(model, is_merged=True), torch.inference_mode():
                     model(input_ids=ids)
             optimizer.zero_grad()
         return [*found, *(parameter.detach() for parameter in trained_ones)]

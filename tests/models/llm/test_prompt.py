@@ -1,4 +1,4 @@
-"""The prompt through the chat template, and the labels that come of it."""
+"""Prompts are rendered by the chat template, and labels follow from them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_labels_decode_to_the_caption_and_its_end_token(llm_folder: Path, tokeni
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_ids_are_joined_part_by_part(llm_folder: Path, caption: str) -> None:
-    """Even where the tokenizer would merge over the seams, as with a caption that starts with a line break."""
+    """Also if the tokenizer would merge across the boundaries, as for a caption that starts with a line break."""
     prompt = prompt_of(llm_folder)
     batch = Collator(prompt, 3, max_caption_tokens=200)([sample(caption)])
     expected = [
@@ -84,7 +84,7 @@ def test_ids_are_joined_part_by_part(llm_folder: Path, caption: str) -> None:
 
 
 def test_visual_tokens_are_never_cut(llm_folder: Path) -> None:
-    """However short captions are cut: the placeholders stay whole, and the cut is counted."""
+    """Truncation of captions keeps all placeholders and is counted."""
     batch = Collator(prompt_of(llm_folder), 64, max_caption_tokens=2)([sample(CAPTIONS[0]), sample(CAPTIONS[1])])
     assert batch.visual_mask.sum(1).tolist() == [64, 64]
     assert batch.num_label_tokens == 4
@@ -118,7 +118,8 @@ def test_no_tokenizer(llm_folder: Path, tmp_path: Path) -> None:
 
 def test_a_template_that_refuses_a_system_turn(llm_folder: Path, tmp_path: Path) -> None:
     folder = copy_without(llm_folder, tmp_path)
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ messages[0].content }}"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    template = refusal + "{{ messages[0].content }}"
     (folder / "chat_template.jinja").write_text(template)
     assert prompt_of(folder).prefix_ids == []
     with pytest.raises(UserError, match=r"no system turn.*llm\.system_prompt"):
@@ -133,9 +134,10 @@ def test_a_template_that_drops_the_text(llm_folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_template_made_for_a_processor(llm_folder: Path, tmp_path: Path) -> None:
-    """It expects lists of parts and would drop a string."""
+    """It expects content lists and would drop a string."""
     folder = copy_without(llm_folder, tmp_path)
-    parts = "{% for m in messages %}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}{% endfor %}"
+    inner = "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+    parts = "{% for m in messages %}" + inner + "{% endfor %}"
     (folder / "chat_template.jinja").write_text(parts)
     with pytest.raises(UserError, match=r"llm\.chat_template"):
         prompt_of(folder)
@@ -195,7 +197,7 @@ def test_special_tokens_in_a_caption_are_text(llm_folder: Path, tokenizer: Any, 
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_an_answer_is_framed_as_the_template_frames_it(llm_folder: Path, tokenizer: Any, thinking: bool) -> None:
-    """The blank before it is the caption's, the special token behind it ends it, whatever the tokenizer calls its end token."""
+    """The template's blank leads the caption and its special token ends it, not the tokenizer's eos_token."""
     assert prompt_of(llm_folder, thinking=thinking).caption_lead == ""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %} ASSISTANT: {{ m.content "
@@ -210,7 +212,7 @@ def test_an_answer_is_framed_as_the_template_frames_it(llm_folder: Path, tokeniz
 
 
 def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path: Path) -> None:
-    """As Llama 3: the beginning token once, whether the template writes it or not."""
+    """As for Llama 3: exactly one beginning token, whether the template writes it or not."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -230,7 +232,7 @@ def test_a_byte_level_tokenizer_that_begins_sequences(llm_folder: Path, tmp_path
 
 
 def with_token(folder: Path, target: Path, content: str, *, is_special: bool) -> tuple[Path, int]:
-    """A copy whose tokenizer has one more token, which the embedding does not have, as its pad token if it is special."""
+    """Copies a checkpoint and adds a token without an embedding, which is the pad token if it is special."""
     copy = copy_without(folder, target)
     rows = json.loads((copy / "config.json").read_text())["vocab_size"]
     plain = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ CONF = Path(__file__).parents[3] / "conf" / "llm" / "vicuna_7b.yaml"
 
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> bytes:
-    """A BPE with LLaMA's settings: word mark in front, bytes for what is unknown."""
+    """A BPE with LLaMA's settings: a word mark as prefix, and byte fallback."""
     import io
 
     import sentencepiece
@@ -55,7 +55,7 @@ def sentencepiece_model() -> bytes:
 
 @pytest.fixture(scope="session")
 def vicuna_folder(sentencepiece_model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaMA's class with random weights in two .bin files, and the files that Vicuna's tokenizer comes with."""
+    """Saves LLaMA with random weights in two .bin files, and the files of Vicuna's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("vicuna")
@@ -143,7 +143,7 @@ def test_pickled_weights_are_quantised_as_any(vicuna_folder: Path) -> None:
 
 
 class Malicious:
-    """Pickles into a call that leaves a trace."""
+    """Unpickles to a call that creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -256,7 +256,7 @@ def test_ids_are_those_of_sentencepiece(vicuna_folder: Path, sentencepiece_model
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_parts_are_the_pieces_of_the_whole(vicuna_folder: Path, tmp_path: Path, legacy: bool) -> None:
-    """As a processor tokenises it, in one go with a special token at the place of the video."""
+    """Tokenises like a processor, at once with a special token in place of the video."""
     from transformers import AutoTokenizer
 
     folder = shutil.copytree(vicuna_folder, tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: as a whole model, and assembled from the parts of its folder, against transformers' own class."""
+"""LLaVA-NeXT-Video as a pretrained VLM and assembled from its folder matches transformers' class."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def joined(encoder: Any, projector: Any, llm: Any, folder: Path) -> VideoCaption
 
 @pytest.fixture(scope="module", params=["as saved", "as published"])
 def folder(request: pytest.FixtureRequest, llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's checkpoint has one level more in the vision tower's names than transformers 5 writes."""
+    """Names of the vision tower have one more level in the published checkpoint than in files of transformers 5."""
     if request.param == "as saved":
         return llava_folder
     copy = shutil.copytree(llava_folder, tmp_path_factory.mktemp("published") / "copy")
@@ -86,7 +86,7 @@ def batch_of(captioner: VideoCaptioner, mode: str = "train") -> Batch:
 
 
 def reference_inputs(reference: Any, batch: Batch) -> dict[str, Tensor]:
-    """Pixels with scale and normalisation in one step, as transformers' tensor processors do it.
+    """Scales and normalises pixels in one step, like transformers' tensor processors.
 
     Its PIL processors take two steps; the last bit that this costs the pixels comes out as 2e-5 in these logits.
     """
@@ -128,7 +128,7 @@ def test_loss_and_captions_are_the_references(
 ) -> None:
     captioner = make(folder)
     train, ask = batch_of(captioner), batch_of(captioner, "generate")
-    loss, count = captioner.loss_sum(train)
+    loss, count = captioner(train)
     assert (loss / count).item() == pytest.approx(
         reference(**reference_inputs(reference, train), labels=train.labels).loss.item(), rel=1e-5
     )
@@ -149,7 +149,7 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
     }
     assert parts.visual_layout is None
     assert VisualRun(parts.num_tokens, (FRAMES, *parts.encoder.grid))(None) == (FRAMES * 4,)
-    loss, _ = captioner.loss_sum(batch_of(captioner))
+    loss, _ = captioner(batch_of(captioner))
     loss.backward()
     assert all(parameter.grad is not None for parameter in captioner.projector.parameters())
 
@@ -160,7 +160,7 @@ def test_only_the_projector_is_trained_and_sizes_are_stated(folder: Path) -> Non
         ("spatial_pool_mode", "max", "spatial_pool_mode=max"),
         ("vision_feature_select_strategy", "full", "vision_feature_select_strategy=full"),
         ("vision_feature_layer", [-2, -3], "joins the layers"),
-        ("spatial_pool_stride", 3, "leaves a rest"),
+        ("spatial_pool_stride", 3, "does not divide evenly"),
     ],
 )
 def test_other_ways_to_pool_and_project_are_refused(

@@ -1,4 +1,4 @@
-"""Whole models and their vision encoders alone.
+"""Pretrained VLMs, and their vision encoders alone.
 
 What is refused, quantisation, training, and true sizes on the meta device.
 """
@@ -42,7 +42,7 @@ def load(kind: str, folder: Path, **changes: Any) -> VlmComponents:
 
 
 def adapted(parts: VlmComponents, folder: Path) -> tuple[VideoCaptioner, Batch]:
-    """The captioner with LoRA on its language part, and a batch of two clips of other sizes."""
+    """Returns a captioner with LoRA on its language model, and a batch of two clips of different sizes."""
     around = {"visual_prefix": parts.visual_prefix, "visual_suffix": parts.visual_suffix}
     prompt = load_prompt(folder, LlmConfig(prompt="설명해 주세요."), **around)
     llm = add_lora(parts.llm, LoraConfig(rank=4, alpha=8))
@@ -73,7 +73,7 @@ def test_training_moves_mergers_and_adapters_and_nothing_else(kind: str, qwen_fo
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     losses = []
     for _ in range(4):
-        loss, count = captioner.loss_sum(batch)
+        loss, count = captioner(batch)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -97,7 +97,7 @@ def test_the_encoder_can_be_trained(kind: str, tuning: str, qwen_folders: dict[s
     else:
         parts.encoder.requires_grad_(True)
     captioner, batch = adapted(parts, qwen_folders[kind])
-    captioner.train().loss_sum(batch)[0].backward()
+    captioner.train()(batch)[0].backward()
     trained = {name: parameter for name, parameter in parts.encoder.named_parameters() if parameter.requires_grad}
     assert trained
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
@@ -130,7 +130,7 @@ def test_adapters_learn_on_a_4bit_language_part(kind: str, qwen_folders: dict[st
     captioner, batch = adapted(parts, qwen_folders[kind])
     captioner.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = captioner.train().loss_sum(batch)
+        loss, _ = captioner.train()(batch)
     loss.backward()
     learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in learning)
@@ -150,7 +150,7 @@ def test_another_kind_is_refused(qwen_folders: dict[str, Path], llava_folder: Pa
 
 
 def test_a_part_of_a_model_is_refused(qwen_folders: dict[str, Path], tmp_path: Path) -> None:
-    """transformers would fill the gap with random numbers."""
+    """transformers would initialise them randomly."""
     folder = shutil.copytree(qwen_folders["qwen2_vl"], tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "merger" in name)
@@ -191,7 +191,7 @@ def test_the_processor_file_decides(qwen_folders: dict[str, Path], tmp_path: Pat
     ],
 )
 def test_true_sizes(kind: str, checkpoint: str, width: int) -> None:
-    """The parts have every weight of the whole class, but for the last vision block and the newline, which LLaVA's videos do not use."""
+    """The components hold all weights but the last vision block and the newline, which LLaVA uses for images only."""
     import transformers
 
     config = known_config(checkpoint)

@@ -1,4 +1,4 @@
-"""Qwen-VL models taken apart and joined again, against transformers' own classes."""
+"""Qwen-VL models as components match transformers' classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TIMES_S = tuple(tuple(index / rate for index in taken) for taken, rate in zip(TA
 
 @dataclass(frozen=True)
 class Setup:
-    """A kind's parts joined by us, and its reference: transformers' processor and model."""
+    """A captioner from the components of a kind, and its reference: transformers' processor and model."""
 
     kind: str
     parts: VlmComponents
@@ -53,7 +53,7 @@ class Setup:
         return Collator(self.captioner.prompt, visual, 200, mode=mode)(samples)  # type: ignore[arg-type]
 
     def reference_inputs(self, batch: Batch, rows: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
-        """What transformers' processor gives for the same resized frames, times and text."""
+        """Returns the output of transformers' processor for the same resized frames, times and text."""
         inputs = self.processed(batch, rows)
         assert ("second_per_grid_ts" in inputs) == (self.kind == "qwen2_5_vl")
         return inputs
@@ -154,7 +154,7 @@ def test_prompts_are_the_processors(setup: Setup, mode: str) -> None:
 
 @torch.no_grad()
 def test_times_reach_the_positions_or_the_prompt(setup: Setup) -> None:
-    """Qwen2.5-VL gets them in its positions and Qwen3-VL in its prompt; Qwen2-VL gets none."""
+    """Qwen2.5-VL encodes times in positions and Qwen3-VL in the prompt; Qwen2-VL does not use them."""
     batch = setup.batch(rows=(0,))
     inputs = setup.captioner.language_inputs(batch, setup.captioner.visual_tokens(batch))
     other = replace(batch, times_s=((0.0, 0.5, 1.0, 1.5),))
@@ -177,7 +177,7 @@ def test_logits_are_the_references(setup: Setup, record_property: Callable[[str,
 
 @torch.no_grad()
 def test_logits_depend_on_the_video_and_on_its_order(setup: Setup) -> None:
-    """Or parity would say nothing."""
+    """Otherwise parity would be vacuous."""
     batch = setup.batch(rows=(0,))
     assert batch.frames is not None
     end = batch.attention_mask.sum() - 1
@@ -189,7 +189,7 @@ def test_logits_depend_on_the_video_and_on_its_order(setup: Setup) -> None:
 @torch.no_grad()
 def test_loss_is_the_references(setup: Setup) -> None:
     batch = setup.batch()
-    loss, count = setup.captioner.loss_sum(batch)
+    loss, count = setup.captioner(batch)
     expected = setup.reference(**setup.reference_inputs(batch), labels=batch.labels).loss
     assert count == batch.num_label_tokens
     assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -198,7 +198,7 @@ def test_loss_is_the_references(setup: Setup) -> None:
 @pytest.mark.parametrize("beams", [1, 2])
 @torch.no_grad()
 def test_captions_are_the_references(setup: Setup, qwen_folders: dict[str, Path], beams: int) -> None:
-    """Rows of unequal length, so padded on the left; the reference sees the raw pixels."""
+    """Prompts of different lengths with left padding; the reference sees the raw pixels."""
     captioner = setup.captioner
     captioner.generation = replace(captioner.generation, rules=EvaluationConfig(num_beams=beams))
     batch = setup.batch("generate")
@@ -217,16 +217,16 @@ def test_captions_of_two_are_those_of_one_and_one(setup: Setup, beams: int) -> N
     setup.captioner.generation = replace(setup.captioner.generation, rules=EvaluationConfig(num_beams=beams))
     both = setup.captioner.generate(setup.batch("generate"))
     assert both == [setup.captioner.generate(setup.batch("generate", (row,)))[0] for row in (0, 1)]
-    setup.captioner.generation = replace(setup.captioner.generation, num_rows=1)
+    setup.captioner.generation = replace(setup.captioner.generation, num_slots=1)
     assert setup.captioner.generate(setup.batch("generate")) == both
-    setup.captioner.generation = replace(setup.captioner.generation, num_rows=None)
+    setup.captioner.generation = replace(setup.captioner.generation, num_slots=None)
 
 
 def test_training_after_generation_has_fresh_positions(setup: Setup) -> None:
-    """transformers keeps the offset of the last generation in the model."""
-    before = setup.captioner.loss_sum(setup.batch())[0].item()
+    """transformers keeps the position offset of the last generation in the model."""
+    before = setup.captioner(setup.batch())[0].item()
     setup.captioner.generate(setup.batch("generate", (1,)))
-    assert setup.captioner.loss_sum(setup.batch())[0].item() == before
+    assert setup.captioner(setup.batch())[0].item() == before
 
 
 def test_visual_tokens_are_encoded_once_for_all_beams(setup: Setup) -> None:
@@ -243,15 +243,13 @@ def test_visual_tokens_are_encoded_once_for_all_beams(setup: Setup) -> None:
 
 
 def test_features_of_the_cache_give_what_frames_give(setup: Setup) -> None:
-    """DeepStack's layers included: they stand behind the last one."""
+    """Features include DeepStack's layers after the last one."""
     batch = setup.batch()
     assert batch.frames is not None
     features = setup.captioner.encode(batch)
     assert features.shape[-1] == setup.parts.encoder.embed_dim == (96 if setup.kind == "qwen3_vl" else 32)
     cached = replace(batch, frames=None, features=features)
-    assert setup.captioner.loss_sum(cached)[0].item() == pytest.approx(
-        setup.captioner.loss_sum(batch)[0].item(), rel=1e-6
-    )
+    assert setup.captioner(cached)[0].item() == pytest.approx(setup.captioner(batch)[0].item(), rel=1e-6)
 
 
 def test_every_used_weight_is_there_once(setup: Setup) -> None:

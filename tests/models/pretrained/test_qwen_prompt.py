@@ -1,4 +1,4 @@
-"""Qwen3-VL's prompt, token by token, against transformers' processor.
+"""Qwen3-VL's prompt matches transformers' processor token by token.
 
 And the seconds of Qwen2.5-VL's temporal patches.
 """

@@ -1,4 +1,4 @@
-"""Sizes and patches of the Qwen family, against transformers' processors."""
+"""Sizes and patches of the Qwen family match transformers' processors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDES = st.integers(56, 2000)
 @settings(deadline=None)
 @given(SIDES, SIDES, st.sampled_from([16, 64, 256]), st.sampled_from([28, 32]))
 def test_sizes_are_the_processors(height: int, width: int, max_blocks: int, factor: int) -> None:
-    """A budget a frame is what both rules come to: the older's is one, the newer's counts all frames of a clip."""
+    """Both rules amount to a budget per frame: the older one has it, the newer one counts all frames of a clip."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as newer
 

@@ -1,4 +1,4 @@
-"""Small settings and sizes, changed by name."""
+"""Small settings and sizes with overrides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration of a projector by kind, nothing around it unless it is asked for."""
+"""Projector configurations by kind, with the steps around the projection disabled by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHARED = ("num_heads", "num_queries", "num_layers", "resample_size", "window", "
 
 
 def settings_of(kind: str, **values: Any) -> ProjectorConfig:
-    """The dataclass of a kind; numbers that many kinds share may be given to all, other keys must be the kind's own."""
+    """Builds the dataclass of a kind; sizes that many kinds share may be given to all, other keys must exist."""
     schema = schema_of("projector", kind)
     known = {field.name for field in dataclasses.fields(schema)}
     values = {"reducer": "none", "temporal": "none"} | {

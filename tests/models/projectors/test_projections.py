@@ -1,4 +1,4 @@
-"""Projections against reference classes with the same weights, or against what their papers say, and what they look at."""
+"""Projections match reference classes with the same weights, or the equations of their papers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_pixel_shuffle_joins_neighbours_of_an_oblong_grid(spec_of: Make) -> None
 
 
 def torch_attention(ours: CrossAttention, feature_dim: int) -> nn.MultiheadAttention:
-    """torch's class with our weights."""
+    """Returns PyTorch's class with the same weights."""
     dim = ours.query.in_features
     theirs = nn.MultiheadAttention(dim, ours.num_heads, kdim=feature_dim, vdim=feature_dim, batch_first=True)
     key, value = ours.key_value.weight.chunk(2)
@@ -144,7 +144,7 @@ def test_latents_attend_to_all_features_and_to_themselves(spec_of: Make) -> None
 
 
 def moved_frames(projector: nn.Module, features: Tensor, frame: int) -> Tensor:
-    """Which of the frames' tokens change when one frame does."""
+    """Returns which frames' tokens change with one frame."""
     changed = features.clone()
     changed[:, frame] = torch.randn_like(changed[:, frame])
     difference = (projector(features) - projector(changed)).abs().amax(-1)
@@ -162,7 +162,7 @@ def test_learned_queries_see_their_own_frame_only(spec_of: Make) -> None:
 
 
 def test_learned_queries_see_the_kept_tokens_of_their_frame(spec_of: Make) -> None:
-    """Behind saliency, frames hold different numbers of tokens.
+    """After saliency, frames have different numbers of tokens.
 
     With a frame embedding, each must still read its own.
     """

@@ -1,4 +1,4 @@
-"""What every projector does: float32 throughout, tokens in frame order, clips independent of each other."""
+"""Every projector computes in float32, returns tokens in frame order, and treats clips independently."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_clips_of_any_grid_and_length_go_through(grid: tuple[int, int], options:
 
 def test_patches_that_are_no_grid_are_caught(spec_of: Make) -> None:
     projector = build_projector(*spec_of())
-    with pytest.raises(AssertionError, match="12 patches are no grid of 4 × 4"):
+    with pytest.raises(AssertionError, match=r"12 patches do not fill a grid of \(4, 4\)"):
         projector(inputs(1, (3, 4))[0])
 
 

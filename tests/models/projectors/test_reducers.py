@@ -1,4 +1,4 @@
-"""Reducers that keep a grid, against torch and LLaVA-NeXT-Video.
+"""Reducers that keep a grid match PyTorch and LLaVA-NeXT-Video.
 
 Those that choose by content, against ToMe and by what they keep.
 """
@@ -94,7 +94,7 @@ def test_frame_stack_joins_one_place_over_time() -> None:
 
 
 def merge_slowly(features: Tensor, num_kept: int) -> tuple[Tensor, list[list[int]]]:
-    """ToMe in lists: running averages weighted by size, and the members of each token, (P, D) -> (K, D)."""
+    """ToMe with lists: running averages weighted by size, and the members of each token, (P, D) -> (K, D)."""
     tokens = [(feature, 1, [place]) for place, feature in enumerate(features)]
     while len(tokens) > num_kept:
         sources, targets = tokens[::2], tokens[1::2]
@@ -134,7 +134,7 @@ def test_equal_patches_become_one() -> None:
 
 
 def test_merging_carries_the_positions_of_what_it_joins(spec_of: Make) -> None:
-    """What is alike is told by the encoder's features alone; a place must not keep equal patches apart."""
+    """Similarity depends on the encoder's features only, so position embeddings do not keep equal patches apart."""
     projector = build_projector(*spec_of(temporal="position", reducer="merge"))
     with torch.no_grad():
         projector.before.position.place.mul_(100)  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def test_the_budget_is_kept_in_order_of_frame_and_place(keep_ratio: float) -> No
 
 
 def test_repeated_frames_get_few_tokens() -> None:
-    """A scene that stands still for four frames and moves for four: nearly the whole budget goes to the latter."""
+    """Of a scene with four still and four moving frames, the moving ones get nearly the whole budget."""
     generator = torch.Generator().manual_seed(0)
     still = torch.randn(1, 1, 36, 16, generator=generator).expand(1, 4, 36, 16)
     moving = still[:, :1] + torch.randn(1, 4, 36, 16, generator=generator)
@@ -173,7 +173,7 @@ def test_repeated_frames_get_few_tokens() -> None:
 
 
 def test_what_moves_and_what_stands_out_is_kept() -> None:
-    """A grey scene with one still red patch and one blue patch that walks along the last row."""
+    """A grey scene with one still red patch and one blue patch that moves along the last row."""
     features = torch.ones(1, 4, 16, 3)
     features[:, :, 5] = torch.tensor([1.0, -1.0, 1.0])
     for frame in range(4):

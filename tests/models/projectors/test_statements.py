@@ -1,4 +1,4 @@
-"""Every combination states its number of tokens or is refused in words."""
+"""Every combination states its number of tokens, or is refused with an explanation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int, grid: t
 
 
 def is_refused(kind: str, reducer: str, temporal: str, frame_stack: int) -> bool:
-    """What issue and contract exclude, said once more by hand."""
+    """The excluded combinations, written independently of the code."""
     if reducer in ("merge", "saliency"):
         return frame_stack > 1 or kind in ("c_abstractor", "pixel_shuffle") or temporal == "attention"
     return temporal == "attention" and kind in ("perceiver", "prompt")
@@ -158,12 +158,12 @@ def test_the_defaults_fit_every_encoder_of_the_tables(kind: str, temporal: str) 
         ({"hidden_dim": 0}, r"projector\.hidden_dim must be at least 1"),
         (
             {"kind": "perceiver", "hidden_dim": 9},
-            r"projector\.hidden_dim=9 is no multiple of projector\.num_heads \(2\); .*hidden_dim=10 or",
+            r"projector\.hidden_dim=9 is not a multiple of projector\.num_heads \(2\); .*hidden_dim=10 or",
         ),
         ({"temporal": "local_global", "hidden_dim": 6}, r"even width \(4\); set projector\.hidden_dim=8 or null"),
         ({"kind": "cross_attention", "queries": "prompt", "num_prompt_tokens": 0}, r"set llm\.prompt"),
         ({"kind": "cross_attention", "queries": "prompt", "num_prompt_tokens": None}, r"set llm\.prompt"),
-        ({"kind": "c_abstractor", "num_queries": 140}, r"projector\.num_queries=140 is not; set it to 144"),
+        ({"kind": "c_abstractor", "num_queries": 140}, r"projector\.num_queries=140 is not a square .* set it to 144"),
         ({"frame_stack": 3}, r"projector\.frame_stack=3 does not divide data\.num_frames=4"),
         ({"kind": "pixel_shuffle", "grid": (27, 27)}, r"set encoder\.image_size to the size of 28 × 28 patches"),
         (
@@ -198,6 +198,6 @@ def test_the_proposed_size_works_and_is_the_nearest(side: int, pool: int, shuffl
 
 
 def test_a_clip_of_another_grid_is_refused_too(spec_of: Make) -> None:
-    """Where grids vary, only some of them may be indivisible."""
+    """If grids vary, only some of them may be indivisible."""
     with pytest.raises(UserError, match="4 × 6 patches"):
         count_tokens(*spec_of("pixel_shuffle"), 4, (3, 6))

@@ -1,4 +1,4 @@
-"""Temporal modelling: what it looks at, that order matters, and windows against dense attention with a mask."""
+"""Temporal layers attend to the right tokens, depend on order, and match dense attention with a mask."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_places_of_another_grid_are_interpolated(spec_of: Make) -> None:
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, window: int) -> Tensor:
-    """The same attention with a mask over all pairs."""
+    """Computes the same attention with a mask over all pairs."""
     places = torch.arange(query.shape[2])
     is_near = (places[:, None] - places).abs() <= window
     mask = F.pad(is_near, (global_key.shape[2], 0), value=True)
@@ -84,7 +84,7 @@ def test_blocks_are_dense_attention_with_the_mask(length: int, window: int, num_
 
 
 def test_rows_of_padding_have_something_to_look_at() -> None:
-    """Some kernels give NaN where there is nothing, and NaN · 0 in the gradient of every key."""
+    """Some kernels return NaN for fully masked rows, and NaN · 0 in the gradient of every key."""
     for length, window in ((9, 4), (5, 4), (3, 7), (2, 1)):
         assert bool(_block_mask(length, min(length, window), window, 0, torch.device("cpu")).any(-1).all())
 

@@ -1,4 +1,4 @@
-"""Projectors that start from trained weights, or say why they cannot."""
+"""Projectors start from trained weights, or explain why they cannot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_run(projector: Projector, file: Path) -> Path:
 def save_folder(
     folder: Path, prefix: str, out_dim: int = DL, in_dim: int = DV, *, has_norm: bool = False
 ) -> dict[str, Tensor]:
-    """Two shards as LLaVA's or InternVL's; that of the language model is broken, so reading it would fail."""
+    """Two shards like LLaVA's or InternVL's; that of the language model is broken, so reading it would fail."""
     folder.mkdir()
     shapes = {
         "linear_1.weight": (out_dim, in_dim),
@@ -95,7 +95,7 @@ def test_internvls_projector_is_read_with_its_norm(spec_of: Make, tmp_path: Path
 
 
 def test_the_real_classes_are_read(spec_of: Make, tmp_path: Path) -> None:
-    """As transformers itself saves them, in one file."""
+    """As transformers saves them, in one file."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     small: dict[str, Any] = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -117,22 +117,22 @@ def test_the_real_classes_are_read(spec_of: Make, tmp_path: Path) -> None:
         (
             {"out_dim": 4},
             {},
-            r"is for a language model of width 4, but llm is 8 wide; set projector\.checkpoint=null to train a new",
+            r"is for a language model of width 4, but llm has width 8; set projector\.checkpoint=null to train a new",
         ),
-        ({"out_dim": 4}, {"temporal": "position"}, r"is for a language model of width 4, but llm is 8 wide"),
-        ({"out_dim": 4}, {"kind": "pixel_shuffle"}, r"is for a language model of width 4, but llm is 8 wide"),
-        ({"in_dim": 5}, {}, r"is for tokens of width 5, but here they have 6, which encoder"),
+        ({"out_dim": 4}, {"temporal": "position"}, r"is for a language model of width 4, but llm has width 8"),
+        ({"out_dim": 4}, {"kind": "pixel_shuffle"}, r"is for a language model of width 4, but llm has width 8"),
+        ({"in_dim": 5}, {}, r"is for tokens of width 5, but encoder, .* give tokens of width 6"),
         (
             {"in_dim": DV},
             {"frame_stack": 2},
-            r"is for tokens of width 6, but here they have 12, .*projector\.frame_stack",
+            r"is for tokens of width 6, .*projector\.frame_stack.* of width 12",
         ),
         (
             {},
             {"temporal": "position"},
-            r"lacks the part that models time \(before\.norm\.bias\); set projector\.temporal=none",
+            r"lacks temporal layers \(before\.norm\.bias\); set projector\.temporal=none",
         ),
-        ({}, {"temporal": "attention"}, r"lacks the part that models time .*; set projector\.temporal=none"),
+        ({}, {"temporal": "attention"}, r"lacks temporal layers .*; set projector\.temporal=none"),
         (
             {},
             {"depth": 3},
@@ -161,17 +161,17 @@ def test_what_does_not_fit_is_refused_in_words(
         (
             {"temporal": "position"},
             {},
-            r"models time by a part that this projector lacks .*; set projector\.temporal as it was trained",
+            r"has temporal layers that this projector lacks .*; set projector\.temporal as it was trained",
         ),
         (
             {"temporal": "position"},
             {"temporal": "position", "num_frames": 8},
-            r"before\.position\.frame with the shape \(4, 1, 6\), here",
+            r"before\.position\.frame with the shape \(4, 1, 6\), but",
         ),
         (
             {"kind": "perceiver"},
             {"kind": "perceiver", "num_queries": 9},
-            r"latents with the shape \(4, 8\), here it is \(9, 8\)",
+            r"latents with the shape \(4, 8\), but this projector needs \(9, 8\)",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Greedy decoding that keeps every row busy: finished captions leave at once, and waiting clips take their places."""
+"""Greedy decoding with continuous batching: a caption that has ended gives its slot to a clip that waits."""

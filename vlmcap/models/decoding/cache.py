@@ -1,6 +1,6 @@
-"""Keys and values of rows that start and end at different times, written in place into buffers that stay where they are.
+"""A key-value cache whose slots start and end at different times, in preallocated buffers that are written in place.
 
-Legend: R rows, N rows of one call, H heads of keys, D width of a head, S columns, q tokens a row in one step.
+Legend: R slots, N slots of one call, H key heads, D head width, S columns, q tokens per slot in one step.
 """
 
 from __future__ import annotations
@@ -16,130 +16,133 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass
-class _Places:
-    """Where the next call's keys go, the same in every layer.
+class _WritePlan:
+    """Where the next call writes its keys and values, shared by all layers.
 
     Attributes:
-        num_rows: R that the buffers hold.
-        num_columns: S that the buffers hold.
-        first: First row of newcomers; None in a step of all rows.
-        width: S of the newcomers' prompts, or columns that a step looks at.
-        rows: int64 (N, 1), and `columns`, int64 (N, q), of a step's tokens.
+        num_slots: R, slots of the buffers.
+        num_columns: S, columns of the buffers.
+        first: First slot of new prompts; None for a decoding step.
+        width: S of the new prompts, or the columns that a step attends to.
+        slots: int64 (N, 1), slots of a step's tokens.
+        columns: int64 (N, q), columns of a step's tokens.
     """
 
-    num_rows: int
+    num_slots: int
     num_columns: int = 0
     first: int | None = None
     width: int = 0
-    rows: Tensor | None = None
+    slots: Tensor | None = None
     columns: Tensor | None = None
 
 
-class _RowLayer(CacheLayerMixin):
-    """One layer; row r holds its tokens in columns 0 to its length, and anything behind."""
+class _SlotLayer(CacheLayerMixin):
+    """One layer of the cache; a slot holds its tokens from column 0 on, and stale values after its length."""
 
     is_sliding = False
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, plan: _WritePlan) -> None:
         super().__init__()
-        self.places = places
+        self.plan = plan
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Buffers of the number format that the states have."""
+        """Allocates buffers in the dtype of the states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (self._room(states) for states in (key_states, value_states))
+        self.keys, self.values = (self._allocate(states) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the states (N, H, q, D).
+        """Writes the states (N, H, q, D) and returns the keys and values to attend to.
 
-        What to look at: newcomers at themselves, a step at all that its rows hold.
+        New prompts attend to themselves, a decoding step to everything in its slots.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        places = self.places
-        if places.num_columns > self.keys.shape[2]:
-            self.keys, self.values = (self._grown(buffer) for buffer in (self.keys, self.values))
-        if places.first is not None:
-            rows = slice(places.first, places.first + len(key_states))
-            self.keys[rows, :, : places.width] = key_states
-            self.values[rows, :, : places.width] = value_states
+        plan = self.plan
+        if plan.num_columns > self.keys.shape[2]:
+            self.keys, self.values = (self._grow(buffer) for buffer in (self.keys, self.values))
+        if plan.first is not None:
+            slots = slice(plan.first, plan.first + len(key_states))
+            self.keys[slots, :, : plan.width] = key_states
+            self.values[slots, :, : plan.width] = value_states
             return key_states, value_states
-        self.keys[places.rows, :, places.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
-        self.values[places.rows, :, places.columns] = value_states.transpose(1, 2).to(self.values.dtype)
+        # (N, H, q, D) -> (N, q, H, D): advanced indices with a slice between them put their axes first.
+        self.keys[plan.slots, :, plan.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[plan.slots, :, plan.columns] = value_states.transpose(1, 2).to(self.values.dtype)
         count = len(key_states)
-        return self.keys[:count, :, : places.width], self.values[:count, :, : places.width]
+        return self.keys[:count, :, : plan.width], self.values[:count, :, : plan.width]
 
-    def _room(self, like: Tensor) -> Tensor:
-        # Zeros: what stands behind a row's end has no weight, but 0 times what memory happens to hold may be no number.
-        return like.new_zeros(self.places.num_rows, like.shape[1], self.places.num_columns, like.shape[3])
+    def _allocate(self, like: Tensor) -> Tensor:
+        # Zeros, because masked columns have weight 0, and 0 times uninitialised memory may be NaN.
+        return like.new_zeros(self.plan.num_slots, like.shape[1], self.plan.num_columns, like.shape[3])
 
-    def _grown(self, buffer: Tensor) -> Tensor:
-        room = self._room(buffer)
-        room[:, :, : buffer.shape[2]] = buffer
-        return room
+    def _grow(self, buffer: Tensor) -> Tensor:
+        larger = self._allocate(buffer)
+        larger[:, :, : buffer.shape[2]] = buffer
+        return larger
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of newcomers, who see no keys but their own; steps bring a mask with them."""
+        """Returns the mask size for new prompts, which see only their own keys; steps pass a mask of their own."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """0: newcomers start at the first column, and steps bring positions with them."""
+        """Returns 0, as new prompts start at the first column and steps pass their positions."""
         return 0
 
     def get_max_length(self) -> int:
-        """-1: it grows."""
+        """Returns -1, as the cache grows."""
         return -1
 
 
-class RowCache(Cache):
-    """A cache for transformers' models whose rows come and go.
+class SlotCache(Cache):
+    """A cache for models of transformers with slots that are filled and freed independently.
 
-    Before each call of the model, one says which rows it is for.
+    Each call of the model must be preceded by `expect_prompts` or `expect_step`.
 
     Args:
-        num_rows: R, the most rows at a time.
+        num_slots: R, maximum captions at a time.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self._places = _Places(num_rows)
-        super().__init__(layer_class_to_replicate=partial(_RowLayer, self._places))
+    def __init__(self, num_slots: int) -> None:
+        self._plan = _WritePlan(num_slots)
+        super().__init__(layer_class_to_replicate=partial(_SlotLayer, self._plan))
 
     @property
     def num_columns(self) -> int:
-        """S, the tokens that a row has room for."""
-        return self._places.num_columns
+        """S, capacity of a slot in tokens."""
+        return self._plan.num_columns
 
     def reserve(self, num_columns: int) -> bool:
-        """Makes room for rows of so many tokens; returns whether the buffers are replaced by larger ones."""
-        is_larger = num_columns > self._places.num_columns
+        """Ensures a capacity of `num_columns` tokens per slot; returns whether the buffers will be reallocated."""
+        is_larger = num_columns > self._plan.num_columns
         if is_larger:
-            self._places.num_columns = num_columns
+            self._plan.num_columns = num_columns
         return is_larger
 
-    def expect_newcomers(self, first: int, width: int) -> None:
-        """The next call brings the prompts, padded on the right to `width`, of rows `first` and behind."""
-        self._places.first, self._places.width = first, width
+    def expect_prompts(self, first: int, width: int) -> None:
+        """Announces a call with prompts, right-padded to `width`, for the slots from `first` on."""
+        self._plan.first, self._plan.width = first, width
 
     def expect_step(self, lengths: Tensor, width: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Positions, int64 (N, q), and what each token may look at, bool (N, 1, q, S), of the next call.
-
-        Q tokens for each of rows 0 to N.
+        """Announces a call with q tokens for each of the first N slots.
 
         Args:
-            lengths: int64 (N,), tokens that each row holds.
-            width: S, columns that the step looks at; at least the largest length and q.
+            lengths: int64 (N,), tokens that each slot holds.
+            width: S, columns that the step attends to; at least the largest length plus q.
             num_tokens: q.
-        """
-        places = self._places
-        places.first, places.width = None, width
-        places.rows = torch.arange(len(lengths), device=lengths.device)[:, None]
-        places.columns = lengths[:, None] + torch.arange(num_tokens, device=lengths.device)
-        mask = torch.arange(width, device=lengths.device) <= places.columns[:, :, None]
-        return places.columns, mask[:, None]
 
-    def move_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Rows `sources` to the places of rows `targets`, which are lost."""
+        Returns:
+            Positions, int64 (N, q), and the attention mask, bool (N, 1, q, S).
+        """
+        plan = self._plan
+        plan.first, plan.width = None, width
+        plan.slots = torch.arange(len(lengths), device=lengths.device)[:, None]
+        plan.columns = lengths[:, None] + torch.arange(num_tokens, device=lengths.device)
+        mask = torch.arange(width, device=lengths.device) <= plan.columns[:, :, None]  # (N, q, S)
+        return plan.columns, mask[:, None]
+
+    def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies slots `sources` over slots `targets`, whose content is lost."""
         for layer in self.layers:
             for source, target in zip(sources, targets, strict=True):
                 layer.keys[target] = layer.keys[source]

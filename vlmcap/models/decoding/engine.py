@@ -1,13 +1,13 @@
-"""Greedy captions of many clips by a few rows, which are never idle while clips wait.
+"""Greedy decoding of many clips in a few slots, none of which is idle while clips wait.
 
-A step of the language model costs nearly the same for one row as for many, and captions differ in length: in plain
-batches, rows that have ended wait for the longest. Here they leave, and waiting clips take their places, as in
-continuous batching (Yu et al., Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
+A step of the language model costs nearly the same for one caption as for many, and captions differ in length: in static
+batches, those that have ended wait for the longest. Here, a waiting clip takes the slot of a caption that has ended, as
+in continuous batching (Yu et al., Orca, https://www.usenix.org/conference/osdi22/presentation/yu).
 
-All that a step needs and changes stays on the device, and its shapes are few, so that it can be captured as a CUDA
-graph.
+Everything that a step reads and writes stays on the device, and its shapes are few, so that it can be captured as a
+CUDA graph.
 
-Legend: R rows, N rows of one call, S sequence, q tokens a row in one step, Dl language width.
+Legend: R slots, N slots of one call, S sequence, q tokens per slot in one step, Dl language width.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vlmcap.models.decoding.cache import RowCache
+from vlmcap.models.decoding.cache import SlotCache
 from vlmcap.models.decoding.graphs import CapturedSteps, Graphs
-from vlmcap.models.decoding.texts import RowTexts
+from vlmcap.models.decoding.texts import SlotTexts
 from vlmcap.models.llm.adapt import base_model
 from vlmcap.models.llm.attention import FLASH, PACKABLE, REPEATED
 
 if TYPE_CHECKING:
     from vlmcap.models.decoding.settings import GenerationSettings
 
-_DRAFT = 4  # tokens that are guessed at a time: every row pays for them
-_GROUP = 8  # newcomers come in when an eighth of the rows is free, as reading their prompts one by one would be slower
-PROMPT_TOKENS = 8192  # of prompts that are read at a time: they keep a GPU busy, and more would only take memory
-# Steps between two looks at which captions have ended. A look makes the host wait for the GPU; between two, a row that
-# has ended idles for half of them, 2 % of a caption of 400 tokens. On a CPU a look costs nothing.
-LOOK_EVERY = 16
-# Columns, a multiple of which a step looks at: a captured step has one shape, and a caption of 768 tokens meets four of
-# this size, while the columns beyond the longest row's end are a few per cent of all.
-_BLOCK, _CPU_BLOCK = 256, 8  # on a CPU, kernels want rows of the mask that are a multiple of 8 long
+_NUM_DRAFT_TOKENS = 4  # draft tokens of a step: every slot pays for them
+_ADMIT_FRACTION = 8  # prompts are admitted when 1/8 of the slots is free, as prefilling them one by one would be slower
+PROMPT_TOKENS = 8192  # tokens of prompts in one prefill: they keep a GPU busy, and more would only take memory
+# Steps between two polls for captions that have ended. A poll makes the host wait for the GPU; in between, a finished
+# slot idles for half of these steps, 2 % of a caption of 400 tokens. On a CPU a poll costs nothing.
+POLL_EVERY = 16
+# A step attends to a multiple of this many columns: a captured step has one shape, and a caption of 768 tokens meets
+# four shapes of this size, while the columns beyond the longest slot are a few per cent of all.
+_BLOCK, _CPU_BLOCK = 256, 8  # CPU kernels want mask rows of a multiple of 8
 _ATTENTION = ("sdpa", REPEATED, "eager", *FLASH)
-_ROTARY = ("default", "linear", "llama3", "yarn")  # others change all rows' angles with the longest row
-# Settings of a checkpoint's generation file that transformers' generate follows beside those that vlmcap sets.
+_ROTARY = ("default", "linear", "llama3", "yarn")  # other types change the angles of all slots with the longest one
+# Fields of generation_config.json, besides those that vlmcap sets, which change what transformers' generate returns.
 _EXTRAS = (
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -58,45 +58,40 @@ _EXTRAS = (
 )
 
 
-def can_decode(llm: nn.Module) -> bool:
-    """Whether `greedy_ids` writes what transformers' generate would.
+def native_engine_obstacle(llm: nn.Module) -> str:
+    """Returns why `greedy_ids` would not match transformers' greedy search; empty if it does.
 
-    All layers see all keys, and nothing else steers the choice.
+    Every layer must attend to all keys, and nothing but the logits may decide on a token.
     """
-    return not obstacle(llm)
-
-
-def obstacle(llm: nn.Module) -> str:
-    """Why `can_decode` refuses a language model; empty if it accepts it."""
     model: Any = base_model(llm)
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "lm_head"):
-        return "the language model is of no class of transformers with a head"
+        return "the language model is not a class of transformers with an lm_head"
     if config._attn_implementation not in _ATTENTION:
-        return f"llm.attention={config._attn_implementation} is none of {', '.join(_ATTENTION)}"
-    return _obstacle(config, getattr(model, "generation_config", None))
+        return f"llm.attention={config._attn_implementation} is not one of {', '.join(_ATTENTION)}"
+    return _config_obstacle(config, getattr(model, "generation_config", None))
 
 
-def is_decodable(config: Any, generation_config: Any) -> bool:
-    """Whether `can_decode` accepts a language model with these settings; no weights are needed.
+def supports_native_engine(config: Any, generation_config: Any) -> bool:
+    """Whether `greedy_ids` can decode a language model, judged by its configuration without weights.
 
     Args:
         config: transformers' configuration of the language model.
-        generation_config: Its generation settings; None where it has none.
+        generation_config: Its generation settings; None if it has none.
     """
-    return not _obstacle(config, generation_config)
+    return not _config_obstacle(config, generation_config)
 
 
-def _obstacle(config: Any, generation_config: Any) -> str:
+def _config_obstacle(config: Any, generation_config: Any) -> str:
     if config.model_type not in PACKABLE:
-        return f"the class {config.model_type} is not known to keep rows apart"
+        return f"the class {config.model_type} is not known to keep the clips of a batch apart"
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotary not in _ROTARY:
-        return f"its rope_type={rotary} changes all rows with the longest one"
+        return f"its rope_type={rotary} changes all captions of a batch with the longest one"
     if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers):
-        return "some of its layers see a window of the text"
-    steering = [name for name in _EXTRAS if getattr(generation_config, name, None)]
-    return f"its generation_config.json sets {', '.join(steering)}" if steering else ""
+        return "some of its layers use a sliding window"
+    extras = [name for name in _EXTRAS if getattr(generation_config, name, None)]
+    return f"its generation_config.json sets {', '.join(extras)}" if extras else ""
 
 
 @torch.no_grad()
@@ -105,26 +100,29 @@ def greedy_ids(
     prompts: Iterable[Tensor],
     settings: GenerationSettings,
     stop_ids: Collection[int],
-    num_rows: int,
+    num_slots: int,
     graphs: Graphs | None = None,
 ) -> list[list[int]]:
-    """Ids of captions in the order of the prompts, each up to and with its first end token, as transformers' greedy search finds them.
+    """Decodes captions greedily, as transformers' greedy search does.
 
     Args:
-        llm: Causal language model that `can_decode` accepts, with or without adapters.
-        prompts: Input embeddings (S, Dl) of each clip, without padding; drawn as rows get free.
-        settings: Length, repetition controls and guessing.
+        llm: Causal language model without a `native_engine_obstacle`, with or without adapters.
+        prompts: Input embeddings (S, Dl) of each clip, without padding; consumed as slots become free.
+        settings: Maximum length, repetition controls and n-gram speculation.
         stop_ids: Tokens that end a caption.
-        num_rows: Captions that are written at a time.
-        graphs: Captures steps as graphs; None runs them as they are.
+        num_slots: Captions that are decoded at a time.
+        graphs: Captures steps as graphs; None runs them eagerly.
+
+    Returns:
+        Ids of the captions in the order of the prompts, each up to and including its first end token.
     """
-    decoder = _Decoder(llm, settings, stop_ids, num_rows, graphs)
-    waiting = _Waiting(prompts)
+    decoder = _Decoder(llm, settings, stop_ids, num_slots, graphs)
+    queue = _PromptQueue(prompts)
     done: dict[int, list[int]] = {}
     with _masked_attention(decoder.model.config):
-        while decoder.admit(waiting) or decoder.rows:
+        while decoder.admit(queue) or decoder.slots:
             done |= decoder.take_finished()
-            if decoder.rows:
+            if decoder.slots:
                 decoder.advance()
                 done |= decoder.take_finished()
     return [done[request] for request in range(len(done))]
@@ -132,7 +130,7 @@ def greedy_ids(
 
 @contextmanager
 def _masked_attention(config: Any) -> Iterator[None]:
-    """Within it, PyTorch's attention runs in place of FlashAttention, which takes no mask in which each row ends at a place of its own."""
+    """Replaces FlashAttention by PyTorch's attention, as it takes no mask in which each slot ends at its own column."""
     chosen = config._attn_implementation
     if chosen not in FLASH:
         yield
@@ -144,21 +142,18 @@ def _masked_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = chosen
 
 
-class _Waiting:
-    """Prompts with their numbers, of which the next one can be looked at before it is taken."""
+class _PromptQueue:
+    """Numbered prompts, of which the next one can be inspected before it is taken."""
 
     def __init__(self, prompts: Iterable[Tensor]) -> None:
         self._prompts = enumerate(prompts)
         self._next: tuple[int, Tensor] | None = None
 
-    def take(self, most: int) -> list[tuple[int, Tensor]]:
-        """Up to `most` prompts of `PROMPT_TOKENS` tokens together, padded to the longest.
-
-        One at least where there is any.
-        """
+    def take(self, max_prompts: int) -> list[tuple[int, Tensor]]:
+        """Takes up to `max_prompts` prompts of at most `PROMPT_TOKENS` tokens with padding, but at least one if any."""
         taken: list[tuple[int, Tensor]] = []
         longest = 0
-        while len(taken) < most:
+        while len(taken) < max_prompts:
             if self._next is None:
                 self._next = next(self._prompts, None)
             if self._next is None:
@@ -172,138 +167,143 @@ class _Waiting:
 
 
 @dataclass
-class _Row:
-    """What the host knows of a row.
+class _Slot:
+    """What the host knows of a slot in use.
 
     Attributes:
         request: Number of its clip.
-        num_prompt_tokens: Before the caption.
-        num_written: Tokens that the caption had at the last look.
+        num_prompt_tokens: Tokens before the caption.
+        num_generated: Tokens of the caption at the last poll.
     """
 
     request: int
     num_prompt_tokens: int
-    num_written: int = 1
+    num_generated: int = 1
 
 
 class _Decoder:
-    """The rows that are being written, in the places 0 to N of the cache."""
+    """Decodes the captions in slots 0 to N of the cache."""
 
     def __init__(
         self,
         llm: nn.Module,
         settings: GenerationSettings,
         stop_ids: Collection[int],
-        num_rows: int,
+        num_slots: int,
         graphs: Graphs | None = None,
     ) -> None:
         model: Any = base_model(llm)
-        self.model, self.num_rows, self.max_new_tokens = model, num_rows, settings.max_new_tokens
+        self.model, self.num_slots, self.max_new_tokens = model, num_slots, settings.max_new_tokens
         device = model.get_input_embeddings().weight.device
-        self.is_on_host = device.type == "cpu" and graphs is None
-        self.look_every, self.block = (1, _CPU_BLOCK) if self.is_on_host else (LOOK_EVERY, _BLOCK)
-        self.cache, self.texts = RowCache(num_rows), RowTexts(num_rows, settings, stop_ids, device)
+        self.is_on_cpu = device.type == "cpu" and graphs is None
+        self.poll_every, self.block = (1, _CPU_BLOCK) if self.is_on_cpu else (POLL_EVERY, _BLOCK)
+        self.cache, self.texts = SlotCache(num_slots), SlotTexts(num_slots, settings, stop_ids, device)
         self.steps = CapturedSteps(graphs)
-        self.rows: list[_Row] = []
-        self._has_looked = True
+        self.slots: list[_Slot] = []
+        self._is_polled = True
 
-    def admit(self, waiting: _Waiting) -> int:
-        """Number of newcomers, whose prompts were read and whose first token was written."""
-        before = len(self.rows)
-        if before and self.num_rows - before < max(1, self.num_rows // _GROUP):
+    def admit(self, queue: _PromptQueue) -> int:
+        """Prefills waiting prompts into free slots and decodes their first tokens; returns how many were admitted."""
+        before = len(self.slots)
+        if before and self.num_slots - before < max(1, self.num_slots // _ADMIT_FRACTION):
             return 0
-        while newcomers := waiting.take(self.num_rows - len(self.rows)):
-            self._read([prompt for _, prompt in newcomers])
-            self.rows += [_Row(request, len(prompt)) for request, prompt in newcomers]
-        return len(self.rows) - before
+        while taken := queue.take(self.num_slots - len(self.slots)):
+            self._prefill([prompt for _, prompt in taken])
+            self.slots += [_Slot(request, len(prompt)) for request, prompt in taken]
+        return len(self.slots) - before
 
-    def _read(self, prompts: list[Tensor]) -> None:
-        # Padded on the right, so that keys stand from the first column on, and no token sees padding: it comes later
-        # than all of them.
-        embeddings = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        first, width = len(self.rows), embeddings.shape[1]
-        if self.cache.reserve(_rounded(width + self.max_new_tokens + _DRAFT, self.block)):
+    def _prefill(self, prompts: list[Tensor]) -> None:
+        # Right-padded, so that keys start at the first column, and causal attention hides the padding.
+        embeddings = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # N × (S, Dl) -> (N, S, Dl)
+        first, width = len(self.slots), embeddings.shape[1]
+        if self.cache.reserve(_round_up(width + self.max_new_tokens + _NUM_DRAFT_TOKENS, self.block)):
             self.steps.forget()
-        self.cache.expect_newcomers(first, width)
-        for row, prompt in enumerate(prompts, first):
-            self.texts.start(row, len(prompt))
-        # The head runs on last tokens only, through the class's own forward, as some scale what it gives (HyperCLOVA
-        # X).
-        handle = self.model.lm_head.register_forward_pre_hook(
-            # (N, S, Dl) -> (N, 1, Dl)
-            lambda _, inputs: (
-                torch.stack([hidden[len(prompt) - 1] for hidden, prompt in zip(inputs[0], prompts, strict=True)])[
-                    :, None
-                ],
-            )
-        )
+        self.cache.expect_prompts(first, width)
+        for slot, prompt in enumerate(prompts, first):
+            self.texts.start(slot, len(prompt))
+
+        def keep_last_tokens(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            last = [hidden[len(prompt) - 1] for hidden, prompt in zip(inputs[0], prompts, strict=True)]
+            return (torch.stack(last)[:, None],)  # (N, S, Dl) -> (N, 1, Dl)
+
+        # The class's own forward calls the head, because some classes scale its output (HyperCLOVA X).
+        handle = self.model.lm_head.register_forward_pre_hook(keep_last_tokens)
         try:
             logits = self.model(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True).logits
         finally:
             handle.remove()
         self.texts.write(logits, logits.new_empty(len(prompts), 0), first)
-        self._has_looked = False
+        self._is_polled = False
 
     def advance(self) -> None:
-        """Writes the next tokens of every row, up to the next look at which have ended."""
-        count = len(self.rows) if self.is_on_host else min(self.num_rows, 1 << (len(self.rows) - 1).bit_length())
-        num_tokens = 1 + (_DRAFT if self.texts.lookup else 0)
-        num_steps = min(self.look_every, self.max_new_tokens - min(row.num_written for row in self.rows))
-        ahead = (num_steps - 1) * num_tokens  # that a row may have written before the last of the steps
-        longest = max(row.num_prompt_tokens + min(row.num_written + ahead, self.max_new_tokens) for row in self.rows)
-        width = min(_rounded(longest - 1 + num_tokens, self.block), self.cache.num_columns)
+        """Decodes further tokens in every slot, until the next poll."""
+        count = len(self.slots) if self.is_on_cpu else min(self.num_slots, 1 << (len(self.slots) - 1).bit_length())
+        num_tokens = 1 + (_NUM_DRAFT_TOKENS if self.texts.ngram_size else 0)
+        num_steps = min(self.poll_every, self.max_new_tokens - min(slot.num_generated for slot in self.slots))
+        ahead = (num_steps - 1) * num_tokens  # tokens that a slot may have added before the last of the steps
+        longest = max(
+            slot.num_prompt_tokens + min(slot.num_generated + ahead, self.max_new_tokens) for slot in self.slots
+        )
+        width = min(_round_up(longest - 1 + num_tokens, self.block), self.cache.num_columns)
         for _ in range(num_steps):
             self.steps.run((count, width), partial(self._step, count, width))
-        self._has_looked = False
+        self._is_polled = False
 
     def _step(self, count: int, width: int) -> None:
-        """Writes the next token of rows 0 to `count`, and those behind it that were guessed rightly."""
-        drafts = self.texts.drafts(count, _DRAFT)
-        if self.is_on_host and drafts.numel() and not bool((drafts >= 0).any()):
+        """Decodes the next token of the first `count` slots, and the draft tokens that it confirms."""
+        drafts = self.texts.drafts(count, _NUM_DRAFT_TOKENS)
+        if self.is_on_cpu and drafts.numel() and not bool((drafts >= 0).any()):
             drafts = drafts[:, :0]
-        tokens = torch.cat([self.texts.last(count), drafts.clamp(min=0)], dim=1)
+        tokens = torch.cat([self.texts.last(count), drafts.clamp(min=0)], dim=1)  # (N, 1), (N, K) -> (N, q)
         positions, mask = self.cache.expect_step(self.texts.num_cached(count), width, tokens.shape[1])
         logits = self.model(
             input_ids=tokens,
-            attention_mask=self._as_wanted(mask),
+            attention_mask=self._convert_mask(mask),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).logits
         self.texts.write(logits, drafts)
 
-    def _as_wanted(self, mask: Tensor) -> Tensor:
-        """The mask as the model's attention takes it."""
+    def _convert_mask(self, mask: Tensor) -> Tensor:
+        """Converts a bool mask for eager attention, which adds it to the scores."""
         if self.model.config._attn_implementation != "eager":
             return mask
         dtype = self.model.get_input_embeddings().weight.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def take_finished(self) -> dict[int, list[int]]:
-        """Ids of the captions that have ended, by request; the last of the other rows take their places."""
-        if self._has_looked:
+        """Frees the slots of captions that have ended, and moves the last of the others into them.
+
+        Returns:
+            Ids of the finished captions by the number of their clip.
+        """
+        if self._is_polled:
             return {}
-        self._has_looked = True
-        texts, num_rows = self.texts, len(self.rows)
-        counts, ends = torch.stack([texts.counts[:num_rows], texts.is_done[:num_rows].long()]).tolist()
-        for row, written in zip(self.rows, counts, strict=True):
-            row.num_written = written
-        finished = [index for index in range(num_rows) if ends[index]]
+        self._is_polled = True
+        # 1. One transfer to the host reports how long each caption is and whether it has ended.
+        texts, num_slots = self.texts, len(self.slots)
+        counts, ends = torch.stack([texts.counts[:num_slots], texts.is_done[:num_slots].long()]).tolist()
+        for slot, count in zip(self.slots, counts, strict=True):
+            slot.num_generated = count
+        finished = [index for index in range(num_slots) if ends[index]]
         if not finished:
             return {}
+        # 2. The ids of finished captions are copied to the host.
         ids = torch.stack([texts.ids[index] for index in finished]).tolist()
-        found = {self.rows[index].request: own[: counts[index]] for index, own in zip(finished, ids, strict=True)}
-        going = num_rows - len(finished)
-        free = [index for index in finished if index < going]
-        movers = [index for index in range(going, num_rows) if not ends[index]]
-        self.cache.move_rows(movers, free)
+        found = {self.slots[index].request: own[: counts[index]] for index, own in zip(finished, ids, strict=True)}
+        # 3. The remaining captions move to the front, so that steps run on the first slots only.
+        num_left = num_slots - len(finished)
+        free = [index for index in finished if index < num_left]
+        movers = [index for index in range(num_left, num_slots) if not ends[index]]
+        self.cache.move_slots(movers, free)
         for source, target in zip(movers, free, strict=True):
             texts.move(source, target)
-            self.rows[target] = self.rows[source]
-        texts.is_done[going:num_rows] = True
-        del self.rows[going:]
+            self.slots[target] = self.slots[source]
+        texts.is_done[num_left:num_slots] = True
+        del self.slots[num_left:]
         return found
 
 
-def _rounded(number: int, block: int) -> int:
+def _round_up(number: int, block: int) -> int:
     return -(-number // block) * block

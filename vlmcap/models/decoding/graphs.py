@@ -1,8 +1,7 @@
-"""The decoding step as a CUDA graph: the host launches one graph per token in place of thousands of kernels.
+"""Decoding steps as CUDA graphs: the host launches one graph per token instead of thousands of kernels.
 
-A graph repeats the same kernels on the same memory, so a step may wait for nothing, and its inputs and outputs stay
-where they are.
-See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+A graph repeats the same kernels on the same memory, so a step must not synchronise, and its inputs and outputs keep
+their addresses. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
 
 from __future__ import annotations
@@ -17,35 +16,35 @@ from torch import nn
 
 from vlmcap.errors import UserError, first_line
 
-# Steps of a shape that run before it is captured: libraries choose kernels and take workspaces at the first.
-# They are steps like all others, so that none of their work is lost.
+# Steps of a shape that run before it is captured, because libraries choose kernels and allocate workspaces at the first
+# ones. They are ordinary steps, so none of their work is lost.
 WARM_UP = 2
 Step = Callable[[], None]
 
 
 class Graphs(Protocol):
-    """Makes graphs of steps; tests put a recorder in the place of CUDA.
+    """Captures steps as graphs; tests replace CUDA by a recorder.
 
     Attributes:
-        is_broken: Whether a step could not be captured, after which none is tried.
+        is_broken: Whether a capture has failed, after which no other is tried.
     """
 
     is_broken: bool
 
     def warm_up(self, step: Step) -> None:
-        """Runs a step as it is, where a later one of its shape will be captured."""
+        """Runs a step eagerly before a later one of its shape is captured."""
         ...
 
     def capture(self, step: Step) -> Step:
-        """What runs a step again, or for the first time, as capturing runs none."""
+        """Captures a step without running it and returns the function that replays it."""
         ...
 
 
 class CudaGraphs:
-    """CUDA's own graphs, which share one pool of memory, as no two run at a time.
+    """CUDA graphs that share one memory pool, as no two run at a time.
 
     Args:
-        device: The GPU.
+        device: GPU to capture on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +53,7 @@ class CudaGraphs:
         self.pool: Any = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> None:
-        """Runs a step on the stream that later ones are captured on."""
+        """Runs a step on the stream that captures later ones."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -62,19 +61,19 @@ class CudaGraphs:
         current.wait_stream(self.stream)
 
     def capture(self, step: Step) -> Step:
-        """The replay of a step's graph."""
+        """Captures a step and returns the replay of its graph."""
         graph = torch.cuda.CUDAGraph()
-        # Threads that read data may take pinned memory meanwhile, which the mode "global" forbids.
+        # Data loading threads may allocate pinned memory meanwhile, which the mode "global" forbids.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
 
 
 class CapturedSteps:
-    """Runs steps, each of a shape again and again, as graphs where there are any.
+    """Runs steps and captures those whose shape recurs.
 
     Args:
-        graphs: Makes graphs; None runs every step as it is.
+        graphs: Captures the steps; None runs every step eagerly.
     """
 
     def __init__(self, graphs: Graphs | None) -> None:
@@ -83,16 +82,16 @@ class CapturedSteps:
         self._num_runs: Counter[Hashable] = Counter()
 
     def forget(self) -> None:
-        """Drops all graphs, as memory that they work on is replaced."""
+        """Drops all graphs; call it when memory that they work on is replaced."""
         self._replays.clear()
         self._num_runs.clear()
 
     def run(self, shape: Hashable, step: Step) -> None:
-        """Runs a step.
+        """Runs a step, by its graph if there is one.
 
         Args:
-            shape: Equal for steps that launch the same kernels on the same memory.
-            step: Runs it as it is.
+            shape: Key that is equal for steps which launch the same kernels on the same memory.
+            step: Function that runs the step eagerly.
         """
         self._num_runs[shape] += 1
         if self.graphs is None or self.graphs.is_broken:
@@ -107,11 +106,12 @@ class CapturedSteps:
     def _capture(self, graphs: Graphs, shape: Hashable, step: Step) -> None:
         try:
             self._replays[shape] = graphs.capture(step)
-        except RuntimeError as error:  # an operation that waits, in a class or library that is not known to do so
+        except RuntimeError as error:  # an operation synchronises, in a class or library not known to do so
             graphs.is_broken = True
             self.forget()
             print(
-                f"Captions are written without CUDA graphs, as one could not be captured: {first_line(error)}",
+                "Captions are generated without CUDA graphs, as a decoding step could not be captured: "
+                f"{first_line(error)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -121,35 +121,36 @@ class CapturedSteps:
 
 
 def make_graphs(llm: nn.Module, wanted: bool | str, device: torch.device) -> Graphs | None:
-    """What captures the decoding steps of a language model; None where they run as they are.
+    """Creates the capturer for the decoding steps of a language model; None if they run eagerly.
 
     Args:
-        llm: The language model, with or without adapters.
-        wanted: `evaluation.cuda_graphs`: true, false, or "auto", which is true on a GPU where nothing stands in the
-            way.
-        device: Where it runs.
+        llm: Language model, with or without adapters.
+        wanted: `evaluation.cuda_graphs`: true, false, or "auto", which is true on a GPU if the steps can be captured.
+        device: Device that the language model runs on.
 
     Raises:
-        UserError: Graphs are asked for and cannot be had.
+        UserError: Graphs are requested but not possible.
     """
     if wanted is False:
         return None
     reason = (
-        "they need a CUDA device" if device.type != "cuda" or not torch.cuda.is_available() else capture_obstacle(llm)
+        "they need a CUDA device"
+        if device.type != "cuda" or not torch.cuda.is_available()
+        else uncapturable_reason(llm)
     )
     if not reason:
         return CudaGraphs(device)
     if wanted is True:
-        raise UserError(f"evaluation.cuda_graphs=true cannot be followed, as {reason}; set evaluation.cuda_graphs=auto")
+        raise UserError(f"evaluation.cuda_graphs=true is not possible, as {reason}; set evaluation.cuda_graphs=auto")
     if device.type == "cuda":
-        print(f"Captions are written without CUDA graphs, as {reason}.", file=sys.stderr, flush=True)
+        print(f"Captions are generated without CUDA graphs, as {reason}.", file=sys.stderr, flush=True)
     return None
 
 
-def capture_obstacle(llm: nn.Module) -> str:
-    """Why a decoding step of a language model cannot be captured; empty if it can.
+def uncapturable_reason(llm: nn.Module) -> str:
+    """Returns why a decoding step of a language model cannot be captured; empty if it can.
 
-    bitsandbytes' 4-bit products launch their kernels on the current stream and wait for nothing, as of 0.50
+    The 4-bit products of bitsandbytes 0.50 can: they launch their kernels on the current stream and do not synchronise
     (backends/cuda/ops.py).
     """
     from torch.distributed.tensor import DTensor
@@ -160,7 +161,7 @@ def capture_obstacle(llm: nn.Module) -> str:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return "its layers are compiled (hardware.compile=true)"
         if type(module).__name__ == "Linear8bitLt":
-            return "bitsandbytes looks for outliers in each product with 8-bit weights, which the host waits for"
+            return "bitsandbytes searches each product with 8-bit weights for outliers, which the host waits for"
         weight = getattr(module, "weight", None)
         if isinstance(weight, DTensor):
             return "its weights are sharded over processes"

@@ -1,4 +1,4 @@
-"""How captions are decoded."""
+"""Settings of caption decoding."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from vlmcap.config import EvaluationConfig
 
-MOST_CLIPS = 128  # of a batch to caption where there are fewer rows: each data worker holds such a batch in host memory
+MAX_PROMPT_BATCH = 128  # clips, unless there are more slots: each data worker holds such a batch in host memory
 
 
-def clips_for(num_rows: int, clips_per_row: int) -> int:
-    """Clips of a batch to caption, those beyond the rows waiting for rows that end."""
-    return max(num_rows, min(num_rows * clips_per_row, MOST_CLIPS))
+def prompt_batch_size(num_slots: int, clips_per_slot: int) -> int:
+    """Returns the number of clips in a batch of prompts; those beyond the slots wait for a slot that becomes free."""
+    return max(num_slots, min(num_slots * clips_per_slot, MAX_PROMPT_BATCH))
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +20,28 @@ class GenerationSettings:
     """How captions are decoded; one beam without sampling is greedy search.
 
     Attributes:
-        max_new_tokens: Most tokens of a caption.
-        rules: Engine, search and sampling; names and ranges are those of transformers.
-        num_rows: Most captions that are written at a time; None writes those of a whole batch.
-        use_cache: Whether the keys of earlier tokens are kept.
-        is_merged: Whether adapters are merged into unquantised weights meanwhile, of which the originals are kept
-            beside.
+        max_new_tokens: Maximum tokens of a caption.
+        rules: Engine, search and sampling, with the names and ranges of transformers.
+        num_slots: Maximum captions that are decoded at a time; None decodes those of a whole batch together.
+        use_cache: Whether the keys and values of earlier tokens are kept.
+        is_merged: Whether adapters are merged into copies of unquantised weights for decoding.
     """
 
     max_new_tokens: int
     rules: EvaluationConfig = field(default_factory=EvaluationConfig)
-    num_rows: int | None = None
+    num_slots: int | None = None
     use_cache: bool = True
     is_merged: bool = False
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the best next token is all there is to choose, and keys are kept."""
+        """Whether the search is greedy, with a cache of keys and values."""
         return self.rules.is_greedy and self.use_cache
 
     def as_arguments(self) -> dict[str, Any]:
-        """Arguments of transformers' `generate`, but for the penalty.
+        """Returns keyword arguments for transformers' `generate`, except for the repetition penalty.
 
-        Those of sampling and beams only where they count, or it warns.
+        Arguments of sampling and of beam search are included only if they apply, as transformers warns otherwise.
         """
         rules, names = self.rules, ["num_beams", "no_repeat_ngram_size", "do_sample"]
         names += ["temperature", "top_p", "top_k"] if rules.do_sample else []

@@ -1,4 +1,4 @@
-"""Vision encoders: frames in, patch features out."""
+"""Vision encoders, which map frames to patch features."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 def load_encoder(folder: Path, options: EncoderOptions, device: str = "cpu") -> VisionEncoder:
-    """The vision encoder in `folder`, frozen.
+    """Loads the vision encoder in `folder`, frozen.
 
-    Of a whole checkpoint (CLIP, SigLIP, LLaVA, InternVL, …) only the tower is read.
+    From a larger checkpoint (CLIP, SigLIP, LLaVA, InternVL, …), only the vision tower is read.
 
     Args:
-        folder: Checkpoint in Hugging Face layout, of any vision tower of transformers that gives a grid of patch
+        folder: Checkpoint in Hugging Face layout with any vision tower of transformers that returns a grid of patch
             features.
-        options: What is chosen.
-        device: Where its weights are put while they are read, such as "cpu" or "cuda:0".
+        options: Options of the encoder.
+        device: Device that weights are read to, such as "cpu" or "cuda:0".
 
     Raises:
-        UserError: The checkpoint has no such tower or is incomplete, or an option is impossible for it.
+        UserError: The checkpoint has no such tower or is incomplete, or an option is not possible for it.
     """
     source = f"encoder.checkpoint {folder}"
     family, config = vision_config(read_config(folder), source)
@@ -49,16 +49,14 @@ def load_encoder(folder: Path, options: EncoderOptions, device: str = "cpu") -> 
 
 
 def build_meta_encoder(folder: Path, options: EncoderOptions) -> VisionEncoder:
-    """The same encoder without its weights, on the meta device.
-
-    Its sizes and its transform, out of the configuration files alone.
+    """Builds the encoder in `folder` on the meta device, from its configuration files only.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
-        options: What is chosen.
+        options: Options of the encoder.
 
     Raises:
-        UserError: The checkpoint has no vision tower with a grid of patch features, or an option is impossible for it.
+        UserError: The checkpoint has no vision tower with a grid of patch features, or an option is not possible.
     """
     source = f"encoder.checkpoint {folder}"
     family, config = vision_config(read_config(folder), source)
@@ -74,17 +72,16 @@ def build_encoder(
     processor: Mapping[str, Any] | None = None,
     num_blocks: int | None = None,
 ) -> VisionEncoder:
-    """The encoder of a configuration with random weights, frozen; without any under `torch.device("meta")`.
+    """Builds an encoder from a configuration, frozen, with random weights; under `torch.device("meta")` without any.
 
     Args:
-        config: A `config.json`, or transformers' object, of the tower or of a whole model.
-        options: What is chosen.
-        processor: Content of a processor file; None leaves the values of transformers' processor.
-        num_blocks: Blocks that the tower has, whatever the configuration says, before it is cut behind the chosen
-            layer.
+        config: Content of a `config.json`, or transformers' configuration, of the tower or of a larger model.
+        options: Options of the encoder.
+        processor: Content of a processor file; None uses the values of transformers' processor.
+        num_blocks: Number of blocks, overriding the configuration, before truncation after the chosen layer.
 
     Raises:
-        UserError: There is no vision tower with a grid of patch features in it, or an option is impossible for it.
+        UserError: The configuration has no vision tower with a grid of patch features, or an option is not possible.
     """
     source = "this configuration"
     family, vision = vision_config(config if isinstance(config, Mapping) else config.to_dict(), source)
@@ -94,9 +91,9 @@ def build_encoder(
 
 
 def default_preprocessing(model_type: str) -> Preprocessing:
-    """What a type of tower wants where no processor file says it.
+    """Returns the preprocessing for a type of tower without a processor file.
 
-    Without mean and std where transformers does not know them.
+    Mean and std are empty if transformers does not define them.
     """
     return family_of(model_type).preprocessing or preprocessing_of(model_type)
 
@@ -104,7 +101,7 @@ def default_preprocessing(model_type: str) -> Preprocessing:
 def _assemble(
     family: Family, tower: nn.Module, config: Any, options: EncoderOptions, processor: Mapping[str, Any], source: str
 ) -> VisionEncoder:
-    """The frozen encoder; what is chosen stands above a processor file, and that above the defaults."""
+    """Builds the frozen encoder; options have priority over the processor file, and this over the defaults."""
     timm = timm_processor(getattr(config, "pretrained_cfg", None) or {})
     preprocessing = default_preprocessing(config.model_type).updated(processor or timm)
     preprocessing = replace(
@@ -113,8 +110,8 @@ def _assemble(
     if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
         raise UserError(
             f"{source} has no preprocessor_config.json with a mean and a standard deviation for three channels, and "
-            "none is known for "
-            f"'{config.model_type}'; set encoder.image_mean and encoder.image_std, such as [0.5,0.5,0.5]"
+            f"none is known for '{config.model_type}'; set encoder.image_mean and encoder.image_std, such as "
+            "[0.5,0.5,0.5]"
         )
     return family.assemble(tower, config, options, preprocessing).requires_grad_(False).eval()
 

@@ -1,6 +1,6 @@
-"""What every vision encoder does: frames in, patch features out, sizes stated.
+"""The interface of vision encoders, from frames to patch features, and the rules of families of vision towers.
 
-Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches a frame (row-major over
+Legend: B batch, F frames (tiles of a frame count as frames), N frames of all clips, P patches per frame (row-major over
 the grid h × w), Dv vision width, S side of a frame in pixels.
 """
 
@@ -22,21 +22,20 @@ from vlmcap.types import GridTHW
 
 @dataclass(frozen=True, slots=True)
 class EncoderOptions:
-    """What may be chosen of an encoder.
+    """Options of an encoder.
 
     Attributes:
-        feature_layer: Index into the hidden states that the class of transformers returns, 0 before the first block. -1
-            is what the class returns as `last_hidden_state`, so it is behind a final norm where the class has one on
-            the way (DINOv2, DINOv3, InternViT, ViT, AIMv2, …); only of SigLIP and SigLIP 2 it is the last hidden state
-            before the final norm.
-        dtype: Of the weights.
-        image_size: Side of a frame in pixels; None is the checkpoint's own.
-        max_patches: Budget a frame where sizes vary (NaFlex); others ignore it.
-        max_tiles: Tiles that a frame may be cut into, the overview not counted; 1 cuts nothing.
-        attention: Implementation in the words of transformers; "sdpa" where a class has no FlashAttention, "eager"
-            without either.
-        mean: Per channel, of pixels in 0…1, in place of the checkpoint's.
-        std: Likewise.
+        feature_layer: Index into the hidden states that the transformers class returns, 0 before the first block. -1 is
+            its `last_hidden_state`, which is after the final norm in classes that apply one (DINOv2, DINOv3, InternViT,
+            ViT, AIMv2, …); for SigLIP and SigLIP 2 only, it is the last hidden state before the final norm.
+        dtype: Dtype of the weights.
+        image_size: Side of a frame in pixels; None uses that of the checkpoint.
+        max_patches: Maximum patches per frame if sizes vary (NaFlex); ignored otherwise.
+        max_tiles: Maximum tiles per frame, not counting the overview; 1 disables tiling.
+        attention: Attention implementation, as named by transformers; falls back to "sdpa" if the class has no
+            FlashAttention, and to "eager" if it has neither.
+        mean: Mean per channel of pixels in 0…1, instead of the checkpoint's.
+        std: Standard deviation per channel, likewise.
     """
 
     feature_layer: int
@@ -55,17 +54,17 @@ class EncoderOptions:
 
 
 class VisionEncoder(nn.Module):
-    """A vision tower of transformers behind one interface.
+    """Wraps a vision tower of transformers in the common interface of encoders.
 
     Args:
-        tower: Its last hidden state is the chosen one.
-        transform: What the data workers apply to frames.
-        preprocessing: Mean and standard deviation, applied here, on the device.
-        grid: (h, w) patches of a frame.
-        feature_layer: As configured.
+        tower: Vision tower whose last hidden state is that of `feature_layer`.
+        transform: Transform that the data workers apply to frames.
+        preprocessing: Mean and standard deviation, which the encoder applies on the device.
+        grid: Patch grid (h, w) of a frame.
+        feature_layer: Configured layer.
         embed_dim: Dv.
-        num_prefix_tokens: CLS and register tokens in front of the patches, dropped.
-        arguments: Further ones of the tower's `forward`.
+        num_prefix_tokens: Number of CLS and register tokens before the patches, which are dropped.
+        arguments: Further keyword arguments of the tower's `forward`.
     """
 
     mean: Tensor
@@ -93,46 +92,46 @@ class VisionEncoder(nn.Module):
 
     @property
     def has_flash(self) -> bool:
-        """Whether the class runs with FlashAttention."""
+        """Whether the class supports FlashAttention."""
         return bool(cast(Any, self.tower)._supports_flash_attn)
 
     @property
     def num_patches(self) -> int:
-        """P, the largest where grids vary."""
+        """P; the maximum if grids vary."""
         return self.grid[0] * self.grid[1]
 
     def possible_grids(self, num_frames: int) -> Sequence[GridTHW]:
-        """Every `grid_thw` that a clip of `num_frames` frames may get."""
+        """Returns all possible values of `grid_thw` for a clip of `num_frames` frames."""
         return [(num_frames * num_tiles(cuts), *self.grid) for cuts in range(1, self.max_tiles + 1)]
 
     def forward(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
-        """Patch features, uint8 (B, F, 3, S, S) -> (B, F, P, Dv).
+        """Encodes clips to patch features, uint8 (B, F, 3, S, S) -> (B, F, P, Dv).
 
         Args:
-            frames: As `transform` returned them, padded at the end of F where clips have fewer.
-            grid_thw: A clip each, where they vary; frames behind a clip's last are not computed, and zero in what is
-                returned.
+            frames: Frames as returned by `transform`, padded at the end of F if clips have fewer.
+            grid_thw: Size of each clip if sizes vary. Padding frames are not computed, and their features are zero.
         """
         batch, num_frames = frames.shape[:2]
         grids = [(num_frames, *self.grid)] * batch if grid_thw is None else grid_thw
-        real = [row * num_frames + frame for row, (count, _, _) in enumerate(grids) for frame in range(count)]
+        real = [clip * num_frames + frame for clip, (count, _, _) in enumerate(grids) for frame in range(count)]
         sizes = [(height, width) for count, height, width in grids for _ in range(count)]
-        flat = frames.flatten(0, 1)
+        flat = frames.flatten(0, 1)  # (B, F, 3, S, S) -> (B · F, 3, S, S)
         if len(real) == len(flat):
-            return self.encode(flat, sizes).unflatten(0, (batch, num_frames))
+            return self.encode(flat, sizes).unflatten(0, (batch, num_frames))  # (N, P, Dv) -> (B, F, P, Dv)
         index = on_device(real, frames.device)
-        features = self.encode(flat[index], sizes)
+        features = self.encode(flat[index], sizes)  # (N, 3, S, S) -> (N, P, Dv)
         padded = features.new_zeros(len(flat), *features.shape[1:]).index_copy(0, index, features)
-        return padded.unflatten(0, (batch, num_frames))
+        return padded.unflatten(0, (batch, num_frames))  # (B · F, P, Dv) -> (B, F, P, Dv)
 
     def encode(self, frames: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """Patch features of single frames, uint8 (N, 3, S, S) -> (N, P, Dv).
+        """Encodes single frames to patch features, uint8 (N, 3, S, S) -> (N, P, Dv).
 
         Args:
-            frames: None of them padding.
-            sizes: Patch rows and columns of each; here all have the encoder's own.
+            frames: Real frames, without padding.
+            sizes: Patch rows and columns of each frame; all equal the encoder's grid in this class.
         """
-        pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)  # in place: large frames
+        # In place, as a batch of frames is large.
+        pixels = frames.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)
         hidden = as_tokens(self.tower(pixel_values=pixels.to(self._dtype), **self.arguments).last_hidden_state)
         patches = hidden[:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_patches]
         assert patches.shape[1] == self.num_patches, f"{patches.shape[1]} patches, {self.num_patches} expected"
@@ -144,18 +143,18 @@ class VisionEncoder(nn.Module):
 
 
 def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """A tensor of the host's numbers on a device, which the host does not wait for."""
+    """Copies numbers of the host to a device, without synchronisation."""
     return torch.tensor(numbers, pin_memory=torch.cuda.is_available()).to(device, non_blocking=True)
 
 
 class Family:
-    """Rules for a type of vision tower; these are for all that need none of their own.
+    """Rules for a type of vision tower; the base class suits all types without special rules.
 
     Attributes:
-        preprocessing: Where the checkpoint has no processor file; None takes the values of the processor class in
-            transformers.
-        is_raw: `feature_layer=-1` is before the final norm.
-        has_flash: False where the class cannot run with FlashAttention although it says so.
+        preprocessing: Preprocessing if the checkpoint has no processor file; None uses the values of the processor
+            class in transformers.
+        is_raw: Whether `feature_layer=-1` is before the final norm.
+        has_flash: False if the class fails with FlashAttention although it claims support.
     """
 
     preprocessing: Preprocessing | None = None
@@ -163,32 +162,32 @@ class Family:
     has_flash: bool = True
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The vision part of a checkpoint's `config.json` in the words of transformers' class, less what our features need not."""
+        """Translates the vision section of a `config.json` to the transformers class, without options we do not use."""
         return values
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Names, as transformers reads them, of a tensor of the checkpoint; several where it holds several, stacked."""
+        """Translates a tensor's name to transformers' names; several if the tensor holds several, stacked."""
         return (name,)
 
     def layout(self, config: Any) -> Layout:
-        """What the class makes of a picture.
+        """Returns the layout of the tower's features.
 
         Raises:
-            UnknownLayoutError: No grid of patch features.
+            UnknownLayoutError: The tower returns no grid of patch features.
         """
         return find_layout(config)
 
     def final_norm(self, config: Any) -> FinalNorm | None:
-        """The module behind the last block, or None where cutting the tower gives no hidden state."""
+        """Returns the module after the last block; None if a truncated tower does not give the hidden states."""
         return find_final_norm(config)
 
     def assemble(
         self, tower: nn.Module, config: Any, options: EncoderOptions, preprocessing: Preprocessing
     ) -> VisionEncoder:
-        """The encoder around a tower.
+        """Builds the encoder around a tower.
 
         Raises:
-            UserError: There can be no such image size.
+            UserError: The image size is not possible.
         """
         layout = self.layout(config)
         size, arguments = _image_size(config, options, layout, preprocessing)
@@ -213,17 +212,18 @@ class Family:
 def _image_size(
     config: Any, options: EncoderOptions, layout: Layout, preprocessing: Preprocessing
 ) -> tuple[int, tuple[str, ...]]:
-    """Side of a frame in pixels, and the arguments that the class needs for it.
+    """Returns the side of a frame in pixels, and the arguments that the class needs for it.
 
-    Where any size is possible the processor file decides.
+    If the class supports any size, the processor file has priority over the configuration.
     """
     own = getattr(config, "image_size", None)
     own = None if own is None else square_side(own)
-    native = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
-    size = native if options.image_size is None else options.image_size
+    default = (preprocessing.image_size or own) if layout.is_any_size or own is None else own
+    size = default if options.image_size is None else options.image_size
     if size is None:
         raise UserError(
-            "neither config.json nor a processor file of encoder.checkpoint says its image size; set encoder.image_size"
+            "neither config.json nor a processor file of encoder.checkpoint states an image size; set "
+            "encoder.image_size"
         )
     patch = layout.patch_size
     if size == own:
@@ -234,12 +234,13 @@ def _image_size(
         return size, layout.arguments
     if not layout.is_any_size:
         raise UserError(
-            f"encoder.image_size={size} is not possible: this encoder has positions for {own} pixels alone; leave it "
-            "out"
+            f"encoder.image_size={size} is not possible, as this encoder has position embeddings for {own} pixels "
+            "only; leave it out"
         )
     if size % patch:
         below = size // patch * patch
         raise UserError(
-            f"encoder.image_size={size} is no multiple of the patch of {patch} pixels; take {below} or {below + patch}"
+            f"encoder.image_size={size} is not a multiple of the patch size of {patch} pixels; set it to {below} or "
+            f"{below + patch}"
         )
     return size, ()

@@ -1,4 +1,4 @@
-"""Classes of transformers for vision towers, and the sizes in their configurations."""
+"""transformers classes of vision towers, and the sizes in their configurations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import nn
 from vlmcap.errors import UserError, first_line
 
 TIMM = "timm_wrapper"
-"""Type of a model of timm, whose configuration has a name and no sizes."""
+"""Type of a timm model, whose configuration has a name but no sizes."""
 
 
 class UnknownLayoutError(ValueError):
-    """A class whose output is no grid of patch features; the text completes "…, which"."""
+    """The output of a class is not a grid of patch features; the message completes "…, which"."""
 
 
 def tower_class(config: Any) -> Any:
-    """The class of transformers that a configuration builds.
+    """Returns the transformers class of a configuration.
 
     Raises:
-        UnknownLayoutError: There is none.
+        UnknownLayoutError: There is no such class.
     """
     from transformers import PreTrainedModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -51,9 +51,7 @@ def set_depth(config: Any, num_blocks: int) -> None:
 
 
 def describe_timm(config: Any) -> None:
-    """Puts sizes into the configuration of a timm model, which has only a name.
-
-    Towers without blocks or patches are left without.
+    """Adds the sizes to the configuration of a timm model, unless it has no blocks or patches.
 
     Raises:
         UnknownLayoutError: timm is not installed, or has no such model.
@@ -72,10 +70,10 @@ def describe_timm(config: Any) -> None:
 
 
 def square_side(size: Any) -> int:
-    """Side of a square that a configuration gives as one number or as two.
+    """Returns the side of a square that a configuration states as one or two numbers.
 
     Raises:
-        UnknownLayoutError: It is no square.
+        UnknownLayoutError: It is not a square.
     """
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(next(iter(sides)), int):
@@ -84,7 +82,7 @@ def square_side(size: Any) -> int:
 
 
 def refusal(source: str, config: Any, error: UnknownLayoutError) -> UserError:
-    """The sentence for a checkpoint whose class has no known layout."""
+    """Returns the error for a checkpoint whose class has no known layout."""
     return UserError(
         f"{source} holds a model of type '{config.model_type}', which {error}; "
         "set encoder.checkpoint to a vision tower of square patches, such as DINOv2, SigLIP or CLIP"

@@ -1,7 +1,4 @@
-"""What the general way does not know of some vision towers.
-
-Names and values of other layouts, and rules that their publishers keep.
-"""
+"""Families of vision towers that need rules of their own, such as other tensor names or preprocessing."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Siglip(Family):
     """SigLIP, and SigLIP 2 at a fixed resolution (Tschannen et al., https://arxiv.org/abs/2502.14786).
 
-    Features are not normed.
+    Features are taken before the final norm.
     """
 
     is_raw = True
@@ -28,16 +25,16 @@ class Siglip(Family):
 class Dinov3(Family):
     """DINOv3 ViT of every size (Siméoni et al., https://arxiv.org/abs/2508.10104)."""
 
-    preprocessing = Preprocessing(*_IMAGENET, "bilinear")  # the class of its processor needs torchvision
+    preprocessing = Preprocessing(*_IMAGENET, "bilinear")  # its processor class needs torchvision
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Without the random positions of its pre-training, which its class adds in training mode."""
+        """Disables the random position augmentation of pre-training, which the class applies in training mode."""
         return {**values, "pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None}
 
 
-_REMOTE = "intern_vit_6b"  # the model type of InternViT's remote code, whatever the size
+_REMOTE = "intern_vit_6b"  # the model type of InternViT's remote code, for all sizes
 
-# The remote configuration's names and, as its class fills them in, values.
+# Names in the remote configuration, and the default values of its class.
 _CONFIG_NAMES = {
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
@@ -72,19 +69,18 @@ _TENSOR_NAMES = (
 class Internvit(Family):
     """InternViT-300M and InternViT-6B, the vision towers of InternVL.
 
-    BaseCheckpoints: Chen et al., https://arxiv.org/abs/2312.14238 and https://arxiv.org/abs/2412.05271.
+    Sources: Chen et al., https://arxiv.org/abs/2312.14238 and https://arxiv.org/abs/2412.05271.
 
-    Weights come in two layouts: transformers' own, inside the `-hf` checkpoints, and that of the code which OpenGVLab's
-    other checkpoints bring along. That code is never run: names and values are put into the words of transformers'
+    Weights come in two layouts: that of transformers in the `-hf` checkpoints, and that of the remote code in
+    OpenGVLab's other checkpoints. The remote code is never run: its names and values are translated to transformers'
     class.
     """
 
-    preprocessing = Preprocessing(
-        *_IMAGENET
-    )  # GotOcr2ImageProcessor, which its files name, has other values of its own
+    # GotOcr2ImageProcessor, which its files name, has other defaults.
+    preprocessing = Preprocessing(*_IMAGENET)
 
     def config_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A remote configuration in transformers' words; dropout and the code's own switches are left out."""
+        """Translates a remote configuration, without dropout and the switches of the remote code."""
         if values.get("model_type") != _REMOTE:
             return values
         renamed = {_CONFIG_NAMES.get(key, key): value for key, value in values.items()}
@@ -92,7 +88,7 @@ class Internvit(Family):
         return {"model_type": "internvl_vision"} | _REMOTE_DEFAULTS | kept
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Remote names in transformers' words; queries, keys and values are one tensor there."""
+        """Translates remote names; queries, keys and values are stacked in one tensor there."""
         for pattern, replacement in _TENSOR_NAMES:
             name = re.sub(pattern, replacement, name)
         if ".attention.qkv." not in name:
@@ -111,5 +107,5 @@ _FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The rules for a type of tower; most types need none."""
+    """Returns the rules for a type of tower; most types need none of their own."""
     return _FAMILIES.get(model_type, Family())

@@ -1,6 +1,6 @@
-"""How a vision tower of transformers lays out its features, found by running small random forms of its class.
+"""The feature layout of a vision tower of transformers, determined by running small random models of its class.
 
-Legend: K patches on a side of the small picture, T output tokens, P patches, Dv vision width.
+Legend: K patches per side of the small image, N images, T output tokens, P patches, Dv vision width.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from vlmcap.models.encoders.classes import TIMM, UnknownLayoutError, set_depth, 
 
 _SIDE = 4  # K
 _ARGUMENT = "interpolate_pos_encoding"
-_NEEDED = ("num_hidden_layers", "hidden_size", "patch_size")
+_REQUIRED = ("num_hidden_layers", "hidden_size", "patch_size")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a class makes of a picture.
+    """Layout of the features that a tower returns for an image.
 
     Attributes:
         patch_size: Side of a patch in pixels.
-        num_prefix_tokens: CLS and register tokens in front of the patches, which are in row-major order.
+        num_prefix_tokens: Number of CLS and register tokens before the patches, which are in row-major order.
         embed_dim: Dv.
-        is_any_size: Pictures of other sizes than the configuration's need no argument.
-        arguments: Arguments of `forward` that other sizes need, where they are possible by them alone.
-        unused: Parameters that play no part in the features, such as those of a pooling head, in the words of
-            `numberless`; no checkpoint needs to hold them.
-        idle: Modules of such parameters alone, which the tower can do without.
+        is_any_size: Whether images of other sizes than the configured one need no argument.
+        arguments: Arguments of `forward` that enable other sizes.
+        unused: Names, as returned by `without_numbers`, of parameters that do not affect the features, such as those of
+            a pooling head. A checkpoint may lack them.
+        idle: Modules with unused parameters only, which can be removed from the tower.
     """
 
     patch_size: int
@@ -51,11 +51,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class FinalNorm:
-    """What follows the last block.
+    """The normalisation after the last block.
 
     Attributes:
-        name: Module behind the last block; empty where there is none.
-        is_counted: The last of the class's hidden states is behind it.
+        name: Module name; empty if there is no such module.
+        is_counted: Whether the last hidden state that the class returns is after it.
     """
 
     name: str
@@ -63,53 +63,53 @@ class FinalNorm:
 
 
 def find_layout(config: Any) -> Layout:
-    """The layout of the features that the class of a configuration returns.
+    """Determines the layout of the features that the class of a configuration returns.
 
-    A tower of no blocks maps each patch to one token. Changing one patch after another shows which tokens belong to
-    patches, and in which order they are.
+    A tower without blocks maps each patch to one token, so changing one patch after another shows which tokens belong
+    to patches, and their order.
 
     Raises:
-        UnknownLayoutError: It returns no square grid with a token for each patch.
+        UnknownLayoutError: The class does not return a square grid with one token per patch.
     """
     patch = _check_class(config, tower_class(config))
     return _find_layout(_Key(config), patch)
 
 
 def find_final_norm(config: Any) -> FinalNorm | None:
-    """The module that stands between the last block and what the class returns, or None where cutting gives no hidden state of it.
+    """Finds the module between the last block and the output; None if truncating the tower does not give hidden states.
 
-    A tower cut behind its first block must return what a tower of two blocks lists as its first hidden state.
+    A tower truncated after its first block must return the first hidden state of a tower with two blocks.
     """
     return _find_final_norm(_Key(config))
 
 
 def as_tokens(features: Tensor) -> Tensor:
-    """Features as a sequence, whether a class returns (N, T, Dv) or a map (N, Dv, h, w)."""
+    """Returns features as a sequence (N, T, Dv), also for classes that return a map (N, Dv, h, w)."""
     return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features  # (N, Dv, h, w) -> (N, h · w, Dv)
 
 
-def numberless(name: str) -> str:
-    """The name of a parameter with the numbers of blocks left out."""
+def without_numbers(name: str) -> str:
+    """Returns the name of a parameter without the indices of blocks."""
     return re.sub(r"\d+", "#", name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Key:
-    """A configuration that equals another one of the same content, whatever its number of blocks."""
+    """Cache key of a configuration; equal for configurations that differ in the number of blocks only."""
 
     config: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._text == other._text
+        return isinstance(other, _Key) and self._json == other._json
 
     def __hash__(self) -> int:
-        return hash(self._text)
+        return hash(self._json)
 
     @property
-    def _text(self) -> str:
-        alike = copy.deepcopy(self.config)
-        set_depth(alike, 1)
-        return str(alike.to_json_string(use_diff=False))
+    def _json(self) -> str:
+        shallow = copy.deepcopy(self.config)
+        set_depth(shallow, 1)
+        return str(shallow.to_json_string(use_diff=False))
 
 
 @cache
@@ -119,38 +119,37 @@ def _find_layout(key: _Key, patch: int) -> Layout:
         try:
             tower, width = _shrunk(config, model_class, depth=0, size=_SIDE * patch)
             first = _first_patch(tower, patch, _run)
-        except RuntimeError:  # some classes need a block; what enters it is not mixed either
+        except RuntimeError:  # some classes need a block, whose input has one token per patch too
             tower, width = _shrunk(config, model_class, depth=1, size=_SIDE * patch)
             first = _first_patch(tower, patch, _run_embeddings)
         _check_true_size(config, model_class, patch, first, int(tower.config.num_hidden_layers))
         size = (_SIDE + 2) * patch
         is_any_size = _has_patches(tower, size, patch, first)
-        takes_argument = _ARGUMENT in inspect.signature(model_class.forward).parameters
-        is_by_argument = (
-            not is_any_size and takes_argument and _has_patches(tower, size, patch, first, **{_ARGUMENT: True})
-        )
-        # With a block, as blocks may share what stands beside them, such as biases by position.
-        unused, idle = _unused_parts(_shrunk(config, model_class, depth=1, size=_SIDE * patch)[0], _SIDE * patch)
-    return Layout(patch, first, width, is_any_size, (_ARGUMENT,) if is_by_argument else (), unused, idle)
+        has_argument = _ARGUMENT in inspect.signature(model_class.forward).parameters
+        use_argument = not is_any_size and has_argument and _has_patches(tower, size, patch, first, **{_ARGUMENT: True})
+        # With a block, as blocks may use modules outside of them, such as a shared relative position bias.
+        tower, _ = _shrunk(config, model_class, depth=1, size=_SIDE * patch)
+        unused, idle = _find_unused(tower, _SIDE * patch)
+    return Layout(patch, first, width, is_any_size, (_ARGUMENT,) if use_argument else (), unused, idle)
 
 
 def _check_class(config: Any, model_class: Any) -> int:
-    """Side of a patch.
+    """Returns the side of a patch.
 
     Raises:
-        UnknownLayoutError: The class takes something else than pictures, or has no patches or layers.
+        UnknownLayoutError: The class takes other inputs than images, or has no patches or layers.
     """
     parameters = inspect.signature(model_class.forward).parameters
     if "pixel_values" not in parameters:
-        raise UnknownLayoutError("takes no pictures")
+        raise UnknownLayoutError("takes no images")
     if getattr(config, "depths", None):
         raise UnknownLayoutError("is hierarchical, with stages of different grids")
     optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     others = [name for name, value in parameters.items() if value.default is value.empty and value.kind not in optional]
     others = [name for name in others if name not in ("self", "pixel_values")]
     if others:
-        raise UnknownLayoutError(f"needs {', '.join(others)} beside the pixels of a picture")
-    missing = [name for name in _NEEDED if not isinstance(getattr(config, name, None), int | list | tuple)]
+        raise UnknownLayoutError(f"needs {', '.join(others)} in addition to the pixels of an image")
+    missing = [name for name in _REQUIRED if not isinstance(getattr(config, name, None), int | list | tuple)]
     if missing:
         raise UnknownLayoutError(f"has no {missing[0]} in its configuration, and so no plain grid of patches")
     return square_side(config.patch_size)
@@ -158,7 +157,7 @@ def _check_class(config: Any, model_class: Any) -> int:
 
 @contextmanager
 def _probing() -> Iterator[None]:
-    """On the CPU with gradients, from a seed of its own.
+    """Runs probes on the CPU with gradients and a fixed seed.
 
     Raises:
         UnknownLayoutError: The class failed.
@@ -171,14 +170,14 @@ def _probing() -> Iterator[None]:
         raise
     except ImportError as error:
         raise UnknownLayoutError(f"needs a package that is not installed ({first_line(error)})") from error
-    except Exception as error:  # whatever a class of transformers raises about its input
-        raise UnknownLayoutError(f"fails on a plain picture ({type(error).__name__}: {first_line(error)})") from error
+    except Exception as error:  # transformers classes raise many types for unsuitable input
+        raise UnknownLayoutError(f"fails on a plain image ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) -> Any:
-    """A configuration of fewer and narrower blocks for smaller pictures.
+    """Returns a configuration with fewer and narrower blocks for smaller images.
 
-    The width of a head stays, as positions may depend on it.
+    The head width is kept, as position embeddings may depend on it.
     """
     small = copy.deepcopy(config)
     set_depth(small, depth)
@@ -197,22 +196,22 @@ def _small_config(config: Any, depth: int, size: int | None, is_narrow: bool) ->
 
 
 def _shrunk(config: Any, model_class: Any, *, depth: int, size: int | None) -> tuple[Any, int]:
-    """A random tower that runs on pictures of `size` pixels, narrow where its class allows it, and Dv of the true one."""
+    """Builds a random tower for images of `size` pixels, narrow if possible, and returns it with the true Dv."""
     side = square_side(config.image_size) if size is None else size
     try:
-        tower = _random(model_class, _small_config(config, depth, size, is_narrow=True))
+        tower = _random_tower(model_class, _small_config(config, depth, size, is_narrow=True))
         found = _run(tower, torch.randn(1, 3, side, side))
     except ImportError:
         raise
-    except Exception:  # widths that depend on each other in other ways
-        tower = _random(model_class, _small_config(config, depth, size, is_narrow=False))
+    except Exception:  # the widths of the class are related in another way
+        tower = _random_tower(model_class, _small_config(config, depth, size, is_narrow=False))
         found = _run(tower, torch.randn(1, 3, side, side))
     width = found.shape[-1]
     return tower, int(config.hidden_size if width == tower.config.hidden_size else width)
 
 
-def _random(model_class: Any, config: Any) -> Any:
-    """With noise in every tensor, as some classes start positions and scales at constants that would hide what they do."""
+def _random_tower(model_class: Any, config: Any) -> Any:
+    """Builds a tower with noise in every tensor, as some classes initialise positions and scales to constants."""
     tower = model_class._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in tower.parameters():
@@ -221,7 +220,7 @@ def _random(model_class: Any, config: Any) -> Any:
 
 
 def _run(tower: Any, pixels: Tensor, **arguments: Any) -> Tensor:
-    """Tokens of pictures, (N, 3, S, S) -> (N, T, Dv)."""
+    """Returns the tokens of images, (N, 3, S, S) -> (N, T, Dv)."""
     features = getattr(tower(pixel_values=pixels, **arguments), "last_hidden_state", None)
     if not isinstance(features, Tensor) or features.dim() not in (3, 4):
         raise UnknownLayoutError("returns no features of patches")
@@ -229,21 +228,22 @@ def _run(tower: Any, pixels: Tensor, **arguments: Any) -> Tensor:
 
 
 def _run_embeddings(tower: Any, pixels: Tensor) -> Tensor:
-    """What enters the first block, (N, 3, S, S) -> (N, T, Dv), of a class that returns tokens in the same places."""
+    """Returns the input of the first block, (N, 3, S, S) -> (N, T, Dv), if the output has the same tokens."""
     outputs = tower(pixel_values=pixels, output_hidden_states=True)
     embeddings = as_tokens(outputs.hidden_states[0])
     if embeddings.shape != as_tokens(outputs.last_hidden_state).shape:
-        raise UnknownLayoutError("returns other tokens than it makes of its patches")
+        raise UnknownLayoutError("returns other tokens than those of its patch embedding")
     return embeddings
 
 
 @torch.no_grad()
 def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -> int:
-    """Index of the first patch among the tokens.
+    """Returns the index of the first patch among the tokens.
 
     Raises:
-        UnknownLayoutError: The tokens are no row-major grid of patches.
+        UnknownLayoutError: The tokens are not a row-major grid of patches.
     """
+    # Image 0 is random, and image 1 + i differs from it in patch i.
     pixels = torch.randn(1, 3, _SIDE * patch, _SIDE * patch).repeat(1 + _SIDE**2, 1, 1, 1)
     for index in range(_SIDE**2):
         rows, columns = (slice(place * patch, (place + 1) * patch) for place in divmod(index, _SIDE))
@@ -253,9 +253,9 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
     is_moved = ((tokens[1:] - tokens[:1]).abs().amax(-1) > 1e-4).T  # (T, P): tokens by the patches that move them
     patches = is_moved.any(1).nonzero().flatten().tolist()
     if len(patches) != _SIDE**2 or patches[-1] - patches[0] != len(patches) - 1:
-        raise UnknownLayoutError(f"makes {len(patches)} tokens of {_SIDE**2} patches, and not one of each")
+        raise UnknownLayoutError(f"returns {len(patches)} tokens for {_SIDE**2} patches, not one for each")
     found = is_moved[patches[0] : patches[-1] + 1]
-    # A convolution behind the blocks lets a token of a map see the neighbours of its own patch, and of no other.
+    # A convolution after the blocks lets a token of a map see the neighbours of its own patch, but no other patch.
     allowed = _neighbours() if is_map else torch.eye(_SIDE**2, dtype=torch.bool)
     if not found.diagonal().all() or (found & ~allowed).any():
         raise UnknownLayoutError("mixes its patches or returns them in another order than row by row")
@@ -263,24 +263,24 @@ def _first_patch(tower: Any, patch: int, run: Callable[[Any, Tensor], Tensor]) -
 
 
 def _neighbours() -> Tensor:
-    """(P, P): whether two patches touch."""
+    """Returns whether two patches touch, bool (P, P)."""
     places = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE))
     return (places[:, None] - places[None]).abs().amax(-1) <= 1
 
 
 @torch.no_grad()
 def _has_patches(tower: Any, size: int, patch: int, first: int, **arguments: Any) -> bool:
-    """Whether pictures of another size give as many patches more."""
+    """Whether an image of another size gives the expected number of patches."""
     known = _run(tower, torch.zeros(1, 3, _SIDE * patch, _SIDE * patch)).shape[1] - _SIDE**2
     try:
         found = _run(tower, torch.zeros(1, 3, size, size), **arguments).shape[1]
-    except Exception:  # positions of one size alone
+    except Exception:  # position embeddings of one size only
         return False
     return found - known == (size // patch) ** 2 and first <= known
 
 
 def _check_true_size(config: Any, model_class: Any, patch: int, first: int, depth: int) -> None:
-    """`UnknownLayoutError` where pictures of the configuration's own size give another number of patches, as in hierarchical towers."""
+    """Raises `UnknownLayoutError` if images of the configured size give too few patches, as in hierarchical towers."""
     own = getattr(config, "image_size", None)
     if own is None:
         return
@@ -292,30 +292,30 @@ def _check_true_size(config: Any, model_class: Any, patch: int, first: int, dept
         raise UnknownLayoutError(f"returns {found} tokens for {(side // patch) ** 2} patches")
 
 
-def _unused_parts(tower: Any, size: int) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Parameters without a gradient, and modules of theirs alone that can be left out."""
+def _find_unused(tower: Any, size: int) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Returns parameters without a gradient, and modules with only such parameters that can be removed."""
     pixels = torch.randn(1, 3, size, size)
     expected = _run(tower, pixels)
     expected.square().sum().backward()
-    silent = {name for name, parameter in tower.named_parameters() if parameter.grad is None}
+    unused = {name for name, parameter in tower.named_parameters() if parameter.grad is None}
     idle: list[str] = []
     for name, module in list(tower.named_children()):
         names = {f"{name}.{inner}" for inner, _ in module.named_parameters()}
-        if not names or not names <= silent:
+        if not names or not names <= unused:
             continue
         setattr(tower, name, nn.Identity())
         if _is_same(lambda: _run(tower, pixels), expected):
             idle.append(name)
         else:
             setattr(tower, name, module)
-    return frozenset(map(numberless, silent)), tuple(idle)
+    return frozenset(map(without_numbers, unused)), tuple(idle)
 
 
 @torch.no_grad()
 def _is_same(compute: Callable[[], Tensor], expected: Tensor) -> bool:
     try:
         found = compute()
-    except Exception:  # what follows the module wants more than a tensor
+    except Exception:  # the caller of the module expects more than a tensor
         return False
     return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -326,20 +326,20 @@ def _find_final_norm(key: _Key) -> FinalNorm | None:
     size = _SIDE * square_side(config.patch_size)
     pixels = torch.randn(1, 3, size, size, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     with _probing(), torch.no_grad():
-        whole, _ = _shrunk(config, model_class, depth=2, size=size)
-        outputs = whole(pixel_values=pixels, output_hidden_states=True)
+        deep, _ = _shrunk(config, model_class, depth=2, size=size)
+        outputs = deep(pixel_values=pixels, output_hidden_states=True)
         states, last = outputs.hidden_states, outputs.last_hidden_state
         if not states or len(states) != 3:
             return None
-        cut, _ = _shrunk(config, model_class, depth=1, size=size)
-        weights = whole.state_dict()
-        cut.load_state_dict({name: weights[name] for name in cut.state_dict()})
-        name = _name_of_norm(cut, pixels, as_tokens(states[1]))
+        truncated, _ = _shrunk(config, model_class, depth=1, size=size)
+        weights = deep.state_dict()
+        truncated.load_state_dict({name: weights[name] for name in truncated.state_dict()})
+        name = _find_norm_name(truncated, pixels, as_tokens(states[1]))
     return None if name is None else FinalNorm(name, torch.equal(states[-1], last))
 
 
-def _name_of_norm(tower: Any, pixels: Tensor, expected: Tensor) -> str | None:
-    """The normalisation without which the tower returns what is expected; empty where it does so with all of them."""
+def _find_norm_name(tower: Any, pixels: Tensor, expected: Tensor) -> str | None:
+    """Returns the norm without which the tower gives the expected output; empty if it does so with all norms."""
     if _is_same(lambda: _run(tower, pixels), expected):
         return ""
     for name, module in list(tower.named_modules()):

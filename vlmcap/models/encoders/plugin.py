@@ -1,4 +1,4 @@
-"""What a user's own encoder derives from: frames of one size, a grid of patches, no tower of transformers.
+"""Base class for a user's own encoder, with frames of one size and a grid of patches, but no tower of transformers.
 
 Legend: B batch, F frames, N frames of all clips, P patches per frame, Dv vision width, S side of a frame in pixels.
 """
@@ -16,11 +16,11 @@ from vlmcap.models.encoders.preprocessing import FrameTransform
 
 
 class FrameEncoder(VisionEncoder):
-    """Base of encoders that look at each frame by itself; a subclass has layers of its own and `features`.
+    """Base class of encoders that encode each frame independently; a subclass defines its layers and `features`.
 
     Args:
         embed_dim: Dv.
-        grid: (h, w) patches of a frame.
+        grid: Patch grid (h, w) of a frame.
         image_size: S, to which the data workers resize frames.
         resampling: "bicubic" or "bilinear".
     """
@@ -32,10 +32,10 @@ class FrameEncoder(VisionEncoder):
         self.feature_layer, self.num_prefix_tokens = -1, 0
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Patch features of frames, row by row over the grid.
+        """Computes the patch features of frames, row-major over the grid.
 
         Args:
-            pixels: (N, 3, S, S) from 0 to 1, of the type of the weights.
+            pixels: (N, 3, S, S) in 0…1, in the dtype of the weights.
 
         Returns:
             (N, P, Dv).
@@ -43,16 +43,16 @@ class FrameEncoder(VisionEncoder):
         raise NotImplementedError
 
     def encode(self, frames: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """Patch features of single frames, uint8 (N, 3, S, S) -> (N, P, Dv)."""
+        """Encodes single frames to patch features, uint8 (N, 3, S, S) -> (N, P, Dv)."""
         floats = (tensor.dtype for tensor in (*self.parameters(), *self.buffers()) if tensor.is_floating_point())
         patches = self.features(frames.to(next(floats, torch.float32)) / 255)
-        assert patches.shape[1:] == (self.num_patches, self.embed_dim), f"features gives {tuple(patches.shape)}"
+        assert patches.shape[1:] == (self.num_patches, self.embed_dim), f"features returned {tuple(patches.shape)}"
         return patches
 
     @property
     def tower(self) -> Any:  # type: ignore[override]
-        """What is tuned: the whole encoder."""
+        """The module that is tuned: the encoder itself."""
         return self
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Keeps all activations, as there are no blocks that are known."""
+        """Does nothing, as the blocks of the encoder are unknown: all activations are kept."""

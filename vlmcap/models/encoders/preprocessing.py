@@ -1,6 +1,8 @@
-"""How a checkpoint wants its pixels, and what the data workers do to decoded frames for it, in uint8, as its own image processor does.
+"""Preprocessing of a checkpoint, and the transforms that data workers apply to decoded frames in uint8.
 
-Legend: F frames, T tiles a frame, H/W pixels, p side of a patch, h/w patch rows and columns.
+The results match those of the checkpoint's own image processor.
+
+Legend: F frames, T tiles per frame, H/W pixels, p side of a patch, h/w patch rows and columns.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from torch import Tensor
 
 from vlmcap.types import GridTHW
 
-# PIL's numbers, as processor files hold them; of what torch can antialias, bicubic is nearest to Lanczos.
+# Keys are PIL's constants, as in processor files. PyTorch antialiases no Lanczos (1), for which bicubic is closest.
 _RESAMPLING = {1: "bicubic", 2: "bilinear", 3: "bicubic"}
-# A tower's own checkpoint has the first file; whole checkpoints keep all processors in the second, and some have one
-# for video alone.
+# The checkpoint of a tower has the first file; pretrained VLMs keep all processors in the second, and some have one for
+# video only.
 _FILES = (
     ("preprocessor_config.json", None),
     ("processor_config.json", "image_processor"),
@@ -31,15 +33,15 @@ _FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Normalisation and resizing; a family's values, or those of a checkpoint.
+    """Normalisation and resizing of a family of towers or of a checkpoint.
 
     Attributes:
-        mean: A channel, of pixels in 0…1; empty where nothing says it.
-        std: Standard deviation a channel.
+        mean: Mean per channel of pixels in 0…1; empty if unknown.
+        std: Standard deviation per channel.
         resampling: "bicubic" or "bilinear".
-        is_cropped: The shorter side is resized and the centre cut, instead of squeezing both sides.
-        image_size: Side of the square that comes out; None where no file says it.
-        short_side: Pixels of the shorter side before the cut; None is `image_size`.
+        is_cropped: Whether frames are resized by the shorter side and centre-cropped, instead of squeezed to a square.
+        image_size: Side of the resulting square; None if no file states it.
+        short_side: Pixels of the shorter side before the crop; None is `image_size`.
     """
 
     mean: tuple[float, ...]
@@ -50,7 +52,7 @@ class Preprocessing:
     short_side: int | None = None
 
     def updated(self, values: Mapping[str, Any]) -> Preprocessing:
-        """With what a processor file says in place of the family's values."""
+        """Returns a copy with the values of a processor file."""
         size, crop = values.get("size"), values.get("crop_size")
         is_squeezed = isinstance(size, Mapping) and "height" in size
         is_cropped = bool(values.get("do_center_crop", self.is_cropped)) and not is_squeezed
@@ -67,7 +69,7 @@ class Preprocessing:
         )
 
     def _normalisation(self, values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of pixels in 0…1, whatever range a processor brings them to first."""
+        """Returns mean and standard deviation of pixels in 0…1, for any scale that a processor applies first."""
         mean, std = values.get("image_mean") or self.mean, values.get("image_std") or self.std
         if values.get("do_normalize") is False:
             mean, std = (0.0,) * 3, (1.0,) * 3
@@ -78,17 +80,14 @@ class Preprocessing:
         return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
     def short_side_for(self, image_size: int) -> int | None:
-        """Pixels of the shorter side before a cut of `image_size`, in the checkpoint's proportion.
-
-        None if they are the same.
-        """
+        """Returns the shorter side before a crop of `image_size`, in the checkpoint's ratio; None if they are equal."""
         if self.short_side is None or self.image_size is None or self.short_side <= self.image_size:
             return None
         return round(self.short_side * image_size / self.image_size)
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
-    """What the processor file of a checkpoint says of images, or nothing where there is none."""
+    """Reads the image processor file of a checkpoint; empty if there is none."""
     for name, section in _FILES:
         file = folder / name
         if not file.is_file():
@@ -100,10 +99,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
 
 
 def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says, in the words of a processor file of transformers.
-
-    Nothing of other configurations.
-    """
+    """Translates timm's `pretrained_cfg` to the keys of a processor file of transformers; empty for other content."""
     if "mean" not in values:
         return {}
     side = int((values.get("input_size") or (3, 224, 224))[-1])
@@ -118,9 +114,9 @@ def timm_processor(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preprocessing_of(model_type: str) -> Preprocessing:
-    """What the image processor of a type of model does in transformers, sizes left out.
+    """Returns the preprocessing of a model type's image processor in transformers, without sizes.
 
-    Without mean and std where there is none.
+    Mean and std are empty if there is no image processor.
     """
     import transformers
     from transformers.models.auto.configuration_auto import model_type_to_module_name
@@ -144,7 +140,7 @@ _DEFAULTS = ("image_mean", "image_std", "resample", "do_center_crop", "do_normal
 
 
 def _edge(size: Any) -> int | None:
-    """One side in pixels, out of the ways in which processor files say it."""
+    """Returns one side in pixels from any of the formats in processor files."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or size.get("height")
     return None if size is None else int(size)
@@ -152,13 +148,13 @@ def _edge(size: Any) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class FrameTransform:
-    """Frames as squares of one size; picklable, so that it runs in the data workers.
+    """Resizes frames to squares of one size; picklable for the data workers.
 
     Attributes:
-        image_size: Side in pixels of the square that comes out.
+        image_size: Side of the square in pixels.
         resampling: "bicubic" or "bilinear", antialiased.
-        is_cropped: Resize the shorter side and cut the centre (CLIP) instead of squeezing both sides (SigLIP).
-        short_side: Pixels of the shorter side before the cut; None is `image_size`.
+        is_cropped: Whether to resize the shorter side and crop the centre (CLIP) instead of squeezing (SigLIP).
+        short_side: Pixels of the shorter side before the crop; None is `image_size`.
     """
 
     image_size: int
@@ -167,7 +163,7 @@ class FrameTransform:
     short_side: int | None = None
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Resized frames, uint8 (F, 3, H, W) -> uint8 (F, 3, image_size, image_size)."""
+        """Resizes frames, uint8 (F, 3, H, W) -> uint8 (F, 3, image_size, image_size)."""
         size, (height, width) = self.image_size, frames.shape[-2:]
         if not self.is_cropped:
             return resize(frames, size, size, self.resampling)
@@ -177,21 +173,22 @@ class FrameTransform:
         return resized[..., top : top + size, left : left + size].contiguous()
 
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW | None:
-        """None: every clip has the encoder's own grid."""
+        """Returns None, as every clip has the encoder's fixed grid."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class TileTransform:
-    """Frames cut into square tiles, as InternVL's dynamic resolution does (Chen et al., https://arxiv.org/abs/2404.16821, section 3.3).
+    """Splits frames into square tiles, like InternVL's dynamic resolution.
 
-    The layout is the one, of those with at most `max_tiles` tiles, whose aspect ratio is closest to the frame's. The
-    whole frame, squeezed into one more tile, comes last, unless there is only one tile.
+    Of the layouts with at most `max_tiles` tiles, the one with the aspect ratio closest to the frame's is used. An
+    overview, the whole frame squeezed into one more tile, comes last, unless there is only one tile.
+    Source: Chen et al., https://arxiv.org/abs/2404.16821, section 3.3.
 
     Attributes:
         image_size: Side of a tile in pixels.
-        grid: (h, w) patches of a tile.
-        max_tiles: The overview not counted.
+        grid: Patch grid (h, w) of a tile.
+        max_tiles: Maximum tiles per frame, not counting the overview.
         resampling: "bicubic" or "bilinear", antialiased.
     """
 
@@ -201,29 +198,28 @@ class TileTransform:
     resampling: str = "bicubic"
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Tiles, uint8 (F, 3, H, W) -> uint8 (F · T, 3, image_size, image_size).
+        """Splits frames, uint8 (F, 3, H, W) -> uint8 (F · T, 3, image_size, image_size).
 
-        Row-major within a frame, frame after frame.
+        Tiles are row-major within a frame, frame after frame.
         """
         size = self.image_size
         rows, columns = self.layout(*frames.shape[-2:])
         resized = resize(frames, rows * size, columns * size, self.resampling)
-        tiles = (
-            resized.unflatten(-2, (rows, size)).unflatten(-1, (columns, size)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-        )
+        cells = resized.unflatten(-2, (rows, size)).unflatten(-1, (columns, size))  # (F, 3, rows, S, columns, S)
+        tiles = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # -> (F, rows · columns, 3, S, S)
         if rows * columns > 1:
             overview = resize(frames, size, size, self.resampling)
-            tiles = torch.cat([tiles, overview[:, None]], dim=1)
+            tiles = torch.cat([tiles, overview[:, None]], dim=1)  # -> (F, T, 3, S, S)
         return tiles.flatten(0, 1).contiguous()
 
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW | None:
-        """Frames times tiles, and the grid of a tile, of a clip of height × width pixels."""
+        """Returns frames times tiles, and the grid of a tile, for a clip of height × width pixels."""
         rows, columns = self.layout(height, width)
         return num_frames * num_tiles(rows * columns), *self.grid
 
     def layout(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles for a frame of height × width pixels."""
-        # The module that needs no torchvision; ties between layouts are broken as there.
+        """Returns rows and columns of tiles for a frame of height × width pixels."""
+        # This module of transformers needs no torchvision and defines how ties between layouts are broken.
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
         columns, rows = get_optimal_tiled_canvas((height, width), (self.image_size, self.image_size), 1, self.max_tiles)
@@ -231,17 +227,19 @@ class TileTransform:
 
 
 def num_tiles(num_cuts: int) -> int:
-    """Tiles a frame, the overview counted, of a frame cut into `num_cuts`."""
+    """Returns the tiles per frame, including the overview, of a frame split into `num_cuts`."""
     return num_cuts + (num_cuts > 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PatchTransform:
-    """Frames of their own aspect ratio cut into patches, within a budget (NaFlex, https://arxiv.org/abs/2502.14786, section 2.4.2).
+    """Splits frames into patches within a budget, keeping their aspect ratio (NaFlex).
+
+    Source: https://arxiv.org/abs/2502.14786, section 2.4.2.
 
     Attributes:
         patch_size: Side of a patch in pixels.
-        max_patches: Budget a frame; what comes out is padded to it.
+        max_patches: Maximum patches per frame, to which the result is padded.
         resampling: "bicubic" or "bilinear", antialiased.
     """
 
@@ -250,19 +248,19 @@ class PatchTransform:
     resampling: str = "bilinear"
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Patches, row-major, uint8 (F, 3, H, W) -> uint8 (F, max_patches, 3 · p · p), zeros behind the last real patch."""
+        """Splits frames, uint8 (F, 3, H, W) -> uint8 (F, max_patches, 3 · p · p), row-major, then zeros as padding."""
         size, (rows, columns) = self.patch_size, self.layout(*frames.shape[-2:])
         resized = resize(frames, rows * size, columns * size, self.resampling)
         cells = resized.unflatten(-2, (rows, size)).unflatten(-1, (columns, size))  # (F, 3, h, p, w, p)
-        patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # -> (F, h · w, p · p · 3)
         return F.pad(patches, (0, 0, 0, self.max_patches - rows * columns))
 
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW | None:
-        """Frames, patch rows and columns of a clip of height × width pixels."""
+        """Returns frames, patch rows and patch columns for a clip of height × width pixels."""
         return num_frames, *self.layout(height, width)
 
     def layout(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches for a frame of height × width pixels."""
+        """Returns rows and columns of patches for a frame of height × width pixels."""
         from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
         rows, columns = get_image_size_for_max_num_patches(height, width, self.patch_size, self.max_patches)
@@ -274,25 +272,25 @@ Transform = FrameTransform | TileTransform | PatchTransform
 
 @dataclass(frozen=True, slots=True)
 class StatedGrid:
-    """Says the size of every clip, those on the encoder's own grid included, as clips may differ in frames alone.
+    """States the size of every clip, also on the encoder's fixed grid, as clips may differ in the number of frames.
 
-    Must pickle too.
+    It is picklable for the data workers.
 
     Attributes:
-        varying: F, H and W of decoded frames -> a clip's size, or None for the encoder's own grid.
-        grid: (h, w) of the encoder.
+        varying: Maps F, H and W of decoded frames to the size of a clip, or None for the encoder's fixed grid.
+        grid: Fixed grid (h, w) of the encoder.
     """
 
     varying: Callable[[int, int, int], GridTHW | None]
     grid: tuple[int, int]
 
     def __call__(self, num_frames: int, height: int, width: int) -> GridTHW:
-        """Size in patches of a clip of F frames of H × W pixels."""
+        """Returns the size in patches of a clip of F frames with H × W pixels."""
         return self.varying(num_frames, height, width) or (num_frames, *self.grid)
 
 
 def resize(frames: Tensor, rows: int, columns: int, resampling: str) -> Tensor:
-    """Antialiased frames of another size, uint8 (F, 3, H, W) -> uint8 (F, 3, rows, columns)."""
+    """Resizes frames with antialiasing, uint8 (F, 3, H, W) -> uint8 (F, 3, rows, columns)."""
     if frames.shape[-2:] == (rows, columns):
         return frames
     return F.interpolate(frames, (rows, columns), mode=resampling, antialias=True)

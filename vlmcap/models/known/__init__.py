@@ -1,8 +1,8 @@
-"""Architectures of the published checkpoints that `conf/` names, so that sizes are known before anything is downloaded.
+"""Configurations of the published checkpoints that `conf/` names, so that sizes are known before a download.
 
-A file is a checkpoint's `config.json` in Hugging Face's layout, with the fields that decide shapes; rotary bases,
-scales and token ids only where they could be read, as a download brings its own file. Its name is the hub id with `--`
-for the slash.
+Each file is a checkpoint's `config.json` in Hugging Face layout with at least the fields that determine shapes. It may
+lack rotary bases, scales and token ids, as a downloaded checkpoint has its own file. The file name is the hub id with
+`--` for the slash.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def known_config(checkpoint: str) -> dict[str, Any] | None:
-    """The `config.json` of a published checkpoint, or None for one that is not known here (a local folder, say).
+    """Returns the `config.json` of a published checkpoint; None for an unknown one, such as a local folder.
 
     Args:
         checkpoint: Hub id, such as `Qwen/Qwen3-8B`.
@@ -29,16 +29,16 @@ def known_config(checkpoint: str) -> dict[str, Any] | None:
 
 
 def known_checkpoints() -> list[str]:
-    """The hub ids of all known checkpoints, sorted."""
+    """Returns the hub ids of all known checkpoints, sorted."""
     names = (file.name for file in files(__name__).iterdir())
     return sorted(name.removesuffix(".json").replace("--", "/") for name in names if name.endswith(".json"))
 
 
 def known_model_config(checkpoint: str) -> PretrainedConfig:
-    """The transformers configuration of a known checkpoint.
+    """Returns the transformers configuration of a known checkpoint.
 
     Raises:
-        KeyError: It is not known.
+        KeyError: The checkpoint is unknown.
     """
     from transformers import AutoConfig
 

@@ -22,16 +22,16 @@ _KEY = "tuning.lora.target_modules"
 
 
 def add_lora(model: nn.Module, lora: LoraConfig) -> peft.PeftModel:
-    """`model` with adapters in float32 beside its frozen weights.
+    """Adds adapters in float32 to a model with frozen weights.
 
-    Head, embeddings and the routers of experts never get one.
+    Head, embeddings and the routers of experts never get adapters.
 
     Args:
-        model: As `load_language_model` returns it; changed in place.
-        lora: Settings of the adapters; "all-linear" stands for every linear layer that may have one.
+        model: Model from `load_language_model`; modified in place.
+        lora: Settings of the adapters; "all-linear" selects all adaptable linear layers.
 
     Raises:
-        UserError: A name fits no layer that may have an adapter, or experts are asked for and there are none.
+        UserError: A name matches no adaptable layer, or `use_experts` is set for a model without experts.
     """
     import peft
 
@@ -41,17 +41,17 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> peft.PeftModel:
         add_expert_lora(adapted, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()  # mixed precision wants float32 masters
+            parameter.data = parameter.data.float()  # mixed precision needs float32 master weights
     return adapted
 
 
 def peft_settings(lora: LoraConfig, targets: list[str], **others: Any) -> peft.LoraConfig:
-    """The settings in peft's own class.
+    """Converts the settings to peft's class.
 
     Args:
         lora: Settings of the adapters.
         targets: Full names of the layers to adapt.
-        others: Further arguments of peft's class.
+        **others: Further arguments of peft's class.
     """
     import peft
 
@@ -67,28 +67,28 @@ def peft_settings(lora: LoraConfig, targets: list[str], **others: Any) -> peft.L
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The causal language model under the adapters, with the adapters active in its layers."""
+    """Returns the causal language model inside a peft model, whose layers contain the adapters."""
     inner = getattr(model, "get_base_model", None)
     return cast(nn.Module, inner()) if callable(inner) and hasattr(model, "peft_config") else model
 
 
 def _targets(model: nn.Module, wanted: str) -> list[str]:
-    """Full names of the layers to adapt.
+    """Returns the full names of the layers to adapt.
 
     Raises:
-        UserError: Naming the first name that fits none.
+        UserError: A name matches no adaptable layer.
     """
     linear = _linear_layers(model)
     if wanted == "all-linear":
         return linear
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if not names:
-        raise UserError(f"{_KEY}={wanted} names no layer; set it to all-linear or to names with commas between")
+        raise UserError(f"{_KEY}={wanted} names no layer; set it to all-linear or to names separated by commas")
     for name in names:
         if not any(_has_name(layer, name) for layer in linear):
             known = sorted({layer.rsplit(".", 1)[-1] for layer in linear})
             raise UserError(
-                f"{_KEY}={wanted}: {name} fits no layer that may have an adapter; choose from {', '.join(known)}, or "
+                f"{_KEY}={wanted} names {name}, which is no adaptable layer; choose from {', '.join(known)}, or "
                 "all-linear"
             )
     return [layer for layer in linear if any(_has_name(layer, name) for name in names)]
@@ -99,10 +99,11 @@ def _has_name(layer: str, name: str) -> bool:
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
-    """Full names of the linear layers that may have an adapter."""
+    """Returns the full names of the adaptable linear layers."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    # PyTorch's own attention reads its inner weights past any adapter; experts have a switch of their own.
-    closed = [
+    # nn.MultiheadAttention uses the weights of its inner layers directly, without adapters. Experts are adapted by
+    # `use_experts`.
+    excluded = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention) or is_router(model, name, module)
@@ -113,7 +114,7 @@ def _linear_layers(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Linear)
         and module is not head
         and ".experts." not in name
-        and not _is_inside(name, closed)
+        and not _is_inside(name, excluded)
     ]
 
 

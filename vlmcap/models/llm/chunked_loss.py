@@ -1,8 +1,8 @@
-"""Cross-entropy of a frozen head, a few rows at a time, so that logits of all label tokens never exist at once.
+"""Cross-entropy of a frozen head in chunks of rows, so that the logits of all label tokens never exist at once.
 
-The gradient to the hidden states is computed in the forward pass, while a chunk's logits are there, and only it is
-kept: T × Dl numbers in place of T × N. The idea is that of Liger's fused linear cross-entropy (Hsu et al.,
-https://arxiv.org/abs/2410.10989), in plain torch.
+The gradient of the hidden states is computed in the forward pass from each chunk's logits, and only it is kept: T × Dl
+numbers instead of T × N. This is the idea of Liger's fused linear cross-entropy (Hsu et al.,
+https://arxiv.org/abs/2410.10989), in plain PyTorch.
 
 Legend: T label tokens, N vocabulary, Dl language width.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Classes of transformers whose forward returns what the head gives as it is. HyperCLOVA X and Granite scale it, Gemma
-# caps it.
+# transformers classes whose forward returns the head's output unchanged. HyperCLOVA X and Granite scale it, Gemma caps
+# it.
 UNSCALED = frozenset(
     {
         "Exaone4ForCausalLM",
@@ -31,19 +31,18 @@ UNSCALED = frozenset(
         "Qwen3VLForConditionalGeneration",
     }
 )
-# Gradients of logits are shares of a token, most of them far below float16's least number; a gain lifts them. Their
-# absolute values sum to 2 a row at most, so a weight of 30 in the head would be needed to leave the format at the other
-# end.
+# Gradients of logits are probabilities, most of them far below the smallest float16 number, so they are scaled up.
+# Their absolute values sum to at most 2 per row, so an overflow would need a weight of 30 in the head.
 _HALF_GAIN = 1024.0
 
 
-def rows_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
-    """Label tokens whose float32 logits take at most `chunk_bytes`; 1 where not even one fits."""
+def labels_per_chunk(vocab_size: int, chunk_bytes: int) -> int:
+    """Returns how many label tokens have float32 logits of at most `chunk_bytes`; at least 1."""
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
 def can_chunk(model: Any) -> bool:
-    """Whether a causal language model's logits are `lm_head(hidden)`, with a head that is frozen, bare and unquantised."""
+    """Whether the logits of a causal language model are `lm_head(hidden)`, with a frozen, unquantised head."""
     head: Any = getattr(model, "lm_head", None)
     if (
         type(model).__name__ not in UNSCALED
@@ -51,23 +50,22 @@ def can_chunk(model: Any) -> bool:
         or {name for name, _ in head.named_parameters()} != {"weight"}
     ):
         return False
-    # Whatever stands around the head (a hook, another's forward) may change what it gives, or bring its weight from
-    # elsewhere.
-    is_bare = not head._forward_hooks and not head._forward_pre_hooks and "forward" not in vars(head)
-    return is_bare and not head.weight.requires_grad and head.weight.is_floating_point() and not head.weight.is_meta
+    # A hook or a replaced forward may change the head's output, or load its weight from elsewhere.
+    is_plain = not head._forward_hooks and not head._forward_pre_hooks and "forward" not in vars(head)
+    return is_plain and not head.weight.requires_grad and head.weight.is_floating_point() and not head.weight.is_meta
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
-    """Summed cross-entropy in nats of `hidden @ weight.T` against `labels`, float32 and without dimensions.
+    """Computes the summed cross-entropy in nats of `hidden @ weight.T` against `labels`, a float32 scalar.
 
-    Equal, but for the order of sums, to `F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")`,
-    under autocast too.
+    It equals `F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")` except for the order of
+    summation, also under autocast.
 
     Args:
-        hidden: Hidden states of label positions, (T, Dl).
-        weight: Of the head, frozen, (N, Dl).
-        labels: Token ids, int64 (T).
-        chunk_rows: Rows whose logits are there at once.
+        hidden: Hidden states (T, Dl) of label positions.
+        weight: Frozen weight (N, Dl) of the head.
+        labels: Token ids, int64 (T,).
+        chunk_rows: Number of rows whose logits exist at once.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -77,7 +75,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss, with the gradient to the hidden states made on the way."""
+    """Computes the loss, and the gradient of the hidden states with it."""
 
     @staticmethod
     def forward(
@@ -96,11 +94,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight = weight.to(dtype)
             for start in range(0, len(hidden), chunk_rows):
                 rows = slice(start, start + chunk_rows)
-                own, shares = _loss_and_shares(F.linear(hidden[rows].to(dtype), weight), labels[rows])
-                loss += own
-                if gradient is not None:
-                    gradient[rows] = (shares.mul_(gain) if gain != 1 else shares).to(dtype) @ weight
-                del shares
+                # (rows, Dl) -> (rows, N), without a name here, so that the function can free 16-bit logits.
+                chunk_loss, grad_logits = _loss_and_gradient(F.linear(hidden[rows].to(dtype), weight), labels[rows])
+                loss += chunk_loss
+                if gradient is not None:  # (rows, N) -> (rows, Dl)
+                    gradient[rows] = (grad_logits.mul_(gain) if gain != 1 else grad_logits).to(dtype) @ weight
+                del grad_logits
         ctx.gradient, ctx.gain, ctx.dtype = gradient, gain, hidden.dtype  # type: ignore[attr-defined]
         return loss
 
@@ -108,23 +107,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradient is not None
-        gradient = ctx.gradient.float().mul_(
-            grad_loss.float() / ctx.gain
-        )  # in float32: the loss scaler's factor may be out of float16
+        # In float32, because the loss scale may exceed the range of float16.
+        gradient = ctx.gradient.float().mul_(grad_loss.float() / ctx.gain)
         return gradient.to(ctx.dtype), None, None, None, None, None
 
 
-def _loss_and_shares(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of some rows, and its gradient to their logits, float32 (rows, N).
-
-    `logits` are overwritten where they are float32.
-    """
-    shares = logits.float()
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss of some rows and its gradient, float32 (rows, N); float32 `logits` are overwritten."""
+    values = logits.float()
     del logits
-    picked = shares.gather(1, labels.unsqueeze(1))
-    largest = shares.amax(dim=1, keepdim=True)
-    sums = shares.sub_(largest).exp_().sum(dim=1, keepdim=True)
-    loss = (sums.log() + largest - picked).sum()
-    shares.div_(sums)
-    shares.scatter_add_(1, labels.unsqueeze(1), shares.new_full((len(labels), 1), -1.0))
-    return loss, shares
+    target = values.gather(1, labels.unsqueeze(1))
+    largest = values.amax(dim=1, keepdim=True)
+    sums = values.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    loss = (sums.log() + largest - target).sum()
+    # The gradient is softmax(logits) - one_hot(labels).
+    gradient = values.div_(sums)
+    gradient.scatter_add_(1, labels.unsqueeze(1), gradient.new_full((len(labels), 1), -1.0))
+    return loss, gradient

@@ -1,9 +1,7 @@
-"""Experts of a mixture-of-experts language model.
+"""Experts of a mixture-of-experts language model, with 4-bit packing and adapters.
 
-Packed to 4 bit or not, with adapters or without, and how routers are recognised.
-
-transformers keeps the experts of a layer in two fused parameters. bitsandbytes and peft look for linear layers, so the
-one leaves them in 16 bit and the other gives them no adapters.
+transformers fuses the experts of a layer into two parameters. bitsandbytes and peft support linear layers only, so they
+neither quantise nor adapt fused experts.
 
 Legend: N tokens, K experts per token, S = N · K pairs of a token and an expert, E experts, M matrices (of all experts,
 or one per pair), H hidden size, I intermediate size of an expert, R adapter rank.
@@ -26,17 +24,17 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
 
 MATRICES = ("gate_up_proj", "down_proj")  # (E, 2 I, H) and (E, H, I)
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call E
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of E in configurations
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
-_DENSE_TOKENS = 64  # so few tokens cost less arithmetic in all experts than the memory traffic of the experts' weights
-_ALIGNED = 8  # numbers: grouped products want rows of whole 16 bytes
+_DENSE_TOKENS = 64  # up to this many tokens, running all experts costs less than the memory traffic of their weights
+_ALIGNED = 8  # elements: grouped products need rows of a multiple of 16 bytes
 
 
 def pack_experts(weight: Tensor) -> Params4bit:
-    """The experts' weights in NF4 with double quantisation: the same bits as bitsandbytes gives for the whole tensor.
+    """Quantises the experts' weights to NF4 with double quantisation, bit-identical to bitsandbytes.
 
-    One expert is worked on at a time, because the CPU kernel needs several times the memory of its input.
+    Experts are quantised one at a time, because the CPU kernel needs several times the memory of its input.
 
     Args:
         weight: (E, out, in), where out x in is a multiple of 64, so that no scale is shared by two experts.
@@ -46,7 +44,7 @@ def pack_experts(weight: Tensor) -> Params4bit:
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
     from bitsandbytes.nn import Params4bit
 
-    assert weight[0].numel() % BLOCK == 0, "replace_experts lets no other through"
+    assert weight[0].numel() % BLOCK == 0, "replace_experts refuses other sizes"
     packed, scales = [], []
     for expert in weight:
         bits, state = quantize_4bit(expert.contiguous(), blocksize=BLOCK, quant_type="nf4")
@@ -72,17 +70,17 @@ def pack_experts(weight: Tensor) -> Params4bit:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether the weights are 4-bit numbers with their scales beside them."""
+    """Whether the weights are packed 4-bit numbers with a quantisation state."""
     return weight.dtype == torch.uint8 and getattr(weight, "quant_state", None) is not None
 
 
 def unpack_experts(weight: Params4bit, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
-    """Unpacks `pack_experts`'s result in one call of the kernel, without waiting for the device.
+    """Unpacks the result of `pack_experts` with one kernel call, without synchronisation.
 
     Args:
-        weight: Of E experts.
-        dtype: Of what is returned.
-        experts: (S,), the experts to unpack, in which one may stand several times; None for all.
+        weight: Packed weights of E experts.
+        dtype: Dtype of the result.
+        experts: int64 (S,), experts to unpack, with repetitions; None for all.
 
     Returns:
         The matrices (M, out, in).
@@ -94,7 +92,7 @@ def unpack_experts(weight: Params4bit, dtype: torch.dtype, experts: Tensor | Non
     if experts is None:
         scale = dequantize_blockwise(state.absmax, state.state2)
     else:
-        # Scales of the chosen experts alone: those of all would be half of what a token reads.
+        # Only the scales of these experts are unpacked: those of all experts would be half of a token's memory traffic.
         own = state.absmax.view(num_experts, -1)[experts]  # (E · blocks,) -> (S, blocks)
         places = experts[:, None] * own.shape[1] + torch.arange(own.shape[1], device=own.device)
         scale = (state.state2.code[own.int()] * state.state2.absmax[places // SCALE_BLOCK]).flatten()
@@ -108,12 +106,12 @@ def unpack_experts(weight: Params4bit, dtype: torch.dtype, experts: Tensor | Non
 
 
 def _product(rows: Tensor, matrices: Tensor, offsets: Tensor | None) -> Tensor:
-    """Rows times the matrices (M, in, out) that they belong to.
+    """Multiplies rows by their matrices.
 
     Args:
-        rows: (M, n, in), n rows for each matrix; or (S, in), the rows of one matrix behind those of the one before.
+        rows: (M, n, in), n rows per matrix; or (S, in), rows sorted by matrix.
         matrices: (M, in, out).
-        offsets: int32 (M,), where the rows of each matrix end, of rows (S, in).
+        offsets: int32 (M,), ends of each matrix's rows in (S, in); None for rows (M, n, in).
     """
     if offsets is None:
         return torch.bmm(rows, matrices)
@@ -121,7 +119,7 @@ def _product(rows: Tensor, matrices: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """x W^T with packed W. Autograd keeps nothing: W is unpacked again on the way back."""
+    """Computes x W^T with packed W, which is unpacked again in backward, so that autograd saves no tensor."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, offsets: Tensor | None, unpack: Callable[[], Tensor]) -> Tensor:
@@ -130,17 +128,15 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        # Under autocast the output, hence its gradient, may have another type than the input.
+        # Under autocast, the output and thus its gradient may have another dtype than the input.
         return _product(gradients[0].to(ctx.dtype), ctx.unpack(), ctx.offsets), None, None
 
 
 def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has no kernel for grouped products.
+    """Whether PyTorch lacks a kernel for grouped products, so that the host waits for group sizes and loops.
 
-    The host then waits for the groups' sizes and multiplies one by one.
-
-    Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel is for bfloat16 and compute capabilities 9 and
-    10.
+    Source: `_grouped_mm_cuda` in PyTorch's GroupedBlas.cpp, whose kernel supports bfloat16 on compute capabilities 9
+    and 10.
     """
     return device.type == "cuda" and (
         dtype is not torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
@@ -148,17 +144,17 @@ def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class FusedExperts(nn.Module):
-    """SwiGLU experts, all matrices of a layer unpacked and multiplied at once, as transformers' own experts are.
+    """SwiGLU experts that unpack and multiply all required matrices of a layer at once.
 
-    Which matrices are unpacked is decided by the number of tokens, so that the host never waits for the choice of the
-    router. Up to E pairs, as in a caption of few rows, take the matrices of their own experts. Otherwise all are
-    unpacked, one kind at a time: 0.75 GiB in 16 bits of Qwen3-30B-A3B's `gate_up_proj`, and 0.38 GiB of its
-    `down_proj`. A training batch chooses all experts anyway. Their rows go through one grouped product; where there is
-    no kernel for it, a caption's few rows go through all experts instead.
+    The number of tokens decides which matrices are unpacked, so that the host never waits for the router. Fewer than E
+    pairs, as in decoding a few captions, unpack the matrices of their own experts. Otherwise all matrices are unpacked,
+    which a training batch uses anyway, one kind at a time: for Qwen3-30B-A3B, 0.75 GiB of `gate_up_proj` in 16 bits and
+    0.38 GiB of `down_proj`. Rows are multiplied by one grouped product. Without a kernel for it, the few tokens of a
+    decoding step go through all experts instead.
 
     Args:
-        gate_up_proj: (E, 2 I, H). While a model is loaded in 4 bit it has no data yet, and `pack_experts`'s result
-            takes its place.
+        gate_up_proj: (E, 2 I, H). While a model is loaded in 4 bits it is empty, and the result of `pack_experts`
+            replaces it.
         down_proj: (E, H, I), likewise.
         act_fn: Activation function of the gate.
     """
@@ -177,42 +173,45 @@ class FusedExperts(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether all weights are stored in 4 bit."""
+        """Whether all weights are stored in 4 bits."""
         return all(is_packed(getattr(self, name)) for name in MATRICES)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type that the weights had, or have."""
+        """Dtype of the weights before packing."""
         return cast(torch.dtype, getattr(self.gate_up_proj, "quant_state", self.gate_up_proj).dtype)
 
     def add_lora(self, rank: int, scale: float, dropout: float) -> None:
-        """Adapters in float32 on both matrices of every expert, which change nothing until they are trained."""
+        """Adds adapters in float32 to both matrices of every expert; they have no effect until they are trained."""
         self.lora_scale, self.lora_dropout = scale, dropout
         device = self.gate_up_proj.device
         for name, (experts, out_dim, in_dim) in self.shapes.items():
-            bound = in_dim**-0.5  # what Kaiming's uniform start with a = sqrt(5), peft's own, comes to
+            bound = in_dim**-0.5  # of Kaiming's uniform initialisation with a = sqrt(5), like peft
             self.lora_A[name] = nn.Parameter(torch.empty(experts, rank, in_dim, device=device).uniform_(-bound, bound))
             self.lora_B[name] = nn.Parameter(torch.zeros(experts, out_dim, rank, device=device))
 
-    # Grouped products are compiled in bfloat16 alone, and packed weights are unpacked by kernels of their own.
+    # torch.compile supports grouped products in bfloat16 only, and cannot trace the kernels that unpack weights.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum (N, H) of the chosen experts' outputs, in the type of the input.
+        """Returns the weighted sum (N, H) of the routed experts' outputs, in the dtype of the input.
 
         Args:
             hidden_states: (N, H).
-            top_k_index: (N, K) experts of each token.
+            top_k_index: (N, K), experts of each token.
             top_k_weights: (N, K).
         """
         num_tokens, top_k = top_k_index.shape
         device, dtype = hidden_states.device, _autocast_dtype(hidden_states) or self.compute_dtype
         if top_k_index.numel() < self.num_experts:
+            # Few pairs: one matrix per pair.
             rows = hidden_states[:, None].expand(-1, top_k, -1).flatten(0, 1)  # (N, H) -> (S, H)
             found = self._run(rows[:, None], top_k_index.flatten(), None).unflatten(0, (-1, top_k)).squeeze(2)
         elif num_tokens <= _DENSE_TOKENS and waits_for_groups(device, dtype) and not torch.is_grad_enabled():
+            # Few tokens without a grouped kernel: all tokens go through all experts.
             every = self._run(hidden_states.expand(self.num_experts, -1, -1), None, None)  # (E, N, H)
             found = every[top_k_index, torch.arange(num_tokens, device=device)[:, None]]
         else:
+            # Many tokens: pairs are sorted by expert for a grouped product.
             chosen, order = top_k_index.flatten().sort(stable=True)
             experts = torch.arange(self.num_experts, device=device)
             offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
@@ -220,12 +219,12 @@ class FusedExperts(nn.Module):
         return (found * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)  # (N, K, H) -> (N, H)
 
     def _run(self, rows: Tensor, experts: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """Outputs of rows that stand as `_product` takes them.
+        """Runs experts on rows in the layout of `_product`.
 
         Args:
             rows: (M, n, H) or (S, H).
-            experts: (M,), whose matrices these are; None for those of all, in order.
-            offsets: As `_product` takes them.
+            experts: int64 (M,), experts of the matrices; None for all in order.
+            offsets: As for `_product`.
         """
         gate, up = self._linear("gate_up_proj", rows, experts, offsets).chunk(2, dim=-1)
         return self._linear("down_proj", self.act_fn(gate) * up, experts, offsets)
@@ -243,19 +242,19 @@ class FusedExperts(nn.Module):
         down, up = (
             factors[name] if experts is None else factors[name][experts] for factors in (self.lora_A, self.lora_B)
         )
-        if spare := -down.shape[1] % _ALIGNED:  # zeros change nothing
-            down, up = F.pad(down, (0, 0, 0, spare)), F.pad(up, (0, spare))
+        if padding := -down.shape[1] % _ALIGNED:  # zero rows and columns do not change the product
+            down, up = F.pad(down, (0, 0, 0, padding)), F.pad(up, (0, padding))
         down, up = down.to(autocast or down.dtype), up.to(autocast or up.dtype)
         dropped = F.dropout(rows, self.lora_dropout, self.training).to(down.dtype)
         low = _product(dropped, down.transpose(1, 2), offsets)  # (…, in) -> (…, R)
         return output + (_product(low, up.transpose(1, 2), offsets) * self.lora_scale).to(output.dtype)
 
     def _is_frozen(self, name: str) -> bool:
-        """Whether a product with the matrices of a name keeps nothing for the way back."""
+        """Whether autograd saves nothing for a product with these matrices."""
         return is_packed(getattr(self, name))
 
     def _unpack(self, name: str, dtype: torch.dtype, experts: Tensor | None) -> Tensor:
-        """The matrices (M, out, in) of the experts, or of all."""
+        """Returns the matrices (M, out, in) of some experts, or of all."""
         weight = getattr(self, name)
         if is_packed(weight):
             return unpack_experts(weight, dtype, experts)
@@ -264,13 +263,13 @@ class FusedExperts(nn.Module):
 
 
 def _autocast_dtype(rows: Tensor) -> torch.dtype | None:
-    """The type that autocast gives products; None outside of it. Grouped products do not ask it by themselves."""
+    """Returns the autocast dtype; None without autocast. Grouped products do not support autocast themselves."""
     kind = rows.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def stock_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every set of fused experts as transformers builds it and `FusedExperts` can stand in for."""
+    """Yields name and module of each fused experts module of transformers that `FusedExperts` can replace."""
     for name, module in model.named_modules():
         weights = [module._parameters.get(matrix) for matrix in MATRICES]
         if isinstance(module, FusedExperts) or any(weight is None or weight.ndim != 3 for weight in weights):
@@ -282,7 +281,15 @@ def stock_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
-    """The number of layers whose experts now are `FusedExperts`, with the same parameters or with empty ones that wait to be packed."""
+    """Replaces experts by `FusedExperts` and returns the number of replaced layers.
+
+    Args:
+        model: Language model, modified in place.
+        to_pack: Whether the parameters become empty 4-bit ones, which loading fills; otherwise they are kept.
+
+    Raises:
+        UserError: The size of an expert cannot be packed.
+    """
     from bitsandbytes.nn import Params4bit
 
     found = list(stock_experts(model))
@@ -290,7 +297,7 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
         weights: list[Any] = [getattr(module, matrix) for matrix in MATRICES]
         if to_pack and any(weight[0].numel() % BLOCK for weight in weights):
             raise UserError(
-                f"llm.quantization=4bit needs experts whose size is a multiple of {BLOCK}; set llm.quantization=none"
+                f"llm.quantization=4bit needs experts with a multiple of {BLOCK} weights; set llm.quantization=none"
             )
         if to_pack:
             weights = [Params4bit(weight.data, requires_grad=False, quant_type="nf4") for weight in weights]
@@ -301,12 +308,12 @@ def replace_experts(model: nn.Module, *, to_pack: bool = False) -> int:
 
 
 def fused_experts(model: nn.Module) -> list[FusedExperts]:
-    """The experts of each layer that has any, first layer first."""
+    """Returns the experts of all layers, in order."""
     return [module for module in model.modules() if isinstance(module, FusedExperts)]
 
 
 def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether the module chooses or weighs experts: by its class, or by its name and the number of its outputs."""
+    """Whether a module is a router, judged by its class, or by its name and number of outputs."""
     if "router" in type(module).__name__.lower():
         return True
     config: Any = getattr(model, "config", None)
@@ -322,13 +329,15 @@ def is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 def add_expert_lora(model: nn.Module, lora: LoraConfig) -> int:
-    """The number of layers whose experts now have adapters, a pair of factors for each expert and matrix, in float32.
-
-    Source: Hu et al., https://arxiv.org/abs/2106.09685.
+    """Adds LoRA (Hu et al., https://arxiv.org/abs/2106.09685) in float32 to each matrix of each expert.
 
     Args:
-        model: Changed in place; experts may be packed or not. Call peft first, as it freezes what it did not make.
+        model: Language model with packed or unpacked experts, modified in place. peft must have been applied before, as
+            it freezes all other parameters.
         lora: Settings of the adapters.
+
+    Returns:
+        The number of layers with adapted experts.
 
     Raises:
         UserError: The model has no experts.
@@ -344,22 +353,22 @@ def add_expert_lora(model: nn.Module, lora: LoraConfig) -> int:
 
 @torch.no_grad()
 def merge_expert_lora(model: nn.Module) -> int:
-    """The number of layers whose experts took their adapters in; the adapters are gone afterwards.
+    """Merges the adapters of experts, removes them, and returns the number of merged layers.
 
     Raises:
-        UserError: The experts are in 4 bit, where a merge would round the adapters away.
+        UserError: The experts are in 4 bits, where rounding would remove the effect of the adapters.
     """
     layers = [experts for experts in fused_experts(model) if len(experts.lora_A)]
     if any(experts.is_packed for experts in layers):
         raise UserError(
-            "adapters on experts cannot be merged into 4 bit; load the base with llm.quantization=none to merge"
+            "adapters on experts cannot be merged into 4-bit weights; load the base checkpoint with "
+            "llm.quantization=none"
         )
     for experts in layers:
         for name in MATRICES:
             weight = getattr(experts, name)
-            for expert in range(
-                experts.num_experts
-            ):  # one at a time: all deltas of a layer in float32 are twice its experts
+            # One expert at a time, as all deltas of a layer in float32 take twice the memory of its experts.
+            for expert in range(experts.num_experts):
                 delta = experts.lora_B[name][expert] @ experts.lora_A[name][expert]
                 weight[expert] = (weight[expert].float() + experts.lora_scale * delta).to(weight.dtype)
         experts.lora_A, experts.lora_B = nn.ParameterDict(), nn.ParameterDict()

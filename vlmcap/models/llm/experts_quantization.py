@@ -1,8 +1,8 @@
-"""4-bit experts while loading, and how many bytes that saves.
+"""Quantises experts to 4 bits while a model is loaded, and computes the size of a 4-bit model.
 
-transformers builds a model without weights, lets its quantiser exchange modules, and then reads tensor by tensor;
-per-expert tensors of the hub's files are fused a layer at a time. So a quantiser that knows experts is all it takes:
-never is more than a layer unpacked.
+transformers builds a model on the meta device, lets its quantiser replace modules, and then loads tensor by tensor,
+fusing the per-expert tensors of published files one layer at a time. A quantiser that supports experts is therefore
+enough, and at most one layer is unpacked at a time.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from vlmcap.models.versions import check_transformers
 
 
 def expert_quantization(folder: Path, config: Any) -> Any:
-    """`config` (transformers' BitsAndBytesConfig), changed so that the experts of the model in `folder`, if it has any, are quantised too.
+    """Extends a quantisation configuration to the experts of a model, if it has any.
+
+    Args:
+        folder: Checkpoint in Hugging Face layout.
+        config: transformers' BitsAndBytesConfig; modified in place and returned.
 
     Raises:
-        UserError: Experts and 8 bit: bitsandbytes has no such storage for them; or transformers is too old for experts
-            in 4 bits.
+        UserError: The model has experts, and 8-bit quantisation is requested or transformers is too old.
     """
     from transformers import AutoConfig
 
@@ -50,22 +53,22 @@ def expert_quantization(folder: Path, config: Any) -> Any:
 
 
 def check_experts_packed(model: nn.Module) -> None:
-    """Nothing, if every expert's weight is in 4 bit or the model has no experts.
+    """Checks that the weights of all experts are in 4 bits.
 
     Raises:
-        UserError: Naming the first weight that is not.
+        UserError: A weight is not in 4 bits.
     """
-    _refuse_unless(is_packed, model)
+    _check_experts(is_packed, model)
 
 
 def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the parameters of `model`, weightless or not, once its linear layers and experts are in 4 bit and the rest in `dtype`.
+    """Returns the bytes of a model's parameters with linear layers and experts in 4 bits, and the rest in `dtype`.
 
-    Left out are bitsandbytes' tables of constants, about 1 KB a matrix.
+    bitsandbytes' constant tables, about 1 KB per matrix, are not included.
 
     Args:
-        model: transformers' causal language model, not quantised.
-        dtype: Of what stays unquantised: embeddings, head, norms, router.
+        model: Unquantised causal language model of transformers, possibly on the meta device.
+        dtype: Dtype of unquantised parameters: embeddings, head, norms, router.
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -87,17 +90,17 @@ def four_bit_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return total
 
 
-def _refuse_unless(is_reached: Callable[[Tensor], bool], model: nn.Module) -> None:
+def _check_experts(is_quantized: Callable[[Tensor], bool], model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if ".experts." in name and "lora_" not in name and parameter.ndim > 1 and not is_reached(parameter):
+        if ".experts." in name and "lora_" not in name and parameter.ndim > 1 and not is_quantized(parameter):
             raise UserError(
-                f"llm.quantization=4bit does not reach the experts of this model ({name}); set llm.quantization=none"
+                f"llm.quantization=4bit does not support the experts of this model ({name}); set llm.quantization=none"
             )
 
 
 @cache
 def _register() -> str:
-    """The name under which transformers now knows a quantiser that does everything as its 4-bit one, and the experts too."""
+    """Registers a 4-bit quantiser that supports experts with transformers, and returns its name."""
     from bitsandbytes.nn import Params4bit
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import register_quantizer
@@ -116,9 +119,8 @@ def _register() -> str:
             if not holds_experts(context["model"], name):
                 return self.linear.convert(input_dict, **context)
             weight = value[0] if isinstance(value, list) else value
-            if weight.shape != (
-                expected := context["model"].get_parameter(name).shape
-            ):  # transformers looks at unpacked ones only
+            expected = context["model"].get_parameter(name).shape
+            if weight.shape != expected:  # transformers checks the shapes of unpacked tensors only
                 raise ValueError(f"{name} is {tuple(weight.shape)} in the files and {tuple(expected)} in the model")
             return {name: pack_experts(weight)}
 
@@ -126,7 +128,7 @@ def _register() -> str:
         def _process_model_before_weight_loading(self, model: Any, *args: Any, **options: Any) -> None:
             super()._process_model_before_weight_loading(model, *args, **options)
             replace_experts(model, to_pack=True)
-            _refuse_unless(lambda weight: isinstance(weight, Params4bit), model)  # before anything is read
+            _check_experts(lambda weight: isinstance(weight, Params4bit), model)  # before any weight is read
 
         def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
             return holds_experts(model, param_name) or super().param_needs_quantization(model, param_name, **options)
@@ -135,12 +137,12 @@ def _register() -> str:
             return Pack(super().get_quantize_ops())
 
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-            # From here on it is a model like any other of bitsandbytes, to peft among others.
+            # From here on, peft and others treat it as a bitsandbytes model.
             self.quantization_config.quant_method = model.quantization_method = QuantizationMethod.BITS_AND_BYTES
             return super()._process_model_after_weight_loading(model, **options)
 
         def is_serializable(self) -> bool:
-            return False  # no other program could read the packed experts
+            return False  # no other program can read packed experts
 
     register_quantizer("vlmcap_experts_4bit")(ExpertQuantizer)
     return "vlmcap_experts_4bit"

@@ -1,7 +1,6 @@
-"""What a language model checkpoint is, read from its small files alone: no weights are opened.
+"""Describes a language model checkpoint from its small files, without opening weights.
 
-A published checkpoint is more than its name: the class that runs it, the text that ends an answer, the license. All of
-that stands in the folder, so nobody has to write it down for each model.
+Class, end tokens, license and supported features are all determined from the folder, so no table of models is needed.
 """
 
 from __future__ import annotations
@@ -16,44 +15,43 @@ from typing import Any
 
 from vlmcap.config import LlmConfig
 from vlmcap.errors import UserError
-from vlmcap.models.decoding.engine import is_decodable
+from vlmcap.models.decoding.engine import supports_native_engine
 from vlmcap.models.llm.attention import PACKABLE, supported_attention
 from vlmcap.models.llm.load import language_config
 from vlmcap.models.llm.prompt import PromptEncoder, generation_config, load_prompt, load_tokenizer
 
-_LONGEST_LICENSE = 120  # characters of the first line of a LICENSE file
-# transformers replaces these functions by those of a package where it is installed, and is correct but slower where it
-# is not.
+_MAX_LICENSE_CHARS = 120  # of the first line of a LICENSE file
+# If these packages are installed, transformers uses their kernels; otherwise it is correct, but slower.
 _PACKAGE = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
-_HUB_KERNELS = "is_kernels_available()"  # in the source of the few classes that fetch compiled code by themselves
-_DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # where pip calls it otherwise than Python does
+_HUB_KERNELS = "is_kernels_available()"  # in the source of the few classes that download compiled code themselves
+_DISTRIBUTIONS = {"fla": "flash-linear-attention"}  # import names that differ from the names on PyPI
 
 
 @dataclass(frozen=True, slots=True)
 class LlmDescription:
-    """What is known of a language model before its weights are loaded.
+    """Properties of a language model that are known before its weights are loaded.
 
     Attributes:
-        model_class: Name of transformers' class.
-        model_type: Name of its configuration.
-        is_part: Whether it is a part of a whole vision-language model.
-        context: Number of tokens that its positions reach; None where it has no such limit.
+        model_class: Name of the transformers class.
+        model_type: Type in its configuration.
+        is_part: Whether it is the language model of a pretrained VLM.
+        context: Maximum number of positions; None if there is no limit.
         hidden_size: Width of its embeddings.
         num_layers: Number of its layers.
         vocab_size: Number of rows of its embedding.
         largest_id: Largest token id of the tokenizer, added tokens included; None without a tokenizer.
-        has_chat_template: Whether the tokenizer brings a chat template.
-        end_tokens: Tokens that end generation, the one that the template puts behind an answer first; empty without a
+        has_chat_template: Whether the tokenizer has a chat template.
+        end_tokens: Tokens that end generation, first the one that the template puts after an answer; empty without a
             template.
         has_thinking_switch: Whether the chat template reads `enable_thinking`.
-        license: As the folder states it; empty where it does not.
-        attention: Implementations that the class supports.
-        sliding_window: Number of tokens that windowed layers look back at; None where every layer sees all.
+        license: License that the folder states; empty if it states none.
+        attention: Attention implementations that the class supports.
+        sliding_window: Window of sliding-window layers in tokens; None if every layer attends to all tokens.
         is_packable: Whether `data.batching=packed` keeps the clips of a row apart.
-        is_native: Whether our own engine writes its captions; otherwise transformers' `generate` does.
-        optional_packages: Packages, by the names of pip, that make its class faster.
-        missing_packages: Those of them that are not installed here.
-        problems: One sentence for each thing that keeps a run from using the checkpoint as it is.
+        is_native: Whether `evaluation.engine=native` can decode captions; otherwise transformers' `generate` does.
+        optional_packages: Packages on PyPI that make the class faster.
+        missing_packages: Optional packages that are not installed.
+        problems: One sentence for each reason why a run cannot use the checkpoint as it is.
     """
 
     model_class: str
@@ -77,27 +75,26 @@ class LlmDescription:
     problems: tuple[str, ...]
 
     def plain(self) -> dict[str, Any]:
-        """The description as plain data for JSON."""
+        """Returns the description as plain data for JSON."""
         return asdict(self)
 
 
 def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescription:
-    """Describes a language model, or the language model of a whole vision-language model.
+    """Describes a language model, or the language model of a pretrained VLM.
 
     Args:
-        folder: Checkpoint in Hugging Face layout; its weights need not be there.
-        chat_template: Template that will be used in place of the tokenizer's.
+        folder: Checkpoint in Hugging Face layout; weights are not needed.
+        chat_template: Template that will replace the tokenizer's.
 
     Raises:
-        UserError: The folder holds no causal language model that transformers knows.
+        UserError: The folder holds no causal language model that transformers supports.
     """
     config, model_class, is_part = language_config(folder)
     packages = optional_packages(model_class)
     problems = []
     if "lm_head" not in inspect.getsource(model_class):
         problems.append(
-            f"{model_class.__name__} names its output layer otherwise than lm_head, which vlmcap needs; take another "
-            "llm"
+            f"{model_class.__name__} has no output layer named lm_head, which vlmcap needs; choose another llm"
         )
     tokenizer, template, prompt = None, "", None
     try:
@@ -122,7 +119,7 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
         attention=supported_attention(model_class),
         sliding_window=_sliding_window(config),
         is_packable=config.model_type in PACKABLE,
-        is_native=is_decodable(config, generation_config(folder)),
+        is_native=supports_native_engine(config, generation_config(folder)),
         optional_packages=tuple(_DISTRIBUTIONS.get(package, package.replace("_", "-")) for package in packages),
         missing_packages=tuple(
             _DISTRIBUTIONS.get(one, one.replace("_", "-")) for one in packages if importlib.util.find_spec(one) is None
@@ -132,11 +129,9 @@ def describe_llm(folder: Path, *, chat_template: str | None = None) -> LlmDescri
 
 
 def license_of(folder: Path) -> str:
-    """The license that the front matter of a README.md states, or else the title of a LICENSE file.
+    """Returns the license in the front matter of a README.md, or else the title of a LICENSE file; empty without both.
 
-    Empty where there is neither.
-
-    A name that only says that another license applies ("other") gives way to `license_name`.
+    If the license is "other" or "unknown", `license_name` is returned if it is stated.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
@@ -147,7 +142,7 @@ def license_of(folder: Path) -> str:
     if (folder / "README.md").is_file():
         try:
             stated = metadata_load(folder / "README.md") or {}
-        except Exception:  # whatever is wrong with a README, it states no license
+        except Exception:  # an invalid README states no license
             stated = {}
     named = stated.get("license")
     if named in (None, "other", "unknown"):
@@ -160,18 +155,18 @@ def license_of(folder: Path) -> str:
         for file in files[:1]
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
     )
-    return next((line[:_LONGEST_LICENSE] for line in lines if line), "")
+    return next((line[:_MAX_LICENSE_CHARS] for line in lines if line), "")
 
 
 def optional_packages(model_class: Any) -> tuple[str, ...]:
-    """Packages, by the names of Python, that the module of a class of transformers uses where they are installed."""
+    """Returns the import names of packages that the module of a transformers class uses if they are installed."""
     source = inspect.getsource(sys.modules[model_class.__module__])
     hub = ("kernels",) if _HUB_KERNELS in source else ()
     return (*dict.fromkeys(_PACKAGE.findall(source)), *hub)
 
 
 def _template_of(tokenizer: Any) -> str:
-    """The tokenizer's default chat template; empty where it has none."""
+    """Returns the tokenizer's default chat template; empty if it has none."""
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:

@@ -1,7 +1,4 @@
-"""How the layers of a language model run in training.
-
-Computed again in the backward pass to save memory, or as compiled code.
-"""
+"""Gradient checkpointing and compilation of the layers of a language model."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ from vlmcap.models.llm.adapt import base_model
 
 
 def checkpoint_layers(model: nn.Module, *, is_offloaded: bool = False, num_kept: int = 0) -> None:
-    """Keeps of each layer its input alone, in training mode, and computes the rest again on the way back.
+    """Enables gradient checkpointing: in training, each layer keeps its input only and is recomputed in backward.
 
     Args:
-        model: A model of transformers, changed in place.
-        is_offloaded: Inputs wait in pinned host memory: layers × tokens × width less on the device, for a copy there
-            and one back.
-        num_kept: Last layers that keep all they computed, and are not computed again: the way back reaches them first.
+        model: Model of transformers, modified in place.
+        is_offloaded: Whether inputs are kept in pinned host memory, which saves layers × tokens × width on the device
+            for a copy in each direction.
+        num_kept: Number of last layers that keep all activations and are not recomputed; backward reaches them first.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -35,21 +32,21 @@ def checkpoint_layers(model: nn.Module, *, is_offloaded: bool = False, num_kept:
 
 
 def _offloading_checkpoint(function: Any, *inputs: Any) -> Any:
-    # What the layer saves inside goes to the checkpoint's own hooks, which keep nothing; only the inputs come to these.
-    # Masks and positions, which all layers share, are bound to the function and stay where they are.
+    # Tensors saved inside the layer go to the hooks of `checkpoint`, which keep nothing, so only the inputs reach these
+    # hooks. Masks and positions, which all layers share, are bound to the function and stay on the device.
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def compile_layers(llm: nn.Module, backend: str = "inductor") -> None:
-    """Compiles each decoder layer by itself, so that all share one piece of code and names in checkpoints stay.
+    """Compiles each decoder layer separately, so that all layers share code and names in checkpoints do not change.
 
-    Lengths are symbolic: captions differ in length from batch to batch, and each new one would be compiled again.
+    Lengths are symbolic, because captions differ in length and each new length would be compiled again.
 
     Args:
-        llm: A model of transformers, with or without adapters, changed in place.
-        backend: Of `torch.compile`; "inductor" writes C++ or Triton and needs their compiler.
+        llm: Model of transformers, with or without adapters, modified in place.
+        backend: Backend of `torch.compile`; "inductor" generates C++ or Triton and needs a compiler.
     """
     inner: Any = base_model(llm).model
-    for layer in getattr(inner, "language_model", inner).layers:  # Qwen-VL's classes hold the tower beside it
+    for layer in getattr(inner, "language_model", inner).layers:  # Qwen-VL nests it
         layer.compile(backend=backend, dynamic=True)

@@ -1,4 +1,4 @@
-"""Loading a language model, quantised or not, and preparing it for tuning."""
+"""Loads language models, with or without quantisation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vlmcap.models.llm.attention import check_attention, choose_attention
 from vlmcap.models.llm.experts import BLOCK
 from vlmcap.models.llm.experts_quantization import check_experts_packed, expert_quantization
 
-# Names of the language model's weights in a whole vision-language model's files, as published and as transformers 5
-# writes them.
-_OUT_OF_WHOLE = {
+# Prefixes of the language model's weights in a pretrained VLM, in published files and in those that transformers 5
+# writes.
+_LLM_KEYS = {
     r"^language_model\.model\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
     r"^model\.language_model\.": "model.",
@@ -24,11 +24,10 @@ _OUT_OF_WHOLE = {
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
-    """The bitsandbytes configuration of `kind`.
+    """Returns the bitsandbytes configuration of a kind of quantisation.
 
-    NF4 with double quantisation for "4bit", LLM.int8() for "8bit", None for "none".
-
-    Source: Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314.
+    "4bit" is NF4 with double quantisation (Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314), "8bit" is
+    LLM.int8(), and for "none" it is None.
     """
     if kind == "none":
         return None
@@ -47,32 +46,32 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
 def load_language_model(
     folder: Path, *, dtype: torch.dtype, quantization: str, attention: str, device: str, is_on_host: bool = False
 ) -> nn.Module:
-    """A causal language model with every parameter frozen.
+    """Loads a causal language model with all parameters frozen.
 
     Args:
-        folder: Checkpoint in Hugging Face layout; its own code is never run, and pickled weights may hold nothing but
-            tensors. Of a whole vision-language model its language model is taken.
-        dtype: Of unquantised weights, and of the arithmetic on quantised ones.
+        folder: Checkpoint in Hugging Face layout; its own code is never run, and pickled weights may contain only
+            tensors. From a pretrained VLM, the language model is loaded.
+        dtype: Dtype of unquantised weights, and of the arithmetic on quantised ones.
         quantization: "none", "8bit" or "4bit".
-        attention: As `choose_attention` takes it.
-        device: Where the model will run, such as "cpu" or "cuda:0"; its weights are put there while loading.
-        is_on_host: Leaves unquantised weights in host memory, for a model that is cut into shards.
+        attention: Requested attention, as for `choose_attention`.
+        device: Device that the model will run on, such as "cpu" or "cuda:0"; weights are loaded to it.
+        is_on_host: Whether unquantised weights stay in host memory, for a model that will be sharded.
 
     Raises:
-        UserError: The folder holds no causal language model, or only a part of one, or the attention is not to be had.
+        UserError: The folder holds no causal language model, or an incomplete one, or the attention cannot run here.
     """
     config, model_class, is_part = language_config(folder)
     chosen = choose_attention(attention, device, dtype, model_class)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": chosen}
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if is_part:
-        options["key_mapping"] = _OUT_OF_WHOLE
+        options["key_mapping"] = _LLM_KEYS
     if quantization != "none":
         options["quantization_config"] = expert_quantization(folder, quantization_config(quantization, dtype))
     model, missing = _from_pretrained(model_class, folder, options)
-    if missing:  # transformers would fill them with random numbers
+    if missing:  # transformers initialises them randomly
         raise UserError(
-            f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint"
+            f"llm.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
         )
     check_attention(model, chosen)
     if quantization == "4bit":
@@ -82,20 +81,18 @@ def load_language_model(
 
 
 def device_map(device: str, quantization: str, *, is_on_host: bool) -> dict[str, str]:
-    """Where `from_pretrained` puts every weight as it is read, so that no second copy stands in host memory."""
+    """Returns the device that `from_pretrained` reads every weight to, so that host memory holds no second copy."""
     return {"": "cpu" if is_on_host and quantization == "none" else device}
 
 
 def build_meta_language_model(folder: Path, *, dtype: torch.dtype, attention: str, device: str) -> nn.Module:
-    """What `load_language_model` returns unquantised, with parameters and buffers on the meta device.
-
-    No file of weights is opened.
+    """Builds the unquantised model of `load_language_model` on the meta device, without opening a weight file.
 
     Args:
-        folder: As for `load_language_model`, as are the others.
-        dtype: Of the weights.
-        attention: As `choose_attention` takes it.
-        device: Where the model will run.
+        folder: Checkpoint in Hugging Face layout.
+        dtype: Dtype of the weights.
+        attention: Requested attention, as for `choose_attention`.
+        device: Device that the model will run on.
 
     Raises:
         UserError: The folder holds no causal language model.
@@ -108,13 +105,13 @@ def build_meta_language_model(folder: Path, *, dtype: torch.dtype, attention: st
 
 
 def keep_packing(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place at the first inference on a CPU with bfloat16 products (AVX-512).
+    """Stops bitsandbytes from repacking 4-bit weights in place at the first inference on a CPU with AVX-512 BF16.
 
-    What reads the weights afterwards (DoRA, a comparison with the base) would misread them.
+    Code that reads the weights afterwards, such as DoRA, would misread them.
 
     Raises:
-        UserError: A layer's width is no multiple of the block of 64 weights: on the same CPUs, bitsandbytes 0.50
-            unpacks it wrongly.
+        UserError: A layer's width is not a multiple of the block of 64 weights, which bitsandbytes 0.50 unpacks wrongly
+            on such CPUs.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -124,26 +121,25 @@ def keep_packing(model: nn.Module) -> None:
             is_misread = module.weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
             if is_misread and module.in_features % BLOCK:
                 raise UserError(
-                    f"llm.quantization=4bit: bitsandbytes misreads layers of width {module.in_features}, which is no "
-                    f"multiple of {BLOCK}, "
-                    "on this CPU; set llm.quantization=none"
+                    f"llm.quantization=4bit is not possible on this CPU, as bitsandbytes misreads layers of width "
+                    f"{module.in_features}, which is not a multiple of {BLOCK}; set llm.quantization=none"
                 )
 
 
 def context_length(folder: Path) -> int:
-    """Tokens that the model's positions reach, read from its configuration alone."""
+    """Returns the maximum number of positions, from the configuration only."""
     return int(_text_config(folder).max_position_embeddings)
 
 
 def text_width(folder: Path) -> int:
-    """Dl, the width of the language model's embeddings, read from its configuration alone."""
+    """Returns Dl, the width of the language model's embeddings, from the configuration only."""
     return int(_text_config(folder).hidden_size)
 
 
 def num_active_parameters(folder: Path) -> int:
-    """Parameters that a token goes through, read from the configuration alone.
+    """Returns the number of parameters that are active for a token, from the configuration only.
 
-    No embeddings or head, of experts those it is sent to.
+    Embeddings and head do not count, and of the experts only those that a token is routed to.
     """
     from transformers import AutoModel
 
@@ -167,10 +163,10 @@ def _text_config(folder: Path) -> Any:
 
 
 def language_config(folder: Path) -> tuple[Any, Any, bool]:
-    """The language model's configuration, its class, and whether it is a part of a larger model.
+    """Returns the language model's configuration, its class, and whether it is part of a pretrained VLM.
 
     Raises:
-        UserError: There is no such configuration, or no such class.
+        UserError: The folder has no configuration of a causal language model in transformers.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -186,22 +182,21 @@ def language_config(folder: Path) -> tuple[Any, Any, bool]:
         return text, MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text is not whole
     except KeyError as error:
         raise UserError(
-            f"llm.checkpoint {folder} holds no causal language model but a {text.model_type}; take another llm, or "
-            "model= for a whole one"
+            f"llm.checkpoint {folder} holds a {text.model_type}, which is not a causal language model; set llm to "
+            "another one, or choose a pretrained VLM by model="
         ) from error
 
 
 def _from_pretrained(model_class: Any, folder: Path, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """The model and the names of the weights that it lacks."""
+    """Loads the model, and returns it with the names of missing weights."""
     from safetensors import SafetensorError
 
     try:
         model, loading = model_class.from_pretrained(folder, weights_only=True, output_loading_info=True, **options)
-    except (pickle.UnpicklingError, EOFError) as error:  # torch's message would advise to run the code after all
+    except (pickle.UnpicklingError, EOFError) as error:  # PyTorch's message would advise running the code after all
         raise UserError(
-            f"llm.checkpoint {folder} has a pytorch_model*.bin that holds more than tensors, or is broken, and was "
-            "refused, as reading it "
-            "could run foreign code; take a checkpoint with safetensors"
+            f"llm.checkpoint {folder} has a pytorch_model*.bin that is broken or holds more than tensors, so reading "
+            "it could run foreign code; use a checkpoint with safetensors"
         ) from error
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Adapters folded into the language model's own weights, for programs that know no adapters.
+"""Merges adapters into the language model's weights, for programs that do not support adapters.
 
-Merging goes onto the unquantised base: in 4 bit the rounding would eat the adapters
+The base checkpoint is loaded unquantised, because rounding to 4 bits would remove the effect of the adapters
 (https://github.com/huggingface/peft/issues/2321).
 """
 
@@ -21,7 +21,7 @@ from vlmcap.models.llm.experts import is_router, merge_expert_lora
 from vlmcap.models.llm.load import load_language_model
 
 SHARD_SIZE = "4GB"
-_PROBE = 32  # tokens that logits are compared on
+_NUM_PROBE_TOKENS = 32  # tokens whose logits are compared before and after merging
 Progress = Callable[[int, int], None]
 _COPIED = (
     "tokenizer*",
@@ -42,24 +42,23 @@ def merge_adapters(
     adapt: Callable[[nn.Module], nn.Module],
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """The difference of logits before and after the merge, as `merge` gives it.
-
-    The merged model is in `output`, whole or not at all.
+    """Merges adapters into their base checkpoint and writes the result, completely or not at all.
 
     Args:
-        base_folder: The language model that the adapters were trained on, unquantised, in Hugging Face layout.
-        weights: Adapters by name, such as a checkpoint's state; what is no adapter of the language model is passed
-            over.
-        output: A new folder in Hugging Face layout with the tokenizer of the base.
-        adapt: Puts adapters on the base as in training, such as a call of `add_lora` with the run's settings.
-        dtype: Of the merged weights.
+        base_folder: Unquantised base checkpoint of the adapters, in Hugging Face layout.
+        weights: Adapters by name, such as the state of a checkpoint; other tensors are ignored.
+        output: New folder for the merged model in Hugging Face layout, with the tokenizer of the base checkpoint.
+        adapt: Adds adapters to the base checkpoint as in training, such as `add_lora` with the run's settings.
+        dtype: Dtype of the merged weights.
+
+    Returns:
+        The relative difference of logits from `merge`.
 
     Raises:
-        UserError: The output is there already, base and adapters do not fit, or the merged model does not give the same
-            logits.
+        UserError: The output exists, the adapters do not fit, or the merged model gives other logits.
     """
     if output.exists():
-        raise UserError(f"{output} is there already; name a new folder for the merged model")
+        raise UserError(f"{output} already exists; name a new folder for the merged model")
     merged, difference = merged_model(base_folder, weights, adapt=adapt, dtype=dtype)
     with new_folder(output) as partial:
         save_merged(merged, base_folder, partial)
@@ -75,25 +74,26 @@ def merged_model(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, float]:
-    """The language model with its training folded in, on the CPU, and the difference of logits that `merge` gives.
+    """Loads a language model with its trained weights merged.
 
-    0 without adapters.
-
-    One copy of the weights is held: the base is read once, and each layer takes its adapters in where it stands.
+    Memory holds one copy of the weights, as adapters are merged in place.
 
     Args:
         base_folder: As for `merge_adapters`.
-        weights: As for `merge_adapters`; where the language model's own weights were trained, these.
-        adapt: As for `merge_adapters`; None where there are no adapters.
-        dtype: Of the merged weights.
-        device: Where the arithmetic is done, such as "cuda:0"; it has to hold the whole model.
-        progress: Called with layers merged and layers in all.
+        weights: As for `merge_adapters`, or trained weights of the language model itself.
+        adapt: As for `merge_adapters`; None without adapters.
+        dtype: Dtype of the merged weights.
+        device: Device of the merge, such as "cuda:0"; it must have room for the model.
+        progress: Callback `(merged_layers, total_layers)`.
+
+    Returns:
+        The model on the CPU, and the relative difference of logits from `merge`, 0 without adapters.
 
     Raises:
-        UserError: As `merge_adapters`.
+        UserError: As for `merge_adapters`.
     """
-    place = "cpu" if adapt is None else device
-    model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=place)
+    load_device = "cpu" if adapt is None else device
+    model = load_language_model(base_folder, dtype=dtype, quantization="none", attention="sdpa", device=load_device)
     refuse_quantized(model)
     if adapt is None:
         load_unadapted_weights(model, weights)
@@ -106,51 +106,53 @@ def merged_model(
 
 @torch.no_grad()
 def merge(adapted: Any, progress: Progress | None = None) -> tuple[nn.Module, float]:
-    """The model without adapters but with their effect, and by how much its logits differ.
-
-    ||after - before|| / ||before||.
-
-    Where there are experts, both sides send each token to the same ones.
+    """Merges the adapters of a model and removes them.
 
     Args:
-        adapted: As `add_lora` returns it; changed in place.
-        progress: Called with layers merged and layers in all.
+        adapted: Model from `add_lora`; modified in place.
+        progress: Callback `(merged_layers, total_layers)`.
+
+    Returns:
+        The model without adapters, and the relative difference of its logits, ||after - before|| / ||before||, with the
+        same routing to experts in both runs.
 
     Raises:
-        UserError: The model is quantised, or the difference is above 1e-4 in float32, 5e-2 in 16 bit.
+        UserError: The model is quantised, or the difference exceeds 1e-4 in float32 or 5e-2 in 16 bits.
     """
     refuse_quantized(adapted)
     adapted.eval()
     weight = next(adapted.parameters())
-    ids = torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _PROBE).long()[None].to(weight.device)
+    ids = (
+        torch.linspace(0, adapted.config.get_text_config().vocab_size - 1, _NUM_PROBE_TOKENS)
+        .long()[None]
+        .to(weight.device)
+    )
     routing = Routing(adapted)
     with routing.recorded():
         before = adapted(input_ids=ids).logits.float()
-    fold_in(adapted, progress)
+    merge_layers(adapted, progress)
     merged: nn.Module = adapted.unload()
     with routing.replayed():
         after = merged(input_ids=ids).logits.float()
     difference = float((after - before).norm() / before.norm())
     tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
-    if not difference <= tolerance:  # nan is no number below
+    if not difference <= tolerance:  # also true for NaN
         raise UserError(
-            f"the merged model's logits differ from those with adapters by {difference:.1e} (at most "
-            f"{tolerance:.0e}): not saved"
+            f"the merged model is not saved, as its logits differ from those with adapters by {difference:.1e} (at "
+            f"most {tolerance:.0e})"
         )
     return merged, difference
 
 
 class Routing:
-    """The choice of experts, kept from one run of a model for the next.
+    """Records the routing of tokens to experts in one run and replays it in another, for a comparison of outputs.
 
-    The routers must be the same modules in both runs.
-
-    Two almost equal experts change places by a rounding error, and the token's output with them; a comparison of two
-    sets of weights in 16 bit says something only where both send each token to the same experts.
+    A rounding error may swap two almost equal experts and change the token's output with them, so outputs in 16 bits
+    are comparable only with the same routing. The routers, which never have adapters, must be the same modules in both
+    runs.
 
     Args:
-        model: Causal language model, with or without adapters, which routers never have; one without experts has no
-            routers.
+        model: Causal language model, with or without adapters and experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,7 +161,7 @@ class Routing:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Keeps what the routers give in one forward pass."""
+        """Records the routers' outputs in one forward pass."""
 
         def keep(router: nn.Module, _: Any, output: Any) -> None:
             self._outputs[router] = output
@@ -173,7 +175,7 @@ class Routing:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Puts what was kept in the place of what the routers give, for the same tokens."""
+        """Replaces the routers' outputs by the recorded ones, for the same tokens."""
         handles = [router.register_forward_hook(lambda module, _, __: self._outputs[module]) for router in self.routers]
         try:
             yield
@@ -182,8 +184,8 @@ class Routing:
                 handle.remove()
 
 
-def fold_in(adapted: Any, progress: Progress | None = None) -> None:
-    """Adds the adapters to the weights beside them, layer by layer; only what a single layer needs is held twice."""
+def merge_layers(adapted: Any, progress: Progress | None = None) -> None:
+    """Adds the adapters to their base weights, layer by layer, with extra memory for a single layer only."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     merge_expert_lora(adapted)
@@ -195,47 +197,45 @@ def fold_in(adapted: Any, progress: Progress | None = None) -> None:
 
 
 @contextmanager
-def adapters_for_captions(llm: nn.Module, *, is_merged: bool) -> Iterator[None]:
-    """Within it, LoRA takes fewer kernels per token.
+def adapters_for_inference(llm: nn.Module, *, is_merged: bool) -> Iterator[None]:
+    """Speeds up LoRA in inference inside the context; afterwards, all parameters are the original objects again.
 
-    Afterwards all parameters are the very objects that they were before.
-
-    Adapters are added to copies of the weights beside them, where those are stored as plain numbers. All others are
-    held in the type that autocast computes in, to which it would convert them at each call.
+    Adapters are merged into copies of their base weights if these are unquantised. Other adapters are cast to the
+    autocast dtype once, instead of in each call.
 
     Args:
-        llm: The language model, with or without adapters.
+        llm: Language model, with or without adapters.
         is_merged: Whether there is memory for the copies.
     """
     dtype = torch.get_autocast_dtype(next(llm.parameters()).device.type)
     is_cast = torch.is_autocast_enabled(next(llm.parameters()).device.type)
-    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    originals: list[tuple[nn.Module, nn.Parameter]] = []
     merged: list[Any] = []
 
-    def exchange(module: Any, make: Callable[[Tensor], Tensor]) -> None:
-        kept.append((module, module.weight))
+    def replace_weight(module: Any, make: Callable[[Tensor], Tensor]) -> None:
+        originals.append((module, module.weight))
         module._parameters["weight"] = nn.Parameter(make(module.weight.detach()), requires_grad=False)
 
     try:
         for layer in _adapted_layers(llm):
             if is_merged and is_mergeable(layer):
-                exchange(layer.get_base_layer(), torch.clone)
+                replace_weight(layer.get_base_layer(), torch.clone)
                 with torch.autocast(layer.weight.device.type, enabled=False):
                     layer.merge()
                 merged.append(layer)
             elif is_cast and not _is_sharded(layer):
                 for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-                    exchange(factor, lambda weight: weight.to(dtype))
+                    replace_weight(factor, lambda weight: weight.to(dtype))
         yield
     finally:
         for layer in merged:
             layer.merged_adapters.clear()
-        for module, parameter in reversed(kept):
+        for module, parameter in reversed(originals):
             module._parameters["weight"] = parameter
 
 
 def _adapted_layers(llm: nn.Module) -> list[Any]:
-    """The layers with LoRA on them; DoRA's, whose effect is no sum, are left as they are."""
+    """Returns the layers with LoRA, without DoRA, which is not a sum."""
     if not hasattr(llm, "peft_config"):
         return []
     from peft.tuners.lora import LoraLayer
@@ -244,10 +244,7 @@ def _adapted_layers(llm: nn.Module) -> list[Any]:
 
 
 def is_mergeable(layer: Any) -> bool:
-    """Whether the adapters of a layer can be added to its weights.
-
-    They are plain numbers, all of them on this device.
-    """
+    """Whether adapters can be added to the base weights of a layer: they are neither quantised nor sharded."""
     weight = layer.get_base_layer().weight
     return weight.is_floating_point() and not hasattr(weight, "quant_state") and not _is_sharded(layer)
 
@@ -259,31 +256,31 @@ def _is_sharded(layer: Any) -> bool:
 
 
 def load_adapters(adapted: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts saved adapters in the places of fresh ones.
+    """Loads saved adapters into a model with new ones.
 
     Raises:
-        UserError: One is missing, left over or of another shape.
+        UserError: An adapter is missing, unexpected or of another shape.
     """
     own = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
     names = {name: name.removeprefix("captioner.").removeprefix("llm.") for name in weights if "lora_" in name}
     saved = {short: weights[name] for name, short in names.items() if not short.startswith(("encoder.", "projector."))}
     for name in sorted(own.keys() ^ saved.keys()):
-        where = "has no place in the model" if name in saved else "is not among the saved ones"
-        raise UserError(f"adapter {name} {where}; tuning.lora and llm.checkpoint must be those of the run")
+        problem = "has no place in the model" if name in saved else "is missing in the checkpoint"
+        raise UserError(f"adapter {name} {problem}; set tuning.lora and llm.checkpoint to those of the run")
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:
             raise UserError(
-                f"adapter {name} is {tuple(saved[name].shape)}, not {tuple(tensor.shape)}; tuning.lora.rank must be "
-                "that of the run"
+                f"adapter {name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}; set "
+                "tuning.lora.rank to that of the run"
             )
     adapted.load_state_dict(saved, strict=False)
 
 
 def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts trained weights of the language model itself in the places of the base's; nothing where none were trained.
+    """Loads trained weights of the language model itself, if there are any.
 
     Raises:
-        UserError: One has no place in the model, or another shape.
+        UserError: A weight is unexpected or of another shape.
     """
     saved = {
         name.removeprefix("captioner.llm."): tensor
@@ -294,38 +291,39 @@ def load_unadapted_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> N
     for name, tensor in saved.items():
         if name not in own or own[name].shape != tensor.shape:
             raise UserError(
-                f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; llm.checkpoint must be "
-                "the run's"
+                f"the trained weight {name} {tuple(tensor.shape)} has no place in the model; set llm.checkpoint to "
+                "that of the run"
             )
     model.load_state_dict(saved, strict=False)
 
 
 def refuse_quantized(model: nn.Module) -> None:
-    """Nothing, if all weights are stored as numbers that can be added to.
+    """Checks that all weights are unquantised.
 
     Raises:
-        UserError: Some are quantised.
+        UserError: A weight is quantised.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
             raise UserError(
-                f"adapters cannot be merged into quantised weights ({name}); merge onto the base with "
+                f"adapters cannot be merged into quantised weights ({name}); load the base checkpoint with "
                 "llm.quantization=none"
             )
 
 
 def save_merged(merged: Any, base_folder: Path, folder: Path, beside: Sequence[str] = ()) -> None:
-    """Writes weights, configuration and what belongs to the tokenizer.
+    """Writes weights, configuration and tokenizer files.
 
     Args:
-        merged: In its class of transformers.
-        base_folder: Where the tokenizer is copied from.
-        folder: Where to write.
+        merged: Model in its transformers class.
+        base_folder: Folder that the tokenizer is copied from.
+        folder: Folder to write to.
         beside: Patterns of further files to copy.
     """
     from transformers import GenerationConfig
 
-    # Some published settings, such as Vicuna's, contradict themselves: transformers reads but does not write them.
+    # Some published generation settings, such as Vicuna's, are contradictory: transformers loads but does not save
+    # them.
     merged.generation_config = GenerationConfig.from_model_config(merged.config)
     merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     for pattern in (*_COPIED, "generation_config.json", *beside):

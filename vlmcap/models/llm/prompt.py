@@ -1,4 +1,4 @@
-"""The prompt around the visual tokens, through the tokenizer's chat template, the places of visual tokens, and the caption's ids."""
+"""The prompt around the visual tokens, rendered by the tokenizer's chat template, and the encoding of captions."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from vlmcap.config import LlmConfig
 from vlmcap.errors import UserError, first_line
 from vlmcap.types import FrameTimes, GridTHW
 
-# Where visual tokens and caption go in the rendered template; neither ever reaches the tokenizer.
+# Markers of visual tokens and caption in the rendered template; neither reaches the tokenizer.
 _VISUAL, _ANSWER = "<<vlmcap-visual-tokens>>", "<<vlmcap-caption>>"
 
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Ids of everything that is text.
+    """Encodes prompts and captions, and decodes generated ids.
 
-    Parts are tokenised one by one and joined as ids, so nothing is ever searched for again.
+    The texts before and after the visual tokens are tokenised separately and joined as ids.
 
     Attributes:
-        tokenizer: Of the language model.
-        prefix_ids: Before the visual tokens, with the token that begins a sequence where the model wants one.
-        suffix_ids: Between them and the caption.
-        end_id: Ends the caption.
-        pad_id: Fills batches and stands at placeholder positions.
+        tokenizer: Tokenizer of the language model.
+        prefix_ids: Ids before the visual tokens, with a beginning-of-sequence token if the model uses one.
+        suffix_ids: Ids between the visual tokens and the caption.
+        end_id: Token that ends the caption.
+        pad_id: Token at padding and placeholder positions.
         stop_ids: Tokens that end generation, `end_id` first.
-        question_ids: The bare prompt text, for projectors that are told the question.
-        caption_lead: Blank that the chat template puts between its own words and an answer.
+        question_ids: Ids of the question without the template, for projectors that read it.
+        caption_lead: Whitespace that the chat template puts before an answer.
     """
 
     tokenizer: Any
@@ -43,60 +43,60 @@ class PromptEncoder:
     caption_lead: str = ""
 
     def encode_caption(self, text: str) -> list[int]:
-        """Ids of a caption, without the end token; what looks like a special token in it is text like any other."""
+        """Returns the ids of a caption without the end token; special tokens in it are encoded as plain text."""
         if not text:
             return []
-        # A sentencepiece tokenizer puts its word mark in front, lead or not, as in the training of LLaVA.
+        # A sentencepiece tokenizer adds its word mark with and without the lead, as in the training of LLaVA.
         return list(
             self.tokenizer(self.caption_lead + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         )
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """Generated ids to text, special tokens and outer blanks dropped."""
+        """Decodes generated ids to text, without special tokens and surrounding whitespace."""
         return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Text tokens before the caption."""
+        """Number of text tokens before the caption."""
         return len(self.prefix_ids) + len(self.suffix_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class VisualRun:
-    """All visual tokens of a clip in one run; goes to the data workers, so it must pickle.
+    """Lays out all visual tokens of a clip in one run; picklable for the data workers.
 
     Attributes:
-        num_tokens: (F, (h, w)) -> V.
-        own: Size of clips that come without one.
+        num_tokens: Function (F, (h, w)) -> V.
+        default_grid: Size of clips without a `grid_thw`.
     """
 
     num_tokens: Callable[[int, tuple[int, int]], int]
-    own: GridTHW
+    default_grid: GridTHW
 
     def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int]:
-        """The one run, as the number of its placeholders; times make no difference to it."""
-        num_frames, height, width = grid_thw or self.own
+        """Returns the number of placeholders of the single run; times are ignored."""
+        num_frames, height, width = grid_thw or self.default_grid
         return (self.num_tokens(num_frames, (height, width)),)
 
 
 def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual_suffix: str = "") -> PromptEncoder:
-    """The prompt of a language model, rendered by its chat template.
+    """Renders the prompt of a language model by its chat template, and encodes it.
 
     Args:
         folder: Checkpoint in Hugging Face layout.
-        llm: `prompt` is what the user asks about the video; the visual tokens stand in front of it, on a line of their
-            own unless a `visual_suffix` parts them. A `system_prompt` of None leaves the system turn to the template,
-            and `chat_template` is a Jinja template in place of the tokenizer's.
-        visual_prefix: Directly before the visual tokens, such as Qwen-VL's <|vision_start|>.
-        visual_suffix: Directly behind them, such as <|vision_end|>.
+        llm: Settings. The question follows the visual tokens, on a new line unless there is a `visual_suffix`. A
+            `system_prompt` of None leaves the system turn to the template, and `chat_template` is a Jinja template that
+            replaces the tokenizer's.
+        visual_prefix: Text directly before the visual tokens, such as Qwen-VL's <|vision_start|>.
+        visual_suffix: Text directly after the visual tokens, such as <|vision_end|>.
 
     Raises:
-        UserError: There is no tokenizer, chat template or end token, or the template does not use a setting that was
-            made.
+        UserError: There is no tokenizer, chat template or end token, or the template ignores a setting.
     """
+    # 1. Render the conversation.
     tokenizer = load_tokenizer(folder)
-    break_after = visual_suffix or "\n"
-    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{break_after}{llm.question}"}]
+    separator = visual_suffix or "\n"
+    turns = [{"role": "user", "content": f"{visual_prefix}{_VISUAL}{separator}{llm.question}"}]
     if llm.system_prompt:
         turns.insert(0, {"role": "system", "content": llm.system_prompt})
     template = _Template(tokenizer, folder, llm.chat_template, llm.enable_thinking)
@@ -104,34 +104,37 @@ def load_prompt(folder: Path, llm: LlmConfig, *, visual_prefix: str = "", visual
     before, placeholder, after = rendered.partition(_VISUAL)
     if not placeholder:
         raise UserError(
-            f"the chat template of {folder} drops the user's text, as one made for a processor does; set "
+            f"the chat template of {folder} drops the user's text, like a template for a processor; set "
             "llm.chat_template to one for text"
         )
     _check_used(template, turns, rendered)
+    # 2. Find what surrounds an answer: whitespace before it, and the end token.
     lead, end_id = _answer_frame(template, turns, rendered)
-    num_rows = _num_embeddings(folder)
-    pad_id = (
-        end_id if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_rows else int(tokenizer.pad_token_id)
-    )
+    # 3. Encode the texts; tokens without an embedding cannot be used.
+    num_embeddings = _num_embeddings(folder)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= num_embeddings:
+        pad_id = end_id
+    stop_ids = _stop_ids(folder, [end_id, int(tokenizer.eos_token_id)])
     encoder = PromptEncoder(
         tokenizer=tokenizer,
         prefix_ids=_first_ids(tokenizer, before),
         suffix_ids=_following_ids(tokenizer, after),
         end_id=end_id,
-        pad_id=pad_id,
-        stop_ids=[token for token in _stop_ids(folder, [end_id, int(tokenizer.eos_token_id)]) if token < num_rows],
+        pad_id=int(pad_id),
+        stop_ids=[token for token in stop_ids if token < num_embeddings],
         question_ids=list(tokenizer(llm.question, add_special_tokens=False)["input_ids"]),
         caption_lead=lead,
     )
-    _check_rows(encoder, folder, num_rows)
+    _check_embeddings(encoder, folder, num_embeddings)
     return encoder
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
+    """Loads the tokenizer of a checkpoint.
 
     Raises:
-        UserError: There is none, or it names no end token.
+        UserError: There is no tokenizer, or it has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -141,34 +144,36 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(
             f"llm.checkpoint {folder} holds no tokenizer that could be loaded: {first_line(error)}"
         ) from error
-    if not tokenizer("가", add_special_tokens=False)[
-        "input_ids"
-    ]:  # without files, some classes come up with an empty vocabulary
+    # Without files, some classes are created with an empty vocabulary.
+    if not tokenizer("가", add_special_tokens=False)["input_ids"]:
         raise UserError(
-            f"llm.checkpoint {folder} holds no tokenizer; put tokenizer.json and tokenizer_config.json there"
+            f"llm.checkpoint {folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json to it"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} names no end token (eos_token), so captions would have no end")
+        raise UserError(
+            f"the tokenizer in {folder} has no end token, so captions would never end; set eos_token in its "
+            "tokenizer_config.json"
+        )
     return tokenizer
 
 
 def _num_embeddings(folder: Path) -> float:
-    """Rows of the language model's embedding; without end where the folder holds a tokenizer alone."""
+    """Returns the rows of the embedding matrix; infinity if the folder holds only a tokenizer."""
     from transformers import AutoConfig
 
     try:
         return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size)
-    except (OSError, ValueError, KeyError, AttributeError):  # whoever loads the model says what is wrong with it
+    except (OSError, ValueError, KeyError, AttributeError):  # loading the model reports what is wrong
         return math.inf
 
 
-def _check_rows(encoder: PromptEncoder, folder: Path, num_rows: float) -> None:
-    """Refuses a tokenizer that was given tokens for which the model has no embedding, where the prompt or a caption can hold them.
+def _check_embeddings(encoder: PromptEncoder, folder: Path, num_rows: float) -> None:
+    """Checks that the model has an embedding for every token that the prompt or a caption can contain.
 
-    Special tokens in captions are text like any other, so that those beyond the embedding do no harm there.
+    Added special tokens without an embedding are harmless, as captions encode them as plain text.
 
     Raises:
-        UserError: There is such a token.
+        UserError: A token has no embedding.
     """
     tokenizer = encoder.tokenizer
     added = tokenizer.added_tokens_decoder
@@ -181,17 +186,15 @@ def _check_rows(encoder: PromptEncoder, folder: Path, num_rows: float) -> None:
     if beyond:
         first = min(beyond)
         raise UserError(
-            f"the tokenizer in {folder} has {len(beyond)} tokens beyond the {num_rows} rows of the model's embedding "
-            "that text can hold, "
+            f"the tokenizer in {folder} has {len(beyond)} tokens beyond the {num_rows} rows of the model's embedding, "
             f"first {tokenizer.convert_ids_to_tokens(first)!r} ({first}); remove them from tokenizer.json, or resize "
-            "the model's embedding "
-            "(resize_token_embeddings) and save it"
+            "the model's embedding (resize_token_embeddings) and save it"
         )
 
 
 @dataclass(frozen=True)
 class _Template:
-    """A chat template with what it is always given."""
+    """A chat template with its fixed arguments."""
 
     tokenizer: Any
     folder: Path
@@ -199,17 +202,17 @@ class _Template:
     enable_thinking: bool
 
     def render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """The conversation as text.
+        """Renders a conversation as text.
 
         Raises:
-            UserError: There is no template, or it refuses.
+            UserError: There is no template, or it refuses the conversation.
         """
         from jinja2 import TemplateError
 
         if not self.text and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"the tokenizer in {self.folder} has no chat template; set llm.chat_template, or take an "
-                "instruction-tuned llm.checkpoint"
+                f"the tokenizer in {self.folder} has no chat template; set llm.chat_template, or set llm.checkpoint to "
+                "an instruction-tuned model"
             )
         try:
             return str(
@@ -221,7 +224,7 @@ class _Template:
                     enable_thinking=self.enable_thinking,
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:  # such as: no system turn allowed
+        except (TemplateError, TypeError, ValueError) as error:  # for example, no system turn is allowed
             reason = first_line(error)
             raise UserError(
                 f"the chat template of {self.folder} refuses the prompt ({reason}); change llm.system_prompt or "
@@ -230,10 +233,10 @@ class _Template:
 
 
 def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str) -> None:
-    """Refuses settings without which the template renders the same prompt.
+    """Checks that the template uses the settings.
 
     Raises:
-        UserError: There is such a setting.
+        UserError: The prompt is the same without a setting.
     """
     first, name = turns[0], f"the chat template of {template.folder}"
     if template.enable_thinking and rendered == replace(template, enable_thinking=False).render(
@@ -243,37 +246,32 @@ def _check_used(template: _Template, turns: list[dict[str, str]], rendered: str)
             f"llm.enable_thinking=true changes nothing, as {name} does not use it; leave it out, or set "
             "llm.chat_template"
         )
-    # A template's own system turn may have the very text.
+    # The template's default system turn may contain the same text.
     is_dropped = first["role"] == "system" and first["content"].strip() not in rendered.partition(_VISUAL)[0]
     if is_dropped and rendered == template.render(turns[1:], add_generation_prompt=True):
         raise UserError(
             f"llm.system_prompt changes nothing, as {name} drops the system turn; leave it out and put its text into "
-            "llm.prompt, "
-            "or set llm.chat_template"
+            "llm.prompt, or set llm.chat_template"
         )
 
 
 def _answer_frame(template: _Template, turns: list[dict[str, str]], rendered: str) -> tuple[str, int]:
-    """What the template puts directly before an answer, if blank, and the id of the token that it puts behind it."""
+    """Returns the whitespace that the template puts before an answer, and the id of the token after it."""
     tokenizer = template.tokenizer
     try:
         whole = template.render([*turns, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
-    except UserError:  # made for one question only
+    except UserError:  # the template supports only one question
         whole = rendered
     before, _, after = whole.partition(_ANSWER)
     lead = before.removeprefix(rendered)
     end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"][:1] if after.strip() else []
-    is_special = (
-        bool(end) and end[0] in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end[0]].special
-    )
+    added = tokenizer.added_tokens_decoder
+    is_special = bool(end) and end[0] in added and added[end[0]].special
     return lead if lead.isspace() else "", int(end[0] if is_special else tokenizer.eos_token_id)
 
 
 def _first_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of what begins the sequence.
-
-    With the beginning token once, where the tokenizer puts one of its own accord.
-    """
+    """Encodes the start of a sequence, with one beginning-of-sequence token if the tokenizer adds it by default."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("가")["input_ids"][:1] == [bos]
@@ -281,9 +279,9 @@ def _first_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _following_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of text behind other tokens: a sentencepiece tokenizer puts a word mark at the beginning only."""
+    """Encodes text after other tokens, without the word mark that sentencepiece tokenizers add at the beginning."""
     anchor = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id)
-    if anchor is None or anchor.rstrip:  # it would swallow blanks
+    if anchor is None or anchor.rstrip:  # the anchor would strip whitespace after it
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     first, *ids = tokenizer(anchor.content + text, add_special_tokens=False)["input_ids"]
     assert first == tokenizer.eos_token_id
@@ -291,7 +289,7 @@ def _following_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def generation_config(folder: Path) -> Any:
-    """Transformers' generation settings of a checkpoint; None where it has none."""
+    """Returns transformers' generation settings of a checkpoint; None if it has none."""
     from transformers import GenerationConfig
 
     try:
@@ -301,6 +299,6 @@ def generation_config(folder: Path) -> Any:
 
 
 def _stop_ids(folder: Path, ends: list[int]) -> list[int]:
-    """The end tokens and whatever else the checkpoint's generation settings stop at, without doubles."""
+    """Returns the end tokens and the stop tokens of the checkpoint's generation settings, without duplicates."""
     stops = getattr(generation_config(folder), "eos_token_id", None)
     return list(dict.fromkeys([*ends, *([stops] if isinstance(stops, int) else stops or [])]))

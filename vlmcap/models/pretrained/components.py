@@ -1,4 +1,4 @@
-"""What a whole vision-language model gives when it is taken apart, and how one is read."""
+"""The components of a pretrained VLM, and how its checkpoint is read."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from vlmcap.types import VisualLayout
 
 @dataclass(frozen=True, slots=True)
 class VlmComponents:
-    """A whole model as encoder, projector and language model; together they hold each of its used weights once.
+    """The encoder, projector and language model of a pretrained VLM, which together hold each used weight once.
 
     Attributes:
         encoder: Frozen vision tower, with the interface of `VisionEncoder`.
-        projector: Its projector or merger, float32.
-        llm: The language part with its head, frozen.
-        num_tokens: (F, (h, w)) -> V without building anything, F in temporal patches where the encoder joins frames;
-            picklable.
-        captioner_class: Makes the captioner of (encoder, projector, llm, prompt, generation).
-        visual_prefix: Text right before the visual tokens.
-        visual_suffix: Text right behind them.
-        visual_layout: A clip's size and times -> runs of placeholders and text between them, picklable; None for one
-            run of placeholders.
+        projector: Projector or patch merger, in float32.
+        llm: Frozen language model with its head.
+        num_tokens: Picklable function (F, (h, w)) -> V, with F in temporal patches if the encoder joins frames.
+        captioner_class: Constructor of the captioner from (encoder, projector, llm, prompt, generation).
+        visual_prefix: Text directly before the visual tokens.
+        visual_suffix: Text directly after the visual tokens.
+        visual_layout: Picklable map from a clip's size and times to runs of placeholders and the text between them;
+            None for a single run.
     """
 
     encoder: Any
@@ -45,7 +44,7 @@ class VlmComponents:
 
 @contextmanager
 def reading(kind: str, folder: Path) -> Iterator[None]:
-    """Around what reads a checkpoint: its many kinds of errors become one for the user.
+    """Converts the exceptions of reading a checkpoint to an error for the user.
 
     Raises:
         UserError: The folder cannot be loaded as a model of that kind.
@@ -68,25 +67,25 @@ def reading(kind: str, folder: Path) -> Iterator[None]:
 
 
 def read_model(model_class: Any, kind: str, folder: Path, **options: Any) -> Any:
-    """A model with the weights in `folder`.
+    """Loads a model with the weights in `folder`.
 
-    Code in the checkpoint is never run, and pickled weights may hold nothing but tensors.
+    Code in the checkpoint is never run, and pickled weights may contain only tensors.
 
     Args:
-        model_class: Of transformers.
-        kind: As `load_pretrained` takes it, for the error.
+        model_class: Class of transformers.
+        kind: As for `load_pretrained`, for the error message.
         folder: Checkpoint in Hugging Face layout.
-        **options: Further ones of `from_pretrained`.
+        **options: Further arguments of `from_pretrained`.
 
     Raises:
-        UserError: The folder cannot be loaded, or holds only a part of the model.
+        UserError: The folder cannot be loaded, or the model is incomplete.
     """
     with reading(kind, folder):
         model, loading = model_class.from_pretrained(
             folder, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
         )
-    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+    if missing := sorted(loading["missing_keys"]):  # transformers initialises them randomly
         raise UserError(
-            f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; take a whole checkpoint"
+            f"model.checkpoint {folder} lacks {len(missing)} weights, first: {missing[0]}; use a complete checkpoint"
         )
     return model

@@ -1,4 +1,4 @@
-"""A whole pretrained model with its training folded in, put together again for programs that know the stock classes."""
+"""Merges trained weights into a pretrained VLM, reassembled in its transformers class for other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmcap.models.llm.merge import Progress, load_adapters, load_unadapted_weig
 from vlmcap.models.pretrained.components import read_model
 from vlmcap.models.pretrained.qwen_vl import load_qwen_vl
 
-# Our projector's layers in the class of transformers.
+# Layers of `Projector` and their names in the transformers class.
 _LLAVA_PROJECTOR = {"projection.layers.0": "linear_1", "projection.layers.2": "linear_2"}
 
 
@@ -28,18 +28,19 @@ def merged_pretrained(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, float]:
-    """The whole model in its class of transformers, on the CPU, and the difference of logits that `merge` gives.
-
-    0 without adapters.
+    """Merges trained weights into a pretrained VLM.
 
     Args:
-        kind: As `load_pretrained` takes it.
-        folder: Checkpoint that the run was trained on, unquantised.
-        weights: A checkpoint's state: projector, adapters, or the language part's own weights.
-        adapt: Puts adapters on the language part as in training; None where there are none.
-        dtype: Of the merged weights.
-        device: Where the arithmetic is done; it has to hold the language part.
-        progress: Called with layers merged and layers in all.
+        kind: As for `load_pretrained`.
+        folder: Base checkpoint of the run, unquantised.
+        weights: State of a checkpoint: projector, adapters, or trained weights of the language model itself.
+        adapt: Adds adapters to the language model as in training; None without adapters.
+        dtype: Dtype of the merged weights.
+        device: Device of the merge; it must have room for the language model.
+        progress: Callback `(merged_layers, total_layers)`.
+
+    Returns:
+        The model in its transformers class, on the CPU, and the difference of logits from `merge`, 0 without adapters.
 
     Raises:
         UserError: The folder cannot be loaded, or the weights do not fit it.
@@ -49,21 +50,20 @@ def merged_pretrained(
     }
     if kind == "llava_next_video":
         whole, language = _load_llava(folder, dtype)
-        _put_projector(
-            whole.model.multi_modal_projector, {_llava_name(name): tensor for name, tensor in projector.items()}
-        )
+        renamed = {_llava_name(name): tensor for name, tensor in projector.items()}
+        _load_projector(whole.model.multi_modal_projector, renamed)
     else:
         whole = language = _load_qwen(kind, folder, dtype, projector)
     refuse_quantized(whole)
-    # A tower is neither needed nor wanted among the layers that adapters go on.
-    visual = _take_visual(whole)
+    # The tower must not be among the layers that get adapters.
+    visual = _detach_visual(whole)
     difference = 0.0
     if adapt is None:
         load_unadapted_weights(language, weights)
     else:
         adapted = adapt(language.to(device))
         load_adapters(adapted, weights)
-        _, difference = merge(adapted, progress)  # its layers are the whole model's, so the whole model has them too
+        _, difference = merge(adapted, progress)  # in place: `whole` shares the layers
     whole.to("cpu")
     if visual is not None:
         whole.model.visual = visual
@@ -71,8 +71,8 @@ def merged_pretrained(
 
 
 def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[str, Tensor]) -> Any:
-    """The model with its tower, and the trained mergers in it."""
-    parts = load_qwen_vl(
+    """Loads the model with its tower and the trained mergers."""
+    components = load_qwen_vl(
         kind,
         folder,
         dtype=dtype,
@@ -83,10 +83,10 @@ def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[s
         max_patches=1 << 10,
         use_outer_marks=True,
     )
-    _put_projector(parts.projector, projector)
-    whole: Any = parts.llm
-    tower: Any = parts.encoder.tower
-    first, *deep = parts.projector.mergers
+    _load_projector(components.projector, projector)
+    whole: Any = components.llm
+    tower: Any = components.encoder.tower
+    first, *deep = components.projector.mergers
     tower.merger = first
     if deep:
         tower.deepstack_merger_list = nn.ModuleList(deep)
@@ -95,7 +95,7 @@ def _load_qwen(kind: str, folder: Path, dtype: torch.dtype, projector: Mapping[s
 
 
 def _load_llava(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model, and a causal language model that shares its layers."""
+    """Loads the model, and returns it with a causal language model that shares its layers."""
     import transformers
 
     model_class = transformers.LlavaNextVideoForConditionalGeneration
@@ -106,8 +106,8 @@ def _load_llava(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return whole.requires_grad_(False).eval(), language.requires_grad_(False).eval()
 
 
-def _take_visual(whole: Any) -> Any:
-    """Takes Qwen's tower out of the model, as in training; LLaVA's is no part of what is adapted."""
+def _detach_visual(whole: Any) -> Any:
+    """Detaches Qwen's tower from the model, as in training; LLaVA's is not inside the adapted language model."""
     visual = getattr(whole.model, "visual", None)
     if visual is not None:
         whole.model.visual = None
@@ -119,15 +119,15 @@ def _llava_name(name: str) -> str:
     return f"{_LLAVA_PROJECTOR.get(layer, layer)}.{leaf}"
 
 
-def _put_projector(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts trained weights in the projector's places; nothing where none were trained.
+def _load_projector(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads trained weights into the projector, if there are any.
 
     Raises:
-        UserError: They are not those of this projector.
+        UserError: They belong to another projector.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if weights and own != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
         raise UserError(
-            "the checkpoint's projector is not that of model.checkpoint; model.checkpoint must be the run's"
+            "the checkpoint's projector does not fit model.checkpoint; set model.checkpoint to that of the run"
         )
     module.load_state_dict(dict(weights), strict=bool(weights))

@@ -1,6 +1,4 @@
-"""Qwen-VL models as captioners.
-
-What stands around a clip in the prompt, positions in time, height and width (mRoPE), and DeepStack.
+"""Captioner for Qwen-VL models: timestamps in the prompt, positions in time, height and width (mRoPE), and DeepStack.
 
 Legend: B batch, S sequence, T temporal patches, h/w patch rows and columns.
 """
@@ -20,75 +18,75 @@ from vlmcap.models.pretrained.qwen_vision import MergerSpec
 from vlmcap.types import CLOCKLESS_FPS, Batch, FrameTimes, GridTHW
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-_VIDEO = 2  # transformers' type of a video token, beside 0 for text and 1 for images
+_VIDEO = 2  # transformers' type id of video tokens; 0 is text and 1 is images
 
 
 @dataclass(frozen=True)
 class TimestampedRuns:
-    """A run for each temporal patch with its time in front, as Qwen3-VL has it; the last end mark is the prompt's.
+    """Lays out one run of placeholders per temporal patch, each after its timestamp, like Qwen3-VL's processor.
 
     Attributes:
-        spec: Of the merger.
-        tokenizer: Of the language model.
+        spec: Sizes of the merger.
+        tokenizer: Tokenizer of the language model.
         frames_per_patch: Frames that share a temporal patch.
     """
 
     spec: MergerSpec
     tokenizer: Any
     frames_per_patch: int
-    _known: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _cached_ids: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, grid_thw: GridTHW | None, times_s: FrameTimes | None = None) -> Sequence[int | Sequence[int]]:
-        """Time, start mark, placeholders and end mark of each temporal patch in turn; nothing without a clip.
+        """Returns timestamp, start mark, placeholders and end mark of each temporal patch; empty without a clip.
 
-        The time of a patch is the middle between those of its first and last frame; the last frame fills up the last
-        patch.
+        The timestamp is the middle between the times of the patch's first and last frame. The last end mark belongs to
+        the prompt, not to the result.
         """
         runs: list[int | Sequence[int]] = []
         steps, *grid = grid_thw or (0, 0, 0)
         span = self.frames_per_patch
-        known = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
-        assert steps == 0 or (steps - 1) * span < len(known) <= steps * span, (
-            f"{len(known)} times for {steps} temporal patches"
+        times = times_s or tuple(index / CLOCKLESS_FPS for index in range(steps * span))
+        assert steps == 0 or (steps - 1) * span < len(times) <= steps * span, (
+            f"{len(times)} times for {steps} temporal patches"
         )
         for index in range(steps):
-            own = known[index * span : (index + 1) * span]
+            own = times[index * span : (index + 1) * span]
             text = f"{VISION_END if index else ''}<{(own[0] + own[-1]) / 2:.1f} seconds>{VISION_START}"
             runs += [self._ids(text), self.spec.num_tokens(1, (grid[0], grid[1]))]
         return runs
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        if text not in self._known:
-            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._known[text]
+        if text not in self._cached_ids:
+            self._cached_ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._cached_ids[text]
 
 
 class QwenVLCaptioner(VideoCaptioner):
-    """Captions of video clips by a Qwen-VL model.
+    """Captions video clips with a Qwen-VL model.
 
-    The language part is the checkpoint's own class without its vision tower; projected tokens reach it as outputs of a
-    vision tower that ran before, so placement, DeepStack, beams and the cache of keys and values are the class's own.
+    The language model is the checkpoint's own class without its vision tower. It receives projected tokens as the
+    output of an earlier run of the tower, so that it handles placement, DeepStack, beams and the key-value cache
+    itself.
 
     Args:
+        *args: Positional arguments of `VideoCaptioner`.
         frames_per_patch: Frames that share a temporal patch.
-        **parts: As `VideoCaptioner` takes them.
+        **kwargs: Keyword arguments of `VideoCaptioner`.
     """
 
     has_plain_inputs = False
 
-    def __init__(self, *parts: Any, frames_per_patch: int, **named: Any) -> None:
-        super().__init__(*parts, **named)
+    def __init__(self, *args: Any, frames_per_patch: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.frames_per_patch = frames_per_patch
 
     def language_inputs(self, batch: Batch, visual: Tensor) -> dict[str, Any]:
-        """What the language model is called with, in training and for generation."""
+        """Returns the keyword arguments of the language model, for training and for generation."""
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-        assert batch.position_ids is None, (
-            "check_packing lets no model with positions in time, height and width through"
-        )
+        assert batch.position_ids is None, "check_packing refuses models with positions in time, height and width"
         model: Any = base_model(self.llm)
-        # The class finds the places of visual tokens by the video token's embedding.
+        # The class finds visual tokens by the embedding of the video token.
         ids = batch.input_ids.masked_fill(batch.visual_mask, model.config.video_token_id)
         embeddings: Tensor = model.get_input_embeddings()(ids)
         counts = batch.num_visual
@@ -106,10 +104,10 @@ class QwenVLCaptioner(VideoCaptioner):
         }
 
     def position_ids(self, batch: Batch, ids: Tensor) -> Tensor:
-        """Positions in time, height and width, int64 (3, B, S)."""
-        assert batch.grid_thw is not None, "clips of this model have sizes of their own"
+        """Returns positions in time, height and width, int64 (3, B, S)."""
+        assert batch.grid_thw is not None, "clips of this model need grid_thw"
         model: Any = base_model(self.llm)
-        # On the host, which waits once to get there: the class asks for one number after the other.
+        # Computed on the host with one synchronisation, as the class reads one number after the other.
         host_ids, kinds, mask = torch.stack([ids, batch.visual_mask * _VIDEO, batch.attention_mask]).cpu()
         positions, _ = model.model.get_rope_index(
             host_ids,
@@ -123,10 +121,10 @@ class QwenVLCaptioner(VideoCaptioner):
         )
 
     def seconds_per_patch(self, times_s: FrameTimes | None) -> float:
-        """Time between temporal patches, from which Qwen2.5-VL makes positions.
+        """Returns the time between temporal patches, from which Qwen2.5-VL computes positions.
 
-        The class takes one number per clip, so frames that were sampled unevenly count as spread evenly over the time
-        that they span.
+        The class takes one number per clip, so unevenly sampled frames are treated as evenly spaced over their time
+        span.
         """
         if times_s is None:
             return self.frames_per_patch / CLOCKLESS_FPS

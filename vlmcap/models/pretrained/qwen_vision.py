@@ -1,10 +1,8 @@
-"""From frames of any size to visual tokens, as Qwen-VL models do it.
+"""Vision components of Qwen-VL models: the transform of frames to patches, the vision tower, and the patch mergers.
 
-Patches, the vision tower up to its mergers, the mergers.
-
-Legend: B batch, F frames, T temporal patches (F / 2), P patches a frame (row-major over the grid h × w), p side of a
-patch, H/W pixels, D width of the tower, n DeepStack layers of Qwen3-VL, Dv (1 + n) · D with them behind the last layer,
-N merged patches of all clips, V visual tokens a clip, Dl language width.
+Legend: B batch, F frames, T temporal patches (F / t), t frames per temporal patch, P patches per frame (row-major over
+the grid h × w), p side of a patch, H/W pixels, D width of the tower, n DeepStack layers of Qwen3-VL, Dv = (1 + n) · D,
+N merged patches of all clips, V visual tokens per clip, Dl language width.
 """
 
 from __future__ import annotations
@@ -21,23 +19,26 @@ from torch import Tensor, nn
 from vlmcap.errors import UserError
 from vlmcap.models.encoders.base import on_device
 from vlmcap.models.encoders.preprocessing import Preprocessing, resize
-from vlmcap.models.projectors.base import wide_autocast
+from vlmcap.models.projectors.base import autocast_without_float16
 from vlmcap.types import GridTHW
 
-_MIN_BLOCKS = 4  # smaller frames are enlarged to as many merged patches
+_MIN_BLOCKS = 4  # merged patches to which smaller frames are enlarged
 
 
 def smart_size(height: int, width: int, factor: int, max_blocks: int) -> tuple[int, int]:
-    """Rows and columns of blocks of `factor` pixels that a frame is resized to, keeping its aspect ratio within the budget.
+    """Returns the size, in blocks of `factor` pixels, that a frame is resized to, keeping its aspect ratio.
 
-    The rule of Qwen's own processors (https://arxiv.org/abs/2409.12191), for a frame at a time. It lets very long
-    frames exceed the budget; here they are squeezed into it.
+    This is the rule of Qwen's own processors (https://arxiv.org/abs/2409.12191), applied per frame. They let very long
+    frames exceed the budget; here such frames are squeezed into it.
 
     Args:
-        height: Of the frame in pixels.
-        width: Of the frame in pixels.
+        height: Height of the frame in pixels.
+        width: Width of the frame in pixels.
         factor: Side of a block in pixels.
-        max_blocks: Most blocks a frame.
+        max_blocks: Maximum blocks per frame.
+
+    Returns:
+        Rows and columns of blocks.
     """
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
@@ -55,15 +56,13 @@ def smart_size(height: int, width: int, factor: int, max_blocks: int) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class ClipTransform:
-    """Resizes a clip within a budget of patches and cuts it up, in uint8.
-
-    Picklable, so that it runs in the data workers.
+    """Resizes a clip within a budget of patches and splits it into patches, in uint8; picklable for the data workers.
 
     Attributes:
         patch_size: p.
-        temporal_patch_size: Frames that share a patch.
-        merge_size: Patches a side that the merger joins; rows and columns are multiples of it.
-        max_patches: P at most.
+        temporal_patch_size: t.
+        merge_size: Patches per side that the merger joins; rows and columns are multiples of it.
+        max_patches: Maximum P.
         resampling: "bicubic" or "bilinear", antialiased.
     """
 
@@ -74,24 +73,24 @@ class ClipTransform:
     resampling: str = "bicubic"
 
     def grid_thw(self, num_frames: int, height: int, width: int) -> GridTHW:
-        """(T, h, w) of a clip; the last frame of an uneven one is repeated."""
+        """Returns (T, h, w) of a clip; its last frame is repeated to fill the last temporal patch."""
         rows, columns = smart_size(
             height, width, self.patch_size * self.merge_size, self.max_patches // self.merge_size**2
         )
         return math.ceil(num_frames / self.temporal_patch_size), rows * self.merge_size, columns * self.merge_size
 
     def possible_grids(self, num_frames: int) -> list[GridTHW]:
-        """Every (T, h, w) that a clip of `num_frames` frames may get.
+        """Returns all possible (T, h, w) of a clip of `num_frames` frames.
 
         Raises:
-            UserError: The frames do not fill whole temporal patches.
+            UserError: The frames do not fill complete temporal patches.
         """
         steps, rest = divmod(num_frames, self.temporal_patch_size)
         if rest:
             size = self.temporal_patch_size
             raise UserError(
-                f"this model looks at {size} frames at a time, so data.num_frames must be a multiple of {size}, not "
-                f"{num_frames}"
+                f"this model joins {size} frames to a temporal patch, so data.num_frames must be a multiple of {size}, "
+                f"not {num_frames}"
             )
         merge, blocks = self.merge_size, self.max_patches // self.merge_size**2
         least = min(_MIN_BLOCKS, blocks)
@@ -104,33 +103,33 @@ class ClipTransform:
         return [(steps, rows * merge, columns * merge) for rows, columns in sizes]
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Patches in row-major order, uint8 (F, 3, H, W) -> uint8 (T, P, 3 · temporal_patch_size · p · p)."""
+        """Splits a clip into row-major patches, uint8 (F, 3, H, W) -> uint8 (T, P, 3 · t · p · p)."""
         size, span = self.patch_size, self.temporal_patch_size
         steps, rows, columns = self.grid_thw(frames.shape[0], *frames.shape[-2:])
         if missing := steps * span - len(frames):
             frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-        cells = resize(frames, rows * size, columns * size, self.resampling).reshape(
-            steps, span, 3, rows, size, columns, size
-        )
+        resized = resize(frames, rows * size, columns * size, self.resampling)
+        cells = resized.reshape(steps, span, 3, rows, size, columns, size)  # (T, t, 3, h, p, w, p)
+        # -> (T, h, w, 3, t, p, p) -> (T, P, 3 · t · p · p)
         return cells.permute(0, 3, 5, 2, 1, 4, 6).reshape(steps, rows * columns, 3 * span * size * size)
 
 
 def to_blocks(patches: Tensor, grid: tuple[int, int], merge_size: int) -> Tensor:
-    """Row-major patches in the order in which they are merged, block after block, (…, h · w, D) -> (…, h · w, D)."""
+    """Reorders row-major patches block after block, the order of merging, (…, h · w, D) -> (…, h · w, D)."""
     rows, columns = grid
     cells = patches.reshape(-1, rows // merge_size, merge_size, columns // merge_size, merge_size, patches.shape[-1])
     return cells.transpose(2, 3).reshape(patches.shape)
 
 
 def from_blocks(patches: Tensor, grid: tuple[int, int], merge_size: int) -> Tensor:
-    """The reverse of `to_blocks`, (…, h · w, D) -> (…, h · w, D)."""
+    """Reverses `to_blocks`, (…, h · w, D) -> (…, h · w, D)."""
     rows, columns = grid
     cells = patches.reshape(-1, rows // merge_size, columns // merge_size, merge_size, merge_size, patches.shape[-1])
     return cells.transpose(2, 3).reshape(patches.shape)
 
 
-class _Unmerged(nn.Module):
-    """Stands where a merger stood: hands out what the merger would have got, a row for each block of patches."""
+class _MergerInput(nn.Module):
+    """Replaces a merger in the tower and returns the merger's input, one row per block of patches."""
 
     def __init__(self, block_size: int) -> None:
         super().__init__()
@@ -144,13 +143,13 @@ class _Unmerged(nn.Module):
 class QwenVisionEncoder(nn.Module):
     """The vision tower of a Qwen-VL model without its mergers, with the interface of `VisionEncoder`.
 
-    Features are what the mergers take: those of the last block and, for Qwen3-VL, of its DeepStack layers
-    (https://arxiv.org/abs/2406.04334) behind them, so that a cache holds all that training needs.
+    Features are the inputs of the mergers: those of the last block, followed by those of the DeepStack layers of
+    Qwen3-VL (https://arxiv.org/abs/2406.04334), so that a feature cache holds everything that training needs.
 
     Args:
-        tower: Of transformers; its mergers are taken out.
-        transform: What the data workers apply to frames.
-        preprocessing: Mean and standard deviation, applied here, on the device.
+        tower: Vision tower of transformers; its mergers are replaced.
+        transform: Transform that the data workers apply to frames.
+        preprocessing: Mean and standard deviation, which the encoder applies on the device.
     """
 
     mean: Tensor
@@ -161,10 +160,10 @@ class QwenVisionEncoder(nn.Module):
     def __init__(self, tower: Any, *, transform: ClipTransform, preprocessing: Preprocessing) -> None:
         super().__init__()
         block_size = transform.merge_size**2
-        tower.merger = _Unmerged(block_size)
+        tower.merger = _MergerInput(block_size)
         self.num_deep_layers = len(getattr(tower, "deepstack_merger_list", ()))
         if self.num_deep_layers:
-            tower.deepstack_merger_list = nn.ModuleList([_Unmerged(block_size) for _ in range(self.num_deep_layers)])
+            tower.deepstack_merger_list = nn.ModuleList([_MergerInput(block_size) for _ in range(self.num_deep_layers)])
         self.tower, self.transform = tower, transform
         self.embed_dim = (1 + self.num_deep_layers) * int(tower.patch_embed.embed_dim)
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1) * 255, persistent=False)
@@ -172,7 +171,7 @@ class QwenVisionEncoder(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Largest P."""
+        """Maximum P."""
         return self.transform.max_patches
 
     @property
@@ -182,27 +181,29 @@ class QwenVisionEncoder(nn.Module):
         return side, side
 
     def possible_grids(self, num_frames: int) -> Sequence[GridTHW]:
-        """Every (T, h, w) that a clip of F frames may get."""
+        """Returns all possible (T, h, w) of a clip of F frames."""
         return self.transform.possible_grids(num_frames)
 
     def forward(self, frames: Tensor, grid_thw: Sequence[GridTHW] | None = None) -> Tensor:
-        """Patch features, uint8 (B, T, P, 3 · t · p · p) -> (B, T, P, Dv), zeros where a clip is smaller than the batch."""
-        assert grid_thw is not None, "clips of this encoder have sizes of their own"
+        """Encodes clips to patch features, uint8 (B, T, P, 3 · t · p · p) -> (B, T, P, Dv), with zeros for padding."""
+        assert grid_thw is not None, "clips of this encoder need grid_thw"
         merge, (num_steps, num_patches) = self.transform.merge_size, frames.shape[1:3]
-        own = [
+        # 1. The real patches of all clips in one sequence, in the order of merging.
+        clips = [
             to_blocks(clip[:steps, : h * w], (h, w), merge)
             for clip, (steps, h, w) in zip(frames, grid_thw, strict=True)
         ]
-        flat = torch.cat([clip.flatten(0, 1) for clip in own])
+        flat = torch.cat([clip.flatten(0, 1) for clip in clips])  # B × (T, P, …) -> (merge² · N, 3 · t · p · p)
+        # 2. Normalise and encode.
         pixels = (flat.unflatten(-1, (3, -1)).to(self.mean.dtype) - self.mean) / self.std
         sizes = on_device(grid_thw, frames.device)
         output = self.tower(pixels.flatten(1).to(self.tower.patch_embed.proj.weight.dtype), grid_thw=sizes)
+        # 3. Concatenate the layers of each patch: (1 + n) × (N, merge² · D) -> (merge² · N, Dv)
         layers = [output.pooler_output, *(output.deepstack_features if self.num_deep_layers else ())]
-        blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(
-            0, 1
-        )  # (4 · N, Dv)
+        blocks = torch.cat([layer.unflatten(-1, (merge**2, -1)) for layer in layers], dim=-1).flatten(0, 1)
+        # 4. Row-major and padded: (merge² · N, Dv) -> (B, T, P, Dv). Clips are padded and stacked instead of written
+        # into zeros, because autograd refuses to write into a row of an iterated tensor.
         ends = [steps * h * w for steps, h, w in grid_thw]
-        # Padded and stacked, not written into zeros: autograd refuses to write into a row of an iterated tensor.
         return torch.stack(
             [
                 F.pad(
@@ -219,28 +220,28 @@ class MergerSpec:
     """Sizes of a model's patch mergers.
 
     Attributes:
-        merge_size: Patches a side that become one token.
-        grid: (h, w) of a square frame that fills the budget.
+        merge_size: Patches per side that become one token.
+        grid: Grid (h, w) of a square frame that fills the budget.
     """
 
     merge_size: int
     grid: tuple[int, int]
 
     def num_tokens(self, num_frames: int, grid: tuple[int, int] | None = None) -> int:
-        """V of T temporal patches over h × w patches."""
+        """Returns V for T temporal patches of h × w patches."""
         rows, columns = grid or self.grid
         return num_frames * rows * columns // self.merge_size**2
 
 
 class MergerProjector(nn.Module):
-    """2 × 2 patches to one token, by the checkpoint's own mergers.
+    """Merges 2 × 2 patches into one token with the checkpoint's own mergers.
 
-    Weights stay in float32 and the input is cast at the edge; float16 autocast ends there too, as its largest number is
+    Weights stay in float32 and the input is cast to it. Autocast is disabled for float16, whose largest number is
     65 504.
 
     Args:
-        mergers: That of the last layer, then one for each DeepStack layer.
-        spec: Sizes.
+        mergers: Merger of the last layer, then one for each DeepStack layer.
+        spec: Sizes of the mergers.
     """
 
     def __init__(self, mergers: Sequence[nn.Module], spec: MergerSpec) -> None:
@@ -249,18 +250,19 @@ class MergerProjector(nn.Module):
         self.spec = spec
 
     def num_tokens(self, num_frames: int, num_patches: int, grid: tuple[int, int] | None = None) -> int:
-        """V for T temporal patches of P patches, without running."""
+        """Returns V for T temporal patches of P patches, without running."""
         return self.spec.num_tokens(num_frames, grid or (1, num_patches))
 
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None, prompt: Tensor | None = None) -> Tensor:
-        """Visual tokens, (B, T, P, Dv) -> float32 (B, V, (1 + n) · Dl).
+        """Projects features to visual tokens, (B, T, P, Dv) -> float32 (B, V, (1 + n) · Dl).
 
-        Those of the DeepStack layers stand behind the token's own.
+        The tokens of the DeepStack layers follow the token of the last layer along the width.
         """
-        assert grid is not None, "clips of this projector have sizes of their own"
-        with wide_autocast(features):
+        assert grid is not None, "clips of this projector need a grid"
+        with autocast_without_float16(features):
+            # (B, T, P, Dv) -> (1 + n) × (B, T, P, D)
             layers = to_blocks(features, grid, self.spec.merge_size).float().chunk(len(self.mergers), dim=-1)
-            tokens = [
+            tokens = [  # (B · T · P, D) -> (N, Dl)
                 merger(layer.flatten(0, 2).contiguous()) for merger, layer in zip(self.mergers, layers, strict=True)
             ]
-        return torch.cat(tokens, dim=-1).float().unflatten(0, (len(features), -1))
+        return torch.cat(tokens, dim=-1).float().unflatten(0, (len(features), -1))  # -> (B, V, (1 + n) · Dl)

@@ -1,6 +1,6 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL taken apart into encoder, projector and language model.
+"""The components of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
-BaseCheckpoints: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2511.21631.
+Sources: https://arxiv.org/abs/2409.12191, https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2511.21631.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vlmcap.models.versions import check_transformers
 
 @dataclass(frozen=True, slots=True)
 class QwenFamily:
-    """What tells the three apart.
+    """Differences between the three families.
 
     Attributes:
-        class_name: Of transformers.
-        tower_name: Class of its vision tower, in the same module.
-        preprocessing: Where a checkpoint has no processor file.
-        has_timestamps: The prompt says the time of each temporal patch.
+        class_name: Name of the transformers class.
+        tower_name: Class name of its vision tower, in the same module.
+        preprocessing: Preprocessing of a checkpoint without a processor file.
+        has_timestamps: Whether the prompt states the time of each temporal patch.
     """
 
     class_name: str
@@ -65,10 +65,10 @@ def load_qwen_vl(
     use_outer_marks: bool,
     is_on_host: bool,
 ) -> VlmComponents:
-    """A Qwen-VL checkpoint, taken apart; arguments as `load_pretrained`'s.
+    """Loads the components of a Qwen-VL checkpoint; the arguments are those of `load_pretrained`.
 
     Raises:
-        UserError: The folder holds only a part of a model, or no tokenizer.
+        UserError: The folder holds an incomplete model, or no tokenizer.
     """
     import transformers
 
@@ -80,7 +80,7 @@ def load_qwen_vl(
     options["device_map"] = device_map(device, quantization, is_on_host=is_on_host)
     if quantization != "none":
         config = quantization_config(quantization, dtype)
-        config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # matched from the start of a name
+        config.llm_int8_skip_modules = ["model.visual", "lm_head"]  # prefixes of names
         options["quantization_config"] = config
     model = read_model(model_class, kind, folder, **options)
     with reading(kind, folder):
@@ -97,7 +97,7 @@ def load_qwen_vl(
 def build_qwen_vl(
     kind: str, config: Mapping[str, Any], *, dtype: torch.dtype, max_patches: int, use_outer_marks: bool
 ) -> VlmComponents:
-    """The parts of a configuration with random weights, without a tokenizer and so without `visual_layout`."""
+    """Builds the components of a configuration with random weights, without `visual_layout` for lack of a tokenizer."""
     import transformers
 
     model_class = getattr(transformers, FAMILIES[kind].class_name)
@@ -114,18 +114,18 @@ def split_qwen_vl(
     processor: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
 ) -> VlmComponents:
-    """The parts of a model of transformers, which is taken apart in place.
+    """Splits a transformers model into components, in place.
 
     Args:
-        kind: A key of `FAMILIES`.
-        model: Of its class.
-        max_patches: Patches a frame at most.
-        use_outer_marks: As `load_pretrained` takes it.
+        kind: Key of `FAMILIES`.
+        model: Model of the family's class.
+        max_patches: Maximum patches per frame.
+        use_outer_marks: As for `load_pretrained`.
         processor: Content of the checkpoint's processor file.
-        tokenizer: Writes the timestamps of Qwen3-VL.
+        tokenizer: Encodes the timestamps of Qwen3-VL.
 
     Raises:
-        UserError: The budget is below one token a frame, or transformers is too old for these models.
+        UserError: `max_patches` is below one token per frame, or transformers is too old for these models.
     """
     check_transformers("the Qwen-VL models")
     family, tower = FAMILIES[kind], model.model.visual
@@ -133,10 +133,10 @@ def split_qwen_vl(
     mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
     encoder = vision_encoder(kind, tower, max_patches=max_patches, processor=processor)
     spec = MergerSpec(merge, encoder.grid)
-    model.model.visual = None  # the tower's weights are the encoder's now
+    model.model.visual = None  # the encoder owns the tower now
     is_timed = family.has_timestamps and tokenizer is not None
-    # Around the timestamps of Qwen3-VL, each run has its own pair, whose last end mark is the prompt's; the outer pair
-    # is one more.
+    # With timestamps, each run has its own pair of marks, of which the last end mark belongs to the prompt. The outer
+    # pair is an additional one.
     num_marks = int(use_outer_marks) if family.has_timestamps else 1
     return VlmComponents(
         encoder=encoder,
@@ -153,16 +153,16 @@ def split_qwen_vl(
 def vision_encoder(
     kind: str, tower: Any, *, max_patches: int, processor: Mapping[str, Any] | None = None
 ) -> QwenVisionEncoder:
-    """The vision tower of such a model as an encoder, frozen; its mergers are taken out of it.
+    """Builds the frozen encoder around a vision tower, whose mergers are removed.
 
     Args:
-        kind: A key of `FAMILIES`.
-        tower: Of transformers.
-        max_patches: Patches a frame at most.
+        kind: Key of `FAMILIES`.
+        tower: Vision tower of transformers.
+        max_patches: Maximum patches per frame.
         processor: Content of the checkpoint's processor file.
 
     Raises:
-        UserError: The budget is below one token a frame.
+        UserError: `max_patches` is below one token per frame.
     """
     vision, preprocessing = tower.config, FAMILIES[kind].preprocessing.updated(processor or {})
     merge = vision.spatial_merge_size

@@ -1,7 +1,4 @@
-"""Projectors: features of the vision encoder to tokens of the language model.
-
-Legend: B batch, F frames, P patches a frame, Dv vision width, V visual tokens a clip, Dl language width.
-"""
+"""Projectors, which map features of the vision encoder to tokens of the language model."""
 
 from vlmcap.models.projectors.base import Projection, ProjectorSizes, TokenLayout
 from vlmcap.models.projectors.projector import Projector, build_projector, check_projector, count_tokens

@@ -1,7 +1,7 @@
-"""What projections share: their interface, attention, and arithmetic under autocast.
+"""Interface of projections, and the attention and autocast helpers that they share.
 
-Legend: B batch, F frames or stacks of frames, P tokens a frame, V tokens a clip, D width, N tokens of the question, Dl
-language width; of attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
+Legend: B batch, F frames or stacks of frames, P tokens per frame, V tokens per clip, D width, N tokens of the question,
+Dl language width; for attention, Q queries, K keys, H heads, D inner width, Dk width of the features.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ C = TypeVar("C", bound=ProjectorConfig)
 
 @dataclass(frozen=True, slots=True)
 class ProjectorSizes:
-    """What the other parts of a model make of a projector.
+    """Sizes of a projector that encoder, language model and data determine.
 
     Attributes:
         in_dim: Dv.
         out_dim: Dl.
-        grid: The encoder's own (h, w), or that of one clip.
-        num_frames: The most frames of a clip, or those of one clip.
-        num_prompt_tokens: N; None where there is no question.
+        grid: Patch grid (h, w) of the encoder, or of one clip.
+        num_frames: Maximum frames of a clip, or frames of one clip.
+        num_prompt_tokens: N; None without a question.
     """
 
     in_dim: int
@@ -43,13 +43,13 @@ class ProjectorSizes:
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """What a projection may have to know beside the tokens (B, F, P, D).
+    """Where the tokens (B, F, P, D) of a projection come from.
 
     Attributes:
-        grid: (h, w) on which a frame's tokens stood before some were chosen, row-major.
+        grid: Row-major grid (h, w) of a frame's tokens, before a reducer selected or merged some of them.
         num_frames: F.
-        frame_of: int64 (B, V), the frame of each token, where frames keep different numbers: tokens are then (B, 1, V,
-            D).
+        frame_of: int64 (B, V), the frame of each token if frames keep different numbers of tokens, which are then
+            (B, 1, V, D).
         prompt: (N, Dl), embeddings of the question.
     """
 
@@ -60,16 +60,16 @@ class TokenLayout:
 
 
 class Projection(nn.Module, Generic[C]):
-    """Map from vision to language width: what a kind of projector is, inside of what stands around every kind.
+    """Base class of the map from vision to language width, the core of a `Projector`.
 
-    A subclass is made of `(config, sizes)`, its configuration and the sizes of what reaches it: behind the reducer and
-    stacks of frames, where the configuration has them, and with `hidden_dim` filled in.
+    A subclass is constructed from `(config, sizes)`: its configuration with `hidden_dim` filled in, and the sizes of
+    its input, after the reducer and frame stacking if the configuration has them.
 
     Attributes:
-        reads: "token" if it maps each token alone, "grid" if it needs all patches of a frame in their places, "set" if
-            it reads any number of tokens in any places. It decides which reducers may stand in front.
-        chosen_by: The setting that chooses this class where its kind alone does not.
-        embeds_frames: Whether a frame embedding stands in front without `temporal=position`.
+        reads: "token" if it maps each token independently, "grid" if it needs all patches of a frame in place, "set" if
+            it reads any number of tokens at any places. It decides which reducers may precede it.
+        chosen_by: Setting that selects this class if `kind` alone does not.
+        embeds_frames: Whether a frame embedding precedes it even without `temporal=position`.
     """
 
     reads: ClassVar[Literal["token", "grid", "set"]] = "grid"
@@ -77,47 +77,47 @@ class Projection(nn.Module, Generic[C]):
     embeds_frames: ClassVar[bool] = False
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the language model, (B, F, P, D) -> (B, F, P', Dl), or (B, V, Dl) where none belongs to a frame."""
+        """Projects tokens, (B, F, P, D) -> (B, F, P', Dl), or (B, V, Dl) if they belong to the whole clip."""
         raise NotImplementedError
 
     @classmethod
     def validate(cls, config: C, sizes: ProjectorSizes) -> None:
-        """Checks that there can be such a projection for clips of a size.
+        """Checks that the projection is possible for clips of these sizes.
 
         Args:
-            config: Settings.
-            sizes: Sizes of what the encoder gives, in front of any reducer.
+            config: Settings of the projector.
+            sizes: Sizes of the encoder's output, before any reducer.
 
         Raises:
-            UserError: There cannot.
+            UserError: The settings do not fit the sizes.
         """
 
     @classmethod
     def out_grid(cls, config: C, sizes: ProjectorSizes) -> Grid | None:
-        """Places of a frame's tokens in a clip of these sizes; None where tokens belong to no frame."""
+        """Returns the grid of a frame's output tokens; None if the tokens belong to the whole clip."""
         return sizes.grid
 
     @classmethod
     def num_tokens(cls, config: C, sizes: ProjectorSizes) -> int:
-        """V of a clip of these sizes; to be stated where `out_grid` is None."""
+        """Returns V for a clip of these sizes; must be overridden if `out_grid` is None."""
         grid = cls.out_grid(config, sizes)
-        assert grid is not None, f"{cls.__name__} has to state its number of tokens"
+        assert grid is not None, f"{cls.__name__} must override num_tokens"
         return sizes.num_frames * math.prod(grid)
 
     @classmethod
     def variant(cls, config: C) -> type[Projection[Any]]:
-        """The class for these settings, where a kind has more than one."""
+        """Returns the class for these settings, for a kind with several classes."""
         return cls
 
 
 def projection_class(config: ProjectorConfig) -> type[Projection[Any]]:
-    """The class that a configuration asks for."""
+    """Returns the class that a configuration selects."""
     kind: type[Projection[Any]] = maker_of("projector", config.kind)
     return kind.variant(config)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to features.
+    """Multi-head cross-attention from queries to features.
 
     Args:
         dim: D, a multiple of `num_heads`.
@@ -133,21 +133,24 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the queries found, (B, Q, D) and (B, K, Dk) -> (B, Q, D).
+        """Attends, (B, Q, D) and (B, K, Dk) -> (B, Q, D).
 
-        `mask` is bool (B, 1, Q, K), True where to look.
+        Args:
+            queries: (B, Q, D).
+            features: (B, K, Dk).
+            mask: bool (B, 1, Q, K), True where a query may attend; None for everywhere.
         """
-        query = split_heads(self.query(queries), self.num_heads)
-        key, value = (split_heads(part, self.num_heads) for part in self.key_value(features).chunk(2, dim=-1))
+        query = split_heads(self.query(queries), self.num_heads)  # (B, Q, D) -> (B, H, Q, D / H)
+        key, value = (split_heads(half, self.num_heads) for half in self.key_value(features).chunk(2, dim=-1))
         attended: Tensor = self.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
         return attended
 
 
 class FeedForward(nn.Sequential):
-    """LayerNorm and two linear layers with GELU, four times as wide inside; without the residual.
+    """LayerNorm and two linear layers with GELU and four times the width between them, without the residual.
 
     Args:
-        dim: Width of what comes in and goes out.
+        dim: Input and output width.
     """
 
     def __init__(self, dim: int) -> None:
@@ -164,20 +167,20 @@ def join_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def cast_once(features: Tensor) -> Tensor:
-    """The features as autocast would cast them, once for all layers that read them.
+def cast_for_autocast(features: Tensor) -> Tensor:
+    """Casts features to the autocast dtype for all layers that read them.
 
-    It keeps a copy a layer for the way back.
+    Autocast itself would cast them in each layer and keep a copy per layer for the backward pass.
     """
     device = autocast_device(features)
     return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 
 
-def wide_autocast(features: Tensor) -> AbstractContextManager[object]:
-    """Autocast as it is around the projector, but none where it would be float16, whose largest number is 65 504.
+def autocast_without_float16(features: Tensor) -> AbstractContextManager[object]:
+    """Returns the surrounding autocast context, but a disabled one for float16, whose largest number is 65 504.
 
     Args:
-        features: Tell the device.
+        features: Tensor whose device is used.
     """
     device = autocast_device(features)
     is_enabled = torch.is_autocast_enabled(device)
@@ -185,5 +188,5 @@ def wide_autocast(features: Tensor) -> AbstractContextManager[object]:
 
 
 def autocast_device(features: Tensor) -> str:
-    """Type of the features' device; autocast does not know the meta device."""
+    """Returns the device type for autocast, which does not support the meta device."""
     return "cpu" if features.is_meta else features.device.type

@@ -1,10 +1,10 @@
-"""All maps from vision to language width: each says what it needs, how many tokens it gives, and how.
+"""All projections from vision to language width, with their requirements and their number of tokens.
 
-Token by token (`MLPProjector`, `PixelShuffleProjector`), by attention of queries (`QueryProjector` for each frame,
-`PromptProjector` and `PerceiverProjector` for the clip), or by convolutions (`CAbstractorProjector`).
+They map token by token (`MLPProjector`, `PixelShuffleProjector`), by attention from queries (`QueryProjector` per
+frame, `PromptProjector` and `PerceiverProjector` per clip), or by convolutions (`CAbstractorProjector`).
 
-Legend: B batch, F frames, M = B · F, P tokens a frame (row-major over a grid h × w), D width of what comes in, C inner
-width, Q queries, N tokens of the question, Dl language width.
+Legend: B batch, F frames, M = B · F, P tokens per frame (row-major over a grid h × w), D input width, C inner width,
+Q queries, N tokens of the question, Dl language width.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vlmcap.models.projectors.base import (
     Projection,
     ProjectorSizes,
     TokenLayout,
-    cast_once,
+    cast_for_autocast,
 )
 from vlmcap.models.projectors.reducers import pool_maps, reduced_grid, resize_grid
 
@@ -43,9 +43,9 @@ from vlmcap.models.projectors.reducers import pool_maps, reduced_grid, resize_gr
 @register_component("projector", LinearConfig)
 @register_component("projector", MlpConfig)
 class MLPProjector(Projection[LinearConfig]):
-    """`depth` linear layers with GELU between them, the same for every token; depth 2 is LLaVA-1.5's projector.
+    """An MLP of `depth` linear layers with GELU, applied to every token; depth 2 is LLaVA-1.5's projector.
 
-    One layer is `projector=linear`. A LayerNorm in front gives the features of any encoder a common scale.
+    `projector=linear` has one layer. A LayerNorm before it gives the features of any encoder a common scale.
     Source: Liu et al., "Improved Baselines with Visual Instruction Tuning", https://arxiv.org/abs/2310.03744.
     """
 
@@ -57,22 +57,21 @@ class MLPProjector(Projection[LinearConfig]):
         self.layers = _linear_layers(sizes.in_dim, sizes.out_dim, config.depth if isinstance(config, MlpConfig) else 1)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Projected tokens, (B, F, P, D) -> (B, F, P, Dl)."""
+        """Projects each token, (B, F, P, D) -> (B, F, P, Dl)."""
         projected: Tensor = self.layers(self.norm(tokens))
         return projected
 
 
 def _linear_layers(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
-    """`depth` linear layers with GELU between them."""
     later = (layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(out_dim, out_dim)))
     return nn.Sequential(nn.Linear(in_dim, out_dim), *later)
 
 
 @register_component("projector", PixelShuffleConfig)
 class PixelShuffleProjector(Projection[PixelShuffleConfig]):
-    """InternVL's projector: joins s × s patches into a token of s² · D, then LayerNorm and an MLP.
+    """InternVL's projector: s × s patches form a token of width s² · D, followed by LayerNorm and an MLP.
 
-    Order of tokens and of the channels in a token are InternVL's, so its weights fit.
+    The order of tokens and of the channels in a token is that of InternVL, so its weights fit.
     Source: Chen et al., "How Far Are We to GPT-4V?", https://arxiv.org/abs/2404.16821.
     """
 
@@ -83,13 +82,14 @@ class PixelShuffleProjector(Projection[PixelShuffleConfig]):
         self.norm, self.layers = nn.LayerNorm(in_dim), _linear_layers(in_dim, sizes.out_dim, config.depth)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Projected tokens, (B, F, P, D) -> (B, F, P / s², Dl)."""
-        projected: Tensor = self.layers(self.norm(shuffle_patches(tokens, layout.grid, self.factor)))
+        """Joins and projects patches, (B, F, P, D) -> (B, F, P / s², Dl)."""
+        joined = shuffle_patches(tokens, layout.grid, self.factor)  # (B, F, P, D) -> (B, F, P / s², s² · D)
+        projected: Tensor = self.layers(self.norm(joined))
         return projected
 
     @classmethod
     def validate(cls, config: PixelShuffleConfig, sizes: ProjectorSizes) -> None:
-        """Raises a `UserError` unless s divides the grid, with the nearest grid that it divides."""
+        """Raises a `UserError` unless s divides the grid; it names the nearest grid that s divides."""
         shuffle, grid = config.shuffle, sizes.grid
         if not any(side % shuffle for side in reduced_grid(config, grid)):
             return
@@ -101,44 +101,44 @@ class PixelShuffleProjector(Projection[PixelShuffleConfig]):
             )
         pool = config.pool_size if config.reducer is Reducer.pool else 1
         rows, columns = (_nearest(side, shuffle, pool) for side in grid)
-        behind = f", pooled {pool} × {pool}" if pool > 1 else ""
+        pooled = f", pooled {pool} × {pool}" if pool > 1 else ""
         raise UserError(
-            f"{wrong} of {grid[0]} × {grid[1]} patches{behind}; set encoder.image_size to the size of {rows} × "
-            f"{columns} patches, "
-            "or choose another projector"
+            f"{wrong} of {grid[0]} × {grid[1]} patches{pooled}; set encoder.image_size to the size of {rows} × "
+            f"{columns} patches, or choose another projector"
         )
 
     @classmethod
     def out_grid(cls, config: PixelShuffleConfig, sizes: ProjectorSizes) -> Grid:
-        """The grid divided by s."""
+        """Returns the grid divided by s."""
         return sizes.grid[0] // config.shuffle, sizes.grid[1] // config.shuffle
 
 
 def _nearest(side: int, factor: int, pool: int = 1) -> int:
-    """The side nearest to `side` that `factor` divides behind pooling; the larger of two."""
+    """Returns the side nearest to `side` that `factor` divides after pooling; the larger of two."""
     fitting = (n for n in range(1, side + 2 * factor * pool) if math.ceil(n / pool) % factor == 0)
     return min(fitting, key=lambda n: (abs(n - side), -n))
 
 
 def shuffle_patches(tokens: Tensor, grid: Grid, factor: int) -> Tensor:
-    """Patches joined s × s, (B, F, P, D) -> (B, F, P / s², s² · D).
+    """Joins s × s patches into one token, (B, F, P, D) -> (B, F, P / s², s² · D).
 
-    Rows inside a token first, then columns, then channels.
+    Within a token, patch rows come first, then patch columns, then channels.
     """
     batch, frames, _, width = tokens.shape
     rows, columns = grid[0] // factor, grid[1] // factor
+    # (B, F, P, D) -> (B, F, h / s, w / s, s, s, D)
     cells = tokens.reshape(batch, frames, rows, factor, columns, factor, width).transpose(3, 4)
-    return cells.reshape(batch, frames, rows * columns, factor**2 * width)
+    return cells.reshape(batch, frames, rows * columns, factor**2 * width)  # -> (B, F, P / s², s² · D)
 
 
 @register_component("projector", CrossAttentionConfig)
 class QueryProjector(Projection[CrossAttentionConfig]):
-    """Learned queries attend to each frame on its own: Q tokens a frame whatever its size.
+    """Learned queries that attend to each frame independently: Q tokens per frame, for frames of any size.
 
-    A layer is pre-norm cross-attention and a feed-forward part, both with residual: the Q-Former of BLIP-2 (Li et al.,
-    https://arxiv.org/abs/2301.12597) without its self-attention, or the resampler of Qwen-VL (Bai et al.,
-    https://arxiv.org/abs/2308.12966) with more than one layer. All layers have the inner width and one last linear
-    layer leads to Dl.
+    A layer has pre-norm cross-attention and a feed-forward network, both with residual: the Q-Former of BLIP-2 (Li et
+    al., https://arxiv.org/abs/2301.12597) without self-attention, or the resampler of Qwen-VL (Bai et al.,
+    https://arxiv.org/abs/2308.12966) with several layers. All layers have the inner width, and a linear readout maps to
+    Dl.
     """
 
     reads = "set"
@@ -152,28 +152,32 @@ class QueryProjector(Projection[CrossAttentionConfig]):
         self.readout = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, sizes.out_dim))
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the queries, (B, F, P, D) -> (B, F, Q, Dl)."""
+        """Returns the queries' outputs, (B, F, P, D) -> (B, F, Q, Dl)."""
         batch, frames, mask = tokens.shape[0], layout.num_frames, None
         if layout.frame_of is None:
-            features, queries = self.norm(tokens.flatten(0, 1)), self.queries.expand(batch * frames, -1, -1)
+            # Frames go to the batch dimension.
+            features = self.norm(tokens.flatten(0, 1))  # (B, F, P, D) -> (M, P, D)
+            queries = self.queries.expand(batch * frames, -1, -1)  # (Q, C) -> (M, Q, C)
         else:
-            features, queries = self.norm(tokens.flatten(1, 2)), self.queries.repeat(frames, 1).expand(batch, -1, -1)
+            # Frames have different numbers of tokens: a mask restricts the queries to their frame.
+            features = self.norm(tokens.flatten(1, 2))  # (B, 1, V, D) -> (B, V, D)
+            queries = self.queries.repeat(frames, 1).expand(batch, -1, -1)  # (Q, C) -> (B, F · Q, C)
             own_frame = torch.arange(frames, device=tokens.device).repeat_interleave(len(self.queries))
-            mask = (own_frame[:, None] == layout.frame_of[:, None, :]).unsqueeze(1)
-        features = cast_once(features)
+            mask = (own_frame[:, None] == layout.frame_of[:, None, :]).unsqueeze(1)  # (B, 1, F · Q, V)
+        features = cast_for_autocast(features)
         for layer in self.layers:
             queries = layer(queries, features, mask)
         projected: Tensor = self.readout(queries)
-        return projected.reshape(batch, frames, len(self.queries), -1)
+        return projected.reshape(batch, frames, len(self.queries), -1)  # (M, Q, Dl) or (B, F · Q, Dl) -> (B, F, Q, Dl)
 
     @classmethod
     def out_grid(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> Grid | None:
-        """The queries of a frame in a row."""
+        """Returns a grid of one row with the queries of a frame."""
         return 1, config.num_queries
 
     @classmethod
     def variant(cls, config: CrossAttentionConfig) -> type[Projection[CrossAttentionConfig]]:
-        """What attends: learned queries, or the question."""
+        """Returns the class for learned queries, or for the question as queries."""
         return PromptProjector if config.queries is Queries.prompt else cls
 
 
@@ -190,12 +194,10 @@ class _QueryLayer(nn.Module):
 
 
 class PromptProjector(Projection[CrossAttentionConfig]):
-    """The question's tokens attend to all features of the clip.
+    """The question's tokens as queries that attend to all features of the clip: N tokens per clip.
 
-    N tokens a clip, each a word with what the video shows of it.
-
-    A layer is attention, residual and LayerNorm behind them, without a feed-forward part. InstructBLIP (Dai et al.,
-    https://arxiv.org/abs/2305.06500) lets the instruction choose features in a similar way.
+    A layer has post-norm cross-attention with residual, without a feed-forward network. In InstructBLIP (Dai et al.,
+    https://arxiv.org/abs/2305.06500), the instruction selects features in a similar way.
     """
 
     reads = "set"
@@ -211,10 +213,10 @@ class PromptProjector(Projection[CrossAttentionConfig]):
         self.readout = nn.Linear(hidden_dim, sizes.out_dim)
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the question, (B, F, P, D) -> (B, N, Dl)."""
+        """Returns the question's outputs, (B, F, P, D) -> (B, N, Dl)."""
         assert layout.prompt is not None, "queries=prompt needs the embeddings of the question"
-        features = cast_once(tokens.flatten(1, 2))
-        words: Tensor = self.embed(layout.prompt.float()).expand(len(tokens), -1, -1)
+        features = cast_for_autocast(tokens.flatten(1, 2))  # (B, F, P, D) -> (B, F · P, D)
+        words: Tensor = self.embed(layout.prompt.float()).expand(len(tokens), -1, -1)  # (N, Dl) -> (B, N, C)
         for layer in self.layers:
             words = layer(words, features)
         projected: Tensor = self.readout(words)
@@ -222,20 +224,20 @@ class PromptProjector(Projection[CrossAttentionConfig]):
 
     @classmethod
     def validate(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
-        """Raises a `UserError` where there is no question."""
+        """Raises a `UserError` without a question."""
         if not sizes.num_prompt_tokens:
             raise UserError(
-                "projector.queries=prompt needs a question, and there is none; set llm.prompt, or "
+                "projector.queries=prompt needs a question, but llm.prompt is empty; set llm.prompt, or "
                 "projector.queries=learned"
             )
 
     @classmethod
     def out_grid(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> None:
-        """The question's tokens belong to the whole clip."""
+        """Returns None, as the question's tokens belong to the whole clip."""
 
     @classmethod
     def num_tokens(cls, config: CrossAttentionConfig, sizes: ProjectorSizes) -> int:
-        """N."""
+        """Returns N."""
         assert sizes.num_prompt_tokens is not None
         return sizes.num_prompt_tokens
 
@@ -253,10 +255,9 @@ class _PromptLayer(nn.Module):
 
 @register_component("projector", PerceiverConfig)
 class PerceiverProjector(Projection[PerceiverConfig]):
-    """Flamingo's resampler: learned latents attend to the features of all frames and to themselves, Q tokens a clip.
+    """Flamingo's resampler: learned latents attend to the features of all frames and to themselves, Q tokens per clip.
 
-    The frame embedding that tells frames apart is added in front of it (`NormalizedPosition`), where it survives a
-    choice of tokens.
+    The frame embedding is added before it (`NormalizedPosition`), and before a reducer selects tokens.
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", https://arxiv.org/abs/2204.14198.
     """
 
@@ -272,9 +273,9 @@ class PerceiverProjector(Projection[PerceiverConfig]):
         self.readout = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, sizes.out_dim))
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the latents, (B, F, P, D) -> (B, Q, Dl)."""
-        features = self.enter(tokens.flatten(1, 2))
-        latents = self.latents.expand(len(tokens), -1, -1)
+        """Returns the latents' outputs, (B, F, P, D) -> (B, Q, Dl)."""
+        features = self.enter(tokens.flatten(1, 2))  # (B, F, P, D) -> (B, F · P, C)
+        latents = self.latents.expand(len(tokens), -1, -1)  # (Q, C) -> (B, Q, C)
         for layer in self.layers:
             latents = layer(latents, features)
         projected: Tensor = self.readout(latents)
@@ -282,11 +283,11 @@ class PerceiverProjector(Projection[PerceiverConfig]):
 
     @classmethod
     def out_grid(cls, config: PerceiverConfig, sizes: ProjectorSizes) -> None:
-        """The latents belong to the whole clip."""
+        """Returns None, as the latents belong to the whole clip."""
 
     @classmethod
     def num_tokens(cls, config: PerceiverConfig, sizes: ProjectorSizes) -> int:
-        """Q."""
+        """Returns Q."""
         return config.num_queries
 
 
@@ -305,10 +306,9 @@ class _PerceiverLayer(nn.Module):
 
 @register_component("projector", CAbstractorConfig)
 class CAbstractorProjector(Projection[CAbstractorConfig]):
-    """Position, convolution blocks, pooling to a square, convolution blocks, then an MLP to Dl.
+    """Honeybee's C-Abstractor: position embedding, convolutions, pooling to a square, convolutions and an MLP to Dl.
 
-    Neighbours stay neighbours.
-
+    Convolutions and pooling keep the locality of the patches.
     Source: Cha et al., "Honeybee: Locality-enhanced Projector for Multimodal LLM", https://arxiv.org/abs/2312.06742.
     """
 
@@ -323,34 +323,30 @@ class CAbstractorProjector(Projection[CAbstractorConfig]):
         self.readout = nn.Sequential(nn.Linear(hidden_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
 
     def forward(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
-        """Tokens of the square, (B, F, P, D) -> (B, F, num_queries, Dl)."""
+        """Returns the tokens of the square, (B, F, P, D) -> (B, F, num_queries, Dl)."""
         tokens = tokens + resize_grid(self.position, self.grid, layout.grid)
-        maps = tokens.flatten(0, 1).transpose(1, 2).unflatten(2, layout.grid)
-        pooled = pool_maps(self.before(maps), self.side)
-        projected: Tensor = self.readout(self.after(pooled).flatten(2).transpose(1, 2))
-        return projected.unflatten(0, tokens.shape[:2])
+        maps = tokens.flatten(0, 1).transpose(1, 2).unflatten(2, layout.grid)  # (B, F, P, D) -> (M, D, h, w)
+        pooled = pool_maps(self.before(maps), self.side)  # -> (M, C, side, side)
+        projected: Tensor = self.readout(self.after(pooled).flatten(2).transpose(1, 2))  # -> (M, side², Dl)
+        return projected.unflatten(0, tokens.shape[:2])  # -> (B, F, side², Dl)
 
     @classmethod
     def validate(cls, config: CAbstractorConfig, sizes: ProjectorSizes) -> None:
-        """Raises a `UserError` unless the tokens of a frame make a square."""
+        """Raises a `UserError` unless the tokens of a frame form a square."""
         if math.isqrt(config.num_queries) ** 2 != config.num_queries:
             raise UserError(
-                "projector=c_abstractor gives a square of tokens per frame, which "
-                f"projector.num_queries={config.num_queries} is not; "
-                f"set it to {round(math.sqrt(config.num_queries)) ** 2}"
+                f"projector.num_queries={config.num_queries} is not a square number, which projector=c_abstractor "
+                f"needs; set it to {round(math.sqrt(config.num_queries)) ** 2}"
             )
 
     @classmethod
     def out_grid(cls, config: CAbstractorConfig, sizes: ProjectorSizes) -> Grid:
-        """The square."""
+        """Returns the grid of the square."""
         return math.isqrt(config.num_queries), math.isqrt(config.num_queries)
 
 
 class _ConvBlock(nn.Module):
-    """RegNet's block with squeeze-and-excitation, (M, in, h, w) -> (M, out, h, w).
-
-    The 3 × 3 convolution takes each channel alone.
-    """
+    """RegNet block with depthwise convolution and squeeze-and-excitation, (M, in, h, w) -> (M, out, h, w)."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -365,26 +361,23 @@ class _ConvBlock(nn.Module):
             nn.Conv2d(out_dim, out_dim, 1, bias=False),
             _ChannelNorm(out_dim),
         )
-        is_same = in_dim == out_dim
-        self.shortcut = (
-            nn.Identity()
-            if is_same
-            else nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), _ChannelNorm(out_dim))
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if in_dim != out_dim:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), _ChannelNorm(out_dim))
 
     def forward(self, maps: Tensor) -> Tensor:
         return F.silu(self.branch(maps) + self.shortcut(maps))
 
 
 class _SqueezeExcite(nn.Module):
-    """Scales each channel by what the means of all channels say."""
+    """Scales each channel by a gate that depends on the means of all channels."""
 
     def __init__(self, dim: int, squeezed_dim: int) -> None:
         super().__init__()
         self.gate = nn.Sequential(nn.Linear(dim, squeezed_dim), nn.SiLU(), nn.Linear(squeezed_dim, dim), nn.Sigmoid())
 
     def forward(self, maps: Tensor) -> Tensor:
-        scale: Tensor = self.gate(maps.mean((2, 3)))
+        scale: Tensor = self.gate(maps.mean((2, 3)))  # (M, C, h, w) -> (M, C)
         return maps * scale[..., None, None]
 
 

@@ -1,7 +1,7 @@
-"""One projector out of its parts: what stands around every kind, what it needs, and how many tokens come of it.
+"""The projector: a projection with reducer, frame stacking and temporal layers, its checks and its number of tokens.
 
-Legend: B batch, F frames (tiles count), P patches a frame on a grid h × w, Dv vision width, V visual tokens a clip, N
-tokens of the question, Dl language width.
+Legend: B batch, F frames (tiles count), P patches per frame on a grid h × w, Dv vision width, V visual tokens per clip,
+N tokens of the question, Dl language width.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from vlmcap.models.projectors.base import (
     ProjectorSizes,
     TokenLayout,
     autocast_device,
+    autocast_without_float16,
     projection_class,
-    wide_autocast,
 )
 from vlmcap.models.projectors.reducers import keep_salient, merge_tokens, num_chosen, reduced_grid, resize, stack_frames
 from vlmcap.models.projectors.temporal import LocalGlobalAttention, NormalizedPosition, TemporalAttention
 
 
 class Projector(nn.Module):
-    """Reducer, stacks of frames, position, the map to Dl, attention along time, then all tokens of a clip in frame order.
+    """Maps the features of a clip to visual tokens in frame order.
 
-    A kind whose configuration is no `TokenProjectorConfig` has its map to Dl alone.
+    The steps are: reducer, frame stacking, position embedding, projection to Dl, and attention along time. A kind whose
+    configuration is not a `TokenProjectorConfig` has the projection only.
 
-    Weights stay in float32 and the input is cast at the edge, so that half precision in the encoder cannot overflow
-    here; float16 autocast ends at the same edge, as its largest number is 65 504.
+    Weights stay in float32 and the input is cast to it, so that half-precision features cannot overflow here. Autocast
+    is disabled for float16, whose largest number is 65 504.
 
     Args:
-        config: Settings, checked with the sizes (`check_projector`).
-        sizes: Sizes of the other parts.
+        config: Settings that `check_projector` has accepted.
+        sizes: Sizes of encoder, language model and clips.
     """
 
     def __init__(self, config: ProjectorConfig, sizes: ProjectorSizes) -> None:
@@ -50,51 +51,48 @@ class Projector(nn.Module):
             config = dataclasses.replace(config, hidden_dim=_inner_dim(config, sizes.in_dim))
         self.kind = projection_class(config)
         self.projection: Projection[Any] = self.kind(config, inner)
-        is_placed = self.around.temporal is Temporal.position
-        needs_position = is_placed or self.kind.embeds_frames
-        self.before = (
-            NormalizedPosition(inner.in_dim, inner.num_frames, inner.grid if is_placed else None)
-            if needs_position
-            else None
-        )
-        self.after = _attention(config, self.kind, inner)
+        self.before: NormalizedPosition | None = None
+        use_position = self.around.temporal is Temporal.position
+        if use_position or self.kind.embeds_frames:
+            self.before = NormalizedPosition(inner.in_dim, inner.num_frames, inner.grid if use_position else None)
+        self.after = _temporal_attention(config, self.kind, inner)
 
     def num_tokens(self, num_frames: int, num_patches: int, grid: Grid | None = None) -> int:
-        """V for a clip of F frames with P patches on `grid`, without running; None is the encoder's own grid."""
+        """Returns V for a clip of F frames with P patches on `grid`, without running; None is the encoder's grid."""
         assert num_patches == math.prod(grid or self.sizes.grid)
         return count_tokens(self.config, self.sizes, num_frames, grid)
 
     def forward(self, features: Tensor, grid: Grid | None = None, prompt: Tensor | None = None) -> Tensor:
-        """Visual tokens, (B, F, P, Dv) -> float32 (B, V, Dl).
+        """Projects features to visual tokens, (B, F, P, Dv) -> float32 (B, V, Dl).
 
         Args:
-            features: Of clips with one grid, without padding.
-            grid: Their (h, w); None is the encoder's own.
-            prompt: (N, Dl), embeddings of the question; only queries=prompt looks at them.
+            features: (B, F, P, Dv) of clips with one grid, without padding.
+            grid: Patch grid (h, w); None is the encoder's grid.
+            prompt: (N, Dl), embeddings of the question; only `queries=prompt` reads them.
         """
         grid = grid or self.sizes.grid
-        assert features.shape[2] == grid[0] * grid[1], (
-            f"{features.shape[2]} patches are no grid of {grid[0]} × {grid[1]}"
-        )
+        assert features.shape[2] == math.prod(grid), f"{features.shape[2]} patches do not fill a grid of {grid}"
+        # 1. Reduce, stack and place the features, always in float32.
         with torch.autocast(autocast_device(features), enabled=False):
-            tokens, layout = self._prepare(features.float(), grid, prompt)
-        with wide_autocast(features):
-            tokens = self.projection(tokens, layout)
-            tokens = (
-                tokens.unsqueeze(1) if tokens.dim() == 3 else tokens
-            )  # those of a whole clip: (B, V, Dl) -> (B, 1, V, Dl)
+            tokens, layout = self._prepare(features.float(), grid, prompt)  # (B, F, P, Dv) -> (B, F', P', D)
+        with autocast_without_float16(features):
+            # 2. Project.
+            tokens = self.projection(tokens, layout)  # (B, F', P', D) -> (B, F', P'', Dl) or (B, V, Dl)
+            if tokens.dim() == 3:
+                tokens = tokens.unsqueeze(1)  # tokens of the whole clip: (B, V, Dl) -> (B, 1, V, Dl)
+            # 3. Attend along time.
             if self.after is not None:
                 inner = dataclasses.replace(
                     _inner_sizes(self.config, self.sizes), grid=layout.grid, num_frames=layout.num_frames
                 )
                 tokens = self.after(tokens, self.kind.out_grid(self.config, inner) or layout.grid)
-        return tokens.float().flatten(1, 2)  # (B, F, P', Dl) -> (B, V, Dl)
+        return tokens.float().flatten(1, 2)  # (B, F', P'', Dl) -> (B, V, Dl)
 
     def _prepare(self, features: Tensor, grid: Grid, prompt: Tensor | None) -> tuple[Tensor, TokenLayout]:
-        """What the projection gets."""
+        """Applies everything before the projection, and describes the resulting tokens."""
         around = self.around
-        features, grid = resize(around, features, grid), reduced_grid(around, grid)
-        features = stack_frames(features, around.frame_stack)
+        features, grid = resize(around, features, grid), reduced_grid(around, grid)  # (B, F, P, D) -> (B, F, P', D)
+        features = stack_frames(features, around.frame_stack)  # (B, F, P', D) -> (B, F', P', stack · D)
         tokens, frame_of = features if self.before is None else self.before(features, grid), None
         if around.reducer is Reducer.merge:
             tokens = merge_tokens(features, tokens, around.keep_ratio)
@@ -104,39 +102,39 @@ class Projector(nn.Module):
 
 
 def build_projector(config: ProjectorConfig, sizes: ProjectorSizes) -> Projector:
-    """The projector of a configuration, its weights fresh.
+    """Builds the projector of a configuration with newly initialised weights.
 
     Raises:
-        UserError: There cannot be such a projector.
+        UserError: The settings exclude each other, or do not fit the sizes.
     """
     check_projector(config, sizes)
     return Projector(config, sizes)
 
 
 def check_projector(config: ProjectorConfig, sizes: ProjectorSizes) -> None:
-    """Checks that there can be such a projector.
+    """Checks the settings of a projector against each other and against the sizes.
 
     Raises:
-        UserError: Two settings exclude each other, or one does not go with the sizes.
+        UserError: Two settings exclude each other, or one does not fit the sizes.
     """
     if isinstance(config, TokenProjectorConfig):
         _check_heads(config, sizes)
         _check_reducer(config)
-        _check_time(config, sizes)
+        _check_temporal(config, sizes)
     projection_class(config).validate(config, sizes)
 
 
 def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int, grid: Grid | None = None) -> int:
-    """V of a clip, without building anything.
+    """Returns V, the number of visual tokens of a clip, without building the projector.
 
     Args:
         config: Settings of the projector.
-        sizes: Sizes of the other parts.
+        sizes: Sizes of encoder, language model and clips.
         num_frames: F of the clip.
-        grid: Its (h, w); None is the encoder's own.
+        grid: Patch grid (h, w) of the clip; None is the encoder's grid.
 
     Raises:
-        UserError: The projector cannot take such a clip.
+        UserError: The projector does not support such a clip.
     """
     kind, around = projection_class(config), _around(config)
     sizes = dataclasses.replace(sizes, num_frames=num_frames, grid=grid or sizes.grid)
@@ -148,12 +146,12 @@ def count_tokens(config: ProjectorConfig, sizes: ProjectorSizes, num_frames: int
 
 
 def _around(config: ProjectorConfig) -> TokenProjectorConfig:
-    """What stands around the projection; nothing where the configuration has no keys for it."""
+    """Returns the settings of the steps around the projection; defaults, which disable them, if there are none."""
     return config if isinstance(config, TokenProjectorConfig) else TokenProjectorConfig()
 
 
 def _inner_sizes(config: ProjectorConfig, sizes: ProjectorSizes) -> ProjectorSizes:
-    """Sizes behind the reducer and the stacks of frames; the last stack of a short clip is filled up."""
+    """Returns the sizes after reducer and frame stacking; the last stack of a short clip is padded."""
     around = _around(config)
     stack = around.frame_stack
     return dataclasses.replace(
@@ -165,9 +163,9 @@ def _inner_sizes(config: ProjectorConfig, sizes: ProjectorSizes) -> ProjectorSiz
 
 
 def _inner_dim(config: TokenProjectorConfig, in_dim: int) -> int:
-    """Width of attention and convolutions.
+    """Returns the width of attention and convolutions.
 
-    `hidden_dim`, or Dv rounded up to even heads, as rotary embeddings turn pairs.
+    It is `hidden_dim`, or else Dv rounded up to heads of even width, as rotary embeddings rotate pairs.
     """
     if config.hidden_dim is not None:
         return config.hidden_dim
@@ -175,7 +173,9 @@ def _inner_dim(config: TokenProjectorConfig, in_dim: int) -> int:
     return math.ceil(in_dim / step) * step
 
 
-def _attention(config: ProjectorConfig, kind: type[Projection[Any]], inner: ProjectorSizes) -> nn.Module | None:
+def _temporal_attention(
+    config: ProjectorConfig, kind: type[Projection[Any]], inner: ProjectorSizes
+) -> nn.Module | None:
     if not isinstance(config, TokenProjectorConfig) or not config.attends:
         return None
     assert config.hidden_dim is not None, "filled in by the projector"
@@ -200,7 +200,7 @@ def _check_heads(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
         else "projector.num_heads"
     )
     raise UserError(
-        f"projector.hidden_dim={config.hidden_dim} is no multiple of {wanted} ({step}); "
+        f"projector.hidden_dim={config.hidden_dim} is not a multiple of {wanted} ({step}); "
         f"set projector.hidden_dim={math.ceil(inner_dim / step) * step} or null"
     )
 
@@ -211,22 +211,22 @@ def _check_reducer(config: TokenProjectorConfig) -> None:
     chosen = f"projector.reducer={config.reducer.name}"
     if config.frame_stack > 1:
         raise UserError(
-            f"{chosen} keeps other places in each frame, so frames cannot be stacked behind it; "
+            f"{chosen} keeps different places in each frame, so frames cannot be stacked after it; "
             "set projector.frame_stack=1, or projector.reducer=pool"
         )
     if projection_class(config).reads == "grid":
         raise UserError(
-            f"projector={config.kind} needs the grid of patches that {chosen} takes apart; "
+            f"projector={config.kind} needs the grid of patches, which {chosen} does not keep; "
             "set projector.reducer to none, pool or resample, or choose another projector"
         )
     if config.temporal is Temporal.attention:
         raise UserError(
-            f"projector.temporal=attention follows one place through time, and {chosen} keeps other places "
+            f"projector.temporal=attention follows one place through time, but {chosen} keeps different places "
             "in each frame; set projector.temporal to none, position or local_global"
         )
 
 
-def _check_time(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
+def _check_temporal(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
     if sizes.num_frames % config.frame_stack:
         raise UserError(
             f"projector.frame_stack={config.frame_stack} does not divide data.num_frames={sizes.num_frames}; "
@@ -237,6 +237,5 @@ def _check_time(config: TokenProjectorConfig, sizes: ProjectorSizes) -> None:
         chosen = kind.chosen_by or f"projector={config.kind}"
         raise UserError(
             f"projector.temporal=attention follows one place through time, but the tokens of {chosen} belong to the "
-            "whole clip; "
-            "set projector.temporal to none, position or local_global"
+            "whole clip; set projector.temporal to none, position or local_global"
         )

@@ -1,7 +1,7 @@
-"""Temporal modelling: positions that tell the frames of a clip apart, and attention along time.
+"""Temporal modelling: position embeddings that distinguish the frames of a clip, and attention along time.
 
-Legend: B batch, F frames, P tokens a frame (row-major over a grid h × w), V = F · P tokens of a clip, D width, Dl
-language width, H heads, C inner width, d = C / H; of windows, w window, n blocks, G global tokens.
+Legend: B batch, F frames, P tokens per frame (row-major over a grid h × w), V = F · P tokens per clip, D width,
+Dl language width, H heads, C inner width, d = C / H; for windows, w window, n blocks, G global tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from vlmcap.models.projectors.reducers import resize_grid
 
 
 class FramePosition(nn.Module):
-    """Adds a learned embedding of the frame's index and of the token's place in the frame.
+    """Adds learned embeddings of the frame index and of the place in the frame.
 
     Args:
         dim: D.
-        max_frames: Frames, or stacks of frames, of a clip.
-        grid: (h, w) of the places; other grids interpolate them. None embeds frames alone.
-        std: Of the embeddings at the start.
+        max_frames: Maximum frames, or stacks of frames, of a clip.
+        grid: Grid (h, w) of the places; other grids interpolate the embeddings. None embeds the frame index only.
+        std: Standard deviation of the initial embeddings.
     """
 
     def __init__(self, dim: int, max_frames: int, grid: Grid | None, std: float = 0.02) -> None:
@@ -40,13 +40,11 @@ class FramePosition(nn.Module):
 
 
 class NormalizedPosition(nn.Module):
-    """LayerNorm, then `FramePosition`, in front of the projection.
+    """LayerNorm and `FramePosition` before the projection: `temporal=position`, and the perceiver's frame embedding.
 
-    `temporal=position`, and the frame embedding of the perceiver.
-
-    Standing in front, it lets the projector's own layers join what a token shows with where and when it does; from
-    behind they could only be added, and left-and-early would look like right-and-late. The norm gives embeddings of any
-    encoder a common scale.
+    Before the projection, its layers can combine the content of a token with its place and time. After it, both could
+    only be added, and left-and-early would look like right-and-late. The norm gives the features of any encoder the
+    scale of the embeddings.
     """
 
     def __init__(self, dim: int, max_frames: int, grid: Grid | None) -> None:
@@ -61,7 +59,7 @@ class NormalizedPosition(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Self-attention along time for each place, with residual: divided space-time attention's temporal half.
+    """Self-attention along time for each place, with residual: the temporal half of divided space-time attention.
 
     Source: Bertasius et al., "Is Space-Time Attention All You Need for Video Understanding?",
     https://arxiv.org/abs/2102.05095.
@@ -69,9 +67,9 @@ class TemporalAttention(nn.Module):
     Args:
         dim: Dl.
         hidden_dim: C, a multiple of `num_heads`.
-        num_heads: Attention heads.
+        num_heads: H.
         max_frames: Length of the learned frame embedding.
-        grid: (h, w) of the places of a frame.
+        grid: Grid (h, w) of a frame's tokens.
     """
 
     def __init__(self, dim: int, *, hidden_dim: int, num_heads: int, max_frames: int, grid: Grid) -> None:
@@ -85,29 +83,29 @@ class TemporalAttention(nn.Module):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, F, P, Dl) on `grid` -> (B, F, P, Dl)."""
         tokens = self.position(tokens, grid)
-        columns = self.qkv(self.norm(tokens)).transpose(1, 2).flatten(0, 1)
+        columns = self.qkv(self.norm(tokens)).transpose(1, 2).flatten(0, 1)  # (B, F, P, 3 C) -> (B · P, F, 3 C)
+        # (B · P, F, 3 C) -> 3 × (B · P, H, F, d)
         query, key, value = columns.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return tokens + self.out(mixed).unflatten(0, (len(tokens), -1)).transpose(1, 2)
+        mixed = join_heads(F.scaled_dot_product_attention(query, key, value))  # (B · P, H, F, d) -> (B · P, F, C)
+        return tokens + self.out(mixed).unflatten(0, (len(tokens), -1)).transpose(1, 2)  # (B · P, F, Dl) -> tokens
 
 
 class LocalGlobalAttention(nn.Module):
-    """Each token attends to its neighbours and to global tokens that have attended to all, with residual.
+    """Attention of each token to its neighbours and to global tokens, with residual (`temporal=local_global`).
 
-    `temporal=local_global`.
+    Time and memory are linear in the number of tokens, not quadratic.
 
-    Time and memory grow with the number of tokens, not with its square.
-
-    The windows and global tokens of Longformer (Beltagy et al., https://arxiv.org/abs/2004.05150). There a token hears
-    of distant ones through the global tokens of the layer before; here the global tokens read first, so one layer
-    suffices. Rotary embeddings (Su et al., https://arxiv.org/abs/2104.09864) tell before from after in a window.
+    Windows and global tokens are those of Longformer (Beltagy et al., https://arxiv.org/abs/2004.05150). There, distant
+    tokens reach each other through the global tokens of the previous layer; here the global tokens attend to all tokens
+    first, so one layer suffices. Rotary embeddings (Su et al., https://arxiv.org/abs/2104.09864) encode the order in a
+    window.
 
     Args:
         dim: Dl.
         hidden_dim: C, a multiple of 2 · `num_heads`.
         num_heads: H.
-        window: w, tokens seen on each side.
-        num_global: G; 0 leaves windows alone.
+        window: w, visible tokens on each side.
+        num_global: G; 0 uses windows only.
     """
 
     def __init__(self, dim: int, *, hidden_dim: int, num_heads: int, window: int, num_global: int) -> None:
@@ -120,13 +118,15 @@ class LocalGlobalAttention(nn.Module):
         self.out = nn.Linear(hidden_dim, dim)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, F, P, Dl) -> (B, F, P, Dl), the clip's tokens taken as one sequence."""
-        sequence = self.norm(tokens.flatten(1, 2))
-        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(sequence).chunk(3, dim=-1))
+        """(B, F, P, Dl) -> (B, F, P, Dl), with the clip's tokens as one sequence."""
+        sequence = self.norm(tokens.flatten(1, 2))  # (B, F, P, Dl) -> (B, V, Dl)
+        query, key, value = (split_heads(third, self.num_heads) for third in self.qkv(sequence).chunk(3, dim=-1))
+        # 1. The global tokens attend to all tokens.
         readers = split_heads(self.global_query.to(query.dtype), self.num_heads).expand(len(tokens), -1, -1, -1)
-        read = join_heads(F.scaled_dot_product_attention(readers, key, value))
-        globals_ = self.global_key_value(self.global_query + read).chunk(2, dim=-1)
-        global_key, global_value = (split_heads(part, self.num_heads) for part in globals_)
+        read = join_heads(F.scaled_dot_product_attention(readers, key, value))  # (B, H, G, d) -> (B, G, C)
+        halves = self.global_key_value(self.global_query + read).chunk(2, dim=-1)
+        global_key, global_value = (split_heads(half, self.num_heads) for half in halves)
+        # 2. Every token attends to its window and to the global tokens.
         query, key = rotate(query), rotate(key)
         mixed = windowed_attention(query, key, value, global_key, global_value, self.window)
         return tokens + self.out(join_heads(mixed)).view_as(tokens)
@@ -135,16 +135,16 @@ class LocalGlobalAttention(nn.Module):
 def windowed_attention(
     query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, window: int
 ) -> Tensor:
-    """Attention of each token to those at most `window` away and to the global ones.
+    """Computes attention of each token to those at most `window` away and to the global ones.
 
-    A block of w queries sees its own block of keys and the two beside it, so dense kernels do the work on n blocks.
+    A block of w queries attends to its own block of keys and the two adjacent ones, so dense kernels run on n blocks.
 
     Args:
-        query: (B, H, V, d), as key and value.
-        key: Of the tokens.
-        value: Of the tokens.
-        global_key: (B, H, G, d), as global_value.
-        global_value: Of the global tokens.
+        query: (B, H, V, d).
+        key: (B, H, V, d).
+        value: (B, H, V, d).
+        global_key: (B, H, G, d).
+        global_value: (B, H, G, d).
         window: w.
 
     Returns:
@@ -154,33 +154,31 @@ def windowed_attention(
     size = min(window, length)
     num_blocks = -(-length // size)
     mask = _block_mask(length, size, window, num_global, query.device).repeat(batch, 1, 1, 1)
-    queries = (
-        F.pad(query, (0, 0, 0, num_blocks * size - length))
-        .unflatten(2, (num_blocks, size))
-        .transpose(1, 2)
-        .flatten(0, 1)
-    )
-    keys, values = (
-        torch.cat(
-            [_neighbours(part, size, num_blocks), summary.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)], dim=3
-        ).flatten(0, 1)
-        for part, summary in ((key, global_key), (value, global_value))
-    )
+    padded = F.pad(query, (0, 0, 0, num_blocks * size - length))
+    # (B, H, n · size, d) -> (B · n, H, size, d)
+    queries = padded.unflatten(2, (num_blocks, size)).transpose(1, 2).flatten(0, 1)
+
+    def blocks_of(local: Tensor, summary: Tensor) -> Tensor:  # -> (B · n, H, 3 · size + G, d)
+        summary = summary.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)  # (B, H, G, d) -> (B, n, H, G, d)
+        return torch.cat([_adjacent_blocks(local, size, num_blocks), summary], dim=3).flatten(0, 1)
+
+    keys, values = blocks_of(key, global_key), blocks_of(value, global_value)
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    # (B · n, H, size, d) -> (B, H, V, d)
     return mixed.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
-def _neighbours(tokens: Tensor, size: int, num_blocks: int) -> Tensor:
-    """Each block with the one before and the one after it, (B, H, V, d) -> (B, n, H, 3 · size, d)."""
+def _adjacent_blocks(tokens: Tensor, size: int, num_blocks: int) -> Tensor:
+    """Joins each block with the previous and the next one, (B, H, V, d) -> (B, n, H, 3 · size, d)."""
     padded = F.pad(tokens, (0, 0, size, (num_blocks + 1) * size - tokens.shape[2]))
     return padded.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3)
 
 
 def _block_mask(length: int, size: int, window: int, num_global: int, device: torch.device) -> Tensor:
-    """True where to look, bool (n, 1, size, 3 · size + G): real tokens of the window, and every global token.
+    """Returns the mask, bool (n, 1, size, 3 · size + G): True for real tokens of the window and all global tokens.
 
-    Rows of padding see the last token at least, as a block is no longer than the window; with nothing to see they could
-    be NaN.
+    Padding queries see at least the last token, as a block is not longer than the window; with nothing to attend to,
+    their output could be NaN.
     """
     starts = torch.arange(0, length, size, device=device)[:, None]
     rows = starts + torch.arange(size, device=device)
@@ -191,7 +189,7 @@ def _block_mask(length: int, size: int, window: int, num_global: int, device: to
 
 
 def rotate(heads: Tensor) -> Tensor:
-    """Rotary embedding of the index in the sequence, (B, H, V, d) -> (B, H, V, d)."""
+    """Applies rotary embeddings of the index in the sequence, (B, H, V, d) -> (B, H, V, d)."""
     length, width = heads.shape[-2:]
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=heads.device) / width)
     angles = torch.arange(length, device=heads.device)[:, None] * rates

@@ -1,4 +1,4 @@
-"""Captions decoded by vLLM: our encoder and projector make the prompt's embeddings, vLLM continues them.
+"""A captioner that decodes with vLLM from the prompt embeddings that encoder and projector give.
 
 Legend: B clips, S prompt tokens, Dl language width.
 """
@@ -18,11 +18,11 @@ from vlmcap.types import Batch
 
 
 class TokenEmbeddings(nn.Module):
-    """The embeddings of a language model that runs elsewhere.
+    """The token embeddings of a language model that runs elsewhere.
 
     Args:
-        folder: In Hugging Face layout; of its weights, only the embeddings are read.
-        dtype: Of the embeddings.
+        folder: Language model in Hugging Face layout, of which only the embeddings are read.
+        dtype: Dtype of the embeddings.
 
     Raises:
         UserError: The folder holds no embeddings under the name that its class gives them.
@@ -46,16 +46,16 @@ class TokenEmbeddings(nn.Module):
         self.table.weight = nn.Parameter(weight, requires_grad=False)
 
     def get_input_embeddings(self) -> nn.Module:
-        """As transformers' models have it."""
+        """Returns the embeddings, like the method of transformers' models."""
         return self.table
 
 
 class VllmCaptioner(VideoCaptioner):
-    """Captions of batches, their words by vLLM; there is no loss, as the language model is not here.
+    """Captions batches with vLLM; there is no loss, as the language model is not in this process.
 
     Args:
-        captioner: Encoder, projector and prompt, with `TokenEmbeddings` in the place of the language model.
-        engine: vLLM.
+        captioner: Captioner with `TokenEmbeddings` as its language model.
+        engine: vLLM engine.
     """
 
     def __init__(self, captioner: VideoCaptioner, engine: VllmEngine) -> None:
@@ -65,7 +65,7 @@ class VllmCaptioner(VideoCaptioner):
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> list[str]:
-        """Captions of a padded batch, in row order; the padding stays here."""
+        """Captions the clips of a padded batch, in order; padding is removed from the prompts."""
         embeddings = self.embed(batch)
         prompts = [rows[mask.bool()] for rows, mask in zip(embeddings, batch.attention_mask, strict=True)]
         return self.prompt.decode(self.engine.generate(prompts, self.sampling))

@@ -1,4 +1,4 @@
-"""vLLM, started here or in an environment of its own, and asked to continue prompts of embeddings.
+"""Starts vLLM in this process or in an environment of its own, and generates from prompt embeddings.
 
 Legend: S prompt tokens, Dl language width.
 """
@@ -29,13 +29,13 @@ _ENGINE = "evaluation.engine=vllm"
 def engine_arguments(
     folder: Path, evaluation: EvaluationConfig, *, dtype: str, max_model_len: int, seed: int
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`.
+    """Returns the arguments of `vllm.LLM`.
 
     Args:
-        folder: Language model in Hugging Face layout, adapters merged.
-        evaluation: Share of the GPU's memory that vLLM takes.
-        dtype: Type of weights and arithmetic, such as "bfloat16".
-        max_model_len: Most tokens of a prompt and its caption.
+        folder: Language model in Hugging Face layout, with merged adapters.
+        evaluation: Settings, of which the share of GPU memory is used.
+        dtype: Dtype of weights and arithmetic, such as "bfloat16".
+        max_model_len: Maximum tokens of a prompt with its caption.
         seed: Seed of sampling.
     """
     return {
@@ -45,42 +45,43 @@ def engine_arguments(
         "gpu_memory_utilization": evaluation.vllm_gpu_memory,
         "seed": seed,
         "enable_prompt_embeds": True,
-        # Clips share no more of their prompts than a few words, so there is nothing to gain by keeping them.
+        # Prompts of different clips share only a few words, so a cache gains nothing.
         "enable_prefix_caching": False,
-        "generation_config": "vllm",  # what a caption is decoded with stands in each request, and nothing else counts
+        "generation_config": "vllm",  # ignores the checkpoint's file, as each request states all settings
     }
 
 
 class VllmEngine(Protocol):
-    """Whoever continues prompts."""
+    """Generates from prompt embeddings."""
 
     def generate(self, prompts: Sequence[Tensor], sampling: dict[str, Any]) -> list[list[int]]:
-        """Generated ids of each prompt (S, Dl), in order."""
+        """Returns the generated ids for each prompt (S, Dl), in order."""
 
 
 def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Arguments of `vllm.SamplingParams` that decode as transformers does with these settings.
+    """Returns arguments of `vllm.SamplingParams` that are equivalent to these settings in transformers.
 
     Raises:
-        UserError: vLLM has no such thing, or not for prompts that are embeddings.
+        UserError: vLLM does not support a setting, or not for prompt embeddings.
     """
     rules = settings.rules
     if rules.num_beams > 1:
         beams = rules.num_beams
         raise UserError(
-            f"evaluation.num_beams={beams} is not to be had with {_ENGINE}; set it to 1, or evaluation.engine=native"
+            f"evaluation.num_beams={beams} is not supported by {_ENGINE}; set it to 1, or evaluation.engine=native"
         )
     if rules.no_repeat_ngram_size:
         size = rules.no_repeat_ngram_size
         raise UserError(
-            f"evaluation.no_repeat_ngram_size={size} is unknown to vLLM; set it to 0, or evaluation.engine=native"
+            f"evaluation.no_repeat_ngram_size={size} is not supported by {_ENGINE}; set it to 0, or "
+            "evaluation.engine=native"
         )
     if rules.repetition_penalty != 1.0:
-        # It counts the ids of the prompt too, and a prompt of embeddings has none:
+        # vLLM applies it to the ids of the prompt too, but prompt embeddings have none:
         # https://github.com/vllm-project/vllm/issues/57719.
         penalty = rules.repetition_penalty
         raise UserError(
-            f"evaluation.repetition_penalty={penalty} stops vLLM where prompts are embeddings (vLLM issue 57719); "
+            f"evaluation.repetition_penalty={penalty} makes vLLM fail for prompt embeddings (vLLM issue 57719); "
             "set it to 1, or evaluation.engine=native"
         )
     arguments: dict[str, Any] = {
@@ -94,7 +95,7 @@ def sampling_arguments(settings: GenerationSettings, stop_ids: Sequence[int]) ->
 
 
 def check_vllm(python: str | None) -> None:
-    """`UserError` unless there is a vLLM to start."""
+    """Raises a `UserError` unless vLLM is installed here or in the environment of `python`."""
     if python is None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
@@ -107,88 +108,88 @@ def check_vllm(python: str | None) -> None:
         found = subprocess.run([python, "-c", "import vllm"], capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
-            f"evaluation.vllm_python={python} cannot be run ({type(error).__name__}); name a Python interpreter"
+            f"evaluation.vllm_python={python} cannot be run ({type(error).__name__}); set it to a Python interpreter"
         ) from error
     if found.returncode != 0:
         reason = next(iter(reversed(found.stderr.strip().splitlines())), "no message")
         raise UserError(
-            f"evaluation.vllm_python={python} cannot import vllm ({reason}); install it there with pip install vllm"
+            f"evaluation.vllm_python={python} cannot import vllm ({reason}); install it there with `pip install vllm`"
         )
 
 
 def start_engine(arguments: dict[str, Any], python: str | None) -> VllmEngine:
-    """vLLM, started here or in its own environment.
+    """Starts vLLM in this process or in its own environment.
 
     Args:
-        arguments: As `engine_arguments` returns them.
-        python: Interpreter of an environment with vLLM; None for this one.
+        arguments: Arguments from `engine_arguments`.
+        python: Interpreter of an environment with vLLM; None for this process.
 
     Raises:
-        UserError: It does not start.
+        UserError: vLLM does not start.
     """
     if python is not None:
-        return OtherProcess(arguments, python)
+        return VllmSubprocess(arguments, python)
     try:
-        return ThisProcess(vllm_worker.start(arguments))
-    except Exception as error:  # vLLM raises many kinds; most are a GPU that is too small
+        return InProcessVllm(vllm_worker.start(arguments))
+    except Exception as error:  # vLLM raises many types, most of them for too little GPU memory
         raise _not_started(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
-class ThisProcess:
-    """vLLM that is installed beside us.
+class InProcessVllm:
+    """vLLM in this process.
 
     Attributes:
-        llm: vLLM's `LLM`.
+        llm: Instance of `vllm.LLM`.
     """
 
     llm: Any
 
     def generate(self, prompts: Sequence[Tensor], sampling: dict[str, Any]) -> list[list[int]]:
-        """Generated ids of each prompt (S, Dl), in order."""
-        return vllm_worker.ask(self.llm, [prompt.cpu() for prompt in prompts], sampling)
+        """Returns the generated ids for each prompt (S, Dl), in order."""
+        return vllm_worker.generate(self.llm, [prompt.cpu() for prompt in prompts], sampling)
 
 
-class OtherProcess:
-    """vLLM in an environment of its own, as its versions of torch and transformers are not ours.
+class VllmSubprocess:
+    """vLLM in a subprocess with its own environment, as it requires other versions of torch and transformers.
 
     Args:
-        arguments: As `engine_arguments` returns them.
+        arguments: Arguments from `engine_arguments`.
         python: Interpreter of that environment.
 
     Raises:
-        UserError: It does not start.
+        UserError: vLLM does not start.
     """
 
     def __init__(self, arguments: dict[str, Any], python: str) -> None:
-        # -P: the folder of the program is no place to import from, as vLLM would find our modules there.
+        # -P keeps the folder of worker.py off sys.path, where vLLM would import modules of this package.
         command = [python, "-P", str(Path(vllm_worker.__file__))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
-        self.close = weakref.finalize(self, _end, self._process)
-        answer = self._ask({"engine": arguments})
+        self.close = weakref.finalize(self, _stop, self._process)
+        answer = self._request({"engine": arguments})
         if "error" in answer:
             self.close()
             raise _not_started(answer["error"])
 
     def generate(self, prompts: Sequence[Tensor], sampling: dict[str, Any]) -> list[list[int]]:
-        """Generated ids of each prompt (S, Dl), in order."""
+        """Returns the generated ids for each prompt (S, Dl), in order."""
         from safetensors.torch import save_file
 
         with tempfile.TemporaryDirectory(prefix="vlmcap-vllm-") as folder:
             file = Path(folder) / "prompts.safetensors"
             save_file({str(index): prompt.cpu().contiguous() for index, prompt in enumerate(prompts)}, file)
-            answer = self._ask({"file": str(file), "count": len(prompts), "sampling": sampling})
+            answer = self._request({"file": str(file), "count": len(prompts), "sampling": sampling})
         if "error" in answer:
             raise UserError(
-                f"vLLM could not caption a batch ({answer['error']}); see its own lines above, or set "
+                f"vLLM could not caption a batch ({answer['error']}); see its output above, or set "
                 "evaluation.engine=native"
             )
         ids: list[list[int]] = answer["ids"]
         return ids
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -202,8 +203,8 @@ class OtherProcess:
         return answer
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends vLLM's process: its input is over, and that is what it waits for."""
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Stops vLLM's process by closing its input."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(OSError):
@@ -218,6 +219,6 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _not_started(reason: str) -> UserError:
     return UserError(
-        f"vLLM did not start ({reason}); lower evaluation.vllm_gpu_memory if the GPU is too full, or set "
+        f"vLLM did not start ({reason}); lower evaluation.vllm_gpu_memory if GPU memory is too small, or set "
         "evaluation.engine=native"
     )

@@ -1,8 +1,8 @@
-"""vLLM asked for captions by prompt embeddings, here or as a program in an environment of its own.
+"""Generates with vLLM from prompt embeddings, in this process or as a program in vLLM's own environment.
 
-This file imports nothing of the package: vLLM's environment has vLLM, torch and safetensors, and no vlmcap. As a
-program it reads a JSON object a line on its input and answers each with one on its output; tensors travel in
-safetensors files.
+This file imports nothing from the package, because vLLM's environment has vLLM, torch and safetensors, but not vlmcap.
+As a program, it reads one JSON object per line from standard input and answers each with one on standard output;
+tensors are passed in safetensors files.
 
 Source: https://docs.vllm.ai/en/stable/features/prompt_embeds/ (`LLM(enable_prompt_embeds=True)`, `{"prompt_embeds": (S,
 Dl)}`).
@@ -18,17 +18,17 @@ from typing import Any
 
 
 def start(arguments: dict[str, Any]) -> Any:
-    """The engine of vLLM for a folder in Hugging Face layout; arguments as `vllm.LLM` takes them."""
+    """Starts vLLM for a folder in Hugging Face layout; the arguments are those of `vllm.LLM`."""
     from vllm import LLM
 
     return LLM(**arguments)
 
 
-def ask(engine: Any, prompts: Sequence[Any], sampling: dict[str, Any]) -> list[list[int]]:
-    """Generated ids of each prompt, in order.
+def generate(engine: Any, prompts: Sequence[Any], sampling: dict[str, Any]) -> list[list[int]]:
+    """Returns the generated ids for each prompt, in order.
 
     Args:
-        engine: As `start` returned it.
+        engine: Engine from `start`.
         prompts: Embeddings (S, Dl) of each prompt, without padding.
         sampling: Arguments of `vllm.SamplingParams`.
     """
@@ -39,9 +39,9 @@ def ask(engine: Any, prompts: Sequence[Any], sampling: dict[str, Any]) -> list[l
 
 
 def main() -> None:
-    """Serves until its input ends: `{"engine": {…}}` once, then `{"file": …, "count": …, "sampling": {…}}`."""
+    """Serves requests until standard input ends: first `{"engine": {…}}`, then `{"file", "count", "sampling"}`."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # vLLM and its processes write to standard output too
+    os.dup2(2, 1)  # vLLM and its processes print to standard output, too
     engine: Any = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -50,8 +50,8 @@ def main() -> None:
                 engine = start(request["engine"])
                 answer: dict[str, Any] = {"ready": True}
             else:
-                answer = {"ids": ask(engine, _read(request["file"], request["count"]), request["sampling"])}
-        except Exception as error:  # whatever it is, the other side says it in one sentence
+                answer = {"ids": generate(engine, _read(request["file"], request["count"]), request["sampling"])}
+        except Exception as error:  # the parent process reports it in one sentence
             text = str(error).strip().splitlines()
             answer = {"error": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__}
         print(json.dumps(answer), file=answers, flush=True)

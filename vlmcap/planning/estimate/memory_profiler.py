@@ -25,7 +25,7 @@ from vlmcap.assembly.components import autocast_dtype, dtype_of, lora_of, loss_c
 from vlmcap.config import Batching, Config, EncoderTuning, PretrainedVlmConfig, Qwen3VlConfig
 from vlmcap.files import replacing
 from vlmcap.models.llm.adapt import base_model
-from vlmcap.models.llm.merge import adapters_for_captions
+from vlmcap.models.llm.merge import adapters_for_inference
 from vlmcap.planning.estimate.meta_models import (
     PROMPT_TOKENS,
     architecture,
@@ -353,7 +353,7 @@ class MemoryProfiler:
         profile = partial(
             profile_stage,
             llm,
-            (lambda: captioner.loss_sum(batch)[0]) if num_caption else prefill,
+            (lambda: captioner(batch)[0]) if num_caption else prefill,
             mode=mode,
             blocks=list(find_blocks(base_model(llm), depth)),
             inputs=[visual],

@@ -20,7 +20,7 @@ from vlmcap.config import Config, LlavaNextVideoConfig, Qwen3VlConfig
 from vlmcap.data.loading.collate import places_of
 from vlmcap.demo.prepare import TINY, TINY_ENCODERS
 from vlmcap.models.checkpoint import VISION, is_present
-from vlmcap.models.decoding.engine import is_decodable
+from vlmcap.models.decoding.engine import supports_native_engine
 from vlmcap.models.encoders.plugin import FrameEncoder
 from vlmcap.models.llm.experts import EXPERT_COUNTS
 from vlmcap.models.projectors import check_projector, count_tokens
@@ -129,7 +129,11 @@ def key_value_bytes(config: Config) -> float:
 def uses_native_decoding(config: Config) -> bool:
     """Whether the native engine decodes the captions, as far as it can be decided without weights."""
     has_plain_inputs = not config.is_pretrained_vlm or isinstance(config.model, LlavaNextVideoConfig)
-    return config.evaluation.is_refilling and has_plain_inputs and is_decodable(text_config(config), None)
+    return (
+        config.evaluation.use_continuous_batching
+        and has_plain_inputs
+        and supports_native_engine(text_config(config), None)
+    )
 
 
 def grouped_queries(config: Config) -> float:

@@ -18,7 +18,7 @@ from vlmcap.config import Config
 from vlmcap.config_files import config_file, group_choices
 from vlmcap.demo.prepare import TINY_ENCODERS
 from vlmcap.errors import UserError
-from vlmcap.models.captioner import CLIPS_AT_A_TIME
+from vlmcap.models.captioner import MAX_ENCODED_CLIPS
 from vlmcap.planning.calibration import calibrated_device
 from vlmcap.planning.captioning import ways_to_merge
 from vlmcap.planning.estimate.memory_profiler import NO_SIZES, FastMemoryProfiler
@@ -192,7 +192,7 @@ def _profile_job(job: tuple[str, Sequence[tuple[str, str, str]]]) -> None:
                     memory_profiler.with_adapters(is_merged=is_merged).anchors(0)
                 continue
             memory_profiler = _memory_profiler(config)
-            for num_clips in {config.data.batch_size, CLIPS_AT_A_TIME}:
+            for num_clips in {config.data.batch_size, MAX_ENCODED_CLIPS}:
                 key = (cell[0], num_clips, memory_profiler.width)
                 if key not in done:
                     done.add(key)
