@@ -101,7 +101,7 @@ class PathReader:
         collator = Collator(self.prompt, self.visual, llm.caption_tokens, mode="generate")
         num_workers = max(0, min(data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
-        watched = watch.over(dataset, clips) if num_workers else dataset
+        watched = watch.watch(dataset, clips) if num_workers else dataset
         with watch.naming_clips():
             options = worker_options(num_workers, batch_size, data.decode_timeout_s)
             is_pinned = self.plan.config.hardware.accelerator != "cpu"

@@ -313,7 +313,7 @@ def _batches_of(
     def batches(positions: NDArray[np.int64]) -> Iterator[list[Sample | Skipped]]:
         watch, workers = WorkerWatch(), min(num_workers, len(positions))
         loader = DataLoader(
-            watch.over(dataset, dataset.clips) if workers else dataset,
+            watch.watch(dataset, dataset.clips) if workers else dataset,
             batch_size=batch_size,
             sampler=positions.tolist(),
             collate_fn=list,

@@ -133,7 +133,7 @@ class MediaFile:
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def video_errors(name: str) -> Iterator[None]:
     """Turns what the libraries raise on bad files into a `VideoError` of one sentence that names the file."""
     try:
         yield

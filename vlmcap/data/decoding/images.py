@@ -18,7 +18,7 @@ from PIL import AvifImagePlugin, Image, ImageOps
 from torch import Tensor
 
 from vlmcap.config import DataConfig, Sampling
-from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, check_size, explained
+from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, check_size, video_errors
 from vlmcap.data.decoding.sampling import choose_moments
 
 # Formats that only hold pixels: others run programs (EPS) or are never pictures of a data set.
@@ -64,7 +64,7 @@ def read_image_list(
     frames: list[NDArray[np.uint8]] = []
     for index in sample_indices(len(addresses), data, rng):
         file = MediaFile(addresses[index])
-        with explained(file.name):
+        with video_errors(file.name):
             check_deadline(deadline_s)
             with file.open_bytes() as stream, open_image(stream, limits) as image:
                 frames.append(_to_rgb(image, frames[0].shape[1:] if frames else None))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.config import DataConfig, Decoder
-from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, explained
+from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, video_errors
 from vlmcap.data.decoding.images import is_image, read_image, read_image_list
 from vlmcap.data.decoding.sampling import spread
 from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
@@ -100,7 +100,7 @@ def read_timed_frames(
     file = MediaFile(clip if isinstance(clip, str) else clip.video)
     if isinstance(clip, Clip) and clip.frames:
         return DecodedFrames(read_image_list(clip.frames, data, rng, limits, deadline_s), None)
-    with explained(file.name), file.open_bytes() as stream:
+    with video_errors(file.name), file.open_bytes() as stream:
         if is_image(stream):
             return DecodedFrames(read_image(stream, data, rng, limits, deadline_s), None)
         from vlmcap.data.decoding.frame_reader import FrameReader
