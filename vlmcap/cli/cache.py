@@ -176,5 +176,5 @@ def _row(store: StoreInfo) -> list[str]:
         gigabytes(store.num_bytes),
         time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used)),
         f"{recipe.get('dtype', '?')}{pooled}",
-        *(("–", "–") if store.error is None else (f"{store.error.rms:.1e}", f"{store.error.max:.1e}")),
+        *(("–", "–") if store.deviation is None else (f"{store.deviation.rms:.1e}", f"{store.deviation.max:.1e}")),
     ]

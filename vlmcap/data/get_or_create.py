@@ -28,7 +28,7 @@ def get_or_create(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     hint = "start again when it has ended, or stop it"
-    with claimed(folder.parent / CLAIMS / folder.name, f"{folder} is being created", hint, wait_s=_WAIT_S):
+    with claimed(folder.parent / CLAIMS / folder.name, f"{folder} is being made", hint, wait_s=_WAIT_S):
         if folder.is_dir():  # another process was faster
             return folder
         try:

@@ -66,7 +66,7 @@ def test_stores_are_listed(stores: tuple[Path, list[str], Any]) -> None:
         assert info.num_clips == 20
         assert info.num_bytes >= 20 * 2 * 4 * 128 * 2
         assert not info.is_in_use
-        assert info.error is not None and 0 < info.error.rms < 1e-3
+        assert info.deviation is not None and 0 < info.deviation.rms < 1e-3
     assert time.time() - infos[0].last_used == pytest.approx(100, abs=30)
     assert list_stores(root / "nowhere") == []
 
