@@ -23,7 +23,7 @@ from tests.data.fuzz_labels import damage_labels
 from vlmcap.config import AihubConfig, DataConfig, JsonlConfig
 from vlmcap.data.decoding.video import DecodeLimits
 from vlmcap.data.formats import Record, read_records
-from vlmcap.data.loading.dataset import ClipDataset
+from vlmcap.data.loading.clip_dataset import ClipDataset
 from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError

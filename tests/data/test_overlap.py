@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmcap.data.features import content
+from vlmcap.data.features import content_hash as content
 from vlmcap.data.overlap import describe_overlap
 from vlmcap.types import Clip
 

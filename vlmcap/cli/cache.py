@@ -20,7 +20,7 @@ from vlmcap.assembly.features import features_folder, fill_store, hash_clips, ha
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.eviction import StoreInfo, list_stores, remove_store
 from vlmcap.data.features.eviction import prune as prune_stores
 from vlmcap.data.features.store import FeatureStore

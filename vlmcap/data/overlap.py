@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from vlmcap.data.features.content import UNREADABLE, content_hashes
+from vlmcap.data.features.content_hash import UNREADABLE, content_hashes
 from vlmcap.data.media import MediaError, parse_address, stat_media
 from vlmcap.data.media.storage import local_file
 from vlmcap.types import Clip

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlmcap.data.features.content import UNREADABLE
-from vlmcap.data.features.dataset import FeatureDataset
+from vlmcap.data.features.content_hash import UNREADABLE
+from vlmcap.data.features.feature_dataset import FeatureDataset
 from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import DTYPES, dequantize, quantize

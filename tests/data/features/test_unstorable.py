@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmcap.data.features import filling
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.filling import fill_store
 from vlmcap.data.features.precision import DTYPES
 from vlmcap.data.features.store import FeatureStore

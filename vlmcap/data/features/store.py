@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.leases import Lease
 from vlmcap.data.features.precision import ErrorSums, StorageDeviation, dequantize, stored_type
@@ -163,8 +163,8 @@ class FeatureStore:
     def drop_damaged(self, content: bytes) -> None:
         """Remove the damaged entries of the shard that contains this clip.
 
-        They count as skipped, and the next filling encodes them again. In a folder that is not writable they remain, and
-        every process finds them damaged again.
+        They count as skipped, and the next filling encodes them again. In a folder that is not writable they remain,
+        and every process finds them damaged again.
         """
         with contextlib.suppress(KeyError, OSError, BrokenFileError):
             if not repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name):

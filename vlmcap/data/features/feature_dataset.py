@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.shards import DAMAGED, DamagedEntryError
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
@@ -25,8 +25,8 @@ from vlmcap.types import Clip, GridTHW, Sample, Skipped
 class FeatureDataset(Dataset[Sample | Skipped]):
     """Clips with the frozen encoder's features (F, P, Dv), read from a store.
 
-    Clips that could not be read when the store was filled stay skipped. A clip whose features are damaged is skipped too,
-    and its entry is removed, so that the next run encodes it again.
+    Clips that could not be read when the store was filled stay skipped. A clip whose features are damaged is skipped
+    too, and its entry is removed, so that the next run encodes it again.
 
     Args:
         clips: Clips, in the order of the indices.

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tests.data.decoding.matrix import make_video, read_number
 from vlmcap.config import AugmentConfig, DataConfig, Sampling
 from vlmcap.data.decoding.video import DecodedFrames, read_frames, read_timed_frames
-from vlmcap.data.loading import dataset as dataset_module
+from vlmcap.data.loading import clip_dataset as dataset_module
 from vlmcap.data.loading import isolation
-from vlmcap.data.loading.dataset import ClipDataset
+from vlmcap.data.loading.clip_dataset import ClipDataset
 from vlmcap.data.loading.isolation import is_available
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped

@@ -82,9 +82,7 @@ def media_hash(address: str, stat: MediaStat) -> str:
     return digest.hexdigest()[:32]
 
 
-def _file_hashes(
-    clips: Sequence[Clip], cache: _HashCache, pool: ThreadPoolExecutor
-) -> dict[str, _HashRecord | None]:
+def _file_hashes(clips: Sequence[Clip], cache: _HashCache, pool: ThreadPoolExecutor) -> dict[str, _HashRecord | None]:
     """Return a record for the address of each file of some clips, and cache the new ones."""
     addresses = list(dict.fromkeys(address for clip in clips for address in clip.frames or (clip.video,)))
     names = [_absolute_address(address) for address in addresses]
