@@ -190,7 +190,7 @@ def one_line(labels: list[tuple[str, bytes, bool]]) -> Iterator[tuple[str, bytes
 
 
 def check_label(entry: Record | Skipped) -> None:
-    """A usable entry has normalised captions that any file can hold; a refusal is one short sentence."""
+    """A usable entry has normalized captions that any file can hold; a refusal is one short sentence."""
     if isinstance(entry, Record):
         assert entry.clip.captions
         for caption in entry.clip.captions:

@@ -169,7 +169,7 @@ def test_identical_texts_give_one_and_others_less(bert: str) -> None:
             assert score == pytest.approx((1, 1, 1, False), abs=1e-6)
         for score in scorer.score(CAPTIONS, REFERENCES, idf=idf):
             assert score.f1 < 0.999
-    # What normalisation makes equal is equal.
+    # What normalization makes equal is equal.
     assert scorer.score(["바다\u200b\u2028에"], [["바다 에"]])[0].f1 == pytest.approx(1, abs=1e-6)
 
 

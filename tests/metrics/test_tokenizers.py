@@ -1,4 +1,4 @@
-"""Normalisation and tokenisers.
+"""Normalization and tokenizers.
 
 What would make two equal captions differ, or split one caption in two, must not get through.
 """

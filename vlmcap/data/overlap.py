@@ -47,7 +47,7 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
 
 
 def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
-    """Return what clips of equal content share without reading it: file sizes, or addresses where a size costs a request.
+    """Return a key that clips of equal content share: file sizes, or addresses where a size costs a request.
 
     None if a file is unreadable.
     """

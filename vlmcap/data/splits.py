@@ -42,7 +42,7 @@ def standard_split(name: str) -> str:
 
 
 def split_in_path(path: str) -> tuple[str, str]:
-    """Return the split that the first such folder of a path names ("" if none does), and the path without that folder."""
+    """Return the split that the first such folder of a path names, "" if none does, and the path without it."""
     *folders, name = path.split("/")
     for index, folder in enumerate(folders):
         split = standard_split(folder)
@@ -112,7 +112,7 @@ def draw_split(group: str, settings: SplitConfig) -> str:
 
 
 def video_name(clip: Clip, root: str) -> str:
-    """Return a name for the video if the data set names no source: its path, with links resolved, or the id without one."""
+    """Return the source of a clip for which the data set names none: the resolved path of its video, or its id."""
     return relative_address(real_address(clip.video), real_address(root)) if clip.video else clip.id
 
 
@@ -127,7 +127,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         compiled = re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"data.splits.group_pattern={pattern} is not a valid regular expression ({error}); fix it, or set it to null"
+            f"data.splits.group_pattern={pattern} is not a regular expression ({error}); fix it, or set it to null"
         ) from error
     if not compiled.groups:
         raise UserError(

@@ -1,7 +1,7 @@
 """Augmentation of frames that keeps captions true.
 
-Frames are not flipped: captions mention 왼쪽 and 오른쪽, and they quote writing in the picture. Hues are kept too, since
-captions name colours.
+Frames are not flipped: captions mention 왼쪽 and 오른쪽, and they quote writing in the picture. Hues are kept too,
+since captions name colours.
 
 Legend: F frames, H/W pixels.
 """

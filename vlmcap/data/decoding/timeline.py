@@ -177,7 +177,7 @@ class _Scan:
 
     @property
     def end(self) -> int:
-        """Time at which the last frame leaves the screen, by its own duration or that of the shortest frame before it."""
+        """Time at which the last frame leaves the screen, by its own duration or that of the shortest frame."""
         assert self._last is not None
         times = sorted({time for time in self.times if time is not None})
         return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))

@@ -64,8 +64,8 @@ def media_hash(address: str, stat: MediaStat) -> str:
     """Return 32 hexadecimal digits for the content of a file.
 
     Files up to 1 MiB are hashed completely. For larger ones the hash covers the size and 16 evenly spread blocks of
-    64 KiB, the first and last among them: that reads 1 MiB per clip instead of everything, and the table of sample sizes
-    at one end of an MP4 changes with any new encoding. A byte changed in place between the blocks goes unnoticed.
+    64 KiB, the first and last among them: that reads 1 MiB per clip instead of everything, and the table of sample
+    sizes at one end of an MP4 changes with any new encoding. A byte changed in place between the blocks goes unnoticed.
 
     Raises:
         MediaError: The file cannot be read.
@@ -137,7 +137,7 @@ class _HashCache:
         self._connection: sqlite3.Connection | None = None
         self._was_replaced = False
 
-    def __enter__(self) -> _Memo:
+    def __enter__(self) -> _HashCache:
         self._connect()
         return self
 

@@ -76,7 +76,7 @@ class ErrorSums:
 
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize to int8 numbers (..., Dv) and float32 scales (...): symmetric, the largest number of a token becomes 127.
+    """Quantize to int8 numbers (..., Dv) and float32 scales (...): symmetric; a token's largest number becomes 127.
 
     The error of a number is at most half its token's scale, plus the rounding to float16 when it is read.
     """

@@ -49,7 +49,7 @@ class BatchPlan:
         return len(self.bounds) - 1
 
     def divided_by(self, world_size: int) -> BatchPlan:
-        """Return the plan with large batches halved until all ranks get equally many, or all batches are single clips."""
+        """Return the plan with large batches halved until all ranks get equally many, or all are single clips."""
         bounds = self.bounds
         while (len(bounds) - 1) % world_size:
             sizes = np.diff(bounds)
@@ -218,8 +218,8 @@ class BatchSampler(Sampler[list[Draw]]):
         """
         if state["batches"] and state["order"] != self.digest:
             raise UserError(
-                "the checkpoint was saved inside an epoch whose batches have changed since; resume with the same clips, "
-                "seed, number of devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a "
+                "the checkpoint was saved inside an epoch whose batches have changed since; resume with the same "
+                "clips, seed, number of devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a "
                 "checkpoint at the end of an epoch"
             )
         self._epoch, self._start, self._drawn = state["epoch"], state["batches"], state["batches"]
