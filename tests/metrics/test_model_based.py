@@ -150,7 +150,7 @@ def test_an_empty_caption_fits_nothing(siglip: str) -> None:
 
 
 def test_what_siglip_cannot_score_is_told(siglip: str, bert: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a bert model: give one of SigLIP or SigLIP 2"):
+    with pytest.raises(ValueError, match="is a bert model; give one of SigLIP or SigLIP 2"):
         SiglipScorer(bert)
     with pytest.raises(ValueError, match=r"siglip_checkpoint=.*: AutoModel cannot load it") as told:
         SiglipScorer(str(tmp_path))

@@ -130,7 +130,7 @@ def test_versions_name_the_packages() -> None:
 
 
 def test_unknown_name_is_told_the_choices() -> None:
-    with pytest.raises(UserError, match=r"'mecab': choose one of mecab_ko, kiwi, char, whitespace, ptb\.$"):
+    with pytest.raises(UserError, match=r"'mecab'; choose one of mecab_ko, kiwi, char, whitespace, ptb\.$"):
         get_tokenizer("mecab")
 
 

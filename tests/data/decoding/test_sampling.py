@@ -212,7 +212,7 @@ def test_a_sound_track_is_no_clip(tmp_path: Path, sampling: DataConfig) -> None:
 
 
 def test_a_clip_that_claims_to_last_for_ever_is_refused(real_clips: dict[str, Path]) -> None:
-    with pytest.raises(VideoError, match="claims to last 10 seconds, more than the allowed 9"):
+    with pytest.raises(VideoError, match="header states 10 seconds, more than the allowed 9"):
         read_frames(str(real_clips["bikes"]), DataConfig(), limits=DecodeLimits(max_duration_s=9))
 
 

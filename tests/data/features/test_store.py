@@ -241,7 +241,7 @@ def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe
 
     store = fill(make_recipe(variable_frames=True))
     assert [store.read(content)[0].shape for content in hashes] == [(length, 4, 3) for length in lengths]
-    with pytest.raises(UserError, match=r"clip 1 are \(1, 4\), earlier ones \(4, 4\), and cannot share a cache"):
+    with pytest.raises(UserError, match=r"clip 1 have shape \(1, 4\), but earlier ones \(4, 4\), and cannot share a store"):
         fill(make_recipe())
 
 
@@ -270,7 +270,7 @@ def test_a_data_set_wants_all_clips(tmp_path: Path, numbered: Make, make_recipe:
     clips = numbered(5)
     store = FeatureStore(tmp_path / "features", make_recipe())
     fill_store(store, clips.hashes[:3], clips.batches, clips.encode)
-    with pytest.raises(UserError, match="lacks 2 of 5 clips, first: 클립3; start again"):
+    with pytest.raises(UserError, match="lacks 2 of 5 clips, the first being 클립3; start again"):
         FeatureDataset([clips.item(i).clip for i in range(5)], clips.hashes, store)
 
 
@@ -280,7 +280,7 @@ def test_gone_shards_are_a_sentence(tmp_path: Path, numbered: Make, make_recipe:
     fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     for path in shards_of(store):
         path.unlink()
-    with pytest.raises(UserError, match=r"have gone from .* start again to have them built again"):
+    with pytest.raises(UserError, match=r"were removed from .* start again to encode them again"):
         store.read(clips.hashes[0])
 
 

@@ -95,8 +95,8 @@ def test_keys_may_be_dotted(root: Path) -> None:
     [
         (b"{", "the line is no JSON"),
         (b"[" * 100_000, "the line is no JSON"),
-        (b"3", "the line is no JSON object"),
-        ('{"caption": "바다"}'.encode("cp949"), "the line is no UTF-8 text (byte 13"),
+        (b"3", "the line is not a JSON object"),
+        ('{"caption": "바다"}'.encode("cp949"), "the line is not UTF-8 text (byte 13"),
         ({"caption": "바다."}, "none of them, but caption"),
         (GOOD | {"image": "sub/1.jpg"}, "has video and image"),
         ({"video": 3, "caption": "바다."}, "'video' must be a file name"),
@@ -162,5 +162,5 @@ def test_missing_annotations_say_what_is_there(root: Path) -> None:
         read(root, annotations="train.jsonl")
     with pytest.raises(UserError, match=r"data\.annotations has no value"):
         read(root, annotations=None)
-    with pytest.raises(UserError, match=r"there is no such folder: set data\.root"):
+    with pytest.raises(UserError, match=r"that folder does not exist, so set data\.root"):
         read(root / "nowhere")

@@ -102,7 +102,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     assert list(reasons) == ["video1", "video 2", "video 3", "video2", "video4", "video9"]
     assert reasons["video1"] == reasons["video2"] == "no sentence of the video has a caption"
     assert "there is no file" in reasons["video4"]
-    assert "not among 'videos'" in reasons["video9"]
+    assert "not in 'videos'" in reasons["video9"]
 
 
 def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:

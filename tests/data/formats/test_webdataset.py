@@ -191,7 +191,7 @@ def test_bad_samples_are_named(tmp_path: Path) -> None:
 def test_a_broken_or_compressed_shard_stops_in_words(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", samples(0, 1))
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
-    with pytest.raises(UserError, match=r"b\.tar is no whole tar archive.*or leave it out of data\.annotations"):
+    with pytest.raises(UserError, match=r"b\.tar is not a complete tar archive.*or leave it out of data\.annotations"):
         read(tmp_path)
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.mp4"))

@@ -74,7 +74,7 @@ def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_worke
     ]
     assert {item.clip.id: item.reason for item in items if isinstance(item, Skipped)} == {
         "empty": "empty.mp4 cannot be read: the file is empty",
-        "text": "text.mp4 cannot be read: it is damaged, truncated or no video (Invalid data found when processing "
+        "text": "text.mp4 cannot be read: it is damaged, truncated or not a video (Invalid data found when processing "
         "input)",
         "gone": "gone.mp4 cannot be read: there is no such file",
     }

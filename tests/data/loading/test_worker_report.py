@@ -102,7 +102,7 @@ def test_a_death_during_a_training_step_is_named_too(loader: Loader) -> None:
 def test_a_death_between_two_clips_says_what_it_can() -> None:
     watch = WorkerWatch()
     dataset = watch.watch(Deadly(-1, by_exit), CLIPS)
-    with pytest.raises(UserError, match=r"died.* between two clips: .*data\.num_workers"), watch.naming_clips():
+    with pytest.raises(UserError, match=r"died.* between two clips, .*data\.num_workers"), watch.naming_clips():
         batches = iter(loader := DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list))
         next(batches)
         time.sleep(0.5)

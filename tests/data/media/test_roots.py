@@ -166,7 +166,7 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
     for name in ("x", "y"):
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             archive.writestr("a.mp4", name)
-    with pytest.raises(OutsideRootError, match=r"x\.zip and .*y\.zip have the same name: set data\.media"):
+    with pytest.raises(OutsideRootError, match=r"x\.zip and .*y\.zip have the same name; set data\.media"):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
     assert resolve_media(JsonlConfig(root=str(tmp_path), media="y"), "a.mp4").endswith("y.zip")
 
@@ -174,7 +174,7 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
 def test_a_broken_archive_is_named_where_a_file_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
     with pytest.raises(
-        OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"
+        OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is not a complete zip archive"
     ):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
 

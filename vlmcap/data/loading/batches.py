@@ -219,8 +219,8 @@ class BatchSampler(Sampler[list[Draw]]):
         if state["batches"] and state["order"] != self.digest:
             raise UserError(
                 "the checkpoint was saved inside an epoch whose batches have changed since; resume with the same "
-                "clips, seed, number of devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a "
-                "checkpoint at the end of an epoch"
+                "clips, seed, number of devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from "
+                "a checkpoint at the end of an epoch"
             )
         self._epoch, self._start, self._drawn = state["epoch"], state["batches"], state["batches"]
 

@@ -80,7 +80,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         epoch, index = key if isinstance(key, tuple) else (None, key)
         clip, timeout_s = self.clips[index], self.data.decode_timeout_s
         if self._is_too_slow[index]:
-            reason = f"decoding exceeded data.decode_timeout_s={timeout_s:g} before"
+            reason = f"decoding took longer than data.decode_timeout_s={timeout_s:g} before"
             return Skipped(clip, _cannot_read(clip, reason), is_final=False)
         begun_s = time.monotonic()
         item = self._sample(clip, [None if epoch is None else int(epoch), int(index)])

@@ -64,8 +64,8 @@ def scheme_of(location: str) -> str:
         raise MediaError(f"{location} has the unsupported scheme '{scheme}'; use one of {kinds}, zip and tar")
     if "::" in rest:
         raise MediaError(
-            f"{location} chains file systems; of such addresses only zip://MEMBER::ARCHIVE and tar://MEMBER::ARCHIVE are "
-            "supported"
+            f"{location} chains file systems; of such addresses only zip://MEMBER::ARCHIVE and tar://MEMBER::ARCHIVE "
+            "are supported"
         )
     return scheme
 
