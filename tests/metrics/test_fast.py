@@ -1,4 +1,4 @@
-"""The counted corpus: the same numbers as the readable reference whatever the chunks, no collision, memory that stays bounded."""
+"""The counted corpus gives the scores of the readable reference for any chunks, in bounded memory, without collisions."""
 
 from __future__ import annotations
 

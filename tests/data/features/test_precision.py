@@ -88,7 +88,9 @@ def test_the_error_is_measured_from_what_the_encoder_gave(
     exact = torch.stack(list(features.values())).double()
     error = torch.stack([store.read(content)[0] for content in clips.hashes]).double() - exact
     assert store.deviation is not None
-    assert store.deviation.max * float(exact.square().mean().sqrt()) == pytest.approx(float(error.abs().max()), rel=1e-5)
+    assert store.deviation.max * float(exact.square().mean().sqrt()) == pytest.approx(
+        float(error.abs().max()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])

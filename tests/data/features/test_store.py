@@ -197,7 +197,7 @@ def test_clips_of_different_sizes_share_a_store_without_padding(
 
 
 def test_times_are_kept_to_the_last_digit(tmp_path: Path, make_recipe: Make) -> None:
-    """Of clips with more and fewer frames, in shards that come one after another, and of one whose times nobody knew."""
+    """Clips with more and fewer frames, in successive shards, and one whose times are unknown."""
     times_s: list[FrameTimes | None] = [(1 / 3, 2 / 3), (0.1, 7e4 / 3, 7e4), None, (0.0,)]
     samples: list[Sample | Skipped] = [
         Sample(
@@ -241,7 +241,9 @@ def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe
 
     store = fill(make_recipe(variable_frames=True))
     assert [store.read(content)[0].shape for content in hashes] == [(length, 4, 3) for length in lengths]
-    with pytest.raises(UserError, match=r"clip 1 have shape \(1, 4\), but earlier ones \(4, 4\), and cannot share a store"):
+    with pytest.raises(
+        UserError, match=r"clip 1 have shape \(1, 4\), but earlier ones \(4, 4\), and cannot share a store"
+    ):
         fill(make_recipe())
 
 

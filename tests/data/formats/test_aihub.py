@@ -1,4 +1,4 @@
-"""AI Hub data is read deterministically in any arrangement of folders and archives, and each fault is told of the clip that has it."""
+"""AI Hub data is read deterministically in any layout of folders and archives, and each fault names its clip."""
 
 from __future__ import annotations
 

@@ -133,7 +133,9 @@ class Isolated:
             facts, tensor = child.ask(request, time.monotonic() + self.timeout_s + _GRACE_S)
         except TimeoutError:
             self._discard(child)
-            raise _TooSlowError(f"decoding took longer than data.decode_timeout_s={self.timeout_s:g} and was stopped") from None
+            raise _TooSlowError(
+                f"decoding took longer than data.decode_timeout_s={self.timeout_s:g} and was stopped"
+            ) from None
         except OSError:  # the child's end of the connection is closed
             raise LostError(_describe(self._discard(child, patience_s=_EXIT_S))) from None
         except BaseException:  # an interrupt: the pending answer must not be taken for that of the next call
