@@ -131,8 +131,8 @@ def test_lexicon_comes_from_a_json_file(tmp_path: Path) -> None:
         ('{"place": ["바다"]}', "fact 'place' of"),
         ('{"place": {"바다": "바다"}}', "list of phrases"),
         ('{"place": {"바다": []}}', "list of phrases"),
-        ('{"place": {"바다": [" "]}}', "empty or no text"),
-        ('{"place": {"바다": [3]}}', "empty or no text"),
+        ('{"place": {"바다": [" "]}}', "empty or not text"),
+        ('{"place": {"바다": [3]}}', "empty or not text"),
         ('{"place": {"바다": ["물"], "강": ["물"]}}', "both '바다' and '강'"),
     ],
 )

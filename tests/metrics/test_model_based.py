@@ -215,7 +215,7 @@ def test_idf_and_layer_change_the_score(bert: str) -> None:
     assert scores(None, False) == scores(2, False)
     assert len({round(scores(layer, idf), 5) for layer in (0, 1, 2) for idf in (False, True)}) == 6
     for layer in (-1, 3):
-        with pytest.raises(ValueError, match=f"bert_layer={layer}: .* has the layers 0 to 2"):
+        with pytest.raises(ValueError, match=f"bert_layer={layer} .* has the layers 0 to 2"):
             BertScorer(bert, layer=layer)
 
 

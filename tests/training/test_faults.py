@@ -24,7 +24,7 @@ REASONS = {
     "bad-label": "is no JSON",
     "cp949": "is not UTF-8 text",
     "lonely": "there is no clip for the label",
-    "train0": "it is damaged, truncated or no video",
+    "train0": "it is damaged, truncated or not a video",
     "train1": "the file is empty",
     "train2": "decoding took longer than data.decode_timeout_s=2 and was stopped",
 }

@@ -32,7 +32,7 @@ def overflowing(frames: Tensor, grids: object) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_features_that_overflow_are_refused(tmp_path: Path, numbered: Make, make_recipe: Make, dtype: str) -> None:
     clips = numbered(5)
-    with pytest.raises(UserError, match=rf"클립0 overflow cache\.dtype={dtype}: set cache\.dtype=bfloat16"):
+    with pytest.raises(UserError, match=rf"클립0 overflow cache\.dtype={dtype}; set cache\.dtype=bfloat16"):
         fill_store(FeatureStore(tmp_path, make_recipe(dtype=dtype)), clips.hashes, clips.batches, overflowing)
     fill_store(FeatureStore(tmp_path, make_recipe(dtype="bfloat16")), clips.hashes, clips.batches, overflowing)
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_beforehand(
     store = FeatureStore(tmp_path / "features", make_recipe())
     usage = type("Usage", (), {"free": 20 * 2 * 4 * 8 * 2 - 1})
     monkeypatch.setattr(filling.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 0\.0 GB more in .*: set cache\.dtype=int8"):
+    with pytest.raises(UserError, match=r"needs 0\.0 GB more in .* or set cache\.dtype=int8"):
         fill_store(store, clips.hashes, clips.batches, clips.encode)
     assert len(clips.encoded()) == 3
     usage.free += 1  # type: ignore[attr-defined]

@@ -114,7 +114,7 @@ def test_keys_may_be_dotted(root: Path) -> None:
         ({"video": "../a.mp4", "caption": "바다."}, "'..' in it"),
         ({"video": "/etc/passwd", "caption": "바다."}, "an absolute path"),
         ({"video": "s3://bucket/a.mp4", "caption": "바다."}, "is an address"),
-        ({"video": "a\ud800.mp4", "caption": "바다."}, "is no name of a file"),
+        ({"video": "a\ud800.mp4", "caption": "바다."}, "is not a file name"),
     ],
 )
 def test_bad_lines_are_named(root: Path, line: Any, reason: str) -> None:
@@ -157,7 +157,8 @@ def test_memory_is_flat(root: Path) -> None:
 def test_missing_annotations_say_what_is_there(root: Path) -> None:
     write(root / "all.jsonl", GOOD)
     with pytest.raises(
-        UserError, match=r"data\.annotations=train\.jsonl is no file .*; there are all\.jsonl: set data\.annotations"
+        UserError,
+        match=r"data\.annotations=train\.jsonl is not a file .*; that folder contains all\.jsonl, so set data\.annotations",
     ):
         read(root, annotations="train.jsonl")
     with pytest.raises(UserError, match=r"data\.annotations has no value"):

@@ -112,7 +112,7 @@ def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
     (record,) = read(tmp_path, caption_key="ko.text")
     assert record.clip.captions == ("배 한 척",)
     with pytest.raises(
-        UserError, match=r"data\.caption_key=caption_ko; the first has text at video_id, caption, ko\.text"
+        UserError, match=r"data\.caption_key=caption_ko, the first has text at video_id, caption, ko\.text"
     ):
         read(tmp_path, caption_key="caption_ko")
 
@@ -121,9 +121,9 @@ def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         ({"videos": [video(0)]}, "keys info, videos where an object with a list 'sentences' belongs"),
-        ({"sentences": sentences(0)}, "list 'videos' belongs"),
+        ({"sentences": sentences(0)}, "a list 'videos'; name"),
         ({"videos": [], "sentences": []}, "has no entries"),
-        ({"videos": {}, "sentences": []}, "list 'videos' belongs"),
+        ({"videos": {}, "sentences": []}, "a list 'videos'; name"),
         ({"videos": [video(0)], "sentences": []}, "no sentence of the video"),
     ],
 )

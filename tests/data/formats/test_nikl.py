@@ -94,5 +94,5 @@ def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"no file .* that names the split test"):
         read(tmp_path, "test")
     write(tmp_path, "train_and_val.jsonl", [line("train", 1)])
-    with pytest.raises(UserError, match=r"train_and_val\.jsonl could be of train and of val; rename it"):
+    with pytest.raises(UserError, match=r"train_and_val\.jsonl could belong to train or to val; rename it"):
         read(tmp_path)

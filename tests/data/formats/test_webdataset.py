@@ -92,7 +92,7 @@ def test_splits_are_folders_or_parts_of_names(tmp_path: Path) -> None:
         ]
         assert [item.clip.id for item in read(place, "{split}/*.tar", "val")] == ["valid/000/000002"]
         assert len(read(place, "{train,valid}/{000..000}.tar")) == 3
-        with pytest.raises(UserError, match=r"is no file below data\.root"):
+        with pytest.raises(UserError, match=r"is not a file below data\.root"):
             read(place, "{split}/*.tar", "test")
 
 
@@ -118,7 +118,7 @@ def test_braces() -> None:
 def test_a_shard_that_is_spelled_out_must_be_there(tmp_path: Path) -> None:
     write_shard(tmp_path / "clips-0.tar", samples(0, 1))
     for place in (tmp_path, upload(tmp_path)):
-        with pytest.raises(UserError, match=r"clips-1\.tar is no file"):
+        with pytest.raises(UserError, match=r"clips-1\.tar is not a file"):
             read(place, "clips-{0..1}.tar")
 
 

@@ -166,7 +166,7 @@ def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(
     monkeypatch.setattr(worker_report, "shared_memory_problem", lambda: problem)
     watch = WorkerWatch()
     dataset = watch.watch(Deadly(5, lambda: time.sleep(60)), CLIPS)
-    cause = problem or r"look at the disk .* data\.num_workers=0"
+    cause = problem or r"check the disk .* data\.num_workers=0"
     with (
         pytest.raises(
             UserError, match=rf"^no batch came .* for 2 s while they read clip5 \(videos/clip5\.mp4\): {cause}"

@@ -99,7 +99,7 @@ def test_no_name_escapes(root: Path, name: str, media: str) -> None:
         ("out/secret.mp4", "link out of data.root"),
         ("stolen.mp4", "link out of data.root"),
         ("sub", "there is no file"),
-        ("", "no name of a file"),
+        ("", "not a file name"),
         ("lost.mp4", "there is no file"),
         ("x" * 5000, "there is no file"),
     ],
