@@ -127,7 +127,7 @@ def test_lexicon_comes_from_a_json_file(tmp_path: Path) -> None:
         ("[]", "must be a non-empty object"),
         ("{}", "must be a non-empty object"),
         ("{", "Cannot read the fact lexicon"),
-        ('{"mean": {"a": ["a"]}}', 'a fact "mean"'),
+        ('{"mean": {"a": ["a"]}}', 'the fact "mean"'),
         ('{"place": ["바다"]}', "fact 'place' of"),
         ('{"place": {"바다": "바다"}}', "list of phrases"),
         ('{"place": {"바다": []}}', "list of phrases"),

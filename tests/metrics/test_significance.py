@@ -302,7 +302,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: approximate_randomization(METRIC, mean_metric("y", [1.0, 2.0])),
         "x of 2 clips and y of 2 clips",
     ),
-    "no number a clip": (lambda: mean_metric("x", [[1.0]]), "one number a clip"),
+    "no number a clip": (lambda: mean_metric("x", [[1.0]]), "one number per clip"),
 }
 
 

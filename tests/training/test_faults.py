@@ -21,7 +21,7 @@ from vlmcap.errors import UserError
 from vlmcap.training.run import train
 
 REASONS = {
-    "bad-label": "is no JSON",
+    "bad-label": "is not JSON",
     "cp949": "is not UTF-8 text",
     "lonely": "there is no clip for the label",
     "train0": "it is damaged, truncated or not a video",

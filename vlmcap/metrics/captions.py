@@ -136,7 +136,7 @@ def _entry(row: Any, location: str, wanted: str) -> _Entry:
     references = row.get("references", row.get("reference", text if wanted == "references" else None))
     if (prediction if wanted == "prediction" else references) is _MISSING:
         keys = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{location} has no key {wanted} (nor caption, as in COCO's files), only {keys}; add the key.")
+        raise UserError(f"{location} has no key {wanted} (nor caption, as in COCO's files), its keys are {keys}; add it.")
     references = [references] if isinstance(references, str) else references
     category = row.get("category")
     return _Entry(
@@ -172,7 +172,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
 

@@ -237,9 +237,9 @@ def test_the_keys_that_are_there_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "x.json is no JSON"),
-        (b"{", "x.json is no JSON"),
-        (b"[" * 100_000, "x.json is no JSON"),
+        (b"", "x.json is not JSON"),
+        (b"{", "x.json is not JSON"),
+        (b"[" * 100_000, "x.json is not JSON"),
         ('{"a": "바다"}'.encode("cp949"), "x.json is not UTF-8 text .*cp949"),
         ('{"a": "바다"}'.encode("utf-16"), "x.json is not UTF-8 text .*UTF-16"),
     ],

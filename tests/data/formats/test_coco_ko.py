@@ -119,10 +119,10 @@ def test_another_layout_is_described(tmp_path: Path, content: Any, reason: str) 
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b'[{"file_path": ', "is no JSON"),
+        (b'[{"file_path": ', "is not JSON"),
         (json.dumps([entry(1)], ensure_ascii=False).encode("cp949"), "not UTF-8 text"),
-        (b"[" * 100_000, "is no JSON"),
-        (b"", "is no JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"", "is not JSON"),
     ],
 )
 def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path, raw: bytes, reason: str) -> None:

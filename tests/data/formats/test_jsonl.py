@@ -93,8 +93,8 @@ def test_keys_may_be_dotted(root: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{", "the line is no JSON"),
-        (b"[" * 100_000, "the line is no JSON"),
+        (b"{", "the line is not JSON"),
+        (b"[" * 100_000, "the line is not JSON"),
         (b"3", "the line is not a JSON object"),
         ('{"caption": "바다"}'.encode("cp949"), "the line is not UTF-8 text (byte 13"),
         ({"caption": "바다."}, "none of them, but caption"),

@@ -71,7 +71,7 @@ def test_bad_lines_are_named_by_their_number(tmp_path: Path) -> None:
     assert [item.clip.captions for item in entries if isinstance(item, Record)] == [("한 줄 두 줄",)]
     reasons = {item.clip.id: item.reason for item in entries if isinstance(item, Skipped)}
     assert list(reasons) == ["line 1", "nikl-train-000000", "nikl-train-000002", "line 6"]
-    assert "train.jsonl is no JSON" in reasons["line 1"]
+    assert "train.jsonl is not JSON" in reasons["line 1"]
     assert "no input" in reasons["line 6"]
 
 

@@ -182,8 +182,8 @@ def test_bad_samples_are_named(tmp_path: Path) -> None:
         reasons = {item.clip.id: item.reason for item in entries if isinstance(item, Skipped)}
         assert list(reasons) == ["s/alone", "s/broken", "s/korean", "s/bare", "s/wrong", "s/deep"]
         assert "no video or image, only json" in reasons["s/alone"]
-        assert "is no JSON" in reasons["s/broken"] and "is no JSON" in reasons["s/deep"]
-        assert "no UTF-8" in reasons["s/korean"]
+        assert "is not JSON" in reasons["s/broken"] and "is not JSON" in reasons["s/deep"]
+        assert "not UTF-8" in reasons["s/korean"]
         assert "it has mp4" in reasons["s/bare"]
         assert "text at text" in reasons["s/wrong"]
 
