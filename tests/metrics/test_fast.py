@@ -1,4 +1,4 @@
-"""The counted corpus gives the scores of the readable reference for any chunks, in bounded memory, without collisions."""
+"""Counted corpora score like the readable reference for any chunks, with bounded memory and no collisions."""
 
 from __future__ import annotations
 

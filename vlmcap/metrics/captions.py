@@ -136,7 +136,9 @@ def _entry(row: Any, location: str, wanted: str) -> _Entry:
     references = row.get("references", row.get("reference", text if wanted == "references" else None))
     if (prediction if wanted == "prediction" else references) is _MISSING:
         keys = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{location} has no key {wanted} (nor caption, as in COCO's files), its keys are {keys}; add it.")
+        raise UserError(
+            f"{location} has no key {wanted} (nor caption, as in COCO's files), its keys are {keys}; add it."
+        )
     references = [references] if isinstance(references, str) else references
     category = row.get("category")
     return _Entry(

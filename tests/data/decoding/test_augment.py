@@ -1,4 +1,4 @@
-"""Augmentation is off by default, reproducible, equal for all frames of a clip, within its limits, and never mirrors."""
+"""Augmentation is off by default, repeatable, equal for all frames of a clip, within its limits, and never mirrored."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ SLICE = [
 
 @dataclass(frozen=True)
 class Decoded:
-    """Return the numbers of all frames in PyAV's order, their times if PyAV knows them, and whether they are rotated."""
+    """Return the numbers of all frames in PyAV's order, their times if PyAV knows them, and if they are rotated."""
 
     numbers: list[int]
     times_s: list[float] | None

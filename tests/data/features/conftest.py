@@ -1,4 +1,4 @@
-"""Clips that are identified by a number, which alone determines their features, so that any process can check a read."""
+"""Clips identified by a number, which alone determines their features, so that any process can check a read."""
 
 from __future__ import annotations
 

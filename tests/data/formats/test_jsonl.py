@@ -158,7 +158,7 @@ def test_missing_annotations_say_what_is_there(root: Path) -> None:
     write(root / "all.jsonl", GOOD)
     with pytest.raises(
         UserError,
-        match=r"data\.annotations=train\.jsonl is not a file .*; that folder contains all\.jsonl, so set data\.annotations",
+        match=r"annotations=train\.jsonl is not a file .*; that folder contains all\.jsonl, so set data\.annotations",
     ):
         read(root, annotations="train.jsonl")
     with pytest.raises(UserError, match=r"data\.annotations has no value"):
