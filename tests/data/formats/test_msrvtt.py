@@ -120,7 +120,7 @@ def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"videos": [video(0)]}, "keys info, videos where an object with a list 'sentences' belongs"),
+        ({"videos": [video(0)]}, "keys info, videos instead of an object with a list 'sentences'"),
         ({"sentences": sentences(0)}, "a list 'videos'; name"),
         ({"videos": [], "sentences": []}, "has no entries"),
         ({"videos": {}, "sentences": []}, "a list 'videos'; name"),
