@@ -1,4 +1,4 @@
-"""Configurations of tests: Hydra composes each choice of files once, and what sets single values is put into a copy of it."""
+"""Configurations of tests: Hydra composes each choice of files one time, and single values are set in a copy of it."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ class GatedProjector(Projection[GatedConfig]):
     def __init__(self, config, sizes):
         super().__init__()
         inner = sizes.out_dim * config.expansion
-        self.gate, self.up, self.down = nn.Linear(sizes.in_dim, inner), nn.Linear(sizes.in_dim, inner), nn.Linear(inner, sizes.out_dim)
+        self.gate, self.up = nn.Linear(sizes.in_dim, inner), nn.Linear(sizes.in_dim, inner)
+        self.down = nn.Linear(inner, sizes.out_dim)
 
     def forward(self, tokens, layout):
         return self.down(F.silu(self.gate(tokens)) * self.up(tokens))

@@ -1,4 +1,4 @@
-"""A distribution with a projector and an encoder, built, installed beside, and used by whole programs that know nothing of it."""
+"""A distribution with a projector and an encoder is built, installed, and used by programs that do not know it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,12 @@ content = torch.load(checkpoint, weights_only=True)
 video = next((out / "cache" / "demo").glob("clips-*/test/videos/*.mp4"))
 captions = [vlmcap.load(source).caption([video])[0] for source in (checkpoint, out / "export")]
 origin = json.loads((out / "export" / "vlmcap" / "origin.json").read_text())
-found = {"steps": content["global_step"], "plugins": content["vlmcap"]["plugins"], "exported": origin["plugins"], "captions": captions}
+found = {
+    "steps": content["global_step"],
+    "plugins": content["vlmcap"]["plugins"],
+    "exported": origin["plugins"],
+    "captions": captions,
+}
 (out / "found.json").write_text(json.dumps(found))
 """
 

@@ -63,7 +63,8 @@ def test_nothing_heavy_is_loaded(arguments: tuple[str, ...], expected: str) -> N
 @pytest.mark.slow
 def test_the_names_are_those_of_modules_and_work_does_load_them() -> None:
     assert all(importlib.util.find_spec(name) for name in HEAVY)
-    code = "import json, sys, vlmcap.training.run, vlmcap.training.module; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    imports = "import json, sys, vlmcap.training.run, vlmcap.training.module"
+    code = f"{imports}; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     assert {"torch", "lightning", "numpy"} <= set(run(code=code)[1])
 
 

@@ -1,4 +1,4 @@
-"""Folders that cannot be written to end in one sentence, and a full disk takes neither checkpoints nor `status.json`."""
+"""Folders that are not writable give one sentence, and a full disk destroys neither checkpoints nor `status.json`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ EVERY_NTH = {
     "tests/data/decoding/test_timeline.py::*": 2,
     "tests/data/decoding/test_video.py::*": 2,
     "tests/data/features/test_sharing.py::*": 3,
-    "tests/data/loading/test_dataset.py::*": 2,
+    "tests/data/loading/test_clip_dataset.py::*": 2,
     "tests/data/loading/test_isolation.py::*": 4,
     "tests/demo/test_prepare.py::*": 3,
     "tests/devices/test_devices.py::*": 5,

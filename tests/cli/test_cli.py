@@ -120,7 +120,7 @@ def test_features_are_built_listed_and_pruned(
         cli.main(["cache", "verify", where])
     said = capsys.readouterr()
     assert ended.value.code == 1 and said.out.startswith("Damaged: 1 clips in 1 files of ")
-    assert f"{shard}: the features of 1 clips are not those that were written (first " in said.err
+    assert f"{shard}: the features of 1 clips differ from those that were written (first " in said.err
     cli.main(["cache", "verify", where])
     assert capsys.readouterr().out.startswith("21 clips in ")
     assert (

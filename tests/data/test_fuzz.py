@@ -23,7 +23,7 @@ from tests.data.fuzz_labels import damage_labels
 from vlmcap.config import AihubConfig, DataConfig, JsonlConfig
 from vlmcap.data.decoding.video import DecodeLimits
 from vlmcap.data.formats import Record, read_records
-from vlmcap.data.loading.dataset import ClipDataset
+from vlmcap.data.loading.clip_dataset import ClipDataset
 from vlmcap.data.skipped_clips import SkippedClipLog
 from vlmcap.data.text import normalize_caption
 from vlmcap.errors import UserError
@@ -190,7 +190,7 @@ def one_line(labels: list[tuple[str, bytes, bool]]) -> Iterator[tuple[str, bytes
 
 
 def check_label(entry: Record | Skipped) -> None:
-    """A usable entry has normalised captions that any file can hold; a refusal is one short sentence."""
+    """A usable entry has normalized captions that any file can hold; a refusal is one short sentence."""
     if isinstance(entry, Record):
         assert entry.clip.captions
         for caption in entry.clip.captions:

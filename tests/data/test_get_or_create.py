@@ -1,4 +1,4 @@
-"""A folder is made once by whichever process is first, and a making that fails or is killed leaves nothing that counts."""
+"""A folder is created one time by the fastest process, and an attempt that fails or is killed leaves nothing valid."""
 
 from __future__ import annotations
 

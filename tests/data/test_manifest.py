@@ -82,7 +82,7 @@ def test_the_name_is_the_content(tmp_path: Path) -> None:
 def test_equal_ids_are_refused_with_both_clips(tmp_path: Path) -> None:
     twins = [Clip("x", "v/1.mp4", ("바다.",)), *make_clips(50), Clip("x", "v/2.mp4", ("산.",))]
     with pytest.raises(
-        UserError, match=r"the id 'x' stands for two clips of one split, v/1\.mp4 \('바다\.'\) and v/2\.mp4 \('산\.'\)"
+        UserError, match=r"two clips of one split have the id 'x', v/1\.mp4 \('바다\.'\) and v/2\.mp4 \('산\.'\)"
     ):
         write_table(twins, tmp_path)
     assert list(tmp_path.iterdir()) == []

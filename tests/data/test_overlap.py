@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmcap.data.features import content
+from vlmcap.data.features import content_hash as content
 from vlmcap.data.overlap import describe_overlap
 from vlmcap.types import Clip
 
@@ -59,9 +59,9 @@ def test_one_file_in_three_splits_is_named(tmp_path: Path, how: str) -> None:
     sentence = describe_overlap(clips, tmp_path / "memo")
     assert sentence is not None and "\n" not in sentence
     assert sentence.startswith(
-        "the same videos are in train and val (2), train and test (1), val and test (1), so scores will be too good"
+        "the same videos are in train and val (2), train and test (1), val and test (1), so scores will be too high"
     )
-    assert f"first train/a ({video}) = val/y (" in sentence
+    assert f"the first is train/a ({video}) = val/y (" in sentence
 
 
 def test_remote_videos_are_compared_by_address(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_moved_data_set_keeps_its_splits() -> None:
         )
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("(", "is no regular expression"), ("a.*", "has no group")])
+@pytest.mark.parametrize(("pattern", "message"), [("(", "is not a regular expression"), ("a.*", "has no group")])
 def test_bad_patterns_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SplitDrawer(SplitConfig(random=True, val=0.1, test=0.1, group_pattern=pattern), "/set")

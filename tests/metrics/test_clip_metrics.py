@@ -48,7 +48,7 @@ def test_facts(corpus: tuple[list[str], list[list[str]]]) -> None:
 
 def test_what_is_no_score_of_clips(corpus: tuple[list[str], list[list[str]]]) -> None:
     for name in ("self_bleu", "loss", "facts/mean"):  # no lexicon
-        with pytest.raises(UserError, match="no score of clips"):
+        with pytest.raises(UserError, match="not a score of clips"):
             clip_scores(name, *corpus, tokenizer=get_tokenizer("char"))
     assert not is_clip_score("distinct_ratio")
     with pytest.raises(UserError, match="there is no fact colours"):

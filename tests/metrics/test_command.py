@@ -120,8 +120,8 @@ def test_a_collapsed_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
 MISTAKES: list[tuple[object, tuple[str, ...], str]] = [
     ([{"prediction": "a"}], (), "entry 1 has no references; name their file with --references"),
     ([{"text": "a"}], (), "p.jsonl: entry 1 has no key prediction .*its keys are text"),
-    ('{"prediction": "a"\n', (), "p.jsonl, line 1 is no JSON"),
-    ("[1, 2]\n", (), "entry 1 is no JSON object"),
+    ('{"prediction": "a"\n', (), "p.jsonl, line 1 is not JSON"),
+    ("[1, 2]\n", (), "entry 1 is not a JSON object"),
     ("", (), "There are no captions to score"),
     (rows() + rows(), (), "two predictions have the id c0"),
     ([{"prediction": None, "references": ["a"]}], (), "The prediction of clip 0 is None"),

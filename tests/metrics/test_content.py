@@ -100,8 +100,8 @@ def test_synonyms_count_in_every_form(tmp_path: Path) -> None:
     [
         ("{", "Cannot read the synonyms"),
         ("[]", "must be an object"),
-        ('{"개": "강아지"}', "give '개' a list"),
-        ('{"개": [3]}', "give '개' a list"),
+        ('{"개": "강아지"}', "'개' needs a list"),
+        ('{"개": [3]}', "'개' needs a list"),
         ('{"개": [" "]}', "none of them empty"),
         ('{"배": ["선박"], "과일": ["배"]}', "'배' counts as both '배' and '과일'"),
     ],

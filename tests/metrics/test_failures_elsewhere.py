@@ -1,4 +1,4 @@
-"""What other tools do to Korean captions, shown on the tools where they are at hand, and that it does not happen here."""
+"""Errors of other tools with Korean captions, shown on the tools if they are installed, which do not occur here."""
 
 from __future__ import annotations
 

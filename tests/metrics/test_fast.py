@@ -1,4 +1,4 @@
-"""The counted corpus: the same numbers as the readable reference whatever the chunks, no collision, memory that stays bounded."""
+"""Counted corpora score like the readable reference for any chunks, with bounded memory and no collisions."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_references_are_tokenised_once_for_all_epochs() -> None:
 
 def test_where_no_worker_starts_the_tokens_come_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> list[list[str]]:
-        raise RuntimeError("A tokeniser process stopped")
+        raise RuntimeError("A tokenizer process stopped")
 
     expected = score_captions(["바다가 보인다", "산"], [["바다"], ["산이 보인다"]], metrics=["bleu_1", "rouge_l"])
     scores._COUNTED.clear()

@@ -150,7 +150,7 @@ def test_an_empty_caption_fits_nothing(siglip: str) -> None:
 
 
 def test_what_siglip_cannot_score_is_told(siglip: str, bert: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a bert model: give one of SigLIP or SigLIP 2"):
+    with pytest.raises(ValueError, match="is a bert model; give one of SigLIP or SigLIP 2"):
         SiglipScorer(bert)
     with pytest.raises(ValueError, match=r"siglip_checkpoint=.*: AutoModel cannot load it") as told:
         SiglipScorer(str(tmp_path))
@@ -169,7 +169,7 @@ def test_identical_texts_give_one_and_others_less(bert: str) -> None:
             assert score == pytest.approx((1, 1, 1, False), abs=1e-6)
         for score in scorer.score(CAPTIONS, REFERENCES, idf=idf):
             assert score.f1 < 0.999
-    # What normalisation makes equal is equal.
+    # What normalization makes equal is equal.
     assert scorer.score(["바다\u200b\u2028에"], [["바다 에"]])[0].f1 == pytest.approx(1, abs=1e-6)
 
 
@@ -215,7 +215,7 @@ def test_idf_and_layer_change_the_score(bert: str) -> None:
     assert scores(None, False) == scores(2, False)
     assert len({round(scores(layer, idf), 5) for layer in (0, 1, 2) for idf in (False, True)}) == 6
     for layer in (-1, 3):
-        with pytest.raises(ValueError, match=f"bert_layer={layer}: .* has the layers 0 to 2"):
+        with pytest.raises(ValueError, match=f"bert_layer={layer} .* has the layers 0 to 2"):
             BertScorer(bert, layer=layer)
 
 

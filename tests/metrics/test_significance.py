@@ -246,7 +246,7 @@ def test_many_runs_are_compared_with_the_baseline_and_corrected() -> None:
     assert found["b"].low > 0
     assert found["c"].adjusted_p_value > 0.05
     assert found["c"].p_value == paired_bootstrap(runs["a"], runs["c"]).p_value
-    with pytest.raises(UserError, match="no run 'd' to compare with: choose one of a, b, c"):
+    with pytest.raises(UserError, match="no run 'd' to compare with; choose one of a, b, c"):
         compare_runs(runs, baseline="d")
 
 
@@ -293,8 +293,8 @@ def test_a_thousand_resamples_of_a_thousand_clips_take_seconds() -> None:
 
 METRIC = mean_metric("x", [1.0, 2.0])
 WRONG: dict[str, tuple[Any, str]] = {
-    "resamples": (lambda: bootstrap(METRIC, resamples=1), "resamples must be at least 2, got 1"),
-    "confidence": (lambda: bootstrap(METRIC, confidence=95), "confidence must lie between 0 and 1, got 95"),
+    "resamples": (lambda: bootstrap(METRIC, resamples=1), "resamples must be at least 2, not 1"),
+    "confidence": (lambda: bootstrap(METRIC, confidence=95), "confidence must be between 0 and 1, not 95"),
     "method": (lambda: bootstrap(METRIC, method="t"), "choose percentile or bca"),  # type: ignore[arg-type]
     "no clips": (lambda: bootstrap(mean_metric("x", [])), "no clips"),
     "unequal": (lambda: paired_bootstrap(METRIC, mean_metric("x", [1.0])), "x of 2 clips and x of 1 clips"),
@@ -302,7 +302,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: approximate_randomization(METRIC, mean_metric("y", [1.0, 2.0])),
         "x of 2 clips and y of 2 clips",
     ),
-    "no number a clip": (lambda: mean_metric("x", [[1.0]]), "one number a clip"),
+    "no number a clip": (lambda: mean_metric("x", [[1.0]]), "one number per clip"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Normalisation and tokenisers.
+"""Normalization and tokenizers.
 
 What would make two equal captions differ, or split one caption in two, must not get through.
 """
@@ -130,7 +130,7 @@ def test_versions_name_the_packages() -> None:
 
 
 def test_unknown_name_is_told_the_choices() -> None:
-    with pytest.raises(UserError, match=r"'mecab': choose one of mecab_ko, kiwi, char, whitespace, ptb\.$"):
+    with pytest.raises(UserError, match=r"'mecab'; choose one of mecab_ko, kiwi, char, whitespace, ptb\.$"):
         get_tokenizer("mecab")
 
 

@@ -69,7 +69,7 @@ def test_workers_are_started_for_many_characters_only(monkeypatch: pytest.Monkey
 
 
 def test_a_number_of_workers_below_1_and_a_worker_that_stops_are_told() -> None:
-    with pytest.raises(UserError, match="workers must be at least 1, got 0"):
+    with pytest.raises(UserError, match="workers must be at least 1, not 0"):
         get_tokenizer("char").tokenize_many(TEXTS, 0)
     with pytest.raises(RuntimeError, match="Unknown tokenizer 'none'"):
         tokenizers.tokenize_in_processes("none", False, TEXTS, 2)

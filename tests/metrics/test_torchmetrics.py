@@ -185,5 +185,5 @@ def test_width_and_synonyms_are_passed_on() -> None:
         values.append(score.compute())
     assert values[1]["bleu_1"] > values[0]["bleu_1"]
     assert values[1]["content_recall"] > values[0]["content_recall"]
-    with pytest.raises(UserError, match="list of words"):
+    with pytest.raises(UserError, match="list of equivalent words"):
         CaptionScore(synonyms={"해변": "바닷가"})  # type: ignore[dict-item]

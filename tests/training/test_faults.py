@@ -16,15 +16,15 @@ import pytest
 
 from vlmcap.compose import compose
 from vlmcap.config import Config
-from vlmcap.data.loading import dataset, isolation
+from vlmcap.data.loading import clip_dataset as dataset, isolation
 from vlmcap.errors import UserError
 from vlmcap.training.run import train
 
 REASONS = {
-    "bad-label": "is no JSON",
-    "cp949": "is no UTF-8 text",
+    "bad-label": "is not JSON",
+    "cp949": "is not UTF-8 text",
     "lonely": "there is no clip for the label",
-    "train0": "it is damaged, truncated or no video",
+    "train0": "it is damaged, truncated or not a video",
     "train1": "the file is empty",
     "train2": "decoding took longer than data.decode_timeout_s=2 and was stopped",
 }
@@ -106,6 +106,6 @@ def test_a_worker_that_dies_is_reported_with_its_clip(
     monkeypatch.setattr(dataset, "read_timed_frames", die)
     with pytest.raises(
         UserError,
-        match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\): take that clip out",
+        match=r"^a data worker, process \d+, died .*while it read train4 \(.*train4\.mp4\): remove that clip",
     ):
         train(configure(real_path, aihub_root, "data.is_isolated=false"))

@@ -176,7 +176,9 @@ def test_a_clip_that_does_not_decode_is_named_counted_and_skipped(
 @pytest.mark.parametrize("is_cached", thinned([False, True], bool), ids=["decoded", "cached"])
 def test_too_many_bad_clips_end_the_run(tiny_config: MakeConfig, tmp_path: Path, is_cached: bool) -> None:
     config = tiny_config(tmp_path / "run", f"cache.enabled={str(is_cached).lower()}", "data.max_bad_fraction=0.02")
-    with pytest.raises(UserError, match=r"more than data\.max_bad_fraction=0\.02 allows; first: train_0000[137]"):
+    with pytest.raises(
+        UserError, match=r"more than data\.max_bad_fraction=0\.02 allows, the first being train_0000[137]"
+    ):
         train(spoil(config, ["train_00001", "train_00003", "train_00007"], tmp_path / "data"))
     assert not (tmp_path / "run" / "summary.json").exists()
 

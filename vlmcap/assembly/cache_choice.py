@@ -20,7 +20,7 @@ from vlmcap.terminal import duration, gigabytes, grouped
 if TYPE_CHECKING:
     from vlmcap.assembly.datasets import FeaturePlan
     from vlmcap.data.features.store import FeatureStore
-    from vlmcap.data.loading.dataset import ClipDataset
+    from vlmcap.data.loading.clip_dataset import ClipDataset
     from vlmcap.types import Clip
 
 # Dense half-precision peaks of the data sheets, in FLOP a second.

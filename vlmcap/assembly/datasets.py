@@ -13,7 +13,7 @@ from vlmcap.config import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmcap.data.loading.dataset import ClipDataset
+    from vlmcap.data.loading.clip_dataset import ClipDataset
     from vlmcap.models.encoders import VisionEncoder
     from vlmcap.models.llm.prompt import PromptEncoder
     from vlmcap.types import Batch, Clip, GridTHW, VisualLayout
@@ -33,7 +33,7 @@ def decoded_dataset(
         grid_of: As in `FeaturePlan`.
         clips: In the order of the data set.
     """
-    from vlmcap.data.loading.dataset import ClipDataset
+    from vlmcap.data.loading.clip_dataset import ClipDataset
 
     return ClipDataset(clips, config.data, seed=config.seed, frame_transform=transform, grid_of=grid_of)
 
@@ -101,7 +101,7 @@ class PathReader:
         collator = Collator(self.prompt, self.visual, llm.caption_tokens, mode="generate")
         num_workers = max(0, min(data.num_workers, len(clips) - 1))
         watch = WorkerWatch()
-        watched = watch.over(dataset, clips) if num_workers else dataset
+        watched = watch.watch(dataset, clips) if num_workers else dataset
         with watch.naming_clips():
             options = worker_options(num_workers, batch_size, data.decode_timeout_s)
             is_pinned = self.plan.config.hardware.accelerator != "cpu"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from vlmcap.data.features.recipe import Recipe
     from vlmcap.data.features.store import FeatureStore
-    from vlmcap.data.loading.dataset import ClipDataset
+    from vlmcap.data.loading.clip_dataset import ClipDataset
     from vlmcap.models.encoders import VisionEncoder
     from vlmcap.types import Clip, FrameTimes, GridTHW, Sample, Skipped
 
@@ -57,14 +57,14 @@ class Features:
 
     def hashes_of(self, chosen: Sequence[Clip]) -> NDArray[np.bytes_]:
         """The content hashes of a whole split, or of any clips out of it."""
-        from vlmcap.data.features.content import content_hashes
+        from vlmcap.data.features.content_hash import content_hashes
 
         split = next((split for split, members in self.clips.items() if members is chosen), None)
         return content_hashes(chosen, self.memo) if split is None else self.hashes[split]
 
     def dataset(self, chosen: Sequence[Clip]) -> Dataset[Sample | Skipped]:
         """The features of a whole split, or of any clips out of it."""
-        from vlmcap.data.features.dataset import FeatureDataset, PooledFeatureDataset
+        from vlmcap.data.features.feature_dataset import FeatureDataset, PooledFeatureDataset
 
         hashes = self.hashes_of(chosen)
         if self.pool_size is None:
@@ -73,7 +73,7 @@ class Features:
 
     def layouts(self, chosen: Sequence[Clip]) -> Iterator[tuple[GridTHW | None, FrameTimes | None]]:
         """The clips' sizes in patches, None for the encoder's own, and times; both None for clips without features."""
-        from vlmcap.data.features.dataset import pooled_grid
+        from vlmcap.data.features.feature_dataset import pooled_grid
 
         for content in self.hashes_of(chosen):
             name = bytes(content)
@@ -159,7 +159,7 @@ def recipe_of(plan: FeaturePlan) -> Recipe:
 
 def hash_clips(clips: Mapping[str, Sequence[Clip]], memo: Path) -> dict[str, NDArray[np.bytes_]]:
     """Split name to the content hashes of its clips."""
-    from vlmcap.data.features.content import content_hashes
+    from vlmcap.data.features.content_hash import content_hashes
     from vlmcap.terminal import progress_reporter
 
     hashes = {}
@@ -184,7 +184,7 @@ def warn_of_clips(config: Config, clips: Mapping[str, Sequence[Clip]]) -> None:
 
 def clip_bytes(plan: FeaturePlan) -> int:
     """Bytes that the features of a clip take, those of the largest where sizes vary."""
-    from vlmcap.data.features.dataset import pooled_grid
+    from vlmcap.data.features.feature_dataset import pooled_grid
     from vlmcap.data.features.precision import size_bytes
 
     config, meta_encoder = plan.config, plan.meta_encoder
@@ -313,7 +313,7 @@ def _batches_of(
     def batches(positions: NDArray[np.int64]) -> Iterator[list[Sample | Skipped]]:
         watch, workers = WorkerWatch(), min(num_workers, len(positions))
         loader = DataLoader(
-            watch.over(dataset, dataset.clips) if workers else dataset,
+            watch.watch(dataset, dataset.clips) if workers else dataset,
             batch_size=batch_size,
             sampler=positions.tolist(),
             collate_fn=list,

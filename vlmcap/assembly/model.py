@@ -207,7 +207,7 @@ def _assemble_parts(
     visual, settings, sizes = spec.visual, config.projector, spec.projector
     assert sizes is not None
     if features is not None and features.pool_size is not None and isinstance(settings, TokenProjectorConfig):
-        from vlmcap.data.features.dataset import pooled_grid
+        from vlmcap.data.features.feature_dataset import pooled_grid
 
         # The pool has no weights, so a checkpoint fits both projectors, this one and the one that pools frames that are
         # encoded on the fly.

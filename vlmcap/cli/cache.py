@@ -20,7 +20,7 @@ from vlmcap.assembly.features import features_folder, fill_store, hash_clips, ha
 from vlmcap.assembly.resolving import with_model_kind
 from vlmcap.compose import compose
 from vlmcap.config import Split
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.eviction import StoreInfo, list_stores, remove_store
 from vlmcap.data.features.eviction import prune as prune_stores
 from vlmcap.data.features.store import FeatureStore
@@ -176,5 +176,5 @@ def _row(store: StoreInfo) -> list[str]:
         gigabytes(store.num_bytes),
         time.strftime("%Y-%m-%d %H:%M", time.localtime(store.last_used)),
         f"{recipe.get('dtype', '?')}{pooled}",
-        *(("–", "–") if store.error is None else (f"{store.error.rms:.1e}", f"{store.error.max:.1e}")),
+        *(("–", "–") if store.deviation is None else (f"{store.deviation.rms:.1e}", f"{store.deviation.max:.1e}")),
     ]

@@ -131,7 +131,7 @@ def _items(config: Config, splits: Mapping[str, Sequence[Clip]]) -> Iterator[tup
     for split, clips in splits.items():
         dataset = decoded_dataset(config, Thumbnails(), _no_grid, clips)
         watch, workers = WorkerWatch(), config.data.num_workers
-        watched = watch.over(dataset, clips) if workers else dataset
+        watched = watch.watch(dataset, clips) if workers else dataset
         with watch.naming_clips():
             for item in DataLoader(
                 watched, batch_size=None, **worker_options(workers, 1, config.data.decode_timeout_s)

@@ -1,4 +1,4 @@
-"""Arrays on disk that are read back whole or not at all."""
+"""Arrays in files that are read back completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZi
 
 
 def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Write arrays to an `.npz` file, whose parent folder is made.
+    """Write arrays to an `.npz` file, creating its parent folder.
 
     Raises:
         OSError: The file cannot be written.
@@ -27,7 +27,7 @@ def save_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays of a file, or None where it is absent or damaged.
+    """Load the arrays of an `.npz` file; None if it is absent or damaged.
 
     An `.npz` file is a zip file, whose members have checksums.
     """

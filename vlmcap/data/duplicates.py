@@ -1,10 +1,8 @@
-"""Clips that look alike, found by their pictures.
+"""Search for clips that look alike: copies, re-encodings, and pieces of one scene that fell into two splits.
 
-Copies, re-encodings, and cuts of one scene that fell into two splits.
-
-A picture's hash is its gradient at 9 x 8 grey pixels (dHash): 64 bits, of which scaling, compression and a little noise
-change few. The library imagehash has this hash too, for one PIL image at a time and with scipy and PyWavelets, but no
-search among many clips.
+The hash of a picture is its gradient at 9 x 8 grey pixels (dHash): 64 bits, few of which change with scaling,
+compression and a little noise. The library imagehash has this hash too, but takes one PIL image at a time, requires
+scipy and PyWavelets, and cannot search among many clips.
 """
 
 from __future__ import annotations
@@ -18,13 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NUM_HASHED_FRAMES = 3
-MAX_DISTANCE = 11  # of 192 bits. Two hashes that differ in no more agree in one of their twelve bands of 16 bits, so none is missed.
-_BAND_ROWS = 2048  # compared with each other at once; a larger group, such as black clips, is walked in strips
+# Of 192 bits. Two hashes that differ in at most 11 bits agree in one of their twelve bands of 16 bits, so none is
+# missed.
+MAX_DISTANCE = 11
+_STRIP_SIZE = (
+    2048  # clips compared with each other at a time; a larger group, such as black clips, is split into strips
+)
 _GREY = (0.299, 0.587, 0.114)
 
 
 def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
-    """One number a frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
+    """Return one hash per frame, uint8 (F, 3, H, W) -> uint64 (F,)."""
     grey = (frames.float() * torch.tensor(_GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
     small = F.adaptive_avg_pool2d(grey, (8, 9))
     rises = (small[..., 1:] > small[..., :-1]).flatten(1).numpy()
@@ -33,22 +35,23 @@ def picture_hash(frames: Tensor) -> NDArray[np.uint64]:
 
 
 def look_alikes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> list[list[int]]:
-    """Groups of rows that are near each other, directly or through others.
-
-    Each ascending, and groups by their first row.
+    """Group clips that are near each other, directly or through other clips.
 
     Args:
         hashes: uint64 (N, 3), the hashes of three frames of each clip.
-        max_distance: Bits of 192 in which two clips may differ, at most 11.
+        max_distance: Number of bits, of 192, in which two clips may differ; at most 11.
+
+    Returns:
+        Groups of clip indices, ascending within a group; groups are ordered by their first index.
 
     Raises:
-        ValueError: The shape or the distance is another.
+        ValueError: `hashes` has another shape, or `max_distance` is out of its range.
     """
     if hashes.ndim != 2 or hashes.shape[1] != NUM_HASHED_FRAMES or not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(
             f"hashes must be (N, 3) and max_distance 0 to {MAX_DISTANCE}, not {hashes.shape} and {max_distance}"
         )
-    # Equal rows are one from here on: a thousand black clips are a thousand rows of one hash.
+    # Equal hashes are compared as one: a thousand black clips have a single distinct hash.
     distinct, inverse = np.unique(hashes, axis=0, return_inverse=True)
     parent = np.arange(len(distinct))
     for first, second in _near_pairs(distinct, max_distance):
@@ -71,10 +74,10 @@ def _near_pairs(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[tuple
 
 
 def _compare(hashes: NDArray[np.uint64], group: NDArray[np.int64], max_distance: int) -> Iterable[tuple[int, int]]:
-    for start in range(0, len(group), _BAND_ROWS):
-        strip = group[start : start + _BAND_ROWS]
-        for other_start in range(start, len(group), _BAND_ROWS):
-            other = group[other_start : other_start + _BAND_ROWS]
+    for start in range(0, len(group), _STRIP_SIZE):
+        strip = group[start : start + _STRIP_SIZE]
+        for other_start in range(start, len(group), _STRIP_SIZE):
+            other = group[other_start : other_start + _STRIP_SIZE]
             distance = np.bitwise_count(hashes[strip][:, None] ^ hashes[other][None]).sum(-1)
             for i, j in np.argwhere(distance <= max_distance):
                 if strip[i] < other[j]:

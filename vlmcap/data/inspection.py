@@ -1,6 +1,4 @@
-"""What a data set holds, looked at before anything is trained.
-
-Broken files, captions too long, clips that are twice there.
+"""Inspection of a data set before training: broken files, captions that are too long, duplicate clips.
 
 Legend: N clips, F frames, H/W pixels.
 """
@@ -27,12 +25,12 @@ THUMBNAIL_HEIGHT = 90
 
 @dataclass(frozen=True)
 class Thumbnails:
-    """Makes frames, uint8 (F, 3, H, W), small; a larger picture is never made of a smaller one."""
+    """Scales frames, uint8 (F, 3, H, W), down to a height; smaller frames are left as they are."""
 
     height: int = THUMBNAIL_HEIGHT
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """The frames at that height, in their own proportions."""
+        """Return the frames at that height with their aspect ratio."""
         height, width = frames.shape[-2:]
         if height <= self.height:
             return frames
@@ -42,7 +40,7 @@ class Thumbnails:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A clip by its split and id."""
+    """A clip, identified by its split and id."""
 
     split: str
     id: str
@@ -59,13 +57,13 @@ class Broken:
 
 @dataclass(slots=True)
 class SplitReport:
-    """Captions of one split.
+    """Statistics of the captions of one split.
 
     Attributes:
-        num_clips: N.
-        num_captions: All captions of all clips.
-        characters: Of each clip's first caption, (N,).
-        tokens: The same in tokens of the language model, its end included; None where no tokenizer was given.
+        num_clips: Number of clips, N.
+        num_captions: Number of captions of all clips.
+        characters: (N,) length of each clip's first caption in characters.
+        tokens: (N,) the same in tokens of the language model, end token included; None if no tokenizer was given.
     """
 
     num_clips: int
@@ -76,15 +74,15 @@ class SplitReport:
 
 @dataclass
 class Inspection:
-    """Everything that was found.
+    """Everything that an inspection found.
 
     Attributes:
-        splits: By name.
+        splits: Split name to statistics.
         broken: Labels and videos that cannot be used.
-        same_captions: Captions that stand at several clips, with those; the commonest first.
+        same_captions: Captions shared by several clips, with those clips; the most frequent first.
         look_alikes: Groups of clips that look alike.
         samples: Some clips with their thumbnails, uint8 (F, 3, H, W).
-        num_decoded: Clips whose video was read.
+        num_decoded: Number of clips whose video was read.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
@@ -96,12 +94,12 @@ class Inspection:
 
     @property
     def leaks(self) -> list[list[Entry]]:
-        """Groups of clips that look alike and are not all of one split."""
+        """Groups of clips that look alike and are in different splits."""
         return [group for group in self.look_alikes if len({entry.split for entry in group}) > 1]
 
 
 def read_captions(clips: Sequence[Clip]) -> SplitReport:
-    """The lengths of a split's captions."""
+    """Return the caption lengths of a split."""
     counts = np.array(
         [(len(clip.captions), len(clip.captions[0]) if clip.captions else 0) for clip in clips], dtype=np.int64
     )
@@ -110,8 +108,8 @@ def read_captions(clips: Sequence[Clip]) -> SplitReport:
 
 
 def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, list[Entry]]]:
-    """Captions that stand at more than one clip, with the clips; the commonest first."""
-    # Hashes first: a million captions of 575 characters are not held.
+    """Return the captions that more than one clip has, with those clips; the most frequent first."""
+    # Hashes first, so that a million captions of 575 characters are not held in memory.
     places: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for split, clips in splits.items():
         for index, clip in enumerate(clips):
@@ -129,12 +127,12 @@ def repeated_captions(splits: Mapping[str, Sequence[Clip]]) -> list[tuple[str, l
 def read_videos(
     report: Inspection, items: Iterable[tuple[str, Sample | Skipped]], *, chosen: Sequence[int] = ()
 ) -> Iterator[int]:
-    """Fills in what the videos show; gives the number of clips done after each.
+    """Add what the videos show to a report, and yield the number of finished clips after each.
 
     Args:
-        report: Gets `broken`, `samples`, `num_decoded` and, at the end, `look_alikes`.
-        items: Split and sample of each clip, decoded by `Thumbnails`, three frames or fewer a clip.
-        chosen: Positions in `items` of the clips to show.
+        report: Report whose `broken`, `samples`, `num_decoded` and, at the end, `look_alikes` are filled.
+        items: Split and sample of each clip, decoded by `Thumbnails`, at most three frames per clip.
+        chosen: Positions in `items` of the clips to show as samples.
     """
     wanted, entries, hashes = set(chosen), [], []
     for position, (split, item) in enumerate(items):
@@ -145,17 +143,18 @@ def read_videos(
             assert item.frames is not None
             numbers = picture_hash(item.frames)
             entries.append(entry)
-            hashes.append(np.resize(numbers, NUM_HASHED_FRAMES))  # an image has one picture for three
+            hashes.append(np.resize(numbers, NUM_HASHED_FRAMES))  # an image repeats its only frame
             report.num_decoded += 1
             if position in wanted:
                 report.samples.append((entry, item.clip, item.frames))
         yield position + 1
     if hashes:
-        report.look_alikes = [[entries[row] for row in group] for group in look_alikes(np.stack(hashes))]
+        report.look_alikes = [[entries[index] for index in group] for group in look_alikes(np.stack(hashes))]
 
 
 def as_jpeg(frame: Tensor) -> bytes:
-    """A frame, uint8 (3, H, W), as the bytes of a JPEG file."""
+    """Encode a frame, uint8 (3, H, W), as a JPEG file."""
     file = BytesIO()
+    # (3, H, W) -> (H, W, 3)
     Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG", quality=80)
     return file.getvalue()

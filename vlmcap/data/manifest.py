@@ -1,6 +1,6 @@
-"""Tables of clips in files: as many clips as there are, nothing of them in memory.
+"""Tables of clips in files, so that memory does not grow with the number of clips.
 
-Legend: N clips of a table.
+Legend: N clips in a table.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class ClipTable(Sequence[Clip]):
-    """Clips in a file of JSON lines, read one by one by their positions in it.
+    """Clips in a JSON-lines file, read one at a time by their position in it.
 
     Copies, slices and workers share the file.
 
-    A line is read by its place (`pread`) and not through a memory map, whose pages would count as memory of each worker
-    that has touched them; the table of places, 8 bytes a clip, is mapped.
+    Lines are read at their offset (`pread`) and not through a memory map, whose pages would count as memory of each
+    worker that touches them; the table of offsets, 8 bytes per clip, is mapped.
 
     Args:
-        path: The `.jsonl` file; its `.offsets.npy` stands beside it.
+        path: The `.jsonl` file, with its `.offsets.npy` file next to it.
         rows: Positions in the file, in the order of the table; None for all.
     """
 
@@ -45,7 +45,7 @@ class ClipTable(Sequence[Clip]):
         self._file: BinaryIO | None = None
         self._process = 0
         self._offsets: NDArray[np.int64] | None = None
-        self._rows: Rows = range(len(self._places()) - 1) if rows is None else rows
+        self._rows: Rows = range(len(self._line_offsets()) - 1) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -69,7 +69,7 @@ class ClipTable(Sequence[Clip]):
         return f"ClipTable({str(self.path)!r}, {len(self)} clips)"
 
     def select(self, indices: NDArray[np.int64]) -> ClipTable:
-        """The clips at `indices` of this table, in their order; 8 bytes a clip."""
+        """Return a table of the clips at `indices`, in that order; it takes 8 bytes per clip."""
         rows = self._rows
         if isinstance(rows, range):
             indices = np.asarray(indices, np.int64)
@@ -79,9 +79,9 @@ class ClipTable(Sequence[Clip]):
         return ClipTable(self.path, rows[indices])
 
     def _read(self, row: int) -> Clip:
-        places = self._places()
-        start, end = int(places[row]), int(places[row + 1])
-        if self._file is None or self._process != os.getpid():  # the child that decodes has no open file of its parent
+        offsets = self._line_offsets()
+        start, end = int(offsets[row]), int(offsets[row + 1])
+        if self._file is None or self._process != os.getpid():  # a forked child must not use its parent's open file
             self._file, self._process = self.path.open("rb", buffering=0), os.getpid()
         content = json.loads(os.pread(self._file.fileno(), end - start, start))
         return Clip(
@@ -92,20 +92,20 @@ class ClipTable(Sequence[Clip]):
             tuple(content.get("frames", ())),
         )
 
-    def _places(self) -> NDArray[np.int64]:
+    def _line_offsets(self) -> NDArray[np.int64]:
         if self._offsets is None:
             self._offsets = np.load(_offsets_path(self.path), mmap_mode="r", allow_pickle=False)
         return self._offsets
 
 
 class TableWriter:
-    """Writes clips one after the other to a table, which `close` names by its content; for use in a `with` block.
+    """Writes clips to a table, which `close` names by its content; a context manager.
 
-    Any number of processes may write to one folder: each works in a folder of its own, and equal tables get equal
+    Any number of processes may write to one folder: each works in a subfolder of its own, and equal tables get equal
     names.
 
     Args:
-        folder: Of the tables; made.
+        folder: Folder of the tables; it is created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ class TableWriter:
         """Appends a clip.
 
         Raises:
-            UnicodeEncodeError: It has text that is no Unicode, such as half of a surrogate pair.
+            UnicodeEncodeError: A text of the clip is not valid Unicode, such as half of a surrogate pair.
         """
         content: dict[str, Any] = {"id": clip.id, "video": clip.video, "captions": clip.captions}
         content |= {name: value for name in ("category", "frames") if (value := getattr(clip, name))}
@@ -144,28 +144,27 @@ class TableWriter:
         self._ids.append(hash(clip.id))
 
     def close(self) -> ClipTable:
-        """The table.
+        """Move the table to its final name and return it.
 
         Raises:
-            UserError: Two clips have one id.
+            UserError: Two clips have the same id.
         """
         self._file.close()
         np.save(self._partial / "table.npy", np.frombuffer(self._offsets, np.int64))
         (self._partial / "table.npy").rename(_offsets_path(self._partial / "table.jsonl"))
         _refuse_equal_ids(ClipTable(self._partial / "table.jsonl"), np.frombuffer(self._ids, np.int64))
         path = self.folder / f"{self._digest.hexdigest()[:16]}.jsonl"
-        os.replace(
-            _offsets_path(self._partial / "table.jsonl"), _offsets_path(path)
-        )  # first, so that a table never stands without
+        # The offsets come first, so that a table never exists without them.
+        os.replace(_offsets_path(self._partial / "table.jsonl"), _offsets_path(path))
         os.replace(self._partial / "table.jsonl", path)
         return ClipTable(path)
 
 
 def write_table(clips: Iterable[Clip], folder: Path) -> ClipTable:
-    """The clips as a table in `folder`, named by the content.
+    """Write the clips as a table in `folder`, named by its content.
 
     Raises:
-        UserError: Two clips have one id.
+        UserError: Two clips have the same id.
     """
     with TableWriter(folder) as writer:
         for clip in clips:
@@ -182,9 +181,8 @@ def _refuse_equal_ids(table: ClipTable, hashes: NDArray[np.int64]) -> None:
     equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     for position in equal.tolist():
         first, second = table[int(order[position])], table[int(order[position + 1])]
-        if first.id == second.id:  # and not only their hashes
+        if first.id == second.id:  # equal hashes do not prove it
             raise UserError(
-                f"the id '{first.id}' stands for two clips of one split, {first.video} ('{first.captions[0][:40]}') "
-                f"and {second.video} "
-                f"('{second.captions[0][:40]}'): give each an id of its own"
+                f"two clips of one split have the id '{first.id}', {first.video} ('{first.captions[0][:40]}') and "
+                f"{second.video} ('{second.captions[0][:40]}'); give each clip a unique id"
             )

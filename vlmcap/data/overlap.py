@@ -1,4 +1,4 @@
-"""One video in several splits, found by its content."""
+"""Search for videos that are in several splits, by their content."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from vlmcap.data.features.content import UNREADABLE, content_hashes
+from vlmcap.data.features.content_hash import UNREADABLE, content_hashes
 from vlmcap.data.media import MediaError, parse_address, stat_media
 from vlmcap.data.media.storage import local_file
 from vlmcap.types import Clip
 
 
 def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | None:
-    """One sentence on the videos that are in more than one split with the same content, or None where there are none.
+    """Describe in one sentence the videos whose content is in more than one split; None if there are none.
 
-    Contents are compared only where sizes are equal, so next to nothing is read. Of files on an object store, the
-    addresses are compared.
+    Contents are compared only where sizes are equal, so very little is read. Files in an object store are compared by
+    their addresses.
 
     Args:
         splits: Split name to clips.
-        memo: As `content_hashes` takes it.
+        memo: File of known hashes, as for `content_hashes`.
     """
-    looks = {split: [_look(clip) for clip in clips] for split, clips in splits.items()}
+    keys = {split: [_cheap_key(clip) for clip in clips] for split, clips in splits.items()}
     first_split: dict[Hashable, str] = {}
-    doubtful = {
-        look for split, own in looks.items() for look in own if look and first_split.setdefault(look, split) != split
-    }
+    shared = {key for split, own in keys.items() for key in own if key and first_split.setdefault(key, split) != split}
     contents = {}
-    for split, own in looks.items():
-        chosen = [position for position, look in enumerate(own) if look in doubtful]
-        contents[split] = _first_of_each(
+    for split, own in keys.items():
+        chosen = [position for position, key in enumerate(own) if key in shared]
+        contents[split] = _first_clip_by_content(
             [splits[split][position] for position in chosen], [own[position] for position in chosen], memo
         )
     counts, first = [], ""
@@ -42,13 +40,16 @@ def describe_overlap(splits: Mapping[str, Sequence[Clip]], memo: Path) -> str | 
             first = first or f"{one}/{a.id} ({a.video}) = {other}/{b.id} ({b.video})"
     if not counts:
         return None
-    return f"the same videos are in {', '.join(counts)}, so scores will be too good: take them out of one of the splits; first {first}"
+    return (
+        f"the same videos are in {', '.join(counts)}, so scores will be too high; remove them from one of the splits, "
+        f"the first is {first}"
+    )
 
 
-def _look(clip: Clip) -> tuple[Hashable, ...] | None:
-    """What clips of one content have in common without a look at it: sizes, or addresses where sizes cost a request.
+def _cheap_key(clip: Clip) -> tuple[Hashable, ...] | None:
+    """Return a key that clips of equal content share: file sizes, or addresses where a size costs a request.
 
-    None if unreadable.
+    None if a file is unreadable.
     """
     files = clip.frames or (clip.video,)
     try:
@@ -59,16 +60,16 @@ def _look(clip: Clip) -> tuple[Hashable, ...] | None:
         return None
 
 
-def _first_of_each(
-    clips: Sequence[Clip], looks: Sequence[tuple[Hashable, ...] | None], memo: Path
+def _first_clip_by_content(
+    clips: Sequence[Clip], keys: Sequence[tuple[Hashable, ...] | None], memo: Path
 ) -> dict[Hashable, Clip]:
-    """Content to the first of the clips that have it."""
-    is_remote = [look == (clip.frames or (clip.video,)) for clip, look in zip(clips, looks, strict=True)]
+    """Map each content to the first of the clips that have it."""
+    is_remote = [key == (clip.frames or (clip.video,)) for clip, key in zip(clips, keys, strict=True)]
     hashes = iter(
         content_hashes([clip for clip, skip in zip(clips, is_remote, strict=True) if not skip], memo).tolist()
     )
     found: dict[Hashable, Clip] = {}
-    for clip, look, is_address in zip(clips, looks, is_remote, strict=True):
-        found.setdefault(look if is_address else next(hashes), clip)
+    for clip, key, is_address in zip(clips, keys, is_remote, strict=True):
+        found.setdefault(key if is_address else next(hashes), clip)
     found.pop(UNREADABLE, None)
     return found

@@ -1,4 +1,4 @@
-"""The skipped_log of clips that could not be used."""
+"""The log of clips that could not be used."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ with contextlib.suppress(ImportError):  # Windows, where lines of several proces
 _MAX_LINES = 100_000
 _MAX_REASON = 1000  # characters
 _KEY_BYTES = 8
-_LOCK_TIMEOUT_S = 10.0  # others hold it for as long as it takes to write some lines
+_LOCK_TIMEOUT_S = 10.0  # other processes hold the lock while they write a few lines
 
 
 class SkippedClipLog:
-    """A JSON-lines file that names each unusable clip once, and the limit of how many there may be.
+    """A JSON-lines file that lists each unusable clip one time, with a limit on their number.
 
-    All processes of a run may share the file; each counts what the others added since it began, whenever it adds
-    something itself. A resumed run goes on with the file without repeating lines, but what stood there before does not
-    count against the limit: it may have been repaired since.
+    All processes of a run may share the file; whenever a process adds a clip, it also counts those that the others
+    added since it started. A resumed run continues the file without repeating lines, but earlier entries do not count
+    against the limit, since those clips may have been repaired.
 
-    Memory and file are bounded: a few bytes a bad clip, and no more lines than `max_lines`; what comes after is counted
-    only.
+    Memory and file size are bounded: a few bytes per bad clip and at most `max_lines` lines; later clips are only
+    counted.
 
     Args:
-        path: The file, one object {id, video, reason} a line; made with its folder at the first bad clip.
-        max_bad_fraction: Share of the clips, 0 to 1, that may be unusable.
+        path: Log file with one object {id, video, reason} per line; created with its folder at the first bad clip.
+        max_bad_fraction: Largest share of unusable clips, 0 to 1.
         num_clips: Number of clips that the share refers to.
-        max_lines: Of the file.
+        max_lines: Largest number of lines in the file.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class SkippedClipLog:
         return len(self._bad)
 
     def add(self, skipped: Skipped) -> None:
-        """Note a clip; again for the same clip does nothing."""
+        """Add a clip; adding the same clip again has no effect."""
         self.add_all([skipped])
 
     def add_all(self, entries: Iterable[Skipped]) -> None:
-        """Note clips, such as those whose labels were found bad before training; each once."""
+        """Add several clips, such as those whose labels were found bad before training, each one time."""
         fresh: dict[bytes, Skipped] = {}
         for skipped in entries:
             key = _key(skipped.clip.id, skipped.clip.video)
@@ -75,17 +75,17 @@ class SkippedClipLog:
             self._write(fresh)
 
     def check(self) -> None:
-        """Nothing, as long as few enough clips are bad.
+        """Check that few enough clips are bad.
 
         Raises:
-            UserError: More than `max_bad_fraction` of the clips are.
+            UserError: More than `max_bad_fraction` of the clips are bad.
         """
         if len(self._bad) <= self.max_bad_fraction * self.num_clips:
             return
         raise UserError(
             f"{len(self._bad)} of {self.num_clips} clips cannot be used, more than "
-            f"data.max_bad_fraction={self.max_bad_fraction} allows; "
-            f"first: {self._first}; {self.path} lists them: repair or remove them, or raise data.max_bad_fraction"
+            f"data.max_bad_fraction={self.max_bad_fraction} allows, the first being {self._first}; repair or remove "
+            f"the clips listed in {self.path}, or raise data.max_bad_fraction"
         )
 
     def _write(self, fresh: dict[bytes, Skipped]) -> None:
@@ -93,13 +93,12 @@ class SkippedClipLog:
         with _locked(self.path) as file:
             self._bad |= self._read_new(file)
             lines = [_line(skipped) for key, skipped in fresh.items() if key not in self._written]
-            os.write(
-                file, _line_break(file) + b"".join(lines)
-            )  # one write, so that without a lock lines do not mix either
+            # A single write, so that lines do not mix even without a lock.
+            os.write(file, _line_break(file) + b"".join(lines))
             self._read_new(file)
 
     def _read_new(self, file: int) -> set[bytes]:
-        """Keys on the whole lines that were not read yet, our own among them; lines torn by a kill are passed over."""
+        """Return the keys on complete lines not read so far, our own included; lines torn by a kill are ignored."""
         os.lseek(file, self._read_bytes, os.SEEK_SET)
         data = b""
         while chunk := os.read(file, 1 << 20):
@@ -111,7 +110,7 @@ class SkippedClipLog:
 
 
 def _line_break(file: int) -> bytes:
-    """What the next line needs in front of it where a kill tore the last one."""
+    """Return a line break if a kill tore the last line, so that the next one starts on its own line."""
     if os.lseek(file, 0, os.SEEK_END) == 0:
         return b""
     os.lseek(file, -1, os.SEEK_END)
@@ -121,7 +120,7 @@ def _line_break(file: int) -> bytes:
 def _line(skipped: Skipped) -> bytes:
     clip = skipped.clip
     entry = {"id": clip.id, "video": clip.video, "reason": skipped.reason[:_MAX_REASON]}
-    # File names may hold bytes that are no UTF-8; Python's escapes of them are JSON's too.
+    # File names may hold bytes that are not UTF-8; Python's escapes of them are also JSON's.
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -139,7 +138,7 @@ def _key(name: str, video: str) -> bytes:
 
 
 def _wait_for_lock(file: int) -> None:
-    """Returns with the lock; without it where the file system has none, or a process that stands still holds it for long."""
+    """Acquire the lock, or give up where the file system has none or a suspended process holds it for too long."""
     deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:

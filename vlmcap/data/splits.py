@@ -1,4 +1,4 @@
-"""Which clips are in which split: names as data sets write them, and splits drawn by whole groups."""
+"""Split names as data sets write them, and splits drawn by groups of clips."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SPELLINGS = {
     "val": ("val", "validation", "validate", "valid", "dev", "검증"),
     "test": ("test", "testing", "시험", "평가", "테스트"),
 }
-"""How data sets write the splits."""
+"""Names that data sets use for the splits."""
 KOREAN_ENDING = r"(?:용|[\s_-]*(?:데이터|자료)(?:[\s_-]*(?:셋|세트))?|[\s_-]*(?:셋|세트))*"
-"""What may follow a Korean name of a split: 훈련용, 검증데이터, 시험 데이터셋."""
+"""Endings of a Korean split name: 훈련용, 검증데이터, 시험 데이터셋."""
 
 _STANDARD = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
 _BEFORE = re.compile(r"(?:\[[^\]]*\]\s*)?(?:\d+\s*[._-]\s*)?")
@@ -32,9 +32,9 @@ _KOREAN = re.compile(rf"([가-힣]+?){KOREAN_ENDING}")
 
 
 def standard_split(name: str) -> str:
-    """`train`, `val` or `test` for the many ways of writing them (`Training`, `2.Validation`, `훈련`).
+    """Return `train`, `val` or `test` for the many spellings of them (`Training`, `2.Validation`, `훈련`).
 
-    Other names in lower case.
+    Other names are returned in lower case.
     """
     name = _BEFORE.sub("", unicodedata.normalize("NFC", name).strip().lower(), count=1)
     korean = _KOREAN.fullmatch(name)
@@ -42,7 +42,7 @@ def standard_split(name: str) -> str:
 
 
 def split_in_path(path: str) -> tuple[str, str]:
-    """The split that the first such folder of a path names, "" if none does, and the path without that folder."""
+    """Return the split that the first such folder of a path names, "" if none does, and the path without it."""
     *folders, name = path.split("/")
     for index, folder in enumerate(folders):
         split = standard_split(folder)
@@ -52,17 +52,17 @@ def split_in_path(path: str) -> tuple[str, str]:
 
 
 class SplitDrawer:
-    """Draws a clip's split from its group alone, so that a group is never in two splits and a growing data set keeps its old ones.
+    """Draws the split of a clip from its group alone.
 
-    The group is what the pattern finds in the id, else what the data set names, else the video itself by its path below
-    the root.
+    So a group is never in two splits, and a data set that grows keeps its old splits. The group is what the pattern
+    finds in the id, else the group that the data set names, else the video itself, by its path below the root.
 
     Args:
         settings: Shares, seed and pattern.
-        root: Of the data set.
+        root: Root folder or address of the data set.
 
     Raises:
-        UserError: The pattern is no regular expression, or has no group in parentheses.
+        UserError: The pattern is not a regular expression, or has no group in parentheses.
     """
 
     def __init__(self, settings: SplitConfig, root: str) -> None:
@@ -72,11 +72,11 @@ class SplitDrawer:
         self._unmatched: str | None = None
 
     def split_of(self, record: Record) -> str:
-        """The split of a clip."""
+        """Return the split of a clip."""
         return draw_split(self.group_of(record), self.settings)
 
     def group_of(self, record: Record) -> str:
-        """The name of the source that the clip is of."""
+        """Return the name of the source that a clip comes from."""
         clip = record.clip
         if self._pattern is not None:
             match = self._pattern.search(clip.id)
@@ -87,24 +87,24 @@ class SplitDrawer:
         return record.group or video_name(clip, self.root)
 
     def check(self) -> None:
-        """To be called after all clips.
+        """Check the pattern after all clips have been drawn.
 
         Raises:
-            UserError: The pattern has found no group in any id.
+            UserError: The pattern matched no id.
         """
         if self._unmatched is not None and not self._num_matches:
             raise UserError(
-                f"data.splits.group_pattern={self.settings.group_pattern} matches no id, such as '{self._unmatched}'; "
-                "mend it, or set it "
+                f"data.splits.group_pattern={self.settings.group_pattern} matches no id, such as "
+                f"'{self._unmatched}'; fix it, or set it "
                 "to null, which keeps the clips of one video file together"
             )
 
 
 def draw_split(group: str, settings: SplitConfig) -> str:
-    """The split of a group, by a hash of it and the seed.
+    """Draw the split of a group by a hash of its name and the seed.
 
-    Test lies at one end of the hashes and validation at the other, so that a change of one share leaves the other split
-    as it was.
+    Test takes one end of the range of hashes and validation the other, so that changing one share leaves the other
+    split unchanged.
     """
     digest = hashlib.sha256(f"{settings.seed}\0{group}".encode("utf-8", "surrogatepass")).digest()
     position = int.from_bytes(digest[:8]) / 2**64
@@ -112,15 +112,12 @@ def draw_split(group: str, settings: SplitConfig) -> str:
 
 
 def video_name(clip: Clip, root: str) -> str:
-    """What stands for the video where the data set names no source, the same by whichever link.
-
-    The id of an entry without one.
-    """
+    """Return the source of a clip for which the data set names none: the resolved path of its video, or its id."""
     return relative_address(real_address(clip.video), real_address(root)) if clip.video else clip.id
 
 
 def nested_subset(num_clips: int, max_clips: int, seed: int) -> NDArray[np.int64]:
-    """Sorted positions of `max_clips` of the clips; those of fewer are among those of more, for one seed."""
+    """Return `max_clips` sorted positions; with the same seed, a smaller subset is contained in a larger one."""
     order = random.Random(seed).sample(range(num_clips), num_clips)
     return np.sort(np.array(order[:max_clips], np.int64))
 
@@ -129,10 +126,12 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"data.splits.group_pattern={pattern} is no regular expression: {error}") from error
+        raise UserError(
+            f"data.splits.group_pattern={pattern} is not a regular expression ({error}); fix it, or set it to null"
+        ) from error
     if not compiled.groups:
         raise UserError(
-            f"data.splits.group_pattern={pattern} has no group: put the part of the id that names the source in "
+            f"data.splits.group_pattern={pattern} has no group; put the section of the id that names the source in "
             "parentheses"
         )
     return compiled

@@ -1,4 +1,4 @@
-"""The one form in which captions enter the program."""
+"""The normal form of captions inside the program."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# What nobody sees and no tokenizer expects: control characters, soft hyphens, marks of width zero and of direction,
-# byte order marks, and half surrogates, which no file can hold. The joiners and variants that emoji are made of stay.
+# Invisible characters that no tokenizer expects: control characters, soft hyphens, zero-width and direction marks, byte
+# order marks, and half surrogates, which no file can hold. Joiners and variation selectors stay, as emoji need them.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 
 _HANGUL = re.compile("[\uac00-\ud7a3\u1100-\u11ff\u3130-\u318f]")  # syllables and jamo
 
-_FILLERS = frozenset(
-    "\u115f\u1160\u2800\u3164\uffa0"
-)  # letters and symbols by their category, of which nothing is drawn
+# Letters and symbols by their category, although nothing is drawn for them.
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 def normalize_caption(text: str) -> str:
-    """`text` in Unicode NFC without invisible characters, and with every run of white space, line separators included, as one blank.
+    """Return `text` in Unicode NFC, without invisible characters and with single blanks for runs of white space.
 
-    Decomposed Hangul (as macOS writes it) looks the same and matches nothing; a stray line separator shifts all later
-    lines of files that are read by line. Text of which nothing can be seen, such as joiners or Hangul fillers alone, is
-    "". Doing it again changes nothing.
+    Decomposed Hangul (as macOS writes it) looks the same but matches nothing, and a stray line separator shifts all
+    later lines of files that are read by line; line separators count as white space. Text with nothing visible, such as
+    joiners or Hangul fillers alone, becomes "". The function is idempotent.
     """
-    # Removing comes first: a mark between two jamo would keep them from composing.
+    # Invisible characters are removed first: a mark between two jamo would keep them from composing.
     caption = " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
     return caption if any(map(_is_visible, caption)) else ""
 
 
 def is_mainly_hangul(texts: Iterable[str]) -> bool:
-    """Whether more than half of the letters of all texts together are Hangul; false where there are none."""
+    """Return whether more than half of all letters in the texts are Hangul; False if there are no letters."""
     letters = hangul = 0
     for text in texts:
         letters += sum(map(str.isalpha, text))
@@ -41,7 +40,7 @@ def is_mainly_hangul(texts: Iterable[str]) -> bool:
 
 
 def _is_visible(char: str) -> bool:
-    """Whether a character shows something by itself: no control, format, blank or combining character and no filler."""
+    """Return whether a character is visible by itself: no control, format, blank, combining or filler character."""
     return (
         char not in _FILLERS
         and (category := unicodedata.category(char))[0] not in "ZM"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcap.config import DataConfig
-from vlmcap.data.loading.dataset import ClipDataset
+from vlmcap.data.loading.clip_dataset import ClipDataset
 from vlmcap.demo.tiny_llm import Progress, optimise
 from vlmcap.models.encoders import FrameTransform, default_preprocessing
 from vlmcap.models.encoders.preprocessing import Preprocessing

@@ -1,11 +1,11 @@
-"""Caption scores that can be trusted for Korean: no Java, no network, the tokeniser named with every number.
+"""Reproducible caption scores for Korean: no Java, no network, and the tokenizer named with every number.
 
     from vlmcap.metrics import score_captions
 
     scores = score_captions(["파도가 치는 바다."], [["파도가 밀려오는 바다.", "바다에 파도가 친다."]],
     metrics=["bleu_4", "rouge_l"])
 
-Importing this package loads no analyser; each is loaded by the first score that needs it.
+Importing this package loads no morpheme analyzer; each is loaded by the first score that needs it.
 """
 
 from vlmcap.metrics.facts import FactLexicon, fact_accuracy, permutation_expectation, swapped_fact_accuracy

@@ -1,4 +1,4 @@
-"""`python -m vlmcap.metrics predictions.jsonl`: caption scores of anyone's file."""
+"""`python -m vlmcap.metrics predictions.jsonl`: caption scores of any file of predictions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, TOKENIZER_NAMES, Tokeni
 _GROUP_METRICS = ("bleu_4", "cider", "rouge_l")
 _FILES = """\
 files:
-  JSONL   {"id": …, "prediction": …, "references": [..., ...]}, an object a line, as train.py and evaluate.py write them;
-          where objects have a "category", BLEU-4, CIDEr and ROUGE-L of each are added
+  JSONL   {"id": …, "prediction": …, "references": [..., ...]}, one object per line, as written by train.py and
+          evaluate.py; if objects have a "category", BLEU-4, CIDEr and ROUGE-L of each are added
   JSON    COCO's results [{"image_id": …, "caption": …}], with --references annotations.json
-  text    a caption a line, with --references refs.txt [refs2.txt ...], line n belonging to line n
+  text    one caption per line, with --references refs.txt [refs2.txt ...], whose line n belongs to line n
 
 metrics: """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command; a user's mistake gives one line on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -45,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vlmcap.metrics",
-        description="Caption scores of a file of predictions, on Korean morphemes unless another tokeniser is named.",
+        description="Caption scores of a file of predictions, on Korean morphemes unless another tokenizer is named.",
         epilog=_FILES + ", ".join(METRIC_NAMES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="JSONL, JSON or text, see below")
     parser.add_argument(
-        "--references", type=Path, nargs="+", default=[], metavar="FILE", help="where they stand in files of their own"
+        "--references", type=Path, nargs="+", default=[], metavar="FILE", help="references, if they are in other files"
     )
     parser.add_argument(
         "--tokenizer",
@@ -59,12 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(TOKENIZER_NAMES)} (default: %(default)s)",
     )
-    parser.add_argument("--metrics", metavar="NAME,NAME", help="only these, parted by commas (default: all)")
+    parser.add_argument("--metrics", metavar="NAME,NAME", help="metrics to compute, separated by commas (default: all)")
     parser.add_argument(
-        "--fold-width", action="store_true", help="count full-width forms (３ｋｍ) as the usual ones (3km)"
+        "--fold-width",
+        dest="normalize_fullwidth",
+        action="store_true",
+        help="count full-width forms (３ｋｍ) as the usual ones (3km)",
     )
     parser.add_argument(
-        "--synonyms", type=Path, metavar="FILE", help='JSON of content words that count as the same: {"바다": ["해양"]}'
+        "--synonyms", type=Path, metavar="FILE", help='JSON file of equivalent content words: {"바다": ["해양"]}'
     )
     parser.add_argument(
         "--backend", default=BACKENDS[0], metavar="NAME", help=f"one of {', '.join(BACKENDS)} (default: %(default)s)"
@@ -89,11 +92,8 @@ def _score(options: argparse.Namespace) -> None:
     if any(corpus.categories):
         groups = score_by_category(corpus.predictions, corpus.references, corpus.categories, tokenizer=tokenizer)
     if options.json:
-        print(
-            json.dumps(
-                _record(scores, groups, tokenizer, options.backend, corpus.references), ensure_ascii=False, indent=2
-            )
-        )
+        record = _record(scores, groups, tokenizer, options.backend, corpus.references)
+        print(json.dumps(record, ensure_ascii=False, indent=2))
     else:
         print(_table(scores, tokenizer, options.backend, corpus.references))
         print(_group_table(groups), end="")
@@ -111,10 +111,10 @@ def _record(
     references: list[list[str]],
 ) -> dict[str, object]:
     categories = {
-        str(name): {key: _plain(row[key]) for key in ("clips", *_GROUP_METRICS)} for name, row in groups.items()
+        str(name): {key: _nan_to_none(row[key]) for key in ("clips", *_GROUP_METRICS)} for name, row in groups.items()
     }
     return {
-        "scores": {name: _plain(value) for name, value in scores.items()},
+        "scores": {name: _nan_to_none(value) for name, value in scores.items()},
         **({"categories": categories} if groups else {}),
         "tokenizer": {"name": tokenizer.name, "version": tokenizer.version},
         "backend": backend,
@@ -123,26 +123,26 @@ def _record(
     }
 
 
-def _plain(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
 def _table(scores: dict[str, float], tokenizer: Tokenizer, backend: str, references: list[list[str]]) -> str:
     labels = {name: METRIC_LABELS.get(name, name) for name in scores}
     width = max(map(len, labels.values()), default=0)
-    head = f"{len(references)} clips, {sum(map(len, references))} references, tokens by {tokenizer.name} ({tokenizer.version})"
+    counts = f"{len(references)} clips, {sum(map(len, references))} references"
+    head = f"{counts}, tokens by {tokenizer.name} ({tokenizer.version})"
     if backend != "native":
         head += f", {backend}'s BLEU, CIDEr-D and ROUGE-L"
     return "\n".join([head, *(f"  {labels[name]:<{width}}  {value:9.4f}" for name, value in scores.items())])
 
 
 def _group_table(groups: dict[Hashable, dict[str, float]]) -> str:
-    """A line a category; the name stands last, as Hangul takes two columns and would break the alignment of what follows it."""
+    """Format one line per category; its name comes last, because Hangul takes two columns and breaks alignment."""
     if not groups:
         return ""
-    head = (
-        f"{'clips':>7}" + "".join(f"  {METRIC_LABELS[name]:>{_width(name)}}" for name in _GROUP_METRICS) + "  category"
-    )
+    labels = "".join(f"  {METRIC_LABELS[name]:>{_width(name)}}" for name in _GROUP_METRICS)
+    head = f"{'clips':>7}{labels}  category"
     rows = [
         f"{row['clips']:7.0f}"
         + "".join(f"  {row[name]:{_width(name)}.4f}" for name in _GROUP_METRICS)

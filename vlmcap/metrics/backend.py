@@ -1,9 +1,9 @@
-"""Who computes: our own scores, or the reference package's scorers in their place.
+"""Choice of the implementation: the native scores, or the scorers of the reference package.
 
-`pycocoevalcap` is for whoever must report numbers that COCO's package itself has computed: its `Bleu`, `Cider` and
-`Rouge` run on our tokens, under the same keys. They agree with ours to 1e-9 and take longer. Not run are its tokeniser,
-which needs Java, shifts pairs at some line separators and adds nothing for Hangul; its METEOR, a Java program that cuts
-Hangul into syllables; and its SPICE, which downloads models and reads English only.
+`pycocoevalcap` is for numbers that COCO's package itself must have computed: its `Bleu`, `Cider` and `Rouge` run on our
+tokens, under the same keys. They agree with the native scores to 1e-9 and take longer. Not used are its tokenizer,
+which needs Java, shifts pairs at some line separators and adds nothing for Hangul; its METEOR, a Java program that
+splits Hangul into syllables; and its SPICE, which downloads models and reads only English.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vlmcap.metrics.tokenizers import DEFAULT_TOKENIZER, Tokenizer, get_tokenize
 
 BACKENDS: tuple[str, ...] = ("native", "pycocoevalcap")
 COCO_METRICS: tuple[str, ...] = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l")
-"""What the reference package computes.
+"""Scores that the reference package computes.
 
-Its "CIDEr" is `cider_d`; `cider`, without the length penalty, is ours whatever the backend.
+Its "CIDEr" is `cider_d`; `cider`, without the length penalty, is native with any backend.
 """
 
 
 def check_backend(backend: str) -> None:
-    """`UserError` unless `backend` is a name of `BACKENDS`."""
+    """Raise `UserError` unless `backend` is in `BACKENDS`."""
     if backend not in BACKENDS:
-        raise UserError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+        raise UserError(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
 
 
 def score_with(
@@ -41,19 +41,19 @@ def score_with(
     metrics: Sequence[str] | None = None,
     synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
-    """The scores of `score_captions`, those of `COCO_METRICS` from the backend.
+    """Compute the scores of `score_captions`, with those in `COCO_METRICS` by the backend.
 
     Args:
-        backend: A name of `BACKENDS`.
-        predictions: One caption a clip.
-        references: For each clip one or more captions.
+        backend: A name in `BACKENDS`.
+        predictions: One caption per clip.
+        references: One or more captions per clip.
         tokenizer: As in `score_captions`.
         metrics: As in `score_captions`.
         synonyms: As in `score_captions`.
 
     Returns:
-        Name to score, in the order asked for. A single clip has CIDEr-D 0 from pycocoevalcap, and NaN from us, as it
-        says nothing.
+        Name to score, in the requested order. For a single clip CIDEr-D is 0 with pycocoevalcap, and NaN natively, as
+        it is meaningless.
 
     Raises:
         UserError: As in `score_captions`, or the backend is unknown, not installed, or cannot score references without
@@ -64,11 +64,11 @@ def score_with(
         return score_captions(predictions, references, tokenizer=tokenizer, metrics=metrics, synonyms=synonyms)
     check_captions(predictions, references)
     wanted = STANDARD_METRICS if metrics is None else tuple(metrics)
-    ours = [name for name in wanted if name not in COCO_METRICS]
-    # Also where nothing is ours: it checks the names.
-    names = metrics if isinstance(metrics, str) else ours
+    native = [name for name in wanted if name not in COCO_METRICS]
+    # Called even if no score is native, because it checks the names.
+    names = metrics if isinstance(metrics, str) else native
     scores = score_captions(predictions, references, tokenizer=tokenizer, metrics=names, synonyms=synonyms)
-    if len(ours) < len(wanted):
+    if len(native) < len(wanted):
         split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         scores |= coco_scores(
             [split(text) for text in predictions], [[split(text) for text in refs] for refs in references], wanted
@@ -79,12 +79,12 @@ def score_with(
 def coco_scores(
     hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], wanted: Sequence[str] = COCO_METRICS
 ) -> dict[str, float]:
-    """What pycocoevalcap's `Bleu(4)`, `Cider()` and `Rouge()` say of tokens.
+    """Score tokens with pycocoevalcap's `Bleu(4)`, `Cider()` and `Rouge()`.
 
     Args:
-        hypotheses: The tokens of one prediction a clip.
-        references: For each clip the tokens of one or more references.
-        wanted: Names of `COCO_METRICS`; others are passed over.
+        hypotheses: Tokens of one prediction per clip.
+        references: Tokens of one or more references per clip.
+        wanted: Names in `COCO_METRICS`; others are ignored.
 
     Returns:
         Name to score, in the units of the package: BLEU and ROUGE-L between 0 and 1, CIDEr-D between 0 and 10.
@@ -99,10 +99,8 @@ def coco_scores(
     except ImportError as error:
         raise UserError('The backend "pycocoevalcap" needs its package: pip install pycocoevalcap.') from error
     if not any(tokens for refs in references for tokens in refs):
-        raise UserError(
-            "The references have no token at all, and pycocoevalcap cannot score that: use the backend native."
-        )
-    # Spaces join and part tokens again in the package; no token of ours holds one.
+        raise UserError("The references have no tokens, which pycocoevalcap cannot score; use the backend native.")
+    # The package joins tokens by spaces and splits them again; our tokens contain none.
     truth = {index: [" ".join(tokens) for tokens in refs] for index, refs in enumerate(references)}
     results = {index: [" ".join(tokens)] for index, tokens in enumerate(hypotheses)}
     scores: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Captions to be scored: read from the files that people have (JSONL, COCO's two JSON files, plain lines), and checked."""
+"""Captions to be scored: reading from files (JSONL, COCO's two JSON files, plain lines) and checks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vlmcap.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class CaptionFile:
-    """A corpus ready to be scored.
+    """A corpus of captions.
 
     Attributes:
-        predictions: One text a clip, in the order of the file.
-        references: The references of each clip.
-        categories: The category of each clip, empty where it has none.
-        num_unused: Clips that have references but no prediction.
+        predictions: One text per clip, in the order of the file.
+        references: References of each clip.
+        categories: Category of each clip, "" for none.
+        num_unused: Number of clips that have references but no prediction.
     """
 
     predictions: list[str]
@@ -36,20 +36,20 @@ class _Entry(NamedTuple):
 
 
 def read_captions(predictions: Path, references: Sequence[Path] = ()) -> CaptionFile:
-    """The predictions of one file with the references in it, or in others.
+    """Read predictions, with references from the same file or from others.
 
     Args:
-        predictions: JSONL with `prediction`, and with `references` (a list, or one text) and `id` where there are some;
-            JSON, a list of such objects or of COCO's results (`image_id`, `caption`); or text, a caption a line.
-        references: None if they stand in the first file. Else one file of JSONL or JSON with `references` and `id`, or
-            COCO's annotations; or text files, whose lines belong to the predictions in order, each file giving every
-            clip one reference.
+        predictions: JSONL with `prediction`, and optionally `references` (a list, or one text) and `id`; JSON, a list
+            of such objects or of COCO's results (`image_id`, `caption`); or text, one caption per line.
+        references: Empty if they are in the first file. Else one file of JSONL or JSON with `references` and `id`, or
+            COCO's annotations; or text files, whose lines belong to the predictions in order, so that each file gives
+            every clip one reference.
 
     Returns:
-        The corpus; texts are not checked beyond their place.
+        The corpus, whose texts are not checked.
 
     Raises:
-        UserError: A file is not there, not UTF-8 or not as described, or predictions and references do not belong
+        UserError: A file is missing, not UTF-8 or not as described, or predictions and references do not belong
             together.
     """
     entries = _read_entries(predictions, "prediction")
@@ -70,10 +70,9 @@ def _join_lines(entries: list[_Entry], paths: Sequence[Path]) -> CaptionFile:
     for path, lines in zip(paths, streams, strict=True):
         if len(lines) != len(entries):
             raise UserError(
-                f"{path} has {len(lines)} lines but there are {len(entries)} predictions: line n belongs to "
-                "prediction n."
+                f"{path} has {len(lines)} lines but there are {len(entries)} predictions; give one line per prediction."
             )
-    # An empty line in one of several files says that this clip has fewer references.
+    # An empty line in one of several files means that this clip has fewer references.
     rows = [[line for line in row if line.strip()] or [row[0]] for row in zip(*streams, strict=True)]
     return _corpus(entries, rows)
 
@@ -82,15 +81,15 @@ def _join_names(entries: list[_Entry], others: list[_Entry], path: Path, other_p
     by_name: dict[str, list[Any]] = {}
     for entry in others:
         if entry.name is None or entry.references is None:
-            raise UserError(f"{other_path}: each entry needs an id and references.")
+            raise UserError(f"{other_path}: each entry needs an id and references; add them.")
         by_name.setdefault(entry.name, []).extend(entry.references)
     lacking = next((entry.name for entry in entries if entry.name is None or entry.name not in by_name), "")
     if lacking is None:
         raise UserError(
-            f"{path}: the predictions have no ids, so the references of {other_path} cannot be found for them."
+            f"{path}: the predictions have no ids, so the references in {other_path} cannot be found; add the ids."
         )
     if lacking:
-        raise UserError(f"{other_path} has no references for the prediction with id {lacking}.")
+        raise UserError(f"{other_path} has no references for the prediction with id {lacking}; add them.")
     rows = [by_name[str(entry.name)] for entry in entries]
     return _corpus(entries, rows, len(by_name) - len(entries))
 
@@ -102,20 +101,15 @@ def _corpus(entries: list[_Entry], references: list[list[Any]], num_unused: int 
 
 
 def _read_entries(path: Path, wanted: str) -> list[_Entry]:
-    """The entries of one file; `wanted` is the key that makes an object one of ours."""
+    """Read the entries of one file, whose objects must have the key `wanted`."""
     if _is_text(path):
         return [_Entry(None, line, None) for line in _read_lines(path)]
     content = _read(path)
     if content.lstrip().startswith("[") or (content.lstrip().startswith("{") and _is_one_object(content)):
         rows = _parse(content, str(path))
-        # COCO's annotations are one object that holds a list.
-        rows = (
-            rows["annotations"]
-            if isinstance(rows, dict) and "annotations" in rows
-            else [rows]
-            if isinstance(rows, dict)
-            else rows
-        )
+        # COCO's annotations are one object that contains a list.
+        if isinstance(rows, dict):
+            rows = rows.get("annotations", [rows])
         numbered = [(f"{path}: entry {index}", row) for index, row in enumerate(rows, start=1)]
     else:
         lines = content.split("\n")
@@ -124,25 +118,27 @@ def _read_entries(path: Path, wanted: str) -> list[_Entry]:
             for n, line in enumerate(lines, start=1)
             if line.strip()
         ]
-    entries = [_entry(row, place, wanted) for place, row in numbered]
+    entries = [_entry(row, location, wanted) for location, row in numbered]
     seen: set[str] = set()
     for name in (entry.name for entry in entries if entry.name is not None and wanted == "prediction"):
         if name in seen:
-            raise UserError(f"{path}: two predictions have the id {name}.")
+            raise UserError(f"{path}: two predictions have the id {name}; give each a unique id.")
         seen.add(name)
     return entries
 
 
-def _entry(row: Any, place: str, wanted: str) -> _Entry:
+def _entry(row: Any, location: str, wanted: str) -> _Entry:
     if not isinstance(row, dict):
-        raise UserError(f"{place} is no JSON object.")
-    name = row.get("image_id", row.get("id"))  # COCO's rows have both, and `id` is the caption's
+        raise UserError(f"{location} is not a JSON object; repair or remove it.")
+    name = row.get("image_id", row.get("id"))  # COCO's rows have both, and `id` is that of the caption
     text = row.get("caption", _MISSING)
     prediction = row.get("prediction", text)
     references = row.get("references", row.get("reference", text if wanted == "references" else None))
     if (prediction if wanted == "prediction" else references) is _MISSING:
         keys = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{place} has no key {wanted} (nor caption, as COCO's files have): its keys are {keys}.")
+        raise UserError(
+            f"{location} has no key {wanted} (nor caption, as in COCO's files), its keys are {keys}; add it."
+        )
     references = [references] if isinstance(references, str) else references
     category = row.get("category")
     return _Entry(
@@ -154,7 +150,7 @@ _MISSING = object()
 
 
 def _is_text(path: Path) -> bool:
-    """Whether lines are captions: by the ending, or as the file starts with neither of JSON's brackets."""
+    """Return whether the lines are captions: by the ending, or because the file does not start with a JSON bracket."""
     if path.suffix in {".json", ".jsonl", ".ndjson"}:
         return False
     return path.suffix == ".txt" or _read(path).lstrip()[:1] not in {"{", "["}
@@ -178,52 +174,50 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, location: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place} is no JSON: {error.msg} at column {error.colno}.") from error
+        raise UserError(f"{location} is not JSON ({error.msg} at column {error.colno}); repair it.") from error
 
 
 def check_captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Passes if there is one prediction a clip, and at least one reference for each; empty texts are allowed.
+    """Check that there is one prediction and at least one reference per clip; empty texts are allowed.
 
     Raises:
-        UserError: There is no clip, the numbers differ, a text is None or no text, or a clip has no reference.
+        UserError: There is no clip, the numbers differ, a text is None or not text, or a clip has no reference.
     """
     for name, given in (("predictions", predictions), ("references", references)):
         if not _is_list(given):
-            raise UserError(f"{name} must be a list with an entry for each clip, got {_kind(given)}.")
+            raise UserError(f"{name} must be a list with an entry for each clip, not {_kind(given)}.")
     if len(predictions) != len(references):
         raise UserError(
-            f"There are {len(predictions)} predictions but {len(references)} lists of references: each clip needs one "
+            f"There are {len(predictions)} predictions but {len(references)} lists of references; give each clip one "
             "of both."
         )
     if len(predictions) == 0:
-        raise UserError("There are no captions to score: give at least one prediction with its references.")
+        raise UserError("There are no captions to score; give at least one prediction with its references.")
     for index, (prediction, refs) in enumerate(zip(predictions, references, strict=True)):
         if not isinstance(prediction, str):
-            raise UserError(
-                f"The prediction of clip {index} is {_kind(prediction)}: give a text, empty if the model said nothing."
-            )
+            raise UserError(f"The prediction of clip {index} is {_kind(prediction)}; give a text, which may be empty.")
         if not _is_list(refs):
             raise UserError(
-                f"The references of clip {index} are {_kind(refs)}: give a list of texts, also for a single one."
+                f"The references of clip {index} are {_kind(refs)}; give a list of texts, also for a single one."
             )
         if len(refs) == 0:
-            raise UserError(f"Clip {index} has no reference: leave it out or give it one.")
+            raise UserError(f"Clip {index} has no reference; leave it out or give it one.")
         for reference in refs:
             if not isinstance(reference, str):
-                raise UserError(f"A reference of clip {index} is {_kind(reference)}: give a text.")
+                raise UserError(f"A reference of clip {index} is {_kind(reference)}; give a text.")
 
 
 def _is_list(value: object) -> bool:
-    # A text is a sequence of texts to Python: every character of a lone reference would silently become a reference.
+    # A text is a sequence of texts in Python: each character of a lone reference would silently become a reference.
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 

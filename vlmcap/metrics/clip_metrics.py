@@ -1,6 +1,6 @@
-"""Scores as functions of numbers summed over clips: what resampling needs of a score, and no more.
+"""Scores as functions of numbers summed over clips, which is all that resampling needs.
 
-`clip_scores` makes them from texts, by the name of the score: what comparing runs needs of their captions.
+`clip_scores` computes them from texts by the name of the score, for comparing runs by their captions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlmcap.metrics.tokenizers import Tokenizer
 Floats = npt.NDArray[np.float64]
 
 COUNTED = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "cider_d", "rouge_l")
-"""The names that come together from one pass over the captions."""
+"""Scores that are computed together in one pass over the captions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,9 +32,9 @@ class ClipMetric:
     """One score of N clips.
 
     Attributes:
-        name: Such as "cider"; runs are compared by metrics of one name.
-        values: What is summed over clips, shape (N, K).
-        score: Sums of shape (..., K) to scores of shape (...).
+        name: Name of the score, such as "cider"; only metrics of the same name are compared.
+        values: (N, K) values that are summed over clips.
+        score: Function from sums of shape (..., K) to scores of shape (...).
     """
 
     name: str
@@ -42,24 +42,24 @@ class ClipMetric:
     score: Callable[[Floats], Floats]
 
     def corpus_score(self) -> float:
-        """The score of all clips."""
+        """Return the score of all clips."""
         return float(self.score(self.values.sum(0)))
 
 
 def mean_metric(name: str, values: npt.ArrayLike) -> ClipMetric:
-    """The mean of one number a clip, shape (N,): ROUGE-L, CIDEr, BERTScore, whether a fact was right, or any other.
+    """Build the mean of one number per clip, shape (N,): ROUGE-L, CIDEr, BERTScore, correctness of a fact, or others.
 
     Raises:
-        UserError: The values are not one number a clip.
+        UserError: The values are not one number per clip.
     """
     array = np.asarray(values, np.float64)
     if array.ndim != 1:
-        raise UserError(f"{name} must be one number a clip, got an array of shape {array.shape}.")
+        raise UserError(f"{name} must be one number per clip, not an array of shape {array.shape}.")
     return ClipMetric(name, np.stack([array, np.ones_like(array)], axis=1), _mean)
 
 
 def clip_metrics(statistics: ClipStatistics) -> dict[str, ClipMetric]:
-    """`bleu_1` to `bleu_4` of the corpus, `cider`, `cider_d` and `rouge_l` from the statistics of `vlmcap.metrics.corpus`."""
+    """Build `bleu_1` to `bleu_4` of the corpus, `cider`, `cider_d` and `rouge_l` from clip statistics."""
     s = statistics
     counts = np.column_stack([s.matches, s.ngrams, s.hypothesis_length, s.reference_length]).astype(np.float64)
     metrics = {f"bleu_{order}": ClipMetric(f"bleu_{order}", counts, _bleu(order)) for order in range(1, 5)}
@@ -67,20 +67,20 @@ def clip_metrics(statistics: ClipStatistics) -> dict[str, ClipMetric]:
 
 
 def meteor_metric(statistics: Sequence[MeteorStatistics], name: str = "meteor") -> ClipMetric:
-    """Corpus METEOR from the counts of each clip; `name` is "meteor_ko" for those of `meteor_ko_statistics`."""
+    """Build corpus METEOR from counts of each clip; `name` is "meteor_ko" for those of `meteor_ko_statistics`."""
     rows = [[s.matches, s.chunks, s.matched_weight, s.hypothesis_weight, s.reference_weight] for s in statistics]
     return ClipMetric(name, np.array(rows, np.float64).reshape(-1, 5), _meteor)
 
 
 def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> ClipMetric:
-    """A score of `content_scores` from the counts of `content_counts`, shape (N, 6, 3).
+    """Build a score of `content_scores` from the counts of `content_counts`, shape (N, 6, 3).
 
     Raises:
         UserError: There is no such score.
     """
     known = content_from_counts(np.zeros(counts.shape[1:], np.int64))
     if name not in known:
-        raise UserError(f"Unknown content score {name!r}: choose one of {', '.join(known)}.")
+        raise UserError(f"Unknown content score {name!r}; choose one of {', '.join(known)}.")
 
     def score(sums: Floats) -> Floats:
         tables = np.rint(sums).astype(np.int64).reshape(-1, *counts.shape[1:])
@@ -90,19 +90,24 @@ def content_metric(counts: npt.NDArray[np.int64], name: str = "content_f1") -> C
 
 
 def fact_metric(counts: npt.NDArray[np.int64], name: str = "facts/mean") -> ClipMetric:
-    """Fact accuracy from the `fact_counts` of one fact, shape (N, 1, 2), or the mean over facts, from those of all, shape (N, facts, 2)."""
+    """Build fact accuracy from `fact_counts`.
+
+    Args:
+        counts: (N, 1, 2) for one fact, or (N, facts, 2) for the mean over all facts.
+        name: Name of the metric.
+    """
 
     def score(sums: Floats) -> Floats:
         right, stated = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
         accuracy = np.where(stated > 0, right / np.maximum(stated, 1), 0.0)
-        number = (stated > 0).sum(-1)  # a fact that no clip states is not counted, as in `fact_accuracy`
+        number = (stated > 0).sum(-1)  # facts that no clip states are not counted, as in `fact_accuracy`
         return np.where(number > 0, accuracy.sum(-1) / np.maximum(number, 1), np.nan)
 
     return ClipMetric(name, counts.reshape(len(counts), -1).astype(np.float64), score)
 
 
 def is_clip_score(name: str) -> bool:
-    """Whether `clip_scores` knows the name: the others are of the corpus as a whole, or of pretrained models."""
+    """Return whether `clip_scores` supports the name; other scores need the whole corpus or pretrained models."""
     return name in COUNTED or name in ("meteor", "meteor_ko") or name.startswith(("content_", "content/", "facts/"))
 
 
@@ -115,25 +120,26 @@ def clip_scores(
     synonyms: Synonyms | str | Path | None = None,
     lexicon: FactLexicon | None = None,
 ) -> dict[str, ClipMetric]:
-    """The named score, and those that come with it for nothing.
+    """Compute the named score, together with those that come at no extra cost.
 
     Args:
-        name: As in `score_captions`, `content/noun_recall`, `facts/mean` or `facts/<fact>`.
-        predictions: One text a clip.
-        references: For each clip one or more texts.
-        tokenizer: Of BLEU, CIDEr, ROUGE-L and METEOR.
-        synonyms: Of content words.
-        lexicon: Of facts, which are known by it alone.
+        name: A name from `score_captions`, `content/noun_recall`, `facts/mean` or `facts/<fact>`.
+        predictions: One text per clip.
+        references: One or more texts per clip.
+        tokenizer: Tokenizer for BLEU, CIDEr, ROUGE-L and METEOR.
+        synonyms: Synonyms for content words.
+        lexicon: Lexicon for facts, which defines their names.
 
     Raises:
-        UserError: The name is that of no such score, or as in `score_captions`.
+        UserError: There is no such score of clips, or as in `score_captions`.
     """
     if name in COUNTED:
         corpus = count_references(references, tokenizer)
         return clip_metrics(clip_statistics(tokenize_captions(predictions, tokenizer), corpus))
     if name == "meteor":
         tokens, known = tokenize_captions(predictions, tokenizer), count_references(references, tokenizer).tokens()
-        return {name: meteor_metric([meteor_statistics(said, refs) for said, refs in zip(tokens, known, strict=True)])}
+        pairs = zip(tokens, known, strict=True)
+        return {name: meteor_metric([meteor_statistics(hypothesis, refs) for hypothesis, refs in pairs])}
     if name == "meteor_ko":
         return {name: meteor_metric(meteor_ko_statistics(predictions, references), name)}
     if name.startswith(("content_", "content/")):
@@ -141,7 +147,8 @@ def clip_scores(
     if name.startswith("facts/") and lexicon is not None:
         return _facts(name, predictions, references, lexicon)
     raise UserError(
-        f"{name} is no score of clips; there are {', '.join(COUNTED)}, meteor, meteor_ko, content_f1 and facts/mean"
+        f"{name} is not a score of clips; choose one of {', '.join(COUNTED)}, meteor, meteor_ko, content_f1 and "
+        "facts/mean"
     )
 
 
@@ -155,13 +162,13 @@ def _facts(
     metrics["facts/mean"] = fact_metric(counts)
     if name not in metrics:
         raise UserError(
-            f"there is no fact {name.removeprefix('facts/')}: choose one of {', '.join(lexicon.phrases)}, mean"
+            f"there is no fact {name.removeprefix('facts/')}; choose one of {', '.join(lexicon.phrases)}, mean"
         )
     return metrics
 
 
 def _mean(sums: Floats) -> Floats:
-    # The number of clips is summed with the values: left-out and resampled clips are then counted right.
+    # The number of clips is summed with the values, so that resampled clips are counted correctly.
     with np.errstate(invalid="ignore"):
         return sums[..., 0] / sums[..., 1]
 
@@ -174,7 +181,7 @@ def _meteor(sums: Floats) -> Floats:
 
 def _bleu(order: int) -> Callable[[Floats], Floats]:
     def score(sums: Floats) -> Floats:
-        counts = np.rint(sums).astype(np.int64)  # whole numbers in floating point
+        counts = np.rint(sums).astype(np.int64)  # sums are integers in floating point
         return bleu_from_counts(counts[..., :4], counts[..., 4:8], counts[..., 8], counts[..., 9])[..., order - 1]
 
     return score

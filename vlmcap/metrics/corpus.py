@@ -1,12 +1,12 @@
-"""References counted once, and captions counted against them.
+"""Counting of references, done one time, and of captions against them.
 
-All that BLEU, CIDEr and ROUGE-L of clips and of corpora come from.
+BLEU, CIDEr and ROUGE-L of clips and of corpora are all computed from these counts.
 
-    references = ReferenceCorpus(tokens_of_references)          # once
+    references = ReferenceCorpus(tokens_of_references)          # one time
     statistics = clip_statistics(tokens_of_captions, references)  # each epoch
     corpus_scores(statistics)                                    # bleu_1 .. bleu_4, cider, cider_d, rouge_l
 
-Memory is in proportion to the n-grams of the references: captions are counted some ten thousand tokens at a time.
+Memory is proportional to the n-grams of the references: captions are counted about ten thousand tokens at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ from vlmcap.metrics.rouge import f_score, lcs_lengths
 
 Floats = npt.NDArray[np.float64]
 
-# Tokens counted at a time: arrays of this length sort in the processor's cache, twice as fast as in memory.
+# Tokens counted at a time: arrays of this length fit the processor's cache, where sorting is twice as fast as in
+# memory.
 CHUNK_TOKENS = 1 << 17
 
 
@@ -60,12 +61,12 @@ class OrderCounts:
     R captions, G distinct n-grams, E entries sorted by caption and n-gram.
 
     Attributes:
-        keys: What names each n-gram, sorted, shape (G,); empty for order 1, where the token's id does.
-        frequency: In how many clips each n-gram is, shape (G,).
-        start: Where each caption's entries begin, and E, shape (R + 1,).
-        ngram: The n-gram of each entry, shape (E,).
-        times: How often the caption has it, shape (E,).
-        norm: The norm of each caption's CIDEr vector, shape (R,).
+        keys: Sorted key of each n-gram, shape (G,); empty for order 1, where the token's id is the key.
+        frequency: Number of clips that contain each n-gram, shape (G,).
+        start: First entry of each caption, and E, shape (R + 1,).
+        ngram: n-gram of each entry, shape (E,).
+        times: Number of times that the caption contains it, shape (E,).
+        norm: Norm of each caption's CIDEr vector, shape (R,).
     """
 
     keys: Ints
@@ -76,17 +77,17 @@ class OrderCounts:
     norm: Floats
 
     def entries(self, first: int, last: int) -> Counts:
-        """The entries of captions `first` to before `last`, which are numbered from 0."""
+        """Return the entries of captions `first` to `last` (exclusive), renumbered from 0."""
         begin, end = self.start[first], self.start[last]
         caption = np.repeat(np.arange(last - first), np.diff(self.start[first : last + 1]))
         return Counts(caption, self.ngram[begin:end].astype(np.int64), self.times[begin:end].astype(np.int64))
 
 
 class ReferenceCorpus:
-    """The references of a corpus, tokenised and counted; use one for every epoch. It takes some 90 bytes a token.
+    """The tokenized and counted references of a corpus, for use in every epoch; takes about 90 bytes per token.
 
     Args:
-        references: For each clip the tokens of one or more references.
+        references: Tokens of one or more references per clip.
 
     Raises:
         UserError: There is no clip, or a clip has no reference.
@@ -94,21 +95,21 @@ class ReferenceCorpus:
 
     def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
         if len(references) == 0:
-            raise UserError("There are no references: give at least one clip with one reference.")
+            raise UserError("There are no references; give at least one clip with one reference.")
         self.first = offsets(map(len, references), len(references))
         if (empty := np.flatnonzero(np.diff(self.first) == 0)).size:
-            raise UserError(f"Clip {empty[0]} has no reference: leave it out or give it one.")
+            raise UserError(f"Clip {empty[0]} has no reference; leave it out or give it one.")
         self.vocabulary = Vocabulary()
         packed = Packed.pack(list(chain.from_iterable(references)), self.vocabulary)
         self.captions = Packed(packed.ids.astype(np.int32), packed.start)
         self.orders = self._count(packed)
 
     def __len__(self) -> int:
-        """The number of clips."""
+        """Number of clips."""
         return len(self.first) - 1
 
     def tokens(self) -> list[list[list[str]]]:
-        """The tokens that were given: for each clip those of each reference."""
+        """Return the given tokens: for each clip those of each reference."""
         words = list(self.vocabulary)
         captions = [
             [words[i] for i in self.captions.slice(r, r + 1).ids.tolist()] for r in range(len(self.captions.start) - 1)
@@ -137,15 +138,15 @@ class ReferenceCorpus:
         return orders
 
     def _order(self, table: Ints, pieces: list[Counts], bounds: Ints, size: int) -> OrderCounts:
-        """One order from the counts of chunks.
+        """Build the counts of one order from those of chunks, whose captions are numbered from 0.
 
-        The captions of a chunk are numbered from 0, the first of them is at `bounds`.
+        The first caption of a chunk has the number in `bounds`.
         """
         captions = np.diff(bounds).tolist()
         ngram = np.concatenate([piece.ngram.astype(np.int32) for piece in pieces])
         times = np.concatenate([piece.times.astype(np.int32) for piece in pieces])
-        once = ngram if len(self) == self.first[-1] else self._once_a_clip(pieces, bounds)
-        frequency = np.bincount(once, minlength=size).astype(np.int32)
+        unique = ngram if len(self) == self.first[-1] else self._unique_per_clip(pieces, bounds)
+        frequency = np.bincount(unique, minlength=size).astype(np.int32)
         inverse = inverse_frequency(frequency, len(self))
         norm = [norms(piece, inverse[piece.ngram], number) for piece, number in zip(pieces, captions, strict=True)]
         entries = [np.bincount(piece.caption, minlength=number) for piece, number in zip(pieces, captions, strict=True)]
@@ -153,8 +154,8 @@ class ReferenceCorpus:
             table, frequency, offsets(chain.from_iterable(entries), bounds[-1]), ngram, times, np.concatenate(norm)
         )
 
-    def _once_a_clip(self, pieces: list[Counts], bounds: Ints) -> Ints:
-        """The n-grams of each clip, each once however many of its references have it."""
+    def _unique_per_clip(self, pieces: list[Counts], bounds: Ints) -> Ints:
+        """Return the n-grams of each clip, without repetitions in its references."""
         clip = np.repeat(np.arange(len(self)), np.diff(self.first))
         each = (join(clip[piece.caption + first], piece.ngram) for piece, first in zip(pieces, bounds, strict=False))
         return np.concatenate([split(distinct(pairs))[1] for pairs in each])
@@ -162,13 +163,13 @@ class ReferenceCorpus:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClipStatistics:
-    """What the scores of clips, and of any set of them, are computed from; N clips.
+    """Statistics from which the scores of clips, and of any set of them, are computed; N clips.
 
     Attributes:
         matches: Clipped matches of order 1 to 4, shape (N, 4).
-        ngrams: n-grams of the hypothesis of order 1 to 4, shape (N, 4).
-        hypothesis_length: Tokens of the hypothesis, shape (N,).
-        reference_length: Tokens of the reference nearest in length, shape (N,).
+        ngrams: Number of n-grams of the hypothesis of order 1 to 4, shape (N, 4).
+        hypothesis_length: Number of tokens of the hypothesis, shape (N,).
+        reference_length: Number of tokens of the reference nearest in length, shape (N,).
         cider: CIDEr without the length penalty, 0 to 10, shape (N,); NaN if the corpus is one clip.
         cider_d: CIDEr-D, 0 to 10, shape (N,); NaN if the corpus is one clip.
         rouge_l: ROUGE-L, 0 to 1, shape (N,).
@@ -182,27 +183,24 @@ class ClipStatistics:
     cider_d: Floats
     rouge_l: Floats
 
-    def take(self, rows: npt.ArrayLike) -> ClipStatistics:
-        """The statistics of some clips: by number, repeated ones counted as often, or by a mask.
-
-        Document frequencies stay as they were.
-        """
-        return ClipStatistics(*(getattr(self, field.name)[np.asarray(rows)] for field in fields(self)))
+    def take(self, clips: npt.ArrayLike) -> ClipStatistics:
+        """Select clips by index, where repeated ones count repeatedly, or by a mask; document frequencies are kept."""
+        return ClipStatistics(*(getattr(self, field.name)[np.asarray(clips)] for field in fields(self)))
 
 
 def clip_statistics(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -> ClipStatistics:
-    """The counts and scores of each clip.
+    """Compute the counts and scores of each clip.
 
     Args:
-        hypotheses: The tokens of one prediction a clip, in the order of the references. A generator is read as it goes,
-            so a large corpus need not be held.
-        references: The references, counted.
+        hypotheses: Tokens of one prediction per clip, in the order of the references. A generator is consumed on the
+            fly, so a large corpus need not be in memory.
+        references: Counted references.
 
     Returns:
-        The statistics; CIDEr's document frequencies are those of all the references.
+        Statistics of the clips; CIDEr's document frequencies are those of all the references.
 
     Raises:
-        UserError: There are not as many hypotheses as clips.
+        UserError: The numbers of hypotheses and clips differ.
     """
     vocabulary = Vocabulary(references.vocabulary)
     chunks = [
@@ -217,9 +215,9 @@ def clip_statistics(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -
 
 
 def corpus_scores(statistics: ClipStatistics) -> dict[str, float]:
-    """`bleu_1` to `bleu_4`, `cider`, `cider_d` and `rouge_l` of the clips together.
+    """Compute `bleu_1` to `bleu_4`, `cider`, `cider_d` and `rouge_l` of the corpus.
 
-    BLEU is that of the summed counts, the others are means over clips. Scales as in `vlmcap.metrics.score_captions`.
+    BLEU is that of the summed counts, the others are means over clips. Ranges are those of `score_captions`.
     """
     s = statistics
     bleu = bleu_from_counts(
@@ -230,23 +228,23 @@ def corpus_scores(statistics: ClipStatistics) -> dict[str, float]:
 
 
 def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
-    """The corpus scores of the clips of each category, with their number as `clips`.
+    """Compute the corpus scores of each category, and its number of clips as `clips`.
 
-    CIDEr keeps the document frequencies of the whole reference corpus, so a category of one clip has one as well.
+    CIDEr keeps the document frequencies of the whole reference corpus, so it is defined for a category of one clip.
 
     Args:
-        statistics: Of all clips.
-        categories: One label a clip, such as "sea" or 3; None is a label like any other.
+        statistics: Statistics of all clips.
+        categories: One label per clip, such as "sea" or 3; None is a label too.
 
     Returns:
-        Category to scores, in the order in which the categories first occur.
+        Category to scores, in the order of first occurrence.
 
     Raises:
         UserError: The numbers of labels and clips differ.
     """
     if len(categories) != len(statistics.rouge_l):
         raise UserError(
-            f"There are {len(categories)} categories for {len(statistics.rouge_l)} clips: give each clip one."
+            f"There are {len(categories)} categories for {len(statistics.rouge_l)} clips; give each clip one."
         )
     rows: dict[Hashable, list[int]] = {}
     for index, category in enumerate(categories):
@@ -258,21 +256,21 @@ def by_category(statistics: ClipStatistics, categories: Sequence[Hashable]) -> d
 
 
 def _chunk_captions(hypotheses: Iterable[Tokens], references: ReferenceCorpus) -> Iterator[tuple[int, list[Tokens]]]:
-    """The number of the first clip of each chunk, and its hypotheses."""
+    """Yield the number of the first clip of each chunk, and the chunk's hypotheses."""
     number = np.diff(references.first).tolist()
     tokens = np.diff(references.captions.start[references.first]).tolist()
     chunk: list[Tokens] = []
     first = size = 0
     for clip, hypothesis in enumerate(hypotheses):
         if clip == len(number):
-            raise UserError(f"There are more hypotheses than the {len(number)} clips that have references.")
+            raise UserError(f"There are more hypotheses than the {len(number)} clips with references; remove some.")
         chunk.append(hypothesis)
         size += max(tokens[clip], len(hypothesis) * number[clip])
         if size >= CHUNK_TOKENS:
             yield first, chunk
             first, size, chunk = clip + 1, 0, []
     if first + len(chunk) < len(number):
-        raise UserError(f"There are {first + len(chunk)} hypotheses for {len(number)} clips: each clip needs one.")
+        raise UserError(f"There are {first + len(chunk)} hypotheses for {len(number)} clips; give each clip one.")
     if chunk:
         yield first, chunk
 
@@ -307,12 +305,12 @@ def _score_chunk(packed: Packed, references: ReferenceCorpus, first: int) -> Cli
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Each hypothesis of a chunk with each of its references.
+    """All pairs of a hypothesis of a chunk and one of its references.
 
     Attributes:
-        first: The first pair of each hypothesis.
-        number: How many pairs, that is references, it has.
-        hypothesis: The hypothesis of each pair. Its reference has the number of the pair.
+        first: First pair of each hypothesis.
+        number: Number of pairs, that is of references, of each hypothesis.
+        hypothesis: Hypothesis of each pair; its reference has the number of the pair.
     """
 
     first: Ints
@@ -330,7 +328,7 @@ class _Pairs:
 
 
 def _weights(counts: Counts, order: OrderCounts, clips: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """CIDEr's weight of each n-gram of the hypotheses, and whether any reference of the corpus has it."""
+    """Return CIDEr's weight of each n-gram of the hypotheses, and whether any reference of the corpus contains it."""
     known = counts.ngram < len(order.frequency)
     frequency = np.zeros(len(known), np.int32)
     frequency[known] = order.frequency[counts.ngram[known]]
@@ -338,29 +336,33 @@ def _weights(counts: Counts, order: OrderCounts, clips: int) -> tuple[Floats, np
 
 
 def _match(counts: Counts, inverse: Floats, entries: Counts, pairs: _Pairs) -> tuple[Ints, Floats]:
-    """BLEU's clipped matches of each hypothesis, and CIDEr's clipped dot product of each pair, for one order."""
+    """Return BLEU's clipped matches of each hypothesis, and CIDEr's clipped dot product of each pair, for one order."""
     table = join(entries.caption, entries.ngram)
     best = np.zeros(len(counts.ngram), np.int64)
     dots = np.zeros(len(pairs.hypothesis))
     for nth in range(pairs.number.max()):
-        rows = np.flatnonzero(pairs.number[counts.caption] > nth)
-        pair = pairs.first[counts.caption[rows]] + nth
-        place, there = look_up(table, join(pair, counts.ngram[rows]))
-        rows, place = rows[there], place[there]
-        common = np.minimum(counts.times[rows], entries.times[place])
-        best[rows] = np.maximum(best[rows], common)
-        dots += np.bincount(pair[there], common * entries.times[place] * inverse[rows] ** 2, len(dots))
+        entry = np.flatnonzero(pairs.number[counts.caption] > nth)
+        pair = pairs.first[counts.caption[entry]] + nth
+        place, is_known = look_up(table, join(pair, counts.ngram[entry]))
+        entry, place = entry[is_known], place[is_known]
+        common = np.minimum(counts.times[entry], entries.times[place])
+        best[entry] = np.maximum(best[entry], common)
+        dots += np.bincount(pair[is_known], common * entries.times[place] * inverse[entry] ** 2, len(dots))
     return np.bincount(counts.caption, best, len(pairs.first)).astype(np.int64), dots
 
 
 def _rouge(hypotheses: Packed, references: Packed, pairs: _Pairs) -> Floats:
     length, other = hypotheses.lengths[pairs.hypothesis], references.lengths
     lcs = lcs_lengths(hypotheses, references, pairs.hypothesis, np.arange(len(other)))
-    # An empty caption is one empty token in the reference implementation; this also keeps both divisions defined.
+    # In the reference implementation an empty caption is one empty token; this also keeps both divisions defined.
     lcs[(length == 0) & (other == 0)] = 1
     return f_score(pairs.largest(lcs / np.maximum(length, 1)), pairs.largest(lcs / np.maximum(other, 1)))
 
 
 def _chunk_clips(start: Ints) -> Ints:
-    """The first clip of each chunk of about CHUNK_TOKENS tokens, and the number of clips, given where each clip's tokens begin, and end."""
+    """Return the first clip of each chunk of about CHUNK_TOKENS tokens, and the number of clips.
+
+    Args:
+        start: Position of each clip's first token, and the number of tokens.
+    """
     return np.append(np.flatnonzero(np.diff(start[:-1] // CHUNK_TOKENS, prepend=-1)), len(start) - 1)

@@ -1,6 +1,6 @@
-"""What overlap scores do not show.
+"""Diversity of captions, which overlap scores do not measure.
 
-A model that says the same for every clip, that repeats itself, or that stops early.
+It reveals a model that gives the same caption for every clip, repeats itself, or stops early.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from vlmcap.metrics.ngrams import Tokens, closest_length
 from vlmcap.metrics.tokenizers import normalize
 
 COLLAPSED_DISTINCT_RATIO = 0.5
-"""Below this share of distinct captions `collapse_warning` speaks.
+"""Share of distinct captions below which `collapse_warning` warns.
 
-People hardly ever describe two clips in the same words, and collapsed
-models were seen at 0.04 to 0.11. Few clips of few kinds, as in a demo, may go below it honestly."""
+People rarely describe two clips in the same words, while collapsed models had 0.04 to 0.11. A few similar clips, as in
+a
+demo, may legitimately be below it."""
 
 COLLAPSED_REPETITION_RATE = 0.2
-"""Above this share of repeated 4-grams within captions `collapse_warning` speaks.
+"""Share of repeated 4-grams within captions above which `collapse_warning` warns.
 
-Captions that say everything twice have 0.5, or one in
-five of them has been caught in a loop that fills it."""
+It is 0.5 if captions state everything twice, and about 0.2 if a loop fills one caption in five."""
 
 _ORDER = 4
 _SELF_BLEU_CAPTIONS, _SELF_BLEU_OTHERS = 200, 100
-_FEWEST_FOR_WARNING = 8
+_MIN_CAPTIONS_FOR_WARNING = 8
 
 
 def distinct_ratio(predictions: Sequence[str]) -> float:
-    """Distinct normalised predictions divided by predictions, above 0 and at most 1.
+    """Return distinct normalized predictions divided by predictions, above 0 and at most 1.
 
-    A collapsed model says a handful of captions for every clip; 0.04 to 0.11 was seen while a reference-free score
-    rose.
+    A collapsed model uses a few captions for all clips; values of 0.04 to 0.11 were observed while a reference-free
+    score rose.
 
     Args:
-        predictions: One text a clip, at least one.
+        predictions: One text per clip, at least one.
 
     Returns:
-        The ratio; 1 when no two clips get the same caption.
+        The ratio; 1 if no two clips have the same caption.
     """
     return len({normalize(text) for text in predictions}) / len(predictions)
 
 
 def length_ratio(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """Tokens of all hypotheses divided by tokens of their references nearest in length.
+    """Return the tokens of all hypotheses divided by the tokens of their references nearest in length.
 
-    Below 1 captions are too short, often because `max_new_tokens` cuts them; above 1 they run on.
+    Below 1 captions are too short, often because `max_new_tokens` truncates them; above 1 they are too long.
 
     Args:
-        hypotheses: The tokens of one prediction a clip.
-        references: For each clip the tokens of one or more references.
+        hypotheses: Tokens of one prediction per clip.
+        references: Tokens of one or more references per clip.
 
     Returns:
-        The ratio, at least 0; NaN when the references hold no token at all.
+        The ratio, at least 0; NaN if the references have no tokens.
     """
     closest = sum(
         closest_length(len(h), [len(r) for r in refs]) for h, refs in zip(hypotheses, references, strict=True)
@@ -64,15 +64,15 @@ def length_ratio(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tok
 
 
 def repetition_rate(hypotheses: Sequence[Tokens]) -> float:
-    """The share of a caption's 4-grams that the same caption has said before, over all captions; from 0 to below 1.
+    """Return the share of 4-grams that occurred earlier in the same caption, over all captions; from 0 to below 1.
 
     A model in a loop ("바다가 보이고 바다가 보이고 …") comes close to 1.
 
     Args:
-        hypotheses: The tokens of one prediction a clip.
+        hypotheses: Tokens of one prediction per clip.
 
     Returns:
-        Repeated 4-grams divided by 4-grams; 0 when no caption has four tokens.
+        Repeated 4-grams divided by 4-grams; 0 if no caption has four tokens.
     """
     total = distinct = 0
     for tokens in hypotheses:
@@ -85,28 +85,26 @@ def repetition_rate(hypotheses: Sequence[Tokens]) -> float:
 def self_bleu(
     hypotheses: Sequence[Tokens], *, captions: int = _SELF_BLEU_CAPTIONS, others: int = _SELF_BLEU_OTHERS, seed: int = 0
 ) -> float:
-    """How much captions repeat each other.
+    """Return the mean BLEU-4 of a caption against other captions (Zhu et al., "Texygen", SIGIR 2018).
 
-    The mean BLEU-4 of a caption against other captions (Zhu et al., "Texygen", SIGIR 2018).
-
-    0 is all different, 1 all the same. It grows with the number of others, so compare only values of equal sizes. Over
-    N captions it takes N^2 comparisons; here a seeded sample bounds them: at most `captions` captions, each against the
-    same `others` captions less itself.
+    It is 0 if all captions are different and 1 if all are equal. It grows with the number of others, so only values of
+    equal sizes are comparable. N captions would take N^2 comparisons, which a seeded sample limits: at most `captions`
+    captions, each against the same `others` captions except itself.
 
     Args:
-        hypotheses: The tokens of one prediction a clip.
-        captions: The most captions to score, at least 1.
-        others: The most captions to score them against, at least 1.
-        seed: Chooses the samples; the same seed and sizes give the same clips, whatever the captions.
+        hypotheses: Tokens of one prediction per clip.
+        captions: Largest number of captions to score, at least 1.
+        others: Largest number of captions to compare them with, at least 1.
+        seed: Seed of the samples; the same seed and sizes select the same clips, independent of the captions.
 
     Returns:
-        The mean, from 0 to 1, with n-grams that do not occur counted as 1e-15 matches as in BLEU here; NaN for fewer
-        than two captions.
+        The mean, from 0 to 1; n-grams without a match count as 1e-15 matches, as in BLEU. NaN for fewer than two
+        captions.
     """
     if len(hypotheses) < 2:
         return math.nan
     shuffled = random.Random(seed).sample(range(len(hypotheses)), len(hypotheses))
-    pool = shuffled[: others + 1]  # one more, as a caption in it is not compared with itself
+    pool = shuffled[: others + 1]  # one more, since a caption in it is not compared with itself
     counts = {index: [Counter(_ngrams(hypotheses[index], order)) for order in range(1, _ORDER + 1)] for index in pool}
     scores = []
     for index in shuffled[:captions]:
@@ -120,29 +118,27 @@ def self_bleu(
 
 
 def collapse_warning(predictions: Sequence[str]) -> str | None:
-    """One sentence for the log when the captions have collapsed, None when they have not.
+    """Return one sentence for the log if the captions have collapsed, else None.
 
-    They have when fewer than half are distinct (`COLLAPSED_DISTINCT_RATIO`, from eight clips on), or when more than a
-    fifth of the 4-grams of words are said before in the same caption (`COLLAPSED_REPETITION_RATE`). Words are those of
-    whitespace.
+    They have if fewer than half are distinct (`COLLAPSED_DISTINCT_RATIO`, from eight clips on), or if more than a fifth
+    of the 4-grams of whitespace words are repeated in the same caption (`COLLAPSED_REPETITION_RATE`).
 
     Args:
-        predictions: One text a clip.
+        predictions: One text per clip.
     """
     if not predictions:
         return None
     ratio = distinct_ratio(predictions)
-    if len(predictions) >= _FEWEST_FOR_WARNING and ratio < COLLAPSED_DISTINCT_RATIO:
+    if len(predictions) >= _MIN_CAPTIONS_FOR_WARNING and ratio < COLLAPSED_DISTINCT_RATIO:
         common, count = Counter(normalize(text) for text in predictions).most_common(1)[0]
         shown = common if len(common) <= 60 else f"{common[:60]}…"
         return (
             f"The captions have collapsed: only {ratio:.0%} of {len(predictions)} are distinct, and {count} clips get "
-            f"{shown!r}; "
-            "overlap scores are not to be trusted."
+            f"{shown!r}; do not trust overlap scores."
         )
     repeated = repetition_rate([normalize(text).split() for text in predictions])
     if repeated > COLLAPSED_REPETITION_RATE:
-        return f"The captions repeat themselves: {repeated:.0%} of their 4-grams stand in the same caption before."
+        return f"The captions repeat themselves: {repeated:.0%} of their 4-grams occur earlier in the same caption."
     return None
 
 
@@ -151,10 +147,7 @@ def _ngrams(tokens: Tokens, order: int) -> list[tuple[str, ...]]:
 
 
 def _bleu(tokens: Tokens, references: list[list[Counter[tuple[str, ...]]]], lengths: list[int]) -> float:
-    """BLEU-4 of one caption with the constants of `vlmcap.metrics.ngram_scores`.
-
-    The others are counted once, unlike there.
-    """
+    """Return BLEU-4 of one caption with the constants of `ngram_scores`, given the n-gram counts of its references."""
     product = 1.0
     for order in range(_ORDER):
         ngrams = Counter(_ngrams(tokens, order + 1))

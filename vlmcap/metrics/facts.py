@@ -1,8 +1,8 @@
-"""Do captions state the right facts of their own clip? Overlap scores reward style; facts need the video.
+"""Accuracy of facts: whether captions state the right facts of their own clip, where overlap scores reward style.
 
-A fact (place, direction) has values (sea, mountain), and a value has phrases, any of which in a caption says that
-value. Beside the accuracy stands what the same predictions reach on the wrong clips: a model that ignores the video
-scores the same on both.
+A fact (place, direction) has values (sea, mountain), and a value has phrases, any of which states it in a caption. The
+accuracy is compared with that of the same predictions on the wrong clips: a model that ignores the video scores the
+same on both.
 """
 
 from __future__ import annotations
@@ -25,69 +25,68 @@ from vlmcap.metrics.tokenizers import normalize
 _MEAN = "mean"
 _Values: TypeAlias = list[str | None]
 Span: TypeAlias = tuple[int, int, str]
-"""Start, end and value of a phrase in a normalised text."""
+"""Start, end and value of a phrase in a normalized text."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactLexicon:
-    """The phrases that say each value of each fact.
+    """The phrases that state each value of each fact.
 
     Attributes:
-        phrases: For each fact, every normalised phrase with the value it says.
+        phrases: For each fact, every normalized phrase with its value.
     """
 
     phrases: Mapping[str, Mapping[str, str]]
 
     @classmethod
     def from_dict(cls, facts: object, *, source: str = "the fact lexicon") -> FactLexicon:
-        """The lexicon of `{fact: {value: [phrase, ...]}}`.
+        """Build a lexicon from `{fact: {value: [phrase, ...]}}`.
 
         Args:
-            facts: The nested mapping, such as `{"place": {"바다": ["바다", "해변"]}}`.
-            source: What to call it in an error.
+            facts: Nested mapping, such as `{"place": {"바다": ["바다", "해변"]}}`.
+            source: Name of the lexicon in errors.
 
         Returns:
             The lexicon.
 
         Raises:
-            UserError: The shape is another, there is no fact, a fact is called "mean", a phrase is empty or says two
-                values of a fact.
+            UserError: The mapping has another shape, there is no fact, a fact is called "mean", a phrase is empty or
+                states two values of a fact.
         """
         if not isinstance(facts, dict) or not facts:
             raise UserError(
                 f'{source} must be a non-empty object of the shape {{"fact": {{"value": ["phrase", ...]}}}}.'
             )
         if _MEAN in facts:
-            raise UserError(f'{source} names a fact "{_MEAN}", which is the key of the mean over facts: rename it.')
+            raise UserError(
+                f'{source} contains the fact "{_MEAN}", which is the key of the mean over facts; rename it.'
+            )
         return cls({fact: _phrases_of(values, f"fact {fact!r} of {source}") for fact, values in facts.items()})
 
     @classmethod
     def from_json(cls, path: str | Path) -> FactLexicon:
-        """The lexicon in a UTF-8 JSON file of the shape that `from_dict` takes.
+        """Load a lexicon from a UTF-8 JSON file in the form of `from_dict`.
 
         Raises:
-            UserError: The file is missing, is no JSON, or holds another shape.
+            UserError: The file is missing, is not JSON, or has another shape.
         """
         try:
             facts = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"Cannot read the fact lexicon {path}: {error}.") from error
+            raise UserError(f"Cannot read the fact lexicon {path} ({error}); check the path and the JSON.") from error
         return cls.from_dict(facts, source=str(path))
 
     def extract(self, text: str) -> dict[str, str | None]:
-        """The value that the text states for each fact; None where it states none or more than one.
+        """Return the value that the text states for each fact; None if it states none or more than one.
 
-        Phrases are found anywhere in the normalised text, inside words too, because Korean particles and endings attach
-        to them. A phrase inside a longer phrase of the same fact does not count: "바닷가" does not say what "바닷가
-        마을" says.
+        Phrases are found anywhere in the normalized text, inside words too, because Korean particles and endings are
+        attached to them. A phrase inside a longer phrase of the same fact does not count: "바닷가 마을" does not state
+        "바닷가".
         """
-        return {fact: _only({value for _, _, value in spans}) for fact, spans in self.find(text).items()}
+        return {fact: _single({value for _, _, value in spans}) for fact, spans in self.find(text).items()}
 
     def find(self, text: str) -> dict[str, list[Span]]:
-        """Where the normalised text states each fact.
-
-        Start, end and value of the phrases that count, in the order of the text.
-        """
+        """Return start, end and value of the phrases that state each fact in the normalized text, in text order."""
         normalized = normalize(text)
         return {fact: _find(normalized, phrases) for fact, phrases in self.phrases.items()}
 
@@ -95,20 +94,20 @@ class FactLexicon:
 def fact_accuracy(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> dict[str, float]:
-    """The share of clips whose prediction states the same value as the first reference, for each fact, and the mean over facts.
+    """Return the share of clips whose prediction and first reference state the same value, per fact and as mean.
 
     Args:
-        predictions: One text a clip.
-        references: For each clip one or more texts; the first one decides. A clip counts for a fact only if it states
-            it.
-        lexicon: The facts to look for.
+        predictions: One text per clip.
+        references: One or more texts per clip, of which the first is used. A clip counts for a fact only if that
+            reference states it.
+        lexicon: Facts to look for.
 
     Returns:
-        A number between 0 and 1 for each fact, NaN for one that no reference states, and under "mean" the mean over the
+        A number between 0 and 1 for each fact, NaN if no reference states it, and under "mean" the mean over the
         others.
 
     Raises:
-        UserError: The captions are none, unequal in number, or not texts.
+        UserError: There are no captions, their numbers differ, or they are not texts.
     """
     return _per_fact(
         (fact, _mean([p == r for p, r in zip(predicted, stated, strict=True) if r is not None]))
@@ -119,7 +118,7 @@ def fact_accuracy(
 def fact_counts(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> npt.NDArray[np.int64]:
-    """What `fact_accuracy` sums: for each clip and fact if the prediction is right, and if the reference states it, (N, facts, 2).
+    """Count for each clip and fact whether the prediction is right and whether the reference states it, (N, facts, 2).
 
     Facts are in the order of the lexicon. Arguments and errors are those of `fact_accuracy`.
     """
@@ -127,33 +126,33 @@ def fact_counts(
         [(p == r and r is not None, r is not None) for p, r in zip(predicted, stated, strict=True)]
         for _, predicted, stated in _extract_all(predictions, references, lexicon)
     ]
-    return np.array(columns, np.int64).transpose(1, 0, 2)
+    return np.array(columns, np.int64).transpose(1, 0, 2)  # (facts, N, 2) -> (N, facts, 2)
 
 
 def permutation_expectation(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> dict[str, float]:
-    """The accuracy to expect when every clip gets the prediction of another clip, for each fact, and the mean over facts.
+    """Return the expected accuracy if every clip gets the prediction of another clip, per fact and as mean.
 
-    It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j of which
+    It is exact: the mean of [value of prediction i = value of reference j] over all ordered pairs i != j in which
     reference j states the fact. With n clips, and counts of each value v among all predictions and among the m
     references that state the fact, it is
 
         (sum_v predicted(v) * stated(v)  -  matches on the own clip) / (m (n - 1)),
 
-    which tends to sum_v p_predicted(v) * p_stated(v) for many clips. A model whose accuracy is not above it has not
-    looked at the video.
+    which approaches sum_v p_predicted(v) * p_stated(v) for many clips. A model whose accuracy is not above it does not
+    use the video.
 
     Args:
-        predictions: One text a clip.
-        references: For each clip one or more texts; the first one decides.
-        lexicon: The facts to look for.
+        predictions: One text per clip.
+        references: One or more texts per clip, of which the first is used.
+        lexicon: Facts to look for.
 
     Returns:
-        As in `fact_accuracy`; NaN throughout for one clip alone.
+        As for `fact_accuracy`; all NaN for a single clip.
 
     Raises:
-        UserError: The captions are none, unequal in number, or not texts.
+        UserError: There are no captions, their numbers differ, or they are not texts.
     """
     return _per_fact(
         (fact, _other_clip_accuracy(predicted, stated))
@@ -164,27 +163,27 @@ def permutation_expectation(
 def swapped_fact_accuracy(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon, shifts: int
 ) -> dict[str, float]:
-    """The mean accuracy over `shifts` cyclic shifts of the predictions against the clips, spread evenly over 1..n-1.
+    """Return the mean accuracy over `shifts` cyclic shifts of the predictions, spread evenly over 1..n-1.
 
-    It samples what `permutation_expectation` gives exactly, and equals it when all n - 1 shifts are taken.
+    It samples what `permutation_expectation` computes exactly, and equals it for all n - 1 shifts.
 
     Args:
-        predictions: One text a clip.
-        references: For each clip one or more texts; the first one decides.
-        lexicon: The facts to look for.
-        shifts: How many shifts, at least 1; more than n - 1 mean all of them.
+        predictions: One text per clip.
+        references: One or more texts per clip, of which the first is used.
+        lexicon: Facts to look for.
+        shifts: Number of shifts, at least 1; more than n - 1 mean all of them.
 
     Returns:
-        As in `fact_accuracy`; NaN throughout for one clip alone.
+        As for `fact_accuracy`; all NaN for a single clip.
 
     Raises:
-        UserError: `shifts` is below 1, or the captions are none, unequal in number, or not texts.
+        UserError: `shifts` is below 1, there are no captions, their numbers differ, or they are not texts.
     """
     if shifts < 1:
-        raise UserError(f"shifts must be at least 1, got {shifts}.")
+        raise UserError(f"shifts must be at least 1, not {shifts}.")
     largest = len(predictions) - 1
     count = min(shifts, largest)
-    # The middles of `count` equal pieces of 1..n-1: distinct, and never the identity.
+    # The middles of `count` equal segments of 1..n-1, which are distinct and never the identity.
     steps = [1 + (2 * k + 1) * largest // (2 * count) for k in range(count)]
 
     def shifted(predicted: _Values, stated: _Values) -> float:
@@ -211,11 +210,11 @@ def _phrases_of(values: object, where: str) -> dict[str, str]:
         for wording in wordings:
             phrase = normalize(wording) if isinstance(wording, str) else ""
             if not phrase:
-                raise UserError(f"The value {value!r} of {where} has a phrase that is empty or no text.")
+                raise UserError(f"The value {value!r} of {where} has a phrase that is empty or not text.")
             if phrases.setdefault(phrase, value) != value:
                 raise UserError(
-                    f"The phrase {phrase!r} of {where} says both {phrases[phrase]!r} and {value!r}: keep it in one of "
-                    "them."
+                    f"The phrase {phrase!r} of {where} states both {phrases[phrase]!r} and {value!r}; keep it in one "
+                    "of them."
                 )
     return phrases
 
@@ -224,7 +223,7 @@ def _find(text: str, phrases: Mapping[str, str]) -> list[Span]:
     spans = [
         (start, start + len(phrase), value) for phrase, value in phrases.items() for start in _occurrences(text, phrase)
     ]
-    # A longer phrase takes what lies inside it: only spans that no other span contains are said.
+    # Only spans that no other span contains count.
     return sorted(
         (start, end, value)
         for start, end, value in spans
@@ -232,7 +231,7 @@ def _find(text: str, phrases: Mapping[str, str]) -> list[Span]:
     )
 
 
-def _only(values: set[str]) -> str | None:
+def _single(values: set[str]) -> str | None:
     return values.pop() if len(values) == 1 else None
 
 
@@ -246,7 +245,7 @@ def _occurrences(text: str, phrase: str) -> Iterator[int]:
 def _extract_all(
     predictions: Sequence[str], references: Sequence[Sequence[str]], lexicon: FactLexicon
 ) -> Iterator[tuple[str, _Values, _Values]]:
-    """For each fact the values of all predictions and of all first references."""
+    """Yield for each fact the values of all predictions and of all first references."""
     check_captions(predictions, references)
     predicted = [lexicon.extract(text) for text in predictions]
     stated = [lexicon.extract(refs[0]) for refs in references]

@@ -3,26 +3,26 @@
     F = P R / (alpha P + (1 - alpha) R),   penalty = gamma (chunks / matches)^beta,   METEOR = (1 - penalty) F
 
 P and R are the weight of the matches over the weight of all tokens of hypothesis and reference, where a content word
-weighs delta and a function word 1 - delta; chunks are runs of matches that are adjacent, in order, in both. The
-parameters are those that METEOR 1.5 has for English, which COCO's evaluation uses for every language: alpha = 0.85,
+has weight delta and a function word 1 - delta; chunks are runs of matches that are adjacent and in order in both. The
+parameters are those of METEOR 1.5 for English, which COCO's evaluation uses for every language: alpha = 0.85,
 beta = 0.2, gamma = 0.6, delta = 0.75.
 
-Left out are stems, WordNet synonyms, paraphrase tables, and the English words among the function words; they hold
-nothing for Hangul. So on Korean tokens the numbers are those of the jar with `-l en -m exact`; on English they lie
-below METEOR's. COCO's evaluation adds `-norm`, which cuts Hangul into syllables whatever tokens it is given: its METEOR
-of a Korean caption is close to that of the tokeniser `char` here.
+Stems, WordNet synonyms, paraphrase tables, and the English words among the function words are left out; they contain
+nothing for Hangul. So on Korean tokens the scores are those of the jar with `-l en -m exact`; on English they are lower
+than METEOR's. COCO's evaluation adds `-norm`, which splits Hangul into syllables for any tokens: its METEOR of a Korean
+caption is close to that of the tokenizer `char` here.
 
-For the corpus, matches, chunks and weights are summed before the formula, as the jar does; of several references the
-best one counts.
+For the corpus, matches, chunks and weights are summed before the formula, as in the jar; of several references the best
+one counts.
 
-`meteor_ko` has the same alignment over Korean stems, as METEOR does to English with its stem stage, with mecab-ko in
-the stemmer's place. The text is taken apart into morphemes, so an inflected verb or adjective matches at its stem
-whatever its ending (달립니다, 달렸다, 달리는: 달리). Particles, endings, auxiliary verbs, affixes and punctuation are
-the function words: each weighs 1 - delta = 0.25 against 0.75, and matches if it is the same one, forms that only the
-sound before them chooses counted as one (이/가, 을/를, 았/었, ㅂ니다/습니다). A content word matches a content word,
-never a function word that looks like it. The parameters are those that METEOR 1.5 tuned on English: no Korean
-judgements have tuned these. Compare runs by it, not with METEOR of published work. Synonyms are not matched;
-`content_scores` takes a file of them.
+`meteor_ko` applies the same alignment to Korean stems, like METEOR's stem stage for English, with mecab-ko in place of
+the stemmer. The text is split into morphemes, so an inflected verb or adjective matches by its stem, whatever its
+ending (달립니다, 달렸다, 달리는: 달리). Particles, endings, auxiliary verbs, affixes and punctuation are the function
+words: each has weight 1 - delta = 0.25 instead of 0.75, and matches if it is the same one, where forms that only depend
+on the preceding sound count as one (이/가, 을/를, 았/었, ㅂ니다/습니다). A content word matches a content word, never a
+function word of the same form. The parameters are those that METEOR 1.5 tuned on English, as there are no Korean
+judgements to tune them on. Use it to compare runs, not to compare with METEOR in published work. Synonyms are not
+matched; `content_scores` takes a file of them.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ from vlmcap.metrics.ngrams import Tokens
 _ALPHA, _BETA, _GAMMA = 0.85, 0.2, 0.6
 _CONTENT, _FUNCTION = 0.75, 0.25  # delta and 1 - delta
 _BEAM = 40
-_SORT_ABOVE = 50  # candidates; any number from the beam's on gives the same alignments, this one fastest
-_SERIAL_BITS = 24  # room for a beam times the occurrences of one word
-# The punctuation in METEOR's English list of function words; "!" is not in it.
+_SORT_ABOVE = 50  # candidates; any number from the beam's size on gives the same alignments, this one is the fastest
+_SERIAL_BITS = 24  # enough for the beam size times the occurrences of one word
+# Punctuation in METEOR's English list of function words, which lacks "!".
 _FUNCTION_WORDS = frozenset(
     [",", ".", '"', "'", "’", "“", "”", "(", ")", "-lrb-", "-rrb-", ":", "$", "-", "--", "—", "?"]
 )
-# Begins the token of a function word; normalised text holds no tab.
+# Prefix of function word tokens; normalized text contains no tab.
 _MARK = "\t"
-_SAME = (
-    "이 가|은 는|을 를|와 과|로 으로|로서 으로서|로써 으로써|아 야|이나 나|이랑 랑|이라는 라는|이라고 "
-    "라고",  # particles
+_EQUIVALENT = (
+    # particles
+    "이 가|은 는|을 를|와 과|로 으로|로서 으로서|로써 으로써|아 야|이나 나|이랑 랑|이라는 라는|이라고 라고",
+    # endings, whose final consonants the dictionary writes in either of two ways
     "았 었 였|아 어 여|아서 어서 여서|아요 어요 여요|아도 어도 여도|아야 어야 여야|며 으며|면 으면|면서 으면서|"
-    "ᄂ 은 ᆫ|ᄅ 을 ᆯ|ᄇ니다 습니다 ᆸ니다|ᄂ다 는다 "
-    "ᆫ다",  # endings; the dictionary writes their final consonants in either way
+    "ᄂ 은 ᆫ|ᄅ 을 ᆯ|ᄇ니다 습니다 ᆸ니다|ᄂ다 는다 ᆫ다",
 )
 _PARTICLES, _ENDINGS = (
-    {form: forms.split()[0] for forms in table.split("|") for form in forms.split()} for table in _SAME
+    {form: forms.split()[0] for forms in table.split("|") for form in forms.split()} for table in _EQUIVALENT
 )
 
 
 @dataclass(frozen=True, slots=True)
 class MeteorStatistics:
-    """The counts that METEOR of one caption, or of a whole corpus, is computed from.
+    """The counts from which METEOR of one caption, or of a whole corpus, is computed.
 
     Attributes:
-        matches: Matched tokens.
-        chunks: Runs of matches; none when the caption equals its reference, so that it scores 1.
+        matches: Number of matched tokens.
+        chunks: Number of runs of matches; 0 if the caption equals its reference, so that it scores 1.
         matched_weight: Weight of the matched tokens.
         hypothesis_weight: Weight of all tokens of the hypothesis.
         reference_weight: Weight of all tokens of the reference.
@@ -77,7 +77,7 @@ class MeteorStatistics:
     reference_weight: float = 0.0
 
     def __add__(self, other: MeteorStatistics) -> MeteorStatistics:
-        """The statistics of both sets of captions together."""
+        """Return the statistics of both sets of captions together."""
         return MeteorStatistics(
             self.matches + other.matches,
             self.chunks + other.chunks,
@@ -88,7 +88,7 @@ class MeteorStatistics:
 
 
 def meteor_from_statistics(statistics: MeteorStatistics) -> float:
-    """METEOR, between 0 and 1, from the counts of one caption or the sum over a corpus."""
+    """Compute METEOR, between 0 and 1, from the counts of one caption or their sum over a corpus."""
     s = statistics
     if s.matches == 0:
         return 0.0
@@ -99,48 +99,42 @@ def meteor_from_statistics(statistics: MeteorStatistics) -> float:
 
 
 def token_weight(token: str) -> float:
-    """0.25 for the punctuation that METEOR 1.5 has among its English function words, 0.75 for any other token."""
+    """Return 0.25 for punctuation among METEOR 1.5's English function words, 0.75 for any other token."""
     return _FUNCTION if token in _FUNCTION_WORDS else _CONTENT
 
 
 def meteor_statistics(
     hypothesis: Tokens, references: Sequence[Tokens], weigh: Callable[[str], float] = token_weight
 ) -> MeteorStatistics:
-    """The counts of one caption against whichever of its references scores best; `weigh` says what a token counts."""
-    distinct = dict.fromkeys(map(tuple, references))  # equal references are aligned once
+    """Return the counts of one caption against its best reference; `weigh` gives the weight of a token."""
+    distinct = dict.fromkeys(map(tuple, references))  # equal references are aligned only one time
     return max(
         (_pair_statistics(tuple(hypothesis), reference, weigh) for reference in distinct), key=meteor_from_statistics
     )
 
 
 def sentence_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """METEOR of each clip, between 0 and 1."""
+    """Return METEOR of each clip, between 0 and 1."""
     return [meteor_from_statistics(meteor_statistics(h, refs)) for h, refs in zip(hypotheses, references, strict=True)]
 
 
 def corpus_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """METEOR of the corpus, between 0 and 1, from the summed counts; not the mean of `sentence_meteor`.
+    """Return METEOR of the corpus, between 0 and 1, from the summed counts; it is not the mean of `sentence_meteor`.
 
     Args:
-        hypotheses: The tokens of one prediction a clip.
-        references: For each clip the tokens of one or more references.
-
-    Returns:
-        The score.
+        hypotheses: Tokens of one prediction per clip.
+        references: Tokens of one or more references per clip.
     """
     pairs = zip(hypotheses, references, strict=True)
     return meteor_from_statistics(sum((meteor_statistics(h, refs) for h, refs in pairs), MeteorStatistics()))
 
 
 def corpus_meteor_ko(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR of the corpus over Korean stems, between 0 and 1, from the summed counts of `meteor_ko_statistics`.
+    """Return METEOR of the corpus over Korean stems, between 0 and 1, from the summed `meteor_ko_statistics`.
 
     Args:
-        predictions: One text a clip; normalised here.
-        references: For each clip one or more texts.
-
-    Returns:
-        The score.
+        predictions: One text per clip, which is normalized here.
+        references: One or more texts per clip.
 
     Raises:
         UserError: mecab-ko is not installed.
@@ -149,7 +143,7 @@ def corpus_meteor_ko(predictions: Sequence[str], references: Sequence[Sequence[s
 
 
 def meteor_ko_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[MeteorStatistics]:
-    """The counts of each clip over Korean stems, for scores of clips and for `vlmcap.metrics.significance`.
+    """Return the counts of each clip over Korean stems, for scores of clips and for `vlmcap.metrics.significance`.
 
     Raises:
         UserError: mecab-ko is not installed.
@@ -177,17 +171,15 @@ def _pair_statistics(
 class _Beam:
     """The best alignments of the reference up to some token, in order.
 
-    Parallel lists, as this is the inner loop of METEOR.
-
-    The rank of an alignment holds (misses, chunks closed, distance) in one integer, so that it compares like the
-    triple; lower is better.
+    They are parallel lists, as this is the inner loop of METEOR. The rank of an alignment packs (misses, chunks closed,
+    distance) into one integer, which compares like the triple; lower is better.
 
     Attributes:
-        ranks: Sorted ranks, less `base`.
-        base: What every rank has besides: most words leave no choice, and cost every alignment the same.
-        ends: The hypothesis position that would lengthen the growing chunk, -1 when no chunk is growing.
-        used: Bit i is set when hypothesis token i is matched and leaves a choice.
-        certain: Bit i is set when hypothesis token i is matched in every alignment.
+        ranks: Sorted ranks, minus `base`.
+        base: Common summand of all ranks: most words leave no choice, and cost every alignment the same.
+        ends: Hypothesis position that would extend the open chunk, -1 if no chunk is open.
+        used: Bit i is set if hypothesis token i is matched and there was a choice.
+        certain: Bit i is set if hypothesis token i is matched in every alignment.
     """
 
     def __init__(self, chunk: int, miss: int) -> None:
@@ -196,19 +188,16 @@ class _Beam:
         self.base = self.certain = 0
 
     def leave_out(self) -> None:
-        """Extends each alignment by a reference token that the hypothesis does not have."""
+        """Extend each alignment by a reference token that the hypothesis does not contain."""
         self._extend_all(self.miss, going_on=-1, end=-1)
 
     def match(self, position: int, distance: int) -> None:
-        """Extends each alignment by a word that is once in both, and so is matched for certain."""
+        """Extend each alignment by a word that occurs one time in both texts, and so is matched in any case."""
         self.certain |= 1 << position
         self._extend_all(distance, going_on=position, end=position + 1)
 
     def _extend_all(self, cost: int, going_on: int, end: int) -> None:
-        """Adds the cost to all, and a chunk to those whose growing chunk does not go on at that position.
-
-        All get the new end.
-        """
+        """Add the cost to all, and a chunk to those whose open chunk does not continue at `going_on`; set the end."""
         closes = [old not in (-1, going_on) for old in self.ends]
         self.base += cost
         if all(closes):
@@ -222,17 +211,20 @@ class _Beam:
         self.ends = [end] * len(self.ends)
 
     def branch(self, choices: list[tuple[int, int, int]]) -> None:
-        """Extends each alignment by a match at each free choice (position, its bit, its distance in a code), and by no match.
+        """Extend each alignment by a match at each free choice, and by no match.
 
         METEOR 1.5 adds the distance of an uncertain match to the choices tried after it, not to the match itself. That
-        decides ties, and so the number of chunks of long captions: without it a third of 60 generated ones had other
-        chunks than the jar's.
+        decides ties, and so the number of chunks of long captions: otherwise a third of 60 generated ones had other
+        chunks than those of the jar.
+
+        Args:
+            choices: Hypothesis position, its bit, and its distance in a code, of each choice.
         """
         chunk, miss, width = self.chunk << _SERIAL_BITS, self.miss << _SERIAL_BITS, len(choices) + 1
         lengthening = {position for position, _, _ in choices}
-        # A code is a rank and, below it, the serial number of the candidate: sorted codes are stably sorted ranks. No
-        # extension lowers a rank, so once a beam of candidates is known, whatever lies above its last can be dropped
-        # unseen.
+        # A code is a rank and, in the lower bits, the serial number of the candidate: sorted codes are stably sorted
+        # ranks. No extension lowers a rank, so once there is a full beam of candidates, everything above its last one
+        # can be dropped early.
         limit, codes = math.inf, []
         for index, (rank, end, used) in enumerate(zip(self.ranks, self.ends, self.used, strict=True)):
             code = rank << _SERIAL_BITS | index * width
@@ -249,7 +241,7 @@ class _Beam:
                     elif closing < limit:
                         codes.append(closing)
                     elif end not in lengthening or position > end:
-                        break  # what follows lies higher still
+                        break  # later choices rank even higher
                     code += distance
                     closing += distance
                 code += 1
@@ -261,9 +253,10 @@ class _Beam:
                 del codes[_BEAM:]
                 limit = codes[-1]
         codes.sort()
-        self._take(codes[:_BEAM], choices)
+        self._keep(codes[:_BEAM], choices)
 
-    def _take(self, codes: list[int], choices: list[tuple[int, int, int]]) -> None:
+    def _keep(self, codes: list[int], choices: list[tuple[int, int, int]]) -> None:
+        """Decode the best candidates into the lists of alignments."""
         width, before = len(choices) + 1, self.used
         next_ends, bits = [position + 1 for position, _, _ in choices] + [-1], [bit for _, bit, _ in choices] + [0]
         serials = [code & (1 << _SERIAL_BITS) - 1 for code in codes]
@@ -273,16 +266,17 @@ class _Beam:
 
 
 def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
-    """Matched hypothesis positions (as bits) and chunks of the alignment with most matches, then fewest chunks, then least distance.
+    """Return the matched hypothesis positions, as bits, and the number of chunks of the best alignment.
 
-    Only words that occur more than once leave a choice, yet the best choice is hard to find in general: like METEOR, a
-    beam search over the reference from left to right keeps the 40 best alignments, a tie going to the one found first.
+    It has most matches, then fewest chunks, then the smallest distance. Only words that occur more than once leave a
+    choice, yet the best choice is hard to find in general. As in METEOR, a beam search over the reference from left to
+    right keeps the 40 best alignments; the first one found wins a tie.
     """
     positions: defaultdict[str, list[int]] = defaultdict(list)
     for position, token in enumerate(hypothesis):
         positions[token].append(position)
     in_reference = Counter(reference)
-    # Above any sum of distances: every token of the reference adds at most the distances of all its choices.
+    # Larger than any sum of distances: every token of the reference adds at most the distances of all its choices.
     chunk = len(reference) * len(hypothesis) * max(len(reference), len(hypothesis)) + 1
     beam = _Beam(chunk, miss=chunk * (len(reference) + 2))
     for index, token in enumerate(reference):
@@ -291,9 +285,9 @@ def _align(hypothesis: Tokens, reference: Tokens) -> tuple[int, int]:
             beam.leave_out()
         elif in_reference[token] == 1 and len(choices) == 1:
             beam.match(choices[0], abs(choices[0] - index))
-        else:  # even where a match is free, leaving the reference token out may spare a chunk later
+        else:  # even if a match is free, skipping the reference token may save a chunk later
             beam.branch([(position, 1 << position, abs(position - index) << _SERIAL_BITS) for position in choices])
-    beam.leave_out()  # closes the growing chunks; the miss that it adds to every alignment changes no order
+    beam.leave_out()  # closes the open chunks; the miss that it adds to every alignment changes no order
     return beam.used[0] | beam.certain, (beam.base + beam.ranks[0]) % beam.miss // beam.chunk
 
 
@@ -302,10 +296,10 @@ def _stems(morphemes: list[Morpheme]) -> list[str]:
 
 
 def _function_token(morpheme: Morpheme) -> str:
-    # Only words of one kind are forms of each other: 은 is a particle, and an ending as well.
+    # Only words of one kind are forms of each other: 은 is both a particle and an ending.
     kind = morpheme.tag[0]
-    same = {"J": _PARTICLES, "E": _ENDINGS}.get(kind, {})
-    return f"{_MARK}{kind}{same.get(morpheme.form, morpheme.form)}"
+    equivalent = {"J": _PARTICLES, "E": _ENDINGS}.get(kind, {})
+    return f"{_MARK}{kind}{equivalent.get(morpheme.form, morpheme.form)}"
 
 
 def _stem_weight(token: str) -> float:

@@ -1,14 +1,14 @@
 """Scores by pretrained models: SigLIP's image-text score and BERTScore.
 
-Optional, and never alone: they stand beside the overlap scores.
+They are optional, and only meant as a supplement to the overlap scores.
 
-Both need checkpoints that are named by hand, torch and transformers (`pip install "vlmcap[model-scores]"`); this module
-imports them only when a scorer is built. Any hub id or folder in Hugging Face layout does, such as
+Both need explicitly named checkpoints, torch and transformers (`pip install "vlmcap[model-scores]"`), which are
+imported when a scorer is built. Any hub id or folder in Hugging Face layout works, such as
 google/siglip2-so400m-patch14-384 and klue/bert-base.
 
-The trap of a score without references: on long Korean captions of background videos SigLIP's score *rose* while the
-model collapsed to a few captions for all clips (4 to 11 % distinct). A caption that fits every clip a little fits each
-of them. Read it with `distinct_ratio`, and only beside a score that knows references.
+A score without references can mislead: on long Korean captions of background videos SigLIP's score *rose* while the
+model collapsed to a few captions for all clips (4 to 11 % distinct), since a caption that fits every clip a little fits
+each of them. Read it with `distinct_ratio`, and only next to a score that uses references.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 
 
 class ImageTextScore(NamedTuple):
-    """How well one caption fits its frames.
+    """Agreement of one caption with its frames.
 
     Attributes:
         cosine: Mean cosine of the embeddings over frames and sentences, -1 to 1.
-        probability: Mean of SigLIP's sigmoid of the scaled cosine, 0 to 1: that frame and sentence are a pair.
-        cut_ratio: Sentences longer than the text tower reads, of all; what lies behind is not judged.
+        probability: Mean of SigLIP's sigmoid of the scaled cosine, 0 to 1: the probability that they are a pair.
+        cut_ratio: Share of sentences longer than the text tower's input, which are truncated.
     """
 
     cosine: float
@@ -43,22 +43,22 @@ class ImageTextScore(NamedTuple):
 
 
 class SiglipScorer:
-    """Image-text score by SigLIP or SigLIP 2 (Zhai et al., ICCV 2023, arXiv:2303.15343; Tschannen et al., 2025, arXiv:2502.14786).
+    """Image-text score by SigLIP (Zhai et al., ICCV 2023, arXiv:2303.15343) or SigLIP 2 (2025, arXiv:2502.14786).
 
-        cosine = mean over frames f and sentences s of <f, s> / (|f| |s|),    probability = mean of sigmoid(exp(t)
-        cosine + b)
+        cosine      = mean over frames f and sentences s of <f, s> / (|f| |s|)
+        probability = mean of sigmoid(exp(t) cosine + b)
 
-    with the t and b of the checkpoint. SigLIP 2's text tower is multilingual but reads 64 tokens; a caption of 575
-    Korean characters has several times as many. So captions are judged sentence by sentence, and sentences that are cut
-    nevertheless are counted.
+    with the t and b of the checkpoint. SigLIP 2's text tower is multilingual but limited to 64 tokens; a caption of 575
+    Korean characters has several times as many. So captions are scored sentence by sentence, and sentences that must be
+    truncated nevertheless are counted.
 
     Args:
-        checkpoint: A `SiglipModel` or `Siglip2Model` with its tokeniser and image processor.
-        device: Where it runs.
-        batch_size: Frames, or sentences, at a time; changes no score.
+        checkpoint: A `SiglipModel` or `Siglip2Model` with its tokenizer and image processor.
+        device: Device of the model.
+        batch_size: Number of frames, or sentences, at a time; it does not affect scores.
 
     Raises:
-        UserError: The checkpoint cannot be loaded, or is of another kind.
+        UserError: The checkpoint cannot be loaded, or has another model type.
     """
 
     def __init__(self, checkpoint: str, *, device: str = "cpu", batch_size: int = 16) -> None:
@@ -67,7 +67,7 @@ class SiglipScorer:
         self.model = _load(AutoModel, checkpoint, "siglip_checkpoint", dtype="float32").eval().to(device)
         if self.model.config.model_type not in {"siglip", "siglip2"}:
             raise UserError(
-                f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model: give one of SigLIP or "
+                f"siglip_checkpoint={checkpoint} is a {self.model.config.model_type} model; give one of SigLIP or "
                 "SigLIP 2."
             )
         self.tokenizer = _load(AutoTokenizer, checkpoint, "siglip_checkpoint")
@@ -76,14 +76,14 @@ class SiglipScorer:
         self.device, self.batch_size = device, batch_size
 
     def score(self, frames: Iterable[Sequence[Any]], captions: Sequence[str]) -> list[ImageTextScore]:
-        """The scores of each clip.
+        """Score each clip.
 
         Args:
-            frames: For each clip its frames, as uint8 arrays (H, W, 3) or PIL images; taken one clip at a time.
-            captions: One text a clip.
+            frames: Frames of each clip, as uint8 arrays (H, W, 3) or PIL images; read one clip at a time.
+            captions: One text per clip.
 
         Returns:
-            One score a clip, NaN for an empty caption.
+            One score per clip, NaN for an empty caption.
 
         Raises:
             UserError: A clip has no frame.
@@ -93,16 +93,16 @@ class SiglipScorer:
         scores: list[ImageTextScore] = []
         for pictures, caption in zip(frames, captions, strict=True):
             if len(pictures) == 0:
-                raise UserError(f"Clip {len(scores)} has no frame: an image-text score needs at least one.")
-            sentences = [part for part in _SENTENCE_END.split(normalize(caption)) if part]
+                raise UserError(f"Clip {len(scores)} has no frame; an image-text score needs at least one.")
+            sentences = [sentence for sentence in _SENTENCE_END.split(normalize(caption)) if sentence]
             if not sentences:
                 scores.append(ImageTextScore(math.nan, math.nan, 0.0))
                 continue
             with torch.inference_mode():
                 cosines = self._embed_frames(pictures) @ self._embed_texts(sentences).T
-                chances = torch.sigmoid(cosines * self.model.logit_scale.exp() + self.model.logit_bias)
+                probabilities = torch.sigmoid(cosines * self.model.logit_scale.exp() + self.model.logit_bias)
             num_cut = sum(len(ids) > self.max_length for ids in self.tokenizer(sentences, verbose=False)["input_ids"])
-            scores.append(ImageTextScore(float(cosines.mean()), float(chances.mean()), num_cut / len(sentences)))
+            scores.append(ImageTextScore(float(cosines.mean()), float(probabilities.mean()), num_cut / len(sentences)))
         return scores
 
     def _embed_frames(self, pictures: Sequence[Any]) -> Tensor:
@@ -115,27 +115,26 @@ class SiglipScorer:
     def _embed_texts(self, texts: Sequence[str]) -> Tensor:
         import torch
 
-        parts = []
+        vectors = []
         for batch in _batches(texts, self.batch_size):
-            # It was trained on texts padded to one length, without a mask, and reads the last position: padding is part
-            # of the input.
+            # The model was trained on texts padded to a fixed length without a mask, and uses the last position, so
+            # padding belongs to the input.
             inputs = self.tokenizer(
                 list(batch), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
             )
-            parts.append(
-                _unit(self.model.get_text_features(input_ids=inputs["input_ids"].to(self.device)).pooler_output)
-            )
-        return torch.cat(parts)
+            features = self.model.get_text_features(input_ids=inputs["input_ids"].to(self.device))
+            vectors.append(_unit(features.pooler_output))
+        return torch.cat(vectors)
 
 
 class BertScore(NamedTuple):
-    """How much of one text another one says, in a text encoder's eyes.
+    """Agreement of a prediction with a reference, by the embeddings of a text encoder.
 
     Attributes:
-        precision: Of the prediction's tokens.
-        recall: Of the reference's tokens.
+        precision: Mean over the prediction's tokens.
+        recall: Mean over the reference's tokens.
         f1: Their harmonic mean.
-        is_cut: Whether one of both was longer than the encoder reads.
+        is_cut: Whether one of the texts was truncated to the encoder's input length.
     """
 
     precision: float
@@ -151,15 +150,14 @@ class BertScorer:
         F1 = 2 P R / (P + R)
 
     with unit vectors h and r of one hidden layer and w = 1, or the inverse document frequency log((N + 1) / (df + 1))
-    over the N reference texts. Tokens that the tokeniser adds are left out, as in torchmetrics. There is no rescaling
-    by a baseline, so scores of unrelated Korean texts are far from 0: compare, and only with the same checkpoint and
-    layer.
+    over the N reference texts. Special tokens are left out, as in torchmetrics. Scores are not rescaled by a baseline,
+    so those of unrelated Korean texts are far from 0: only compare scores of the same checkpoint and layer.
 
     Args:
-        checkpoint: A text encoder, such as `BertModel`, with its tokeniser.
-        layer: Hidden layer, 0 for the embeddings, up to the number of layers; None is the last.
-        device: Where it runs.
-        batch_size: Texts at a time; changes scores in the last digits of float32 only.
+        checkpoint: A text encoder, such as `BertModel`, with its tokenizer.
+        layer: Hidden layer, from 0 for the embeddings to the number of layers; None is the last.
+        device: Device of the model.
+        batch_size: Number of texts at a time; it affects only the last digits of float32.
 
     Raises:
         UserError: The checkpoint cannot be loaded, or has no such layer.
@@ -173,45 +171,39 @@ class BertScorer:
         num_layers = int(self.model.config.num_hidden_layers)
         self.layer = num_layers if layer is None else layer
         if not 0 <= self.layer <= num_layers:
-            raise UserError(f"bert_layer={layer}: {checkpoint} has the layers 0 to {num_layers}.")
+            raise UserError(f"bert_layer={layer} does not exist; {checkpoint} has the layers 0 to {num_layers}.")
         self.device, self.batch_size = device, batch_size
-        offset = (
-            self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0
-        )  # where it counts positions from
-        self.max_length = min(
-            int(self.tokenizer.model_max_length), int(self.model.config.max_position_embeddings) - offset
-        )
+        # RoBERTa counts positions from behind the padding id.
+        offset = self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0
+        max_positions = int(self.model.config.max_position_embeddings) - offset
+        self.max_length = min(int(self.tokenizer.model_max_length), max_positions)
 
     def score(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], *, idf: bool = False
     ) -> list[BertScore]:
-        """The scores of each clip, against whichever of its references has the highest F1.
+        """Score each clip against the reference with the highest F1.
 
         Args:
-            predictions: One text a clip.
-            references: For each clip one or more texts.
-            idf: Whether rare tokens weigh more; frequencies come from all the references given.
+            predictions: One text per clip.
+            references: One or more texts per clip.
+            idf: Whether rare tokens weigh more; frequencies are counted in all given references.
 
         Returns:
-            One score a clip. Of two empty texts it is 1, of one empty text 0.
+            One score per clip; 1 for two empty texts, 0 if only one is empty.
         """
         weights = self._idf(references) if idf else None
         scores = []
-        for rows in _batches(range(len(predictions)), max(1, self.batch_size // 2)):
-            texts = sorted({normalize(text) for row in rows for text in (predictions[row], *references[row])}, key=len)
+        for clips in _batches(range(len(predictions)), max(1, self.batch_size // 2)):
+            texts = sorted({normalize(text) for i in clips for text in (predictions[i], *references[i])}, key=len)
             vectors = {
                 text: vector
                 for batch in _batches(texts, self.batch_size)
                 for text, vector in self._embed(batch, weights)
             }
-            for row in rows:
-                own = vectors[normalize(predictions[row])]
-                scores.append(
-                    max(
-                        (_compare(own, vectors[normalize(text)]) for text in references[row]),
-                        key=lambda score: score.f1,
-                    )
-                )
+            for i in clips:
+                own = vectors[normalize(predictions[i])]
+                compared = (_compare(own, vectors[normalize(text)]) for text in references[i])
+                scores.append(max(compared, key=lambda score: score.f1))
         return scores
 
     def _embed(self, texts: Sequence[str], weights: dict[int, float] | None) -> Iterator[tuple[str, _Text]]:
@@ -225,18 +217,18 @@ class BertScorer:
             return_tensors="pt",
             return_special_tokens_mask=True,
         )
-        added = inputs.pop("special_tokens_mask").bool()
-        whole = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        special = inputs.pop("special_tokens_mask").bool()
+        num_tokens = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
         with torch.inference_mode():
             hidden = self.model(**inputs.to(self.device), output_hidden_states=True).hidden_states[self.layer]
-        kept = (inputs["attention_mask"].bool() & ~added.to(self.device)).cpu()
-        for row, text in enumerate(texts):
-            ids = inputs["input_ids"][row].cpu()[kept[row]].tolist()
+        kept = (inputs["attention_mask"].bool() & ~special.to(self.device)).cpu()
+        for i, text in enumerate(texts):
+            ids = inputs["input_ids"][i].cpu()[kept[i]].tolist()
             weight = torch.tensor([1.0 if weights is None else weights.get(token, weights[-1]) for token in ids])
-            yield text, _Text(_unit(hidden[row].float().cpu()[kept[row]]), weight, whole[row] > self.max_length)
+            yield text, _Text(_unit(hidden[i].float().cpu()[kept[i]]), weight, num_tokens[i] > self.max_length)
 
     def _idf(self, references: Sequence[Sequence[str]]) -> dict[int, float]:
-        """Token id to weight; under -1 that of tokens in no reference."""
+        """Return token id to weight; the key -1 has the weight of tokens that are in no reference."""
         texts = [normalize(text) for refs in references for text in refs]
         frequencies: Counter[int] = Counter()
         for batch in _batches(texts, 256):
@@ -259,13 +251,12 @@ def _compare(prediction: _Text, reference: _Text) -> BertScore:
     cosines = prediction.vectors @ reference.vectors.T
     precision = _weighted_mean(cosines.amax(1), prediction.weights)
     recall = _weighted_mean(cosines.amax(0), reference.weights)
-    return BertScore(
-        precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0.0, is_cut
-    )
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return BertScore(precision, recall, f1, is_cut)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> float:
-    # Every token of a lone reference is in all of them: no weight is left, and all count alike.
+    # If there is only one reference, all its tokens are in all references and have weight 0; then all count the same.
     total = float(weights.sum())
     return float((values * weights).sum()) / total if total > 0 else float(values.mean())
 

@@ -1,30 +1,30 @@
 """BLEU and CIDEr from counts of n-grams.
 
-The numbers equal those of COCO's caption evaluation (pycocoevalcap) on the same tokens.
+Scores equal those of COCO's caption evaluation (pycocoevalcap) on the same tokens.
 
-BLEU-1 to BLEU-4 (Papineni et al., "BLEU: a method for automatic evaluation of machine translation", ACL 2002), its
-smoothing constants included:
+BLEU-1 to BLEU-4 (Papineni et al., "BLEU: a method for automatic evaluation of machine translation", ACL 2002),
+including its smoothing constants:
 
     p_k    = (matches_k + 1e-15) / (ngrams_k + 1e-9)         matches clipped at the largest count in any one reference
-    BLEU_n = (p_1 ... p_n)^(1/n) * min(1, exp(1 - 1/ratio))    ratio = (tokens + 1e-15) / (closest reference tokens +
-    1e-9)
+    BLEU_n = (p_1 ... p_n)^(1/n) * min(1, exp(1 - 1/ratio))
+    ratio  = (tokens + 1e-15) / (closest reference tokens + 1e-9)
 
 For the corpus, matches, n-grams and lengths are summed over all captions before the division. A mean of sentence scores
-or of batch scores is another number: keep the counts (`vlmcap.metrics.corpus.ClipStatistics`) and add them.
+or of batch scores differs from it: keep the counts (`vlmcap.metrics.corpus.ClipStatistics`) and add them.
 
 CIDEr, with and without the length penalty (Vedantam et al., "CIDEr", CVPR 2015, arXiv:1411.5726): for each order n =
 1..4 a caption c has the vector g_n(c)[w] = count_n(w, c) * (log N - log max(1, df(w))), with N the number of clips and
 df(w) the number of those with the n-gram w in any reference. Against its references r_1..r_M a hypothesis h then scores
 
-    CIDEr-D = 10/M * sum_m mean_n [ sum_w min(g_n(h)[w], g_n(r_m)[w]) * g_n(r_m)[w] / (|g_n(h)| |g_n(r_m)|) ] *
-    exp(-d_m^2 / (2 sigma^2))
+    CIDEr-D = 10/M * sum_m mean_n [ sum_w min(g_n(h)[w], g_n(r_m)[w]) * g_n(r_m)[w] / (|g_n(h)| |g_n(r_m)|) ]
+              * exp(-d_m^2 / (2 sigma^2))
 
-with d_m the difference in length and sigma = 6 tokens: the number that COCO's evaluation prints as "CIDEr". The minimum
-("clipping") takes away the gain of repeating a rare word.
+with d_m the difference in length and sigma = 6 tokens: the score that COCO's evaluation prints as "CIDEr". The minimum
+("clipping") removes the gain of repeating a rare word.
 
-`cider` here is the same formula, clipping included, without the exponential. Sigma was set for captions of ten words:
-at 210 morphemes an exact prefix of 90 % of the reference misses it by 21 tokens and gets 0.02 of 10. So the two stand
-side by side, each under its own name.
+`cider` is the same formula, clipping included, without the exponential. Sigma was chosen for captions of ten words: at
+210 morphemes an exact prefix of 90 % of the reference misses it by 21 tokens and gets 0.02 of 10. So both are reported,
+each under its own name.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ Floats = npt.NDArray[np.float64]
 
 SIGMA_TOKENS = 6.0
 
-# A numerator that keeps zero matches from zeroing the product exactly, and a denominator that keeps an empty caption
-# from a division by zero. Without them scores of short or bad captions would differ from published ones.
+# A numerator that keeps zero matches from making the product exactly zero, and a denominator that avoids a division by
+# zero for an empty caption. Without them scores of short or bad captions would differ from published ones.
 _TINY = 1e-15
 _SMALL = 1e-9
 
 
 def bleu_from_counts(matches: Ints, ngrams: Ints, hypothesis_length: Ints, reference_length: Ints) -> Floats:
-    """BLEU-1 to BLEU-4 from the counts of single captions, or from their sums over corpora.
+    """Compute BLEU-1 to BLEU-4 from the counts of single captions, or from their sums over corpora.
 
     Args:
         matches: Clipped matches of order 1 to 4, shape (..., 4).
-        ngrams: n-grams of the hypotheses of order 1 to 4, shape (..., 4).
-        hypothesis_length: Tokens of the hypotheses, shape (...).
-        reference_length: Tokens of the references nearest in length, shape (...).
+        ngrams: Number of n-grams of the hypotheses of order 1 to 4, shape (..., 4).
+        hypothesis_length: Number of tokens of the hypotheses, shape (...).
+        reference_length: Number of tokens of the references nearest in length, shape (...).
 
     Returns:
         Four scores between 0 and 1 for each entry, shape (..., 4).
@@ -67,27 +67,27 @@ def bleu_from_counts(matches: Ints, ngrams: Ints, hypothesis_length: Ints, refer
 
 
 def ngrams_of_length(length: Ints) -> Ints:
-    """How many n-grams of order 1 to 4 captions of so many tokens have, shape (..., 4)."""
+    """Return the number of n-grams of order 1 to 4 in captions of the given numbers of tokens, shape (..., 4)."""
     return np.maximum(np.asarray(length)[..., None] - np.arange(MAX_ORDER), 0)
 
 
 def inverse_frequency(frequency: Ints, clips: int) -> Floats:
-    """The weight log N - log max(1, df) of each n-gram; 0 for one that is in every clip.
+    """Return the weight log N - log max(1, df) of each n-gram; 0 for one that is in every clip.
 
     Args:
-        frequency: In how many clips each n-gram is.
+        frequency: Number of clips that contain each n-gram.
         clips: Number of clips N, at least 1.
     """
-    # Logarithms of small whole numbers, looked up: n-grams are many, their frequencies few.
+    # Logarithms of small integers are looked up: there are many n-grams, but few different frequencies.
     logs = np.log(np.maximum(1, np.arange(int(frequency.max(initial=0)) + 1)))
     return np.log(clips) - logs[frequency]
 
 
 def norms(counts: Counts, inverse: Floats, captions: int) -> Floats:
-    """The Euclidean norm of each caption's vector of one order, shape (captions,).
+    """Return the Euclidean norm of each caption's vector of one order, shape (captions,).
 
     Args:
-        counts: The n-grams of the captions.
+        counts: n-grams of the captions.
         inverse: `inverse_frequency` of each entry of `counts`.
         captions: Number of captions.
     """
@@ -95,26 +95,26 @@ def norms(counts: Counts, inverse: Floats, captions: int) -> Floats:
 
 
 def cosine(dot: Floats, norm: Floats, other: Floats) -> Floats:
-    """The dot products over the products of the norms; 0 where a norm is."""
+    """Return the dot products over the products of the norms; 0 where a norm is 0."""
     product = norm * other
     return np.divide(dot, product, out=np.zeros_like(dot), where=product > 0)
 
 
 def scale(cosines: Floats) -> Floats:
-    """The score of a pair, from 0 to 10, from the sum of its cosines of order 1 to 4."""
+    """Return the score of a pair, from 0 to 10, from the sum of its cosines of order 1 to 4."""
     return cosines * (10 / MAX_ORDER)
 
 
 def length_penalty(difference: npt.NDArray[Any], *, sigma: float = SIGMA_TOKENS) -> Floats:
-    """What CIDEr-D multiplies a pair's score with, above 0 and at most 1, for a difference in length of so many tokens."""
-    # The reference implementation measures length in bigrams: the same differences, but for an empty caption, which
-    # scores 0 anyhow.
+    """Return CIDEr-D's factor for a difference in length in tokens, above 0 and at most 1."""
+    # The reference implementation measures length in bigrams: the same differences except for an empty caption, which
+    # scores 0 anyway.
     return np.exp(-np.square(difference.astype(np.float64)) / (2 * sigma**2))
 
 
 def warn_of_one_clip() -> None:
-    """Says why the CIDEr of a corpus of one clip is NaN.
-
-    Every n-gram is in every clip, all weights are 0, and the score says nothing.
-    """
-    warnings.warn("CIDEr of one clip alone is NaN: it weighs n-grams by how few of the clips have them.", stacklevel=3)
+    """Warn that the CIDEr of a corpus of one clip is NaN: every n-gram is in every clip, so all weights are 0."""
+    warnings.warn(
+        "CIDEr of a single clip is NaN, because it weights n-grams by how few clips contain them; score more clips.",
+        stacklevel=3,
+    )

@@ -1,8 +1,8 @@
-"""Captions as integers, and their n-grams counted by sorting: what BLEU and CIDEr are made of.
+"""Captions as integers, and their n-grams counted by sorting, from which BLEU and CIDEr are computed.
 
 An n-gram is a number: that of its first n - 1 tokens times 2^32, plus its last token, looked up in the sorted table of
-all n-grams of that order in the references. The place in the table is its id, from which the next order is made.
-Nothing is hashed, so nothing can collide.
+all n-grams of that order in the references. The position in the table is its id, from which the next order is built.
+Nothing is hashed, so there are no collisions.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ Ints: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 
 MAX_ORDER = 4
 
-# Two numbers below 2^32 side by side in one of 63 bits: ids stay below 2^31, as no corpus holds more tokens than that.
+# Two numbers below 2^32 are joined into one of 63 bits: ids are below 2^31, as no corpus has more tokens than that.
 _SHIFT = 32
 _LOW = (1 << _SHIFT) - 1
 
 
 def closest_length(length: int, reference_lengths: Sequence[int]) -> int:
-    """The reference length nearest to `length`; the shorter of two equally near."""
+    """Return the reference length nearest to `length`; of two equally near, the shorter."""
     return min(reference_lengths, key=lambda reference_length: (abs(reference_length - length), reference_length))
 
 
 class Vocabulary(dict[str, int]):
-    """Token to id; a token that was never looked up before gets the next one.
+    """Maps tokens to ids; a new token gets the next id when it is looked up.
 
     Args:
-        base: Tokens that keep their ids. It is not changed: what is new to it is numbered from its length on.
+        base: Tokens that keep their ids. It is not changed; ids of new tokens start at its length.
     """
 
     def __init__(self, base: dict[str, int] | None = None) -> None:
@@ -52,11 +52,11 @@ class Vocabulary(dict[str, int]):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Captions of token ids, one behind the other.
+    """Captions of token ids, concatenated.
 
     Attributes:
-        ids: The ids of all tokens, shape (T,).
-        start: Where each caption begins, and T at the end, shape (N + 1,).
+        ids: Ids of all tokens, shape (T,).
+        start: Position of each caption's first token, and T, shape (N + 1,).
     """
 
     ids: Ints
@@ -64,25 +64,25 @@ class Packed:
 
     @classmethod
     def pack(cls, captions: Sequence[Tokens], vocabulary: Vocabulary) -> Packed:
-        """The captions with their tokens looked up in the vocabulary, which learns those that are new."""
+        """Look up the tokens of captions in the vocabulary, which adds new ones."""
         start = offsets(map(len, captions), len(captions))
-        # No loop of ours runs per token: fromiter, map and chain meet in C.
+        # No Python loop runs per token: fromiter, map and chain run in C.
         flat = map(vocabulary.__getitem__, chain.from_iterable(captions))
         return cls(np.fromiter(flat, np.int64, int(start[-1])), start)
 
     @property
     def lengths(self) -> Ints:
-        """Tokens of each caption, shape (N,)."""
+        """Number of tokens of each caption, shape (N,)."""
         return np.diff(self.start)
 
     def slice(self, first: int, last: int) -> Packed:
-        """The captions from number `first` to before `last`."""
+        """Return captions `first` to `last` (exclusive)."""
         begin, end = self.start[first], self.start[last]
         return Packed(self.ids[begin:end].astype(np.int64), self.start[first : last + 1] - begin)
 
 
 class Counts(NamedTuple):
-    """The n-grams of one order in several captions, sorted by caption and id; each with how often it occurs there."""
+    """The n-grams of one order in several captions, sorted by caption and id, each with its number of occurrences."""
 
     caption: Ints
     ngram: Ints
@@ -90,38 +90,38 @@ class Counts(NamedTuple):
 
 
 def offsets(lengths: Iterable[int], number: int) -> Ints:
-    """0 and the running sums of the lengths, shape (number + 1,)."""
+    """Return 0 and the running sums of the lengths, shape (number + 1,)."""
     return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64, number))])
 
 
 def join(high: Ints, low: Ints) -> Ints:
-    """One number for each pair of numbers below 2^31, in the order of the pairs."""
+    """Join each pair of numbers below 2^31 into one number, which sorts like the pair."""
     return high << _SHIFT | low
 
 
 def split(joined: Ints) -> tuple[Ints, Ints]:
-    """The two numbers that were joined."""
+    """Return the two numbers that were joined."""
     return joined >> _SHIFT, joined & _LOW
 
 
 def is_first(ordered: Ints) -> npt.NDArray[np.bool_]:
-    """True where a sorted array begins a new value."""
+    """Return a mask of the positions at which a new value of a sorted array begins."""
     first = np.ones(len(ordered), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     return first
 
 
 def distinct(values: Ints) -> Ints:
-    """The values, sorted, each once.
+    """Return the distinct values, sorted.
 
-    Sorts them in place: half the memory and a tenth of the time of `np.unique` with its extras.
+    The values are sorted in place, which takes half the memory and a tenth of the time of `np.unique` with its extras.
     """
     values.sort()
     return values[is_first(values)]
 
 
 def look_up(table: Ints, values: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """The place of each value in a sorted table, and whether it is there; quick if the values are sorted too."""
+    """Return the position of each value in a sorted table, and whether it is there; fast if the values are sorted."""
     place = np.searchsorted(table, values)
     if len(table) == 0:
         return place, np.zeros(len(values), bool)
@@ -130,11 +130,11 @@ def look_up(table: Ints, values: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
 
 
 def rank(prefix: Ints, token: Ints) -> tuple[Ints, Ints]:
-    """The distinct pairs of prefix and token, joined and sorted, and for each pair its place among them."""
+    """Return the distinct pairs of prefix and token, joined and sorted, and the position of each pair among them."""
     token_bits, place_bits = _bits(token), len(token).bit_length()
     if _bits(prefix) + token_bits + place_bits < 64:
-        # The place of each pair rides along in the lowest bits: sorting numbers is several times faster than sorting
-        # places by numbers.
+        # The position of each pair is packed into the lowest bits: sorting numbers is several times faster than
+        # `argsort`.
         packed = (prefix << token_bits | token) << place_bits | np.arange(len(token))
         packed.sort()
         order = packed & ((1 << place_bits) - 1)
@@ -152,28 +152,25 @@ def _bits(values: Ints) -> int:
 
 
 def number_ngrams(prefix: Ints, token: Ints, table: Ints) -> Ints:
-    """The place of each n-gram in the table.
-
-    Those that are not in it get numbers from its length on, equal ones the same.
-    """
-    once, places = rank(prefix, token)
-    place, known = look_up(table, once)
-    return np.where(known, place, len(table) + np.arange(len(once)))[places]
+    """Return the position of each n-gram in the table; new ones get numbers from its length on."""
+    unique, places = rank(prefix, token)
+    place, known = look_up(table, unique)
+    return np.where(known, place, len(table) + np.arange(len(unique)))[places]
 
 
 def numbered(captions: Packed, number: Callable[[int, Ints, Ints], Ints]) -> Iterator[tuple[Ints, Ints]]:
-    """For order 1 to 4 all n-grams in the order of the text: the caption that each is in, and its number.
+    """Yield for order 1 to 4 the caption and the number of all n-grams in text order.
 
     Args:
         captions: Token ids, which are the numbers of order 1.
-        number: Given an order above 1, the number of each n-gram's first n - 1 tokens, and its last token, returns the
-            n-grams' numbers.
+        number: Function from an order above 1, the numbers of each n-gram's first n - 1 tokens, and its last token, to
+            the n-grams' numbers.
     """
     caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
     numbers = last = captions.ids
     yield caption, numbers
     for order in range(2, MAX_ORDER + 1):
-        # Two neighbours of the order before make one of this, if they are in one caption.
+        # Two neighbours of the previous order form one of this order, if they are in the same caption.
         joined = caption[1:] == caption[:-1]
         caption, last = caption[1:][joined], last[1:][joined]
         numbers = number(order, numbers[:-1][joined], last)
@@ -181,21 +178,20 @@ def numbered(captions: Packed, number: Callable[[int, Ints, Ints], Ints]) -> Ite
 
 
 def count_ngrams(captions: Packed, tables: Sequence[Ints]) -> list[Counts]:
-    """How often each n-gram occurs in each caption, for order 1 to 4.
+    """Count the n-grams of each caption, for order 1 to 4.
 
     Args:
         captions: Token ids.
-        tables: The sorted keys of the known n-grams of order 2, 3 and 4. What is in none of them is numbered from its
-            length on.
+        tables: Sorted keys of the known n-grams of order 2, 3 and 4. Others are numbered from the table's length on.
     """
     pairs = numbered(captions, lambda order, prefix, last: number_ngrams(prefix, last, tables[order - 2]))
     return [count_pairs(caption, numbers) for caption, numbers in pairs]
 
 
 def count_pairs(caption: Ints, ngram: Ints) -> Counts:
-    """How often each pair of caption and n-gram occurs."""
+    """Count the occurrences of each pair of caption and n-gram."""
     pairs = join(caption, ngram)
     pairs.sort()
     start = np.flatnonzero(is_first(pairs))
-    once = pairs[start]
-    return Counts(*split(once), np.diff(start, append=len(pairs)))
+    unique = pairs[start]
+    return Counts(*split(unique), np.diff(start, append=len(pairs)))

@@ -1,14 +1,14 @@
-"""ROUGE-L over tokens (Lin, "ROUGE: a package for automatic evaluation of summaries", 2004), as COCO's caption evaluation computes it.
+"""ROUGE-L over tokens (Lin, "ROUGE: a package for automatic evaluation of summaries", 2004), as in COCO's evaluation.
 
     P = LCS / tokens of the hypothesis,  R = LCS / tokens of the reference,  F = (1 + b^2) P R / (R + b^2 P),  b = 1.2
 
-LCS is the length of the longest common subsequence. With several references the largest P and the largest R are taken,
-even from two different ones. Two empty captions count as equal. Tokens are compared as they are: packages that keep
-only ASCII words score identical Korean captions 0.
+LCS is the length of the longest common subsequence. With several references the largest P and the largest R are used,
+even of two different ones. Two empty captions count as equal. Tokens are compared as they are: packages that keep only
+ASCII words score identical Korean captions 0.
 
-The LCS is computed a row of its table at a time, a bit a cell (Hyyrö, "Bit-parallel LCS-length computation revisited",
-AWOCA 2004): from V = all ones, each token of the hypothesis makes V = (V + (V & M)) | (V & ~M), M having a bit at each
-place of that token in the reference; at the end the LCS is the number of zeros.
+The LCS is computed one row of its table at a time, with one bit per cell (Hyyrö, "Bit-parallel LCS-length computation
+revisited", AWOCA 2004): starting with V = all ones, each token of the hypothesis sets V = (V + (V & M)) | (V & ~M),
+where M has a bit at each position of that token in the reference; the LCS is the final number of zeros.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from vlmcap.metrics.ngrams import Ints, Packed, rank
 
 _BETA = 1.2
 _WORD_BITS = 64
-# Steps of numpy cost a microsecond whatever they do, so a few long captions are quicker as Python's own long integers:
-# measured.
+# A numpy step takes at least a microsecond, so a few long captions are faster with Python's long integers (measured).
 _PAIRS_PER_WORD = 40
 
 
 def f_score(
     precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64], *, beta: float = _BETA
 ) -> npt.NDArray[np.float64]:
-    """The F score of best precision and best recall of each caption, between 0 and 1; 0 where nothing is in common."""
+    """Return the F score of best precision and best recall of each caption, between 0 and 1; 0 without matches."""
     bottom = recall + beta**2 * precision
     return np.divide((1 + beta**2) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
 
 
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """The length of the longest common subsequence of two sequences, in O(len(first) * len(second) / 30) machine steps."""
+    """Return the length of the longest common subsequence in O(len(first) * len(second) / 30) machine steps."""
     places: dict[Hashable, int] = {}
     for place, token in enumerate(second):
         places[token] = places.get(token, 0) | 1 << place
@@ -51,16 +50,16 @@ def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 
 
 def lcs_lengths(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints) -> Ints:
-    """The LCS of many pairs of captions at once.
+    """Compute the LCS of many pairs of captions at once.
 
     Args:
         hypotheses: Token ids of some captions.
-        references: Token ids of others, by the same vocabulary.
-        hypothesis: For each pair the number of its hypothesis, shape (P,).
-        reference: For each pair the number of its reference, shape (P,).
+        references: Token ids of others, with the same vocabulary.
+        hypothesis: Index of the hypothesis of each pair, shape (P,).
+        reference: Index of the reference of each pair, shape (P,).
 
     Returns:
-        A length for each pair, shape (P,).
+        The length for each pair, shape (P,).
     """
     result = np.zeros(len(hypothesis), np.int64)
     words = -(-references.lengths[reference] // _WORD_BITS)
@@ -72,9 +71,9 @@ def lcs_lengths(hypotheses: Packed, references: Packed, hypothesis: Ints, refere
                 lcs_length(_caption(hypotheses, hypothesis[p]), _caption(references, reference[p])) for p in pairs
             ]
         else:
-            # Longest hypotheses first: those that still have a token at step t are then the first so many.
+            # Longest hypotheses first, so that those that still have a token at step t come first.
             pairs = pairs[np.argsort(-hypotheses.lengths[hypothesis[pairs]], kind="stable")]
-            result[pairs] = _lcs_side_by_side(hypotheses, references, hypothesis[pairs], reference[pairs], int(count))
+            result[pairs] = _batched_lcs(hypotheses, references, hypothesis[pairs], reference[pairs], int(count))
     return result
 
 
@@ -83,8 +82,8 @@ def _caption(captions: Packed, index: int) -> list[int]:
     return ids
 
 
-def _lcs_side_by_side(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int) -> Ints:
-    """The LCS of pairs whose references take `words` words of 64 bits each and whose hypotheses get no longer from pair to pair."""
+def _batched_lcs(hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int) -> Ints:
+    """Compute the LCS of pairs ordered by descending hypothesis length, whose references take `words` 64-bit words."""
     masks, row, begin = _place_masks(hypotheses, references, hypothesis, reference, words)
     lengths = hypotheses.lengths[hypothesis]
     active = np.searchsorted(-lengths, -np.arange(lengths[0]))
@@ -107,30 +106,27 @@ def _lcs_side_by_side(hypotheses: Packed, references: Packed, hypothesis: Ints, 
 def _place_masks(
     hypotheses: Packed, references: Packed, hypothesis: Ints, reference: Ints, words: int
 ) -> tuple[npt.NDArray[np.uint64], Ints, Ints]:
-    """A bit mask of places in the reference for each (pair, token).
+    """Build a bit mask of positions in the reference for each (pair, token).
 
     Returns:
-        The masks, shape (words, rows); the row of each token of each hypothesis, one pair behind the other; where each
-        pair begins there.
+        The masks, shape (words, rows); the row of each token of each hypothesis, concatenated over pairs; and the start
+        of each pair in that.
     """
-    said, of_said, place = _spread(hypotheses, hypothesis)
-    true, of_true, where = _spread(references, reference)
-    table, row = rank(np.concatenate([of_said, of_true]), np.concatenate([said, true]))
+    predicted, predicted_pair, place = _gather(hypotheses, hypothesis)
+    true, true_pair, where = _gather(references, reference)
+    table, row = rank(np.concatenate([predicted_pair, true_pair]), np.concatenate([predicted, true]))
     masks = np.zeros(words * len(table), np.uint64)
-    # A sum is as good as a union: no two tokens share both a mask and a place.
+    # A sum equals the union here, since no two tokens share both a mask and a position.
     np.add.at(
         masks,
-        row[len(said) :] + where // _WORD_BITS * len(table),
+        row[len(predicted) :] + where // _WORD_BITS * len(table),
         np.uint64(1) << (where % _WORD_BITS).astype(np.uint64),
     )
-    return masks.reshape(words, -1), row[: len(said)], np.flatnonzero(place == 0)
+    return masks.reshape(words, -1), row[: len(predicted)], np.flatnonzero(place == 0)
 
 
-def _spread(captions: Packed, which: Ints) -> tuple[Ints, Ints, Ints]:
-    """The tokens of the captions asked for, one behind the other.
-
-    For each its number in `which`, and its place there.
-    """
+def _gather(captions: Packed, which: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the tokens of the selected captions, the index in `which` of each, and its position there."""
     lengths = captions.lengths[which]
     owner = np.repeat(np.arange(len(which)), lengths)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,4 +1,4 @@
-"""All caption scores in one call: texts in, named numbers out."""
+"""All caption scores in one call: from texts to named numbers."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def score_captions(
     metrics: Sequence[str] | None = None,
     synonyms: Synonyms | str | Path | None = None,
 ) -> dict[str, float]:
-    """The scores of a corpus of captions under their names.
+    """Compute the scores of a corpus of captions.
 
-    Give the whole corpus at once: CIDEr, BLEU and METEOR of batches, averaged, are other numbers. The references of the
-    last two corpora stay counted in memory, some 90 bytes a token, so that scoring other predictions of the same clips
-    splits only those.
+    Pass the whole corpus at once: averages of CIDEr, BLEU and METEOR over batches differ from the corpus scores. The
+    references of the last two corpora stay counted in memory, about 90 bytes per token, so that other predictions of
+    the same clips are scored without tokenizing them again.
 
     Args:
-        predictions: One caption a clip; an empty one counts as wrong, not as missing.
-        references: For each clip one or more captions; clips may have different numbers of them.
-        tokenizer: A name of `TOKENIZER_NAMES`, or a `Tokenizer`. Scores of different tokenisers cannot be compared.
-        metrics: The names of `METRIC_LABELS` to compute, those of `STANDARD_METRICS` if None.
-        synonyms: Words that count as the same content word, as in `vlmcap.metrics.content.load_synonyms`.
+        predictions: One caption per clip; an empty one counts as wrong, not as missing.
+        references: One or more captions per clip; clips may have different numbers of them.
+        tokenizer: A name in `TOKENIZER_NAMES`, or a `Tokenizer`. Scores of different tokenizers cannot be compared.
+        metrics: Names in `METRIC_LABELS` to compute; those in `STANDARD_METRICS` if None.
+        synonyms: Words that count as the same content word, see `vlmcap.metrics.content.load_synonyms`.
 
     Returns:
-        Name to score, in the order asked for. BLEU, ROUGE-L and METEOR lie between 0 and 1, CIDEr and CIDEr-D between 0
+        Name to score, in the requested order. BLEU, ROUGE-L and METEOR are between 0 and 1, CIDEr and CIDEr-D between 0
         and 10 (NaN with a warning for a single clip), chrF++ between 0 and 100; the length ratio is ideally 1.
 
     Raises:
@@ -93,18 +93,18 @@ def score_captions(
 def score_each(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenizer: str | Tokenizer = DEFAULT_TOKENIZER
 ) -> list[dict[str, float]]:
-    """The scores of each caption by itself, for a file of predictions: `cider`, `cider_d`, `rouge_l`, `bleu_4`.
+    """Compute the scores of each caption, `cider`, `cider_d`, `rouge_l` and `bleu_4`, for a file of predictions.
 
-    CIDEr takes document frequencies from all the references given, so its mean, and that of ROUGE-L, is the score of
-    the corpus; the mean of BLEU is not.
+    CIDEr takes document frequencies from all given references, so its mean, and that of ROUGE-L, is the score of the
+    corpus; the mean of BLEU is not.
 
     Args:
-        predictions: One caption a clip.
-        references: For each clip one or more captions.
-        tokenizer: A name of `TOKENIZER_NAMES`, or a `Tokenizer`.
+        predictions: One caption per clip.
+        references: One or more captions per clip.
+        tokenizer: A name in `TOKENIZER_NAMES`, or a `Tokenizer`.
 
     Returns:
-        One dictionary a clip, in the same order.
+        One dictionary per clip, in the same order.
 
     Raises:
         UserError: As in `score_captions`.
@@ -135,10 +135,10 @@ def score_by_category(
     *,
     tokenizer: str | Tokenizer = DEFAULT_TOKENIZER,
 ) -> dict[Hashable, dict[str, float]]:
-    """BLEU, CIDEr, CIDEr-D and ROUGE-L of the clips of each category, and their number as `clips`; see `by_category`.
+    """Compute BLEU, CIDEr, CIDEr-D and ROUGE-L of each category, and its number of clips as `clips`; see `by_category`.
 
     Raises:
-        UserError: As in `score_captions`, or the number of categories differs from that of the clips.
+        UserError: As in `score_captions`, or the numbers of categories and clips differ.
     """
     check_captions(predictions, references)
     split = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -148,23 +148,19 @@ def score_by_category(
 
 
 def corpus_chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """chrF++ of the corpus, from 0 to 100 as sacrebleu and the literature print it (Popovic, "chrF++", WMT 2017).
+    """Compute chrF++ of the corpus, from 0 to 100 as printed by sacrebleu and in papers (Popovic, "chrF++", WMT 2017).
 
-    It needs no tokeniser, so it is the one overlap score that two groups can compare without agreeing on a morpheme
-    analyser.
-
-    Character n-grams up to 6 without spaces, word n-grams up to 2, beta = 2. Of several references the best one counts.
+    It needs no tokenizer, so it is the one overlap score that is comparable without agreeing on a morpheme analyzer. It
+    uses character n-grams up to 6 without spaces, word n-grams up to 2, and beta = 2. Of several references the best
+    one counts.
 
     Args:
-        predictions: One text a clip; normalised here.
-        references: For each clip one or more texts; clips may have different numbers of them.
-
-    Returns:
-        The score.
+        predictions: One text per clip, which is normalized here.
+        references: One or more texts per clip; clips may have different numbers of them.
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    # sacrebleu takes the n-th reference of all clips as one stream and ignores None where a clip has fewer.
+    # sacrebleu takes the n-th reference of all clips as one stream, with None where a clip has fewer.
     most = max(len(refs) for refs in references)
     streams = [[normalize(refs[index]) if index < len(refs) else None for refs in references] for index in range(most)]
     score: float = CHRF(word_order=2).corpus_score([normalize(text) for text in predictions], streams).score  # type: ignore[arg-type]
@@ -175,21 +171,21 @@ def _check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
     if metrics is None:
         return STANDARD_METRICS
     if isinstance(metrics, str):
-        raise UserError(f"metrics must be a list of names, got the text {metrics!r}: write [{metrics!r}].")
+        raise UserError(f"metrics must be a list of names, not the text {metrics!r}; write [{metrics!r}].")
     for name in metrics:
         if name not in METRIC_LABELS:
-            raise UserError(f"Unknown metric {name!r}: choose among {', '.join(METRIC_NAMES)}.")
+            raise UserError(f"Unknown metric {name!r}; choose among {', '.join(METRIC_NAMES)}.")
     return tuple(metrics)
 
 
 def tokenize_captions(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[str]]:
-    """The tokens of each text, equal tokens one object: a morpheme then takes 8 bytes wherever it stands, not 80."""
+    """Tokenize each text; equal tokens are one object, so a morpheme takes 8 bytes per occurrence instead of 80."""
     known: dict[str, str] = {}
     captions: dict[str, list[str]] = {}
     for batch in _batches(list(dict.fromkeys(texts))):
         try:
             split = tokenizer.tokenize_many(batch)
-        except (RuntimeError, OSError):  # no second process may start here: a sandbox, too little memory
+        except (RuntimeError, OSError):  # no second process can start here, because of a sandbox or too little memory
             split = tokenizer.tokenize_many(batch, workers=1)
         for text, tokens in zip(batch, split, strict=True):
             captions[text] = [known.setdefault(token, token) for token in tokens]
@@ -197,7 +193,7 @@ def tokenize_captions(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[s
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in runs long enough to keep many processes busy, short enough to hold their tokens unshared."""
+    """Yield batches large enough to keep many processes busy, small enough to hold their unshared tokens."""
     start = size = 0
     for end, text in enumerate(texts, start=1):
         size += len(text)
@@ -207,22 +203,22 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 class _Counted(NamedTuple):
-    """References counted before, and what they were counted from."""
+    """Counted references, with the tokenizer and the texts that they come from."""
 
     tokenizer: Tokenizer
     texts: tuple[tuple[str, ...], ...]
     corpus: ReferenceCorpus
 
 
-# The references of a validation and a test split are the same in every epoch, and take longer to split than all scores
-# to compute.
+# The references of a validation and a test split are the same in every epoch, and tokenizing them takes longer than
+# computing all scores.
 _COUNTED: deque[_Counted] = deque(maxlen=2)
 
 
 def count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> ReferenceCorpus:
-    """The references of each clip, tokenised and counted, or what the same texts gave before."""
-    # The texts themselves are compared: equal strings that are one object cost nothing, and a changed one is never
-    # missed.
+    """Tokenize and count the references of each clip, or return the cached result for the same texts."""
+    # The texts themselves are compared: that costs nothing for strings that are the same object, and never misses a
+    # change.
     texts = tuple(map(tuple, references))
     for counted in tuple(_COUNTED):
         if counted.tokenizer == tokenizer and counted.texts == texts:
@@ -236,7 +232,7 @@ def count_references(references: Sequence[Sequence[str]], tokenizer: Tokenizer) 
 def _token_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: Tokenizer, wanted: set[str]
 ) -> dict[str, float]:
-    """The wanted scores, and those that come with them for nothing."""
+    """Compute the wanted scores, together with those that come at no extra cost."""
     corpus = count_references(references, tokenizer)
     hypotheses = tokenize_captions(predictions, tokenizer)
     scores: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Is a run better than another, or was it luck of the clips? Intervals and tests for any caption score, corpus scores included.
+"""Confidence intervals and significance tests over clips, for any caption score, corpus scores included.
 
     a, b = clip_metrics(statistics_of_run_a)["cider"], clip_metrics(statistics_of_run_b)["cider"]
     bootstrap(a)            # the score with its confidence interval
@@ -6,26 +6,25 @@
     compare_runs({"mlp": a, "perceiver": b, ...}, baseline="mlp")  # many runs, Holm-corrected
 
 Every score here is a function of numbers summed over clips (`ClipMetric`), so a resample of the clips is a row of
-counts times a
-matrix: no caption is scored again. `scipy.stats.bootstrap` calls the statistic on index arrays instead, and its
-jackknife takes N^2 numbers; that is why the resampling is ours. Document frequencies, and so each clip's CIDEr, are
-held as they are in the full reference corpus: they belong to the test set, not to the sample of clips, and a resample
-that counted them again would see its repeated clips as common.
+counts times a matrix: no caption is scored again. `scipy.stats.bootstrap` calls the statistic on index arrays instead,
+and its jackknife takes N^2 numbers, which is why the resampling is our own. Document frequencies, and so each clip's
+CIDEr, are those of the full reference corpus: they belong to the test set, not to the sample of clips, and a resample
+that counted them again would treat its repeated clips as common.
 
-A bootstrap of few clips is too sure in two ways (Hesterberg, "What teachers should know about the bootstrap", The
-American Statistician 2015): it takes the spread of N clips for that of all clips, and it takes the skew of a score to
+A bootstrap of few clips is overconfident in two ways (Hesterberg, "What teachers should know about the bootstrap", The
+American Statistician 2015): it takes the spread of N clips for that of all clips, and it puts the skew of a score on
 the wrong side. So
 
 - a difference of two runs, which is hardly skewed as both are scored on the same clips, has its resampled deviations
   widened until their tails are those of Student's t with N - 1 degrees of freedom;
 - a run's own score, which is skewed, has a BCa interval (Efron, "Better bootstrap confidence intervals", JASA 1987) at
-  the levels of Student's t. BCa of a difference would cover less often than the widened quantiles do, and a studentised
-  interval of a score that few clips make up can leave its scale.
+  the levels of Student's t. BCa of a difference would cover less often than the widened quantiles do, and a studentized
+  interval of a score that depends on few clips can leave its range.
 
-`benchmarks/metrics/coverage.py` measures all of them; docs/scores.md has the figures.
+`benchmarks/metrics/coverage.py` measures all of them; docs/scores.md has the results.
 
-What is resampled is clips. Clips of one video are not independent, and what another seed of the training would give is
-in none of these numbers: an interval is too narrow where either matters.
+Only clips are resampled. Clips of one video are not independent, and the variation over training seeds is not included:
+an interval is too narrow where either matters.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ from scipy.special import ndtr, ndtri, stdtrit
 from vlmcap.errors import UserError
 from vlmcap.metrics.clip_metrics import ClipMetric, Floats
 
-# Resamples are drawn some at a time: counts of 1 000 resamples of 40 000 clips would take 320 MB.
+# Resamples are drawn in chunks: counts of 1 000 resamples of 40 000 clips would take 320 MB.
 _CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A score and where it may lie.
+    """A score with its confidence interval.
 
     Attributes:
-        score: The score of all clips.
+        score: Score of all clips.
         low: Lower end of the interval.
-        high: Upper end.
-        confidence: Between 0 and 1.
+        high: Upper end of the interval.
+        confidence: Confidence level between 0 and 1.
     """
 
     score: float
@@ -64,15 +63,15 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two runs on the same clips.
+    """Comparison of two runs on the same clips.
 
     Attributes:
-        difference: Score of the second run less that of the first.
+        difference: Score of the second run minus that of the first.
         low: Lower end of the difference's confidence interval; NaN from `approximate_randomization`, which gives none.
-        high: Upper end.
-        p_value: How often a difference at least as large, of either sign, comes about if the runs are equally good;
-            above 0, at most 1.
-        adjusted_p_value: The same after Holm's correction, where several runs were compared; else equal to `p_value`.
+        high: Upper end of the interval.
+        p_value: Probability of a difference at least as large, of either sign, if the runs are equally good; above 0,
+            at most 1.
+        adjusted_p_value: The p-value after Holm's correction if several runs were compared; else equal to `p_value`.
     """
 
     difference: float
@@ -86,8 +85,8 @@ class Resampled(NamedTuple):
     """One score on resampled clips, shape (R,) each.
 
     Attributes:
-        own: Its quantiles are the BCa interval of the score.
-        paired: Less that of another score on the same resamples, its quantiles are the interval of the difference.
+        own: Draws whose quantiles are the BCa interval of the score.
+        paired: Draws that, minus those of another score on the same resamples, give the interval of the difference.
     """
 
     own: Floats
@@ -102,46 +101,46 @@ def bootstrap(
     method: Literal["bca", "percentile"] = "bca",
     seed: int = 0,
 ) -> Interval:
-    """The score with its bootstrap confidence interval over clips.
+    """Compute the score with its bootstrap confidence interval over clips.
 
     Args:
-        metric: The clips' statistics and the score of their sums.
-        resamples: Samples of as many clips, with replacement, at least 2; below 1 000 the ends are rough.
-        confidence: Between 0 and 1.
-        method: "bca" corrects bias and skew, and allows for few clips; "percentile" takes plain quantiles of the
-            resampled scores, as many other tools do, and covers too seldom below some hundred clips.
-        seed: Chooses the samples.
+        metric: Statistics of the clips and the score of their sums.
+        resamples: Number of samples of as many clips, with replacement, at least 2; below 1 000 the ends are imprecise.
+        confidence: Confidence level between 0 and 1.
+        method: "bca" corrects bias and skew, and allows for few clips; "percentile" uses plain quantiles of the
+            resampled scores, like many other tools, and covers too rarely below some hundred clips.
+        seed: Seed of the samples.
 
     Returns:
-        The score and the interval; NaN ends where the score is NaN.
+        The score and the interval; the ends are NaN if the score is NaN.
 
     Raises:
         UserError: A number is out of range, or there is no clip.
     """
     if method not in ("bca", "percentile"):
-        raise UserError(f"Unknown interval {method!r}: choose percentile or bca.")
+        raise UserError(f"Unknown interval {method!r}; choose percentile or bca.")
     check_resampling(metric, resamples=resamples, confidence=confidence)
     samples = np.concatenate([metric.score(sums) for sums in resampled_sums([metric.values], resamples, seed)])
     draws = samples if method == "percentile" else resampled(metric, samples, seed).own
-    low, high = _ends(draws, confidence)
+    low, high = _interval_ends(draws, confidence)
     return Interval(metric.corpus_score(), low, high, confidence)
 
 
 def paired_bootstrap(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
-    """Second run less first on the same clips, tested by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
+    """Test the second run against the first by resampling clips (Koehn, "Statistical significance tests", EMNLP 2004).
 
-    Both runs are scored on the same resamples, so that easy and hard clips cancel. The p-value is two-sided: the share
-    of resamples whose difference, its tails widened, is at least as far from the observed one as that is from zero, (1
-    + that number) / (1 + resamples).
+    Both runs are scored on the same resamples, so that easy and hard clips cancel out. The p-value is two-sided: (1 +
+    k) / (1 + resamples), where k resamples have a difference, with widened tails, at least as far from the observed one
+    as that is from zero.
 
     Args:
-        first: The run compared with.
-        second: The run in question, with the same clips in the same order.
+        first: Run to compare with.
+        second: Run in question, with the same clips in the same order.
         resamples: As in `bootstrap`.
-        confidence: Of the interval of the difference.
-        seed: Chooses the samples.
+        confidence: Confidence level of the interval of the difference.
+        seed: Seed of the samples.
 
     Returns:
         The comparison.
@@ -159,46 +158,45 @@ def paired_bootstrap(
     )
     difference = second.corpus_score() - first.corpus_score()
     samples = _widened(samples, difference, len(first.values), seed)
-    low, high = _ends(samples, confidence)
+    low, high = _interval_ends(samples, confidence)
     p_value = _p_value(samples - difference, difference)
     return Comparison(difference, low, high, p_value, p_value)
 
 
 def resampled(metric: ClipMetric, samples: Floats, seed: int) -> Resampled:
-    """What intervals of a score and of its differences are taken from.
+    """Return the draws from which intervals of a score and of its differences are computed.
 
     Args:
-        metric: The clips' statistics and the score of their sums.
-        samples: The score on resampled clips, shape (R,).
-        seed: That of the resamples. Scores whose differences are taken share it.
+        metric: Statistics of the clips and the score of their sums.
+        samples: Score on resampled clips, shape (R,).
+        seed: Seed of the resamples, which scores must share if their differences are taken.
     """
     clips, score = len(metric.values), metric.corpus_score()
     positions = np.clip(np.linspace(0, 1, len(samples)), 0.5 / len(samples), 1 - 0.5 / len(samples))
-    levels = _bca_levels(_student(positions, clips), samples, score, metric)
+    levels = _bca_levels(_student_deviates(positions, clips), samples, score, metric)
     own = np.empty_like(samples)
-    own[np.argsort(samples, kind="stable")] = np.quantile(
-        samples, levels
-    )  # as many draws, at the places of the resamples
+    # As many draws, at the positions of the resamples.
+    own[np.argsort(samples, kind="stable")] = np.quantile(samples, levels)
     return Resampled(own, _widened(samples, score, clips, seed))
 
 
 def approximate_randomization(
     first: ClipMetric, second: ClipMetric, *, resamples: int = 1000, seed: int = 0
 ) -> Comparison:
-    """Second run less first, tested by swapping their captions clip by clip (Riezler and Maxwell, ACL 2005 workshop on MT evaluation).
+    """Test the second run against the first by swapping captions (Riezler and Maxwell, ACL 2005 workshop on MT).
 
-    If the runs are equally good, whose caption is whose does not matter: the p-value is the share of random swaps that
-    give a difference at least as large, of either sign. It asks less of the clips than the bootstrap does, and gives no
-    interval.
+    If the runs are equally good, it does not matter which run a caption comes from: the p-value is the share of random
+    swaps that give a difference at least as large, of either sign. It assumes less about the clips than the bootstrap,
+    and gives no interval.
 
     Args:
-        first: The run compared with.
-        second: The run in question, with the same clips in the same order.
-        resamples: Random assignments, at least 2.
-        seed: Chooses them.
+        first: Run to compare with.
+        second: Run in question, with the same clips in the same order.
+        resamples: Number of random assignments, at least 2.
+        seed: Seed of the assignments.
 
     Returns:
-        The comparison, its interval NaN.
+        The comparison, with a NaN interval.
 
     Raises:
         UserError: As in `paired_bootstrap`.
@@ -208,8 +206,8 @@ def approximate_randomization(
     total_first, total_second = first.values.sum(0), second.values.sum(0)
     rng = np.random.default_rng(seed)
     samples = []
-    for rows in chunk_sizes(resamples, len(change)):
-        moved = (rng.random((rows, len(change))) < 0.5).astype(np.float64) @ change
+    for size in chunk_sizes(resamples, len(change)):
+        moved = (rng.random((size, len(change))) < 0.5).astype(np.float64) @ change
         samples.append(second.score(total_second - moved) - first.score(total_first + moved))
     difference = second.corpus_score() - first.corpus_score()
     p_value = _p_value(np.concatenate(samples), difference)
@@ -217,25 +215,23 @@ def approximate_randomization(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for testing many.
+    """Correct p-values for multiple tests, so that the chance of any false claim stays below the level (Holm, 1979).
 
-    The chance of any false claim stays below the level (Holm, Scand. J. Statistics 1979).
-
-    The smallest of m is multiplied by m, the next by m - 1, and so on, none below the one before it and none above 1.
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none is below the previous one or above 1.
 
     Args:
-        p_values: Any number of them, each between 0 and 1, of tests that need not be independent. NaN stays NaN and is
+        p_values: Any number of p-values between 0 and 1, of tests that need not be independent. NaN stays NaN and is
             not counted.
 
     Returns:
-        The corrected ones in the same order.
+        The corrected p-values in the same order.
 
     Raises:
         UserError: A p-value is below 0 or above 1.
     """
     for p_value in p_values:
         if p_value < 0 or p_value > 1:
-            raise UserError(f"A p-value lies between 0 and 1, got {p_value}.")
+            raise UserError(f"A p-value must be between 0 and 1, not {p_value}.")
     adjusted = [math.nan] * len(p_values)
     order = sorted(
         (index for index, p_value in enumerate(p_values) if not math.isnan(p_value)), key=p_values.__getitem__
@@ -250,14 +246,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare_runs(
     runs: Mapping[str, ClipMetric], *, baseline: str, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Each other run against the baseline by `paired_bootstrap`, the p-values Holm-corrected for their number.
+    """Compare each other run with the baseline by `paired_bootstrap`, with Holm-corrected p-values.
 
     Args:
         runs: Name to metric, all on the same clips in the same order.
-        baseline: The name of the run that the others are compared with.
-        resamples: As in `bootstrap`. A p-value is at least 1 / (1 + resamples): with m runs take well above 20 m.
-        confidence: Of each interval; the intervals are not corrected.
-        seed: Chooses the samples, the same for every run.
+        baseline: Name of the run that the others are compared with.
+        resamples: As in `bootstrap`. A p-value is at least 1 / (1 + resamples), so use well above 20 m for m runs.
+        confidence: Confidence level of each interval; the intervals are not corrected.
+        seed: Seed of the samples, the same for every run.
 
     Returns:
         Name to comparison, without the baseline, in the given order.
@@ -266,7 +262,7 @@ def compare_runs(
         UserError: The baseline is not among the runs, or as in `paired_bootstrap`.
     """
     if baseline not in runs:
-        raise UserError(f"There is no run {baseline!r} to compare with: choose one of {', '.join(runs)}.")
+        raise UserError(f"There is no run {baseline!r} to compare with; choose one of {', '.join(runs)}.")
     options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     found = {name: paired_bootstrap(runs[baseline], run, **options) for name, run in runs.items() if name != baseline}
     corrected = holm([comparison.p_value for comparison in found.values()])
@@ -277,50 +273,50 @@ def compare_runs(
 
 
 def check_resampling(*metrics: ClipMetric, resamples: int, confidence: float) -> None:
-    """Passes if the numbers are in range and the metrics are of one score and as many clips.
+    """Check that the numbers are in range and that the metrics have the same score and number of clips.
 
     Raises:
-        UserError: They are not, or there is no clip.
+        UserError: They do not, or there is no clip.
     """
     if resamples < 2:
-        raise UserError(f"resamples must be at least 2, got {resamples}.")
+        raise UserError(f"resamples must be at least 2, not {resamples}.")
     if not 0 < confidence < 1:
-        raise UserError(f"confidence must lie between 0 and 1, got {confidence}.")
+        raise UserError(f"confidence must be between 0 and 1, not {confidence}.")
     shapes = [metric.values.shape for metric in metrics]
     if shapes[0][0] == 0:
-        raise UserError("There are no clips to resample.")
+        raise UserError("There are no clips to resample; give at least one.")
     if len(set(shapes)) > 1 or len({metric.name for metric in metrics}) > 1:
-        told = " and ".join(f"{metric.name} of {len(metric.values)} clips" for metric in metrics)
-        raise UserError(f"Runs are compared by one score on the same clips, got {told}.")
+        given = " and ".join(f"{metric.name} of {len(metric.values)} clips" for metric in metrics)
+        raise UserError(f"Runs must be compared by one score on the same clips, not by {given}.")
 
 
 def chunk_sizes(resamples: int, clips: int) -> Iterator[int]:
-    """How many resamples of so many clips to draw at a time."""
+    """Yield the numbers of resamples to draw at a time."""
     size = max(1, _CHUNK_ELEMENTS // clips)
     for start in range(0, resamples, size):
         yield min(size, resamples - start)
 
 
 def resampled_sums(values: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """Sums over resampled clips, the arrays side by side, some resamples at a time.
+    """Yield sums over resampled clips, with the arrays concatenated, in chunks of resamples.
 
-    The same clips for the same seed, resamples and N.
+    The clips are determined by the seed, the number of resamples and N.
     """
     together = np.concatenate(values, axis=1)
     clips = len(together)
     rng = np.random.default_rng(seed)
-    for rows in chunk_sizes(resamples, clips):
-        counts = rng.multinomial(clips, np.full(clips, 1 / clips), size=rows).astype(np.float64)
+    for size in chunk_sizes(resamples, clips):
+        counts = rng.multinomial(clips, np.full(clips, 1 / clips), size=size).astype(np.float64)
         yield counts @ together
 
 
 def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMetric) -> Floats:
-    """The quantiles of the samples that stand at standard deviates once bias and skew are corrected.
+    """Return the levels of the samples' quantiles at standard deviates, corrected for bias and skew.
 
-    The bias is how many resamples lie below the score, the skew is how leaving out a clip moves the score.
+    The bias is the share of resamples below the score, the skew the effect of leaving out a clip.
     """
     below = ((samples < score).mean() + (samples <= score).mean()) / 2
-    if not 0 < below < 1:  # every resample on one side: no correction is defined, as of a score that all clips share
+    if not 0 < below < 1:  # all resamples are on one side, so no correction is defined, as if all clips have one score
         return ndtr(deviates)
     left_out = metric.score(metric.values.sum(0) - metric.values)
     deviations = left_out.mean() - left_out
@@ -330,17 +326,15 @@ def _bca_levels(deviates: Floats, samples: Floats, score: float, metric: ClipMet
     return ndtr(ndtri(below) + shifted / (1 - skew * shifted))
 
 
-def _student(levels: Floats, clips: int) -> Floats:
-    """Deviates that are as far out as those of a mean of so many clips whose spread is not known."""
+def _student_deviates(levels: Floats, clips: int) -> Floats:
+    """Return the deviates of Student's t, scaled for a mean of `clips` clips whose spread is unknown."""
     return stdtrit(clips - 1, levels) * math.sqrt(clips / (clips - 1)) if clips > 1 else ndtri(levels)
 
 
 def _widened(samples: Floats, score: float, clips: int, seed: int) -> Floats:
-    """Samples about the score whose tails are those of Student's t.
+    """Widen the samples about the score from normal tails to those of Student's t.
 
-    Resampled clips spread like the normal distribution.
-
-    The factors depend on nothing but the arguments' sizes and the seed, so that a difference of widened scores is the
+    The factors depend only on the sizes of the arguments and the seed, so that a difference of widened scores is the
     widened difference.
     """
     if clips < 2:
@@ -349,7 +343,7 @@ def _widened(samples: Floats, score: float, clips: int, seed: int) -> Floats:
     return score + (samples - score) * np.sqrt(clips / squares)
 
 
-def _ends(samples: Floats, confidence: float) -> tuple[float, float]:
+def _interval_ends(samples: Floats, confidence: float) -> tuple[float, float]:
     low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -357,6 +351,6 @@ def _ends(samples: Floats, confidence: float) -> tuple[float, float]:
 def _p_value(null: Floats, difference: float) -> float:
     if math.isnan(difference):
         return math.nan
-    # Differences that are equal but for rounding count as equal, or runs that say the same would differ significantly.
+    # Differences that are equal up to rounding count as equal, or equal captions would differ significantly.
     extreme = np.abs(null) >= abs(difference) - 1e-12 * max(1.0, abs(difference))
     return float((1 + extreme.sum()) / (1 + len(null)))

@@ -1,4 +1,4 @@
-"""A user's own metrics: functions of predictions and references that are scored beside ours.
+"""Metrics by users: functions of predictions and references that are scored together with the built-in ones.
 
 @register_metric("exclamations")
 def exclamations(predictions, references):
@@ -17,19 +17,20 @@ from vlmcap.errors import UserError, first_line
 from vlmcap.metrics.scores import METRIC_LABELS
 
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], float | Sequence[float]]
-"""One prediction and one or more references per clip -> a score of all clips, or one for each, of which the mean is the score."""
-_OTHERS = ("loss", "clips")  # names under which something else is written
+"""Function from one prediction and one or more references per clip to a score of all clips, or to one score per clip,
+whose mean is the score."""
+_OTHERS = ("loss", "clips")  # names that are used for other values
 _GROUP = "metric"
 
 
 def register_metric(name: str) -> Callable[[Metric], Metric]:
-    """Makes a function a metric: it is in scores and reports under its name, and may be followed by `monitor=val/NAME`.
+    """Register a function as a metric, which appears in scores and reports and can be used as `monitor=val/NAME`.
 
     Args:
-        name: Letters, digits and underscores; no metric of ours.
+        name: Letters, digits and underscores; must differ from the built-in metrics.
 
     Raises:
-        ValueError: The name cannot be taken.
+        ValueError: The name is invalid or taken.
     """
     if not name.isidentifier() or name in METRIC_LABELS or name in _OTHERS:
         raise ValueError(f"a metric cannot be called {name!r}; choose a new name of letters, digits and underscores")
@@ -42,39 +43,39 @@ def register_metric(name: str) -> Callable[[Metric], Metric]:
 
 
 def user_metrics() -> tuple[str, ...]:
-    """Names of the registered metrics, in the order in which they were registered."""
+    """Return the names of the registered metrics, in the order of registration."""
     return tuple(MAKERS.get(_GROUP, {}))
 
 
 def user_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The score of every registered metric.
+    """Compute the score of every registered metric.
 
     Raises:
-        UserError: A metric fails, or gives no number.
+        UserError: A metric fails, or does not return numbers.
     """
     return {
         name: value if isinstance(value, float) else float(np.mean(value))
-        for name, value in _values(predictions, references).items()
+        for name, value in _evaluate_all(predictions, references).items()
     }
 
 
 def user_scores_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """The scores of each clip, of the metrics that give them.
+    """Compute the scores of each clip by the metrics that return one per clip.
 
     Raises:
-        UserError: A metric fails, or gives no number.
+        UserError: A metric fails, or does not return numbers.
     """
     columns = {
-        name: values for name, values in _values(predictions, references).items() if not isinstance(values, float)
+        name: values for name, values in _evaluate_all(predictions, references).items() if not isinstance(values, float)
     }
     return [{name: values[index] for name, values in columns.items()} for index in range(len(predictions))]
 
 
-def _values(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | list[float]]:
-    return {name: _called(name, metric, predictions, references) for name, metric in MAKERS.get(_GROUP, {}).items()}
+def _evaluate_all(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | list[float]]:
+    return {name: _evaluate(name, metric, predictions, references) for name, metric in MAKERS.get(_GROUP, {}).items()}
 
 
-def _called(
+def _evaluate(
     name: str, metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> float | list[float]:
     try:
@@ -82,10 +83,9 @@ def _called(
         if not isinstance(found, Iterable):
             return float(found)
         values = [float(value) for value in found]
-    except Exception as error:  # whatever the user's function raises
+    except Exception as error:  # the user's function may raise anything
         raise UserError(
-            f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); correct it, or leave its plugin "
-            "out"
+            f"the metric {name} failed ({type(error).__name__}: {first_line(error)}); fix it, or remove its plugin"
         ) from error
     if len(values) != len(predictions):
         raise UserError(

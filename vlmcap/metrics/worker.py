@@ -1,4 +1,4 @@
-"""A process that tokenises for another: JSON in, JSON out; `vlmcap.metrics.tokenizers` starts it."""
+"""A process that tokenizes texts for another one: JSON in, JSON out; started by `vlmcap.metrics.tokenizers`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vlmcap.metrics.tokenizers import get_tokenizer
 
 
 def main(name: str) -> None:
-    """Reads whether to fold full-width forms, and the texts, and writes the tokens of each."""
+    """Read the texts and whether to convert full-width forms from stdin, and write the tokens of each text."""
     normalize_fullwidth, texts = json.load(sys.stdin.buffer)
     tokenizer = get_tokenizer(name, normalize_fullwidth=normalize_fullwidth)
-    # ASCII escapes carry any string, half surrogates of broken input included.
+    # ASCII escapes represent any string, including half surrogates of broken input.
     sys.stdout.write(json.dumps([tokenizer(text) for text in texts]))
 
 

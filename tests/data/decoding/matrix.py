@@ -1,4 +1,4 @@
-"""Videos of many encodings in many containers, whose frames show their number, so that what was read can be told from what was wanted.
+"""Videos of many encodings in many containers, whose frames show their number, so that wrong frames are noticed.
 
 A picture is 8 x 4 cells: a white one, the number in 7 of them, the same 7 inverted, a black one, and below moving grey.
 Turned or mirrored it gives no number.

@@ -1,4 +1,4 @@
-"""Augmentation is nothing when off, the same for the same draw, one change for all frames, within its limits, and never a mirror."""
+"""Augmentation is off by default, repeatable, equal for all frames of a clip, within its limits, and never mirrored."""
 
 from __future__ import annotations
 

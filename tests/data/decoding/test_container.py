@@ -82,7 +82,7 @@ def test_playlists_lead_nowhere(
     encode(tmp_path / "other.mp4", make_frames(8))
     path = tmp_path / name
     path.write_text(PLAYLISTS[playlist], encoding="utf-8")
-    with pytest.raises(VideoError, match="damaged, truncated or no video"):
+    with pytest.raises(VideoError, match="damaged, truncated or not a video"):
         read_frames(str(path) if kind == "plain" else packed(path, kind), DataConfig(num_frames=2))
 
 
@@ -92,7 +92,7 @@ def test_numbered_pictures_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="no such file"):
         read_frames(str(tmp_path / "%d.png"), DataConfig(num_frames=2))
     (tmp_path / "%d.png").write_bytes(b"\0" * 100)
-    with pytest.raises(VideoError, match="damaged, truncated or no video"):
+    with pytest.raises(VideoError, match="damaged, truncated or not a video"):
         read_frames(str(tmp_path / "%d.png"), DataConfig(num_frames=2))
 
 

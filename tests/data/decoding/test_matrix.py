@@ -1,4 +1,4 @@
-"""The frames that are read are those of a full decode, of whatever encoding in whatever container and with whatever sampling.
+"""The frames that are read are those of a full decode, for every encoding, container and sampling.
 
 The plain run takes a slice; `-m slow` takes all and counts them in docs/video.md (UPDATE_DOCS=1 writes the table).
 """
@@ -51,7 +51,7 @@ SLICE = [
 
 @dataclass(frozen=True)
 class Decoded:
-    """Numbers of all frames in the order in which PyAV gives them, their times where PyAV knows them, and whether they are turned."""
+    """Return the numbers of all frames in PyAV's order, their times if PyAV knows them, and if they are rotated."""
 
     numbers: list[int]
     times_s: list[float] | None
@@ -88,7 +88,7 @@ def reference_times(video: Video, decoded: Decoded, encoding: str, container: st
 
 
 def read(path: Path, sampling: DataConfig) -> tuple[list[float], float, Frames, list[float]]:
-    """Moments and length as the reader takes them, and the frames (F, H, W, 3) with their times, one for each moment."""
+    """Return moments and duration by the reader, and the frames (F, H, W, 3) and times, one for each moment."""
     file = MediaFile(str(path))
     with file.open_container(60) as container:
         reader = FrameReader(file, container, time.monotonic() + 60, DecodeLimits())

@@ -123,7 +123,7 @@ def test_no_more_is_decoded_than_groups_of_pictures_force(
 
 @pytest.mark.parametrize("num_before", [37, 38, 39, 40])
 def test_a_frame_shown_for_long_is_not_skipped(tmp_path: Path, num_before: int, make_frames: MakeFrames) -> None:
-    """Of four frames in a row three are leant on by none, so that whichever comes before the pause would be left out."""
+    """Three of four frames are non-reference frames, so the one before the pause would be skipped wherever it is."""
     times = [40 * i for i in range(num_before)] + [20_000 + 40 * i for i in range(10)]
     path = encode(tmp_path / "x.mp4", make_frames(len(times)), times=times, options=B_FRAMES)
     np.testing.assert_array_equal(as_images(path, DataConfig(num_frames=3))[1], decode_all(path)[num_before - 1])
@@ -212,7 +212,7 @@ def test_a_sound_track_is_no_clip(tmp_path: Path, sampling: DataConfig) -> None:
 
 
 def test_a_clip_that_claims_to_last_for_ever_is_refused(real_clips: dict[str, Path]) -> None:
-    with pytest.raises(VideoError, match="claims to last 10 seconds, more than the allowed 9"):
+    with pytest.raises(VideoError, match="header states 10 seconds, more than the allowed 9"):
         read_frames(str(real_clips["bikes"]), DataConfig(), limits=DecodeLimits(max_duration_s=9))
 
 

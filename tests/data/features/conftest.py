@@ -1,4 +1,4 @@
-"""Clips that a number stands for, with features that depend on it alone, so that any process can tell what a read must give."""
+"""Clips identified by a number, which alone determines their features, so that any process can check a read."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlmcap.data.features import shards
-from vlmcap.data.features.dataset import FeatureDataset
+from vlmcap.data.features.feature_dataset import FeatureDataset
 from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import dequantize, quantize

@@ -66,7 +66,7 @@ def test_stores_are_listed(stores: tuple[Path, list[str], Any]) -> None:
         assert info.num_clips == 20
         assert info.num_bytes >= 20 * 2 * 4 * 128 * 2
         assert not info.is_in_use
-        assert info.error is not None and 0 < info.error.rms < 1e-3
+        assert info.deviation is not None and 0 < info.deviation.rms < 1e-3
     assert time.time() - infos[0].last_used == pytest.approx(100, abs=30)
     assert list_stores(root / "nowhere") == []
 
@@ -156,7 +156,7 @@ def test_a_store_that_cannot_fit_is_refused_after_one_batch(
     root, keys, clips = stores
     encoded = len(clips.encoded())
     with pytest.raises(
-        UserError, match=r"features take 0\.00 GiB, and cache\.max_gib allows 0\.00: raise it, or set cache\.dtype=int8"
+        UserError, match=r"features take 0\.00 GiB, but cache\.max_gib allows 0\.00; raise it, or set cache\.dtype=int8"
     ):
         fill(root, make_recipe(layer=-4), clips, max_bytes=30_000)
     assert len(clips.encoded()) - encoded == clips.batch_size
@@ -169,7 +169,7 @@ def test_a_store_that_does_not_fit_beside_those_in_use_is_refused(
     root, keys, clips = stores
     for layer in (-1, -2, -3):
         FeatureStore(root, make_recipe(layer=layer)).read(clips.hashes[0])  # in use by this process
-    with pytest.raises(UserError, match="of others that are running"):
+    with pytest.raises(UserError, match="this run and others in progress"):
         fill(root, make_recipe(layer=-4), clips, max_bytes=150_000)
     assert {info.key for info in list_stores(root)} >= set(keys)
 

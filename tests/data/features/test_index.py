@@ -154,7 +154,7 @@ def test_shards_of_another_dtype_or_with_odd_names_are_ignored(
     store.refresh()
     assert store.broken == {
         "1-x.safetensors": "it holds float32 in place of float16",
-        "2-x.safetensors": "its metadata are damaged",
+        "2-x.safetensors": "its metadata is damaged",
     }
     require_all(store, clips)
 

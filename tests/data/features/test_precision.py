@@ -28,13 +28,13 @@ def test_the_stated_error_is_that_of_all_that_is_read(
 ) -> None:
     clips = numbered(broken=(4,))
     store = FeatureStore(tmp_path / "features", make_recipe(dtype=dtype))
-    assert store.error is None
+    assert store.deviation is None
     fill_store(store, clips.hashes, clips.batches, clips.encode, settings=FillSettings(chunk_clips=4, shard_bytes=500))
     numbers = [number for number in range(20) if number != 4]
     exact = torch.stack([clips.features(number) for number in numbers]).double()
     error = torch.stack([store.read(clips.hashes[number])[0] for number in numbers]).double() - exact
     rms = float(exact.square().mean().sqrt())
-    for stated in (store.error, FeatureStore(tmp_path / "features", make_recipe(dtype=dtype)).error):
+    for stated in (store.deviation, FeatureStore(tmp_path / "features", make_recipe(dtype=dtype)).deviation):
         assert stated is not None
         assert stated.max == pytest.approx(float(error.abs().max()) / rms, rel=1e-6)
         assert stated.rms == pytest.approx(float(error.square().mean().sqrt()) / rms, rel=1e-6)
@@ -58,11 +58,11 @@ def test_errors_add_up() -> None:
     whole, parts = torch.randn(10, 8), ErrorSums()
     for rows in whole.split(3):
         parts.add(measure(rows, rows.half()))
-    stated, expected = parts.stated, measure(whole, whole.half()).stated
+    stated, expected = parts.deviation, measure(whole, whole.half()).deviation
     assert stated is not None and expected is not None
     assert (stated.max, stated.rms) == pytest.approx((expected.max, expected.rms))
-    assert ErrorSums().stated is None
-    assert measure(torch.zeros(2, 3), torch.zeros(2, 3)).stated is None
+    assert ErrorSums().deviation is None
+    assert measure(torch.zeros(2, 3), torch.zeros(2, 3)).deviation is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,8 +87,10 @@ def test_the_error_is_measured_from_what_the_encoder_gave(
     fill_store(store, clips.hashes, clips.batches, lambda frames, grids: clips.encode(frames).to(getattr(torch, given)))
     exact = torch.stack(list(features.values())).double()
     error = torch.stack([store.read(content)[0] for content in clips.hashes]).double() - exact
-    assert store.error is not None
-    assert store.error.max * float(exact.square().mean().sqrt()) == pytest.approx(float(error.abs().max()), rel=1e-5)
+    assert store.deviation is not None
+    assert store.deviation.max * float(exact.square().mean().sqrt()) == pytest.approx(
+        float(error.abs().max()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])

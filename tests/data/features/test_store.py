@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlmcap.data.features.content import UNREADABLE
-from vlmcap.data.features.dataset import FeatureDataset
+from vlmcap.data.features.content_hash import UNREADABLE
+from vlmcap.data.features.feature_dataset import FeatureDataset
 from vlmcap.data.features.filling import FillSettings, fill_store
 from vlmcap.data.features.index import FILE
 from vlmcap.data.features.precision import DTYPES, dequantize, quantize
@@ -197,7 +197,7 @@ def test_clips_of_different_sizes_share_a_store_without_padding(
 
 
 def test_times_are_kept_to_the_last_digit(tmp_path: Path, make_recipe: Make) -> None:
-    """Of clips with more and fewer frames, in shards that come one after another, and of one whose times nobody knew."""
+    """Clips with more and fewer frames, in successive shards, and one whose times are unknown."""
     times_s: list[FrameTimes | None] = [(1 / 3, 2 / 3), (0.1, 7e4 / 3, 7e4), None, (0.0,)]
     samples: list[Sample | Skipped] = [
         Sample(
@@ -241,7 +241,9 @@ def test_short_clips_keep_their_own_number_of_frames(tmp_path: Path, make_recipe
 
     store = fill(make_recipe(variable_frames=True))
     assert [store.read(content)[0].shape for content in hashes] == [(length, 4, 3) for length in lengths]
-    with pytest.raises(UserError, match=r"clip 1 are \(1, 4\), earlier ones \(4, 4\), and cannot share a cache"):
+    with pytest.raises(
+        UserError, match=r"clip 1 have shape \(1, 4\), but earlier ones \(4, 4\), and cannot share a store"
+    ):
         fill(make_recipe())
 
 
@@ -270,7 +272,7 @@ def test_a_data_set_wants_all_clips(tmp_path: Path, numbered: Make, make_recipe:
     clips = numbered(5)
     store = FeatureStore(tmp_path / "features", make_recipe())
     fill_store(store, clips.hashes[:3], clips.batches, clips.encode)
-    with pytest.raises(UserError, match="lacks 2 of 5 clips, first: 클립3; start again"):
+    with pytest.raises(UserError, match="lacks 2 of 5 clips, the first being 클립3; start again"):
         FeatureDataset([clips.item(i).clip for i in range(5)], clips.hashes, store)
 
 
@@ -280,7 +282,7 @@ def test_gone_shards_are_a_sentence(tmp_path: Path, numbered: Make, make_recipe:
     fill_store(store, clips.hashes, clips.batches, clips.encode, settings=SMALL)
     for path in shards_of(store):
         path.unlink()
-    with pytest.raises(UserError, match=r"have gone from .* start again to have them built again"):
+    with pytest.raises(UserError, match=r"were removed from .* start again to encode them again"):
         store.read(clips.hashes[0])
 
 

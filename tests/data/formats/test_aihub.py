@@ -1,4 +1,4 @@
-"""AI Hub data is read deterministically in any arrangement of folders and archives, and each fault is told of the clip that has it."""
+"""AI Hub data is read deterministically in any layout of folders and archives, and each fault names its clip."""
 
 from __future__ import annotations
 
@@ -237,11 +237,11 @@ def test_the_keys_that_are_there_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "x.json is no JSON"),
-        (b"{", "x.json is no JSON"),
-        (b"[" * 100_000, "x.json is no JSON"),
-        ('{"a": "바다"}'.encode("cp949"), "x.json is no UTF-8 text .*cp949"),
-        ('{"a": "바다"}'.encode("utf-16"), "x.json is no UTF-8 text .*UTF-16"),
+        (b"", "x.json is not JSON"),
+        (b"{", "x.json is not JSON"),
+        (b"[" * 100_000, "x.json is not JSON"),
+        ('{"a": "바다"}'.encode("cp949"), "x.json is not UTF-8 text .*cp949"),
+        ('{"a": "바다"}'.encode("utf-16"), "x.json is not UTF-8 text .*UTF-16"),
     ],
 )
 def test_labels_that_are_no_json(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -259,10 +259,10 @@ def test_a_missing_video_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.root is .*nowhere, which is no folder"):
+    with pytest.raises(UserError, match=r"data\.root=.*nowhere is neither a folder"):
         read(tmp_path / "nowhere")
     add_files(tmp_path, "a.mp4")
-    with pytest.raises(UserError, match=r"no labels \(\.json\) in .*, but 1 clips"):
+    with pytest.raises(UserError, match=r"contains 1 clips but no labels \(\.json\)"):
         read(tmp_path)
 
 

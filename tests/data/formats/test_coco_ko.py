@@ -103,9 +103,9 @@ def test_a_wrong_key_is_one_mistake_and_not_one_an_entry(tmp_path: Path) -> None
     [
         (
             {"images": [], "annotations": []},
-            "an object with the keys images, annotations where a list of entries belongs",
+            "an object with the keys images, annotations instead of a list of entries",
         ),
-        ("text", "a str where a list"),
+        ("text", "a str instead of a list"),
         ([], "has no entries"),
         ({}, "an empty object"),
     ],
@@ -119,10 +119,10 @@ def test_another_layout_is_described(tmp_path: Path, content: Any, reason: str) 
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b'[{"file_path": ', "is no JSON"),
-        (json.dumps([entry(1)], ensure_ascii=False).encode("cp949"), "no UTF-8 text"),
-        (b"[" * 100_000, "is no JSON"),
-        (b"", "is no JSON"),
+        (b'[{"file_path": ', "is not JSON"),
+        (json.dumps([entry(1)], ensure_ascii=False).encode("cp949"), "not UTF-8 text"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"", "is not JSON"),
     ],
 )
 def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path, raw: bytes, reason: str) -> None:

@@ -93,10 +93,10 @@ def test_keys_may_be_dotted(root: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{", "the line is no JSON"),
-        (b"[" * 100_000, "the line is no JSON"),
-        (b"3", "the line is no JSON object"),
-        ('{"caption": "바다"}'.encode("cp949"), "the line is no UTF-8 text (byte 13"),
+        (b"{", "the line is not JSON"),
+        (b"[" * 100_000, "the line is not JSON"),
+        (b"3", "the line is not a JSON object"),
+        ('{"caption": "바다"}'.encode("cp949"), "the line is not UTF-8 text (byte 13"),
         ({"caption": "바다."}, "none of them, but caption"),
         (GOOD | {"image": "sub/1.jpg"}, "has video and image"),
         ({"video": 3, "caption": "바다."}, "'video' must be a file name"),
@@ -114,7 +114,7 @@ def test_keys_may_be_dotted(root: Path) -> None:
         ({"video": "../a.mp4", "caption": "바다."}, "'..' in it"),
         ({"video": "/etc/passwd", "caption": "바다."}, "an absolute path"),
         ({"video": "s3://bucket/a.mp4", "caption": "바다."}, "is an address"),
-        ({"video": "a\ud800.mp4", "caption": "바다."}, "is no name of a file"),
+        ({"video": "a\ud800.mp4", "caption": "바다."}, "is not a file name"),
     ],
 )
 def test_bad_lines_are_named(root: Path, line: Any, reason: str) -> None:
@@ -157,10 +157,11 @@ def test_memory_is_flat(root: Path) -> None:
 def test_missing_annotations_say_what_is_there(root: Path) -> None:
     write(root / "all.jsonl", GOOD)
     with pytest.raises(
-        UserError, match=r"data\.annotations=train\.jsonl is no file .*; there are all\.jsonl: set data\.annotations"
+        UserError,
+        match=r"annotations=train\.jsonl is not a file .*; that folder contains all\.jsonl, so set data\.annotations",
     ):
         read(root, annotations="train.jsonl")
     with pytest.raises(UserError, match=r"data\.annotations has no value"):
         read(root, annotations=None)
-    with pytest.raises(UserError, match=r"there is no such folder: set data\.root"):
+    with pytest.raises(UserError, match=r"that folder does not exist, so set data\.root"):
         read(root / "nowhere")

@@ -42,7 +42,7 @@ def test_invisible_captions_are_empty_and_said_to_be(text: str) -> None:
     assert captions_at(label, "caption").texts == ()
     assert (
         why_no_caption(label, "caption")
-        == " (the text there is empty, or of characters that nobody sees), but text at title"
+        == " (the text there is empty, or has only invisible characters), but text at title"
     )
     assert captions_at({"caption": [text]}, "caption") == Captions((), 1)
 
@@ -112,7 +112,7 @@ def test_nulls_and_empty_texts_of_a_list_are_left_out_and_counted(
         ),
         (
             {"caption": [None, " "]},
-            " (the text there is empty, or of characters that nobody sees), and no text at any key",
+            " (the text there is empty, or has only invisible characters), and no text at any key",
         ),
     ],
 )

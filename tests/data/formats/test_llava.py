@@ -99,7 +99,9 @@ def test_bad_conversations_are_named(root: Path) -> None:
     assert [item.clip.id for item in entries if isinstance(item, Record)] == ["good"]
     reasons = {item.clip.id: item.reason for item in entries if isinstance(item, Skipped)}
     assert len(reasons) == len(bad)
-    assert "no image and no video" in reasons["text only"] and "no image and no video" in reasons["frames"]
+    assert (
+        "neither an image nor a video" in reasons["text only"] and "neither an image nor a video" in reasons["frames"]
+    )
     for name in ("no answer", "empty answer", "number", "no turns", "strange turns"):
         assert "no turn with text from 'gpt'" in reasons[name], name
     assert "there is no file" in reasons["missing"]
@@ -111,5 +113,5 @@ def test_another_layout_is_described(root: Path) -> None:
     with pytest.raises(UserError, match="none of the 1 entries"):
         read(root, {"instruction": "x", "output": "y"})
     (root / "train.json").write_text('{"train": []}')
-    with pytest.raises(UserError, match="the keys train where a list"):
+    with pytest.raises(UserError, match="the keys train instead of a list"):
         list(read_records(LlavaConfig(root=str(root), annotations="train.json")))

@@ -102,7 +102,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     assert list(reasons) == ["video1", "video 2", "video 3", "video2", "video4", "video9"]
     assert reasons["video1"] == reasons["video2"] == "no sentence of the video has a caption"
     assert "there is no file" in reasons["video4"]
-    assert "not among 'videos'" in reasons["video9"]
+    assert "not in 'videos'" in reasons["video9"]
 
 
 def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
     (record,) = read(tmp_path, caption_key="ko.text")
     assert record.clip.captions == ("배 한 척",)
     with pytest.raises(
-        UserError, match=r"data\.caption_key=caption_ko; the first has text at video_id, caption, ko\.text"
+        UserError, match=r"data\.caption_key=caption_ko, the first has text at video_id, caption, ko\.text"
     ):
         read(tmp_path, caption_key="caption_ko")
 
@@ -120,10 +120,10 @@ def test_a_korean_translation_has_a_key_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"videos": [video(0)]}, "keys info, videos where an object with a list 'sentences' belongs"),
-        ({"sentences": sentences(0)}, "list 'videos' belongs"),
+        ({"videos": [video(0)]}, "keys info, videos instead of an object with a list 'sentences'"),
+        ({"sentences": sentences(0)}, "a list 'videos'; name"),
         ({"videos": [], "sentences": []}, "has no entries"),
-        ({"videos": {}, "sentences": []}, "list 'videos' belongs"),
+        ({"videos": {}, "sentences": []}, "a list 'videos'; name"),
         ({"videos": [video(0)], "sentences": []}, "no sentence of the video"),
     ],
 )

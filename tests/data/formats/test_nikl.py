@@ -71,7 +71,7 @@ def test_bad_lines_are_named_by_their_number(tmp_path: Path) -> None:
     assert [item.clip.captions for item in entries if isinstance(item, Record)] == [("한 줄 두 줄",)]
     reasons = {item.clip.id: item.reason for item in entries if isinstance(item, Skipped)}
     assert list(reasons) == ["line 1", "nikl-train-000000", "nikl-train-000002", "line 6"]
-    assert "train.jsonl is no JSON" in reasons["line 1"]
+    assert "train.jsonl is not JSON" in reasons["line 1"]
     assert "no input" in reasons["line 6"]
 
 
@@ -94,5 +94,5 @@ def test_a_split_is_a_word_of_a_name_and_not_a_part_of_one(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"no file .* that names the split test"):
         read(tmp_path, "test")
     write(tmp_path, "train_and_val.jsonl", [line("train", 1)])
-    with pytest.raises(UserError, match=r"train_and_val\.jsonl could be of train and of val; rename it"):
+    with pytest.raises(UserError, match=r"train_and_val\.jsonl could belong to train or to val; rename it"):
         read(tmp_path)

@@ -92,7 +92,7 @@ def test_splits_are_folders_or_parts_of_names(tmp_path: Path) -> None:
         ]
         assert [item.clip.id for item in read(place, "{split}/*.tar", "val")] == ["valid/000/000002"]
         assert len(read(place, "{train,valid}/{000..000}.tar")) == 3
-        with pytest.raises(UserError, match=r"is no file below data\.root"):
+        with pytest.raises(UserError, match=r"is not a file below data\.root"):
             read(place, "{split}/*.tar", "test")
 
 
@@ -118,7 +118,7 @@ def test_braces() -> None:
 def test_a_shard_that_is_spelled_out_must_be_there(tmp_path: Path) -> None:
     write_shard(tmp_path / "clips-0.tar", samples(0, 1))
     for place in (tmp_path, upload(tmp_path)):
-        with pytest.raises(UserError, match=r"clips-1\.tar is no file"):
+        with pytest.raises(UserError, match=r"clips-1\.tar is not a file"):
             read(place, "clips-{0..1}.tar")
 
 
@@ -182,8 +182,8 @@ def test_bad_samples_are_named(tmp_path: Path) -> None:
         reasons = {item.clip.id: item.reason for item in entries if isinstance(item, Skipped)}
         assert list(reasons) == ["s/alone", "s/broken", "s/korean", "s/bare", "s/wrong", "s/deep"]
         assert "no video or image, only json" in reasons["s/alone"]
-        assert "is no JSON" in reasons["s/broken"] and "is no JSON" in reasons["s/deep"]
-        assert "no UTF-8" in reasons["s/korean"]
+        assert "is not JSON" in reasons["s/broken"] and "is not JSON" in reasons["s/deep"]
+        assert "not UTF-8" in reasons["s/korean"]
         assert "it has mp4" in reasons["s/bare"]
         assert "text at text" in reasons["s/wrong"]
 
@@ -191,7 +191,7 @@ def test_bad_samples_are_named(tmp_path: Path) -> None:
 def test_a_broken_or_compressed_shard_stops_in_words(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", samples(0, 1))
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
-    with pytest.raises(UserError, match=r"b\.tar is no whole tar archive.*or leave it out of data\.annotations"):
+    with pytest.raises(UserError, match=r"b\.tar is not a complete tar archive.*or leave it out of data\.annotations"):
         read(tmp_path)
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.mp4"))

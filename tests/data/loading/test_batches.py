@@ -107,7 +107,7 @@ def test_a_position_belongs_to_its_batches() -> None:
         BatchSampler(plan, seed=4),
         BatchSampler(plan, seed=3, world_size=5),
     ):
-        with pytest.raises(UserError, match=r"inside an epoch whose batches are other ones now; .*data\.batch_size"):
+        with pytest.raises(UserError, match=r"inside an epoch whose batches have changed since; .*data\.batch_size"):
             other.load_state_dict(state)
         other.load_state_dict(BatchSampler(plan, seed=3).position(1, 5))  # at the end of an epoch nothing is left of it
         assert epoch_of(other, 2) == epoch_of(BatchSampler(other.plan, seed=other.seed, world_size=other.world_size), 2)

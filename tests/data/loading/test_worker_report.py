@@ -61,9 +61,9 @@ Loader = type[DataLoader[Any]]
 @pytest.mark.parametrize("kill", [by_oom_killer, by_exit])
 def test_the_clip_is_named(loader: Loader, kill: Callable[[], Any]) -> None:
     watch = WorkerWatch()
-    watch.over(Deadly(-1, kill), CLIPS)  # of another loader
+    watch.watch(Deadly(-1, kill), CLIPS)  # of another loader
     keys = [(3, index) for index in range(40)]
-    dataset = watch.over(Deadly(23, kill), CLIPS)
+    dataset = watch.watch(Deadly(23, kill), CLIPS)
     with (
         pytest.raises(
             UserError, match=r"^a data worker, process \d+, died.* while it read clip23 \(videos/clip23\.mp4\): "
@@ -91,7 +91,7 @@ def _fresh_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
 def test_a_death_during_a_training_step_is_named_too(loader: Loader) -> None:
     watch = WorkerWatch()
-    dataset = watch.over(Deadly(2, by_oom_killer), CLIPS)
+    dataset = watch.watch(Deadly(2, by_oom_killer), CLIPS)
     with pytest.raises(UserError, match=r"died .* while it read clip2 "), watch.naming_clips():
         batches = iter(loader(dataset, batch_size=1, num_workers=1, collate_fn=list))
         next(batches)
@@ -101,8 +101,8 @@ def test_a_death_during_a_training_step_is_named_too(loader: Loader) -> None:
 
 def test_a_death_between_two_clips_says_what_it_can() -> None:
     watch = WorkerWatch()
-    dataset = watch.over(Deadly(-1, by_exit), CLIPS)
-    with pytest.raises(UserError, match=r"died.* between two clips: .*data\.num_workers"), watch.naming_clips():
+    dataset = watch.watch(Deadly(-1, by_exit), CLIPS)
+    with pytest.raises(UserError, match=r"died.* between two clips, .*data\.num_workers"), watch.naming_clips():
         batches = iter(loader := DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list))
         next(batches)
         time.sleep(0.5)
@@ -124,7 +124,7 @@ def hand_over_and_die(watch: WorkerWatch, queue: Any, index: int | None) -> None
 )
 def test_a_batch_of_a_dead_worker_is_its_death(index: int | None, said: str) -> None:
     watch = WorkerWatch()
-    watch.over(Deadly(-1, by_exit), CLIPS)
+    watch.watch(Deadly(-1, by_exit), CLIPS)
     queue = torch.multiprocessing.get_context("fork").Queue()
     worker = torch.multiprocessing.get_context("fork").Process(target=hand_over_and_die, args=(watch, queue, index))
     worker.start()
@@ -145,14 +145,14 @@ def test_other_errors_pass_unchanged() -> None:
 
 
 def test_without_workers_it_only_passes_on() -> None:
-    dataset = WorkerWatch().over(Deadly(-1, by_exit), CLIPS)
+    dataset = WorkerWatch().watch(Deadly(-1, by_exit), CLIPS)
     assert len(dataset) == 40
     assert (dataset[7], dataset[2, 9]) == (7, 9)
 
 
 def test_spawned_workers_are_watched_too() -> None:
     watch = WorkerWatch()
-    dataset = watch.over(Deadly(1, by_oom_killer), CLIPS)
+    dataset = watch.watch(Deadly(1, by_oom_killer), CLIPS)
     with pytest.raises(UserError, match="while it read clip1 "), watch.naming_clips():
         list(DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="spawn"))
 
@@ -165,8 +165,8 @@ def test_a_worker_that_hangs_is_a_sentence_that_names_its_clip(
 ) -> None:
     monkeypatch.setattr(worker_report, "shared_memory_problem", lambda: problem)
     watch = WorkerWatch()
-    dataset = watch.over(Deadly(5, lambda: time.sleep(60)), CLIPS)
-    cause = problem or r"look at the disk .* data\.num_workers=0"
+    dataset = watch.watch(Deadly(5, lambda: time.sleep(60)), CLIPS)
+    cause = problem or r"check the disk .* data\.num_workers=0"
     with (
         pytest.raises(
             UserError, match=rf"^no batch came .* for 2 s while they read clip5 \(videos/clip5\.mp4\): {cause}"

@@ -217,7 +217,7 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path: Path) -> None:
     assert read_text(str(tmp_path / "marked.json")) == "바다"
     for encoding, hint in (("cp949", "cp949"), ("utf-16", "UTF-16")):
         (tmp_path / "a.json").write_bytes("바다 위로 해가 뜬다".encode(encoding))
-        with pytest.raises(MediaError, match=f"no UTF-8 text.*{hint}"):
+        with pytest.raises(MediaError, match=f"not UTF-8 text.*{hint}"):
             read_text(str(tmp_path / "a.json"))
     (tmp_path / "long.json").write_bytes(b"x" * 101)
     assert len(read_text(str(tmp_path / "long.json"), max_bytes=101)) == 101

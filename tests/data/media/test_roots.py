@@ -91,15 +91,15 @@ def test_no_name_escapes(root: Path, name: str, media: str) -> None:
         ("/etc/passwd", "absolute path"),
         ("C:\\clips\\a.mp4", "absolute path"),
         ("\\\\server\\a.mp4", "absolute path"),
-        ("../secret.mp4", "'..' in it"),
-        ("sub\\..\\a.mp4", "'..' in it"),
+        ("../secret.mp4", "contains '..'"),
+        ("sub\\..\\a.mp4", "contains '..'"),
         ("https://example.org/a.mp4", "is an address"),
         ("zip://a.mp4::inner.zip", "is an address"),
         ("a.mp4::inner.zip", "is an address"),
         ("out/secret.mp4", "link out of data.root"),
         ("stolen.mp4", "link out of data.root"),
         ("sub", "there is no file"),
-        ("", "no name of a file"),
+        ("", "not a file name"),
         ("lost.mp4", "there is no file"),
         ("x" * 5000, "there is no file"),
     ],
@@ -125,7 +125,7 @@ def test_what_is_outside_may_be_allowed(root: Path) -> None:
 
 
 def test_the_media_folder_must_be_inside_too(root: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.media: '\.\./outside' has '\.\.' in it"):
+    with pytest.raises(UserError, match=r"data\.media: '\.\./outside' contains '\.\.'"):
         resolve_media(JsonlConfig(root=str(root), media="../outside"), "secret.mp4")
 
 
@@ -166,7 +166,7 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
     for name in ("x", "y"):
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             archive.writestr("a.mp4", name)
-    with pytest.raises(OutsideRootError, match=r"x\.zip and .*y\.zip have the same name: set data\.media"):
+    with pytest.raises(OutsideRootError, match=r"x\.zip and .*y\.zip have the same name; set data\.media"):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
     assert resolve_media(JsonlConfig(root=str(tmp_path), media="y"), "a.mp4").endswith("y.zip")
 
@@ -174,7 +174,7 @@ def test_a_member_of_two_archives_is_ambiguous_until_one_is_named(tmp_path: Path
 def test_a_broken_archive_is_named_where_a_file_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
     with pytest.raises(
-        OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is no whole zip archive"
+        OutsideRootError, match=r"there is no file 'a\.mp4' below .*; .*cut\.zip is not a complete zip archive"
     ):
         resolve_media(JsonlConfig(root=str(tmp_path)), "a.mp4")
 

@@ -14,7 +14,7 @@ from vlmcap.errors import UserError
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two folders that link to each other and to their root, a folder shared by two names, and links that lead nowhere."""
+    """Two folders that link to each other and to their root, a folder shared by two names, and broken links."""
     root = tmp_path / "root"
     for folder in ("a", "b", "shared"):
         (root / folder).mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Media files opened with the protections that files from elsewhere need.
+"""Opening of media files, with the protections that untrusted files require.
 
-PyAV is imported where a video is opened, so that images and stored features need none.
+PyAV is imported when a video is opened, so that images and stored features do not need it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# What holds video itself. Playlists, edit lists of other files and numbered pictures (hls, dash, concat, imf, image2,
-# …) are missing on purpose: they make the library open whatever files they name.
+# Formats that contain video themselves. Playlists, edit lists of other files and numbered pictures (hls, dash, concat,
+# imf, image2, …) are excluded on purpose: they make the library open arbitrary files that they name.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,mpegtsraw,flv,asf,ogg,mxf,nut,rm,wtv,dv,ivf,obu,av1,h264,hevc,vvc,m4v,"
     "mjpeg,gif,vc1,yuv4mpegpipe"
 )
 _TOO_SLOW = "decoding took longer than data.decode_timeout_s allows"
-# Of a disk, a network or a full table of open files, not of what the file holds.
+# Errors of a disk, a network or a full table of open files, not of the file's content.
 _TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -45,16 +45,15 @@ _TRANSIENT = {
     )
     if hasattr(errno, name)
 }
-_READ_BYTES = 1 << 20  # at a time of file objects: each read crosses into Python
+_READ_BYTES = 1 << 20  # per read from file objects, since each read crosses into Python
 
 
 class VideoError(Exception):
-    """A video or image that cannot be read; the message is one sentence and says why.
+    """A video or image that cannot be read; the message is one sentence that gives the reason.
 
     Args:
-        message: The sentence.
-        is_final: False where the file may be good, and another try go better: time ran out, or the disk or network
-            failed.
+        message: The reason.
+        is_final: False if the file may be good and a retry may succeed: time ran out, or the disk or network failed.
     """
 
     def __init__(self, message: str, *, is_final: bool = True) -> None:
@@ -64,11 +63,11 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What one clip may cost beside `data.decode_timeout_s`.
+    """Limits on one clip, besides `data.decode_timeout_s`.
 
     Attributes:
-        max_pixels: Frames with more pixels are refused.
-        max_duration_s: Clips whose header claims more are refused.
+        max_pixels: Largest number of pixels per frame.
+        max_duration_s: Longest duration that a header may state.
     """
 
     max_pixels: int = 7680 * 4320  # 8K
@@ -77,28 +76,25 @@ class DecodeLimits:
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A media file at an address, which can be opened more than once.
-
-    Formats without an index cannot all be rewound.
-    """
+    """A media file at an address, which can be opened several times, since not all formats can be rewound."""
 
     address: str
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the file in messages."""
         return self.address if "://" in self.address else PurePosixPath(self.address).name
 
     @contextmanager
     def open_bytes(self) -> Iterator[BinaryIO]:
-        """The open file, seekable.
+        """Open the file, seekable.
 
         Raises:
-            VideoError: There is no such file, or it is empty.
+            VideoError: The file does not exist or is empty.
             MediaError: A member or a remote file cannot be read.
         """
         path = local_path(self.address)
-        if path is not None and not path.is_file():  # a pipe would block for ever
+        if path is not None and not path.is_file():  # opening a pipe would block forever
             raise VideoError("there is no such file")
         with open_media(self.address) as stream:
             if not stream.read(1):
@@ -108,19 +104,21 @@ class MediaFile:
 
     @contextmanager
     def open_container(self, timeout_s: float, stream: BinaryIO | None = None) -> Iterator[InputContainer]:
-        """The open container of a file that `open_bytes` can open.
+        """Open the container of a file.
 
-        `stream` is one that it has opened, to spare opening it again.
+        No other file is opened, whatever this one contains: a playlist renamed to .mp4 cannot lead to other files or
+        the network. Metadata is not used, so text in a legacy Korean encoding must not cause an error.
 
-        Only this file is opened, whatever it says: a playlist renamed to .mp4 cannot send us to other files or the
-        network. Metadata is not ours, so text in a legacy Korean encoding must not stop us.
+        Args:
+            timeout_s: Time limit for opening the container.
+            stream: Stream from `open_bytes`, so that the file is not opened again.
         """
         import av
 
         with ExitStack() as stack:
             path = local_path(self.address)
             source: str | BinaryIO
-            if path is not None:  # read by the library itself, which is faster than through a file object
+            if path is not None:  # the library reads it faster than through a file object
                 source, protocols = f"file:{path}", "file"
             else:
                 source, protocols = stream or stack.enter_context(self.open_bytes()), "none"
@@ -133,37 +131,38 @@ class MediaFile:
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Turns what the libraries raise on bad files into a `VideoError` of one sentence that names the file."""
+def video_errors(name: str) -> Iterator[None]:
+    """Convert the exceptions of libraries on bad files into a `VideoError` of one sentence that names the file."""
     try:
         yield
-    except MemoryError:  # the library's is one of its other errors too, and says nothing of the file
+    except MemoryError:  # PyAV's is also one of its other errors, but says nothing about the file
         raise
-    except MediaError as error:  # names the file itself
+    except MediaError as error:  # its message names the file
         raise VideoError(str(error), is_final=False) from error
     except VideoError as error:
         raise VideoError(f"{name} cannot be read: {error}", is_final=error.is_final) from error
     except _reading_errors() as error:
-        if type(error).__name__ == "ExitError":  # the library's own clock, while it opens a file
+        if type(error).__name__ == "ExitError":  # the library's own timeout while it opens a file
             raise VideoError(f"{name} cannot be read: {_TOO_SLOW}", is_final=False) from error
         reason = getattr(error, "strerror", None) or type(error).__name__
         if getattr(error, "errno", None) in _TRANSIENT:
-            raise VideoError(f"{name} cannot be read: the system says {reason}", is_final=False) from error
-        raise VideoError(f"{name} cannot be read: it is damaged, truncated or no video ({reason})") from error
+            raise VideoError(f"{name} cannot be read: the system reports {reason}", is_final=False) from error
+        raise VideoError(f"{name} cannot be read: it is damaged, truncated or not a video ({reason})") from error
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
-    """What reading a bad file raises; the errors of PyAV only where it was imported, as a video was opened."""
+    """Return the exceptions that bad files raise; those of PyAV only if it was imported to open a video."""
     av: Any = sys.modules.get("av")
     own = (OSError, ValueError)  # ValueError: a pixel format that cannot become RGB
     return own if av is None else (av.FFmpegError, *own)
 
 
 def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
-    """The main video stream of `container`, set to decode on one thread (data workers are processes already).
+    """Return the main video stream of `container`, set to decode on one thread, as data workers are processes already.
 
     Raises:
-        VideoError: There is no video stream (cover art is none), or a frame has no pixels or more than `max_pixels`.
+        VideoError: There is no video stream (cover art does not count), or its frames have no pixels or more than
+            `max_pixels`.
     """
     from av.stream import Disposition
     from av.video.stream import VideoStream
@@ -172,19 +171,19 @@ def find_video_stream(container: InputContainer, max_pixels: int) -> VideoStream
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise VideoError("it has no video stream")
     if getattr(stream, "codec_context", None) is None:
-        raise VideoError("its codec is not known")
+        raise VideoError("its codec is unknown")
     check_size(stream.width, stream.height, max_pixels)
     stream.thread_count = 1
     return stream
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Nothing, for a frame of 1 to `max_pixels` pixels; `VideoError` otherwise."""
+    """Raise `VideoError` unless a frame has 1 to `max_pixels` pixels."""
     if not 0 < width * height <= max_pixels:
         raise VideoError(f"its frames are {width}x{height}, outside the allowed 1 to {max_pixels} pixels")
 
 
 def check_deadline(deadline_s: float) -> None:
-    """`VideoError` once `time.monotonic()` is past `deadline_s`."""
+    """Raise `VideoError` if `time.monotonic()` is past `deadline_s`."""
     if time.monotonic() > deadline_s:
         raise VideoError(_TOO_SLOW, is_final=False)

@@ -1,7 +1,7 @@
-"""Decoded frames as a player shows them: upright, with square pixels, whole, and in the colours of a normal screen.
+"""Conversion of decoded frames to what a player shows: upright, square pixels, full frames, standard dynamic range.
 
-Captions speak of left and right, of round things and of colours, so what a file says about its display counts.
-docs/video.md lists what is followed in which kind of file.
+Captions mention left and right, shapes and colours, so a file's display settings are followed. docs/video.md lists
+which of them are followed in which kind of file.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from numpy.typing import NDArray
 
 from vlmcap.data.decoding.hdr import to_sdr
 
-# Of the colour conversion. With more, each frame owns a pool of threads, and a data worker that was forked from a
-# process with such a frame in its garbage hangs for ever when it frees it, since the pool's threads do not exist there.
+# Threads of the colour conversion. With more, each frame owns a pool of threads; a data worker forked from a process
+# with such a frame in its garbage hangs forever when it frees it, since the pool's threads do not exist there.
 _THREADS = 1
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
-_HD_HEIGHT, _HD_WIDTH = 720, 1280  # from these on, pictures that do not say so have the colours of BT.709
+_HD_HEIGHT, _HD_WIDTH = 720, 1280  # untagged pictures from this size on have the colours of BT.709
 _TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # matrices of quarter turns, counter-clockwise
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
 
 def square_size(frame: VideoFrame, aspect_ratio: float) -> tuple[int, int]:
-    """Width and height of a frame with square pixels, as stored: players keep the rows and widen or narrow the picture.
+    """Return width and height of a frame with square pixels, as stored: the height is kept and the width is scaled.
 
     Args:
-        frame: The frame.
+        frame: Decoded frame.
         aspect_ratio: Width of a pixel over its height.
     """
     return round(frame.width * aspect_ratio), frame.height
 
 
 def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
-    """Whether nothing but a turn is to be done, so that any decoder that follows rotation shows the same."""
+    """Return whether a frame needs at most a rotation, so that any decoder that follows rotation gives the same."""
     matrix = display_matrix(frame)
     is_turn = matrix is None or matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0
     return (
@@ -50,9 +50,9 @@ def is_plain(frame: VideoFrame, aspect_ratio: float) -> bool:
 
 
 def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-    """uint8 (3, H, W): the frame scaled to `width` and `height`, then turned and mirrored as its file says.
+    """Scale a frame to `width` and `height`, then rotate and mirror it as its file requires; uint8 (3, H, W).
 
-    Interlaced frames show one moment, that of their upper field, rather than two at once.
+    Interlaced frames show the moment of their upper field, rather than two moments at once.
     """
     if frame.interlaced_frame:
         frame = _upper_field(frame)
@@ -71,14 +71,14 @@ def to_rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
-    """a, b, c, d of the matrix that takes (x, y) of the stored picture to (a x + c y, b x + d y) of the shown one.
+    """Return a, b, c, d of the matrix that maps (x, y) of the stored picture to the displayed (a x + c y, b x + d y).
 
-    None where there is none, or where it shows nothing, as one of zeros.
+    None if there is no matrix, or a singular one, such as all zeros.
     """
     try:
         all_side_data = cast("Iterable[SideData]", frame.side_data)
         side_data = next((data for data in all_side_data if data.type == Type.DISPLAYMATRIX), None)
-    except ValueError:  # a new kind of side data, which PyAV does not know; what it says itself has no mirrors
+    except ValueError:  # a kind of side data unknown to PyAV, whose own `rotation` has no mirrors
         return _TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
         return None
@@ -87,7 +87,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
 
 
 def _oriented(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int] | None) -> NDArray[np.uint8]:
-    """(H, W, 3) turned by the nearest multiple of 90 degrees, and mirrored; a view."""
+    """Return a view of (H, W, 3) pixels, rotated by the nearest multiple of 90 degrees and mirrored."""
     if matrix is None:
         return pixels
     a, b, c, d = matrix
@@ -103,11 +103,12 @@ def _is_untagged_hd(frame: VideoFrame) -> bool:
 
 
 def _upper_field(frame: VideoFrame) -> VideoFrame:
-    """Every second row of each plane: in YUV, as the fields have chroma rows of their own."""
+    """Return every second row of each plane, in YUV, because each field has chroma rows of its own."""
     field = VideoFrame(frame.width, (frame.height + 1) // 2, frame.format.name)
     field.colorspace, field.color_range = frame.colorspace, frame.color_range
     field.color_trc, field.color_primaries = frame.color_trc, frame.color_primaries
     for source, target in zip(frame.planes, field.planes, strict=True):
+        # (bytes,) -> (rows of the plane, line_size), of which every second
         rows = np.frombuffer(memoryview(source), np.uint8).reshape(-1, source.line_size)[: source.height : 2]
         copy = np.zeros((target.buffer_size // target.line_size, target.line_size), np.uint8)
         width = min(source.line_size, target.line_size)

@@ -1,7 +1,7 @@
-"""Frames of an open video at given moments, decoding as little as possible.
+"""Reading of frames at given moments of an open video, decoding as little as possible.
 
 All times are integer ticks of the stream's time base unless a name ends in `_s`. The frame *at* a moment is the one on
-screen then: the last whose timestamp is not later. That holds with a variable frame rate too.
+screen then: the last whose timestamp is not later. This also holds for a variable frame rate.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from vlmcap.data.decoding.timeline import (
     scanned_timeline,
 )
 
-_MIN_SEEK_FRAMES = 4  # below this, decoding on is cheaper than refilling the decoder after a seek
-_SKIP_MARGIN_FRAMES = 4  # so far ahead of a wanted moment, frames that no other frame leans on are not decoded
-_KEYS_BACK = (1, 2, 5)  # key frames before a moment from which decoding is tried: some do not have the whole picture
-_NOWHERE = -(1 << 63)  # earlier than any frame
+_MIN_SEEK_FRAMES = 4  # for less, decoding on is cheaper than refilling the decoder after a seek
+_SKIP_MARGIN_FRAMES = 4  # earlier than this before a wanted moment, non-reference frames are not decoded
+_KEYS_BACK = (1, 2, 5)  # key frames before a moment from which decoding is tried: some lack part of the picture
+_BEFORE_ALL = -(1 << 63)  # earlier than any frame
 
 
 class FrameReader:
-    """The frames of one clip at ascending moments.
+    """Reads the frames of one clip at ascending moments.
 
     Attributes:
-        timeline: When the frames of the clip are shown.
-        num_packets: Compressed frames given to the decoder so far, which drops some without decoding them.
+        timeline: Display times of the clip's frames.
+        num_packets: Number of packets given to the decoder so far, some of which it drops without decoding.
 
     Args:
-        file: The file of `container`, opened again to read it through where it has no table of its frames.
-        container: Just opened.
+        file: File of `container`; it is opened again to scan all its packets if it has no table of its frames.
+        container: Container that was just opened.
         deadline_s: `time.monotonic()` at which reading stops with a `VideoError`.
-        limits: What else the clip may cost.
+        limits: Further limits on the clip.
     """
 
     def __init__(self, file: MediaFile, container: InputContainer, deadline_s: float, limits: DecodeLimits) -> None:
@@ -66,16 +66,16 @@ class FrameReader:
                 self.timeline = scanned_timeline(other, stream, deadline_s)
         if self.duration_s > limits.max_duration_s:
             raise VideoError(
-                f"it claims to last {self.duration_s:.0f} seconds, more than the allowed {limits.max_duration_s:.0f}"
+                f"its header states {self.duration_s:.0f} seconds, more than the allowed {limits.max_duration_s:.0f}"
             )
         self._shown: tuple[int, VideoFrame] | None = None
         self._ahead: tuple[int, VideoFrame] | None = None
         self._is_started, self._can_seek = False, self.timeline.is_timed
-        # Only H.264 marks such frames for all layers, and a mistake is only corrected where one can seek back.
+        # Only H.264 marks such frames on all layers, and a mistake can only be corrected by seeking back.
         self._can_skip = self.codec == "h264" and self.timeline.is_indexed
-        self._whole_from, self._is_skipping, self._last_skipped = _NOWHERE, False, _NOWHERE
+        self._decode_all_from, self._is_skipping, self._last_skipped = _BEFORE_ALL, False, _BEFORE_ALL
         self.num_packets = 0
-        first = self.timeline.start - self.timeline.step if self.timeline.is_indexed else _NOWHERE
+        first = self.timeline.start - self.timeline.step if self.timeline.is_indexed else _BEFORE_ALL
         self._frames = self._decode(container.demux(self._stream), first)
         if not self.timeline.is_start_known:
             start = self._first_time()
@@ -88,17 +88,17 @@ class FrameReader:
 
     @property
     def duration_s(self) -> float:
-        """Length of the picture in seconds; that of one frame where nothing else is known."""
+        """Duration of the picture in seconds; that of one frame if nothing else is known."""
         return float(self.timeline.duration * self.timeline.tick_s)
 
     @property
     def fps(self) -> float:
-        """Frames per second, on average."""
+        """Average number of frames per second."""
         return float(frame_rate(self._stream))
 
     @property
     def num_frames(self) -> int:
-        """Frames of the clip as its header says, else estimated by its rate."""
+        """Number of frames from the header, or estimated by the frame rate."""
         return self._stream.frames or max(1, round(self.duration_s * self.fps))
 
     @property
@@ -114,9 +114,9 @@ class FrameReader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the first frame, unlike others, need only be turned to be shown; it is decoded if none has been."""
+        """Whether the first frame needs at most a rotation for display; it is decoded if no frame has been."""
         if self._shown is None:
-            self._go_to(_NOWHERE)
+            self._go_to(_BEFORE_ALL)
         return self._shown is not None and is_plain(self._shown[1], self.aspect_ratio)
 
     @property
@@ -126,7 +126,7 @@ class FrameReader:
         return float(max(0, self._shown[0] - self.timeline.start) * self.timeline.tick_s)
 
     def choose_moments(self, data: DataConfig, rng: Generator | None) -> list[float]:
-        """The moments that `data.sampling` takes of this clip, ascending, in seconds from its start.
+        """Return the moments that `data.sampling` selects, ascending, in seconds from the start of the clip.
 
         Raises:
             VideoError: The deadline has passed.
@@ -144,49 +144,45 @@ class FrameReader:
         return jitter_moments(moments, data, self.duration_s, rng)
 
     def stream_time_s(self, moment_s: float) -> float:
-        """The stream's own time of a moment of the clip: amid the tick that decides which frame is on screen."""
+        """Return a moment in the stream's own time, in the middle of the tick that decides which frame is on screen."""
         return float((self._tick_of(moment_s) + Fraction(1, 2)) * self.timeline.tick_s)
 
     def frame_at(self, moment_s: float) -> VideoFrame:
-        """The frame on screen `moment_s` seconds after the start of the clip; moments must not descend.
+        """Return the frame on screen `moment_s` seconds after the start of the clip; moments must not descend.
 
         Raises:
-            VideoError: The clip ends well before it should, holds no frame at all, or the deadline has passed.
+            VideoError: The clip ends well before it should, contains no frame, or the deadline has passed.
         """
         moment = self._tick_of(moment_s)
         if self._can_seek and self._saves_decoding(moment):
             self._seek(moment)
         if self._can_skip:
-            self._whole_from = moment - _SKIP_MARGIN_FRAMES * self.timeline.step
+            self._decode_all_from = moment - _SKIP_MARGIN_FRAMES * self.timeline.step
         self._go_to(moment)
         if self._shown is not None and self._shown[0] < self._last_skipped:
-            # A long pause between frames: one that was skipped may be on screen.
-            self._can_skip, self._whole_from, self._last_skipped = False, _NOWHERE, _NOWHERE
+            # After a long pause between frames, a skipped frame may be the one on screen.
+            self._can_skip, self._decode_all_from, self._last_skipped = False, _BEFORE_ALL, _BEFORE_ALL
             self._seek(moment)
             self._go_to(moment)
         if self._shown is None:
-            raise VideoError("it holds no frame that can be decoded")
+            raise VideoError("it contains no frame that can be decoded")
         if self._ahead is None:
             start, frame = self._shown
-            self.check_end(
-                float(
-                    (start + max(frame.duration or 0, self.timeline.step) - self.timeline.start) * self.timeline.tick_s
-                )
-            )
+            end = start + max(frame.duration or 0, self.timeline.step) - self.timeline.start
+            self.check_end(float(end * self.timeline.tick_s))
         return self._shown[1]
 
     def check_end(self, end_s: float) -> None:
-        """`VideoError` if the frames end more than a tenth and a second before the picture should.
+        """Raise `VideoError` if the frames end well before the picture should, by more than a tenth and a second.
 
         Args:
-            end_s: Seconds from the start of the clip at which its last frame leaves the screen.
+            end_s: Time at which the last frame leaves the screen, in seconds from the start of the clip.
         """
         check_missing(self.duration_s - end_s, self.duration_s)
 
     def _tick_of(self, moment_s: float) -> int:
-        return self.timeline.start + math.floor(
-            moment_s / self.timeline.tick_s + 1e-6
-        )  # a moment that falls on a frame means that frame
+        # A moment that coincides with a frame means that frame, hence the margin.
+        return self.timeline.start + math.floor(moment_s / self.timeline.tick_s + 1e-6)
 
     def _in_seconds(self, times: list[int]) -> list[float]:
         return [
@@ -196,12 +192,12 @@ class FrameReader:
 
     @contextmanager
     def _reopened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
-        """A container of its own, for looking at the whole clip beforehand: not every format can be rewound."""
+        """Open another container to scan the whole clip beforehand, as not every format can be rewound."""
         with self._file.open_container(max(0.001, self._deadline_s - time.monotonic())) as container:
             yield container, find_video_stream(container, self._limits.max_pixels)
 
     def _first_time(self) -> int:
-        self._go_to(_NOWHERE)
+        self._go_to(_BEFORE_ALL)
         return self.timeline.start if self._shown is None else self._shown[0]
 
     def _go_to(self, moment: int) -> None:
@@ -211,7 +207,7 @@ class FrameReader:
             self._shown, self._ahead = self._ahead, next(self._frames, None)
 
     def _saves_decoding(self, moment: int) -> bool:
-        """Whether a key frame lies between the decoder's position and `moment`, far enough ahead; unknown means no."""
+        """Return whether a known key frame lies far enough ahead of the decoder's position and not after `moment`."""
         if self._is_started and self._ahead is None:
             return False
         position = (self._ahead[0] if self._ahead else self.timeline.start) + _MIN_SEEK_FRAMES * self.timeline.step
@@ -219,32 +215,36 @@ class FrameReader:
             keys = self._keys_until(moment)
             return bool(keys) and keys[-1].time > position
         index = self._stream.index_entries
-        delay = max(
-            0, self.timeline.start - index[0].timestamp
-        )  # the index holds decoding times, earlier by the reordering of frames
+        # The index contains decoding times, which are earlier because frames are reordered.
+        delay = max(0, self.timeline.start - index[0].timestamp)
         entry = index.search_timestamp(moment - delay, backward=True)
         return entry >= 0 and index[entry].timestamp + delay > position
 
     def _seek(self, moment: int) -> None:
-        """Go on from a key frame that is not later than `moment`, the last one if possible.
+        """Continue from a key frame that is not later than `moment`, the last one if possible.
 
-        Indices and clocks of files lie, and some key frames only begin to build up a picture. So it is checked where a
-        seek landed and what the decoder shows first, and tried again from further back; in the end all is decoded from
-        the start.
+        Indices and timestamps of files can be wrong, and some key frames only begin to build up a picture. So the
+        position after a seek and the first decoded frame are checked, and a seek further back is tried if they do not
+        fit; as the last resort everything is decoded from the start.
         """
         for packets in self._landings(moment):
             key = next(packets)
-            self._frames = self._decode(chain([key], packets), key.pts if key.pts is not None else _NOWHERE)
-            with suppress(av.error.InvalidDataError):  # of frames that were not decoded
+            self._frames = self._decode(chain([key], packets), key.pts if key.pts is not None else _BEFORE_ALL)
+            with suppress(av.error.InvalidDataError):  # from references to frames that were not decoded
                 self._shown, self._ahead, self._is_started = None, next(self._frames, None), True
                 if self._ahead is not None and self._ahead[0] <= moment and self._ahead[1].key_frame:
                     return
-        self._can_seek, self._can_skip, self._whole_from, self._last_skipped = False, False, _NOWHERE, _NOWHERE
+        self._can_seek, self._can_skip, self._decode_all_from, self._last_skipped = (
+            False,
+            False,
+            _BEFORE_ALL,
+            _BEFORE_ALL,
+        )
         self._shown, self._ahead, self._is_started = None, None, False
         self._frames = self._decode_all()
 
     def _landings(self, moment: int) -> Iterator[Iterator[Packet[VideoStream]]]:
-        """Packets from key frames on that are not later than `moment`, from ever further back."""
+        """Yield the packets from key frames that are not later than `moment`, each time from further back."""
         if self.timeline.is_indexed:
             second = math.ceil(1 / self.timeline.tick_s)
             for goal in (moment, moment - second, moment - 10 * second, self.timeline.start):
@@ -259,7 +259,7 @@ class FrameReader:
                 yield found
 
     def _find_key(self, key: KeyPacket) -> Iterator[Packet[VideoStream]] | None:
-        """The packets from `key` on, or None where no seek leads to it."""
+        """Return the packets from `key` on, or None if no seek leads to it."""
         for goal in (key.time, key.decoding_time, key.decoding_time - math.ceil(1 / self.timeline.tick_s)):
             packets = self._packets_from(goal)
             for packet in packets:
@@ -273,7 +273,7 @@ class FrameReader:
     def _packets_from(self, goal: int) -> Iterator[Packet[VideoStream]]:
         try:
             self._container.seek(goal, stream=self._stream)
-        except av.FFmpegError:  # the format cannot seek, or not there
+        except av.FFmpegError:  # the format cannot seek, or not to this position
             return iter(())
         return self._container.demux(self._stream)
 
@@ -283,24 +283,21 @@ class FrameReader:
 
     def _decode_all(self) -> Iterator[tuple[int, VideoFrame]]:
         with self._reopened() as (container, stream):
-            yield from self._decode(container.demux(stream), _NOWHERE)
+            yield from self._decode(container.demux(stream), _BEFORE_ALL)
 
     def _decode(self, packets: Iterable[Packet[VideoStream]], first: int) -> Iterator[tuple[int, VideoFrame]]:
-        """(time, frame) in the order of display, from `first` on.
-
-        Earlier frames lean on frames that were not decoded.
-        """
+        """Yield (time, frame) in display order from `first` on; earlier ones refer to frames that were not decoded."""
         return ((moment, frame) for moment, frame in self.timeline.clock(self._counted(packets)) if moment >= first)
 
     def _counted(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
         for packet in packets:
             check_deadline(self._deadline_s)
-            self._choose_skipping(packet)
+            self._update_skipping(packet)
             self.num_packets += packet.size > 0
             yield packet
 
-    def _choose_skipping(self, packet: Packet[VideoStream]) -> None:
-        is_skipping = packet.pts is not None and packet.pts < self._whole_from
+    def _update_skipping(self, packet: Packet[VideoStream]) -> None:
+        is_skipping = packet.pts is not None and packet.pts < self._decode_all_from
         if is_skipping != self._is_skipping:
             self._is_skipping = is_skipping
             self._stream.codec_context.skip_frame = "NONREF" if is_skipping else "DEFAULT"

@@ -1,6 +1,6 @@
-"""Images as clips: one image is a clip of one frame, an animation or a list of images is a clip of as many.
+"""Images as clips: an image is a clip of one frame, an animation or a list of images is a clip of several.
 
-The frames of an animation count as equally long, as those of a list do.
+All frames of an animation count as equally long, like those of a list.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from PIL import AvifImagePlugin, Image, ImageOps
 from torch import Tensor
 
 from vlmcap.config import DataConfig, Sampling
-from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, check_size, explained
+from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_deadline, check_size, video_errors
 from vlmcap.data.decoding.sampling import choose_moments
 
-# Formats that only hold pixels: others run programs (EPS) or are never pictures of a data set.
+# Formats that contain only pixels; others run programs (EPS) or are never pictures of a data set.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # several frames elsewhere are pages or thumbnails
+_ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # in other formats several frames are pages or thumbnails
 _HEAD_BYTES = 16
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # data workers are processes already, and threads do not outlive a fork
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # data workers are processes already, and threads do not survive a fork
 
 
 def is_image(stream: BinaryIO) -> bool:
-    """Whether the first bytes are those of an image; names lie."""
+    """Return whether the first bytes are those of an image, since file names can be wrong."""
     head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     is_riff_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
@@ -45,7 +45,7 @@ def is_image(stream: BinaryIO) -> bool:
 def read_image(
     stream: BinaryIO, data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float
 ) -> Tensor:
-    """uint8 (F', 3, H, W): the image, or sampled frames of an animation, turned as its EXIF data says."""
+    """Read an image, or sampled frames of an animation, rotated by its EXIF data; uint8 (F', 3, H, W)."""
     frames = []
     with open_image(stream, limits) as image:
         num_all = count_frames(image)
@@ -60,11 +60,11 @@ def read_image(
 def read_image_list(
     addresses: Sequence[str], data: DataConfig, rng: Generator | None, limits: DecodeLimits, deadline_s: float
 ) -> Tensor:
-    """uint8 (F', 3, H, W): sampled images of a list, each scaled to the size of the first one sampled."""
+    """Read sampled images of a list, scaled to the size of the first one sampled; uint8 (F', 3, H, W)."""
     frames: list[NDArray[np.uint8]] = []
     for index in sample_indices(len(addresses), data, rng):
         file = MediaFile(addresses[index])
-        with explained(file.name):
+        with video_errors(file.name):
             check_deadline(deadline_s)
             with file.open_bytes() as stream, open_image(stream, limits) as image:
                 frames.append(_to_rgb(image, frames[0].shape[1:] if frames else None))
@@ -72,9 +72,9 @@ def read_image_list(
 
 
 def sample_indices(num_all: int, data: DataConfig, rng: Generator | None) -> list[int]:
-    """Which of `num_all` equally long frames are sampled, ascending, each at most once.
+    """Return which of `num_all` equally long frames are sampled, ascending, each at most once.
 
-    There is no clock and no stream: `fps`, `keyframe` and `adaptive` are `uniform`.
+    Without a clock and a stream, `fps`, `keyframe` and `adaptive` act like `uniform`.
     """
     chosen = data if data.sampling is Sampling.random else dataclasses.replace(data, sampling=Sampling.uniform)
     moments = choose_moments(chosen, float(num_all), rng)
@@ -83,10 +83,10 @@ def sample_indices(num_all: int, data: DataConfig, rng: Generator | None) -> lis
 
 @contextmanager
 def open_image(stream: BinaryIO, limits: DecodeLimits) -> Iterator[Image.Image]:
-    """The open image, its pixels not read yet.
+    """Open an image without reading its pixels.
 
     Raises:
-        VideoError: It has no pixels or more than `limits.max_pixels`.
+        VideoError: The image has no pixels or more than `limits.max_pixels`.
     """
     try:
         image = Image.open(stream, formats=_FORMATS)
@@ -98,16 +98,16 @@ def open_image(stream: BinaryIO, limits: DecodeLimits) -> Iterator[Image.Image]:
 
 
 def count_frames(image: Image.Image) -> int:
-    """How many frames an animation has; 1 for anything else."""
+    """Return the number of frames of an animation; 1 for anything else."""
     return int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
 
 
 def _to_rgb(image: Image.Image, size: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
-    """uint8 (3, H, W), upright; `size` is (H, W) to scale to."""
+    """Return an upright image, uint8 (3, H, W); `size` is (H, W) to scale to."""
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL would cut 16 bits off above 255 rather than scale them
+    if upright.mode.startswith("I;16"):  # PIL would clip 16 bits at 255 instead of scaling them
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     pixels = upright.convert("RGB")
     if size is not None and (pixels.height, pixels.width) != tuple(size):
         pixels = pixels.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(pixels, dtype=np.uint8).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(pixels, dtype=np.uint8).transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)

@@ -1,6 +1,4 @@
-"""What a stream tells about its content before its frames are sampled.
-
-Where its key frames are and where its picture changes.
+"""Key frames and picture changes of a stream, which some samplings need before frames are sampled.
 
 Times are ticks of the stream's time base unless a name ends in `_s`.
 """
@@ -20,18 +18,18 @@ from vlmcap.data.decoding.container import check_deadline
 from vlmcap.data.decoding.sampling import spread
 from vlmcap.data.decoding.timeline import Timeline
 
-_THUMBNAIL = 32  # pixels a side: enough to see change, and too few to see noise
-_KEYS_FOR_CHANGE = 2  # times num_frames: with so many key frames, they alone tell where the picture changes
-_MOST_KEYS = 8  # times num_frames: key frames that are decoded at most
-_MOST_THUMBNAILS = 32  # times num_frames: pictures compared at most
+_THUMBNAIL = 32  # pixels per side: enough to see changes, too few to see noise
+_KEYS_FOR_CHANGE = 2  # times num_frames: with this many key frames, they alone show where the picture changes
+_MAX_KEYS = 8  # times num_frames: largest number of key frames decoded
+_MAX_THUMBNAILS = 32  # times num_frames: largest number of pictures compared
 
 
 def key_frame_times(
     container: InputContainer, stream: VideoStream, timeline: Timeline, num_frames: int, deadline_s: float
 ) -> list[int]:
-    """Timestamps of at most `num_frames` key frames, evenly thinned, ascending.
+    """Return the timestamps of at most `num_frames` key frames, evenly thinned, ascending.
 
-    A file with a table of its frames is read at those key frames only; any other has been read through already.
+    A file with a table of its frames is read at those key frames only; other files have been scanned already.
 
     Raises:
         VideoError: The deadline has passed.
@@ -40,9 +38,8 @@ def key_frame_times(
         times = [key.time for key in timeline.keys]
         return [times[i] for i in spread(len(times), min(len(times), num_frames))]
     if entries := _indexed_keys(stream):
-        packets = _indexed_packets(
-            container, stream, [entries[i] for i in spread(len(entries), min(len(entries), num_frames))], deadline_s
-        )
+        chosen = [entries[i] for i in spread(len(entries), min(len(entries), num_frames))]
+        packets = _indexed_packets(container, stream, chosen, deadline_s)
         return sorted({packet.pts for packet in packets if packet.pts is not None})
     return []
 
@@ -50,21 +47,21 @@ def key_frame_times(
 def picture_changes(
     container: InputContainer, stream: VideoStream, timeline: Timeline, num_frames: int, deadline_s: float
 ) -> tuple[list[int], list[float]]:
-    """Ascending timestamps, and the mean absolute difference of the pictures between each two of them, at 32 x 32 grey pixels.
+    """Return ascending timestamps, and the mean absolute difference between the pictures at neighbouring ones.
 
-    The pictures are the key frames where these are many, at most 8 · `num_frames` of them; else what other frames lean
-    on is decoded once, and at most 32 · `num_frames` of it compared.
+    Pictures are compared at 32 x 32 grey pixels. They are the key frames if there are many, at most 8 · `num_frames` of
+    them; otherwise all reference frames are decoded, and at most 32 · `num_frames` of them compared.
 
     Args:
-        container: Just opened.
+        container: Container that was just opened.
         stream: Its video stream.
-        timeline: When its frames are shown.
-        num_frames: As many as will be sampled.
-        deadline_s: `time.monotonic()` at which a `VideoError` says that it took too long.
+        timeline: Display times of its frames.
+        num_frames: Number of frames that will be sampled.
+        deadline_s: `time.monotonic()` at which a `VideoError` is raised.
     """
     entries = _indexed_keys(stream) if timeline.is_indexed else []
     if len(entries) >= _KEYS_FOR_CHANGE * num_frames:
-        chosen = [entries[i] for i in spread(len(entries), min(len(entries), _MOST_KEYS * num_frames))]
+        chosen = [entries[i] for i in spread(len(entries), min(len(entries), _MAX_KEYS * num_frames))]
         packets = _with_flushes(_indexed_packets(container, stream, chosen, deadline_s))
     else:
         packets = _reference_packets(container, stream, timeline, deadline_s)
@@ -72,7 +69,7 @@ def picture_changes(
     changes: list[float] = []
     last: NDArray[np.int16] | None = None
     for moment, frame in timeline.clock(packets):
-        if times and moment < times[-1] + max(1, timeline.duration // (_MOST_THUMBNAILS * num_frames)):
+        if times and moment < times[-1] + max(1, timeline.duration // (_MAX_THUMBNAILS * num_frames)):
             continue
         grey = frame.to_ndarray(
             format="gray", width=_THUMBNAIL, height=_THUMBNAIL, interpolation="AREA", threads=1
@@ -85,14 +82,14 @@ def picture_changes(
 
 
 def _indexed_keys(stream: VideoStream) -> list[int]:
-    """Index timestamps of the key frames."""
+    """Return the index timestamps of the key frames."""
     return [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
 
 
 def _indexed_packets(
     container: InputContainer, stream: VideoStream, entries: list[int], deadline_s: float
 ) -> Iterator[Packet[VideoStream]]:
-    """The packets at index timestamps, which are times of decoding; seeking wants those of display in some formats."""
+    """Yield the packets at index timestamps, which are decoding times; some formats seek by display times instead."""
     delay = max(0, (stream.start_time or 0) - stream.index_entries[0].timestamp)
     for entry in entries:
         check_deadline(deadline_s)
@@ -105,7 +102,7 @@ def _indexed_packets(
 
 
 def _with_flushes(packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
-    """Each packet, and what makes the decoder give the frames that it holds back for reordering."""
+    """Yield each packet followed by a flush, so that the decoder returns frames that it holds for reordering."""
     for packet in packets:
         yield packet
         flush = cast("Packet[VideoStream]", Packet())
@@ -116,7 +113,7 @@ def _with_flushes(packets: Iterable[Packet[VideoStream]]) -> Iterator[Packet[Vid
 def _reference_packets(
     container: InputContainer, stream: VideoStream, timeline: Timeline, deadline_s: float
 ) -> Iterator[Packet[VideoStream]]:
-    """All packets; frames that no other leans on are skipped, unless frames have to be counted."""
+    """Yield all packets; non-reference frames are not decoded, unless frames have to be counted."""
     if timeline.is_timed:
         stream.codec_context.skip_frame = "NONREF"
     for packet in container.demux(stream):

@@ -1,10 +1,9 @@
-"""Which moments of a clip the model sees, by `data.sampling`.
+"""Selection of the moments of a clip that the model sees, by `data.sampling`.
 
-`uniform` takes the centres of equal segments; `random` takes a moment drawn in each of them; `fps` takes one frame
-every 1 / fps seconds; `keyframe` takes the key frames of the stream; `adaptive` takes more frames where the picture
-changes.
+`uniform` takes the centres of equal segments; `random` draws a moment in each of them; `fps` takes one frame every
+1 / fps seconds; `keyframe` takes the key frames of the stream; `adaptive` takes more frames where the picture changes.
 
-Moments are seconds from the start of a clip, ascending. Lists of images have no clock: there a moment counts images,
+Moments are seconds from the start of a clip, ascending. Lists of images have no clock: for them a moment counts images,
 and the clip lasts as many seconds as it has images.
 """
 
@@ -20,14 +19,14 @@ from numpy.typing import NDArray
 
 from vlmcap.config import DataConfig, Sampling
 
-# Share of the adaptive moments that is spread evenly whatever changes, so that a still part of a clip is seen too.
+# Share of the adaptive moments that is spread evenly regardless of changes, so that a still scene is seen too.
 _EVEN_SHARE = 0.2
 
 
 def choose_moments(data: DataConfig, duration_s: float, rng: Generator | None = None) -> list[float]:
-    """The moments of a clip that lasts `duration_s`, where nothing of its content is needed or known.
+    """Return moments of a clip by its duration alone, where its content is not needed or unknown.
 
-    `keyframe` and `adaptive` are then `uniform`; so is `random` without `rng`.
+    `keyframe` and `adaptive` then act like `uniform`, as does `random` without `rng`.
     """
     if data.sampling is Sampling.fps:
         moments = fps_moments(duration_s, data.fps, data.num_frames)
@@ -40,7 +39,7 @@ def choose_moments(data: DataConfig, duration_s: float, rng: Generator | None = 
 
 
 def jitter_moments(moments: list[float], data: DataConfig, duration_s: float, rng: Generator | None) -> list[float]:
-    """The moments, moved by up to `data.augment.jitter` of a segment within the clip; unchanged without `rng`."""
+    """Move each moment by up to `data.augment.jitter` of a segment within the clip; no change without `rng`."""
     jitter = data.augment.jitter
     if rng is None or jitter == 0:
         return moments
@@ -51,29 +50,26 @@ def jitter_moments(moments: list[float], data: DataConfig, duration_s: float, rn
 
 
 def uniform_moments(duration_s: float, num_frames: int) -> list[float]:
-    """The centres of `num_frames` equal segments of a clip.
+    """Return the centres of `num_frames` equal segments of a clip.
 
-    Centres rather than edges: the first and last frame of a clip are often black or a fade.
+    They are centres and not edges, as the first and last frame of a clip are often black or a fade.
     """
     return [duration_s * (2 * i + 1) / (2 * num_frames) for i in range(num_frames)]
 
 
 def fps_moments(duration_s: float, fps: float, num_frames: int) -> list[float]:
-    """The centres of intervals of 1 / fps seconds, thinned evenly to `num_frames`.
+    """Return the centres of intervals of 1 / fps seconds, evenly thinned to `num_frames`.
 
-    The middle of a clip shorter than half an interval.
+    A clip shorter than half an interval gives its middle.
     """
-    count = math.ceil(duration_s * fps - 0.5)  # centres that lie before the end
+    count = math.ceil(duration_s * fps - 0.5)  # number of centres before the end
     if count < 1:
         return [duration_s / 2]
     return [(k + 0.5) / fps for k in spread(count, min(count, num_frames))]
 
 
 def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames: int) -> list[float]:
-    """`num_frames` key frames, evenly thinned.
-
-    Where there are fewer, moments in the middle of the longest gaps fill up.
-    """
+    """Return `num_frames` key frames, evenly thinned; if there are fewer, the middles of the longest gaps are added."""
     moments = [key_moments[i] for i in spread(len(key_moments), min(len(key_moments), num_frames))]
     while len(moments) < num_frames:
         edges = [0.0, *moments, duration_s]
@@ -85,15 +81,15 @@ def keyframe_moments(key_moments: Sequence[float], duration_s: float, num_frames
 def adaptive_moments(
     times: Sequence[float], changes: Sequence[float], duration_s: float, num_frames: int
 ) -> list[float]:
-    """The moments that cut the clip's change into `num_frames` equal shares, each in the middle of its share.
+    """Return the moments that divide the clip's change into `num_frames` equal shares, each in the middle of its share.
 
-    A fifth of the change is taken to be spread evenly over the clip, and all of it where nothing changes.
+    A fifth of the change is spread evenly over the clip, and all of it if nothing changes.
 
     Args:
         times: n ascending moments within the clip.
-        changes: n - 1 differences, each between the pictures at two neighbouring `times`; not negative.
-        duration_s: Length of the clip.
-        num_frames: How many moments.
+        changes: n - 1 non-negative differences between the pictures at neighbouring `times`.
+        duration_s: Duration of the clip.
+        num_frames: Number of moments.
     """
     knots = np.asarray([0.0, *times, duration_s])
     curve = np.concatenate([[0.0, 0.0], np.cumsum(changes, dtype=np.float64), [float(np.sum(changes))]])[: len(knots)]
@@ -105,5 +101,5 @@ def adaptive_moments(
 
 
 def spread(num_items: int, num_picks: int) -> list[int]:
-    """The indices in the middle of `num_picks` equal parts of `num_items` items; items repeat where there are fewer."""
+    """Return the middle indices of `num_picks` equal segments of `num_items` items; they repeat if items are fewer."""
     return [(2 * i + 1) * num_items // (2 * num_picks) for i in range(num_picks)]

@@ -1,8 +1,8 @@
-"""When a stream's frames are shown: where its picture starts and ends, and which frames can be decoded on their own.
+"""Display times of a stream's frames: start and end of the picture, and the frames at which decoding can start.
 
-Headers state lengths of other things than the picture: the end of a longer sound, the time until which a late picture
-lasts, the slots of frames that were dropped. Only the sample table of an MP4 is taken at its word; the packets of any
-other file are read through once, without decoding, which costs little next to decoding them.
+Headers state other durations than that of the picture: the end of a longer sound, the time until which a late picture
+lasts, the slots of dropped frames. Only the sample table of an MP4 is trusted; the packets of any other file are
+scanned without decoding, which costs little compared to decoding them.
 
 All times are integer ticks of the stream's time base.
 """
@@ -27,13 +27,13 @@ from av.video.stream import VideoStream
 from vlmcap.data.decoding.container import VideoError, check_deadline
 
 _DEFAULT_FPS = 25  # for the spacing of frames without timestamps or rate
-_SLOTTED = ("avi", "asf")  # formats without times of display
-_WITH_LENGTH = ("avi", "mxf")  # formats whose header states the length of the picture itself
-_LARGEST_JUMP_S = 1  # further back than this, the clock of a file was set back, as where two recordings were joined
+_SLOTTED = ("avi", "asf")  # formats without display times
+_WITH_LENGTH = ("avi", "mxf")  # formats whose header states the duration of the picture itself
+_LARGEST_JUMP_S = 1  # a larger step back means that the clock was reset, as in joined recordings
 
 
 class KeyPacket(NamedTuple):
-    """A packet from which decoding can start; time and size tell it from any other one."""
+    """A packet at which decoding can start; time and size identify it."""
 
     time: int
     size: int
@@ -42,20 +42,20 @@ class KeyPacket(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The times of a stream's picture.
+    """Display times of a stream's picture.
 
     Attributes:
-        start: When the first frame appears.
-        duration: How long the picture lasts.
-        step: How long a frame lasts that does not say so.
+        start: Time at which the first frame appears.
+        duration: Duration of the picture.
+        step: Duration of a frame that states none.
         tick_s: Seconds per tick.
-        keys: Key packets in the order of time; empty where the file's own index is used instead.
-        is_indexed: Whether the file says where each frame is (MP4 and MOV do), so that it need not be read through.
-        is_timed: Whether frames carry the times at which they are shown. Otherwise they are shown in the order in which
-            they leave the decoder, at `slots`, and can only be told apart by counting from the start.
-        slots: Times of all frames where these do not carry them, ascending.
-        is_start_known: False where only decoding shows which frame is the first.
-        stated_end: The time until which the header says that the picture lasts, if it does.
+        keys: Key packets in the order of time; empty if the file's own index is used instead.
+        is_indexed: Whether the file has a table of its frames (as MP4 and MOV), so that it need not be scanned.
+        is_timed: Whether frames carry display times. Otherwise they are shown in the order in which they leave the
+            decoder, at `slots`, and can only be identified by counting from the start.
+        slots: Ascending times of all frames if the frames do not carry them.
+        is_start_known: False if only decoding shows which frame is the first.
+        stated_end: Time until which the picture lasts by the header, if stated.
     """
 
     start: int
@@ -71,11 +71,11 @@ class Timeline:
 
     @property
     def end(self) -> int:
-        """When the last frame leaves the screen."""
+        """Time at which the last frame leaves the screen."""
         return self.start + self.duration
 
     def clock(self, packets: Iterable[Packet[VideoStream]]) -> Iterator[tuple[int, VideoFrame]]:
-        """(time, frame) in the order of display; untimed packets have to be all packets from the start on."""
+        """Yield (time, frame) in display order; untimed packets must be all packets from the start on."""
         following, num_frames = self.start, 0
         for packet in packets:
             for frame in packet.decode():
@@ -88,15 +88,12 @@ class Timeline:
 
 
 def frame_rate(stream: VideoStream) -> Fraction:
-    """Frames per second, on average; a guess where the file does not say."""
+    """Return the average number of frames per second; a guess if the file does not state it."""
     return stream.average_rate or stream.guessed_rate or Fraction(_DEFAULT_FPS)
 
 
 def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the index holds every frame, with times that can be trusted.
-
-    Other formats fill it while they are read.
-    """
+    """Return whether the index contains every frame, with reliable times; other formats fill it while they are read."""
     return (
         container.format.name.startswith("mov,")
         and 0 < stream.frames <= len(stream.index_entries)
@@ -105,22 +102,22 @@ def has_sample_table(container: InputContainer, stream: VideoStream) -> bool:
 
 
 def indexed_timeline(stream: VideoStream) -> Timeline:
-    """The timeline of a file with a sample table."""
+    """Return the timeline of a file with a sample table."""
     tick_s, step = _ticks(stream)
     duration = max(step, stream.duration or 0)
     return Timeline(stream.start_time or 0, duration, step, tick_s, is_indexed=True)
 
 
 def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s: float) -> Timeline:
-    """The timeline of any other file, out of all its packets.
+    """Build the timeline of any other file from all its packets.
 
     Args:
-        container: Just opened; it is read to its end.
+        container: Container that was just opened; it is read to its end.
         stream: Its video stream.
-        deadline_s: `time.monotonic()` at which a `VideoError` says that it took too long.
+        deadline_s: `time.monotonic()` at which a `VideoError` is raised.
 
     Raises:
-        VideoError: It took too long, or the file ends well before it should.
+        VideoError: The deadline has passed, or the file ends well before it should.
     """
     tick_s, step = _ticks(stream)
     scan = _Scan(step)
@@ -132,10 +129,9 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
         if packet.stream_index == stream.index and packet.size and not packet.is_discard:
             scan.add(packet)
     stated_end = _stated_end(container, stream, tick_s)
-    if (
-        stated_end is None and container.format.name == "matroska,webm" and container.duration
-    ):  # the end of the longest stream
-        check_missing(container.duration / av.time_base - last_s, container.duration / av.time_base)
+    if stated_end is None and container.format.name == "matroska,webm" and container.duration:
+        stated_s = container.duration / av.time_base  # the end of the longest stream
+        check_missing(stated_s - last_s, stated_s)
     if not scan.times:
         return Timeline(stream.start_time or 0, step, step, tick_s, stated_end=stated_end)
     scan.drop_before_first_key()
@@ -159,7 +155,7 @@ def scanned_timeline(container: InputContainer, stream: VideoStream, deadline_s:
 
 
 class _Scan:
-    """The packets of a stream in the order of decoding."""
+    """The packets of a stream in decoding order."""
 
     def __init__(self, step: int) -> None:
         self.times: list[int | None] = []
@@ -181,13 +177,13 @@ class _Scan:
 
     @property
     def end(self) -> int:
-        """When the last frame leaves the screen: after as long as it says, or as the shortest frame before it lasts."""
+        """Time at which the last frame leaves the screen, by its own duration or that of the shortest frame."""
         assert self._last is not None
         times = sorted({time for time in self.times if time is not None})
         return self._last[0] + max(self._last[1] or self._step, _shortest(times, self._step))
 
     def drop_before_first_key(self) -> None:
-        """Packets before the first key frame, as of a cut stream, cannot be decoded; of most formats, at least."""
+        """Drop packets before the first key frame, as in a stream that was cut; most formats cannot decode them."""
         first = self.keys[0] if self.keys else 0
         if first == 0:
             return
@@ -196,16 +192,16 @@ class _Scan:
         del self.times[:first], self.decoding_times[:first], self.sizes[:first]
 
     def order(self, i: int) -> int:
-        """The time by which packet `i` is found in the file."""
+        """Return the time by which packet `i` is found in the file."""
         decoding_time, time = self.decoding_times[i], self.times[i]
         return next((value for value in (decoding_time, time) if value is not None), 0)
 
     def slots(self, is_reordered: bool, is_slotted: bool, largest_jump: int) -> list[int]:
-        """Ascending times of all frames where packets do not carry those of display; empty where they do."""
+        """Return ascending times of all frames if packets do not carry display times; empty if they do."""
         times = [time for time in self.times if time is not None]
         start = times[0] if times else 0
         even = [start + self._step * i for i in range(len(self.times))]
-        # Of two packets one may lack a time: they can be the fields of a frame.
+        # One of two packets may lack a time, as they can be the fields of one frame.
         if 2 * len(times) < len(even):
             return self._between_known() or even
         orders = [self.order(i) for i, time in enumerate(self.times) if time is not None]
@@ -213,15 +209,15 @@ class _Scan:
             return even
         if any(after <= before for before, after in pairwise(times)) or len(times) < 2:
             return []
-        if is_reordered:  # packets without order: either they come as they are shown, or nobody knows how they do
+        if is_reordered:  # unordered packets: either they come in display order, or their order is unknown
             return [self.first_time() if is_slotted else start, *times[1:]] if len(times) == len(even) else even
-        # AVI has no times of display. For H.264 they are made up: each frame gets the time of decoding of the next one.
+        # AVI has no display times. For H.264 they are invented: each frame gets the decoding time of the next one.
         is_made_up = is_slotted and times[:-1] == orders[1:]
         is_even = all(time - order == self._step for time, order in zip(times[1:], orders[1:], strict=True))
         return [orders[1] - self._step, *orders[1:]] if is_made_up and not is_even else []
 
     def _between_known(self) -> list[int]:
-        """Times spread evenly between the few packets that have one; empty where these are too few or out of order."""
+        """Interpolate between the few packets that have a time; empty if these are too few or out of order."""
         known = [i for i in range(len(self.times)) if self.times[i] is not None or self.decoding_times[i] is not None]
         orders = [self.order(i) for i in known]
         if len(known) < 2 or any(after <= before for before, after in pairwise(orders)):
@@ -234,27 +230,24 @@ class _Scan:
         return [start + round(float(time - spread[0])) for time in spread]
 
     def first_time(self) -> int:
-        """The time of the first frame of an AVI.
-
-        That of MPEG-1 is too early by the frames that the decoder holds back.
-        """
+        """Return the time of the first frame of an AVI; that of MPEG-1 is too early by the frames the decoder holds."""
         first, *others = sorted(time for time in self.times if time is not None)
         return max(first, others[0] - (self.order(1) - self.order(0))) if others else first
 
 
 def _shortest(times: list[int], default: int) -> int:
-    """The least ticks between two of the ascending times, at least 1."""
+    """Return the smallest difference between neighbouring ascending times, at least 1."""
     return max(1, min((after - before for before, after in pairwise(times)), default=default))
 
 
 def check_missing(missing_s: float, whole_s: float) -> None:
-    """`VideoError` if more than a tenth and a second of `whole_s` are missing."""
+    """Raise `VideoError` if more than a tenth and a second of `whole_s` are missing."""
     if missing_s > max(1.0, 0.1 * whole_s):
         raise VideoError(f"it is truncated: {missing_s:.1f} of {whole_s:.1f} seconds are missing")
 
 
 def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
-    """Seconds per tick and the ticks from frame to frame."""
+    """Return seconds per tick, and the ticks from frame to frame."""
     rate = frame_rate(stream)
     tick_s = stream.time_base or 1 / rate
     return tick_s, max(1, round(1 / (rate * tick_s)))
@@ -262,8 +255,8 @@ def _ticks(stream: VideoStream) -> tuple[Fraction, int]:
 
 def _stated_end(container: InputContainer, stream: VideoStream, tick_s: Fraction) -> int | None:
     if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-        # Matroska; some writers mean the length, which is never later than the end.
-        hours, minutes, seconds = (Fraction(part) for part in tag.groups())
+        # Matroska; some writers state the duration, which is never later than the end.
+        hours, minutes, seconds = (Fraction(number) for number in tag.groups())
         return round((hours * 3600 + minutes * 60 + seconds) / tick_s)
     if stream.duration and container.format.name in _WITH_LENGTH:
         return (stream.start_time or 0) + stream.duration

@@ -1,7 +1,7 @@
-"""Frames read by torchcodec, where it is installed: an optional second decoder behind the same interface.
+"""Reading of frames by torchcodec, an optional second decoder behind the same interface.
 
-The file is opened by PyAV first: its protections, its checks and its moments hold for both decoders, so both give the
-same frames.
+The file is opened by PyAV first, whose protections, checks and moments apply to both decoders, so both give the same
+frames.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vlmcap.errors import UserError, first_line
 
 @functools.cache
 def _load() -> ModuleType | str:
-    """`torchcodec.decoders`, or why there is none.
+    """Return `torchcodec.decoders`, or why it cannot be imported.
 
-    It loads FFmpeg's shared libraries, which may be missing or of the wrong version.
+    It loads FFmpeg's shared libraries, which may be missing or have the wrong version.
     """
     try:
         return importlib.import_module("torchcodec.decoders")
@@ -33,10 +33,10 @@ def _load() -> ModuleType | str:
 
 
 def resolve_decoder(decoder: Decoder) -> Decoder:
-    """`pyav` or `torchcodec`: what `decoder` means here; `auto` is torchcodec where it loads.
+    """Return the decoder that `decoder` selects here: `auto` is torchcodec if it can be loaded.
 
     Raises:
-        UserError: torchcodec is asked for and does not load.
+        UserError: torchcodec is requested but cannot be loaded.
     """
     if decoder is Decoder.pyav:
         return decoder
@@ -45,30 +45,28 @@ def resolve_decoder(decoder: Decoder) -> Decoder:
         return Decoder.torchcodec
     if decoder is Decoder.torchcodec:
         raise UserError(
-            f"data.decoder=torchcodec cannot be used, as torchcodec does not load ({loaded}): install it together "
-            "with FFmpeg's shared "
-            "libraries, or set data.decoder=pyav"
+            f"data.decoder=torchcodec cannot be used, because torchcodec does not load ({loaded}); install it together "
+            "with FFmpeg's shared libraries, or set data.decoder=pyav"
         )
     return Decoder.pyav
 
 
 class TorchcodecReader:
-    """The frames of one clip at given moments.
+    """Reads the frames of one clip at given moments.
 
     Args:
-        source: A local path, or an open file at its beginning.
-        max_pixels: Largest frame to accept.
+        source: Local path, or an open file at its beginning.
+        max_pixels: Largest number of pixels per frame.
 
     Raises:
-        VideoError: torchcodec cannot open it.
+        VideoError: torchcodec cannot open the file.
     """
 
     def __init__(self, source: str | BinaryIO, max_pixels: int) -> None:
         loaded = _load()
-        assert isinstance(loaded, ModuleType), "resolve_decoder has said that it loads"
+        assert isinstance(loaded, ModuleType), "resolve_decoder has checked this"
         try:
-            # exact: the other mode takes a constant frame rate for granted. One thread: data workers are processes
-            # already.
+            # The other seek mode assumes a constant frame rate. One thread, as data workers are processes already.
             self._decoder = loaded.VideoDecoder(source, seek_mode="exact", num_ffmpeg_threads=1, device="cpu")
         except (RuntimeError, ValueError) as error:
             raise VideoError(f"torchcodec cannot open it ({first_line(error)})") from error
@@ -77,17 +75,20 @@ class TorchcodecReader:
         self.start_s, self.end_s = float(metadata.begin_stream_seconds), float(metadata.end_stream_seconds)
 
     def frames_at(self, moments_s: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
-        """uint8 (F', 3, H, W) of the distinct frames on screen, their times (F'), and for each moment which of them it is.
+        """Read the distinct frames on screen at the given moments.
 
         Args:
-            moments_s: Ascending, in seconds of the stream's own clock.
+            moments_s: Ascending moments, in seconds of the stream's own clock.
+
+        Returns:
+            uint8 (F', 3, H, W) frames, their times (F',), and the index of the frame at each moment.
         """
-        last_s = max(self.start_s, self.end_s - 1e-6)  # the end itself is on no frame
+        last_s = max(self.start_s, self.end_s - 1e-6)  # there is no frame at the end itself
         try:
             batch = self._decoder.get_frames_played_at([min(max(moment, self.start_s), last_s) for moment in moments_s])
         except (RuntimeError, IndexError, ValueError) as error:
             raise VideoError(f"torchcodec cannot decode it ({first_line(error)})") from error
         times_s, inverse = torch.unique_consecutive(batch.pts_seconds, return_inverse=True)
-        rows = inverse.tolist()
-        firsts = [rows.index(row) for row in range(rows[-1] + 1)]
-        return batch.data[firsts], times_s, rows
+        indices = inverse.tolist()
+        firsts = [indices.index(index) for index in range(indices[-1] + 1)]
+        return batch.data[firsts], times_s, indices

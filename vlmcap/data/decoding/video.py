@@ -1,6 +1,6 @@
-"""Frames out of video files, and small video files out of frames.
+"""Reading of frames from video files, and writing of small video files.
 
-What needs PyAV is imported where a video is read or written, so that images need none.
+Modules that need PyAV are imported when a video is read or written, so that images do not need it.
 
 Legend: F sampled frames, T frames of a clip, H/W pixels.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.config import DataConfig, Decoder
-from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, explained
+from vlmcap.data.decoding.container import DecodeLimits, MediaFile, VideoError, check_size, video_errors
 from vlmcap.data.decoding.images import is_image, read_image, read_image_list
 from vlmcap.data.decoding.sampling import spread
 from vlmcap.data.decoding.torchcodec_reader import TorchcodecReader, resolve_decoder
@@ -42,16 +42,15 @@ __all__ = [
     "write_video",
 ]
 
-_THREADS = 1  # of the colour conversion, as in `display`
+_THREADS = 1  # for the colour conversion, as in `display`
 
 
 class DecodedFrames(NamedTuple):
-    """Frames of a clip and when they are shown.
+    """Frames of a clip and their display times.
 
     Attributes:
         frames: uint8 (F', 3, H, W), RGB.
-        times_s: float64 (F'), the seconds from the clip's first frame to each of them; None for images, which have no
-            clock.
+        times_s: float64 (F',), seconds from the clip's first frame; None for images, which have no clock.
     """
 
     frames: Tensor
@@ -65,24 +64,25 @@ def read_frames(
     rng: Generator | None = None,
     limits: DecodeLimits | None = None,
 ) -> Tensor:
-    """Frames of a video, an image or a list of images, upright, in the order of time.
+    """Read frames of a video, an image or a list of images, upright, in the order of time.
 
     There are fewer than `data.num_frames` for images, for clips that have fewer frames, and for `fps` in short clips;
-    `pad_frames` gives such clips the rest. Reading stops after the last wanted frame, and jumps to key frames where the
+    `pad_frames` repeats frames of such clips. Reading stops after the last wanted frame, and jumps to key frames if the
     file has an index of them.
 
     Args:
-        clip: A clip, or the address of a video or image.
-        data: Which frames, how long reading may take, and the decoder. torchcodec reads MP4 and MOV files that need no
-            more than a turn to be shown; PyAV reads the others.
-        rng: Source of chance; without one, random sampling is uniform and nothing is jittered.
-        limits: What else the clip may cost; `DecodeLimits()` by default.
+        clip: Clip, or address of a video or image.
+        data: Data configuration: sampling, time limit and decoder. torchcodec reads MP4 and MOV files that need at most
+            a rotation for display; PyAV reads the others.
+        rng: Random number generator; without one, random sampling is uniform and nothing is jittered.
+        limits: Further limits on the clip; `DecodeLimits()` by default.
 
     Returns:
         uint8 (F', 3, H, W), RGB, 1 <= F' <= `data.num_frames`.
 
     Raises:
-        VideoError: The file cannot be read, is truncated, too large a picture, too long, or too slow.
+        VideoError: The file cannot be read, is truncated, its picture is too large, it is too long, or takes too much
+            time.
     """
     return read_timed_frames(clip, data, rng=rng, limits=limits).frames
 
@@ -94,13 +94,13 @@ def read_timed_frames(
     rng: Generator | None = None,
     limits: DecodeLimits | None = None,
 ) -> DecodedFrames:
-    """As `read_frames`, with the time of each frame; `pad_frames` repeats times as it repeats frames."""
+    """Read frames as `read_frames` does, with the time of each; `pad_frames` repeats times like frames."""
     limits = limits or DecodeLimits()
     deadline_s = time.monotonic() + data.decode_timeout_s
     file = MediaFile(clip if isinstance(clip, str) else clip.video)
     if isinstance(clip, Clip) and clip.frames:
         return DecodedFrames(read_image_list(clip.frames, data, rng, limits, deadline_s), None)
-    with explained(file.name), file.open_bytes() as stream:
+    with video_errors(file.name), file.open_bytes() as stream:
         if is_image(stream):
             return DecodedFrames(read_image(stream, data, rng, limits, deadline_s), None)
         from vlmcap.data.decoding.frame_reader import FrameReader
@@ -108,8 +108,7 @@ def read_timed_frames(
         with file.open_container(data.decode_timeout_s, stream) as container:
             reader = FrameReader(file, container, deadline_s, limits)
             moments = reader.choose_moments(data, rng)
-            # torchcodec seeks to wrong frames in other files, and shows as stored what is mirrored, interlaced,
-            # stretched or HDR.
+            # torchcodec seeks to wrong frames in other files, and ignores mirroring, interlacing, pixel aspect and HDR.
             if resolve_decoder(data.decoder) is Decoder.pyav or not (reader.timeline.is_indexed and reader.is_plain):
                 return _without_repeats(*_read(reader, moments, limits.max_pixels))
         path = local_path(file.address)
@@ -117,12 +116,12 @@ def read_timed_frames(
         other = TorchcodecReader(stream if path is None else str(path), limits.max_pixels)
         start_s = reader.stream_time_s(0.0)
         reader.check_end(other.end_s - start_s)
-        frames, times_s, rows = other.frames_at([reader.stream_time_s(moment_s) for moment_s in moments])
-        return _without_repeats(frames, (times_s - start_s).clamp(min=0.0), rows)
+        frames, times_s, indices = other.frames_at([reader.stream_time_s(moment_s) for moment_s in moments])
+        return _without_repeats(frames, (times_s - start_s).clamp(min=0.0), indices)
 
 
 def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | None = None) -> Tensor:
-    """The frames at the centres of `num_frames` equal segments of a clip, upright, always exactly `num_frames`.
+    """Read the frames at the centres of `num_frames` equal segments of a clip, upright, always exactly `num_frames`.
 
     A clip with fewer frames repeats them.
 
@@ -130,14 +129,14 @@ def decode_frames(path: str | Path, num_frames: int, *, limits: DecodeLimits | N
         uint8 (F, 3, H, W), RGB.
 
     Raises:
-        VideoError: As `read_frames`.
+        VideoError: The file cannot be read, as for `read_frames`.
         ValueError: `num_frames` is below 1.
     """
     return pad_frames(read_frames(str(path), DataConfig(num_frames=num_frames), limits=limits), num_frames)
 
 
 def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
-    """The frames as `num_frames` in the order of time, each repeated where there are fewer: as evenly as can be.
+    """Repeat frames, as evenly as possible and in the order of time, until there are `num_frames`.
 
     Args:
         frames: (F', ...), F' at least 1.
@@ -149,65 +148,61 @@ def pad_frames(frames: Tensor, num_frames: int) -> Tensor:
 
 
 def _read(reader: FrameReader, moments: list[float], max_pixels: int) -> tuple[Tensor, Tensor, list[int]]:
-    """The distinct frames on screen at the moments, their times, and for each moment which of them it is."""
+    """Return the distinct frames on screen at the moments, their times, and the index of the frame at each moment."""
     from vlmcap.data.decoding.display import square_size, to_rgb
 
     frames: Tensor | None = None
-    size, last, rows = (0, 0), None, []
+    size, last, indices = (0, 0), None, []
     times_s: list[float] = []
     for moment_s in moments:
         frame = reader.frame_at(moment_s)
         if frames is not None and frame is last:
-            rows.append(rows[-1])
+            indices.append(indices[-1])
             continue
         check_size(frame.width, frame.height, max_pixels)
-        if frames is None:  # later frames are scaled to the first one where the size changes on the way
+        if frames is None:  # if the size changes, later frames are scaled to that of the first one
             size = square_size(frame, reader.aspect_ratio)
             check_size(*size, max_pixels)
         pixels = to_rgb(frame, *size)
         if frames is None:
             frames = torch.empty((len(moments), *pixels.shape), dtype=torch.uint8)
-        rows.append(len(times_s))
+        indices.append(len(times_s))
         times_s.append(reader.shown_s)
-        frames.numpy()[rows[-1]] = pixels
+        frames.numpy()[indices[-1]] = pixels
         last = frame
     assert frames is not None
     num_shown = len(times_s)
-    # A view would carry the unused rows to other processes.
-    return (
-        frames if num_shown == len(rows) else frames[:num_shown].clone(),
-        torch.tensor(times_s, dtype=torch.float64),
-        rows,
-    )
+    # A view would carry the unused frames to other processes.
+    shown = frames if num_shown == len(indices) else frames[:num_shown].clone()
+    return shown, torch.tensor(times_s, dtype=torch.float64), indices
 
 
-def _without_repeats(frames: Tensor, times_s: Tensor, rows: list[int]) -> DecodedFrames:
-    """The frames of the rows; just the distinct ones where `pad_frames` makes the very same rows of them."""
-    if rows == spread(len(frames), len(rows)):
+def _without_repeats(frames: Tensor, times_s: Tensor, indices: list[int]) -> DecodedFrames:
+    """Select the frame of each moment; only the distinct frames if `pad_frames` repeats them in the same way."""
+    if indices == spread(len(frames), len(indices)):
         return DecodedFrames(frames, times_s)
-    return DecodedFrames(frames[rows], times_s[rows])
+    return DecodedFrames(frames[indices], times_s[indices])
 
 
-# Of x264's assembly, that of the macroblock tree rounds differently between CPUs and reads memory that was never
-# written where frames are small: 60 encodings of the same frames gave 23 different files. This option takes the plain C
-# instead.
+# x264's assembly of the macroblock tree rounds differently between CPUs, and reads uninitialized memory if frames are
+# small: 60 encodings of the same frames gave 23 different files. This option uses the plain C code instead.
 _REPRODUCIBLE = "cpu-independent=1"
 
 
 def write_video(
     path: str | Path, frames: NDArray[np.uint8], fps: float, *, crf: int = 23, preset: str = "veryfast"
 ) -> None:
-    """Write an H.264 yuv420p MP4 whole or not at all; equal frames give equal bytes.
+    """Write an H.264 yuv420p MP4 completely or not at all; equal frames give equal bytes.
 
     Args:
-        path: Where to; its folder must exist.
-        frames: uint8 (T, H, W, 3), RGB, T at least 1, H and W even (as yuv420p needs).
-        fps: Frames a second, positive.
+        path: Output file; its folder must exist.
+        frames: uint8 (T, H, W, 3), RGB, T at least 1, H and W even (as yuv420p requires).
+        fps: Positive number of frames per second.
         crf: Quality, 0 (lossless) to 51.
-        preset: Of x264: faster presets give larger files.
+        preset: Preset of x264; faster presets give larger files.
 
     Raises:
-        ValueError: The frames have another shape, type or odd sides, or `fps` is not positive.
+        ValueError: The frames have another shape or type or odd sides, or `fps` is not positive.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
@@ -218,12 +213,8 @@ def write_video(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        _encode(
-            temporary,
-            frames,
-            Fraction(fps).limit_denominator(1001),
-            {"crf": str(crf), "preset": preset, "x264-params": _REPRODUCIBLE},
-        )
+        options = {"crf": str(crf), "preset": preset, "x264-params": _REPRODUCIBLE}
+        _encode(temporary, frames, Fraction(fps).limit_denominator(1001), options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -239,7 +230,7 @@ def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, options: dict
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # One thread: no start-up cost on small clips, and bytes that do not depend on the number of cores.
+        # One thread: fast start on small clips, and bytes that do not depend on the number of cores.
         stream.thread_count = 1
         for pixels in frames:
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

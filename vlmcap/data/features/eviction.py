@@ -1,4 +1,4 @@
-"""Stores in a folder: which there are, how large they are, and which go when there is no room."""
+"""Listing, removal and eviction of the feature stores in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmcap.data.features import index as indices
 from vlmcap.data.features.leases import is_in_use, last_used
-from vlmcap.data.features.precision import ErrorSums, StorageError
+from vlmcap.data.features.precision import ErrorSums, StorageDeviation
 from vlmcap.data.features.recipe import is_key
 from vlmcap.data.features.shards import SUFFIX
 from vlmcap.errors import UserError
@@ -24,15 +24,15 @@ _REMOVED = ".removed-"
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """A store as a list shows it.
+    """A store as shown in a list.
 
     Attributes:
         key: Name of its folder.
-        recipe: What its features depend on, as `recipe.json` says.
-        num_clips: With features.
-        num_bytes: On disk.
+        recipe: Recipe of its features, from `recipe.json`.
+        num_clips: Number of clips with features.
+        num_bytes: Size on disk.
         last_used: Seconds since 1970.
-        error: Of the stored numbers, measured when they were written.
+        deviation: Deviation of the stored numbers, measured when they were written.
         is_in_use: Whether a living process has it open.
     """
 
@@ -41,26 +41,26 @@ class StoreInfo:
     num_clips: int
     num_bytes: int
     last_used: float
-    error: StorageError | None
+    deviation: StorageDeviation | None
     is_in_use: bool
 
 
 def list_stores(root: Path) -> list[StoreInfo]:
-    """The stores under `root`, the one used last first."""
+    """List the stores under `root`, the most recently used first."""
     return sorted((_info(folder) for folder in store_folders(root)), key=lambda info: -info.last_used)
 
 
 def remove_store(root: Path, key: str) -> int:
-    """Bytes freed by removing a whole store.
+    """Remove a store and return the number of bytes freed.
 
     Raises:
-        UserError: There is none of this name.
+        UserError: There is no store of this name, or it is in use.
     """
     if root / key not in store_folders(root):
-        raise UserError(f"there is no feature store '{key}' in {root}: `vlmcap cache info` shows those there are")
+        raise UserError(f"there is no feature store '{key}' in {root}; run `vlmcap cache info` to list the stores")
     if _info(root / key).is_in_use:
         raise UserError(
-            f"the feature store '{key}' in {root} is in use by a running program: wait until that has ended"
+            f"the feature store '{key}' in {root} is in use by a running program; wait until that has ended"
         )
     freed = _size(root / key)
     aside = root / f"{_REMOVED}{secrets.token_hex(4)}"
@@ -70,15 +70,15 @@ def remove_store(root: Path, key: str) -> int:
 
 
 def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
-    """Bytes freed so that all stores together take at most `max_bytes`, or as near to it as may be.
+    """Free space until all stores together take at most `max_bytes`, as far as possible; return the bytes freed.
 
-    Whole shards go, the oldest of the store that was unused for longest first: what is left of a store can be used and
-    filled again.
+    Whole shards are removed, the oldest of the least recently used store first; the rest of a store remains usable and
+    can be filled again.
 
     Args:
         root: Folder of all stores.
-        max_bytes: That may stay.
-        keep: Keys of stores that stay; those that a living process has open stay too.
+        max_bytes: Size that may remain.
+        keep: Keys of stores to keep; stores that a living process has open are kept too.
     """
     for leftover in root.glob(f"{_REMOVED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -93,32 +93,31 @@ def prune(root: Path, max_bytes: int, keep: Collection[str] = ()) -> int:
 
 
 def make_room(root: Path, max_bytes: int, incoming: int, key: str) -> None:
-    """Evict until `incoming` bytes fit under `max_bytes`.
+    """Evict shards until `incoming` more bytes fit under `max_bytes`.
 
     Args:
         root: Folder of all stores.
-        max_bytes: Of all stores.
-        incoming: Bytes about to be written.
-        key: The store that they are for; it loses nothing.
+        max_bytes: Limit of all stores.
+        incoming: Number of bytes about to be written.
+        key: Store that they belong to, which loses nothing.
 
     Raises:
         UserError: They do not fit.
     """
     sizes = {folder: _size(folder) for folder in store_folders(root)}
     held = sum(size for folder, size in sizes.items() if folder.name == key or is_in_use(folder))
-    if held + incoming > max_bytes:  # told before anything is evicted for nothing
+    if held + incoming > max_bytes:  # raised before anything is evicted in vain
         raise UserError(
-            f"cache.max_gib allows {max_bytes / 2**30:.2f} GiB of features in {root}, which holds {held / 2**30:.2f} "
-            "of this run and of "
-            f"others that are running, and {incoming / 2**30:.2f} more are to come: raise it, or wait for the other "
-            "runs"
+            f"cache.max_gib allows {max_bytes / 2**30:.2f} GiB of features in {root}, where this run and others in "
+            f"progress hold {held / 2**30:.2f} GiB and {incoming / 2**30:.2f} GiB are to be added; raise it, or wait "
+            "for the other runs"
         )
     if sum(sizes.values()) + incoming > max_bytes:
         prune(root, max_bytes - incoming, keep=(key,))
 
 
 def store_folders(root: Path) -> list[Path]:
-    """The folders of the stores under `root`, sorted."""
+    """Return the sorted folders of the stores under `root`."""
     try:
         return [
             path for path in sorted(root.iterdir()) if is_key(path.name) and path.is_dir() and not path.is_symlink()
@@ -128,7 +127,7 @@ def store_folders(root: Path) -> list[Path]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards of a store, the oldest first."""
+    """Return the shards of a store, the oldest first."""
     return sorted(path for path in folder.glob(f"[!.]*{SUFFIX}") if path.name != indices.FILE)
 
 
@@ -143,12 +142,12 @@ def _info(folder: Path) -> StoreInfo:
         recipe = {}
     plain = recipe if isinstance(recipe, dict) else {}
     return StoreInfo(
-        folder.name, plain, len(index.hashes), _size(folder), last_used(folder), sums.stated, is_in_use(folder)
+        folder.name, plain, len(index.hashes), _size(folder), last_used(folder), sums.deviation, is_in_use(folder)
     )
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files of a store."""
+    """Return the total size of a store's files in bytes."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -158,10 +157,10 @@ def _size(folder: Path) -> int:
 
 
 def _evict(folder: Path, num_bytes: int) -> int:
-    """Bytes freed of a store, about as many as wanted; all of it where no shard is left."""
+    """Evict about `num_bytes` of a store, or all of it if no shard is left; return the bytes freed."""
     freed, shards = 0, shards_of(folder)
     while shards and freed < num_bytes:
-        with contextlib.suppress(FileNotFoundError):  # another process evicts too
+        with contextlib.suppress(FileNotFoundError):  # another process evicts at the same time
             size = shards[0].stat().st_size
             shards.pop(0).unlink()
             freed += size

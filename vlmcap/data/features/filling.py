@@ -1,4 +1,4 @@
-"""Many processes encode one list of clips: each takes chunks that nobody has, until all features are there."""
+"""Parallel encoding of a list of clips: each process claims free chunks until all features are stored."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from vlmcap.files import remove_leftovers
 from vlmcap.locks import CLAIMS, Claims, remove_free_claims
 from vlmcap.types import Sample, Skipped
 
-_SAY_S = 30.0
+_MESSAGE_INTERVAL_S = 30.0
 
 Batches = Callable[[NDArray[np.int64]], Iterable[list[Sample | Skipped]]]
-"""From positions of clips to lists of their samples with frames, in the same order, each once."""
+"""Function from positions of clips to lists of their samples with frames, in the same order, each once."""
 
 
 @dataclass(frozen=True, slots=True)
 class FillSettings:
-    """How a store is filled.
+    """Settings for filling a store.
 
     Attributes:
-        shard_bytes: A shard is closed when it has reached this size.
-        flush_s: Seconds of encoding after which what there is becomes a shard, so that a kill costs no more.
-        chunk_clips: Clips that a process claims at a time.
+        shard_bytes: Size at which a shard is closed.
+        flush_s: Seconds of encoding after which a shard is written, so that a kill costs no more.
+        chunk_clips: Number of clips that a process claims at a time.
         stale_s: Seconds without a sign of life after which another machine's claim is taken over.
-        poll_s: Seconds between looks at what others have done, when they hold all that is left.
-        patience_s: Seconds without any new features of theirs after which their clips are encoded here, too: they may
-            hang.
+        poll_s: Seconds between checks of other processes' progress while they hold all that is left.
+        patience_s: Seconds without progress of other processes after which their clips are encoded here too, since they
+            may hang.
     """
 
     shard_bytes: int = 256 * 2**20
@@ -61,21 +61,21 @@ def fill_store(
     max_bytes: int | None = None,
     settings: FillSettings | None = None,
 ) -> None:
-    """Encode what is missing, together with all other processes that call this now; returns when everything is there.
+    """Encode all missing clips together with the other processes that call this, and return when all are stored.
 
-    A process may be killed at any time: what it wrote stays, and the rest is done by the others or by the next call.
+    A process may be killed at any time: what it wrote stays, and the others or the next call do the rest.
 
     Args:
-        store: The store to fill.
-        hashes: S32 (N,), the content hashes of all clips.
-        batches: From positions in `hashes` to lists of samples, as `Batches` says.
+        store: Store to fill.
+        hashes: S32 (N,) content hashes of all clips.
+        batches: Function from positions in `hashes` to lists of samples, see `Batches`.
         encode: Stacked frames and the clips' sizes, if they have their own -> (B, F, P, Dv), floating, on any device;
             or a list of B tensors (F, P, Dv) without padding.
-        progress: Called with (clips done, N); those of other processes count.
-        on_wait: Called with a sentence now and then, while other processes hold all that is left.
-        retry_lost: Try clips again whose decoder was lost, not those that are broken.
-        max_bytes: Limit of all stores in the folder of this one; the longest unused ones are evicted for it.
-        settings: How shards are cut and work is shared.
+        progress: Callback `(done, N)` on clips, those of other processes included.
+        on_wait: Callback that gets a message now and then while other processes hold all that is left.
+        retry_lost: Whether to retry clips whose decoder was lost; broken clips are not retried.
+        max_bytes: Limit of all stores in the same folder; the least recently used ones are evicted to keep it.
+        settings: Settings for shards and shared work.
 
     Raises:
         UserError: The disk or `max_bytes` is too small, no clip is readable, features are not finite or overflow the
@@ -86,14 +86,17 @@ def fill_store(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chunk:
-    """Positions of neighbouring clips, named by their contents, so that processes that start at different times mean the same."""
+    """Positions of neighbouring clips.
+
+    The name is a hash of their contents, so that processes that start at different times name the same chunk alike.
+    """
 
     name: str
     positions: NDArray[np.int64]
 
 
 class _Filling:
-    """One call of `fill_store`, which explains the arguments."""
+    """One call of `fill_store`, which documents the arguments."""
 
     def __init__(
         self,
@@ -111,53 +114,53 @@ class _Filling:
         self.retry_lost, self.max_bytes, self.settings = retry_lost, max_bytes, settings
         self._writer = ShardWriter(store.folder, store.recipe, self._make_room)
         self._claims = Claims(store.folder / CLAIMS, settings.stale_s)
-        self._left: dict[str, int] = {}  # clips of each chunk that still need work
-        self._done: list[str] = []  # chunks whose last features may not be in a shard yet
+        self._left: dict[str, int] = {}  # number of clips of each chunk that still need work
+        self._done: list[str] = []  # encoded chunks whose last features may not be in a shard yet
         self._has_measured = False
-        self._said = -math.inf
+        self._last_message_s = -math.inf
 
     def run(self, batches: Batches) -> None:
-        """Returns when everything is there."""
+        """Fill the store and return when all features are there."""
         self.store.refresh()
-        chunks = [chunk for chunk in self._chunks() if self._is_open(chunk)]
+        chunks = [chunk for chunk in self._chunks() if self._is_incomplete(chunk)]
         self._report()
         remove_leftovers(self.store.folder)
         remove_free_claims(self.store.folder / CLAIMS)
         if chunks:
-            self._share(chunks, batches)
+            self._process_chunks(chunks, batches)
         self.store.save_index()
-        self._require_any()
+        self._check_any_stored()
 
-    def _share(self, chunks: list[_Chunk], batches: Batches) -> None:
+    def _process_chunks(self, chunks: list[_Chunk], batches: Batches) -> None:
         self.store.make_folder()
         self._writer.shape = self._known_shape()
-        left, since = math.inf, time.monotonic()  # clips that others hold, and when they last became fewer
+        left, since = math.inf, time.monotonic()  # clips held by others, and when their number last fell
         with self._claims:
             while chunks:
                 chunk = next((chunk for chunk in chunks if self._claims.take(chunk.name)), None)
                 if chunk is not None:
-                    self._work(chunk, batches)
+                    self._encode_chunk(chunk, batches)
                     chunks.remove(chunk)
                     self._done.append(chunk.name)
                     since = time.monotonic()
                 elif time.monotonic() - since > self.settings.patience_s:
-                    self._work(chunks.pop(0), batches)  # without a claim: at worst two processes encode it
-                else:  # what others work on, they finish or leave
+                    self._encode_chunk(chunks.pop(0), batches)  # without a claim: at worst two processes encode it
+                else:  # others will finish or abandon their chunks
                     self._flush()
                     self._wait()
                     self.store.refresh()
-                    chunks = [chunk for chunk in chunks if self._is_open(chunk)]
+                    chunks = [chunk for chunk in chunks if self._is_incomplete(chunk)]
                     self._report()
                     if sum(self._left.values()) < left:
                         left, since = sum(self._left.values()), time.monotonic()
             self._flush()
 
     def _chunks(self) -> list[_Chunk]:
-        """All clips, not only the missing ones: then processes that start at different times cut alike."""
+        """Split all clips, not only the missing ones, so that processes started at different times get equal chunks."""
         positions = np.sort(np.unique(self.hashes, return_index=True)[1])
         size = self.settings.chunk_clips
-        parts = [positions[start : start + size].astype(np.int64) for start in range(0, len(positions), size)]
-        return [_Chunk(hashlib.sha256(self.hashes[part].tobytes()).hexdigest()[:24], part) for part in parts]
+        slices = [positions[start : start + size].astype(np.int64) for start in range(0, len(positions), size)]
+        return [_Chunk(hashlib.sha256(self.hashes[own].tobytes()).hexdigest()[:24], own) for own in slices]
 
     def _missing(self, chunk: _Chunk) -> NDArray[np.int64]:
         found: NDArray[np.int64] = chunk.positions[
@@ -165,7 +168,7 @@ class _Filling:
         ]
         return found
 
-    def _is_open(self, chunk: _Chunk) -> bool:
+    def _is_incomplete(self, chunk: _Chunk) -> bool:
         self._left[chunk.name] = len(self._missing(chunk))
         return self._left[chunk.name] > 0
 
@@ -173,9 +176,9 @@ class _Filling:
         if self.progress is not None:
             self.progress(len(self.hashes) - sum(self._left.values()), len(self.hashes))
 
-    def _work(self, chunk: _Chunk, batches: Batches) -> None:
-        """Encode what a chunk lacks; shards are written as they become due."""
-        self.store.refresh()  # it may have been done between our last look and our claim
+    def _encode_chunk(self, chunk: _Chunk, batches: Batches) -> None:
+        """Encode the missing clips of a chunk, and write shards when they are due."""
+        self.store.refresh()  # another process may have encoded it between the last check and the claim
         positions, start, writer = self._missing(chunk), 0, self._writer
         self._left[chunk.name] = len(positions)
         try:
@@ -184,7 +187,7 @@ class _Filling:
                 start += len(batch)
                 sizes = writer.add(batch, [bytes(content) for content in self.hashes[taken]], self.encode)
                 if sizes and not self._has_measured:
-                    self._require_room(sum(self._left.values()) * sum(sizes) // len(sizes))
+                    self._check_room(sum(self._left.values()) * sum(sizes) // len(sizes))
                     self._has_measured = True
                 self._left[chunk.name] -= len(batch)
                 self._report()
@@ -193,65 +196,66 @@ class _Filling:
                     self._flush()
         except BaseException:
             if self._has_measured:
-                with contextlib.suppress(Exception):  # the next call goes on from here, if this one can still write
+                with contextlib.suppress(Exception):  # if this can still be written, the next call continues from here
                     writer.flush()
             raise
         assert start == len(positions), f"the batches held {start} of {len(positions)} clips"
         self._left[chunk.name] = 0
 
     def _flush(self) -> None:
-        """Write what there is; only then are the chunks in it given back, as nobody else sees their features before."""
+        """Write a shard, then release its chunks: other processes see the features only when they are written."""
         self._writer.flush()
         self._claims.release(self._done)
         self._done.clear()
 
     def _wait(self) -> None:
-        """Sleep a little, with a word now and then."""
-        if self.on_wait is not None and time.monotonic() - self._said >= _SAY_S:
+        """Sleep for a poll interval, with a message now and then."""
+        if self.on_wait is not None and time.monotonic() - self._last_message_s >= _MESSAGE_INTERVAL_S:
             self.on_wait(
                 f"waiting for {sum(self._left.values())} clips that {self._owner()} encodes into {self.store.folder}"
             )
-            self._said = time.monotonic()
+            self._last_message_s = time.monotonic()
         time.sleep(self.settings.poll_s)
 
     def _owner(self) -> str:
-        """Who holds the first of the chunks that are left."""
+        """Describe the process that holds the first of the remaining chunks."""
         described = (self._claims.owner(name)[0].partition("\n")[2] for name, left in self._left.items() if left)
         return next(filter(None, described), "another process")
 
     def _known_shape(self) -> tuple[int, int] | None:
-        """(F, P) of a clip that is there already, as all without a size of their own must agree."""
+        """Return (F, P) of a stored clip, which all clips without a size of their own must share."""
         places = self.store.places()
         own = places[places[:, 4] == 0]
         return (int(own[0, 1]), int(own[0, 2])) if len(own) else None
 
-    def _require_room(self, num_bytes: int) -> None:
-        """Before much work is done: room for all that is missing, judged by the first clips."""
+    def _check_room(self, num_bytes: int) -> None:
+        """Check early that there is room for all missing clips, estimated from the first ones."""
         free = shutil.disk_usage(self.store.folder).free
-        advice = "set cache.dtype=int8, cache.pooled=true or cache.enabled=false, lower data.num_frames"
+        hint = "set cache.dtype=int8, cache.pooled=true or cache.enabled=false, or lower data.num_frames"
         if self.max_bytes is not None:
             own = self.store.num_bytes + num_bytes
             if own > self.max_bytes:
                 raise UserError(
-                    f"the features take {own / 2**30:.2f} GiB, and cache.max_gib allows {self.max_bytes / 2**30:.2f}: "
-                    f"raise it, or {advice}"
+                    f"the features take {own / 2**30:.2f} GiB, but cache.max_gib allows {self.max_bytes / 2**30:.2f}; "
+                    f"raise it, or {hint}"
                 )
             self._make_room(num_bytes)
             free = shutil.disk_usage(self.store.folder).free
         if num_bytes > free:
             raise UserError(
-                f"the feature cache needs {num_bytes / 1e9:.1f} GB more in {self.store.root}, where {free / 1e9:.1f} "
-                "GB are free: "
-                f"{advice} or free the space"
+                f"the feature store needs {num_bytes / 1e9:.1f} GB more in {self.store.root}, where {free / 1e9:.1f} "
+                f"GB are free; free some space, or {hint}"
             )
 
     def _make_room(self, num_bytes: int) -> None:
         if self.max_bytes is not None:
             make_room(self.store.root, self.max_bytes, num_bytes, self.store.key)
 
-    def _require_any(self) -> None:
-        """A store without a single clip would only fail later, and less clearly."""
+    def _check_any_stored(self) -> None:
+        """Raise if no clip could be stored; training would fail later with a less clear message."""
         if len(self.hashes) and not any(bytes(content) in self.store for content in self.hashes):
             reasons = (self.store.skipped(bytes(content)) for content in self.hashes)
             reason = next((reason for reason in reasons if reason), "their files cannot be opened")
-            raise UserError(f"none of {len(self.hashes)} clips can be cached: {reason}")
+            raise UserError(
+                f"none of the {len(self.hashes)} clips can be encoded, because {reason}; check data.root and the files"
+            )

@@ -1,6 +1,6 @@
-"""Which clip is where: sorted arrays over all shards of a store, in a file that every process maps.
+"""Index of a store: sorted arrays over the clips of all its shards, in a file that every process maps.
 
-Legend: N clips, F frames, P patches a frame, Dv vision width.
+Legend: N clips, F frames, P patches per frame, Dv vision width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COLUMNS = 7
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """A shard as the index knows it; another size or time of change means another content."""
+    """A shard in the index; if its size or modification time differs, so does its content."""
 
     name: str
     size: int
@@ -40,17 +40,17 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Clips by content hash, mapped from a file where one was written, so that processes share them.
+    """Clips by content hash; if it was saved, it is mapped from the file, so that processes share its memory.
 
-    A clip takes 68 bytes and 8 for each of its frames.
+    A clip takes 68 bytes plus 8 for each of its frames.
 
     Attributes:
-        files: The shards, in the order of their numbers.
+        files: Shards, in the order of their numbers.
         hashes: S32 (N,), sorted, without duplicates.
         offsets: int64 (N, 2); first byte of the numbers, and of the scales or 0.
         places: int32 (N, 7); number of the shard, F, P, Dv, and the clip's size in patches or zeros.
-        checksums: uint32 (N,), as `entry_checksum` gives them.
-        times_s: float64 (N, most decoded frames of a clip); when they are shown, with NaN behind a clip's last.
+        checksums: uint32 (N,), from `entry_checksum`.
+        times_s: float64 (N, largest number of decoded frames); display times, padded with NaN.
     """
 
     files: tuple[ShardFile, ...] = ()
@@ -61,22 +61,22 @@ class ShardIndex:
     times_s: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0), np.float64))
 
     def find(self, content: bytes) -> int | None:
-        """The row of a clip."""
+        """Return the row of a clip, or None."""
         row = int(np.searchsorted(self.hashes, np.asarray(content, "S32")))
         return row if row < len(self.hashes) and self.hashes[row] == content else None
 
     def skipped(self) -> dict[bytes, str]:
-        """Content hash to reason of the clips that could not be read."""
+        """Return content hash to reason for the clips that could not be read."""
         return {content.encode(): reason for file in self.files for content, reason in file.skipped.items()}
 
     def lost(self) -> set[bytes]:
-        """Content hashes of those that may be tried again: no shard says that they are broken for good."""
+        """Return the content hashes of skipped clips that may be retried, which no shard reports as broken for good."""
         known = [(file.skipped.keys(), set(file.lost)) for file in self.files]
         final = {content for skipped, lost in known for content in skipped - lost}
         return {content.encode() for _, lost in known for content in lost - final}
 
     def without(self, gone: set[str]) -> ShardIndex:
-        """The index after shards have been removed."""
+        """Return the index without some shards."""
         kept = [number for number, file in enumerate(self.files) if file.name not in gone]
         numbers = np.full(len(self.files), -1, np.int32)
         numbers[kept] = np.arange(len(kept), dtype=np.int32)
@@ -89,7 +89,7 @@ class ShardIndex:
         )
 
     def with_shards(self, shards: Iterable[tuple[ShardFile, Shard]]) -> ShardIndex:
-        """The index with more shards; a clip that is in several keeps its first place."""
+        """Return the index with more shards; a clip that is in several of them keeps its first place."""
         files, hashes, offsets, places, checksums, times_s = list(self.files), [], [], [], [], []
         for file, shard in shards:
             for row in shard.rows:
@@ -117,7 +117,7 @@ class ShardIndex:
 
 
 def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray[np.bool_]:
-    """Which of `hashes` are in the sorted array."""
+    """Return which of `hashes` are in the sorted array."""
     if not len(ordered):
         return np.zeros(len(hashes), bool)
     rows = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
@@ -126,15 +126,15 @@ def contains(ordered: NDArray[np.bytes_], hashes: NDArray[np.bytes_]) -> NDArray
 
 
 def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str | None = None) -> ShardIndex:
-    """The index of what is in the folder now: headers are read of new shards only.
+    """Update an index to the current content of the folder; only headers of new shards are read.
 
-    The same object where nothing changed.
+    The same object is returned if nothing changed.
 
     Args:
-        index: As far as known.
-        folder: Of the shards.
-        broken: File name to reason of shards that are left out; names that have gone are taken away, new ones put in.
-        dtype: That the shards must have.
+        index: Index so far.
+        folder: Folder of the shards.
+        broken: Shard name to reason for shards that are left out; updated in place.
+        dtype: Type that the shards must have.
     """
     present = _list(folder)
     known = {file.name: (file.size, file.mtime_ns) for file in index.files}
@@ -146,7 +146,7 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
         try:
             shard = read_shard(folder / name)
             if dtype not in (None, shard.dtype):
-                raise BrokenFileError(f"it holds {shard.dtype} in place of {dtype}")
+                raise BrokenFileError(f"it contains {shard.dtype} instead of {dtype}")
         except BrokenFileError as error:
             broken[name] = str(error)
         except FileNotFoundError:  # evicted since the folder was listed
@@ -158,7 +158,7 @@ def update(index: ShardIndex, folder: Path, broken: dict[str, str], dtype: str |
 
 
 def _list(folder: Path) -> dict[str, tuple[int, int]]:
-    """Shard name to size and time of change."""
+    """Return shard name to size and modification time."""
     present = {}
     try:
         with os.scandir(folder) as entries:
@@ -175,7 +175,7 @@ def _list(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def save(index: ShardIndex, folder: Path) -> None:
-    """Write the index beside its shards; it only saves time, so a folder that cannot be written is no error."""
+    """Write the index next to its shards; it only saves time, so an unwritable folder is not an error."""
     from safetensors.numpy import save_file
 
     tensors: dict[str, NDArray[Any]] = {"hashes": index.hashes.view(np.uint8).reshape(-1, 32), "offsets": index.offsets}
@@ -187,20 +187,20 @@ def save(index: ShardIndex, folder: Path) -> None:
             save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, partial, metadata)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-    except Exception:  # the library raises kinds of its own
+    except Exception:  # the library has its own exceptions
         return
 
 
 def load(folder: Path) -> ShardIndex:
-    """The index that was saved last, mapped; an empty one where there is none, or no whole one."""
+    """Map the index that was saved last; an empty one if there is none, or it is damaged."""
     return _load(folder) or ShardIndex()
 
 
-def is_pretrained_vlm(folder: Path) -> bool:
-    """Whether there is an index that can be trusted, and whose entries are in the shards where it says.
+def is_intact(folder: Path) -> bool:
+    """Return whether the saved index is undamaged and its entries are in the shards at the stated positions.
 
-    Shards that were exchanged at equal size and time are found here alone: the index goes by size and time, each shard
-    is sound.
+    Only this check finds shards that were exchanged at equal size and time: the index compares size and time, and each
+    shard by itself is valid.
     """
     index = _load(folder)
     if index is None:
@@ -214,6 +214,7 @@ def is_pretrained_vlm(folder: Path) -> bool:
         }
     except (BrokenFileError, OSError):
         return False
+    # A place begins with the number of its shard.
     return all(
         held.get((index.files[place[0]].name, content.decode())) == (offset, checksum)
         for content, offset, place, checksum in zip(
@@ -234,10 +235,8 @@ def _load(folder: Path) -> ShardIndex | None:
                 for entry in entries
             )
             hashes = _mapped(file, header, "hashes", np.uint8, 32).reshape(-1).view("S32")
-            offsets, places = (
-                _mapped(file, header, "offsets", np.int64, 2),
-                _mapped(file, header, "places", np.int32, _COLUMNS),
-            )
+            offsets = _mapped(file, header, "offsets", np.int64, 2)
+            places = _mapped(file, header, "places", np.int32, _COLUMNS)
             checksums = _mapped(file, header, "checksums", np.uint32, 1).reshape(-1)
             times_s = _mapped(file, header, "times_s", np.float64, header.tensors["times_s"].shape[1])
         index = ShardIndex(files, hashes, offsets, places, checksums, times_s)
@@ -247,7 +246,7 @@ def _load(folder: Path) -> ShardIndex | None:
 
 
 def _checksum(files: str, index: ShardIndex) -> int:
-    """CRC-32 of all that an index says; the shards say it too, so an index with another one is made again."""
+    """Return the CRC-32 of an index; an index whose checksum differs is rebuilt from the shards."""
     checksum = zlib.crc32(files.encode("utf-8", "surrogatepass"))
     for values in (index.hashes.view(np.uint8), index.offsets, index.places, index.checksums, index.times_s):
         checksum = zlib.crc32(np.ascontiguousarray(values).data.cast("B") if values.size else b"", checksum)
@@ -255,7 +254,7 @@ def _checksum(files: str, index: ShardIndex) -> int:
 
 
 def _mapped(file: BinaryIO, header: Header, name: str, dtype: type[Any], columns: int) -> NDArray[Any]:
-    """From the open file, not from its name, which another process may have given to a newer index by now."""
+    """Map an array from the open file, not from its name, which another process may have given to a newer index."""
     place = header.tensors[name]
     if place.stop == place.start:
         return np.empty((place.shape[0], columns), dtype)

@@ -1,6 +1,6 @@
-"""Who uses a store of features.
+"""Leases on a feature store, which show that it is in use.
 
-Files in its folder that processes on one or more machines lock and keep fresh, as `vlmcap.locks` does.
+They are files in its folder that processes on one or more machines lock and touch, as in `vlmcap.locks`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from filelock import BaseFileLock, Timeout
 from vlmcap.locks import NO_LOCKS, file_lock, is_here, process_name
 
 USERS = ".users"
-"""Folder of the leases in that of a store."""
+"""Subfolder of a store that contains the leases."""
 
 _STAMP = "used"
 _RENEW_S = 300.0
 _EXPIRE_S = 1800.0
-_LEASE_TIMEOUT_S = 2.0  # others hold a lease for as long as it takes to see that it is free
+_LEASE_TIMEOUT_S = 2.0  # other processes hold a lease only while they check whether it is free
 
 
 class Lease:
-    """This process's sign in the folder of a store that it is in use, which eviction respects.
-
-    A read-only folder does without.
+    """Marks a store as used by this process, which eviction respects; a read-only folder has no lease.
 
     Args:
         folder: Folder of the store.
@@ -38,41 +36,41 @@ class Lease:
         self._renewed: tuple[int, float] = (0, 0.0)
 
     def renew(self) -> None:
-        """Say that the store is in use; cheap enough for each read."""
+        """Mark the store as in use; cheap enough to call at each read."""
         pid, now = self._renewed
         if pid == os.getpid() and time.monotonic() - now < _RENEW_S:
             return
         path = self.folder / USERS / process_name()
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            if not path.exists():  # the first time, or a machine that did not hear of us for long has removed it
-                _hold(path)
+            if not path.exists():  # first use, or removed by a machine that did not hear from this one for long
+                _acquire(path)
             path.touch()
             (self.folder / _STAMP).touch()
         self._renewed = (os.getpid(), time.monotonic())
 
 
-_leases: dict[Path, BaseFileLock] = {}  # of this process and those that it was forked from
+_leases: dict[Path, BaseFileLock] = {}  # of this process and of those it was forked from
 
 
-def _hold(path: Path) -> None:
+def _acquire(path: Path) -> None:
     if path not in _leases:
-        atexit.register(_end, path, os.getpid())
+        atexit.register(_remove_own, path, os.getpid())
     _leases[path] = file_lock(path, _LEASE_TIMEOUT_S)
-    with contextlib.suppress(OSError):  # without locks the time of the file has to do
+    with contextlib.suppress(OSError):  # without file locks the modification time is used
         _leases[path].acquire()
 
 
-def _end(path: Path, pid: int) -> None:
+def _remove_own(path: Path, pid: int) -> None:
     if os.getpid() == pid:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def is_alive(lease: Path) -> bool:
-    """Whether the process of a lease lives: it locks it, or if it is another machine's has renewed it in half an hour.
+    """Return whether the process of a lease is alive, and remove the lease if not.
 
-    Else it goes.
+    It is if it holds the lock, or, on another machine, if it has renewed the lease within half an hour.
     """
     with contextlib.suppress(OSError):
         is_late = time.time() - lease.stat().st_mtime > _EXPIRE_S
@@ -93,16 +91,16 @@ def is_alive(lease: Path) -> bool:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether a living process has the store open."""
+    """Return whether a living process has the store open."""
     try:
         leases = sorted((folder / USERS).iterdir())
     except OSError:
         return False
-    return any([is_alive(lease) for lease in leases])  # a list: each that is dead goes
+    return any([is_alive(lease) for lease in leases])  # a list, so that every dead lease is removed
 
 
 def last_used(folder: Path) -> float:
-    """Seconds since 1970 when the store was used last."""
+    """Return when the store was last used, in seconds since 1970."""
     for path in (folder / _STAMP, folder):
         with contextlib.suppress(OSError):
             return path.stat().st_mtime

@@ -1,6 +1,6 @@
-"""Numbers as they are stored, and how far they are from what the encoder gave.
+"""Number formats of stored features, and their deviation from the encoder's output.
 
-Legend: F frames, P patches a frame, Dv vision width.
+Legend: F frames, P patches per frame, Dv vision width.
 """
 
 from __future__ import annotations
@@ -25,27 +25,24 @@ _INT8_MAX = 127
 
 
 def stored_type(dtype: str) -> torch.dtype:
-    """The torch type behind a name of `DTYPES`; `UserError` for another name."""
+    """Return the torch type for a name in `DTYPES`; raise `UserError` for another name."""
     if dtype not in _TYPES:
         raise UserError(f"cache.dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
     return _TYPES[dtype]
 
 
 def size_bytes(num_clips: int, num_frames: int, num_patches: int, embed_dim: int, dtype: str) -> int:
-    """Bytes that the features of N clips take, known before they are built.
-
-    About 150 bytes of header a clip come on top.
-    """
+    """Return the size of the features of N clips in bytes, without the header of about 150 bytes per clip."""
     token = embed_dim * stored_type(dtype).itemsize + (_SCALE_BYTES if dtype == "int8" else 0)
     return num_clips * num_frames * num_patches * token
 
 
 @dataclass(frozen=True, slots=True)
-class StorageError:
-    """How far stored features are from those of the encoder, in units of the root mean square of the features.
+class StorageDeviation:
+    """Deviation of stored features from those of the encoder, relative to the root mean square of the features.
 
     Attributes:
-        max: Of the worst number.
+        max: Largest absolute deviation of a number.
         rms: Root mean square over all numbers.
     """
 
@@ -55,7 +52,7 @@ class StorageError:
 
 @dataclass(slots=True)
 class ErrorSums:
-    """Adds up errors over clips and shards, so that what was measured in parts can be stated for the whole."""
+    """Accumulates errors over clips and shards, so that they can be reported for a whole store."""
 
     worst: float = 0.0
     squared_error: float = 0.0
@@ -63,25 +60,25 @@ class ErrorSums:
     count: int = 0
 
     def add(self, other: ErrorSums) -> None:
-        """Take in the errors of other numbers."""
+        """Add the errors of other numbers."""
         self.worst = max(self.worst, other.worst)
         self.squared_error += other.squared_error
         self.squared += other.squared
         self.count += other.count
 
     @property
-    def stated(self) -> StorageError | None:
-        """The error of all numbers so far; None where there are none, or only zeros."""
+    def deviation(self) -> StorageDeviation | None:
+        """Deviation over all numbers so far; None if there are none, or only zeros."""
         if not self.count or self.squared == 0:
             return None
         rms = math.sqrt(self.squared / self.count)
-        return StorageError(self.worst / rms, math.sqrt(self.squared_error / self.count) / rms)
+        return StorageDeviation(self.worst / rms, math.sqrt(self.squared_error / self.count) / rms)
 
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 numbers (..., Dv) and float32 scales (...): symmetric, the largest number of each token becomes 127.
+    """Quantize to int8 numbers (..., Dv) and float32 scales (...): symmetric; a token's largest number becomes 127.
 
-    The error of a number is at most half its token's scale, and what rounding to float16 adds when it is read.
+    The error of a number is at most half its token's scale, plus the rounding to float16 when it is read.
     """
     exact = features.float()
     scale = exact.abs().amax(dim=-1) / _INT8_MAX
@@ -90,19 +87,19 @@ def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
-    """float16 (..., Dv)."""
+    """Return float16 features (..., Dv)."""
     return numbers.float().mul_(scale[..., None]).half()
 
 
 def is_finite(numbers: Tensor) -> bool:
-    """Whether no number is NaN or infinite; in one pass."""
+    """Return, in a single pass, whether no number is NaN or infinite."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(numbers))).all())
 
 
 def measure(features: Tensor, read: Tensor) -> ErrorSums:
-    """Errors of the numbers that will be read against the features."""
+    """Measure the errors of the numbers that will be read against the features."""
     exact = features.float()
-    if read is features:  # stored as they came
+    if read is features:  # stored unchanged
         return ErrorSums(0.0, 0.0, _squared(exact), exact.numel())
     error = read.float().sub_(exact) if read.dtype != torch.float32 else read - exact
     worst = torch.stack(torch.aminmax(error)).abs().max()
@@ -110,5 +107,5 @@ def measure(features: Tensor, read: Tensor) -> ErrorSums:
 
 
 def _squared(numbers: Tensor) -> float:
-    """Sum of squares; exact enough in float32 within a token, and in float64 over them."""
+    """Return the sum of squares, accumulated in float32 within a token and in float64 over tokens."""
     return float(torch.linalg.vector_norm(numbers, dim=-1).double().square().sum())

@@ -1,4 +1,4 @@
-"""Shards with damaged entries: found by their checksums, and written again without them."""
+"""Repair of shards: damaged entries are found by their checksums, and the shard is written again without them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vlmcap.types import Clip, Skipped
 
 
 def damaged_entries(path: Path) -> list[str]:
-    """Content hashes of the clips of a shard whose entries are damaged.
+    """Return the content hashes of the clips of a shard whose entries are damaged.
 
     Raises:
-        BrokenFileError: Nothing of it can be read.
-        OSError: It cannot be opened.
+        BrokenFileError: Nothing in the shard can be read.
+        OSError: The shard cannot be opened.
     """
     return _find_damage(path)[2]
 
@@ -46,28 +46,26 @@ def _find_damage(path: Path) -> tuple[Shard, dict[str, Tensor], list[str]]:
 
 
 def repair_shard(path: Path) -> bool:
-    """Write the sound entries of a shard to a new one, which says of the damaged ones that they may be tried again.
-
-    The old one goes.
+    """Write the valid entries of a shard to a new one that marks the damaged ones for a retry, and remove the old one.
 
     Returns:
         Whether anything was damaged.
 
     Raises:
-        BrokenFileError: Nothing of it can be read; it stays.
-        OSError: It cannot be opened, or the new one cannot be written.
+        BrokenFileError: Nothing in the shard can be read; it stays.
+        OSError: The shard cannot be opened, or the new one cannot be written.
     """
     shard, tensors, damaged = _find_damage(path)
     if not damaged:
         return False
-    sound = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
-    grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in sound}
+    valid = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in damaged}
+    grids = {row.content: row.grid_thw for row in shard.rows if row.grid_thw is not None and row.content in valid}
     skipped = {
         content: Skipped(Clip("", "", ()), reason, content not in shard.lost)
         for content, reason in shard.skipped.items()
     }
     skipped |= {content: Skipped(Clip("", "", ()), DAMAGED, is_final=False) for content in damaged}
-    times_s = {row.content: row.times_s for row in shard.rows if row.times_s and row.content in sound}
-    write_shard(path.parent, shard.dtype, sound, grids, skipped, shard.errors, times_s)
+    times_s = {row.content: row.times_s for row in shard.rows if row.times_s and row.content in valid}
+    write_shard(path.parent, shard.dtype, valid, grids, skipped, shard.errors, times_s)
     path.unlink(missing_ok=True)
     return True

@@ -1,10 +1,10 @@
-"""Shard files: safetensors with the features of some clips, each whole or not there.
+"""Shard files: safetensors with the features of some clips; a file is complete or does not exist.
 
-Legend: F frames, P patches a frame, Dv vision width.
+Legend: F frames, P patches per frame, Dv vision width.
 
-A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata say the rest: sizes
-in patches, times of frames, a checksum of each clip's entry, clips that could not be read, and the error of the stored
-numbers.
+A tensor is named by its clip's content hash, the scales of int8 by that and `.scale`. The metadata contain the rest:
+sizes in patches, times of frames, a checksum of each clip's entry, clips that could not be read, and the error of the
+stored numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vlmcap.locks import process_name
 from vlmcap.types import FrameTimes, GridTHW, Sample, Skipped
 
 Encode = Callable[[Tensor, Sequence[GridTHW] | None], Tensor | Sequence[Tensor]]
-"""Stacked frames, and the clips' sizes if they have their own, -> (B, F, P, Dv), or B tensors (F, P, Dv) without padding."""
+"""Stacked frames, and the clips' sizes if they have their own -> (B, F, P, Dv), or B unpadded tensors (F, P, Dv)."""
 
 SUFFIX = ".safetensors"
 SCALE = ".scale"
@@ -46,20 +46,20 @@ _CONTENT = re.compile(r"[0-9a-f]{32}")
 
 
 DAMAGED = "its cached features were damaged and have been removed; the next run encodes them again"
-"""Why a clip whose entry was dropped has no features."""
+"""Reason why a clip whose entry was dropped has no features."""
 
 
 class BrokenFileError(Exception):
-    """Why a file is not what it should be, in words."""
+    """The reason why a file is not a valid shard or index."""
 
 
 class DamagedEntryError(Exception):
-    """The features of a clip are not those that were written."""
+    """The features of a clip differ from those that were written."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """Where a tensor's bytes begin and end in its file."""
+    """The position of a tensor's bytes in its file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The metadata and the tensors of a safetensors file."""
+    """Metadata and tensors of a safetensors file."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorPlace]
@@ -82,11 +82,11 @@ class Row:
     Attributes:
         content: Hash of the clip's content.
         offset: First byte of the numbers.
-        scale_offset: First byte of the scales, 0 without.
+        scale_offset: First byte of the scales; 0 if there are none.
         shape: (F, P, Dv).
         grid_thw: Size in patches if the clip has its own.
         times_s: Times of the decoded frames, if they have a clock.
-        checksum: As `entry_checksum` gives it.
+        checksum: Checksum from `entry_checksum`.
     """
 
     content: str
@@ -100,27 +100,27 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a shard's header says."""
+    """The content of a shard's header."""
 
     dtype: str
     rows: tuple[Row, ...]
     skipped: Mapping[str, str]
-    lost: tuple[str, ...]  # of those skipped, what may be tried again
+    lost: tuple[str, ...]  # the skipped clips that may be retried
     errors: ErrorSums
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of a file whose length is what the header says.
+    """Read the header of a file and check the file's length against it.
 
-    It is read, not mapped: an index of thousands of shards is made from the first bytes of each.
+    It is read and not mapped, as an index of thousands of shards is built from the first bytes of each.
 
     Raises:
-        BrokenFileError: It is torn, or no such file.
+        BrokenFileError: The file is truncated, or not a safetensors file.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-        raise BrokenFileError("it is no safetensors file, or cut off in its header")
+        raise BrokenFileError("it is not a safetensors file, or is truncated in its header")
     try:
         raw = json.loads(file.read(length))
         metadata = dict(raw.pop("__metadata__", {}))
@@ -133,7 +133,7 @@ def read_header(file: BinaryIO) -> Header:
             raise BrokenFileError("its header contradicts itself")
         end = place.stop
     if end != size:
-        raise BrokenFileError(f"it has {size} bytes in place of {end}")
+        raise BrokenFileError(f"it has {size} bytes instead of {end}")
     return Header(metadata, tensors)
 
 
@@ -145,22 +145,19 @@ def _place(base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> 
 
 
 def read_shard(path: Path) -> Shard:
-    """The rows of a shard.
+    """Read the rows of a shard.
 
     Raises:
-        BrokenFileError: It is torn, or no shard of features.
-        OSError: It cannot be opened.
+        BrokenFileError: The file is truncated, or not a shard of features.
+        OSError: The file cannot be opened.
     """
     with path.open("rb") as file:
         header = read_header(file)
     try:
         if header.metadata["format"] != _FORMAT:
-            raise BrokenFileError("it holds no features, or those of another version")
-        dtype, grids, times_s = (
-            header.metadata["dtype"],
-            json.loads(header.metadata["grids"]),
-            json.loads(header.metadata["times_s"]),
-        )
+            raise BrokenFileError("it contains no features, or those of another version")
+        dtype = header.metadata["dtype"]
+        grids, times_s = json.loads(header.metadata["grids"]), json.loads(header.metadata["times_s"])
         checksums = json.loads(header.metadata["checksums"])
         names = [name for name in header.tensors if not name.endswith(SCALE)]
         rows = tuple(
@@ -170,7 +167,7 @@ def read_shard(path: Path) -> Shard:
         lost = tuple(str(content) for content in json.loads(header.metadata["lost"]))
         return Shard(dtype, rows, skipped, lost, ErrorSums(**json.loads(header.metadata["errors"])))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise BrokenFileError("its metadata are damaged") from error
+        raise BrokenFileError("its metadata is damaged") from error
 
 
 def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s: Sequence[float], checksum: int) -> Row:
@@ -194,29 +191,29 @@ def _row(name: str, header: Header, dtype: str, grid: list[int] | None, times_s:
 
 
 def entry_checksum(
-    content: str, shape: Sequence[int], grid_thw: GridTHW | None, times_s: FrameTimes, parts: Iterable[Any]
+    content: str, shape: Sequence[int], grid_thw: GridTHW | None, times_s: FrameTimes, buffers: Iterable[Any]
 ) -> int:
-    """CRC-32 of all that an entry says: whose it is, its sizes and times, and the bytes of its numbers and scales.
+    """Return the CRC-32 of an entry: its clip, sizes and times, and the bytes of its numbers and scales.
 
     Args:
         content: Hash of the clip's content.
         shape: (F, P, Dv).
         grid_thw: The clip's size in patches, if it has its own.
         times_s: Times of its decoded frames; empty without a clock.
-        parts: Buffers of the numbers and, with int8, of the scales.
+        buffers: Buffers of the numbers and, for int8, of the scales.
     """
     checksum = zlib.crc32(json.dumps([content, list(shape), grid_thw, list(times_s)]).encode())
-    for part in parts:
-        checksum = zlib.crc32(part, checksum)
+    for buffer in buffers:
+        checksum = zlib.crc32(buffer, checksum)
     return checksum
 
 
 def tensors_checksum(content: str, tensors: Mapping[str, Tensor], grid_thw: GridTHW | None, times_s: FrameTimes) -> int:
-    """The same of an entry whose numbers and scales are tensors."""
-    parts = [
+    """Return the `entry_checksum` of an entry whose numbers and scales are tensors."""
+    buffers = [
         tensors[name].reshape(-1).view(torch.uint8).numpy() for name in (content, content + SCALE) if name in tensors
     ]
-    return entry_checksum(content, tensors[content].shape, grid_thw, times_s, parts)
+    return entry_checksum(content, tensors[content].shape, grid_thw, times_s, buffers)
 
 
 def write_shard(
@@ -228,13 +225,13 @@ def write_shard(
     errors: ErrorSums,
     times_s: Mapping[str, FrameTimes] | None = None,
 ) -> Path:
-    """A new shard in `folder`, on the disk before it bears its name.
+    """Write a new shard into `folder`; its data is on the disk before it gets its name.
 
-    Times are written in full: a prompt rounds them to a tenth of a second, and must come out the same with and without
-    a cache.
+    Times are written in full precision: a prompt rounds them to a tenth of a second, and must be the same with and
+    without a store.
 
     Raises:
-        OSError: The disk is full or the folder not writable.
+        OSError: The disk is full or the folder is not writable.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -263,7 +260,7 @@ def write_shard(
     with replacing(path) as partial:
         try:
             save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # the library's own word for a failed write
+        except SafetensorError as error:  # the library's exception for a failed write
             raise OSError(str(error)) from error
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -272,7 +269,7 @@ def write_shard(
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk; where a system cannot do that for folders, it is left to it."""
+    """Flush the names in a folder to the disk, on systems that can do so for folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -287,15 +284,15 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass
 class ShardWriter:
-    """Collects features until they are a shard's worth.
+    """Collects features until they fill a shard.
 
     Attributes:
-        folder: Of the shards.
-        recipe: Says how numbers are stored.
-        make_room: Called with bytes that are about to be written.
-        shape: (F, P) that all clips without a size of their own have, None before the first.
-        num_bytes: Collected.
-        since: When the oldest of what is collected came, by the monotonic clock; None where there is nothing.
+        folder: Folder of the shards.
+        recipe: Recipe of the features, which determines the number format.
+        make_room: Callback that gets the number of bytes about to be written.
+        shape: (F, P) of all clips without a size of their own; None before the first.
+        num_bytes: Number of bytes collected.
+        since: Time of the oldest collected features by the monotonic clock; None if there are none.
     """
 
     folder: Path
@@ -311,12 +308,12 @@ class ShardWriter:
     _errors: ErrorSums = field(default_factory=ErrorSums)
 
     def add(self, batch: list[Sample | Skipped], contents: Sequence[bytes], encode: Encode) -> list[int]:
-        """Take in a batch; the bytes of each of its clips that has features.
+        """Encode and collect a batch; return the number of bytes of each clip that has features.
 
         Args:
             batch: Samples with frames.
-            contents: Content hash of each.
-            encode: Gives the features.
+            contents: Content hash of each sample.
+            encode: Function from frames to features.
 
         Raises:
             UserError: Features cannot be stored.
@@ -328,19 +325,19 @@ class ShardWriter:
         samples = [(item, content) for item, content in named if isinstance(item, Sample)]
         frames = stack_padded([sample.frames for sample, _ in samples])
         if frames is None:
-            assert not samples, "features are built from samples with frames"
+            assert not samples, "features are encoded from samples with frames"
             return []
         grids = [sample.grid_thw for sample, _ in samples if sample.grid_thw is not None]
-        assert len(grids) in (0, len(samples)), "a batch mixes clips with a size of their own and without"
+        assert len(grids) in (0, len(samples)), "a batch mixes clips with and without a size in patches"
         features = encode(frames, grids or None)
         is_padded = isinstance(features, Tensor)
         return [
-            self._collect(sample, content, _cut(own, sample) if is_padded else own)
+            self._collect(sample, content, _remove_padding(own, sample) if is_padded else own)
             for (sample, content), own in zip(samples, features, strict=True)
         ]
 
     def flush(self) -> None:
-        """Write what is collected as a shard.
+        """Write the collected features as a shard.
 
         Raises:
             UserError: There is no room.
@@ -355,9 +352,8 @@ class ShardWriter:
         except OSError as error:
             if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
                 raise UserError(
-                    f"the disk of {self.folder} is full: free some space and start again, which goes on from here, or "
-                    "set "
-                    "cache.enabled=false"
+                    f"the disk of {self.folder} is full; free some space and start again, which continues from here, "
+                    "or set cache.enabled=false"
                 ) from error
             raise
         self._tensors, self._grids, self._times_s, self._skipped, self._errors = {}, {}, {}, {}, ErrorSums()
@@ -372,7 +368,7 @@ class ShardWriter:
             read = dequantize(stored[content], stored[content + SCALE])
         self._check(sample, features, read)
         self._errors.add(measure(features, read))
-        self._tensors |= {name: _own(tensor, features) for name, tensor in stored.items()}
+        self._tensors |= {name: _to_own_memory(tensor, features) for name, tensor in stored.items()}
         if sample.grid_thw is not None:
             self._grids[content] = sample.grid_thw
         if sample.times_s is not None:
@@ -388,21 +384,20 @@ class ShardWriter:
             is_other = shape[1] != self.shape[1] if self.recipe.variable_frames else shape != self.shape
             if is_other:
                 raise UserError(
-                    f"features of clip {sample.clip.id} are {shape}, earlier ones {self.shape}, and cannot share a "
-                    "cache: "
-                    "set cache.enabled=false"
+                    f"features of clip {sample.clip.id} have shape {shape}, but earlier ones {self.shape}, and cannot "
+                    "share a store; set cache.enabled=false"
                 )
         if not is_finite(read):
-            mend = (
-                f"overflow cache.dtype={self.recipe.dtype}: set cache.dtype=bfloat16"
+            problem = (
+                f"overflow cache.dtype={self.recipe.dtype}; set cache.dtype=bfloat16"
                 if is_finite(features)
-                else "are not finite: the encoder overflows, choose another precision"
+                else "are not finite, because the encoder overflows; choose another hardware.precision"
             )
-            raise UserError(f"features of clip {sample.clip.id} {mend}")
+            raise UserError(f"features of clip {sample.clip.id} {problem}")
 
 
-def _cut(features: Tensor, sample: Sample) -> Tensor:
-    """Without the padding that a batch of clips of different sizes has."""
+def _remove_padding(features: Tensor, sample: Sample) -> Tensor:
+    """Return the features of a clip without the padding of a batch of clips of different sizes."""
     if sample.grid_thw is None:
         assert sample.frames is not None
         return features[: len(sample.frames)]
@@ -410,7 +405,7 @@ def _cut(features: Tensor, sample: Sample) -> Tensor:
     return features[:frames, : height * width]
 
 
-def _own(tensor: Tensor, features: Tensor) -> Tensor:
-    """In main memory, and not in that of the features: an encoder may give its next ones in the same place."""
+def _to_own_memory(tensor: Tensor, features: Tensor) -> Tensor:
+    """Copy to main memory that is not shared with the features, which an encoder may overwrite."""
     copy = tensor.cpu().contiguous()
     return copy.clone() if copy.untyped_storage().data_ptr() == features.untyped_storage().data_ptr() else copy

@@ -1,6 +1,6 @@
-"""A store of features: shards of one recipe in one folder, read by content of clips.
+"""A feature store: the shards of one recipe in one folder, read by the content hash of clips.
 
-Legend: N clips, F frames, P patches a frame, Dv vision width.
+Legend: N clips, F frames, P patches per frame, Dv vision width.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmcap.data.features import index as indices
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.index import ShardFile, contains
 from vlmcap.data.features.leases import Lease
-from vlmcap.data.features.precision import ErrorSums, StorageError, dequantize, stored_type
+from vlmcap.data.features.precision import ErrorSums, StorageDeviation, dequantize, stored_type
 from vlmcap.data.features.recipe import Recipe
 from vlmcap.data.features.repair import repair_shard
 from vlmcap.data.features.shards import BrokenFileError, DamagedEntryError, entry_checksum
@@ -30,23 +30,23 @@ from vlmcap.errors import UserError
 from vlmcap.files import replacing
 from vlmcap.types import FrameTimes, GridTHW
 
-_MAX_OPEN = 64  # shards at once
+_MAX_OPEN = 64  # shards open at a time
 
 
 class FeatureStore:
     """Features by content hash, in the folder `root/recipe.key`.
 
-    Picklable, and safe to share with data workers and machines.
+    A store is picklable, and safe to share with data workers and machines.
 
     Args:
-        root: Folder of all stores; `fill_store` makes it.
-        recipe: What the features depend on.
+        root: Folder of all stores; `fill_store` creates it.
+        recipe: Everything that the features depend on.
     """
 
     def __init__(self, root: str | Path, recipe: Recipe) -> None:
         self.root, self.recipe = Path(root), recipe
         self.folder = self.root / recipe.key
-        self.broken: dict[str, str] = {}  # name of a shard that is ignored, and why
+        self.broken: dict[str, str] = {}  # name of an ignored shard to the reason
         self._index: indices.ShardIndex | None = None
         self._saved: indices.ShardIndex | None = None
         self._skipped: dict[bytes, str] = {}
@@ -68,26 +68,26 @@ class FeatureStore:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the shards together."""
+        """Total size of the shards."""
         return sum(file.size for file in self._opened().files)
 
     @property
-    def error(self) -> StorageError | None:
-        """How far the features are from the encoder's, measured when they were written; None while there are none."""
+    def deviation(self) -> StorageDeviation | None:
+        """Deviation of the features from the encoder's, measured when they were written; None for an empty store."""
         sums = ErrorSums()
         for file in self._opened().files:
             sums.add(file.errors)
-        return sums.stated
+        return sums.deviation
 
     def __len__(self) -> int:
         return len(self._opened().hashes)
 
     def __contains__(self, content: object) -> bool:
-        """Whether there are features of the clip with this content hash."""
+        """Return whether there are features of the clip with this content hash."""
         return isinstance(content, bytes) and self._opened().find(content) is not None
 
     def refresh(self) -> None:
-        """Look at what other processes have written or removed since."""
+        """Update the index to what other processes have written or removed."""
         if self._index is None:
             self._index = self._saved = indices.load(self.folder)
         before = self._index
@@ -100,13 +100,13 @@ class FeatureStore:
             self._lost_hashes = np.array(sorted(self._index.lost()), "S32")
 
     def missing(self, hashes: NDArray[np.bytes_], *, retry_lost: bool = False) -> NDArray[np.int64]:
-        """Positions of the clips that have to be encoded, ascending; of several clips of the same content the first.
+        """Return the ascending positions of the clips to encode; of clips with equal content only the first.
 
         Args:
-            hashes: S32 (N,), from `content_hashes`. Clips that cannot be opened are not missing: they can never be
-                there.
-            retry_lost: Count clips whose decoder was lost (it took too long, or too much memory). Broken ones are known
-                to have no features, and so are lost ones otherwise.
+            hashes: S32 (N,), from `content_hashes`. Clips that cannot be opened are never missing, since they can never
+                be stored.
+            retry_lost: Whether to include clips whose decoder was lost (it took too long, or too much memory). Broken
+                clips are never included, as they are known to have no features.
         """
         names, first = np.unique(hashes, return_index=True)
         is_missing = ~contains(self._opened().hashes, names) & (names != UNREADABLE)
@@ -115,36 +115,34 @@ class FeatureStore:
         return np.sort(first[is_missing]).astype(np.int64)
 
     def skipped(self, content: bytes) -> str | None:
-        """Why a clip could not be read when the store was filled; None for one that has features or is not known."""
+        """Return why a clip could not be read when the store was filled; None if it has features or is unknown."""
         return None if content in self else self._skipped.get(bytes(content))
 
     def shape(self, content: bytes) -> tuple[int, int, int]:
-        """(F, P, Dv) of a clip; `KeyError` without features."""
+        """Return (F, P, Dv) of a clip; raise `KeyError` if it has no features."""
         num_frames, num_patches, embed_dim = self._place(content)[1][1:4]
         return int(num_frames), int(num_patches), int(embed_dim)
 
     def grid_thw(self, content: bytes) -> GridTHW | None:
-        """A clip's size in patches, None where it is the encoder's own; `KeyError` without features."""
+        """Return a clip's size in patches, None if it has the encoder's; raise `KeyError` if it has no features."""
         frames, height, width = self._place(content)[1][4:7]
         return (int(frames), int(height), int(width)) if frames else None
 
     def times_s(self, content: bytes) -> FrameTimes | None:
-        """When a clip's frames are shown, None where nobody knew; `KeyError` without features."""
+        """Return the times of a clip's frames, None if unknown; raise `KeyError` if it has no features."""
         row = self._row(content)
         times_s = self._opened().times_s[row]
         return tuple(times_s[~np.isnan(times_s)].tolist()) or None
 
     def read(self, content: bytes) -> tuple[Tensor, GridTHW | None]:
-        """Features (F, P, Dv) in memory of their own, as stored, or float16 out of int8.
+        """Return the features (F, P, Dv) as stored, or float16 for int8, and the clip's size in patches.
 
-        And the clip's size in patches.
-
-        The first time that this process reads an entry, its checksum is compared.
+        The tensor owns its memory. The checksum is verified when this process reads an entry for the first time.
 
         Raises:
-            KeyError: There are no features of this clip.
-            DamagedEntryError: They are not those that were written; `drop_damaged` removes them.
-            UserError: They have gone since the store was opened.
+            KeyError: The clip has no features.
+            DamagedEntryError: The features differ from those that were written; `drop_damaged` removes them.
+            UserError: The features have been removed since the store was opened.
         """
         self._lease.renew()
         try:
@@ -155,28 +153,26 @@ class FeatureStore:
         try:
             return self._read(content), self.grid_thw(content)
         except (KeyError, OSError, ValueError) as error:
-            if self.skipped(content) is not None:  # another process has found them damaged
+            if self.skipped(content) is not None:  # another process has found them to be damaged
                 raise DamagedEntryError(content.decode()) from error
             raise UserError(
-                f"cached features have gone from {self.folder} while they were in use: start again to have them built "
-                "again, and "
-                "raise cache.max_gib if other runs share the folder"
+                f"the features of a clip were removed from {self.folder} while they were in use; start again to "
+                "encode them again, and raise cache.max_gib if other runs share the folder"
             ) from error
 
     def drop_damaged(self, content: bytes) -> None:
-        """Remove the damaged entries of the shard that this clip is in.
+        """Remove the damaged entries of the shard that contains this clip.
 
-        They count as skipped, and the next filling encodes them again.
-
-        A folder that cannot be written keeps them; they are found damaged again by every process.
+        They count as skipped, and the next filling encodes them again. In a folder that is not writable they remain,
+        and every process finds them damaged again.
         """
         with contextlib.suppress(KeyError, OSError, BrokenFileError):
             if not repair_shard(self.folder / self._opened().files[int(self._place(content)[1][0])].name):
-                (self.folder / indices.FILE).unlink()  # the shard is sound, but is not the one that the index means
+                (self.folder / indices.FILE).unlink()  # the shard is valid, but not the one that the index describes
         self.refresh()
 
     def make_folder(self) -> None:
-        """The folder, with the recipe for people to read."""
+        """Create the folder, with the recipe in a readable form."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.recipe.as_dict(), indent=1, ensure_ascii=False)
         path = self.folder / "recipe.json"
@@ -186,7 +182,7 @@ class FeatureStore:
         self._lease.renew()
 
     def save_index(self) -> None:
-        """Write the index if there is news, so that others open the store at once and share its memory."""
+        """Write the index if it has changed, so that other processes open the store fast and share its memory."""
         self.refresh()
         if self._index is not self._saved:
             indices.save(self._opened(), self.folder)
@@ -194,7 +190,7 @@ class FeatureStore:
             self.refresh()
 
     def places(self) -> NDArray[np.int32]:
-        """int32 (N, 7), a row a clip with features: number of the shard, F, P, Dv, and size in patches or zeros."""
+        """int32 (N, 7), one row per clip with features: number of the shard, F, P, Dv, and size in patches or zeros."""
         return self._opened().places
 
     def _opened(self) -> indices.ShardIndex:
@@ -217,39 +213,36 @@ class FeatureStore:
         (start, scale_start), place = self._place(content)
         shape, dtype = self.shape(content), stored_type(self.recipe.dtype)
         file = self._opened().files[int(place[0])]
-        parts = [self._shards.read(file, int(start), math.prod(shape) * dtype.itemsize)]
+        buffers = [self._shards.read(file, int(start), math.prod(shape) * dtype.itemsize)]
         if self.recipe.dtype == "int8":
-            parts.append(self._shards.read(file, int(scale_start), math.prod(shape[:2]) * torch.float32.itemsize))
-        self._verify(content, parts)
-        numbers = torch.from_numpy(parts[0]).view(dtype).reshape(shape)
-        return (
-            dequantize(numbers, torch.from_numpy(parts[1]).view(torch.float32).reshape(shape[:2]))
-            if len(parts) == 2
-            else numbers
-        )
+            buffers.append(self._shards.read(file, int(scale_start), math.prod(shape[:2]) * torch.float32.itemsize))
+        self._verify(content, buffers)
+        numbers = torch.from_numpy(buffers[0]).view(dtype).reshape(shape)  # bytes -> (F, P, Dv)
+        if self.recipe.dtype != "int8":
+            return numbers
+        return dequantize(numbers, torch.from_numpy(buffers[1]).view(torch.float32).reshape(shape[:2]))
 
-    def _verify(self, content: bytes, parts: list[NDArray[np.uint8]]) -> None:
+    def _verify(self, content: bytes, buffers: list[NDArray[np.uint8]]) -> None:
         opened = self._opened()
         row = opened.find(content)
         assert row is not None
         if self._is_verified[row]:
             return
         times_s = self.times_s(content) or ()
-        if (
-            entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), times_s, parts)
-            != opened.checksums[row]
-        ):
+        checksum = entry_checksum(content.decode(), self.shape(content), self.grid_thw(content), times_s, buffers)
+        if checksum != opened.checksums[row]:
             raise DamagedEntryError(content.decode())
         self._is_verified[row] = True
 
 
 class OpenShards:
-    """The shards read last; an open one can be read after its file is evicted and in a fork.
+    """The most recently read shards; an open one can be read after its file is evicted, and in a fork.
 
-    They are read and not mapped: a page of a file that is cut off or cannot be read meanwhile would kill the process.
+    They are read and not mapped: accessing a page of a file that was truncated or became unreadable would kill the
+    process.
 
     Args:
-        folder: Of the shards.
+        folder: Folder of the shards.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -257,24 +250,24 @@ class OpenShards:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
     def read(self, file: ShardFile, start: int, size: int) -> NDArray[np.uint8]:
-        """Bytes `start` to `start + size`.
+        """Read bytes `start` to `start + size`.
 
         Raises:
             OSError: The shard cannot be opened or read.
-            ValueError: It is not the one that the index knows.
+            ValueError: The shard is not the one in the index.
         """
         descriptor = self._open(file).fileno()
         content = np.empty(size, np.uint8)
         done = 0
-        while done < size:  # the system gives 2 GiB at a time
+        while done < size:  # the system reads at most 2 GiB at a time
             count = os.preadv(descriptor, [content[done:].data], start + done)
             if count == 0:
-                raise ValueError(f"{file.name} has been cut off")
+                raise ValueError(f"{file.name} is truncated")
             done += count
         return content
 
     def close(self) -> None:
-        """Forget all shards."""
+        """Close all shards."""
         self._files.clear()
 
     def _open(self, file: ShardFile) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""All that is in the stores of a folder, read and compared with its checksums."""
+"""Verification of all stores in a folder against their checksums."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vlmcap.data.features.shards import BrokenFileError
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with a file of a store.
+    """A damaged file of a store.
 
     Attributes:
         path: The file.
-        contents: Content hashes of the clips whose entries are damaged; empty where nothing of the file can be read.
-        reason: In words.
-        is_removed: Whether what is damaged has gone, so that it is made again.
+        contents: Content hashes of the clips whose entries are damaged; empty if nothing in the file can be read.
+        reason: Description of the damage.
+        is_removed: Whether the damaged data has been removed, so that it will be created again.
     """
 
     path: Path
@@ -30,15 +30,13 @@ class Damage:
 
 
 def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
-    """What is damaged in all stores under `root`.
+    """Find and remove the damaged entries and files of all stores under `root`; runs create them again.
 
-    Entries and files that are damaged are removed, and runs make them again.
-
-    Programs that have a store open may go on: they keep what they have open, and find again what has moved.
+    Programs that have a store open can continue: they keep their open files and find entries that have moved.
 
     Args:
         root: Folder of all stores.
-        progress: Called with (shards done, all shards).
+        progress: Callback `(done, total)` on shards.
     """
     folders = store_folders(root)
     shards = [path for folder in folders for path in shards_of(folder)]
@@ -49,8 +47,9 @@ def verify_stores(root: Path, progress: Callable[[int, int], None] | None = None
             progress(number, len(shards))
     for folder in folders:
         path = folder / indices.FILE
-        if path.is_file() and not indices.is_pretrained_vlm(folder):
-            found.append(Damage(path, (), "it is no whole index, or that of other shards", _is_done(path.unlink)))
+        if path.is_file() and not indices.is_intact(folder):
+            reason = "it is not a complete index, or belongs to other shards"
+            found.append(Damage(path, (), reason, _is_done(path.unlink)))
     return found
 
 
@@ -63,7 +62,7 @@ def _verify_shard(path: Path) -> Iterator[Damage]:
         yield Damage(path, (), str(error), _is_done(path.unlink))
         return
     if damaged:
-        reason = f"the features of {len(damaged)} clips are not those that were written"
+        reason = f"the features of {len(damaged)} clips differ from those that were written"
         yield Damage(path, tuple(damaged), reason, _is_done(lambda: repair_shard(path)))
 
 

@@ -1,4 +1,4 @@
-"""Readers of data sets, a module a format; each is imported when it is first used."""
+"""Readers of data sets, one module per format, which is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ FORMATS = ("aihub", "jsonl", "coco_ko", "nikl", "msrvtt", "vatex", "llava", "web
 
 
 def read_records(settings: DataConfig, split: str | None = None) -> Entries:
-    """The entries of a data set, lazily and in a stable order.
-
-    A `Record` each, or a `Skipped` that says why there is none.
+    """Yield the entries of a data set lazily and in a stable order: a `Record`, or a `Skipped` with the reason.
 
     Args:
-        settings: Where the data set is and how it is read; its class is that of a format.
-        split: The one split that is wanted, which may save reading the others; None for all.
+        settings: Data configuration, whose class is that of a format.
+        split: Split to read, so that others may be left out; None for all.
 
     Raises:
-        UserError: There is no reader of the format, or the data set cannot be read at all.
+        UserError: The format has no reader, or the data set cannot be read at all.
     """
     name = "aihub" if settings.is_demo else settings.kind
     if own := maker_of("data", name):
@@ -36,7 +34,7 @@ def read_records(settings: DataConfig, split: str | None = None) -> Entries:
 
 
 def _plugin_entries(reader: Reader, settings: DataConfig, split: str | None) -> Entries:
-    """The entries that a user's own reader gives; whatever it raises is said in one sentence."""
+    """Yield the entries of a user's own reader, and report its exceptions in one sentence."""
     try:
         yield from reader(settings, split)
     except UserError:
@@ -44,5 +42,5 @@ def _plugin_entries(reader: Reader, settings: DataConfig, split: str | None) -> 
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"the reader of data={settings.kind} failed ({reason}); check data.root={settings.root}, or correct it"
+            f"the reader of data={settings.kind} failed ({reason}); check data.root={settings.root}, or fix the reader"
         ) from error

@@ -1,4 +1,4 @@
-"""AI Hub data sets: a label file a clip, paired with it by name, in folders or in the archives that AI Hub hands out."""
+"""AI Hub data sets: one label file per clip, paired with it by name, in folders or in AI Hub's archives."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ from vlmcap.types import Clip, Skipped
 
 MAX_LABEL_BYTES = 64 * 1024**2
 
-# Folders, and beginnings of their names, that tell labels from clips and are left out when the two are compared.
+# Folders, and prefixes of folder names, that distinguish labels from clips; ignored when the two are compared.
 _KIND_FOLDER = re.compile(r"(\d+[.\s_-]*)?(labels?|videos?|라벨(링)?(데이터)?|원천(데이터)?)", re.IGNORECASE)
 _KIND_START = re.compile(r"\[(라벨|원천)[^\]]*\]\s*|[TV][LS](?=[_\-.\d])[_\-.]?")
 
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A label or a clip: its split ("" where no folder names one), and its path without what only tells labels from clips."""
+    """A label or a clip.
+
+    Attributes:
+        file: Its file.
+        split: Its split; "" if no folder names one.
+        key: Its path without the ending and everything that only distinguishes labels from clips.
+    """
 
     file: TreeFile
     split: str
@@ -40,17 +46,17 @@ class _Named:
 
 
 def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
-    """The clips of labels, sorted by path.
+    """Yield the clips of labels, sorted by path.
 
-    `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
+    The layout is `{root}/{split}/{videos,labels}/…`, or labels and clips anywhere below the root.
 
-    A label and its clip have the same path below their folders, up to the ending, or else a stem that no other has. A
-    folder named as a split (`train`, `Training`, `2.Validation`) gives the split; labels elsewhere have none. Archives
-    count as folders.
+    A label and its clip have the same path below their folders, up to the ending, or else a stem that no other file
+    has. A folder named like a split (`train`, `Training`, `2.Validation`) gives the split; labels elsewhere have none.
+    Archives count as folders.
 
     Args:
-        settings: `root`, `caption_key` and `category_key` are used.
-        split: Leaves out the others.
+        settings: Configuration of the data set; `root`, `caption_key` and `category_key` are used.
+        split: Split to read; None for all.
 
     Raises:
         UserError: There are no labels, or a link leaves the root.
@@ -69,10 +75,10 @@ def read_aihub(settings: AihubConfig, split: str | None = None) -> Entries:
             media.append(_named(found))
     if not labels:
         raise UserError(
-            f"there are no labels (.json) in {settings.root}, but {len(media)} clips; set data.root to the folder "
-            "with both"
+            f"{settings.root} contains {len(media)} clips but no labels (.json); set data.root to the folder that "
+            "contains both"
         )
-    if any(label.split for label in labels):  # a stray .json beside the splits is no label
+    if any(label.split for label in labels):  # a stray .json outside the splits is not a label
         stems = {clip.stem for clip in media if not clip.split}
         labels = [label for label in labels if label.split or label.stem in stems]
     for name in sorted({label.split for label in labels}):
@@ -92,10 +98,10 @@ def _named(file: TreeFile) -> _Named:
 
 
 def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_Named, str, _Named | Skipped]]:
-    """Each label with its id and its clip, or with what is wrong; sorted by path."""
+    """Yield each label with its id and its clip, or with what is wrong, sorted by path."""
     clips_at = {key: _videos_first(group) for key, group in _grouped(media, "key").items()}
     labels_at = _grouped(labels, "key")
-    # Whatever has no counterpart of the same path is compared by its last name alone.
+    # Files without a counterpart of the same path are compared by their stem alone.
     free_labels = _grouped((label for label in labels if label.key not in clips_at), "stem")
     free_clips = {
         stem: _videos_first(group)
@@ -105,21 +111,25 @@ def _pair(labels: Sequence[_Named], media: Sequence[_Named]) -> Iterator[tuple[_
         is_exact = label.key in clips_at
         rivals = labels_at[label.key] if is_exact or len(labels_at[label.key]) > 1 else free_labels[label.stem]
         clips = clips_at[label.key] if is_exact else free_clips.get(label.stem, [])
-        if reason := _fault(label, clips, rivals):
+        if reason := _pairing_problem(label, clips, rivals):
             yield label, label.key, skip(label.key, reason, clips[0].file.address if clips else "")
         else:
             yield label, label.key if is_exact or label.stem in labels_at else label.stem, clips[0]
 
 
-def _fault(label: _Named, clips: Sequence[_Named], rivals: Sequence[_Named]) -> str:
+def _pairing_problem(label: _Named, clips: Sequence[_Named], rivals: Sequence[_Named]) -> str:
     name = label.file.address
     if not clips:
-        return f"there is no clip for the label {name}: add {label.stem}.mp4, or remove the label"
+        return f"there is no clip for the label {name}; add {label.stem}.mp4, or remove the label"
     if len(clips) > 1:
-        return f"{clips[0].file.address} and {clips[1].file.address} may both be the clip of the label {name}: remove one of them"
+        first, second = clips[0].file.address, clips[1].file.address
+        return f"both {first} and {second} could be the clip of the label {name}; remove one of them"
     if len(rivals) > 1:
         other = next(rival for rival in rivals if rival is not label)
-        return f"the labels {name} and {other.file.address} stand for one clip, {clips[0].file.address}: remove one of them"
+        return (
+            f"the labels {name} and {other.file.address} belong to the same clip, {clips[0].file.address}; "
+            "remove one of them"
+        )
     return ""
 
 
@@ -131,7 +141,7 @@ def _grouped(files: Iterable[_Named], name: str) -> Mapping[str, list[_Named]]:
 
 
 def _videos_first(files: list[_Named]) -> list[_Named]:
-    """The videos among files of one name, whose pictures are then previews; the pictures where there is no video."""
+    """Return the videos among files of one name, as the pictures are then previews; the pictures if there are none."""
     videos = [file for file in files if PurePosixPath(file.file.path).suffix.lower() in VIDEO_ENDINGS]
     return videos or files
 
@@ -143,12 +153,12 @@ def _read_label(label: _Named, clip_id: str, video: str, settings: AihubConfig) 
     except MediaError as error:
         return skip(clip_id, str(error), video)
     except (ValueError, RecursionError) as error:
-        return skip(clip_id, f"the label {name} is no JSON ({error}): repair or remove it", video)
+        return skip(clip_id, f"the label {name} is not JSON ({error}); repair or remove it", video)
     captions = captions_at(content, settings.caption_key)
     if not captions.texts:
         found = f"no caption at data.caption_key={settings.caption_key}{why_no_caption(content, settings.caption_key)}"
         return skip(
-            clip_id, f"the label {name} has {found}: set data.caption_key, or repair or remove the label", video
+            clip_id, f"the label {name} has {found}; set data.caption_key, or repair or remove the label", video
         )
     category = text_at(content, settings.category_key) if settings.category_key else ""
     return Record(Clip(clip_id, video, captions.texts, category), label.split, num_empty=captions.num_empty)

@@ -1,7 +1,4 @@
-"""What the readers of published layouts share.
-
-Files of captions, a split each where they are so, and entries out of them.
-"""
+"""Shared functions of the readers: annotation files, one per split or one for all, and records from their entries."""
 
 from __future__ import annotations
 
@@ -20,16 +17,16 @@ from vlmcap.data.splits import KOREAN_ENDING, SPELLINGS
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
-_MAX_NAMED = 12
+_MAX_NAMED_KEYS = 12
 
 
 def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tuple[str, str]]:
-    """Splits and addresses of the annotation files; the split is "" unless `data.annotations` has `{split}` in it.
+    """Return splits and addresses of the annotation files; the split is "" unless `data.annotations` has `{split}`.
 
-    `{split}` stands for `train`, `val`, `test` and their other spellings, of which the first that finds files counts.
+    `{split}` stands for `train`, `val`, `test` and their other spellings, of which the first that finds files is used.
 
     Raises:
-        UserError: There is no file for the split, or for any.
+        UserError: There is no file for the split, or no file at all.
     """
     pattern = settings.annotations or ""
     if "{split}" not in pattern:
@@ -39,16 +36,15 @@ def annotation_sources(settings: AnnotatedConfig, split: str | None) -> list[tup
         for address in _first_spelling(settings, pattern, name):
             if found.setdefault(address, name) != name:
                 raise UserError(
-                    f"data.annotations={pattern}: {address} could be of {found[address]} and of {name}; rename it"
+                    f"data.annotations={pattern}: {address} could belong to {found[address]} or to {name}; rename it"
                 )
     wanted = [(name, address) for address, name in found.items() if split in (None, name)]
     if not wanted:
-        annotation_files(
-            replace(settings, annotations=pattern.replace("{split}", split or "train"))
-        )  # says what there is
+        # Raises an error that lists the existing files, if there is no file at all.
+        annotation_files(replace(settings, annotations=pattern.replace("{split}", split or "train")))
         raise UserError(
             f"data.annotations={pattern} finds no file below data.root={settings.root} that names the split "
-            f"{split or 'train'}"
+            f"{split or 'train'}; rename a file, or set data.annotations"
         )
     return wanted
 
@@ -59,7 +55,7 @@ def _first_spelling(settings: AnnotatedConfig, pattern: str, split: str) -> list
             files = annotation_files(replace(settings, annotations=pattern.replace("{split}", spelling)))
         except UserError:
             continue
-        # As a word of its own: `constrained_val.jsonl` is no training file.
+        # The spelling must be a separate word: `constrained_val.jsonl` is not a training file.
         word = re.compile(rf"(?<![a-z가-힣]){re.escape(spelling)}{KOREAN_ENDING}(?![a-z가-힣])", re.IGNORECASE)
         if named := [address for address in files if word.search(relative_address(address, settings.root))]:
             return named
@@ -67,10 +63,10 @@ def _first_spelling(settings: AnnotatedConfig, pattern: str, split: str) -> list
 
 
 def load_json(address: str) -> Any:
-    """The content of a JSON file, read as a whole: about five times its size in memory while it is read.
+    """Load a whole JSON file, which takes about five times its size in memory.
 
     Raises:
-        UserError: It cannot be read or is no JSON in UTF-8.
+        UserError: The file cannot be read or is not JSON in UTF-8.
     """
     try:
         return json.loads(read_text(address))
@@ -78,12 +74,12 @@ def load_json(address: str) -> Any:
         raise UserError(f"data.annotations: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"data.annotations: {address} is no JSON ({error}); copy it again, or name another file"
+            f"data.annotations: {address} is not JSON ({error}); copy it again, or name another file"
         ) from error
 
 
 def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
-    """The list that the content of a JSON file is, or has at `key`.
+    """Return the list in a JSON file, which is its content or at `key` of it.
 
     Raises:
         UserError: There is no such list.
@@ -93,16 +89,16 @@ def json_list(content: Any, address: str, key: str | None = None) -> list[Any]:
         return found
     wanted = "a list of entries" if key is None else f"an object with a list '{key}'"
     raise UserError(
-        f"data.annotations: {address} is {_describe(content)} where {wanted} belongs: name another file, or choose "
+        f"data.annotations: {address} contains {_describe(content)} instead of {wanted}; name another file, or choose "
         "another data=NAME"
     )
 
 
 def list_entries(settings: AnnotatedConfig, split: str | None) -> Iterator[tuple[str, int, Any]]:
-    """Split, number and value of each entry of annotation files that are lists.
+    """Yield split, number and value of each entry of annotation files that are lists.
 
     Raises:
-        UserError: There is no file, or one is no list.
+        UserError: There is no file, or one is not a list.
     """
     for name, address in annotation_sources(settings, split):
         for number, entry in enumerate(json_list(load_json(address), address)):
@@ -110,7 +106,7 @@ def list_entries(settings: AnnotatedConfig, split: str | None) -> Iterator[tuple
 
 
 def json_lines(address: str) -> Iterator[tuple[int, Any | Skipped]]:
-    """Numbers and values of the lines of a JSON Lines file, empty ones left out; a `Skipped` where a line is no JSON.
+    """Yield numbers and values of the non-empty lines of a JSON Lines file; a `Skipped` if a line is not JSON.
 
     Raises:
         UserError: The file cannot be read.
@@ -119,24 +115,23 @@ def json_lines(address: str) -> Iterator[tuple[int, Any | Skipped]]:
         text = read_text(address)
     except MediaError as error:
         raise UserError(f"data.annotations: {error}") from error
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # not splitlines, which also splits at U+2028 inside of captions
+    # Not `splitlines`, which also splits at U+2028 inside captions.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield number, skip(f"line {number}", f"line {number} of {address} is no JSON ({error})")
+                yield number, skip(f"line {number}", f"line {number} of {address} is not JSON ({error})")
 
 
 def name_at(entry: Any, key: str) -> str:
-    """The name of a file at a dotted path, blanks and all; "" where there is none."""
+    """Return the file name at a dotted path, with its blanks; "" if there is none."""
     value = value_at(entry, key)
     return value if isinstance(value, str) else text_at(entry, key)
 
 
 def media_name(settings: PatternConfig, id: str) -> str:
-    """The file of a clip that is named by its id, after `data.media_pattern`."""
+    """Return the file name of a clip by its id and `data.media_pattern`."""
     return settings.media_pattern.replace("{id}", id)
 
 
@@ -150,16 +145,16 @@ def make_record(
     split: str = "",
     group: str = "",
 ) -> Record | Skipped:
-    """The record of an entry, or why there is none: no caption, or a file that is missing or lies outside the root.
+    """Build the record of an entry, or a `Skipped`: it has no caption, or a file is missing or outside the root.
 
     Args:
-        settings: Of the data set.
-        id: Of the clip.
+        settings: Configuration of the data set.
+        id: Id of the clip.
         files: A video or image, or several images that are the frames of one clip.
-        captions: As `captions_at` gives them.
-        entry: What the captions and the category come from.
-        split: As the data set has it.
-        group: Names the source that must not be in two splits.
+        captions: Captions from `captions_at`.
+        entry: Entry that contains the captions and the category.
+        split: Split by the data set; "" if unknown.
+        group: Name of the source, which must not be in two splits.
     """
     if not captions.texts:
         assert isinstance(settings, KeyedConfig), "other formats have no entries without a caption"
@@ -178,10 +173,10 @@ def make_record(
 
 
 def checked(entries: Entries, settings: AnnotatedConfig) -> Entries:
-    """The entries, unless none is good.
+    """Yield the entries if at least one is good.
 
     Raises:
-        UserError: There are none, or all are bad, which is a mistake in the settings and not in the data.
+        UserError: There are none, or all are bad, which points to the settings and not to the data.
     """
     bad: list[Skipped] = []
     for entry in entries:
@@ -193,16 +188,18 @@ def checked(entries: Entries, settings: AnnotatedConfig) -> Entries:
         bad.append(entry)
     if not bad:
         raise UserError(
-            f"data.annotations={settings.annotations} has no entries below data.root={settings.root}: name another file"
+            f"data.annotations={settings.annotations} has no entries below data.root={settings.root}; name another file"
         )
-    first = f"{bad[0].clip.id}: {bad[0].reason}"
     raise UserError(
-        f"none of the {len(bad)} entries of data.annotations={settings.annotations} can be used, first {first}"
+        f"none of the {len(bad)} entries of data.annotations={settings.annotations} can be used, the first being "
+        f"{bad[0].clip.id} ({bad[0].reason}); check the keys of data"
     )
 
 
 def _describe(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    more = f" and {len(content) - _MAX_NAMED} more" if len(content) > _MAX_NAMED else ""
-    return f"an object with the keys {', '.join(list(content)[:_MAX_NAMED])}{more}" if content else "an empty object"
+    more = f" and {len(content) - _MAX_NAMED_KEYS} more" if len(content) > _MAX_NAMED_KEYS else ""
+    return (
+        f"an object with the keys {', '.join(list(content)[:_MAX_NAMED_KEYS])}{more}" if content else "an empty object"
+    )

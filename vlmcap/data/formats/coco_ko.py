@@ -1,4 +1,4 @@
-"""COCO with Korean captions, as AI Hub publishes them: a JSON list of `file_path`, `caption_ko` (a list) and `id`."""
+"""COCO with Korean captions from AI Hub: a JSON list of `file_path`, `caption_ko` (a list) and `id`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _YEAR = re.compile(r"(?<=\w)20\d\d(?=/)")
 
 
 def read_coco_ko(settings: CocoKoConfig, split: str | None = None) -> Entries:
-    """A record an image with all its captions; the split is that of its folder (`train2014/`, `val2014/`).
+    """Yield a record for each image with all its captions; the split is that of its folder (`train2014/`, `val2014/`).
 
-    `file_path` is looked for below `data.root/data.media`.
+    `file_path` is relative to `data.root/data.media`.
 
     Raises:
-        UserError: The file is no such list, or no entry of it can be used.
+        UserError: The file is not such a list, or none of its entries can be used.
     """
     records = (_record(settings, entry, number, name) for name, number, entry in list_entries(settings, split))
     return checked(records, settings)

@@ -1,4 +1,4 @@
-"""One JSON object a line: a video, an image or a list of frames, and its captions."""
+"""JSON Lines, one object per line: a video, an image or a list of frames, and its captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEDIA_KEYS = ("video", "image", "frames")
 
 
 class _BadLineError(Exception):
-    """What is wrong with a line; `video` as far as it is known."""
+    """The reason why a line cannot be used; `video` is its address if known."""
 
     def __init__(self, reason: str, video: str = "") -> None:
         super().__init__(reason)
@@ -28,22 +28,23 @@ class _BadLineError(Exception):
 
 
 def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
-    """The clips of all lines, in order, one file after the other; blank lines are passed over.
+    """Yield the clips of all lines in order, file by file, without blank lines.
 
     Keys of a line: one of `video`, `image` and `frames` (a list of images), paths below `root/media`; the caption at
-    `caption_key`, a string or a list, or else `captions`; and, if wanted, `id` (else the file's name and the number of
-    the line among all), `split` (else the name of the .jsonl file, where that is one), `category`, and `group`, which
+    `caption_key`, a string or a list, or else `captions`; and, optionally, `id` (else the file's name and the number of
+    the line among all), `split` (else the name of the .jsonl file, if that is a split), `category`, and `group`, which
     names the source.
 
     Args:
-        settings: `root`, `annotations`, `media`, `caption_key`, `category_key` and `allow_outside` are used.
-        split: Leaves out lines that name another.
+        settings: Configuration of the data set; `root`, `annotations`, `media`, `caption_key`, `category_key` and
+            `allow_outside` are used.
+        split: Split to read, without lines that name another one; None for all.
 
     Raises:
         UserError: There is no annotation file.
     """
     wanted = None if split is None else standard_split(split)
-    number = 0  # over all files, so that ids made from it are unique
+    number = 0  # counts lines of all files, so that ids made from it are unique
     for address in annotation_files(settings):
         name = standard_split(PurePosixPath(address.split("::")[0]).stem)
         file_split = name if name in SPLITS else ""
@@ -59,7 +60,7 @@ def read_jsonl(settings: JsonlConfig, split: str | None = None) -> Entries:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """The lines without their ends; None for one that is too long to be held."""
+    """Yield the lines without their ends; None for a line that is too long to hold in memory."""
     while line := file.readline(MAX_LINE_BYTES):
         if line.endswith(b"\n") or len(line) < MAX_LINE_BYTES:
             yield line
@@ -71,9 +72,9 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _read_line(
-    line: bytes | None, place: str, number: int, file_split: str, settings: JsonlConfig, wanted: str | None
+    line: bytes | None, location: str, number: int, file_split: str, settings: JsonlConfig, wanted: str | None
 ) -> Record | Skipped | None:
-    """The entry of a line, or None where it is blank or of another split."""
+    """Return the entry of a line, or None if it is blank or of another split."""
     if line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf"):
         return None
     content: Any = None
@@ -88,27 +89,27 @@ def _read_line(
         if content is None and wanted is not None and file_split not in ("", wanted):
             return None
         given = text_at(content, "id") if isinstance(content, dict) else ""
-        return skip(given or place, f"{place}: {error}", error.video)
+        return skip(given or location, f"{location}: {error}", error.video)
 
 
 def _parse(line: bytes | None) -> dict[str, Any]:
     if line is None:
-        raise _BadLineError(f"the line has more than {MAX_LINE_BYTES} bytes: shorten it, or remove it")
+        raise _BadLineError(f"the line has more than {MAX_LINE_BYTES} bytes; shorten or remove it")
     try:
         content = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _BadLineError(
-            f"the line is no UTF-8 text (byte {error.start}; cp949 and UTF-16 are not read): convert the file"
+            f"the line is not UTF-8 text (byte {error.start}; cp949 and UTF-16 are not supported); convert the file"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise _BadLineError(f"the line is no JSON ({error}): repair or remove it") from error
+        raise _BadLineError(f"the line is not JSON ({error}); repair or remove it") from error
     if not isinstance(content, dict):
-        raise _BadLineError("the line is no JSON object: write {…} with video, image or frames, and caption")
+        raise _BadLineError("the line is not a JSON object; write {…} with video, image or frames, and caption")
     return content
 
 
 def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[Clip, int]:
-    """The clip of a line, and how many of its captions are none."""
+    """Return the clip of a line, and the number of its captions that are empty."""
     names = _media_names(content)
     try:
         addresses = [resolve_media(settings, name) for name in names]
@@ -119,13 +120,12 @@ def _clip(content: dict[str, Any], number: int, settings: JsonlConfig) -> tuple[
     if captions is None:
         raise _BadLineError(
             f"there is no caption at data.caption_key={settings.caption_key} or "
-            f"captions{why_no_caption(content, *keys)}; "
-            "set data.caption_key, or repair or remove the line",
+            f"captions{why_no_caption(content, *keys)}; set data.caption_key, or repair or remove the line",
             addresses[0],
         )
     given = text_at(content, "id")
     if "id" in content and not given:
-        raise _BadLineError("'id' is neither text nor a number: repair it or leave it out", addresses[0])
+        raise _BadLineError("'id' is neither text nor a number; repair it or leave it out", addresses[0])
     clip_id = given or f"{names[0]}:{number}"
     frames = tuple(addresses) if "frames" in content else ()
     category = text_at(content, settings.category_key or "category")
@@ -136,11 +136,9 @@ def _media_names(content: dict[str, Any]) -> list[str]:
     keys = [key for key in _MEDIA_KEYS if key in content]
     if len(keys) != 1:
         found = " and ".join(keys) or f"none of them, but {', '.join(map(str, content))}"
-        raise _BadLineError(f"a line has one of video, image and frames, and this one has {found}")
+        raise _BadLineError(f"a line must have one of video, image and frames, but this one has {found}")
     value = content[keys[0]]
     names = value if keys[0] == "frames" else [value]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise _BadLineError(
-            f"'{keys[0]}' must be " + ("a list of file names" if keys[0] == "frames" else "a file name")
-        )
+        raise _BadLineError(f"'{keys[0]}' must be {'a list of file names' if keys[0] == 'frames' else 'a file name'}")
     return names

@@ -1,4 +1,4 @@
-"""Values of JSON labels by dotted paths."""
+"""Access to values of JSON labels by dotted paths."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _KINDS = {
     bool: "true or false",
     int: "a number",
     float: "a number",
-    list: "a list without text, or with something else in it",
+    list: "a list without text, or with other values in it",
 }
 
 
 class Captions(NamedTuple):
-    """Captions of a clip, normalised, and how many of those that were given are none: null, empty, or no text."""
+    """Normalized captions of a clip, and the number of those given that were null, empty or not text."""
 
     texts: tuple[str, ...]
     num_empty: int = 0
 
 
 def value_at(label: Any, key: str) -> Any:
-    """The value at a dotted path, a number picking from a list; None where it leads nowhere.
+    """Return the value at a dotted path, where a number is an index of a list; None if the path leads nowhere.
 
-    Keys may have dots in their own names: the longest name that is there and leads somewhere counts.
+    Keys may contain dots themselves: the longest existing key that leads to a value is used.
     """
     if isinstance(label, dict):
         if key in label:
             return label[key]
-        parts = key.split(".")
-        names = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+        words = key.split(".")
+        names = (".".join(words[:count]) for count in range(len(words) - 1, 0, -1))
         found = (value_at(label[name], key[len(name) + 1 :]) for name in names if name in label)
         return next((value for value in found if value is not None), None)
     first, _, rest = key.partition(".")
@@ -44,9 +44,9 @@ def value_at(label: Any, key: str) -> Any:
 
 
 def captions_at(label: Any, key: str) -> Captions:
-    """The captions at a dotted path, text or a list of it; what is null or empty in a list is left out and counted.
+    """Return the captions at a dotted path, text or a list of it; null and empty items are left out and counted.
 
-    There are none where a list holds anything else than text and null: then it is no list of captions.
+    If a list contains anything but text and null, it is not a list of captions, and there are none.
     """
     value = value_at(label, key)
     if not isinstance(value, list):
@@ -58,12 +58,12 @@ def captions_at(label: Any, key: str) -> Captions:
 
 
 def why_no_caption(label: Any, *keys: str) -> str:
-    """What stands at the first of the keys that leads somewhere in place of a caption, or where else a label has text."""
+    """Describe what is at the first key that leads to a value instead of a caption, or where else a label has text."""
     value = next((value for key in keys if (value := value_at(label, key)) is not None), None)
     if value is None:
         there = ""
     elif isinstance(value, str) or (isinstance(value, list) and value and _is_texts(value)):
-        there = " (the text there is empty, or of characters that nobody sees)"
+        there = " (the text there is empty, or has only invisible characters)"
     else:
         there = f" (there is {_KINDS.get(type(value), 'an object')})"
     found = describe_keys(label)
@@ -75,20 +75,20 @@ def _is_texts(value: list[Any]) -> bool:
 
 
 def text_at(label: Any, key: str) -> str:
-    """The text or number at a dotted path as text on one line; "" where there is neither."""
+    """Return the text or number at a dotted path as text on one line; "" if there is neither."""
     value = value_at(label, key)
     return normalize_caption(str(value)) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 
 def describe_keys(label: Any) -> str:
-    """Where a label has text, for a message that a key leads nowhere."""
+    """Describe where a label has text, for the message on a key that leads nowhere."""
     paths = [path for path, _ in zip(_text_paths(label, ""), range(_MAX_KEYS_SEEN), strict=False)]
     more = f" and {len(paths) - _MAX_KEYS_NAMED} more" if len(paths) > _MAX_KEYS_NAMED else ""
     return ("text at " + ", ".join(paths[:_MAX_KEYS_NAMED]) + more) if paths else _NO_TEXT
 
 
 def _text_paths(value: Any, prefix: str) -> Iterator[str]:
-    """Dotted paths of all visible text in a label, a list of strings counting as one."""
+    """Yield the dotted paths of all visible text in a label; a list of strings counts as one."""
     if isinstance(value, str):
         if prefix and normalize_caption(value):
             yield prefix

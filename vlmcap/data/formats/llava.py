@@ -1,4 +1,4 @@
-"""LLaVA conversations: a JSON list, or JSON Lines, of `id`, `image` or `video`, and `conversations` of `from` and `value`."""
+"""LLaVA conversations: a JSON list, or JSON Lines, of `id`, `image` or `video`, and `conversations`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ANSWERERS = ("gpt", "assistant")
 
 
 def read_llava(settings: LlavaConfig, split: str | None = None) -> Entries:
-    """A record a conversation, whose caption is the first answer in it; questions and later turns are left out.
+    """Yield a record for each conversation, whose caption is the first answer; questions and later turns are left out.
 
-    A list under `image` is the frames of one clip. Ids that come again, as in mixtures, get a number: `000123`,
-    `000123#2`.
+    Turns have `from` and `value`. A list under `image` gives the frames of one clip. Repeated ids, as in mixtures, get
+    a number: `000123`, `000123#2`.
 
     Raises:
-        UserError: A file is no such list, or no conversation can be used.
+        UserError: A file is not such a list, or no conversation can be used.
     """
     return checked(_entries(settings, split), settings)
 
@@ -51,7 +51,7 @@ def _record(settings: LlavaConfig, entry: Any, number: int, split: str, seen: Co
     if seen[id] > 1:
         id = f"{id}#{seen[id]}"
     if not files:
-        return skip(id, "the conversation has no image and no video")
+        return skip(id, "the conversation has neither an image nor a video")
     answer = _first_answer(entry)
     if not answer:
         return skip(id, "the conversation has no turn with text from 'gpt'", files[0])

@@ -1,4 +1,4 @@
-"""MSR-VTT: a JSON object of `videos` (`video_id`, `split`, `category`, `url`) and `sentences` (`video_id`, `caption`)."""
+"""MSR-VTT: a JSON object of `videos` (`video_id`, `split`, `category`, `url`) and `sentences`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from vlmcap.types import Skipped
 
 
 def read_msrvtt(settings: MsrvttConfig, split: str | None = None) -> Entries:
-    """A record a video with all its sentences, in the order of `videos`.
+    """Yield a record for each video with all its sentences (`video_id`, `caption`), in the order of `videos`.
 
-    The group is the film that it was cut from (`url`).
-
-    `data.caption_key` is a path in a sentence, `data.category_key` one in a video.
+    The group is the film that the video was taken from (`url`). `data.caption_key` is a path in a sentence,
+    `data.category_key` one in a video.
 
     Raises:
-        UserError: A file is no such object, or no video can be used.
+        UserError: A file is not such an object, or no video can be used.
     """
     return checked(_entries(settings, split), settings)
 
@@ -33,8 +32,8 @@ def _entries(settings: MsrvttConfig, split: str | None) -> Entries:
         captions = _captions_by_video(settings, sentences)
         for number, video in enumerate(videos):
             yield _record(settings, video, number, captions, name)
-        for id in captions:  # those of videos have been taken out
-            yield skip(id or "a sentence", "sentences of a video that is not among 'videos'")
+        for id in captions:  # those of videos have been removed
+            yield skip(id or "a sentence", "the sentences belong to a video that is not in 'videos'")
 
 
 def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str, Captions]:
@@ -42,14 +41,14 @@ def _captions_by_video(settings: MsrvttConfig, sentences: list[Any]) -> dict[str
     for sentence in sentences:
         found = captions_at(sentence, settings.caption_key)
         captions[text_at(sentence, "video_id")].append(found if found.texts else Captions((), max(1, found.num_empty)))
-    if sentences and not any(found.texts for parts in captions.values() for found in parts):
+    if sentences and not any(found.texts for own in captions.values() for found in own):
         raise UserError(
-            f"no sentence has a caption at data.caption_key={settings.caption_key}; the first has "
-            f"{describe_keys(sentences[0])}"
+            f"no sentence has a caption at data.caption_key={settings.caption_key}, the first has "
+            f"{describe_keys(sentences[0])}; set data.caption_key"
         )
     return {
-        id: Captions(sum((p.texts for p in parts), ()), sum(p.num_empty for p in parts))
-        for id, parts in captions.items()
+        id: Captions(sum((found.texts for found in own), ()), sum(found.num_empty for found in own))
+        for id, own in captions.items()
     }
 
 

@@ -1,6 +1,6 @@
 """Image captions of the National Institute of Korean Language.
 
-JSON Lines of `id`, `input` (the image) and `output` (five captions).
+The files are JSON Lines of `id`, `input` (the image) and `output` (five captions).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from vlmcap.types import Skipped
 
 
 def read_nikl(settings: NiklConfig, split: str | None = None) -> Entries:
-    """A record a line; the split is that of the file where `data.annotations` has `{split}` in it.
+    """Yield a record for each line; the split is that of the file if `data.annotations` has `{split}`.
 
-    `input` names the image: a file below `data.root/data.media` where it has an ending, else the `{id}` of
+    `input` names the image: a file below `data.root/data.media` if it has an ending, else the `{id}` of
     `data.media_pattern`.
 
     Raises:
-        UserError: A file cannot be read, or no line of any can be used.
+        UserError: A file cannot be read, or no line can be used.
     """
     return checked(_entries(settings, split), settings)
 

@@ -1,4 +1,4 @@
-"""What every reader of a format takes and gives."""
+"""The interface of all readers: records of clips, and skipped entries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vlmcap.types import Clip, Skipped
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A clip as a data set has it, before it belongs to a split.
+    """A clip in a data set, before it belongs to a split.
 
     Attributes:
         clip: The clip.
-        split: Name of its split, as the data set writes it; "" where it says nothing.
-        group: Names the source that must not be in two splits; "" for the video itself.
-        num_empty: Captions that were left out of its list, as they are null, empty or no text.
+        split: Name of its split, as written in the data set; "" if there is none.
+        group: Name of the source, which must not be in two splits; "" for the video itself.
+        num_empty: Number of captions left out because they are null, empty or not text.
     """
 
     clip: Clip
@@ -30,16 +30,13 @@ Entries = Iterator[Record | Skipped]
 
 
 class Reader(Protocol):
-    """Gives the entries of a data set in a stable order.
-
-    Of one split where that is asked, though it may give others too.
-    """
+    """Yields the entries of a data set in a stable order, of one split if given; it may yield others too."""
 
     def __call__(self, settings: Any, split: str | None = None) -> Entries:
-        """The entries."""
+        """Yield the entries."""
 
 
 def skip(name: str, reason: str, video: str = "") -> Skipped:
-    """A bad entry, named as text that any file can hold."""
+    """Build a bad entry, with its name as text that any file can contain."""
     name, video, reason = (text.encode("utf-8", "backslashreplace").decode() for text in (name, video, reason))
     return Skipped(Clip(name, video, ()), reason)

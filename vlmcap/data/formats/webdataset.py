@@ -1,6 +1,6 @@
-"""WebDataset shards: tar files whose members `KEY.mp4` and `KEY.json` or `KEY.txt` are one clip, on disk or in an object store.
+"""WebDataset shards: tar files whose members `KEY.mp4` and `KEY.json` or `KEY.txt` form a clip, local or remote.
 
-Clips become addresses of members, so that order, ranks and resuming are those of single files; a remote clip is one
+Clips become addresses of members, so that order, ranks and resuming work as for single files; a remote clip is one
 range request.
 """
 
@@ -27,12 +27,12 @@ from vlmcap.errors import UserError
 from vlmcap.types import Clip, Skipped
 
 MEDIA = tuple(ending.removeprefix(".") for ending in VIDEO_ENDINGS + IMAGE_ENDINGS)
-"""Endings of videos and images; the first of them that a sample has is its clip."""
+"""Endings of videos and images; the first one in this order that a sample has is its clip."""
 
 _LABELS = ("json", "txt")
 _MAX_LABEL_BYTES = 16 * 1024**2
 _MAX_SHARDS = 100_000
-_NUM_REQUESTS = 16  # labels of remote shards that are asked for at a time
+_NUM_REQUESTS = 16  # concurrent requests for labels of remote shards
 _BRACES = re.compile(r"\{(?!split\})([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -46,29 +46,29 @@ class _Sample:
 
 
 def read_webdataset(settings: WebdatasetConfig, split: str | None = None) -> Entries:
-    """A record a sample, shard by shard; its id is the shard's path below the root and the basename of its members.
+    """Yield a record for each sample, shard by shard; its id is the shard's path below the root and its basename.
 
-    `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; `{split}` in it says
-    which split a shard is of. The caption is at `data.caption_key` of the json member, or else it is the whole txt
+    `data.annotations` names the shards: `*.tar`, `{train,val}/*.tar`, `clips-{000..099}.tar`; a `{split}` in it stands
+    for the split of a shard. The caption is at `data.caption_key` of the json member, or else it is the whole txt
     member.
 
     Raises:
-        UserError: A shard is missing or broken, or no sample of any can be used.
+        UserError: A shard is missing or broken, or no sample can be used.
     """
     return checked(_entries(settings, split), settings)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The patterns that `{a,b}` and `{000..099}` spell out, in order; `{split}` stays.
+    """Expand `{a,b}` and `{000..099}` into a list of patterns, in order; `{split}` is kept.
 
     Raises:
-        UserError: Braces hold something else, or there are more than 100 000 patterns.
+        UserError: Braces contain something else, or there are more than 100 000 patterns.
     """
     pieces = _BRACES.split(pattern)
     choices = [_choices(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
     spelled = ["".join(parts) for parts in islice(product(*choices), _MAX_SHARDS + 1)]
     if len(spelled) > _MAX_SHARDS:
-        raise UserError(f"data.annotations={pattern} spells out more than {_MAX_SHARDS} names: use * in it")
+        raise UserError(f"data.annotations={pattern} expands to more than {_MAX_SHARDS} names; use * instead")
     return spelled
 
 
@@ -77,12 +77,13 @@ def _choices(piece: str) -> list[str]:
     if numbers is None:
         if "," not in piece:
             raise UserError(
-                f"data.annotations: {{{piece}}} is neither a range like {{000..099}} nor a choice like {{a,b}} nor {{split}}"
+                f"data.annotations contains {{{piece}}}, which is neither a range like {{000..099}} nor a choice like "
+                "{a,b} nor {split}; fix it"
             )
         return piece.split(",")
     first, last = int(numbers[1]), int(numbers[2])
     if last < first or last - first >= _MAX_SHARDS:
-        raise UserError(f"data.annotations: {{{piece}}} must count up, by {_MAX_SHARDS} at most")
+        raise UserError(f"data.annotations contains {{{piece}}}, which must count up, by at most {_MAX_SHARDS}; fix it")
     return [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
 
 
@@ -105,7 +106,7 @@ def _shard_entries(settings: WebdatasetConfig, shard: str, split: str) -> Entrie
 
 
 def _samples(settings: WebdatasetConfig, shard: str) -> Iterator[_Sample]:
-    """The samples of a shard in its order; hidden members and those of other endings are left out."""
+    """Return the samples of a shard in its order, without hidden members and those of other endings."""
     try:
         members = list_members(shard)
     except MediaError as error:
@@ -128,13 +129,12 @@ def _record(settings: WebdatasetConfig, sample: _Sample, split: str) -> Record |
         label = _read_label(sample)
         captions = captions_at(label, settings.caption_key)
         if not captions.texts and "txt" in sample.members:
-            captions = Captions(
-                tuple(filter(None, [normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))]))
-            )
+            text = normalize_caption(read_text(sample.members["txt"], _MAX_LABEL_BYTES))
+            captions = Captions((text,) if text else ())
     except MediaError as error:
         return skip(sample.id, str(error), video)
     except (ValueError, RecursionError) as error:
-        return skip(sample.id, f"{sample.members['json']} is no JSON ({error})", video)
+        return skip(sample.id, f"{sample.members['json']} is not JSON ({error}); repair it", video)
     if not captions.texts:
         there = (
             why_no_caption(label, settings.caption_key)

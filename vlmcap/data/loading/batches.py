@@ -1,9 +1,9 @@
-"""Which clips share a training batch, and where in an epoch a run stands.
+"""Assignment of clips to training batches, and the position of a run inside an epoch.
 
-A plan gives each clip a *slot*, lays slots out in batches, and cuts them into *buckets* of like length. All this is
-made once; an epoch only moves clips about inside their buckets and shuffles the order of the batches. So every epoch
-sees each clip exactly once, in other company than before, in batches that keep their limits, and the number of batches
-never changes: learning rates are told in steps.
+A plan gives each clip a *slot*, groups slots into batches, and divides them into *buckets* of similar length. It is
+made one time; an epoch only exchanges clips inside their buckets and shuffles the order of the batches. So every epoch
+sees each clip exactly once, next to other clips than before, in batches that keep their limits, and the number of
+batches never changes, which learning rate schedules count in steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from vlmcap.errors import UserError
 
 Draw = tuple[int, int]
-"""Key of a training sample, (epoch, index); a data set may draw frames at random from it.
+"""Key of a training sample, (epoch, index), from which a data set may draw frames at random.
 
 Keys in evaluation are plain indices.
 """
@@ -31,13 +31,13 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """The batches of one epoch before anything is shuffled; N clips in G batches.
+    """The batches of one epoch before shuffling; N clips in G batches.
 
     Attributes:
-        clips: (N,), the clip in each slot.
-        buckets: (N,), ascending; clips of one bucket may take each other's slots.
-        slots: (N,), all slots, batch by batch.
-        bounds: (G + 1,), batch g is `slots[bounds[g]:bounds[g + 1]]`.
+        clips: (N,) clip in each slot.
+        buckets: (N,) bucket of each slot, ascending; clips of one bucket may exchange their slots.
+        slots: (N,) all slots, batch by batch.
+        bounds: (G + 1,) start of each batch and the end; batch g is `slots[bounds[g]:bounds[g + 1]]`.
     """
 
     clips: Indices
@@ -49,7 +49,7 @@ class BatchPlan:
         return len(self.bounds) - 1
 
     def divided_by(self, world_size: int) -> BatchPlan:
-        """The plan with large batches halved until the ranks get equally many, or until each batch is a single clip."""
+        """Return the plan with large batches halved until all ranks get equally many, or all are single clips."""
         bounds = self.bounds
         while (len(bounds) - 1) % world_size:
             sizes = np.diff(bounds)
@@ -61,7 +61,7 @@ class BatchPlan:
 
     @property
     def digest(self) -> str:
-        """Eight hexadecimal digits that differ where clips, buckets or batches do."""
+        """Eight hexadecimal digits that identify clips, buckets and batches."""
         content = hashlib.sha256()
         for array in (self.clips, self.buckets, self.slots, self.bounds):
             content.update(np.ascontiguousarray(array).data)
@@ -69,47 +69,48 @@ class BatchPlan:
 
 
 def shuffled_plan(num_clips: int, batch_size: int) -> BatchPlan:
-    """Any clips together, `batch_size` a batch; the last batch holds the rest."""
+    """Plan batches of `batch_size` arbitrary clips; the last batch holds the rest."""
     clips = np.arange(num_clips)
-    return BatchPlan(clips, np.zeros_like(clips), clips, _cuts(0, num_clips, batch_size))
+    return BatchPlan(clips, np.zeros_like(clips), clips, _batch_bounds(0, num_clips, batch_size))
 
 
 def length_plan(lengths: Indices, *, batch_size: int = 1, max_tokens: int | None = None) -> BatchPlan:
-    """Clips of like length together, so that little is padding.
+    """Plan batches of clips of similar length, to reduce padding.
 
-    A bucket holds as many batches as the cube root of their number, 11 of 1 250 and 50 of 125 000: with more clips,
-    batches become evener and their company more varied.
+    The number of batches per bucket is the cube root of their total, 11 of 1 250 and 50 of 125 000: with more clips,
+    batches become more even and more varied.
 
     Args:
-        lengths: (N,), tokens of each clip's whole sequence.
-        batch_size: Clips a batch, unless `max_tokens` is given.
-        max_tokens: Most tokens of a batch, padding included: its clips times the longest of its bucket. No clip may be
-            longer.
+        lengths: (N,) tokens of each clip's whole sequence.
+        batch_size: Clips per batch, unless `max_tokens` is given.
+        max_tokens: Largest number of tokens in a batch, padding included: its clips times the longest of its bucket. No
+            clip may be longer.
     """
     assert max_tokens is None or not len(lengths) or lengths.max() <= max_tokens
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
-    rows = np.full_like(ordered, batch_size) if max_tokens is None else max_tokens // ordered
-    a_bucket = math.ceil((1 / rows).sum() ** (1 / 3))
+    batch_sizes = np.full_like(ordered, batch_size) if max_tokens is None else max_tokens // ordered
+    batches_per_bucket = math.ceil((1 / batch_sizes).sum() ** (1 / 3))
     buckets, bounds = np.empty_like(order), [np.zeros(1, dtype=np.int64)]
     start = bucket = 0
     while start < len(order):
-        end = min(start + a_bucket * int(rows[start]), len(order))
+        batch_size = int(batch_sizes[start])
+        end = min(start + batches_per_bucket * batch_size, len(order))
         buckets[start:end] = bucket
-        bounds.append(_cuts(start, end, int(rows[start]))[1:])
+        bounds.append(_batch_bounds(start, end, batch_size)[1:])
         start, bucket = end, bucket + 1
     return BatchPlan(order, buckets, np.arange(len(order)), np.concatenate(bounds))
 
 
 def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
-    """Clips that fill a row of `max_tokens` one behind another, by first-fit decreasing.
+    """Plan packed rows of up to `max_tokens`, by first-fit decreasing.
 
-    Clips are packed as if each were as long as the longest of its bucket, so that any clip of a bucket fits in any of
-    its slots. Equal rows are laid out together, which takes seconds for a million clips.
+    Each clip is packed as if it were as long as the longest of its bucket, so that any clip of a bucket fits into any
+    of its slots. Equal rows are planned together, which takes seconds for a million clips.
 
     Args:
-        lengths: (N,), tokens of each clip's whole sequence.
-        max_tokens: Most tokens of a row. No clip may be longer.
+        lengths: (N,) tokens of each clip's whole sequence.
+        max_tokens: Largest number of tokens in a row. No clip may be longer.
     """
     assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= max_tokens
     order = np.argsort(-lengths, kind="stable")
@@ -123,7 +124,8 @@ def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
         repeats = min(int(counts[bucket]) // taken for bucket, taken in row.items())
         parts = []
         for bucket, taken in row.items():
-            parts.append((starts[bucket] + np.arange(repeats * taken)).reshape(repeats, taken))
+            own = starts[bucket] + np.arange(repeats * taken)
+            parts.append(own.reshape(repeats, taken))  # (repeats * taken,) -> (repeats, taken)
             starts[bucket] += repeats * taken
             counts[bucket] -= repeats * taken
         rows = np.concatenate(parts, axis=1)
@@ -133,7 +135,7 @@ def packed_plan(lengths: Indices, max_tokens: int) -> BatchPlan:
 
 
 def _fill_row(sizes: Indices, counts: Indices, max_tokens: int) -> dict[int, int]:
-    """Bucket to the clips that a row takes of it: of the largest as many as fit, then of the next; `sizes` descend."""
+    """Map buckets to the number of clips a row takes of them, the largest first; `sizes` must be descending."""
     row: dict[int, int] = {}
     free = max_tokens
     for bucket in np.flatnonzero(counts):
@@ -144,29 +146,29 @@ def _fill_row(sizes: Indices, counts: Indices, max_tokens: int) -> dict[int, int
     return row
 
 
-def _cuts(start: int, end: int, size: int) -> Indices:
-    """`start`, then every `size`, then `end`."""
+def _batch_bounds(start: int, end: int, size: int) -> Indices:
+    """Return `start`, then each multiple of `size` after it, then `end`."""
     return np.append(np.arange(start, end, size), end)
 
 
 class BatchSampler(Sampler[list[Draw]]):
-    """Batches of one rank, as lists of `Draw`.
+    """Yields the batches of one rank, as lists of `Draw`.
 
     Their order is a function of the plan, seed, epoch, rank and number of ranks alone.
 
-    Ranks take neighbouring batches, which are of like length, so that none waits long for another. Every rank takes the
-    same number of steps and no clip comes twice: where batches of one clip cannot be shared evenly, some ranks get an
-    empty batch in one step.
+    Ranks take neighbouring batches, which are of similar length, so that none waits long for another. Every rank takes
+    the same number of steps and no clip comes twice: where batches of one clip cannot be divided evenly, some ranks get
+    an empty batch in one step.
 
-    It is stateful as torchdata's loader wants it: the state is the number of batches drawn, which the loader keeps
+    It is stateful as torchdata's loader requires: the state is the number of batches drawn, which the loader keeps
     beside each batch that its workers read ahead.
 
     Args:
-        plan: Of all ranks.
-        seed: Non-negative.
-        rank: Of this process, 0 to world_size - 1.
+        plan: Batches of all ranks.
+        seed: Non-negative seed.
+        rank: Rank of this process, 0 to world_size - 1.
         world_size: Number of processes that share the epoch.
-        content: Stands for what the clips are: a position is one in the same clips only.
+        content: Digest of the clips, since a position is only valid for the same clips.
 
     Raises:
         ValueError: A number is out of its range.
@@ -177,7 +179,7 @@ class BatchSampler(Sampler[list[Draw]]):
     ) -> None:
         if seed < 0 or not 0 <= rank < world_size:
             raise ValueError(
-                f"seed must not be negative and rank be in 0 to {world_size - 1}, but they are {seed} and {rank}"
+                f"seed must not be negative and rank must be in 0 to {world_size - 1}, but they are {seed} and {rank}"
             )
         self.plan = plan.divided_by(world_size)
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -185,73 +187,68 @@ class BatchSampler(Sampler[list[Draw]]):
         self._epoch, self._start, self._drawn = 0, 0, 0
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch, wherever it starts."""
+        """Number of batches of this rank in a whole epoch, regardless of where it starts."""
         return -(-len(self.plan) // self.world_size)
 
     @property
     def sampler(self) -> BatchSampler:
-        """Itself: Lightning tells the epoch to a loader's `batch_sampler.sampler`."""
+        """The sampler itself: Lightning passes the epoch to a loader's `batch_sampler.sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of `epoch` from the next iteration on, from its first batch unless a state inside that epoch was loaded."""
+        """Use the order of `epoch` in the next iteration, which starts at its first batch or at a loaded state."""
         if epoch != self._epoch:
             self._epoch, self._start = epoch, 0
 
     def position(self, epoch: int, batches: int) -> dict[str, Any]:
-        """The state, as plain data, after so many batches of an epoch.
-
-        After the last, that at the start of the next.
-        """
+        """Return the state, as plain data, after `batches` batches of an epoch; after the last, the next epoch."""
         if batches >= len(self):
             epoch, batches = epoch + 1, 0
         return {"epoch": epoch, "batches": batches, "order": self.digest}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after what was drawn."""
+        """Return the position after the batches drawn so far."""
         return self.position(self._epoch, self._drawn)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Makes the next iteration start at a position.
+        """Let the next iteration start at a position.
 
         Raises:
-            UserError: It is inside an epoch of other batches.
+            UserError: The position is inside an epoch of different batches.
         """
         if state["batches"] and state["order"] != self.digest:
             raise UserError(
-                "the checkpoint stands inside an epoch whose batches are other ones now; resume with the same clips, "
-                "seed, number of "
-                "devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from a checkpoint at the "
-                "end of an epoch"
+                "the checkpoint was saved inside an epoch whose batches have changed since; resume with the same "
+                "clips, seed, number of devices, data.batch_size, data.batching and data.max_tokens_per_batch, or from "
+                "a checkpoint at the end of an epoch"
             )
         self._epoch, self._start, self._drawn = state["epoch"], state["batches"], state["batches"]
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        self._drawn = self._start  # at once and not with the first batch: the loader asks for the state before
+        self._drawn = self._start  # now and not with the first batch, because the loader asks for the state before it
         return self._batches(self._epoch, self._start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Draw]]:
         clips, batches = self._epoch_order(epoch)
         slots, bounds = self.plan.slots, self.plan.bounds
         for drawn, batch in enumerate(batches[start:].tolist(), start + 1):
-            self._drawn = drawn  # before the batch is given: the loader keeps the state that follows it
+            self._drawn = drawn  # before the yield, because the loader keeps the state that follows the batch
             own = slots[bounds[batch] : bounds[batch + 1]] if batch < len(self.plan) else slots[:0]
             yield [(epoch, index) for index in clips[own].tolist()]
         self._start = 0
 
     def _epoch_order(self, epoch: int) -> tuple[Indices, Indices]:
-        """(N,) clips by slot, and the batches of this rank one after another; those beyond the plan are empty."""
+        """Return (N,) clips by slot, and the batches of this rank in order; those beyond the plan are empty."""
         plan = self.plan
-        # A pair seeds the generator: seed + epoch would give seed 1 the orders of seed 0, one epoch late.
+        # The seed is a pair: with seed + epoch, seed 1 would have the orders of seed 0, one epoch late.
         generator = np.random.default_rng([self.seed, epoch])
         steps = np.arange(len(self))
         if len(plan.buckets) and plan.buckets[-1]:
             clips = plan.clips[np.lexsort((generator.random(len(plan.clips)), plan.buckets))]
             generator.shuffle(steps)
-            if (
-                len(plan) % self.world_size and steps[0] == steps.max()
-            ):  # sharded ranks need a batch before an empty one
+            # Sharded ranks need a batch before an empty one.
+            if len(plan) % self.world_size and steps[0] == steps.max():
                 steps = np.roll(steps, -1)
-        else:  # a single bucket: its clips are in any order already
+        else:  # a single bucket, whose clips may be in any order
             clips = generator.permutation(plan.clips)
         return clips, steps * self.world_size + self.rank

@@ -1,6 +1,7 @@
-"""Samples into a batch: the prompt around the visual tokens, the caption behind it.
+"""Collation of samples into batches: the prompt around the visual tokens, followed by the caption.
 
-Legend: B clips, R rows, F frames, P patches a frame, Dv vision width, V visual tokens a clip, S sequence, H/W pixels.
+Legend: B clips, R rows of a batch, F frames, P patches per frame, Dv vision width, V visual tokens per clip, S sequence
+length, H/W pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vlmcap.types import IGNORED, Batch, Clip, FrameTimes, GridTHW, Sample, Skip
 
 
 class PromptEncoder(Protocol):
-    """What the collator asks of a tokenizer with its chat template."""
+    """The interface of a tokenizer with its chat template that the collator uses."""
 
     @property
     def prefix_ids(self) -> Sequence[int]:
@@ -36,19 +37,19 @@ class PromptEncoder(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """The token on padding and on visual placeholders; it may equal `end_id`."""
+        """The token for padding and visual placeholders; it may equal `end_id`."""
         ...
 
     def encode_caption(self, text: str) -> list[int]:
-        """Tokens of a caption, without the end token."""
+        """Return the tokens of a caption, without the end token."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """A clip's sequence in its parts.
+    """The segments of a clip's sequence.
 
-    They are joined, never searched for again, so no label can be lost to a tokenisation mismatch.
+    They are joined and never searched for later, so no label can be lost to a tokenization mismatch.
     """
 
     sample: Sample
@@ -64,19 +65,19 @@ class _Sequence:
 class Collator:
     """Turns a list of samples into a `Batch`; picklable if `prompt` is.
 
-    Train: prefix, V placeholders, suffix, caption, end token; padded on the right; the first caption of a clip is the
-    target. Packed, all clips stand one behind another in a single row without padding, and positions start anew with
-    each, by which the model keeps them apart.
-    Generate: prefix, V placeholders, suffix; padded on the left, so that every row ends where generation goes on;
+    Train: prefix, V placeholders, suffix, caption, end token, padded on the right; the first caption of a clip is the
+    target. With packing, all clips follow one another in a single row without padding, and positions restart at each
+    clip, which is how the model keeps them apart.
+    Generate: prefix, V placeholders, suffix, padded on the left, so that every row ends where generation continues;
     labels are None.
 
     Attributes:
-        prompt: Token ids of the parts.
-        visual: V, never cut; or where clips differ, a function of their size and times, picklable too.
-        max_caption_tokens: Longest caption, end token included; a longer one is cut and keeps no end token, so the
+        prompt: Token ids of the prompt's segments.
+        visual: V, never truncated; if clips differ, a picklable function of a clip's size and times.
+        max_caption_tokens: Longest caption, end token included; a longer one is truncated without an end token, so the
             model does not learn to stop there.
         mode: "train" or "generate".
-        is_packed: Training batches are packed; those for generation never are.
+        is_packed: Whether training batches are packed; prompts for generation never are.
 
     Raises:
         ValueError: A number or the mode is out of its range.
@@ -98,7 +99,7 @@ class Collator:
             raise ValueError(f"mode must be 'train' or 'generate', not '{self.mode}'")
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
-        """The batch of the usable samples; B is 0, with S that of the bare prompt, if there is none."""
+        """Collate the usable samples; if there are none, B is 0 and S is the length of the bare prompt."""
         skipped = [item for item in items if isinstance(item, Skipped)]
         sequences: list[_Sequence] = []
         num_truncated = 0
@@ -118,7 +119,7 @@ class Collator:
                 _Sequence(item, *self._prompt(item.grid_thw, item.times_s), caption[: self.max_caption_tokens])
             )
         grids = [sequence.sample.grid_thw for sequence in sequences if sequence.sample.grid_thw is not None]
-        assert len(grids) in (0, len(sequences)), "a batch mixes clips with a size of their own and without"
+        assert len(grids) in (0, len(sequences)), "a batch mixes clips with and without a size in patches"
         times_s = tuple(sequence.sample.times_s for sequence in sequences)
         return Batch(
             clips=tuple(sequence.sample.clip for sequence in sequences),
@@ -135,31 +136,31 @@ class Collator:
         )
 
     @property
-    def _packs(self) -> bool:
+    def _is_packing(self) -> bool:
         return self.is_packed and self.mode == "train"
 
     def _caption_ids(self, clip: Clip) -> tuple[int, ...]:
-        """The target with its end token, uncut; empty if there is nothing to learn, and for generation."""
+        """Return the untruncated target with its end token; empty for generation and if there is nothing to learn."""
         if self.mode == "generate" or not clip.captions:
             return ()
         ids = self.prompt.encode_caption(clip.captions[0])
         return (*ids, self.prompt.end_id) if ids else ()
 
     def _prompt(self, grid_thw: GridTHW | None, times_s: FrameTimes | None) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Ids up to the caption, and which of them are placeholders."""
+        """Return the ids up to the caption, and which of them are placeholders."""
         video = [self.visual] if isinstance(self.visual, int) else self.visual(grid_thw, times_s)
         ids: list[int] = []
         is_visual: list[bool] = []
-        for part in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
-            own = [self.prompt.pad_id] * part if isinstance(part, int) else list(part)
+        for segment in (self.prompt.prefix_ids, *video, self.prompt.suffix_ids):
+            own = [self.prompt.pad_id] * segment if isinstance(segment, int) else list(segment)
             ids += own
-            is_visual += [isinstance(part, int)] * len(own)
+            is_visual += [isinstance(segment, int)] * len(own)
         return tuple(ids), tuple(is_visual)
 
-    def _places(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-        """(R, S), and the row and the start of each clip."""
+    def _layout(self, sequences: list[_Sequence]) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """Return (R, S), and the row and start of each clip."""
         lengths = [len(sequence) for sequence in sequences]
-        if self._packs and sequences:
+        if self._is_packing and sequences:
             *starts, width = accumulate(lengths, initial=0)
             return (1, width), [(0, start) for start in starts]
         width = max(lengths, default=0) or len(self._prompt(None, None)[0])
@@ -168,8 +169,8 @@ class Collator:
         ]
 
     def _tensors(self, sequences: list[_Sequence]) -> dict[str, Any]:
-        """Ids, mask and positions, each (R, S), and places, by their names in a `Batch`."""
-        shape, places = self._places(sequences)
+        """Return ids, mask and positions, each (R, S), and places, by their names in a `Batch`."""
+        shape, places = self._layout(sequences)
         ids = torch.full(shape, self.prompt.pad_id, dtype=torch.int64)
         attention, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         visual = torch.zeros_like(ids, dtype=torch.bool)
@@ -181,12 +182,12 @@ class Collator:
             positions[row, start:end] = torch.arange(len(sequence))
             visual[row, start:middle] = torch.tensor(sequence.is_visual, dtype=torch.bool)
             labels[row, middle:end] = torch.tensor(sequence.caption, dtype=torch.int64)
-            labels[row, start : start + 1] = IGNORED  # nothing of its own clip stands before it
+            labels[row, start : start + 1] = IGNORED  # no token of its clip precedes it
         return {
             "input_ids": ids,
             "attention_mask": attention,
             **places_of(visual, labels if self.mode == "train" else None),
-            "position_ids": positions if self._packs else None,
+            "position_ids": positions if self._is_packing else None,
         }
 
 
@@ -195,9 +196,9 @@ class ValidationCollator:
     """Turns a list of samples into a `ValidationBatch`; picklable if its collators are.
 
     Attributes:
-        prompts: Makes the prompts.
-        labelled: Makes the labelled batches.
-        num_rows: Most clips of a labelled batch.
+        prompts: Collator of the prompts.
+        labelled: Collator of the labelled batches.
+        num_rows: Largest number of clips in a labelled batch.
         is_captioned: As in `ValidationBatch`.
     """
 
@@ -207,34 +208,33 @@ class ValidationCollator:
     is_captioned: bool = True
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> ValidationBatch:
-        """The batch of the usable samples."""
+        """Collate the usable samples."""
         bare = [replace(item, frames=None, features=None) for item in items if isinstance(item, Sample)]
-        parts = [self.labelled(bare[start : start + self.num_rows]) for start in range(0, len(bare), self.num_rows)]
-        return ValidationBatch(self.prompts(items), tuple(parts), self.is_captioned)
+        labelled = [self.labelled(bare[start : start + self.num_rows]) for start in range(0, len(bare), self.num_rows)]
+        return ValidationBatch(self.prompts(items), tuple(labelled), self.is_captioned)
 
 
 def places_of(visual_mask: Tensor, labels: Tensor | None) -> dict[str, Any]:
-    """Where visual tokens and labels stand, by their names in a `Batch`.
+    """Locate visual tokens and labels, by their names in a `Batch`.
 
     Args:
         visual_mask: bool (R, S), True where a projected visual token goes.
-        labels: int64 (R, S), `IGNORED` where the loss passes over, as it does at the start of a row; None for
-            generation.
+        labels: int64 (R, S), `IGNORED` where the loss skips a token, as at the start of a row; None for generation.
     """
     found: dict[str, Any] = {
-        "visual_places": visual_mask.flatten().nonzero().flatten(),
+        "visual_places": visual_mask.flatten().nonzero().flatten(),  # (R, S) -> (R * S,) -> (V of all clips,)
         "targets": None,
         "label_places": None,
     }
     if labels is not None:
-        flat = labels.flatten()  # (R, S) -> (R · S,)
+        flat = labels.flatten()  # (R, S) -> (R * S,)
         places = (flat != IGNORED).nonzero().flatten()
         found |= {"targets": flat[places], "label_places": places - 1}
     return found
 
 
 def stack_padded(tensors: list[Tensor | None]) -> Tensor | None:
-    """(B, ...), zeros behind what is smaller than the largest, or None where the samples carry none."""
+    """Stack tensors, (B, ...), padded with zeros to the largest; None if the samples have none."""
     present = [tensor for tensor in tensors if tensor is not None]
     assert len(present) in (0, len(tensors)), "a batch mixes decoded and cached clips"
     if not present:

@@ -1,7 +1,7 @@
-"""Calls that may hang, crash or eat memory, made in a child process that can be lost without harm.
+"""Calls that may hang, crash or exhaust memory, made in a child process that can be lost without harm.
 
-Data workers are daemonic, so `multiprocessing` gives them no children: this forks by itself. Requests and facts travel
-as JSON and tensors as raw bytes; nothing is unpickled.
+Data workers are daemonic, so `multiprocessing` gives them no children; this module forks by itself. Requests and facts
+travel as JSON and tensors as raw bytes; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -35,72 +35,69 @@ with contextlib.suppress(ImportError):  # Windows, where nothing is isolated
     import resource
 
 Answer = tuple[dict[str, Any], Tensor | None]
-"""Facts that JSON can carry, and a tensor or none."""
+"""Facts in the form of JSON, and a tensor or None."""
 
 _OUT_OF_MEMORY = "out_of_memory"
 _USER_ERROR = "user_error"
 _FAILED = "failed"
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
-_FIRST_TO_GO = "900"  # of -1000 to 1000: a system out of memory takes this process, not the one that trains
-_GRACE_S = 2.0  # beyond the limit that the decoder looks at itself
-_DEATH_S = (
-    1.0  # that a process takes to end by itself after its connection has: killed on top, it would not tell how it died
-)
-_REAP_S = 2.0  # a killed process that stands in a dead network drive ends when the drive answers, which may be never
+_OOM_SCORE = "900"  # -1000 to 1000: a system out of memory kills this process rather than the one that trains
+_GRACE_S = 2.0  # beyond the limit that the decoder checks itself
+_EXIT_S = 1.0  # time to exit after the connection is lost; a process killed earlier could not report how it died
+_REAP_S = 2.0  # a killed process blocked on a dead network drive ends when the drive answers, perhaps never
 
 
 class LostError(Exception):
-    """A call without an answer; the message is one sentence and says why."""
+    """A call without an answer; the message is one sentence that gives the reason."""
 
 
 def is_available() -> bool:
-    """Whether calls can be isolated here; macOS forks, but its libraries do not survive it."""
+    """Return whether calls can be isolated here; macOS can fork, but its libraries do not survive it."""
     return hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: torch says so in a RuntimeError only."""
+    """Return whether an allocation failed, which torch reports as a RuntimeError."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 class Isolated:
-    """Calls in a child of the process that makes them.
+    """Makes calls in a child of the calling process.
 
-    Forked at the first one, again after each loss, ended with this object.
-
-    Copies in other processes (forked or pickled) get children of their own.
+    The child is forked at the first call and again after each loss, and ends with this object. Copies in other
+    processes (forked or pickled) have children of their own.
 
     Args:
-        timeout_s: Of one call; two seconds later the child is killed.
-        memory_gib: That the child may take beyond what it has when it is forked.
+        timeout_s: Time limit of one call; the child is killed two seconds later.
+        memory_gib: Memory that the child may allocate on top of what it has when it is forked.
     """
 
     def __init__(self, timeout_s: float, memory_gib: float) -> None:
         self.timeout_s, self.memory_gib = timeout_s, memory_gib
-        self._forget()
+        self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"timeout_s": self.timeout_s, "memory_gib": self.memory_gib}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.timeout_s, self.memory_gib = state["timeout_s"], state["memory_gib"]
-        self._forget()
+        self._reset()
 
     def call(self, function: Callable[[Any], Answer], request: Any) -> Answer:
-        """What `function` gives for `request`, which JSON must be able to carry.
+        """Return what `function` returns for `request`.
 
         Args:
-            function: The same in every call: the child has it from its fork.
-            request: Its argument.
+            function: Function to call, the same in every call, because the child has it from its fork.
+            request: Argument that JSON can represent.
 
         Raises:
             LostError: The child took too long, took too much memory or died.
-            UserError: As `function` raised it.
-            RuntimeError: `function` raised anything else; the text is its traceback.
+            UserError: `function` raised it.
+            RuntimeError: `function` raised any other error; the text is its traceback.
         """
         if self._owner != os.getpid():
-            self._forget()
+            self._reset()
         with self._lock:
             child = self._living_child(function)
             try:
@@ -108,24 +105,22 @@ class Isolated:
             except LostError as error:
                 if child.num_calls == 1 or isinstance(error, _TooSlowError):
                     raise
-            return self._ask(
-                self._living_child(function), request
-            )  # an earlier clip may have left the first child damaged or full
+            # An earlier clip may have left the first child damaged or full.
+            return self._ask(self._living_child(function), request)
 
     def close(self) -> None:
-        """Ends the child; another call would fork a new one."""
+        """End the child; another call would fork a new one."""
         if self._child is not None and self._owner == os.getpid():
-            self._drop(self._child)
+            self._discard(self._child)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._owner, self._lock = os.getpid(), threading.Lock()
         self._child: _Child | None = None
         self._unreaped: list[int] = []
 
     def _living_child(self, function: Callable[[Any], Answer]) -> _Child:
-        if (
-            self._child is not None and _reap(self._child.pid, patience_s=0) is not None
-        ):  # ended between two calls: no clip's fault
+        # A child that ended between two calls is no clip's fault.
+        if self._child is not None and _reap(self._child.pid, patience_s=0) is not None:
             self._child.close()
             self._child = None
         if self._child is None:
@@ -137,17 +132,17 @@ class Isolated:
         try:
             facts, tensor = child.ask(request, time.monotonic() + self.timeout_s + _GRACE_S)
         except TimeoutError:
-            self._drop(child)
+            self._discard(child)
             raise _TooSlowError(
                 f"decoding took longer than data.decode_timeout_s={self.timeout_s:g} and was stopped"
             ) from None
         except OSError:  # the child's end of the connection is closed
-            raise LostError(_describe(self._drop(child, patience_s=_DEATH_S))) from None
-        except BaseException:  # an interrupt: the answer on its way must not be taken for the next one's
-            self._drop(child)
+            raise LostError(_describe(self._discard(child, patience_s=_EXIT_S))) from None
+        except BaseException:  # an interrupt: the pending answer must not be taken for that of the next call
+            self._discard(child)
             raise
         if _OUT_OF_MEMORY in facts:
-            self._drop(child)
+            self._discard(child)
             raise LostError(f"decoding needs more memory than data.decode_memory_gib={self.memory_gib:g}")
         if _USER_ERROR in facts:
             raise UserError(facts[_USER_ERROR])
@@ -155,8 +150,8 @@ class Isolated:
             raise RuntimeError(f"in the decoding process:\n{facts[_FAILED]}")
         return facts, tensor
 
-    def _drop(self, child: _Child, patience_s: float = 0.0) -> int | None:
-        """End the child; its status as `os.waitpid` gives it, or None where it does not end."""
+    def _discard(self, child: _Child, patience_s: float = 0.0) -> int | None:
+        """End the child; return its status as `os.waitpid` gives it, or None if it does not end."""
         self._child = None
         status = child.end(patience_s)
         if status is None:
@@ -165,7 +160,7 @@ class Isolated:
 
 
 class _TooSlowError(LostError):
-    """Asking again would cost as long again."""
+    """A call that exceeded its time limit; another try would take as long again."""
 
 
 class _Child:
@@ -176,7 +171,7 @@ class _Child:
         self._connection, theirs = socket.socketpair()
         parent = os.getpid()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child uses none
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking a threaded process: the child uses no threads
             self.pid = os.fork()
         if self.pid == 0:
             _serve(theirs, function, memory_bytes, parent)
@@ -184,10 +179,10 @@ class _Child:
         self._finalizer = weakref.finalize(self, _end, self.pid, self._connection, parent)
 
     def ask(self, request: Any, deadline_s: float) -> Answer:
-        """The answer.
+        """Send a request and return the answer.
 
         Raises:
-            TimeoutError: There is none by `deadline_s` of the monotonic clock.
+            TimeoutError: No answer came by `deadline_s` of the monotonic clock.
             OSError: The connection is lost.
         """
         self.num_calls += 1
@@ -206,12 +201,12 @@ class _Child:
         return facts, tensor.reshape(shape)
 
     def end(self, patience_s: float) -> int | None:
-        """Kill it after `patience_s`; its status, or None where it does not end."""
+        """Kill the child after `patience_s`; return its status, or None if it does not end."""
         self._finalizer.detach()
         return _end(self.pid, self._connection, os.getpid(), patience_s)
 
     def close(self) -> None:
-        """Let go of a child that has ended."""
+        """Close the connection to a child that has ended."""
         self._finalizer.detach()
         self._connection.close()
 
@@ -237,12 +232,12 @@ def _end(pid: int, connection: socket.socket, parent: int, patience_s: float = 0
 
 
 def _reap(pid: int, patience_s: float) -> int | None:
-    """The status of a child that has ended, or None while it runs."""
+    """Wait for a child; return its status, or None while it runs."""
     deadline_s = time.monotonic() + patience_s
     while True:
         try:
             ended, status = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # somebody else took the status
+        except ChildProcessError:  # another call has taken the status
             return 0
         if ended:
             return status
@@ -255,22 +250,22 @@ def _describe(status: int | None) -> str:
     if status is not None and os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGKILL:
-            return "the decoder was killed (signal SIGKILL), as systems do that run out of memory"
+            return "the decoder was killed (signal SIGKILL), most likely because the system ran out of memory"
         return f"the decoder crashed (signal {signal.Signals(number).name})"
     return "the decoder ended without an answer"
 
 
-# The other side: what a forked child does until its parent ends or ends it.
+# The other side: what runs in a forked child until its parent ends or kills it.
 
 
 def _serve(connection: socket.socket, function: Callable[[Any], Answer], memory_bytes: int, parent: int) -> NoReturn:
-    """Answers requests with what `function` gives for them; never returns.
+    """Answer requests with the results of `function`; never return.
 
     Args:
-        connection: To the parent.
-        function: From a request to facts and a tensor.
-        memory_bytes: That may be taken beyond what is taken now.
-        parent: Its process id.
+        connection: Connection to the parent.
+        function: Function from a request to facts and a tensor.
+        memory_bytes: Memory that may be allocated beyond what is in use now.
+        parent: Process id of the parent.
     """
     try:
         _prepare(connection, memory_bytes, parent)
@@ -294,20 +289,17 @@ def _answer(function: Callable[[Any], Answer], request: Any) -> Answer:
 
 
 def _prepare(connection: socket.socket, memory_bytes: int, parent: int) -> None:
-    gc.freeze()  # what the parent left for its collector has threads, workers and locks there, and none here
+    gc.freeze()  # garbage of the parent owns threads, workers and locks that do not exist here
     faulthandler.disable()
     _reset_signals()
     _die_with(parent)
-    _let_go_of_files(keep=connection.fileno())
+    _redirect_open_files(keep=connection.fileno())
     _limit_memory(memory_bytes)
     torch.set_num_threads(1)  # the parent's threads do not exist here, and OpenMP would wait for them
 
 
 def _reset_signals() -> None:
-    """Faults kill without a word.
-
-    What is meant for the run's processes (an interrupt, a time limit's notice) is the parent's business.
-    """
+    """Let faults kill the child silently, and ignore signals for the run's processes, which the parent handles."""
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):  # SIGKILL and SIGSTOP cannot be set
             signal.signal(number, signal.SIG_DFL)
@@ -318,37 +310,37 @@ def _reset_signals() -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Elsewhere than on Linux, the end of the connection has to do; a child that hangs does not see it."""
+    """Die with the parent. Outside Linux the end of the connection serves, which a child that hangs does not see."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 
 
-def _let_go_of_files(keep: int) -> None:
-    """Every other descriptor leads to nowhere: held open here, pipes and locks of the parent would outlive it.
+def _redirect_open_files(keep: int) -> None:
+    """Redirect every other descriptor to /dev/null, since pipes and locks held open here would outlive the parent.
 
     They are not closed: their numbers would be given to new files, which the owners of the old ones would close.
     """
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     with contextlib.suppress(OSError):  # without /proc they stay open
         for name in os.listdir("/proc/self/fd"):
-            if int(name) not in (1, 2, keep, nowhere):
+            if int(name) not in (1, 2, keep, null):
                 with contextlib.suppress(OSError):
-                    os.dup2(nowhere, int(name))
+                    os.dup2(null, int(name))
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    with contextlib.suppress(OSError, ValueError):  # not Linux: unlimited
+    with contextlib.suppress(OSError, ValueError):  # outside Linux memory is unlimited
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = taken + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    """The next request, or None at the end."""
+    """Return the next request, or None at the end."""
     length = connection.recv(_LENGTH.size, socket.MSG_WAITALL)
     if len(length) < _LENGTH.size:
         return None

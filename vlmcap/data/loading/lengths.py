@@ -1,4 +1,4 @@
-"""How many tokens each clip takes: counted once with the true tokenizer, in several processes, and kept on disk."""
+"""Number of tokens per clip, counted with the real tokenizer in several processes and cached on disk."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 from vlmcap.data.arrays import load_arrays, save_arrays
 from vlmcap.types import Clip
 
-CHUNK = 4096  # clips counted by a process at a time
-_CLIPS_PER_PROCESS = 50_000  # fewer take less time than a process that imports the tokenizer
-_MOST_PROCESSES = 8
+CHUNK = 4096  # clips per task of a process
+_CLIPS_PER_PROCESS = 50_000  # fewer are counted faster than a process imports the tokenizer
+_MAX_PROCESSES = 8
 _CHUNK_TIMEOUT_S = 300.0  # a chunk takes about a second
 
 Encode = Callable[[str], Sequence[int]]
 
-_encode: Encode | None = None  # of a counting process
+_encode: Encode | None = None  # set in the processes of the pool
 
 
 def caption_lengths(
     clips: Sequence[Clip], encode: Encode, *, folder: Path, fingerprint: str, num_processes: int | None = None
 ) -> NDArray[np.int32]:
-    """(N,) tokens of each clip's first caption and its end token; 0 where there is nothing to learn from.
+    """Count the tokens of each clip's first caption, end token included, (N,); 0 where there is nothing to learn from.
 
     Args:
-        clips: Read in slices, never copied.
-        encode: Tokens of a caption without its end token; picklable.
-        folder: Keeps the counts, in a file named by captions and tokenizer.
-        fingerprint: Of the tokenizer with whatever `encode` adds; another one counts anew.
-        num_processes: 1 counts in this process; None chooses by the number of clips.
+        clips: Clips, read in slices and never copied.
+        encode: Function from a caption to its tokens without the end token; picklable.
+        folder: Folder of the cached counts, in a file named by captions and tokenizer.
+        fingerprint: Fingerprint of the tokenizer and of what `encode` adds; if it changes, captions are counted again.
+        num_processes: Number of processes; 1 counts in this process, None chooses by the number of clips.
     """
     path = folder / f"lengths-{_captions_key(clips, fingerprint)}.npz"
     saved = load_arrays(path)
@@ -49,14 +49,14 @@ def caption_lengths(
 def sequence_lengths(
     captions: NDArray[np.int32], *, max_caption_tokens: int, prompt_tokens: int, visual_tokens: int | NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(N,) tokens of each clip's sequence in a training batch.
+    """Return the number of tokens of each clip's sequence in a training batch, (N,).
 
     Args:
-        captions: As `caption_lengths` returns them.
-        max_caption_tokens: What is longer is cut.
-        prompt_tokens: Of text before the caption.
-        visual_tokens: Of a clip with the text among them, or (N,) of each; where they vary and are not known, the most
-            there can be.
+        captions: Caption lengths from `caption_lengths`.
+        max_caption_tokens: Length to which longer captions are truncated.
+        prompt_tokens: Number of text tokens before the caption.
+        visual_tokens: Number of visual tokens per clip, text between them included, or (N,) numbers; where they vary
+            and are unknown, the largest possible number.
     """
     return np.minimum(captions, max_caption_tokens).astype(np.int64) + prompt_tokens + visual_tokens
 
@@ -66,19 +66,18 @@ def _counts(clips: Sequence[Clip], encode: Encode, num_processes: int) -> Iterat
     if num_processes < 2:
         yield from (count_tokens(clips[start : start + CHUNK], encode) for start in starts)
         return
-    # Not forked: this process holds threads, and perhaps a GPU. The pool ends its processes with the block, whatever
-    # they do.
+    # Spawned, since this process has threads and perhaps a GPU. The pool ends its processes when the block ends.
     with multiprocessing.get_context("spawn").Pool(num_processes, _start_process, (encode,)) as pool:
         results = [(start, pool.apply_async(_count_in_process, (clips[start : start + CHUNK],))) for start in starts]
         for start, result in results:
             try:
                 yield result.get(_CHUNK_TIMEOUT_S)
-            except multiprocessing.TimeoutError:  # its process hangs, or was killed, which a pool does not report
+            except multiprocessing.TimeoutError:  # the process hangs or was killed, which a pool does not report
                 yield count_tokens(clips[start : start + CHUNK], encode)
 
 
 def count_tokens(clips: Sequence[Clip], encode: Encode) -> NDArray[np.int32]:
-    """Tokens of each first caption with its end token, or 0."""
+    """Count the tokens of each first caption, end token included; 0 for empty ones."""
     counts = (len(encode(clip.captions[0])) if clip.captions else 0 for clip in clips)
     return np.fromiter((count + 1 if count else 0 for count in counts), dtype=np.int32, count=len(clips))
 
@@ -95,12 +94,12 @@ def _count_in_process(clips: Sequence[Clip]) -> NDArray[np.int32]:
 
 def _process_count(num_clips: int) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(num_clips // _CLIPS_PER_PROCESS, processors, _MOST_PROCESSES))
+    return max(1, min(num_clips // _CLIPS_PER_PROCESS, processors, _MAX_PROCESSES))
 
 
 def _captions_key(clips: Sequence[Clip], fingerprint: str) -> str:
     content = hashlib.sha256(fingerprint.encode())
     for clip in clips:
         caption = clip.captions[0].encode(errors="surrogatepass") if clip.captions else b""
-        content.update(b"%d:" % len(caption) + caption)  # with its length: one caption's end is not another's start
+        content.update(b"%d:" % len(caption) + caption)  # the length keeps neighbouring captions apart
     return content.hexdigest()[:16]

@@ -1,10 +1,8 @@
-"""Tensors from data workers where /dev/shm is small, as it is in containers.
+"""Tensors from data workers where /dev/shm is small, as in containers (64 MB by default in Docker).
 
-Docker gives 64 MB unless it is told otherwise.
-
-A worker hands a batch over in shared memory. Where that is full, torch prints a traceback in a thread of the worker and
-loses the batch, and the training waits for it for ever. Here such a tensor goes through the worker's pipe in its place,
-which costs two copies.
+A worker hands over a batch in shared memory. If that is full, torch prints a traceback in a thread of the worker and
+loses the batch, and training waits for it forever. Here such a tensor is sent through the worker's pipe instead, which
+costs two copies.
 """
 
 from __future__ import annotations
@@ -18,32 +16,31 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_storage
 
-_PLACE = "/dev/shm"
+_SHM_FOLDER = "/dev/shm"
 _ENOUGH_BYTES = 2**30
 
 
 def shared_memory_problem(needed_bytes: int = _ENOUGH_BYTES) -> str | None:
-    """One sentence if shared memory may be too small for batches of data workers, else None."""
+    """Describe in one sentence why shared memory may be too small for batches of data workers; None if it is not."""
     try:
-        free = shutil.disk_usage(_PLACE).free
+        free = shutil.disk_usage(_SHM_FOLDER).free
     except OSError:  # systems without it have no such limit
         return None
     if free >= needed_bytes:
         return None
     return (
-        f"{_PLACE} has {free / 1e6:.0f} MB free, so batches may have to come from the data workers through pipes, "
-        "which is slower: "
-        "start the container with --shm-size=8g or --ipc=host, or set data.num_workers=0"
+        f"{_SHM_FOLDER} has {free / 1e6:.0f} MB free, so batches may have to come from the data workers through pipes, "
+        "which is slower; start the container with --shm-size=8g or --ipc=host, or set data.num_workers=0"
     )
 
 
-def pass_what_does_not_fit() -> None:
-    """Let this process, a data worker, send tensors through its pipe where shared memory has no room for them."""
+def use_pipes_when_full() -> None:
+    """Let this process, a data worker, send tensors through its pipe when shared memory is full."""
     ForkingPickler.register(torch.UntypedStorage, _reduce_storage)
 
 
 def shared_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that this process and its forks share; they are its own where shared memory is full."""
+    """Return zeros that this process shares with its forks; not shared if shared memory is full."""
     zeros = torch.zeros(*shape, dtype=dtype)
     with contextlib.suppress(RuntimeError, OSError):
         zeros.share_memory_()

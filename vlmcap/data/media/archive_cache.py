@@ -1,4 +1,4 @@
-"""Indices of archives, kept in the process and, where a folder is set, on disk for the processes to come."""
+"""Cache of archive indices, in the process and, if a folder is set, on disk for later processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from vlmcap.data.media.storage import local_file, stat_file
 
 _MAX_MEMBERS = 4_000_000  # of all indices that a process keeps, about 200 bytes each
 
-_indices: dict[str, ArchiveIndex] = {}  # the longest unused first
+_indices: dict[str, ArchiveIndex] = {}  # least recently used first
 _folder: Path | None = None
 
 
 def use_index_folder(folder: Path | None) -> None:
-    """Let this process, and those it forks, keep the indices of archives in `folder`; None keeps them in memory only.
+    """Let this process and its forks keep the indices of archives in `folder`; None keeps them in memory only.
 
-    Worth it for shards on object storage, whose headers cost a request for each member.
+    This pays off for shards on object storage, whose headers cost a request for each member.
     """
     global _folder
     _folder = folder
 
 
 def index_of(archive: str, kind: str) -> ArchiveIndex:
-    """The index of an archive. A local archive that has changed is read again.
+    """Return the index of an archive.
 
-    A remote one is taken to stay while the process runs.
+    A local archive that has changed is read again; a remote one is assumed not to change while the process runs.
 
     Raises:
         MediaError: The archive cannot be read.
@@ -39,7 +39,7 @@ def index_of(archive: str, kind: str) -> ArchiveIndex:
     index = _indices.pop(key, None)
     if index is None or (local_file(archive) is not None and _version(archive) != index.version):
         index = _load(archive, kind, _version(archive))
-    _indices[key] = index  # now the last to go
+    _indices[key] = index  # moves to the end, so that it is evicted last
     _evict()
     return index
 
@@ -68,6 +68,6 @@ def _load(archive: str, kind: str, version: str) -> ArchiveIndex:
         names = saved["names"].tobytes().decode("utf-8").split("\0") if len(saved["rows"]) else []
         return ArchiveIndex(kind, version, names, saved["rows"])
     index = read_index(archive, kind, version)
-    with contextlib.suppress(OSError):  # a full disk must not stop what works without it
+    with contextlib.suppress(OSError):  # the cache is optional, so a full disk must not stop the run
         save_arrays(path, names=np.frombuffer("\0".join(index.names).encode("utf-8"), np.uint8), rows=index.rows)
     return index

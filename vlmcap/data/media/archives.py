@@ -1,7 +1,7 @@
-"""What is in a zip or tar archive and where: names, sizes and positions, read once and kept small.
+"""Index of a zip or tar archive: names, sizes and positions of its members, read one time and kept small.
 
-Nothing is ever unpacked to disk, so a member's name is a key and no path: `..`, a leading `/` or a backslash in it lead
-nowhere.
+Nothing is ever unpacked to disk, so a member's name is a key and not a path: `..`, a leading `/` or a backslash in it
+have no effect.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmcap.data.media.storage import MediaError, explained, open_file
+from vlmcap.data.media.storage import MediaError, as_media_errors, open_file
 
 ENCRYPTED = 0xFFFF
-"""Stands for the method of encrypted members."""
+"""Value that replaces the method of encrypted members."""
 
 _HANGUL = re.compile(r"[\uac00-\ud7a3\u1100-\u11ff\u3131-\u318e]")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -36,10 +36,10 @@ class Member(NamedTuple):
     size: int
 
 
-class Place(NamedTuple):
-    """Where a member lies: bytes `start` to `end` hold it and, in a zip, its local header.
+class MemberSpan(NamedTuple):
+    """The location of a member: bytes `start` to `end` hold its content and, in a zip, its local header.
 
-    `packed` bytes of them are the content.
+    The content takes `packed` bytes in the archive and `size` bytes after decompression.
     """
 
     start: int
@@ -52,13 +52,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ArchiveIndex(Sequence[Member]):
-    """The regular files of an archive in the order of the archive; of two with one name, the last.
+    """The regular files of an archive in its order; of two files with the same name, the last.
 
     Attributes:
         kind: "zip" or "tar".
-        version: Of the archive, as `MediaStat` has it.
-        names: Of the members.
-        rows: Their places, a structured array.
+        version: Version of the archive, as in `MediaStat`.
+        names: Names of the members.
+        rows: Locations of the members, a structured array.
     """
 
     kind: str
@@ -81,65 +81,61 @@ class ArchiveIndex(Sequence[Member]):
             return [self[position] for position in range(*key.indices(len(self)))]
         return Member(self.names[key], int(self.rows["size"][key]))
 
-    def find(self, name: str) -> Place | None:
-        """Where the member lies, or None."""
+    def find(self, name: str) -> MemberSpan | None:
+        """Return the location of a member, or None."""
         positions = cast("dict[str, int]", self._positions)  # type: ignore[attr-defined]
         position = positions.get(name)
-        return None if position is None else Place(*self.rows[position].item())
+        return None if position is None else MemberSpan(*self.rows[position].item())
 
 
 def kind_of(archive: str) -> str:
-    """The kind of an archive by its name: "zip" or "tar".
+    """Return the kind of an archive by the ending of its name: "zip" or "tar".
 
     Raises:
-        MediaError: It is neither, or a compressed tar, in which a member can only be reached by reading all before it.
+        MediaError: It is neither, or a compressed tar, whose members can only be reached by reading all before them.
     """
     suffixes = [suffix.lower() for suffix in PurePosixPath(archive).suffixes[-2:]]
     if suffixes[-1:] in ([".zip"], [".tar"]):
         return suffixes[-1][1:]
     if suffixes[:1] == [".tar"] or suffixes[-1:] in ([".tgz"], [".tbz2"], [".txz"], [".tzst"]):
         raise _compressed_tar(archive, suffixes[-1][1:])
-    raise MediaError(f"{archive} is no archive that is read in place: name a .zip or an uncompressed .tar")
+    raise MediaError(f"{archive} is not an archive that can be read in place; use a .zip or an uncompressed .tar file")
 
 
 def read_index(archive: str, kind: str, version: str) -> ArchiveIndex:
-    """The index of an archive, read from its central directory (zip) or its headers (tar).
+    """Read the index of an archive from its central directory (zip) or its headers (tar).
 
     Raises:
-        MediaError: It cannot be read, is no such archive, is damaged, or is a compressed tar.
+        MediaError: The archive cannot be read, is damaged, is of another kind, or is a compressed tar.
     """
-    with explained(archive), open_file(archive) as file:
+    with as_media_errors(archive), open_file(archive) as file:
         latest = dict(_zip_rows(archive, file) if kind == "zip" else _tar_rows(archive, file))
     names = list(latest)
-    return ArchiveIndex(kind, version, names, np.array([tuple(place) for place in latest.values()], dtype=_ROW))
+    return ArchiveIndex(kind, version, names, np.array([tuple(span) for span in latest.values()], dtype=_ROW))
 
 
-def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
+def _zip_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
     try:
         with zipfile.ZipFile(file) as directory:
             infos, limit = directory.infolist(), directory.start_dir
     except zipfile.BadZipFile as error:
         raise MediaError(
-            f"{archive} is no whole zip archive ({error}): copy it again, and join split downloads first"
+            f"{archive} is not a complete zip archive ({error}); copy it again, and join split downloads first"
         ) from error
     ends = dict.fromkeys(sorted({info.header_offset for info in infos}), limit)
     for start, following in zip(list(ends), list(ends)[1:], strict=False):
         ends[start] = following
     for info in infos:
-        # Flag 0x800 says UTF-8; without it zipfile has decoded cp437, which loses nothing.
+        # Flag 0x800 stands for UTF-8; without it zipfile has decoded cp437, which is lossless.
         raw = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "surrogateescape")
         name = decode_name(raw, is_utf8=bool(info.flag_bits & 0x800))
         if not info.is_dir() and "\0" not in name:
             method = ENCRYPTED if info.flag_bits & 0x1 else min(info.compress_type, ENCRYPTED - 1)
-            yield (
-                name,
-                Place(
-                    info.header_offset, ends[info.header_offset], info.compress_size, info.file_size, info.CRC, method
-                ),
-            )
+            start, end = info.header_offset, ends[info.header_offset]
+            yield name, MemberSpan(start, end, info.compress_size, info.file_size, info.CRC, method)
 
 
-def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
+def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, MemberSpan]]:
     head = file.read(6)
     file.seek(0)
     compression = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
@@ -148,28 +144,24 @@ def _tar_rows(archive: str, file: BinaryIO) -> Iterable[tuple[str, Place]]:
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
-                cast("Any", tar).members.clear()  # tarfile keeps them all, a kilobyte each
+                cast("Any", tar).members.clear()  # tarfile keeps all of them, a kilobyte each
                 name = decode_name(info.name.encode("utf-8", "surrogateescape"), is_utf8=True)
                 if info.isreg() and not info.issparse() and "\0" not in name:
-                    yield (
-                        name,
-                        Place(
-                            info.offset_data, info.offset_data + info.size, info.size, info.size, 0, zipfile.ZIP_STORED
-                        ),
-                    )
+                    start, size = info.offset_data, info.size
+                    yield name, MemberSpan(start, start + size, size, size, 0, zipfile.ZIP_STORED)
             file.seek(tar.offset)
     except tarfile.TarError as error:
-        raise MediaError(f"{archive} is no whole tar archive ({error}): copy it again") from error
-    if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
-        raise MediaError(f"{archive} is damaged at byte {tar.offset}: copy it again")
+        raise MediaError(f"{archive} is not a complete tar archive ({error}); copy it again") from error
+    if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
+        raise MediaError(f"{archive} is damaged at byte {tar.offset}; copy it again")
 
 
 def decode_name(raw: bytes, *, is_utf8: bool) -> str:
-    """The name of a member, out of the bytes in the archive.
+    """Decode the name of a member.
 
-    Korean Windows writes cp949 and macOS UTF-8, both without saying so in a zip's flag, where the standard means cp437.
-    UTF-8 is taken where it is valid and has Hangul, cp949 where that gives Hangul, then any valid UTF-8, and cp437 for
-    the rest.
+    Korean Windows writes cp949 and macOS UTF-8, both without setting a zip's flag, where the standard implies cp437.
+    The name is decoded as UTF-8 if that is valid and has Hangul, else as cp949 if that has Hangul, else as valid UTF-8,
+    else as cp437.
     """
     if raw.isascii():
         return raw.decode()
@@ -177,7 +169,7 @@ def decode_name(raw: bytes, *, is_utf8: bool) -> str:
     if is_utf8 and readings["utf-8"] is not None:
         return readings["utf-8"]
     hangul = (readings[encoding] for encoding in ("utf-8", "cp949") if _HANGUL.search(readings[encoding] or ""))
-    # cp437 has a character for each byte
+    # cp437 has a character for each byte.
     return next(hangul, None) or readings["utf-8"] or readings["cp437"] or ""
 
 
@@ -190,7 +182,6 @@ def _decode(raw: bytes, encoding: str) -> str | None:
 
 def _compressed_tar(archive: str, compression: str) -> MediaError:
     return MediaError(
-        f"{archive} is compressed ({compression}), so that its members cannot be reached one by one: unpack it, or "
-        "pack it again without "
-        "compression (tar -cf); videos and images are compressed already"
+        f"{archive} is compressed ({compression}), so its members cannot be reached one by one; unpack it, or pack it "
+        "again without compression (tar -cf), as videos and images are compressed already"
     )

@@ -1,4 +1,4 @@
-"""Files that annotations name, found below the data set's root and nowhere else."""
+"""Resolution of the file names in annotations, below the data set's root and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,42 +18,40 @@ from vlmcap.data.media.storage import local_file
 from vlmcap.data.media.tree import Archive, archives_below, is_archive, is_below
 from vlmcap.errors import UserError
 
-_MEND = "write it relative to data.root, or set data.allow_outside=true"
+_HINT = "write it relative to data.root, or set data.allow_outside=true"
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
-_MAX_NAMED = 12
+_MAX_NAMED_FILES = 12
 
 
 class OutsideRootError(Exception):
-    """A name in annotations leads to no file inside the root, told in one sentence."""
+    """A name in annotations leads to no file inside the root; the message is one sentence."""
 
 
 def resolve_media(settings: MediaConfig, name: str) -> str:
-    """The address of a file that annotations name, below `root/media`.
+    """Return the address of a file that annotations name, below `root/media`, in a folder or inside an archive.
 
-    In NFC and in NFD, in a folder or inside an archive.
-
-    An archive stands for a folder of its name, and for the folder that it lies in. A remote root is not asked whether
-    the file is there.
+    The name is tried in NFC and in NFD. An archive counts as a folder of its name and also as the folder that contains
+    it. A remote root is not asked whether the file exists.
 
     Raises:
-        OutsideRootError: There is no such file, two archives hold it, or the name is an absolute path, has `..` in it,
-            is a URL, or goes through a link that leaves the root, unless `allow_outside`.
+        OutsideRootError: There is no such file, two archives contain it, or the name is an absolute path, contains
+            `..`, is a URL, or goes through a link that leaves the root, unless `allow_outside` is set.
         UserError: `settings.media` leaves the root.
     """
     if settings.allow_outside and ("://" in name or os.path.isabs(name)):
         return name
-    parts = _parts(name, settings.allow_outside)
+    parts = _split_name(name, settings.allow_outside)
     try:
         media = os.path.splitext(settings.media)[0] if is_archive(settings.media) else settings.media
-        folder = _parts(media, settings.allow_outside, is_folder=True) if media else []
+        folder = _split_name(media, settings.allow_outside, is_folder=True) if media else []
     except OutsideRootError as error:
         raise UserError(f"data.media: {error}") from error
     relative = "/".join([*folder, *parts])
     if "://" in settings.root and not is_archive(settings.root):
-        if re.search(r"[%?#]", relative):  # a server may read %2e%2e as ..
-            raise OutsideRootError(f"{name!r} has %, ? or # in it, which mean something in a URL: rename the file")
+        if re.search(r"[%?#]", relative):  # a server may decode %2e%2e to ..
+            raise OutsideRootError(f"{name!r} contains %, ? or #, which have a meaning in a URL; rename the file")
         return f"{settings.root.rstrip('/')}/{relative}"
-    found = _local_file(settings, relative) or _member(settings, relative, "/".join(parts))
+    found = _local_file(settings, relative) or _archive_member(settings, relative, "/".join(parts))
     if found is None:
         broken = [archive.error for archive in _archives(settings) if archive.error]
         raise OutsideRootError(
@@ -63,21 +61,21 @@ def resolve_media(settings: MediaConfig, name: str) -> str:
 
 
 def annotation_files(settings: AnnotatedConfig) -> list[str]:
-    """Addresses of the files that `data.annotations` names, sorted.
+    """Return the sorted addresses of the files that `data.annotations` names.
 
-    It is a file or a pattern with `*`, `?` and `**` below the root.
+    Its value is a file or a pattern with `*`, `?` and `**` below the root.
 
     Raises:
-        UserError: There are none, or they lie outside the root.
+        UserError: There are none, or they are outside the root.
     """
     pattern, root = settings.annotations, settings.root
     if not pattern:
         raise UserError(
-            "data.annotations has no value: set it to the file with the captions, or to a pattern, below data.root"
+            "data.annotations has no value; set it to the file with the captions, or to a pattern, below data.root"
         )
     if not settings.allow_outside:
         try:
-            pattern = "/".join(_parts(pattern, False))
+            pattern = "/".join(_split_name(pattern, False))
         except OutsideRootError as error:
             raise UserError(f"data.annotations: {error}") from error
     try:
@@ -86,58 +84,59 @@ def annotation_files(settings: AnnotatedConfig) -> list[str]:
         raise UserError(f"data.root={root}: {error}") from error
     if not found:
         raise UserError(
-            f"data.annotations={settings.annotations} is no file below data.root={root}; {_whats_there(root, pattern)}"
+            f"data.annotations={settings.annotations} is not a file below data.root={root}; "
+            f"{_describe_root(root, pattern)}"
         )
     return found
 
 
 def real_address(address: str) -> str:
-    """The address with the links on the way to its file resolved: one file has one, however it is spelt.
+    """Return the address with all links resolved, so that a file has one address however it is spelled.
 
-    Remote ones stay.
+    Remote addresses are returned unchanged.
     """
     parts = parse_address(address)
     path = local_file(parts.file)
     if path is None:
         return address
     folder, name = os.path.split(path)
-    # Links to files are rare, and looking for them in each folder of each file is not for nothing.
+    # Links to files are rare, and resolving every folder of every file takes time.
     real = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), name)
     return f"{parts.kind}://{parts.member}::{real}" if parts.kind else real
 
 
 def relative_address(address: str, root: str) -> str:
-    """The address as it is below the root, in NFC: the same wherever the data set lies."""
-    member, separator, place = address.rpartition("::")
-    below = place.removeprefix(root.rstrip("/")).lstrip("/")
+    """Return the address relative to the root, in NFC, which does not depend on where the data set is stored."""
+    member, separator, location = address.rpartition("::")
+    below = location.removeprefix(root.rstrip("/")).lstrip("/")
     return unicodedata.normalize("NFC", f"{member}{separator}{below}")
 
 
-def _parts(name: str, allow_outside: bool, *, is_folder: bool = False) -> list[str]:
-    """The parts of a relative path; `OutsideRootError` if it is none."""
+def _split_name(name: str, allow_outside: bool, *, is_folder: bool = False) -> list[str]:
+    """Split a relative path into its components; raise `OutsideRootError` for other names."""
     if "\0" in name or any("\ud800" <= char <= "\udfff" for char in name):
-        raise OutsideRootError(f"{name!r} is no name of a file")
+        raise OutsideRootError(f"{name!r} is not a file name")
     if is_folder and allow_outside:
         return name.rstrip("/").split("/")
     if "://" in name or "::" in name:
-        raise OutsideRootError(f"{name!r} is an address and no file below data.root: {_MEND}")
+        raise OutsideRootError(f"{name!r} is an address and not a file below data.root; {_HINT}")
     if name.startswith(("/", "\\")) or _DRIVE.match(name):
-        raise OutsideRootError(f"{name!r} is an absolute path: {_MEND}")
+        raise OutsideRootError(f"{name!r} is an absolute path; {_HINT}")
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts and not allow_outside:
-        raise OutsideRootError(f"{name!r} has '..' in it: {_MEND}")
+        raise OutsideRootError(f"{name!r} contains '..'; {_HINT}")
     if not parts and not is_folder:
-        raise OutsideRootError(f"{name!r} is no name of a file")
+        raise OutsideRootError(f"{name!r} is not a file name")
     return parts
 
 
-def _forms(name: str) -> Iterator[str]:
-    """Hangul in file names is composed on some systems and decomposed on others."""
+def _unicode_forms(name: str) -> Iterator[str]:
+    # Hangul in file names is composed on some systems and decomposed on others.
     yield from dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
 
 
 def _local_file(settings: AnnotatedConfig, relative: str) -> str | None:
-    for form in _forms(relative):
+    for form in _unicode_forms(relative):
         path = os.path.join(settings.root, form)
         try:
             status = os.lstat(path)
@@ -155,12 +154,11 @@ def _check_inside(settings: AnnotatedConfig, path: str, *, is_link: bool) -> Non
     if settings.allow_outside:
         return
     folder, name = os.path.split(path)
-    # A link is followed to its end; for plain files the folder is enough, which saves a look at each of its parents for
-    # each file.
+    # A link is followed to its end; for plain files resolving the folder is enough and is cached.
     real = os.path.realpath(path) if is_link else os.path.join(_real_folder(folder), name)
     if not is_below(real, _real_folder(settings.root)):
         raise OutsideRootError(
-            f"{path!r} is a link out of data.root: copy the file there, or set data.allow_outside=true"
+            f"{path!r} is a link out of data.root; copy the file there, or set data.allow_outside=true"
         )
 
 
@@ -173,8 +171,8 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
-    """The address of the member of an archive below the root that has this path, or this name."""
+def _archive_member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
+    """Return the address of the archive member below the root that has this path, or this name."""
     archives = [archive for archive in _archives(settings) if not archive.error]
     below = [
         (a, relative.removeprefix(a.folder).lstrip("/"))
@@ -182,10 +180,10 @@ def _member(settings: AnnotatedConfig, relative: str, name: str) -> str | None:
         if relative.startswith(f"{a.folder}/" if a.folder else "")
     ]
     for candidates in (below, [(a, relative) for a in archives], [(a, name) for a in archives]):
-        found = [address for archive, member in candidates if (address := _existing(archive.file, member))]
+        found = [address for archive, member in candidates if (address := _find_in_archive(archive.file, member))]
         if len(found) > 1:
             raise OutsideRootError(
-                f"{found[0]} and {found[1]} have the same name: set data.media to the archive that is meant"
+                f"{found[0]} and {found[1]} have the same name; set data.media to the archive to use"
             )
         if found:
             return found[0]
@@ -196,8 +194,8 @@ def _archives(settings: AnnotatedConfig) -> tuple[Archive, ...]:
     return archives_below(settings.root, "follow" if settings.allow_outside else "skip")
 
 
-def _existing(archive: str, member: str) -> str | None:
-    for form in _forms(member):
+def _find_in_archive(archive: str, member: str) -> str | None:
+    for form in _unicode_forms(member):
         address = member_address(archive, form)
         try:
             stat_media(address)
@@ -213,13 +211,13 @@ def _matching(settings: AnnotatedConfig, pattern: str) -> Iterator[str]:
         for member in list_members(root):
             if any(
                 fnmatch.fnmatchcase(unicodedata.normalize("NFC", member.name), form) or member.name == form
-                for form in _forms(pattern)
+                for form in _unicode_forms(pattern)
             ):
                 yield member_address(root, member.name)
     elif "://" in root:
         yield from list_remote(f"{root.rstrip('/')}/{pattern}")
     else:
-        for form in _forms(pattern):
+        for form in _unicode_forms(pattern):
             literal = os.path.join(root, form)
             paths = (
                 [literal]
@@ -241,19 +239,15 @@ def _refuse_link(settings: AnnotatedConfig, path: str) -> None:
         raise UserError(str(error)) from error
 
 
-def _whats_there(root: str, pattern: str) -> str:
-    """What the root has with the ending of the pattern."""
+def _describe_root(root: str, pattern: str) -> str:
+    """Describe which files the root has with the ending of the pattern, and what to set."""
     ending = os.path.splitext(pattern)[1]
     if "://" in root or not os.path.isdir(root):
-        return (
-            "set data.annotations or data.root"
-            if "://" in root or os.path.isfile(root)
-            else "there is no such folder: set data.root"
-        )
+        if "://" in root or os.path.isfile(root):
+            return "set data.annotations or data.root"
+        return "that folder does not exist, so set data.root"
     names = sorted(entry for entry in os.listdir(root) if not entry.startswith("."))
     alike = [name for name in names if name.endswith(ending)] or names
-    return (
-        f"there are {', '.join(alike[:_MAX_NAMED])}: set data.annotations"
-        if alike
-        else "the folder is empty: set data.root"
-    )
+    if not alike:
+        return "that folder is empty, so set data.root"
+    return f"that folder contains {', '.join(alike[:_MAX_NAMED_FILES])}, so set data.annotations"

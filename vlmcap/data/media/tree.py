@@ -1,4 +1,4 @@
-"""The files below a data set's root; an archive counts as a folder of its name, whose members are read in place."""
+"""Files below a data set's root; an archive counts as a folder of its name, whose members are read in place."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ VIDEO_ENDINGS = (
     *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".ts", ".mts", ".m2ts", ".vob"),
     *(".flv", ".3gp", ".ogv"),
 )
-"""Lower-case endings of files that are taken for videos; where one name has several, the first is its clip."""
+"""Lower-case endings of video files; if one name has several, the first ending in this list is its clip."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ARCHIVES = (".zip", ".tar")
 Outside = Literal["refuse", "skip", "follow"]
-"""What is done with links that leave the root."""
+"""Treatment of links that leave the root."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreeFile:
-    """A file by its path below the root, in NFC and with `/`, and by its address."""
+    """A file: its path below the root, in NFC and with `/`, and its address."""
 
     path: str
     address: str
@@ -37,7 +37,7 @@ class TreeFile:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive by the folder that it stands for ("" for the root itself), and why it cannot be read, if it cannot."""
+    """An archive: the folder that it counts as ("" for the root itself), its file, and why it cannot be read, if so."""
 
     folder: str
     file: str
@@ -46,13 +46,13 @@ class Archive:
 
 @dataclass(slots=True)
 class Visit:
-    """One walk in which each folder is entered once, however many links lead to it, and what is left out is counted.
+    """State of a walk that enters each folder one time, however many links lead to it, and records what is left out.
 
     Attributes:
-        folders: The folders that were entered, with their links resolved.
-        links: Links to folders that are still to be followed.
+        folders: Folders entered so far, with links resolved.
+        links: Links to folders that have not been followed yet.
         num_hidden: Number of hidden files and folders.
-        unreadable: Links that lead nowhere, folders that cannot be opened, and whatever is neither a file nor a folder.
+        unreadable: Broken links, folders that cannot be opened, and everything that is neither file nor folder.
     """
 
     folders: set[str] = field(default_factory=set)
@@ -61,16 +61,16 @@ class Visit:
     unreadable: list[str] = field(default_factory=list)
 
 
-def is_archive(place: str) -> bool:
-    """Whether the name is that of an archive that is read in place."""
-    return PurePosixPath(place).suffix.lower() in ARCHIVES
+def is_archive(name: str) -> bool:
+    """Return whether the name is that of an archive that can be read in place."""
+    return PurePosixPath(name).suffix.lower() in ARCHIVES
 
 
 def list_files(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[TreeFile | Skipped]:
-    """Every file below `root`, members of archives included; hidden files are left out, broken archives are named.
+    """Yield every file below `root`, archive members included; hidden files are left out, broken archives reported.
 
     Raises:
-        UserError: `root` is no folder and no archive, or a link leaves it.
+        UserError: `root` is neither a folder nor an archive, or a link leaves it.
     """
     if is_archive(root) and ("://" in root or os.path.isfile(root)):
         yield from _members(root, "", visit)
@@ -84,21 +84,22 @@ def list_files(root: str, outside: Outside = "refuse", visit: Visit | None = Non
 
 
 def walk(root: str, outside: Outside = "refuse", visit: Visit | None = None) -> Iterator[str]:
-    """Paths of the regular files below a folder, sorted in each folder, hidden ones left out.
+    """Yield the paths of the regular files below a folder, sorted within each folder, without hidden ones.
 
-    Links to folders are followed, but not to those that hold the link. With `visit`, each folder comes once, by its own
-    name where that is below `root` too; without, under every name that leads to it, as annotations may use any of them.
+    Links to folders are followed, but not to those that contain the link. With `visit`, each folder is visited one
+    time, by its real name if that is below `root` too; without it, under every name that leads to it, since annotations
+    may use any of them.
 
     Args:
-        root: The folder.
-        outside: What is done with links that leave `root`.
-        visit: Counts what is left out.
+        root: Folder to walk.
+        outside: Treatment of links that leave `root`.
+        visit: State of the walk, which records what is left out.
 
     Raises:
-        UserError: `root` is no folder, a folder cannot be opened (without `visit`), or a link leaves `root`.
+        UserError: `root` is not a folder, a folder cannot be opened (without `visit`), or a link leaves `root`.
     """
     if not os.path.isdir(root):
-        raise _no_folder(root)
+        raise _no_folder_error(root)
     real_root = os.path.realpath(root)
     yield from _walk(root, real_root, outside, frozenset(), visit)
     while visit is not None and visit.links:
@@ -122,11 +123,10 @@ def _walk(folder: str, real_root: str, outside: Outside, above: frozenset[str], 
             if outside == "skip":
                 continue
             raise UserError(
-                f"{entry.path} is a link out of data.root: copy the files there, set data.root to the folder that "
-                "really holds them, "
-                "or set data.allow_outside=true"
+                f"{entry.path} is a link out of data.root; copy the files there, set data.root to the folder that "
+                "contains them, or set data.allow_outside=true"
             )
-        # Asked by path, a link that leads to itself is neither; an entry raises.
+        # `os.path.isdir` is False for a link to itself, where `entry.is_dir` would raise.
         if os.path.isdir(target) if is_link else entry.is_dir():
             if is_link and is_below(real, target):
                 continue
@@ -141,33 +141,32 @@ def _walk(folder: str, real_root: str, outside: Outside, above: frozenset[str], 
 
 
 def _entries(folder: str, visit: Visit | None) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name; nothing where it cannot be opened and `visit` takes note of that."""
+    """Return the entries of a folder by name; if it cannot be opened, record that in `visit` and return none."""
     try:
         with os.scandir(folder) as scan:
             return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         if visit is None:
             raise UserError(
-                f"{folder} cannot be read ({error.strerror}): give this user the right to read it, or move it away"
+                f"{folder} cannot be read ({error.strerror}); grant read permission, or move the folder away"
             ) from error
         visit.unreadable.append(folder)
         return []
 
 
-def _no_folder(root: str) -> UserError:
+def _no_folder_error(root: str) -> UserError:
     return UserError(
-        f"data.root is {root}, which is no folder (and no .zip or .tar file): set it to the folder that holds the "
-        "data set"
+        f"data.root={root} is neither a folder nor a .zip or .tar file; set it to the folder that contains the data set"
     )
 
 
 def is_below(real: str, real_root: str) -> bool:
-    """Whether a path is `real_root` or lies below it; both with their links resolved."""
+    """Return whether a path is `real_root` or below it; both must have their links resolved."""
     return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
 def archives_below(root: str, outside: Outside = "skip") -> tuple[Archive, ...]:
-    """The archives below `root`, or `root` itself; looked for once in a process, and again when `root` changes.
+    """Return the archives below `root`, or `root` itself; cached in the process until `root` changes.
 
     Raises:
         UserError: `root` is neither a folder nor an archive.
@@ -175,7 +174,7 @@ def archives_below(root: str, outside: Outside = "skip") -> tuple[Archive, ...]:
     if is_archive(root) and ("://" in root or os.path.isfile(root)):
         return (_archive(root, ""),)
     if not os.path.isdir(root):
-        raise _no_folder(root)
+        raise _no_folder_error(root)
     status = os.stat(root)
     return _archives_below(root, outside, (status.st_dev, status.st_ino, status.st_mtime_ns))
 
@@ -204,18 +203,18 @@ def _members(path: str, folder: str, visit: Visit | None) -> Iterator[TreeFile |
         if is_hidden_path(member.name):
             if visit is not None:
                 visit.num_hidden += 1
-        elif parts := _parts(member.name):
+        elif parts := _name_components(member.name):
             inner = unicodedata.normalize("NFC", "/".join(parts))
             yield TreeFile(f"{folder}/{inner}" if folder else inner, member_address(path, member.name))
 
 
 def is_hidden_path(name: str) -> bool:
-    """Whether a member of an archive is hidden, or lies in a hidden folder."""
-    return any(map(_is_hidden, _parts(name)))
+    """Return whether a member of an archive is hidden or in a hidden folder."""
+    return any(map(_is_hidden, _name_components(name)))
 
 
-def _parts(name: str) -> list[str]:
-    """The folders and the file of a member's name, which is a label and not a path to open."""
+def _name_components(name: str) -> list[str]:
+    """Split a member's name, which is a label and not a path to open, into folders and file."""
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 

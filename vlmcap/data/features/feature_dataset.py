@@ -1,6 +1,6 @@
-"""Clips with cached features.
+"""Data sets of clips whose features are read from a store.
 
-Legend: F frames, P patches a frame, Dv vision width.
+Legend: F frames, P patches per frame, Dv vision width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vlmcap.data.features.content import UNREADABLE
+from vlmcap.data.features.content_hash import UNREADABLE
 from vlmcap.data.features.shards import DAMAGED, DamagedEntryError
 from vlmcap.data.features.store import FeatureStore
 from vlmcap.errors import UserError
@@ -23,16 +23,15 @@ from vlmcap.types import Clip, GridTHW, Sample, Skipped
 
 
 class FeatureDataset(Dataset[Sample | Skipped]):
-    """Clips with the frozen encoder's features (F, P, Dv) out of a store.
+    """Clips with the frozen encoder's features (F, P, Dv), read from a store.
 
-    Clips that could not be read when it was filled stay skipped.
-
-    A clip whose features are damaged is skipped too, and its entry removed, so that the next run encodes it again.
+    Clips that could not be read when the store was filled stay skipped. A clip whose features are damaged is skipped
+    too, and its entry is removed, so that the next run encodes it again.
 
     Args:
-        clips: The clips, in the order of the indices.
-        hashes: S32 (N,), the content hash of each.
-        store: Holds them all.
+        clips: Clips, in the order of the indices.
+        hashes: S32 (N,) content hash of each clip.
+        store: Store that contains all of them.
 
     Raises:
         UserError: The store lacks some of the clips.
@@ -44,9 +43,8 @@ class FeatureDataset(Dataset[Sample | Skipped]):
         missing = store.missing(hashes)
         if len(missing):
             raise UserError(
-                f"the feature cache {store.folder} lacks {len(missing)} of {len(clips)} clips, first: "
-                f"{clips[int(missing[0])].id}; "
-                "start again to have them encoded"
+                f"the feature store {store.folder} lacks {len(missing)} of {len(clips)} clips, the first being "
+                f"{clips[int(missing[0])].id}; start again to encode them"
             )
 
     def __len__(self) -> int:
@@ -69,19 +67,19 @@ class FeatureDataset(Dataset[Sample | Skipped]):
 
 
 def pooled_grid(grid_thw: GridTHW, size: int) -> GridTHW:
-    """A clip's size in patches after windows of `size` × `size` were averaged, those at an uneven edge included."""
+    """Return a clip's size in patches after averaging windows of `size` × `size`, also smaller ones at the edges."""
     num_frames, rows, columns = grid_thw
     return num_frames, math.ceil(rows / size), math.ceil(columns / size)
 
 
 class PooledFeatureDataset(FeatureDataset):
-    """A `FeatureDataset` whose clips say the size that their features have now; the store knows that of the encoder.
+    """A `FeatureDataset` that reports the size of the pooled features, where the store knows that of the encoder's.
 
     Args:
-        clips: As there.
-        hashes: As there.
-        store: As there.
-        size: Patches a side that were averaged.
+        clips: As for `FeatureDataset`.
+        hashes: As for `FeatureDataset`.
+        store: As for `FeatureDataset`.
+        size: Side of the averaged windows in patches.
     """
 
     def __init__(self, clips: Sequence[Clip], hashes: Any, store: Any, size: int) -> None:

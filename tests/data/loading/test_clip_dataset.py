@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tests.data.decoding.matrix import make_video, read_number
 from vlmcap.config import AugmentConfig, DataConfig, Sampling
 from vlmcap.data.decoding.video import DecodedFrames, read_frames, read_timed_frames
-from vlmcap.data.loading import dataset as dataset_module
+from vlmcap.data.loading import clip_dataset as dataset_module
 from vlmcap.data.loading import isolation
-from vlmcap.data.loading.dataset import ClipDataset
+from vlmcap.data.loading.clip_dataset import ClipDataset
 from vlmcap.data.loading.isolation import is_available
 from vlmcap.errors import UserError
 from vlmcap.types import Clip, Sample, Skipped
@@ -74,7 +74,7 @@ def test_bad_videos_are_skipped_with_a_reason(small_clips: list[Clip], num_worke
     ]
     assert {item.clip.id: item.reason for item in items if isinstance(item, Skipped)} == {
         "empty": "empty.mp4 cannot be read: the file is empty",
-        "text": "text.mp4 cannot be read: it is damaged, truncated or no video (Invalid data found when processing "
+        "text": "text.mp4 cannot be read: it is damaged, truncated or not a video (Invalid data found when processing "
         "input)",
         "gone": "gone.mp4 cannot be read: there is no such file",
     }

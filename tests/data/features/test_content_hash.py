@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmcap.data.features import content
-from vlmcap.data.features.content import UNREADABLE, content_hashes
+from vlmcap.data.features import content_hash as content
+from vlmcap.data.features.content_hash import UNREADABLE, content_hashes
 from vlmcap.types import Clip
 
 FORK = multiprocessing.get_context("fork")

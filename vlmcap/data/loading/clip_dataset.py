@@ -1,4 +1,4 @@
-"""Clips decoded on the fly.
+"""A data set whose clips are decoded when they are read.
 
 Legend: F frames, H/W pixels.
 """
@@ -27,31 +27,31 @@ from vlmcap.errors import UserError, first_line
 from vlmcap.types import CLOCKLESS_FPS, Clip, GridTHW, Sample, Skipped
 
 Key = int | tuple[int, int]
-"""An index, or for training (epoch, index)."""
+"""An index, or (epoch, index) in training."""
 
 
 class ClipDataset(Dataset[Sample | Skipped]):
     """Clips with frames, resized for the encoder.
 
-    A clip that cannot be read gives a `Skipped`, whatever its file does to the decoder.
+    A clip that cannot be read gives a `Skipped`, no matter what its file does to the decoder.
 
-    A key (epoch, index) is a training sample: what is random in it depends on (seed, epoch, index) alone. A bare index
+    A key (epoch, index) is a training sample, whose randomness depends on (seed, epoch, index) alone. A bare index
     always gives the same frames, without augmentation.
 
-    A clip that took longer than its limit is not tried again: two of a hundred that hang would cost the limit in each
+    A clip that exceeded its time limit is not tried again: two of a hundred that hang would cost the limit in each
     epoch.
 
     Args:
-        clips: The clips, in the order of the indices.
-        data: How they are read; only training samples are augmented.
-        seed: Seed of everything random.
-        frame_transform: uint8 (F, 3, H, W) of any size -> uint8 as the encoder wants it; picklable for data workers.
-        grid_of: F, H and W of decoded frames -> the clip's size in patches, or None where it is the encoder's own;
+        clips: Clips, in the order of the indices.
+        data: Data configuration; only training samples are augmented.
+        seed: Seed of all randomness.
+        frame_transform: uint8 (F, 3, H, W) of any size -> uint8 as the encoder expects it; picklable for data workers.
+        grid_of: F, H and W of decoded frames -> the clip's size in patches, or None for an encoder of fixed size;
             picklable too.
-        limits: What else a clip may cost; `DecodeLimits()` by default.
+        limits: Further limits on what a clip may cost; `DecodeLimits()` by default.
 
     Raises:
-        UserError: The decoder that `data` names does not load.
+        UserError: The decoder that `data` names cannot be loaded.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class ClipDataset(Dataset[Sample | Skipped]):
         grid_of: Callable[[int, int, int], GridTHW | None] | None = None,
         limits: DecodeLimits | None = None,
     ) -> None:
-        resolve_decoder(data.decoder)  # before the workers start, so that none of them has to report it
-        with suppress(ImportError):  # before they are forked, so that they share the library; images need none
+        resolve_decoder(data.decoder)  # before the workers start, so that the error is raised here
+        with suppress(ImportError):  # before they are forked, so that they share the library; images do not need it
             importlib.import_module("vlmcap.data.decoding.frame_reader")
         self.clips, self.data, self.seed, self.limits = clips, data, seed, limits
         self.frame_transform, self.grid_of = frame_transform, grid_of
         is_isolated = data.is_isolated and is_available()
         self._isolated = Isolated(data.decode_timeout_s, data.decode_memory_gib) if is_isolated else None
-        self._is_too_slow = shared_zeros(len(clips), dtype=torch.bool)  # all workers know
+        self._is_too_slow = shared_zeros(len(clips), dtype=torch.bool)  # shared by all workers
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -101,7 +101,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
         )
 
     def _read(self, request: list[int | None]) -> Answer:
-        """The grid, the times and the frames of a clip, or the reason why there are none."""
+        """Return grid, times and frames of a clip, or the reason why it cannot be read."""
         epoch, index = request
         assert index is not None
         clip = self.clips[index]
@@ -112,9 +112,7 @@ class ClipDataset(Dataset[Sample | Skipped]):
             return {"reason": str(error), "is_final": error.is_final}, None
         except UserError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever else a file can bring libraries to: one clip, not the run; max_bad_fraction catches bugs
+        except Exception as error:  # a bad file can raise anything in a library; max_bad_fraction catches our bugs
             if is_out_of_memory(error) and self._isolated is not None:
                 raise
             return {"reason": _cannot_read(clip, _describe(error)), "is_final": False}, None
@@ -139,6 +137,6 @@ def _cannot_read(clip: Clip, reason: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """The error and where it arose, since its traceback ends here."""
+    """Describe an error with the line that raised it, since its traceback ends here."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first_line(error)} ({PurePath(place.filename).name}:{place.lineno})"
