@@ -109,7 +109,9 @@ def test_every_run_of_a_study_composes_and_differs(name: str, is_pretrained_vlm:
     assert ("seed" in swept) == name.endswith("_demo")
     composed = jobs if is_pretrained_vlm else (jobs[0], jobs[-1])
     configs = [
-        to_plain(compose(job)) for job in composed if not is_pretrained_vlm or not {f"seed={seed}" for seed in range(1, 5)} & set(job)
+        to_plain(compose(job))
+        for job in composed
+        if not is_pretrained_vlm or not {f"seed={seed}" for seed in range(1, 5)} & set(job)
     ]
     assert len(configs) == (len(jobs) / (5 if name.endswith("_demo") else 1) if is_pretrained_vlm else 2)
     assert all(config not in configs[:index] for index, config in enumerate(configs))

@@ -118,7 +118,7 @@ def test_the_keys_are_those_of_the_checkpoints_kinds(trained: list[str], overrid
 def test_what_an_override_leaves_without_a_reader_is_as_if_it_had_not_been_set() -> None:
     sampled = ["evaluation.do_sample=true", "evaluation.top_k=5"]
     assert saved(sampled, ["evaluation.do_sample=false"]).evaluation.top_k == 50
-    assert saved(["evaluation.clips_per_row=8"], ["evaluation.num_beams=3"]).evaluation.clips_per_row == 4
+    assert saved(["evaluation.clips_per_slot=8"], ["evaluation.num_beams=3"]).evaluation.clips_per_slot == 4
     assert saved(["evaluation.engine=hf"], ["evaluation.num_beams=3"]).evaluation.engine.name == "native"
     several = ["hardware=l4", "hardware.devices=2", "trainer=ddp", "encoder=siglip2", "llm=qwen3_4b"]
     assert saved(several, ["hardware=cpu"]).trainer.strategy.name == "auto"

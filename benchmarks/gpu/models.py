@@ -40,7 +40,7 @@ from vlmcap.types import Batch, Clip, Sample
 NUM_NEW = 16  # tokens of the captions that are written
 _MOST_ID = 600  # random ids are smaller, where every vocabulary has tokens
 # All that any stage trains is trained, and no clips wait for a slot, as a plan counts their frames on the GPU.
-_COMMON = ("tuning.align_epochs=0", "tuning.epochs=1", "evaluation.clips_per_row=1")
+_COMMON = ("tuning.align_epochs=0", "tuning.epochs=1", "evaluation.clips_per_slot=1")
 _TINY = (
     "hardware=cpu",
     "cache.enabled=false",

@@ -152,9 +152,9 @@ class _CaptionPlanner:
 
     def num_clips(self, slots: int) -> int:
         """Returns the clips that the slots share."""
-        from vlmcap.models.decoding.settings import clips_for
+        from vlmcap.models.decoding.settings import prompt_batch_size
 
-        return clips_for(slots, self.config.evaluation.clips_per_row if self.is_native else 1)
+        return prompt_batch_size(slots, self.config.evaluation.clips_per_slot if self.is_native else 1)
 
     def seconds(self, slots: int, token_s: float) -> float:
         """Returns the seconds to caption one of many clips.
@@ -186,7 +186,7 @@ class _CaptionPlanner:
 
     def moment(self, slots: int) -> Moment:
         """Returns the fullest moment."""
-        from vlmcap.models.captioner import CLIPS_AT_A_TIME
+        from vlmcap.models.captioner import MAX_ENCODED_CLIPS
         from vlmcap.planning.estimate.sizes import grouped_queries, key_value_bytes
 
         config, memory_profiler, is_native = self.config, self.memory_profiler, self.is_native
@@ -213,7 +213,7 @@ class _CaptionPlanner:
             is_reserved=is_native,
         )
         stages = [
-            *stages_in_front(config, memory_profiler, min(slots, CLIPS_AT_A_TIME) if is_native else slots),
+            *stages_in_front(config, memory_profiler, min(slots, MAX_ENCODED_CLIPS) if is_native else slots),
             self.steps[-1],
         ]
         moment = generation_peak(stages, held, work, self.scores, unused_share=unused_share(config))

@@ -113,5 +113,5 @@ def host_sentence(config: Config, host: Moment, machine_gib: float) -> str:
     largest, size = next((name, size) for name, size in host.parts.items() if name != "process")
     return (
         f"the host needs {needed:.1f} GiB of memory while {host.name}, {size / GIB:.1f} of it for {largest}, and this "
-        f"machine has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_row"
+        f"machine has {machine_gib:.1f}; lower data.num_workers or evaluation.clips_per_slot"
     )

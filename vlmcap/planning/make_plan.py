@@ -166,7 +166,7 @@ def _host_peak(
     num_slots: int,
 ) -> Moment:
     _, size = clip_bytes(config, memory_profiler)
-    num_captioned = clips_for(num_slots, config.evaluation.clips_per_row)
+    num_captioned = prompt_batch_size(num_slots, config.evaluation.clips_per_slot)
     clips = {"training": batch_size, "validation": num_captioned}
     feature_bytes = (
         0.0

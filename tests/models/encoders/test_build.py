@@ -138,8 +138,16 @@ def test_a_layer_that_is_not_there(checkpoint: Checkpoint, layer: int) -> None:
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
-        ("dinov3", 100, r"encoder\.image_size=100 is not a multiple of the patch size of 16 pixels; set it to 96 or 112"),
-        ("internvit", 60, r"encoder\.image_size=60 is not a multiple of the patch size of 14 pixels; set it to 56 or 70"),
+        (
+            "dinov3",
+            100,
+            r"encoder\.image_size=100 is not a multiple of the patch size of 16 pixels; set it to 96 or 112",
+        ),
+        (
+            "internvit",
+            60,
+            r"encoder\.image_size=60 is not a multiple of the patch size of 14 pixels; set it to 56 or 70",
+        ),
         ("clip", 13, r"encoder\.image_size=13 is less than one patch; the smallest possible is 14"),
         ("siglip", 0, r"encoder\.image_size=0 is less than one patch"),
         ("dinov3", -16, r"encoder\.image_size=-16 is less than one patch"),

@@ -374,7 +374,7 @@ class MemoryProfiler:
         before = {id(parameter): parameter for parameter in llm.parameters()}
         dtype = autocast_dtype(self.config)
         autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
-        with mode, autocast, torch.no_grad(), adapters_for_captions(llm, is_merged=self.is_merged):
+        with mode, autocast, torch.no_grad(), adapters_for_inference(llm, is_merged=self.is_merged):
             found = profile()
             now = {id(parameter) for parameter in llm.parameters()}
         originals = sum(one.numel() * one.element_size() for key, one in before.items() if key not in now)
