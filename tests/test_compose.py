@@ -284,9 +284,12 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
         (["sweep.budget_h=0"], ["sweep.budget_h must be above 0 hours, or null"]),
         (["sweep.budget_h=week"], ["sweep.budget_h", "'week'"]),
         (["sweep.budget=5"], ["no key 'sweep.budget'", "did you mean sweep.budget_h"]),
-        (["encoder=native"], ["model=assembled has no own encoder", "choose another encoder"]),
-        (["llm=native", "llm.name=x"], ["model=assembled has no own llm", "choose another llm"]),
-        (["llm=native", "llm.name=x", "llm.checkpoint=a/b"], ["model=assembled has no own llm", "choose another llm"]),
+        (["encoder=native"], ["model=assembled has no native encoder", "choose another encoder"]),
+        (["llm=native", "llm.name=x"], ["model=assembled has no native llm", "choose another llm"]),
+        (
+            ["llm=native", "llm.name=x", "llm.checkpoint=a/b"],
+            ["model=assembled has no native llm", "choose another llm"],
+        ),
         (
             ["model=qwen2_vl_7b", "llm=qwen3_8b", "llm.name=own"],
             ["model=qwen2_vl_7b brings its own llm", "leave llm=native out"],

@@ -105,7 +105,7 @@ def test_a_checkpoint_of_a_missing_plugin_is_refused_in_words() -> None:
             GATED.replace('"gated"', '"mlp"'),
             r"projector=mlp of taken is taken by vlmcap\.config\.projector; choose another kind",
         ),
-        ("kindless", GATED.replace('kind: str = "gated"', "x: int = 1"), "GatedConfig names no kind"),
+        ("kindless", GATED.replace('kind: str = "gated"', "x: int = 1"), "GatedConfig has no kind"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_refused_in_words(name: str, source: str, words: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmcap import config as schema
 from vlmcap.config import Config
 from vlmcap.config.kinds import SCHEMAS, check_kind, schema_of
-from vlmcap.config.run import OF_THE_MODEL, check_native_components
+from vlmcap.config.run import MODEL_KEYS, check_native_components
 from vlmcap.config_errors import explain, innermost
 from vlmcap.config_files import config_dir, config_file
 from vlmcap.config_unread import unread_override
@@ -320,7 +320,7 @@ def from_plain(plain: dict[str, Any], overrides: Mapping[str, Any] | None = None
     """
     try:
         followed = {  # parts of a pretrained VLM have these from it, also where an override exchanges it
-            group: {key: value for key, value in values.items() if key not in OF_THE_MODEL}
+            group: {key: value for key, value in values.items() if key not in MODEL_KEYS}
             if values.get("kind") == "native"
             else values
             for group, values in plain.items()
