@@ -130,12 +130,12 @@ def is_notebook() -> bool:
 
 
 @contextmanager
-def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[[int, int | None], None]]:
+def progress_reporter(label: str, *, silent_s: float = 0.0) -> Iterator[Callable[[int, int | None], None]]:
     """Progress of long work whose result stays: a bar that stays; in a log a line now and then, and one at the end.
 
     Args:
         label: What is done.
-        quiet_s: Work that takes no longer shows nothing.
+        silent_s: Work that takes no longer shows nothing.
 
     Yields:
         A function of the work done and of all work, None where nobody knows how much that is. Work that never calls it
@@ -143,13 +143,13 @@ def progress_reporter(label: str, *, quiet_s: float = 0.0) -> Iterator[Callable[
             and no line at the end.
     """
     if draws_bars():
-        with _bar(label, is_transient=False, quiet_s=quiet_s) as report:
+        with _bar(label, is_transient=False, silent_s=silent_s) as report:
             yield report
         return
     lines = WorkLines(label)
     with lines.running() as report:
         yield report
-    if lines.total is not None and lines.done == lines.total and lines.seconds >= quiet_s:
+    if lines.total is not None and lines.done == lines.total and lines.seconds >= silent_s:
         print(f"{label}: {lines.total} in {lines.seconds:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -179,14 +179,14 @@ def transient_bar(label: str, total: int) -> Iterator[Callable[[], object]]:
 
 
 def _bar(
-    label: str, *, is_transient: bool, quiet_s: float = 0.0
+    label: str, *, is_transient: bool, silent_s: float = 0.0
 ) -> AbstractContextManager[Callable[[int, int | None], None]]:
-    """A bar that begins with the first report after `quiet_s`; yields the function that reports."""
-    return (_notebook_bar if is_notebook() else _terminal_bar)(label, is_transient=is_transient, quiet_s=quiet_s)
+    """A bar that begins with the first report after `silent_s`; yields the function that reports."""
+    return (_notebook_bar if is_notebook() else _terminal_bar)(label, is_transient=is_transient, silent_s=silent_s)
 
 
 @contextmanager
-def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
+def _terminal_bar(label: str, *, is_transient: bool, silent_s: float) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -209,7 +209,7 @@ def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
     def report(done: int, total: int | None) -> None:
         bar.update(task, completed=done, total=total)
-        if not bar.live.is_started and time.monotonic() - started >= quiet_s:
+        if not bar.live.is_started and time.monotonic() - started >= silent_s:
             bar.start()
 
     try:
@@ -220,7 +220,7 @@ def _terminal_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
 
 @contextmanager
-def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator[Callable[[int, int | None], None]]:
+def _notebook_bar(label: str, *, is_transient: bool, silent_s: float) -> Iterator[Callable[[int, int | None], None]]:
     """A widget where ipywidgets is installed, as Lightning's bar is one, else a line that is written over.
 
     Rich knows only the widget.
@@ -235,7 +235,7 @@ def _notebook_bar(label: str, *, is_transient: bool, quiet_s: float) -> Iterator
 
     def report(done: int, total: int | None) -> None:
         nonlocal bar
-        if bar is None and time.monotonic() - started >= quiet_s:
+        if bar is None and time.monotonic() - started >= silent_s:
             bar = tqdm(desc=label, total=total, leave=not is_transient)
         if bar is not None:
             bar.total = total
