@@ -42,7 +42,7 @@ def rounds() -> list[list[tuple[str, str]]]:
         "experiment",
         "debug",
     }  # they exchange other groups; `own` comes with a whole model
-    files = {group: [name for other, name in GROUPS if other == group and name != "own"] for group in sorted(groups)}
+    files = {group: [name for other, name in GROUPS if other == group and name != "native"] for group in sorted(groups)}
     return [
         [(group, names[turn % len(names)]) for group, names in files.items()]
         for turn in range(max(map(len, files.values())))
@@ -63,7 +63,7 @@ def test_every_file_composes(chosen: list[tuple[str, str]]) -> None:
 def test_every_whole_model_brings_its_parts(name: str) -> None:
     config = compose([f"model={name}", "hardware=l4", *(["model.checkpoint=hub/some"] if name == CUSTOM else [])])
     assert (config.model.name, config.model.kind) != ("assembled", "assembled")
-    assert {config.encoder.name, config.projector.name, config.llm.name} == {"own"}
+    assert {config.encoder.name, config.projector.name, config.llm.name} == {"native"}
     assert config.encoder.checkpoint == config.llm.checkpoint == config.model.checkpoint
     assert config.llm.max_new_tokens == (1600 if name.startswith("llava") else AUTO)
     assert config.tuning.adapter_lr == config.llm.suggested.adapter_lr == 1e-4
@@ -76,7 +76,7 @@ EXPERIMENTS = {
     "recommended_a100": ("dinov3_l", "mlp", "qwen3_14b", "a100", 8),
     "recommended_h100": ("dinov3_hplus", "cross_attention", "qwen3_32b", "h100", 16),
     "quality_h100": ("dinov3_hplus", "cross_attention", "qwen3_32b", "h100", 16),
-    "efficient_t4": ("own", "own", "own", "t4", 4),
+    "efficient_t4": ("native", "native", "native", "t4", 4),
 }
 
 # A study and the number of its runs; what it is run on, which is no study itself.
@@ -172,7 +172,7 @@ def test_help_names_every_choice() -> None:
             group, names = list(listed)[-1], line
         listed.setdefault(group, set()).update(re.sub(r"[,:()]", " ", names).split())
     for group, name in GROUPS:
-        assert name in listed[group] or name == "own"
+        assert name in listed[group] or name == "native"
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,11 @@ def test_a_value_of_the_hardware_reaches_those_who_read_it() -> None:
             ["model=qwen2_vl_7b brings its own encoder", "leave encoder=clip out", "model=assembled"],
         ),
         (["model=qwen2_vl_7b", "llm=qwen3_8b"], ["model=qwen2_vl_7b brings its own llm"]),
-        (["model=qwen2_vl_7b", "projector.reducer=pool"], ["'reducer' is no key of this projector"]),
-        (["model=qwen2_vl_7b", "encoder.image_size=448"], ["'image_size' is no key of this encoder"]),
+        (["model=qwen2_vl_7b", "projector.reducer=pool"], ["'reducer' is not a key of this projector"]),
+        (["model=qwen2_vl_7b", "encoder.image_size=448"], ["'image_size' is not a key of this encoder"]),
         (
             ["model=qwen2_5_vl_7b", "model.use_outer_marks=false"],
-            ["'use_outer_marks' is no key of this model, but of model=qwen3_vl_8b"],
+            ["'use_outer_marks' is not a key of this model, only of model=qwen3_vl_8b"],
         ),
         (["callbacks=profle"], ["no callbacks named 'profle'", "default, early_stopping, visual_reliance, profile"]),
         (["callbacks.profile.first_step=0"], ["callbacks.profile.first_step must be at least 1, not 0"]),

@@ -105,7 +105,7 @@ def test_jobs_are_named_by_their_checkpoints_before_and_while_they_run(program: 
         (["seed=0,1", "sweep.resume=true"], "sweep.resume=true continues the sweep in sweep.folder"),
         (
             ["seed=0,1", "launcher.n_jobs=2"],
-            "'n_jobs' is no key of this launcher, but of launcher=joblib, ray or submitit",
+            "'n_jobs' is not a key of this launcher, only of launcher=joblib, ray or submitit",
         ),
     ],
 )

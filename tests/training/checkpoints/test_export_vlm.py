@@ -12,7 +12,7 @@ from tests.thinned import thinned
 from tests.training.checkpoints.untrained import write_checkpoint
 from vlmcap.compose import compose
 from vlmcap.errors import UserError
-from vlmcap.training.checkpoints.export import export, describe_export
+from vlmcap.training.checkpoints.export import describe_export, export
 from vlmcap.training.checkpoints.load import load_captioner
 
 

@@ -104,7 +104,7 @@ class GridConfigs:
                 )
         self._bases = {hardware: composed["hardware", hardware].config() for hardware in names.hardware}
         self._parts = {
-            (hardware, group, name): composed["hardware", hardware].parts_with(group, composed[group, name], follows)
+            (hardware, group, name): composed["hardware", hardware].groups_with(group, composed[group, name], follows)
             for hardware in names.hardware
             for group, follows in _FOLLOWS.items()
             for name in getattr(names, group)
