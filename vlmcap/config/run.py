@@ -218,8 +218,8 @@ class Config:
     @property
     def pool_size(self) -> int | None:
         """Patches per side that are averaged before features are stored; None stores the encoder's features."""
-        is_pooled = self.cache.pooled and isinstance(self.projector, TokenProjectorConfig)
-        return self.projector.pool_size if is_pooled else None
+        projector = self.projector
+        return projector.pool_size if self.cache.pooled and isinstance(projector, TokenProjectorConfig) else None
 
     @property
     def monitor_mode(self) -> str:
